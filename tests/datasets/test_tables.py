@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from distrain.config import DataSection, UserError
+from distrain.datasets import Data, DataRequest, DatasetEntry
+from distrain.datasets.tables import table
+
+ENTRY = DatasetEntry("table", table, ("classification", "binary", "multilabel", "regression"))
+
+
+def build(base: Path, task: Any = "classification", state: dict[str, Any] | None = None, **section: Any) -> Data:
+    return ENTRY(DataRequest(DataSection(name="table", **section), task, seed=0, base=base, state=state))
+
+
+def two_files(folder: Path, train: str, test: str) -> dict[str, Any]:
+    (folder / "train.csv").write_text(train)
+    (folder / "test.csv").write_text(test)
+    return {"split": {"train": "train.csv", "test": "test.csv"}}
+
+
+def everything(data: Data, split: str) -> dict[str, Any]:
+    source: Any = data.splits[split]
+    return source.fetch(np.arange(len(source)))
+
+
+def test_numbers_are_standardised_by_the_training_rows_alone(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,b,y\n1,5,x\n3,5,z\n", "a,b,y\n101,7,z\n")
+    data = build(tmp_path, target="y", **split)
+    assert everything(data, "train")["inputs"].tolist() == [[-1, 0], [1, 0]]
+    assert everything(data, "test")["inputs"].tolist() == [[99, 2]]
+    assert data.meta.feature_names == ("a", "b")
+    assert data.meta.input_shape == (2,)
+
+
+def test_statistics_come_from_the_training_part_of_one_file(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(3, 10, 200)
+    pd.DataFrame({"a": values, "y": np.arange(200) % 2}).to_csv(tmp_path / "all.csv", index=False)
+    data = build(tmp_path, path="all.csv", target="y", split=[0.7, 0.3])
+    train = everything(data, "train")["inputs"].double()
+    assert len(train) == 140
+    assert abs(train.mean().item()) < 1e-6
+    assert train.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert abs(everything(data, "test")["inputs"].mean().item()) > 1e-3
+
+
+@pytest.mark.parametrize(("missing", "fill"), [("mean", 4.0), ("median", 2.0)])
+def test_missing_numbers_are_filled_from_training_rows(tmp_path: Path, missing: str, fill: float) -> None:
+    split = two_files(tmp_path, "a,y\n1,x\n2,z\nNA,x\n9,z\n", "a,y\n,x\n4,z\n")
+    data = build(tmp_path, target="y", missing=missing, missing_indicator=True, **split)
+    present = np.array([1, 2, 9])
+    scaled = (fill - present.mean()) / present.std()
+    assert everything(data, "train")["inputs"][2].tolist() == pytest.approx([scaled, 1])
+    assert everything(data, "test")["inputs"][:, 1].tolist() == [1, 0]
+    assert everything(data, "test")["inputs"][0, 0].item() == pytest.approx(scaled)
+    assert data.meta.feature_names == ("a", "a is missing")
+
+
+def test_missing_numbers_can_be_an_error(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,y\n1,x\n2,z\n", "a,y\n3,x\n,z\n")
+    with pytest.raises(UserError, match=r"column 'a' has no value at .*test\.csv, row 2"):
+        build(tmp_path, target="y", missing="error", **split)
+
+
+def test_categories_are_those_of_training_and_others_are_unknown(tmp_path: Path) -> None:
+    split = two_files(tmp_path, 'c,y\nred,x\n"a, b",z\n,x\nred,z\n', "c,y\nblue,x\n,z\nred,x\n")
+    data = build(tmp_path, target="y", **split)
+    assert data.meta.feature_names == ("c=a, b", "c=red", "c=(missing)")
+    assert everything(data, "train")["inputs"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    assert everything(data, "test")["inputs"].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+    data = build(tmp_path, target="y", encode="index", **split)
+    inputs = everything(data, "test")["inputs"]
+    assert inputs["categorical"].tolist() == [[0], [3], [2]]
+    assert inputs["categorical"].dtype == torch.int64
+    assert inputs["numeric"].shape == (3, 0)
+    assert data.meta.cardinalities == (4,)
+
+
+def test_a_column_is_understood_as_in_training(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "code,flag,y\n01,True,x\nA,False,z\n", "code,flag,y\n01,False,x\n1,True,z\n")
+    data = build(tmp_path, target="y", **split)
+    assert data.meta.feature_names == ("code=01", "code=A", "flag=False", "flag=True")
+    assert everything(data, "test")["inputs"].tolist() == [[1, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_parquet_and_csv_give_the_same(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "n": pd.array([1, None, 3, 4], dtype="Int64"),
+            "f": [0.5, 1.5, None, 2.5],
+            "c": pd.Categorical(["u", "v", None, "u"]),
+            "b": [True, False, True, True],
+            "y": [3, 10, 3, 10],
+        }
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    for encode in ("one_hot", "index"):
+        first, second = (
+            build(tmp_path, path=f"t.{kind}", target="y", split=[1.0], encode=encode) for kind in ("csv", "parquet")
+        )
+        assert first.state == second.state
+        assert str(everything(first, "train")) == str(everything(second, "train"))
+    assert first.meta.class_names == ("3", "10")
+
+
+def test_the_state_is_json_and_is_never_fitted_again(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,c,y\n1,u,x\n3,v,z\n,,z\n", "a,c,y\n5,w,x\n")
+    fitted = build(tmp_path, target="y", missing_indicator=True, **split)
+    state = json.loads(json.dumps(fitted.state))
+    (tmp_path / "train.csv").write_text("a,c,y\n100,w,x\n200,w,x\n")
+    again = build(tmp_path, target="y", state=state, **split)
+    assert again.state == fitted.state
+    assert again.meta == fitted.meta
+    assert torch.equal(everything(again, "test")["inputs"], everything(fitted, "test")["inputs"])
+    assert everything(again, "train")["inputs"][0, 0].item() == 98
+
+
+def test_reading_for_prediction(tmp_path: Path) -> None:
+    data = build(tmp_path, target="y", **two_files(tmp_path, "a,c,y\n1,u,x\n3,v,z\n", "a,c,y\n1,u,x\n"))
+    assert data.read is not None
+    (tmp_path / "new.csv").write_text("extra,c,a\n?,v,5\n")
+    batch = data.read(tmp_path / "new.csv").fetch(np.array([0]))
+    assert batch["inputs"].tolist() == [[3, 0, 1]]
+    assert "targets" not in batch
+    (tmp_path / "new.csv").write_text("a,c,y\n5,v,\n")
+    assert "targets" not in data.read(tmp_path / "new.csv").fetch(np.array([0]))
+    (tmp_path / "new.csv").write_text("a,c,y\n5,v,z\n")
+    assert data.read(tmp_path / "new.csv").fetch(np.array([0]))["targets"].tolist() == [1]
+    (tmp_path / "new.csv").write_text("a,y\n5,x\n")
+    with pytest.raises(UserError, match="lacks 'c'"):
+        data.read(tmp_path / "new.csv")
+    (tmp_path / "new.csv").write_text("a,c\nfive,x\n")
+    with pytest.raises(UserError, match=r"'a' should hold numbers, and .*new\.csv, row 1 holds 'five'"):
+        data.read(tmp_path / "new.csv")
+
+
+def test_classes_are_sorted_and_fitted_on_training_rows(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,y\n1,10\n2,9\n3,10\n", "a,y\n1,9\n")
+    data = build(tmp_path, target="y", **split)
+    assert data.meta.class_names == ("9", "10")
+    assert data.meta.num_classes == 2
+    assert everything(data, "train")["targets"].tolist() == [1, 0, 1]
+    assert everything(data, "train")["targets"].dtype == torch.int64
+    (tmp_path / "test.csv").write_text("a,y\n1,9\n2,11\n")
+    with pytest.raises(UserError, match=r"holds '11' at .*test\.csv, row 2"):
+        build(tmp_path, target="y", **split)
+
+
+@pytest.mark.parametrize(("positive", "expected"), [(None, [1.0, 0.0]), ("yes", [1.0, 0.0]), ("no", [0.0, 1.0])])
+def test_binary(tmp_path: Path, positive: str | None, expected: list[float]) -> None:
+    split = two_files(tmp_path, "a,y\n1,yes\n2,no\n", "a,y\n1,yes\n")
+    data = build(tmp_path, "binary", target="y", positive=positive, **split)
+    targets = everything(data, "train")["targets"]
+    assert targets.tolist() == expected
+    assert targets.dtype == torch.float32
+    assert data.meta.class_names is not None
+    assert data.meta.class_names[1] == (positive or "yes")
+
+
+def test_binary_needs_two_classes(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,y\n1,u\n2,v\n3,w\n", "a,y\n1,u\n")
+    with pytest.raises(UserError, match="has 3 classes"):
+        build(tmp_path, "binary", target="y", **split)
+
+
+def test_multilabel(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,p,q\n1,0,1\n2,1,True\n", "a,p,q\n1,0,0\n")
+    data = build(tmp_path, "multilabel", target=["p", "q"], **split)
+    assert everything(data, "train")["targets"].tolist() == [[0, 1], [1, 1]]
+    assert (data.meta.num_targets, data.meta.class_names) == (2, ("p", "q"))
+    (tmp_path / "test.csv").write_text("a,p,q\n1,0,2\n")
+    with pytest.raises(UserError, match="'q' should hold 0 and 1"):
+        build(tmp_path, "multilabel", target=["p", "q"], **split)
+
+
+def test_regression(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,p,q\n1,0,1\n2,4,1\n", "a,p,q\n1,6,3\n")
+    assert everything(build(tmp_path, "regression", target="p", drop=["q"], **split), "train")["targets"].tolist() == [
+        0,
+        4,
+    ]
+    data = build(tmp_path, "regression", target=["p", "q"], standardize_target=True, **split)
+    assert everything(data, "test")["targets"].tolist() == [[2, 2]]
+    assert (data.meta.target_mean, data.meta.target_std) == ((2, 1), (2, 1))
+    assert data.meta.num_targets == 2
+    (tmp_path / "test.csv").write_text("a,p,q\n1,,3\n1,2,2\n1,,3\n")
+    with pytest.raises(UserError, match=r"'p' has no value at .*row 1; .*row 3"):
+        build(tmp_path, "regression", target=["p", "q"], **split)
+
+
+def test_stratified_split(tmp_path: Path) -> None:
+    pd.DataFrame({"a": range(100), "y": [0] * 90 + [1] * 10}).to_csv(tmp_path / "t.csv", index=False)
+    data = build(tmp_path, path="t.csv", target="y", split=[0.8, 0.2], stratify=True)
+    assert everything(data, "test")["targets"].sum().item() == 2
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "2.csv").write_text("y,a\nx,2\n")
+    (folder / "1.csv").write_text("a,y\n1,z\n0,x\n")
+    (folder / "readme.txt").write_text("not a table")
+    data = build(tmp_path, "regression", path="parts", target="a", categorical=["y"], split=[1.0])
+    assert everything(data, "train")["targets"].tolist() == [1, 0, 2]
+    (folder / "2.csv").write_text("y,a\nx,two\n")
+    with pytest.raises(UserError, match=r"2\.csv, row 1 holds 'two'"):
+        build(tmp_path, "regression", path="parts", target="a", split=[1.0])
+    (folder / "2.csv").write_text("y,b\nx,2\n")
+    with pytest.raises(UserError, match="should have the same columns, and differ in 'a', 'b'"):
+        build(tmp_path, "regression", path="parts", target="a", split=[1.0])
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv_as_found_in_the_wild(tmp_path: Path, newline: str) -> None:
+    lines = ["größe;c;y", '1;"two', 'lines";ä', '3;"say ""hi""; now";ö', ""]
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + newline.join(lines).encode())
+    data = build(tmp_path, path="t.csv", target="y", delimiter=";", split=[1.0])
+    assert data.meta.class_names == ("ä", "ö")
+    assert data.meta.feature_names == ("größe", 'c=say "hi"; now', f"c=two{newline}lines")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("a,y\n", "has no rows"),
+        ("a,a,y\n1,2,x\n", "names 'a' more than once"),
+        ("a,y\n1,x\n1,x,7\n", "cannot be read.*Expected 2 columns, got 3"),
+        ("a,y\n1,x\n1\n", "cannot be read.*Expected 2 columns, got 1"),
+        ("a,y\ninf,x\n2,z\n", "column 'a' is infinite at .*row 1"),
+        ("a,b,y\n1,,x\n2,,z\n", "column 'b' has no value in any training row"),
+        ("a,y\n1,x\n2,\n", "target column 'y' has no value at .*row 2"),
+        ("a,y\n1,x\n2,x\n", "has only the class 'x'"),
+        ("y\nx\n", "no column is left"),
+        ("a,yy\n1,x\n", re.escape("data.target: ") + ".* has no column 'y'"),
+    ],
+)
+def test_files_that_do_not_do(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, path="t.csv", target="y", split=[1.0])
+
+
+def test_every_wrong_name_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("height,width,y\n1,2,x\n2,3,z\n")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, path="t.csv", target="y", features=["hight", "width"], drop=["width", "gone"], split=[1.0])
+    message = str(caught.value)
+    assert "data.features" in message
+    assert "did you mean 'height'?" in message
+    assert "no column 'gone'" in message
+    assert "'width' is also in data.drop" in message
+
+
+def test_huge_categories_are_refused_for_one_hot_and_fine_as_indices(tmp_path: Path) -> None:
+    count = 3000
+    pd.DataFrame({"id": [f"user {i}" for i in range(count)], "y": np.arange(count) % 2}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    with pytest.raises(UserError, match="'id' has 3000 different values in 3000 training rows"):
+        build(tmp_path, path="t.csv", target="y", split=[1.0])
+    data = build(tmp_path, path="t.csv", target="y", split=[1.0], encode="index")
+    assert data.meta.cardinalities == (count + 1,)
+    assert sorted(everything(data, "train")["inputs"]["categorical"][:, 0].tolist()) == list(range(1, count + 1))
+
+
+def test_options_of_other_tasks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,y\n1,2\n2,3\n")
+    with pytest.raises(UserError, match=r"data\.positive is for task binary"):
+        build(tmp_path, path="t.csv", target="y", positive="3", split=[1.0])
+    with pytest.raises(UserError, match=r"data\.standardize_target is for task regression"):
+        build(tmp_path, path="t.csv", target="y", standardize_target=True, split=[1.0])
+    with pytest.raises(UserError, match="did you mean 'missing'"):
+        build(tmp_path, path="t.csv", target="y", mising="mean", split=[1.0])
