@@ -1,0 +1,54 @@
+"""Save, verify, restore and retain the state of a run. Imports no torch: bytes in, bytes out.
+
+A checkpoint is a folder `step-00001000` of one safetensors file for each rank and a `MANIFEST.json`. Every tensor is
+cut into **pieces**, contiguous ranges of its elements in row-major order; the piece of tensor NAME that begins at
+element START is the one-dimensional tensor `NAME@START` of some rank's file. The manifest says for each full tensor its
+shape, dtype, role and pieces, and holds the size and hash of each file and a hash of itself, so that a changed bit
+anywhere is found. There is no pickle in it: opening a checkpoint runs no code.
+
+A checkpoint is complete or absent. `Saver` writes into `.tmp-…` beside the published ones and publishes by one rename
+after everything is on disk; what is retired is first renamed to `.trash-…`. The names of both end in host, process id,
+start time of that process and a random token. Rank 0 of a later save removes those left behind by processes of its own
+host that have ended, and those of other hosts once nothing in them has changed for a day.
+"""
+
+from __future__ import annotations
+
+from distrain.checkpoint.format import (
+    CheckpointError,
+    CheckpointInfo,
+    Communicator,
+    FileInfo,
+    LocalCommunicator,
+    Manifest,
+    Piece,
+    Saved,
+    Tensor,
+    TensorSpec,
+    explain_difference,
+    fingerprint,
+)
+from distrain.checkpoint.reading import Reader, find_best, find_newest, list_checkpoints, read_manifest, verify
+from distrain.checkpoint.writing import Saver
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "Communicator",
+    "FileInfo",
+    "LocalCommunicator",
+    "Manifest",
+    "Piece",
+    "Reader",
+    "Saved",
+    "Saver",
+    "Tensor",
+    "TensorSpec",
+    "explain_difference",
+    "find_best",
+    "find_newest",
+    "fingerprint",
+    "list_checkpoints",
+    "read_manifest",
+    "verify",
+]

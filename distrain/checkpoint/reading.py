@@ -1,0 +1,260 @@
+"""Find, verify and read checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from distrain.checkpoint.format import (
+    ITEM_SIZES,
+    MANIFEST,
+    CheckpointError,
+    CheckpointInfo,
+    FileInfo,
+    Manifest,
+    explain,
+    keys_by_file,
+    parse_json,
+    parse_manifest,
+    piece_key,
+    take,
+)
+from distrain.config import close_names
+
+Header = dict[str, tuple[str, int, int, int]]
+"""For each piece's key: its dtype, elements, offset in the file in bytes, and bytes."""
+
+_READ_CHUNK = 1 << 20  # stays in the cache between being read and being hashed
+_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+_PUBLISHED = re.compile(r"step-([0-9]{8,18})")
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Read and check the manifest of the checkpoint in folder `path`; raises CheckpointError."""
+    path = Path(path)
+    try:
+        with open(open_plain(path / MANIFEST), "rb") as file:
+            return parse_manifest(file.read())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {MANIFEST}: {str(error).removeprefix(f'{MANIFEST}: ')}") from error
+
+
+def open_plain(path: Path, size: int | None = None) -> int:
+    """Open a regular file for reading, no symbolic link; raises CheckpointError when its size is another."""
+    try:
+        # O_NONBLOCK: opening a pipe that stands in a file's place must not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        kind = "it is a symbolic link" if error.errno == errno.ELOOP else explain(error)
+        raise CheckpointError(f"{path.name}: {kind}") from error
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and size in (None, found.st_size):
+        return descriptor
+    os.close(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path.name}: it is not a regular file")
+    raise CheckpointError(f"{path.name}: it has {found.st_size} bytes, and {size} were written")
+
+
+def read_header(descriptor: int, size: int) -> Header:
+    """Return {key: (dtype, numel, offset in the file, bytes)} of a safetensors file of one-dimensional tensors."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(f"it is not a safetensors file: its header would have {length} bytes")
+    found, reached = {}, 8 + length
+    for key, item in parse_json(os.pread(descriptor, length, 8)).items():
+        dtype, shape, offsets = take(item, "dtype", str), take(item, "shape", list), take(item, "data_offsets", list)
+        if item or dtype not in ITEM_SIZES or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+            raise CheckpointError(f"{key!r} is not a piece as distrain writes it")
+        nbytes = shape[0] * ITEM_SIZES[dtype]
+        if offsets != [reached - 8 - length, reached - 8 - length + nbytes]:
+            raise CheckpointError(f"{key!r} does not lie where the one before it ends")
+        found[key] = (dtype, shape[0], reached, nbytes)
+        reached += nbytes
+    if reached != size:
+        raise CheckpointError(f"its header speaks of {reached} bytes, and the file has {size}")
+    return found
+
+
+class Reader:
+    """Ranges of the full tensors of one checkpoint; reads only what is asked for. Not to be shared between threads.
+
+    Raises CheckpointError, naming the file, when `verify` finds a problem or when a file is not as the manifest says.
+    Close it, or use it in a `with` statement.
+    """
+
+    _MOST_OPEN = 256  # files; well below the usual limit of 1024
+
+    def __init__(self, path: Path | str, verify: bool = True):
+        self.path = Path(path)
+        manifest, problems = _examine(self.path) if verify else (read_manifest(self.path), [])
+        if problems or manifest is None:
+            raise CheckpointError(f"{self.path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
+        self.manifest = manifest
+        self._open: dict[int, tuple[int, Header]] = {}
+        self._keys = keys_by_file(self.manifest)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def _file(self, index: int) -> tuple[int, Header]:
+        if index not in self._open:
+            if len(self._open) >= self._MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open)))[0])
+            self._open[index] = open_rank_file(self.path, self.manifest.files[index], self._keys[index])
+        return self._open[index]
+
+    def ranges(self, name: str, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
+        """Yield where elements [start, start + numel) of `name` lie, in order: (file, offset in bytes, bytes).
+
+        `name` may be an alias. Raises CheckpointError for an unknown name; a range outside the tensor is our mistake.
+        """
+        name = self.manifest.aliases.get(name, name)
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}{close_names(name, self.manifest.tensors)}")
+        tensor = self.manifest.tensors[name]
+        size, stop = ITEM_SIZES[tensor.spec.dtype], start + numel
+        assert 0 <= start <= stop <= tensor.spec.numel, f"{name}: [{start}, {stop}) of {tensor.spec.numel}"
+        first = max(0, bisect_right(tensor.pieces, start, key=lambda piece: piece[1]) - 1)
+        for file, begin, count in tensor.pieces[first:]:
+            low, high = max(start, begin), min(stop, begin + count)
+            if low >= high:
+                break
+            offset = self._file(file)[1][piece_key(name, begin)][2]
+            yield file, offset + (low - begin) * size, (high - low) * size
+
+    def read(self, name: str, start: int, numel: int, out: Any = None) -> np.ndarray:
+        """Return the bytes (uint8) of elements [start, start + numel) of `name`, in `out` when a buffer is given."""
+        size = ITEM_SIZES[self.manifest.tensors[self.manifest.aliases.get(name, name)].spec.dtype]
+        target = np.empty(numel * size, np.uint8) if out is None or not numel else np.frombuffer(out, np.uint8)
+        assert target.nbytes == numel * size, f"{name}: a buffer of {target.nbytes} bytes for {numel * size}"
+        reached = 0
+        for file, offset, nbytes in self.ranges(name, start, numel):
+            self._fill(file, target.data[reached : reached + nbytes], offset)
+            reached += nbytes
+        return target
+
+    def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        descriptor = self._file(file)[0]
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path / self.manifest.files[file].name} ends before byte {offset}")
+            view, offset = view[count:], offset + count
+
+
+def open_rank_file(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> tuple[int, Header]:
+    """Open a file of the checkpoint whose size and header are as the manifest says; return it and its header."""
+    descriptor = open_plain(folder / info.name, info.size)
+    try:
+        header = read_header(descriptor, info.size)
+        if {key: entry[:2] for key, entry in header.items()} != keys:
+            raise CheckpointError("its header lists other pieces than the manifest")
+    except CheckpointError as error:
+        os.close(descriptor)
+        raise CheckpointError(f"{info.name}: {error}") from error
+    return descriptor, header
+
+
+def _file_problem(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> str | None:
+    try:
+        with open(open_rank_file(folder, info, keys)[0], "rb", buffering=0) as file:
+            file.seek(0)
+            digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK))
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{info.name}: {explain(error)}"
+    same = digest.hexdigest() == info.xxh3_128
+    return None if same else f"{info.name}: its bytes are not those that were written: its hash does not match"
+
+
+def _examine(path: Path) -> tuple[Manifest | None, list[str]]:
+    if path.is_symlink() or not path.is_dir():
+        return None, [f"{path} is not a folder" if path.exists() else f"{path} does not exist"]
+    try:
+        manifest, present = read_manifest(path), set(os.listdir(path))
+    except CheckpointError as error:
+        return None, [str(error).removeprefix(f"{path}: ")]
+    except OSError as error:
+        return None, [explain(error)]
+    expected = {MANIFEST, *(info.name for info in manifest.files)}
+    problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
+        found = pool.map(
+            lambda job: _file_problem(path, *job), zip(manifest.files, keys_by_file(manifest), strict=True)
+        )
+        return manifest, problems + [problem for problem in found if problem]
+
+
+def verify(path: Path | str) -> list[str]:
+    """Read the whole checkpoint in folder `path` and return what is wrong with it; an empty list when nothing is."""
+    return _examine(Path(path))[1]
+
+
+def list_checkpoints(folder: Path | str) -> list[CheckpointInfo]:
+    """Return the published checkpoints in `folder`, the highest step first; none when there is no folder."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {explain(error)}") from error
+    found = [(entry, match) for entry in entries if (match := _PUBLISHED.fullmatch(entry.name))]
+    infos = [CheckpointInfo(Path(entry.path), int(m[1])) for entry, m in found if entry.is_dir(follow_symlinks=False)]
+    return sorted(infos, key=lambda info: -info.step)
+
+
+def find_newest(folder: Path | str, verify: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest checkpoint in `folder` that verifies, and the newer ones that do not, each with the reason.
+
+    `verify=False` looks at manifests only. Rank 0 calls and broadcasts the choice.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for info in list_checkpoints(folder):
+        try:
+            problems = _examine(info.path)[1] if verify else read_manifest(info.path) and []
+        except CheckpointError as error:
+            problems = [str(error)]
+        if not problems:
+            return info.path, skipped
+        skipped.append((info.path, "; ".join(problems)))
+    return None, skipped
+
+
+def find_best(folder: Path | str) -> Path | None:
+    """Return the checkpoint with the highest score, the earliest of equals; None when none has a score."""
+    best = best_first(list_checkpoints(folder), {})
+    return best[0].path if best else None
+
+
+def best_first(infos: Iterable[CheckpointInfo], known: dict[str, float | None]) -> list[CheckpointInfo]:
+    """Sort the checkpoints that have a score; `known` remembers scores by folder name."""
+    for info in infos:
+        if info.path.name not in known:
+            try:
+                known[info.path.name] = read_manifest(info.path).score
+            except CheckpointError:  # a damaged one is nobody's best; resuming says what is wrong with it
+                known[info.path.name] = None
+    scored = [(score, info) for info in infos if (score := known[info.path.name]) is not None]
+    return [info for _, info in sorted(scored, key=lambda item: (-item[0], item[1].step))]
