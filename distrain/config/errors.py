@@ -1,0 +1,27 @@
+"""Errors that teach: each says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what was found, what was expected and what to do."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run; `problems` holds one line for each thing that is wrong with it."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.source = source
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def close_names(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'a' or 'b'?" for the choices nearest to `name`, or an empty string."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(by_lower[match]) for match in found)}?" if found else ""

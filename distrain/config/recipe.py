@@ -1,0 +1,71 @@
+"""`Recipe`: everything that a run is, in plain values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from distrain.config.agreement import Known, disagreements
+from distrain.config.sections import (
+    BatchSection,
+    ByName,
+    CheckpointSection,
+    ComponentField,
+    DataSection,
+    EvalSection,
+    LogSection,
+    ModelSection,
+    OptimSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+    Whole,
+)
+
+Task = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq"]
+
+
+class Recipe(Section):
+    """What a run is. Two runs of equal recipes on equal worlds are equal."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+            title="at most 100 letters, digits, '.', '_' and '-', the first a letter or digit",
+        ),
+    ]
+    """The run's name: letters, digits, '.', '_' and '-'; the run folder is runs/NAME."""
+    task: Task
+    """What is predicted, which decides the default loss and metrics and how a batch is read."""
+    data: Annotated[DataSection, ByName()]
+    """The data set, how it is split and how it is read."""
+    model: Annotated[ModelSection, ByName()]
+    """The model, and the weights that it starts from."""
+    loss: ComponentField | None = None
+    """Any loss of torch.nn by name (cross_entropy or CrossEntropyLoss), or your own; None takes the task's usual."""
+    optim: Annotated[OptimSection, ByName()] = OptimSection()
+    """The optimizer: adamw unless it says otherwise."""
+    schedule: Annotated[ScheduleSection, ByName()] = ScheduleSection()
+    """How the learning rate changes."""
+    batch: BatchSection
+    """Batch sizes."""
+    train: TrainSection
+    """How long and in what arithmetic."""
+    eval: EvalSection = EvalSection()
+    """When and how the model is scored."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When state is saved and what is kept."""
+    log: LogSection = LogSection()
+    """Where the numbers go."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """What initialisation, order, augmentation and dropout are computed from."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Recipe:
+        if problems := disagreements(Known({key: getattr(self, key) for key in type(self).model_fields})):
+            text = "; ".join(f"{key}: {problem}" for key, problem in problems)
+            raise PydanticCustomError("disagreement", "{text}", {"text": text})
+        return self

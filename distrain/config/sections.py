@@ -1,0 +1,336 @@
+"""The sections of a recipe: what may be written in each, and what every key means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    model_serializer,
+)
+from pydantic_core import core_schema
+
+from distrain.config.durations import Duration
+from distrain.config.user_files import is_object_spec
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kinds of values
+
+
+def _whole(value: Any) -> Any:
+    # YAML has `1e6` as a float, and that is how people write a large count.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _not_zero(duration: Duration) -> Duration:
+    if duration.amount == 0:
+        raise ValueError(f"found '{duration}', expected more than zero")
+    return duration
+
+
+def _not_time(duration: Duration) -> Duration:
+    if duration.seconds is not None:
+        raise ValueError(
+            f"found '{duration}', a time, which only checkpoint.every and log.every can be; "
+            "write it in steps, epochs, samples, tokens or %"
+        )
+    return duration
+
+
+def _component_name(name: str) -> str:
+    if (":" in name or name.endswith(".py")) and not is_object_spec(name):
+        raise ValueError(f"found {name!r}, expected a name, 'package.module:name' or 'path/to/file.py:name'")
+    return name
+
+
+def _object_spec(spec: str) -> str:
+    if not is_object_spec(spec):
+        raise ValueError(f"found {spec!r}, expected 'path/to/file.py:name' or 'package.module:name'")
+    return spec
+
+
+class ByName:
+    """Lets a bare name stand for a mapping that holds only `name`."""
+
+    @staticmethod
+    def _mapping(value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._mapping, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1, "title": "a name"}, handler(schema)]}
+
+
+def _kind_of_split(value: Any) -> str | None:
+    if isinstance(value, FoldSplit) or (isinstance(value, dict) and value.keys() & {"fold", "of"}):
+        return "<fold>"
+    return "<fractions>" if isinstance(value, list) else "<files>" if isinstance(value, dict) else None
+
+
+Text = Annotated[str, Field(min_length=1)]
+ComponentName = Annotated[Text, AfterValidator(_component_name)]
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e18)]
+NotNegative = Annotated[float, Field(ge=0, le=1e18)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1, le=10**12)]
+BatchSize = Annotated[Whole, Field(ge=1, le=2**31)]
+Interval = Annotated[Duration, AfterValidator(_not_zero)]
+TrainingInterval = Annotated[Interval, AfterValidator(_not_time)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sections
+
+
+class Section(BaseModel):
+    """A mapping of the recipe whose keys are all known."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        serialize_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class Component(Section):
+    """Something built by name: a bare name, or a mapping of `name` and the arguments that it takes."""
+
+    model_config = ConfigDict(extra="allow")
+    name: ComponentName
+    """A name from `distrain list`, `package.module:name`, or `path/to/file.py:name`."""
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The arguments besides the keys that the section itself defines."""
+        return dict(self.model_extra or {})
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
+        return self.name if type(self) is Component and not self.model_extra else handler(self)
+
+
+ComponentField = Annotated[Component, ByName()]
+
+
+class FoldSplit(Section):
+    """Fold `fold` of `of` is held out for testing, the rest is for training (cross-validation)."""
+
+    fold: Count
+    """Which fold is held out, from 1."""
+    of: Annotated[Whole, Field(ge=2, le=10**6)]
+    """How many folds the data is cut into."""
+
+
+class TransformsSection(Section):
+    """What is done to the inputs, each item a transform by its torchvision v2 name with its arguments."""
+
+    train: list[ComponentField] = []
+    """For the training split; random ones depend on (seed, epoch, sample id) alone."""
+    eval: list[ComponentField] = []
+    """For evaluation and prediction."""
+
+
+Split = Annotated[
+    Annotated[list[Positive], Tag("<fractions>")]
+    | Annotated[FoldSplit, Tag("<fold>")]
+    | Annotated[dict[Literal["train", "valid", "test"], Text], Tag("<files>")],
+    Discriminator(_kind_of_split),
+]
+
+
+class DataSection(Component):
+    """The data set, how it is split and how it is read. Further keys are arguments of the data set."""
+
+    path: Text | None = None
+    """A file or folder, relative to the recipe's folder."""
+    split: Annotated[
+        Split | None,
+        Field(title="fractions as [0.8, 0.2], {fold: 1, of: 5}, {train: PATH, test: PATH}, or null"),
+    ] = None
+    """Fractions for [train, test] or [train, valid, test]; {fold, of}; or the folder or file of each split.
+    None: as the data set comes."""
+    stratify: bool = False
+    """Keep the share of each class the same in every split of fractions or folds."""
+    transforms: TransformsSection = TransformsSection()
+    """What is done to the inputs."""
+    workers: Annotated[Whole, Field(ge=0, le=256)] = 0
+    """Loader processes for each training process; 0 loads in the training process itself."""
+    prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
+    """`path/to/file.py:name` of a function that is called once, by rank 0, with `path` when nothing is there yet."""
+
+
+class ModelSection(Component):
+    """The model. Further keys are arguments of its class or function."""
+
+    weights: Text | None = None
+    """A local .safetensors or .pt state dict to start from, relative to the recipe's folder."""
+    weights_strict: bool = True
+    """Whether `weights` must hold exactly the model's tensors; otherwise what matches is loaded, the rest is named."""
+
+
+class GroupSection(Section):
+    """Overrides for the parameters whose names match."""
+
+    params: Text
+    """A shell pattern over parameter names, such as 'encoder.*'."""
+    lr_scale: NotNegative = 1.0
+    """What the learning rate is multiplied by."""
+    weight_decay: NotNegative | None = None
+    """The weight decay of these parameters; None keeps optim.weight_decay."""
+
+
+class OptimSection(Component):
+    """The optimizer. Further keys are arguments of its class (momentum, betas, eps, ...)."""
+
+    name: ComponentName = "adamw"
+    """Any optimizer of torch.optim, or a class of your own."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay, off for what no_decay lists."""
+    no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias", "embedding"]
+    """Kinds of parameters that are never decayed."""
+    clip_norm: Positive | None = None
+    """Largest norm of the whole gradient; None does not clip."""
+    groups: list[GroupSection] = []
+    """Overrides by parameter name; the first that matches holds."""
+    freeze: list[Text] = []
+    """Shell patterns over parameter names that are not trained."""
+
+
+SCHEDULES_WITH = {
+    "final": ("linear", "cosine", "one_cycle", "warmup_stable_decay"),
+    "decay": ("warmup_stable_decay",),
+    "every": ("step",),
+    "gamma": ("step",),
+}
+
+
+class ScheduleSection(Section):
+    """The learning rate as a function of the optimizer step, as a share of the peak."""
+
+    name: Literal["constant", "linear", "cosine", "step", "one_cycle", "warmup_stable_decay"] = "constant"
+    """The shape after warm-up."""
+    warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
+    """Linear rise from 0 to the peak."""
+    final: Fraction01 = 0.0
+    """What is left of the peak at the end (linear, cosine, one_cycle, warmup_stable_decay)."""
+    decay: TrainingInterval = Duration(10, "%")
+    """Length of the last phase (warmup_stable_decay)."""
+    every: TrainingInterval = Duration(30, "%")
+    """How often the rate falls (step)."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What it is multiplied by each time (step)."""
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {
+            key: value for key, value in handler(self).items() if self.name in SCHEDULES_WITH.get(key, (self.name,))
+        }
+
+
+class BatchSection(Section):
+    """Batch sizes in samples. Accumulation follows: global / (micro * processes)."""
+
+    # Not `alias`: type checkers would then want BatchSection(global=...), which is not Python.
+    global_batch_size: BatchSize = Field(validation_alias="global", serialization_alias="global")
+    """Samples in one optimizer step, over all processes and accumulated micro-batches."""
+    micro_batch_size: BatchSize | Literal["auto"] = Field(
+        default="auto", validation_alias="micro", serialization_alias="micro"
+    )
+    """Samples in one forward pass of one process; auto takes global / processes."""
+
+
+LENGTHS = ("epochs", "steps", "tokens")
+
+
+class TrainSection(Section):
+    """How long and in what arithmetic. Exactly one of epochs, steps and tokens."""
+
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Passes over the training split."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    tokens: Annotated[Whole, Field(ge=1, le=10**18)] | None = None
+    """Tokens, for samples of a fixed length."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Arithmetic of the forward pass: auto is bf16 on GPUs that have it and fp32 elsewhere.
+    Weights stay fp32 (fp64 for fp64)."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
+    compile: bool = False
+    """Whether the model is compiled with torch.compile."""
+
+    @property
+    def length(self) -> Duration:
+        """The length of training as a duration."""
+        for unit in LENGTHS:
+            if (amount := getattr(self, unit)) is not None:
+                return Duration(float(amount), unit)
+        raise AssertionError("a recipe is validated to have one of them")
+
+
+class EarlyStopSection(Section):
+    """Ends training when eval.best has not improved."""
+
+    patience: Count
+    """Evaluations without improvement before the run stops."""
+    min_delta: NotNegative = 0.0
+    """The least change that counts as an improvement."""
+
+
+class EvalSection(Section):
+    """When and how the model is scored: on the split `valid` where there is one, otherwise on `test`."""
+
+    every: TrainingInterval | None = Duration(1, "epochs")
+    """How often; None scores only at the end."""
+    metrics: list[ComponentField] | None = None
+    """Metrics by name beside the loss; None takes the usual ones of the task."""
+    best: Text | None = None
+    """The metric that decides which checkpoint is best, such as accuracy or -loss; None takes the loss."""
+    batch: BatchSize | None = None
+    """Samples in one forward pass of one process; None takes the micro batch size."""
+    early_stop: EarlyStopSection | None = None
+    """When to stop early; None trains to the end."""
+
+
+class CheckpointSection(Section):
+    """When state is saved and what is kept."""
+
+    every: Interval | None = Duration(10, "%")
+    """How often, in training or in time; None saves only at the end."""
+    keep: Count = 3
+    """How many of the newest are kept."""
+    keep_best: Annotated[Whole, Field(ge=0, le=10**12)] = 1
+    """How many of the best by eval.best are kept besides."""
+    asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
+    """Whether files are written while training goes on."""
+
+
+class LogSection(Section):
+    """Where the numbers go besides metrics.jsonl."""
+
+    every: Interval = Duration(10, "steps")
+    """How often a row of training numbers is written."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: not at all, to local files, or to the service."""
+    project: Text = "distrain"
+    """The Weights & Biases project."""
+    tensorboard: bool = False
+    """Whether TensorBoard event files are written."""
