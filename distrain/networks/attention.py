@@ -1,0 +1,159 @@
+"""What transformers here are made of: attention with a cache, blocks, positions."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distrain.config import UserError
+
+Cache = dict[str, Tensor]
+"""The keys and values that one attention has computed, each (batch, heads, seq, head width)."""
+
+
+def check_heads(d_model: int, n_head: int) -> None:
+    """Refuse a width that cannot be cut into that many heads."""
+    if d_model % n_head:
+        near = [heads for heads in range(1, d_model + 1) if d_model % heads == 0]
+        best = sorted(near, key=lambda heads: abs(heads - n_head))[:2]
+        raise UserError(
+            f"model: d_model {d_model} is not a multiple of n_head {n_head}; "
+            f"try n_head {' or '.join(map(str, sorted(best)))}, or d_model {math.ceil(d_model / n_head) * n_head}"
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017) of x over itself or over a memory."""
+
+    def __init__(self, d_model: int, n_head: int, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        self.n_head = n_head
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=bias)
+        self.out = nn.Linear(d_model, d_model, bias=bias)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotation: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return (batch, seq, d_model) for `x` of the same shape.
+
+        `memory` (batch, memory seq, d_model): what is attended to instead of x. `mask`: bool, broadcast to (batch,
+        heads, seq, attended), True where attention may go. `causal`: no position attends to a later one. `rotation`:
+        from `rotary`, for the positions of x. `cache`: filled in place; x's keys and values are added to those in it,
+        while those of a memory are computed once. With a filled cache and `causal`, x is one position.
+        """
+        query = self._heads(self.query(x))
+        if rotation is not None:
+            query = rotate(query, rotation)
+        if memory is not None and cache:
+            key, value = cache["key"], cache["value"]
+        else:
+            key, value = map(self._heads, self.key_value(x if memory is None else memory).chunk(2, dim=-1))
+            if rotation is not None:
+                key = rotate(key, rotation)
+            if cache is not None:
+                if cache:
+                    key = torch.cat([cache["key"], key], dim=2)
+                    value = torch.cat([cache["value"], value], dim=2)
+                cache["key"], cache["value"] = key, value
+        assert not causal or query.shape[2] in (1, key.shape[2])
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal and query.shape[2] > 1,
+        )
+        return cast(Tensor, self.out(output.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention over itself, over a memory if it is built so, and a two-layer network."""
+
+    def __init__(self, d_model: int, n_head: int, dropout: float, bias: bool, *, d_ff: int | None = None, cross: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model, bias=bias)
+        self.attention = Attention(d_model, n_head, dropout, bias)
+        self.norm_cross = nn.LayerNorm(d_model, bias=bias) if cross else None
+        self.cross = Attention(d_model, n_head, dropout, bias) if cross else None
+        self.norm2 = nn.LayerNorm(d_model, bias=bias)
+        self.up = nn.Linear(d_model, d_ff or 4 * d_model, bias=bias)
+        self.down = nn.Linear(d_ff or 4 * d_model, d_model, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotation: Tensor | None = None,
+        cache: Cache | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_cache: Cache | None = None,
+    ) -> Tensor:
+        """Return (batch, seq, d_model) for `x` of the same shape; the arguments are those of `Attention`."""
+        attended = self.attention(self.norm1(x), mask=mask, causal=causal, rotation=rotation, cache=cache)
+        x = x + self.dropout(attended)
+        if self.cross is not None and self.norm_cross is not None:
+            attended = self.cross(self.norm_cross(x), memory, mask=memory_mask, cache=memory_cache)
+            x = x + self.dropout(attended)
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+def init_transformer(model: nn.Module, residual_layers: int) -> None:
+    """Initialise as GPT-2 does (Radford et al. 2019): normal, of standard deviation 0.02; biases zero.
+
+    The layers that write to the residual stream, of which there are `residual_layers` on one path, are divided by the
+    root of that number, so that its variance does not grow with depth.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            writes = name.endswith((".out", ".down"))
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(residual_layers) if writes else 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """Return (seq, width) float32: the positions of Vaswani et al. 2017, section 3.5, for `places` (seq,)."""
+    angles = _angles(places, width)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def rotary(places: Tensor, width: int) -> Tensor:
+    """Return (2, seq, width / 2) float32: cosines and sines of RoFormer (Su et al. 2021) for `places` (seq,)."""
+    angles = _angles(places, width)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Return `x` (batch, heads, seq, width), the two halves of its width rotated by `rotation`, in its own dtype."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+def _angles(places: Tensor, width: int) -> Tensor:
+    # computed when needed: as a buffer they would be cast to bf16 with the model, which loses whole positions
+    rates = 10000.0 ** (torch.arange(0, width, 2, device=places.device, dtype=torch.float32) / -width)
+    return places[:, None].float() * rates

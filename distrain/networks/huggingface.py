@@ -1,0 +1,153 @@
+"""Models of the transformers library, an optional extra: `transformers:CLASS`. Nothing is ever downloaded.
+
+model: {name: transformers:AutoModelForCausalLM, config: {model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}}
+model: {name: transformers:AutoModelForSequenceClassification, path: folders/bert}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distrain.config import UserError, close_names
+
+PREFIX = "transformers:"
+
+_FACTS = {"num_labels": "num_labels", "pad_token_id": "pad_id", "bos_token_id": "bos_id", "eos_token_id": "eos_id"}
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers; does not import it."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(model).__mro__
+    )
+
+
+def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the name and arguments of a transformers model."""
+    try:
+        kind = _class(name)
+    except UserError as error:
+        return [str(error)]
+    problems = [
+        f"model.{key}: {name} takes no such argument{close_names(key, ('config', 'path'))}; it takes config or path"
+        for key in args
+        if key not in ("config", "path")
+    ]
+    if ("config" in args) == ("path" in args):
+        problems.append(
+            f"model: {name} takes either `config`, a mapping such as {{model_type: gpt2, n_layer: 2}}, or `path`, a "
+            f"local folder that save_pretrained wrote; found {'both' if 'config' in args else 'neither'}"
+        )
+    elif "config" in args:
+        problems += _config_problems(kind, args["config"])
+    return problems
+
+
+def build_transformers(
+    name: str, args: Mapping[str, Any], known: Mapping[str, Any], *, base: Path, weights: bool
+) -> nn.Module:
+    """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
+
+    `known`: what the data say (`distrain.models.facts`), for what the configuration leaves open: the vocabulary, the
+    number of labels, and the ids of special tokens.
+    """
+    problems = check_transformers(name, args)
+    if problems:
+        raise UserError("\n".join(problems))
+    kind = _class(name)
+    if "path" in args:
+        return _from_folder(kind, name, base / args["path"], known, weights)
+    given = dict(args["config"])
+    config_class = _config_class(kind, given.pop("model_type", None))
+    facts = {key: known[fact] for key, fact in _FACTS.items() if fact in known}
+    # a default padding id of the class would hide real tokens of data that have none
+    facts.setdefault("pad_token_id", None)
+    vocabularies = [known[key] for key in ("vocab_size", "target_vocab_size") if key in known]
+    if vocabularies:
+        facts["vocab_size"] = max(vocabularies)
+    try:
+        config = config_class(**(facts | given))
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error
+    return model.float()  # type: ignore[no-any-return]
+
+
+def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], weights: bool) -> nn.Module:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.path: there is no config.json in {folder}; expected a folder that save_pretrained wrote"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        for key, fact in _FACTS.items():
+            if fact in known:
+                setattr(config, key, known[fact])
+        if weights:
+            model = kind.from_pretrained(folder, config=config, local_files_only=True)
+        else:
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model.path: {name} cannot be opened from {folder}: {error}") from error
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    needed = known.get("vocab_size")
+    if size is not None and needed is not None and needed > size:
+        raise UserError(
+            f"model.path: the model in {folder} knows {size} tokens and the data have {needed}; tokenize the data with "
+            "the model's own tokenizer"
+        )
+    return model.float()  # type: ignore[no-any-return]
+
+
+def _class(name: str) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            f"model.name: {name} needs the package transformers; install it: pip install 'distrain[transformers]'"
+        )
+    import transformers
+
+    bare = name.removeprefix(PREFIX)
+    kind = getattr(transformers, bare, None)
+    if not (isinstance(kind, type) and (hasattr(kind, "from_config") or hasattr(kind, "from_pretrained"))):
+        choices = [other for other in dir(transformers) if "For" in other or other.startswith("AutoModel")]
+        raise UserError(f"model.name: transformers has no model {bare!r}{close_names(bare, choices)}")
+    return kind
+
+
+def _config_class(kind: Any, model_type: Any) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    if not hasattr(kind, "from_config"):
+        return kind.config_class
+    if model_type not in CONFIG_MAPPING:
+        names = sorted(CONFIG_MAPPING.keys())
+        found = (
+            "is missing" if model_type is None else f"{model_type!r} is not known{close_names(str(model_type), names)}"
+        )
+        raise UserError(f"model.config.model_type: {found}; it names the architecture, such as gpt2, llama, bert or t5")
+    return CONFIG_MAPPING[model_type]
+
+
+def _config_problems(kind: Any, given: Any) -> list[str]:
+    if not isinstance(given, Mapping):
+        return [f"model.config: {given!r} is not a mapping such as {{model_type: gpt2, n_layer: 2}}"]
+    try:
+        config_class = _config_class(kind, given.get("model_type"))
+    except UserError as error:
+        return [str(error)]
+    # a configuration keeps any key that it is given, so a slip would be accepted and do nothing
+    default = config_class()
+    choices = {*default.to_dict(), *default.attribute_map, "num_labels", "model_type"}
+    return [
+        f"model.config.{key}: {config_class.__name__} has no such key{close_names(str(key), choices)}"
+        for key in given
+        if key not in choices and not hasattr(default, str(key))
+    ]

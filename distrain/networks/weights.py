@@ -1,0 +1,149 @@
+"""Weights to start from, out of a local file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distrain.config import UserError
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What was loaded from a file of weights, and what was not."""
+
+    path: Path
+    loaded: tuple[str, ...]
+    """The model's tensors that were found, without tied aliases."""
+    missing: tuple[str, ...]
+    """The model's tensors that the file does not hold."""
+    unexpected: tuple[str, ...]
+    """The file's tensors that the model does not have."""
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Tensors of another shape: (found, expected)."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Return one line for each way in which the file and the model differ."""
+        lines = []
+        if self.missing:
+            lines.append(f"not in the file: {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"not in the model: {_some(self.unexpected)}")
+        if self.mismatched:
+            shapes = (f"{name} (found {found}, expected {want})" for name, (found, want) in self.mismatched.items())
+            lines.append(f"of another shape: {_some(shapes)}")
+        return lines
+
+    def __str__(self) -> str:
+        count = len(self.loaded)
+        return "; ".join([f"loaded {count} tensor{'s' * (count != 1)} from {self.path}", *self.problems])
+
+
+def _some(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} ({len(names)})"
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return alias -> name for the parameters and buffers that are the same tensor; the name is the first of them."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            if first.setdefault(id(tensor), name) != name:
+                aliases[name] = first[id(tensor)]
+    return aliases
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
+    """Copy the tensors of a .safetensors, .pt or .pth file into the model, by name.
+
+    `module.` and `_orig_mod.`, which wrappers put into names, are taken off. `strict`: the file must hold exactly the
+    model's tensors (one name of tied ones is enough), otherwise UserError; not strict: what agrees in name and shape is
+    loaded and the rest is in the report, and only a file of which nothing fits is an error.
+    """
+    expected = model.state_dict(keep_vars=True)
+    found = {_plain(name, expected): tensor for name, tensor in read_tensors(path).items()}
+    loaded, mismatched = [], {}
+    for name, tensor in found.items():
+        if name in expected:
+            want = expected[name]
+            if tensor.shape == want.shape:
+                want.copy_(tensor)
+                loaded.append(name)
+            else:
+                mismatched[name] = (tuple(tensor.shape), tuple(want.shape))
+    aliases = tied_names(model)
+    present = {aliases.get(name, name) for name in found}
+    report = WeightsReport(
+        path,
+        loaded=tuple(name for name in loaded if name not in aliases or aliases[name] not in loaded),
+        missing=tuple(name for name in expected if aliases.get(name, name) not in present),
+        unexpected=tuple(name for name in found if name not in expected),
+        mismatched=mismatched,
+    )
+    if strict and report.problems:
+        raise UserError(
+            f"model.weights: {path} does not fit the model\n  "
+            + "\n  ".join(report.problems)
+            + "\n  weights_strict: false loads what fits"
+        )
+    if not loaded:
+        raise UserError(f"model.weights: no tensor of {path} fits the model\n  " + "\n  ".join(report.problems))
+    return report
+
+
+def _plain(name: str, expected: Mapping[str, Any]) -> str:
+    while name not in expected:
+        shorter = name.replace("_orig_mod.", "").removeprefix("module.")
+        if shorter == name:
+            break
+        name = shorter
+    return name
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of a .pt or .pth state dict, by name; runs no code from it."""
+    if not path.is_file():
+        raise UserError(f"model.weights: there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"model.weights: {path} is not a sound safetensors file: {error}") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise UserError(f"model.weights: {path} is neither .safetensors nor .pt or .pth")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"model.weights: {path} was not opened: it is damaged, or it holds Python objects besides tensors, and "
+            "opening those would run code. Where you trust it, write its tensors alone to a new file: "
+            f"torch.save(model.state_dict(), ...). PyTorch says: {reason}"
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    others = (
+        [name for name, value in content.items() if not isinstance(value, Tensor)]
+        if isinstance(content, Mapping)
+        else [type(content).__name__]
+    )
+    if others:
+        raise UserError(
+            f"model.weights: {path} is not a state dict: found {_some(map(str, others))}; expected names and tensors, "
+            "or such a mapping under 'state_dict', 'model_state_dict' or 'model'"
+        )
+    return dict(content)
