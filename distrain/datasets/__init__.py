@@ -7,6 +7,7 @@
     parallel.py    pairs of sentences for translation
     own.py         the user's own Dataset or iterable, named in the recipe
     transforms.py  what is done to inputs, in whole batches
+    randomness.py  random numbers computed from (seed, epoch, sample id)
 
 To add one, write in any module of this folder a function decorated with `register`. Its first parameter is the
 `DataRequest`; its further parameters are the keys that the recipe's `data` section may hold beside its own. Its first
@@ -22,13 +23,16 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # --------------------------------------------------------------------------------------------------------------------
 # What a data set gives
@@ -73,7 +77,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        """Return the samples `ids` (batch,) int64, each in 0..len-1, in that order; equal ids give equal batches."""
+        """Return the samples `ids` (batch,) int64, each in 0..len-1, in that order; equal ids give equal batches.
+
+        The batch is the caller's to change. A source whose samples differ from epoch to epoch also has
+        `fetch_at(ids, epochs)`. Images of different sizes are a list in `inputs`, for a transform to make equal.
+        """
         ...
 
 
@@ -92,7 +100,7 @@ class StreamSource(Protocol):
 AnySource = Source | StreamSource
 
 
-def is_stream(source: AnySource) -> TypeGuard[StreamSource]:
+def is_stream(source: AnySource) -> TypeIs[StreamSource]:
     """Whether a source can only be walked."""
     return not hasattr(source, "fetch")
 
@@ -268,7 +276,7 @@ def check_arguments(
     for key, value in args.items():
         if key in named:
             try:
-                checked[key] = TypeAdapter(hints.get(key, Any)).validate_python(value)
+                checked[key] = TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
             except ValidationError as error:
                 reasons = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
                 problems.append(f"data.{key}: {value!r} does not fit: {reasons}")

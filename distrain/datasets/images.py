@@ -1,0 +1,279 @@
+"""Images: folders with one folder for each class, and CIFAR and MNIST in the files that they are distributed in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from distrain.config import UserError, close_names
+from distrain.datasets import Batch, Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
+_BYTES = (0, 255)
+
+Channels = Literal["rgb", "gray"]
+
+
+class ImageFiles:
+    """Image files, decoded when fetched: inputs (batch, channels, height, width) uint8, a list where sizes differ."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        targets: np.ndarray | None,
+        size: tuple[int, int] | None,
+        channels: Channels,
+    ):
+        """`targets` (n,) int64 or None; images are resized to `size` (height, width) where that is not None."""
+        self.paths = paths
+        self.targets = targets
+        self.size = size
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fetch(self, ids: np.ndarray) -> Batch:
+        images = [self._decoded(number) for number in ids.tolist()]
+        same = all(image.shape == images[0].shape for image in images)
+        batch: Batch = {"inputs": torch.stack(images) if same else images}
+        if self.targets is not None:
+            batch["targets"] = torch.from_numpy(self.targets[ids])
+        batch["ids"] = torch.from_numpy(ids)
+        return batch
+
+    def _decoded(self, number: int) -> torch.Tensor:
+        path = self.paths[number]
+        try:
+            return decode_image(path, self.size, self.channels)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"sample {number}, {path}, cannot be decoded as an image: {reason}; mend the file or take it away"
+            ) from error
+
+
+def decode_image(path: Path, size: tuple[int, int] | None, channels: Channels) -> torch.Tensor:
+    """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) where given."""
+    with Image.open(path) as opened:
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            # Pillow clips 16-bit values at 255 instead of scaling them.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB" if channels == "rgb" else "L")
+        if size is not None and image.size != (size[1], size[0]):
+            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        pixels = np.array(image)
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def image_reader(size: tuple[int, int] | None, channels: Channels) -> Any:
+    """Return a function that reads inputs for prediction: an image, a folder of images, or a .npy of pixels 0..255."""
+
+    def read(path: Path) -> Source:
+        if path.suffix == ".npy":
+            return TensorSource(pixels_from_npy(path, size, channels, _BYTES).to(torch.uint8), None)
+        return ImageFiles(image_paths(path), None, size, channels)
+
+    return read
+
+
+def image_paths(path: Path) -> list[Path]:
+    """Return `path` itself if it is a file, or the images in and below it, sorted; hidden ones are left out."""
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}; expected an image or a folder of images")
+    if path.is_file():
+        return [path]
+    found = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        named = (name for name in sorted(files) if not name.startswith("."))
+        found += [Path(folder, name) for name in named if name.lower().endswith(_SUFFIXES)]
+    if not found:
+        raise UserError(f"{path} holds no image; known are files ending in {', '.join(_SUFFIXES)}")
+    return found
+
+
+def pixels_from_npy(
+    path: Path, size: tuple[int, int] | None, channels: Channels, bounds: tuple[float, float]
+) -> torch.Tensor:
+    """Return the pixels of a .npy as (n, channels, height, width), of one image or of many, with values in `bounds`."""
+    try:
+        pixels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a .npy file: {error}") from error
+    depth = 3 if channels == "rgb" else 1
+    shape = pixels.shape
+    if depth == 1 and pixels.ndim == 2:
+        pixels = pixels[None, None]
+    elif depth == 1 and pixels.ndim == 3:
+        pixels = pixels[:, None]
+    elif depth == 3 and pixels.ndim == 3:
+        pixels = pixels[None]
+    if pixels.ndim == 4 and pixels.shape[1] != depth and pixels.shape[-1] == depth:
+        pixels = pixels.transpose(0, 3, 1, 2)
+    expected = f"(n, {depth}, " + (f"{size[0]}, {size[1]})" if size else "height, width)")
+    if pixels.ndim != 4 or pixels.shape[1] != depth or (size is not None and pixels.shape[2:] != size):
+        raise UserError(f"{path} holds an array of shape {shape}; expected {expected}")
+    if not np.issubdtype(pixels.dtype, np.number) or pixels.min() < bounds[0] or pixels.max() > bounds[1]:
+        raise UserError(f"{path}: expected pixels from {bounds[0]} to {bounds[1]}, and found others ({pixels.dtype})")
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@register("image_folder", tasks=("classification",))
+def image_folder(request: DataRequest, size: int | list[int] | None = None, channels: Channels = "rgb") -> Data:
+    """Images in one folder for each class, read when they are needed.
+
+    `data.path` holds the class folders, cut by `data.split` (by default [0.8, 0.2]); or it holds such folders for the
+    splits, named in `data.split` as {train: ..., test: ...}, or found where they are called train, val or valid, and
+    test. Classes are numbered in the order of the sorted names of the training split's folders. `size`, a number or
+    [height, width], resizes each image when it is read; `channels` is rgb or gray. Inputs are uint8 until a transform
+    makes them something else, and float32 in [0, 1] in the end.
+    """
+    if isinstance(size, list) and len(size) != 2:
+        raise UserError(f"data.size: found {size}, expected a number or [height, width]")
+    shape = None if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
+    if shape is not None and min(shape) < 1:
+        raise UserError(f"data.size: found {size}, expected at least 1")
+    root = request.path(_CLASS_FOLDERS)
+    if not root.is_dir():
+        raise UserError(f"data.path: {root} is a file, expected {_CLASS_FOLDERS}")
+    folders = _split_folders(root, request.section.split)
+    state = request.state or {"class_names": _class_names(folders["train"])}
+    names = list(state["class_names"])
+    splits: dict[str, Source] = {}
+    files = {split: _class_files(folder, names) for split, folder in folders.items()}
+    if set(files) == {"train"}:
+        paths, targets = files["train"]
+        for split, indices in split_indices(len(paths), request.section, request.seed, targets).items():
+            splits[split] = ImageFiles([paths[index] for index in indices], targets[indices], shape, channels)
+    else:
+        splits.update({split: ImageFiles(*found, shape, channels) for split, found in files.items()})
+    meta = DataMeta(num_classes=len(names), class_names=tuple(names))
+    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels))
+
+
+def _split_folders(root: Path, split: Any) -> dict[str, Path]:
+    """Return the folder of each split; only `train`, which is then to be cut, where the folder is one piece."""
+    if isinstance(split, dict):
+        folders = {name: root / folder for name, folder in split.items()}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                there = [path.name for path in root.iterdir() if path.is_dir()]
+                raise UserError(f"data.split: there is no folder {folder} for {name}{close_names(folder.name, there)}")
+        return folders
+    if split is None and (root / "train").is_dir():
+        known = {"val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
+        found = {known[name]: root / name for name in known if (root / name).is_dir()}
+        if found:
+            return {"train": root / "train", **found}
+    return {"train": root}
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        found = f"only {names[0]!r}" if names else "no folder"
+        raise UserError(f"{folder} holds {found}; expected {_CLASS_FOLDERS}")
+    return names
+
+
+def _class_files(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray]:
+    there = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if unknown := sorted(set(there) - set(names)):
+        raise UserError(
+            f"{folder} has a folder {unknown[0]!r}{close_names(unknown[0], names)}, which is no class of the training "
+            f"split; its classes are {', '.join(names[:20])}"
+        )
+    by_class = [image_paths(folder / name) if name in there else [] for name in names]
+    targets = np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in by_class])
+    return [path for paths in by_class for path in paths], targets
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Well-known sets, in memory
+
+
+@register("cifar10", tasks=("classification",))
+def cifar10(request: DataRequest) -> Data:
+    """CIFAR-10: 60 000 colour images of 32 × 32 in 10 classes, from its `cifar-10-batches-py` folder.
+
+    Nothing is downloaded. The files are pickles, which can run code when read: torchvision checks the MD5 of each
+    against the published ones first. With fractions or a fold in `data.split`, the training images are cut into train
+    and valid, and the test images stay as they are.
+    """
+    return _torchvision_set(request, "CIFAR10", "cifar-10-batches-py", ["data_batch_1", "test_batch", "batches.meta"])
+
+
+@register("cifar100", tasks=("classification",))
+def cifar100(request: DataRequest) -> Data:
+    """CIFAR-100: 60 000 colour images of 32 × 32 in 100 classes, from its `cifar-100-python` folder.
+
+    As with `cifar10`, the files are pickles that are read only if their MD5 is the published one.
+    """
+    return _torchvision_set(request, "CIFAR100", "cifar-100-python", ["train", "test", "meta"])
+
+
+_IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+@register("mnist", tasks=("classification",))
+def mnist(request: DataRequest) -> Data:
+    """MNIST: 70 000 grey images of 28 × 28 of handwritten digits, from its `MNIST/raw` folder."""
+    return _torchvision_set(request, "MNIST", "MNIST/raw", _IDX_FILES)
+
+
+@register("fashion_mnist", tasks=("classification",))
+def fashion_mnist(request: DataRequest) -> Data:
+    """Fashion-MNIST: 70 000 grey images of 28 × 28 of clothes in 10 classes, from its `FashionMNIST/raw` folder."""
+    return _torchvision_set(request, "FashionMNIST", "FashionMNIST/raw", _IDX_FILES)
+
+
+def _torchvision_set(request: DataRequest, kind: str, folder: str, files: list[str]) -> Data:
+    from torchvision import datasets
+
+    root = request.path(f"the folder that holds {folder}, with {', '.join(files)} in it")
+    # Whoever points at the inner folder means the same.
+    if not (root / folder).exists() and root.resolve().match(folder):
+        root = root.resolve().parents[len(Path(folder).parts) - 1]
+    if missing := [str(root / folder / name) for name in files if not (root / folder / name).is_file()]:
+        raise UserError(
+            f"data.path: {request.section.name} is not complete in {root}: there is no {', '.join(missing)}; "
+            "unpack the published archive there (nothing is downloaded)"
+        )
+    try:
+        train, test = (getattr(datasets, kind)(root, train=part, download=False) for part in (True, False))
+    except Exception as error:
+        raise UserError(f"data.path: {root / folder} cannot be read: {type(error).__name__}: {error}") from error
+    whole = _in_memory(train)
+    splits: dict[str, Source] = {"train": whole}
+    if request.section.split is not None:
+        cut = split_indices(len(whole), request.section, request.seed, np.asarray(train.targets))
+        if set(cut) != {"train", "test"}:
+            raise UserError(
+                f"data.split: {request.section.name} has its own test images; give [train, valid] fractions"
+            )
+        splits = {"train": whole.select(cut["train"]), "valid": whole.select(cut["test"])}
+    splits["test"] = _in_memory(test)
+    assert isinstance(whole.inputs, torch.Tensor)
+    depth, height, width = whole.inputs.shape[1:]
+    names = tuple(str(name) for name in train.classes)
+    meta = DataMeta(input_shape=(depth, height, width), num_classes=len(names), class_names=names)
+    return Data(dict(splits), meta, {}, image_reader((height, width), "rgb" if depth == 3 else "gray"))
+
+
+def _in_memory(dataset: Any) -> TensorSource:
+    pixels = torch.as_tensor(dataset.data)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return TensorSource(pixels.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))

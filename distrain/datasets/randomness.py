@@ -1,0 +1,60 @@
+"""Random numbers that are computed from (seed, epoch, sample id), and never from what was drawn before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def scramble(values: np.ndarray) -> np.ndarray:
+    """Return the uint64 `values` mixed one to one, so that any two inputs give unrelated outputs.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def stream_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
+    """Return uint64 numbers that depend on `seed` and on every part (integers or arrays of them, broadcast)."""
+    state = np.array([seed & (2**64 - 1)], dtype=np.uint64)
+    for part in parts:
+        part = np.asarray(part).astype(np.uint64)
+        state = scramble(state + (part + np.uint64(1)) * np.uint64(GOLDEN))
+    return state
+
+
+def uniform(numbers: np.ndarray) -> np.ndarray:
+    """Return uint64 `numbers` as float64 in [0, 1)."""
+    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def below(numbers: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
+    """Return uint64 `numbers` as int64 in [0, bound), for bounds below 2**32."""
+    return (((numbers >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+
+@contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Restore afterwards the global random state of Python, NumPy and PyTorch's CPU. Other devices are not touched."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_globally(seed: int) -> None:
+    """Seed the global random state of Python, NumPy and PyTorch's CPU; torch.manual_seed would reseed the GPUs too."""
+    random.seed(seed)
+    np.random.seed(seed & (2**32 - 1))
+    torch.default_generator.manual_seed(seed & (2**63 - 1))

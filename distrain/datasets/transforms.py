@@ -1,0 +1,288 @@
+"""What is done to inputs, in whole batches, as a function of (seed, epoch, sample id) alone.
+
+Every transform is named as in torchvision.transforms.v2. Those that treat all samples alike run once on the whole
+batch. Flips and crops draw their parameters for the whole batch at once. All others run on one sample after the other,
+with the random state seeded for each. So a sample looks the same whatever batch, process or loader process it is in.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
+from distrain.datasets import Batch
+from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
+
+Images = torch.Tensor | list[Any]
+"""A tensor (batch, channels, height, width), or one entry for each sample while they differ in size."""
+Step = Callable[[Images, np.ndarray, np.ndarray], Images]
+"""(images, epochs (batch,), ids (batch,)) -> images."""
+
+_WHOLE = (
+    v2.CenterCrop,
+    v2.ConvertImageDtype,
+    v2.Grayscale,
+    v2.Identity,
+    v2.Normalize,
+    v2.Pad,
+    v2.Resize,
+    v2.RGB,
+    v2.ToDtype,
+    v2.ToImage,
+    v2.ToPureTensor,
+)
+_CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
+_UNFIT = {
+    "CutMix": "it mixes samples of a batch, so a sample would depend on its neighbours",
+    "MixUp": "it mixes samples of a batch, so a sample would depend on its neighbours",
+    "FiveCrop": "it makes several images of one",
+    "TenCrop": "it makes several images of one",
+    "Lambda": "name the function itself, as 'path/to/file.py:name'",
+    "Transform": "it is a base class",
+    "RandomIoUCrop": "it is for bounding boxes",
+    "SanitizeBoundingBoxes": "it is for bounding boxes",
+    "ClampBoundingBoxes": "it is for bounding boxes",
+    "ConvertBoundingBoxFormat": "it is for bounding boxes",
+    "ClampKeyPoints": "it is for key points",
+    "SanitizeKeyPoints": "it is for key points",
+    "SetClampingMode": "it is for bounding boxes",
+    "UniformTemporalSubsample": "it is for video",
+}
+
+
+class Transform:
+    """A sequence of transforms of a batch's inputs. Images that are still uint8 in the end become float32 in [0, 1]."""
+
+    def __init__(self, items: Sequence[Component], seed: int, where: str):
+        """Build from the recipe's items. `where` names their key; raises one UserError with every problem."""
+        self.where = where
+        self.names = [item.name for item in items]
+        self._steps: list[Step] = []
+        problems = []
+        for index, item in enumerate(items):
+            try:
+                self._steps.append(_step(_build(item), mix(seed, "transform", index)))
+            except UserError as error:
+                problems.append(f"{where}, item {index + 1}: {error}")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64."""
+        images = batch["inputs"]
+        if not self._steps and isinstance(images, (torch.Tensor, dict)) and not _is_uint8_image(images):
+            return batch
+        if isinstance(images, dict):
+            raise UserError(f"{self.where}: the inputs are {', '.join(images)}, and transforms are for a single tensor")
+        ids = batch["ids"].numpy()
+        for name, step in zip(self.names, self._steps, strict=True):
+            try:
+                images = _stacked(step(images, epochs, ids))
+            except UserError:
+                raise
+            except Exception as error:
+                shapes = _shapes(images)
+                raise UserError(
+                    f"{self.where}: {name} failed on inputs {shapes}: {type(error).__name__}: {error}"
+                ) from error
+        if not isinstance(images, torch.Tensor):
+            raise UserError(
+                f"{self.where}: the samples of a batch must have one size in the end, and these are {_shapes(images)}; "
+                "add Resize or RandomResizedCrop, or give the data set a `size`"
+            )
+        if _is_uint8_image(images):
+            images = images.to(torch.float32).div_(255)
+        # v2 may wrap a tensor in a class of its own, which every later operation would pay for.
+        batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
+        return batch
+
+
+def _is_uint8_image(images: Any) -> bool:
+    return isinstance(images, torch.Tensor) and images.ndim == 4 and images.dtype == torch.uint8
+
+
+def _shapes(images: Any) -> str:
+    if isinstance(images, torch.Tensor):
+        return f"{tuple(images.shape)} {images.dtype}".replace("torch.", "")
+    shapes = {str(tuple(image.shape)) if isinstance(image, torch.Tensor) else type(image).__name__ for image in images}
+    return ", ".join(sorted(shapes)[:4]) + (", ..." if len(shapes) > 4 else "")
+
+
+def _stacked(images: Images) -> Images:
+    """Return the samples as one tensor where they are tensors of one shape."""
+    if isinstance(images, torch.Tensor):
+        return images
+    first = images[0]
+    if all(isinstance(image, torch.Tensor) and image.shape == first.shape for image in images):
+        return torch.stack(images)
+    return images
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def transform_names() -> list[str]:
+    """Return the names of torchvision.transforms.v2 that can be used."""
+    return sorted(
+        name
+        for name, value in vars(v2).items()
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and name not in _UNFIT
+    )
+
+
+def _build(item: Component) -> Callable[[Any], Any]:
+    """Return the transform of one item, a function of one sample or of a whole batch."""
+    if is_object_spec(item.name):
+        made = resolve_object(item.name)
+        args = _arguments(made, item)
+        return made(**args) if inspect.isclass(made) else functools.partial(made, **args)
+    if item.name in _UNFIT:
+        raise UserError(f"{item.name} cannot be used: {_UNFIT[item.name]}")
+    names = transform_names()
+    if item.name not in names:
+        raise UserError(
+            f"no transform {item.name!r} in torchvision.transforms.v2{close_names(item.name, names)}; "
+            "one of your own is named as 'path/to/file.py:name'"
+        )
+    kind: Any = getattr(v2, item.name)
+    args = _arguments(kind, item)
+    if kind is v2.Normalize:
+        args.setdefault("inplace", True)  # a batch is fresh memory, and half the time goes into more of it
+    try:
+        return kind(**args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{item.name}: {error}") from error
+
+
+def _arguments(made: Any, item: Component) -> dict[str, Any]:
+    """Return the item's arguments, checked against the signature and with names turned into what they name."""
+    parameters = dict(inspect.signature(made).parameters)
+    if is_object_spec(item.name) and not inspect.isclass(made):
+        parameters.pop(next(iter(parameters), ""), None)  # the sample itself
+    args = item.args
+    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if unknown := [key for key in args if key not in parameters and not any_key]:
+        takes = ", ".join(parameters) or "nothing"
+        raise UserError(
+            f"{item.name} has no argument {unknown[0]!r}{close_names(unknown[0], parameters)}; it takes {takes}"
+        )
+    for key, parameter in parameters.items():
+        wanted = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if wanted and parameter.default is parameter.empty and key not in args:
+            raise UserError(f"{item.name} needs {key!r}, and it was not given")
+    if is_object_spec(item.name):
+        return args
+    for key, value in args.items():
+        if key == "dtype" and isinstance(value, str):
+            args[key] = getattr(torch, value, None)
+            if not isinstance(args[key], torch.dtype):
+                raise UserError(f"{item.name}: {value!r} is not a dtype of torch, such as float32 or uint8")
+        elif key in ("interpolation", "policy") and isinstance(value, str):
+            enumeration = v2.InterpolationMode if key == "interpolation" else v2.AutoAugmentPolicy
+            choices = [str(each.value) for each in enumeration]
+            if value not in choices:
+                raise UserError(
+                    f"{item.name}: no {key} {value!r}{close_names(value, choices)}; one of {', '.join(choices)}"
+                )
+            args[key] = enumeration(value)
+        elif key == "transforms":
+            entries = value if isinstance(value, list) else [value]
+            args[key] = [_build(Component.model_validate(e if isinstance(e, dict) else {"name": e})) for e in entries]
+    return args
+
+
+def _step(transform: Callable[[Any], Any], seed: int) -> Step:
+    # Subclasses may do anything, so only the classes themselves count.
+    kind = type(transform)
+    if kind in _WHOLE:
+        return functools.partial(_whole, transform)
+    if isinstance(transform, (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)):
+        return functools.partial(_flipped, transform, seed)
+    if kind is v2.RandomCrop:
+        return functools.partial(_cropped, transform, seed)
+    return functools.partial(_one_by_one, transform, seed)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The steps
+
+
+def _whole(transform: Callable[[Any], Any], images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+    return transform(images) if isinstance(images, torch.Tensor) else [transform(image) for image in images]
+
+
+def _one_by_one(
+    transform: Callable[[Any], Any], seed: int, images: Images, epochs: np.ndarray, ids: np.ndarray
+) -> Images:
+    results = []
+    with isolated_randomness():
+        for image, number in zip(images, stream_of(seed, epochs, ids).tolist(), strict=True):
+            seed_globally(number)
+            results.append(transform(image))
+    return results
+
+
+def _flipped(
+    transform: v2.RandomHorizontalFlip | v2.RandomVerticalFlip,
+    seed: int,
+    images: Images,
+    epochs: np.ndarray,
+    ids: np.ndarray,
+) -> Images:
+    chosen = uniform(stream_of(seed, epochs, ids)) < transform.p
+    horizontal = isinstance(transform, v2.RandomHorizontalFlip)
+    if not isinstance(images, torch.Tensor):
+        flip = functional.horizontal_flip if horizontal else functional.vertical_flip
+        return [flip(image) if flips else image for image, flips in zip(images, chosen, strict=True)]
+    values, rows = _bits(images), chosen.nonzero()[0]
+    picked = values[rows]
+    values[rows] = picked[..., ::-1] if horizontal else picked[..., ::-1, :]
+    return images
+
+
+def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+    height, width = transform.size
+    whole = isinstance(images, torch.Tensor)
+    padded = [_padded(transform, each) for each in ([images] if whole else images)]
+    sizes = np.array([functional.get_size(each) for each in padded])
+    if (sizes < (height, width)).any():
+        small = " × ".join(map(str, sizes.min(axis=0)))
+        raise UserError(f"RandomCrop to {height} × {width} does not fit into {small}; set padding or pad_if_needed")
+    tops = below(stream_of(seed, epochs, ids, 0), sizes[:, 0] - height + 1).tolist()
+    lefts = below(stream_of(seed, epochs, ids, 1), sizes[:, 1] - width + 1).tolist()
+    if not whole:
+        corners = zip(padded, tops, lefts, strict=True)
+        return [functional.crop(image, top, left, height, width) for image, top, left in corners]
+    batch = padded[0]
+    result = torch.empty((*batch.shape[:-2], height, width), dtype=batch.dtype)
+    # A loop over NumPy views copies a small image in 1 µs; PyTorch's own indexing takes three times that.
+    source, target = _bits(batch), _bits(result)
+    for row, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        target[row] = source[row, ..., top : top + height, left : left + width]
+    return result
+
+
+def _padded(transform: v2.RandomCrop, images: Any) -> Any:
+    left, right, top, bottom = transform.padding or (0, 0, 0, 0)
+    if transform.pad_if_needed:
+        height, width = functional.get_size(images)
+        vertical = max(0, transform.size[0] - (height + top + bottom))
+        horizontal = max(0, transform.size[1] - (width + left + right))
+        left, right, top, bottom = left + horizontal, right + horizontal, top + vertical, bottom + vertical
+    if not any((left, right, top, bottom)):
+        return images
+    return functional.pad(images, [left, top, right, bottom], fill=transform.fill, padding_mode=transform.padding_mode)
+
+
+def _bits(images: torch.Tensor) -> np.ndarray:
+    """Return a NumPy view of the tensor; NumPy has no bfloat16, so that is seen as integers."""
+    return (images.view(torch.int16) if images.dtype == torch.bfloat16 else images).numpy()
