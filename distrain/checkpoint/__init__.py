@@ -14,6 +14,7 @@ host that have ended, and those of other hosts once nothing in them has changed 
 
 from __future__ import annotations
 
+from distrain.checkpoint.comparing import Difference, TensorDifference, difference
 from distrain.checkpoint.format import (
     CheckpointError,
     CheckpointInfo,
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "Communicator",
+    "Difference",
     "FileInfo",
     "LocalCommunicator",
     "Manifest",
@@ -43,7 +45,9 @@ __all__ = [
     "Saved",
     "Saver",
     "Tensor",
+    "TensorDifference",
     "TensorSpec",
+    "difference",
     "explain_difference",
     "find_best",
     "find_newest",

@@ -183,15 +183,16 @@ def fingerprint(specs: dict[str, TensorSpec]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical(model))
 
 
-def explain_difference(manifest: Manifest, specs: dict[str, TensorSpec]) -> list[str]:
-    """Say how the checkpoint's tensors differ from the run's: a line for each of the first 10 of a kind, and counts."""
+def explain_difference(
+    manifest: Manifest, specs: dict[str, TensorSpec], here: str = "the checkpoint", there: str = "this run"
+) -> list[str]:
+    """Say how the checkpoint's tensors differ from `specs`: a line for each of the first 10 of a kind, and counts."""
     saved = manifest.specs
-    shared = saved.keys() & specs.keys()
-    changed = sorted(name for name in shared if saved[name] != specs[name])
+    changed = sorted(name for name in saved.keys() & specs.keys() if saved[name] != specs[name])
     kinds = {
-        "only in the checkpoint": [f"{n} {_show(saved[n])}" for n in sorted(saved.keys() - specs.keys())],
-        "only in this run": [f"{n} {_show(specs[n])}" for n in sorted(specs.keys() - saved.keys())],
-        "different": [f"{n}: {_show(saved[n])} in the checkpoint, {_show(specs[n])} in this run" for n in changed],
+        f"only in {here}": [f"{n} {_show(saved[n])}" for n in sorted(saved.keys() - specs.keys())],
+        f"only in {there}": [f"{n} {_show(specs[n])}" for n in sorted(specs.keys() - saved.keys())],
+        "different": [f"{n}: {_show(saved[n])} in {here}, {_show(specs[n])} in {there}" for n in changed],
     }
     lines = []
     for kind, found in kinds.items():
@@ -233,7 +234,7 @@ _ADVICE = {
     errno.EFBIG: "the file is larger than the file-size limit (ulimit -f) or than the file system allows",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
-    errno.ENOENT: "it is not there; all ranks must see the same run folder, on a file system that the nodes share",
+    errno.ENOENT: "it is not there",
     errno.EMFILE: "too many files are open (ulimit -n)",
 }
 
@@ -294,7 +295,7 @@ def parse_manifest(raw: bytes) -> Manifest:
         if item or info.name != rank_file_name(len(files), world_size) or info.size < 8:
             raise CheckpointError(f"{info.name!r} is not the name and size of rank {len(files)}'s file")
         files.append(info)
-    if len(files) != world_size:
+    if len(files) != world_size or world_size < 1:
         raise CheckpointError(f"it lists {len(files)} files for {world_size} ranks")
     tensors = {}
     for name, item in take(top, "tensors", dict).items():
@@ -342,6 +343,13 @@ def check_tiling(name: str, tensor: Tensor, world_size: int) -> None:
         reached += numel
     if reached != tensor.spec.numel:
         raise CheckpointError(f"{name!r} has {tensor.spec.numel} elements, and its pieces hold {reached}")
+
+
+def pack_header(header: dict[str, Any]) -> bytes:
+    """Return what a safetensors file begins with: the header and its length, padded so that the data is aligned."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
 
 
 def rank_file_name(rank: int, world_size: int) -> str:

@@ -9,6 +9,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from distrain.checkpoint.format import (
     CheckpointInfo,
     FileInfo,
     Manifest,
+    Tensor,
+    TensorSpec,
     explain,
     keys_by_file,
     parse_json,
@@ -101,8 +104,9 @@ class Reader:
         if problems or manifest is None:
             raise CheckpointError(f"{self.path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
         self.manifest = manifest
-        self._open: dict[int, tuple[int, Header]] = {}
         self._keys = keys_by_file(self.manifest)
+        self._headers: dict[int, Header] = {}
+        self._open: dict[int, int] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -113,13 +117,27 @@ class Reader:
     def close(self) -> None:
         """Close all files."""
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            os.close(self._open.popitem()[1])
 
-    def _file(self, index: int) -> tuple[int, Header]:
+    def spec(self, name: str) -> TensorSpec:
+        """Return what tensor `name`, which may be an alias, is; raises CheckpointError for an unknown name."""
+        return self._tensor(name).spec
+
+    def _tensor(self, name: str) -> Tensor:
+        stored = self.manifest.aliases.get(name, name)
+        if stored not in self.manifest.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}{close_names(name, self.manifest.tensors)}")
+        return self.manifest.tensors[stored]
+
+    def _file(self, index: int) -> int:
         if index not in self._open:
             if len(self._open) >= self._MOST_OPEN:
-                os.close(self._open.pop(next(iter(self._open)))[0])
-            self._open[index] = open_rank_file(self.path, self.manifest.files[index], self._keys[index])
+                os.close(self._open.pop(next(iter(self._open))))
+            info = self.manifest.files[index]
+            if index in self._headers:
+                self._open[index] = open_plain(self.path / info.name, info.size)
+            else:
+                self._open[index], self._headers[index] = open_rank_file(self.path, info, self._keys[index])
         return self._open[index]
 
     def ranges(self, name: str, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
@@ -127,33 +145,33 @@ class Reader:
 
         `name` may be an alias. Raises CheckpointError for an unknown name; a range outside the tensor is our mistake.
         """
-        name = self.manifest.aliases.get(name, name)
-        if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}{close_names(name, self.manifest.tensors)}")
-        tensor = self.manifest.tensors[name]
+        tensor = self._tensor(name)
+        stored = self.manifest.aliases.get(name, name)
         size, stop = ITEM_SIZES[tensor.spec.dtype], start + numel
         assert 0 <= start <= stop <= tensor.spec.numel, f"{name}: [{start}, {stop}) of {tensor.spec.numel}"
         first = max(0, bisect_right(tensor.pieces, start, key=lambda piece: piece[1]) - 1)
-        for file, begin, count in tensor.pieces[first:]:
+        for file, begin, count in islice(tensor.pieces, first, None):
             low, high = max(start, begin), min(stop, begin + count)
             if low >= high:
                 break
-            offset = self._file(file)[1][piece_key(name, begin)][2]
+            if file not in self._headers:
+                self._file(file)
+            offset = self._headers[file][piece_key(stored, begin)][2]
             yield file, offset + (low - begin) * size, (high - low) * size
 
     def read(self, name: str, start: int, numel: int, out: Any = None) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel) of `name`, in `out` when a buffer is given."""
-        size = ITEM_SIZES[self.manifest.tensors[self.manifest.aliases.get(name, name)].spec.dtype]
-        target = np.empty(numel * size, np.uint8) if out is None or not numel else np.frombuffer(out, np.uint8)
-        assert target.nbytes == numel * size, f"{name}: a buffer of {target.nbytes} bytes for {numel * size}"
+        nbytes = numel * ITEM_SIZES[self.spec(name).dtype]
+        target = np.empty(nbytes, np.uint8) if out is None or not nbytes else np.frombuffer(out, np.uint8)
+        assert target.nbytes == nbytes, f"{name}: a buffer of {target.nbytes} bytes for {nbytes}"
         reached = 0
-        for file, offset, nbytes in self.ranges(name, start, numel):
-            self._fill(file, target.data[reached : reached + nbytes], offset)
-            reached += nbytes
+        for file, offset, count in self.ranges(name, start, numel):
+            self._fill(file, target.data[reached : reached + count], offset)
+            reached += count
         return target
 
     def _fill(self, file: int, view: memoryview, offset: int) -> None:
-        descriptor = self._file(file)[0]
+        descriptor = self._file(file)
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:
@@ -177,7 +195,6 @@ def open_rank_file(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]
 def _file_problem(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> str | None:
     try:
         with open(open_rank_file(folder, info, keys)[0], "rb", buffering=0) as file:
-            file.seek(0)
             digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
@@ -190,7 +207,7 @@ def _file_problem(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]
 
 
 def _examine(path: Path) -> tuple[Manifest | None, list[str]]:
-    if path.is_symlink() or not path.is_dir():
+    if not path.is_dir():
         return None, [f"{path} is not a folder" if path.exists() else f"{path} does not exist"]
     try:
         manifest, present = read_manifest(path), set(os.listdir(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
 import mmap
 import os
@@ -39,6 +38,7 @@ from distrain.checkpoint.format import (
     check_tiling,
     explain,
     fingerprint,
+    pack_header,
     parse_manifest,
     piece_key,
     rank_file_name,
@@ -46,9 +46,7 @@ from distrain.checkpoint.format import (
 from distrain.checkpoint.reading import best_first, list_checkpoints, open_plain, read_header
 
 _CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
-_LEFTOVER = re.compile(
-    r"\.(?:tmp|trash)-step-[0-9]+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+"
-)
+_LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+")
 _DAY = 24 * 60 * 60
 
 
@@ -73,7 +71,7 @@ class _Flight:
 
 
 def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[bytes, list[tuple[memoryview, bool]]]:
-    """Return a file's header and, in the order of the file, each piece's bytes and whether they are a copied."""
+    """Return a file's header and, in the order of the file, each piece's bytes and whether it is `copied`."""
     laid = []
     for piece in pieces:
         data = piece.data.data if isinstance(piece.data, np.ndarray) else piece.data
@@ -92,9 +90,7 @@ def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[byt
             "dtype": specs[name].dtype, "shape": [numel], "data_offsets": [reached, reached + data.nbytes]
         }  # fmt: skip
         reached += data.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text, [(data, copied) for *_, data, copied in laid]
+    return pack_header(header), [(data, copied) for *_, data, copied in laid]
 
 
 def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: threading.Event) -> FileInfo:
@@ -113,7 +109,7 @@ def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: thre
     return FileInfo(path.name, size, digest.hexdigest())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -135,18 +131,21 @@ def _started(pid: int) -> int | None:
 _HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"
 
 
-def _hidden(kind: str, step_name: str) -> str:
+def hidden(kind: str, what: str) -> str:
+    """Return the name that `what` has while it is being written (`tmp`) or deleted (`trash`)."""
     pid = os.getpid()
-    return f".{kind}-{step_name}-{_HOST}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
+    return f".{kind}-{what}-{_HOST}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is hidden and nobody is at work on it: its process has ended, or a day has gone by."""
     match = _LEFTOVER.fullmatch(path.name)
     if match is None:
         return False
     if match["host"] == _HOST:
         return _started(int(match["pid"])) != int(match["start"])
-    newest = max(entry.stat(follow_symlinks=False).st_mtime for entry in (path, *path.iterdir()))
+    inside = path.iterdir() if path.is_dir() else ()
+    newest = max(entry.stat(follow_symlinks=False).st_mtime for entry in (path, *inside))
     return time.time() - newest > _DAY
 
 
@@ -242,7 +241,6 @@ class Saver:
         `pieces`) is raised by `finish`, on all of them. `score`: higher is better, and NaN is none.
         """
         before = self.finish()
-        check_json(scalars, "scalars")
         folder = self._stage(f"step-{step:08d}")
         described = {
             "step": step, "strategy": strategy, "recipe": recipe, "scalars": scalars, "aliases": aliases,
@@ -250,6 +248,7 @@ class Saver:
         }  # fmt: skip
         flight = self._flight = _Flight(step, folder, described, specs, time.monotonic())
         try:
+            check_json(scalars, "scalars")
             head, parts = _lay_out(specs, pieces)
             held: list[memoryview | bytes] = [head]
             held += self._copy(parts) if self.asynchronous else [data for data, _ in parts]
@@ -294,7 +293,7 @@ class Saver:
         if self.comm.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                made = (_hidden("tmp", step_name), None)
+                made = (hidden("tmp", step_name), None)
                 (self.folder / made[0]).mkdir()
             except OSError as error:
                 made = ("", f"rank 0 on {_HOST} cannot write there: {explain(error)}")
@@ -306,6 +305,8 @@ class Saver:
     def _gather(self, file: FileInfo | None, error: Exception | None) -> tuple[list[FileInfo | None], list[str]]:
         """Return every rank's file, and the faults of all ranks as text."""
         reason = error and f"rank {self.comm.rank} on {_HOST}: {explain(error)}"
+        if isinstance(error, FileNotFoundError):
+            reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
         files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
         return list(files), [reason for reason in reasons if reason]
 
@@ -364,11 +365,11 @@ class Saver:
         text = b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:]
         parse_manifest(text)  # what cannot be read back is not published
         _write_file(flight.folder / MANIFEST, [text], flight.cancelled)
-        _sync_folder(flight.folder)
+        sync_folder(flight.folder)
         path = self.folder / f"step-{flight.step:08d}"
         if self.fence:
             self.fence()
-        trash = self.folder / _hidden("trash", path.name)
+        trash = self.folder / hidden("trash", path.name)
         if not os.path.lexists(path):
             os.rename(flight.folder, path)
         elif _exchange(flight.folder, path):
@@ -376,7 +377,7 @@ class Saver:
         else:
             os.rename(path, trash)
             os.rename(flight.folder, path)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._scores[path.name] = flight.described["score"]
         retired, warnings = self._retire(flight.step)
         nbytes = sum(info.size for info in files)
@@ -393,7 +394,7 @@ class Saver:
         for info in infos:
             if info.step not in kept:
                 try:
-                    os.rename(info.path, self.folder / _hidden("trash", info.path.name))
+                    os.rename(info.path, self.folder / hidden("trash", info.path.name))
                     retired.append(info.path.name)
                     self._scores.pop(info.path.name, None)
                 except OSError as error:
@@ -401,7 +402,7 @@ class Saver:
         own_trash = f"-{_HOST}-{os.getpid()}-"
         for entry in self.folder.iterdir():
             try:
-                if (entry.name.startswith(".trash-") and own_trash in entry.name) or _is_leftover(entry):
+                if (entry.name.startswith(".trash-") and own_trash in entry.name) or is_leftover(entry):
                     shutil.rmtree(entry)
             except OSError as error:
                 warnings.append(f"{entry} could not be removed: {explain(error)}")

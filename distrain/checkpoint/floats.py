@@ -1,0 +1,41 @@
+"""Floating-point elements as bytes: widened for arithmetic, rounded to another width. BF16 has no dtype in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that can be turned into each other."""
+
+_NATIVE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
+
+def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the elements whose bytes (uint8) are `raw` as float64 (F64) or float32 (the others), exactly."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    values = raw.view(_NATIVE[dtype])
+    return values.astype(np.float32) if dtype == "F16" else values
+
+
+def convert(raw: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
+    """Return the elements of dtype `source` as bytes of dtype `target`, and how many finite ones became infinite.
+
+    Rounds to the nearest, ties to even, as `Tensor.to` of PyTorch does, F64 by way of F32 where the target has 16 bits.
+    """
+    wide = widen(raw, source)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if target == "F64":
+            return wide.astype(np.float64).view(np.uint8), 0
+        single = wide.astype(np.float32, copy=False)
+        if target == "BF16":
+            bits = single.view(np.uint32)
+            rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+            rounded[np.isnan(single)] = 0x7FC0  # the sum above may have carried a NaN into an infinity
+            infinite = (rounded & 0x7FFF) == 0x7F80
+        else:
+            rounded = single.astype(_NATIVE[target], copy=False)
+            infinite = np.isinf(rounded)
+    return rounded.view(np.uint8), int(np.count_nonzero(infinite) - np.count_nonzero(np.isinf(wide)))
