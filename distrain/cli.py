@@ -1,0 +1,302 @@
+"""The command `distrain`. Every command is thin: it reads its arguments, calls a room, and prints what that returns.
+
+Imports no torch, and nothing slow before the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distrain.config import UserError
+
+app = typer.Typer(
+    name="distrain",
+    help="Train a PyTorch model from one recipe, on whatever hardware is there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoint_app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+
+
+class Kind(StrEnum):
+    """What `distrain list` can list."""
+
+    models = "models"
+    datasets = "datasets"
+    optimizers = "optimizers"
+    losses = "losses"
+    metrics = "metrics"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training and using models
+
+
+@app.command()
+def train(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
+    ],
+    overrides: Overrides = None,
+    run_dir: Annotated[str | None, typer.Option(help="The run's folder.", show_default="runs/NAME")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Go on with an existing run under a changed recipe.")
+    ] = False,
+) -> None:
+    """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
+    from distrain.launcher import start
+
+    raise typer.Exit(start(target, overrides or [], run_dir=run_dir, processes=processes, update=update))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine; the score is the same for any.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Score a model on every sample of a split, each once."""
+    from distrain.launcher import start_evaluation
+
+    raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json))
+
+
+@app.command()
+def predict(
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    inputs: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A file or folder as the data set reads it, or a split: train, valid, test."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A .csv or .parquet file.")],
+) -> None:
+    """Write the model's predictions, one row for each sample."""
+    from distrain.inference import predict_file
+
+    rows = predict_file(target, inputs, out)
+    typer.echo(f"wrote {rows:,} predictions to {out}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")], overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Print the resolved recipe, each value with where it came from."""
+    from distrain.recipe_file import load_recipe
+    from distrain.recipe_file import show as shown
+
+    rows = shown(load_recipe(recipe, overrides or []))
+    if as_json:
+        typer.echo(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
+        return
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = min(max(len(str(value)) for _, value, _ in rows), 44)
+    for key, value, origin in rows:
+        typer.echo(f"{key:<{key_width}}  {value!s:<{value_width}}  {origin}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from distrain.recipe_file import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command("list")
+def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """Print the names that a recipe may use, each with one line."""
+    for name, summary in _names(kind).items():
+        typer.echo(f"{name:<28} {summary}")
+
+
+def _names(kind: Kind) -> dict[str, str]:
+    match kind:
+        case Kind.models:
+            from distrain.models import model_names
+
+            return model_names()
+        case Kind.datasets:
+            from distrain.datasets import dataset_names
+
+            return dataset_names()
+        case Kind.optimizers:
+            from distrain.optim import optimizer_names
+
+            return optimizer_names()
+        case Kind.losses:
+            from distrain.optim import loss_names
+
+            return loss_names()
+        case Kind.metrics:
+            from distrain.metrics import metric_names
+
+            return metric_names()
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")]) -> None:
+    """Start a small project of your own: a model, a data set and a recipe, which train at once."""
+    from distrain.project import create_project
+
+    for path in create_project(folder):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"Train it: distrain train {folder / 'recipe.yaml'}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False
+) -> None:
+    """List a run's checkpoints."""
+    from distrain.checkpoint import CheckpointError, list_checkpoints, read_manifest
+    from distrain.inference import checkpoint_folder
+
+    rows: list[dict[str, Any]] = []
+    for info in list_checkpoints(checkpoint_folder(run)):
+        try:
+            manifest = read_manifest(info.path)
+        except CheckpointError as error:
+            rows.append({"name": info.path.name, "problem": str(error)})
+            continue
+        rows.append(
+            {
+                "name": info.path.name,
+                "step": manifest.step,
+                "bytes": sum(file.size for file in manifest.files),
+                "written by": f"{manifest.world_size} x {manifest.strategy}",
+                "score": manifest.score,
+                "created": manifest.created,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        typer.echo(f"{run} has no checkpoints")
+    for row in rows:
+        if "problem" in row:
+            typer.echo(f"{row['name']}  {row['problem']}")
+            continue
+        score = "" if row["score"] is None else f"  score {row['score']:.6g}"
+        typer.echo(f"{row['name']}  {row['bytes'] / 2**20:8.1f} MiB  {row['written by']:<12}  {row['created']}{score}")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+    ],
+) -> None:
+    """Read every byte and check it against the manifest's hashes."""
+    from distrain.checkpoint import MANIFEST, list_checkpoints, verify
+    from distrain.inference import checkpoint_folder
+
+    single = (target / MANIFEST).exists() or target.name.startswith("step-")
+    paths = [target] if single else [info.path for info in list_checkpoints(checkpoint_folder(target))]
+    if not paths:
+        raise UserError(f"{target} has no checkpoints")
+    bad = 0
+    for path in paths:
+        problems = verify(path)
+        bad += bool(problems)
+        typer.echo(f"{path.name}  {'whole' if not problems else 'damaged'}")
+        for problem in problems:
+            typer.echo(f"  {problem}")
+    raise typer.Exit(1 if bad else 0)
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Say which tensors of two checkpoints differ, and by how much. Exit status 1 when any does."""
+    from distrain.checkpoint import difference
+
+    found = difference(a, b)
+    for line in found.lines():
+        typer.echo(line)
+    raise typer.Exit(0 if found.identical else 1)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="model.safetensors or model.pt; a folder with --shards.")],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as trained when not given.")] = None,
+    shards: Annotated[str | None, typer.Option(help="The largest size of one file, such as 5GB.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint of the run, not the newest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
+    from distrain.consolidate import export
+    from distrain.inference import find_checkpoint
+
+    checkpoint = find_checkpoint(target, best=best)
+    export(checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite)
+    typer.echo(f"wrote {out} from {checkpoint.name}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@data_app.command("tokenize")
+def data_tokenize(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files, or folders of .txt files.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of token shards.")],
+    tokenizer: Annotated[str, typer.Option(help="'bytes', or a tokenizer.json of Hugging Face tokenizers.")] = "bytes",
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard.")] = 100_000_000,
+) -> None:
+    """Turn text into token shards that training maps into memory; they may be larger than it."""
+    from distrain.tokens import tokenize_corpus
+
+    typer.echo(tokenize_corpus(paths, out, tokenizer=tokenizer, shard_tokens=shard_tokens))
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is printed without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

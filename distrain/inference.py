@@ -1,0 +1,215 @@
+"""Using a trained model: scoring a checkpoint on a split, and predicting a file of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import MANIFEST, Reader, find_best, find_newest
+from distrain.config import Recipe, UserError
+from distrain.data import Transform, build_data, build_eval_loader, build_transform
+from distrain.datasets import AnySource, Data, DataMeta
+from distrain.loop import evaluate, to_device
+from distrain.metrics import build_metrics
+from distrain.models import Convention, build_model, calling_convention
+from distrain.optim import build_loss
+from distrain.recipe_file import parse_recipe
+from distrain.rundir import RunDir
+from distrain.strategy import World, load_weights, open_world
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Return the folder of a run's checkpoints; raises UserError where `run` is not one."""
+    folder = RunDir(run).checkpoints
+    if not folder.is_dir():
+        raise UserError(f"{run} is not a run folder: it has no checkpoints/")
+    return folder
+
+
+def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
+    """Return the checkpoint that a command means: itself, or of a run the one it exported, its best, or its newest."""
+    path = Path(target)
+    if (path / MANIFEST).exists():
+        if best:
+            raise UserError(f"{path} is one checkpoint; --best goes with a run folder")
+        return path
+    folder = checkpoint_folder(path)
+    if best:
+        found = find_best(folder)
+        if found is None:
+            raise UserError(f"{path} has no checkpoint with a score; leave out --best for the newest")
+        return found
+    finished = RunDir(path).finished
+    if finished is not None and Path(finished["checkpoint"]).name:
+        exported = folder / Path(finished["checkpoint"]).name
+        if exported.is_dir():
+            return exported
+    newest, skipped = find_newest(folder)
+    if newest is None:
+        reasons = "".join(f"\n  {bad.name}: {reason}" for bad, reason in skipped)
+        raise UserError(f"{path} has no checkpoint that can be used{reasons}")
+    return newest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as it was trained, ready to be used."""
+
+    checkpoint: Path
+    recipe: Recipe
+    data: Data
+    model: nn.Module
+    call: Convention
+    world: World
+
+    @classmethod
+    def load(cls, target: Path | str) -> Trained:
+        """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
+        checkpoint = find_checkpoint(target)
+        with Reader(checkpoint) as reader:
+            recipe = parse_recipe(reader.manifest.recipe, f"the recipe in {checkpoint}")
+            world = open_world(recipe.train.precision)
+            data = build_data(recipe, state=reader.manifest.scalars["data"])
+            model = build_model(recipe, data.meta, load_weights=False)
+            if world.precision == "fp64":
+                model = model.double()
+            load_weights(model, reader, averaged=recipe.train.ema is not None)
+        model.to(world.device).eval()
+        call = calling_convention(model)
+        return cls(checkpoint, recipe, data, world.for_evaluation(model), call, world)
+
+
+def evaluate_checkpoint(target: Path | str, split: str) -> dict[str, Any]:
+    """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call."""
+    trained = Trained.load(target)
+    recipe, data, world = trained.recipe, trained.data, trained.world
+    if split not in data.splits:
+        raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
+    micro = recipe.batch.micro_batch_size
+    values = evaluate(
+        trained.model,
+        trained.call,
+        data.splits[split],
+        world=world,
+        loss=build_loss(recipe, data.meta),
+        metrics=build_metrics(recipe, data.meta),
+        batch_size=recipe.eval.batch or (recipe.batch.global_batch_size if micro == "auto" else micro),
+        transform=build_transform(recipe, "eval"),
+        workers=recipe.data.workers,
+        decode=data.meta.decode,
+        split=split,
+    )
+    return {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size, **values}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Predicting
+
+
+def predict_file(target: Path | str, inputs: str, out: Path) -> int:
+    """Write one row for each sample of `inputs` to `out` (.csv or .parquet); returns how many.
+
+    `inputs` is a file or folder that the data set can read, or the name of a split. Columns by task: `prediction` and
+    `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class or label, `prediction`
+    or `prediction_0`, … in the targets' own units, and `text` for what language models and translations generate.
+    """
+    import pandas as pd
+
+    if out.suffix not in (".csv", ".parquet"):
+        raise UserError(f"-o {out}: predictions are written as .csv or .parquet")
+    if out.is_symlink() or not out.parent.is_dir():
+        raise UserError(f"-o {out}: expected a file in a folder that exists, and not a symbolic link")
+    trained = Trained.load(target)
+    source = _source(trained, inputs)
+    transform = build_transform(trained.recipe, "eval")
+    frames = [pd.DataFrame(columns) for columns in _predict(trained, source, transform, inputs)]
+    table = pd.concat(frames, ignore_index=True)
+    temporary = out.with_name(f".{out.name}.part")
+    if out.suffix == ".csv":
+        table.to_csv(temporary, index=False)
+    else:
+        table.to_parquet(temporary, index=False)
+    temporary.replace(out)
+    return len(table)
+
+
+def _source(trained: Trained, inputs: str) -> AnySource:
+    data, name = trained.data, trained.recipe.data.name
+    if inputs in data.splits:
+        return data.splits[inputs]
+    path = Path(inputs)
+    if not path.exists():
+        raise UserError(
+            f"there is no file {inputs}, and data set {name!r} has no such split ({', '.join(data.splits)})"
+        )
+    if data.read is None:
+        raise UserError(
+            f"data set {name!r} cannot read files for prediction; name one of its splits: {', '.join(data.splits)}"
+        )
+    return data.read(path)
+
+
+def _predict(trained: Trained, source: AnySource, transform: Transform, what: str) -> Iterator[dict[str, Any]]:
+    recipe, world = trained.recipe, trained.world
+    micro = recipe.batch.micro_batch_size
+    batch_size = recipe.eval.batch or (recipe.batch.global_batch_size if micro == "auto" else micro)
+    loader = build_eval_loader(source, rank=0, world_size=1, batch_size=batch_size, transform=transform, split=what)
+    with torch.no_grad():
+        for batch in loader:
+            keep = (batch["ids"] >= 0).numpy()
+            batch = to_device(batch, world)
+            if recipe.task in ("language_modeling", "seq2seq"):
+                columns: dict[str, Any] = {"text": _generated(trained, batch["inputs"])}
+            else:
+                columns = _columns(
+                    recipe.task, trained.call(trained.model, batch["inputs"]).logits.cpu(), trained.data.meta
+                )
+            yield {"row": batch["ids"].numpy()[keep]} | {
+                name: np.asarray(values, dtype=object if name == "text" else None)[keep]
+                for name, values in columns.items()
+            }
+
+
+def _columns(task: str, outputs: Tensor, meta: DataMeta) -> dict[str, Any]:
+    """Return the columns of a batch of outputs (batch, k) or (batch,)."""
+    outputs = outputs.double()
+    if task == "classification":
+        probabilities = outputs.softmax(dim=1)
+        names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
+        top = probabilities.argmax(dim=1)
+        return {
+            "prediction": [names[index] for index in top.tolist()],
+            "probability": probabilities.gather(1, top[:, None])[:, 0].numpy(),
+        } | {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
+    outputs = outputs.reshape(len(outputs), -1)
+    if task == "binary":
+        probability = outputs[:, 0].sigmoid()
+        names = meta.class_names or ("0", "1")
+        return {"prediction": [names[int(p > 0.5)] for p in probability.tolist()], "probability": probability.numpy()}
+    if task == "multilabel":
+        names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
+        return {f"probability_{name}": outputs[:, index].sigmoid().numpy() for index, name in enumerate(names)}
+    if meta.target_std is not None and meta.target_mean is not None:
+        outputs = outputs * torch.tensor(meta.target_std) + torch.tensor(meta.target_mean)
+    if outputs.shape[1] == 1:
+        return {"prediction": outputs[:, 0].numpy()}
+    return {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}
+
+
+def _generated(trained: Trained, inputs: Any) -> list[str]:
+    generate, decode = getattr(trained.model, "generate", None), trained.data.meta.decode
+    if generate is None or decode is None:
+        raise UserError(
+            f"model {trained.recipe.model.name!r} cannot generate text: it needs a method generate(tokens, max_new_tokens)"
+        )
+    if isinstance(inputs, dict):
+        return [
+            decode(row) for row in generate(inputs["source"], max_new_tokens=2 * inputs["source"].shape[1] + 8).tolist()
+        ]
+    return [decode(row) for row in generate(inputs, max_new_tokens=128).tolist()]

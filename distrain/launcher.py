@@ -1,0 +1,308 @@
+"""From a recipe to running processes: `launch_argv` says how, `launch` does it, and `work` is what each process runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import distrain
+from distrain.config import UserError
+from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, show
+from distrain.rundir import Launch, RunDir
+
+log = logging.getLogger("distrain")
+
+
+def shared_file(*parts: str) -> Path:
+    """Return the path of a file that comes with distrain: a recipe, a launch script, a configuration.
+
+    They lie beside the package in a checkout, and inside it (`share/`) when it was installed from a wheel.
+    """
+    package = Path(distrain.__file__).parent
+    roots = [package / "share", package.parent]
+    found = next((root.joinpath(*parts) for root in roots if root.joinpath(*parts).exists()), None)
+    if found is None:
+        raise UserError(f"{'/'.join(parts)} is not part of this installation of distrain; install it again")
+    return found
+
+
+def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
+    """Return the number of NVIDIA GPUs that a process started here may use, without importing torch."""
+    visible = variables.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return 0
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one machine's processes are started."""
+
+    script: Path
+    """What each process runs: launch/train.py or launch/evaluate.py."""
+    arguments: tuple[str, ...]
+    """Its arguments."""
+    processes: int
+    config: Path
+    """The accelerate configuration."""
+
+
+def launch_argv(plan: LaunchPlan) -> list[str]:
+    """Return the arguments of `accelerate launch`. Pure."""
+    return [
+        "--config_file",
+        str(plan.config),
+        "--num_processes",
+        str(plan.processes),
+        # a free port, so that several runs fit on one machine
+        "--main_process_port",
+        "0",
+        str(plan.script),
+        *plan.arguments,
+    ]
+
+
+def launch(plan: LaunchPlan) -> int:
+    """Start the plan's processes, wait for them, and return 0 when all of them ended well, otherwise 1.
+
+    This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
+    exit code) can be left out: the worker has already said why.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.processes)))
+    arguments = launch_command_parser().parse_args(launch_argv(plan))
+    try:
+        launch_command(arguments)
+    except (ChildFailedError, SignalException):
+        return 1
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[RunDir, LoadedRecipe | None]:
+    """Return the run folder that a command means, and the recipe when a recipe was named. Writes nothing.
+
+    `target` is a recipe file or the folder of an existing run.
+    """
+    if Path(target).is_dir():
+        run = RunDir(target)
+        if not run.exists:
+            raise UserError(
+                f"{target} is a folder without recipe.yaml, so it is not a run; name a recipe or a run folder"
+            )
+        if run_dir is not None or overrides:
+            raise UserError(
+                f"{target} is a run, whose recipe is fixed: --run-dir and KEY=VALUE go with a recipe file. "
+                f"To go on with other values: distrain train {run.recipe_path} KEY=VALUE --run-dir {target} --update"
+            )
+        return run, None
+    loaded = load_recipe(target, overrides)
+    return RunDir(run_dir or Path("runs") / loaded.recipe.name), loaded
+
+
+def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update: bool = False) -> None:
+    """Create the run, or take up the existing one. Raises UserError when that one has another recipe."""
+    if loaded is None:
+        run.write_launch(launch)
+        return
+    text = recipe_text(loaded)
+    if run.exists:
+        differences = recipe_differences(load_recipe(run.recipe_path), loaded)
+        if differences and not update:
+            raise UserError(
+                f"{run.path} was started with another recipe:\n  "
+                + "\n  ".join(differences)
+                + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
+            )
+        if not differences:
+            run.write_launch(launch)
+            return
+    elif run.path.is_dir() and any(run.path.iterdir()):
+        raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
+    run.create(text, launch)
+
+
+def recipe_text(loaded: LoadedRecipe) -> str:
+    """Return the resolved recipe as it is stored in a run, with where each value came from."""
+    return "# The resolved recipe: training it again is the same run.\n" + dump_recipe(loaded.recipe, loaded.origins)
+
+
+def recipe_differences(old: LoadedRecipe, new: LoadedRecipe) -> list[str]:
+    """Return a line for each key whose value differs."""
+    before = {key: value for key, value, _ in show(old)}
+    after = {key: value for key, value, _ in show(new)}
+    return [
+        f"{key}: was {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def start(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    processes: int | None = None,
+    update: bool = False,
+) -> int:
+    """Train a recipe or go on with a run on this machine; returns the exit status. What `distrain train` does."""
+    run, loaded = find_run(target, overrides, run_dir)
+    count = processes or max(gpu_count(), 1)
+    if count == 1:
+        return work(target, overrides, run_dir=run_dir, processes=1, update=update)
+    # the recipe is read once: workers go by the run folder
+    if run.finished is None or update:
+        open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
+    config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
+    return launch(LaunchPlan(shared_file("launch", "train.py"), (str(run.path),), count, config))
+
+
+def work(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    processes: int | None = None,
+    update: bool = False,
+) -> int:
+    """Train in this process, one of those that a launcher started; returns the exit status. All ranks call.
+
+    Nothing is written before the world has been found to be the one that was asked for: by `processes`, by the run's
+    launch.json, or by the launcher's own command line.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+
+    def prepare() -> tuple[RunDir, LoadedRecipe | None]:
+        from distrain.strategy import Environment, check_world, launcher_argv
+
+        run, loaded = find_run(target, overrides, run_dir)
+        expected = processes or (run.launch().processes if loaded is None else None)
+        check_world(Environment.read(os.environ), expected, launcher_argv())
+        return run, loaded
+
+    try:
+        run, loaded = prepare()
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    def train_here() -> None:
+        from distrain.loop import show_summary, train
+        from distrain.strategy import open_world
+
+        recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
+        world = open_world(recipe.train.precision)
+        try:
+            if not update and (done := world.first(lambda: run.finished)):
+                if world.rank == 0:
+                    from rich.console import Console
+
+                    show_summary(done, Console(highlight=False))
+                    print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
+                return
+            world.first(lambda: open_run(run, loaded, Launch.describe(world.world_size, world.strategy), update=update))
+            _log_to(run, world.rank)
+            train(run, world)
+        finally:
+            world.close()
+
+    return reported(run, rank, train_here)
+
+
+def _log_to(run: RunDir, rank: int) -> None:
+    handler = logging.FileHandler(run.log_path(rank), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
+    log.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+
+
+def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
+    """Run `action`; returns 0, or 1 after saying why it failed: on the terminal, in the rank's log, in FAILED.json.
+
+    When several ranks fail only the first to record it speaks, so that one cause is one message.
+    """
+    try:
+        action()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        teaches = isinstance(error, UserError)
+        text = str(error) if teaches else "".join(traceback.format_exception(error))
+        log.error("%s", text)
+        record = {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "error": type(error).__name__,
+            "message": str(error),
+            "traceback": None if teaches else text,
+        }
+        first = rank == 0
+        if run is not None and run.exists:
+            try:
+                first = run.mark_failed(record)
+            except OSError as disk:
+                print(f"warning: FAILED.json could not be written: {disk}", file=sys.stderr)
+        if first:
+            who = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" (rank {rank})"
+            print(f"error{who}: {text}" if teaches else f"error{who}:\n{text}", file=sys.stderr, flush=True)
+        return 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) -> int:
+    """Score a run's or a checkpoint's model in that many processes of this machine; returns the exit status."""
+    if processes == 1:
+        return work_evaluation(target, split, processes=1, as_json=as_json)
+    arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
+    config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
+    return launch(LaunchPlan(shared_file("launch", "evaluate.py"), tuple(arguments), processes, config))
+
+
+def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
+    """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
+    rank = int(os.environ.get("RANK", "0"))
+
+    def score() -> None:
+        from distrain.strategy import Environment, check_world, launcher_argv
+
+        check_world(Environment.read(os.environ), processes, launcher_argv())
+        from distrain.inference import evaluate_checkpoint
+
+        values = evaluate_checkpoint(target, split)
+        if rank != 0:
+            return
+        if as_json:
+            print(json.dumps(values, indent=2))
+            return
+        for name, value in values.items():
+            print(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}")
+
+    return reported(None, rank, score)

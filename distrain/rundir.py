@@ -1,0 +1,263 @@
+"""The run folder: the only interface between the launcher, the workers and whatever reads a run. Imports no torch.
+
+runs/NAME/
+  recipe.yaml        the resolved recipe, each value with where it came from
+  launch.json        how it was started: arguments, versions, git commit, the world it expects
+  metrics.jsonl      one row for each event, in the order written
+  log-rank-0.txt     what each rank has to say
+  checkpoints/       see `distrain.checkpoint`
+  export/            the trained model as one file
+  FINISHED | PREEMPTED | FAILED.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import distrain
+from distrain.config import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a crash leaves the old content or the new, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started, written by the launcher and checked by every worker."""
+
+    processes: int
+    """The number of processes over all nodes; a world of another size is an error."""
+    strategy: str
+    """How state is spread over the processes: single or ddp."""
+    argv: list[str]
+    """The command as typed."""
+    versions: dict[str, str]
+    """Of distrain, Python and the packages that decide the numbers."""
+    commit: str | None
+    """The git commit of the working directory, with '+changes' where files differ from it."""
+    host: str
+    """The machine that the run was started on."""
+
+    @classmethod
+    def describe(cls, processes: int, strategy: str) -> Launch:
+        """Describe a start from this process, now."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions = {"distrain": distrain.__version__, "python": sys.version.split()[0]}
+        for package in ("torch", "torchvision", "accelerate"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return cls(processes, strategy, list(sys.argv), versions, _git_commit(), socket.gethostname())
+
+
+def _git_commit() -> str | None:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+class RunDir:
+    """One run's folder. Paths are properties; nothing is created before `create`."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def launch_path(self) -> Path:
+        """How the run was started."""
+        return self.path / "launch.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The rows of numbers."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export_path(self) -> Path:
+        """The trained model as one safetensors file."""
+        return self.path / "export" / "model.safetensors"
+
+    def log_path(self, rank: int) -> Path:
+        """What one rank has to say."""
+        return self.path / f"log-rank-{rank}.txt"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was created here."""
+        return self.recipe_path.is_file()
+
+    def create(self, recipe_text: str, launch: Launch) -> None:
+        """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.write_launch(launch)
+            write_atomically(self.recipe_path, recipe_text)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror or error}; "
+                "choose a folder that can be written with --run-dir"
+            ) from error
+
+    def write_launch(self, launch: Launch) -> None:
+        """Record a start."""
+        write_atomically(self.launch_path, json.dumps(launch.__dict__, indent=2) + "\n")
+
+    def launch(self) -> Launch:
+        """Return the recorded start; raises UserError where there is none or it cannot be read."""
+        try:
+            return Launch(**json.loads(self.launch_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a run folder: it has no launch.json") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.launch_path} cannot be read: {error}; delete it and start the run again") from error
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # How the run ended
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that is complete, or None."""
+        return self._marker("FINISHED")
+
+    @property
+    def failed(self) -> dict[str, Any] | None:
+        """What the last attempt failed of, or None."""
+        return self._marker("FAILED.json")
+
+    def _marker(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {"error": f"{name} in {self.path} cannot be read"}
+
+    def mark_finished(self, summary: dict[str, Any]) -> None:
+        """Rank 0: the run is complete."""
+        write_atomically(self.path / "FINISHED", json.dumps(_plain(summary), indent=2) + "\n")
+
+    def mark_preempted(self, step: int, reason: str) -> None:
+        """Rank 0: the run has saved its state and stopped before its end; the same command goes on."""
+        write_atomically(self.path / "PREEMPTED", json.dumps({"step": step, "reason": reason}) + "\n")
+
+    def mark_failed(self, record: dict[str, Any]) -> bool:
+        """Any rank: record why the attempt failed. The first to say so is kept; returns whether this was it."""
+        try:
+            handle = os.open(self.path / "FAILED.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_plain(record), file, indent=2)
+        return True
+
+    def clear_markers(self) -> None:
+        """Rank 0, before the others start: forget how the last attempt ended."""
+        for name in ("FAILED.json", "PREEMPTED", "FINISHED"):
+            (self.path / name).unlink(missing_ok=True)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Rows of numbers
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of metrics.jsonl; a last line that a crash cut short is left out."""
+        try:
+            file = self.metrics_path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{self.metrics_path}:{number} is not JSON: {error}") from error
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed.
+
+    Steps that are trained again after a crash give the same numbers again, so a row that is already there stays.
+    """
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._seen: set[tuple[str, int]] = set()
+        self.count = 0
+        for row in run.rows():
+            self._seen.add((row["event"], row["step"]))
+            self.count += 1
+        self._file = run.metrics_path.open("ab")
+        content = run.metrics_path.read_bytes()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+    def append(self, row: dict[str, Any]) -> bool:
+        """Write one row, durable against a crash of the process; returns False when it is already there."""
+        key = (row["event"], row["step"])
+        if key in self._seen:
+            return False
+        self._file.write(json.dumps(_plain(row)).encode() + b"\n")
+        self._file.flush()
+        self._seen.add(key)
+        self.count += 1
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with what JSON cannot hold (NaN, infinities) as text, so that every reader can read it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def now() -> float:
+    """Seconds since 1970, for people; durations are measured with a monotonic clock."""
+    return time.time()

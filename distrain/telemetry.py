@@ -1,0 +1,249 @@
+"""Where a run's numbers go: metrics.jsonl first, and from its rows the progress display, wandb and TensorBoard.
+
+metrics.jsonl is the plain truth. The other two are mirrors of it: a resumed run fills in whatever they lack, so they hold
+every row once however often the run was killed. A mirror that fails is given up with one warning; training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distrain.config import Recipe
+from distrain.rundir import MetricsFile, RunDir, now
+
+Row = dict[str, Any]
+log = logging.getLogger("distrain")
+
+
+class Mirror(Protocol):
+    """Something that holds the rows of metrics.jsonl in another form."""
+
+    name: str
+
+    def write(self, index: int, row: Row) -> None:
+        """Add the row that is line `index` (from 0) of metrics.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Flush and let go."""
+        ...
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """Return the row's numbers under the names that trackers show: `train/loss`, `test/accuracy`."""
+    group = row.get("split", row["event"])
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if key in ("event", "step", "split") or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float):
+            flat[f"{group}/{key}"] = value
+        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+            flat |= {f"{group}/{key}/{index}": item for index, item in enumerate(value)}
+    return flat
+
+
+class Wandb:
+    """Weights & Biases: one run, written by rank 0, the same one after every resume.
+
+    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that it has is not sent again.
+    Offline files of a killed process lack what was not flushed and cannot be added to, so they are written anew.
+    """
+
+    name = "wandb"
+
+    def __init__(self, run: RunDir, recipe: Recipe, config: dict[str, Any]):
+        import wandb
+
+        folder = run.path / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "run-id"
+        if not id_file.exists():
+            id_file.write_text(hashlib.sha256(f"{run.path}\0{now()}".encode()).hexdigest()[:12])
+        run_id = id_file.read_text().strip()
+        offline = recipe.log.wandb == "offline"
+        if offline:
+            for old in folder.glob(f"wandb/offline-run-*-{run_id}"):
+                shutil.rmtree(old)
+        self._run = wandb.init(
+            dir=str(folder),
+            id=run_id,
+            name=recipe.name,
+            project=recipe.log.project,
+            mode="offline" if offline else "online",
+            resume=None if offline else "allow",
+            config=config,
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._next = 0 if offline else self._run.step
+
+    def write(self, index: int, row: Row) -> None:
+        if index >= self._next:
+            self._run.log({"event": row["event"], "step": row["step"], **_numbers(row)}, step=index)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files, written anew from metrics.jsonl at every start."""
+
+    name = "tensorboard"
+
+    def __init__(self, run: RunDir):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run.path / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, index: int, row: Row) -> None:
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Display:
+    """What a person sees: a bar with the latest numbers on a terminal, otherwise a plain line now and then."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        self._total = total_steps
+        self._first = start_step
+        self._start = time.monotonic()
+        self._last_line = float("-inf")
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, numbers="")
+            self._bar.start()
+
+    def train(self, row: Row) -> None:
+        """Show a row of training numbers."""
+        numbers = (
+            f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['samples_per_s']:,.0f} samples/s  "
+            f"waiting for data {row['data_wait']:.0%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], numbers=numbers)
+            return
+        # on a log file a line a second says enough
+        if time.monotonic() - self._last_line >= 1 or row["step"] == self._total:
+            self._last_line = time.monotonic()
+            done = row["step"] - self._first
+            left = (self._last_line - self._start) / done * (self._total - row["step"]) if done else 0.0
+            self.say(f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people write them: 42s, 3m10s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+@dataclass
+class Telemetry:
+    """All of it, on rank 0; on other ranks every call does nothing."""
+
+    rows: MetricsFile | None
+    display: Display | None
+    mirrors: list[Mirror]
+
+    @classmethod
+    def open(
+        cls, run: RunDir, recipe: Recipe, *, rank: int, total_steps: int, start_step: int, config: dict[str, Any]
+    ) -> Telemetry:
+        """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes."""
+        if rank != 0:
+            return cls(None, None, [])
+        telemetry = cls(MetricsFile(run), Display(total_steps, start_step), [])
+        wanted: list[tuple[str, Callable[[], Mirror]]] = []
+        if recipe.log.wandb != "off":
+            wanted.append(("wandb", lambda: Wandb(run, recipe, config)))
+        if recipe.log.tensorboard:
+            wanted.append(("tensorboard", lambda: TensorBoard(run)))
+        for name, build in wanted:
+            try:
+                mirror = build()
+                for index, row in enumerate(run.rows()):
+                    mirror.write(index, row)
+            except Exception as error:
+                telemetry._give_up(name, error)
+            else:
+                telemetry.mirrors.append(mirror)
+        return telemetry
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
+        self.say(f"warning: {name} failed and is off for the rest of this run: {type(error).__name__}: {error}")
+
+    def write(self, row: Row) -> None:
+        """Add a row with at least `event` and `step`."""
+        if self.rows is None or not self.rows.append(row):
+            return
+        for mirror in list(self.mirrors):
+            try:
+                mirror.write(self.rows.count - 1, row)
+            except Exception as error:
+                self.mirrors.remove(mirror)
+                self._give_up(mirror.name, error)
+
+    def train(self, row: Row) -> None:
+        """Add and show a row of training numbers."""
+        self.write({"event": "train", **row})
+        if self.display is not None:
+            self.display.train(row)
+
+    def say(self, text: str) -> None:
+        """Tell the person in front of the terminal; also in the log of rank 0."""
+        log.info(text)
+        if self.display is not None:
+            self.display.say(text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        for mirror in self.mirrors:
+            try:
+                mirror.close()
+            except Exception as error:
+                self._give_up(mirror.name, error)
+        if self.display is not None:
+            self.display.close()
+        if self.rows is not None:
+            self.rows.close()

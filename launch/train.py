@@ -1,0 +1,21 @@
+"""What a launcher starts, once for each process: train a recipe, or go on with a run.
+
+accelerate launch --config_file accelerate_configs/multi_cpu.yaml launch/train.py recipes/digits.yaml
+torchrun --nproc-per-node 2 launch/train.py recipes/digits.yaml optim.lr=3e-4
+python launch/train.py recipes/digits.yaml
+"""
+
+import argparse
+import sys
+
+from distrain.launcher import work
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, or the folder of a run to go on with")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
+    parser.add_argument("--run-dir", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
+    parser.add_argument("--update", action="store_true", help="go on with an existing run under a changed recipe")
+    a = parser.parse_args()
+    sys.exit(work(a.target, a.overrides, run_dir=a.run_dir, processes=a.processes, update=a.update))
