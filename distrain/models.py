@@ -143,7 +143,10 @@ class _Builder:
 
 def _named_parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the parameters of `target` that can be given by name, and whether it takes any others."""
-    every = inspect.signature(target).parameters.values()
+    try:
+        every = inspect.signature(target).parameters.values()
+    except ValueError:  # written in C without a signature
+        return {}, True
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: p for p in every if p.kind in kinds}, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in every)
 
@@ -170,7 +173,7 @@ def _find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> _
     choices = [*model_names(), *torchvision_names()]
     if name in torchvision.models.list_models():
         raise UserError(
-            f"model.name: {name} of torchvision takes or gives more than one tensor for each sample, which no task "
+            f"model.name: {name} of torchvision is for detection, optical flow or quantized inference, which no task "
             "here trains; wrap it in a class of your own and name that, as path/to/file.py:Class"
         )
     raise UserError(
@@ -187,7 +190,7 @@ def _find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> _
 def torchvision_names() -> tuple[str, ...]:
     """Return the models of torchvision that map one tensor to one: of images, of video, and of pixels."""
     models = torchvision.models
-    modules = (models, models.video, models.segmentation, models.quantization)
+    modules = (models, models.video, models.segmentation)
     return tuple(sorted({name for module in modules for name in models.list_models(module=module)}))
 
 
@@ -196,36 +199,34 @@ _NO_SECOND_HEAD = "an auxiliary head needs the targets in the forward pass, so i
 _REFUSED = {
     **dict.fromkeys(("pretrained", "pretrained_backbone", "weights_backbone"), _NO_DOWNLOAD),
     **dict.fromkeys(("aux_logits", "aux_loss"), _NO_SECOND_HEAD),
-    "quantize": "a quantized model cannot be trained; leave it out",
 }
 
 
 def _torchvision_builder(name: str, say: Callable[[str], None]) -> _Builder:
     builder = torchvision.models.get_model_builder(name)
-    outer, takes_any = _named_parameters(builder)
+    outer, _ = _named_parameters(builder)
     parameters = dict(outer)
     kind = inspect.signature(builder).return_annotation
-    if takes_any and isinstance(kind, type):
+    if "weights_backbone" not in outer:  # models of pixels drop their **kwargs
         # **kwargs goes to the class, where what the builder itself sets has no default
         inner, _ = _named_parameters(kind)
         empty = inspect.Parameter.empty
         parameters |= {key: p for key, p in inner.items() if key not in outer and p.default is not empty}
-        parameters |= {"num_classes": parameters.get("num_classes", inner.get("num_classes", _OPTIONAL))}
+        # but for what a builder of vision transformers takes out of **kwargs first
+        parameters |= {key: inner[key].replace(default=224) for key in ("image_size",) if key in inner}
     for key in ("weights", "progress", *_REFUSED):
         parameters.pop(key, None)
     parameters.setdefault("in_channels", _OPTIONAL)
     fixed: dict[str, Any] = {"weights": None}
     fixed |= {"weights_backbone": None} if "weights_backbone" in outer else {}
-    if name.endswith(("googlenet", "inception_v3")):
-        # a second head would have no gradient, which DistributedDataParallel refuses
-        fixed |= {"aux_logits": False}
-    # the slow initialisation which these two otherwise warn about
-    fixed |= {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # quantized ones set it
+    if name in ("googlenet", "inception_v3"):
+        # a second head would have no gradient, which DistributedDataParallel refuses; the default initialisation warns
+        fixed |= {"aux_logits": False, "init_weights": True}
 
     def build(in_channels: int | None = None, **args: Any) -> nn.Module:
         model: nn.Module = builder(**(fixed | args))
         if in_channels is not None and (layer := _set_in_channels(model, in_channels)):
-            say(f"{name}: its first layer, {layer}, was rebuilt for inputs of {in_channels} channels")
+            say(f"{name}: its first layer, {layer}, was rebuilt for in_channels {in_channels}")
         return model
 
     return _Builder(name, build, parameters, takes_any=False, refused=_REFUSED)

@@ -73,6 +73,10 @@ def build_transformers(
         facts["vocab_size"] = max(vocabularies)
     try:
         config = config_class(**(facts | given))
+        for key in ("bos_token_id", "eos_token_id"):
+            token = getattr(config, key, None)
+            if vocabularies and key not in given and isinstance(token, int) and token >= max(vocabularies):
+                setattr(config, key, None)  # of the vocabulary that the class was made for
         model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error

@@ -75,23 +75,19 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     """
     expected = model.state_dict(keep_vars=True)
     found = {_plain(name, expected): tensor for name, tensor in read_tensors(path).items()}
-    loaded, mismatched = [], {}
-    for name, tensor in found.items():
-        if name in expected:
-            want = expected[name]
-            if tensor.shape == want.shape:
-                want.copy_(tensor)
-                loaded.append(name)
-            else:
-                mismatched[name] = (tuple(tensor.shape), tuple(want.shape))
+    fitting = [name for name, tensor in found.items() if name in expected and tensor.shape == expected[name].shape]
     aliases = tied_names(model)
     present = {aliases.get(name, name) for name in found}
     report = WeightsReport(
         path,
-        loaded=tuple(name for name in loaded if name not in aliases or aliases[name] not in loaded),
+        loaded=tuple(name for name in fitting if aliases.get(name) not in fitting),
         missing=tuple(name for name in expected if aliases.get(name, name) not in present),
         unexpected=tuple(name for name in found if name not in expected),
-        mismatched=mismatched,
+        mismatched={
+            name: (tuple(tensor.shape), tuple(expected[name].shape))
+            for name, tensor in found.items()
+            if name in expected and tensor.shape != expected[name].shape
+        },
     )
     if strict and report.problems:
         raise UserError(
@@ -99,8 +95,10 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
             + "\n  ".join(report.problems)
             + "\n  weights_strict: false loads what fits"
         )
-    if not loaded:
+    if not fitting:
         raise UserError(f"model.weights: no tensor of {path} fits the model\n  " + "\n  ".join(report.problems))
+    for name in fitting:
+        expected[name].copy_(found[name])
     return report
 
 
