@@ -99,22 +99,26 @@ class FileTokenizer:
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = path.name
         self.digest = xxhash.xxh3_128_hexdigest(content)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self.eos_id = None
         if eos is True:
-            self.eos_id = next((vocabulary[name] for name in self.USUAL_EOS if name in vocabulary), None)
+            self.eos_id = self.first_id(self.USUAL_EOS)
             if self.eos_id is None:
                 raise UserError(
                     f"{path} has none of the usual end-of-text tokens ({', '.join(self.USUAL_EOS)}); name its own with "
                     "eos, or turn the separator off with eos: false"
                 )
         elif eos is not False:
-            if eos not in vocabulary:
+            self.eos_id = self.first_id([eos])
+            if self.eos_id is None:
                 raise UserError(f"eos: {path} has no token {eos!r}")
-            self.eos_id = vocabulary[eos]
+
+    def first_id(self, names: Iterable[str]) -> int | None:
+        """Return the number of the first of these tokens that there is."""
+        return next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)

@@ -1,0 +1,334 @@
+"""Pairs of sentences, for translation and whatever else turns one text into another."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distrain.config import UserError
+from distrain.datasets import Batch, Data, DataMeta, DataRequest, register, split_indices
+from distrain.tokens import FileTokenizer
+
+logger = logging.getLogger(__name__)
+
+_SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+_UNKNOWN = 3
+TooLong = Literal["error", "drop", "truncate"]
+
+
+@register("parallel_text", tasks=["seq2seq"])
+def parallel_text(
+    request: DataRequest,
+    source_tokenizer: str = "words",
+    target_tokenizer: str = "words",
+    min_count: int = 1,
+    max_vocab: int | None = None,
+    max_len: int = 256,
+    too_long: TooLong = "error",
+) -> Data:
+    """Lines of `source<TAB>target`, each side as words, as characters or by a Hugging Face tokenizer.json.
+
+    `data.path` is such a file, or `data.split` names the file of each split. The vocabularies of `words` (what stands
+    between white space) and `chars` are those of the training split: what occurs `min_count` times or more, at most
+    `max_vocab` of the most frequent, after `<pad> <bos> <eos> <unk>` as 0 to 3. A tokenizer.json keeps its own numbers;
+    padding and BOS are its own where it has them (BOS is else its padding, as T5 and Marian begin). A pair with more
+    than `max_len` tokens on a side, special ones not counted, is an error, or is dropped or truncated with a warning
+    that says how many (`too_long`).
+
+    `inputs` is {"source": (batch, longest source) int64, ending with EOS, "target": (batch, longest target) int64,
+    beginning with BOS}, filled up with `meta.pad_id`; `targets` (batch, longest target) int64 ends with EOS and is -100
+    where `target` is padding. Outside the training split `references` is the list of the raw target texts.
+    """
+    for key, value in (("min_count", min_count), ("max_vocab", max_vocab), ("max_len", max_len)):
+        if value is not None and value < 1:
+            raise UserError(f"data.{key} {value} should be at least 1")
+    if request.section.stratify:
+        raise UserError("data.stratify: pairs of sentences have no classes to keep the shares of")
+    pairs = _read_splits(request)
+    specs = {"source": source_tokenizer, "target": target_tokenizer}
+    if request.state is None:
+        texts = {"source": [pair.source for pair in pairs["train"]], "target": [pair.target for pair in pairs["train"]]}
+        state = {side: _fit(spec, texts[side], request.base, min_count, max_vocab) for side, spec in specs.items()}
+    else:
+        state = request.state
+    source, target = (_open(specs[side], state[side], request.base, side) for side in ("source", "target"))
+    if source.pad_id != target.pad_id:
+        raise UserError(
+            f"the source is padded with {source.pad_id} and the target with {target.pad_id}, and a model has one "
+            "padding id; take the same tokenizer.json on both sides"
+        )
+    splits = {
+        name: _encode(name, split, source, target, max_len, too_long, keep_references=name != "train")
+        for name, split in pairs.items()
+    }
+
+    def decode(ids: Sequence[int]) -> str:
+        kept = list(ids)
+        if target.eos_id in kept:
+            kept = kept[: kept.index(target.eos_id)]
+        return target.decode(
+            [number for number in kept if number >= 0 and number not in (target.pad_id, target.bos_id)]
+        )
+
+    meta = DataMeta(
+        vocab_size=source.vocab_size,
+        target_vocab_size=target.vocab_size,
+        pad_id=target.pad_id,
+        bos_id=target.bos_id,
+        eos_id=target.eos_id,
+        decode=decode,
+    )
+    return Data(dict(splits), meta, state, lambda path: _read_sources(path, source, max_len, too_long))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One side's tokens
+
+
+@dataclass(frozen=True)
+class _Side:
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+def _fit(spec: str, texts: Iterable[str], base: Path, min_count: int, max_vocab: int | None) -> dict[str, Any]:
+    """Return what a side's tokens are, as JSON values."""
+    if spec not in ("words", "chars"):
+        return {"tokenizer": "file", "digest": FileTokenizer(base / spec).digest}
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split() if spec == "words" else text)
+    frequent = sorted(
+        ((token, count) for token, count in counts.items() if count >= min_count and token not in _SPECIALS),
+        key=lambda each: (-each[1], each[0]),
+    )
+    if not frequent:
+        raise UserError(f"data.min_count {min_count}: no token of the training split occurs as often")
+    return {"tokenizer": spec, "vocabulary": [token for token, _ in frequent[:max_vocab]]}
+
+
+def _open(spec: str, state: dict[str, Any], base: Path, side: str) -> _Side:
+    if state["tokenizer"] == "file":
+        return _open_file(base / spec, state["digest"], side)
+    if state["tokenizer"] != spec:
+        raise UserError(f"data.{side}_tokenizer is {spec!r}, and the model was trained with {state['tokenizer']!r}")
+    tokens = [*_SPECIALS, *state["vocabulary"]]
+    numbers = {token: number for number, token in enumerate(tokens) if number >= len(_SPECIALS)}
+    split: Callable[[str], Iterable[str]] = str.split if spec == "words" else iter
+    glue = " " if spec == "words" else ""
+    return _Side(
+        lambda texts: [[numbers.get(token, _UNKNOWN) for token in split(text)] for text in texts],
+        lambda ids: glue.join(tokens[number] for number in ids),
+        vocab_size=len(tokens),
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+    )
+
+
+def _open_file(path: Path, digest: str, side: str) -> _Side:
+    tokenizer = FileTokenizer(path)
+    if tokenizer.digest != digest:
+        raise UserError(f"data.{side}_tokenizer: {path} is not the tokenizer that the model was trained with")
+    assert tokenizer.eos_id is not None
+    vocab_size = tokenizer.vocab_size
+    pad_id = tokenizer.first_id(("<pad>", "[PAD]", "<|pad|>", "<|padding|>"))
+    if pad_id is None:
+        pad_id, vocab_size = vocab_size, vocab_size + 1
+    bos_id = tokenizer.first_id(("<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|begin_of_text|>", "[CLS]"))
+    return _Side(
+        lambda texts: [ids.tolist() for ids in tokenizer.encode([text.encode() for text in texts])],
+        tokenizer.decode,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        bos_id=pad_id if bos_id is None else bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading lines
+
+
+@dataclass(frozen=True)
+class _Pair:
+    source: str
+    target: str
+    place: str
+    """file:line, for errors."""
+
+
+def _read_splits(request: DataRequest) -> dict[str, list[_Pair]]:
+    split = request.section.split
+    if isinstance(split, dict):
+        if "train" not in split:
+            raise UserError(f"data.split names {', '.join(split)} and no file for train")
+        return {name: _read_pairs(request.base / path) for name, path in split.items()}
+    pairs = _read_pairs(request.path("a text file whose lines are source<TAB>target"))
+    indices = split_indices(len(pairs), request.section, request.seed)
+    return {name: [pairs[index] for index in each.tolist()] for name, each in indices.items()}
+
+
+def _read_pairs(path: Path) -> list[_Pair]:
+    pairs, problems = [], []
+    for number, line in enumerate(_lines(path), start=1):
+        sides = line.split("\t")
+        if len(sides) != 2:
+            problems.append(f"{path}:{number} has {len(sides) - 1} tabs, and should be source<TAB>target")
+        elif not all(side.strip() for side in sides):
+            problems.append(f"{path}:{number} has nothing as its {'target' if sides[0].strip() else 'source'}")
+        else:
+            pairs.append(_Pair(sides[0], sides[1], f"{path}:{number}"))
+    _raise(problems)
+    return pairs
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file, ended by LF or CRLF; other line separators of Unicode are text."""
+    if not path.is_file():
+        raise UserError(f"there is no file at {path}")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{number} is not UTF-8 text: {error.reason}") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path} is empty")
+    return lines
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []
+        raise UserError("\n".join([*problems[:10], *more]))
+
+
+def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> PairSource:
+    """Read one source text from each line."""
+    lines = _lines(path)
+    problems = [
+        f"{path}:{number} {'is empty' if not line.strip() else 'has a tab'}, and should be one source text"
+        for number, line in enumerate(lines, start=1)
+        if not line.strip() or "\t" in line
+    ]
+    encoded = side.encode(lines)
+    if too_long != "truncate":  # a prediction is wanted for every line, so none is dropped
+        problems += [
+            f"{path}:{number} has {len(ids)} tokens, more than data.max_len {max_len}"
+            for number, ids in enumerate(encoded, start=1)
+            if len(ids) > max_len
+        ]
+    _raise(problems)
+    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoded pairs
+
+
+class _Ragged:
+    """Rows of different lengths in one array."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self.ends = np.cumsum(lengths)
+        self.values = np.fromiter((number for row in rows for number in row), np.int32, int(lengths.sum()))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def row(self, index: int) -> np.ndarray:
+        return self.values[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+class PairSource:
+    """Encoded pairs, filled up to the longest of each batch; without targets, sources alone."""
+
+    def __init__(self, sources: _Ragged, targets: _Ragged | None, target: _Side, references: Sequence[str] | None):
+        """`targets` hold no special tokens; `target` says what those are."""
+        self._sources, self._targets, self._references = sources, targets, references
+        self._target = target
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def fetch(self, ids: np.ndarray) -> Batch:
+        side = self._target
+        index = ids.tolist()
+        inputs = {"source": _padded([self._sources.row(each) for each in index], side.pad_id)}
+        batch: Batch = {"inputs": inputs, "ids": torch.from_numpy(ids)}
+        if self._targets is not None:
+            rows = [self._targets.row(each) for each in index]
+            inputs["target"] = _padded(rows, side.pad_id, before=side.bos_id)
+            batch["targets"] = _padded(rows, -100, after=side.eos_id)
+        if self._references is not None:
+            batch["references"] = [self._references[each] for each in index]
+        return batch
+
+
+def _padded(rows: Sequence[np.ndarray], fill: int, before: int | None = None, after: int | None = None) -> torch.Tensor:
+    """Return rows as (rows, longest) int64, each behind `before` and ahead of `after` where given."""
+    begin = int(before is not None)
+    width = max(map(len, rows), default=0) + begin + int(after is not None)
+    padded = np.full((len(rows), width), fill, dtype=np.int64)
+    for at, row in enumerate(rows):
+        padded[at, begin : begin + len(row)] = row
+        if after is not None:
+            padded[at, begin + len(row)] = after
+    if before is not None:
+        padded[:, 0] = before
+    return torch.from_numpy(padded)
+
+
+def _encode(
+    name: str,
+    pairs: Sequence[_Pair],
+    source: _Side,
+    target: _Side,
+    max_len: int,
+    too_long: TooLong,
+    keep_references: bool,
+) -> PairSource:
+    sources, targets = source.encode([pair.source for pair in pairs]), target.encode([pair.target for pair in pairs])
+    longest = [max(len(first), len(second)) for first, second in zip(sources, targets, strict=True)]
+    long = [at for at, length in enumerate(longest) if length > max_len]
+    if long and too_long == "error":
+        _raise(
+            [
+                f"{pairs[at].place} has {longest[at]} tokens on a side, more than data.max_len {max_len}; raise it, or "
+                "set data.too_long to drop or truncate"
+                for at in long
+            ]
+        )
+    kept = range(len(pairs)) if too_long != "drop" else [at for at, length in enumerate(longest) if length <= max_len]
+    if long:
+        done = "dropped" if too_long == "drop" else "truncated"
+        logger.warning(
+            "%d of %d pairs of the split %r have more than data.max_len %d tokens on a side and are %s",
+            *(len(long), len(pairs), name, max_len, done),
+        )
+    if not kept:
+        raise UserError(
+            f"data.max_len {max_len} leaves the split {name!r} without a pair; the shortest has {min(longest)}"
+        )
+    return PairSource(
+        _Ragged([[*sources[at][:max_len], source.eos_id] for at in kept]),
+        _Ragged([targets[at][:max_len] for at in kept]),
+        target,
+        [pairs[at].target for at in kept] if keep_references else None,
+    )
