@@ -1,0 +1,41 @@
+"""How a model is trained: its optimizer, its loss, its learning rate at each step, and the average of its weights.
+
+optimizers.py  optimizers by name, and which parameters are decayed, scaled or frozen
+losses.py      losses by name, as sums and counts, so that one division over the global count gives the mean
+schedules.py   the learning rate as a pure function of the step
+averages.py    the exponential moving average of the weights
+arguments.py   arguments of a recipe checked against a signature
+"""
+
+from distrain.optim.averages import Ema, plain_name
+from distrain.optim.losses import Loss, build_loss, check_loss, loss_names
+from distrain.optim.optimizers import (
+    GroupPlan,
+    build_optimizer,
+    check_optimizer,
+    frozen_names,
+    optimizer_names,
+    parameter_plan,
+    set_lr,
+)
+from distrain.optim.schedules import Schedule, check_schedule, lr_at, resolve_schedule
+
+__all__ = [
+    "Ema",
+    "GroupPlan",
+    "Loss",
+    "Schedule",
+    "build_loss",
+    "build_optimizer",
+    "check_loss",
+    "check_optimizer",
+    "check_schedule",
+    "frozen_names",
+    "loss_names",
+    "lr_at",
+    "optimizer_names",
+    "parameter_plan",
+    "plain_name",
+    "resolve_schedule",
+    "set_lr",
+]

@@ -1,0 +1,136 @@
+"""The exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError, close_names
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile's and the data-parallel wrappers."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name without the parts that torch.compile and other wrappers inside the model put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+class Ema:
+    """An exponential moving average of the weights: `average = decay * average + (1 - decay) * weights` at each step.
+
+    It starts as a copy of the weights, so it is biased towards nothing but the start, and needs no correction. Averages
+    are fp32 (fp64 for fp64 weights) whatever the weights are; a tensor that is not floating point is copied. Buffers
+    that a state dict would not hold are left out, and tied weights are held once. Build it when the model is on its
+    device and sharded; averages are sharded as the weights are.
+
+    `model` may be a mapping of plain names to tensors instead, where the weights live outside the module (ZeRO-3); the
+    mapping is read anew at each update.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float):
+        assert 0 < decay < 1, decay
+        self.decay = decay
+        # The dictionaries that hold the tensors and not the tensors: a module may replace a buffer by assignment.
+        self._slots = (
+            _slots(unwrapped(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
+        )
+        with torch.no_grad():
+            self._averages = {name: _wide_copy(holder[key]) for name, (holder, key) in self._slots.items()}
+        self._floating = [name for name, tensor in self._averages.items() if tensor.is_floating_point()]
+        self._other = [name for name, tensor in self._averages.items() if not tensor.is_floating_point()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the averages by plain name; they are the live ones, so writing into them loads an average."""
+        return dict(self._averages)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy averages in. Raises UserError, changing nothing, unless names and shapes are those of the model."""
+        problems = [
+            f"average {name!r} is missing{close_names(name, tensors)}" for name in self._averages if name not in tensors
+        ]
+        problems += [
+            f"average {name!r} is of no tensor of this model" for name in tensors if name not in self._averages
+        ]
+        problems += [
+            f"average {name!r} has shape {tuple(tensors[name].shape)}, and the model's tensor {tuple(average.shape)}"
+            for name, average in self._averages.items()
+            if name in tensors and tensors[name].shape != average.shape
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+        with torch.no_grad():
+            for name, average in self._averages.items():
+                average.copy_(tensors[name])
+
+    @torch.no_grad()
+    def update(self, model: nn.Module | Mapping[str, Tensor] | None = None) -> None:
+        """Take the weights as they are now into the average. `model`, for readers, is the one given at the start."""
+        averages = [_local(self._averages[name]) for name in self._floating]
+        weights = [
+            weight if weight.dtype == average.dtype else weight.to(average.dtype)
+            for average, weight in zip(averages, self._live(self._floating), strict=True)
+        ]
+        if averages:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        for average, value in zip(self._other, self._live(self._other), strict=True):
+            _local(self._averages[average]).copy_(value)
+
+    @contextmanager
+    def applied(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Give the model its averages, and afterwards its own weights again, to the bit."""
+        live = self._live(self._slots)
+        with torch.no_grad():
+            own = [tensor.clone() for tensor in live]
+            _copy(live, [_local(average) for average in self._averages.values()])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(self._live(self._slots), own)
+
+    def _live(self, names: Any) -> list[Tensor]:
+        return [_local(holder[key].detach()) for holder, key in (self._slots[name] for name in names)]
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Return, for each tensor of a state dict by plain name, the dictionary that holds it and its key there."""
+    slots: dict[str, tuple[Any, str]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        buffers = {key: held for key, held in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for holder, tensors in ((module._parameters, module._parameters), (module._buffers, buffers)):
+            for key, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[plain_name(f"{prefix}.{key}" if prefix else key)] = (holder, key)
+    return slots
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.detach().to(torch.float32 if narrow else tensor.dtype, copy=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    # A sharded tensor's own part: the average is elementwise, and needs nothing from the other ranks.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _copy(to: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(to, values, strict=True):
+        tensor.copy_(value)

@@ -1,0 +1,301 @@
+"""Optimizers by name, and which parameters are decayed, scaled or frozen."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distrain.config import OptimSection, UserError, close_names, is_object_spec, resolve_object
+from distrain.optim.arguments import argument_names, argument_problems, snake, squeezed
+from distrain.optim.averages import plain_name, unwrapped
+
+_REFUSED = {
+    "LBFGS": "evaluates the loss several times in a step (a closure), and a step here sees its samples once; "
+    "take 'adamw' or 'sgd'",
+    "SparseAdam": "takes sparse gradients alone, which are neither clipped nor reduced over processes as others are; "
+    "take 'adam', or 'adagrad' for rare features",
+}
+_ADAPTIVE_FUSED = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers whose fused step gives an element the same bits wherever it lies in a tensor or a shard. SGD's on CPUs
+does not (it contracts multiply-adds in whole vectors and not at a tensor's end) and is no faster than its loop."""
+
+_NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def optimizer_names() -> dict[str, str]:
+    """Return the usable optimizers of torch.optim by snake-case name, each with its class's name."""
+    return {
+        snake(name).replace("_", ""): f"torch.optim.{name}"
+        for name in sorted(_classes(), key=str.lower)
+        if name not in _REFUSED
+    }
+
+
+def _classes() -> dict[str, type[Optimizer]]:
+    return {
+        name: found
+        for name, found in vars(torch.optim).items()
+        if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
+    }
+
+
+def _find(name: str) -> Callable[..., Optimizer]:
+    """Return the class, or the user's own function, that `optim.name` names; raises UserError."""
+    if is_object_spec(name):
+        found = resolve_object(name)
+        if not callable(found) or (inspect.isclass(found) and not issubclass(found, Optimizer)):
+            raise UserError(
+                f"optim.name: {name!r} is {found!r}; expected a subclass of torch.optim.Optimizer, or a function "
+                "(param_groups, lr, ...) that returns one"
+            )
+        return found
+    classes = {squeezed(key): (key, found) for key, found in _classes().items()}
+    if squeezed(name) not in classes:
+        names = optimizer_names()
+        raise UserError(
+            f"optim.name: torch.optim has no {name!r}"
+            + (close_names(name, names) or f"; it has {', '.join(names)}; your own is 'path/to/file.py:Class'")
+        )
+    key, found = classes[squeezed(name)]
+    if key in _REFUSED:
+        raise UserError(f"optim.name: {key} {_REFUSED[key]}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def check_optimizer(section: OptimSection) -> list[str]:
+    """Return one line for each problem of the section that can be found without a model."""
+    try:
+        build = _find(section.name)
+    except UserError as error:
+        return [str(error)]
+    what = f"{section.name!r}"
+    problems = argument_problems(
+        build,
+        section.args,
+        "optim",
+        what,
+        given=("params", "param_groups", "lr", "weight_decay"),
+        section_keys=OptimSection.model_fields,
+    )
+    if not _takes(build, "lr"):
+        problems.append(f"optim.name: {what} takes no argument 'lr', which the schedule sets")
+    if not _takes(build, "weight_decay"):
+        decays = {"optim.weight_decay": section.weight_decay}
+        decays |= {
+            f"optim.groups[{at}].weight_decay": group.weight_decay or 0 for at, group in enumerate(section.groups)
+        }
+        problems += [f"{key}: {what} has no weight decay; remove it" for key, decay in decays.items() if decay]
+    if problems:
+        return problems
+    try:
+        _construct(build, section, [{"params": [nn.Parameter(torch.zeros(1, 1))], "lr_scale": 1.0}], {})
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
+    """Return the optimizer of a model, and stop the parameters in `optim.freeze` from being trained.
+
+    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. Adam and AdamW take their fused
+    step where the recipe does not say otherwise: one kernel for all parameters, with the same bits at any sharding.
+    Raises UserError with every problem of the section.
+    """
+    if problems := check_optimizer(section):
+        raise UserError("\n".join(problems))
+    plans, frozen = _plan(model, section)
+    aliases = _aliases(model)
+    for alias in aliases:
+        if alias.names[0] in frozen:
+            alias.parameter.requires_grad_(False)
+    by_name = {alias.names[0]: alias.parameter for alias in aliases}
+
+    build = _find(section.name)
+    takes_decay = _takes(build, "weight_decay")
+    groups: list[dict[str, Any]] = [
+        {"params": [by_name[name] for name in plan.names], "lr_scale": plan.lr_scale}
+        | ({"weight_decay": plan.weight_decay} if takes_decay else {})
+        for plan in plans
+    ]
+    extra: dict[str, Any] = {}
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if (
+        build in _ADAPTIVE_FUSED
+        and not {"fused", "foreach", "differentiable", "capturable"} & section.args.keys()
+        and all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in trained)
+    ):
+        extra["fused"] = True
+    return _construct(build, section, groups, extra)
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Write the learning rate of this step into the optimizer's groups, each times its `lr_scale`.
+
+    Works on whatever passes `param_groups` on, as Accelerate's wrapper does.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def _takes(build: Callable[..., Any], argument: str) -> bool:
+    names = argument_names(build)
+    return names is None or argument in names
+
+
+def _construct(
+    build: Callable[..., Optimizer], section: OptimSection, groups: list[dict[str, Any]], extra: dict[str, Any]
+) -> Optimizer:
+    args = {key: _as_tuple(value) for key, value in section.args.items()} | extra
+    if _takes(build, "weight_decay"):
+        args["weight_decay"] = section.weight_decay
+    try:
+        optimizer = build(groups, lr=section.lr, **args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optim: {section.name!r} refuses its parameters or arguments: {error}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"optim.name: {section.name!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer"
+        )
+    return optimizer
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which parameters
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Parameters that are trained alike."""
+
+    names: tuple[str, ...]
+    """Their plain names, in the model's order."""
+    lr_scale: float
+    """What the learning rate is multiplied by."""
+    weight_decay: float
+    numel: int
+    """How many numbers they hold."""
+
+
+@dataclass(frozen=True)
+class _Alias:
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    """Its plain names: several where weights are tied."""
+    kinds: frozenset[str]
+    """Which of norm, bias and embedding it is."""
+
+
+def parameter_plan(model: nn.Module, section: OptimSection) -> list[GroupPlan]:
+    """Return the groups that `build_optimizer` makes, changing nothing. Frozen parameters are in none.
+
+    Never decayed, whatever `optim.groups` says, is what `optim.no_decay` lists: `norm`, the parameters of normalisation
+    layers (torch's, and any class named like one, such as RMSNorm or LayerNorm2d); `bias`, any parameter whose own name
+    contains "bias"; `embedding`, the weight of nn.Embedding or nn.EmbeddingBag, and so of a head that is tied to one.
+    A pattern matches a tied parameter by any of its names; the first of `optim.groups` that matches holds. Groups come
+    in the order of their first parameters, and do not depend on wrappers. Raises UserError, naming the close ones, for
+    patterns that match nothing, for those that earlier ones leave nothing to, and when nothing is left to train.
+    """
+    return _plan(model, section)[0]
+
+
+def frozen_names(model: nn.Module, section: OptimSection) -> list[str]:
+    """Return the names of the parameters that are not trained: by `optim.freeze`, or frozen already."""
+    return sorted(_plan(model, section)[1])
+
+
+def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set[str]]:
+    aliases = _aliases(model)
+    problems = []
+    frozen = {alias.names[0] for alias in aliases if not alias.parameter.requires_grad}
+    for at, pattern in enumerate(section.freeze):
+        found = _matching(aliases, pattern)
+        if not found:
+            problems.append(f"optim.freeze[{at}]: {_nothing(aliases, pattern)}")
+        frozen |= {alias.names[0] for alias in found}
+
+    trained = [alias for alias in aliases if alias.names[0] not in frozen]
+    rule_of: dict[str, int] = {}
+    for at, group in enumerate(section.groups):
+        where = f"optim.groups[{at}].params"
+        found = _matching(aliases, group.params)
+        free = [alias for alias in _matching(trained, group.params) if alias.names[0] not in rule_of]
+        if not found:
+            problems.append(f"{where}: {_nothing(aliases, group.params)}")
+        elif not free:
+            problems.append(
+                f"{where}: all that {group.params!r} matches is frozen or in an earlier group; "
+                "put narrower patterns first, or remove it"
+            )
+        rule_of |= {alias.names[0]: at for alias in free}
+    if not trained and not problems:
+        problems.append(f"optim.freeze: all {len(aliases)} parameters are frozen, so nothing is left to train")
+    if problems:
+        raise UserError("\n".join(problems))
+
+    members: dict[tuple[float, float], list[_Alias]] = {}
+    for alias in trained:
+        rule = section.groups[rule_of[alias.names[0]]] if alias.names[0] in rule_of else None
+        decay = section.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        if alias.kinds & set(section.no_decay):
+            decay = 0.0
+        members.setdefault((rule.lr_scale if rule else 1.0, decay), []).append(alias)
+    plans = [
+        GroupPlan(tuple(each.names[0] for each in group), scale, decay, sum(each.parameter.numel() for each in group))
+        for (scale, decay), group in members.items()
+    ]
+    return plans, frozen
+
+
+def _aliases(model: nn.Module) -> list[_Alias]:
+    """Return every parameter once, in the model's order, with all its names and kinds."""
+    model = unwrapped(model)
+    kinds: dict[int, set[str]] = {}
+    for module in model.modules():
+        is_norm = isinstance(
+            module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+        ) or _NORM_CLASS.search(type(module).__name__)
+        for name, parameter in module.named_parameters(recurse=False):
+            found = kinds.setdefault(id(parameter), set())
+            if is_norm:
+                found.add("norm")
+            if "bias" in name:
+                found.add("bias")
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                found.add("embedding")
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+        parameters[id(parameter)] = parameter
+    return [_Alias(parameters[key], tuple(names[key]), frozenset(kinds[key])) for key in names]
+
+
+def _matching(aliases: Sequence[_Alias], pattern: str) -> list[_Alias]:
+    return [alias for alias in aliases if any(fnmatchcase(name, pattern) for name in alias.names)]
+
+
+def _nothing(aliases: Sequence[_Alias], pattern: str) -> str:
+    names = [name for alias in aliases for name in alias.names]
+    prefixes = {".".join(name.split(".")[:end]) + ".*" for name in names for end in range(1, name.count(".") + 1)}
+    hint = close_names(pattern, [*names, *sorted(prefixes)])
+    return f"no parameter matches {pattern!r}{hint or f'; the names are like {names[0]!r}' if names else ''}"
