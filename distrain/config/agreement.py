@@ -10,7 +10,7 @@ from typing import Any
 from distrain.config.durations import Duration
 from distrain.config.sections import LENGTHS, SCHEDULES_WITH, FoldSplit
 
-_ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}
+ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Known:
             raise KeyError(key)
         section, _, name = key.partition(".")
         value = self.sections[section]
-        return getattr(value, _ATTRIBUTES.get(name, name)) if name else value
+        return getattr(value, ATTRIBUTES.get(name, name)) if name else value
 
     def given(self, key: str) -> bool:
         """Whether the recipe itself says what is at `section.field`."""
@@ -111,10 +111,8 @@ def _warmup(known: Known) -> Problems:
     phases = {"schedule.warmup": known("schedule.warmup")}
     if known("schedule.name") == "warmup_stable_decay":
         phases["schedule.decay"] = known("schedule.decay")
-    try:
-        length = known("train").length
-    except AssertionError:
-        length = None
+    amounts = {unit: known(f"train.{unit}") for unit in LENGTHS}
+    length = next((Duration(float(amount), unit) for unit, amount in amounts.items() if amount is not None), None)
     for whole in (Duration(100, "%"), length):
         found = {key: phase for key, phase in phases.items() if whole and phase.unit == whole.unit}
         total = math.fsum(phase.amount for phase in found.values())

@@ -79,7 +79,9 @@ class Duration:
     def __str__(self) -> str:
         whole = self.amount == int(self.amount) and self.amount < 1e15
         number = str(int(self.amount)) if whole else repr(self.amount)
-        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+        if self.unit == "%":
+            return f"{number}%"
+        return f"{number} {self.unit.removesuffix('s') if self.amount == 1 else self.unit}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -89,7 +91,7 @@ class Duration:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string", "pattern": _DURATION.pattern, "title": _FORMS}
+        return {"type": "string", "pattern": f"^{_DURATION.pattern}$", "title": _FORMS}
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,12 @@ class Horizon:
 
         `what` names the key in the UserError that a duration without a meaning here raises.
         """
+        return math.ceil(self.exact_steps(duration, what))
+
+    def exact_steps(self, duration: Duration, what: str) -> Fraction:
+        """Return `duration` in optimizer steps, which need not be whole; raises as `steps` does."""
         # Exact: as floats, 7% of 100 steps is a little more than 7, and would be rounded up to 8.
-        amount = Fraction(repr(float(duration.amount)))
-        return math.ceil(amount * self._steps_per(duration, what))
+        return Fraction(repr(float(duration.amount))) * self._steps_per(duration, what)
 
     def _steps_per(self, duration: Duration, what: str) -> Fraction:
         if duration.unit == "steps":

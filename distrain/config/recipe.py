@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from distrain.config.agreement import Known, disagreements
 from distrain.config.sections import (
+    WHOLE,
     BatchSection,
     ByName,
     CheckpointSection,
@@ -21,7 +22,6 @@ from distrain.config.sections import (
     ScheduleSection,
     Section,
     TrainSection,
-    Whole,
 )
 
 Task = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq"]
@@ -60,7 +60,7 @@ class Recipe(Section):
     """When state is saved and what is kept."""
     log: LogSection = LogSection()
     """Where the numbers go."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
     """What initialisation, order, augmentation and dropout are computed from."""
 
     @model_validator(mode="after")

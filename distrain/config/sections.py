@@ -80,12 +80,12 @@ def _kind_of_split(value: Any) -> str | None:
 
 Text = Annotated[str, Field(min_length=1)]
 ComponentName = Annotated[Text, AfterValidator(_component_name)]
-Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e18)]
 NotNegative = Annotated[float, Field(ge=0, le=1e18)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1, le=10**12)]
-BatchSize = Annotated[Whole, Field(ge=1, le=2**31)]
+WHOLE = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=10**12), WHOLE]
+BatchSize = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 Interval = Annotated[Duration, AfterValidator(_not_zero)]
 TrainingInterval = Annotated[Interval, AfterValidator(_not_time)]
 
@@ -133,7 +133,7 @@ class FoldSplit(Section):
 
     fold: Count
     """Which fold is held out, from 1."""
-    of: Annotated[Whole, Field(ge=2, le=10**6)]
+    of: Annotated[int, Field(ge=2, le=10**6), WHOLE]
     """How many folds the data is cut into."""
 
 
@@ -169,7 +169,7 @@ class DataSection(Component):
     """Keep the share of each class the same in every split of fractions or folds."""
     transforms: TransformsSection = TransformsSection()
     """What is done to the inputs."""
-    workers: Annotated[Whole, Field(ge=0, le=256)] = 0
+    workers: Annotated[int, Field(ge=0, le=256), WHOLE] = 0
     """Loader processes for each training process; 0 loads in the training process itself."""
     prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
     """`path/to/file.py:name` of a function that is called once, by rank 0, with `path` when nothing is there yet."""
@@ -229,7 +229,7 @@ class ScheduleSection(Section):
     """The shape after warm-up."""
     warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
     """Linear rise from 0 to the peak."""
-    final: Fraction01 = 0.0
+    final: Share = 0.0
     """What is left of the peak at the end (linear, cosine, one_cycle, warmup_stable_decay)."""
     decay: TrainingInterval = Duration(10, "%")
     """Length of the last phase (warmup_stable_decay)."""
@@ -267,7 +267,7 @@ class TrainSection(Section):
     """Passes over the training split."""
     steps: Count | None = None
     """Optimizer steps."""
-    tokens: Annotated[Whole, Field(ge=1, le=10**18)] | None = None
+    tokens: Annotated[int, Field(ge=1, le=10**18), WHOLE] | None = None
     """Tokens, for samples of a fixed length."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Arithmetic of the forward pass: auto is bf16 on GPUs that have it and fp32 elsewhere.
@@ -317,7 +317,7 @@ class CheckpointSection(Section):
     """How often, in training or in time; None saves only at the end."""
     keep: Count = 3
     """How many of the newest are kept."""
-    keep_best: Annotated[Whole, Field(ge=0, le=10**12)] = 1
+    keep_best: Annotated[int, Field(ge=0, le=10**12), WHOLE] = 1
     """How many of the best by eval.best are kept besides."""
     asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     """Whether files are written while training goes on."""
