@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
 import torchvision
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -75,15 +76,15 @@ def num_outputs(task: Task, meta: DataMeta) -> int | None:
 
 
 _HEAD = ("num_outputs", "num_classes", "num_labels", "out_features")
-_FROM_SHAPE = ("in_features", "in_channels", "image_size", "seq_len")
+_DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalities")
 
 
 def facts(task: Task, meta: DataMeta) -> dict[str, Any]:
     """Return what is filled in for a model's parameters of these names when the recipe does not give them.
 
-    They are the fields of `DataMeta` that are known; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all
-    of them the size of the last layer; and from the shape of a sample `in_features` (its numbers), `in_channels` and
-    `image_size` (square images), or for tokens `seq_len`.
+    They are the fields of `meta` that are known; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all of
+    them the size of the last layer; and from the shape of a sample `in_features` (its numbers; of a table with
+    `cardinalities` those beside its categories), `in_channels` and `image_size` (square images), or `seq_len` (tokens).
     """
     known = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
     known |= dict.fromkeys(_HEAD, num_outputs(task, meta))
@@ -96,10 +97,12 @@ def facts(task: Task, meta: DataMeta) -> dict[str, Any]:
             known["in_channels"] = shape[0]
         if len(shape) == 3 and shape[1] == shape[2]:
             known["image_size"] = shape[1]
+    elif known.get("cardinalities") is not None and meta.feature_names is not None:
+        known["in_features"] = len(meta.feature_names) - len(known["cardinalities"])
     return {name: value for name, value in known.items() if value is not None}
 
 
-_FACT_NAMES = {field.name for field in dataclasses.fields(DataMeta)} | {*_HEAD, *_FROM_SHAPE}
+_FACT_NAMES = {field.name for field in dataclasses.fields(DataMeta)} | {*_HEAD, *_DERIVED}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Builders by name
@@ -117,6 +120,8 @@ class _Builder:
     """Whether it is the user's code."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Arguments that are not passed on, and why."""
+    types: Mapping[str, Any] = field(default_factory=dict)
+    """What the values of arguments must be, where that is checked: for the networks written here."""
 
     def problems(self, args: Mapping[str, Any], known: set[str]) -> list[str]:
         """Return what is wrong with the recipe's arguments when the facts named `known` are filled in."""
@@ -128,6 +133,12 @@ class _Builder:
             else f"model.{key}: {self.name} takes no such argument{close_names(key, choices)}; it takes {self.shown()}"
             for key in unknown
         ]
+        for key, value in args.items():
+            try:
+                TypeAdapter(self.types.get(key, Any)).validate_python(value, strict=True)
+            except ValidationError as error:
+                reasons = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+                found.append(f"model.{key}: {value!r} does not fit: {reasons}")
         empty = inspect.Parameter.empty
         for key, parameter in self.parameters.items():
             if parameter.default is empty and key not in args and key not in known:
@@ -160,7 +171,9 @@ def _find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> _
                 f"model.name: {name} is for {', '.join(entry.tasks)}, and the task is {task}; for that there are "
                 f"{others}, or a model of your own"
             )
-        return _Builder(name, entry.build, *_named_parameters(entry.build))
+        target = vars(entry.build)["__init__"] if isinstance(entry.build, type) else entry.build
+        types = get_type_hints(target, include_extras=True)
+        return _Builder(name, entry.build, *_named_parameters(entry.build), types=types)
     if is_object_spec(name):
         target = resolve_object(name)
         if not callable(target):

@@ -245,7 +245,12 @@ ERRORS: list[tuple[Any, str, list[str]]] = [
         ["gives (batch, 9)", "needs 10 outputs"],
     ),
     ({"name": "cnn", "kernel": 4}, "classification", ["model.kernel: 4", "3 or 5"]),
-    ({"name": "cnn", "pooling": "mean"}, "classification", ["model.pooling", "max or avg"]),
+    ({"name": "cnn", "pooling": "mean"}, "classification", ["model.pooling", "'max' or 'avg'"]),
+    ({"name": "cnn", "channels": []}, "classification", ["model.channels: []", "at least 1 item"]),
+    ({"name": "mlp", "hidden": 64, "dropout": 1.5}, "classification", ["model.hidden: 64", "model.dropout: 1.5"]),
+    ({"name": "mlp", "norm": "bach"}, "classification", ["'batch' or 'layer'"]),
+    ({"name": "gpt", "n_layer": 0}, "language_modeling", ["model.n_layer: 0", "greater than or equal to 1"]),
+    ({"name": "gpt", "positions": "rotory"}, "language_modeling", ["'learned' or 'rotary'"]),
     ({"name": "gpt", "d_model": 30, "n_head": 4}, "language_modeling", ["d_model 30", "n_head 3 or 5"]),
     ({"name": "transformers:AutoModelForCausaLM"}, "language_modeling", ["'AutoModelForCausalLM'"]),
     ({"name": "transformers:AutoModelForCausalLM"}, "language_modeling", ["`config`", "`path`", "neither"]),
@@ -339,11 +344,16 @@ def test_mlp_shapes(norm: str | None) -> None:
 
 
 def test_mlp_over_a_table() -> None:
-    meta = DataMeta(input_shape=(3,), num_targets=1)
-    model = build({"name": "mlp", "cardinalities": [4, 100], "hidden": [8]}, meta, "regression")
+    from distrain.datasets.tables import TableMeta
+
+    meta = TableMeta(feature_names=("a", "b", "c", "d", "e"), cardinalities=(4, 100), num_targets=1)
+    model = build({"name": "mlp", "hidden": [8]}, meta, "regression")
     inputs = {"numeric": torch.randn(5, 3), "categorical": torch.tensor([[0, 99]] * 5)}
-    assert forward(model, inputs).logits.shape == (5, 1)
+    outputs = forward(model, inputs).logits
+    assert outputs.shape == (5, 1)
     assert [table.embedding_dim for table in model.embeddings] == [2, 50]
+    for key in inputs:
+        assert not torch.equal(forward(model, inputs | {key: inputs[key] // 2}).logits, outputs)
 
 
 @pytest.mark.parametrize("shape", [(3, 17), (1, 8, 8), (2, 4, 5, 6)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.networks.registry import PREDICTION, register
+from distrain.networks.registry import PREDICTION, Share, Size, register
 from distrain.networks.sequential import layer_class
 
 
@@ -31,24 +32,20 @@ class Mlp(nn.Module):
     def __init__(
         self,
         num_outputs: int,
-        input_shape: Sequence[int] | None = None,
-        hidden: Sequence[int] = (128, 128),
+        in_features: int,
+        hidden: Sequence[Size] = (128, 128),
         activation: str = "ReLU",
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
         norm: Literal["batch", "layer"] | None = None,
         cardinalities: Sequence[int] | None = None,
-        embedding: int | None = None,
+        embedding: Size | None = None,
     ):
-        """`cardinalities`: different values of each categorical column, for inputs {"numeric", "categorical"}."""
+        """`in_features`: numbers in a sample. `cardinalities`: different values of each categorical column."""
         super().__init__()
-        if input_shape is None and not cardinalities:
-            raise UserError("model: mlp needs input_shape, the shape of one sample, and the data do not say it")
-        if norm not in (None, "batch", "layer"):
-            raise UserError(f"model.norm: {norm!r} is not known to mlp; expected null, batch or layer")
         cardinalities = tuple(cardinalities or ())
         widths = [embedding or min(50, (count + 1) // 2) for count in cardinalities]
         self.embeddings = nn.ModuleList(nn.Embedding(*sizes) for sizes in zip(cardinalities, widths, strict=True))
-        width = math.prod(input_shape or (0,)) + sum(widths)
+        width = in_features + sum(widths)
         layers: list[nn.Module] = []
         for size in hidden:
             layers.append(nn.Linear(width, size))
@@ -83,12 +80,12 @@ class Cnn(nn.Module):
         self,
         num_outputs: int,
         input_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64, 128),
-        kernel: int = 3,
+        channels: Annotated[Sequence[Size], Field(min_length=1)] = (32, 64, 128),
+        kernel: Size = 3,
         pooling: Literal["max", "avg"] | None = "max",
         norm: Literal["batch", "group"] | None = "batch",
         activation: str = "ReLU",
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ):
         super().__init__()
         dims = len(input_shape) - 1
@@ -99,11 +96,6 @@ class Cnn(nn.Module):
             )
         if kernel < 1 or kernel % 2 == 0:
             raise UserError(f"model.kernel: {kernel} is not an odd number; take {max(1, kernel - 1)} or {kernel + 1}")
-        for key, value, known in (("pooling", pooling, ("max", "avg")), ("norm", norm, ("batch", "group"))):
-            if value is not None and value not in known:
-                raise UserError(f"model.{key}: {value!r} is not known to cnn; expected null, {' or '.join(known)}")
-        if not channels:
-            raise UserError("model.channels is empty; cnn needs one number for each block, such as [32, 64, 128]")
 
         def by_dims(name: str) -> type[nn.Module]:
             return cast(type[nn.Module], getattr(nn, f"{name}{dims}d"))
@@ -139,8 +131,6 @@ class Recurrent(nn.Module):
     def __init__(self, kind: str, width: int, hidden: int, layers: int, dropout: float, bidirectional: bool):
         super().__init__()
         kinds = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-        if kind not in kinds:
-            raise UserError(f"model.kind: {kind!r} is not known; expected {', '.join(kinds)}")
         widths = [width] + [hidden * (2 if bidirectional else 1)] * (layers - 1)
         self.forwards = nn.ModuleList(kinds[kind](size, hidden, batch_first=True) for size in widths)
         self.backwards = nn.ModuleList(kinds[kind](size, hidden, batch_first=True) for size in widths if bidirectional)
@@ -187,11 +177,11 @@ class Rnn(nn.Module):
         vocab_size: int | None = None,
         pad_id: int | None = None,
         kind: Literal["rnn", "lstm", "gru"] = "lstm",
-        hidden: int = 128,
-        layers: int = 1,
+        hidden: Size = 128,
+        layers: Size = 1,
         bidirectional: bool = False,
-        embedding: int = 128,
-        dropout: float = 0.0,
+        embedding: Size = 128,
+        dropout: Share = 0.0,
     ):
         super().__init__()
         if vocab_size is None and (input_shape is None or len(input_shape) not in (1, 2)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.networks.attention import Block, Cache, check_heads, init_transformer, rotary
-from distrain.networks.registry import register
+from distrain.networks.registry import Share, Size, register
 
 
 @register("gpt", tasks=("language_modeling",))
@@ -26,20 +26,18 @@ class GPT(nn.Module):
     def __init__(
         self,
         vocab_size: int,
-        seq_len: int,
-        n_layer: int = 6,
-        n_head: int = 6,
-        d_model: int = 384,
-        d_ff: int | None = None,
-        dropout: float = 0.0,
+        seq_len: Size,
+        n_layer: Size = 6,
+        n_head: Size = 6,
+        d_model: Size = 384,
+        d_ff: Size | None = None,
+        dropout: Share = 0.0,
         bias: bool = False,
         positions: Literal["learned", "rotary"] = "learned",
         tied: bool = True,
     ):
         super().__init__()
         check_heads(d_model, n_head)
-        if positions not in ("learned", "rotary"):
-            raise UserError(f"model.positions: {positions!r} is not known to gpt; expected learned or rotary")
         if positions == "rotary" and d_model // n_head % 2:
             raise UserError(
                 f"model: rotary positions need heads of even width; d_model / n_head is {d_model // n_head}"

@@ -5,13 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import Annotated, TypeVar, get_args
 
+from pydantic import Field
 from torch import nn
 
 from distrain.config import Task
 
 BuilderT = TypeVar("BuilderT", bound=Callable[..., nn.Module])
+
+Size = Annotated[int, Field(ge=1)]
+"""A width, or a number of layers."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A share of what is dropped."""
 
 PREDICTION: tuple[Task, ...] = ("classification", "binary", "multilabel", "regression")
 """The tasks that predict a vector for each sample."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.networks.attention import Block, check_heads, sinusoids
 from distrain.networks.basic import Recurrent, token_lengths
-from distrain.networks.registry import register
+from distrain.networks.registry import Share, Size, register
 
 
 class EncoderDecoder(nn.Module):
@@ -207,11 +207,11 @@ def seq2seq(
     bos_id: int,
     eos_id: int,
     kind: Literal["transformer", "gru"] = "transformer",
-    d_model: int = 256,
-    n_layer: int = 3,
-    n_head: int | None = None,
-    d_ff: int | None = None,
-    dropout: float = 0.1,
+    d_model: Size = 256,
+    n_layer: Size = 3,
+    n_head: Size | None = None,
+    d_ff: Size | None = None,
+    dropout: Share = 0.1,
     tied: bool = True,
 ) -> EncoderDecoder:
     """An encoder and a decoder: a transformer, or GRUs with attention.
@@ -220,8 +220,6 @@ def seq2seq(
     (by default 8, or the largest smaller number that divides d_model) and `d_ff` (by default 4 * d_model) are the
     transformer's. `tied`: whether the output layer is the embedding of the target tokens.
     """
-    if kind not in ("transformer", "gru"):
-        raise UserError(f"model.kind: {kind!r} is not known to seq2seq; expected transformer or gru")
     sizes: dict[str, Any] = {"d_model": d_model, "n_layer": n_layer, "dropout": dropout, "tied": tied}
     if kind == "transformer":
         heads = n_head or next(count for count in range(8, 0, -1) if d_model % count == 0)
