@@ -96,8 +96,8 @@ def export(
     """Write the model of the checkpoint in folder `checkpoint` to `out`.
 
     `out` is a `.safetensors` file, a `.pt` or `.pth` file, or a folder, which gets a `model.safetensors`. `shards` is
-    the most bytes of one file (a number, or text such as "5GB"): a larger model goes to `model-00001-of-00003.safetensors`
-    and so on, beside a `model.safetensors.index.json`, as Hugging Face lays them out. Parameters and buffers have their
+    the most bytes of one file (a number, or "5GB"): a larger model goes to `model-00001-of-00003.safetensors` and so
+    on, beside a `model.safetensors.index.json`, as Hugging Face lays them out. Parameters and buffers have their
     plain names. Tied tensors are written under each of their names, because `load_state_dict(strict=True)` asks for
     all of them. `dtype` (bf16, fp16, fp32, fp64) changes floating-point tensors only, and refuses finite values that
     would become infinite. `ema` takes the moving average instead of the weights. `verify=False` does not hash the
