@@ -24,6 +24,8 @@ _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
 def read_tree(file: Path) -> Tree:
+    """Return what the YAML file holds, a mapping; raises RecipeError when it cannot be read as one."""
+
     def refuse(problem: str, line: int | None = None) -> RecipeError:
         return RecipeError(str(file), [f"{file}:{line}: {problem}" if line else problem])
 
@@ -50,6 +52,8 @@ def read_tree(file: Path) -> Tree:
         mark = error.problem_mark or error.context_mark
         raise refuse(syntax_problem(error), mark.line + 1 if mark else None) from error
     if not isinstance(tree.value, dict):
+        if tree.problems:
+            raise refuse(tree.problems[0][1], tree.lines[()])
         found = "nothing" if tree.value is None else found_text(tree.value)
         raise refuse(f"found {found}, expected a mapping of {', '.join(Recipe.model_fields)}")
     return tree
@@ -65,38 +69,41 @@ class Document:
     def __init__(self, source: str, tree: Tree):
         self.source = source
         self.value: dict[str, Any] = tree.value
-        self.problems: list[tuple[Place, str]] = list(tree.problems)
+        self.problems = list(tree.problems)
+        self.refused: list[str] = []
         self.origins: dict[Place, str] = {place: f"{source}:{line}" for place, line in tree.lines.items()}
         self.origins[()] = source
 
     def override(self, text: str) -> None:
         """Put what one `dotted.key=value` says into the tree, or note what is wrong with it."""
+        try:
+            place, tree = self._read_override(text)
+        except ValueError as error:
+            self.refused.append(str(error))
+            return
+        for known in [known for known in self.origins if known[: len(place)] == place]:
+            del self.origins[known]
+        self.origins[place] = COMMAND_LINE
+        self.origins |= {(*place, *inner): COMMAND_LINE for inner in tree.lines}
+        self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
+
+    def _read_override(self, text: str) -> tuple[Place, Tree]:
         key, equals, written = text.partition("=")
         if not equals or not _OVERRIDE_KEY.fullmatch(key):
-            return self._refuse((), f"found {text!r}, expected dotted.key=value, as in optim.lr=3e-4")
+            raise ValueError(f"found {text!r}, expected dotted.key=value, as in optim.lr=3e-4")
         if not written.strip():
-            return self._refuse((), f"{key}: found no value after '='; write {key}=null for nothing")
+            raise ValueError(f"{key}: found no value after '='; write {key}=null for nothing")
         try:
             tree = Tree.parse(written)
         except yaml.MarkedYAMLError as error:
-            return self._refuse((), f"{key}: {written!r} {syntax_problem(error)}")
-        except yaml.YAMLError:
-            return self._refuse((), f"{key}: {written!r} holds a control character; take it out")
-        try:
-            holder, place = self._reach(re.findall(r"[^.\[\]]+", key))
-        except LookupError as error:
-            return self._refuse((), f"{key}: {error.args[0]}")
+            raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
+        except yaml.reader.ReaderError as error:
+            raise ValueError(f"{key}: {written!r} holds a control character; take it out") from error
+        holder, place = self._reach(key, re.findall(r"[^.\[\]]+", key))
         holder[place[-1]] = tree.value
-        for known in [known for known in self.origins if known[: len(place)] == place]:
-            del self.origins[known]
-        self.origins |= {(*place, *inner): COMMAND_LINE for inner in tree.lines}
-        self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
-        return None
+        return place, tree
 
-    def _refuse(self, place: Place, problem: str) -> None:
-        self.problems.append((place, f"{COMMAND_LINE}: {problem}"))
-
-    def _reach(self, parts: Sequence[str]) -> tuple[Any, Place]:
+    def _reach(self, key: str, parts: Sequence[str]) -> tuple[Any, Place]:
         """Return the mapping or list that holds the last of `parts`, made where it is not there yet, and its place."""
         holder: Any = self.value
         place: Place = ()
@@ -105,7 +112,7 @@ class Document:
             if isinstance(holder, list):
                 if not part.isdecimal() or int(part) >= len(holder):
                     held = f"indices 0 to {len(holder) - 1}" if holder else "nothing"
-                    raise LookupError(f"{dotted(place)} is a list of {held}, so it has no {part!r}")
+                    raise ValueError(f"{key}: {dotted(place)} is a list of {held}, so it has no {part!r}")
                 step = int(part)
             inner = (*place, step)
             if number == len(parts) - 1:
@@ -118,7 +125,7 @@ class Document:
                 child = {"name": child}
                 self.origins[(*inner, "name")] = self.origins[inner]
             elif not isinstance(child, dict | list):
-                raise LookupError(f"{dotted(inner)} is {found_text(child)}, so it has no {parts[number + 1]!r}")
+                raise ValueError(f"{key}: {dotted(inner)} is {found_text(child)}, so it has no {parts[number + 1]!r}")
             holder[step] = child
             holder, place = child, inner
         raise AssertionError("a key has at least one part")
@@ -146,16 +153,14 @@ class Document:
 
     def error(self, problems: Sequence[tuple[Place, str]]) -> RecipeError:
         """Return the error that lists `problems`, each with its place in the file, in the file's order."""
-        lines = []
+        lines = [((1, 0), f"{COMMAND_LINE}: {problem}") for problem in self.refused]
         for place, problem in problems:
+            # What is missing has no place of its own: the section it is missing from is what the user can go to.
             near = next(place[:end] for end in range(len(place), -1, -1) if place[:end] in self.origins)
             origin = self.origins[near]
-            if not place and problem.startswith(f"{COMMAND_LINE}: "):
-                lines.append(((1, 0), problem))
-                continue
-            number = origin.rpartition(":")[2] if near else ""
-            order = (1, 0) if origin == COMMAND_LINE else (0, int(number) if number.isdecimal() else 0)
-            lines.append((order, f"{origin}: {dotted(place)}: {problem}" if place else f"{origin}: {problem}"))
+            line = origin.rpartition(":")[2] if near else ""
+            order = (1, 0) if origin == COMMAND_LINE else (0, int(line) if line.isdecimal() else 0)
+            lines.append((order, f"{origin}: {dotted(place)}: {problem}"))
         return RecipeError(self.source, [line for _, line in sorted(lines, key=lambda line: line[0])])
 
 

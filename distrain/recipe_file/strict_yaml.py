@@ -140,9 +140,8 @@ class Tree:
         return mapping
 
     def _key(self, node: Any, place: Place) -> str | None:
-        if not isinstance(node, yaml.ScalarNode):
-            found = "a list or mapping as a key"
-        else:
+        found = "a list or mapping as a key"
+        if isinstance(node.value, str):
             try:
                 key = scalar(node.value) if node.style is None else node.value
             except ValueError:
@@ -157,6 +156,7 @@ class Tree:
 
 
 def syntax_problem(error: yaml.MarkedYAMLError) -> str:
+    """Return what PyYAML found, with what to do about it."""
     problem = error.problem or str(error)
     hints = [hint for words, hint in _SYNTAX_HINTS.items() if words in problem]
     return f"is not YAML: {problem}" + (f"; {hints[0]}" if hints else "")

@@ -38,7 +38,7 @@ def validate(document: Document) -> Recipe:
     unreadable = {place for place, _ in problems if place}
     try:
         recipe = Recipe.model_validate(document.value, by_alias=True, by_name=False)
-        if not problems:
+        if not problems and not document.refused:
             return recipe
     except ValidationError as error:
         explain = _Explainer(json_schema())
