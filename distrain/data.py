@@ -259,7 +259,7 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
-                f"a loader process ended: {error}\nit may have run out of memory, or of shared memory (df -h /dev/shm); "
+                f"a loader process ended: {error}\nit may have run out of memory, or of shared memory (/dev/shm); "
                 "try fewer data.workers, or 0 to see its own error"
             ) from error
         if isinstance(batch, _Failure):

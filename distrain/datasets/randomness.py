@@ -26,7 +26,7 @@ def stream_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """Return uint64 numbers that depend on `seed` and on every part (integers or arrays of them, broadcast)."""
     state = np.array([seed & (2**64 - 1)], dtype=np.uint64)
     for part in parts:
-        part = np.asarray(part).astype(np.uint64)
+        part = np.atleast_1d(part).astype(np.uint64)  # scalars would warn of the overflow that is meant
         state = scramble(state + (part + np.uint64(1)) * np.uint64(GOLDEN))
     return state
 

@@ -144,7 +144,9 @@ def _build(item: Component) -> Callable[[Any], Any]:
     if is_object_spec(item.name):
         made = resolve_object(item.name)
         args = _arguments(made, item)
-        return made(**args) if inspect.isclass(made) else functools.partial(made, **args)
+        if inspect.isclass(made):
+            return made(**args)
+        return functools.partial(made, **args)
     if item.name in _UNFIT:
         raise UserError(f"{item.name} cannot be used: {_UNFIT[item.name]}")
     names = transform_names()

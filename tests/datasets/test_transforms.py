@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from distrain.config import TransformsSection, UserError
+from distrain.datasets.transforms import Transform, transform_names
+
+
+def build(*items: Any, seed: int = 0) -> Transform:
+    return Transform(TransformsSection.model_validate({"train": list(items)}).train, seed, "data.transforms.train")
+
+
+def batch_of(images: Any, ids: Any = None) -> dict[str, Any]:
+    return {"inputs": images, "ids": torch.arange(len(images)) if ids is None else torch.as_tensor(ids)}
+
+
+def apply(transform: Transform, images: Any, ids: Any = None, epoch: int = 0) -> torch.Tensor:
+    images = images.clone() if isinstance(images, torch.Tensor) else list(images)
+    return transform(batch_of(images, ids), np.full(len(images), epoch))["inputs"]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (12, 3, 10, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_uint8_images_become_floats_in_the_end(images: torch.Tensor) -> None:
+    assert torch.equal(apply(build(), images), images.float() / 255)
+    tokens = torch.zeros(4, 7, dtype=torch.uint8)
+    assert apply(build(), tokens).dtype == torch.uint8
+
+
+def test_what_treats_all_alike_is_torchvision_s(images: torch.Tensor) -> None:
+    items = [
+        {"name": "Resize", "size": [12, 12], "interpolation": "bicubic"},
+        {"name": "CenterCrop", "size": 10},
+        {"name": "Grayscale", "num_output_channels": 3},
+        {"name": "ToDtype", "dtype": "float32", "scale": True},
+        {"name": "Normalize", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]},
+    ]
+    expected = v2.Compose(
+        [
+            v2.Resize([12, 12], interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(10),
+            v2.Grayscale(3),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]),
+        ]
+    )(images)
+    result = apply(build(*items), images)
+    assert torch.equal(result, expected)
+    assert type(result) is torch.Tensor
+
+
+RANDOM = [
+    {"name": "RandomCrop", "size": [8, 6], "padding": 2},
+    {"name": "RandomHorizontalFlip"},
+    {"name": "RandomVerticalFlip", "p": 0.3},
+    {"name": "ColorJitter", "brightness": 0.5, "hue": 0.2},
+    {"name": "RandomResizedCrop", "size": 8},
+    {"name": "RandAugment"},
+    {"name": "TrivialAugmentWide"},
+    {"name": "AutoAugment", "policy": "cifar10"},
+    {"name": "RandomApply", "transforms": [{"name": "GaussianBlur", "kernel_size": 3}], "p": 0.5},
+    {"name": "RandomChoice", "transforms": ["RandomHorizontalFlip", "RandomGrayscale"]},
+    {"name": "RandomErasing"},
+    {"name": "RandomRotation", "degrees": 30},
+]
+
+
+@pytest.mark.parametrize("item", RANDOM, ids=lambda item: item["name"])
+def test_a_sample_looks_the_same_in_any_batch(item: dict, images: torch.Tensor) -> None:
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    transform = build(item, seed=5)
+    whole = apply(transform, images)
+    for ids in ([3], [7, 3], list(range(11, -1, -1))):
+        assert torch.equal(apply(transform, images[ids], ids), whole[ids])
+    assert torch.equal(apply(transform, list(images)), whole)
+    assert not torch.equal(apply(transform, images, epoch=1), whole)
+    assert not torch.equal(apply(build(item, seed=6), images), whole)
+    # nothing is drawn from the global random state
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+
+
+def test_two_equal_transforms_draw_differently() -> None:
+    image = torch.arange(64.0).view(1, 1, 1, 64).expand(200, 1, 1, 64)
+    once = apply(build("RandomHorizontalFlip"), image)[:, 0, 0, 0] == 63
+    twice = apply(build("RandomHorizontalFlip", "RandomHorizontalFlip"), image)[:, 0, 0, 0] == 63
+    assert 60 < once.sum() < 140
+    assert 60 < twice.sum() < 140
+
+
+def test_flips_happen_as_often_as_asked() -> None:
+    image = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(20000, 1, 1, 2)
+    for probability in (0.0, 0.25, 1.0):
+        flipped = apply(build({"name": "RandomHorizontalFlip", "p": probability}), image)[:, 0, 0, 0].mean()
+        assert abs(flipped - probability) < 0.015
+    tall = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).expand(10, 1, 2, 1)
+    assert apply(build({"name": "RandomVerticalFlip", "p": 1.0}), tall)[:, 0, 0, 0].sum() == 10
+
+
+def test_every_crop_is_cut_from_the_padded_image_and_as_often() -> None:
+    image = torch.arange(1.0, 17.0).view(1, 1, 4, 4)
+    crops = apply(build({"name": "RandomCrop", "size": 4, "padding": 1, "fill": 99}), image.expand(9000, 1, 4, 4))
+    padded = v2.functional.pad(image, [1, 1, 1, 1], fill=99)
+    expected = {tuple(padded[0, 0, t : t + 4, le : le + 4].flatten().tolist()) for t in range(3) for le in range(3)}
+    counts: dict[tuple, int] = {}
+    for crop in crops:
+        counts[tuple(crop.flatten().tolist())] = counts.get(tuple(crop.flatten().tolist()), 0) + 1
+    assert set(counts) == expected
+    assert all(880 < count < 1120 for count in counts.values())
+
+
+def test_crops_pad_where_needed_and_refuse_where_not(images: torch.Tensor) -> None:
+    crop = {"name": "RandomCrop", "size": [20, 9], "pad_if_needed": True, "padding_mode": "edge"}
+    assert apply(build(crop), images).shape == (12, 3, 20, 9)
+    with pytest.raises(UserError, match="RandomCrop to 20 × 9 does not fit into 10 × 8; set padding"):
+        apply(build({"name": "RandomCrop", "size": [20, 9]}), images)
+    assert (
+        apply(build({"name": "RandomCrop", "size": [10, 8]}, "RandomHorizontalFlip"), images.bfloat16()).dtype
+        == torch.bfloat16
+    )
+
+
+def test_images_of_different_sizes_are_made_equal(images: torch.Tensor) -> None:
+    mixed = [images[0], images[1, :, :7], images[2, :, :, :6]]
+    resized = apply(build({"name": "Resize", "size": [5, 5]}), mixed)
+    assert resized.shape == (3, 3, 5, 5)
+    alone = apply(build({"name": "Resize", "size": [5, 5]}), [mixed[1]], ids=[1])
+    assert torch.equal(resized[1:2], alone)
+    cropped = apply(build({"name": "RandomCrop", "size": 6}, "RandomHorizontalFlip"), mixed)
+    assert torch.equal(
+        cropped[2:], apply(build({"name": "RandomCrop", "size": 6}, "RandomHorizontalFlip"), [mixed[2]], ids=[2])
+    )
+    with pytest.raises(UserError, match=r"must have one size in the end, and these are \(3, 10, 6\), \(3, 10, 8\)"):
+        apply(build(), mixed)
+
+
+OWN = """
+import numpy as np
+import torch
+class Noise:
+    def __init__(self, scale=1.0):
+        self.scale = scale
+    def __call__(self, image):
+        return image + self.scale * np.random.rand() + torch.rand(())
+def brighter(image, by):
+    return image + by
+"""
+
+
+def test_transforms_of_one_s_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    images = torch.zeros(5, 1, 2, 2)
+    brighter = build({"name": f"{tmp_path / 'own.py'}:brighter", "by": 2.0})
+    assert apply(brighter, images).unique().tolist() == [2.0]
+    noise = build({"name": f"{tmp_path / 'own.py'}:Noise", "scale": 3.0})
+    whole = apply(noise, images)
+    assert len(whole.unique()) == 5
+    assert torch.equal(apply(noise, images[3:4], [3]), whole[3:4])
+    with pytest.raises(UserError, match="has no argument 'bye'; did you mean 'by'"):
+        build({"name": f"{tmp_path / 'own.py'}:brighter", "bye": 2.0})
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        build(
+            "RandomHorizontalFlop",
+            {"name": "Normalize", "mean": [0.5]},
+            {"name": "RandomCrop", "sise": 3, "size": 3},
+            {"name": "ToDtype", "dtype": "float33"},
+            {"name": "Resize", "size": 3, "interpolation": "bilinaer"},
+            "CutMix",
+            {"name": "RandomCrop", "size": [1, 2, 3]},
+        )
+    lines = str(caught.value).splitlines()
+    expected = [
+        "item 1: no transform 'RandomHorizontalFlop' in torchvision.transforms.v2; did you mean 'RandomHorizontalFlip'",
+        "item 2: Normalize needs 'std'",
+        "item 3: RandomCrop has no argument 'sise'; did you mean 'size'?",
+        "item 4: ToDtype: 'float33' is not a dtype",
+        "item 5: Resize: no interpolation 'bilinaer'; did you mean 'bilinear'",
+        "item 6: CutMix cannot be used: it mixes samples",
+        "item 7: RandomCrop: Please provide only two dimensions",
+    ]
+    for line, text in zip(lines, expected, strict=True):
+        assert line.startswith("data.transforms.train, ")
+        assert text in line
+
+
+def test_transforms_are_for_a_single_tensor() -> None:
+    with pytest.raises(UserError, match="the inputs are source, target, and transforms are for a single tensor"):
+        build("RandomHorizontalFlip")(
+            {"inputs": {"source": torch.zeros(1), "target": torch.zeros(1)}, "ids": torch.zeros(1)}, np.zeros(1)
+        )
+
+
+def test_names_are_those_that_can_be_used() -> None:
+    names = transform_names()
+    assert {"Resize", "RandomCrop", "RandAugment"} <= set(names)
+    assert "CutMix" not in names
