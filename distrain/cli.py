@@ -140,9 +140,10 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 def _names(kind: Kind) -> dict[str, str]:
     match kind:
         case Kind.models:
-            from distrain.models import model_names
+            from distrain.models import find, model_names, torchvision_names
 
-            return model_names()
+            own = {name: entry.summary for name in model_names() if (entry := find(name))}
+            return own | dict.fromkeys(torchvision_names(), "torchvision.models")
         case Kind.datasets:
             from distrain.datasets import dataset_names
 
@@ -220,7 +221,8 @@ def checkpoint_verify(
     ],
 ) -> None:
     """Read every byte and check it against the manifest's hashes."""
-    from distrain.checkpoint import MANIFEST, list_checkpoints, verify
+    from distrain.checkpoint import list_checkpoints, verify
+    from distrain.checkpoint.format import MANIFEST
     from distrain.inference import checkpoint_folder
 
     single = (target / MANIFEST).exists() or target.name.startswith("step-")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import MANIFEST, Reader, find_best, find_newest
+from distrain.checkpoint import Reader, find_best, find_newest
+from distrain.checkpoint.format import MANIFEST
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets import AnySource, Data, DataMeta
@@ -76,9 +77,7 @@ class Trained:
             recipe = parse_recipe(reader.manifest.recipe, f"the recipe in {checkpoint}")
             world = open_world(recipe.train.precision)
             data = build_data(recipe, state=reader.manifest.scalars["data"])
-            model = build_model(recipe, data.meta, load_weights=False)
-            if world.precision == "fp64":
-                model = model.double()
+            model = build_model(recipe, data.meta, weights=False)
             load_weights(model, reader, averaged=recipe.train.ema is not None)
         model.to(world.device).eval()
         call = calling_convention(model)

@@ -19,6 +19,7 @@ from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, show
 from distrain.rundir import Launch, RunDir
 
 log = logging.getLogger("distrain")
+log.addHandler(logging.NullHandler())  # until a run has a folder to log to
 
 
 def shared_file(*parts: str) -> Path:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ class Training:
     def objective(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what a batch adds to the loss, and its count, with the model's auxiliary loss for each sample."""
         outputs = self.call(model, batch["inputs"])
-        loss_sum, count = self.loss.sum_and_count(outputs.logits, batch["targets"])
+        loss_sum, count = self.loss.sum_and_count(self.loss.taken(outputs), batch["targets"])
         if outputs.aux_loss is not None:
             loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
         return loss_sum, count
@@ -179,7 +180,7 @@ def evaluate(
             keep = (ids >= 0).to(world.device, non_blocking=True)
             batch = to_device(batch, world)
             outputs = call(model, batch["inputs"])
-            loss_sum, count = loss.sum_and_count(outputs.logits, batch["targets"], keep)
+            loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
             loss_sums += torch.stack((loss_sum.double(), count.double()))
             metrics.update(outputs.logits, batch["targets"], keep)
             if metrics.needs_text:
@@ -264,16 +265,16 @@ class Every:
 
     def __init__(self, duration: Duration | None, horizon: Horizon, what: str):
         self.seconds = duration.seconds if duration is not None else None
-        self._period: float | None = None
+        self._period: Fraction | None = None
         if duration is not None and self.seconds is None and duration.amount > 0:
-            self._period = max(1.0, horizon.exact_steps(duration, what))
+            self._period = max(Fraction(1), horizon.exact_steps(duration, what))
 
     def due(self, step: int) -> bool:
         """Whether it is due after `step` finished steps."""
         if self._period is None:
             return False
-        # the slack absorbs rounding where a whole number of periods falls exactly on a step
-        return math.floor(step / self._period + 1e-9) > math.floor((step - 1) / self._period + 1e-9)
+        steps, periods = self._period.numerator, self._period.denominator
+        return step * periods // steps > (step - 1) * periods // steps
 
     def elapsed(self, since: float) -> bool:
         """Whether a period in seconds has gone by on this rank's monotonic clock."""
@@ -392,7 +393,8 @@ class Session:
         self.horizon = horizon_of(recipe, self.data)
         assert self.horizon.total_steps is not None
         self.total_steps: int = self.horizon.total_steps
-        self.t = self._training()
+        self._told: list[str] = []
+        self.t = self._training(resumes=reader is not None)
         if reader is not None:
             world.together(lambda: self.t.state.restore(reader))
             self.t.step = reader.manifest.step
@@ -429,6 +431,8 @@ class Session:
         for path, reason in skipped:
             self.say(f"skipped checkpoint {path.name}: {reason}")
         self._introduce(checkpoint)
+        for told in self._told:
+            self.say(f"  {told}")
 
     @classmethod
     @contextmanager
@@ -441,15 +445,13 @@ class Session:
             session.saver.close()
             session.telemetry.close()
 
-    def _training(self) -> Training:
+    def _training(self, *, resumes: bool) -> Training:
         recipe, world = self.recipe, self.world
         micro_batch_size, accumulation = batch_shape(recipe.batch, world.world_size)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
 
         def build() -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
-            model = build_model(recipe, self.data.meta)
-            if world.precision == "fp64":
-                model = model.double()
+            model = build_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
             model.to(world.device)
             return model, build_optimizer(model, recipe.optim), build_loss(recipe, self.data.meta)
 
@@ -629,7 +631,7 @@ class Session:
             self.t.step,
             state.specs(),
             state.pieces(self.world.rank, self.world.world_size),
-            state.scalars() | {"data": self.data.state, "step": self.t.step},
+            scalars=state.scalars() | {"data": self.data.state},
             aliases=state.tensors()[1],
             recipe=dump_recipe(self.recipe),
             strategy=self.world.strategy,
@@ -670,7 +672,7 @@ class Session:
             if chosen != self.t.step:
                 reader = self.world.together(lambda: Reader(self._checkpoint(chosen)))
                 self.world.together(lambda: self.t.state.restore(reader))
-            self.t.step = chosen
+                self.t.step = chosen
             values = self._score("test", event="final")
         summary = {
             "finished": True,

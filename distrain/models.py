@@ -389,6 +389,8 @@ class ModelOutput(NamedTuple):
     """(batch, outputs), or (batch, seq, vocabulary) where tokens are predicted."""
     aux_loss: Tensor | None = None
     """A mean over the batch, 0-d, that is added to the loss of each sample (such as a router's balance)."""
+    others: tuple[Tensor, ...] = ()
+    """What a model that returns a tuple of tensors gives behind the first, for losses that take several."""
 
 
 Convention = Callable[[nn.Module, Any], ModelOutput]
@@ -412,8 +414,8 @@ def calling_convention(model: nn.Module) -> Convention:
     A tensor is passed on as it is. A mapping is passed by name where `forward` takes its keys, otherwise as it is. A
     model of transformers gets tokens as `input_ids` with an attention mask where it knows a padding id (or its own main
     input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return
-    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple of which the first is
-    taken (the auxiliary heads of torchvision are not). Raises UserError where neither way of calling fits.
+    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor is
+    what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
     """
     plain = plain_model(model)
     if is_transformers(plain):
@@ -483,19 +485,20 @@ def _output(raw: Any) -> ModelOutput:
         return ModelOutput(raw)
     if isinstance(raw, ModelOutput):
         return raw
-    logits, aux_loss = None, None
+    logits, aux_loss, others = None, None, ()
     if isinstance(raw, Mapping):
         logits = raw.get("logits", raw.get("out"))
         aux_loss = raw.get("aux_loss")
     elif isinstance(raw, tuple | list) and raw:
-        logits = raw[0]
+        logits, *rest = raw
+        others = tuple(rest) if all(isinstance(each, Tensor) for each in rest) else ()
     if not isinstance(logits, Tensor):
         found = f"a mapping of {', '.join(map(str, raw))}" if isinstance(raw, Mapping) else type(raw).__name__
         raise UserError(
             f"the model returned {found}; expected a tensor, a tuple that begins with one, a mapping with 'logits', or "
             "distrain.models.ModelOutput"
         )
-    return ModelOutput(logits, aux_loss)
+    return ModelOutput(logits, aux_loss, others)
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -434,7 +434,7 @@ class TrainingState:
                 "use the same optimizer, or start a new run with model.weights set to the exported model"
             )
         states: dict[str, dict[str, Any]] = {}
-        for name, spec in manifest.tensors.items():
+        for name, spec in manifest.specs.items():
             if spec.role == "optimizer":
                 parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
                 value = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distrain.config import Recipe, Task, UserError, close_names, is_object_spec, resolve_object
 from distrain.datasets import DataMeta
+from distrain.models import ModelOutput
 from distrain.optim.arguments import argument_problems, snake, squeezed
 
 Outputs = Tensor | Sequence[Tensor]
@@ -100,6 +101,12 @@ class Loss:
     """Integer targets of this value are not counted."""
     is_token_entropy: bool = False
     """Whether the mean is the plain cross entropy, whose exponential is the perplexity."""
+    takes_several: bool = False
+    """Whether it takes all that a model returns, where that is a tuple of tensors, or only the first."""
+
+    def taken(self, output: ModelOutput) -> Outputs:
+        """Return what of a model's output this loss takes."""
+        return (output.logits, *output.others) if self.takes_several and output.others else output.logits
 
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses (0-d, fp32, or fp64 for fp64 outputs) and the count they are over (0-d fp64).
@@ -268,6 +275,7 @@ class _ElementLoss(_TorchLoss):
     def __init__(self, name: str, build: Callable[..., nn.Module], rule: _Rule, per_row: bool):
         super().__init__(name, build)
         self._rule = rule
+        self.takes_several = rule.outputs > 1
         self._per_row = per_row
         self._kind = type(self._modules["sum"])
 
@@ -304,6 +312,8 @@ class _CtcLoss(_TorchLoss):
     in time. Targets are (batch, length) int64, filled up with -100.
     """
 
+    takes_several = True
+
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits, *rest = [outputs] if isinstance(outputs, Tensor) else outputs
         if len(rest) > 1 or logits.dim() != 3 or targets.dim() != 2 or len(logits) != len(targets):
@@ -335,6 +345,8 @@ class _OwnLoss(Loss):
     over the batch; either is averaged over samples. Or it returns (sum, count), and has an attribute `count`, a
     function of the targets that returns the same count.
     """
+
+    takes_several = True
 
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name = name
