@@ -381,6 +381,7 @@ def _write_pt(reader: Reader, outputs: dict[str, _Output], path: Path) -> None:
             raw = reader.read(output.source, 0, output.spec.numel)
             raw = raw if output.dtype == output.spec.dtype else _convert(raw, output)
             dtype = getattr(torch, _TORCH_NAMES[output.dtype])
-            loaded[output.source] = torch.from_numpy(raw).view(dtype).reshape(output.spec.shape)
+            flat = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
+            loaded[output.source] = flat.reshape(output.spec.shape)
         state[name] = loaded[output.source]
     torch.save(state, path)

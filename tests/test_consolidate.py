@@ -1,0 +1,300 @@
+"""Exports hold exactly the checkpoint's model, in the layouts that others read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_world
+
+from distrain import consolidate
+from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
+from distrain.config import UserError
+from distrain.consolidate import export
+
+PLAIN = [name.removeprefix("model/") for name in SPECS if name.startswith("model/")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_world(tmp_path_factory.mktemp("checkpoints"), 3, 7, make_state(4), seed=4)[0].path
+
+
+def assert_exported(tensors: dict[str, torch.Tensor]) -> None:
+    state = make_state(4)
+    assert sorted(tensors) == sorted([*PLAIN, "tied.weight"])
+    for name, tensor in tensors.items():
+        source = "model/layer.weight" if name == "tied.weight" else f"model/{name}"
+        assert tuple(tensor.shape) == SPECS[source].shape
+        assert tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == state[source].tobytes()
+
+
+def test_one_file(checkpoint, tmp_path):
+    result = export(checkpoint, tmp_path / "new" / "folder")
+    assert result.paths == (tmp_path / "new" / "folder" / "model.safetensors",)
+    assert result.tensors == len(PLAIN) + 1
+    assert_exported(safetensors.torch.load_file(result.paths[0]))
+    with safetensors.safe_open(result.paths[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert os.listdir(tmp_path / "new" / "folder") == ["model.safetensors"]
+
+
+def test_strict_loading_of_a_tied_model(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 3)
+            self.head = torch.nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    raw = np.arange(15, dtype="f4").view(np.uint8)
+    specs = {"model/embed.weight": TensorSpec((5, 3), "F32", "parameter")}
+    described = DESCRIBED | {"aliases": {"model/head.weight": "model/embed.weight"}}
+    saved = Saver(tmp_path / "c", LocalCommunicator()).save(
+        1, specs, [Piece("model/embed.weight", 0, raw)], **described
+    )
+    for suffix in ("safetensors", "pt"):
+        path = export(saved.path, tmp_path / f"model.{suffix}").paths[0]
+        tensors = safetensors.torch.load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
+        model = Tied()
+        model.load_state_dict(tensors, strict=True)
+        assert model.head.weight is model.embed.weight
+        assert torch.equal(model.head.weight.flatten(), torch.arange(15.0))
+    assert tensors["head.weight"].data_ptr() == tensors["embed.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, None])
+def test_copying_where_the_kernel_cannot(checkpoint, tmp_path, monkeypatch, number):
+    def refuse(*_):
+        if number is None:
+            return 0
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert_exported(safetensors.torch.load_file(export(checkpoint, tmp_path).paths[0]))
+
+
+def test_small_jobs_and_buffers(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(consolidate, "_JOB", 24)
+    monkeypatch.setattr(consolidate, "_BUFFER", 16)
+    expected = safetensors.torch.load_file(export(checkpoint, tmp_path / "one").paths[0])
+    assert_exported(expected)
+    half = safetensors.torch.load_file(export(checkpoint, tmp_path / "two", dtype="bf16").paths[0])
+    for name, tensor in expected.items():
+        assert torch.equal(half[name], tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float16", "fp32", "FP64"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_dtypes_are_those_of_torch(checkpoint, tmp_path, dtype, suffix):
+    types = {"bf16": torch.bfloat16, "float16": torch.float16, "fp32": torch.float32, "FP64": torch.float64}
+    path = export(checkpoint, tmp_path / f"m.{suffix}", dtype=dtype).paths[0]
+    tensors = safetensors.torch.load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
+    kept = safetensors.torch.load_file(export(checkpoint, tmp_path / "kept").paths[0])
+    for name, tensor in kept.items():
+        expected = tensor.to(types[dtype]) if tensor.is_floating_point() else tensor
+        assert tensors[name].dtype == expected.dtype
+        assert torch.equal(tensors[name], expected)
+
+
+def test_values_too_large_for_the_dtype(tmp_path):
+    raw = np.array([1.0, np.inf, 70000.0], "f4").view(np.uint8)
+    specs = {"model/w": TensorSpec((3,), "F32", "parameter")}
+    saved = Saver(tmp_path / "c", LocalCommunicator()).save(
+        1, specs, [Piece("model/w", 0, raw)], **(DESCRIBED | {"aliases": {}})
+    )
+    for suffix in ("safetensors", "pt"):
+        with pytest.raises(UserError, match=r"model/w has values that are too large for F16 \(at least 1\)"):
+            export(saved.path, tmp_path / f"out.{suffix}", dtype="fp16")
+    assert sorted(os.listdir(tmp_path)) == ["c"]
+
+
+def test_shards(checkpoint, tmp_path):
+    result = export(checkpoint, tmp_path, shards="400B")
+    assert len(result.paths) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": result.nbytes}
+    tensors = {}
+    for path in result.paths[:-1]:
+        found = safetensors.torch.load_file(path)
+        assert {name for name, file in index["weight_map"].items() if file == path.name} == set(found)
+        assert len(found) == 1 or sum(tensor.nbytes for tensor in found.values()) <= 400
+        tensors |= found
+    assert_exported(tensors)
+    assert export(checkpoint, tmp_path / "whole", shards="5GB").paths == (tmp_path / "whole" / "model.safetensors",)
+
+
+def test_another_cut_leaves_nothing_of_the_one_before(checkpoint, tmp_path):
+    export(checkpoint, tmp_path)
+    (tmp_path / "model-card.md").write_text("mine")
+    with pytest.raises(UserError, match=r"model\.safetensors exists already"):
+        export(checkpoint, tmp_path, shards=400)
+    for shards in (400, 300, None):
+        result = export(checkpoint, tmp_path, shards=shards, overwrite=True)
+        assert sorted(os.listdir(tmp_path)) == sorted([*(path.name for path in result.paths), "model-card.md"])
+
+
+def test_transformers_reads_the_shards(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertModel(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    specs = {f"model/{name}": TensorSpec(tuple(tensor.shape), "F32", "parameter") for name, tensor in state.items()}
+    pieces = [Piece(f"model/{n}", 0, t.reshape(-1).view(torch.uint8).numpy()) for n, t in state.items()]
+    saved = Saver(tmp_path / "c", LocalCommunicator()).save(1, specs, pieces, **(DESCRIBED | {"aliases": {}}))
+    assert len(export(saved.path, tmp_path / "hf", shards="10KB").paths) > 3
+    config.save_pretrained(tmp_path / "hf")
+    loaded = BertModel.from_pretrained(tmp_path / "hf")
+    for name, tensor in state.items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_moving_average(checkpoint, tmp_path):
+    tensors = safetensors.torch.load_file(export(checkpoint, tmp_path, ema=True).paths[0])
+    state = make_state(4)
+    for name in ("layer.weight", "tied.weight"):
+        assert tensors[name].numpy().tobytes() == state["ema/layer.weight"].tobytes()
+    assert tensors["wide"].numpy().tobytes() == state["model/wide"].tobytes()
+
+
+def test_no_moving_average(tmp_path):
+    specs = {"model/w": TensorSpec((), "F32", "parameter")}
+    described = DESCRIBED | {"aliases": {}}
+    saved = Saver(tmp_path / "c", LocalCommunicator()).save(
+        1, specs, [Piece("model/w", 0, np.zeros(4, np.uint8))], **described
+    )
+    with pytest.raises(UserError, match=r"train\.ema was off"):
+        export(saved.path, tmp_path / "out", ema=True)
+
+
+def test_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+    copy = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    file = copy / "rank-00001-of-00003.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"rank-00001-of-00003\.safetensors: its bytes are not those"):
+        export(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(copy, tmp_path / "out", verify=False)
+
+
+def test_files_that_are_there_are_kept(checkpoint, tmp_path):
+    out = tmp_path / "model.safetensors"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="exists already; choose another name or ask"):
+        export(checkpoint, out)
+    assert out.read_text() == "mine"
+    export(checkpoint, out, overwrite=True)
+    assert_exported(safetensors.torch.load_file(out))
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_symbolic_links_are_not_followed(checkpoint, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    out = tmp_path / "model.safetensors"
+    for target in (victim, tmp_path / "nothing"):
+        out.symlink_to(target)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="symbolic link"):
+                export(checkpoint, out, overwrite=overwrite)
+        out.unlink()
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    (tmp_path / "model.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="the disk is full"):
+        export(checkpoint, tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_leftovers_of_killed_exports_are_removed(checkpoint, tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    from distrain.checkpoint.writing import _HOST
+
+    (tmp_path / f".tmp-model.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
+    (tmp_path / f".tmp-other.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
+    export(checkpoint, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f".tmp-other.safetensors-{_HOST}-{child.pid}-5-ab", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf17"}, r"no dtype 'bf17'.*did you mean 'bf16'"),
+        ({"shards": "5 gigs"}, "'5 gigs' is not a size"),
+        ({"shards": "0GB"}, "'0GB' is not a size"),
+        ({"out": "model.onnx"}, r"'\.onnx' is not a format"),
+        ({"out": "model.pt", "shards": 400}, "only safetensors files come in shards"),
+    ],
+)
+def test_options_that_cannot_be(checkpoint, tmp_path, options, message):
+    out = tmp_path / options.pop("out", "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        export(checkpoint, out, **options)
+    assert os.listdir(tmp_path) == []
+
+
+_MEASURE = """
+import sys
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+import threading, time
+from distrain.consolidate import export
+peak = start = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+export(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)
+done.set()
+thread.join()
+print(peak - start)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["", "bf16"])
+def test_memory_is_bounded(tmp_path, dtype):
+    numel = 48 << 20  # 192 MiB
+    specs = {"model/w": TensorSpec((numel,), "F32", "parameter")}
+    ranks = [[Piece("model/w", r * (numel // 2), np.zeros(2 * numel, np.uint8), copied=True)] for r in range(2)]
+    described = DESCRIBED | {"aliases": {}}
+    path = ThreadWorld(2).run(lambda comm: Saver(tmp_path, comm).save(1, specs, ranks[comm.rank], **described))[0].path
+    ran = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path), str(tmp_path / "out.safetensors"), dtype],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(ran.stdout) < 48 << 20
+
+
+def test_full_disk(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UserError, match="the disk has 100 left; free some space"):
+        export(checkpoint, tmp_path / "out")
+    assert list(Path(tmp_path / "out").iterdir()) == []
