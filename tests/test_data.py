@@ -283,6 +283,31 @@ def test_a_loader_process_that_is_killed_is_an_error() -> None:
         list(itertools.islice(loader, 10))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_can_be_pinned_and_loaded_while_a_gpu_is_in_use(workers: int) -> None:
+    torch.zeros(1, device="cuda")
+    before = torch.cuda.get_rng_state()
+    plain = global_batches(numbered(50), SampleOrder(50, 3), 1, 0, 0)
+    for [batch], expected in zip(
+        build_loader(
+            numbered(50),
+            SampleOrder(50, 3),
+            recipe=make_recipe({"name": "digits", "workers": workers}),
+            rank=0,
+            world_size=1,
+            micro_batch_size=24,
+            stop_step=5,
+            pin_memory=True,
+        ),
+        plain,
+        strict=True,
+    ):
+        assert all(tensor.is_pinned() for tensor in batch.values())
+        assert torch.equal(batch["inputs"].cuda().cpu(), expected["inputs"])
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams
 

@@ -99,7 +99,7 @@ class Transform:
                 "add Resize or RandomResizedCrop, or give the data set a `size`"
             )
         if _is_uint8_image(images):
-            images = images.to(torch.float32).div_(255)
+            images = functional.to_dtype(images, torch.float32, scale=True)
         # v2 may wrap a tensor in a class of its own, which every later operation would pay for.
         batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
         return batch
@@ -144,9 +144,8 @@ def _build(item: Component) -> Callable[[Any], Any]:
     if is_object_spec(item.name):
         made = resolve_object(item.name)
         args = _arguments(made, item)
-        if inspect.isclass(made):
-            return made(**args)
-        return functools.partial(made, **args)
+        transform: Any = made(**args) if inspect.isclass(made) else functools.partial(made, **args)
+        return transform
     if item.name in _UNFIT:
         raise UserError(f"{item.name} cannot be used: {_UNFIT[item.name]}")
     names = transform_names()

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from distrain.config import DataSection, Recipe, UserError
+from distrain.data import build_data, build_eval_loader, build_transform
+from distrain.datasets import Data, DataRequest, find_dataset
+from distrain.datasets.images import decode_image
+
+
+def build(name: str, path: Path, state: dict | None = None, **keys: Any) -> Data:
+    section = DataSection.model_validate({"name": name, "path": str(path), **keys})
+    return find_dataset(name)(DataRequest(section, "classification", 0, state=state))
+
+
+def picture(path: Path, shade: int, size: tuple[int, int] = (8, 6), **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 0, 255 - shade)).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(("cat", "ant", "bee")):
+        for index, suffix in enumerate(("png", "jpg", "webp", "bmp", "png")):
+            picture(tmp_path / "all" / name / f"{index}.{suffix}", 40 * number)
+    picture(tmp_path / "all" / "bee" / "nested" / "deep.jpeg", 80)
+    (tmp_path / "all" / "bee" / "notes.txt").write_text("not an image")
+    (tmp_path / "all" / ".cache").mkdir()
+    return tmp_path / "all"
+
+
+def everything(source: Any) -> dict[str, Any]:
+    return source.fetch(np.arange(len(source)))
+
+
+def test_a_folder_of_classes_is_cut(folder: Path) -> None:
+    data = build("image_folder", folder, split=[0.75, 0.25], stratify=True)
+    assert data.meta.class_names == ("ant", "bee", "cat")
+    assert data.state == {"class_names": ["ant", "bee", "cat"]}
+    assert {name: len(source) for name, source in data.splits.items()} == {"train": 12, "test": 4}
+    for source in data.splits.values():
+        batch = everything(source)
+        assert batch["inputs"].shape[1:] == (3, 6, 8)
+        assert batch["inputs"].dtype == torch.uint8
+        shades = (batch["inputs"][:, 0].float().mean((1, 2)) / 40).round().long()
+        assert torch.equal(shades, torch.tensor([1, 2, 0])[batch["targets"]])
+
+
+def test_folders_for_the_splits(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        for name in ("a", "b"):
+            for index in range(count):
+                picture(tmp_path / part / name / f"{index}.png", 9)
+    (tmp_path / "val" / "b").rename(tmp_path / "gone")
+    found = build("image_folder", tmp_path)
+    assert {name: len(source) for name, source in found.splits.items()} == {"train": 6, "valid": 2, "test": 2}
+    named = build("image_folder", tmp_path, split={"train": "test", "test": "train"})
+    assert {name: len(source) for name, source in named.splits.items()} == {"train": 2, "test": 6}
+    with pytest.raises(UserError, match=r"no folder .*tset for test; did you mean 'test'"):
+        build("image_folder", tmp_path, split={"train": "train", "test": "tset"})
+    picture(tmp_path / "test" / "bb" / "0.png", 9)
+    with pytest.raises(UserError, match=r"has a folder 'bb'.*no class of the training split; its classes are a, b"):
+        build("image_folder", tmp_path)
+
+
+def test_classes_are_those_of_the_training(folder: Path) -> None:
+    data = build("image_folder", folder, state={"class_names": ["zebra", "cat", "bee", "ant"]})
+    assert data.meta.num_classes == 4
+    assert set(everything(data.splits["train"])["targets"].tolist()) <= {1, 2, 3}
+
+
+def test_sizes_may_differ_until_a_transform(folder: Path) -> None:
+    picture(folder / "ant" / "big.png", 40, size=(20, 10))
+    recipe = Recipe.model_validate(
+        {
+            "name": "t",
+            "task": "classification",
+            "data": {
+                "name": "image_folder",
+                "path": str(folder),
+                "transforms": {
+                    "train": [{"name": "RandomResizedCrop", "size": 5}],
+                    "eval": [{"name": "Resize", "size": [5, 5]}],
+                },
+            },
+            "model": "m",
+            "batch": {"global": 4},
+            "train": {"steps": 1},
+        }
+    )
+    data = build_data(recipe)
+    assert data.meta.input_shape == (3, 5, 5)
+    transform = build_transform(recipe, "eval")
+    for workers in (0, 2):
+        loader = build_eval_loader(
+            data.splits["train"], rank=0, world_size=1, batch_size=32, transform=transform, workers=workers
+        )
+        [batch] = loader
+        assert batch["inputs"].shape == (14, 3, 5, 5)
+        assert batch["inputs"].dtype == torch.float32
+        assert batch["inputs"].max() <= 1
+
+
+def test_images_can_be_resized_when_read(folder: Path) -> None:
+    picture(folder / "ant" / "big.png", 40, size=(20, 10))
+    assert everything(build("image_folder", folder, size=[4, 7]).splits["train"])["inputs"].shape[1:] == (3, 4, 7)
+    assert everything(build("image_folder", folder, size=4, channels="gray").splits["train"])["inputs"].shape[1:] == (
+        1,
+        4,
+        4,
+    )
+    with pytest.raises(UserError, match=r"expected a number or \[height, width\]"):
+        build("image_folder", folder, size=[1, 2, 3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_does_not_decode_is_named(folder: Path, workers: int) -> None:
+    source = build("image_folder", folder, split=[0.5, 0.5]).splits["train"]
+    broken = source.paths[4]  # type: ignore[union-attr]
+    broken.write_bytes(broken.read_bytes()[:40])
+    loader = build_eval_loader(source, rank=0, world_size=1, batch_size=2, workers=workers)
+    with pytest.raises(UserError, match=rf"^sample 4, {broken}, cannot be decoded as an image: .*; mend the file"):
+        list(loader)
+
+
+def test_unusual_images_are_read_as_they_look(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 12).reshape(3, 4).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert decode_image(tmp_path / "deep.png", None, "gray")[0].tolist() == (deep >> 8).tolist()
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode_image(tmp_path / "turned.jpg", None, "rgb").shape == (3, 8, 4)
+    Image.new("RGBA", (3, 3)).save(tmp_path / "clear.png")
+    assert decode_image(tmp_path / "clear.png", None, "rgb").shape == (3, 3, 3)
+    Image.new("P", (3, 3)).save(tmp_path / "few.gif")
+    assert decode_image(tmp_path / "few.gif", (2, 5), "rgb").shape == (3, 2, 5)
+
+
+def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is nothing at"):
+        build("image_folder", tmp_path / "gone")
+    with pytest.raises(UserError, match="holds no folder; expected a folder with one folder of images"):
+        build("image_folder", tmp_path)
+    picture(tmp_path / "a" / "x.png", 1)
+    with pytest.raises(UserError, match="holds only 'a'"):
+        build("image_folder", tmp_path)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match=r"b holds no image; known are files ending in .jpg"):
+        build("image_folder", tmp_path)
+
+
+def test_images_for_prediction(folder: Path, tmp_path: Path) -> None:
+    data = build("image_folder", folder, size=5)
+    assert data.read is not None
+    for path, count in ((folder / "cat", 5), (folder, 16), (folder / "cat" / "1.jpg", 1)):
+        batch = everything(data.read(path))
+        assert batch["inputs"].shape == (count, 3, 5, 5)
+        assert "targets" not in batch
+    np.save(tmp_path / "some.npy", np.zeros((2, 5, 5, 3), np.uint8))
+    assert everything(data.read(tmp_path / "some.npy"))["inputs"].shape == (2, 3, 5, 5)
+    with pytest.raises(UserError, match="there is nothing at"):
+        data.read(tmp_path / "gone.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Well-known sets, in files made here in their formats
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_is_read_from_its_files(tmp_path: Path, name: str, folder: str) -> None:
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 20), ("t10k", 7)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.arange(count * 784).reshape(count, 28, 28) % 251)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    data = build(name, tmp_path)
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 20, "test": 7}
+    batch = everything(data.splits["train"])
+    assert batch["inputs"].shape == (20, 1, 28, 28)
+    assert batch["inputs"].dtype == torch.uint8
+    assert batch["inputs"].flatten().tolist() == (np.arange(20 * 784) % 251).tolist()
+    assert batch["targets"].tolist() == [*range(10), *range(10)]
+    assert data.meta.num_classes == 10
+    assert build(name, raw).meta == data.meta
+    cut = build(name, tmp_path, split=[0.8, 0.2])
+    assert {split: len(source) for split, source in cut.splits.items()} == {"train": 16, "valid": 4, "test": 7}
+    with pytest.raises(UserError, match=r"has its own test images; give \[train, valid\]"):
+        build(name, tmp_path, split=[0.6, 0.2, 0.2])
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"not complete.*there is no .*t10k-labels-idx1-ubyte; unpack"):
+        build(name, tmp_path)
+
+
+def test_cifar_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+
+    def write(name: str, entry: dict) -> list[str]:
+        content = pickle.dumps(entry)
+        (root / name).write_bytes(content)
+        return [name, hashlib.md5(content).hexdigest()]
+
+    def images(start: int) -> dict:
+        values = (np.arange(4 * 3072) + start) % 256
+        return {"data": values.reshape(4, 3072).astype(np.uint8), "labels": [0, 1, 2, 3]}
+
+    train = [write(f"data_batch_{index}", images(index)) for index in range(1, 6)]
+    test = [write("test_batch", images(9))]
+    names = write("batches.meta", {"label_names": [f"class{index}" for index in range(10)]})
+    # torchvision reads a file only if its MD5 is the published one, which these cannot have
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", test)
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": names[0], "key": "label_names", "md5": names[1]})
+    data = build("cifar10", tmp_path)
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 20, "test": 4}
+    batch = everything(data.splits["train"])
+    assert batch["inputs"].shape == (20, 3, 32, 32)
+    assert batch["inputs"][0].flatten().tolist() == images(1)["data"][0].tolist()
+    assert data.meta.class_names is not None
+    assert data.meta.class_names[3] == "class3"
+    (root / "data_batch_3").write_bytes(b"something else")
+    with pytest.raises(UserError, match="cannot be read: RuntimeError: Dataset not found or corrupted"):
+        build("cifar10", tmp_path)
+
+
+def test_packed_files_are_not_enough(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    with gzip.open(raw / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(b"")
+    with pytest.raises(UserError, match="unpack the published archive"):
+        build("mnist", tmp_path)
+    with pytest.raises(UserError, match=r"needs data.path: the folder that holds cifar-100-python, with train, test"):
+        find_dataset("cifar100")(DataRequest(DataSection(name="cifar100"), "classification", 0))

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distrain.config import Recipe, UserError
+from distrain.data import SampleOrder, build_data, build_eval_loader, build_loader
+from distrain.datasets import Data, is_stream
+
+CODE = """
+import random
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+class Numbers(Dataset):
+    classes = ["even", "odd"]
+    def __init__(self, count=20, path=None):
+        self.count, self.path = count, path
+    def __len__(self):
+        return self.count
+    def __getitem__(self, index):
+        return np.array([index, index + 1], dtype=np.float64), index % 2
+    def read(self, path):
+        return [(np.array([7.0, 8.0]),)]
+
+class Halves(Numbers):
+    def __init__(self, split, count=20):
+        super().__init__(count if split == "train" else 5)
+
+class Augmented(Numbers):
+    def __getitem__(self, index):
+        noise = [random.random(), np.random.rand(), torch.rand(()).item()]
+        return torch.tensor(noise), index % 2
+
+class Broken(Numbers):
+    def __getitem__(self, index):
+        if index == 3:
+            return {}["nowhere"]
+        return super().__getitem__(index)
+
+class Words:
+    meta = {"pad_id": 9, "vocab_size": 10}
+    def __len__(self):
+        return 6
+    def __getitem__(self, index):
+        tokens = torch.arange(index + 1)
+        return {"inputs": tokens, "targets": tokens + 1}
+
+class Pictures:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return Image.new("RGB", (8 + index, 6), (255, 0, 0)), index % 2
+
+class Walk(IterableDataset):
+    def __init__(self, count=10):
+        self.count, self.epoch = count, 0
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+    def __iter__(self):
+        for index in range(self.count):
+            yield [float(index), float(self.epoch)], index % 2
+
+def generated(count=10):
+    for index in range(count):
+        yield {"inputs": [float(index)], "targets": index % 2}
+
+def parts():
+    return {"train": Numbers(8), "valid": Numbers(3)}
+
+def named(split):
+    return Numbers({"big": 30, "small": 2}[split])
+
+def odd_items(kind):
+    return {"triple": [(1, 2, 3)], "dict": [{"x": 1}], "number": [5], "words": [("a", 1)], "none": []}[kind]
+
+def floats():
+    return [([1.0], 0.5), ([2.0], 1.5)]
+
+def vectors():
+    return [([1.0], [0.5, 1.0]), ([2.0], [1.5, 2.0])]
+
+def failing():
+    raise RuntimeError("no such table")
+
+value = 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    (tmp_path / "mine.py").write_text(CODE)
+
+    def make(name: str, task: str = "classification", **keys: Any) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "name": "test",
+                "task": task,
+                "data": {"name": f"{tmp_path / 'mine.py'}:{name}", **keys},
+                "model": "m",
+                "batch": {"global": 4},
+                "train": {"steps": 1},
+            }
+        )
+
+    return make
+
+
+def sizes(data: Data) -> dict[str, int]:
+    return {name: len(source) for name, source in data.splits.items() if not is_stream(source)}
+
+
+def test_one_data_set_is_cut(recipe: Any) -> None:
+    data = build_data(recipe("Numbers", split=[0.5, 0.25, 0.25], stratify=True))
+    assert sizes(data) == {"train": 10, "valid": 5, "test": 5}
+    assert data.meta.class_names == ("even", "odd")
+    assert data.meta.input_shape == (2,)
+    seen = []
+    for source in data.splits.values():
+        batch = source.fetch(np.arange(len(source)))  # type: ignore[union-attr, arg-type]
+        assert batch["inputs"].dtype == torch.float32
+        assert torch.equal(batch["inputs"][:, 0].long() % 2, batch["targets"])
+        seen += batch["inputs"][:, 0].int().tolist()
+    assert sorted(seen) == list(range(20))
+    assert data.read is not None
+    assert data.read(Path("x")).fetch(np.array([0]))["inputs"].tolist() == [[7.0, 8.0]]
+
+
+def test_splits_of_one_s_own(recipe: Any) -> None:
+    assert sizes(build_data(recipe("Halves", count=12))) == {"train": 12, "test": 5}
+    assert sizes(build_data(recipe("parts"))) == {"train": 8, "valid": 3}
+    assert sizes(build_data(recipe("named", split={"train": "big", "valid": "small"}))) == {"train": 30, "valid": 2}
+    with pytest.raises(UserError, match="gives its splits itself, and cannot be cut"):
+        build_data(recipe("parts", split=[0.5, 0.5]))
+    with pytest.raises(UserError, match="takes no argument 'split' to be given a, b"):
+        build_data(recipe("Numbers", split={"train": "a", "test": "b"}))
+
+
+def test_what_a_data_set_draws_depends_on_seed_epoch_and_sample_alone(recipe: Any) -> None:
+    plain = recipe("Augmented", count=8, split=[0.5, 0.5])
+    data = build_data(plain)
+    source: Any = data.splits["train"]
+
+    def drawn(world_size: int, workers: int) -> list:
+        made = recipe("Augmented", count=8, split=[0.5, 0.5], workers=workers)
+        ranks = [
+            build_loader(
+                source,
+                SampleOrder(4, 0),
+                recipe=made,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=4 // world_size,
+                stop_step=2,
+            )
+            for rank in range(world_size)
+        ]
+        return [torch.cat([step[0]["inputs"] for step in steps]) for steps in zip(*ranks, strict=True)]
+
+    before = torch.get_rng_state()
+    reference = drawn(1, 0)
+    assert len(torch.cat(reference).unique()) == 24
+    for world_size, workers in ((2, 0), (1, 2), (4, 2)):
+        for mine, theirs in zip(reference, drawn(world_size, workers), strict=True):
+            assert torch.equal(mine, theirs)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sequences_are_padded(recipe: Any) -> None:
+    data = build_data(recipe("Words", task="language_modeling", split={"fold": 1, "of": 6}))
+    batch = data.splits["train"].fetch(np.array([0, 4]))  # type: ignore[union-attr]
+    lengths = batch["targets"].ge(0).sum(1).tolist()
+    assert lengths[0] < lengths[1]
+    assert batch["inputs"][0, lengths[0] :].unique().tolist() == [9]
+    assert batch["targets"][0, lengths[0] :].unique().tolist() == [-100]
+    assert batch["targets"].dtype == torch.int64
+    assert data.meta.vocab_size == 10
+    assert data.meta.input_shape is None
+
+
+def test_pictures_become_tensors(recipe: Any) -> None:
+    made = recipe(
+        "Pictures", split=[0.5, 0.5], transforms={k: [{"name": "CenterCrop", "size": 4}] for k in ("train", "eval")}
+    )
+    assert build_data(made).meta.input_shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["Walk", "generated"])
+def test_streams_are_walked(recipe: Any, name: str) -> None:
+    made = recipe(name)
+    data = build_data(made)
+    source = data.splits["train"]
+    assert is_stream(source)
+    steps = build_loader(source, None, recipe=made, rank=0, world_size=1, micro_batch_size=4, start_step=1, stop_step=5)
+    batches = [step[0] for step in steps]
+    assert [batch["inputs"][:, 0].int().tolist() for batch in batches] == [
+        [4, 5, 6, 7],
+        [8, 9, 0, 1],
+        [2, 3, 4, 5],
+        [6, 7, 8, 9],
+    ]
+    if name == "Walk":
+        assert batches[1]["inputs"][:, 1].tolist() == [0, 0, 1, 1]
+    loader = build_eval_loader(source, rank=1, world_size=2, batch_size=3)
+    for _ in range(2):
+        assert [batch["ids"].tolist() for batch in loader] == [[3, 4, 5], [8, 9]]
+    with pytest.raises(UserError, match="is a stream, and cannot be cut"):
+        build_data(recipe(name, split=[0.5, 0.5]))
+    with pytest.raises(UserError, match="has no samples"):
+        build_data(recipe(name, count=0))
+
+
+def test_targets_have_the_type_of_the_task(recipe: Any) -> None:
+    data = build_data(recipe("floats", task="regression", split=[0.5, 0.5]))
+    batch = data.splits["train"].fetch(np.array([0]))  # type: ignore[union-attr]
+    assert batch["targets"].dtype == torch.float32
+    assert batch["targets"].shape == (1,)
+    assert data.meta.num_targets == 1
+    assert build_data(recipe("vectors", task="regression", split=[0.5, 0.5])).meta.num_targets == 2
+    with pytest.raises(UserError, match=r"targets are torch.float32; task classification expects whole numbers"):
+        build_data(recipe("floats"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) -> None:
+    made = recipe("Broken", split=[0.5, 0.5], workers=workers)
+    data = build_data(made)
+    split = next(name for name, source in data.splits.items() if 3 in source.indices)  # type: ignore[union-attr]
+    loader = build_eval_loader(data.splits[split], rank=0, world_size=1, batch_size=4, workers=workers)
+    with pytest.raises(
+        UserError, match=r"mine.py:Broken: item 3 cannot be read: KeyError: 'nowhere' \(.*mine.py:\d+\)$"
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("Numbers", {"cuont": 3}, "data.cuont: .* takes no such argument; did you mean 'count'"),
+        ("Numbers", {"worker": 3}, "did you mean 'workers'"),
+        ("parts", {"path": "x"}, "takes no argument 'path'"),
+        ("odd_items", {}, "data.kind: .* needs it"),
+        ("odd_items", {"kind": "triple"}, "item 0 is a tuple, expected .inputs, targets"),
+        ("odd_items", {"kind": "dict"}, "item 0 is a dict of x, expected"),
+        ("odd_items", {"kind": "number"}, "item 0 is a int, expected"),
+        ("odd_items", {"kind": "words"}, "a str cannot become a tensor"),
+        ("odd_items", {"kind": "none"}, "no samples"),
+        ("failing", {}, r"failed: RuntimeError: no such table \(.*mine.py:\d+\)"),
+        ("value", {}, "is a int; expected a class, or a function"),
+        ("Number", {}, "did you mean 'Numbers'"),
+    ],
+)
+def test_what_does_not_fit_is_told(recipe: Any, name: str, keys: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_data(recipe(name, **keys))
