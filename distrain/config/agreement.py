@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Known:
 def disagreements(known: Known) -> list[tuple[str, str]]:
     """Return (dotted key, problem) for each thing that is valid alone and wrong beside the rest of the recipe."""
     problems: list[tuple[str, str]] = []
-    for check in (_length, _batch, _split, _stratify, _schedule, _warmup, _early_stop, _unused, _twice):
+    for check in _CHECKS:
         try:
             problems += check(known)
         except KeyError:
@@ -127,17 +127,40 @@ def _early_stop(known: Known) -> Problems:
         yield "eval.early_stop", "can never act, as eval.every is null; say how often to evaluate, or set this to null"
 
 
-def _unused(known: Known) -> Problems:
+def _prepare(known: Known) -> Problems:
     if known("data.prepare") is not None and known("data.path") is None:
         yield "data.prepare", "is called with data.path, which is not given; add data.path or take this out"
+
+
+def _weights_strict(known: Known) -> Problems:
     if not known("model.weights_strict") and known("model.weights") is None:
         yield "model.weights_strict", "does nothing without model.weights; add that or take this out"
 
 
-def _twice(known: Known) -> Problems:
-    patterns = [group.params for group in known("optim.groups")]
-    metrics = known("eval.metrics") or []
-    for key, items in (("optim.groups", patterns), ("eval.metrics", metrics)):
-        for place, item in enumerate(items):
-            if (first := items.index(item)) != place:
-                yield f"{key}.{place}", f"is the same as {key}.{first}; take one of them out"
+def _groups(known: Known) -> Problems:
+    return _twice("optim.groups", [group.params for group in known("optim.groups")])
+
+
+def _metrics(known: Known) -> Problems:
+    return _twice("eval.metrics", known("eval.metrics") or [])
+
+
+def _twice(key: str, items: list[Any]) -> Problems:
+    for place, item in enumerate(items):
+        if (first := items.index(item)) != place:
+            yield f"{key}.{place}", f"is the same as {key}.{first}; take one of them out"
+
+
+_CHECKS: tuple[Callable[[Known], Problems], ...] = (
+    _length,
+    _batch,
+    _split,
+    _stratify,
+    _schedule,
+    _warmup,
+    _early_stop,
+    _prepare,
+    _weights_strict,
+    _groups,
+    _metrics,
+)

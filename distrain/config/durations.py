@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 
 from distrain.config.errors import UserError, close_names
 
-_DURATION = re.compile(r"\s*([0-9.eE+_-]+)\s*(%|[A-Za-z]+)\s*")
+_DURATION = re.compile(r"\s*([+-]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
 _UNITS = {
     "step": "steps",
     "steps": "steps",

@@ -19,6 +19,10 @@ class RecipeError(UserError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, list[str]]]:
+        # An exception is pickled with its message alone, which is not what makes this one.
+        return type(self), (self.source, self.problems)
+
 
 def close_names(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'a' or 'b'?" for the choices nearest to `name`, or an empty string."""

@@ -22,16 +22,15 @@ from typing import Any
 from distrain.config.errors import UserError, close_names
 
 __path__: list[str] = []  # what makes a module a package, which can have submodules
-_OBJECT_SPEC = re.compile(r"(?P<file>.+\.py)|(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
+_OBJECT_SPEC = re.compile(r".+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_FILE_MODULE = re.compile(re.escape(__name__) + r"\.file_([0-9a-f]+)")
 
 
 class _Finder:
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        package, _, code = name.rpartition(".")
-        if package != __name__:
-            return None
-        return importlib.util.spec_from_file_location(name, bytes.fromhex(code.removeprefix("f")).decode())
+        match = _FILE_MODULE.fullmatch(name)
+        return importlib.util.spec_from_file_location(name, os.fsdecode(bytes.fromhex(match[1]))) if match else None
 
 
 sys.meta_path.append(_Finder)
@@ -78,26 +77,27 @@ def _import_file(file: Path, spec: str) -> Any:
     except (ValueError, ImportError):
         known = None
     plain = known is not None and known.origin is not None and Path(known.origin).resolve() == file.resolve()
-    return _import(file.stem if plain else f"{__name__}.f{str(file).encode().hex()}", spec)
+    return _import(file.stem if plain else f"{__name__}.file_{os.fsencode(file).hex()}", spec, file.parent)
 
 
-def _import(module: str, spec: str) -> Any:
+def _import(module: str, spec: str, folder: Path | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"{spec}: {_where(error)}: {error}; is it installed here?") from error
+            raise UserError(f"{spec}: {_where(error, folder)}: {error}; is it installed here?") from error
         raise UserError(
             f"{spec}: there is no module {error.name!r} to import; install it, or write 'path/to/file.py:name'"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{spec}: {_where(error)}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{spec}: {_where(error, folder)}: {type(error).__name__}: {error}") from error
 
 
-def _where(error: BaseException) -> str:
-    """Return FILE:LINE of what the user wrote: the last line outside the import machinery."""
+def _where(error: BaseException, folder: Path | None) -> str:
+    """Return FILE:LINE of what failed: the last line of the user's own folder, where that is known."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     frames = [frame for frame in frames if frame.filename != __file__]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "while importing it"
+    own = [frame for frame in frames if folder is not None and Path(frame.filename).is_relative_to(folder)]
+    return next((f"{frame.filename}:{frame.lineno}" for frame in reversed(own or frames)), "while importing it")

@@ -20,6 +20,9 @@ _COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("o
 _COMPONENT_LISTS: frozenset[Place] = frozenset(
     {("eval", "metrics"), ("data", "transforms", "train"), ("data", "transforms", "eval")}
 )
+_PATHS: frozenset[Place] = frozenset(
+    {("data", "path"), ("model", "weights"), *(("data", "split", split) for split in ("train", "valid", "test"))}
+)
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
@@ -138,9 +141,8 @@ class Document:
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
             base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
-            if place in (("data", "path"), ("model", "weights")) or (place[:2] == ("data", "split") and place[2:]):
-                if text:
-                    _put(self.value, place, _absolute(text, base))
+            if text and place in _PATHS:
+                _put(self.value, place, _absolute(text, base))
             elif place == ("data", "prepare") or (place[-1] == "name" and _is_component(place[:-1])):
                 file, _, name = text.rpartition(":")
                 if file.endswith(".py") and is_object_spec(text):

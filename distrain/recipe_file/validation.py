@@ -46,7 +46,10 @@ def validate(document: Document) -> Recipe:
         for item in error.errors():
             if item["type"] != "disagreement":  # found again below, together with those that it hid
                 explained.setdefault(*explain(item))  # the first: each form of a value that can take several complains
+        meant = {(*place[:-1], key) for place, text in explained.items() for key in _suggested(text)}
         for place, problem in explained.items():
+            if place in meant and problem.startswith("is missing"):
+                continue  # it is there under a name with a typing error
             if not any(place[: len(bad)] == bad for bad in unreadable):
                 problems.append((place, problem))
         unreadable |= {place for place, _ in problems if place}
@@ -59,17 +62,19 @@ def _place(key: str) -> Place:
     return tuple(int(step) if step.isdecimal() else step for step in key.split("."))
 
 
+def _suggested(problem: str) -> list[str]:
+    return re.findall("'([^']*)'", problem.partition("did you mean")[2]) if problem.startswith("unknown key") else []
+
+
 def _readable(tree: dict[str, Any], unreadable: set[Place]) -> dict[str, Any]:
     """Return the sections that can be validated once what is unreadable is out of them."""
     tree = copy.deepcopy(tree)
     for place in unreadable:
-        # All of a list goes with one item, or the items after it would be taken for others.
-        end = next((index for index, step in enumerate(place) if isinstance(step, int)), len(place))
-        holder: Any = tree
-        for step in place[: end - 1]:
-            holder = holder.get(step) if isinstance(holder, dict) else None
+        # All of `section.key` goes with a part of it: what is left could be taken for something else.
+        section = str(place[0])
+        holder = tree.get(section) if place[1:] else tree
         if isinstance(holder, dict):
-            holder.pop(place[end - 1], None)
+            holder.pop(str(place[:2][-1]), None)
     sections = {}
     for name, info in Recipe.model_fields.items():
         if name not in tree:
