@@ -1,0 +1,423 @@
+"""The metrics that are known by name.
+
+To add one, decorate a function of the `Setting` (and of the arguments that a recipe may give) that returns a `Metric`.
+Values are those of scikit-learn, with zero for what divides by zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+
+from distrain.config import Task, UserError
+from distrain.metrics.parts import (
+    ClassCounts,
+    Confusion,
+    Correct,
+    Errors,
+    Part,
+    Seen,
+    Setting,
+    Spread,
+    TextPart,
+    TokenEntropy,
+    Value,
+)
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+
+CLASSES: tuple[Task, ...] = ("classification", "binary")
+LABELS: tuple[Task, ...] = (*CLASSES, "multilabel")
+REGRESSION: tuple[Task, ...] = ("regression",)
+TOKENS: tuple[Task, ...] = ("language_modeling", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: what it needs, and how its value follows from that."""
+
+    finish: Callable[..., Value | dict[str, Value]]
+    """Of the parts' sums (1-D float64 arrays) in their order; then of `Seen` for `rows`, of (4, k) for `moments`."""
+    higher_is_better: bool | None
+    parts: tuple[Part | TextPart, ...] = ()
+    rows: bool = False
+    """Whether it needs the outputs and targets of all samples at once."""
+    moments: bool = False
+    """Whether it needs the moments of the targets."""
+    scalar: bool = True
+    """Whether its value is one number, which can decide what is best."""
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """A metric's name, and who makes it."""
+
+    name: str
+    build: Callable[..., Metric]
+    tasks: tuple[Task, ...]
+    """The tasks that it can be used for."""
+    summary: str
+
+
+ENTRIES: dict[str, MetricEntry] = {}
+
+
+def metric(
+    name: str, tasks: Sequence[Task] = get_args(Task), summary: str = ""
+) -> Callable[[Callable[..., Metric]], Callable[..., Metric]]:
+    """Make a function that builds a `Metric` reachable as a name in `eval.metrics`."""
+
+    def add(build: Callable[..., Metric]) -> Callable[..., Metric]:
+        assert name not in ENTRIES, f"two metrics are named {name!r}"
+        ENTRIES[name] = MetricEntry(name, build, tuple(tasks), summary or (build.__doc__ or "").partition("\n")[0])
+        return build
+
+    return add
+
+
+_TOP_K = re.compile(r"top_?(\d+)(?:_accuracy)?")
+
+
+def find_entry(name: str) -> MetricEntry | None:
+    """Return the metric of that name, or None. `top_5`, `top5` and `top5_accuracy` are `top_k` with k: 5."""
+    if match := _TOP_K.fullmatch(name):
+        return replace(ENTRIES["top_k"], build=partial(top_k, k=int(match[1])))
+    return ENTRIES.get(name)
+
+
+def default_metrics(setting: Setting) -> list[str]:
+    """Return the usual metrics of a task."""
+    tokens = ["perplexity", "token_accuracy"]
+    if setting.meta is not None and setting.meta.bytes_per_token is not None and setting.task == "language_modeling":
+        tokens.append("bits_per_byte")
+    return {
+        "classification": ["accuracy", "f1_macro"],
+        "binary": ["accuracy", "f1"],
+        "multilabel": ["f1_micro", "f1_macro"],
+        "regression": ["mae", "rmse", "r2"],
+    }.get(setting.task, tokens)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Classes
+
+
+def _share(sums: np.ndarray) -> float:
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+@metric("accuracy", LABELS)
+def accuracy(setting: Setting) -> Metric:
+    """Share of samples predicted rightly (for multilabel: with every label right)."""
+    return Metric(_share, True, (Correct(),))
+
+
+@metric("token_accuracy", TOKENS)
+def token_accuracy(setting: Setting) -> Metric:
+    """Share of tokens predicted rightly."""
+    return Metric(_share, True, (Correct(),))
+
+
+@metric("top_k", ("classification", *TOKENS))
+def top_k(setting: Setting, k: int) -> Metric:
+    """Share of samples whose class is among the k highest scores; also written top_5."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise UserError(f"eval.metrics: top_k with k: {k!r}; k is a whole number from 1")
+    return Metric(_share, True, (Correct(k),))
+
+
+@metric("balanced_accuracy", CLASSES)
+def balanced_accuracy(setting: Setting) -> Metric:
+    """Mean over the classes that occur of the share of their samples predicted rightly."""
+
+    def finish(sums: np.ndarray) -> float:
+        right, _, there = sums.reshape(3, -1)
+        return float((right[there > 0] / there[there > 0]).mean()) if there.any() else math.nan
+
+    return Metric(finish, True, (ClassCounts(),))
+
+
+def _per_class(kind: str, counts: np.ndarray) -> np.ndarray:
+    right, predicted, there = counts
+    if kind == "precision":
+        return _over(right, predicted)
+    return _over(right, there) if kind == "recall" else _over(2 * right, predicted + there)
+
+
+def _averaged(kind: str, average: str, is_multilabel: bool, sums: np.ndarray) -> Value:
+    counts = sums.reshape(3, -1)
+    if average == "per_class":
+        return _per_class(kind, counts).tolist()
+    if average == "binary":
+        return float(_per_class(kind, counts)[1])
+    if average == "micro":
+        return float(_per_class(kind, counts.sum(1, keepdims=True))[0])
+    if average == "weighted":
+        there = counts[2]
+        return float((_per_class(kind, counts) * there).sum() / there.sum()) if there.any() else 0.0
+    # As in scikit-learn, a class that was neither there nor predicted is no part of the mean; a label always is.
+    counts = counts if is_multilabel else counts[:, (counts[1] + counts[2]) > 0]
+    return float(_per_class(kind, counts).mean()) if counts.shape[1] else math.nan
+
+
+_KINDS = {
+    "precision": "Share of what was predicted as a class that is of it",
+    "recall": "Share of what is of a class that was predicted as it",
+    "f1": "Harmonic mean of precision and recall",
+}
+_AVERAGES = {
+    "micro": "over all decisions",
+    "macro": "the mean over classes",
+    "weighted": "the mean over classes by their size",
+    "per_class": "for each class",
+}
+
+
+def _class_score(setting: Setting, kind: str, average: str | None) -> Metric:
+    average = average or ("binary" if setting.task == "binary" else "macro")
+    finish = partial(_averaged, kind, average, setting.task == "multilabel")
+    return Metric(finish, True, (ClassCounts(),), scalar=average != "per_class")
+
+
+for _kind, _what in _KINDS.items():
+    metric(_kind, LABELS, f"{_what}: of the positive class (binary), otherwise the mean over classes.")(
+        partial(_class_score, kind=_kind, average=None)
+    )
+    for _average, _how in _AVERAGES.items():
+        metric(f"{_kind}_{_average}", LABELS, f"{_what}: {_how}.")(partial(_class_score, kind=_kind, average=_average))
+
+
+@metric("confusion_matrix", LABELS)
+def confusion_matrix(setting: Setting) -> Metric:
+    """How often each class (row) was predicted as each (column); [[tn, fp], [fn, tp]] for each label."""
+
+    def of_labels(sums: np.ndarray, correct: np.ndarray) -> Value:
+        right, predicted, there = sums.reshape(3, -1)
+        rest = correct[1] - predicted - there + right
+        cells = np.stack([rest, predicted - right, there - right, right], axis=1)
+        return cells.astype(np.int64).reshape(-1, 2, 2).tolist()
+
+    def of_classes(sums: np.ndarray) -> Value:
+        side = math.isqrt(len(sums))
+        return sums.astype(np.int64).reshape(side, side).tolist()
+
+    if setting.task == "multilabel":
+        return Metric(of_labels, None, (ClassCounts(), Correct()), scalar=False)
+    return Metric(of_classes, None, (Confusion(),), scalar=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rankings, which need every score
+
+
+def _one_against_rest(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n, columns) truths and scores: one column for each class or label, one for binary."""
+    scores, labels = seen.scores[seen.mask].double(), seen.labels[seen.mask]
+    if seen.setting.task == "classification":
+        scores, labels = scores.softmax(-1), torch.nn.functional.one_hot(labels, seen.classes)
+    return labels.reshape(len(labels), -1).numpy(), scores.reshape(len(scores), -1).numpy()
+
+
+def _ranked(score: Callable[..., float], needs_negatives: bool, absent: float | None, seen: Seen) -> float:
+    truths, scores = _one_against_rest(seen)
+    values = []
+    for truth, column in zip(truths.T, scores.T, strict=True):
+        if truth.any() and not (needs_negatives and truth.all()):
+            values.append(float(score(truth, column)))
+        elif absent is not None:
+            values.append(absent)
+    return float(np.mean(values)) if values else math.nan
+
+
+@metric("auroc", LABELS)
+def auroc(setting: Setting) -> Metric:
+    """Area under the ROC curve; the mean of one class against the rest, over the classes that have both."""
+
+    def finish(seen: Seen) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        return _ranked(roc_auc_score, True, None, seen)
+
+    return Metric(finish, True, rows=True)
+
+
+@metric("average_precision", LABELS)
+def average_precision(setting: Setting) -> Metric:
+    """Area under the precision-recall curve; the mean over the classes that occur, or over all labels."""
+
+    def finish(seen: Seen) -> float:
+        from sklearn.metrics import average_precision_score
+
+        return _ranked(average_precision_score, False, None if setting.task == "classification" else 0.0, seen)
+
+    return Metric(finish, True, rows=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Regression, in the targets' own units; the mean over targets where there are several
+
+
+def _errors(sums: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    absolute, squared = sums[1:].reshape(2, -1)
+    return sums[0], absolute, squared
+
+
+@metric("mae", REGRESSION)
+def mae(setting: Setting) -> Metric:
+    """Mean absolute error."""
+
+    def finish(sums: np.ndarray) -> float:
+        count, absolute, _ = _errors(sums)
+        return float(absolute.mean() / count) if count else math.nan
+
+    return Metric(finish, False, (Errors(),))
+
+
+@metric("mse", REGRESSION)
+def mse(setting: Setting) -> Metric:
+    """Mean squared error."""
+
+    def finish(sums: np.ndarray) -> float:
+        count, _, squared = _errors(sums)
+        return float(squared.mean() / count) if count else math.nan
+
+    return Metric(finish, False, (Errors(),))
+
+
+@metric("rmse", REGRESSION)
+def rmse(setting: Setting) -> Metric:
+    """Root of the mean squared error of each target, and the mean of these."""
+
+    def finish(sums: np.ndarray) -> float:
+        count, _, squared = _errors(sums)
+        return float(np.sqrt(squared / count).mean()) if count else math.nan
+
+    return Metric(finish, False, (Errors(),))
+
+
+@metric("r2", REGRESSION)
+def r2(setting: Setting) -> Metric:
+    """Share of the targets' variance that is explained."""
+
+    def score(count: float, squared: np.ndarray, deviations: np.ndarray) -> float:
+        if count < 2:
+            return math.nan
+        # scikit-learn's convention for targets that do not vary: 1 for a perfect prediction, else 0.
+        ratio = np.divide(squared, deviations, out=(squared > 0).astype(float), where=deviations > 0)
+        return float((1 - ratio).mean())
+
+    def standardised(sums: np.ndarray, spread: np.ndarray) -> float:
+        count, _, squared = _errors(sums)
+        first, second = spread.reshape(2, -1)
+        std = np.array(setting.meta.target_std if setting.meta is not None else 1.0)
+        deviations = second - first**2 / max(count, 1)
+        # What is left of targets that do not vary is rounding.
+        return score(count, squared, np.where(deviations > 1e-13 * second, deviations, 0.0) * std**2)
+
+    def gathered(sums: np.ndarray, moments: np.ndarray) -> float:
+        count, _, squared = _errors(sums)
+        return score(count, squared, moments[3])
+
+    if setting.is_standardised:
+        return Metric(standardised, True, (Errors(), Spread()))
+    return Metric(gathered, True, (Errors(),), moments=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Language
+
+
+@metric("perplexity", TOKENS)
+def perplexity(setting: Setting) -> Metric:
+    """Exponential of the mean cross entropy of a token, without label smoothing or weights."""
+
+    def finish(sums: np.ndarray) -> float:
+        with np.errstate(over="ignore"):
+            return float(np.exp(_share(sums)))
+
+    return Metric(finish, False, (TokenEntropy(),))
+
+
+@metric("bits_per_byte", TOKENS)
+def bits_per_byte(setting: Setting) -> Metric:
+    """Cross entropy in bits for each byte of text; comparable between tokenizers."""
+    bytes_per_token = setting.meta.bytes_per_token if setting.meta is not None else 1.0
+    if bytes_per_token is None:
+        raise UserError(
+            "eval.metrics: bits_per_byte needs to know the bytes of a token, and this data set does not say"
+        )
+    return Metric(lambda sums: _share(sums) / math.log(2) / bytes_per_token, False, (TokenEntropy(),))
+
+
+class BleuCounts(TextPart):
+    """(2 + 2 * orders): lengths of hypotheses and references, n-grams matched, n-grams in all."""
+
+    def __init__(self, scorer: BLEU):
+        self.scorer = scorer
+        self.size = 2 + 2 * scorer.max_ngram_order
+
+    def texts(self, hypotheses: Sequence[str], references: Sequence[str]) -> torch.Tensor:
+        sums = np.zeros(self.size)
+        for hypothesis, reference in zip(hypotheses, references, strict=True):
+            score = self.scorer.sentence_score(hypothesis, [reference])
+            sums += [score.sys_len, score.ref_len, *score.counts, *score.totals]
+        return torch.from_numpy(sums)
+
+
+@metric("bleu", TOKENS)
+def bleu(
+    setting: Setting,
+    lowercase: bool = False,
+    tokenize: str | None = None,
+    smooth_method: str = "exp",
+    smooth_value: float | None = None,
+    max_ngram_order: int = 4,
+    effective_order: bool = False,
+) -> Metric:
+    """Corpus BLEU (0 to 100) of what is generated, as sacrebleu has it."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    if smooth_method not in BLEU.SMOOTH_DEFAULTS:
+        choices = ", ".join(BLEU.SMOOTH_DEFAULTS)
+        raise UserError(f"eval.metrics: bleu has no smooth_method {smooth_method!r}; it has {choices}")
+    if tokenize is not None and tokenize not in BLEU.TOKENIZERS:
+        raise UserError(f"eval.metrics: bleu has no tokenize {tokenize!r}; it has {', '.join(BLEU.TOKENIZERS)}")
+    # Smoothing may change the counts of a sentence, so these are taken without it, and it is applied once, at the end.
+    scorer = BLEU(lowercase, False, tokenize, "none", None, max_ngram_order, effective_order=True)
+
+    def finish(sums: np.ndarray) -> float:
+        numbers = [int(number) for number in sums]
+        counts = numbers[2:]
+        return BLEU.compute_bleu(
+            counts[:max_ngram_order],
+            counts[max_ngram_order:],
+            numbers[0],
+            numbers[1],
+            smooth_method,
+            smooth_value,
+            effective_order,
+            max_ngram_order,
+        ).score
+
+    return Metric(finish, True, (BleuCounts(scorer),))
+
+
+def plain(value: Any) -> Value | dict[str, Value]:
+    """Return what a metric of another library gave as numbers and lists."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}  # type: ignore[misc]
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else float(value)

@@ -1,0 +1,244 @@
+"""Metrics of torchmetrics, and the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torchmetrics
+import torchmetrics.classification
+import torchmetrics.regression
+import torchmetrics.text
+from torch import Tensor
+
+from distrain.config import UserError, close_names
+from distrain.metrics.catalogue import Metric, plain
+from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
+from distrain.optim.arguments import argument_problems
+
+_MODULES = (torchmetrics.text, torchmetrics.classification, torchmetrics.regression, torchmetrics)
+_TASKS = {"classification": "multiclass", "binary": "binary", "multilabel": "multilabel"}
+_SEVERAL_REFERENCES = ("BLEUScore", "SacreBLEUScore", "CHRFScore", "TranslationEditRate")
+"""Text metrics that take a list of references for each hypothesis."""
+
+
+def torchmetrics_names() -> list[str]:
+    """Return the names of the metrics of torchmetrics that take predictions and targets, or texts."""
+    names = {name for module in _MODULES for name in module.__all__ if _is_metric(getattr(module, name, None))}
+    return sorted(names - {"Metric", "MetricCollection", "MetricTracker"})
+
+
+def find_torchmetrics(name: str) -> type[torchmetrics.Metric] | None:
+    """Return the metric class of that name, or None."""
+    found = next((getattr(module, name) for module in _MODULES if hasattr(module, name)), None)
+    return found if _is_metric(found) and name in torchmetrics_names() else None
+
+
+def _is_metric(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, torchmetrics.Metric)
+
+
+def torchmetric(
+    found: Callable[..., torchmetrics.Metric], name: str, args: Mapping[str, Any], setting: Setting
+) -> Metric:
+    """Return a metric of torchmetrics: in the sums where all its state adds up, otherwise from all rows.
+
+    The task, the number of classes, labels or outputs, and ignore_index are filled in where it takes them.
+    """
+    parameters = inspect.signature(found).parameters
+    known = _known_arguments(setting)
+    filled = {key: value for key, value in known.items() if key in parameters and key not in args and value is not None}
+    named = {key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    # Its **kwargs are for synchronising, which is not torchmetrics' task here.
+    if unknown := [key for key in args if key not in named]:
+        takes = sorted(named - {"args", "validate_args"})
+        raise UserError(
+            "\n".join(
+                f"eval.metrics: {name} has no argument {key!r}"
+                + (close_names(key, takes) or f"; it takes {', '.join(takes)}")
+                for key in unknown
+            )
+        )
+
+    def make() -> torchmetrics.Metric:
+        try:
+            made = found(**args, **filled, sync_on_compute=False)
+        except (TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
+            raise UserError(f"eval.metrics: {name} refuses its arguments or cannot be used here: {error}") from error
+        # Sums in fp32 would depend on how the data is cut into batches.
+        return made.set_dtype(torch.float64)
+
+    is_dataless = setting.meta is None and any(key in parameters for key in ("num_classes", "num_labels"))
+    if is_dataless:
+        # Without the data the numbers of classes are not known, and nearly every class asks for one.
+        filled |= {key: 3 for key in ("num_classes", "num_labels") if key in parameters and key not in args}
+    metric = make()
+    higher = metric.higher_is_better
+    adds_up = all(
+        metric._reductions[state] is torchmetrics.utilities.dim_zero_sum and isinstance(default, Tensor)
+        for state, default in metric._defaults.items()
+    )
+    is_text = type(metric).__module__.startswith("torchmetrics.text") and not isinstance(
+        metric, torchmetrics.text.Perplexity
+    )
+    if is_text and not setting.is_tokens:
+        raise UserError(f"eval.metrics: {name} compares texts, and the task is {setting.task}; remove it")
+    if adds_up:
+        part = TextStates(metric) if is_text else States(metric)
+        return Metric(partial(_from_states, make, part), higher, (part,))
+    if is_text or setting.is_tokens:
+        raise UserError(
+            f"eval.metrics: {name} needs all predictions at once, which are too many for a task of tokens; take one "
+            "whose state adds up, such as Perplexity or WordErrorRate"
+        )
+
+    def finish(seen: Seen) -> Value | dict[str, Value]:
+        whole = make()
+        whole.update(*_inputs(seen, whole))
+        return plain(whole.compute())
+
+    return Metric(finish, higher, rows=True)
+
+
+def _known_arguments(setting: Setting) -> dict[str, Any]:
+    meta = setting.meta
+    classes = labels = outputs = None
+    if meta is not None:
+        classes = {"language_modeling": meta.vocab_size, "seq2seq": meta.target_vocab_size}.get(
+            setting.task, meta.num_classes
+        )
+        labels, outputs = meta.num_targets, meta.num_targets if setting.task == "regression" else None
+    return {
+        "task": "multiclass" if setting.is_tokens else _TASKS.get(setting.task),
+        "num_classes": classes,
+        "num_labels": labels,
+        "num_outputs": outputs,
+        "ignore_index": setting.ignore_index if setting.is_tokens else None,
+    }
+
+
+def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
+    """Return predictions and targets as torchmetrics takes them.
+
+    Probabilities and never logits: it would guess from each batch which of them it was given.
+    """
+    task = seen.setting.task
+    if task == "regression":
+        output, target = seen.values
+        return (output[:, 0], target[:, 0]) if output.shape[1] == 1 else (output, target)
+    scores = seen.scores.double()
+    if task in ("binary", "multilabel"):
+        return scores.sigmoid(), seen.labels
+    if isinstance(metric, torchmetrics.text.Perplexity):
+        return scores[None], seen.labels[None]
+    return scores.softmax(-1), seen.labels
+
+
+class States(Part):
+    """The states of a torchmetrics metric, flat, one after the other."""
+
+    def __init__(self, metric: torchmetrics.Metric):
+        self.metric = metric
+        self.shapes: dict[str, torch.Size] = {}
+
+    def batch(self, seen: Seen) -> Tensor:
+        kept = seen.kept()
+        self.metric.to(seen.targets.device).reset()
+        if len(kept.targets):
+            self.metric.update(*_inputs(kept, self.metric))
+            return self.flat()
+        # Only an update shows the states' shapes, so padding is counted and the count thrown away.
+        self.metric.update(*_inputs(Seen(seen.outputs, seen.targets, None, seen.setting), self.metric))
+        return torch.zeros_like(self.flat())
+
+    def flat(self) -> Tensor:
+        """Return the states as one float64 vector."""
+        states = cast("dict[str, Tensor]", self.metric.metric_state)
+        self.shapes = {name: state.shape for name, state in states.items()}
+        return torch.cat([state.double().flatten() for state in states.values()])
+
+
+class TextStates(States, TextPart):
+    """The states of a torchmetrics metric of texts."""
+
+    def __init__(self, metric: torchmetrics.Metric):
+        super().__init__(metric)
+        self.size = len(self.flat())
+        self._nested = type(metric).__name__ in _SEVERAL_REFERENCES
+
+    def texts(self, hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
+        self.metric.reset()
+        if hypotheses:
+            wanted = [[each] for each in references] if self._nested else list(references)
+            self.metric.update(list(hypotheses), wanted)
+        return self.flat()
+
+
+def _from_states(make: Callable[[], torchmetrics.Metric], part: States, sums: np.ndarray) -> Value | dict[str, Value]:
+    metric, start = make(), 0
+    for name, shape in part.shapes.items():
+        dtype = cast("Tensor", metric._defaults[name]).dtype
+        state = torch.from_numpy(sums[start : start + shape.numel()].copy()).reshape(shape)
+        setattr(metric, name, state if dtype.is_floating_point else state.to(dtype))
+        start += shape.numel()
+    metric._update_count = 1
+    return plain(metric.compute())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The user's own
+
+
+def own_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting) -> Metric:
+    """Return a metric of the user's own: a class of torchmetrics, or a function `(outputs, targets)`.
+
+    The function gets the outputs and targets of a batch without padding and returns a value for each sample (batch,) or
+    the mean over the batch, either averaged over samples, or a pair (sum, count). An attribute `higher_is_better` says
+    which way it goes.
+    """
+    if _is_metric(found):
+        return torchmetric(found, name, args, setting)
+    if not callable(found) or inspect.isclass(found):
+        raise UserError(
+            f"eval.metrics: {name} is {found!r}; expected a function (outputs, targets), or a class of torchmetrics"
+        )
+    first_two = list(inspect.signature(found).parameters)[:2]
+    if problems := argument_problems(found, args, "eval.metrics", name, given=first_two):
+        raise UserError("\n".join(problems))
+    part = OwnSums(partial(found, **args), name)
+    return Metric(
+        lambda sums: float(sums[0] / sums[1]) if sums[1] else float("nan"),
+        getattr(found, "higher_is_better", None),
+        (part,),
+    )
+
+
+class OwnSums(Part):
+    """(sum, count) of a function of the user's own."""
+
+    def __init__(self, function: Callable[..., Any], name: str):
+        self._function = function
+        self._name = name
+
+    def batch(self, seen: Seen) -> Tensor:
+        seen = seen.kept()
+        samples = len(seen.targets)
+        device = seen.targets.device
+        if not samples:
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        result = self._function(seen.outputs, seen.targets)
+        pair = result if isinstance(result, tuple) else (torch.as_tensor(result).double().mean() * samples, samples)
+        if len(pair) != 2 or (isinstance(result, Tensor) and result.dim() and len(result) != samples):
+            raise UserError(
+                f"eval.metrics: {self._name} returned {_described(result)} for {samples} samples; expected one value "
+                "for each, their mean, or a pair (sum, count)"
+            )
+        return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+
+
+def _described(result: Any) -> str:
+    return f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"{len(result)} values"

@@ -1,0 +1,459 @@
+"""Metrics: scikit-learn's and sacrebleu's values, whatever the cut into ranks and batches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+import torchmetrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+from torch import nn
+
+from distrain.config import Recipe, UserError
+from distrain.datasets import DataMeta
+from distrain.metrics import build_metrics, check_metrics, higher_is_better, metric_names
+
+SETTINGS = settings(max_examples=25, deadline=None)
+
+
+def recipe(task="classification", metrics=None, best=None, **sections):
+    base = {"name": "t", "task": task, "data": "d", "model": "m", "batch": {"global": 8}, "train": {"steps": 10}}
+    return Recipe.model_validate(base | {"eval": {"metrics": metrics, "best": best}} | sections)
+
+
+def parts_of(count, cuts):
+    """Cut 0..count-1 into ranks of batches at random places, with padding rows (-1) at the end of some."""
+    generator = np.random.default_rng(cuts)
+    ranks = [[] for _ in range(generator.integers(1, 4))]
+    start = 0
+    while start < count:
+        size = int(generator.integers(1, 8))
+        rows = list(range(start, min(start + size, count))) + [-1] * int(generator.integers(0, 3))
+        ranks[generator.integers(len(ranks))].append(rows)
+        start += size
+    for rank in ranks:
+        rank.insert(generator.integers(len(rank) + 1), [-1, -1])
+    return ranks
+
+
+def evaluate(task, metrics, outputs, targets, cuts=None, meta=None, **sections):
+    """Return the values of an evaluation in one piece, or over the ranks and batches that `cuts` draws."""
+    asked = recipe(task, metrics, **sections)
+    meta = meta or DataMeta()
+    if cuts is None:
+        whole = build_metrics(asked, meta)
+        whole.update(outputs, targets)
+        return whole.compute(whole.sums(), whole.gather(lambda value: [value]))
+    sets = []
+    for batches in parts_of(len(targets), cuts):
+        metric_set = build_metrics(asked, meta)
+        for rows in batches:
+            index = torch.tensor(rows).clamp(min=0)
+            metric_set.update(outputs[index], targets[index], torch.tensor(rows) >= 0)
+        sets.append(metric_set)
+    total = torch.stack([each.sums() for each in sets]).sum(0)
+    return sets[0].compute(total, sets[-1].gather(lambda _: [each.gathered() for each in sets]))
+
+
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(np.array(found[name]), np.array(value), rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against scikit-learn
+
+SCORES = [f"{kind}_{average}" for kind in ("precision", "recall", "f1") for average in ("micro", "macro", "weighted")]
+FUNCTIONS = {"precision": sk.precision_score, "recall": sk.recall_score, "f1": sk.f1_score}
+
+
+def expected_scores(truth, predicted, labels=None):
+    values = {}
+    for name in SCORES:
+        kind, _, average = name.partition("_")
+        values[name] = FUNCTIONS[kind](truth, predicted, average=average, zero_division=0)
+    for kind, function in FUNCTIONS.items():
+        values[f"{kind}_per_class"] = function(truth, predicted, average=None, zero_division=0, labels=labels)
+    return values
+
+
+@SETTINGS
+@given(st.integers(1, 40), st.integers(2, 5), st.integers(0, 10**6))
+def test_classification_is_scikit_learns(count, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Few of the classes occur, so that some are in neither, in one of, or in both of truth and prediction.
+    outputs = torch.randn(count, classes, generator=generator) + torch.randn(classes, generator=generator) * 2
+    targets = torch.randint(
+        0, int(torch.randint(1, classes + 1, (1,), generator=generator)), (count,), generator=generator
+    )
+    truth, predicted = targets.numpy(), outputs.argmax(-1).numpy()
+    expected = {
+        "accuracy": sk.accuracy_score(truth, predicted),
+        "confusion_matrix": sk.confusion_matrix(truth, predicted, labels=range(classes)),
+        "precision": sk.precision_score(truth, predicted, average="macro", zero_division=0),
+        "balanced_accuracy": np.mean([np.mean(predicted[truth == each] == each) for each in np.unique(truth)]),
+        **expected_scores(truth, predicted, range(classes)),
+    }
+    if classes > 2:
+        expected["top_2"] = sk.top_k_accuracy_score(truth, outputs.numpy(), k=2, labels=range(classes))
+    probabilities = outputs.double().softmax(-1).numpy()
+    there = [each for each in range(classes) if 0 < (truth == each).sum() < count]
+    expected["auroc"] = (
+        np.mean([sk.roc_auc_score(truth == each, probabilities[:, each]) for each in there]) if there else math.nan
+    )
+    expected["average_precision"] = np.mean(
+        [sk.average_precision_score(truth == each, probabilities[:, each]) for each in np.unique(truth)]
+    )
+    names = [{"name": "top_k", "k": 2} if name == "top_2" else name for name in expected]
+    close(evaluate("classification", names, outputs, targets), expected)
+    close(evaluate("classification", names, outputs, targets, cuts=seed), expected)
+
+
+def test_multiclass_auroc_is_scikit_learns_own():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(60, 3, generator=generator)
+    targets = torch.randint(0, 3, (60,), generator=generator)
+    expected = sk.roc_auc_score(targets, outputs.double().softmax(-1), multi_class="ovr", average="macro")
+    assert evaluate("classification", ["auroc"], outputs, targets)["auroc"] == pytest.approx(expected, abs=1e-12)
+
+
+@SETTINGS
+@given(st.integers(1, 40), st.integers(0, 10**6), st.sampled_from([(), (1,), (2,)]))
+def test_binary_is_scikit_learns(count, seed, shape):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(count, *shape, generator=generator) + torch.randn(1, generator=generator)
+    targets = (torch.rand(count, generator=generator) < torch.rand(1, generator=generator)).float()
+    logits = outputs[:, 1] - outputs[:, 0] if shape == (2,) else outputs.reshape(count)
+    truth, predicted = targets.long().numpy(), (logits > 0).long().numpy()
+    expected = {
+        "accuracy": sk.accuracy_score(truth, predicted),
+        "precision": sk.precision_score(truth, predicted, zero_division=0),
+        "recall": sk.recall_score(truth, predicted, zero_division=0),
+        "f1": sk.f1_score(truth, predicted, zero_division=0),
+        "confusion_matrix": sk.confusion_matrix(truth, predicted, labels=[0, 1]),
+        "auroc": sk.roc_auc_score(truth, logits) if 0 < truth.sum() < count else math.nan,
+        "average_precision": sk.average_precision_score(truth, logits) if truth.any() else 0.0,
+        **expected_scores(truth, predicted, [0, 1]),
+    }
+    close(evaluate("binary", list(expected), outputs, targets), expected)
+    close(evaluate("binary", list(expected), outputs, targets, cuts=seed), expected)
+
+
+@SETTINGS
+@given(st.integers(2, 40), st.integers(2, 4), st.integers(0, 10**6))
+def test_multilabel_is_scikit_learns(count, labels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(count, labels, generator=generator)
+    targets = (torch.rand(count, labels, generator=generator) < torch.rand(labels, generator=generator) - 0.2).float()
+    truth, predicted = targets.long().numpy(), (outputs > 0).long().numpy()
+    both = [each for each in range(labels) if 0 < truth[:, each].sum() < count]
+    expected = {
+        "accuracy": sk.accuracy_score(truth, predicted),
+        "confusion_matrix": sk.multilabel_confusion_matrix(truth, predicted),
+        "auroc": np.mean([sk.roc_auc_score(truth[:, each], outputs[:, each]) for each in both]) if both else math.nan,
+        "average_precision": np.mean(
+            [sk.average_precision_score(t, s) if t.any() else 0.0 for t, s in zip(truth.T, outputs.T, strict=True)]
+        ),
+        **expected_scores(truth, predicted),
+    }
+    close(evaluate("multilabel", list(expected), outputs, targets), expected)
+    close(evaluate("multilabel", list(expected), outputs, targets, cuts=seed), expected)
+
+
+@SETTINGS
+@given(st.integers(2, 40), st.integers(0, 10**6), st.sampled_from([(), (1,), (3,)]), st.sampled_from([0, 1e3, 1e8]))
+def test_regression_is_scikit_learns_however_large_the_offset(count, seed, shape, offset):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randn(count, *shape, generator=generator, dtype=torch.float64) + offset
+    outputs = targets + torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    expected = {
+        "mae": sk.mean_absolute_error(targets, outputs),
+        "mse": sk.mean_squared_error(targets, outputs),
+        "rmse": sk.root_mean_squared_error(targets, outputs),
+        "r2": sk.r2_score(targets, outputs),
+    }
+    for cuts in (None, seed):
+        found = evaluate("regression", None if cuts is None else list(expected), outputs, targets, cuts)
+        for name, value in found.items():
+            assert value == pytest.approx(expected[name], rel=1e-10, abs=1e-10), name
+    # Standardised targets are scored in their own units, from sums alone.
+    columns = targets.reshape(count, -1)
+    mean, std = (columns.mean(0) + 1.0, columns.std(0) * 1.5)
+    meta = DataMeta(target_mean=tuple(mean.tolist()), target_std=tuple(std.tolist()))
+    scaled = [((each.reshape(count, -1) - mean) / std).reshape(each.shape) for each in (outputs, targets)]
+    assert not build_metrics(recipe("regression"), meta).gather(pytest.fail)
+    for name, value in evaluate("regression", list(expected), *scaled, seed, meta).items():
+        assert value == pytest.approx(expected[name], rel=1e-6 if offset == 1e8 else 1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_r2_of_targets_that_do_not_vary(standardised):
+    meta = DataMeta(target_mean=(7.0,), target_std=(3.0,)) if standardised else DataMeta()
+    targets = torch.full((9,), 0.1)
+    assert evaluate("regression", ["r2"], targets, targets, 1, meta)["r2"] == 1.0
+    assert evaluate("regression", ["r2"], targets + 0.5, targets, 1, meta)["r2"] == 0.0
+    assert math.isnan(evaluate("regression", ["r2"], targets[:1], targets[:1], None, meta)["r2"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokens and texts
+
+
+@SETTINGS
+@given(st.integers(1, 20), st.integers(0, 10**6))
+def test_tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(count, 5, 7, generator=generator)
+    targets = torch.randint(0, 7, (count, 5), generator=generator)
+    targets[torch.rand(count, 5, generator=generator) < 0.3] = -100
+    targets[0, 0] = 3
+    real = targets != -100
+    entropy = nn.functional.cross_entropy(outputs[real].double(), targets[real]).item()
+    expected = {
+        "perplexity": math.exp(entropy),
+        "token_accuracy": (outputs.argmax(-1) == targets)[real].double().mean().item(),
+        "bits_per_byte": entropy / math.log(2) / 4.0,
+        "top_3": sk.top_k_accuracy_score(targets[real], outputs[real], k=3, labels=range(7)),
+    }
+    meta = DataMeta(vocab_size=7, bytes_per_token=4.0)
+    for sections in ({}, {"loss": {"name": "cross_entropy", "label_smoothing": 0.3}}):
+        for cuts in (None, seed):
+            found = evaluate("language_modeling", list(expected), outputs, targets, cuts, meta, **sections)
+            for name, value in expected.items():
+                assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_the_loss_is_taken_over_only_where_it_is_the_entropy():
+    outputs, targets = torch.randn(2, 3, 4), torch.randint(0, 4, (2, 3))
+    given_loss = torch.tensor(12.0), torch.tensor(6.0)
+    for sections, is_taken in (({}, True), ({"loss": {"name": "cross_entropy", "label_smoothing": 0.1}}, False)):
+        metric_set = build_metrics(recipe("language_modeling", ["perplexity"], **sections), DataMeta())
+        metric_set.update(outputs, targets, loss=given_loss)
+        assert (metric_set.compute(metric_set.sums())["perplexity"] == pytest.approx(math.exp(2))) is is_taken
+
+
+TEXTS = [
+    ("the cat sat on the mat", "the cat is on the mat"),
+    ("", "something is there"),
+    ("a dog, a dog!", "A dog; a dog."),
+    ("exactly the same sentence as this", "exactly the same sentence as this"),
+    ("one", "one two three four five"),
+]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"lowercase": True, "tokenize": "char"},
+        {"smooth_method": "add-k"},
+        {"smooth_method": "floor", "smooth_value": 0.2},
+        {"max_ngram_order": 2, "effective_order": True},
+    ],
+)
+def test_bleu_is_sacrebleus(args):
+    hypotheses, references = [list(column) for column in zip(*TEXTS, strict=True)]
+    expected = sacrebleu.BLEU(**args).corpus_score(hypotheses, [references]).score
+    asked = recipe("seq2seq", [{"name": "bleu", **args}])
+    first, second, idle = (build_metrics(asked, DataMeta()) for _ in range(3))
+    assert first.needs_text
+    first.update_text(hypotheses[:2], references[:2])
+    first.update_text([hypotheses[2], "padding", "more"], [references[2], "padding", "x"], [True, False, False])
+    second.update_text(hypotheses[3:], references[3:], torch.tensor([True, True]))
+    sums = first.sums() + second.sums() + idle.sums()
+    assert first.compute(sums)["bleu"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_bleu_without_a_match_is_zero():
+    metric_set = build_metrics(recipe("seq2seq", ["bleu"]), DataMeta())
+    metric_set.update_text([""], ["a b c"])
+    assert metric_set.compute(metric_set.sums())["bleu"] == 0.0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torchmetrics and the user's own
+
+TORCHMETRICS = {
+    "classification": [
+        "CohenKappa",
+        "torchmetrics:MatthewsCorrCoef",
+        {"name": "FBetaScore", "beta": 0.5, "average": "macro"},
+        "CalibrationError",
+        "MulticlassJaccardIndex",
+        "AUROC",
+        {"name": "Specificity", "average": "none"},
+    ],
+    "binary": ["CohenKappa", "BinaryHingeLoss", "torchmetrics:AveragePrecision"],
+    "multilabel": ["HammingDistance", "MultilabelRankingLoss", "ExactMatch"],
+    "regression": [
+        "R2Score",
+        "PearsonCorrCoef",
+        "SpearmanCorrCoef",
+        "ExplainedVariance",
+        "MeanAbsolutePercentageError",
+    ],
+    "language_modeling": ["Perplexity", "Accuracy"],
+}
+
+
+@pytest.mark.parametrize("task", TORCHMETRICS)
+def test_torchmetrics_do_not_depend_on_the_cut(task):
+    generator = torch.Generator().manual_seed(3)
+    shape = {"classification": (30, 4), "binary": (30,), "multilabel": (30, 3), "language_modeling": (30, 3, 6)}
+    outputs = torch.randn(shape.get(task, (30, 2)), generator=generator)
+    targets = {
+        "classification": torch.randint(0, 4, (30,), generator=generator),
+        "binary": torch.randint(0, 2, (30,), generator=generator).float(),
+        "multilabel": torch.randint(0, 2, (30, 3), generator=generator).float(),
+        "regression": torch.randn(30, 2, generator=generator),
+        "language_modeling": torch.randint(0, 6, (30, 3), generator=generator),
+    }[task]
+    if task == "language_modeling":
+        targets[::3, 1] = -100
+    meta = DataMeta(num_classes=4, vocab_size=6, num_targets={"multilabel": 3, "regression": 2}.get(task))
+    whole = evaluate(task, TORCHMETRICS[task], outputs, targets, None, meta)
+    assert all(np.isfinite(value).all() for value in whole.values())
+    for cuts in range(3):
+        close(evaluate(task, TORCHMETRICS[task], outputs, targets, cuts, meta), whole)
+
+
+def test_torchmetrics_values_are_its_own():
+    outputs, targets = torch.randn(20, 4), torch.randint(0, 4, (20,))
+    meta = DataMeta(num_classes=4)
+    found = evaluate(
+        "classification", ["CohenKappa", {"name": "Accuracy", "average": "macro"}], outputs, targets, 5, meta
+    )
+    kappa = torchmetrics.CohenKappa(task="multiclass", num_classes=4)
+    macro = torchmetrics.Accuracy(task="multiclass", num_classes=4, average="macro")
+    assert found["CohenKappa"] == pytest.approx(kappa(outputs, targets).item(), abs=1e-6)
+    assert found["Accuracy"] == pytest.approx(macro(outputs, targets).item(), abs=1e-6)
+    small = torch.full((4,), 0.1)  # logits that torchmetrics would take for probabilities
+    assert evaluate("binary", ["Accuracy"], small, torch.ones(4))["Accuracy"] == 1.0
+
+
+def test_torchmetrics_of_texts():
+    asked = recipe("seq2seq", ["WordErrorRate", "CHRFScore", {"name": "SacreBLEUScore", "lowercase": True}])
+    first, second = build_metrics(asked, DataMeta()), build_metrics(asked, DataMeta())
+    hypotheses, references = [list(column) for column in zip(*TEXTS, strict=True)]
+    first.update_text(hypotheses[:2], references[:2], [True, True])
+    first.update_text(["x"], ["y"], [False])
+    second.update_text(hypotheses[2:], references[2:])
+    found = first.compute(first.sums() + second.sums())
+    nested = [[each] for each in references]
+    assert found["WordErrorRate"] == pytest.approx(torchmetrics.text.WordErrorRate()(hypotheses, references).item())
+    assert found["CHRFScore"] == pytest.approx(torchmetrics.text.CHRFScore()(hypotheses, nested).item(), abs=1e-6)
+    bleu = torchmetrics.text.SacreBLEUScore(lowercase=True)(hypotheses, nested).item()
+    assert found["SacreBLEUScore"] == pytest.approx(bleu, abs=1e-6)
+
+
+def test_own_metrics(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torchmetrics\n"
+        "def gap(outputs, targets, power=1):\n    return (outputs - targets).abs() ** power\n"
+        "gap.higher_is_better = False\n"
+        "def share(outputs, targets):\n    return (outputs > targets).sum(), targets.numel()\n"
+        "class Mine(torchmetrics.MeanSquaredError):\n    pass\n"
+        "def bad(outputs, targets):\n    return outputs[:1]\n"
+    )
+    own = f"{tmp_path}/own.py"
+    outputs, targets = torch.randn(25), torch.randn(25)
+    metrics = [{"name": f"{own}:gap", "power": 2}, f"{own}:share", f"{own}:Mine"]
+    found = evaluate("regression", metrics, outputs, targets, 4)
+    assert found["gap"] == pytest.approx(sk.mean_squared_error(targets, outputs), rel=1e-6)
+    assert found["Mine"] == pytest.approx(found["gap"], rel=1e-6)
+    assert found["share"] == (outputs > targets).double().mean().item()
+    metric_set = build_metrics(recipe("regression", metrics), DataMeta())
+    assert higher_is_better("share", metric_set)
+    assert not higher_is_better("gap", metric_set)
+    with pytest.raises(UserError, match="for 25 samples"):
+        evaluate("regression", [f"{own}:bad"], outputs, targets)
+    assert "power" in check_metrics(recipe("regression", [{"name": f"{own}:gap", "pwr": 2}]))[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names and mistakes
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "best", "words"),
+    [
+        ("classification", ["acuracy"], None, ["acuracy", "did you mean", "accuracy"]),
+        ("classification", ["mae"], None, ["'mae' is for regression"]),
+        ("classification", ["CohenKapa"], None, ["CohenKappa"]),
+        ("classification", ["torchmetrics:Nothing"], None, ["no metric"]),
+        ("classification", [{"name": "f1_macro", "beta": 2}], None, ["beta"]),
+        ("classification", [{"name": "f1_macro", "average": "micro"}], None, ["average"]),
+        ("classification", [{"name": "CohenKappa", "weight": "linear"}], None, ["weights"]),
+        ("classification", [{"name": "CohenKappa", "weights": "lin"}], None, ["CohenKappa refuses"]),
+        ("classification", ["top_k"], None, ["needs it"]),
+        ("classification", [{"name": "top_k", "k": 0}], None, ["whole number"]),
+        ("classification", ["top_2", {"name": "top_k", "k": 2}], None, ["twice"]),
+        ("classification", ["loss"], None, ["twice"]),
+        ("classification", ["accuracy"], "acc", ["eval.best", "accuracy"]),
+        ("classification", ["accuracy"], "-accuracy", ["lowest accuracy"]),
+        ("classification", ["confusion_matrix"], "confusion_matrix", ["not one number"]),
+        ("classification", ["f1_per_class"], "f1_per_class", ["not one number"]),
+        ("classification", ["acuracy", "mae"], None, ["acuracy", "'mae'"]),
+        ("seq2seq", [{"name": "bleu", "smooth_method": "x"}], None, ["smooth_method"]),
+        ("seq2seq", [{"name": "bleu", "tokenise": "13a"}], None, ["tokenize"]),
+        ("classification", ["WordErrorRate"], None, ["compares texts"]),
+        ("language_modeling", ["CalibrationError"], None, ["all predictions at once"]),
+    ],
+)
+def test_mistakes_are_found_without_data(task, metrics, best, words):
+    problems = "\n".join(check_metrics(recipe(task, metrics, best)))
+    for word in words:
+        assert word in problems
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("classification", ["accuracy", "f1_macro"]),
+        ("binary", ["accuracy", "f1"]),
+        ("multilabel", ["f1_micro", "f1_macro"]),
+        ("regression", ["mae", "rmse", "r2"]),
+        ("language_modeling", ["perplexity", "token_accuracy", "bits_per_byte"]),
+        ("seq2seq", ["perplexity", "token_accuracy"]),
+    ],
+)
+def test_every_task_has_its_usual_metrics(task, names):
+    assert build_metrics(recipe(task), DataMeta(bytes_per_token=1.0)).names == names
+    assert check_metrics(recipe(task)) == []
+
+
+def test_what_is_best():
+    metric_set = build_metrics(recipe("regression", ["mae", "r2"]), DataMeta())
+    assert [higher_is_better(name, metric_set) for name in ("loss", "-loss", "mae", "-mae", "r2")] == [False] * 4 + [
+        True
+    ]
+
+
+def test_bits_per_byte_needs_the_bytes():
+    with pytest.raises(UserError, match="bytes of a token"):
+        build_metrics(recipe("language_modeling", ["bits_per_byte"]), DataMeta())
+
+
+def test_too_many_classes_are_asked_for():
+    with pytest.raises(UserError, match="top_5 of 3 classes"):
+        evaluate("classification", ["top5_accuracy"], torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_set_can_be_used_again():
+    metric_set = build_metrics(recipe("classification", ["accuracy", "auroc"]), DataMeta())
+    for _ in range(2):
+        metric_set.reset()
+        metric_set.update(torch.eye(3), torch.tensor([0, 1, 1]))
+        values = metric_set.compute(metric_set.sums(), metric_set.gather(lambda value: [value]))
+        assert values["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_every_name_is_explained():
+    assert all(summary.endswith((".", ",")) and len(summary) < 120 for summary in metric_names().values())
+    assert {"accuracy", "f1_macro", "bleu", "top_k"} <= metric_names().keys()
