@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrain.config import Duration, Recipe, RecipeError
-from distrain.recipe_file import dump_recipe, json_schema, load_recipe, show
+from distrain.recipe_file import dump_recipe, json_schema, load_recipe, parse_recipe, show
 from distrain.recipe_file.document import _COMPONENT_LISTS, _COMPONENTS
 from distrain.recipe_file.strict_yaml import Tree, to_yaml
 
@@ -593,8 +593,17 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path_factory, values):
     assert dump_recipe(loaded.recipe) == dump_recipe(recipe)
     file.write_text(dump_recipe(recipe, loaded.origins), encoding="utf-8")
     assert load_recipe(file).recipe == recipe
-    # As a checkpoint's manifest or a wandb configuration holds it.
+    assert parse_recipe(dump_recipe(recipe), "a checkpoint") == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_stored_recipe_that_is_wrong_names_its_source():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe("name: a\nseed: -1\n", "the recipe in step-00000010")
+    assert "the recipe in step-00000010:2: seed: found -1, expected a whole number ≥ 0" in caught.value.problems
+    assert "the recipe in step-00000010: batch: is missing, expected a mapping" in str(caught.value)
+    with pytest.raises(RecipeError, match="found nothing"):
+        parse_recipe("", "the recipe in step-00000010")
 
 
 def test_the_dump_is_in_the_sections_order_with_what_a_user_would_write(write):

@@ -3,12 +3,12 @@
 strict_yaml  text -> values with their lines, and values -> text
 document     a file and overrides as one tree; relative paths made absolute
 validation   tree -> `Recipe`, or every problem at once; `json_schema`
-loading      `load_recipe`, `dump_recipe`, `show`
+loading      `load_recipe`, `parse_recipe`, `dump_recipe`, `show`
 """
 
 from __future__ import annotations
 
-from distrain.recipe_file.loading import LoadedRecipe, dump_recipe, load_recipe, show
+from distrain.recipe_file.loading import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.recipe_file.validation import json_schema
 
-__all__ = ["LoadedRecipe", "dump_recipe", "json_schema", "load_recipe", "show"]
+__all__ = ["LoadedRecipe", "dump_recipe", "json_schema", "load_recipe", "parse_recipe", "show"]

@@ -26,11 +26,11 @@ _PATHS: frozenset[Place] = frozenset(
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
-def read_tree(file: Path) -> Tree:
-    """Return what the YAML file holds, a mapping; raises RecipeError when it cannot be read as one."""
+def read_text(file: Path) -> str:
+    """Return the text of a recipe file; raises RecipeError when there is none."""
 
-    def refuse(problem: str, line: int | None = None) -> RecipeError:
-        return RecipeError(str(file), [f"{file}:{line}: {problem}" if line else problem])
+    def refuse(problem: str) -> RecipeError:
+        return RecipeError(str(file), [problem])
 
     try:
         with file.open("rb") as stream:
@@ -43,9 +43,18 @@ def read_tree(file: Path) -> Tree:
     if len(content) > _LARGEST_FILE:
         raise refuse("is larger than 1 MiB, which no recipe is")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise refuse("is not UTF-8 text", content[: error.start].count(b"\n") + 1) from error
+        line = content[: error.start].count(b"\n") + 1
+        raise refuse(f"{file}:{line}: is not UTF-8 text") from error
+
+
+def read_tree(text: str, source: str) -> Tree:
+    """Return the mapping that a recipe's text holds; raises RecipeError, naming `source`, when it is none."""
+
+    def refuse(problem: str, line: int | None = None) -> RecipeError:
+        return RecipeError(source, [f"{source}:{line}: {problem}" if line else problem])
+
     try:
         tree = Tree.parse(text)
     except yaml.reader.ReaderError as error:

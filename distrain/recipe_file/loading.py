@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.config import Recipe
-from distrain.recipe_file.document import Document, read_tree
+from distrain.recipe_file.document import Document, read_text, read_tree
 from distrain.recipe_file.strict_yaml import Tree, dotted, leaves, to_yaml
 from distrain.recipe_file.validation import validate
 
@@ -35,13 +35,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises RecipeError, listing every problem with its place.
     """
     file = Path(path)
-    document = Document(str(path), read_tree(file))
+    document = Document(str(path), read_tree(read_text(file), str(path)))
     for override in overrides:
         document.override(override)
     document.settle(file.parent)
     recipe = validate(document)
     origins = {dotted(place): document.origin(place) for place, _ in leaves(recipe.model_dump(mode="json"))}
     return LoadedRecipe(recipe, origins, Path(os.path.abspath(file.parent)))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Return the recipe that `text`, written by `dump_recipe`, holds; `source` names it in the RecipeError.
+
+    Paths are absolute in such a text; relative ones would be of the current folder.
+    """
+    document = Document(source, read_tree(text, source))
+    document.settle(Path.cwd())
+    return validate(document)
 
 
 def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str:
