@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from distrain.config import DataSection, FoldSplit, UserError
 from distrain.datasets import AnySource, Batch, Data, DataMeta, DataRequest, register
@@ -103,18 +104,18 @@ _NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packag
 def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_000_000) -> Data:
     """The running interpreter's own standard library as bytes: a real corpus that needs no download.
 
-    The .py files of the library (but for its tests, and packages installed beside it) in the order of their paths, at
-    most `max_bytes` of them. It differs between versions of Python. Rows, batches and fractions are as those of
-    `tokens`.
+    The .py files of the library (but for its tests, and packages installed beside it), at most `max_bytes` of them, in
+    the order of the hashes of their paths: always the same, and mixed, so that what is held out is like the rest. It
+    differs between versions of Python. Rows, batches and fractions are as those of `tokens`.
     """
     if request.section.path is not None:
         raise UserError("data.path: data set 'python_source' takes none; for files of your own use data set 'text'")
     if isinstance(request.section.split, dict):
         raise UserError("data.split: data set 'python_source' is one piece; give fractions such as [0.9, 0.1]")
     library = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py"))
+    names = [path.relative_to(library).as_posix() for path in library.rglob("*.py")]
     content = bytearray()
-    for name in names:
+    for name in sorted(names, key=lambda name: xxhash.xxh3_128_digest(name.encode())):
         if _NOT_SOURCE.isdisjoint(name.split("/")) and not name.startswith("_sysconfigdata"):
             content += (library / name).read_bytes()
             if len(content) >= max_bytes:
