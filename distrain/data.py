@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def _loader(
 
 def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
     """Yield the batches; raise what went wrong in a loader process as it would have been raised here."""
-    iterator = iter(batches)
+    iterator = _started(batches)
     while True:
         try:
             batch = next(iterator)
@@ -265,6 +266,16 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
         yield batch
+
+
+def _started(batches: Iterable[Any]) -> Iterator[Any]:
+    # PyTorch would have a signal handler raise in whatever line the training process is in when a loader process ends,
+    # be it in the middle of saving. Asked for a batch, it finds out as well, within five seconds.
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    iterator = iter(batches)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return iterator
 
 
 def _unchanged(batch: Any) -> Any:
