@@ -1,7 +1,7 @@
 """Turn a checkpoint into the file that others read: one safetensors file, several with an index, or a `.pt`.
 
 The header is computed first, and each piece is then copied to its offset, several at a time and within the kernel where
-the dtype is kept: memory is bounded by a few buffers of a megabyte, whatever the model. Imports no torch, but to write
+the dtype is kept: memory is bounded by a few small buffers, whatever the model. Imports no torch, but to write
 a `.pt`, which holds the whole model in memory.
 """
 
@@ -41,7 +41,7 @@ _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_BUFFER = 1 << 20  # bytes that a thread converts, or copies where the kernel cannot, at a time
+_BUFFER = 1 << 18  # bytes that a thread converts, or copies where the kernel cannot, at a time: stays in its cache
 _JOB = 64 << 20  # bytes that a thread copies before it takes the next job
 _THREADS = min(8, os.cpu_count() or 1)
 _NO_COPY_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}

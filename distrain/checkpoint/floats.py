@@ -30,12 +30,22 @@ def convert(raw: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]
         if target == "F64":
             return wide.astype(np.float64).view(np.uint8), 0
         single = wide.astype(np.float32, copy=False)
-        if target == "BF16":
-            bits = single.view(np.uint32)
-            rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-            rounded[np.isnan(single)] = 0x7FC0  # the sum above may have carried a NaN into an infinity
-            infinite = (rounded & 0x7FFF) == 0x7F80
-        else:
-            rounded = single.astype(_NATIVE[target], copy=False)
-            infinite = np.isinf(rounded)
-    return rounded.view(np.uint8), int(np.count_nonzero(infinite) - np.count_nonzero(np.isinf(wide)))
+        rounded = _to_bf16(single) if target == "BF16" else single.astype(_NATIVE[target], copy=False)
+        infinite = (rounded & 0x7FFF) == 0x7F80 if target == "BF16" else np.isinf(rounded)
+        gained = np.count_nonzero(infinite) - (np.count_nonzero(np.isinf(wide)) if infinite.any() else 0)
+    return rounded.view(np.uint8), int(gained)
+
+
+def _to_bf16(single: np.ndarray) -> np.ndarray:
+    """Return the bits (uint16) of float32 numbers rounded to BF16."""
+    bits = single.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    short = rounded.astype(np.uint16)
+    nan = np.isnan(single)
+    if nan.any():  # the sums may have carried one into an infinity
+        short[nan] = 0x7FC0
+    return short
