@@ -59,8 +59,10 @@ class Training:
     world: World
     model: nn.Module
     """Wrapped for the world."""
-    optimizer: Any
-    """Wrapped for the world."""
+    optimizer: torch.optim.Optimizer
+    """Prepared for the world."""
+    parameters: list[nn.Parameter]
+    """Those that are trained."""
     call: Convention
     """How the model is called on inputs."""
     loss: Loss
@@ -93,25 +95,24 @@ def train_step(t: Training, micro_batches: Sequence[Batch]) -> Tensor:
     else:
         counts = torch.stack([loss.count(batch["targets"]) for batch in micro_batches]).sum()
         share = world.world_size / world.sum(counts.to(world.device))
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    loss_sum = count = norm = torch.zeros((), dtype=torch.float64, device=world.device)
     for index, batch in enumerate(micro_batches):
         batch = to_device(batch, world)
         seed_dropout(world, mix(t.recipe.seed, "dropout", t.step, world.rank, index))
         with without_sync(world, t.model, last=index == len(micro_batches) - 1):
-            loss_sum, count = t.objective(t.model, batch)
-            world.accelerator.backward(loss_sum * share)
-        sums[0] += loss_sum.detach()
-        sums[1] += count
+            objective, counted = t.objective(t.model, batch)
+            (objective * share).backward()
+        loss_sum = loss_sum + objective.detach()
+        count = count + counted
     if t.recipe.optim.clip_norm is not None:
-        norm = clip_gradients(world, t.model, t.recipe.optim.clip_norm)
-        if world.rank == 0:
-            sums[2] = norm
+        whole = clip_gradients(t.parameters, t.recipe.optim.clip_norm)
+        norm = whole if world.rank == 0 else norm
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
     if t.state.ema is not None:
         t.state.ema.update()
     t.step += 1
-    return sums
+    return torch.stack((loss_sum, count, norm.double()))
 
 
 def to_device(batch: Batch, world: World) -> Batch:
@@ -460,7 +461,9 @@ class Session:
 
         ema = Ema(model, recipe.train.ema) if recipe.train.ema is not None else None
         schedule = resolve_schedule(recipe.schedule, self.horizon)
-        t = Training(recipe, world, model, optimizer, call, loss, schedule, TrainingState(model, optimizer, ema))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = TrainingState(model, optimizer, ema)
+        t = Training(recipe, world, model, optimizer, trained, call, loss, schedule, state)
 
         def rehearse(wrapped: nn.Module) -> None:
             (first, *_) = next(self._batches(start_step=0))

@@ -284,11 +284,13 @@ def prepare(
         handler = world.accelerator.ddp_handler
         assert handler is not None, "open_world sets it"
         handler.find_unused_parameters = bool(anywhere)
-    wrapped, wrapped_optimizer = world.accelerator.prepare(model, optimizer)
+    wrapped = world.accelerator.prepare(model)
     if world.world_size > 2:
         with _restored(model):
             rehearse(wrapped)
-    return wrapped, wrapped_optimizer
+    # An optimizer in Accelerate's wrapper looks for optional packages at every step, which costs as much as a small step.
+    # The wrapper serves gradient scaling and sharding, and there is neither here.
+    return wrapped, optimizer
 
 
 class _restored(AbstractContextManager[None]):
@@ -317,10 +319,9 @@ def align_buffers(world: World, model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def clip_gradients(world: World, model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the whole gradient down to `max_norm` where it is larger; returns the norm that it had (0-d)."""
-    norm = world.accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    return norm if isinstance(norm, Tensor) else torch.tensor(norm)
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 # --------------------------------------------------------------------------------------------------------------------
