@@ -290,6 +290,35 @@ def test_files_that_are_no_recipe(write, content, message):
     assert message in found
 
 
+@pytest.mark.parametrize("escape", [r"\U00110000", r"\UFFFFFFFF", r"\ud800"])
+def test_escapes_of_no_character(write, escape):
+    (found,) = problems(write(GOOD.replace("log: {", f'log: {{project: "{escape}", ')))
+    assert found.startswith("F:12: ")
+    assert "escape" in found
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_no_file_and_no_override_breaks_the_reader(tmp_path_factory, data):
+    """Whatever the text, it is a recipe or a RecipeError."""
+    text = GOOD
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        cut = data.draw(st.integers(0, 12))
+        new = data.draw(st.text("{}[]:,#&*!|>%@-?'\"\\ \n\t\x00.01eaé~", max_size=6) | st.text(max_size=4))
+        text = text[:at] + new + text[at + cut :]
+    key = data.draw(st.sampled_from(["optim", "optim.lr", "model.layers.0.p", "eval.metrics", "data.split", "x.y"]))
+    override = data.draw(st.none() | st.text(max_size=8).map(lambda value: f"{key}={value}") | st.text(max_size=8))
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        recipe = load_recipe(file, [] if override is None else [override]).recipe
+    except RecipeError as error:
+        assert error.problems  # noqa: PT017
+    else:
+        assert parse_recipe(dump_recipe(recipe), "x") == recipe
+
+
 def test_aliases_cannot_blow_up(write):
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=False))
     assert any("found the alias *a" in problem or "found the anchor &b" in problem for problem in problems(write(bomb)))

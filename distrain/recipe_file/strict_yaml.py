@@ -22,6 +22,7 @@ _WORDS = {"": None, "~": None} | {
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SYNTAX_HINTS = {
     r"'\t'": "there is a tab; indent with spaces",
     "found another document": "a recipe is one document; take the '---' out",
@@ -81,6 +82,8 @@ class _Composer(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"nested more than {_DEEPEST} deep", problem_mark=event.start_mark)
             node = super().compose_node(parent, index)
             self.depth -= 1
+        if isinstance(node.value, str) and _SURROGATE.search(node.value):
+            problem = "found the escape of half a character, expected whole ones"
         node.problem = problem
         return node
 
@@ -99,6 +102,9 @@ class Tree:
         loader = _Composer(text)
         try:
             node = loader.get_single_node()
+        except (ValueError, OverflowError) as error:  # what PyYAML lets through for an escape such as "\U00110000"
+            problem = f"an escape of no character: {error}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=loader.get_mark()) from error
         finally:
             loader.dispose()
         tree = cls()
