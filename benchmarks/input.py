@@ -2,8 +2,8 @@
 
     python benchmarks/input.py [--rounds 7] [--seconds 0.5]
 
-One thread of one core, no loader processes, images of random bytes in memory. The subjects take turns, and each number
-is the median of the rounds:
+One thread, no loader processes, images of random bytes in memory; the time is that of the CPU, which other programs on
+the machine disturb less. The subjects take turns, and each number is the median of the rounds:
 
     copying      rows of the uint8 array by index, and no more: the limit
     distrain     build_loader with RandomCrop(32, padding 4), RandomHorizontalFlip, ToDtype(float32), Normalize
@@ -67,13 +67,13 @@ def loader(source: TensorSource, made: Recipe) -> Iterator[Any]:
 
 
 def rate(work: Callable[[], Any], amount: int, seconds: float) -> float:
-    """Return amounts per second of `work`, repeated for about `seconds`."""
+    """Return amounts per second of CPU time of `work`, repeated for about `seconds`."""
     work()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    count, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
         work()
         count += 1
-    return count * amount / (time.perf_counter() - start)
+    return count * amount / (time.process_time() - start)
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
         "distrain": (lambda: next(augmented), BATCH),
         "v2, batches": (lambda: torchvision(images.index_select(0, chosen)), BATCH),
         "v2, samples": (lambda: torch.stack([torchvision(images[index]) for index in chosen[:32].tolist()]), 32),
-        "step": (lambda: next(plain), 1),
+        "step": (lambda: [next(plain) for _ in range(100)], 100),
         "order": (lambda: order.at(10**13, 10**13 + 16384), 16384),
     }
     found: dict[str, list[float]] = {name: [] for name in subjects}
