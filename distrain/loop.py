@@ -597,7 +597,7 @@ class Session:
 
     def _score(self, split: str, event: str = "eval") -> dict[str, Any]:
         began = time.monotonic()
-        align_buffers(self.world, self.t.state.model)
+        align_buffers(self.world, self.t.state)
         ema = self.t.state.ema
         with ema.applied(self.t.state.model) if ema is not None else nullcontext():
             values = evaluate(
@@ -628,7 +628,7 @@ class Session:
         if self._scored_step == self.t.step:
             score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
         state = self.t.state
-        align_buffers(self.world, state.model)
+        align_buffers(self.world, state)
         self._published(self.saver.finish())
         self.saver.begin(
             self.t.step,

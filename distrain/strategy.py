@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Piece, Reader, TensorSpec, explain_difference
 from distrain.config import UserError
-from distrain.optim import Ema
+from distrain.optim import Ema, plain_name
 
 # --------------------------------------------------------------------------------------------------------------------
 # The world that was asked for, and the one that is there
@@ -312,11 +312,16 @@ def without_sync(world: World, model: nn.Module, last: bool) -> AbstractContextM
     return nullcontext() if last or world.world_size == 1 else world.accelerator.no_sync(model)
 
 
-def align_buffers(world: World, model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, as the next training step would, so that all evaluate one model."""
-    if world.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+def align_buffers(world: World, state: TrainingState) -> None:
+    """Give every rank rank 0's buffers, as the next training step would, and their averages: all evaluate one model."""
+    if world.world_size == 1:
+        return
+    buffers = list(state.model.buffers())
+    if state.ema is not None:
+        parameters = {plain_name(name) for name, _ in state.model.named_parameters()}
+        buffers += [average for name, average in state.ema.tensors().items() if name not in parameters]
+    for buffer in buffers:
+        dist.broadcast(buffer, src=0)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -371,7 +376,8 @@ class TrainingState:
             tensors[f"model/{name}"] = (role, tensor.detach())
         if self.optimizer is not None:
             for name, parameter in self.model.named_parameters():
-                for key, value in self.optimizer.state.get(parameter, {}).items():
+                # sorted: a fresh optimizer and a restored one hold them in different orders
+                for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
                     if isinstance(value, Tensor):
                         tensors[f"optimizer/{name}/{key}"] = ("optimizer", value)
         if self.ema is not None:

@@ -7,19 +7,32 @@ runs in it (the process group, DDP, the files) is the real thing.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "accelerate", "torchvision.transforms.v2", "distrain.loop", "distrain.launcher"]
+    [
+        "torch._dynamo",
+        "accelerate",
+        "pandas",
+        "sklearn.datasets",
+        "torchvision.transforms.v2",
+        "distrain.inference",
+        "distrain.launcher",
+        "distrain.loop",
+    ]
 )
 
 
@@ -34,11 +47,63 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def in_world(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Return what `function(*args)` returns on each rank of a world of that size.
+@dataclass
+class RunningWorld:
+    """The processes of a world, in the order of their ranks."""
 
-    The function must be importable by name and its arguments and results picklable.
+    processes: list[Any]
+    folder: Path
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL these ranks, or all of them where none is named."""
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].kill()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every rank that is there."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Wait for every rank; returns the exit codes. What is late is killed."""
+        until = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes]
+
+    def results(self, timeout_s: float = 120) -> list[Any]:
+        """Wait for every rank; returns what each returned. Raises WorldFailed with all that went wrong."""
+        results, failures = [], []
+        for rank, code in enumerate(self.wait(timeout_s)):
+            file = self.folder / str(rank)
+            if not file.exists():
+                failures.append(f"rank {rank} ended with exit code {code} and no result, or had none in {timeout_s:g} s")
+                continue
+            ok, value = pickle.loads(file.read_bytes())
+            if ok and code == 0:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}, exit code {code}:\n{value}")
+        if failures:
+            raise WorldFailed("\n".join(failures))
+        return results
+
+
+@contextmanager
+def running_world(
+    world_size: int, function: Callable[..., Any], *args: Any, launched: bool = True
+) -> Iterator[RunningWorld]:
+    """Start `function(*args)` in every process of a world; none is left when the block ends.
+
+    The function must be importable by name and its arguments and results picklable. `launched=False` starts one process
+    without a launcher's environment, as a plain `python` does.
     """
+    assert launched or world_size == 1, "only a launcher starts several"
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -52,35 +117,29 @@ def in_world(world_size: int, function: Callable[..., Any], *args: Any, timeout_
                 "MASTER_PORT": str(port),
             }
             result = Path(folder) / str(rank)
-            process = _context.Process(target=_child, args=(variables, os.getcwd(), str(result), function, args))
+            environment = variables if launched else {}
+            process = _context.Process(target=_child, args=(environment, os.getcwd(), str(result), function, args))
             process.start()
             processes.append(process)
-        for process in processes:
-            process.join(timeout_s)
-        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-        results, failures = [], [f"rank {rank} was still running after {timeout_s:g} s" for rank in late]
-        for rank, process in enumerate(processes):
-            file = Path(folder) / str(rank)
-            if not file.exists():
-                failures.append(f"rank {rank} ended with exit code {process.exitcode} and no result")
-                continue
-            ok, value = pickle.loads(file.read_bytes())
-            if ok:
-                results.append(value)
-            else:
-                failures.append(f"rank {rank}:\n{value}")
-        if failures:
-            raise WorldFailed("\n".join(failures))
-        return results
+        world = RunningWorld(processes, Path(folder))
+        try:
+            yield world
+        finally:
+            world.wait(0)
+
+
+def in_world(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, launched: bool = True
+) -> list[Any]:
+    """Return what `function(*args)` returns on each rank of a world of that size; see `running_world`."""
+    with running_world(world_size, function, *args, launched=launched) as world:
+        return world.results(timeout_s)
 
 
 def _child(variables: dict[str, str], folder: str, result: str, function: Callable[..., Any], args: Any) -> None:
     os.environ.update(variables)
     os.chdir(folder)
+    gc.freeze()  # collecting what the server imported, again in each process, would take most of the time
     try:
         outcome = (True, function(*args))
     except BaseException:

@@ -1,0 +1,78 @@
+"""Models and data sets of a user's own, named in the recipes of tests as `own_parts:NAME`."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Tagged:
+    """Sequences of 1 to 9 tokens, each token with a tag that follows from it; two in seven tags are not to be learned."""
+
+    meta = {"pad_id": 0, "vocab_size": 11, "num_classes": 4}
+
+    def __init__(self, samples: int = 60) -> None:
+        random = np.random.default_rng(5)
+        self.items = [torch.from_numpy(random.integers(1, 11, random.integers(1, 10))) for _ in range(samples)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        tokens = self.items[index]
+        tags = (tokens * 3 + index) % 4
+        return tokens, torch.where((tokens + index) % 7 < 2, -100, tags)
+
+
+class Tagger(nn.Module):
+    """Logits (batch, seq, 4) for tokens (batch, seq)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(tokens)))
+
+
+class Points:
+    """`samples` points of 5 numbers in 3 classes; the class cannot be told for certain."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, split: str, samples: int = 30, tests: int = 97) -> None:
+        random = np.random.default_rng(7 if split == "train" else 8)
+        count = samples if split == "train" else tests
+        self.inputs = torch.from_numpy(random.normal(size=(count, 5)).astype(np.float32))
+        noise = torch.from_numpy(random.normal(size=(count, 3)).astype(np.float32))
+        self.targets = (self.inputs[:, :3] + noise).argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.inputs[index], int(self.targets[index])
+
+
+class Faulty(nn.Module):
+    """A linear model which, in forward pass `at` of training on rank `rank`, does what `how` says."""
+
+    def __init__(self, how: str = "raise", at: int = 6, rank: int = 1, width: int = 5, classes: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, classes)
+        self.how, self.at, self.rank, self.passes = how, at, rank, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        if not self.training or int(os.environ.get("RANK", "0")) != self.rank:
+            return out
+        self.passes += 1
+        if self.passes == self.at:
+            if self.how == "raise":
+                raise ArithmeticError("the model broke")
+            return out * float(self.how)
+        return out
