@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
+from worlds import in_world
 
 from distrain.config import Duration, Horizon, OptimSection, ScheduleSection, UserError
 from distrain.optim import (
@@ -422,3 +423,47 @@ def test_ema_over_tensors_that_live_elsewhere():
     with ema.applied():
         assert pieces["a"].tolist() == [0.5] * 3
     assert pieces["a"].tolist() == [1.0] * 3
+
+
+def sharded_average():
+    """Train a model sharded by FSDP2 beside a whole one; runs on every rank of a world."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)))
+    sharded, whole = models
+    fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    section = OptimSection(lr=0.1, weight_decay=0.1)
+    assert parameter_plan(sharded, section) == parameter_plan(whole, section)
+    averages = [Ema(model, 0.9) for model in models]
+    optimizers = [build_optimizer(model, section) for model in models]
+    inputs = torch.randn(4, 5)
+    for _ in range(3):
+        for model, optimizer, ema in zip(models, optimizers, averages, strict=True):
+            set_lr(optimizer, 0.05)
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model)
+    for (name, average), (_, expected) in zip(
+        averages[0].tensors().items(), averages[1].tensors().items(), strict=True
+    ):
+        torch.testing.assert_close(average.full_tensor(), expected, msg=name)
+    with torch.no_grad():
+        # Forward passes before, inside and after: whole weights that FSDP2 holds on to must not be used again.
+        own = sharded(inputs)
+        for _ in range(2):
+            with averages[0].applied(sharded), averages[1].applied(whole):
+                torch.testing.assert_close(sharded(inputs), whole(inputs))
+                assert not torch.allclose(sharded(inputs), own)
+            assert torch.equal(sharded(inputs), own)
+    dist.destroy_process_group()
+    return True
+
+
+def test_ema_of_a_sharded_model():
+    assert in_world(2, sharded_average) == [True, True]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.config import UserError, close_names
@@ -45,6 +46,7 @@ class Ema:
     def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float):
         assert 0 < decay < 1, decay
         self.decay = decay
+        self._model = unwrapped(model) if isinstance(model, nn.Module) else None
         # The dictionaries that hold the tensors and not the tensors: a module may replace a buffer by assignment.
         self._slots = (
             _slots(unwrapped(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
@@ -93,6 +95,7 @@ class Ema:
     @contextmanager
     def applied(self, model: nn.Module | None = None) -> Iterator[None]:
         """Give the model its averages, and afterwards its own weights again, to the bit."""
+        self._reshard()
         live = self._live(self._slots)
         with torch.no_grad():
             own = [tensor.clone() for tensor in live]
@@ -100,8 +103,19 @@ class Ema:
         try:
             yield
         finally:
+            self._reshard()
             with torch.no_grad():
                 _copy(self._live(self._slots), own)
+
+    def _reshard(self) -> None:
+        # After a forward pass without a backward one, FSDP2 may hold whole weights, and would use them again.
+        if self._model is None or not dist.is_initialized():
+            return
+        from torch.distributed.fsdp import FSDPModule  # a second to import, and only sharded models need it
+
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _live(self, names: Any) -> list[Tensor]:
         return [_local(holder[key].detach()) for holder, key in (self._slots[name] for name in names)]

@@ -181,7 +181,7 @@ class _ClassLoss(_TorchLoss):
         count = self.count(targets, keep)
         soft = targets.is_floating_point() and targets.shape == logits.shape
         targets = targets.to(logits.dtype) if soft else self._numbers(targets, keep)
-        if dim == logits.dim() - 1:
+        if dim == logits.dim() - 1 > 1:
             logits = logits.flatten(0, -2)
             targets = targets.flatten(0, -2) if soft else targets.flatten()
             keep = _per_row(keep, targets) if soft else None

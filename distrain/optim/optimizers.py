@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError, close_names, is_object_spec, resolve_object
-from distrain.optim.arguments import argument_names, argument_problems, snake, squeezed
+from distrain.optim.arguments import argument_names, argument_problems, squeezed
 from distrain.optim.averages import plain_name, unwrapped
 
 _REFUSED = {
@@ -35,10 +35,10 @@ _NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
 
 
 def optimizer_names() -> dict[str, str]:
-    """Return the usable optimizers of torch.optim by snake-case name, each with its class's name."""
+    """Return the usable optimizers of torch.optim by name, each with the first line of its documentation."""
     return {
-        snake(name).replace("_", ""): f"torch.optim.{name}"
-        for name in sorted(_classes(), key=str.lower)
+        squeezed(name): (inspect.getdoc(found) or "").partition("\n")[0]
+        for name, found in sorted(_classes().items(), key=lambda item: item[0].lower())
         if name not in _REFUSED
     }
 
