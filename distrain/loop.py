@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from distrain.checkpoint import Reader, Saved, Saver, find_newest
+from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
 from distrain.config import Duration, Horizon, Recipe, UserError, mix
 from distrain.consolidate import export
 from distrain.data import (
@@ -46,6 +46,9 @@ from distrain.strategy import TrainingState, World, align_buffers, clip_gradient
 from distrain.telemetry import Telemetry, duration
 
 T = TypeVar("T")
+
+IGNORED = -100
+"""The target of a token that is not to be predicted."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # One step
@@ -210,10 +213,11 @@ def _texts(
             "of parallel text; take it out of eval.metrics"
         )
     source = batch["inputs"]["source"]
-    longest = int(batch["targets"].shape[1])
-    # translations longer than twice the longest reference are wrong anyway
-    generated = generate(source, max_new_tokens=2 * longest + 8)
-    return [decode(row) for row in generated.tolist()], list(batch["references"])
+    # Translations longer than twice the reference are wrong anyway. Each row has a limit of its own: with one for the
+    # batch the score would depend on what else is in it, and so on the number of processes.
+    limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
+    generated = generate(source, max_new_tokens=max(limits)).tolist()
+    return [decode(row[:limit]) for row, limit in zip(generated, limits, strict=True)], list(batch["references"])
 
 
 class _Seen:
@@ -386,7 +390,7 @@ class Session:
         world.first(run.clear_markers)
         world.first(lambda: prepare_data(recipe))
         checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
-        reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint else None
+        reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
         self.data: Data = world.together(
             lambda: build_data(recipe, state=reader.manifest.scalars["data"] if reader is not None else None)
         )
@@ -398,12 +402,14 @@ class Session:
         self.t = self._training(resumes=reader is not None)
         if reader is not None:
             world.together(lambda: self.t.state.restore(reader))
+            reader.close()
             self.t.step = reader.manifest.step
         self.first_step = self.t.step
         self.metrics = build_metrics(recipe, self.data.meta)
         self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
         self.stopping = ""
-        self.ended_early = False
+        # a run can be stopped between the evaluation that ends it and the end itself
+        self.ended_early = self._exhausted()
         self.telemetry = Telemetry.open(
             run,
             recipe,
@@ -424,14 +430,14 @@ class Session:
         self._eval_every = Every(recipe.eval.every, self.horizon, "eval.every")
         self._save_every = Every(recipe.checkpoint.every, self.horizon, "checkpoint.every")
         self._saved_step = self.t.step if reader is not None else -1
-        self._scored_step = -1
+        self._scored_step = self.best.scores[-1][0] if self.best.scores else -1
         self._saved_at = self._logged_at = time.monotonic()
         self._logged_step = self.t.step
         self._time_to_save = False
         self._waited = Waited()
         for path, reason in skipped:
             self.say(f"skipped checkpoint {path.name}: {reason}")
-        self._introduce(checkpoint)
+        self._introduce(reader.manifest if reader is not None else None)
         for told in self._told:
             self.say(f"  {told}")
 
@@ -496,6 +502,8 @@ class Session:
 
     def loader(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
+        if self.ended_early:
+            return iter(())
         return self._waited.during(self._batches(start_step=self.t.step))
 
     def at_end(self) -> bool:
@@ -539,6 +547,11 @@ class Session:
             raise UserError(
                 f"the loss of step {report.step} is {loss}; the run stops with its last checkpoint as it was. Lower optim.lr, "
                 "set optim.clip_norm, or look at the inputs"
+            )
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient of step {report.step} has norm {norm}; the run stops with its last checkpoint as it was. "
+                "Lower optim.lr, or look at the inputs and for divisions by zero in the model"
             )
         if (
             self._log_every.due(report.step)
@@ -586,7 +599,7 @@ class Session:
         self._scored_step = self.t.step
         self.best.scores.append((self.t.step, float(values[self.best.metric])))
         stop = self.recipe.eval.early_stop
-        if stop is not None and self.best.exhausted(stop.patience, stop.min_delta):
+        if stop is not None and self._exhausted():
             self.ended_early = True
             self.say(
                 f"stopping early: {self.best.metric} has not improved by more than {stop.min_delta:g} in "
@@ -594,6 +607,10 @@ class Session:
             )
         # evaluation is not training time
         self._logged_at, self._logged_step = time.monotonic(), self.t.step
+
+    def _exhausted(self) -> bool:
+        stop = self.recipe.eval.early_stop
+        return stop is not None and self.best.exhausted(stop.patience, stop.min_delta)
 
     def _score(self, split: str, event: str = "eval") -> dict[str, Any]:
         began = time.monotonic()
@@ -666,6 +683,7 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Export the model, score what was exported on the test split, and write the summary."""
+        self.evaluate()  # where a stop came between the last step and its evaluation
         self.save()
         self._published(self.saver.finish())
         best = self.best.value()
@@ -675,6 +693,7 @@ class Session:
             if chosen != self.t.step:
                 reader = self.world.together(lambda: Reader(self._checkpoint(chosen)))
                 self.world.together(lambda: self.t.state.restore(reader))
+                reader.close()
                 self.t.step = chosen
             values = self._score("test", event="final")
         summary = {
@@ -714,9 +733,11 @@ class Session:
 
     def _chosen(self, best: tuple[int, float] | None) -> tuple[int, str]:
         """Return the step whose model is exported, and why: the best where the recipe names eval.best, else the last."""
-        if self.recipe.eval.best is not None and best is not None and self._checkpoint(best[0]).is_dir():
+        if self.recipe.eval.best is None or best is None:
+            return self._saved_step, "last step"
+        if self.world.first(lambda: self._checkpoint(best[0]).is_dir()):
             return best[0], f"best {self.best.metric}"
-        return self._saved_step, "last step"
+        return self._saved_step, f"last step; the best, step {best[0]}, was not kept: checkpoint.keep_best"
 
     def _checkpoint(self, step: int) -> Path:
         return self.run.checkpoints / f"step-{step:08d}"
@@ -725,7 +746,7 @@ class Session:
         """Tell the person in front of the terminal, once."""
         self.telemetry.say(text)
 
-    def _introduce(self, checkpoint: Path | None) -> None:
+    def _introduce(self, resumed: Manifest | None) -> None:
         world, recipe = self.world, self.recipe
         splits = ", ".join(
             f"{name} {len(source):,}" if not is_stream(source) else f"{name} (stream)"
@@ -741,8 +762,16 @@ class Session:
         self.say(f"  data     {recipe.data.name}: {splits}")
         self.say(f"  model    {recipe.model.name}: {describe_model(self.t.state.model)}")
         self.say(f"  batch    {per_step}; {self.total_steps:,} steps")
-        if checkpoint is not None:
-            self.say(f"  resumes  {checkpoint.name}")
+        if resumed is None:
+            return
+        written_by, now_by = f"{resumed.world_size} x {resumed.strategy}", f"{world.world_size} x {world.strategy}"
+        changed = f", written by {written_by}; goes on with {now_by}" if written_by != now_by else ""
+        self.say(f"  resumes  {self._checkpoint(resumed.step).name}{changed}")
+        # published and not yet noted when the attempt before was killed
+        size = sum(file.size for file in resumed.files)
+        self.telemetry.write(
+            {"event": "checkpoint", "step": resumed.step, "bytes": size, "seconds": None, "time": now()}
+        )
 
 
 @dataclass(frozen=True)
