@@ -87,6 +87,13 @@ class Trained:
 def evaluate_checkpoint(target: Path | str, split: str) -> dict[str, Any]:
     """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call."""
     trained = Trained.load(target)
+    try:
+        return _evaluate(trained, split)
+    finally:
+        trained.world.close()
+
+
+def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
     recipe, data, world = trained.recipe, trained.data, trained.world
     if split not in data.splits:
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")

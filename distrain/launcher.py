@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -89,9 +90,19 @@ def launch(plan: LaunchPlan) -> int:
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     try:
         launch_command(arguments)
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        # a process that raised has said why; one that was killed could not
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"error: rank {rank} was ended by {name}{_SIGNAL_HINTS.get(name, '')}", file=sys.stderr)
+        return 1
+    except SignalException:
         return 1
     return 0
+
+
+_SIGNAL_HINTS = {"SIGKILL": "; out of memory is the usual reason (see dmesg), or somebody did it"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -124,21 +135,23 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
     if loaded is None:
         run.write_launch(launch)
         return
-    text = recipe_text(loaded)
-    if run.exists:
-        differences = recipe_differences(load_recipe(run.recipe_path), loaded)
-        if differences and not update:
-            raise UserError(
-                f"{run.path} was started with another recipe:\n  "
-                + "\n  ".join(differences)
-                + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
-            )
-        if not differences:
-            run.write_launch(launch)
-            return
-    elif run.path.is_dir() and any(run.path.iterdir()):
+    if not run.exists and run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
-    run.create(text, launch)
+    if not run.exists or update:
+        run.create(recipe_text(loaded), launch)
+    else:
+        check_same_recipe(run, loaded)
+        run.write_launch(launch)
+
+
+def check_same_recipe(run: RunDir, loaded: LoadedRecipe) -> None:
+    """Raise UserError with every value that differs, unless the run was started with this recipe."""
+    if differences := recipe_differences(load_recipe(run.recipe_path), loaded):
+        raise UserError(
+            f"{run.path} was started with another recipe:\n  "
+            + "\n  ".join(differences)
+            + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
+        )
 
 
 def recipe_text(loaded: LoadedRecipe) -> str:
@@ -171,10 +184,10 @@ def start(
     if count == 1:
         return work(target, overrides, run_dir=run_dir, processes=1, update=update)
     # the recipe is read once: workers go by the run folder
-    if run.finished is None or update:
-        open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
+    open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
     config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
-    return launch(LaunchPlan(shared_file("launch", "train.py"), (str(run.path),), count, config))
+    arguments = (str(run.path), *(["--update"] if update else []))
+    return launch(LaunchPlan(shared_file("launch", "train.py"), arguments, count, config))
 
 
 def work(
@@ -207,27 +220,40 @@ def work(
             print(f"error: {error}", file=sys.stderr)
         return 1
 
+    status = 0
+
     def train_here() -> None:
+        nonlocal status
         from distrain.loop import show_summary, train
         from distrain.strategy import open_world
 
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
         world = open_world(recipe.train.precision)
+
+        def begin() -> dict[str, Any] | None:
+            if run.exists and loaded is not None and not update:
+                check_same_recipe(run, loaded)
+            if not update and (done := run.finished):
+                return done
+            open_run(run, loaded, Launch.describe(world.world_size, world.strategy), update=update)
+            run.clear_markers()
+            return None
+
         try:
-            if not update and (done := world.first(lambda: run.finished)):
+            if done := world.first(begin):
                 if world.rank == 0:
                     from rich.console import Console
 
                     show_summary(done, Console(highlight=False))
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
-            world.first(lambda: open_run(run, loaded, Launch.describe(world.world_size, world.strategy), update=update))
             _log_to(run, world.rank)
-            train(run, world)
+            # inside: the rank that fails must say so before leaving makes the others fail as well
+            status = reported(run, rank, lambda: train(run, world))
         finally:
             world.close()
 
-    return reported(run, rank, train_here)
+    return reported(None, rank, train_here) or status
 
 
 def _log_to(run: RunDir, rank: int) -> None:
