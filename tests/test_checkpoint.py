@@ -181,6 +181,23 @@ def test_same_step_again_replaces_it(tmp_path, monkeypatch):
         assert names(tmp_path) == ["step-00000004"]
 
 
+def test_same_step_again_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    path = save(tmp_path, 4, seed=1)
+    rename = os.rename
+
+    def fail(source, target):
+        if Path(source).name.startswith(".tmp"):
+            raise OSError(5, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save(tmp_path, 4, seed=2)
+    assert_intact(tmp_path, make_state(1), step=4)
+    assert path.is_dir()
+
+
 def test_no_file_stays_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     path = save(tmp_path, 1)

@@ -9,7 +9,11 @@ anywhere is found. There is no pickle in it: opening a checkpoint runs no code.
 A checkpoint is complete or absent. `Saver` writes into `.tmp-…` beside the published ones and publishes by one rename
 after everything is on disk; what is retired is first renamed to `.trash-…`. The names of both end in host, process id,
 start time of that process and a random token. Rank 0 of a later save removes those left behind by processes of its own
-host that have ended, and those of other hosts once nothing in them has changed for a day.
+host that have ended, and those of other hosts once nothing in them has changed for a day. A step that is saved again
+takes the place of the old one in one exchange of names; where the file system has no such call, by two renames.
+
+Inside: `format` (what is in a checkpoint, and its manifest), `reading` (find, verify, read), `writing` (save, publish,
+retire), `comparing` (how two differ), `floats` (elements of one width as another).
 """
 
 from __future__ import annotations

@@ -250,7 +250,11 @@ def find_newest(folder: Path | str, verify: bool = True) -> tuple[Path | None, l
     skipped: list[tuple[Path, str]] = []
     for info in list_checkpoints(folder):
         try:
-            problems = _examine(info.path)[1] if verify else read_manifest(info.path) and []
+            problems = []
+            if verify:
+                problems = _examine(info.path)[1]
+            else:
+                read_manifest(info.path)
         except CheckpointError as error:
             problems = [str(error)]
         if not problems:

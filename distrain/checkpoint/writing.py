@@ -206,7 +206,7 @@ class Saver:
             error = caught
         _, errors = self._gather(None, error)
         if self.comm.rank == 0:
-            seen = len(os.listdir(folder))
+            seen = len(list(folder.glob("rank-*")))
             if not errors and seen != self.comm.world_size:
                 errors.append(f"rank 0 sees {seen} of the {self.comm.world_size} files that the ranks wrote")
             shutil.rmtree(folder, ignore_errors=True)
@@ -376,7 +376,11 @@ class Saver:
             os.rename(flight.folder, trash)
         else:
             os.rename(path, trash)
-            os.rename(flight.folder, path)
+            try:
+                os.rename(flight.folder, path)
+            except OSError:
+                os.rename(trash, path)
+                raise
         sync_folder(self.folder)
         self._scores[path.name] = flight.described["score"]
         retired, warnings = self._retire(flight.step)
