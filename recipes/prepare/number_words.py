@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 COUNT = 20_000
-LARGEST = 999_999
+LARGEST = 99_999
 
 _GERMAN_UNITS = """\
 null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn
