@@ -130,7 +130,7 @@ class World:
         self.strategy = "single" if self.world_size == 1 else "ddp"
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
-        self._control = dist.new_group(backend="gloo") if needs_own else None
+        self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""
@@ -189,9 +189,9 @@ class World:
                 outcome = (action(), None)
             except Exception as error:
                 outcome = (None, error)
-        result, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
         return result
 
     def together(self, action: Callable[[], Any]) -> Any:

@@ -80,7 +80,7 @@ def build_transformers(
         model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error
-    return model.float()  # type: ignore[no-any-return]
+    return model.float()
 
 
 def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], weights: bool) -> nn.Module:
@@ -108,7 +108,7 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
             f"model.path: the model in {folder} knows {size} tokens and the data have {needed}; tokenize the data with "
             "the model's own tokenizer"
         )
-    return model.float()  # type: ignore[no-any-return]
+    return model.float()
 
 
 def _class(name: str) -> Any:

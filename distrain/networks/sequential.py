@@ -77,15 +77,15 @@ class _Outputs:
         return cast(Tensor, super().forward(x)[0])  # type: ignore[misc]
 
 
-class RNN(_Outputs, nn.RNN):
+class RNN(_Outputs, nn.RNN):  # type: ignore[misc]
     """nn.RNN: (batch, seq, features) -> (batch, seq, hidden)."""
 
 
-class LSTM(_Outputs, nn.LSTM):
+class LSTM(_Outputs, nn.LSTM):  # type: ignore[misc]
     """nn.LSTM: (batch, seq, features) -> (batch, seq, hidden)."""
 
 
-class GRU(_Outputs, nn.GRU):
+class GRU(_Outputs, nn.GRU):  # type: ignore[misc]
     """nn.GRU: (batch, seq, features) -> (batch, seq, hidden)."""
 
 
