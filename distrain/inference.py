@@ -122,8 +122,8 @@ def predict_file(target: Path | str, inputs: str, out: Path) -> int:
     """Write one row for each sample of `inputs` to `out` (.csv or .parquet); returns how many.
 
     `inputs` is a file or folder that the data set can read, or the name of a split. Columns by task: `prediction` and
-    `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class or label, `prediction`
-    or `prediction_0`, … in the targets' own units, and `text` for what language models and translations generate.
+    `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class or label,
+    `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated.
     """
     import pandas as pd
 
@@ -212,7 +212,8 @@ def _generated(trained: Trained, inputs: Any) -> list[str]:
     generate, decode = getattr(trained.model, "generate", None), trained.data.meta.decode
     if generate is None or decode is None:
         raise UserError(
-            f"model {trained.recipe.model.name!r} cannot generate text: it needs a method generate(tokens, max_new_tokens)"
+            f"model {trained.recipe.model.name!r} cannot generate text: it needs a method "
+            "generate(tokens, max_new_tokens)"
         )
     if isinstance(inputs, dict):
         return [

@@ -1,4 +1,4 @@
-"""From a recipe to running processes: `launch_argv` says how, `launch` does it, and `work` is what each process runs."""
+"""From a recipe to running processes: `launch_argv` says how, `launch` does it, `work` is what each process runs."""
 
 from __future__ import annotations
 

@@ -414,8 +414,8 @@ def calling_convention(model: nn.Module) -> Convention:
     A tensor is passed on as it is. A mapping is passed by name where `forward` takes its keys, otherwise as it is. A
     model of transformers gets tokens as `input_ids` with an attention mask where it knows a padding id (or its own main
     input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return
-    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor is
-    what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
+    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor
+    is what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
     """
     plain = plain_model(model)
     if is_transformers(plain):

@@ -1,8 +1,8 @@
 """All that differs between the ways of spreading a run over processes.
 
-Building the `Accelerator`, checking that the world is the one that was asked for, wrapping a model, agreeing on numbers,
-and turning the state of training into flat pieces for `distrain.checkpoint` and back. The other rooms ask a `World` and
-never look at a strategy.
+Building the `Accelerator`, checking that the world is the one that was asked for, wrapping a model, agreeing on
+numbers, and turning the state of training into flat pieces for `distrain.checkpoint` and back. The other rooms ask a
+`World` and never look at a strategy.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_
     world = World(accelerator, precision)
     if (world.rank, world.world_size) != (environment.rank, environment.world_size):
         raise UserError(
-            f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up as rank "
-            f"{world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT name the same place everywhere"
+            f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up as "
+            f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT name the same place everywhere"
         )
     return world
 
@@ -269,11 +269,11 @@ def prepare(
 ) -> tuple[nn.Module, Any]:
     """Wrap model and optimizer for this world; returns (wrapped model, wrapped optimizer). All ranks call.
 
-    `rehearse` runs one forward and backward pass on a first micro-batch; afterwards gradients and buffers are as before.
-    It is needed among several processes for two reasons. Parameters that get no gradient must be known before wrapping.
-    And DDP lays its buckets out anew after its first backward pass, which changes the order in which more than two ranks
-    are summed: without a rehearsal the first step after a resume would differ in its last bits from the same step of an
-    uninterrupted run.
+    `rehearse` runs one forward and backward pass on a first micro-batch; afterwards gradients and buffers are as
+    before. It is needed among several processes for two reasons. Parameters that get no gradient must be known before
+    wrapping. And DDP lays its buckets out anew after its first backward pass, which changes the order in which more than
+    two ranks are summed: without a rehearsal the first step after a resume would differ in its last bits from the same
+    step of an uninterrupted run.
     """
     model.to(world.device)
     if world.world_size > 1:
@@ -288,8 +288,8 @@ def prepare(
     if world.world_size > 2:
         with _restored(model):
             rehearse(wrapped)
-    # An optimizer in Accelerate's wrapper looks for optional packages at every step, which costs as much as a small step.
-    # The wrapper serves gradient scaling and sharding, and there is neither here.
+    # Accelerate's wrapper looks for optional packages at every step, which costs as much as a small step. It serves
+    # gradient scaling and sharding, and there is neither here.
     return wrapped, optimizer
 
 
@@ -424,7 +424,7 @@ class TrainingState:
                 yield Piece(name, start, _bytes_of(flat.cpu()), copied=flat.device.type != "cpu")
 
     def restore(self, reader: Reader) -> None:
-        """Fill model, optimizer and average from a checkpoint. Raises UserError naming every tensor that does not fit."""
+        """Fill model, optimizer and average from a checkpoint. Raises UserError naming all that does not fit."""
         tensors = {name: tensor for name, (role, tensor) in self.tensors()[0].items() if role != "optimizer"}
         check_fit(reader, self.specs(), ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema"))
         for name, tensor in tensors.items():
@@ -487,7 +487,7 @@ def fill(tensor: Tensor, reader: Reader, name: str) -> None:
 
 
 def load_weights(model: nn.Module, reader: Reader, *, averaged: bool) -> None:
-    """Fill a model from a checkpoint, with the average of its weights where `averaged`. Raises UserError as `restore`."""
+    """Fill a model from a checkpoint, with its averaged weights where `averaged`. Raises UserError as `restore`."""
     state = TrainingState(model, None, None)
     check_fit(reader, state.specs(), ("parameter", "buffer"))
     for name, (_, tensor) in state.tensors()[0].items():

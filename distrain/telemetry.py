@@ -1,7 +1,8 @@
 """Where a run's numbers go: metrics.jsonl first, and from its rows the progress display, wandb and TensorBoard.
 
-metrics.jsonl is the plain truth. The other two are mirrors of it: a resumed run fills in whatever they lack, so they hold
-every row once however often the run was killed. A mirror that fails is given up with one warning; training goes on.
+metrics.jsonl is the plain truth. The other two are mirrors of it: a resumed run fills in whatever they lack, so they
+hold every row once however often the run was killed. A mirror that fails is given up with one warning; training goes
+on.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _numbers(row: Row) -> dict[str, float]:
 class Wandb:
     """Weights & Biases: one run, written by rank 0, the same one after every resume.
 
-    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that it has is not sent again.
-    Offline files of a killed process lack what was not flushed and cannot be added to, so they are written anew.
+    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that it has is not sent
+    again. Offline files of a killed process lack what was not flushed and cannot be added to, so they are written anew.
     """
 
     name = "wandb"
