@@ -43,6 +43,13 @@ class Kind(StrEnum):
     metrics = "metrics"
 
 
+class Documents(StrEnum):
+    """What a document is in a file of text."""
+
+    file = "file"
+    line = "line"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training and using models
 
@@ -280,15 +287,35 @@ def checkpoint_export(
 
 @data_app.command("tokenize")
 def data_tokenize(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files, or folders of .txt files.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Files of text, .jsonl or .parquet (or .gz), or folders of them."),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of token shards.")],
     tokenizer: Annotated[str, typer.Option(help="'bytes', or a tokenizer.json of Hugging Face tokenizers.")] = "bytes",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard.")] = 100_000_000,
+    documents: Annotated[Documents, typer.Option(help="What a document is in a file of text.")] = Documents.file,
+    field: Annotated[str, typer.Option(help="The text's field in .jsonl and .parquet.")] = "text",
+    eos: Annotated[str | None, typer.Option(help="The token behind each document; 'none' for none.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Turn text into token shards that training maps into memory; they may be larger than it."""
     from distrain.tokens import tokenize_corpus
 
-    typer.echo(tokenize_corpus(paths, out, tokenizer=tokenizer, shard_tokens=shard_tokens))
+    index = tokenize_corpus(
+        paths,
+        out,
+        tokenizer,
+        shard_tokens=shard_tokens,
+        documents=documents.value,
+        field=field,
+        eos={None: True, "none": False}.get(eos, eos),
+        workers=workers,
+    )
+    typer.echo(
+        f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {len(index.shards)} shards, from "
+        f"{index.documents:,} documents of {index.bytes:,} bytes"
+    )
 
 
 def main() -> None:

@@ -329,10 +329,9 @@ def tokenize_corpus(
     usual token, False none, text the token of that name).
 
     Memory is bounded whatever the corpus (but for one line of it): documents longer than 4 MiB are tokenized in pieces
-    cut between lines. A
-    shard ends with the first piece that brings it to `shard_tokens`. The result depends neither on `workers` nor on
-    the machine. `progress` is called with bytes of text done since the last call. The folder appears by one rename
-    after everything in it is on disk.
+    cut between lines. A shard ends with the first piece that brings it to `shard_tokens`. The result depends neither on
+    `workers` nor on the machine. `progress` is called with bytes of text done since the last call. The folder appears
+    by one rename after everything in it is on disk.
 
     Raises UserError for files that are not there, not readable as what they are, or not UTF-8 (a tokenizer.json needs
     text; `bytes` takes anything), for a corpus without text, and where `out_dir` exists.

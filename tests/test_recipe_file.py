@@ -740,3 +740,18 @@ def test_importing_the_recipe_imports_nothing_heavy():
     heavy = ("torch", "pandas", "numpy", "accelerate", "rich", "typer")
     code = f"import sys, distrain.recipe_file; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_argument_that_begins_like_a_path_is_resolved_against_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    file = tmp_path / "recipes" / "text.yaml"
+    file.write_text(
+        "name: a\ntask: language_modeling\n"
+        "data: {name: text, path: corpus.txt, tokenizer: ./tok.json, labels: [../a.csv, plain]}\n"
+        "model: gpt\nbatch: {global: 4}\ntrain: {steps: 2}\n"
+    )
+    args = load_recipe(file).recipe.data.args
+    assert args == {
+        "tokenizer": str(tmp_path / "recipes" / "tok.json"),
+        "labels": [str(tmp_path / "a.csv"), "plain"],
+    }

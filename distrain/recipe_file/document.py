@@ -150,7 +150,8 @@ class Document:
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
             base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
-            if text and place in _PATHS:
+            if text and (place in _PATHS or text.startswith(("./", "../"))):
+                # a path by its key, or by how it begins: no name begins so, and only a component knows its own keys
                 _put(self.value, place, _absolute(text, base))
             elif place == ("data", "prepare") or (place[-1] == "name" and _is_component(place[:-1])):
                 file, _, name = text.rpartition(":")
