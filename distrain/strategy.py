@@ -284,7 +284,8 @@ def prepare(
         handler = world.accelerator.ddp_handler
         assert handler is not None, "open_world sets it"
         handler.find_unused_parameters = bool(anywhere)
-    wrapped = world.accelerator.prepare(model)
+    # a launcher may have started a single process, which Accelerate would wrap in DDP all the same
+    wrapped = world.accelerator.prepare_model(model, evaluation_mode=world.world_size == 1)
     if world.world_size > 2:
         with _restored(model):
             rehearse(wrapped)

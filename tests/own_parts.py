@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Tagged:
     """Sequences of 1 to 9 tokens, each token with a tag that follows from it; two in seven tags are not to be learned."""
 
-    meta = {"pad_id": 0, "vocab_size": 11, "num_classes": 4}
+    meta = {"pad_id": 0, "vocab_size": 11}
 
     def __init__(self, samples: int = 60) -> None:
         random = np.random.default_rng(5)
@@ -23,17 +23,17 @@ class Tagged:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         tokens = self.items[index]
-        tags = (tokens * 3 + index) % 4
+        tags = (tokens * 3 + index) % 11
         return tokens, torch.where((tokens + index) % 7 < 2, -100, tags)
 
 
 class Tagger(nn.Module):
-    """Logits (batch, seq, 4) for tokens (batch, seq)."""
+    """Logits (batch, seq, 11) for tokens (batch, seq)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.head = nn.Linear(8, 4)
+        self.head = nn.Linear(8, 11)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(torch.tanh(self.embed(tokens)))

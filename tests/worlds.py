@@ -1,8 +1,8 @@
 """Runs a function in a world of real processes, for tests.
 
-The processes are forked from a server that has imported torch and distrain once, so a world of two costs a few tenths of
-a second instead of the many seconds that fresh interpreters take. Each has the environment that a launcher sets, and what
-runs in it (the process group, DDP, the files) is the real thing.
+The processes are forked from a server that has imported torch and distrain once, so a world of two costs a few tenths
+of a second instead of the many seconds that fresh interpreters take. Each has the environment that a launcher sets, and
+what runs in it (the process group, DDP, the files) is the real thing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class RunningWorld:
         for rank, code in enumerate(self.wait(timeout_s)):
             file = self.folder / str(rank)
             if not file.exists():
-                failures.append(f"rank {rank} ended with exit code {code} and no result, or had none in {timeout_s:g} s")
+                failures.append(f"rank {rank} ended with exit code {code} and no result (in {timeout_s:g} s)")
                 continue
             ok, value = pickle.loads(file.read_bytes())
             if ok and code == 0:

@@ -1,0 +1,213 @@
+"""What a step consumes and computes, in worlds of real processes: the same for any of them."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import assert_close, assert_same_run, checkpoint, last, losses, rows, state, train, write_recipe
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from worlds import in_world
+
+from distrain.checkpoint import difference
+from distrain.config import Horizon
+from distrain.data import SampleOrder, build_data
+from distrain.launcher import open_run, work
+from distrain.loop import Session
+from distrain.optim import lr_at
+from distrain.recipe_file import load_recipe
+from distrain.rundir import Launch, RunDir
+from distrain.strategy import open_world
+
+# --------------------------------------------------------------------------------------------------------------------
+# The samples of a step
+
+
+def ids_by_step(recipe: str, variants: list[list[str]], folder: str, starts: list[int]) -> list[list[list[list[int]]]]:
+    """Return for each variant and start what this rank's loader gives in each step."""
+    world = open_world("fp64")
+    found = []
+    for number, overrides in enumerate(variants):
+        loaded = load_recipe(recipe, overrides)
+        run = RunDir(f"{folder}/{number}")
+        world.first(lambda run=run, loaded=loaded: open_run(run, loaded, Launch.describe(world.world_size, "ddp")))
+        with Session.open(run, loaded.recipe, world) as session:
+            for start in starts:
+                session.t.step = start
+                steps = [[batch["ids"].tolist() for batch in micro_batches] for micro_batches in session.loader()]
+                assert all(len(micro_batches) == session.accumulation for micro_batches in steps)
+                found.append([list(chain.from_iterable(micro_batches)) for micro_batches in steps])
+    world.close()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_step_consumes_the_same_samples_in_any_world(tmp_path: Path, world_size: int) -> None:
+    length, size, steps, starts = 97, 36, 7, [0, 1, 3, 6]
+    recipe = write_recipe(
+        tmp_path,
+        f"""
+name: order
+task: classification
+data: {{name: "own_parts:Points", samples: {length}}}
+model: {{name: mlp, hidden: [4]}}
+batch: {{global: {size}}}
+train: {{steps: {steps}, precision: fp64}}
+eval: {{every: null}}
+checkpoint: {{async: false}}
+""",
+    )
+    variants = [
+        [f"batch.micro={size // world_size // accumulation}", f"data.workers={workers}"]
+        for accumulation in (1, 3)
+        for workers in (0, 2)
+    ]
+    ranks = in_world(world_size, ids_by_step, str(recipe), variants, str(tmp_path), starts)
+    order = SampleOrder(length, seed=0)
+    for index, start in enumerate(starts * len(variants)):
+        merged = [sorted(chain.from_iterable(ids)) for ids in zip(*(rank[index] for rank in ranks), strict=True)]
+        wanted = [sorted(order.at(step * size, (step + 1) * size)[1].tolist()) for step in range(start, steps)]
+        assert merged == wanted
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+WEIGHTED = ["loss={name: cross_entropy, weight: [1, 2, 0.5, 1, 1, 3, 1, 0.25, 1, 1]}"]
+MICRO = {1: "batch.micro=12", 2: "batch.micro=2", 3: "batch.micro=2"}
+
+
+def test_final_weights_do_not_depend_on_the_world(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    for world_size, micro in MICRO.items():
+        train(world_size, recipe, tmp_path / str(world_size), micro, *WEIGHTED)
+    for world_size in (2, 3):
+        assert_close(tmp_path / "1", tmp_path / str(world_size), 1e-10)
+        np.testing.assert_allclose(losses(tmp_path / str(world_size)), losses(tmp_path / "1"), rtol=0, atol=1e-10)
+    roles = {name.partition("/")[0] for name in state(last(tmp_path / "1"))}
+    assert roles == {"model", "optimizer", "ema"}
+    norms = [row["grad_norm"] for row in rows(tmp_path / "2") if row["event"] == "train"]
+    assert max(norms) > 0.5 > 0, "clipping took part"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
+    recipe = write_recipe(tmp_path)
+    # random numbers, buffers, and a model of several DDP buckets' worth of order
+    options = ["model.hidden=[24, 16]", "model.dropout=0.3", "model.norm=batch", "train.precision=fp32"]
+    options.append(MICRO[world_size])
+    whole = tmp_path / "whole"
+    train(world_size, recipe, whole, *options)
+    again = tmp_path / "again"
+    train(world_size, recipe, again, *options)
+    assert_same_run(whole, again)
+    for stop in (1, 5, 10):
+        run = tmp_path / f"stopped-{stop}"
+        train(world_size, recipe, run, *options, stop_after=stop)
+        found = RunDir(run)
+        assert found.finished is None
+        assert (run / "PREEMPTED").exists()
+        assert last(run) == checkpoint(run, stop + 1), "the step in flight is finished, then all stop"
+        train(world_size, recipe, run, *options)
+        assert found.finished is not None
+        assert not (run / "PREEMPTED").exists()
+        assert difference(last(whole), last(run)).identical
+        # a checkpoint more is all that the stop left behind
+        extra = [row for row in rows(run) if row not in rows(whole)]
+        assert [(row["event"], row["step"]) for row in extra] == [("checkpoint", stop + 1)]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(1, recipe, tmp_path / "whole")
+    run = tmp_path / "run"
+    train(2, recipe, run, stop_after=3)
+    said = train(1, recipe, run, stop_after=7)[0].out
+    assert "step-00000004, written by 2 x ddp; goes on with 1 x single" in said
+    said = train(3, recipe, run)[0].out
+    assert "step-00000008, written by 1 x single; goes on with 3 x ddp" in said
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
+    assert_close(run, tmp_path / "whole", 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The learning rate and the gradient
+
+
+def watched(recipe: str, run_dir: str, overrides: list[str]) -> list[tuple[float, list[np.ndarray]]]:
+    """Train, and return at each optimizer step its learning rate and gradients."""
+    seen: list[tuple[float, list[np.ndarray]]] = []
+
+    def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        seen.append((rate, [p.grad.numpy().copy() for group in optimizer.param_groups for p in group["params"]]))
+
+    register_optimizer_step_pre_hook(note)
+    assert work(recipe, overrides, run_dir=run_dir) == 0
+    return seen
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_is_that_of_the_step(tmp_path: Path, schedule: str) -> None:
+    recipe = write_recipe(tmp_path)
+    overrides = [f"schedule.name={schedule}", "optim.lr=0.01"]
+    horizon = Horizon(12, 1258, None, total_steps=12)
+    wanted = [0.01 * lr_at(load_recipe(recipe, overrides).recipe.schedule, step, horizon) for step in range(12)]
+    assert len(set(wanted)) > 8
+    for world_size, micro in ((1, 12), (1, 4), (2, 2)):
+        folder = tmp_path / f"{world_size}-{micro}"
+        for rank in in_world(world_size, watched, str(recipe), str(folder), [*overrides, f"batch.micro={micro}"]):
+            assert [rate for rate, _ in rank] == wanted
+        assert [row["lr"] for row in rows(folder) if row["event"] == "train"] == wanted
+
+
+TAGS = """
+name: tags
+task: language_modeling
+data: {name: "own_parts:Tagged"}
+model: {name: "own_parts:Tagger"}
+loss: {name: cross_entropy, weight: [1, 0.25, 3, 1.5, 2, 1, 0.5, 0.75, 1, 4, 1]}
+optim: {name: sgd, lr: 0.5}
+batch: {global: 18}
+train: {steps: 4, precision: fp64}
+eval: {every: null, metrics: []}
+checkpoint: {every: null, async: false}
+log: {every: 1 steps}
+"""
+
+
+def test_the_loss_is_one_mean_over_all_tokens_of_a_step(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TAGS)
+    (whole,) = in_world(1, watched, str(recipe), str(tmp_path / "1"), [])
+    cut = in_world(2, watched, str(recipe), str(tmp_path / "2"), ["batch.micro=3"])
+    for step in range(4):
+        for rank in cut:
+            for one, other in zip(whole[step][1], rank[step][1], strict=True):
+                np.testing.assert_allclose(other, one, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-13)
+
+
+def test_the_loss_of_the_first_step_is_torchs_own(tmp_path: Path) -> None:
+    from own_parts import Tagged, Tagger
+
+    recipe = write_recipe(tmp_path, TAGS)
+    in_world(2, watched, str(recipe), str(tmp_path / "run"), ["batch.micro=3", "optim.lr=1e-12"])
+    weights = state(last(tmp_path / "run"))
+    model = Tagger().double()
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.from_numpy(weights[f"model/{name}"]).reshape(parameter.shape)
+    data = Tagged()
+    numbers = build_data(load_recipe(recipe).recipe).splits["train"].indices
+    items = [data[int(numbers[id])] for id in SampleOrder(len(numbers), 0).at(0, 18)[1]]
+    logits = torch.cat([model(tokens[None])[0] for tokens, _ in items])
+    tags = torch.cat([tags for _, tags in items])
+    weight = torch.tensor([1, 0.25, 3, 1.5, 2, 1, 0.5, 0.75, 1, 4, 1], dtype=torch.float64)
+    wanted = torch.nn.functional.cross_entropy(logits, tags, weight=weight).item()
+    assert losses(tmp_path / "run")[0] == pytest.approx(wanted, abs=1e-10)

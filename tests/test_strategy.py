@@ -1,0 +1,377 @@
+"""The world: what a launcher said, what was asked for, how ranks agree, and the pieces of a state."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from worlds import in_world, running_world
+
+from distrain.checkpoint import LocalCommunicator, Reader, Saver
+from distrain.config import UserError
+from distrain.optim import Ema
+from distrain.strategy import (
+    Environment,
+    TrainingState,
+    check_world,
+    launcher_argv,
+    load_weights,
+    open_world,
+    processes_asked,
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# The world that was asked for
+
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+TWO = Environment(0, 0, 2, 2, launched=True)
+ALONE = Environment(0, 0, 1, 1, launched=False)
+
+
+def test_the_environment_is_read() -> None:
+    assert Environment.read(LAUNCHED) == Environment(1, 1, 4, 2, launched=True)
+    assert Environment.read({"PATH": "/bin"}) == ALONE
+    assert Environment.read({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}).local_world_size == 3
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_half_an_environment_is_refused(missing: str) -> None:
+    variables = {key: value for key, value in LAUNCHED.items() if key != missing}
+    with pytest.raises(UserError, match=rf"but not {missing}; start with `distrain train`"):
+        Environment.read(variables)
+
+
+def test_an_environment_of_no_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="expected whole numbers from the launcher, found RANK='one'"):
+        Environment.read(LAUNCHED | {"RANK": "one"})
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        ("accelerate launch --cpu --num_processes 2 launch/train.py r.yaml", 2),
+        ("accelerate launch --num_processes=3 launch/train.py", 3),
+        ("accelerate launch --num-processes 5 launch/train.py", 5),
+        ("torchrun --nproc-per-node 2 launch/train.py", 2),
+        ("torchrun --nproc_per_node=4 launch/train.py", 4),
+        ("torchrun --nproc-per-node gpu launch/train.py", None),
+        ("accelerate launch launch/train.py r.yaml", None),
+        ("accelerate launch --num_processes", None),
+        ("python launch/train.py r.yaml --processes 2", None),
+    ],
+)
+def test_what_a_launchers_command_asks_for(argv: str, asked: int | None) -> None:
+    assert processes_asked(argv.split()) == asked
+
+
+def test_a_parent_that_is_no_launcher_asks_for_nothing() -> None:
+    assert launcher_argv() == []
+
+
+def test_the_right_world_is_accepted() -> None:
+    check_world(ALONE, None, [])
+    check_world(ALONE, 1, [])
+    check_world(TWO, 2, [])
+    check_world(TWO, None, "torchrun --nproc-per-node 2 x".split())
+    # on two nodes torchrun's own number is that of one node
+    check_world(Environment(0, 0, 4, 2, launched=True), None, "torchrun --nnodes 2 --nproc-per-node 2 x".split())
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "argv", "message"),
+    [
+        (ALONE, 2, "", "this run asks for 2 processes, found 1; nothing was written"),
+        (TWO, 3, "", "this run asks for 3 processes, found 2"),
+        (TWO, 1, "", "this run asks for 1 process, found 2"),
+        (
+            ALONE,
+            None,
+            "accelerate launch --cpu --num_processes 2 x",
+            "the launcher's command asks for 2 processes, found 1",
+        ),
+    ],
+)
+def test_another_world_is_refused(found: Environment, expected: int | None, argv: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_world(found, expected, argv.split())
+    assert message in str(caught.value)
+    assert "distrain train RECIPE --processes" in str(caught.value), "what to do"
+
+
+def open_other_world(size: str) -> str:
+    os.environ["WORLD_SIZE"] = size
+    # what accelerate reads at its import decides; a process group of another size cannot even form
+    from distrain import strategy
+
+    class Small:
+        process_index, num_processes, local_process_index, device = 0, 1, 0, torch.device("cpu")
+
+    strategy.Accelerator = lambda **_: Small()
+    try:
+        open_world("fp32")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_world_that_came_up_otherwise_is_refused() -> None:
+    (said,) = in_world(1, open_other_world, "2")
+    assert "made this process rank 0 of 2, but it came up as rank 0 of 1" in said
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Agreeing
+
+
+def agree() -> dict[str, Any]:
+    world = open_world("fp32")
+    rank = world.rank
+    found: dict[str, Any] = {"world": (rank, world.world_size, world.strategy, world.device.type)}
+    found["sum"] = world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)).tolist()
+    found["later"] = world.sum_later(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64))()
+    found["gather"] = world.gather({"rank": rank})
+    found["broadcast"] = world.broadcast(f"from {rank}")
+    found["first"] = world.first(lambda: f"by {rank}")
+    found["together"] = world.together(lambda: rank)
+
+    def attempt(name: str, how: Any) -> None:
+        try:
+            how()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    def fail(on: int, error: Exception) -> None:
+        if rank == on:
+            raise error
+
+    attempt("first fails", lambda: world.first(lambda: fail(0, UserError("no such file"))))
+    last = world.world_size - 1
+    attempt("together fails for the user", lambda: world.together(lambda: fail(last, UserError("no such file"))))
+    attempt("together fails", lambda: world.together(lambda: fail(last, KeyError("x"))))
+    found["after"] = world.sum(torch.ones(1)).item()
+    world.close()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_agree(world_size: int) -> None:
+    ranks = in_world(world_size, agree)
+    last = world_size - 1
+    for rank, found in enumerate(ranks):
+        assert found["world"] == (rank, world_size, "single" if world_size == 1 else "ddp", "cpu")
+        assert found["sum"] == found["later"] == ranks[0]["sum"], "the same bits everywhere"
+        assert found["sum"] == pytest.approx([sum(range(world_size)) + 0.1 * world_size, world_size])
+        assert found["gather"] == [{"rank": each} for each in range(world_size)]
+        assert found["broadcast"] == "from 0"
+        assert found["first"] == "by 0"
+        assert found["together"] == rank
+        assert found["first fails"] == "UserError: no such file"
+        assert found["together fails for the user"] == "UserError: no such file"
+        own = "KeyError: 'x'"
+        assert found["together fails"] == (own if rank == last else f"RuntimeError: rank {last} failed: {own}")
+        assert found["after"] == world_size, "nobody is left behind"
+
+
+def die_alone() -> None:
+    world = open_world("fp32", timeout_s=20)
+    world.sum(torch.ones(1))
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        world.sum(torch.ones(1))
+    except RuntimeError:
+        os._exit(7)
+
+
+def test_a_rank_that_dies_ends_the_others_waiting() -> None:
+    with running_world(2, die_alone) as world:
+        assert world.wait(30) == [7, -signal.SIGKILL]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pieces of a state
+
+
+class Tied(nn.Module):
+    """A tied weight, a buffer of whole numbers, a scalar parameter."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.head = nn.Linear(width, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(x))) * self.scale
+
+
+def trained_state(optimizer: str = "AdamW", seed: int = 0, steps: int = 2, **options: Any) -> TrainingState:
+    torch.manual_seed(seed)
+    model = Tied(**options)
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
+    ema = Ema(model, 0.9)
+    for step in range(steps):
+        model(torch.arange(6) % (2 + step)).square().sum().backward()
+        made.step()
+        made.zero_grad()
+        ema.update()
+    return TrainingState(model, made, ema)
+
+
+def save(state: TrainingState, folder: Path, ranks: int) -> Path:
+    """Save the pieces of all ranks of a world, gathered into one file."""
+    pieces = [piece for rank in range(ranks) for piece in state.pieces(rank, ranks)]
+    saver = Saver(folder, LocalCommunicator(), asynchronous=False)
+    scalars = state.scalars() | {"data": {}}
+    return saver.save(
+        3, state.specs(), pieces, scalars=scalars, aliases=state.tensors()[1], recipe="", strategy="ddp"
+    ).path
+
+
+def values(state: TrainingState) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, (_, tensor) in state.tensors()[0].items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 100])
+def test_the_pieces_of_all_ranks_are_the_state(ranks: int) -> None:
+    state = trained_state()
+    specs = state.specs()
+    reached = dict.fromkeys(specs, 0)
+    sizes = []
+    for rank in range(ranks):
+        pieces = list(state.pieces(rank, ranks))
+        sizes.append(sum(piece.data.nbytes for piece in pieces))
+        for piece in pieces:
+            assert piece.start == reached[piece.name], "without gaps and overlaps, in order"
+            tensor = state.tensors()[0][piece.name][1]
+            reached[piece.name] += piece.data.nbytes // tensor.element_size()
+    assert reached == {name: spec.numel for name, spec in specs.items()}
+    assert max(sizes) - min(sizes) <= 16, "each writes the same share"
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adadelta", "NAdam"])
+def test_a_state_comes_back_to_the_bit(tmp_path: Path, optimizer: str) -> None:
+    state = trained_state(optimizer)
+    path = save(state, tmp_path, ranks=3)
+    fresh = trained_state(optimizer, seed=1, steps=0)
+    with Reader(path) as reader:
+        assert reader.manifest.aliases == {"model/head.weight": "model/embed.weight"}
+        fresh.restore(reader)
+    before, after = values(state), values(fresh)
+    assert list(before) == list(after), "in the same order, so that the next save is cut alike"
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    # and the next step is the same one
+    for each in (state, fresh):
+        each.model(torch.arange(6) % 3).square().sum().backward()
+        each.optimizer.step()
+    assert all(np.array_equal(values(state)[name], values(fresh)[name]) for name in before)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = save(trained_state(), tmp_path, ranks=1)
+    with Reader(path) as reader, pytest.raises(UserError) as caught:
+        trained_state(width=6).restore(reader)
+    assert "holds another model than the recipe's" in str(caught.value)
+    assert "model/embed.weight" in str(caught.value)
+    assert "[7, 5]" in str(caught.value)
+    assert "[7, 6]" in str(caught.value)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    path = save(trained_state("AdamW"), tmp_path, ranks=1)
+    with Reader(path) as reader, pytest.raises(UserError, match="holds the state of AdamW, the recipe asks for SGD"):
+        trained_state("SGD").restore(reader)
+
+
+def test_optimizer_state_of_what_is_frozen_now_is_refused(tmp_path: Path) -> None:
+    path = save(trained_state(), tmp_path, ranks=1)
+    state = trained_state(steps=0)
+    state.optimizer = torch.optim.AdamW([p for n, p in state.model.named_parameters() if n != "scale"], lr=0.01)
+    with (
+        Reader(path) as reader,
+        pytest.raises(UserError, match=r"for 1 parameters that .* does not train, such as scale"),
+    ):
+        state.restore(reader)
+
+
+def test_a_model_can_be_filled_with_its_weights_or_their_average(tmp_path: Path) -> None:
+    state = trained_state()
+    path = save(state, tmp_path, ranks=2)
+    for averaged, role in ((False, "model"), (True, "ema")):
+        model = Tied()
+        with Reader(path) as reader:
+            load_weights(model, reader, averaged=averaged)
+        for name in ("embed.weight", "scale", "norm.running_mean"):
+            assert np.array_equal(model.state_dict()[name].numpy(), values(state)[f"{role}/{name}"])
+    assert not np.array_equal(values(state)["model/embed.weight"], values(state)["ema/embed.weight"])
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    with pytest.raises(UserError, match="the model's state '_extra_state' is dict, not a tensor"):
+        TrainingState(Odd(2, 2), None, None).tensors()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A model among the processes
+
+
+class Idle(nn.Module):
+    """One layer is never used, by any rank; a buffer counts forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(3, 1)
+        self.unused = nn.Linear(3, 1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.used(x)
+
+
+def prepared() -> tuple[float, bool, list[float]]:
+    from distrain.strategy import align_buffers, prepare
+
+    world = open_world("fp32")
+    torch.manual_seed(0)
+    model = Idle()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def rehearse(wrapped: nn.Module) -> None:
+        wrapped(torch.ones(2, 3)).sum().backward()
+
+    wrapped, _ = prepare(world, model, optimizer, rehearse)
+    passes, clean = model.passes.item(), all(p.grad is None for p in model.parameters())
+    for _ in range(3):
+        # each rank another input: what comes out is the mean gradient of all
+        wrapped(torch.full((1, 3), world.rank + 1.0)).sum().backward()
+    gradient = model.used.weight.grad[0].tolist()
+    state = TrainingState(model, optimizer, Ema(model, 0.5))
+    model.passes += world.rank
+    state.ema.update()
+    align_buffers(world, state)
+    aligned = [model.passes.item(), state.ema.tensors()["passes"].item()]
+    world.close()
+    return passes, clean, [*gradient, *aligned]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_preparing_leaves_no_trace_and_allows_unused_parameters(world_size: int) -> None:
+    ranks = in_world(world_size, prepared)
+    for passes, clean, numbers in ranks:
+        assert passes == 0
+        assert clean
+        assert numbers[:3] == pytest.approx([3 * (world_size + 1) / 2] * 3)
+        assert numbers[3:] == ranks[0][2][3:], "rank 0's buffers, and their averages, everywhere"
