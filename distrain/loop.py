@@ -543,16 +543,13 @@ class Session:
             return
         loss_sum, count, norm, stops, time_to_save, written = report.read()
         loss = loss_sum / count if count else math.nan
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {report.step} is {loss}; the run stops with its last checkpoint as it was. Lower optim.lr, "
-                "set optim.clip_norm, or look at the inputs"
-            )
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient of step {report.step} has norm {norm}; the run stops with its last checkpoint as it was. "
-                "Lower optim.lr, or look at the inputs and for divisions by zero in the model"
-            )
+        for what, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                self._published(self.saver.finish())  # of an earlier step, when all was well
+                raise UserError(
+                    f"the {what} of step {report.step} is {value}; the run stops with its last checkpoint as it was. "
+                    "Lower optim.lr, set optim.clip_norm, or look at the inputs and for divisions by zero in the model"
+                )
         if (
             self._log_every.due(report.step)
             or report.step == self.total_steps
@@ -645,8 +642,13 @@ class Session:
         if self._scored_step == self.t.step:
             score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
         state = self.t.state
-        align_buffers(self.world, state)
         self._published(self.saver.finish())
+        if not all_finite(state.model):
+            raise UserError(
+                f"after step {self.t.step} the model has weights that are not finite; they are not saved, and the run stops "
+                "with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
+            )
+        align_buffers(self.world, state)
         self.saver.begin(
             self.t.step,
             state.specs(),
@@ -658,6 +660,8 @@ class Session:
             score=score,
         )
         self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
+        if not self.recipe.checkpoint.asynchronous:
+            self._published(self.saver.finish())
 
     def _published(self, saved: Saved | None) -> None:
         if saved is None:
@@ -781,6 +785,12 @@ class Report:
     step: int
     read: Callable[[], list[float]]
     stop: StopRequest
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Return whether every parameter is: the same answer on every rank, as they hold the same values."""
+    largest = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], math.inf)
+    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
 
 
 class Waited:

@@ -167,7 +167,7 @@ class RunDir:
     def _marker(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             return {"error": f"{name} in {self.path} cannot be read"}

@@ -76,3 +76,17 @@ class Faulty(nn.Module):
                 raise ArithmeticError("the model broke")
             return out * float(self.how)
         return out
+
+
+class Rooted(nn.Module):
+    """A linear model whose loss in forward pass `at` of training is a number while its gradient is not."""
+
+    def __init__(self, at: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.at, self.passes = at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        self.passes += self.training
+        return out + (out * 0).sqrt() if self.training and self.passes == self.at else out

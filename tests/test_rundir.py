@@ -1,0 +1,160 @@
+"""The run folder: rows that are whole and once, markers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from distrain.config import UserError
+from distrain.rundir import Launch, MetricsFile, RunDir, write_atomically
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create("name: x\n", Launch.describe(2, "ddp"))
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.mark.parametrize("torn", ['{"event": "train", "st', '{"event": "train", "step": 3}', "\0\0\0", "{", " "])
+def test_a_torn_last_line_is_left_out_and_then_replaced(run: RunDir, torn: str) -> None:
+    whole = '{"event": "train", "step": 1}\n{"event": "train", "step": 2}\n'
+    run.metrics_path.write_text(whole + torn)
+    assert [row["step"] for row in run.rows()] == [1, 2]
+    file = MetricsFile(run)
+    assert file.count == 2
+    assert file.append({"event": "train", "step": 3})
+    file.close()
+    assert run.metrics_path.read_text() == whole + '{"event": "train", "step": 3}\n'
+    assert [row["step"] for row in run.rows()] == [1, 2, 3]
+
+
+def test_a_row_is_written_once(run: RunDir) -> None:
+    for _ in range(3):
+        file = MetricsFile(run)
+        file.append({"event": "train", "step": 1, "loss": 0.5})
+        file.append({"event": "eval", "step": 1, "loss": 0.6})
+        assert not file.append({"event": "train", "step": 1, "loss": 0.7})
+        assert file.count == 2
+        file.close()
+    assert [(row["event"], row["loss"]) for row in run.rows()] == [("train", 0.5), ("eval", 0.6)]
+
+
+def test_what_json_cannot_hold_is_text(run: RunDir) -> None:
+    file = MetricsFile(run)
+    file.append({"event": "eval", "step": 1, "loss": math.nan, "f1": [1.0, math.inf], "more": {"x": -math.inf}})
+    file.close()
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    (line,) = run.metrics_path.read_text().splitlines()
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"event": "eval", "step": 1, "loss": "nan", "f1": [1.0, "inf"], "more": {"x": "-inf"}}
+    assert math.isnan(float(row["loss"]))
+
+
+def test_a_row_is_on_its_way_to_disk_at_once(run: RunDir) -> None:
+    file = MetricsFile(run)
+    file.append({"event": "train", "step": 1})
+    assert len(list(run.rows())) == 1, "without closing: a killed process closes nothing"
+    file.close()
+
+
+def test_a_broken_line_in_the_middle_is_named(run: RunDir) -> None:
+    run.metrics_path.write_text('{"event": "train", "step": 1}\nnonsense\n{"event": "train", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not JSON"):
+        list(run.rows())
+
+
+def test_a_run_without_rows_has_none(run: RunDir) -> None:
+    assert list(run.rows()) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Markers
+
+
+def test_markers_say_how_a_run_ended(run: RunDir) -> None:
+    assert run.finished is None
+    assert run.failed is None
+    run.mark_finished({"loss": math.nan, "steps": 3})
+    assert run.finished == {"loss": "nan", "steps": 3}
+    run.mark_preempted(7, "SIGTERM")
+    assert json.loads((run.path / "PREEMPTED").read_text()) == {"step": 7, "reason": "SIGTERM"}
+    assert run.mark_failed({"error": "first"})
+    run.clear_markers()
+    assert run.finished is None
+    assert run.failed is None
+    assert not (run.path / "PREEMPTED").exists()
+    run.clear_markers()
+
+
+def test_the_first_failure_is_kept(run: RunDir) -> None:
+    assert run.mark_failed({"rank": 3, "error": "the cause"})
+    assert not run.mark_failed({"rank": 0, "error": "what followed from it"})
+    assert run.failed == {"rank": 3, "error": "the cause"}
+
+
+def test_an_unreadable_marker_still_marks(run: RunDir) -> None:
+    (run.path / "FAILED.json").write_text('{"err')
+    assert run.failed is not None
+    assert "cannot be read" in run.failed["error"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_nothing_is_made_before_create(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a" / "b")
+    assert not run.exists
+    assert run.finished is None
+    assert list(tmp_path.iterdir()) == []
+    run.create("name: x\n", Launch.describe(1, "single"))
+    assert run.exists
+    assert run.checkpoints.is_dir()
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_launch_is_read_back(run: RunDir) -> None:
+    launch = run.launch()
+    assert (launch.processes, launch.strategy) == (2, "ddp")
+    assert launch.versions["torch"]
+    assert launch.host
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"processes": 2}', '{"surprise": 1}'])
+def test_a_launch_that_cannot_be_read_is_refused(run: RunDir, text: str) -> None:
+    run.launch_path.write_text(text)
+    with pytest.raises(UserError, match=r"launch.json cannot be read.*delete it"):
+        run.launch()
+
+
+def test_a_folder_without_a_launch_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        RunDir(tmp_path).launch()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match=r"cannot write the run folder .*--run-dir"):
+            RunDir(path).create("name: x\n", Launch.describe(1, "single"))
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new\ud800")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
