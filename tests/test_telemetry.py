@@ -1,0 +1,196 @@
+"""Rows and their mirrors: each row once in wandb and TensorBoard, and a tracker that fails never stops a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
+from wandb_file import history
+from worlds import in_world, running_world
+
+from distrain import telemetry
+from distrain.recipe_file import load_recipe
+from distrain.rundir import Launch, RunDir
+from distrain.telemetry import Display, Telemetry, duration
+
+MIRRORED = TINY.replace("log: {every: 1 steps}", "log: {every: 1 steps, wandb: offline, tensorboard: true}")
+LONG = ["train.steps=60", "checkpoint.every=4 steps"]
+
+
+def train_until_killed(recipe: Path, run: Path, *overrides: str) -> None:
+    """Train, and SIGKILL it once it has written some more rows."""
+    before = sum(1 for _ in RunDir(run).rows())
+    with running_world(1, train_rank, str(recipe), list(overrides), str(run), None, False) as world:
+        until = time.monotonic() + 60
+        while sum(1 for _ in RunDir(run).rows()) < before + 5 and time.monotonic() < until:
+            time.sleep(0.005)
+        world.kill()
+        assert world.wait(30) == [-9]
+
+
+@pytest.mark.slow
+def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MIRRORED.replace("metrics: [accuracy]", "metrics: [accuracy, confusion_matrix]"))
+    run = tmp_path / "run"
+    train(1, recipe, run, *LONG, stop_after=10)
+    train_until_killed(recipe, run, *LONG)
+    train(1, recipe, run, *LONG)
+    rows = list(RunDir(run).rows())
+    assert len(rows) > 70
+    assert len({(row["event"], row["step"]) for row in rows}) == len(rows)
+
+    (offline,) = (run / "wandb" / "wandb").glob("offline-run-*/*.wandb")
+    logged = history(offline)
+    assert [row["_step"] for row in logged] == list(range(len(rows)))
+    for row, mirrored in zip(rows, logged, strict=True):
+        assert (mirrored["event"], mirrored["step"]) == (row["event"], row["step"])
+        group = row.get("split", row["event"])
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                assert mirrored[f"{group}/{key}"] == value
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    shown = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    for tag, event, key in (("train/loss", "train", "loss"), ("valid/accuracy", "eval", "accuracy")):
+        wanted = [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows if row["event"] == event]
+        assert shown[tag] == wanted
+    assert [step for step, _ in shown["test/loss"]] == [60]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trackers that fail
+
+
+class Broken:
+    """A tracker that raises where it is told to."""
+
+    name = "tensorboard"
+    written: list[int] = []
+
+    def __init__(self, where: str):
+        self.where = where
+        if where == "init":
+            raise ConnectionError("no network")
+
+    def write(self, index: int, row: dict[str, Any]) -> None:
+        if self.where == "log" and row["step"] > 2:
+            raise ConnectionError("no network")
+        self.written.append(index)
+
+    def close(self) -> None:
+        if self.where == "close":
+            raise ConnectionError("no network")
+
+
+def train_with_broken_tracker(recipe: str, run_dir: str, where: str) -> tuple[Ended, list[int]]:
+    telemetry.TensorBoard = lambda run: Broken(where)  # type: ignore[assignment, misc]
+    return train_rank(recipe, ["log.tensorboard=true"], run_dir, None, False), Broken.written
+
+
+@pytest.mark.parametrize("where", ["init", "log", "close"])
+def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path: Path, where: str) -> None:
+    recipe = write_recipe(tmp_path)
+    ((ended, written),) = in_world(1, train_with_broken_tracker, str(recipe), str(tmp_path / "run"), where)
+    assert ended.status == 0
+    run = RunDir(tmp_path / "run")
+    assert run.finished is not None
+    said = "warning: tensorboard failed and is off for the rest of this run: ConnectionError: no network"
+    assert ended.out.count("tensorboard failed") == 1
+    assert said in ended.out
+    assert said in run.log_path(0).read_text()
+    rows = list(run.rows())
+    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 13))
+    assert len(written) == {"init": 0, "log": 2, "close": len(rows)}[where]
+
+
+def train_with_closed_port(recipe: str, run_dir: str) -> Ended:
+    import os
+
+    os.environ.pop("WANDB_MODE", None)
+    os.environ |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "x" * 40}
+    wandb_settings = {"init_timeout": 3}
+    import wandb
+
+    whole = wandb.Settings
+    wandb.Settings = lambda **given: whole(**(given | wandb_settings))  # type: ignore[assignment, misc]
+    return train_rank(recipe, ["log.wandb=online"], run_dir, None, False)
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network_does_not_stop_a_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    (ended,) = in_world(1, train_with_closed_port, str(recipe), str(tmp_path / "run"))
+    assert ended.status == 0
+    assert RunDir(tmp_path / "run").finished is not None
+    assert ended.out.count("warning: wandb failed and is off") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ranks, text
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, MIRRORED)).recipe
+    run = RunDir(tmp_path / "run")
+    run.create("", Launch.describe(2, "ddp"))
+    opened = Telemetry.open(run, recipe, rank=1, total_steps=5, start_step=0, config={})
+    opened.train({"step": 1, "loss": 1.0})
+    opened.write({"event": "eval", "step": 1})
+    opened.say("nothing")
+    opened.close()
+    assert not run.metrics_path.exists()
+    assert not (run.path / "wandb").exists()
+
+
+def test_a_log_file_gets_a_line_a_second_and_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(100, 0)
+    row = {"loss": math.nan, "lr": 0.1, "samples_per_s": 1234.5, "data_wait": 0.5, "epoch": 1.25}
+    for step in range(1, 101):
+        display.train(row | {"step": step})
+    display.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/100", "100/100"]
+    assert lines[-1] == ("step 100/100  epoch 1.25  loss nan  lr 0.1  1,234 samples/s  waiting for data 50%  ETA 0s")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (190, "3m10s"),
+        (3599.7, "1h00m"),
+        (7500, "2h05m"),
+        (360000, "100h00m"),
+    ],
+)
+def test_durations_are_written_as_people_do(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_timed_columns_are_those_of_the_rows(tmp_path: Path) -> None:
+    train(1, write_recipe(tmp_path), tmp_path / "run")
+    rows = list(RunDir(tmp_path / "run").rows())
+    by_event = {row["event"]: set(row) for row in rows}
+    assert by_event["train"] == {
+        "event", "step", "epoch", "samples", "loss", "lr", "grad_norm", "samples_per_s", "data_wait", "time"
+    }  # fmt: skip
+    assert by_event["eval"] == by_event["final"] == {
+        "event", "step", "split", "loss", "accuracy", "samples", "seconds", "time"
+    }  # fmt: skip
+    assert by_event["checkpoint"] == {"event", "step", "bytes", "seconds", "time"}
+    assert set(TIMED) <= set.union(*by_event.values())
+    for row in rows:
+        if row["event"] == "train":
+            assert 0 <= row["data_wait"] <= 1
+            assert row["samples_per_s"] > 0
+            assert row["samples"] == 12 * row["step"]
+            assert row["epoch"] == pytest.approx(row["samples"] / 1258)
