@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
-from distrain.config import Duration, Horizon, Recipe, UserError, mix
+from distrain.config import Duration, Horizon, Recipe, RecipeError, UserError, mix
 from distrain.consolidate import export
 from distrain.data import (
     SampleOrder,
@@ -37,9 +37,20 @@ from distrain.data import (
     prepare_data,
 )
 from distrain.datasets import AnySource, Batch, Data, is_stream
-from distrain.metrics import MetricSet, build_metrics, higher_is_better
-from distrain.models import Convention, build_model, calling_convention, describe_model
-from distrain.optim import Ema, Loss, Schedule, build_loss, build_optimizer, resolve_schedule, set_lr
+from distrain.metrics import MetricSet, build_metrics, check_metrics, higher_is_better
+from distrain.models import Convention, build_model, calling_convention, check_model, describe_model
+from distrain.optim import (
+    Ema,
+    Loss,
+    Schedule,
+    build_loss,
+    build_optimizer,
+    check_loss,
+    check_optimizer,
+    check_schedule,
+    resolve_schedule,
+    set_lr,
+)
 from distrain.recipe_file import dump_recipe, load_recipe
 from distrain.rundir import RunDir, now
 from distrain.strategy import TrainingState, World, align_buffers, clip_gradients, prepare, without_sync
@@ -186,7 +197,7 @@ def evaluate(
             outputs = call(model, batch["inputs"])
             loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
             loss_sums += torch.stack((loss_sum.double(), count.double()))
-            metrics.update(outputs.logits, batch["targets"], keep)
+            metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
             if metrics.needs_text:
                 metrics.update_text(*_texts(model, batch, decode), keep=(ids >= 0).tolist())
     model.train(was_training)
@@ -387,6 +398,7 @@ class Session:
         """Build everything up to the first step; what can fail fails here, on all ranks together."""
         self.run, self.recipe, self.world = run, recipe, world
         self.started = time.monotonic()
+        check_recipe(recipe, str(run.recipe_path))
         world.first(run.clear_markers)
         world.first(lambda: prepare_data(recipe))
         checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
@@ -815,6 +827,19 @@ class Waited:
         """Return the seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def check_recipe(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError with everything that can be known to be wrong with a recipe's names and arguments before data."""
+    problems = [
+        *check_model(recipe),
+        *check_loss(recipe),
+        *check_optimizer(recipe.optim),
+        *check_schedule(recipe.schedule),
+        *check_metrics(recipe),
+    ]
+    if problems:
+        raise RecipeError(source, problems)
 
 
 def horizon_of(recipe: Recipe, data: Data) -> Horizon:
