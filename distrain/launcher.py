@@ -91,9 +91,9 @@ def launch(plan: LaunchPlan) -> int:
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        # a process that raised has said why; one that was killed could not
+        # a process that raised has said why; one that was killed could not, unless it was ended here because of another
         for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0:
+            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
                 name = signal.Signals(-failure.exitcode).name
                 print(f"error: rank {rank} was ended by {name}{_SIGNAL_HINTS.get(name, '')}", file=sys.stderr)
         return 1

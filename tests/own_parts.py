@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Tagged:
-    """Sequences of 1 to 9 tokens, each token with a tag that follows from it; two in seven tags are not to be learned."""
+    """Sequences of 1 to 9 tokens, each token with a tag that follows from it; two in seven tags are ignored."""
 
     meta = {"pad_id": 0, "vocab_size": 11}
 
@@ -67,13 +68,15 @@ class Faulty(nn.Module):
         self.how, self.at, self.rank, self.passes = how, at, rank, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(x)
+        out = self.linear(x.flatten(1))
         if not self.training or int(os.environ.get("RANK", "0")) != self.rank:
             return out
         self.passes += 1
         if self.passes == self.at:
             if self.how == "raise":
                 raise ArithmeticError("the model broke")
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             return out * float(self.how)
         return out
 

@@ -1,0 +1,321 @@
+"""Scores: every sample once, in any world, and the integers of the libraries that everybody compares with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from own_parts import Points
+from runs import Ended, cli, losses, rows, state, train, train_rank, write_recipe
+from safetensors.numpy import load_file
+from sklearn import metrics as sk
+from worlds import in_world
+
+from distrain import loop
+from distrain.data import build_data
+from distrain.loop import Best, evaluate
+from distrain.metrics import build_metrics
+from distrain.models import build_model, calling_convention
+from distrain.optim import build_loss
+from distrain.recipe_file import load_recipe
+from distrain.rundir import RunDir
+from distrain.strategy import open_world
+
+POINTS = """
+name: points
+task: classification
+data: {{name: "own_parts:Points", tests: {tests}}}
+model: {{name: mlp, hidden: [8]}}
+batch: {{global: 6}}
+train: {{steps: 6}}
+eval: {{every: null, batch: 4, metrics: [accuracy, f1_macro, precision, recall, confusion_matrix]}}
+checkpoint: {{async: false}}
+"""
+
+
+def score(recipe: str) -> dict[str, Any]:
+    """Score the recipe's untrained model on its test split, in this world."""
+    parsed = load_recipe(recipe).recipe
+    world = open_world("fp32")
+    data = build_data(parsed)
+    model = build_model(parsed, data.meta)
+    values = evaluate(
+        model,
+        calling_convention(model),
+        data.splits["test"],
+        world=world,
+        loss=build_loss(parsed, data.meta),
+        metrics=build_metrics(parsed, data.meta),
+        batch_size=parsed.eval.batch or 4,
+        decode=data.meta.decode,
+    )
+    assert model.training, "as it was before"
+    world.close()
+    return values
+
+
+@pytest.mark.parametrize("tests", [1, 5, 97])
+def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: int) -> None:
+    recipe = write_recipe(tmp_path, POINTS.format(tests=tests))
+    points = Points("test", tests=tests)
+    model = build_model(load_recipe(recipe).recipe, build_data(load_recipe(recipe).recipe).meta).eval()
+    with torch.no_grad():
+        logits = model(points.inputs)
+    truth, guess = points.targets.numpy(), logits.argmax(1).numpy()
+    for world_size in (1, 2, 3):
+        ranks = in_world(world_size, score, str(recipe))
+        assert all(rank == ranks[0] for rank in ranks)
+        found = ranks[0]
+        assert found["samples"] == tests
+        assert found["accuracy"] == sk.accuracy_score(truth, guess)
+        assert found["confusion_matrix"] == sk.confusion_matrix(truth, guess, labels=[0, 1, 2]).tolist()
+        f1 = sk.f1_score(truth, guess, average="macro", zero_division=0)
+        assert found["f1_macro"] == pytest.approx(f1, abs=1e-12)
+        loss = torch.nn.functional.cross_entropy(logits.double(), points.targets).item()
+        assert found["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
+    """Train with an evaluation whose loader repeats or drops samples."""
+    build = loop.build_eval_loader
+
+    def build_spoiled(*args: Any, **kwargs: Any) -> Any:
+        for number, batch in enumerate(build(*args, **kwargs)):
+            ids = batch["ids"]
+            if number == 1 and kwargs["rank"] == 0:
+                if how == "one dropped":
+                    ids[0] = -1
+                elif how == "one twice for another":
+                    ids[0] = ids[1]
+                elif how == "two swapped for two of the same sum":
+                    ids[:2] += torch.tensor([1, -1]) * 50
+            yield batch
+            if how == "a batch twice" and number == 1:
+                yield batch
+
+    loop.build_eval_loader = build_spoiled
+    return train_rank(recipe, [], run_dir, None, False)
+
+
+@pytest.mark.parametrize(
+    "how", ["nothing", "one dropped", "one twice for another", "two swapped for two of the same sum", "a batch twice"]
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_that_is_not_of_every_sample_once_is_refused(tmp_path: Path, how: str, world_size: int) -> None:
+    recipe = write_recipe(tmp_path, POINTS.format(tests=97))
+    ended = in_world(world_size, spoiled, str(recipe), str(tmp_path / "run"), how)
+    run = RunDir(tmp_path / "run")
+    if how == "nothing":
+        assert run.finished is not None
+        return
+    assert [rank.status for rank in ended] == [1] * world_size
+    assert run.finished is None
+    assert run.failed is not None
+    assert "that are not the 97 of the data set, each once; its numbers are not reported" in run.failed["message"]
+    assert not [row for row in rows(run.path) if row["event"] in ("eval", "final")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Translations
+
+PAIRS = """
+name: pairs
+task: seq2seq
+data: {{name: parallel_text, path: "{path}", split: [0.7, 0.3], source_tokenizer: chars, target_tokenizer: words}}
+model: {{name: seq2seq, kind: gru, d_model: 16, n_layer: 1}}
+optim: {{lr: 1.0e-2}}
+batch: {{global: 12}}
+train: {{steps: {steps}}}
+eval: {{every: null, batch: 3, metrics: [bleu]}}
+checkpoint: {{async: false}}
+"""
+
+
+def write_pairs(folder: Path) -> Path:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    random = np.random.default_rng(3)
+    lines = []
+    for _ in range(60):
+        chosen = random.integers(0, 10, random.integers(1, 9)).tolist()
+        lines.append(" ".join(str(number) for number in chosen) + "\t" + " ".join(words[number] for number in chosen))
+    path = folder / "pairs.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_bleu_is_that_of_sacrebleu_in_any_world(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, PAIRS.format(path=write_pairs(tmp_path), steps=60))
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    (final,) = [row for row in rows(run) if row["event"] == "final"]
+    for world_size in (1, 2, 3):
+        values = in_world(world_size, score_run, str(run))[0]
+        assert values["bleu"] == final["bleu"]
+        assert values["samples"] == 18
+    hypotheses, references = in_world(1, translations, str(run))[0]
+    wanted = sacrebleu.corpus_bleu(hypotheses, [references]).score
+    assert 0 < wanted < 100, "neither is all wrong, nor all right"
+    assert final["bleu"] == pytest.approx(wanted, abs=1e-9)
+
+
+def score_run(run: str) -> dict[str, Any]:
+    from distrain.inference import evaluate_checkpoint
+
+    return evaluate_checkpoint(run, "test")
+
+
+def translations(run: str) -> tuple[list[str], list[str]]:
+    """Translate one sentence after another."""
+    from distrain.inference import Trained
+
+    trained = Trained.load(run)
+    source, decode = trained.data.splits["test"], trained.data.meta.decode
+    assert decode is not None
+    hypotheses, references = [], []
+    for number in range(len(source)):
+        batch = source.fetch(np.array([number]))
+        limit = 2 * int((batch["targets"] != -100).sum()) + 8
+        hypotheses.append(decode(trained.model.generate(batch["inputs"]["source"], max_new_tokens=limit)[0].tolist()))
+        references.extend(batch["references"])
+    return hypotheses, references
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What scores decide
+
+WAVERING = (
+    POINTS.format(tests=40)
+    .replace("every: null", "every: 1 steps")
+    .replace("checkpoint: {async: false}", "checkpoint: {every: 100 steps, async: false, keep: 1}")
+    + "optim: {name: sgd, lr: 3.0}\nseed: 3\n"
+)
+"""A rate so high that scores go up and down."""
+
+
+def scored(run: Path, key: str = "accuracy") -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows(run) if row["event"] == "eval"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_best_is_exported_where_it_is_named(tmp_path: Path, world_size: int) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    run = tmp_path / "run"
+    train(world_size, recipe, run, "train.steps=12", "eval.best=accuracy")
+    top = max(score for _, score in scored(run))
+    first = min(step for step, score in scored(run) if score == top)
+    assert 1 < first < 12, "a test of something"
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["best"] == {"metric": "accuracy", "step": first, "value": top}
+    assert (done["exported_step"], done["exported"]) == (first, "best accuracy")
+    assert Path(done["checkpoint"]).name == f"step-{first:08d}"
+    assert done["test"]["accuracy"] == top, "the test split is the one scored in training here"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{first:08d}", "step-00000012"]
+    stored = state(Path(done["checkpoint"]))
+    for name, tensor in load_file(done["model"]).items():
+        assert np.array_equal(tensor.reshape(-1).astype(np.float64), stored[f"model/{name}"])
+
+
+def test_the_last_is_exported_otherwise(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    for name, more in (("unnamed", []), ("not kept", ["eval.best=accuracy", "checkpoint.keep_best=0"])):
+        train(1, recipe, tmp_path / name, "train.steps=12", *more)
+        done = RunDir(tmp_path / name).finished
+        assert done is not None
+        assert done["exported_step"] == 12
+        assert done["exported"].startswith("last step")
+        assert ("was not kept: checkpoint.keep_best" in done["exported"]) == (name == "not kept")
+
+
+def test_the_best_few_are_kept(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    run = tmp_path / "run"
+    train(1, recipe, run, "train.steps=12", "eval.best=-loss", "checkpoint.keep_best=2", "checkpoint.every=1 steps")
+    by_loss = sorted(scored(run, "loss"), key=lambda item: item[1])
+    kept = {int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()}
+    assert kept == {by_loss[0][0], by_loss[1][0], 12}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_stops_early_and_stays_stopped(tmp_path: Path, world_size: int) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    options = ["train.steps=200", "eval.best=accuracy", "eval.early_stop={patience: 3, min_delta: 0.01}"]
+    run = tmp_path / "run"
+    ended = train(world_size, recipe, run, *options)
+    scores = scored(run)
+    end = scores[-1][0]
+    assert end < 200
+    best = Best("accuracy", True)
+    for step, score in scores:
+        assert not best.exhausted(3, 0.01)
+        best.scores.append((step, score))
+    assert best.exhausted(3, 0.01)
+    assert "has not improved by more than 0.01 in 3 evaluations" in ended[0].out
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["steps"] == end
+    # as when it is killed between its last save and its end
+    before = rows(run)
+    (run / "FINISHED").unlink()
+    train(world_size, recipe, run, *options)
+    again = RunDir(run).finished
+    assert again is not None
+    assert (again["steps"], again["exported_step"]) == (end, done["exported_step"])
+    assert rows(run) == before
+    assert len(losses(run)) == len({row["step"] for row in before if row["event"] == "train"})
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "min_delta", "exhausted"),
+    [
+        ([], 1, 0.0, False),
+        ([0.5], 1, 0.0, False),
+        ([0.5, 0.5], 1, 0.0, True),
+        ([0.5, 0.6], 1, 0.0, False),
+        ([0.5, 0.55, 0.58], 2, 0.1, True),
+        ([0.5, 0.55, 0.61], 2, 0.1, False),
+        ([0.5, 0.4, 0.6, 0.4], 2, 0.0, False),
+        ([float("nan"), float("nan")], 2, 0.0, False),
+        ([float("nan"), 0.1, float("nan"), float("nan")], 2, 0.0, True),
+    ],
+)
+def test_patience(scores: list[float], patience: int, min_delta: float, exhausted: bool) -> None:
+    for sign, higher in ((1, True), (-1, False)):
+        best = Best("score", higher, [(step, sign * score) for step, score in enumerate(scores)])
+        assert best.exhausted(patience, min_delta) is exhausted
+
+
+def test_the_earliest_of_equals_is_best() -> None:
+    best = Best("loss", False, [(1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.3)])
+    assert best.value() == (2, 0.3)
+    assert not best.improved()
+    assert Best("loss", False, [(1, 0.5), (2, 0.3)]).improved()
+    assert Best("loss", False).value() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_final_score_is_that_of_evaluate(tmp_path: Path, world_size: int) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    run = tmp_path / "run"
+    train(2, recipe, run, "eval.best=accuracy", "train.ema=0.5")
+    done = RunDir(run).finished
+    assert done is not None
+    values = in_world(world_size, score_run, str(run))[0]
+    assert values["processes"] == world_size
+    assert values["checkpoint"] == done["checkpoint"]
+    for key, value in done["test"].items():
+        assert values[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value)
+    assert values["accuracy"] == done["test"]["accuracy"]
+
+
+def test_a_best_metric_that_is_not_computed_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, POINTS.format(tests=5))
+    ended = train(1, recipe, tmp_path / "run", "eval.best=auroc_macro", status=1)
+    assert "eval.best" in ended[0].err
+    assert "Traceback" not in ended[0].err
+    assert cli("train", recipe, "eval.best=accurcy", "--run-dir", tmp_path / "other").status == 1

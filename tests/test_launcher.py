@@ -1,0 +1,230 @@
+"""From a recipe to processes: the world that is asked for or none, by every launcher; and what a run folder refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TINY, cli, losses, rows, train, write_recipe
+
+import distrain
+from distrain.config import UserError
+from distrain.launcher import (
+    LaunchPlan,
+    find_run,
+    gpu_count,
+    launch_argv,
+    open_run,
+    recipe_differences,
+    recipe_text,
+    shared_file,
+)
+from distrain.recipe_file import load_recipe
+from distrain.rundir import Launch, RunDir
+
+ROOT = Path(distrain.__file__).parent.parent
+SCRIPT = ROOT / "launch" / "train.py"
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_the_arguments_of_accelerate_launch() -> None:
+    plan = LaunchPlan(Path("/x/train.py"), ("runs/a b", "--update"), 4, Path("/x/ddp.yaml"))
+    assert launch_argv(plan) == [
+        "--config_file", "/x/ddp.yaml", "--num_processes", "4", "--main_process_port", "0", "/x/train.py", "runs/a b",
+        "--update",
+    ]  # fmt: skip
+
+
+def test_gpus_are_counted_without_torch() -> None:
+    assert gpu_count({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
+    assert gpu_count({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}) == 1
+    for nothing in ("", "-1", " "):
+        assert gpu_count({"CUDA_VISIBLE_DEVICES": nothing}) == 0
+
+
+def test_files_that_come_along_are_found() -> None:
+    assert shared_file("launch", "train.py") == SCRIPT
+    with pytest.raises(UserError, match=r"recipes/none\.yaml is not part of this installation"):
+        shared_file("recipes", "none.yaml")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def test_a_recipe_names_its_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run, loaded = find_run(str(recipe), ["name=other"], None)
+    assert run.path == Path("runs/other").absolute()
+    assert loaded is not None
+    assert find_run(str(recipe), [], str(tmp_path / "x"))[0].path == tmp_path / "x"
+    assert not Path("runs/other").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder without recipe\.yaml, so it is not a run"):
+        find_run(str(tmp_path), [], None)
+
+
+def opened(folder: Path, *overrides: str, update: bool = False) -> RunDir:
+    run, loaded = find_run(str(write_recipe(folder)), overrides, str(folder / "run"))
+    open_run(run, loaded, Launch.describe(1, "single"), update=update)
+    return run
+
+
+def test_a_run_takes_no_new_values(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    assert find_run(str(run.path), [], None)[1] is None
+    for overrides, run_dir in ((["optim.lr=1"], None), ([], "x")):
+        with pytest.raises(UserError, match="is a run, whose recipe is fixed"):
+            find_run(str(run.path), overrides, run_dir)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds files and is not a run; choose another --run-dir"):
+        opened(tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    before = run.recipe_path.read_text()
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path, "optim.lr=0.5", "train.ema=null", "seed=3")
+    for line in ("optim.lr: was 0.01, now 0.5", "train.ema: was 0.9, now null", "seed: was 0, now 3"):
+        assert f"\n  {line}\n" in str(caught.value)
+    assert str(caught.value).count(": was ") == 3
+    assert run.recipe_path.read_text() == before
+    opened(tmp_path)
+    opened(tmp_path, "optim.lr=0.5", update=True)
+    assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
+
+
+def test_the_stored_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    loaded = load_recipe(write_recipe(tmp_path), ["optim.lr=0.5"])
+    stored = tmp_path / "stored.yaml"
+    stored.write_text(recipe_text(loaded))
+    assert load_recipe(stored).recipe == loaded.recipe
+    assert recipe_differences(load_recipe(stored), loaded) == []
+    assert "command line" in stored.read_text(), "each value says where it came from"
+
+
+def test_update_goes_on_with_the_new_values(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    ended = train(1, recipe, run, "train.steps=16", status=1)
+    assert "train.steps: was 12, now 16" in ended[0].err, "also of a finished run"
+    assert RunDir(run).finished is not None
+    train(1, recipe, run, "train.steps=16", update=True)
+    assert len(losses(run)) == 16
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["steps"] == 16
+    assert [row["step"] for row in rows(run) if row["event"] == "final"] == [12, 16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launchers, as they are typed
+
+
+def typed(*arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in fresh interpreters, with the tools of this one's folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment | {"PATH": path} | variables,
+        timeout=180,
+    )
+
+
+MULTI_CPU = ROOT / "accelerate_configs" / "multi_cpu.yaml"
+WRONG = {
+    "python": (["python", SCRIPT], ["--processes", "2"], "this run asks for 2 processes, found 1"),
+    "torchrun": (
+        ["torchrun", "--nproc-per-node", "2", SCRIPT], ["--processes", "3"], "this run asks for 3 processes, found 2"
+    ),
+    "accelerate": (
+        ["accelerate", "launch", "--cpu", "--num_processes", "2", SCRIPT], [],
+        "the launcher's command asks for 2 processes, found 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", WRONG)
+def test_a_world_other_than_asked_for_is_refused(tmp_path: Path, launcher: str) -> None:
+    command, more, message = WRONG[launcher]
+    recipe = write_recipe(tmp_path)
+    done = typed(*command, recipe, "--run-dir", tmp_path / "run", *more, folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1, done.stderr
+    assert "nothing was written" in done.stderr
+    assert "distrain train RECIPE --processes" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.slow
+def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(2, recipe, tmp_path / "wanted")
+    commands = {
+        "python": ["python", SCRIPT],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", SCRIPT],
+        "accelerate": ["accelerate", "launch", "--config_file", MULTI_CPU, SCRIPT],
+        "distrain": [sys.executable, "-m", "distrain.cli", "train", "--processes", "2"],
+    }
+    for name, command in commands.items():
+        run = tmp_path / name
+        done = typed(*command, recipe, "--run-dir", run, folder=tmp_path, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        assert RunDir(run).launch().processes == (1 if name == "python" else 2)
+        assert losses(run) == pytest.approx(losses(tmp_path / "wanted"), rel=1e-12)
+        if name != "python":
+            assert losses(run) == losses(tmp_path / "wanted")
+        assert "Traceback" not in done.stderr
+    # the same command shows it; with --update it trains on, in the processes that are started
+    command = [sys.executable, "-m", "distrain.cli", "train", recipe, "--processes", "2", "--run-dir", run]
+    done = typed(*command, folder=tmp_path, PYTHONPATH=str(ROOT))
+    assert "is finished" in done.stdout
+    done = typed(*command, "train.steps=14", "--update", folder=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run)) == 14
+
+
+@pytest.mark.slow
+def test_distrain_train_tells_a_failure_once_and_names_a_killed_rank(tmp_path: Path) -> None:
+    text = TINY.replace("model: {name: mlp, hidden: [16]}", 'model: {name: "own_parts:Faulty", width: 64, classes: 10}')
+    recipe = write_recipe(tmp_path, text)
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-m", "distrain.cli", "train", recipe, "--processes", "2"]
+    path = f"{ROOT}:{tests}"
+    done = typed(*command, "--run-dir", tmp_path / "a", folder=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stderr.count("ArithmeticError: the model broke") == 1
+    assert done.stderr.count("error") == 1, done.stderr
+    assert "ChildFailedError" not in done.stderr + done.stdout
+    done = typed(*command, "model.how=kill", "--run-dir", tmp_path / "b", folder=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "error: rank 1 was ended by SIGKILL" in done.stderr
+
+
+def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    ended = cli("train", recipe, "optim.lr=-1", "trian.steps=3", "--run-dir", tmp_path / "run")
+    assert ended.status == 1
+    assert "optim.lr" in ended.err
+    assert "trian" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
