@@ -309,7 +309,7 @@ def data_tokenize(
         shard_tokens=shard_tokens,
         documents=documents.value,
         field=field,
-        eos={None: True, "none": False}.get(eos, eos),
+        eos=True if eos is None else False if eos == "none" else eos,
         workers=workers,
     )
     typer.echo(

@@ -224,7 +224,7 @@ def work(
 
     def train_here() -> None:
         nonlocal status
-        from distrain.loop import show_summary, train
+        from distrain.loop import train
         from distrain.strategy import open_world
 
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
@@ -243,6 +243,8 @@ def work(
             if done := world.first(begin):
                 if world.rank == 0:
                     from rich.console import Console
+
+                    from distrain.telemetry import show_summary
 
                     show_summary(done, Console(highlight=False))
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")

@@ -138,32 +138,20 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
-        """Start summing `values` over all ranks; the returned function waits for the sum and reads it.
-
-        Nothing here waits for the device: called a step later, the answer is already in host memory.
-        """
-        work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+    def later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Return a function that reads `values` (k,); called a step later, it does not wait for the device."""
         if values.device.type == "cpu":
-
-            def read() -> list[float]:
-                if work is not None:
-                    work.wait()
-                return values.tolist()
-
-            return read
-        if work is not None:
-            work.wait()  # orders the stream, not the host
+            return values.tolist
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
 
-        def read_host() -> list[float]:
+        def read() -> list[float]:
             done.synchronize()
             return host.tolist()
 
-        return read_host
+        return read
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value` (a small object), in the order of ranks, on every rank."""
@@ -255,7 +243,7 @@ def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_
     if (world.rank, world.world_size) != (environment.rank, environment.world_size):
         raise UserError(
             f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up as "
-            f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT name the same place everywhere"
+            f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
         )
     return world
 
@@ -271,27 +259,61 @@ def prepare(
 
     `rehearse` runs one forward and backward pass on a first micro-batch; afterwards gradients and buffers are as
     before. It is needed among several processes for two reasons. Parameters that get no gradient must be known before
-    wrapping. And DDP lays its buckets out anew after its first backward pass, which changes the order in which more than
-    two ranks are summed: without a rehearsal the first step after a resume would differ in its last bits from the same
-    step of an uninterrupted run.
+    wrapping. And DDP lays its buckets out anew after its first backward pass, which changes the order in which more
+    than two ranks are summed: without a rehearsal the first step after a resume would differ in its last bits from the
+    same step of an uninterrupted run.
     """
-    model.to(world.device)
-    if world.world_size > 1:
-        with _restored(model):
-            rehearse(model)
-            unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        anywhere = sorted({name for names in world.gather(unused) for name in names})
-        handler = world.accelerator.ddp_handler
-        assert handler is not None, "open_world sets it"
-        handler.find_unused_parameters = bool(anywhere)
-    # a launcher may have started a single process, which Accelerate would wrap in DDP all the same
-    wrapped = world.accelerator.prepare_model(model, evaluation_mode=world.world_size == 1)
+    # moves it to the device and puts the arithmetic around its forward, for training and evaluation alike
+    model = world.accelerator.prepare_model(model, evaluation_mode=True)
+    if world.world_size == 1:
+        return model, optimizer
+    with _restored(model):
+        rehearse(model)
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    anywhere = sorted({name for names in world.gather(unused) for name in names})
+    handler = world.accelerator.ddp_handler
+    assert handler is not None, "open_world sets it"
+    handler.find_unused_parameters = bool(anywhere)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    carries = not anywhere and dtypes in ({torch.float32}, {torch.float64})
+    wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop()) if carries else model)
     if world.world_size > 2:
         with _restored(model):
             rehearse(wrapped)
     # Accelerate's wrapper looks for optional packages at every step, which costs as much as a small step. It serves
     # gradient scaling and sharding, and there is neither here.
     return wrapped, optimizer
+
+
+class _Carrier(nn.Module):
+    """A model beside a parameter that is never trained: its gradient carries numbers from rank to rank.
+
+    DDP averages gradients over the ranks in a few large reductions. A handful of numbers among them costs nothing,
+    while a reduction of their own costs a small model's step half as much again.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.numbers = nn.Parameter(torch.zeros(4, dtype=dtype))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def backward(world: World, wrapped: nn.Module, objective: Tensor, numbers: Tensor) -> Callable[[], list[float]]:
+    """Go backward with the last micro-batch of a step, and take the mean of `numbers` (4,) over the ranks.
+
+    Returns a function that reads the means, best a step later. All ranks call.
+    """
+    carrier = getattr(wrapped, "module", None)
+    if isinstance(carrier, _Carrier):
+        (objective + torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))).backward()
+        means, carrier.numbers.grad = carrier.numbers.grad, None
+        assert means is not None
+        return world.later(means.clone())  # the gradient is a view of DDP's buffer
+    objective.backward()
+    return world.later(world.sum(numbers) / world.world_size)
 
 
 class _restored(AbstractContextManager[None]):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from distrain.config import Recipe
 from distrain.rundir import MetricsFile, RunDir, now
@@ -248,3 +249,21 @@ class Telemetry:
             self.display.close()
         if self.rows is not None:
             self.rows.close()
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print how a finished run went."""
+    processes = (
+        "1 process" if summary["processes"] == 1 else f"{summary['processes']} processes ({summary['strategy']})"
+    )
+    title = f"{summary['name']}: {summary['steps']:,} steps in {duration(summary['seconds'])}, {processes}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in summary["test"].items():
+        if isinstance(value, int | float):
+            table.add_row(f"test {name}", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    if best := summary["best"]:
+        table.add_row(f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']:,}")
+    table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
+    console.print(table)
+    # outside the table, which would break a long path
+    console.print(f"model ({summary['exported']}): {summary['model']}", markup=False, soft_wrap=True)

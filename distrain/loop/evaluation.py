@@ -1,0 +1,140 @@
+"""Scoring a model over every sample of a split, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distrain.config import UserError
+from distrain.data import Transform, build_eval_loader
+from distrain.datasets import AnySource, Batch, is_stream
+from distrain.loop.step import to_device
+from distrain.metrics import MetricSet
+from distrain.models import Convention
+from distrain.optim import Loss
+from distrain.strategy import World
+
+IGNORED = -100
+"""The target of a token that is not to be predicted."""
+
+
+def evaluate(
+    model: nn.Module,
+    call: Convention,
+    source: AnySource,
+    *,
+    world: World,
+    loss: Loss,
+    metrics: MetricSet,
+    batch_size: int,
+    transform: Transform | None = None,
+    workers: int = 0,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
+
+    Ranks add up sums and counts, one reduction carries them, one division follows. Raises RuntimeError when the samples
+    seen are not the data set, each once.
+    """
+    metrics.reset()
+    seen = _Seen()
+    was_training = model.training
+    model.eval()
+    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    loader = build_eval_loader(
+        source,
+        rank=world.rank,
+        world_size=world.world_size,
+        batch_size=batch_size,
+        transform=transform,
+        workers=workers,
+        pin_memory=world.device.type == "cuda",
+        split=split,
+    )
+    with torch.no_grad():
+        for batch in loader:
+            ids = batch["ids"]
+            seen.add(ids.numpy())
+            keep = (ids >= 0).to(world.device, non_blocking=True)
+            batch = to_device(batch, world)
+            outputs = call(model, batch["inputs"])
+            loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
+            loss_sums += torch.stack((loss_sum.double(), count.double()))
+            metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
+            if metrics.needs_text:
+                metrics.update_text(*_texts(model, batch, decode), keep=(ids >= 0).tolist())
+    model.train(was_training)
+    own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
+    metric_sums = metrics.sums().to(world.device)
+    total = world.sum(torch.cat((loss_sums, own, metric_sums)))
+    seen.check(total[2:5].tolist(), source, split)
+    gathered = metrics.gather(world.gather)
+    return {
+        "loss": (total[0] / total[1]).item(),
+        **metrics.compute(total[5:], gathered),
+        "samples": int(total[2].item()),
+    }
+
+
+def _texts(
+    model: nn.Module, batch: Batch, decode: Callable[[Sequence[int]], str] | None
+) -> tuple[list[str], list[str]]:
+    """Return what the model generates for a batch of sources, and the references."""
+    generate = getattr(model, "generate", None)
+    if decode is None or generate is None or "references" not in batch:
+        raise UserError(
+            "metric 'bleu' compares texts: it needs a model with a method generate(source, max_new_tokens) and a data "
+            "set of parallel text; take it out of eval.metrics"
+        )
+    source = batch["inputs"]["source"]
+    # Translations longer than twice the reference are wrong anyway. Each row has a limit of its own: with one for the
+    # batch the score would depend on what else is in it, and so on the number of processes.
+    limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
+    generated = generate(source, max_new_tokens=max(limits)).tolist()
+    return [decode(row[:limit]) for row, limit in zip(generated, limits, strict=True)], list(batch["references"])
+
+
+class _Seen:
+    """Counts sample ids so that one repeated and one missing cannot pass for each other."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._hash = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        ids = ids[ids >= 0]
+        self._count += len(ids)
+        self._hash = (self._hash + _hash_sum(ids)) % 2**64
+
+    def sums(self) -> list[float]:
+        # halves of 32 bits stay exact in float64 when summed over ranks
+        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF)]
+
+    @staticmethod
+    def check(total: list[float], source: AnySource, split: str) -> None:
+        count = int(total[0])
+        expected = count if is_stream(source) else len(source)
+        found = ((int(total[1]) << 32) + int(total[2])) % 2**64
+        if count != expected or found != sum(map(_hash_sum, _chunks(expected))) % 2**64:
+            raise RuntimeError(
+                f"the evaluation of split '{split}' saw {count} samples that are not the {expected} of the data set, "
+                "each once; its numbers are not reported"
+            )
+
+
+def _chunks(length: int) -> Iterable[np.ndarray]:
+    size = 1 << 20
+    return (np.arange(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _hash_sum(ids: np.ndarray) -> int:
+    """Return the sum modulo 2^64 of a hash of each id (the finaliser of SplitMix64; Steele, Lea, Flood 2014)."""
+    z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(np.sum(z ^ (z >> np.uint64(31)), dtype=np.uint64))

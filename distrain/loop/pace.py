@@ -1,0 +1,130 @@
+"""When things are due, and what a run has noted on its way."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import FrameType
+from typing import Any, TypeVar
+
+from distrain.config import Duration, Horizon, Recipe
+from distrain.metrics import MetricSet, higher_is_better
+from distrain.rundir import RunDir
+from distrain.strategy import World
+
+T = TypeVar("T")
+
+
+class Every:
+    """Says after which steps something is due: each time `period` steps, which may be a fraction, have gone by."""
+
+    def __init__(self, duration: Duration | None, horizon: Horizon, what: str):
+        self.seconds = duration.seconds if duration is not None else None
+        self._period: Fraction | None = None
+        if duration is not None and self.seconds is None and duration.amount > 0:
+            self._period = max(Fraction(1), horizon.exact_steps(duration, what))
+
+    def due(self, step: int) -> bool:
+        """Whether it is due after `step` finished steps."""
+        if self._period is None:
+            return False
+        steps, periods = self._period.numerator, self._period.denominator
+        return step * periods // steps > (step - 1) * periods // steps
+
+    def elapsed(self, since: float) -> bool:
+        """Whether a period in seconds has gone by on this rank's monotonic clock."""
+        return self.seconds is not None and time.monotonic() - since >= self.seconds
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT; the loop turns the note into a decision of all ranks. A second SIGINT interrupts."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+
+@dataclass
+class Best:
+    """The evaluations so far, and which was best. Read back from metrics.jsonl, so nothing of it is state."""
+
+    metric: str
+    higher: bool
+    scores: list[tuple[int, float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recipe: Recipe, metrics: MetricSet, run: RunDir, world: World, step: int) -> Best:
+        """Take up the scores of this run up to `step`."""
+        name = (recipe.eval.best or "loss").removeprefix("-")
+        best = cls(name, higher_is_better(recipe.eval.best or "loss", metrics))
+        rows = world.first(
+            lambda: [(row["step"], row[name]) for row in run.rows() if row["event"] == "eval" and row["step"] <= step]
+        )
+        best.scores = [(at, float(score)) for at, score in rows]
+        return best
+
+    def _key(self, scored: tuple[int, float]) -> float:
+        score = scored[1]
+        if math.isnan(score):
+            return -math.inf
+        return score if self.higher else -score
+
+    def value(self) -> tuple[int, float] | None:
+        """Return (step, score) of the best evaluation, the earliest of equals."""
+        return max(self.scores, key=self._key, default=None)
+
+    def improved(self) -> bool:
+        """Whether the last evaluation is the best."""
+        return bool(self.scores) and self.value() == self.scores[-1]
+
+    def exhausted(self, patience: int, min_delta: float) -> bool:
+        """Whether the last `patience` evaluations brought no improvement of more than `min_delta`."""
+        top, since = -math.inf, 0
+        for scored in self.scores:
+            if self._key(scored) > top + min_delta or top == -math.inf:
+                top, since = self._key(scored), 0
+            else:
+                since += 1
+        return since >= patience
+
+
+class Waited:
+    """Measures how long a loop waits for its batches."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def during(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the same."""
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._seconds += time.perf_counter() - began
+            yield item
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

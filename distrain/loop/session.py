@@ -1,0 +1,469 @@
+"""One attempt at a run: everything that `train` does between its steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
+from distrain.config import Horizon, Recipe, RecipeError, UserError
+from distrain.consolidate import export
+from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
+from distrain.datasets import Batch, Data, is_stream
+from distrain.loop.evaluation import evaluate
+from distrain.loop.pace import Best, Every, StopRequest, Waited
+from distrain.loop.step import StepNumbers, Training, to_device
+from distrain.metrics import build_metrics, check_metrics
+from distrain.models import build_model, calling_convention, check_model, describe_model
+from distrain.optim import (
+    Ema,
+    Loss,
+    build_loss,
+    build_optimizer,
+    check_loss,
+    check_optimizer,
+    check_schedule,
+    resolve_schedule,
+)
+from distrain.recipe_file import dump_recipe
+from distrain.rundir import RunDir, now
+from distrain.strategy import TrainingState, World, align_buffers, backward, prepare
+from distrain.telemetry import Telemetry, duration, show_summary
+
+
+class Session:
+    """One attempt at a run: what `train` reads like a list. Every method is called by all ranks at the same step."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, world: World):
+        """Build everything up to the first step; what can fail fails here, on all ranks together."""
+        self.run, self.recipe, self.world = run, recipe, world
+        self.started = time.monotonic()
+        check_recipe(recipe, str(run.recipe_path))
+        world.first(run.clear_markers)
+        world.first(lambda: prepare_data(recipe))
+        checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
+        reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
+        self.data: Data = world.together(
+            lambda: build_data(recipe, state=reader.manifest.scalars["data"] if reader is not None else None)
+        )
+        self.transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
+        self.horizon = horizon_of(recipe, self.data)
+        assert self.horizon.total_steps is not None
+        self.total_steps: int = self.horizon.total_steps
+        self._told: list[str] = []
+        self.t = self._training(resumes=reader is not None)
+        if reader is not None:
+            world.together(lambda: self.t.state.restore(reader))
+            reader.close()
+            self.t.step = reader.manifest.step
+        self.first_step = self.t.step
+        self.metrics = build_metrics(recipe, self.data.meta)
+        self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
+        self.stopping = ""
+        # a run can be stopped between the evaluation that ends it and the end itself
+        self.ended_early = self._exhausted()
+        self.telemetry = Telemetry.open(
+            run,
+            recipe,
+            rank=world.rank,
+            total_steps=self.total_steps,
+            start_step=self.t.step,
+            config=recipe.model_dump(mode="json", by_alias=True),
+        )
+        self.saver = Saver(
+            run.checkpoints,
+            world,
+            keep=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
+            asynchronous=recipe.checkpoint.asynchronous,
+        )
+        self.saver.rehearse()
+        self._log_every = Every(recipe.log.every, self.horizon, "log.every")
+        self._eval_every = Every(recipe.eval.every, self.horizon, "eval.every")
+        self._save_every = Every(recipe.checkpoint.every, self.horizon, "checkpoint.every")
+        self._saved_step = self.t.step if reader is not None else -1
+        self._scored_step = self.best.scores[-1][0] if self.best.scores else -1
+        self._saved_at = self._logged_at = time.monotonic()
+        self._logged_step = self.t.step
+        self._time_to_save = False
+        self._waited = Waited()
+        for path, reason in skipped:
+            self.say(f"skipped checkpoint {path.name}: {reason}")
+        self._introduce(reader.manifest if reader is not None else None)
+        for told in self._told:
+            self.say(f"  {told}")
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: RunDir, recipe: Recipe, world: World) -> Iterator[Session]:
+        """Set up, and put the terminal, trackers and files in order at the end, however it comes."""
+        session = cls(run, recipe, world)
+        try:
+            yield session
+        finally:
+            session.saver.close()
+            session.telemetry.close()
+
+    def _training(self, *, resumes: bool) -> Training:
+        recipe, world = self.recipe, self.world
+        micro_batch_size, accumulation = batch_shape(recipe.batch, world.world_size)
+        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
+
+        def build() -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
+            model = build_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
+            model.to(world.device)
+            return model, build_optimizer(model, recipe.optim), build_loss(recipe, self.data.meta)
+
+        model, optimizer, loss = world.together(build)
+        call = calling_convention(model)
+
+        ema = Ema(model, recipe.train.ema) if recipe.train.ema is not None else None
+        schedule = resolve_schedule(recipe.schedule, self.horizon)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = TrainingState(model, optimizer, ema)
+        t = Training(recipe, world, model, optimizer, trained, call, loss, schedule, state)
+
+        def rehearse(wrapped: nn.Module) -> None:
+            batches = self._batches(start_step=0)
+            first = to_device(next(batches)[0], world)
+            backward(world, wrapped, t.objective(wrapped, first), torch.zeros(4, device=world.device))
+
+        model.train()
+        t.model, t.optimizer = prepare(world, model, optimizer, rehearse)
+        if recipe.train.compile:
+            model.compile()
+        return t
+
+    def _batches(self, start_step: int) -> Iterator[list[Batch]]:
+        source = self.data.splits["train"]
+        length = len(source) if not is_stream(source) else None
+        return build_loader(
+            source,
+            SampleOrder(length, self.recipe.seed) if length is not None else None,
+            recipe=self.recipe,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            micro_batch_size=self.micro_batch_size,
+            start_step=start_step,
+            stop_step=self.total_steps,
+            transform=self.transforms["train"],
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What is due
+
+    def loader(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
+        if self.ended_early:
+            return iter(())
+        return self._waited.during(self._batches(start_step=self.t.step))
+
+    def at_end(self) -> bool:
+        """Whether no step follows this one."""
+        return self.t.step >= self.total_steps or bool(self.stopping) or self.ended_early
+
+    def eval_due(self) -> bool:
+        """Whether the recipe wants the model scored after this step."""
+        return self._scored_step != self.t.step and self._eval_every.due(self.t.step) and self.split is not None
+
+    def save_due(self) -> bool:
+        """Whether the recipe wants the state saved after this step."""
+        return self._save_every.due(self.t.step) or self._time_to_save
+
+    def new_best(self) -> bool:
+        """Whether the model was scored after this step and is the best so far."""
+        return self.recipe.checkpoint.keep_best > 0 and self._scored_step == self.t.step and self.best.improved()
+
+    @property
+    def split(self) -> str | None:
+        """The split that is scored during training."""
+        return next((name for name in ("valid", "test") if name in self.data.splits), None)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # A step's report
+
+    def flags(self, stop: StopRequest) -> tuple[float, float, float]:
+        """Return what this rank has to tell the others with its next step; `settle` gets the mean over the ranks."""
+        written = self.saver.in_flight is not None and self.saver.written
+        time_to_save = self.world.rank == 0 and self._save_every.elapsed(self._saved_at)
+        return float(stop.reason is not None), float(time_to_save), float(written)
+
+    def settle(self, numbers: StepNumbers | None, stop: StopRequest) -> None:
+        """Read a step's numbers, write its row if one is due, and act on what the ranks agreed."""
+        if numbers is None:
+            return
+        step = numbers.step
+        loss, norm, (stops, time_to_save, written) = numbers.read()
+        for what, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                self._published(self.saver.finish())  # of an earlier step, when all was well
+                raise UserError(
+                    f"the {what} of step {step} is {value}; the run stops with its last checkpoint as it was. "
+                    "Lower optim.lr, set optim.clip_norm, or look at the inputs and for divisions by zero in the model"
+                )
+        if self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
+            self._log(step, loss, norm)
+        if stops > 0 and not self.stopping:
+            self.stopping = stop.reason or "a request on another rank"
+        self._time_to_save = time_to_save > 0
+        if written > 1 - 0.5 / self.world.world_size:
+            self._published(self.saver.finish())
+
+    def _log(self, step: int, loss: float, norm: float) -> None:
+        clock = time.monotonic()
+        seconds = clock - self._logged_at
+        samples = (step - self._logged_step) * self.recipe.batch.global_batch_size
+        row = {
+            "step": step,
+            "epoch": self._epoch(step),
+            "samples": step * self.recipe.batch.global_batch_size,
+            "loss": loss,
+            "lr": self.recipe.optim.lr * self.t.schedule(step - 1),
+            "samples_per_s": samples / seconds if seconds else 0.0,
+            "data_wait": min(self._waited.take() / seconds, 1.0) if seconds else 0.0,
+            "time": now(),
+        }
+        if self.recipe.optim.clip_norm is not None:
+            row["grad_norm"] = norm
+        self._logged_at, self._logged_step = clock, step
+        self.telemetry.train(row)
+
+    def _epoch(self, step: int) -> float:
+        length = self.horizon.samples_per_epoch
+        return step * self.recipe.batch.global_batch_size / length if length else 0.0
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Scoring and saving
+
+    def evaluate(self) -> None:
+        """Score the model on the split for that, and stop early where the recipe says so."""
+        if self.split is None or self._scored_step == self.t.step:
+            return
+        values = self._score(self.split)
+        self._scored_step = self.t.step
+        self.best.scores.append((self.t.step, float(values[self.best.metric])))
+        stop = self.recipe.eval.early_stop
+        if stop is not None and self._exhausted():
+            self.ended_early = True
+            self.say(
+                f"stopping early: {self.best.metric} has not improved by more than {stop.min_delta:g} in "
+                f"{stop.patience} evaluations"
+            )
+        # evaluation is not training time
+        self._logged_at, self._logged_step = time.monotonic(), self.t.step
+
+    def _exhausted(self) -> bool:
+        stop = self.recipe.eval.early_stop
+        return stop is not None and self.best.exhausted(stop.patience, stop.min_delta)
+
+    def _score(self, split: str, event: str = "eval") -> dict[str, Any]:
+        began = time.monotonic()
+        align_buffers(self.world, self.t.state)
+        ema = self.t.state.ema
+        with ema.applied(self.t.state.model) if ema is not None else nullcontext():
+            values = evaluate(
+                self.t.state.model,
+                self.t.call,
+                self.data.splits[split],
+                world=self.world,
+                loss=self.t.loss,
+                metrics=self.metrics,
+                batch_size=self.recipe.eval.batch or self.micro_batch_size,
+                transform=self.transforms["eval"],
+                workers=self.recipe.data.workers,
+                decode=self.data.meta.decode,
+                split=split,
+            )
+        seconds = time.monotonic() - began
+        self.telemetry.write(
+            {"event": event, "step": self.t.step, "split": split, **values, "seconds": seconds, "time": now()}
+        )
+        self.say(f"step {self.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
+        return values
+
+    def save(self) -> None:
+        """Save the state of this step, once."""
+        if self._saved_step == self.t.step:
+            return
+        score = None
+        if self._scored_step == self.t.step:
+            score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
+        state = self.t.state
+        self._published(self.saver.finish())
+        if not all_finite(state.model):
+            raise UserError(
+                f"after step {self.t.step} the model has weights that are not finite; they are not saved, and the run "
+                "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
+            )
+        align_buffers(self.world, state)
+        self.saver.begin(
+            self.t.step,
+            state.specs(),
+            state.pieces(self.world.rank, self.world.world_size),
+            scalars=state.scalars() | {"data": self.data.state},
+            aliases=state.tensors()[1],
+            recipe=dump_recipe(self.recipe),
+            strategy=self.world.strategy,
+            score=score,
+        )
+        self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
+        if not self.recipe.checkpoint.asynchronous:
+            self._published(self.saver.finish())
+
+    def _published(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        self.telemetry.write(
+            {"event": "checkpoint", "step": saved.step, "bytes": saved.nbytes, "seconds": saved.seconds, "time": now()}
+        )
+        self.say(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
+        for warning in saved.warnings:
+            self.say(f"warning: {warning}")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The end
+
+    def preempt(self) -> dict[str, Any]:
+        """Leave the run so that the same command goes on from here."""
+        self._published(self.saver.finish())
+        self.world.first(lambda: self.run.mark_preempted(self.t.step, self.stopping))
+        self.say(
+            f"stopped by {self.stopping} after step {self.t.step}, which is saved; the same command goes on from there"
+        )
+        return {"finished": False, "step": self.t.step, "reason": self.stopping}
+
+    def finish(self) -> dict[str, Any]:
+        """Export the model, score what was exported on the test split, and write the summary."""
+        self.evaluate()  # where a stop came between the last step and its evaluation
+        self.save()
+        self._published(self.saver.finish())
+        best = self.best.value()
+        chosen, why = self._chosen(best)
+        values: dict[str, Any] = {}
+        if "test" in self.data.splits:
+            if chosen != self.t.step:
+                reader = self.world.together(lambda: Reader(self._checkpoint(chosen)))
+                self.world.together(lambda: self.t.state.restore(reader))
+                reader.close()
+                self.t.step = chosen
+            values = self._score("test", event="final")
+        summary = {
+            "finished": True,
+            "name": self.recipe.name,
+            "steps": self.total_steps if not self.ended_early else self._saved_step,
+            "exported_step": chosen,
+            "exported": why,
+            "model": str(self.run.export_path),
+            "checkpoint": str(self._checkpoint(chosen)),
+            "test": values,
+            "best": {"metric": self.best.metric, "step": best[0], "value": best[1]} if best else None,
+            "processes": self.world.world_size,
+            "strategy": self.world.strategy,
+            "precision": self.world.precision,
+            "seconds": time.monotonic() - self.started,
+            "samples_per_s": self._rate(),
+        }
+
+        def write() -> None:
+            self.run.export_path.parent.mkdir(exist_ok=True)
+            export(
+                self._checkpoint(chosen), self.run.export_path, ema=self.recipe.train.ema is not None, overwrite=True
+            )
+            self.run.mark_finished(summary)
+
+        self.world.first(write)
+        if self.telemetry.display is not None:
+            show_summary(summary, self.telemetry.display.console)
+        return summary
+
+    def _rate(self) -> float:
+        rows = (
+            [row["samples_per_s"] for row in self.run.rows() if row["event"] == "train"] if self.world.rank == 0 else []
+        )
+        return float(np.median(rows)) if rows else 0.0
+
+    def _chosen(self, best: tuple[int, float] | None) -> tuple[int, str]:
+        """Return the step whose model is exported, and why: the best where the recipe names one, else the last."""
+        if self.recipe.eval.best is None or best is None:
+            return self._saved_step, "last step"
+        if self.world.first(lambda: self._checkpoint(best[0]).is_dir()):
+            return best[0], f"best {self.best.metric}"
+        return self._saved_step, f"last step; the best, step {best[0]}, was not kept: checkpoint.keep_best"
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.run.checkpoints / f"step-{step:08d}"
+
+    def say(self, text: str) -> None:
+        """Tell the person in front of the terminal, once."""
+        self.telemetry.say(text)
+
+    def _introduce(self, resumed: Manifest | None) -> None:
+        world, recipe = self.world, self.recipe
+        splits = ", ".join(
+            f"{name} {len(source):,}" if not is_stream(source) else f"{name} (stream)"
+            for name, source in self.data.splits.items()
+        )
+        per_step = f"{recipe.batch.global_batch_size} = {world.world_size} x {self.micro_batch_size}"
+        if self.accumulation > 1:
+            per_step += f" x {self.accumulation} accumulated"
+        if recipe.batch.micro_batch_size == "auto":
+            per_step += " (batch.micro auto: global / processes, not probed)"
+        self.say(f"run {self.run.path}")
+        self.say(f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}")
+        self.say(f"  data     {recipe.data.name}: {splits}")
+        self.say(f"  model    {recipe.model.name}: {describe_model(self.t.state.model)}")
+        self.say(f"  batch    {per_step}; {self.total_steps:,} steps")
+        if resumed is None:
+            return
+        written_by, now_by = f"{resumed.world_size} x {resumed.strategy}", f"{world.world_size} x {world.strategy}"
+        changed = f", written by {written_by}; goes on with {now_by}" if written_by != now_by else ""
+        self.say(f"  resumes  {self._checkpoint(resumed.step).name}{changed}")
+        # published and not yet noted when the attempt before was killed
+        size = sum(file.size for file in resumed.files)
+        self.telemetry.write(
+            {"event": "checkpoint", "step": resumed.step, "bytes": size, "seconds": None, "time": now()}
+        )
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Return whether every parameter is: the same answer on every rank, as they hold the same values."""
+    largest = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], math.inf)
+    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
+
+
+def check_recipe(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError with all that is wrong with a recipe's names and arguments, as far as that needs no data."""
+    problems = [
+        *check_model(recipe),
+        *check_loss(recipe),
+        *check_optimizer(recipe.optim),
+        *check_schedule(recipe.schedule),
+        *check_metrics(recipe),
+    ]
+    if problems:
+        raise RecipeError(source, problems)
+
+
+def horizon_of(recipe: Recipe, data: Data) -> Horizon:
+    """Return what durations mean for this recipe and data, with the total number of steps."""
+    train = data.splits["train"]
+    length = None if is_stream(train) else len(train)
+    if length == 0:
+        raise UserError(f"data set {recipe.data.name!r} has no samples to train on")
+    horizon = Horizon(recipe.batch.global_batch_size, length, data.meta.tokens_per_sample)
+    return replace(horizon, total_steps=horizon.steps(recipe.train.length, "train"))
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """Return an evaluation's single numbers on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
