@@ -288,7 +288,8 @@ class Session:
         self.telemetry.write(
             {"event": event, "step": self.t.step, "split": split, **values, "seconds": seconds, "time": now()}
         )
-        self.say(f"step {self.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
+        if event == "eval":  # the final one is in the summary
+            self.say(f"step {self.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
         return values
 
     def save(self) -> None:

@@ -1,0 +1,344 @@
+"""What a training step costs beside its mathematics: distrain against raw PyTorch, Accelerate, Lightning and Trainer.
+
+    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--save benchmarks/results/loop.md]
+
+The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work: batches
+by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a cosine
+learning rate, and the loss over all processes known for every tenth step. distrain does what it always does besides:
+seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints. Each figure is the median time of
+a step over windows of 50 after a warm-up, in a process of its own; peers take turns, and the ratio is within a round.
+Threads are one for each process. Lightning is measured where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PEERS = ("raw", "distrain", "accelerate", "lightning", "trainer")
+WINDOW = 50
+SAMPLES, FEATURES, CLASSES, BATCH = 4096, 64, 10, 32
+
+
+def _model() -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+
+def _tensors() -> tuple[Any, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(SAMPLES, FEATURES, generator=generator)
+    return inputs, inputs[:, :CLASSES].argmax(dim=1)
+
+
+class Clock:
+    """Times windows of steps."""
+
+    def __init__(self) -> None:
+        self.windows: list[float] = []
+        self._count = 0
+        self._began = time.perf_counter()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._count += 1
+        if self._count % WINDOW == 0:
+            now = time.perf_counter()
+            self.windows.append((now - self._began) / WINDOW)
+            self._began = now
+
+    def median_us(self) -> float:
+        """Microseconds of a step, the first windows left out."""
+        return statistics.median(self.windows[2:]) * 1e6
+
+
+def run_raw(steps: int, world_size: int, rank: int) -> float:
+    """PyTorch as its documentation shows it."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn import functional
+
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = _model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
+    inputs, targets = _tensors()
+    micro, clock, step = BATCH // world_size, Clock(), 0
+    while step < steps:
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))
+        for index in order[rank::world_size].split(micro):
+            loss = functional.cross_entropy(wrapped(inputs[index]), targets[index])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            if step % 10 == 0:
+                total = loss.detach()
+                if world_size > 1:
+                    dist.all_reduce(total)
+                total.item()
+            clock.tick()
+            if step == steps:
+                break
+    if world_size > 1:
+        dist.destroy_process_group()
+    return clock.median_us()
+
+
+def run_accelerate(steps: int, world_size: int, rank: int) -> float:
+    """Accelerate as its documentation shows it."""
+    import torch
+    from accelerate import Accelerator
+    from torch.nn import functional
+    from torch.utils.data import DataLoader, TensorDataset
+
+    accelerator = Accelerator(cpu=True)
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
+    loader = DataLoader(TensorDataset(*_tensors()), batch_size=BATCH // world_size, shuffle=True)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    clock, step = Clock(), 0
+    while step < steps:
+        for inputs, targets in loader:
+            loss = functional.cross_entropy(model(inputs), targets)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 10 == 0:
+                accelerator.reduce(loss.detach()).item()
+            clock.tick()
+            if step == steps:
+                break
+    accelerator.end_training()
+    return clock.median_us()
+
+
+def run_lightning(steps: int, world_size: int, rank: int) -> float:
+    """Lightning's Trainer with its usual checkpointing and logging off, which favours it."""
+    import lightning
+    import torch
+    from torch.nn import functional
+    from torch.utils.data import DataLoader, TensorDataset
+
+    clock = Clock()
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _model()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = functional.cross_entropy(self.model(batch[0]), batch[1])
+            if index % 10 == 0:
+                self.log("loss", loss, sync_dist=world_size > 1)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+            shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": shape, "interval": "step"}}
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            clock.tick()
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_steps=steps,
+            gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder, log_every_n_steps=10,
+        )  # fmt: skip
+        trainer.fit(Module(), DataLoader(TensorDataset(*_tensors()), batch_size=BATCH // world_size, shuffle=True))
+    return clock.median_us()
+
+
+def run_trainer(steps: int, world_size: int, rank: int) -> float:
+    """Hugging Face's Trainer without checkpoints."""
+    import torch
+    from torch.nn import functional
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    clock = Clock()
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _model()
+
+        def forward(self, x: Any, labels: Any) -> dict[str, Any]:
+            logits = self.model(x)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self) -> None:
+            self.inputs, self.targets = _tensors()
+
+        def __len__(self) -> int:
+            return SAMPLES
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"x": self.inputs[index], "labels": self.targets[index]}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH // world_size, learning_rate=1e-3,
+            lr_scheduler_type="cosine", max_grad_norm=1.0, logging_steps=10, save_strategy="no", report_to=[],
+            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(Net(), arguments, train_dataset=Rows(), callbacks=[Ticks()])
+        sys.stdout, kept = open(os.devnull, "w"), sys.stdout
+        trainer.train()
+        sys.stdout = kept
+    return clock.median_us()
+
+
+def run_distrain(steps: int, world_size: int, rank: int) -> float:
+    """distrain with everything on."""
+    from distrain import loop, strategy
+    from distrain.launcher import open_run
+    from distrain.recipe_file import load_recipe
+    from distrain.rundir import Launch, RunDir
+
+    clock = Clock()
+    inner = loop.train_step
+
+    def timed(*arguments: Any) -> Any:
+        clock.tick()
+        return inner(*arguments)
+
+    loop.train_step = timed
+    folder = Path(os.environ["BENCHMARK_FOLDER"])
+    recipe = folder / "recipe.yaml"
+    if rank == 0:
+        recipe.write_text(
+            "name: overhead\ntask: classification\n"
+            "data: {name: digits, split: [0.9, 0.1]}\n"
+            "model: {name: sequential, layers: [Flatten, {Linear: [64, 64]}, ReLU, {Linear: [64, 64]}, ReLU, "
+            "{Linear: [64, 10]}]}\n"
+            "optim: {name: adamw, lr: 1.0e-3, clip_norm: 1.0}\nschedule: cosine\n"
+            f"batch: {{global: {BATCH}}}\ntrain: {{steps: {steps}}}\neval: {{every: null}}\n"
+            "checkpoint: {every: 200 steps}\nlog: {every: 10 steps}\n"
+        )
+    world = strategy.open_world("fp32")
+    run = RunDir(folder / "run")
+    world.first(lambda: open_run(run, load_recipe(recipe), Launch.describe(world_size, world.strategy)))
+    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
+    loop.train(run, world)
+    sys.stdout = kept
+    world.close()
+    return clock.median_us()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running them
+
+
+def measure(peer: str, steps: int, world_size: int) -> float:
+    """Return microseconds of a step of one peer in fresh processes."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        workers = []
+        for rank in range(world_size):
+            variables = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "BENCHMARK_FOLDER": folder,
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            if world_size > 1:
+                variables |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                }  # fmt: skip
+            command = [sys.executable, __file__, "--peer", peer, "--steps", str(steps)]
+            workers.append(
+                subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        outputs = [worker.communicate(timeout=600) for worker in workers]
+        for worker, (_, errors) in zip(workers, outputs, strict=True):
+            if worker.returncode != 0:
+                raise SystemExit(f"{peer} failed:\n{errors[-3000:]}")
+        return json.loads(outputs[0][0].strip().splitlines()[-1])["us"]
+
+
+def main() -> None:
+    """Measure and print a table; or, with --peer, be one of the measured processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--save", type=Path, help="also write the table here")
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.peer:
+        import torch
+
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore")
+        runners: dict[str, Callable[[int, int, int], float]] = {
+            "raw": run_raw, "distrain": run_distrain, "accelerate": run_accelerate, "lightning": run_lightning,
+            "trainer": run_trainer,
+        }  # fmt: skip
+        us = runners[a.peer](a.steps, int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")))
+        print(json.dumps({"us": us}))
+        return
+    peers = [peer for peer in PEERS if peer != "lightning" or importlib.util.find_spec("lightning")]
+    lines = [
+        f"Time of a step, µs, median (least to most) of {a.rounds} rounds of {a.steps} steps; ratio to raw PyTorch within a round.",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"torch {importlib.metadata.version('torch')}, {time.strftime('%Y-%m-%d')}.",
+        "",
+        "| peer | " + " | ".join(f"{n} process{'es' if n > 1 else ''} | ratio" for n in a.processes) + " |",
+        "|---|" + "---|---|" * len(a.processes),
+    ]
+    cells: dict[str, list[str]] = {peer: [] for peer in peers}
+    for world_size in a.processes:
+        rounds: list[dict[str, float]] = []
+        for _ in range(a.rounds):
+            rounds.append({peer: measure(peer, a.steps, world_size) for peer in peers})
+        for peer in peers:
+            times = [each[peer] for each in rounds]
+            ratio = statistics.median(each[peer] / each["raw"] for each in rounds)
+            cells[peer] += [f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})", f"{ratio:.2f}"]
+    lines += [f"| {peer} | " + " | ".join(row) + " |" for peer, row in cells.items()]
+    print("\n".join(lines))
+    if a.save:
+        a.save.parent.mkdir(parents=True, exist_ok=True)
+        a.save.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
