@@ -82,11 +82,11 @@ def train_rank(recipe: str, overrides: list[str], run_dir: str | None, stop_afte
 
     step = loop.train_step
 
-    def step_and_stop(t: Any, micro_batches: Any) -> Any:
-        sums = step(t, micro_batches)
+    def step_and_stop(t: Any, *rest: Any) -> Any:
+        numbers = step(t, *rest)
         if t.step == stop_after and t.world.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sums
+        return numbers
 
     loop.train_step = step_and_stop
     return captured(lambda: work(recipe, overrides, run_dir=run_dir, update=update))

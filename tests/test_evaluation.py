@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from sklearn import metrics as sk
 from worlds import in_world
 
-from distrain import loop
 from distrain.data import build_data
-from distrain.loop import Best, evaluate
+from distrain.loop import Best, evaluate, evaluation
 from distrain.metrics import build_metrics
 from distrain.models import build_model, calling_convention
 from distrain.optim import build_loss
@@ -81,7 +80,7 @@ def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: in
 
 def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
     """Train with an evaluation whose loader repeats or drops samples."""
-    build = loop.build_eval_loader
+    build = evaluation.build_eval_loader
 
     def build_spoiled(*args: Any, **kwargs: Any) -> Any:
         for number, batch in enumerate(build(*args, **kwargs)):
@@ -97,7 +96,7 @@ def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
             if how == "a batch twice" and number == 1:
                 yield batch
 
-    loop.build_eval_loader = build_spoiled
+    evaluation.build_eval_loader = build_spoiled
     return train_rank(recipe, [], run_dir, None, False)
 
 

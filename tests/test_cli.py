@@ -1,0 +1,250 @@
+"""The command line: what it prints, its exit statuses, and that no mistake of a user ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import TINY, checkpoint, cli, train, write_recipe
+from typer.testing import CliRunner
+from worlds import in_world
+
+from distrain.cli import Kind, app
+from distrain.recipe_file import load_recipe
+
+COMMANDS = [
+    ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"],
+    ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
+    ["data"], ["data", "tokenize"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with three checkpoints."""
+    folder = tmp_path_factory.mktemp("cli")
+    train(1, write_recipe(folder), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_every_command_has_help(command: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output
+    assert len(shown.output.splitlines()) > 5
+
+
+def test_help_names_every_command() -> None:
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    named = {(command.name or command.callback.__name__,) for command in app.registered_commands if command.callback}
+    for name, group in groups.items():
+        named |= {(name,)} | {(name, command.name or "") for command in group.registered_commands}
+    assert {tuple(command) for command in COMMANDS} <= named
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert all(command[0] in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "none.yaml"], "none.yaml"),
+        (["train", "/"], "is not a run"),
+        (["show", "none.yaml"], "none.yaml"),
+        (["evaluate", "/tmp"], "/tmp is not a run folder: it has no checkpoints/"),
+        (["predict", "/tmp", "test", "-o", "x.csv"], "/tmp is not a run folder"),
+        (["predict", "/tmp", "test", "-o", "x.txt"], "written as .csv or .parquet"),
+        (["predict", "/tmp", "test", "-o", "none/x.csv"], "expected a file in a folder that exists"),
+        (["checkpoint", "ls", "/tmp"], "/tmp is not a run folder"),
+        (["checkpoint", "verify", "/tmp"], "/tmp is not a run folder"),
+        (["checkpoint", "diff", "/tmp", "/tmp"], "/tmp"),
+        (["checkpoint", "export", "/tmp", "-o", "x.safetensors"], "/tmp is not a run folder"),
+        (["init", "/tmp"], "is there already"),
+        (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
+    ],
+)
+def test_what_a_user_did_is_said_without_a_traceback(arguments: list[str], said: str) -> None:
+    ended = cli(*arguments)
+    assert ended.status == 1
+    assert ended.err.startswith("error")
+    assert said in ended.err
+    assert "Traceback" not in ended.err + ended.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tarin"], ["train"], ["list", "everything"], ["train", "x", "--processes", "0"]]
+)
+def test_a_command_that_does_not_exist_is_a_usage_error(arguments: list[str]) -> None:
+    ended = cli(*arguments)
+    assert ended.status == 2
+    assert "Traceback" not in ended.err
+
+
+def test_an_unknown_key_gets_the_close_one(tmp_path: Path) -> None:
+    ended = cli("show", write_recipe(tmp_path), "optim.learning_rat=1", "btach.global=2")
+    assert ended.status == 1
+    assert "batch" in ended.err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recipes and names
+
+
+def test_show_prints_every_value_with_its_origin(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    ended = cli("show", recipe, "optim.lr=0.5")
+    lines = {line.split()[0]: line for line in ended.out.splitlines()}
+    assert lines["optim.lr"].split()[1:] == ["0.5", "command", "line"]
+    assert lines["optim.clip_norm"].split()[1] == "0.5"
+    assert lines["optim.clip_norm"].endswith("recipe.yaml:6")
+    assert lines["seed"].split()[1:] == ["0", "default"]
+    as_json = json.loads(cli("show", recipe, "optim.lr=0.5", "--json").out)
+    assert {"key": "optim.lr", "value": "0.5", "from": "command line"} in as_json
+    assert {row["key"] for row in as_json} == set(lines)
+
+
+def test_show_gives_overrides_that_make_the_same_recipe(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    rows = json.loads(cli("show", recipe, "--json").out)
+    bare = write_recipe(tmp_path, "{}", "bare.yaml")
+    again = load_recipe(bare, [f"{row['key']}={row['value']}" for row in rows if row["from"] != "default"])
+    assert again.recipe == load_recipe(recipe).recipe
+
+
+def test_the_schema_is_one() -> None:
+    schema = json.loads(cli("schema").out)
+    assert {"name", "data", "model", "optim", "batch", "train"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("models", ["mlp", "cnn", "gpt"]),
+        ("datasets", ["digits", "breast_cancer", "diabetes"]),
+        ("optimizers", ["adamw", "sgd"]),
+        ("losses", ["cross_entropy", "mse"]),
+        ("metrics", ["accuracy", "f1_macro", "bleu"]),
+    ],
+)
+def test_list(kind: str, some: list[str]) -> None:
+    ended = cli("list", kind)
+    assert ended.status == 0, ended.err
+    listed = {line.split()[0]: line for line in ended.out.splitlines()}
+    assert set(some) <= set(listed)
+    assert all(len(listed[name].split()) > 2 for name in some), "each with a line about it"
+    assert kind in {each.value for each in Kind}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_checkpoint_ls(run: Path) -> None:
+    lines = cli("checkpoint", "ls", run).out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step-00000012", "step-00000008", "step-00000004"]
+    assert "1 x single" in lines[0]
+    listed = json.loads(cli("checkpoint", "ls", run, "--json").out)
+    assert [row["step"] for row in listed] == [12, 8, 4]
+    assert all(row["bytes"] > 1000 and row["score"] < 0 for row in listed)
+
+
+def test_checkpoint_verify(run: Path, tmp_path: Path) -> None:
+    ended = cli("checkpoint", "verify", run)
+    assert ended.status == 0
+    assert ended.out.count("whole") == 3
+    copy = tmp_path / "step-00000004"
+    shutil.copytree(checkpoint(run, 4), copy)
+    assert cli("checkpoint", "verify", copy).status == 0
+    (file,) = copy.glob("rank-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    ended = cli("checkpoint", "verify", copy)
+    assert ended.status == 1
+    assert "damaged" in ended.out
+    assert file.name in ended.out
+
+
+def test_checkpoint_diff(run: Path) -> None:
+    same = cli("checkpoint", "diff", checkpoint(run, 4), checkpoint(run, 4))
+    assert same.status == 0
+    assert "identical, bit for bit" in same.out
+    other = cli("checkpoint", "diff", checkpoint(run, 4), checkpoint(run, 8))
+    assert other.status == 1
+    assert "model/layers.0.weight" in other.out
+    assert "step: 4 in the first, 8 in the second" in other.out
+
+
+def test_checkpoint_export(run: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "model.safetensors"
+    ended = cli("checkpoint", "export", run, "-o", out, "--ema", "--dtype", "fp32")
+    assert ended.status == 0, ended.err
+    assert "step-00000012" in ended.out
+    tensors = load_file(out)
+    assert tensors["layers.0.weight"].shape == (16, 64)
+    assert tensors["layers.0.weight"].dtype == "float32"
+    refused = cli("checkpoint", "export", run, "-o", out)
+    assert refused.status == 1
+    assert "exists already; choose another name" in refused.err
+    assert cli("checkpoint", "export", run, "-o", out, "--best", "--overwrite").status == 0
+    assert cli("checkpoint", "export", checkpoint(run, 4), "-o", tmp_path / "x.pt").status == 0
+    wrong = cli("checkpoint", "export", checkpoint(run, 4), "-o", tmp_path / "y.safetensors", "--best")
+    assert "is one checkpoint; --best goes with a run folder" in wrong.err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run from beginning to end
+
+
+def test_evaluate(run: Path) -> None:
+    values = json.loads(cli("evaluate", run, "--json").out)
+    assert (values["split"], values["processes"], values["samples"]) == ("test", 1, 269)
+    done = json.loads((run / "FINISHED").read_text())
+    assert values["accuracy"] == done["test"]["accuracy"]
+    assert values["loss"] == pytest.approx(done["test"]["loss"], abs=1e-12)
+    table = cli("evaluate", checkpoint(run, 4), "--split", "valid").out
+    assert dict(line.split(maxsplit=1) for line in table.splitlines())["samples"] == "270"
+    wrong = cli("evaluate", run, "--split", "validation")
+    assert wrong.status == 1
+    assert "has no split 'validation'; it has train, valid, test" in wrong.err
+
+
+def test_a_run_is_trained_stopped_and_shown(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TINY)
+    first = cli("train", recipe, "train.steps=5", "--run-dir", tmp_path / "run")
+    assert first.status == 0, first.err
+    assert "step 5/5" in first.out
+    assert "test accuracy" in first.out
+    again = cli("train", tmp_path / "run")
+    assert again.status == 0
+    assert "is finished" in again.out
+    other = cli("train", recipe, "train.steps=6", "--run-dir", tmp_path / "run")
+    assert other.status == 1
+    assert "train.steps: was 5, now 6" in other.err
+    assert cli("train", recipe, "train.steps=6", "--run-dir", tmp_path / "run", "--update").status == 0
+
+
+def run_in(folder: str, arguments: list[str]) -> object:
+    import os
+
+    from runs import cli_rank
+
+    os.chdir(folder)
+    return cli_rank(arguments)
+
+
+def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
+    made = cli("init", tmp_path / "mine")
+    assert made.status == 0
+    assert "distrain train" in made.out
+    # from another folder than its own: what its recipe names is found beside it
+    (ended,) = in_world(
+        1, run_in, str(tmp_path), ["train", "mine/recipe.yaml", "train.epochs=2", "data.samples=400"], launched=False
+    )
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "runs" / "spirals" / "FINISHED").exists()
+    assert cli("init", tmp_path / "mine").status == 1

@@ -1,0 +1,154 @@
+"""Using trained models: predictions by task, from splits and from files, and which checkpoint a command means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs import checkpoint, cli, train, write_recipe
+from sklearn import datasets, metrics
+
+from distrain.checkpoint import list_checkpoints
+from distrain.config import UserError
+from distrain.data import build_data
+from distrain.inference import find_checkpoint
+from distrain.recipe_file import load_recipe
+
+RECIPE = """
+name: {name}
+task: {task}
+data: {{name: {name}}}
+model: {{name: mlp, hidden: [16]}}
+optim: {{lr: 1.0e-2}}
+batch: {{global: 32}}
+train: {{steps: {steps}, ema: 0.5}}
+eval: {{every: null}}
+checkpoint: {{every: 10 steps, async: false}}
+"""
+
+
+def trained(folder: Path, name: str, task: str, steps: int = 20, *overrides: str) -> Path:
+    train(1, write_recipe(folder, RECIPE.format(name=name, task=task, steps=steps)), folder / "run", *overrides)
+    return folder / "run"
+
+
+def predict(run: Path, inputs: str | Path, out: Path) -> pd.DataFrame:
+    ended = cli("predict", run, inputs, "-o", out)
+    assert ended.status == 0, ended.err
+    frame = pd.read_csv(out) if out.suffix == ".csv" else pd.read_parquet(out)
+    assert ended.out == f"wrote {len(frame):,} predictions to {out}\n"
+    return frame
+
+
+def scores(run: Path) -> dict[str, float]:
+    return json.loads((run / "FINISHED").read_text())["test"]
+
+
+def targets(run: Path, split: str = "test") -> np.ndarray:
+    source = build_data(load_recipe(run / "recipe.yaml").recipe).splits[split]
+    return source.fetch(np.arange(len(source)))["targets"].numpy()
+
+
+def test_classes_of_a_split(tmp_path: Path) -> None:
+    run = trained(tmp_path, "digits", "classification")
+    for out in (tmp_path / "out.csv", tmp_path / "out.parquet"):
+        frame = predict(run, "test", out)
+        assert frame["row"].tolist() == list(range(359))
+        shares = frame[[f"probability_{digit}" for digit in range(10)]].to_numpy()
+        np.testing.assert_allclose(shares.sum(1), 1)
+        np.testing.assert_array_equal(frame["prediction"].astype(int), shares.argmax(1))
+        np.testing.assert_allclose(frame["probability"], shares.max(1))
+        assert metrics.accuracy_score(targets(run), frame["prediction"].astype(int)) == scores(run)["accuracy"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_classes_of_images_in_a_file(tmp_path: Path) -> None:
+    run = trained(tmp_path, "digits", "classification")
+    images = datasets.load_digits().images[:7]
+    np.save(tmp_path / "new.npy", images)
+    frame = predict(run, tmp_path / "new.npy", tmp_path / "out.csv")
+    assert len(frame) == 7
+    whole = pd.concat([predict(run, split, tmp_path / f"{split}.csv") for split in ("train", "test")])
+    known = {tuple(np.round(row, 5)) for row in whole.filter(like="probability_").to_numpy()}
+    assert {tuple(np.round(row, 5)) for row in frame.filter(like="probability_").to_numpy()} <= known
+
+
+def test_the_two_classes_of_a_table(tmp_path: Path) -> None:
+    run = trained(tmp_path, "breast_cancer", "binary")
+    frame = predict(run, "test", tmp_path / "out.csv")
+    assert set(frame["prediction"]) == {"malignant", "benign"}
+    assert ((frame["probability"] > 0.5) == (frame["prediction"] == "benign")).all()
+    truth = targets(run) > 0.5
+    assert metrics.accuracy_score(truth, frame["prediction"] == "benign") == pytest.approx(scores(run)["accuracy"])
+    bunch = datasets.load_breast_cancer()
+    table = pd.DataFrame(bunch.data, columns=bunch.feature_names)
+    # another order of columns, and one more
+    table[[*reversed(table.columns)]].assign(comment="x").to_csv(tmp_path / "new.csv", index=False)
+    whole = predict(run, tmp_path / "new.csv", tmp_path / "whole.csv")
+    assert len(whole) == 569
+    assert metrics.accuracy_score(bunch.target, whole["prediction"] == "benign") > 0.8
+    table.drop(columns="mean radius").to_csv(tmp_path / "lacks.csv", index=False)
+    ended = cli("predict", run, tmp_path / "lacks.csv", "-o", tmp_path / "no.csv")
+    assert ended.status == 1
+    assert "lacks the columns 'mean radius'" in ended.err
+    assert not (tmp_path / "no.csv").exists()
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_numbers_in_their_own_units(tmp_path: Path, standardize: bool) -> None:
+    run = trained(tmp_path, "diabetes", "regression", 60, f"data.standardize_target={str(standardize).lower()}")
+    frame = predict(run, "test", tmp_path / "out.csv")
+    truth = datasets.load_diabetes(scaled=False)
+    table = pd.DataFrame(truth.data, columns=truth.feature_names)
+    table.to_csv(tmp_path / "new.csv", index=False)
+    whole = predict(run, tmp_path / "new.csv", tmp_path / "whole.csv")
+    assert len(whole) == 442
+    if standardize:
+        assert whole["prediction"].between(-100, 500).all()
+        assert metrics.r2_score(truth.target, whole["prediction"]) > 0.2
+    else:
+        wanted = metrics.mean_absolute_error(targets(run), frame["prediction"])
+        assert scores(run)["mae"] == pytest.approx(wanted, rel=1e-5)
+    # the split's rows are among those of the file
+    known = np.sort(whole["prediction"].to_numpy())
+    nearest = known[np.searchsorted(known, frame["prediction"]).clip(0, len(known) - 1)]
+    assert np.abs(nearest - frame["prediction"]).max() < np.ptp(known)
+
+
+def test_what_cannot_be_predicted_is_refused(tmp_path: Path) -> None:
+    run = trained(tmp_path, "digits", "classification")
+    ended = cli("predict", run, "nowhere", "-o", tmp_path / "x.csv")
+    assert ended.status == 1
+    assert "there is no file nowhere, and data set 'digits' has no such split (train, test)" in ended.err
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    ended = cli("predict", run, "test", "-o", tmp_path / "link.csv")
+    assert ended.status == 1
+    assert "not a symbolic link" in ended.err
+    assert not (tmp_path / "target.csv").exists()
+
+
+def test_which_checkpoint_a_command_means(tmp_path: Path) -> None:
+    run = trained(tmp_path, "digits", "classification", 30, "eval.every=10 steps", "eval.best=accuracy")
+    exported = json.loads((run / "FINISHED").read_text())["exported_step"]
+    assert find_checkpoint(run) == checkpoint(run, exported)
+    assert find_checkpoint(checkpoint(run, 10)) == checkpoint(run, 10)
+    (run / "FINISHED").unlink()
+    assert find_checkpoint(run) == checkpoint(run, 30)
+    # a damaged one is passed over
+    (file,) = checkpoint(run, 30).glob("rank-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_checkpoint(run) == checkpoint(run, 20)
+    for info in list_checkpoints(run / "checkpoints"):
+        next(info.path.glob("rank-*")).unlink()
+    with pytest.raises(UserError, match="has no checkpoint that can be used\n  step-00000030: "):
+        find_checkpoint(run)
+
+
+def test_a_moved_run_is_found_where_it_is_now(tmp_path: Path) -> None:
+    run = trained(tmp_path, "digits", "classification")
+    moved = run.rename(tmp_path / "moved")
+    assert find_checkpoint(moved) == checkpoint(moved, 20)
+    assert cli("evaluate", moved).status == 0
