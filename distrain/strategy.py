@@ -276,7 +276,9 @@ def prepare(
     handler.find_unused_parameters = bool(anywhere)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     carries = not anywhere and dtypes in ({torch.float32}, {torch.float64})
-    wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop()) if carries else model)
+    # in a module of its own in any case: what is prepared already, Accelerate returns without wrapping it in DDP
+    wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop() if carries else None))
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel), "without it no gradient would travel"
     if world.world_size > 2:
         with _restored(model):
             rehearse(wrapped)
@@ -286,16 +288,17 @@ def prepare(
 
 
 class _Carrier(nn.Module):
-    """A model beside a parameter that is never trained: its gradient carries numbers from rank to rank.
+    """A model, beside it a parameter that is never trained: its gradient carries numbers from rank to rank.
 
     DDP averages gradients over the ranks in a few large reductions. A handful of numbers among them costs nothing,
     while a reduction of their own costs a small model's step half as much again.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+        """`dtype`: of the numbers, which is that of all the model's gradients; None carries none."""
         super().__init__()
         self.model = model
-        self.numbers = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.numbers = nn.Parameter(torch.zeros(4, dtype=dtype)) if dtype is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -307,7 +310,7 @@ def backward(world: World, wrapped: nn.Module, objective: Tensor, numbers: Tenso
     Returns a function that reads the means, best a step later. All ranks call.
     """
     carrier = getattr(wrapped, "module", None)
-    if isinstance(carrier, _Carrier):
+    if isinstance(carrier, _Carrier) and carrier.numbers is not None:
         (objective + torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))).backward()
         means, carrier.numbers.grad = carrier.numbers.grad, None
         assert means is not None

@@ -81,6 +81,18 @@ class Faulty(nn.Module):
         return out
 
 
+class Partly(nn.Module):
+    """One of its layers is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(64, 10)
+        self.idle = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x.flatten(1))
+
+
 class Rooted(nn.Module):
     """A linear model whose loss in forward pass `at` of training is a number while its gradient is not."""
 

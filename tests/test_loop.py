@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_close, assert_same_run, checkpoint, last, losses, rows, state, train, write_recipe
+from runs import TINY, assert_close, assert_same_run, checkpoint, last, losses, rows, state, train, write_recipe
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from worlds import in_world
 
@@ -95,6 +95,15 @@ def test_final_weights_do_not_depend_on_the_world(tmp_path: Path) -> None:
     assert max(norms) > 0.5 > 0, "clipping took part"
 
 
+def test_a_layer_that_is_not_used_changes_nothing(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TINY.replace("{name: mlp, hidden: [16]}", "own_parts:Partly"))
+    for world_size, micro in MICRO.items():
+        train(world_size, recipe, tmp_path / str(world_size), micro)
+    for world_size in (2, 3):
+        assert_close(tmp_path / "1", tmp_path / str(world_size), 1e-10)
+        np.testing.assert_allclose(losses(tmp_path / str(world_size)), losses(tmp_path / "1"), rtol=0, atol=1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
@@ -107,20 +116,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int)
     again = tmp_path / "again"
     train(world_size, recipe, again, *options)
     assert_same_run(whole, again)
-    for stop in (1, 5, 10):
+    for stop in (1, 5, 9):
         run = tmp_path / f"stopped-{stop}"
         train(world_size, recipe, run, *options, stop_after=stop)
         found = RunDir(run)
         assert found.finished is None
         assert (run / "PREEMPTED").exists()
-        assert last(run) == checkpoint(run, stop + 1), "the step in flight is finished, then all stop"
+        assert last(run) == checkpoint(run, stop + 2), "agreed with the next step, read with the one after"
         train(world_size, recipe, run, *options)
         assert found.finished is not None
         assert not (run / "PREEMPTED").exists()
         assert difference(last(whole), last(run)).identical
         # a checkpoint more is all that the stop left behind
         extra = [row for row in rows(run) if row not in rows(whole)]
-        assert [(row["event"], row["step"]) for row in extra] == [("checkpoint", stop + 1)]
+        assert [(row["event"], row["step"]) for row in extra] == [("checkpoint", stop + 2)]
 
 
 @pytest.mark.slow
@@ -128,8 +137,8 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     train(1, recipe, tmp_path / "whole")
     run = tmp_path / "run"
-    train(2, recipe, run, stop_after=3)
-    said = train(1, recipe, run, stop_after=7)[0].out
+    train(2, recipe, run, stop_after=2)
+    said = train(1, recipe, run, stop_after=6)[0].out
     assert "step-00000004, written by 2 x ddp; goes on with 1 x single" in said
     said = train(3, recipe, run)[0].out
     assert "step-00000008, written by 1 x single; goes on with 3 x ddp" in said

@@ -136,7 +136,7 @@ def agree() -> dict[str, Any]:
     rank = world.rank
     found: dict[str, Any] = {"world": (rank, world.world_size, world.strategy, world.device.type)}
     found["sum"] = world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)).tolist()
-    found["later"] = world.sum_later(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64))()
+    found["later"] = world.later(world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)))()
     found["gather"] = world.gather({"rank": rank})
     found["broadcast"] = world.broadcast(f"from {rank}")
     found["first"] = world.first(lambda: f"by {rank}")

@@ -75,7 +75,7 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
     else:
         counts = torch.stack([loss.count(batch["targets"]) for batch in micro_batches]).sum()
         share = world.world_size / world.sum(counts.to(world.device))
-    numbers = torch.tensor((0.0, *flags), device=world.device)
+    numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=world.device)
     last = len(micro_batches) - 1
     means: Callable[[], list[float]]
     for index, batch in enumerate(micro_batches):

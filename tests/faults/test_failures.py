@@ -213,8 +213,8 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     train(2, recipe, tmp_path / "whole")
     run = tmp_path / "run"
     # at steps that are saved anyway, nothing at all is left of the stop
-    train(2, recipe, run, stop_after=3)
-    train(2, recipe, run, stop_after=7)
+    train(2, recipe, run, stop_after=2)
+    train(2, recipe, run, stop_after=6)
     train(2, recipe, run)
     assert_same_run(tmp_path / "whole", run)
 
@@ -223,7 +223,7 @@ def test_a_stop_with_the_last_step_is_finished_by_the_next_start(tmp_path: Path)
     recipe = write_recipe(tmp_path, TINY.replace("eval: {every: 4 steps", "eval: {every: 5 steps"))
     train(2, recipe, tmp_path / "whole")
     run = tmp_path / "run"
-    train(2, recipe, run, stop_after=11)
+    train(2, recipe, run, stop_after=10)
     assert (run / "PREEMPTED").exists()
     train(2, recipe, run)
     assert RunDir(run).finished is not None
