@@ -304,18 +304,23 @@ class _Carrier(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def backward(world: World, wrapped: nn.Module, objective: Tensor, numbers: Tensor) -> Callable[[], list[float]]:
-    """Go backward with the last micro-batch of a step, and take the mean of `numbers` (4,) over the ranks.
+def backward(
+    world: World, wrapped: nn.Module, objective: Tensor, share: Tensor, numbers: Tensor
+) -> Callable[[], list[float]]:
+    """Go backward from `share * objective` (both 0-d) with the last micro-batch of a step.
+
+    On the way the mean of `numbers` (4,) over the ranks is taken.
 
     Returns a function that reads the means, best a step later. All ranks call.
     """
     carrier = getattr(wrapped, "module", None)
     if isinstance(carrier, _Carrier) and carrier.numbers is not None:
-        (objective + torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))).backward()
+        carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
+        torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))
         means, carrier.numbers.grad = carrier.numbers.grad, None
         assert means is not None
         return world.later(means.clone())  # the gradient is a view of DDP's buffer
-    objective.backward()
+    objective.backward(share)
     return world.later(world.sum(numbers) / world.world_size)
 
 

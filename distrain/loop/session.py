@@ -135,7 +135,8 @@ class Session:
         def rehearse(wrapped: nn.Module) -> None:
             batches = self._batches(start_step=0)
             first = to_device(next(batches)[0], world)
-            backward(world, wrapped, t.objective(wrapped, first), torch.zeros(4, device=world.device))
+            objective = t.objective(wrapped, first)
+            backward(world, wrapped, objective, torch.ones_like(objective), torch.zeros(4, device=world.device))
 
         model.train()
         t.model, t.optimizer = prepare(world, model, optimizer, rehearse)

@@ -82,12 +82,14 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
         batch = to_device(batch, world)
         seed_dropout(world, mix(t.recipe.seed, "dropout", t.step, world.rank, index))
         with without_sync(world, t.model, last=index == last):
-            objective = t.objective(t.model, batch) * share
-            numbers[0] += objective.detach()
+            objective = t.objective(t.model, batch)
+            # handed to the backward pass: multiplied in, it would be one more operation to go back through
+            share = torch.as_tensor(share, dtype=objective.dtype, device=objective.device)
+            numbers[0] += objective.detach() * share
             if index < last:
-                objective.backward()
+                objective.backward(share)
             else:
-                means = backward(world, t.model, objective, numbers)
+                means = backward(world, t.model, objective, share, numbers)
     clip = t.recipe.optim.clip_norm
     norm = clip_gradients(t.parameters, clip) if clip is not None else torch.zeros(())
     t.optimizer.step()
