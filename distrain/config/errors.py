@@ -26,6 +26,6 @@ class RecipeError(UserError):
 
 def close_names(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'a' or 'b'?" for the choices nearest to `name`, or an empty string."""
-    by_lower = {choice.lower(): choice for choice in choices}
+    by_lower = {choice.lower(): choice for choice in reversed(list(choices))}  # of equals the first holds
     found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(by_lower[match]) for match in found)}?" if found else ""
