@@ -15,7 +15,7 @@ from distrain.checkpoint import Reader, find_best, find_newest
 from distrain.checkpoint.format import MANIFEST
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
-from distrain.datasets import AnySource, Data, DataMeta
+from distrain.datasets import AnySource, Batch, Data, DataMeta
 from distrain.loop import evaluate, to_device
 from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
@@ -23,6 +23,10 @@ from distrain.optim import build_loss
 from distrain.recipe_file import parse_recipe
 from distrain.rundir import RunDir
 from distrain.strategy import World, load_weights, open_world
+
+
+_NEW_TOKENS = 128
+"""What a language model writes behind a prompt."""
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -171,7 +175,7 @@ def _predict(trained: Trained, source: AnySource, transform: Transform, what: st
             keep = (batch["ids"] >= 0).numpy()
             batch = to_device(batch, world)
             if recipe.task in ("language_modeling", "seq2seq"):
-                columns: dict[str, Any] = {"text": _generated(trained, batch["inputs"])}
+                columns: dict[str, Any] = {"text": _generated(trained, batch)}
             else:
                 columns = _columns(
                     recipe.task, trained.call(trained.model, batch["inputs"]).logits.cpu(), trained.data.meta
@@ -208,15 +212,18 @@ def _columns(task: str, outputs: Tensor, meta: DataMeta) -> dict[str, Any]:
     return {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}
 
 
-def _generated(trained: Trained, inputs: Any) -> list[str]:
+def _generated(trained: Trained, batch: Batch) -> list[str]:
     generate, decode = getattr(trained.model, "generate", None), trained.data.meta.decode
     if generate is None or decode is None:
         raise UserError(
             f"model {trained.recipe.model.name!r} cannot generate text: it needs a method "
             "generate(tokens, max_new_tokens)"
         )
+    inputs = batch["inputs"]
     if isinstance(inputs, dict):
-        return [
-            decode(row) for row in generate(inputs["source"], max_new_tokens=2 * inputs["source"].shape[1] + 8).tolist()
-        ]
-    return [decode(row) for row in generate(inputs, max_new_tokens=128).tolist()]
+        source = inputs["source"]
+        return [decode(row) for row in generate(source, max_new_tokens=2 * source.shape[1] + 8).tolist()]
+    # one by one: what follows a prompt must not follow its padding
+    lengths = batch.get("lengths", torch.full((len(inputs),), inputs.shape[1])).tolist()
+    prompts = [inputs[index : index + 1, :length] for index, length in enumerate(lengths)]
+    return [decode(generate(prompt, max_new_tokens=_NEW_TOKENS)[0].tolist()) for prompt in prompts]
