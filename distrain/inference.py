@@ -24,7 +24,6 @@ from distrain.recipe_file import parse_recipe
 from distrain.rundir import RunDir
 from distrain.strategy import World, load_weights, open_world
 
-
 _NEW_TOKENS = 128
 """What a language model writes behind a prompt."""
 
