@@ -253,22 +253,22 @@ def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_
 
 
 def prepare(
-    world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rehearse: Callable[[nn.Module], None]
+    world: World, model: nn.Module, optimizer: torch.optim.Optimizer, objective: Callable[[nn.Module], Tensor]
 ) -> tuple[nn.Module, Any]:
     """Wrap model and optimizer for this world; returns (wrapped model, wrapped optimizer). All ranks call.
 
-    `rehearse` runs one forward and backward pass on a first micro-batch; afterwards gradients and buffers are as
-    before. It is needed among several processes for two reasons. Parameters that get no gradient must be known before
-    wrapping. And DDP lays its buckets out anew after its first backward pass, which changes the order in which more
-    than two ranks are summed: without a rehearsal the first step after a resume would differ in its last bits from the
-    same step of an uninterrupted run.
+    `objective` gives the loss (0-d) of a model, wrapped or not, on a first micro-batch. Among several processes it is
+    rehearsed forward and backward, after which gradients and buffers are as before, for two reasons. Parameters that
+    get no gradient must be known before wrapping. And DDP lays its buckets out anew after its first backward pass,
+    which changes the order in which more than two ranks are summed: without a rehearsal the first step after a resume
+    would differ in its last bits from the same step of an uninterrupted run.
     """
     # moves it to the device and puts the arithmetic around its forward, for training and evaluation alike
     model = world.accelerator.prepare_model(model, evaluation_mode=True)
     if world.world_size == 1:
         return model, optimizer
     with _restored(model):
-        rehearse(model)
+        objective(model).backward()
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     anywhere = sorted({name for names in world.gather(unused) for name in names})
     handler = world.accelerator.ddp_handler
@@ -281,7 +281,8 @@ def prepare(
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel), "without it no gradient would travel"
     if world.world_size > 2:
         with _restored(model):
-            rehearse(wrapped)
+            value = objective(wrapped)
+            backward(world, wrapped, value, torch.ones_like(value), value.detach(), (0.0, 0.0, 0.0))
     # Accelerate's wrapper looks for optional packages at every step, which costs as much as a small step. It serves
     # gradient scaling and sharding, and there is neither here.
     return wrapped, optimizer
@@ -305,15 +306,20 @@ class _Carrier(nn.Module):
 
 
 def backward(
-    world: World, wrapped: nn.Module, objective: Tensor, share: Tensor, numbers: Tensor
+    world: World, wrapped: nn.Module, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]
 ) -> Callable[[], list[float]]:
-    """Go backward from `share * objective` (both 0-d) with the last micro-batch of a step.
+    """Go backward from `share * objective` (both 0-d) with the last micro-batch of a step. All ranks call.
 
-    On the way the mean of `numbers` (4,) over the ranks is taken.
-
-    Returns a function that reads the means, best a step later. All ranks call.
+    On the way the means over the ranks of `loss` (0-d) and of the three `flags` are taken; the returned function reads
+    them, best a step later.
     """
-    carrier = getattr(wrapped, "module", None)
+    if world.world_size == 1:
+        objective.backward(share)
+        read = world.later(loss.reshape(1))
+        return lambda: [*read(), *flags]
+    numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=objective.device)
+    numbers[0] = loss
+    carrier = wrapped.module
     if isinstance(carrier, _Carrier) and carrier.numbers is not None:
         carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
         torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))

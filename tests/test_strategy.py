@@ -351,10 +351,7 @@ def prepared() -> tuple[float, bool, list[float]]:
     model = Idle()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
-    def rehearse(wrapped: nn.Module) -> None:
-        wrapped(torch.ones(2, 3)).sum().backward()
-
-    wrapped, _ = prepare(world, model, optimizer, rehearse)
+    wrapped, _ = prepare(world, model, optimizer, lambda model: model(torch.ones(2, 3)).sum())
     passes, clean = model.passes.item(), all(p.grad is None for p in model.parameters())
     for _ in range(3):
         # each rank another input: what comes out is the mean gradient of all

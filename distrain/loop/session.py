@@ -36,7 +36,7 @@ from distrain.optim import (
 )
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
-from distrain.strategy import TrainingState, World, align_buffers, backward, prepare
+from distrain.strategy import TrainingState, World, align_buffers, prepare
 from distrain.telemetry import Telemetry, duration, show_summary
 
 
@@ -132,14 +132,11 @@ class Session:
         state = TrainingState(model, optimizer, ema)
         t = Training(recipe, world, model, optimizer, trained, call, loss, schedule, state)
 
-        def rehearse(wrapped: nn.Module) -> None:
-            batches = self._batches(start_step=0)
-            first = to_device(next(batches)[0], world)
-            objective = t.objective(wrapped, first)
-            backward(world, wrapped, objective, torch.ones_like(objective), torch.zeros(4, device=world.device))
+        def objective(model: nn.Module) -> torch.Tensor:
+            return t.objective(model, to_device(next(self._batches(start_step=0))[0], world))
 
         model.train()
-        t.model, t.optimizer = prepare(world, model, optimizer, rehearse)
+        t.model, t.optimizer = prepare(world, model, optimizer, objective)
         if recipe.train.compile:
             model.compile()
         return t

@@ -75,7 +75,7 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
     else:
         counts = torch.stack([loss.count(batch["targets"]) for batch in micro_batches]).sum()
         share = world.world_size / world.sum(counts.to(world.device))
-    numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=world.device)
+    losses: list[Tensor] = []
     last = len(micro_batches) - 1
     means: Callable[[], list[float]]
     for index, batch in enumerate(micro_batches):
@@ -85,11 +85,12 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
             objective = t.objective(t.model, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
             share = torch.as_tensor(share, dtype=objective.dtype, device=objective.device)
-            numbers[0] += objective.detach() * share
+            losses.append(objective.detach() * share)
             if index < last:
                 objective.backward(share)
             else:
-                means = backward(world, t.model, objective, share, numbers)
+                whole = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
+                means = backward(world, t.model, objective, share, whole, flags)
     clip = t.recipe.optim.clip_norm
     norm = clip_gradients(t.parameters, clip) if clip is not None else torch.zeros(())
     t.optimizer.step()
