@@ -238,6 +238,12 @@ class Telemetry:
         if self.display is not None:
             self.display.say(text)
 
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Show how the finished run went, in place of the progress."""
+        if self.display is not None:
+            self.display.close()
+            show_summary(summary, self.display.console)
+
     def close(self) -> None:
         """Flush everything."""
         for mirror in self.mirrors:

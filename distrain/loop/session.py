@@ -37,7 +37,7 @@ from distrain.optim import (
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
 from distrain.strategy import TrainingState, World, align_buffers, prepare
-from distrain.telemetry import Telemetry, duration, show_summary
+from distrain.telemetry import Telemetry, duration
 
 
 class Session:
@@ -381,8 +381,7 @@ class Session:
             self.run.mark_finished(summary)
 
         self.world.first(write)
-        if self.telemetry.display is not None:
-            show_summary(summary, self.telemetry.display.console)
+        self.telemetry.summarize(summary)
         return summary
 
     def _rate(self) -> float:
