@@ -217,7 +217,7 @@ def _make_room(out: Path, overwrite: bool, nbytes: int) -> set[Path]:
             f"{odd[0]} is a symbolic link or no regular file, and is not written over; remove it or choose another name"
         )
     if found and not overwrite:
-        raise UserError(f"{min(found)} exists already; choose another name or ask for it to be overwritten")
+        raise UserError(f"{min(found)} exists already; choose another name, or --overwrite it")
     if free < nbytes:
         raise UserError(
             f"{out.parent}: the export has {nbytes:,} bytes, and the disk has {free:,} left; free some space"

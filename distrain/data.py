@@ -492,6 +492,23 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     return dataclasses.replace(data, meta=meta)
 
 
+def check_data(recipe: Recipe) -> list[str]:
+    """Return what is wrong with the data section's name, arguments and transforms, as far as that needs no data."""
+    problems = []
+    checks: list[Callable[[], Any]] = [
+        lambda: build_transform(recipe, "train"),
+        lambda: build_transform(recipe, "eval"),
+    ]
+    if not is_object_spec(recipe.data.name):
+        checks.insert(0, lambda: find_dataset(recipe.data.name).check(recipe.data, recipe.task))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
 def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform:
     """Return what is done to the inputs of the training split, or of all others."""
     return Transform(getattr(recipe.data.transforms, kind), recipe.seed, f"data.transforms.{kind}")

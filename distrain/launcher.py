@@ -137,7 +137,8 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
         return
     if not run.exists and run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
-    if not run.exists or update:
+    # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
+    if not run.exists or update or not run.metrics_path.exists():
         run.create(recipe_text(loaded), launch)
     else:
         check_same_recipe(run, loaded)
@@ -183,11 +184,17 @@ def start(
     count = processes or max(gpu_count(), 1)
     if count == 1:
         return work(target, overrides, run_dir=run_dir, processes=1, update=update)
+    from distrain.loop import check_recipe
+
+    if loaded is not None:
+        check_recipe(loaded.recipe, target)
     # the recipe is read once: workers go by the run folder
     open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
     config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
     arguments = (str(run.path), *(["--update"] if update else []))
-    return launch(LaunchPlan(shared_file("launch", "train.py"), arguments, count, config))
+    status = launch(LaunchPlan(shared_file("launch", "train.py"), arguments, count, config))
+    # a launcher that was signalled calls that a failure, and the run folder knows better
+    return 0 if run.preempted is not None else status
 
 
 def work(
@@ -211,6 +218,9 @@ def work(
         run, loaded = find_run(target, overrides, run_dir)
         expected = processes or (run.launch().processes if loaded is None else None)
         check_world(Environment.read(os.environ), expected, launcher_argv())
+        from distrain.loop import check_recipe
+
+        check_recipe(loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe, target)
         return run, loaded
 
     try:
@@ -231,7 +241,7 @@ def work(
         world = open_world(recipe.train.precision)
 
         def begin() -> dict[str, Any] | None:
-            if run.exists and loaded is not None and not update:
+            if run.finished and loaded is not None and not update:
                 check_same_recipe(run, loaded)
             if not update and (done := run.finished):
                 return done

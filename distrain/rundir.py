@@ -164,6 +164,11 @@ class RunDir:
         """What the last attempt failed of, or None."""
         return self._marker("FAILED.json")
 
+    @property
+    def preempted(self) -> dict[str, Any] | None:
+        """Where a run that was asked to stop has stopped, or None."""
+        return self._marker("PREEMPTED")
+
     def _marker(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))

@@ -95,6 +95,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
     run = opened(tmp_path)
+    run.metrics_path.touch()
     before = run.recipe_path.read_text()
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "optim.lr=0.5", "train.ema=null", "seed=3")
@@ -105,6 +106,22 @@ def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
     opened(tmp_path)
     opened(tmp_path, "optim.lr=0.5", update=True)
     assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
+
+
+def test_a_recipe_may_be_mended_until_something_was_trained(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    opened(tmp_path, "optim.lr=0.5")
+    assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
+
+
+def test_a_recipe_with_mistakes_leaves_no_run_folder(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    mistakes = ["model.hiden=[3]", "data.spilt=[0.5,0.5]", "eval.metrics=[acuracy]"]
+    (ended,) = train(1, recipe, tmp_path / "run", *mistakes, status=1)
+    assert ended.err.startswith(f"error: {recipe}: 3 problems\n")
+    for name in ("hidden", "split", "accuracy"):
+        assert f"did you mean '{name}'" in ended.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_stored_recipe_is_the_same_recipe(tmp_path: Path) -> None:

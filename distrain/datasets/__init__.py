@@ -207,15 +207,18 @@ class DatasetEntry:
         """The first line of its docstring."""
         return (inspect.getdoc(self.build) or "").partition("\n")[0]
 
-    def __call__(self, request: DataRequest) -> Data:
-        """Check the task and the arguments of the recipe's section, and build."""
-        if request.task not in self.tasks:
+    def check(self, section: DataSection, task: Task) -> dict[str, Any]:
+        """Return the arguments for the builder; raises UserError for another task, and for what it does not take."""
+        if task not in self.tasks:
             raise UserError(
-                f"data set {self.name!r} is for {' or '.join(self.tasks)}, and the recipe's task is {request.task}; "
+                f"data set {self.name!r} is for {' or '.join(self.tasks)}, and the recipe's task is {task}; "
                 "change one of them"
             )
-        args = check_arguments(self.build, request.section.args, f"data set {self.name!r}", DataSection.model_fields)
-        return self.build(request, **args)
+        return check_arguments(self.build, section.args, f"data set {self.name!r}", DataSection.model_fields)
+
+    def __call__(self, request: DataRequest) -> Data:
+        """Check the task and the arguments of the recipe's section, and build."""
+        return self.build(request, **self.check(request.section, request.task))
 
 
 _ENTRIES: dict[str, DatasetEntry] = {}

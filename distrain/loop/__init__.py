@@ -15,7 +15,7 @@ from typing import Any
 
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest
-from distrain.loop.session import Session
+from distrain.loop.session import Session, check_recipe
 from distrain.loop.step import StepNumbers, Training, to_device, train_step
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
@@ -28,6 +28,7 @@ __all__ = [
     "StepNumbers",
     "StopRequest",
     "Training",
+    "check_recipe",
     "evaluate",
     "to_device",
     "train",

@@ -17,7 +17,15 @@ from torch import nn
 from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
 from distrain.config import Horizon, Recipe, RecipeError, UserError
 from distrain.consolidate import export
-from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
+from distrain.data import (
+    SampleOrder,
+    batch_shape,
+    build_data,
+    build_loader,
+    build_transform,
+    check_data,
+    prepare_data,
+)
 from distrain.datasets import Batch, Data, is_stream
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
@@ -47,7 +55,6 @@ class Session:
         """Build everything up to the first step; what can fail fails here, on all ranks together."""
         self.run, self.recipe, self.world = run, recipe, world
         self.started = time.monotonic()
-        check_recipe(recipe, str(run.recipe_path))
         world.first(run.clear_markers)
         world.first(lambda: prepare_data(recipe))
         checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
@@ -442,6 +449,7 @@ def all_finite(model: nn.Module) -> bool:
 def check_recipe(recipe: Recipe, source: str) -> None:
     """Raise RecipeError with all that is wrong with a recipe's names and arguments, as far as that needs no data."""
     problems = [
+        *check_data(recipe),
         *check_model(recipe),
         *check_loss(recipe),
         *check_optimizer(recipe.optim),
