@@ -188,8 +188,7 @@ def checkpoint_ls(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False
 ) -> None:
     """List a run's checkpoints."""
-    from distrain.checkpoint import CheckpointError, list_checkpoints, read_manifest
-    from distrain.inference import checkpoint_folder
+    from distrain.checkpoint import CheckpointError, checkpoint_folder, list_checkpoints, read_manifest
 
     rows: list[dict[str, Any]] = []
     for info in list_checkpoints(checkpoint_folder(run)):
@@ -228,11 +227,10 @@ def checkpoint_verify(
     ],
 ) -> None:
     """Read every byte and check it against the manifest's hashes."""
-    from distrain.checkpoint import list_checkpoints, verify
+    from distrain.checkpoint import checkpoint_folder, list_checkpoints, verify
     from distrain.checkpoint.format import MANIFEST
-    from distrain.inference import checkpoint_folder
 
-    single = (target / MANIFEST).exists() or target.name.startswith("step-")
+    single = (target / MANIFEST).exists() or (target.is_dir() and target.name.startswith("step-"))
     paths = [target] if single else [info.path for info in list_checkpoints(checkpoint_folder(target))]
     if not paths:
         raise UserError(f"{target} has no checkpoints")
@@ -273,8 +271,8 @@ def checkpoint_export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
+    from distrain.checkpoint import find_checkpoint
     from distrain.consolidate import export
-    from distrain.inference import find_checkpoint
 
     checkpoint = find_checkpoint(target, best=best)
     export(checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite)

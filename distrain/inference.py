@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import Reader, find_best, find_newest
-from distrain.checkpoint.format import MANIFEST
+from distrain.checkpoint import Reader, find_checkpoint
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets import AnySource, Batch, Data, DataMeta
@@ -21,44 +20,10 @@ from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
 from distrain.recipe_file import parse_recipe
-from distrain.rundir import RunDir
 from distrain.strategy import World, load_weights, open_world
 
 _NEW_TOKENS = 128
 """What a language model writes behind a prompt."""
-
-
-def checkpoint_folder(run: Path) -> Path:
-    """Return the folder of a run's checkpoints; raises UserError where `run` is not one."""
-    folder = RunDir(run).checkpoints
-    if not folder.is_dir():
-        raise UserError(f"{run} is not a run folder: it has no checkpoints/")
-    return folder
-
-
-def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
-    """Return the checkpoint that a command means: itself, or of a run the one it exported, its best, or its newest."""
-    path = Path(target)
-    if (path / MANIFEST).exists():
-        if best:
-            raise UserError(f"{path} is one checkpoint; --best goes with a run folder")
-        return path
-    folder = checkpoint_folder(path)
-    if best:
-        found = find_best(folder)
-        if found is None:
-            raise UserError(f"{path} has no checkpoint with a score; leave out --best for the newest")
-        return found
-    finished = RunDir(path).finished
-    if finished is not None and Path(finished["checkpoint"]).name:
-        exported = folder / Path(finished["checkpoint"]).name
-        if exported.is_dir():
-            return exported
-    newest, skipped = find_newest(folder)
-    if newest is None:
-        reasons = "".join(f"\n  {bad.name}: {reason}" for bad, reason in skipped)
-        raise UserError(f"{path} has no checkpoint that can be used{reasons}")
-    return newest
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import train, write_recipe
 
 import distrain
 
@@ -94,3 +95,16 @@ def test_help_imports_no_torch_and_nothing_slow() -> None:
     print(f"distrain --help took {time.perf_counter() - began:.2f} s")
     assert "Usage" in out
     assert out.strip().endswith("[]")
+
+
+def test_commands_on_checkpoints_import_no_torch(tmp_path: Path) -> None:
+    train(1, write_recipe(tmp_path), tmp_path / "run")
+    script = (
+        "import sys; from typer.testing import CliRunner; from distrain.cli import app\n"
+        "for arguments in (['ls', RUN], ['verify', RUN], ['export', RUN, '-o', OUT]):\n"
+        "    done = CliRunner().invoke(app, ['checkpoint', *arguments])\n"
+        "    assert done.exit_code == 0, done.output\n"
+        "assert 'torch' not in sys.modules"
+    )
+    names = f"RUN, OUT = {str(tmp_path / 'run')!r}, {str(tmp_path / 'model.safetensors')!r}\n"
+    python(names + script)

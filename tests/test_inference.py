@@ -11,10 +11,9 @@ import pytest
 from runs import checkpoint, cli, train, write_recipe
 from sklearn import datasets, metrics
 
-from distrain.checkpoint import list_checkpoints
+from distrain.checkpoint import find_checkpoint, list_checkpoints
 from distrain.config import UserError
 from distrain.data import build_data
-from distrain.inference import find_checkpoint
 from distrain.recipe_file import load_recipe
 
 RECIPE = """

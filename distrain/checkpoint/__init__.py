@@ -33,7 +33,16 @@ from distrain.checkpoint.format import (
     explain_difference,
     fingerprint,
 )
-from distrain.checkpoint.reading import Reader, find_best, find_newest, list_checkpoints, read_manifest, verify
+from distrain.checkpoint.reading import (
+    Reader,
+    checkpoint_folder,
+    find_best,
+    find_checkpoint,
+    find_newest,
+    list_checkpoints,
+    read_manifest,
+    verify,
+)
 from distrain.checkpoint.writing import Saver
 
 __all__ = [
@@ -51,9 +60,11 @@ __all__ = [
     "Tensor",
     "TensorDifference",
     "TensorSpec",
+    "checkpoint_folder",
     "difference",
     "explain_difference",
     "find_best",
+    "find_checkpoint",
     "find_newest",
     "fingerprint",
     "list_checkpoints",

@@ -32,7 +32,8 @@ from distrain.checkpoint.format import (
     piece_key,
     take,
 )
-from distrain.config import close_names
+from distrain.config import UserError, close_names
+from distrain.rundir import RunDir
 
 Header = dict[str, tuple[str, int, int, int]]
 """For each piece's key: its dtype, elements, offset in the file in bytes, and bytes."""
@@ -279,3 +280,41 @@ def best_first(infos: Iterable[CheckpointInfo], known: dict[str, float | None]) 
                 known[info.path.name] = None
     scored = [(score, info) for info in infos if (score := known[info.path.name]) is not None]
     return [info for _, info in sorted(scored, key=lambda item: (-item[0], item[1].step))]
+
+
+def checkpoint_folder(run: Path | str) -> Path:
+    """Return the folder of a run's checkpoints; raises UserError where `run` is not one."""
+    folder = RunDir(run).checkpoints
+    if folder.is_dir():
+        return folder
+    siblings = [info.path.name for info in list_checkpoints(Path(run).parent)] if Path(run).parent.is_dir() else []
+    if siblings:
+        raise UserError(f"there is no checkpoint {run}; there are {', '.join(siblings)} (older ones are retired)")
+    raise UserError(f"{run} is not a run folder: it has no checkpoints/")
+
+
+def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
+    """Return the checkpoint that a command means: itself, or of a run the one it exported, its best, or its newest.
+
+    Raises UserError where there is none that can be used.
+    """
+    path = Path(target)
+    if (path / MANIFEST).exists():
+        if best:
+            raise UserError(f"{path} is one checkpoint; --best goes with a run folder")
+        return path
+    folder = checkpoint_folder(path)
+    if best:
+        found = find_best(folder)
+        if found is None:
+            raise UserError(f"{path} has no checkpoint with a score; leave out --best for the newest")
+        return found
+    finished = RunDir(path).finished or {}
+    exported = folder / Path(finished.get("checkpoint", ".")).name
+    if finished and exported != folder and exported.is_dir():
+        return exported
+    newest, skipped = find_newest(folder)
+    if newest is None:
+        reasons = "".join(f"\n  {bad.name}: {reason}" for bad, reason in skipped)
+        raise UserError(f"{path} has no checkpoint that can be used{reasons}")
+    return newest
