@@ -208,6 +208,22 @@ def test_binary_with_two_outputs():
     assert count.item() == loss.count(targets).item() == 12
 
 
+@pytest.mark.parametrize("name", ["soft_margin", "hinge_embedding"])
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_targets_of_0_and_1_become_the_signs_that_a_loss_takes(name, task):
+    loss = build_loss(recipe(task, loss=name), DataMeta())
+    bits = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    outputs = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    value, count = loss.sum_and_count(outputs, bits)
+    torch.testing.assert_close(value / count.float(), _reference(name, {}, outputs, bits * 2 - 1))
+    assert loss.sum_and_count(outputs, bits * 2 - 1)[0] == value, "and signs stay"
+
+
+def test_only_bce_takes_probabilities():
+    taking = [name for name in loss_names() if build_loss(recipe("binary", loss=name), DataMeta()).takes_probabilities]
+    assert taking == ["bce"]
+
+
 def test_own_losses(tmp_path):
     (tmp_path / "own.py").write_text(
         "import torch\n"

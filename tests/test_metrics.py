@@ -145,6 +145,24 @@ def test_binary_is_scikit_learns(count, seed, shape):
     close(evaluate("binary", list(expected), outputs, targets, cuts=seed), expected)
 
 
+@pytest.mark.parametrize(("task", "shape"), [("binary", (60,)), ("multilabel", (60, 3))])
+def test_outputs_are_probabilities_where_the_loss_takes_those(task, shape):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(shape, generator=generator), torch.randint(0, 2, shape, generator=generator).float()
+    names = [
+        "accuracy",
+        "f1_micro",
+        "auroc",
+        "average_precision",
+        "confusion_matrix",
+        f"{task.capitalize()}CalibrationError" if task == "binary" else "MultilabelRankingLoss",
+    ]
+    meta = DataMeta(num_targets=3 if task == "multilabel" else None)
+    of_logits = evaluate(task, names, logits.double(), targets, meta=meta)
+    of_shares = evaluate(task, names, logits.double().sigmoid(), targets, meta=meta, loss="bce")
+    close(of_shares, of_logits)
+
+
 @SETTINGS
 @given(st.integers(2, 40), st.integers(2, 4), st.integers(0, 10**6))
 def test_multilabel_is_scikit_learns(count, labels, seed):

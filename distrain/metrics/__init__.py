@@ -204,8 +204,14 @@ def build_metrics(recipe: Recipe, meta: DataMeta) -> MetricSet:
 
 def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], list[str], Setting]:
     ignore_index = recipe.loss.args.get("ignore_index", NO_TARGET) if recipe.loss else NO_TARGET
-    is_entropy = meta is not None and build_loss(recipe, meta).is_token_entropy
-    setting = Setting(recipe.task, meta, ignore_index, is_entropy)
+    loss = build_loss(recipe, meta) if meta is not None else None
+    setting = Setting(
+        recipe.task,
+        meta,
+        ignore_index,
+        loss_is_entropy=loss is not None and loss.is_token_entropy,
+        is_probability=loss is not None and loss.takes_probabilities,
+    )
     wanted = recipe.eval.metrics
     components = [Component(name=name) for name in default_metrics(setting)] if wanted is None else wanted
     metrics: dict[str, Metric] = {}

@@ -132,7 +132,7 @@ def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
         return (output[:, 0], target[:, 0]) if output.shape[1] == 1 else (output, target)
     scores = seen.scores.double()
     if task in ("binary", "multilabel"):
-        return scores.sigmoid(), seen.labels
+        return (scores if seen.setting.is_probability else scores.sigmoid()), seen.labels
     if isinstance(metric, torchmetrics.text.Perplexity):
         return scores[None], seen.labels[None]
     return scores.softmax(-1), seen.labels

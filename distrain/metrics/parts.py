@@ -32,6 +32,8 @@ class Setting:
     """Integer targets that are not scored."""
     loss_is_entropy: bool = False
     """Whether the recipe's loss is the plain cross entropy."""
+    is_probability: bool = False
+    """Whether outputs of binary and multilabel are probabilities, as the recipe's loss takes them, and not logits."""
 
     @property
     def is_tokens(self) -> bool:
@@ -64,7 +66,10 @@ class Seen:
 
     @cached_property
     def scores(self) -> Tensor:
-        """(n, classes); (n,) logits for binary; (n, labels) logits for multilabel. Each token is one of the n."""
+        """(n, classes); (n,) for binary; (n, labels) for multilabel. Each token is one of the n.
+
+        Logits, or probabilities where the setting says so.
+        """
         outputs, targets, task = self.outputs, self.targets, self.setting.task
         if task == "binary":
             two = outputs.shape == (*targets.shape, 2)
@@ -97,8 +102,10 @@ class Seen:
 
     @cached_property
     def predicted(self) -> Tensor:
-        """The predicted labels, shaped as `labels`: the highest score, or every logit above 0."""
-        return (self.scores > 0).long() if self.setting.task in ("binary", "multilabel") else self.scores.argmax(-1)
+        """The predicted labels, shaped as `labels`: the highest score, or all that are more probable than not."""
+        if self.setting.task in ("binary", "multilabel"):
+            return (self.scores > (0.5 if self.setting.is_probability else 0.0)).long()
+        return self.scores.argmax(-1)
 
     @property
     def classes(self) -> int:

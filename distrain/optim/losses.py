@@ -75,6 +75,8 @@ _REFUSED = {
     "in a loss of your own",
 }
 _ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewithlogits"}
+_SIGNED = (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss, nn.CosineEmbeddingLoss)
+"""Losses of targets 1 and -1, which the targets of binary and multilabel, 1 and 0, are turned into."""
 _REDUCTIONS = ("size_average", "reduce", "reduction")
 _DEFAULTS: dict[Task, str] = {
     "classification": "cross_entropy",
@@ -101,6 +103,8 @@ class Loss:
     """Integer targets of this value are not counted."""
     is_token_entropy: bool = False
     """Whether the mean is the plain cross entropy, whose exponential is the perplexity."""
+    takes_probabilities: bool = False
+    """Whether outputs are probabilities, as of a model that ends in a sigmoid, and not logits."""
     takes_several: bool = False
     """Whether it takes all that a model returns, where that is a tuple of tensors, or only the first."""
 
@@ -272,18 +276,22 @@ def _class_numbers(targets: Tensor, task: Task) -> Tensor:
 class _ElementLoss(_TorchLoss):
     """Losses whose mean is over elements or over rows."""
 
-    def __init__(self, name: str, build: Callable[..., nn.Module], rule: _Rule, per_row: bool):
+    def __init__(self, name: str, build: Callable[..., nn.Module], rule: _Rule, per_row: bool, task: Task):
         super().__init__(name, build)
         self._rule = rule
         self.takes_several = rule.outputs > 1
         self._per_row = per_row
         self._kind = type(self._modules["sum"])
+        self._signed = self._kind in _SIGNED and task in ("binary", "multilabel")
+        self.takes_probabilities = self._kind is nn.BCELoss
 
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         inputs = [_wide(output) for output in _several(outputs, self._rule.outputs, self.name)]
         count = self._number(targets, keep)
         if not self._rule.class_targets:
             targets = targets.to(inputs[0].dtype)
+        if self._signed:
+            targets = (targets > 0.5).to(inputs[0].dtype) * 2 - 1
         module = self._module(keep, inputs[0])
         if self._kind is nn.TripletMarginLoss:
             losses = module(*_equal_shapes(inputs, self.name))
@@ -510,7 +518,7 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
         if rule.over == "classes":
             loss: Loss = _ClassLoss(name, partial(build, **_without(args, "ignore_index")), recipe.task, args)
         else:
-            loss = _ElementLoss(name, partial(build, **args), rule, per_row)
+            loss = _ElementLoss(name, partial(build, **args), rule, per_row, recipe.task)
         _try(loss, class_name, rule, recipe.task, args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
