@@ -102,6 +102,16 @@ def launch(plan: LaunchPlan) -> int:
     return 0
 
 
+def end_with_launcher() -> None:
+    """Have this process killed when its launcher is: alone it would go on, beside those of the next start."""
+    # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
 _SIGNAL_HINTS = {"SIGKILL": "; out of memory is the usual reason (see dmesg), or somebody did it"}
 
 
@@ -210,6 +220,7 @@ def work(
     Nothing is written before the world has been found to be the one that was asked for: by `processes`, by the run's
     launch.json, or by the launcher's own command line.
     """
+    end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
 
     def prepare() -> tuple[RunDir, LoadedRecipe | None]:
@@ -327,6 +338,7 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) 
 
 def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
     """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
+    end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
 
     def score() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,34 @@ def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert "trian" in ended.err
     assert "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes follow their launcher on Linux only")
+def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    arguments = ["train", write_recipe(tmp_path), "--run-dir", run.path, "--processes", 2, "train.steps=100000"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "distrain.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
+    )
+    until = time.monotonic() + 60
+    try:
+        while next(run.rows(), None) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(children) == 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+    while any(_runs(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [child for child in children if _runs(child)] == []
+
+
+def _runs(process: str) -> bool:
+    try:
+        return "train.py" in Path(f"/proc/{process}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
