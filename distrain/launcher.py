@@ -295,7 +295,8 @@ def _log_to(run: RunDir, rank: int) -> None:
 def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
     """Run `action`; returns 0, or 1 after saying why it failed: on the terminal, in the rank's log, in FAILED.json.
 
-    When several ranks fail only the first to record it speaks, so that one cause is one message.
+    When several ranks fail only the first to record it speaks, so that one cause is one message; a rank that was told
+    of another's failure leaves the telling to that one. Without a run, rank 0 speaks, and whoever has a traceback.
     """
     try:
         action()
@@ -311,10 +312,11 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
             "message": str(error),
             "traceback": None if teaches else text,
         }
-        first = rank == 0
+        told = getattr(error, "of_another_rank", False)
+        first = rank == 0 or not (teaches or told)
         if run is not None and run.exists:
             try:
-                first = run.mark_failed(record)
+                first = not told and run.mark_failed(record)
             except OSError as disk:
                 print(f"warning: FAILED.json could not be written: {disk}", file=sys.stderr)
         if first:

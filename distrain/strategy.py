@@ -8,6 +8,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +113,9 @@ def _processes(count: int) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # The world
 
+_PATIENCE = timedelta(days=1)
+"""How long ranks wait while rank 0 does something for all of them."""
+
 
 class World:
     """The processes of this run: who they are, and how they agree. Every method is called by all ranks.
@@ -131,6 +135,9 @@ class World:
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]
+        self._patient: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""
@@ -163,44 +170,52 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` (a small object) on every rank."""
+        return self._broadcast(value, self._control)
+
+    def _broadcast(self, value: Any, group: dist.ProcessGroup | None) -> Any:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._control)
+        dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
     def first(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 runs `action`; every rank returns its result, or raises what it raised."""
+        """Rank 0 runs `action`; every rank returns its result, or raises what it raised.
+
+        Ranks wait for it for up to a day: data may be prepared and large checkpoints verified here. A process that has
+        ended ends their waiting at once.
+        """
         outcome: tuple[Any, Exception | None] = (None, None)
+        own: Exception | None = None
         if self.rank == 0:
             try:
                 outcome = (action(), None)
             except Exception as error:
-                outcome = (None, error)
-        result, failure = self.broadcast(outcome)
+                outcome, own = (None, _picklable(error)), error
+        result, failure = self._broadcast(outcome, self._patient)
         if failure is not None:
-            raise failure
+            raise own or _of_another_rank(failure)
         return result
 
     def together(self, action: Callable[[], Any]) -> Any:
         """Every rank runs `action` and returns its own result; if any rank fails, all raise the first failure.
 
-        For work in which ranks can fail alone, so that none waits for another that has already given up.
+        For work in which ranks can fail alone, so that none waits for another that has already given up. `action` must
+        not speak to other ranks.
         """
-        result, error = None, None
+        result, own = None, None
         try:
             result = action()
-        except Exception as caught:
-            error = caught
-        for rank, failure in enumerate(self.gather(error)):
-            if failure is not None:
-                if rank == self.rank:
-                    raise failure
-                raise (
-                    type(failure)(*failure.args)
-                    if isinstance(failure, UserError)
-                    else RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
-                )
+        except Exception as error:
+            own = error
+        for rank, failure in enumerate(self.gather(own and _picklable(own))):
+            if failure is None:
+                continue
+            if rank == self.rank and own is not None:
+                raise own
+            if not isinstance(failure, UserError):
+                failure = RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
+            raise _of_another_rank(failure)
         return result
 
     def for_evaluation(self, model: nn.Module) -> nn.Module:
@@ -214,10 +229,26 @@ class World:
             dist.destroy_process_group()
 
 
+def _picklable(error: Exception) -> Exception:
+    """Return `error`, or where it does not come out of pickling as it went in, a RuntimeError that says the same."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # whatever a class of the user's does there, what went wrong before matters more
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _of_another_rank(error: Exception) -> Exception:
+    # read where failures are told: the rank that failed has the traceback, and is to be the one that tells
+    error.of_another_rank = True  # type: ignore[attr-defined]
+    return error
+
+
 def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_s: float = 600.0) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
-    `precision` is the recipe's: auto, fp32, bf16 or fp64. `timeout_s` bounds every collective.
+    `precision` is the recipe's: auto, fp32, bf16 or fp64. `timeout_s` bounds every collective but those of `first`.
     """
     environment = Environment.read(os.environ)
     on_cpu = not torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import sacrebleu
 import torch
 from own_parts import Points
-from runs import Ended, cli, losses, rows, state, train, train_rank, write_recipe
+from runs import Ended, captured, cli, losses, rows, state, train, train_rank, write_recipe
 from safetensors.numpy import load_file
 from sklearn import metrics as sk
 from worlds import in_world
 
+from distrain.config import UserError
 from distrain.data import build_data
+from distrain.launcher import reported
 from distrain.loop import Best, evaluate, evaluation
 from distrain.metrics import build_metrics
 from distrain.models import build_model, calling_convention
@@ -76,6 +79,25 @@ def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: in
         assert found["f1_macro"] == pytest.approx(f1, abs=1e-12)
         loss = torch.nn.functional.cross_entropy(logits.double(), points.targets).item()
         assert found["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def score_with_a_bad_sample(recipe: str) -> Ended:
+    """Score in a world whose last rank meets a sample that cannot be read."""
+    build = evaluation.build_eval_loader
+
+    def build_bad(*args: Any, **kwargs: Any) -> Any:
+        yield from build(*args, **kwargs)
+        if kwargs["rank"] == kwargs["world_size"] - 1:
+            raise UserError("sample 7 cannot be read")
+
+    evaluation.build_eval_loader = build_bad  # type: ignore[assignment]
+    return captured(lambda: reported(None, int(os.environ["RANK"]), lambda: score(recipe)))
+
+
+def test_a_sample_that_one_rank_cannot_read_ends_all_with_one_message(tmp_path: Path) -> None:
+    ended = in_world(2, score_with_a_bad_sample, str(write_recipe(tmp_path, POINTS.format(tests=5))))
+    assert [rank.status for rank in ended] == [1, 1]
+    assert [rank.err for rank in ended] == ["error (rank 0): sample 7 cannot be read\n", ""]
 
 
 def spoiled(recipe: str, run_dir: str, how: str) -> Ended:

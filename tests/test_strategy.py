@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from worlds import in_world, running_world
 
 from distrain.checkpoint import LocalCommunicator, Reader, Saver
-from distrain.config import UserError
+from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
 from distrain.strategy import (
     Environment,
@@ -131,6 +132,13 @@ def test_a_world_that_came_up_otherwise_is_refused() -> None:
 # Agreeing
 
 
+class Odd(Exception):
+    """Pickled with its message alone, as exceptions are, it cannot be made again."""
+
+    def __init__(self, what: str, where: str):
+        super().__init__(f"{what} {where}")
+
+
 def agree() -> dict[str, Any]:
     world = open_world("fp32")
     rank = world.rank
@@ -156,6 +164,9 @@ def agree() -> dict[str, Any]:
     last = world.world_size - 1
     attempt("together fails for the user", lambda: world.together(lambda: fail(last, UserError("no such file"))))
     attempt("together fails", lambda: world.together(lambda: fail(last, KeyError("x"))))
+    attempt("first fails oddly", lambda: world.first(lambda: fail(0, Odd("no", "file"))))
+    attempt("together fails oddly", lambda: world.together(lambda: fail(last, Odd("no", "file"))))
+    attempt("recipe", lambda: world.together(lambda: fail(last, RecipeError("r.yaml", ["no name"]))))
     found["after"] = world.sum(torch.ones(1)).item()
     world.close()
     return found
@@ -177,7 +188,21 @@ def test_ranks_agree(world_size: int) -> None:
         assert found["together fails for the user"] == "UserError: no such file"
         own = "KeyError: 'x'"
         assert found["together fails"] == (own if rank == last else f"RuntimeError: rank {last} failed: {own}")
+        assert "Odd: no file" in found["first fails oddly"]
+        assert "Odd: no file" in found["together fails oddly"]
+        assert found["recipe"] == "RecipeError: r.yaml: 1 problem\n  - no name"
         assert found["after"] == world_size, "nobody is left behind"
+
+
+def wait_for_rank_0() -> str:
+    world = open_world("fp32", timeout_s=1)
+    said = world.first(lambda: time.sleep(3) or "ready")
+    world.close()
+    return said
+
+
+def test_what_rank_0_does_for_all_may_take_longer_than_a_collective() -> None:
+    assert in_world(2, wait_for_rank_0) == ["ready", "ready"]
 
 
 def die_alone() -> None:

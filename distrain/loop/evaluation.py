@@ -39,7 +39,7 @@ def evaluate(
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
     Ranks add up sums and counts, one reduction carries them, one division follows. Raises RuntimeError when the samples
-    seen are not the data set, each once.
+    seen are not the data set, each once; what one rank raises, all raise.
     """
     metrics.reset()
     seen = _Seen()
@@ -56,7 +56,9 @@ def evaluate(
         pin_memory=world.device.type == "cuda",
         split=split,
     )
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def add_up() -> None:
         for batch in loader:
             ids = batch["ids"]
             seen.add(ids.numpy())
@@ -64,10 +66,13 @@ def evaluate(
             batch = to_device(batch, world)
             outputs = call(model, batch["inputs"])
             loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
-            loss_sums += torch.stack((loss_sum.double(), count.double()))
+            loss_sums.add_(torch.stack((loss_sum.double(), count.double())))
             metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
             if metrics.needs_text:
                 metrics.update_text(*_texts(model, batch, decode), keep=(ids >= 0).tolist())
+
+    # no rank waits for another before the sums: one whose sample does not decode must reach the others
+    world.together(add_up)
     model.train(was_training)
     own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
     metric_sums = metrics.sums().to(world.device)
