@@ -134,6 +134,7 @@ def _predict(trained: Trained, source: AnySource, transform: Transform, what: st
     micro = recipe.batch.micro_batch_size
     batch_size = recipe.eval.batch or (recipe.batch.global_batch_size if micro == "auto" else micro)
     loader = build_eval_loader(source, rank=0, world_size=1, batch_size=batch_size, transform=transform, split=what)
+    is_probability = build_loss(recipe, trained.data.meta).takes_probabilities
     with torch.no_grad():
         for batch in loader:
             keep = (batch["ids"] >= 0).numpy()
@@ -141,17 +142,19 @@ def _predict(trained: Trained, source: AnySource, transform: Transform, what: st
             if recipe.task in ("language_modeling", "seq2seq"):
                 columns: dict[str, Any] = {"text": _generated(trained, batch)}
             else:
-                columns = _columns(
-                    recipe.task, trained.call(trained.model, batch["inputs"]).logits.cpu(), trained.data.meta
-                )
+                outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
+                columns = _columns(recipe.task, outputs, trained.data.meta, is_probability)
             yield {"row": batch["ids"].numpy()[keep]} | {
                 name: np.asarray(values, dtype=object if name == "text" else None)[keep]
                 for name, values in columns.items()
             }
 
 
-def _columns(task: str, outputs: Tensor, meta: DataMeta) -> dict[str, Any]:
-    """Return the columns of a batch of outputs (batch, k) or (batch,)."""
+def _columns(task: str, outputs: Tensor, meta: DataMeta, is_probability: bool) -> dict[str, Any]:
+    """Return the columns of a batch of outputs (batch, k) or (batch,).
+
+    `is_probability`: whether outputs of binary and multilabel are probabilities, and not logits.
+    """
     outputs = outputs.double()
     if task == "classification":
         probabilities = outputs.softmax(dim=1)
@@ -163,12 +166,15 @@ def _columns(task: str, outputs: Tensor, meta: DataMeta) -> dict[str, Any]:
         } | {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
     outputs = outputs.reshape(len(outputs), -1)
     if task == "binary":
-        probability = outputs[:, 0].sigmoid()
+        # two outputs are one for each class
+        outputs = outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs[:, 0]
+        probability = outputs if is_probability else outputs.sigmoid()
         names = meta.class_names or ("0", "1")
         return {"prediction": [names[int(p > 0.5)] for p in probability.tolist()], "probability": probability.numpy()}
     if task == "multilabel":
         names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
-        return {f"probability_{name}": outputs[:, index].sigmoid().numpy() for index, name in enumerate(names)}
+        probabilities = outputs if is_probability else outputs.sigmoid()
+        return {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
     if meta.target_std is not None and meta.target_mean is not None:
         outputs = outputs * torch.tensor(meta.target_std) + torch.tensor(meta.target_mean)
     if outputs.shape[1] == 1:
@@ -190,4 +196,13 @@ def _generated(trained: Trained, batch: Batch) -> list[str]:
     # one by one: what follows a prompt must not follow its padding
     lengths = batch.get("lengths", torch.full((len(inputs),), inputs.shape[1])).tolist()
     prompts = [inputs[index : index + 1, :length] for index, length in enumerate(lengths)]
-    return [decode(generate(prompt, max_new_tokens=_NEW_TOKENS)[0].tolist()) for prompt in prompts]
+    return [decode(generate(prompt, max_new_tokens=_room(trained.model, prompt))[0].tolist()) for prompt in prompts]
+
+
+def _room(model: nn.Module, prompt: Tensor) -> int:
+    """Return how many tokens to write behind a prompt (1, tokens): a transformers model ends with its positions."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    room = _NEW_TOKENS if positions is None else min(_NEW_TOKENS, positions - prompt.shape[1])
+    if room < 1:
+        raise UserError(f"a prompt has {prompt.shape[1]} tokens, and the model {positions} positions; shorten it")
+    return room

@@ -96,6 +96,40 @@ def test_the_two_classes_of_a_table(tmp_path: Path) -> None:
     assert not (tmp_path / "no.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("loss", "end"), [("bce", "{Linear: [30, 1]}, Sigmoid"), ("cross_entropy", "{Linear: [30, 2]}")]
+)
+def test_probabilities_of_models_that_end_otherwise(tmp_path: Path, loss: str, end: str) -> None:
+    model = f"model={{name: sequential, layers: [{end}]}}"
+    run = trained(tmp_path, "breast_cancer", "binary", 60, model, f"loss={loss}", "eval.metrics=[accuracy, auroc]")
+    frame = predict(run, "test", tmp_path / "out.csv")
+    truth, found = targets(run) > 0.5, scores(run)
+    assert found["accuracy"] > 0.9
+    assert metrics.accuracy_score(truth, frame["prediction"] == "benign") == pytest.approx(found["accuracy"])
+    assert metrics.roc_auc_score(truth, frame["probability"]) == pytest.approx(found["auroc"])
+    assert ((frame["probability"] > 0.5) == (frame["prediction"] == "benign")).all()
+    assert frame["probability"].min() < 0.1
+
+
+def test_a_text_ends_with_the_positions_of_a_transformers_model(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("the quick brown fox\n" * 40)
+    config = "{model_type: gpt2, n_embd: 8, n_layer: 1, n_head: 1, n_positions: 24}"
+    overrides = (
+        "task=language_modeling",
+        f"data={{name: text, path: {tmp_path}/corpus.txt, seq_len: 16}}",
+        f"model={{name: 'transformers:AutoModelForCausalLM', config: {config}}}",
+    )
+    run = trained(tmp_path, "digits", "classification", 2, *overrides)
+    (tmp_path / "prompts.txt").write_text("the quick")
+    frame = predict(run, tmp_path / "prompts.txt", tmp_path / "out.parquet")
+    assert frame["text"][0].startswith("the quick")
+    assert len(frame["text"][0].encode(errors="replace")) >= 24
+    (tmp_path / "prompts.txt").write_text("the quick brown fox jumps over")
+    ended = cli("predict", run, tmp_path / "prompts.txt", "-o", tmp_path / "no.csv")
+    assert ended.status == 1
+    assert "a prompt has 30 tokens, and the model 24 positions" in ended.err
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 def test_numbers_in_their_own_units(tmp_path: Path, standardize: bool) -> None:
     run = trained(tmp_path, "diabetes", "regression", 60, f"data.standardize_target={str(standardize).lower()}")
