@@ -145,7 +145,7 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
     if loaded is None:
         run.write_launch(launch)
         return
-    if not run.exists and run.path.is_dir() and any(run.path.iterdir()):
+    if not run.exists and run.holds_other_files():
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
     # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
     if not run.exists or update or not run.metrics_path.exists():

@@ -126,12 +126,19 @@ class RunDir:
         """Whether a run was created here."""
         return self.recipe_path.is_file()
 
+    def holds_other_files(self) -> bool:
+        """Whether there is a folder with anything in it but what an interrupted `create` left."""
+        unfinished = f".{self.recipe_path.name}."
+        return self.path.is_dir() and any(not entry.name.startswith(unfinished) for entry in self.path.iterdir())
+
     def create(self, recipe_text: str, launch: Launch) -> None:
         """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.write_launch(launch)
+            self.path.mkdir(parents=True, exist_ok=True)
+            # first: it makes the folder a run, which the same command takes up wherever this is interrupted
             write_atomically(self.recipe_path, recipe_text)
+            self.write_launch(launch)
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path}: {error.strerror or error}; "
@@ -216,19 +223,22 @@ class RunDir:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise UserError(f"{self.metrics_path}:{number} is not JSON: {error}") from error
+                    raise UserError(
+                        f"{self.metrics_path}:{number} is not JSON: {error}; take that line out of the file"
+                    ) from error
 
 
 class MetricsFile:
-    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed.
+    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed."""
 
-    Steps that are trained again after a crash give the same numbers again, so a row that is already there stays.
-    """
-
-    def __init__(self, run: RunDir):
+    def __init__(self, run: RunDir, *, resume_step: int | None = None):
+        """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe."""
         self._run = run
         self._seen: set[tuple[str, int]] = set()
         self.count = 0
+        if resume_step is not None and any(row["step"] > resume_step for row in run.rows()):
+            kept = [row for row in run.rows() if row["step"] <= resume_step]
+            write_atomically(run.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         for row in run.rows():
             self._seen.add((row["event"], row["step"]))
             self.count += 1

@@ -194,7 +194,7 @@ class Telemetry:
         """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes."""
         if rank != 0:
             return cls(None, None, [])
-        telemetry = cls(MetricsFile(run), Display(total_steps, start_step), [])
+        telemetry = cls(MetricsFile(run, resume_step=start_step), Display(total_steps, start_step), [])
         wanted: list[tuple[str, Callable[[], Mirror]]] = []
         if recipe.log.wandb != "off":
             wanted.append(("wandb", lambda: Wandb(run, recipe, config)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, cli, losses, rows, train, write_recipe
+from runs import TINY, checkpoint, cli, losses, rows, train, write_recipe
 
 import distrain
 from distrain.config import UserError
@@ -147,6 +148,24 @@ def test_update_goes_on_with_the_new_values(tmp_path: Path) -> None:
     assert done is not None
     assert done["steps"] == 16
     assert [row["step"] for row in rows(run) if row["event"] == "final"] == [12, 16]
+
+
+def test_update_replaces_the_rows_of_steps_that_it_trains_again(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    for step in (8, 12):
+        shutil.rmtree(checkpoint(run, step))
+    train(1, recipe, run, "optim.lr=1e-4", "eval.metrics=[accuracy,f1_macro]", "eval.best=f1_macro", update=True)
+    found = rows(run)
+    rates = [row["lr"] for row in found if row["event"] == "train"]
+    assert len(rates) == 12
+    assert max(rates[:4]) > 5e-3
+    assert max(rates[4:]) <= 1e-4
+    assert ["f1_macro" in row for row in found if row["event"] == "eval"] == [False, True, True]
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["best"]["step"] in (8, 12), "the score of step 4 is another metric's"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_a_row_is_written_once(run: RunDir) -> None:
         assert file.count == 2
         file.close()
     assert [(row["event"], row["loss"]) for row in run.rows()] == [("train", 0.5), ("eval", 0.6)]
+
+
+def test_rows_of_steps_that_are_trained_again_are_taken_out(run: RunDir) -> None:
+    file = MetricsFile(run)
+    for step in (1, 2, 3):
+        file.append({"event": "train", "step": step, "loss": 0.5})
+    file.close()
+    file = MetricsFile(run, resume_step=2)
+    assert file.count == 2
+    assert file.append({"event": "train", "step": 3, "loss": 0.7})
+    file.close()
+    assert [(row["step"], row["loss"]) for row in run.rows()] == [(1, 0.5), (2, 0.5), (3, 0.7)]
 
 
 def test_what_json_cannot_hold_is_text(run: RunDir) -> None:
@@ -158,3 +171,27 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     write_atomically(path, "new")
     assert path.read_text() == "new"
+
+
+def test_what_an_interrupted_creation_leaves_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Launch(1, "single", [], {}, None, "here")
+    replace = Path.replace
+    for calls in range(3):
+        run = RunDir(tmp_path / str(calls))
+        left = [calls]
+
+        def interrupted(self: Path, target: Path, left: list[int] = left) -> Path:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return replace(self, target)
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(Path, "replace", interrupted)
+            run.create("name: x\n", launch)
+        assert run.exists or not run.holds_other_files()
+        run.create("name: x\n", launch)
+        assert run.launch() == launch
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    assert RunDir(tmp_path / "other").holds_other_files()

@@ -76,7 +76,12 @@ class Best:
         name = (recipe.eval.best or "loss").removeprefix("-")
         best = cls(name, higher_is_better(recipe.eval.best or "loss", metrics))
         rows = world.first(
-            lambda: [(row["step"], row[name]) for row in run.rows() if row["event"] == "eval" and row["step"] <= step]
+            # a recipe that was changed may ask for a metric that was not computed before
+            lambda: [
+                (row["step"], row[name])
+                for row in run.rows()
+                if row["event"] == "eval" and row["step"] <= step and name in row
+            ]
         )
         best.scores = [(at, float(score)) for at, score in rows]
         return best
