@@ -298,9 +298,13 @@ def prepare(
     model = world.accelerator.prepare_model(model, evaluation_mode=True)
     if world.world_size == 1:
         return model, optimizer
-    with _restored(model):
-        objective(model).backward()
-        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    def without_gradient() -> list[str]:
+        with _restored(model):
+            objective(model).backward()
+            return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    unused = world.together(without_gradient)
     anywhere = sorted({name for names in world.gather(unused) for name in names})
     handler = world.accelerator.ddp_handler
     assert handler is not None, "open_world sets it"

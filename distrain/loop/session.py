@@ -72,20 +72,11 @@ class Session:
             world.together(lambda: self.t.state.restore(reader))
             reader.close()
             self.t.step = reader.manifest.step
-        self.first_step = self.t.step
         self.metrics = build_metrics(recipe, self.data.meta)
         self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
         self.stopping = ""
         # a run can be stopped between the evaluation that ends it and the end itself
         self.ended_early = self._exhausted()
-        self.telemetry = Telemetry.open(
-            run,
-            recipe,
-            rank=world.rank,
-            total_steps=self.total_steps,
-            start_step=self.t.step,
-            config=recipe.model_dump(mode="json", by_alias=True),
-        )
         self.saver = Saver(
             run.checkpoints,
             world,
@@ -99,10 +90,21 @@ class Session:
         self._save_every = Every(recipe.checkpoint.every, self.horizon, "checkpoint.every")
         self._saved_step = self.t.step if reader is not None else -1
         self._scored_step = self.best.scores[-1][0] if self.best.scores else -1
-        self._saved_at = self._logged_at = time.monotonic()
         self._logged_step = self.t.step
         self._time_to_save = False
         self._waited = Waited()
+        # last of what can fail: a display or tracker that was opened would be left open
+        self.telemetry = world.together(
+            lambda: Telemetry.open(
+                run,
+                recipe,
+                rank=world.rank,
+                total_steps=self.total_steps,
+                start_step=self.t.step,
+                config=recipe.model_dump(mode="json", by_alias=True),
+            )
+        )
+        self._saved_at = self._logged_at = time.monotonic()
         for path, reason in skipped:
             self.say(f"skipped checkpoint {path.name}: {reason}")
         self._introduce(reader.manifest if reader is not None else None)
