@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import Reader, find_checkpoint
+from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets import AnySource, Batch, Data, DataMeta
@@ -40,16 +40,40 @@ class Trained:
     @classmethod
     def load(cls, target: Path | str) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
+        # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
+        # run that is still training may publish or retire a checkpoint between two looks
         checkpoint = find_checkpoint(target)
-        with Reader(checkpoint) as reader:
-            recipe = parse_recipe(reader.manifest.recipe, f"the recipe in {checkpoint}")
-            world = open_world(recipe.train.precision)
-            data = build_data(recipe, state=reader.manifest.scalars["data"])
-            model = build_model(recipe, data.meta, weights=False)
-            load_weights(model, reader, averaged=recipe.train.ema is not None)
-        model.to(world.device).eval()
-        call = calling_convention(model)
-        return cls(checkpoint, recipe, data, world.for_evaluation(model), call, world)
+        world = open_world(_recipe_in(read_manifest(checkpoint).recipe, checkpoint).train.precision)
+        try:
+            return cls._load(world, Path(world.broadcast(str(checkpoint))))
+        except BaseException:
+            world.close()
+            raise
+
+    @classmethod
+    def _load(cls, world: World, checkpoint: Path) -> Trained:
+        world.first(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
+        with world.together(lambda: Reader(checkpoint, verify=False)) as reader:
+            recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+
+            def build() -> tuple[Data, nn.Module]:
+                data = build_data(recipe, state=reader.manifest.scalars["data"])
+                model = build_model(recipe, data.meta, weights=False)
+                load_weights(model, reader, averaged=recipe.train.ema is not None)
+                return data, model.to(world.device).eval()
+
+            data, model = world.together(build)
+        return cls(checkpoint, recipe, data, world.for_evaluation(model), calling_convention(model), world)
+
+
+def _recipe_in(text: str, checkpoint: Path) -> Recipe:
+    return parse_recipe(text, f"the recipe in {checkpoint}")
+
+
+def _batch_size(recipe: Recipe, world_size: int) -> int:
+    """Return how many samples go through the model at a time: no more than in training on as many processes."""
+    micro = recipe.batch.micro_batch_size
+    return recipe.eval.batch or (-(-recipe.batch.global_batch_size // world_size) if micro == "auto" else micro)
 
 
 def evaluate_checkpoint(target: Path | str, split: str) -> dict[str, Any]:
@@ -65,7 +89,6 @@ def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
     recipe, data, world = trained.recipe, trained.data, trained.world
     if split not in data.splits:
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
-    micro = recipe.batch.micro_batch_size
     values = evaluate(
         trained.model,
         trained.call,
@@ -73,7 +96,7 @@ def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
         world=world,
         loss=build_loss(recipe, data.meta),
         metrics=build_metrics(recipe, data.meta),
-        batch_size=recipe.eval.batch or (recipe.batch.global_batch_size if micro == "auto" else micro),
+        batch_size=_batch_size(recipe, world.world_size),
         transform=build_transform(recipe, "eval"),
         workers=recipe.data.workers,
         decode=data.meta.decode,
@@ -131,8 +154,7 @@ def _source(trained: Trained, inputs: str) -> AnySource:
 
 def _predict(trained: Trained, source: AnySource, transform: Transform, what: str) -> Iterator[dict[str, Any]]:
     recipe, world = trained.recipe, trained.world
-    micro = recipe.batch.micro_batch_size
-    batch_size = recipe.eval.batch or (recipe.batch.global_batch_size if micro == "auto" else micro)
+    batch_size = _batch_size(recipe, world_size=1)
     loader = build_eval_loader(source, rank=0, world_size=1, batch_size=batch_size, transform=transform, split=what)
     is_probability = build_loss(recipe, trained.data.meta).takes_probabilities
     with torch.no_grad():
@@ -176,7 +198,8 @@ def _columns(task: str, outputs: Tensor, meta: DataMeta, is_probability: bool) -
         probabilities = outputs if is_probability else outputs.sigmoid()
         return {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
     if meta.target_std is not None and meta.target_mean is not None:
-        outputs = outputs * torch.tensor(meta.target_std) + torch.tensor(meta.target_mean)
+        std, mean = (torch.tensor(each, dtype=torch.float64) for each in (meta.target_std, meta.target_mean))
+        outputs = outputs * std + mean
     if outputs.shape[1] == 1:
         return {"prediction": outputs[:, 0].numpy()}
     return {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}
