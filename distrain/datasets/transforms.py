@@ -90,8 +90,11 @@ class Transform:
                 raise
             except Exception as error:
                 shapes = _shapes(images)
+                hint = ""
+                if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and "uint8" in str(error):
+                    hint = "; put {name: ToDtype, dtype: float32, scale: true} before it"
                 raise UserError(
-                    f"{self.where}: {name} failed on inputs {shapes}: {type(error).__name__}: {error}"
+                    f"{self.where}: {name} failed on inputs {shapes}: {type(error).__name__}: {error}{hint}"
                 ) from error
         if not isinstance(images, torch.Tensor):
             raise UserError(

@@ -198,6 +198,14 @@ def test_every_problem_is_told_at_once() -> None:
         assert text in line
 
 
+def test_what_wants_floats_says_how_to_make_them(images: torch.Tensor) -> None:
+    normalize = {"name": "Normalize", "mean": [0.5], "std": [0.5]}
+    with pytest.raises(UserError, match=r"put \{name: ToDtype, dtype: float32, scale: true\} before it"):
+        apply(build(normalize), images)
+    made = apply(build({"name": "ToDtype", "dtype": "float32", "scale": True}, normalize), images)
+    torch.testing.assert_close(made, images.float() / 127.5 - 1)
+
+
 def test_transforms_are_for_a_single_tensor() -> None:
     with pytest.raises(UserError, match="the inputs are source, target, and transforms are for a single tensor"):
         build("RandomHorizontalFlip")(
