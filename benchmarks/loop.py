@@ -2,19 +2,21 @@
 
     python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--save benchmarks/results/loop.md]
 
-The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work: batches
-by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a cosine
-learning rate, and the loss over all processes known for every tenth step. distrain does what it always does besides:
-seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints. Each figure is the median time of
-a step over windows of 50 after a warm-up, in a process of its own; peers take turns, and the ratio is within a round.
-Threads are one for each process. Lightning is measured where it is installed.
+The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work:
+batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a
+cosine learning rate, and the loss over all processes known for every tenth step. distrain does what it always does
+besides: seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints. Each figure is the
+median time of a step over windows of 50 after a warm-up, in a process of its own; peers take turns, and the ratio is
+within a round. Threads are one for each process. Lightning is measured where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -218,9 +220,8 @@ def run_trainer(steps: int, world_size: int, rank: int) -> float:
             disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Trainer(Net(), arguments, train_dataset=Rows(), callbacks=[Ticks()])
-        sys.stdout, kept = open(os.devnull, "w"), sys.stdout
-        trainer.train()
-        sys.stdout = kept
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
     return clock.median_us()
 
 
@@ -254,9 +255,8 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
     world = strategy.open_world("fp32")
     run = RunDir(folder / "run")
     world.first(lambda: open_run(run, load_recipe(recipe), Launch.describe(world_size, world.strategy)))
-    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
-    loop.train(run, world)
-    sys.stdout = kept
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop.train(run, world)
     world.close()
     return clock.median_us()
 
@@ -317,7 +317,8 @@ def main() -> None:
         return
     peers = [peer for peer in PEERS if peer != "lightning" or importlib.util.find_spec("lightning")]
     lines = [
-        f"Time of a step, µs, median (least to most) of {a.rounds} rounds of {a.steps} steps; ratio to raw PyTorch within a round.",
+        f"Time of a step, µs, median (least to most) of {a.rounds} rounds of {a.steps} steps; ratio to raw PyTorch "
+        "within a round.",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {importlib.metadata.version('torch')}, {time.strftime('%Y-%m-%d')}.",
         "",
