@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 
 import numpy as np
@@ -16,8 +17,8 @@ class Tagged:
     meta = {"pad_id": 0, "vocab_size": 11}
 
     def __init__(self, samples: int = 60) -> None:
-        random = np.random.default_rng(5)
-        self.items = [torch.from_numpy(random.integers(1, 11, random.integers(1, 10))) for _ in range(samples)]
+        draw = np.random.default_rng(5)
+        self.items = [torch.from_numpy(draw.integers(1, 11, draw.integers(1, 10))) for _ in range(samples)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -38,6 +39,21 @@ class Tagger(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(torch.tanh(self.embed(tokens)))
+
+
+class Skipper(nn.Module):
+    """Leaves a layer out at random, by the generators of Python and of NumPy."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.middle = nn.Linear(in_features, in_features)
+        self.head = nn.Linear(in_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if self.training:
+            x = x + random.random() * np.random.rand() * self.middle(x)
+        return self.head(x)
 
 
 class Points:

@@ -105,6 +105,14 @@ def test_a_layer_that_is_not_used_changes_nothing(tmp_path: Path) -> None:
         np.testing.assert_allclose(losses(tmp_path / str(world_size)), losses(tmp_path / "1"), rtol=0, atol=1e-10)
 
 
+def test_a_model_that_draws_from_python_and_numpy_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TINY.replace("{name: mlp, hidden: [16]}", "own_parts:Skipper"))
+    train(1, recipe, tmp_path / "whole")
+    train(1, recipe, tmp_path / "stopped", stop_after=5)
+    train(1, recipe, tmp_path / "stopped")
+    assert difference(last(tmp_path / "whole"), last(tmp_path / "stopped")).identical
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int) -> None:

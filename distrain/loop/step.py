@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,7 +118,10 @@ def to_device(batch: Batch, world: World) -> Batch:
 
 
 def seed_dropout(world: World, seed: int) -> None:
-    """Seed the generator that the model draws from: cheaper than `torch.manual_seed`, which visits every device."""
+    """Seed every generator that a model may draw from; `torch.manual_seed`, which visits all devices, costs more."""
     torch.default_generator.manual_seed(seed)
     if world.device.type == "cuda":
         torch.cuda.default_generators[world.device.index or 0].manual_seed(seed)
+    # layers that are dropped at random, in transformers and elsewhere, often draw from these
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
