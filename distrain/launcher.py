@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import distrain
 from distrain.config import UserError
@@ -198,6 +198,9 @@ def start(
 
     if loaded is not None:
         check_recipe(loaded.recipe, target)
+    if run.exists and not run.finished:
+        with run.take():  # by no other: before its recipe may be replaced
+            run.clear_markers()  # a failure of this start must not be taken for an earlier preemption
     # the recipe is read once: workers go by the run folder
     open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
     config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
@@ -251,12 +254,18 @@ def work(
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
         world = open_world(recipe.train.precision)
 
+        held: list[IO[str]] = []
+
         def begin() -> dict[str, Any] | None:
             if run.finished and loaded is not None and not update:
                 check_same_recipe(run, loaded)
             if not update and (done := run.finished):
                 return done
+            if run.exists:
+                held.append(run.take())
             open_run(run, loaded, Launch.describe(world.world_size, world.strategy), update=update)
+            if not held:
+                held.append(run.take())
             run.clear_markers()
             return None
 
@@ -274,6 +283,8 @@ def work(
             # inside: the rank that fails must say so before leaving makes the others fail as well
             status = reported(run, rank, lambda: train(run, world))
         finally:
+            for file in held:
+                file.close()
             world.close()
 
     return reported(None, rank, train_here) or status

@@ -8,10 +8,13 @@ runs/NAME/
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
   FINISHED | PREEMPTED | FAILED.json
+  .in-use            who is at work here, locked by rank 0 for as long as it lives
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -22,7 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import distrain
 from distrain.config import UserError
@@ -148,6 +151,30 @@ class RunDir:
     def write_launch(self, launch: Launch) -> None:
         """Record a start."""
         write_atomically(self.launch_path, json.dumps(launch.__dict__, indent=2) + "\n")
+
+    def take(self) -> IO[str]:
+        """Hold the run for this process, as long as the returned file is open; raises UserError naming who else does.
+
+        Two runs in one folder would write each other's files. The lock belongs to the process alone and ends with it,
+        however that comes; a file system without locks has none.
+        """
+        file = (self.path / ".in-use").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise UserError(
+                f"{self.path} is in use by {holder or 'another process'}; wait for that run to end, stop it, or choose "
+                "another --run-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
 
     def launch(self) -> Launch:
         """Return the recorded start; raises UserError where there is none or it cannot be read."""

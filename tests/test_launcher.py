@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from runs import TINY, checkpoint, cli, losses, rows, train, write_recipe
+from worlds import running_world
 
 import distrain
 from distrain.config import UserError
@@ -166,6 +167,32 @@ def test_update_replaces_the_rows_of_steps_that_it_trains_again(tmp_path: Path) 
     done = RunDir(run).finished
     assert done is not None
     assert done["best"]["step"] in (8, 12), "the score of step 4 is another metric's"
+
+
+def hold(run: str) -> None:
+    with RunDir(run).take():
+        (Path(run) / "held").touch()
+        time.sleep(60)
+
+
+def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    train(1, recipe, run, stop_after=1)
+    with running_world(1, hold, str(run), launched=False) as other:
+        until = time.monotonic() + 30
+        while not (run / "held").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        refused = f"{run} is in use by process {other.processes[0].pid} on "
+        for processes in (1, 2):
+            ended = cli("train", recipe, "--run-dir", run, "--processes", processes, "--update", "optim.lr=1")
+            assert ended.status == 1
+            assert refused in ended.err
+        other.kill()
+        other.wait(30)
+    assert RunDir(run).preempted is not None, "as it was"
+    assert "lr: 0.01" in RunDir(run).recipe_path.read_text()
+    train(1, recipe, run)
 
 
 # --------------------------------------------------------------------------------------------------------------------
