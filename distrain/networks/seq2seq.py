@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ from distrain.networks.basic import Recurrent, token_lengths
 from distrain.networks.registry import Share, Size, register
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(nn.Module, ABC):
     """What both kinds share: the call, and generation. The logits do not depend on how much padding there is."""
 
     def __init__(self, target_vocab_size: int, pad_id: int, bos_id: int, eos_id: int):
@@ -22,17 +23,17 @@ class EncoderDecoder(nn.Module):
         self.target_vocab_size = target_vocab_size
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
 
+    @abstractmethod
     def encode(self, source: Tensor) -> dict[str, Any]:
         """Return what `decode` needs to know of `source` (batch, source seq) int64, padded at its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, target: Tensor, state: dict[str, Any]) -> Tensor:
         """Return logits (batch, target seq, vocabulary) for `target` (batch, target seq) int64.
 
         With `"step"` in the state, the target continues what was decoded with this state before, and the state is
         brought up to date in place.
         """
-        raise NotImplementedError
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return logits (batch, target seq, vocabulary): at t, of the token after target[:, : t + 1].
