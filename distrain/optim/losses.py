@@ -14,6 +14,7 @@ What the count is over, after torch's own means:
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,7 @@ _DEFAULTS: dict[Task, str] = {
 # The interface
 
 
-class Loss:
+class Loss(ABC):
     """A loss as a sum and a count."""
 
     name: str
@@ -112,17 +113,17 @@ class Loss:
         """Return what of a model's output this loss takes."""
         return (output.logits, *output.others) if self.takes_several and output.others else output.logits
 
+    @abstractmethod
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses (0-d, fp32, or fp64 for fp64 outputs) and the count they are over (0-d fp64).
 
         Rows where `keep` (batch,) bool is False count as if they were not there. Sums are over fp32 or fp64 values even
         where outputs are bf16. Raises UserError where outputs do not fit the targets; nothing is broadcast.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the count of `sum_and_count` from the targets alone (0-d fp64)."""
-        raise NotImplementedError
 
     def fixed_count(self, samples: int, targets: Tensor) -> int:
         """Return the count of `samples` samples whose targets have the shape of those of the batch `targets`."""
