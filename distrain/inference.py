@@ -114,7 +114,8 @@ def predict_file(target: Path | str, inputs: str, out: Path) -> int:
 
     `inputs` is a file or folder that the data set can read, or the name of a split. Columns by task: `prediction` and
     `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class or label,
-    `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated.
+    `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. Where samples
+    have targets, `target` or `target_NAME` holds them in the same terms.
     """
     import pandas as pd
 
@@ -166,6 +167,8 @@ def _predict(trained: Trained, source: AnySource, transform: Transform, what: st
             else:
                 outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
                 columns = _columns(recipe.task, outputs, trained.data.meta, is_probability)
+                if isinstance(batch.get("targets"), Tensor):
+                    columns |= _targets(recipe.task, batch["targets"].cpu(), trained.data.meta)
             yield {"row": batch["ids"].numpy()[keep]} | {
                 name: np.asarray(values, dtype=object if name == "text" else None)[keep]
                 for name, values in columns.items()
@@ -196,13 +199,35 @@ def _columns(task: str, outputs: Tensor, meta: DataMeta, is_probability: bool) -
     if task == "multilabel":
         names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
         probabilities = outputs if is_probability else outputs.sigmoid()
-        return {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
-    if meta.target_std is not None and meta.target_mean is not None:
-        std, mean = (torch.tensor(each, dtype=torch.float64) for each in (meta.target_std, meta.target_mean))
-        outputs = outputs * std + mean
+        columns = {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
+        return {f"prediction_{name}": (probabilities[:, i] > 0.5).numpy() for i, name in enumerate(names)} | columns
+    outputs = _in_own_units(outputs, meta)
     if outputs.shape[1] == 1:
         return {"prediction": outputs[:, 0].numpy()}
     return {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}
+
+
+def _targets(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]:
+    """Return the columns of what a batch should have been, (batch,) or (batch, k)."""
+    if task in ("classification", "binary") and targets.dim() == 1:
+        names = meta.class_names
+        return {"target": [names[int(each)] if names else int(each) for each in targets.tolist()]}
+    targets = targets.reshape(len(targets), -1).double()
+    names = meta.class_names if task == "multilabel" else None
+    if task == "regression":
+        targets = _in_own_units(targets, meta)
+    if targets.shape[1] == 1:
+        return {"target": targets[:, 0].numpy()}
+    keys = names or [str(index) for index in range(targets.shape[1])]
+    return {f"target_{key}": targets[:, index].numpy() for index, key in enumerate(keys)}
+
+
+def _in_own_units(values: Tensor, meta: DataMeta) -> Tensor:
+    """Undo the standardising of targets (batch, k)."""
+    if meta.target_std is None or meta.target_mean is None:
+        return values
+    std, mean = (torch.tensor(each, dtype=torch.float64) for each in (meta.target_std, meta.target_mean))
+    return values * std + mean
 
 
 def _generated(trained: Trained, batch: Batch) -> list[str]:

@@ -60,6 +60,7 @@ def test_classes_of_a_split(tmp_path: Path) -> None:
         np.testing.assert_allclose(shares.sum(1), 1)
         np.testing.assert_array_equal(frame["prediction"].astype(int), shares.argmax(1))
         np.testing.assert_allclose(frame["probability"], shares.max(1))
+        np.testing.assert_array_equal(frame["target"].astype(int), targets(run))
         assert metrics.accuracy_score(targets(run), frame["prediction"].astype(int)) == scores(run)["accuracy"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -139,6 +140,7 @@ def test_numbers_in_their_own_units(tmp_path: Path, standardize: bool) -> None:
     table.to_csv(tmp_path / "new.csv", index=False)
     whole = predict(run, tmp_path / "new.csv", tmp_path / "whole.csv")
     assert len(whole) == 442
+    assert np.isin(frame["target"].round(), truth.target).all(), "in their own units too"
     if standardize:
         assert whole["prediction"].between(-100, 500).all()
         assert metrics.r2_score(truth.target, whole["prediction"]) > 0.2

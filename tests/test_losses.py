@@ -291,3 +291,10 @@ def test_class_weights_are_as_many_as_classes():
 )
 def test_spellings_of_a_loss(name):
     assert check_loss(recipe(loss=name)) == []
+
+
+@pytest.mark.parametrize("name", ["bce_with_logits", "bce"])
+def test_targets_that_are_no_probabilities_are_refused(name: str) -> None:
+    loss = build_loss(recipe("binary", loss={"name": name}), DataMeta())
+    with pytest.raises(UserError, match="takes targets from 0 to 1, and these are from -1 to 1; encode"):
+        loss.sum_and_count(torch.tensor([0.5, 0.5]), torch.tensor([-1.0, 1.0]))
