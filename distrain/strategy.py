@@ -429,6 +429,9 @@ class TrainingState:
     """Unwrapped; None for a model that is only used."""
     ema: Ema | None
 
+    def __post_init__(self) -> None:
+        self._built = [_plain_values(group) for group in self.optimizer.param_groups] if self.optimizer else []
+
     def tensors(self) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
         """Return {name: (role, tensor)} in a fixed order, and {alias: name} for tensors that have several names."""
         tensors: dict[str, tuple[str, Tensor]] = {}
@@ -467,11 +470,20 @@ class TrainingState:
             if (plain := {key: value for key, value in state.items() if not isinstance(value, Tensor)})
         }
         groups = [
-            {key: value for key, value in group.items() if isinstance(value, int | float | str | bool | None)}
-            | {"params": [names[id(parameter)] for parameter in group["params"]]}
+            _plain_values(group) | {"params": [names[id(parameter)] for parameter in group["params"]]}
             for group in self.optimizer.param_groups
         ]
-        return {"optimizer": type(self.optimizer).__name__, "optimizer_values": values, "optimizer_groups": groups}
+        # what an optimizer itself has changed in its groups is state (some count steps there); the rest is the recipe's
+        changed = [
+            {key: value for key, value in _plain_values(group).items() if value != built.get(key, ...) and key != "lr"}
+            for group, built in zip(self.optimizer.param_groups, self._built, strict=True)
+        ]
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer_values": values,
+            "optimizer_groups": groups,
+            "optimizer_group_values": changed,
+        }
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return shape, dtype and role of every full tensor."""
@@ -535,6 +547,12 @@ class TrainingState:
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
+        for group, changed in zip(self.optimizer.param_groups, manifest.scalars["optimizer_group_values"], strict=True):
+            group.update(changed)
+
+
+def _plain_values(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if isinstance(value, int | float | str | bool | None)}
 
 
 def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]) -> None:

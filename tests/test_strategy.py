@@ -302,6 +302,32 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path, optimizer: str) -> None:
     assert all(np.array_equal(values(state)[name], values(fresh)[name]) for name in before)
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as some schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_comes_back(tmp_path: Path) -> None:
+    def state(weight_decay: float) -> TrainingState:
+        model = nn.Linear(2, 1)
+        return TrainingState(model, Counting(model.parameters(), lr=0.1, weight_decay=weight_decay), None)
+
+    old, new = state(0.1), state(0.2)
+    for _ in range(3):
+        old.model(torch.ones(1, 2)).sum().backward()
+        old.optimizer.step()
+    old.optimizer.param_groups[0]["lr"] = 0.05
+    with Reader(save(old, tmp_path, ranks=1)) as reader:
+        new.restore(reader)
+    (group,) = new.optimizer.param_groups
+    assert group["count"] == 3
+    assert (group["weight_decay"], group["lr"]) == (0.2, 0.1), "what the recipe says, the recipe says"
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save(trained_state(), tmp_path, ranks=1)
     with Reader(path) as reader, pytest.raises(UserError) as caught:
