@@ -193,7 +193,7 @@ def test_damaged_checkpoint_is_refused(checkpoint, tmp_path):
 def test_files_that_are_there_are_kept(checkpoint, tmp_path):
     out = tmp_path / "model.safetensors"
     out.write_text("mine")
-    with pytest.raises(UserError, match="exists already; choose another name or ask"):
+    with pytest.raises(UserError, match="exists already; choose another name, or --overwrite it"):
         export(checkpoint, out)
     assert out.read_text() == "mine"
     export(checkpoint, out, overwrite=True)
