@@ -129,7 +129,6 @@ class World:
         """fp32, bf16 or fp64, with `auto` resolved."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
-        self.local_rank = max(accelerator.local_process_index, 0)
         self.device = accelerator.device
         self.strategy = "single" if self.world_size == 1 else "ddp"
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
@@ -245,7 +244,7 @@ def _of_another_rank(error: Exception) -> Exception:
     return error
 
 
-def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_s: float = 600.0) -> World:
+def open_world(precision: str, *, timeout_s: float = 600.0) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
     `precision` is the recipe's: auto, fp32, bf16 or fp64. `timeout_s` bounds every collective but those of `first`.
@@ -264,9 +263,7 @@ def open_world(precision: str, *, find_unused_parameters: bool = False, timeout_
             gradient_accumulation_steps=1,
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
-                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
             ],
         )

@@ -55,7 +55,6 @@ class Session:
         """Build everything up to the first step; what can fail fails here, on all ranks together."""
         self.run, self.recipe, self.world = run, recipe, world
         self.started = time.monotonic()
-        world.first(run.clear_markers)
         world.first(lambda: prepare_data(recipe))
         checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
         reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
@@ -216,7 +215,8 @@ class Session:
                 self._published(self.saver.finish())  # of an earlier step, when all was well
                 raise UserError(
                     f"the {what} of step {step} is {value}; the run stops with its last checkpoint as it was. "
-                    "Lower optim.lr, set optim.clip_norm, or look at the inputs and for divisions by zero in the model"
+                    "Lower optim.lr, set optim.clip_norm, or look at the inputs, for divisions by zero in the model, "
+                    "and for a step whose targets are all ignored"
                 )
         if self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
             self._log(step, loss, norm)
