@@ -110,12 +110,12 @@ def test_another_world_is_refused(found: Environment, expected: int | None, argv
 def open_other_world(size: str) -> str:
     os.environ["WORLD_SIZE"] = size
     # what accelerate reads at its import decides; a process group of another size cannot even form
-    from distrain import strategy
+    from distrain.strategy import world
 
     class Small:
         process_index, num_processes, local_process_index, device = 0, 1, 0, torch.device("cpu")
 
-    strategy.Accelerator = lambda **_: Small()
+    world.Accelerator = lambda **_: Small()
     try:
         open_world("fp32")
     except UserError as error:
