@@ -30,6 +30,7 @@ from distrain.datasets import Batch, Data, is_stream
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
 from distrain.loop.step import StepNumbers, Training, to_device
+from distrain.loop.trace import Trace
 from distrain.metrics import build_metrics, check_metrics
 from distrain.models import build_model, calling_convention, check_model, describe_model
 from distrain.optim import (
@@ -62,6 +63,9 @@ class Session:
             lambda: build_data(recipe, state=reader.manifest.scalars["data"] if reader is not None else None)
         )
         self.transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
+        self.trace = Trace.from_environment(world.rank)
+        if self.trace is not None:
+            self.transforms["train"] = self.trace.around(self.transforms["train"])
         self.horizon = horizon_of(recipe, self.data)
         assert self.horizon.total_steps is not None
         self.total_steps: int = self.horizon.total_steps
@@ -172,7 +176,10 @@ class Session:
         """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
         if self.ended_early:
             return iter(())
-        return self._waited.during(self._batches(start_step=self.t.step))
+        batches = self._batches(start_step=self.t.step)
+        if self.trace is not None:
+            self.t.trace, batches = self.trace, self.trace.watch(batches, self)
+        return self._waited.during(batches)
 
     def at_end(self) -> bool:
         """Whether no step follows this one."""
@@ -210,6 +217,8 @@ class Session:
             return
         step = numbers.step
         loss, norm, (stops, time_to_save, written) = numbers.read()
+        if self.trace is not None:
+            self.trace.settled(step, loss, norm)
         for what, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 self._published(self.saver.finish())  # of an earlier step, when all was well

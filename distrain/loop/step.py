@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distrain.config import Recipe, mix
 from distrain.datasets import Batch
+from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import Loss, Schedule, set_lr
 from distrain.strategy import TrainingState, World, backward, clip_gradients, without_sync
@@ -36,6 +37,8 @@ class Training:
     schedule: Schedule
     state: TrainingState
     step: int = 0
+    trace: Trace | None = None
+    """Notes what each step does; None, as always but in a proof, notes nothing."""
 
     def objective(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
@@ -82,7 +85,8 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
     means: Callable[[], list[float]]
     for index, batch in enumerate(micro_batches):
         batch = to_device(batch, world)
-        seed_dropout(world, mix(t.recipe.seed, "dropout", t.step, world.rank, index))
+        seed = mix(t.recipe.seed, "dropout", t.step, world.rank, index)
+        seed_dropout(world, seed)
         with without_sync(world, t.model, last=index == last):
             objective = t.objective(t.model, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
@@ -100,6 +104,8 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
     if t.state.ema is not None:
         t.state.ema.update()
     t.step += 1
+    if t.trace is not None:
+        t.trace.stepped(seed)
     return StepNumbers(t.step, means, world.later(norm.reshape(1)))
 
 
