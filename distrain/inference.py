@@ -20,7 +20,7 @@ from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
 from distrain.recipe_file import parse_recipe
-from distrain.strategy import World, load_weights, open_world
+from distrain.strategy import World, load_weights, open_world, with_arithmetic
 
 _NEW_TOKENS = 128
 """What a language model writes behind a prompt."""
@@ -63,7 +63,7 @@ class Trained:
                 return data, model.to(world.device).eval()
 
             data, model = world.together(build)
-        return cls(checkpoint, recipe, data, world.for_evaluation(model), calling_convention(model), world)
+        return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world)
 
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:

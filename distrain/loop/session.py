@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from distrain.data import (
 from distrain.datasets import Batch, Data, is_stream
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
-from distrain.loop.step import StepNumbers, Training, to_device
+from distrain.loop.step import StepNumbers, Training, loss_of, to_device
 from distrain.loop.trace import Trace
 from distrain.metrics import build_metrics, check_metrics
-from distrain.models import build_model, calling_convention, check_model, describe_model
+from distrain.models import build_model, calling_convention, check_model, defer_model, describe_model, plain_model
+from distrain.networks.blocks import checkpoint_activations
+from distrain.networks.deferred import Deferred
 from distrain.optim import (
-    Ema,
     Loss,
     build_loss,
     build_optimizer,
@@ -45,7 +46,7 @@ from distrain.optim import (
 )
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
-from distrain.strategy import TrainingState, World, align_buffers, prepare
+from distrain.strategy import Plan, World, build_engine
 from distrain.telemetry import Telemetry, duration
 
 
@@ -72,7 +73,7 @@ class Session:
         self._told: list[str] = []
         self.t = self._training(resumes=reader is not None)
         if reader is not None:
-            world.together(lambda: self.t.state.restore(reader))
+            self._told += self.t.engine.restore(reader)
             reader.close()
             self.t.step = reader.manifest.step
         self.metrics = build_metrics(recipe, self.data.meta)
@@ -130,28 +131,44 @@ class Session:
         micro_batch_size, accumulation = batch_shape(recipe.batch, world.world_size)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
 
-        def build() -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
+        loss = world.together(lambda: build_loss(recipe, self.data.meta))
+
+        def fit(model: nn.Module) -> None:
+            self._told += world.arithmetic.fit(model, world.device)
+            if recipe.train.activation_checkpointing:
+                checkpoint_activations(model, recipe.train.activation_checkpointing)
+
+        def build() -> nn.Module:
             model = build_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
-            model.to(world.device)
-            return model, build_optimizer(model, recipe.optim), build_loss(recipe, self.data.meta)
+            fit(model)
+            return model
 
-        model, optimizer, loss = world.together(build)
-        call = calling_convention(model)
-
-        ema = Ema(model, recipe.train.ema) if recipe.train.ema is not None else None
-        schedule = resolve_schedule(recipe.schedule, self.horizon)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        state = TrainingState(model, optimizer, ema)
-        t = Training(recipe, world, model, optimizer, trained, call, loss, schedule, state)
+        def defer() -> Deferred:
+            deferred = defer_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
+            fit(deferred.model)
+            return deferred
 
         def objective(model: nn.Module) -> torch.Tensor:
-            return t.objective(model, to_device(next(self._batches(start_step=0))[0], world))
+            batch = to_device(next(self._batches(start_step=0))[0], world)
+            return loss_of(calling_convention(plain_model(model)), loss, model, batch)
 
-        model.train()
-        t.model, t.optimizer = prepare(world, model, optimizer, objective)
+        plan = Plan(
+            model=build,
+            deferred=defer,
+            optimizer=lambda model: build_optimizer(model, recipe.optim),
+            objective=objective,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            clip_norm=recipe.optim.clip_norm,
+            ema=recipe.train.ema,
+            initial=not resumes,
+        )
+        engine = build_engine(world, plan)
+        engine.model.train()
         if recipe.train.compile:
-            model.compile()
-        return t
+            engine.model.compile()
+        schedule = resolve_schedule(recipe.schedule, self.horizon)
+        return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=self.trace)
 
     def _batches(self, start_step: int) -> Iterator[list[Batch]]:
         source = self.data.splits["train"]
@@ -284,11 +301,11 @@ class Session:
 
     def _score(self, split: str, event: str = "eval") -> dict[str, Any]:
         began = time.monotonic()
-        align_buffers(self.world, self.t.state)
-        ema = self.t.state.ema
-        with ema.applied(self.t.state.model) if ema is not None else nullcontext():
+        engine = self.t.engine
+        engine.align_buffers()
+        with engine.averaged():
             values = evaluate(
-                self.t.state.model,
+                engine.model,
                 self.t.call,
                 self.data.splits[split],
                 world=self.world,
@@ -315,20 +332,20 @@ class Session:
         score = None
         if self._scored_step == self.t.step:
             score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
-        state = self.t.state
+        engine, state = self.t.engine, self.t.engine.state
         self._published(self.saver.finish())
-        if not all_finite(state.model):
+        if not engine.all_finite():
             raise UserError(
                 f"after step {self.t.step} the model has weights that are not finite; they are not saved, and the run "
                 "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
             )
-        align_buffers(self.world, state)
+        engine.align_buffers()
         self.saver.begin(
             self.t.step,
             state.specs(),
             state.pieces(self.world.rank, self.world.world_size),
-            scalars=state.scalars() | {"data": self.data.state},
-            aliases=state.tensors()[1],
+            scalars=engine.scalars() | {"data": self.data.state},
+            aliases=state.aliases(),
             recipe=dump_recipe(self.recipe),
             strategy=self.world.strategy,
             score=score,
@@ -370,7 +387,7 @@ class Session:
         if "test" in self.data.splits:
             if chosen != self.t.step:
                 reader = self.world.together(lambda: Reader(self._checkpoint(chosen)))
-                self.world.together(lambda: self.t.state.restore(reader))
+                self.t.engine.restore(reader)
                 reader.close()
                 self.t.step = chosen
             values = self._score("test", event="final")
@@ -437,7 +454,7 @@ class Session:
         self.say(f"run {self.run.path}")
         self.say(f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}")
         self.say(f"  data     {recipe.data.name}: {splits}")
-        self.say(f"  model    {recipe.model.name}: {describe_model(self.t.state.model)}")
+        self.say(f"  model    {recipe.model.name}: {describe_model(self.t.engine.model)}")
         self.say(f"  batch    {per_step}; {self.total_steps:,} steps")
         if resumed is None:
             return
@@ -449,12 +466,6 @@ class Session:
         self.telemetry.write(
             {"event": "checkpoint", "step": resumed.step, "bytes": size, "seconds": None, "time": now()}
         )
-
-
-def all_finite(model: nn.Module) -> bool:
-    """Return whether every parameter is: the same answer on every rank, as they hold the same values."""
-    largest = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], math.inf)
-    return bool(torch.stack([value.double() for value in largest]).isfinite().all())
 
 
 def check_recipe(recipe: Recipe, source: str) -> None:

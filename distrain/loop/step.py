@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from distrain.datasets import Batch
 from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import Loss, Schedule, set_lr
-from distrain.strategy import TrainingState, World, backward, clip_gradients, without_sync
+from distrain.strategy import Engine, TrainingState, World
+from distrain.strategy.engine import Numbers
 
 
 @dataclass
@@ -24,29 +25,33 @@ class Training:
     """What a step needs. `step` counts finished optimizer steps; everything else is fixed during a run."""
 
     recipe: Recipe
-    world: World
-    model: nn.Module
-    """Wrapped for the world."""
-    optimizer: torch.optim.Optimizer
-    """Prepared for the world."""
-    parameters: list[nn.Parameter]
-    """Those that are trained."""
+    engine: Engine
     call: Convention
     """How the model is called on inputs."""
     loss: Loss
     schedule: Schedule
-    state: TrainingState
     step: int = 0
     trace: Trace | None = None
     """Notes what each step does; None, as always but in a proof, notes nothing."""
 
-    def objective(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
-        outputs = self.call(model, batch["inputs"])
-        loss_sum, count = self.loss.sum_and_count(self.loss.taken(outputs), batch["targets"])
-        if outputs.aux_loss is not None:
-            loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
-        return loss_sum
+    @property
+    def world(self) -> World:
+        """The processes that make the step."""
+        return self.engine.world
+
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint of this moment would hold."""
+        return self.engine.state
+
+
+def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
+    outputs = call(model, batch["inputs"])
+    loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"])
+    if outputs.aux_loss is not None:
+        loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
+    return loss_sum
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,12 @@ class StepNumbers:
 
     step: int
     """Finished optimizer steps."""
-    means: Callable[[], list[float]]
-    norm: Callable[[], list[float]]
+    numbers: Numbers
 
     def read(self) -> tuple[float, float, list[float]]:
         """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
-        loss, *flags = self.means()
-        return loss, self.norm()[0], flags
+        norm, (loss, *flags) = self.numbers()
+        return loss, norm, flags
 
 
 def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[float] = (0.0, 0.0, 0.0)) -> StepNumbers:
@@ -69,44 +73,51 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
     on how samples are spread over them nor on how many targets each holds. `flags` are three numbers of this rank that
-    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own.
+    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose scaled
+    gradient overflows is made again with a smaller scale, from the same samples.
     """
-    world, loss = t.world, t.loss
-    set_lr(t.optimizer, t.recipe.optim.lr * t.schedule(t.step))
+    set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
+    share = _share(t, micro_batches)
+    numbers = None
+    while numbers is None:
+        numbers = _attempt(t, micro_batches, share, flags)
+    seed = _seed(t, len(micro_batches) - 1)
+    t.step += 1
+    if t.trace is not None:
+        t.trace.stepped(seed)
+    return StepNumbers(t.step, numbers)
+
+
+def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
+    """Return what the sum of losses of a rank is multiplied by."""
     # ranks' gradients are averaged on the way, and this is to be a sum: hence the world's size above the count
-    share: float | Tensor
-    if loss.count_is_fixed:
-        share = world.world_size / loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
-    else:
-        counts = torch.stack([loss.count(batch["targets"]) for batch in micro_batches]).sum()
-        share = world.world_size / world.sum(counts.to(world.device))
+    if t.loss.count_is_fixed:
+        return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
+    counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
+    return t.world.world_size / t.world.sum(counts.to(t.world.device))
+
+
+def _seed(t: Training, index: int) -> int:
+    return mix(t.recipe.seed, "dropout", t.step, t.world.rank, index)
+
+
+def _attempt(t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Sequence[float]) -> Numbers | None:
+    engine, last = t.engine, len(micro_batches) - 1
     losses: list[Tensor] = []
-    last = len(micro_batches) - 1
-    means: Callable[[], list[float]]
     for index, batch in enumerate(micro_batches):
-        batch = to_device(batch, world)
-        seed = mix(t.recipe.seed, "dropout", t.step, world.rank, index)
-        seed_dropout(world, seed)
-        with without_sync(world, t.model, last=index == last):
-            objective = t.objective(t.model, batch)
+        batch = to_device(batch, t.world)
+        seed_dropout(t.world, _seed(t, index))
+        with engine.micro_batch(last=index == last):
+            objective = loss_of(t.call, t.loss, engine.wrapped, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
             share = torch.as_tensor(share, dtype=objective.dtype, device=objective.device)
             losses.append(objective.detach() * share)
             if index < last:
-                objective.backward(share)
-            else:
-                whole = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
-                means = backward(world, t.model, objective, share, whole, flags)
-    clip = t.recipe.optim.clip_norm
-    norm = clip_gradients(t.parameters, clip) if clip is not None else torch.zeros(())
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    if t.state.ema is not None:
-        t.state.ema.update()
-    t.step += 1
-    if t.trace is not None:
-        t.trace.stepped(seed)
-    return StepNumbers(t.step, means, world.later(norm.reshape(1)))
+                engine.backward(objective, share)
+                continue
+            loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
+            return engine.step(objective, share, loss, flags)
+    raise AssertionError("a step has at least one micro-batch")
 
 
 def to_device(batch: Batch, world: World) -> Batch:

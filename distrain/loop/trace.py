@@ -182,10 +182,10 @@ class Trace:
         session = self._session
         assert session is not None, "watch sets it"
         state, world = session.t.state, session.world
-        tensors, _ = state.tensors()
-        buffers = {name for name, (role, _) in tensors.items() if role == "buffer"}
+        held = state.held()
+        buffers = {name for name, each in held.items() if each.role == "buffer"}
         # each rank has its own until they are aligned, and rank 0's are then everybody's
-        found = {name: _digest_of(tensors[name][1]) for name in sorted(buffers)} if self.rank == 0 else {}
+        found = {name: _digest_of(held[name].values) for name in sorted(buffers)} if self.rank == 0 else {}
         averages = {name.replace("model/", "ema/", 1) for name in buffers}
         specs = state.specs()
         for piece in state.pieces(world.rank, world.world_size):

@@ -4,31 +4,54 @@ Building the `Accelerator`, checking that the world is the one that was asked fo
 numbers, and turning the state of training into flat pieces for `distrain.checkpoint` and back. The other rooms ask a
 `World` and never look at a strategy.
 
-    launched.py    what the launcher said, and the world that was asked for
+    launched.py    what the launcher said, and what was asked for
     world.py       `World`: the processes, and how they agree
+    precision.py   the arithmetic of the forward pass, and loss scaling
+    engine.py      `Engine`: what every strategy is to the loop
     replicated.py  one process, and DistributedDataParallel
+    fsdp2.py       FSDP2: rows of each parameter
+    zero.py        ZeRO-1, 2 and 3: equal flat parts
     state.py       the state of training as flat ranges of named tensors
 """
 
-from distrain.strategy.launched import Environment, check_world, launcher_argv, processes_asked
-from distrain.strategy.replicated import align_buffers, backward, clip_gradients, prepare, without_sync
+from distrain.strategy.engine import Engine, Plan, with_arithmetic
+from distrain.strategy.launched import Asked, Environment, check_world, launcher_argv, processes_asked
+from distrain.strategy.replicated import Replicated
 from distrain.strategy.state import TrainingState, check_fit, fill, load_weights
 from distrain.strategy.world import World, open_world
 
 __all__ = [
+    "Asked",
+    "Engine",
     "Environment",
+    "Plan",
     "TrainingState",
     "World",
-    "align_buffers",
-    "backward",
+    "build_engine",
     "check_fit",
     "check_world",
-    "clip_gradients",
     "fill",
     "launcher_argv",
     "load_weights",
     "open_world",
-    "prepare",
     "processes_asked",
-    "without_sync",
+    "with_arithmetic",
 ]
+
+
+def build_engine(world: World, plan: Plan) -> Engine:
+    """Return the engine of the world's strategy, having seen that it took effect. All ranks call."""
+    engine: Engine
+    if world.strategy in ("single", "ddp"):
+        engine = Replicated(world, plan)
+    elif world.strategy == "fsdp2":
+        # each of the two takes a second to import, and DeepSpeed may be missing
+        from distrain.strategy.fsdp2 import Fsdp2
+
+        engine = Fsdp2(world, plan)
+    else:
+        from distrain.strategy.zero import Zero
+
+        engine = Zero(world, plan)
+    engine.check()
+    return engine

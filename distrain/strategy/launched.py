@@ -43,6 +43,16 @@ class Environment:
         return cls(rank, local_rank, world_size, local_world_size, launched=True)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The strategy that was asked for, resolved."""
+
+    strategy: str
+    """single, ddp, zero1, zero2, zero3 or fsdp2."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
 _PROCESSES_ASKED = re.compile(r"--(?:num[-_]processes|nproc[-_]per[-_]node)(?:=(\d+))?")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Piece, Reader, TensorSpec, explain_difference
 from distrain.config import UserError
-from distrain.optim import Ema
+from distrain.optim import Ema, plain_name
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -29,6 +31,51 @@ _DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What a rank holds of one parameter: a range of its elements in row-major order, maybe empty, maybe all."""
+
+    shape: tuple[int, ...]
+    """Of the full parameter."""
+    start: int
+    """Of the range."""
+    values: Tensor
+    """The range, in the precision that is trained; writing into it is writing the weight."""
+    replicated: bool
+    """Whether every rank holds all of it."""
+    entry: Tensor | None
+    """What the optimizer's state is kept under; None for a parameter that is not trained."""
+    offset: int = 0
+    """Where the range begins in the (flattened, local) tensors of that state."""
+
+
+def whole(parameter: nn.Parameter) -> Shard:
+    """Return the shard of a parameter that every rank holds."""
+    entry = parameter if parameter.requires_grad else None
+    return Shard(tuple(parameter.shape), 0, parameter.detach(), replicated=True, entry=entry)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of one tensor of the state."""
+
+    role: str
+    """parameter, buffer, optimizer or ema."""
+    shape: tuple[int, ...]
+    """Of the full tensor."""
+    start: int
+    """Of the range that is held, in elements."""
+    values: Tensor
+    """The range."""
+    replicated: bool
+    """Whether every rank holds all of it; the ranks then share the writing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the range."""
+        return self.values.numel() * self.values.element_size()
+
+
 @dataclass
 class TrainingState:
     """What a checkpoint holds: everything that is not computed from the recipe and the step."""
@@ -36,52 +83,98 @@ class TrainingState:
     model: nn.Module
     """Unwrapped: its names are the plain ones."""
     optimizer: torch.optim.Optimizer | None
-    """Unwrapped; None for a model that is only used."""
+    """Of torch, unwrapped; None for a model that is only used."""
     ema: Ema | None
+    shard: Callable[[nn.Parameter], Shard] = whole
+    """Tells what this rank holds of a parameter."""
+    groups: list[list[str]] | None = None
+    """The names of the parameters in each of the optimizer's groups, where it was handed something else in their place."""
+    stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Gives the context in which the optimizer's groups hold what it trains."""
 
     def __post_init__(self) -> None:
         self._built = [_plain_values(group) for group in self.optimizer.param_groups] if self.optimizer else []
+        if self.groups is None:
+            self.groups = group_names(self.model, self.optimizer) if self.optimizer else []
 
-    def tensors(self) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
-        """Return {name: (role, tensor)} in a fixed order, and {alias: name} for tensors that have several names."""
-        tensors: dict[str, tuple[str, Tensor]] = {}
-        aliases: dict[str, str] = {}
-        first_name: dict[int, str] = {}
+    # ----------------------------------------------------------------------------------------------------------------
+    # What there is
+
+    def held(self) -> dict[str, Held]:
+        """Return what this rank holds of every tensor, in a fixed order: the same names on every rank."""
+        held: dict[str, Held] = {}
+        shards: dict[str, Shard] = {}
         parameters = {id(parameter) for parameter in self.model.parameters()}
+        seen: set[int] = set()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, Tensor):
                 raise UserError(
                     f"the model's state '{name}' is {type(tensor).__name__}, not a tensor; it cannot be saved"
                 )
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if id(tensor) in parameters:
+                shards[name] = shard = self.shard(tensor)  # type: ignore[arg-type]
+                held[f"model/{name}"] = Held("parameter", shard.shape, shard.start, shard.values, shard.replicated)
+            else:
+                held[f"model/{name}"] = _replicated("buffer", tensor.detach())
+        if self.optimizer is not None:
+            for name, shard in shards.items():
+                held |= {f"optimizer/{name}/{key}": each for key, each in self._kept(shard)}
+        if self.ema is not None:
+            by_plain_name = {plain_name(name): shard for name, shard in shards.items()}
+            for name, average in self.ema.tensors().items():
+                shard = by_plain_name.get(name)
+                held[f"ema/{name}"] = (
+                    Held("ema", shard.shape, shard.start, local(average), shard.replicated)
+                    if shard is not None
+                    else _replicated("ema", average)
+                )
+        return held
+
+    def _kept(self, shard: Shard) -> Iterator[tuple[str, Held]]:
+        """Yield what the optimizer keeps of a parameter."""
+        assert self.optimizer is not None
+        if shard.entry is None:
+            return
+        # sorted: a fresh optimizer and a restored one hold them in different orders
+        for key, value in sorted(self.optimizer.state.get(shard.entry, {}).items()):
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape != shard.entry.shape:
+                yield key, _replicated("optimizer", value)
+            else:
+                own = _range(local(value), shard)
+                yield key, Held("optimizer", shard.shape, shard.start, own, shard.replicated)
+
+    def aliases(self) -> dict[str, str]:
+        """Return {alias: name} for tensors of the model that have several names."""
+        aliases: dict[str, str] = {}
+        first_name: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) in first_name:
                 aliases[f"model/{name}"] = first_name[id(tensor)]
-                continue
-            first_name[id(tensor)] = f"model/{name}"
-            role = "parameter" if id(tensor) in parameters else "buffer"
-            tensors[f"model/{name}"] = (role, tensor.detach())
-        if self.optimizer is not None:
-            for name, parameter in self.model.named_parameters():
-                # sorted: a fresh optimizer and a restored one hold them in different orders
-                for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                    if isinstance(value, Tensor):
-                        tensors[f"optimizer/{name}/{key}"] = ("optimizer", value)
-        if self.ema is not None:
-            for name, tensor in self.ema.tensors().items():
-                tensors[f"ema/{name}"] = ("ema", tensor)
-        return tensors, aliases
+            else:
+                first_name[id(tensor)] = f"model/{name}"
+        return aliases
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return shape, dtype and role of every full tensor."""
+        return _specs(self.held())
 
     def scalars(self) -> dict[str, Any]:
         """Return the optimizer's values that are not tensors, and the settings of its groups (for the record)."""
         assert self.optimizer is not None, "scalars are those of training"
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        values = {
-            names[id(parameter)]: plain
-            for parameter, state in self.optimizer.state.items()
-            if (plain := {key: value for key, value in state.items() if not isinstance(value, Tensor)})
-        }
+        assert self.groups is not None
+        values: dict[str, Any] = {}
+        for name, shard in self._trained().items():
+            state = self.optimizer.state.get(shard.entry, {})
+            if plain := {key: value for key, value in state.items() if not isinstance(value, Tensor)}:
+                values[name] = plain
         groups = [
-            _plain_values(group) | {"params": [names[id(parameter)] for parameter in group["params"]]}
-            for group in self.optimizer.param_groups
+            _plain_values(group) | {"params": names}
+            for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
         ]
         # what an optimizer itself has changed in its groups is state (some count steps there); the rest is the recipe's
         changed = [
@@ -95,70 +188,162 @@ class TrainingState:
             "optimizer_group_values": changed,
         }
 
-    def specs(self) -> dict[str, TensorSpec]:
-        """Return shape, dtype and role of every full tensor."""
-        return {
-            name: TensorSpec(tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype], role)
-            for name, (role, tensor) in self.tensors()[0].items()
-        }
+    def _trained(self) -> dict[str, Shard]:
+        """Return the shards of the parameters that are trained, in the model's order."""
+        assert self.groups is not None
+        trained = {name for names in self.groups for name in names}
+        return {name: self.shard(p) for name, p in self.model.named_parameters() if name in trained}
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # To a checkpoint
 
     def pieces(self, rank: int, world_size: int) -> Iterator[Piece]:
-        """Yield the flat ranges that `rank` writes: an equal share, in bytes, of the state laid end to end."""
-        tensors, _ = self.tensors()
-        total = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors.values())
+        """Yield the flat ranges that `rank` writes.
+
+        They are its own of what is sharded, and of what every rank holds an equal share, in bytes, of all that laid
+        end to end.
+        """
+        held = self.held()
+        total = sum(each.nbytes for each in held.values() if each.replicated)
         low, high = (total * r // world_size for r in (rank, rank + 1))
         offset = 0
-        for name, (_, tensor) in tensors.items():
-            size = tensor.element_size()
-            # both neighbours round a cut inside this tensor up to the same element
-            start, stop = (min(max(-(-(cut - offset) // size), 0), tensor.numel()) for cut in (low, high))
-            offset += tensor.numel() * size
+        for name, each in held.items():
+            start, stop = 0, each.values.numel()
+            if each.replicated:
+                size = each.values.element_size()
+                # both neighbours round a cut inside this tensor up to the same element
+                start, stop = (min(max(-(-(cut - offset) // size), 0), stop) for cut in (low, high))
+                offset += each.nbytes
             if stop > start:
-                flat = tensor.reshape(-1)[start:stop]
-                yield Piece(name, start, _bytes_of(flat.cpu()), copied=flat.device.type != "cpu")
+                flat = each.values.reshape(-1)[start:stop]
+                yield Piece(name, each.start + start, _bytes_of(flat.cpu()), copied=flat.device.type != "cpu")
 
-    def restore(self, reader: Reader) -> None:
-        """Fill model, optimizer and average from a checkpoint. Raises UserError naming all that does not fit."""
-        tensors = {name: tensor for name, (role, tensor) in self.tensors()[0].items() if role != "optimizer"}
-        check_fit(reader, self.specs(), ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema"))
-        for name, tensor in tensors.items():
-            fill(tensor, reader, name)
-        self._restore_optimizer(reader)
+    # ----------------------------------------------------------------------------------------------------------------
+    # From a checkpoint
 
-    def _restore_optimizer(self, reader: Reader) -> None:
-        manifest = reader.manifest
-        assert self.optimizer is not None, "only training is restored"
-        was, now = manifest.scalars["optimizer"], type(self.optimizer).__name__
+    def restore(self, reader: Reader) -> list[str]:
+        """Fill this rank's part of model, optimizer and average from a checkpoint; returns what is to be said.
+
+        Raises UserError naming all that does not fit. Speaks to no other rank.
+        """
+        held = {name: each for name, each in self.held().items() if each.role != "optimizer"}
+        roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
+        check_fit(reader, _specs(held), roles)
+        for name, each in held.items():
+            fill(each.values, reader, name, each.start)
+        return self._restore_optimizer(reader)
+
+    def _restore_optimizer(self, reader: Reader) -> list[str]:
+        manifest, optimizer = reader.manifest, self.optimizer
+        assert optimizer is not None, "only training is restored"
+        was, now = manifest.scalars["optimizer"], type(optimizer).__name__
         if was != now:
             raise UserError(
                 f"{reader.path} holds the state of {was}, the recipe asks for {now}; "
                 "use the same optimizer, or start a new run with model.weights set to the exported model"
             )
-        states: dict[str, dict[str, Any]] = {}
+        trained = self._trained()
+        stored: dict[str, dict[str, TensorSpec]] = {}
         for name, spec in manifest.specs.items():
             if spec.role == "optimizer":
                 parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
-                value = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
-                fill(value, reader, name)
-                states.setdefault(parameter, {})[key] = value
-        for parameter, values in manifest.scalars["optimizer_values"].items():
-            states.setdefault(parameter, {}).update(values)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        trained = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
-        if lost := sorted(set(states) - set(trained)):
+                stored.setdefault(parameter, {})[key] = spec
+        values: dict[str, dict[str, Any]] = manifest.scalars["optimizer_values"]
+        if lost := sorted((stored.keys() | values.keys()) - trained.keys()):
             raise UserError(
                 f"{reader.path} holds optimizer state for {len(lost)} parameters that this recipe does not train, "
                 f"such as {', '.join(lost[:3])}; set optim.freeze as it was"
             )
-        # torch's own loader knows which values belong on the device and which stay on the host
-        self.optimizer.load_state_dict(
-            {
-                "state": {index: states[name] for index, name in enumerate(trained) if name in states},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-        )
-        for group, changed in zip(self.optimizer.param_groups, manifest.scalars["optimizer_group_values"], strict=True):
-            group.update(changed)
+        # a state that has its parameter's shape everywhere is one number for each weight, and is cut as the weights are
+        elementwise = {key for specs in stored.values() for key in specs}
+        elementwise -= {key for name, specs in stored.items() for key, s in specs.items() if s.shape != trained[name].shape}
+        entries: dict[int, _Entry] = {}
+        said: list[str] = []
+        for name, shard in trained.items():
+            assert shard.entry is not None, name
+            entry = entries.setdefault(id(shard.entry), _Entry(shard.entry, {}, {}))
+            for key, spec in stored.get(name, {}).items():
+                where = f"optimizer/{name}/{key}"
+                if key in elementwise:
+                    if key not in entry.state:
+                        entry.state[key] = torch.zeros_like(
+                            entry.key.detach(), dtype=_DTYPES[spec.dtype], memory_format=torch.preserve_format
+                        )
+                    fill(_range(local(entry.state[key]), shard), reader, where, shard.start)
+                    continue
+                value = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+                fill(value, reader, where)
+                entry.take(key, value, name)
+            for key, plain in values.get(name, {}).items():
+                entry.take(key, plain, name)
+        with self.stepping():
+            index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+            # torch's own loader knows which values belong on the device and which stay on the host
+            optimizer.load_state_dict(
+                {
+                    "state": {index_of[key]: entry.state for key, entry in entries.items() if entry.state},
+                    "param_groups": optimizer.state_dict()["param_groups"],
+                }
+            )
+            for group, changed in zip(optimizer.param_groups, manifest.scalars["optimizer_group_values"], strict=True):
+                group.update(changed)
+        return said
+
+
+@dataclass
+class _Entry:
+    """The optimizer's state of one of the tensors that it was handed, which may hold several parameters."""
+
+    key: Tensor
+    state: dict[str, Any]
+    by: dict[str, str]
+    """For each value that is one for all parameters here, one that has it."""
+
+    def take(self, key: str, value: Any, parameter: str) -> None:
+        """Set a value that holds for the whole tensor; raises UserError where its parameters disagree."""
+        if key in self.by and not _same(self.state[key], value):
+            raise UserError(
+                f"the optimizer's '{key}' is {_shown(self.state[key])} for {self.by[key]} and {_shown(value)} for "
+                f"{parameter}, and this strategy keeps one for both; resume with ddp or fsdp2"
+            )
+        self.state[key], self.by[key] = value, parameter
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def _shown(value: Any) -> str:
+    return str(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Return the names of the parameters in each of the optimizer's groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, sharded or not."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _range(values: Tensor, shard: Shard) -> Tensor:
+    """Return a view of the elements of `values` that belong to the shard."""
+    numel = shard.values.numel()
+    if values.numel() == numel:
+        return values
+    return values.view(-1)[shard.offset : shard.offset + numel]
+
+
+def _replicated(role: str, tensor: Tensor) -> Held:
+    return Held(role, tuple(tensor.shape), 0, tensor, replicated=True)
+
+
+def _specs(held: dict[str, Held]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(each.shape, _DTYPE_NAMES[each.values.dtype], each.role) for name, each in held.items()}
 
 
 def _plain_values(group: dict[str, Any]) -> dict[str, Any]:
@@ -178,21 +363,21 @@ def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]
         )
 
 
-def fill(tensor: Tensor, reader: Reader, name: str) -> None:
-    """Copy the stored tensor `name` into `tensor`, which has its shape and dtype, on any device."""
+def fill(tensor: Tensor, reader: Reader, name: str, start: int = 0) -> None:
+    """Copy the elements from `start` on of the stored tensor `name` into `tensor`, which has its dtype, on any device."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    reader.read(name, 0, tensor.numel(), _bytes_of(flat))
+    reader.read(name, start, tensor.numel(), _bytes_of(flat))
     with torch.no_grad():
         tensor.copy_(flat.reshape(tensor.shape))
 
 
 def load_weights(model: nn.Module, reader: Reader, *, averaged: bool) -> None:
     """Fill a model from a checkpoint, with its averaged weights where `averaged`. Raises UserError as `restore`."""
-    state = TrainingState(model, None, None)
-    check_fit(reader, state.specs(), ("parameter", "buffer"))
-    for name, (_, tensor) in state.tensors()[0].items():
+    held = TrainingState(model, None, None).held()
+    check_fit(reader, _specs(held), ("parameter", "buffer"))
+    for name, each in held.items():
         average = name.replace("model/", "ema/", 1)
-        fill(tensor, reader, average if averaged and average in reader.manifest.tensors else name)
+        fill(each.values, reader, average if averaged and average in reader.manifest.tensors else name)
 
 
 def _bytes_of(flat: Tensor) -> np.ndarray:

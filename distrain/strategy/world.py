@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,11 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor, nn
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from torch import Tensor
 
 from distrain.config import UserError
-from distrain.strategy.launched import Environment
+from distrain.strategy.launched import Asked, Environment
+from distrain.strategy.precision import Arithmetic, resolve
 
 _PATIENCE = timedelta(days=1)
 """How long ranks wait while rank 0 does something for all of them."""
@@ -27,14 +38,19 @@ class World:
     Satisfies `distrain.checkpoint.Communicator`.
     """
 
-    def __init__(self, accelerator: Accelerator, precision: str):
+    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked):
         self.accelerator = accelerator
-        self.precision = precision
-        """fp32, bf16 or fp64, with `auto` resolved."""
+        self.arithmetic = arithmetic
+        self.precision = arithmetic.name
+        """The recipe's, with `auto` resolved."""
+        self.asked = asked
+        self.strategy = asked.strategy
+        """single, ddp, zero1, zero2, zero3 or fsdp2."""
+        self.lockstep = asked.strategy in ("zero3", "fsdp2")
+        """Whether a forward pass speaks to the other ranks: all must then make as many."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self.device = accelerator.device
-        self.strategy = "single" if self.world_size == 1 else "ddp"
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]
@@ -121,10 +137,6 @@ class World:
             raise _of_another_rank(failure)
         return result
 
-    def for_evaluation(self, model: nn.Module) -> nn.Module:
-        """Return a model that only evaluates, in this world's arithmetic."""
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
     def close(self) -> None:
         """Leave the process group in order; ending a process without it can abort under gloo."""
         self.accelerator.free_memory()
@@ -148,33 +160,117 @@ def _of_another_rank(error: Exception) -> Exception:
     return error
 
 
-def open_world(precision: str, *, timeout_s: float = 600.0) -> World:
+def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float = 600.0) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
-    `precision` is the recipe's: auto, fp32, bf16 or fp64. `timeout_s` bounds every collective but those of `first`.
+    `precision` is the recipe's `train.precision`. `asked` is the strategy; None takes single or ddp. `timeout_s` bounds
+    every collective but those of `first`.
     """
     environment = Environment.read(os.environ)
-    on_cpu = not torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if not on_cpu and torch.cuda.is_bf16_supported() else "fp32"
+    if asked is None:
+        asked = Asked("single" if environment.world_size == 1 else "ddp")
+    _clear_environment()
+    arrange = {"single": _plainly, "ddp": _plainly, "fsdp2": _for_fsdp2}.get(asked.strategy, _for_deepspeed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
         accelerator = Accelerator(
-            # without it several CPU processes are each rank 0 of 1
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            # the arithmetic is put around the model by hand, the same under every strategy
+            mixed_precision="no",
             # accumulation has one owner: train_step
             gradient_accumulation_steps=1,
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-            ],
+            **arrange(asked, environment, timedelta(seconds=timeout_s), on_cpu=not torch.cuda.is_available()),
         )
-    world = World(accelerator, precision)
+    world = World(accelerator, resolve(precision, accelerator.device), asked)
     if (world.rank, world.world_size) != (environment.rank, environment.world_size):
         raise UserError(
             f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up as "
             f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
         )
     return world
+
+
+_LAUNCHERS_OWN = re.compile(r"ACCELERATE_(USE_CPU|USE_DEEPSPEED|USE_FSDP|MIXED_PRECISION|DEEPSPEED_.*)|FSDP_.*")
+
+
+def _clear_environment() -> None:
+    """Take out what a launcher told Accelerate: it was read and compared with the recipe, and is passed on as objects.
+
+    Left there, Accelerate would act on it a second time, and `ACCELERATE_USE_CPU` turns DeepSpeed off without a word.
+    """
+    for name in [name for name in os.environ if _LAUNCHERS_OWN.fullmatch(name)]:
+        del os.environ[name]
+
+
+def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    # without cpu=True several CPU processes are each rank 0 of 1
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
+    return {"cpu": on_cpu, "kwargs_handlers": handlers}
+
+
+def _join(environment: Environment, timeout: timedelta, *, on_cpu: bool) -> None:
+    """Form the process group first, where Accelerate would not do it right under a sharding strategy."""
+    if environment.world_size == 1:
+        # sharding over one process still speaks to a group, and nobody else makes one
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+        backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    PartialState(cpu=on_cpu, timeout=timeout)
+
+
+def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    _join(environment, timeout, on_cpu=on_cpu)
+    if on_cpu or environment.world_size == 1:
+        # Accelerate honours FSDP only where it believes in several GPUs, and falls back to DDP without a word elsewhere.
+        # FSDP2 itself works on CPUs over gloo, and with one process.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        cpu_offload=asked.offload_parameters,
+    )
+    return {"fsdp_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)]}
+
+
+def _for_deepspeed(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    quiet_deepspeed()
+    if on_cpu or environment.world_size == 1:
+        _join(environment, timeout, on_cpu=on_cpu)
+    zero: dict[str, Any] = {"stage": int(asked.strategy[-1])}
+    if asked.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
+    if asked.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": not on_cpu}
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "zero_optimization": zero,
+            # the recipe's own optimizer, also where its state is on the CPU: what is saved must not depend on it
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+            # set when an engine is made
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+        }
+    )
+    return {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)]}
+
+
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed with its log at warnings, and without the C++ collective for CPUs that it would compile first.
+
+    That one serves inference on one machine alone, and takes a compiler and half a minute.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,259 @@
+"""What every strategy is to the loop: a model and its optimizer among the processes of a world."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+
+from distrain.checkpoint import Reader
+from distrain.config import UserError
+from distrain.networks.deferred import Deferred
+from distrain.optim import Ema, plain_name
+from distrain.strategy.precision import LossScale
+from distrain.strategy.state import Shard, TrainingState
+from distrain.strategy.world import World
+
+Numbers = Callable[[], tuple[float, list[float]]]
+"""Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an engine is made from. Its functions are called by all ranks alike."""
+
+    model: Callable[[], nn.Module]
+    """Builds the whole model on the CPU."""
+    deferred: Callable[[], Deferred]
+    """Builds its structure, and then the values of one parameter at a time: the same ones."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Builds the optimizer, and stops frozen parameters from being trained."""
+    objective: Callable[[nn.Module], Tensor]
+    """Returns the loss (0-d) of a model, wrapped or not, on a first micro-batch."""
+    micro_batch_size: int
+    accumulation: int
+    clip_norm: float | None
+    ema: float | None
+    initial: bool = True
+    """Whether the initial weights are wanted; otherwise a checkpoint follows."""
+
+
+class Engine(ABC):
+    """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
+
+    model: nn.Module
+    """Its names are the plain ones; it is what evaluates."""
+    wrapped: nn.Module
+    """What a training step calls."""
+    optimizer: Any
+    """Has the `param_groups` in which the learning rate is set."""
+    state: TrainingState
+
+    def __init__(self, world: World, plan: Plan):
+        self.world = world
+        self.clip_norm = plan.clip_norm
+        self.scale = LossScale() if world.arithmetic.scaled else None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # A step
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context for one micro-batch's forward and backward pass; the `last` one ends the step."""
+        return nullcontext()
+
+    @abstractmethod
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        """Go backward from `share * objective` (both 0-d) with a micro-batch that is not the last of its step."""
+
+    @abstractmethod
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
+
+        On the way the means over the ranks of `loss` (0-d) and of the three `flags` are taken. Returns None where the
+        gradient overflowed and nothing was changed but the loss scale: the step is then to be made again.
+        """
+
+    def _scaled(self, share: Tensor) -> Tensor:
+        return share if self.scale is None else share * self.scale.scale
+
+    def _coefficient(self, norm: Tensor) -> Tensor | None:
+        """Return what gradients of this `norm` (0-d, unscaled) are multiplied by; None where they are left as are."""
+        unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
+        if self.clip_norm is None:
+            return None if self.scale is None else torch.as_tensor(unscale, device=norm.device)
+        return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) * unscale
+
+    def _overflowed(self, norm: Tensor) -> bool:
+        """Take note of whether a scaled gradient is finite; waits for the device, as any loss scaling does."""
+        if self.scale is None:
+            return False
+        overflow = not math.isfinite(norm.item())
+        self.scale.update(overflow)
+        return overflow
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Its state
+
+    @abstractmethod
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        """Return what this rank holds of a parameter."""
+
+    def publish(self) -> None:  # noqa: B027 - nothing to do where the model computes with what is trained
+        """Have the model compute with the weights as they were just written into the shards."""
+
+    def restore(self, reader: Reader) -> list[str]:
+        """Take over a checkpoint; returns what is to be said of it. Raises UserError where it does not fit."""
+        said = self.world.together(lambda: self.state.restore(reader))
+        if self.scale is not None and (stored := reader.manifest.scalars.get("loss_scale")):
+            self.scale.load(stored)
+        self.publish()
+        return said
+
+    def scalars(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the state besides tensors."""
+        scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
+        return self.state.scalars() | scaling
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model its averaged weights, where there are any, and its own back at the end."""
+        if self.state.ema is None:
+            yield
+            return
+        with self.state.ema.applied():
+            self.publish()
+            yield
+        self.publish()
+
+    def align_buffers(self) -> None:
+        """Give every rank rank 0's buffers, as the next training step would, and their averages."""
+        if self.world.world_size == 1:
+            return
+        buffers = list(self.model.buffers())
+        if self.state.ema is not None:
+            parameters = {plain_name(name) for name, _ in self.model.named_parameters()}
+            buffers += [average for name, average in self.state.ema.tensors().items() if name not in parameters]
+        for buffer in buffers:
+            dist.broadcast(buffer, src=0)
+
+    def all_finite(self) -> bool:
+        """Return whether every weight is, the same answer on all ranks."""
+        shards = [self.shard(parameter).values for parameter in self.model.parameters()]
+        shards = [values for values in shards if values.is_floating_point() and values.numel()]
+        finite = torch.ones((), device=self.world.device)
+        if shards:
+            largest = torch._foreach_norm(shards, math.inf)
+            finite = torch.stack([value.double() for value in largest]).isfinite().all().float().to(self.world.device)
+        return bool(self.world.sum(finite).item() == self.world.world_size)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold all weights on every rank: for what cannot gather them in step with the other ranks."""
+        yield
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What took effect
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise RuntimeError unless the objects that train are what was asked for."""
+
+    def effect(self) -> dict[str, Any]:
+        """Return what took effect, as read from the objects that train. The same on all ranks."""
+        held = list(self.state.held().values())
+        sizes: dict[str, int] = {"parameter": 0, "optimizer": 0}
+        full: dict[str, int] = {"parameter": 0, "optimizer": 0}
+        for each in held:
+            if each.role in sizes:
+                sizes[each.role] += each.values.numel() * each.values.element_size()
+                full[each.role] += math.prod(each.shape) * each.values.element_size()
+        return {
+            "strategy": self.world.strategy,
+            "engine": type(self.wrapped).__name__,
+            "optimizer": type(self.state.optimizer).__name__,
+            "processes": self.world.world_size,
+            "device": self.world.device.type,
+            "precision": self.world.precision,
+            "sharded": any(not each.replicated for each in held),
+            "parameter_bytes": {"full": full["parameter"], "ranks": self.world.gather(sizes["parameter"])},
+        }
+
+
+def make_ema(plan: Plan, source: Any) -> Ema | None:
+    """Return the average that the plan asks for, of a model or of a mapping of weights."""
+    return Ema(source, plan.ema) if plan.ema is not None else None
+
+
+def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
+    """Have the model compute in this world's arithmetic, with outputs in full precision; returns the same model.
+
+    Put around its forward by hand and alike under every strategy: left to them, DeepSpeed would cast the weights, FSDP2
+    what is gathered, and DDP neither, and one recipe would mean three things.
+    """
+    if world.arithmetic.autocast is None:
+        return model
+    forward = model.forward.__func__ if isinstance(model.forward, MethodType) else None
+    inner = model.forward
+    arithmetic, device, lockstep = world.arithmetic, world.device.type, world.lockstep
+
+    def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with arithmetic.context(device, cache=not lockstep):
+            return forward(self, *args, **kwargs) if forward is not None else inner(*args, **kwargs)
+
+    model.forward = MethodType(convert_outputs_to_fp32(compute), model)  # type: ignore[method-assign]
+    return model
+
+
+class restored(AbstractContextManager[None]):
+    """Puts a model's buffers and absent gradients back on leaving."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def __exit__(self, *exception: object) -> None:
+        with torch.no_grad():
+            for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
+                buffer.copy_(before)
+        self._model.zero_grad(set_to_none=True)
+
+
+def without_gradient(world: World, plan: Plan, model: nn.Module) -> set[str]:
+    """Return the names of the trained parameters that a first micro-batch gives no gradient on some rank."""
+
+    def rehearse() -> list[str]:
+        with restored(model):
+            plan.objective(model).backward()
+            return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    return {name for names in world.gather(world.together(rehearse)) for name in names}
+
+
+def did_not_take_effect(asked: str, found: str) -> RuntimeError:
+    """Return the error of a strategy that the prepared objects do not show."""
+    return RuntimeError(
+        f"{asked} was asked for and did not take effect: {found}. Nothing was trained; the installed versions of "
+        "torch, accelerate or deepspeed may behave differently from those that are tested (constraints.txt)"
+    )
+
+
+__all__ = [
+    "Engine",
+    "Numbers",
+    "Plan",
+    "UserError",
+    "did_not_take_effect",
+    "make_ema",
+    "restored",
+    "with_arithmetic",
+    "without_gradient",
+]

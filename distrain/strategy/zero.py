@@ -1,0 +1,249 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: what the optimizer trains is cut into equal flat parts, one for each rank.
+
+DeepSpeed is run in its fp32 mode whatever the precision: it then keeps weights, gradients and their reduction in fp32,
+and the arithmetic of the forward pass is put around the model as under every other strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError
+from distrain.networks.deferred import Deferred
+from distrain.optim import Ema, plain_name
+from distrain.strategy.engine import (
+    Engine,
+    Numbers,
+    Plan,
+    did_not_take_effect,
+    with_arithmetic,
+    without_gradient,
+)
+from distrain.strategy.state import Shard, TrainingState, group_names, whole
+from distrain.strategy.world import World
+
+
+class Zero(Engine):
+    """A DeepSpeedEngine. In stages 1 and 2 every rank computes with whole weights, in stage 3 they are sharded too."""
+
+    stage: int
+
+    def __init__(self, world: World, plan: Plan):
+        super().__init__(world, plan)
+        self.stage = int(world.strategy[-1])
+        self.model, optimizer = self._build(plan)
+        groups = group_names(self.model, optimizer)
+        self._prepare(plan, optimizer)
+        self._zero = self.wrapped.optimizer
+        self.optimizer = self._zero.optimizer
+        ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
+        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, self._stepping)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def _build(self, plan: Plan) -> tuple[nn.Module, torch.optim.Optimizer]:
+        world = self.world
+        if self.stage == 3:
+            deferred = world.together(plan.deferred)
+            model = deferred.model
+            _partition(deferred, world, initial=plan.initial)
+            for name, buffer in list(model.named_buffers()):
+                path, _, key = name.rpartition(".")
+                model.get_submodule(path)._buffers[key] = buffer.to(world.device)
+            return with_arithmetic(world, model), world.together(lambda: plan.optimizer(model))
+        model = world.together(plan.model).to(world.device)
+        optimizer = world.together(lambda: plan.optimizer(model))
+        with_arithmetic(world, model)
+        self._unused = without_gradient(world, plan, model)
+        # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
+        # strategy has
+        for group in optimizer.param_groups:
+            names = {id(p): name for name, p in model.named_parameters()}
+            group["params"] = [p for p in group["params"] if names[id(p)] not in self._unused and p.numel()]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return model, optimizer
+
+    def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+        accelerator = self.world.accelerator
+        accelerator.gradient_accumulation_steps = plan.accumulation
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
+        config["gradient_accumulation_steps"] = plan.accumulation
+        config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
+        config["gradient_clipping"] = plan.clip_norm or 0.0
+        self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Stage 3 fills the optimizer's groups only while it steps."""
+        if self.stage < 3:
+            yield
+            return
+        self._zero._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._zero._clear_fp32_optimizer_param_groups()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # A step
+
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        self._backward(objective, share, last=False)
+
+    def _backward(self, objective: Tensor, share: Tensor, *, last: bool) -> None:
+        if self.scale is not None:
+            # its own scaler changes the scale before it takes it out of the gradients
+            self._zero.override_loss_scale(self.scale.scale)
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(objective * share, scale_wrt_gas=False)
+
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        world = self.world
+        self._backward(objective, share, last=True)
+        self.wrapped.step()
+        overflowed = not self.wrapped.was_step_applied()
+        if self.scale is not None:
+            self.scale.update(overflowed)
+            if overflowed:
+                return None
+        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=world.device)
+        numbers[0] = loss
+        means = world.later(world.sum(numbers) / world.world_size)
+        if overflowed:  # unscaled gradients that are not finite: for the loop to report
+            return lambda: (float("nan"), means())
+        if self.state.ema is not None:
+            self.state.ema.update()
+        if self.clip_norm is None and self.scale is None:
+            return lambda: (0.0, means())
+        norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float64, device=world.device)
+        read = world.later(norm.reshape(1))
+        return lambda: (read()[0], means())
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Its state
+
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        return self._shard_3(parameter) if self.stage == 3 else self._shard_12(parameter)
+
+    def _shard_12(self, parameter: nn.Parameter) -> Shard:
+        """DeepSpeed lays a group's parameters end to end, and cuts that into equal parts."""
+        zero = self._zero
+        group = self._group_of().get(id(parameter))
+        if group is None:
+            return replace(whole(parameter), entry=None)
+        entry = zero.single_partition_of_fp32_groups[group]
+        shape, mapping = tuple(parameter.shape), parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Shard(shape, 0, entry.detach()[:0], replicated=False, entry=entry)
+        start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        values = entry.detach()[offset : offset + numel]
+        return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
+
+    def _group_of(self) -> dict[int, int]:
+        return {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
+
+    def _shard_3(self, parameter: Any) -> Shard:
+        """Each parameter is cut into equal parts, the last one padded."""
+        shape, part = tuple(parameter.ds_shape), parameter.partition_numel()
+        start = min(self.world.rank * part, parameter.ds_numel)
+        numel = min(part, parameter.ds_numel - start)
+        place = self._zero.grad_position.get(self._zero.get_param_id(parameter)) if parameter.requires_grad else None
+        if place is None:
+            return Shard(shape, start, parameter.ds_tensor.detach()[:numel], replicated=False, entry=None)
+        group, offset, _ = place
+        entry = self._zero.fp32_partitioned_groups_flat[group]
+        values = entry.detach()[offset : offset + numel]
+        return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
+
+    def publish(self) -> None:
+        zero = self._zero
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            yield
+
+    def check(self) -> None:
+        if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
+            raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
+        if (found := self.wrapped.zero_optimization_stage()) != self.stage:
+            raise did_not_take_effect(self.world.strategy, f"DeepSpeed runs ZeRO stage {found}")
+        if (found := self.wrapped.dp_world_size) != self.world.world_size:
+            raise did_not_take_effect(self.world.strategy, f"DeepSpeed spans {found} of {self.world.world_size} ranks")
+
+    def effect(self) -> dict[str, Any]:
+        return super().effect() | {"stage": self.wrapped.zero_optimization_stage()}
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A rank's part of the weights that are trained, and its buffers, by plain name: what an average is made of."""
+
+    def __init__(self, engine: Zero):
+        self._engine = engine
+        model = engine.model
+        persistent = model.state_dict(keep_vars=True)
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._buffers: dict[str, str] = {}
+        seen: set[int] = set()
+        for name, tensor in persistent.items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[plain_name(name)] = tensor
+            else:
+                self._buffers[plain_name(name)] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._parameters:
+            return self._engine.shard(self._parameters[name]).values
+        return self._engine.model.get_buffer(self._buffers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._parameters, *self._buffers))
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+
+def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
+    """Give the parameters of a model on the meta device their values, one at a time, each cut into the ranks' parts."""
+    model = deferred.model
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, key))
+    named = dict(model.named_parameters())
+    init = deepspeed.zero.Init(module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config)
+    values = deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in named.items())
+    for name, value in values:
+        old = named.pop(name)
+        new = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)
+        init._convert_to_deepspeed_param(new)
+        new.partition()
+        for module, key in places[id(old)]:
+            module._parameters[key] = new
+    if named:
+        raise UserError(f"the model gave no values for {', '.join(sorted(named)[:3])}")
