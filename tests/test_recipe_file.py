@@ -115,7 +115,10 @@ BAD_LINES = [
         "train: {steps: 1e13}",
         "train.steps: found 10000000000000, expected a whole number ≥ 1 and ≤ 1000000000000 or null",
     ),
-    ("train: {epochs: 1, precision: fp16}", "found 'fp16', expected one of 'auto', 'fp32', 'bf16', 'fp64'; did you"),
+    (
+        "train: {epochs: 1, precision: f16}",
+        "found 'f16', expected one of 'auto', 'fp32', 'tf32', 'bf16', 'fp16', 'fp8', 'fp64'; did you",
+    ),
     ("train: {epochs: 1, compile: yes}", "F:9: train.compile: found 'yes', expected true or false"),
     ("train: {epochs: 1, compile: 'true'}", "found 'true', expected true or false; take the quotes off"),
     ("train: {epochs: 1, lr: 3}", "F:9: train.lr: unknown key 'lr'; did you mean optim.lr?"),

@@ -269,9 +269,9 @@ class TrainSection(Section):
     """Optimizer steps."""
     tokens: Annotated[int, Field(ge=1, le=10**18), WHOLE] | None = None
     """Tokens, for samples of a fixed length."""
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Arithmetic of the forward pass: auto is bf16 on GPUs that have it and fp32 elsewhere.
-    Weights stay fp32 (fp64 for fp64)."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8", "fp64"] = "auto"
+    """Arithmetic of the forward pass: auto is bf16 on GPUs that have it and fp32 elsewhere. Weights, the optimizer's
+    state and the reductions of gradients are fp32 with each (fp64 with fp64)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
     compile: bool = False

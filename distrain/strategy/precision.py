@@ -1,0 +1,328 @@
+"""Arithmetic: what a recipe's `train.precision` means, the same under every strategy.
+
+Weights, the optimizer's state and the reductions of gradients are fp32 (fp64 for fp64). What differs is the forward
+pass, and the backward pass that follows from it:
+
+    name   forward under             products of fp32 tensors   loss is scaled
+    fp32   nothing                   fp32                       no
+    tf32   nothing                   TF32 on tensor cores       no
+    bf16   autocast to bfloat16      fp32                       no
+    fp16   autocast to float16       fp32                       yes, `LossScale`
+    fp8    autocast to bfloat16,     fp32                       no
+           linear layers in float8
+    fp64   nothing, weights fp64     fp32                       no
+
+torch itself starts with matrix products in fp32 and with cuDNN's convolutions and recurrent layers in TF32, so its
+"fp32" keeps ten bits of the mantissa in a convolution. Here fp32 is fp32 throughout, and tf32 is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The arithmetic of a run, with `auto` resolved."""
+
+    name: str
+    """fp32, tf32, bf16, fp16, fp8 or fp64."""
+    autocast: torch.dtype | None
+    """What the forward pass is cast to where that is sound; None casts nothing."""
+    weights: torch.dtype
+    """The dtype of weights, of the optimizer's state and of the reductions of gradients."""
+    scaled: bool
+    """Whether the loss is scaled before the backward pass, with a `LossScale`."""
+    said: str = ""
+    """What a person should know about it on this machine, in a sentence; empty where there is nothing to say."""
+
+    def context(self, device_type: str, *, cache: bool = True) -> AbstractContextManager[Any]:
+        """Return what one forward pass runs under.
+
+        `cache`: whether a weight's cast is kept until the pass ends, for weights that are used several times. A sharded
+        strategy passes False: what is kept of each weight would add up to half of the whole model.
+        """
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_type, dtype=self.autocast, cache_enabled=cache)
+
+    def fit(self, model: nn.Module, device: torch.device) -> list[str]:
+        """Make a model on its device ready for this arithmetic, in place; return what there is to say about it.
+
+        Before the optimizer is built and before the model is sharded. The names and the values of parameters stay.
+        Raises UserError for fp8 where the model has no layer that could be computed so.
+        """
+        if self.name == "fp8":
+            return [_with_float8_layers(model)]
+        if self.name == "fp16" and device.type == "cpu":
+            for module in model.modules():
+                if isinstance(module, nn.LSTM):
+                    module.register_forward_pre_hook(_with_fp16_inputs)
+        return []
+
+    def check_kept(self) -> None:
+        """Raise UserError where something has changed torch's switches for products of fp32 tensors since `resolve`."""
+        expected = "tf32" if self.name == "tf32" else "ieee"
+        if changed := {where: value for where, value in float32_products().items() if value != expected}:
+            found = ", ".join(f"{where} {value}" for where, value in changed.items())
+            raise UserError(
+                f"train.precision is {self.name}, which computes products of fp32 tensors as {expected}, and something "
+                f"has set torch to: {found}. Take torch.set_float32_matmul_precision and torch.backends.*.allow_tf32 "
+                "out of your own code, and write train.precision: tf32 if that is what you want"
+            )
+
+
+_FP32 = Arithmetic("fp32", None, torch.float32, scaled=False)
+
+
+def resolve(precision: str, device: torch.device) -> Arithmetic:
+    """Return the arithmetic that a recipe's `train.precision` means on `device`, and set torch's switches for it.
+
+    The switches are those for products of fp32 tensors: they hold for this process, so call it once, first. Raises
+    UserError where the device, or what is installed, cannot do what is asked.
+    """
+    arithmetic = _resolved(precision, device)
+    _set_float32_products(tf32=arithmetic.name == "tf32")
+    return arithmetic
+
+
+def _resolved(precision: str, device: torch.device) -> Arithmetic:
+    on_gpu = device.type == "cuda"
+    if precision == "auto":
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+            return Arithmetic("bf16", torch.bfloat16, torch.float32, scaled=False, said="auto: this GPU has bf16")
+        return Arithmetic("fp32", None, torch.float32, scaled=False, said=f"auto: {_named(device)} has no fast bf16")
+    if precision == "fp32":
+        return _FP32
+    if precision == "tf32":
+        if not on_gpu or torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(
+                f"train.precision: tf32 needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, and this is "
+                f"{_named(device)}; take fp32, which gives at least its accuracy everywhere"
+            )
+        return Arithmetic("tf32", None, torch.float32, scaled=False)
+    if precision == "bf16":
+        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        said = "" if fast else f"{_named(device)} computes bf16 no faster than fp32, and mostly slower"
+        return Arithmetic("bf16", torch.bfloat16, torch.float32, scaled=False, said=said)
+    if precision == "fp16":
+        if not on_gpu and not _cpu_computes(torch.float16):
+            raise UserError("train.precision: fp16: torch has no fp16 arithmetic for this CPU; take bf16 or fp32")
+        said = "" if on_gpu else f"{_named(device)} computes fp16 no faster than fp32, and mostly slower"
+        return Arithmetic("fp16", torch.float16, torch.float32, scaled=True, said=said)
+    if precision == "fp8":
+        _check_fp8(device)
+        return Arithmetic("fp8", torch.bfloat16, torch.float32, scaled=False)
+    assert precision == "fp64", precision
+    return Arithmetic("fp64", None, torch.float64, scaled=False)
+
+
+def _named(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "a CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} of compute capability {major}.{minor}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Products of fp32 tensors
+
+
+def float32_products() -> dict[str, str]:
+    """Return how torch computes products of fp32 tensors on GPUs: ieee or tf32, by the kind of layer."""
+    kinds: dict[str, Any] = {
+        "matmul": torch.backends.cuda.matmul,
+        "conv": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        "rnn": torch.backends.cudnn.rnn,
+    }
+    return {name: "tf32" if kind.fp32_precision == "tf32" else "ieee" for name, kind in kinds.items()}
+
+
+def _set_float32_products(*, tf32: bool) -> None:
+    # These two set torch's newer switches, `fp32_precision`, as well. Setting those alone leaves the older ones behind,
+    # and reading an older one is then an error, which torch.compile runs into.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32.*")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    expected = dict.fromkeys(("matmul", "conv", "rnn"), "tf32" if tf32 else "ieee")
+    assert float32_products() == expected, float32_products()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a CPU can
+
+
+def _cpu_computes(dtype: torch.dtype) -> bool:
+    """Return whether a layer goes forward and backward on this CPU under autocast."""
+    layer = nn.Linear(2, 2)
+    try:
+        with torch.autocast("cpu", dtype=dtype):
+            outputs = layer(torch.ones(1, 2))
+        outputs.float().sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _with_fp16_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # torch looks at the inputs before autocast does, and takes a kernel for fp32 that then gets fp16 and fails
+    def cast(value: Any) -> Any:
+        if isinstance(value, tuple) and not isinstance(value, nn.utils.rnn.PackedSequence):
+            return tuple(map(cast, value))
+        narrow = isinstance(value, Tensor) and value.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+        return value.half() if narrow else value
+
+    return tuple(map(cast, inputs))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# fp8
+
+
+def _check_fp8(device: torch.device) -> None:
+    problems = []
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        problems.append(f"a GPU of compute capability 8.9 (Ada, Hopper) or more, and this is {_named(device)}")
+    if not _has_torchao():
+        others = [name for name in ("transformer_engine", "msamp") if importlib.util.find_spec(name) is not None]
+        instead = f" (in place of {others[0]}, whose layers keep state of a kind of their own)" if others else ""
+        problems.append(f"the package torchao, 0.6.1 or later: pip install torchao{instead}")
+    if problems:
+        raise UserError(f"train.precision: fp8 needs {'; and '.join(problems)}. Take bf16 without them")
+
+
+def _has_torchao() -> bool:
+    from accelerate.utils.imports import is_torchao_available
+
+    return bool(is_torchao_available())
+
+
+def _with_float8_layers(model: nn.Module) -> str:
+    """Have a model's linear layers computed in float8, in place; returns what was done, in a sentence."""
+    from accelerate.utils.ao import convert_model_to_fp8_ao
+    from torchao.float8.float8_linear import Float8Linear
+
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    # The first and the last stay, as training is unstable with them, and so do those whose sizes the kernels cannot
+    # take. Dynamic scales: they are computed anew each time, so there is no state beside the weights.
+    convert_model_to_fp8_ao(model)
+    converted = sum(isinstance(module, Float8Linear) for module in model.modules())
+    if not converted:
+        raise UserError(
+            f"train.precision: fp8 is for linear layers whose sizes are multiples of 16, apart from the first and the "
+            f"last, and of this model's {linear} there are none; take bf16"
+        )
+    return f"fp8 in {converted} of {linear} linear layers; the rest, and all other layers, in bf16"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scaling the loss
+
+_FLOOR = 2.0**-10
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class LossScale:
+    """What the loss is multiplied by under fp16, whose smallest numbers are too large for most gradients.
+
+    It starts at 65536, doubles after 2000 steps in a row whose gradients were finite, and halves with each whose were
+    not, which is left out: the rule of torch.amp.GradScaler, here for every strategy, since each has a scaler of its
+    own with other numbers. All ranks call `update` with the same answer, so it is the same on all of them.
+
+    It also serves as the `loss_scaler` of DeepSpeed's ZeRO optimizers; see `put_into`.
+    """
+
+    dynamic = True  # read by DeepSpeed
+
+    def __init__(self, scale: float = 65536.0, good_steps: int = 0):
+        self.scale = scale
+        self.good_steps = good_steps
+        """Steps since the scale has last changed."""
+
+    def update(self, overflow: bool) -> None:
+        """Take note of a step: `overflow` says whether its gradients were not all finite, on any rank.
+
+        Raises UserError when the scale has become so small that it cannot be the reason.
+        """
+        if overflow:
+            self.scale, self.good_steps = self.scale / 2, 0
+            if self.scale < _FLOOR:
+                raise UserError(
+                    f"the gradients are not finite whatever the loss is scaled by, down to {_FLOOR:g}: the model's own "
+                    "numbers leave fp16's range of 65504, or it divides by zero. Take train.precision bf16, which has "
+                    "the range of fp32, or fp32"
+                )
+            return
+        self.good_steps += 1
+        if self.good_steps == 2000:
+            self.scale, self.good_steps = (self.scale * 2 if self.scale * 2 <= _LARGEST else self.scale), 0
+
+    def state(self) -> dict[str, float | int]:
+        """Return what a checkpoint holds of it."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned. Raises UserError for numbers that it never returns."""
+        scale, good_steps = state.get("scale"), state.get("good_steps")
+        if not (
+            isinstance(scale, int | float)
+            and math.isfinite(scale)
+            and scale >= _FLOOR
+            and isinstance(good_steps, int)
+            and 0 <= good_steps < 2000
+        ):
+            raise UserError(f"the stored scale of the loss is {state!r}; expected a scale of {_FLOOR:g} or more")
+        self.scale, self.good_steps = float(scale), good_steps
+
+    # What DeepSpeed's ZeRO optimizers use of a scaler: they multiply the loss by it, divide the gradients by it, and
+    # tell it at the end of each step whether these were finite.
+
+    def put_into(self, zero_optimizer: Any) -> None:
+        """Make it the scaler of a ZeRO optimizer that was built without one, for weights in fp32.
+
+        That optimizer then scales the loss, divides the gradients before it clips them, leaves out a step whose
+        gradients are not finite on any rank, and calls `update`: nobody else may.
+        """
+        zero_optimizer.loss_scaler = self
+        zero_optimizer.dynamic_loss_scale = True
+        zero_optimizer.check_grad_overflow = True
+
+    @property
+    def cur_scale(self) -> float:
+        """The scale."""
+        return self.scale
+
+    @cur_scale.setter
+    def cur_scale(self, scale: float) -> None:
+        self.scale = scale
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale."""
+        return self.scale
+
+    def update_scale(self, overflow: Any) -> None:
+        """Take note of a step, as `update`."""
+        self.update(bool(overflow))
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss times the scale."""
+        return loss * self.scale
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Go backward from the scaled loss."""
+        self.scale_loss(loss).backward(retain_graph=retain_graph)
