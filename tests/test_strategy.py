@@ -19,7 +19,9 @@ from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
 from distrain.strategy import (
     Environment,
+    Plan,
     TrainingState,
+    build_engine,
     check_world,
     launcher_argv,
     load_weights,
@@ -259,12 +261,12 @@ def save(state: TrainingState, folder: Path, ranks: int) -> Path:
     saver = Saver(folder, LocalCommunicator(), asynchronous=False)
     scalars = state.scalars() | {"data": {}}
     return saver.save(
-        3, state.specs(), pieces, scalars=scalars, aliases=state.tensors()[1], recipe="", strategy="ddp"
+        3, state.specs(), pieces, scalars=scalars, aliases=state.aliases(), recipe="", strategy="ddp"
     ).path
 
 
 def values(state: TrainingState) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, (_, tensor) in state.tensors()[0].items()}
+    return {name: held.values.numpy().copy() for name, held in state.held().items()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 100])
@@ -278,7 +280,7 @@ def test_the_pieces_of_all_ranks_are_the_state(ranks: int) -> None:
         sizes.append(sum(piece.data.nbytes for piece in pieces))
         for piece in pieces:
             assert piece.start == reached[piece.name], "without gaps and overlaps, in order"
-            tensor = state.tensors()[0][piece.name][1]
+            tensor = state.held()[piece.name].values
             reached[piece.name] += piece.data.nbytes // tensor.element_size()
     assert reached == {name: spec.numel for name, spec in specs.items()}
     assert max(sizes) - min(sizes) <= 16, "each writes the same share"
@@ -373,7 +375,7 @@ def test_state_that_is_no_tensor_is_refused() -> None:
             return {"a": 1}
 
     with pytest.raises(UserError, match="the model's state '_extra_state' is dict, not a tensor"):
-        TrainingState(Odd(2, 2), None, None).tensors()
+        TrainingState(Odd(2, 2), None, None).held()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -395,26 +397,34 @@ class Idle(nn.Module):
 
 
 def prepared() -> tuple[float, bool, list[float]]:
-    from distrain.strategy import align_buffers, prepare
-
     world = open_world("fp32")
     torch.manual_seed(0)
     model = Idle()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-
-    wrapped, _ = prepare(world, model, optimizer, lambda model: model(torch.ones(2, 3)).sum())
+    engine = build_engine(
+        world,
+        Plan(
+            model=lambda: model,
+            deferred=lambda: pytest.fail("nothing is sharded"),
+            optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+            objective=lambda model: model(torch.ones(2, 3)).sum(),
+            micro_batch_size=2,
+            accumulation=1,
+            clip_norm=None,
+            ema=0.5,
+        ),
+    )
     passes, clean = model.passes.item(), all(p.grad is None for p in model.parameters())
-    for _ in range(3):
-        # each rank another input: what comes out is the mean gradient of all
-        wrapped(torch.full((1, 3), world.rank + 1.0)).sum().backward()
-    gradient = model.used.weight.grad[0].tolist()
-    state = TrainingState(model, optimizer, Ema(model, 0.5))
+    gradients: list[float] = []
+    engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(model.used.weight.grad[0].tolist()))
+    # each rank another input: what comes out is the mean gradient of all
+    objective = engine.wrapped(torch.full((1, 3), world.rank + 1.0)).sum()
+    engine.step(objective, torch.ones(()), objective.detach(), (0.0, 0.0, 0.0))
     model.passes += world.rank
-    state.ema.update()
-    align_buffers(world, state)
-    aligned = [model.passes.item(), state.ema.tensors()["passes"].item()]
+    engine.state.ema.update()
+    engine.align_buffers()
+    aligned = [model.passes.item(), engine.state.ema.tensors()["passes"].item()]
     world.close()
-    return passes, clean, [*gradient, *aligned]
+    return passes, clean, [*gradients, *aligned]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -423,5 +433,5 @@ def test_preparing_leaves_no_trace_and_allows_unused_parameters(world_size: int)
     for passes, clean, numbers in ranks:
         assert passes == 0
         assert clean
-        assert numbers[:3] == pytest.approx([3 * (world_size + 1) / 2] * 3)
+        assert numbers[:3] == pytest.approx([(world_size + 1) / 2] * 3)
         assert numbers[3:] == ranks[0][2][3:], "rank 0's buffers, and their averages, everywhere"

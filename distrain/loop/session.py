@@ -36,7 +36,6 @@ from distrain.models import build_model, calling_convention, check_model, defer_
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.deferred import Deferred
 from distrain.optim import (
-    Loss,
     build_loss,
     build_optimizer,
     check_loss,

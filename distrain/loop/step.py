@@ -101,7 +101,9 @@ def _seed(t: Training, index: int) -> int:
     return mix(t.recipe.seed, "dropout", t.step, t.world.rank, index)
 
 
-def _attempt(t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Sequence[float]) -> Numbers | None:
+def _attempt(
+    t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Sequence[float]
+) -> Numbers | None:
     engine, last = t.engine, len(micro_batches) - 1
     losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):

@@ -16,7 +16,6 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
-from distrain.config import UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
 from distrain.strategy.precision import LossScale
@@ -209,7 +208,7 @@ def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
         with arithmetic.context(device, cache=not lockstep):
             return forward(self, *args, **kwargs) if forward is not None else inner(*args, **kwargs)
 
-    model.forward = MethodType(convert_outputs_to_fp32(compute), model)  # type: ignore[method-assign]
+    model.forward = MethodType(convert_outputs_to_fp32(compute), model)
     return model
 
 
@@ -244,16 +243,3 @@ def did_not_take_effect(asked: str, found: str) -> RuntimeError:
         f"{asked} was asked for and did not take effect: {found}. Nothing was trained; the installed versions of "
         "torch, accelerate or deepspeed may behave differently from those that are tested (constraints.txt)"
     )
-
-
-__all__ = [
-    "Engine",
-    "Numbers",
-    "Plan",
-    "UserError",
-    "did_not_take_effect",
-    "make_ema",
-    "restored",
-    "with_arithmetic",
-    "without_gradient",
-]

@@ -134,7 +134,8 @@ class Fsdp2(Engine):
         odd = [
             name
             for name, parameter in self.model.named_parameters()
-            if parameter.dim() and not (isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world.world_size)
+            if parameter.dim()
+            and not (isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world.world_size)
         ]
         if odd:
             raise did_not_take_effect("fsdp2", f"{odd[0]} and {len(odd) - 1} others are not sharded over all ranks")
@@ -142,6 +143,10 @@ class Fsdp2(Engine):
     def effect(self) -> dict[str, Any]:
         units = sum(isinstance(module, FSDPModule) for module in self.model.modules())
         return super().effect() | {"engine": "FSDPModule", "units": units}
+
+
+def _spans(parameter: nn.Parameter, world_size: int) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.size() == world_size
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -80,6 +80,7 @@ class Replicated(Engine):
             coefficient = self._coefficient(norm)  # of the scale that these gradients have
             overflowed = self._overflowed(norm)
             if not overflowed:
+                assert coefficient is not None, "scaled gradients are always unscaled"
                 torch._foreach_mul_(gradients, coefficient)
         elif self.clip_norm is not None:
             overflowed, norm = False, nn.utils.clip_grad_norm_(self._trained, self.clip_norm)
@@ -97,7 +98,9 @@ class Replicated(Engine):
         read = self.world.later(norm.reshape(1))
         return lambda: (read()[0], means())
 
-    def _backward(self, wrapped: nn.Module, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]):  # type: ignore[no-untyped-def]
+    def _backward(
+        self, wrapped: nn.Module, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]
+    ) -> Callable[[], list[float]]:
         """Go backward; returns a function that reads the means of loss and flags."""
         world = self.world
         if world.world_size == 1:

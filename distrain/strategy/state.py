@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -88,14 +87,16 @@ class TrainingState:
     shard: Callable[[nn.Parameter], Shard] = whole
     """Tells what this rank holds of a parameter."""
     groups: list[list[str]] | None = None
-    """The names of the parameters in each of the optimizer's groups, where it was handed something else in their place."""
+    """The names of the parameters in the optimizer's groups, where those hold something else in their place."""
     stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Gives the context in which the optimizer's groups hold what it trains."""
 
     def __post_init__(self) -> None:
         self._built = [_plain_values(group) for group in self.optimizer.param_groups] if self.optimizer else []
-        if self.groups is None:
-            self.groups = group_names(self.model, self.optimizer) if self.optimizer else []
+
+    def _groups(self) -> list[list[str]]:
+        assert self.optimizer is not None
+        return self.groups if self.groups is not None else group_names(self.model, self.optimizer)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What there is
@@ -125,10 +126,10 @@ class TrainingState:
         if self.ema is not None:
             by_plain_name = {plain_name(name): shard for name, shard in shards.items()}
             for name, average in self.ema.tensors().items():
-                shard = by_plain_name.get(name)
+                of = by_plain_name.get(name)
                 held[f"ema/{name}"] = (
-                    Held("ema", shard.shape, shard.start, local(average), shard.replicated)
-                    if shard is not None
+                    Held("ema", of.shape, of.start, local(average), of.replicated)
+                    if of is not None
                     else _replicated("ema", average)
                 )
         return held
@@ -166,15 +167,15 @@ class TrainingState:
     def scalars(self) -> dict[str, Any]:
         """Return the optimizer's values that are not tensors, and the settings of its groups (for the record)."""
         assert self.optimizer is not None, "scalars are those of training"
-        assert self.groups is not None
         values: dict[str, Any] = {}
         for name, shard in self._trained().items():
+            assert shard.entry is not None
             state = self.optimizer.state.get(shard.entry, {})
             if plain := {key: value for key, value in state.items() if not isinstance(value, Tensor)}:
                 values[name] = plain
         groups = [
             _plain_values(group) | {"params": names}
-            for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
+            for group, names in zip(self.optimizer.param_groups, self._groups(), strict=True)
         ]
         # what an optimizer itself has changed in its groups is state (some count steps there); the rest is the recipe's
         changed = [
@@ -190,9 +191,9 @@ class TrainingState:
 
     def _trained(self) -> dict[str, Shard]:
         """Return the shards of the parameters that are trained, in the model's order."""
-        assert self.groups is not None
-        trained = {name for names in self.groups for name in names}
-        return {name: self.shard(p) for name, p in self.model.named_parameters() if name in trained}
+        trained = {name for names in self._groups() for name in names}
+        shards = {name: self.shard(p) for name, p in self.model.named_parameters() if name in trained}
+        return {name: shard for name, shard in shards.items() if shard.entry is not None}
 
     # ----------------------------------------------------------------------------------------------------------------
     # To a checkpoint
@@ -256,7 +257,9 @@ class TrainingState:
             )
         # a state that has its parameter's shape everywhere is one number for each weight, and is cut as the weights are
         elementwise = {key for specs in stored.values() for key in specs}
-        elementwise -= {key for name, specs in stored.items() for key, s in specs.items() if s.shape != trained[name].shape}
+        elementwise -= {
+            key for name, specs in stored.items() for key, s in specs.items() if s.shape != trained[name].shape
+        }
         entries: dict[int, _Entry] = {}
         said: list[str] = []
         for name, shard in trained.items():
@@ -364,7 +367,7 @@ def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]
 
 
 def fill(tensor: Tensor, reader: Reader, name: str, start: int = 0) -> None:
-    """Copy the elements from `start` on of the stored tensor `name` into `tensor`, which has its dtype, on any device."""
+    """Copy elements of the stored tensor `name`, from `start` on, into `tensor` of its dtype, on any device."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
     reader.read(name, start, tensor.numel(), _bytes_of(flat))
     with torch.no_grad():

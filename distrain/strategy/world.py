@@ -222,8 +222,8 @@ def _join(environment: Environment, timeout: timedelta, *, on_cpu: bool) -> None
 def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
     _join(environment, timeout, on_cpu=on_cpu)
     if on_cpu or environment.world_size == 1:
-        # Accelerate honours FSDP only where it believes in several GPUs, and falls back to DDP without a word elsewhere.
-        # FSDP2 itself works on CPUs over gloo, and with one process.
+        # Accelerate honours FSDP only where it believes in several GPUs, and falls back to DDP elsewhere without a
+        # word. FSDP2 itself works on CPUs over gloo, and with one process.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

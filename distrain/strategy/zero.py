@@ -34,6 +34,8 @@ class Zero(Engine):
     """A DeepSpeedEngine. In stages 1 and 2 every rank computes with whole weights, in stage 3 they are sharded too."""
 
     stage: int
+    wrapped: Any
+    """The DeepSpeedEngine."""
 
     def __init__(self, world: World, plan: Plan):
         super().__init__(world, plan)
@@ -41,7 +43,7 @@ class Zero(Engine):
         self.model, optimizer = self._build(plan)
         groups = group_names(self.model, optimizer)
         self._prepare(plan, optimizer)
-        self._zero = self.wrapped.optimizer
+        self._zero: Any = self.wrapped.optimizer
         self.optimizer = self._zero.optimizer
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, self._stepping)
@@ -236,11 +238,13 @@ def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, key))
     named = dict(model.named_parameters())
-    init = deepspeed.zero.Init(module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config)
+    init = deepspeed.zero.Init(
+        module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config
+    )
     values = deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in named.items())
     for name, value in values:
         old = named.pop(name)
-        new = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)
+        new: Any = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)
         init._convert_to_deepspeed_param(new)
         new.partition()
         for module, key in places[id(old)]:
