@@ -137,10 +137,24 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.name in _BY_SHAPE:
             return self._do(func, *self._shapes_only(args, kwargs, slots), traits)
+        if func._schema.name == "aten::_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            # PyTorch's own, to stay where the tensor is
+            kwargs = kwargs | {"device": torch.device("cpu")}
         node = self._node(func, args, kwargs, slots)
         uncached = any(slot.real is None for slot in slots.values())
         if uncached and traits.is_lazy and not traits.is_random and self._is_to_cpu(kwargs):
             return self._infer(func, args, kwargs, node)
+        return self._repeatable(func, args, kwargs, slots, node)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what a function without side effects gives, and note it as one operation."""
+        slots = {id(t): slot for t in tensors_in((args, kwargs)) if (slot := self.slot(t)) is not None}
+        if not slots:
+            return func(*args, **kwargs)
+        with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+            return self._repeatable(func, args, kwargs, slots, self._node(func, args, kwargs, slots))
+
+    def _repeatable(self, func: Any, args: Any, kwargs: Any, slots: dict[int, Slot], node: Node) -> Any:
         for slot in slots.values():
             self.materialise(slot)
         results = func(*self._real(args, slots), **self._real(kwargs, slots))
@@ -157,9 +171,11 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, traits: _Traits, slots: dict[int, Slot]) -> Any:
         if torch.Tag.inplace_view in func.tags:
-            if func._schema.name in _OTHER_STORAGE:
+            # a view of another kind, or of another storage that is known as well
+            swaps = func is torch.ops.aten.set_.source_Tensor and all(id(t) in slots for t in args)
+            if func._schema.name in _OTHER_STORAGE and not swaps:
                 raise self.lost(f"{func} was called on a large tensor")
-            return func(*args, **kwargs)  # its storage stays as it is
+            return func(*args, **kwargs)
         arguments = {key: kwargs.get(key) if isinstance(key, str) else args[key] for key in traits.written}
         written = list(tensors_in(arguments))
         touched = list(dict.fromkeys(slots[id(t)] for t in written if id(t) in slots))
@@ -249,7 +265,8 @@ class Recorder(TorchDispatchMode):
                 return leaf
             return Ref.of(slots[id(leaf)], leaf) if id(leaf) in slots else copied(leaf)
 
-        state = torch.default_generator.get_state() if _traits(func).is_random else None
+        is_random = isinstance(func, torch._ops.OpOverload) and _traits(func).is_random
+        state = torch.default_generator.get_state() if is_random else None
         self._count += 1
         node = Node(self._count, func, map_leaves(note, args), map_leaves(note, kwargs), state)
         node.touches = tuple(dict.fromkeys(slots.values()))
@@ -378,6 +395,13 @@ def _to(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     first, *rest = args
     rest, kwargs = map_leaves(stay, rest), map_leaves(stay, kwargs)
     if recorder.slot(first) is not None:
+        if any(
+            isinstance(each, torch.device | str) and torch.device(each).type == "meta"
+            for each in (*rest, kwargs.get("device"))
+        ):
+            return func(
+                torch.empty_strided(first.size(), first.stride(), dtype=first.dtype, device="meta"), *rest, **kwargs
+            )
         rest, kwargs = map_leaves(at_meta, rest), map_leaves(at_meta, kwargs)
     return func(first, *rest, **kwargs)
 
@@ -417,6 +441,7 @@ _ANSWERS: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     Tensor.type_as: _to,
     Tensor.new_tensor: _new_tensor,
     Tensor.tolist: _tolist,
+    torch._weight_norm: lambda recorder, func, args, kwargs: recorder.call(func, args, kwargs),  # compares devices
     **dict.fromkeys(
         (
             Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage,
