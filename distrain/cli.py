@@ -43,6 +43,26 @@ class Kind(StrEnum):
     metrics = "metrics"
 
 
+class Strategy(StrEnum):
+    """How state can be spread over processes."""
+
+    auto = "auto"
+    single = "single"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp2 = "fsdp2"
+
+
+class Offload(StrEnum):
+    """What can be kept in the memory of the CPU."""
+
+    none = "none"
+    optimizer = "optimizer"
+    all = "all"
+
+
 class Documents(StrEnum):
     """What a document is in a file of text."""
 
@@ -67,11 +87,31 @@ def train(
     update: Annotated[
         bool, typer.Option("--update", help="Go on with an existing run under a changed recipe.")
     ] = False,
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="How state is spread over the processes. auto: as the run was started before; else whole on each (ddp)."
+        ),
+    ] = Strategy.auto,
+    offload: Annotated[
+        Offload | None,
+        typer.Option(help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.", show_default="none"),
+    ] = None,
 ) -> None:
     """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
     from distrain.launcher import start
 
-    raise typer.Exit(start(target, overrides or [], run_dir=run_dir, processes=processes, update=update))
+    raise typer.Exit(
+        start(
+            target,
+            overrides or [],
+            run_dir=run_dir,
+            processes=processes,
+            update=update,
+            strategy=strategy,
+            offload=offload,
+        )
+    )
 
 
 @app.command()
@@ -105,6 +145,49 @@ def predict(
 
     rows = predict_file(target, inputs, out)
     typer.echo(f"wrote {rows:,} predictions to {out}")
+
+
+@app.command("prove")
+def prove_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=0, help="Interruptions of each run that is resumed.")] = 3,
+    steps: Annotated[int, typer.Option(min=2, help="How many of the recipe's first steps are trained.")] = 30,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
+    ] = None,
+    worlds: Annotated[str, typer.Option(help="Numbers of processes that must agree, such as 1,2,3.")] = "",
+    strategies: Annotated[str, typer.Option(help="Strategies that must agree, such as ddp,zero3.")] = "",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Decides when runs are interrupted.", show_default="another each time")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep all runs there.")] = None,
+    loss_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="For losses elsewhere.", show_default="by precision")
+    ] = None,
+    state_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="For tensors elsewhere.", show_default="by precision")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe straight, then with kills and resumes, and compare all of it to the bit."""
+    from distrain.prove.command import run
+
+    status = run(
+        recipe,
+        overrides or [],
+        as_json=as_json,
+        kills=kills,
+        steps=steps,
+        processes=processes,
+        worlds=worlds,
+        strategies=strategies,
+        seed=seed,
+        keep=keep,
+        loss_tolerance=loss_tolerance,
+        state_tolerance=state_tolerance,
+    )
+    raise typer.Exit(status)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -30,12 +30,14 @@ from torch.nn.parameter import is_lazy
 from distrain.config import ModelSection, Recipe, Task, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets import DataMeta
 from distrain.networks import ModelEntry, find, model_names, register
+from distrain.networks.deferred import SMALL, Deferred, defer, defer_full
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.huggingface import build_transformers, check_transformers, is_transformers
 from distrain.networks.sequential import check_layers, shown
-from distrain.networks.weights import WeightsReport, load_weights, tied_names
+from distrain.networks.weights import WeightsReport, defer_weights, load_weights, tied_names
 
 __all__ = [
+    "Deferred",
     "ModelEntry",
     "ModelOutput",
     "ModelSummary",
@@ -43,6 +45,7 @@ __all__ = [
     "build_model",
     "calling_convention",
     "check_model",
+    "defer_model",
     "describe_model",
     "facts",
     "find",
@@ -303,6 +306,43 @@ def build_model(
     relative paths start from. `weights`: whether model.weights (or the weights in the `path` of a transformers model)
     are loaded; without them a checkpoint is expected to follow. `say` gets a line about what was loaded or adapted.
     """
+    model = _initial(recipe, meta, base, weights, say)
+    if weights and recipe.model.weights is not None:
+        path = base / recipe.model.weights
+        say(str(load_weights(model, path, strict=recipe.model.weights_strict)))
+    return model
+
+
+def defer_model(
+    recipe: Recipe,
+    meta: DataMeta,
+    *,
+    base: Path = Path(),
+    weights: bool = True,
+    say: Callable[[str], None] = logger.info,
+    small: int = SMALL,
+) -> Deferred:
+    """Return what `build_model` returns without its weights, and the same weights one at a time; see `Deferred`.
+
+    So no process holds the whole. Where the model's own code makes that impossible it is built in full, and `say` gets
+    a line with the reason. `small`: see `defer`.
+    """
+    section = recipe.model
+
+    def build(say: Callable[[str], None]) -> nn.Module:
+        return _initial(recipe, meta, base, weights, say)
+
+    if section.name.startswith(TRANSFORMERS) and "path" in section.args and weights:
+        deferred = defer_full(build, "transformers reads the weights of a folder all at once", say=say)
+    else:
+        deferred = defer(build, say=say, small=small)
+    if weights and section.weights is not None:
+        say(str(defer_weights(deferred, base / section.weights, strict=section.weights_strict)))
+    return deferred
+
+
+def _initial(recipe: Recipe, meta: DataMeta, base: Path, weights: bool, say: Callable[[str], None]) -> nn.Module:
+    """Return the model as its constructor leaves it, in training mode."""
     section, known = recipe.model, facts(recipe.task, meta)
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     with isolated_seed(mix(recipe.seed, "init")):
@@ -313,8 +353,6 @@ def build_model(
             _size_lazy(model, meta, section.name)
     if any(p.device.type != "cpu" or (p.is_floating_point() and p.dtype != dtype) for p in model.parameters()):
         model = model.to(device="cpu", dtype=dtype)
-    if weights and section.weights is not None:
-        say(str(load_weights(model, base / section.weights, strict=section.weights_strict)))
     return model.train()
 
 

@@ -25,7 +25,9 @@ FLOORS = [
 """The rooms of each floor: a room imports from lower floors, and from those before it on its own."""
 
 PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
-NO_TORCH = ["config", "rundir", "recipe_file", "tokens", "checkpoint", "consolidate", "launcher", "project", "cli"]
+NO_TORCH = [
+    *("config", "rundir", "recipe_file", "tokens", "checkpoint", "consolidate", "launcher", "prove", "project", "cli"),
+]
 
 
 def room_of(file: Path) -> str:

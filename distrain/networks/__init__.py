@@ -8,6 +8,7 @@
     seq2seq.py      `seq2seq`: an encoder and a decoder
     huggingface.py  models of the transformers library
     weights.py      weights to start from, out of a file
+    deferred.py     a model without its weights, and its initial weights one at a time
 
 To add one, write in any module of this folder a class or function decorated with `register`. Its parameters are the
 keys that the recipe's `model` section may hold beside its own; one that is named like a fact of the data

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.networks.deferred import Deferred
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,48 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     model's tensors (one name of tied ones is enough), otherwise UserError; not strict: what agrees in name and shape is
     loaded and the rest is in the report, and only a file of which nothing fits is an error.
     """
+    expected, found, report = _compare(model, path, strict)
+    for name in _fitting(expected, found):
+        expected[name].copy_(found[name].read())
+    return report
+
+
+@torch.no_grad()
+def defer_weights(deferred: Deferred, path: Path, *, strict: bool = True) -> WeightsReport:
+    """Do the same as `load_weights` for a model without its weights: they are read one by one, when they are asked for.
+
+    The file must stay as it is until then. Buffers are loaded at once.
+    """
+    expected, found, report = _compare(deferred.model, path, strict)
+    names = {id(parameter): name for name, parameter in deferred.model.named_parameters()}
+    for name in _fitting(expected, found):
+        tensor = expected[name]
+        if id(tensor) in names:
+            deferred.replace(names[id(tensor)], _reader(found[name], tensor))
+        else:
+            tensor.copy_(found[name].read())
+    return report
+
+
+def _reader(stored: _Stored, parameter: Tensor) -> Callable[[], Tensor]:
+    size, stride, dtype = parameter.size(), parameter.stride(), parameter.dtype
+
+    def read() -> Tensor:
+        with torch.no_grad():
+            return torch.empty_strided(size, stride, dtype=dtype, device="cpu").copy_(stored.read())
+
+    return read
+
+
+def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> list[str]:
+    return [name for name, stored in found.items() if name in expected and stored.shape == tuple(expected[name].shape)]
+
+
+def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tensor], dict[str, _Stored], WeightsReport]:
+    """Return the model's tensors, the file's by the model's names, and how they differ; raises UserError."""
     expected = model.state_dict(keep_vars=True)
-    found = {_plain(name, expected): tensor for name, tensor in read_tensors(path).items()}
-    fitting = [name for name, tensor in found.items() if name in expected and tensor.shape == expected[name].shape]
+    found = {_plain(name, expected): stored for name, stored in stored_tensors(path).items()}
+    fitting = _fitting(expected, found)
     aliases = tied_names(model)
     present = {aliases.get(name, name) for name in found}
     report = WeightsReport(
@@ -84,9 +125,9 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
         missing=tuple(name for name in expected if aliases.get(name, name) not in present),
         unexpected=tuple(name for name in found if name not in expected),
         mismatched={
-            name: (tuple(tensor.shape), tuple(expected[name].shape))
-            for name, tensor in found.items()
-            if name in expected and tensor.shape != expected[name].shape
+            name: (stored.shape, tuple(expected[name].shape))
+            for name, stored in found.items()
+            if name in expected and name not in fitting
         },
     )
     if strict and report.problems:
@@ -97,9 +138,7 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
         )
     if not fitting:
         raise UserError(f"model.weights: no tensor of {path} fits the model\n  " + "\n  ".join(report.problems))
-    for name in fitting:
-        expected[name].copy_(found[name])
-    return report
+    return expected, found, report
 
 
 def _plain(name: str, expected: Mapping[str, Any]) -> str:
@@ -111,19 +150,35 @@ def _plain(name: str, expected: Mapping[str, Any]) -> str:
     return name
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of a .pt or .pth state dict, by name; runs no code from it."""
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Returns it; to be copied from, not to be written to."""
+
+
+def stored_tensors(path: Path) -> dict[str, _Stored]:
+    """Return the tensors of a .safetensors file, or of a .pt or .pth state dict, by name; runs no code from it.
+
+    Nothing is read yet but what there is; only a .pt file in the format before PyTorch 1.6 is held in memory.
+    """
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            file = safe_open(path, framework="pt", device="cpu")
+            return {
+                name: _Stored(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
+                for name in file.keys()  # noqa: SIM118 (it is no mapping)
+            }
         except SafetensorError as error:
             raise UserError(f"model.weights: {path} is not a sound safetensors file: {error}") from error
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"model.weights: {path} is neither .safetensors nor .pt or .pth")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # a file that was written as a zip archive is mapped into memory, so that a tensor is read when it is used
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -144,4 +199,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"model.weights: {path} is not a state dict: found {_some(map(str, others))}; expected names and tensors, "
             "or such a mapping under 'state_dict', 'model_state_dict' or 'model'"
         )
-    return dict(content)
+    return {name: _Stored(tuple(tensor.shape), functools.partial(_same, tensor)) for name, tensor in content.items()}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -4,10 +4,13 @@ optimizers.py  optimizers by name, and which parameters are decayed, scaled or f
 losses.py      losses by name, as sums and counts, so that one division over the global count gives the mean
 schedules.py   the learning rate as a pure function of the step
 averages.py    the exponential moving average of the weights
+sharding.py    which optimizers give the same result where parameters are cut into pieces
+families.py    what an optimizer can take over from the state of another
 arguments.py   arguments of a recipe checked against a signature
 """
 
 from distrain.optim.averages import Ema, plain_name
+from distrain.optim.families import CarryOver, carry_over
 from distrain.optim.losses import Loss, build_loss, check_loss, loss_names
 from distrain.optim.optimizers import (
     GroupPlan,
@@ -19,18 +22,23 @@ from distrain.optim.optimizers import (
     set_lr,
 )
 from distrain.optim.schedules import Schedule, check_schedule, lr_at, resolve_schedule
+from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
 
 __all__ = [
+    "CarryOver",
     "Ema",
     "GroupPlan",
     "Loss",
     "Schedule",
     "build_loss",
     "build_optimizer",
+    "carry_over",
     "check_loss",
     "check_optimizer",
     "check_schedule",
+    "dtensor_problem",
     "frozen_names",
+    "is_elementwise",
     "loss_names",
     "lr_at",
     "optimizer_names",
@@ -38,4 +46,5 @@ __all__ = [
     "plain_name",
     "resolve_schedule",
     "set_lr",
+    "sharding_problem",
 ]

@@ -1,0 +1,193 @@
+"""From a divergence to its likely cause, and what to do about it."""
+
+from __future__ import annotations
+
+from distrain.prove.divergence import Divergence
+from distrain.prove.legs import Leg
+
+ROUNDING = 1e-5
+"""Losses and gradients that are closer than this, relative to their size, differ as sums in another order do."""
+
+_DATA = (
+    "draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, or compute what is "
+    "random from the index; keep nothing from one __getitem__ to the next"
+)
+_TRANSFORM = (
+    "have it draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, and keep "
+    "nothing from one call to the next"
+)
+_MODEL = (
+    "register what the model remembers with register_buffer (persistent, which is the default), so that checkpoints "
+    "hold it; draw random numbers from the global generators, which are seeded at each step"
+)
+_OPTIMIZER = (
+    "keep what the optimizer remembers in self.state[parameter] (tensors or plain values) or in its param_groups: "
+    "these are in checkpoints"
+)
+_ARITHMETIC = (
+    "set torch.use_deterministic_algorithms(True) in your model's file to have PyTorch name the operation (on a GPU "
+    "with CUBLAS_WORKSPACE_CONFIG=:4096:8), and look for atomics, threads and times in code of your own"
+)
+
+
+def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None) -> None:
+    """Fill in the likely cause of a divergence between runs in one placement, and what to do.
+
+    `repeats`: whether a second straight run was the same as the first up to there; None where there was none.
+    """
+    d = divergence
+    resumed = d.attempt > 0 and repeats is not False
+    relevant = _relevant(d)
+    d.suspects = relevant + [suspect for suspect in d.suspects if suspect not in relevant]
+    named = relevant[0][0] if relevant else None
+    held = f"{named} is no part of a checkpoint, and was another when the step began" if named else ""
+    if d.what == "start":
+        d.cause, d.advice = _of_start(d)
+    elif d.what == "ids":
+        counts = straight.attempts[0].record.facts["samples"]
+        d.cause = (
+            "the data set gave its samples in another order, or another number of them than the "
+            f"{counts if counts is not None else 'stream'} of the straight run"
+        )
+        d.advice = "make the data set the same each time that it is built: sort listings of files, fix every draw"
+    elif d.what == "samples":
+        d.cause = held or (
+            _worker_cause(d)
+            or (
+                "the data set keeps hidden state: what a sample holds depends on what was read before it"
+                if resumed
+                else "the data set draws random numbers that are not seeded, or reads something that changes"
+            )
+        )
+        d.advice = _DATA
+    elif d.what in ("inputs", "targets"):
+        d.cause = held or (
+            "the data set gave the same, so a transform of data.transforms.train has a generator or other state of its "
+            "own"
+            if resumed
+            else "the data set gave the same, so a transform of data.transforms.train draws random numbers that are "
+            "not seeded"
+        )
+        d.advice = _TRANSFORM
+    elif d.what == "lr":
+        d.cause = held or "the optimizer changes its own learning rate, which is the schedule's"
+        d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+    elif d.what in ("loss", "norm", "gradients"):
+        d.cause, d.advice = _of_model(d, held, resumed)
+    elif d.what in ("state", "values"):
+        d.cause, d.advice = _of_update(d, held, resumed)
+    elif d.what == "evaluation":
+        d.cause = held or (
+            "the step itself was the same, so scoring is not a function of the weights: a metric, or the model in "
+            "evaluation, draws random numbers or keeps state"
+        )
+        d.advice = _MODEL
+    else:
+        d.cause = (
+            "the state in memory was the same, and what was saved is not: the file was changed after it was written, "
+            "or what an evaluation or a save changed is no function of the weights"
+        )
+        d.advice = "look at the tensors with `distrain checkpoint diff`, and at who else writes there"
+
+
+def explain_elsewhere(divergence: Divergence) -> None:
+    """Fill in the likely cause of a divergence between runs in different placements."""
+    d = divergence
+    if d.what == "ids":
+        d.cause = "the data set has another length or order with another number of processes"
+        d.advice = "build the same data set on every rank: let it not cut itself up by rank"
+    elif d.what == "samples":
+        d.cause = "what a sample holds depends on the process that reads it, or on what that has read before"
+        d.advice = "let the data set not look at RANK or torch.utils.data.get_worker_info(); " + _DATA
+    elif d.what in ("inputs", "targets"):
+        d.cause = (
+            "the data set gave the same, and a transform made another thing of it: it depends on the process, on the "
+            "samples beside it, or on what it did before"
+        )
+        d.advice = _TRANSFORM
+    elif d.what == "lr":
+        d.cause = "the optimizer's learning rate depends on the number of processes"
+        d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+    else:
+        d.cause = (
+            "samples and learning rates are the same, so the model's loss for a sample depends on the samples beside "
+            "it or on the rank, or rounding grows faster than the tolerance allows"
+        )
+        d.advice = (
+            "try train.precision=fp64: rounding becomes far smaller, any other cause stays; where it is rounding, "
+            "state your own --loss-tolerance and --state-tolerance"
+        )
+
+
+_ROOTS = {
+    "samples": ("data",),
+    "inputs": ("transforms",),
+    "targets": ("transforms", "data"),
+    "lr": ("optimizer",),
+    "loss": ("model", "loss"),
+    "norm": ("model", "loss"),
+    "gradients": ("model", "loss"),
+    "state": ("optimizer", "model"),
+    "values": ("optimizer",),
+    "evaluation": ("model",),
+    "start": ("model", "optimizer"),
+}
+
+
+def _relevant(d: Divergence) -> list[tuple[str, str, str]]:
+    roots = _ROOTS.get(d.what, ())
+    # what belongs to a file or a class is under no root, and may matter to all
+    shared = (" (of the class)", " (a variable of ")
+    own = [suspect for suspect in d.suspects if suspect[0].partition(".")[0] in roots]
+    return own + [s for s in d.suspects if s not in own and any(mark in s[0] for mark in shared)]
+
+
+def _of_start(d: Divergence) -> tuple[str, str]:
+    if d.step == 0:
+        return (
+            "the model is built with random numbers that are not seeded, or from something that changes",
+            "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before it is built",
+        )
+    if d.subject.startswith("optimizer/"):
+        return "what was loaded into the optimizer is not what it held when it was saved", _OPTIMIZER
+    return (
+        "what was loaded is not what the model held when the step ended: a tensor is changed between the step and its "
+        "save, or while it is loaded",
+        "look at hooks of state_dict and load_state_dict, and at what the model does to its buffers in evaluation",
+    )
+
+
+def _of_model(d: Divergence, held: str, resumed: bool) -> tuple[str, str]:
+    if held:
+        return held, _MODEL
+    same = "weights and inputs were the same"
+    if not resumed:
+        if d.gap is not None and d.gap <= ROUNDING:
+            return f"{same}, and the numbers differ as rounding does: arithmetic that is not deterministic", _ARITHMETIC
+        return f"{same}, so the model or the loss draws random numbers that are not seeded", _MODEL
+    return f"{same}, so the model or the loss keeps state that no checkpoint holds", _MODEL
+
+
+def _of_update(d: Divergence, held: str, resumed: bool) -> tuple[str, str]:
+    if d.subject.endswith("(buffer)"):
+        return held or "the model changes a buffer by something that no checkpoint holds", _MODEL
+    if held:
+        return held, _OPTIMIZER
+    if d.gap is not None and d.gap <= ROUNDING and not resumed:
+        return (
+            "gradients were the same, and the numbers differ as rounding does: arithmetic that is not deterministic",
+            (_ARITHMETIC),
+        )
+    if resumed:
+        return "gradients were the same, so the optimizer steps by state that no checkpoint holds", _OPTIMIZER
+    return "gradients were the same, so the optimizer draws random numbers that are not seeded", _OPTIMIZER
+
+
+def _worker_cause(d: Divergence) -> str:
+    processes = [text.rpartition("loader process ")[2] for text in (d.straight, d.other) if "loader process" in text]
+    if len(set(processes)) < 2:
+        return ""
+    return (
+        f"the sample was read by loader process {processes[0]} in the straight run and by {processes[1]} here: the "
+        "data set depends on which one reads (torch.utils.data.get_worker_info, a counter or generator in each)"
+    )

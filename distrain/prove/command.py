@@ -1,0 +1,97 @@
+"""What `distrain prove` does: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from distrain.config import UserError
+from distrain.launcher import gpu_count
+from distrain.prove.proof import prove
+from distrain.prove.report import Report, show
+
+PROVED, DIVERGED, NOT_RUN = 0, 1, 2
+"""The exit statuses."""
+
+
+def run(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    as_json: bool,
+    kills: int,
+    steps: int,
+    processes: int | None,
+    worlds: str,
+    strategies: str,
+    seed: int | None,
+    keep: Path | None,
+    loss_tolerance: float | None,
+    state_tolerance: float | None,
+    **how: Any,
+) -> int:
+    """Prove a recipe and print what came of it; returns the exit status. `how`: further arguments of `prove`."""
+    # with --json, only that goes to standard output
+    console = Console(highlight=False, soft_wrap=True, file=sys.stderr if as_json else sys.stdout)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with Report(console) as report:
+            proof = prove(
+                recipe,
+                overrides,
+                kills=kills,
+                steps=steps,
+                processes=processes or max(gpu_count(), 1),
+                worlds=_listed("--worlds", worlds, _world),
+                strategies=_listed("--strategies", strategies, str),
+                seed=seed,
+                keep=keep,
+                loss_tolerance=loss_tolerance,
+                state_tolerance=state_tolerance,
+                say=report.say,
+                done=report.done,
+                **how,
+            )
+    except UserError as error:
+        if as_json:
+            print(json.dumps({"proved": None, "error": str(error)}, indent=2))
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_RUN
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is proved", file=sys.stderr)
+        return NOT_RUN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if as_json:
+        print(json.dumps(proof.as_json(), indent=2))
+    show(proof, console)
+    return PROVED if proof.proved else DIVERGED
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _listed(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
+    """Return the values of a list separated by commas; raises UserError naming what is none."""
+    values = []
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        try:
+            values.append(read(part))
+        except ValueError:
+            raise UserError(f"{option}: found {part!r}, expected a whole number from 1, as in 1,2,3") from None
+    return values
+
+
+def _world(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count

@@ -1,0 +1,292 @@
+"""Where two runs part: the first step, what, on which ranks, and both values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoint import difference, list_checkpoints
+from distrain.prove.legs import Attempt, Leg
+from distrain.prove.traces import Record, Values
+from distrain.rundir import RunDir
+
+ORDER = (
+    "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
+    "checkpoint",
+)  # fmt: skip
+"""What is compared, causes before their effects; `start` is the state that an attempt starts from."""
+
+IN_WORDS = {
+    "start": "the state at the start of an attempt",
+    "ids": "the ids of the samples",
+    "samples": "a sample, as the data set gives it",
+    "inputs": "the inputs of a sample, as the model gets them",
+    "targets": "the targets of a sample, as the loss gets them",
+    "lr": "the learning rates",
+    "loss": "the loss",
+    "norm": "the norm of the gradient before clipping",
+    "gradients": "the gradient of a tensor",
+    "state": "a tensor after the step",
+    "values": "what the optimizer keeps besides tensors",
+    "evaluation": "an evaluation",
+    "checkpoint": "the checkpoint",
+}
+
+
+@dataclass
+class Divergence:
+    """The first difference between a run and the straight one."""
+
+    leg: str
+    step: int
+    """The step (the first is 1) that differs; for `start`, the steps that were done."""
+    what: str
+    """One of ORDER."""
+    subject: str
+    """The tensor, sample or key; empty where `what` says all."""
+    ranks: list[int]
+    """The ranks on which it differs."""
+    straight: str
+    """What the straight run had there, on the first of these ranks."""
+    other: str
+    """What this one had."""
+    attempt: int = 0
+    """Which start of the leg, from 0."""
+    resumed_at: int = 0
+    """The step that attempt had started at."""
+    gap: float | None = None
+    """How far apart two numbers are, relative to their size."""
+    suspects: list[tuple[str, str, str]] = field(default_factory=list)
+    """(path, in the straight run, in this one) of what no checkpoint holds and differed when the step began."""
+    more: list[str] = field(default_factory=list)
+    """Further tensors, samples or lines."""
+    cause: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        what = IN_WORDS[self.what] + (f" ({self.subject})" if self.subject else "")
+        at = f"with {self.step} steps done" if self.what == "start" else f"in step {self.step}"
+        since = f"after the resume at step {self.resumed_at}" if self.attempt else "before any interruption"
+        ranks = f", on rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        lines = [
+            f"first divergence: {at}, {since}{ranks}: {what}",
+            f"  {'straight':<14} {self.straight}",
+            f"  {self.leg:<14} {self.other}",
+        ]
+        lines += [f"  {line}" for line in self.more[:4]]
+        if len(self.more) > 4:
+            lines.append(f"  and {len(self.more) - 4} more")
+        if self.cause:
+            lines.append(f"  likely cause   {self.cause}")
+        lines += [f"    {path}: {one} in the straight run, {other} here" for path, one, other in self.suspects[:4]]
+        if self.advice:
+            lines.append(f"  what to do     {self.advice}")
+        return "\n".join(lines)
+
+
+def earliest(found: list[Divergence]) -> Divergence | None:
+    """Return the one that comes first in training; of equals, the cause before its effect."""
+    # what an attempt starts from comes after all of the step that it goes on from
+    return min(found, key=lambda d: (d.step, len(ORDER) if d.what == "start" else ORDER.index(d.what)), default=None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# To the bit
+
+
+def exact(straight: Leg, other: Leg) -> Divergence | None:
+    """Return the first difference of a run in the same placement; every bit counts, also of steps taken twice."""
+    reference = straight.attempts[0].record
+    found = [
+        divergence
+        for number, attempt in enumerate(other.attempts)
+        if (divergence := _exact_attempt(reference, attempt, number, other.name)) is not None
+    ]
+    found += _evaluations(straight, other)
+    found += _checkpoints(straight, other)
+    first = earliest(found)
+    if first is not None and first.attempt < len(other.attempts):
+        # for an evaluation or a checkpoint, which are of the whole run, what the last attempt held
+        first.suspects = _suspects(reference, other.attempts[first.attempt].record, first)
+    return first
+
+
+def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -> Divergence | None:
+    record = attempt.record
+
+    def divergence(
+        step: int, what: str, differing: dict[int, tuple[str, str, str, float | None, list[str]]]
+    ) -> Divergence:
+        ranks = sorted(differing)
+        subject, one, two, gap, more = differing[ranks[0]]
+        return Divergence(leg, step, what, subject, ranks, one, two, number, record.start_step, gap, more=more)
+
+    begun = record.start_step
+    differing = {}
+    for rank, start in record.starts.items():
+        then = reference.starts.get(rank) if begun == 0 else reference.steps.get(begun, {}).get(rank)
+        if then is not None and "state" in then and (gap := _first_tensor(then["state"], start["state"])):
+            differing[rank] = gap
+    if differing:
+        return divergence(begun, "start", differing)
+    for step in sorted(record.steps):
+        for what in ORDER[1:-2]:
+            differing = {}
+            for rank, noted in record.steps[step].items():
+                if gap := _first_gap(what, reference.steps.get(step, {}).get(rank, {}), noted):
+                    differing[rank] = gap
+            if differing:
+                return divergence(step, what, differing)
+    return None
+
+
+Gap = tuple[str, str, str, float | None, list[str]]
+"""(subject, in the straight run, in the other, relative distance, further subjects)"""
+
+
+def _first_gap(what: str, one: Values, two: Values) -> Gap | None:
+    """Return how two ranks' notes of a step differ in `what`, if both have it."""
+    if what == "values":
+        one, two = ({what: _optimizer_values(noted["scalars"])} if "scalars" in noted else {} for noted in (one, two))
+    if (
+        what not in one
+        or what not in two
+        or one[what] == two[what]
+        or (one[what] != one[what] and two[what] != two[what])
+    ):
+        return None
+    a, b = one[what], two[what]
+    if what in ("loss", "norm"):
+        return "", repr(a), repr(b), relative(a, b), []
+    if what in ("gradients", "state"):
+        return _first_tensor(a, b)
+    if what in ("samples", "inputs", "targets"):
+        return _first_sample(what, one, two)
+    if what == "values":
+        keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        return keys[0], _short(a.get(keys[0], "nothing")), _short(b.get(keys[0], "nothing")), None, keys[1:]
+    return "", _short(a), _short(b), None, []
+
+
+def _first_tensor(a: Mapping[str, Any], b: Mapping[str, Any]) -> Gap | None:
+    names = [name for name in [*a, *(key for key in b if key not in a)] if _digest(a, name) != _digest(b, name)]
+    if not names:
+        return None
+    # what trains before what is made of it
+    names.sort(key=lambda name: (not name.startswith("model/"), name.startswith("ema/")))
+    one, two = a.get(names[0]), b.get(names[0])
+    gap = relative(one[1], two[1]) if one and two else None
+    subject = names[0].partition("@")[0] + ("" if "@" in names[0] else " (buffer)")
+    return subject, _of_tensor(one), _of_tensor(two), gap, [n.partition("@")[0] for n in names[1:]]
+
+
+def _digest(tensors: Mapping[str, Any], name: str) -> str | None:
+    return tensors[name][0] if name in tensors else None
+
+
+def _of_tensor(noted: Any) -> str:
+    if noted is None:
+        return "no such tensor"
+    return f"norm {noted[1]!r} (bits {noted[0]})" if not math.isnan(noted[1]) else f"bits {noted[0]}"
+
+
+def _first_sample(what: str, one: Values, two: Values) -> Gap:
+    rows = [
+        (sample, a, b, *workers)
+        for ids, first, second, *workers in zip(
+            one["ids"], one[what], two[what], one["workers"], two["workers"], strict=True
+        )
+        for sample, a, b in zip(ids, first, second, strict=True)
+        if a != b
+    ]
+    sample, a, b, worker, its_worker = rows[0]
+    said = (
+        ("", "") if worker is None else (f", read by loader process {worker}", f", read by loader process {its_worker}")
+    )
+    more = [f"and {len(rows) - 1} more samples of this step"] if len(rows) > 1 else []
+    return f"sample {sample}", f"bits {a}{said[0]}", f"bits {b}{said[1]}", None, more
+
+
+def _optimizer_values(scalars: Values) -> Values:
+    """Return an optimizer's values that are no tensors, by parameter and group."""
+    values = {
+        f"{name}.{key}": value
+        for name, held in scalars.get("optimizer_values", {}).items()
+        for key, value in held.items()
+    }
+    for index, held in enumerate(scalars.get("optimizer_group_values", [])):
+        values |= {f"group {index}.{key}": value for key, value in held.items()}
+    return values
+
+
+def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
+    """Yield how the rows of evaluations differ; a run has one for each step, however often it was resumed."""
+    ours = {
+        (row["step"], row["event"]): row for row in RunDir(straight.run_dir).rows() if row["event"] in ("eval", "final")
+    }
+    for row in RunDir(other.run_dir).rows():
+        mine = ours.get((row["step"], row["event"]))
+        if mine is None:
+            continue
+        keys = [key for key in mine if key not in ("time", "seconds") and mine[key] != row.get(key)]
+        if keys:
+            a, b = mine[keys[0]], row.get(keys[0])
+            number = next(
+                (n for n, each in reversed(list(enumerate(other.attempts))) if each.resumed_at < row["step"]), 0
+            )
+            yield Divergence(
+                other.name, row["step"], "evaluation", keys[0], [0], _short(a), _short(b), number,
+                other.attempts[number].resumed_at, more=keys[1:],
+            )  # fmt: skip
+
+
+def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
+    """Yield how the checkpoints of the same steps differ, tensor by tensor, the earliest one that does."""
+    for step, one, two in shared_checkpoints(straight.run_dir, other.run_dir):
+        found = difference(one, two)
+        if found.identical:
+            continue
+        lines = [*found.listing, *map(str, found.tensors)]
+        subject = found.tensors[0].name if found.tensors else ""
+        number = next((n for n, each in reversed(list(enumerate(other.attempts))) if each.resumed_at < step), 0)
+        gap = found.tensors[0].max_rel if found.tensors else None
+        yield Divergence(
+            other.name, step, "checkpoint", subject, [], str(one), str(two), number, other.attempts[number].resumed_at,
+            gap, more=lines,
+        )  # fmt: skip
+        return
+
+
+def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:
+    """Return (step, path, path) of the steps that both runs have saved, in order."""
+    ours, theirs = (
+        {info.step: info.path for info in list_checkpoints(RunDir(run).checkpoints)} for run in (one, other)
+    )
+    return [(step, ours[step], theirs[step]) for step in sorted(ours.keys() & theirs.keys())]
+
+
+def _suspects(reference: Record, record: Record, divergence: Divergence) -> list[tuple[str, str, str]]:
+    """Return what no checkpoint holds and was another thing in the two runs when the step began."""
+    step = divergence.step if divergence.what != "start" else divergence.step + 1
+    found = []
+    for rank in divergence.ranks[:1] or [0]:
+        before, now = reference.hidden_before(step, rank), record.hidden_before(step, rank)
+        for path in sorted(before.keys() | now.keys()):
+            one, other = before.get(path, "nothing"), now.get(path, "nothing")
+            if one != other:
+                found.append((path, one, other))
+    return found
+
+
+def relative(a: float, b: float) -> float:
+    """Return |a - b| relative to the larger of the two."""
+    size = max(abs(a), abs(b))
+    return abs(a - b) / size if size else 0.0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

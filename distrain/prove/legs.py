@@ -1,0 +1,261 @@
+"""Legs of a proof: a run of the recipe, straight or interrupted and resumed, in one placement or in several."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distrain.config import UserError
+from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
+from distrain.prove.traces import Record, read_record
+from distrain.rundir import RunDir
+
+_PATIENCE_S = 600.0
+"""How long a run that was asked to stop, or that lost a rank, may take to end."""
+
+
+class CouldNotRun(UserError):
+    """Training itself failed, so there is nothing to compare; the message holds what it said."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run takes place."""
+
+    processes: int
+    strategy: str | None = None
+    """As `distrain train --strategy` takes it; None leaves it to `distrain train`."""
+
+    def __str__(self) -> str:
+        count = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return count if self.strategy is None else f"{count}, {self.strategy}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of `distrain train`."""
+        return ["--processes", str(self.processes), *(["--strategy", self.strategy] if self.strategy else [])]
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """How an attempt is brought to its end before its time."""
+
+    how: str
+    """kill: SIGKILL of every process; kill-rank: SIGKILL of one rank; stop: SIGTERM."""
+    step: int
+    """It comes when this many steps are done."""
+    fraction: float
+    """So much of a step's usual time later, from 0 to 1.5; in `saving`, of a step and a save."""
+    saving: bool
+    """Whether the step under way ends with a save."""
+    rank: float = 0.0
+    """Which rank, as a share of their number."""
+
+    def __str__(self) -> str:
+        what = {"kill": "SIGKILL", "kill-rank": "SIGKILL of one rank", "stop": "SIGTERM"}[self.how]
+        return f"{what} in step {self.step + 1}{' and its save' if self.saving else ''}"
+
+
+@dataclass
+class Attempt:
+    """One start of a leg's run."""
+
+    placement: Placement
+    record: Record
+    interruption: Interruption | None
+    """What ended it; None for one that went on to the end."""
+
+    @property
+    def resumed_at(self) -> int:
+        """The step that it started at."""
+        return self.record.start_step
+
+
+@dataclass
+class Leg:
+    """A run from its first step to its last."""
+
+    name: str
+    run_dir: Path
+    attempts: list[Attempt] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def placement(self) -> Placement:
+        """Where it started."""
+        return self.attempts[0].placement
+
+    @property
+    def interruptions(self) -> list[Interruption]:
+        """What ended its attempts."""
+        return [attempt.interruption for attempt in self.attempts if attempt.interruption is not None]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was taken."""
+        return max(attempt.record.last_step for attempt in self.attempts)
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step usually takes."""
+        times = [time for attempt in self.attempts for time in attempt.record.step_seconds()]
+        return statistics.median(times) if times else 0.0
+
+    @property
+    def save_seconds(self) -> float:
+        """What a save usually takes."""
+        rows = [row for row in RunDir(self.run_dir).rows() if row["event"] == "checkpoint"]
+        return statistics.median([row["seconds"] or 0.0 for row in rows]) if rows else 0.0
+
+
+def draw_interruptions(
+    count: int, *, last_step: int, save_every: int, processes: Sequence[int], draw: random.Random
+) -> list[Interruption]:
+    """Return `count` interruptions, spread over the steps, of every kind in turn, at random moments."""
+    found = []
+    for index in range(count):
+        kinds = ["kill", "stop", "kill-rank"] if processes[index % len(processes)] > 1 else ["kill", "stop"]
+        low, high = index * last_step // count, max(index * last_step // count + 1, (index + 1) * last_step // count)
+        steps = list(range(low, min(high, last_step)))
+        saving = [step for step in steps if (step + 1) % save_every == 0]
+        # every other one comes with a save where one falls into its share of the steps
+        if index % 2 == 0 and saving:
+            steps = saving
+        step = draw.choice(steps) if steps else last_step - 1
+        found.append(
+            Interruption(
+                how=kinds[index % len(kinds)],
+                step=step,
+                fraction=draw.uniform(0, 1.5),
+                saving=(step + 1) % save_every == 0,
+                rank=draw.random(),
+            )
+        )
+    return found
+
+
+class Runner:
+    """Runs legs with `distrain train`. As a context, it leaves no process behind, however it ends."""
+
+    def __init__(
+        self,
+        recipe: str,
+        overrides: Sequence[str],
+        folder: Path,
+        *,
+        last_step: int | None,
+        start: Start = start_distrain,
+    ):
+        self.recipe, self.overrides, self.folder = recipe, list(overrides), folder
+        self.last_step = last_step
+        self._start = start
+        self._mark = f"distrain-prove-{secrets.token_hex(8)}"
+        self._process: Process | None = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process is not None:
+            kill_all(self._process, self._mark)
+
+    def run(
+        self, name: str, placements: Sequence[Placement], interruptions: Sequence[Interruption] = (),
+        *, step_seconds: float = 0.0, save_seconds: float = 0.0,
+    ) -> Leg:  # fmt: skip
+        """Run one leg: attempt i takes place in `placements[i]` (cycling) and is ended by `interruptions[i]`.
+
+        Raises CouldNotRun when training fails by itself.
+        """
+        leg = Leg(name, self.folder / name.replace(" ", "-").replace(",", ""))
+        began = time.monotonic()
+        waiting = list(interruptions)
+        while True:
+            number = len(leg.attempts)
+            placement = placements[number % len(placements)]
+            interruption = waiting.pop(0) if waiting else None
+            trace = self.folder / "traces" / leg.run_dir.name / str(number)
+            trace.mkdir(parents=True)
+            output = trace / "output.txt"
+            process = self._begin(leg.run_dir, placement, trace, output, interruption)
+            if interruption is not None:
+                delay = interruption.fraction * (step_seconds + (save_seconds if interruption.saving else 0.0))
+                interruption = interruption if self._interrupt(process, interruption, trace, delay) else None
+            code = wait(process, float("inf") if interruption is None else _PATIENCE_S)
+            kill_all(process, self._mark)
+            self._process = None
+            if code is None:
+                raise CouldNotRun(
+                    f"{name}: {_PATIENCE_S:.0f} s after {interruption} the run has not ended; it said\n{_tail(output)}"
+                )
+            record = read_record(trace)
+            stopped = interruption is not None and interruption.how == "stop"
+            if code != 0 and (interruption is None or stopped):
+                raise CouldNotRun(f"{name}: training failed with exit status {code}; it said\n{_tail(output)}")
+            if record is not None:
+                leg.attempts.append(Attempt(placement, record, interruption))
+            if code == 0 and self._complete(leg.run_dir):
+                break
+            if interruption is None:
+                raise CouldNotRun(f"{name}: the run stopped before its end; it said\n{_tail(output)}")
+        leg.seconds = time.monotonic() - began
+        return leg
+
+    def _begin(
+        self, run_dir: Path, placement: Placement, trace: Path, output: Path, interruption: Interruption | None
+    ) -> Process:
+        asked = {
+            "folder": str(trace),
+            "last_step": self.last_step,
+            "pause_at": interruption.step if interruption is not None else None,
+        }
+        environment = {**os.environ, "DISTRAIN_TRACE": json.dumps(asked), "DISTRAIN_PROOF": self._mark}
+        arguments = ["train", self.recipe, *self.overrides, "--run-dir", str(run_dir), *placement.arguments]
+        self._process = self._start(arguments, environment, output)
+        return self._process
+
+    def _interrupt(self, process: Process, interruption: Interruption, trace: Path, delay_s: float) -> bool:
+        """Bring about an interruption; returns False when the run came to its end before."""
+        while not (trace / "paused").exists():
+            if process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        (trace / "go").touch()
+        time.sleep(delay_s)
+        if process.poll() is not None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            if interruption.how == "kill":
+                for pid in members(process.pid, self._mark):
+                    os.kill(pid, signal.SIGKILL)
+            elif interruption.how == "stop":
+                os.kill(process.pid, signal.SIGTERM)
+            else:
+                # rank 0 has paused, and the others are there or about to be
+                while (ranks := read_record(trace)) is None or len(ranks.starts) < ranks.facts["world_size"]:
+                    if process.poll() is not None:
+                        return False
+                    time.sleep(0.002)
+                os.kill(ranks.pids()[int(interruption.rank * len(ranks.starts))], signal.SIGKILL)
+        return True
+
+    def _complete(self, run_dir: Path) -> bool:
+        run = RunDir(run_dir)
+        if run.finished is not None:
+            return True
+        stopped = run.preempted
+        return stopped is not None and self.last_step is not None and stopped.get("step", -1) >= self.last_step
+
+
+def _tail(output: Path, lines: int = 40) -> str:
+    text = output.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    return "\n".join(f"  {line}" for line in text[-lines:]) or "  nothing"

@@ -1,0 +1,283 @@
+"""The proof: legs one after the other, each compared with the straight run as soon as it is done."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distrain.config import Recipe, UserError
+from distrain.prove.causes import explain, explain_elsewhere
+from distrain.prove.divergence import Divergence, exact
+from distrain.prove.legs import Interruption, Leg, Placement, Runner, draw_interruptions
+from distrain.prove.processes import Start, start_distrain
+from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
+from distrain.recipe_file import load_recipe
+
+SAVES = 6
+"""Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
+
+CHECKED = ("sample ids", "samples", "inputs", "learning rates", "losses", "gradients", "weights", "optimizer state")
+
+
+@dataclass
+class LegResult:
+    """A leg and what came of comparing it."""
+
+    leg: Leg
+    against: str
+    """The leg that it was compared with; empty for the one that all go back to."""
+    divergence: Divergence | None = None
+    agreement: Agreement | None = None
+    """How far it agrees, for another placement; None where it was compared to the bit."""
+
+
+@dataclass
+class Proof:
+    """What was run and found."""
+
+    recipe: str
+    last_step: int
+    total_steps: int
+    precision: str
+    seed: int
+    tolerance: Tolerance
+    results: list[LegResult] = field(default_factory=list)
+    seconds: float = 0.0
+    kept: Path | None = None
+    """The folder with all runs and traces, where it is kept."""
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first difference that was found, or None."""
+        return next((result.divergence for result in self.results if result.divergence is not None), None)
+
+    @property
+    def proved(self) -> bool:
+        """Whether everything that was compared agrees."""
+        return self.divergence is None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it in plain values."""
+        return {
+            "proved": self.proved,
+            "recipe": self.recipe,
+            "steps": self.last_step,
+            "total_steps": self.total_steps,
+            "precision": self.precision,
+            "seed": self.seed,
+            "tolerance": vars(self.tolerance),
+            "seconds": self.seconds,
+            "kept": None if self.kept is None else str(self.kept),
+            "legs": [_leg_as_json(result) for result in self.results],
+            "divergence": None if self.divergence is None else vars(self.divergence),
+        }
+
+
+def _leg_as_json(result: LegResult) -> dict[str, Any]:
+    agreement = result.agreement
+    return {
+        "name": result.leg.name,
+        "against": result.against or None,
+        "seconds": result.leg.seconds,
+        "attempts": [
+            {
+                "processes": attempt.placement.processes,
+                "strategy": attempt.record.facts["strategy"],
+                "start_step": attempt.resumed_at,
+                "interruption": None if attempt.interruption is None else vars(attempt.interruption),
+            }
+            for attempt in result.leg.attempts
+        ],
+        "same": result.divergence is None,
+        "worst_loss": None if agreement is None else agreement.worst_loss,
+        "worst_tensor": None if agreement is None else agreement.worst_tensor,
+        "left_out": None if agreement is None else agreement.noise,
+        "depends_on_placement": None if agreement is None else agreement.by_design,
+    }
+
+
+def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[str]) -> list[Placement]:
+    """Return every placement asked for, the first being the one that all others are compared with.
+
+    `single` goes with one process, all others with several: a strategy spreads state over processes. Raises UserError
+    where nothing is left.
+    """
+    counts = list(dict.fromkeys(worlds)) or [processes]
+    if not strategies:
+        return [Placement(count) for count in counts]
+    found = [
+        Placement(count, strategy)
+        for strategy in dict.fromkeys(strategies)
+        for count in counts
+        if strategy == "auto" or (strategy == "single") == (count == 1)
+    ]
+    if not found:
+        raise UserError(
+            f"--strategies {','.join(strategies)} has nothing to do with {', '.join(map(str, counts))} processes: "
+            "single is for one process, the others for several; name them with --worlds"
+        )
+    return found
+
+
+def prove(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    kills: int = 3,
+    steps: int = 30,
+    processes: int = 1,
+    worlds: Sequence[int] = (),
+    strategies: Sequence[str] = (),
+    seed: int | None = None,
+    keep: Path | None = None,
+    loss_tolerance: float | None = None,
+    state_tolerance: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    done: Callable[[LegResult], None] = lambda result: None,
+    start: Start = start_distrain,
+) -> Proof:
+    """Train a recipe's first `steps` steps straight and in other ways, and compare; stops at the first divergence.
+
+    In the first placement: straight, then with `kills` interruptions. In every further one: straight, compared with the
+    first within a tolerance, then interrupted, compared with its own to the bit. With several placements, one more run
+    goes from one to the next at each interruption. `say` hears which leg begins, `done` gets each that is compared.
+    `keep` is a folder for all that was run, which must not be there or be empty.
+
+    Raises CouldNotRun when training itself fails, UserError for a recipe or options that do not fit.
+    """
+    source = _recipe_file(recipe)
+    loaded = load_recipe(source, overrides).recipe
+    if steps < 2:
+        raise UserError(f"--steps is {steps}; a run that goes on needs at least 2")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    placements = placements_of(processes, worlds, strategies)
+    save_every = max(1, min(steps, loaded.train.steps or steps) // SAVES)
+    began = time.monotonic()
+    folder = _folder(keep)
+    try:
+        with Runner(source, [*_settings(save_every), *overrides], folder, last_step=steps, start=start) as runner:
+            director = _Director(runner, kills, seed, save_every, say, done, (loss_tolerance, state_tolerance))
+            proof = director.direct(loaded, placements)
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    proof.seconds, proof.kept = time.monotonic() - began, keep
+    return proof
+
+
+def _recipe_file(recipe: str) -> str:
+    inside = Path(recipe) / "recipe.yaml"
+    return str(inside) if Path(recipe).is_dir() and inside.is_file() else recipe
+
+
+def _settings(save_every: int) -> list[str]:
+    """Return what is set for the proof before the overrides of whoever asks for it, which go before."""
+    return [
+        "log.wandb=off",
+        "log.tensorboard=false",
+        f"checkpoint.every={save_every} steps",
+        "checkpoint.keep=1000000",
+    ]
+
+
+def _folder(keep: Path | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="distrain-prove-"))
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise UserError(f"--keep {keep} is there already; name a folder that is not, or an empty one")
+    keep.mkdir(parents=True, exist_ok=True)
+    return keep.absolute()
+
+
+class _Director:
+    """Runs the legs and compares each."""
+
+    def __init__(
+        self, runner: Runner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
+        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None],
+    ):  # fmt: skip
+        self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
+        self.say, self.done = say, done
+        self.tolerances = tolerances
+        self.proof: Proof
+
+    def direct(self, recipe: Recipe, placements: Sequence[Placement]) -> Proof:
+        first = self.straight(placements[0])
+        facts = first.attempts[0].record.facts
+        tolerance = tolerance_of(first.attempts[0].record, *self.tolerances)
+        self.proof = Proof(recipe.name, first.last_step, facts["total_steps"], facts["precision"], self.seed, tolerance)
+        self.add(LegResult(first, ""))
+        if self.kills and not self.broken(first):
+            return self.proof
+        for placement in placements[1:]:
+            other = self.straight(placement)
+            if not self.elsewhere(first, other) or (self.kills and not self.broken(other)):
+                return self.proof
+        if len(placements) > 1 and self.kills:
+            self.moving(first, placements)
+        return self.proof
+
+    def add(self, result: LegResult) -> bool:
+        self.proof.results.append(result)
+        self.done(result)
+        return result.divergence is None
+
+    def straight(self, placement: Placement, again: str = "") -> Leg:
+        self.say(f"straight{again}, {placement}")
+        return self.runner.run(f"straight{again}, {placement}", [placement])
+
+    def broken(self, straight: Leg) -> bool:
+        """Interrupt and resume a run in the placement of another; returns whether they are the same."""
+        placement = straight.placement
+        self.say(f"killed, {placement}")
+        leg = self.interrupted(f"killed, {placement}", straight, [placement], self.kills)
+        divergence = exact(straight, leg)
+        if divergence is not None:
+            explain(divergence, straight, repeats=self.repeats(divergence, straight))
+        return self.add(LegResult(leg, straight.name, divergence))
+
+    def repeats(self, divergence: Divergence, straight: Leg) -> bool | None:
+        """Return whether a second straight run is as the first one was, where that is in question."""
+        if (
+            divergence.attempt == 0
+            or divergence.suspects
+            or divergence.what not in ("samples", "inputs", "loss", "norm", "gradients", "state")
+        ):
+            return None
+        again = self.straight(straight.placement, " again")
+        found = exact(straight, again)
+        return found is None or found.step > divergence.step
+
+    def elsewhere(self, first: Leg, other: Leg) -> bool:
+        """Compare a run in another placement with the first within the tolerance."""
+        agreement = within(first, other, self.proof.tolerance)
+        if agreement.divergence is not None:
+            explain_elsewhere(agreement.divergence)
+        return self.add(LegResult(other, first.name, agreement.divergence, agreement))
+
+    def moving(self, first: Leg, placements: Sequence[Placement]) -> bool:
+        """Go from one placement to the next at each interruption, at least once through all of them."""
+        self.say(f"moving through {len(placements)} placements")
+        count = max(self.kills, len(placements) - 1)
+        leg = self.interrupted("moving", first, placements, count)
+        return self.elsewhere(first, leg)
+
+    def interrupted(self, name: str, straight: Leg, placements: Sequence[Placement], count: int) -> Leg:
+        # one seed gives the same moments to a leg whatever the others are
+        draw = random.Random(f"{self.seed} {name}")
+        interruptions: list[Interruption] = draw_interruptions(
+            count,
+            last_step=straight.last_step,
+            save_every=self.save_every,
+            processes=[placement.processes for placement in placements],
+            draw=draw,
+        )
+        return self.runner.run(
+            name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds
+        )

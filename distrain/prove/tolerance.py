@@ -1,0 +1,235 @@
+"""What must agree between different numbers of processes or strategies, and how closely.
+
+The same samples with the same bits, and the same learning rates. Sums over samples are taken in another order there, so
+losses and tensors agree within rounding, which training carries on and lets grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distrain.checkpoint import Reader
+from distrain.checkpoint.floats import FLOATS, widen
+from distrain.checkpoint.format import ITEM_SIZES
+from distrain.prove.divergence import ORDER, Divergence, earliest, shared_checkpoints
+from distrain.prove.legs import Leg
+from distrain.prove.traces import Record, Values
+
+_CHUNK = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How closely another placement must agree."""
+
+    loss: float
+    """Of each step's loss, relative to it (or to a tenth of the first step's, where it has fallen below that)."""
+    state: float
+    """Of each tensor: the 2-norm of the difference, relative to that of the tensor."""
+    noise: float
+    """A tensor whose gradient is never larger than this share of the largest is left out: it is mere rounding."""
+
+
+TOLERANCES = {
+    "fp64": Tolerance(1e-10, 1e-7, 1e-13),
+    "fp32": Tolerance(1e-5, 1e-3, 1e-6),
+    "tf32": Tolerance(1e-2, 1e-1, 1e-3),
+    "bf16": Tolerance(3e-2, 2e-1, 1e-2),
+    "fp16": Tolerance(1e-2, 1e-1, 1e-3),
+}
+"""By the precision that took effect; of any other, that of bf16."""
+
+
+@dataclass
+class Agreement:
+    """How far another placement agrees with the straight run."""
+
+    divergence: Divergence | None
+    worst_loss: float
+    worst_tensor: float
+    noise: list[str]
+    """Tensors left out as their gradient is nothing but rounding."""
+    by_design: str = ""
+    """Why loss and weights legitimately depend on the placement, where they do and differ; empty otherwise."""
+
+
+def tolerance_of(record: Record, loss: float | None = None, state: float | None = None) -> Tolerance:
+    """Return the tolerance of a run's precision, or the values given instead."""
+    usual = TOLERANCES.get(record.facts["precision"], TOLERANCES["bf16"])
+    return Tolerance(usual.loss if loss is None else loss, usual.state if state is None else state, usual.noise)
+
+
+def within(straight: Leg, other: Leg, tolerance: Tolerance) -> Agreement:
+    """Return how a run in other placements agrees with the straight one."""
+    reference = straight.attempts[0].record
+    noise = noisy_tensors(reference, tolerance.noise)
+    found: list[Divergence] = []
+    worst_loss = 0.0
+    for number, attempt in enumerate(other.attempts):
+        for step in sorted(attempt.record.steps):
+            ranks = attempt.record.steps[step]
+            if step not in reference.steps:
+                continue
+            gap, divergence = _step(reference, attempt.record, step, tolerance, other.name, number)
+            worst_loss = max(worst_loss, gap)
+            if divergence is not None:
+                divergence.ranks = divergence.ranks or sorted(ranks)
+                found.append(divergence)
+                break
+    worst_tensor = 0.0
+    for step, one, two in shared_checkpoints(straight.run_dir, other.run_dir):
+        number = next((n for n, each in reversed(list(enumerate(other.attempts))) if each.resumed_at < step), 0)
+        gap, divergence = _checkpoint(step, one, two, tolerance, noise, other, number)
+        worst_tensor = max(worst_tensor, gap)
+        if divergence is not None:
+            found.append(divergence)
+            break
+    first = earliest(found)
+    agreement = Agreement(first, worst_loss, worst_tensor, sorted(noise))
+    if first is not None and ORDER.index(first.what) >= ORDER.index("loss"):
+        agreement.by_design = depends_on_placement(reference)
+        if agreement.by_design:
+            agreement.divergence = None
+    return agreement
+
+
+def depends_on_placement(record: Record) -> str:
+    """Return why a model's results depend on the number of processes, as it is built to; empty where nothing does."""
+    reasons = []
+    if layers := record.facts["batch_norm"]:
+        shown = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+        reasons.append(f"batch normalisation ({shown}) takes its means over the samples of one process's micro-batch")
+    if drawn := record.drawn():
+        reasons.append(
+            f"the model draws random numbers while it trains, as dropout does ({', '.join(drawn)}), and each process "
+            "has its own"
+        )
+    return "; ".join(reasons)
+
+
+def noisy_tensors(record: Record, share: float) -> set[str]:
+    """Return the tensors whose gradient is rounding and no more, such as a bias before batch normalisation.
+
+    An optimizer that divides by the size of gradients turns that rounding into steps of full length.
+    """
+    norms = record.gradient_norms
+    largest = max(norms.values(), default=0.0)
+    return {name for name, norm in norms.items() if norm <= share * largest}
+
+
+def _step(
+    reference: Record, record: Record, step: int, tolerance: Tolerance, leg: str, number: int
+) -> tuple[float, Divergence | None]:
+    """Return the relative distance of the losses, and the first difference that is too large."""
+    ours, theirs = reference.steps[step], record.steps[step]
+
+    def divergence(what: str, subject: str, one: str, other: str, gap: float | None = None) -> Divergence:
+        return Divergence(leg, step, what, subject, [], one, other, number, record.start_step, gap)
+
+    # a rank that was killed has not noted all
+    if len(theirs) == record.facts["world_size"] and all("ids" in noted for noted in theirs.values()):
+        one, other = sorted(_ids(ours)), sorted(_ids(theirs))
+        if one != other:
+            only, new = (sorted(set(a) - set(b))[:8] for a, b in ((one, other), (other, one)))
+            return 0.0, divergence("ids", "", f"{len(one)} samples, {only} only here", f"{len(other)}, {new} only here")
+        for what in ("samples", "inputs", "targets"):
+            mine, its = _by_sample(ours, what), _by_sample(theirs, what)
+            for sample, found in sorted(its.items()):
+                # padding to the longest of a micro-batch changes rows without changing samples
+                shapes = {shape for shape, _ in (*found, *mine[sample])}
+                if len(shapes) == 1 and sorted(found) != sorted(mine[sample]):
+                    shown = [", ".join(f"bits {bits}" for _, bits in sorted(each)) for each in (mine[sample], found)]
+                    return 0.0, divergence(what, f"sample {sample}", shown[0], shown[1])
+    rates, its_rates = ({tuple(noted["lr"]) for noted in ranks.values() if "lr" in noted} for ranks in (ours, theirs))
+    if rates and its_rates and _flat(rates) != _flat(its_rates):
+        return 0.0, divergence("lr", "", repr(sorted(_flat(rates))), repr(sorted(_flat(its_rates))))
+    if "loss" in ours.get(0, {}) and "loss" in theirs.get(0, {}):
+        a, b = ours[0]["loss"], theirs[0]["loss"]
+        first = abs(reference.steps[min(reference.steps)][0].get("loss", 0.0))
+        gap = abs(a - b) / (max(abs(a), abs(b), 0.1 * first) or 1.0)
+        if not gap <= tolerance.loss:
+            return gap, divergence("loss", f"{gap:.2g} apart, tolerance {tolerance.loss:g}", repr(a), repr(b), gap)
+        return gap, None
+    return 0.0, None
+
+
+def _flat(rates: set[tuple[float, ...]]) -> set[float]:
+    return {rate for each in rates for rate in each}
+
+
+def _ids(ranks: dict[int, Values]) -> Iterator[int]:
+    return (sample for noted in ranks.values() for ids in noted.get("ids", ()) for sample in ids)
+
+
+def _by_sample(ranks: dict[int, Values], what: str) -> dict[int, list[tuple[str, str]]]:
+    """Return (shape, digest) of each sample; a step that is longer than an epoch has some twice."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for noted in ranks.values():
+        for ids, shape, digests in zip(noted["ids"], noted["shapes"], noted[what], strict=True):
+            for sample, bits in zip(ids, digests, strict=True):
+                found.setdefault(sample, []).append((repr(shape), bits))
+    return found
+
+
+def _checkpoint(
+    step: int, one: Path, other: Path, tolerance: Tolerance, noise: set[str], leg: Leg, number: int
+) -> tuple[float, Divergence | None]:
+    """Return the largest relative distance of a tensor in two checkpoints, and what is too far."""
+    worst, far = 0.0, []
+    with Reader(one) as a, Reader(other) as b:
+        specs, its = a.manifest.specs, b.manifest.specs
+        missing = sorted(specs.keys() ^ its.keys())
+        changed = [name for name in specs.keys() & its.keys() if specs[name].shape != its[name].shape]
+        if missing or changed:
+            name = (missing or changed)[0]
+            held = [repr(each[name].shape) if name in each else "no such tensor" for each in (specs, its)]
+            return math.inf, _of_checkpoint(step, name, held[0], held[1], leg, number, None, [*missing, *changed][1:])
+        for name in specs:
+            if name.split("/")[1] in noise:
+                continue
+            gap = distance(a, b, name)
+            worst = max(worst, gap)
+            if not gap <= tolerance.state:
+                far.append((name, gap))
+    if not far:
+        return worst, None
+    far.sort(key=lambda item: (not item[0].startswith("model/"), -item[1]))
+    name, gap = far[0]
+    more = [f"{each}: {apart:.2g}" for each, apart in far[1:]]
+    said = f"{name}: {gap:.2g} of its norm apart, tolerance {tolerance.state:g}"
+    return worst, _of_checkpoint(step, said, str(one), str(other), leg, number, gap, more)
+
+
+def _of_checkpoint(
+    step: int, subject: str, one: str, other: str, leg: Leg, number: int, gap: float | None, more: list[str]
+) -> Divergence:
+    begun = leg.attempts[number].resumed_at
+    return Divergence(leg.name, step, "checkpoint", subject, [], one, other, number, begun, gap, more=more)
+
+
+def distance(a: Reader, b: Reader, name: str) -> float:
+    """Return the 2-norm of the difference of a tensor in two checkpoints, relative to the larger of their norms.
+
+    Infinite where whole numbers differ. Reads a little at a time.
+    """
+    mine, its = a.spec(name), b.spec(name)
+    apart = size = its_size = 0.0
+    for start in range(0, mine.numel, _CHUNK):
+        count = min(_CHUNK, mine.numel - start)
+        one, other = a.read(name, start, count), b.read(name, start, count)
+        if mine.dtype not in FLOATS or its.dtype not in FLOATS:
+            if mine.dtype != its.dtype or not np.array_equal(
+                one.view(f"u{ITEM_SIZES[mine.dtype]}"), other.view(f"u{ITEM_SIZES[its.dtype]}")
+            ):
+                return math.inf
+            continue
+        x, y = widen(one, mine.dtype).astype(np.float64), widen(other, its.dtype).astype(np.float64)
+        apart += float(np.dot(x - y, x - y))
+        size, its_size = size + float(np.dot(x, x)), its_size + float(np.dot(y, y))
+    whole = max(size, its_size)
+    return (apart / whole) ** 0.5 if whole else 0.0

@@ -1,0 +1,86 @@
+"""Reading what the ranks of an attempt noted (`distrain.loop.trace` writes it)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """One attempt: what each rank started from, and what it noted of each step."""
+
+    starts: dict[int, Values] = field(default_factory=dict)
+    """By rank."""
+    steps: dict[int, dict[int, Values]] = field(default_factory=dict)
+    """By step (the first is 1) and rank: all that was noted of it, which for the last one may be a part."""
+
+    @property
+    def start_step(self) -> int:
+        """Steps that were done when it started."""
+        return self.starts[0]["step"]
+
+    @property
+    def last_step(self) -> int:
+        """The last step whose state was noted."""
+        return max((step for step, ranks in self.steps.items() if "state" in ranks.get(0, {})), default=self.start_step)
+
+    @property
+    def facts(self) -> Values:
+        """What rank 0 said of the run at its start."""
+        return self.starts[0]
+
+    def pids(self) -> list[int]:
+        """The process of each rank, in order."""
+        return [self.starts[rank]["pid"] for rank in sorted(self.starts)]
+
+    def step_seconds(self) -> list[float]:
+        """What each step took on rank 0, with all that came between it and the one before."""
+        times = [ranks[0]["time"] for _, ranks in sorted(self.steps.items()) if "time" in ranks.get(0, {})]
+        return [after - before for before, after in pairwise(times)]
+
+    def drawn(self) -> list[str]:
+        """The random generators that the model drew from in any step."""
+        return sorted(
+            {name for ranks in self.steps.values() for noted in ranks.values() for name in noted.get("drawn", ())}
+        )
+
+    def hidden_before(self, step: int, rank: int = 0) -> dict[str, str]:
+        """What objects held besides their state when `step` began, on one rank."""
+        held = dict(self.starts[rank]["hidden"]) if rank in self.starts else {}
+        for earlier in range(self.starts[rank]["step"] + 1 if rank in self.starts else step, step):
+            for path, (_, new) in self.steps.get(earlier, {}).get(rank, {}).get("hidden", {}).items():
+                held[path] = new
+        return held
+
+    @cached_property
+    def gradient_norms(self) -> dict[str, float]:
+        """The largest norm of each tensor's gradient, over all steps, on rank 0."""
+        largest: dict[str, float] = {}
+        for ranks in self.steps.values():
+            for name, (_, norm) in ranks.get(0, {}).get("gradients", {}).items():
+                largest[name] = max(largest.get(name, 0.0), norm)
+        return largest
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return what was noted in a trace's folder; None where rank 0 did not come to its first step."""
+    record = Record()
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        rank = int(file.stem.removeprefix("rank-"))
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):  # cut short by a kill
+                break
+            noted = json.loads(line)
+            at, step = noted.pop("at"), noted["step"]
+            if at == "start":
+                record.starts[rank] = noted
+            else:
+                record.steps.setdefault(step, {}).setdefault(rank, {}).update(noted)
+    return record if 0 in record.starts else None

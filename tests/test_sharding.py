@@ -1,0 +1,194 @@
+"""Which optimizers give the same result on pieces of their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from worlds import in_world
+
+from distrain.config import OptimSection
+from distrain.optim import optimizer_names
+from distrain.optim.sharding import dtensor_problem, is_elementwise, odd_states, sharding_problem
+
+ZERO = ("zero1", "zero2", "zero3")
+WHOLE_MATRICES = ("adafactor", "muon")
+VARIANTS: list[dict[str, Any]] = [
+    *({"name": name} for name in optimizer_names()),
+    {"name": "adam", "amsgrad": True},
+    {"name": "adamw", "fused": False},
+    {"name": "adagrad", "fused": True},
+    {"name": "rmsprop", "momentum": 0.9, "centered": True},
+    {"name": "sgd", "momentum": 0.9},
+    {"name": "sgd", "momentum": 0.9, "nesterov": True},
+    {"name": "sgd", "momentum": 0.9, "fused": True},
+]
+
+
+def in_words(variant: dict[str, Any]) -> str:
+    return "-".join(str(value) if key == "name" else key for key, value in variant.items())
+
+
+def section_of(variant: dict[str, Any]) -> OptimSection:
+    return OptimSection(**{"lr": 0.01, "weight_decay": 0.0 if variant["name"] == "rprop" else 0.1, **variant})
+
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=in_words)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Classes that are not in torch
+
+
+class Base(Optimizer):
+    """What each of these does with a gradient is its `direction`."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * self.direction(parameter, parameter.grad))
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Signs(Base):
+    """Elementwise."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+
+class ClipsLarge(Base):
+    """Looks at the norm of a parameter's gradient, where that is large."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        norm = gradient.norm()
+        return gradient / norm if norm > 50 else gradient
+
+
+class Trust(Base):
+    """Looks at the norms of a parameter and of its gradient, as LARS and LAMB do."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        return gradient * (parameter.norm() / gradient.norm())
+
+
+class Together(Base):
+    """Looks at the norm of all gradients together."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        return gradient / sum(p.grad.norm() for group in self.param_groups for p in group["params"])
+
+
+class History(Base):
+    """Elementwise, with a state that is not of the parameter's shape."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        state = self.state[parameter]
+        old = state.get("history", torch.zeros(2, *gradient.shape, dtype=gradient.dtype))
+        state["history"] = torch.stack([gradient, old[0]])
+        return gradient + old.sum(0)
+
+
+def own(kind: type[Base]) -> dict[str, Any]:
+    return {"name": f"{__file__}:{kind.__name__}"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flat pieces
+
+
+@every_variant
+def test_torch_s_optimizers_on_flat_pieces(variant: dict[str, Any]) -> None:
+    section = section_of(variant)
+    assert is_elementwise(section) == (variant["name"] not in WHOLE_MATRICES)
+    for strategy in ZERO:
+        problem = sharding_problem(section, strategy)
+        if variant["name"] not in WHOLE_MATRICES:
+            assert problem is None
+        else:
+            assert problem is not None
+            assert problem.startswith(f"optim.name: {variant['name']} looks at whole matrices")
+            assert f"{strategy} gives it flat pieces" in problem
+            assert problem.endswith("; use ddp, or adamw")
+    assert sharding_problem(section, "ddp") is sharding_problem(section, "single") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "elementwise"),
+    [(Signs, True), (ClipsLarge, False), (Trust, False), (Together, False), (History, True)],
+)
+def test_own_optimizers_on_flat_pieces(kind: type[Base], elementwise: bool) -> None:
+    section = section_of(own(kind))
+    assert is_elementwise(section) == elementwise
+    odd = odd_states(section)
+    assert odd == ({"history": (2, 6, 5)} if kind is History else {})
+    problem = sharding_problem(section, "zero2")
+    assert (problem is None) == (kind is Signs)
+    if problem is not None:
+        expected = "for (6, 5): history (2, 6, 5)" if kind is History else "zero2 gives it flat pieces"
+        assert expected in problem
+        assert problem.endswith("use ddp or fsdp2, or adamw")
+
+
+def test_what_names_parameters_is_no_matter() -> None:
+    section = OptimSection.model_validate(
+        {"freeze": ["head.*"], "groups": [{"params": "encoder.*", "weight_decay": 0.3}], "lr": 0.1}
+    )
+    assert is_elementwise(section)
+
+
+def test_adafactor_s_rows_and_columns_are_not_of_the_shape() -> None:
+    assert odd_states(section_of({"name": "adafactor"})) == {"row_var": (6, 1), "col_var": (1, 5)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DTensors
+
+
+def try_all_on_dtensors(sections: list[OptimSection]) -> list[str | None]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    problems = [dtensor_problem(section, mesh) for section in sections]
+    dist.barrier()
+    dist.destroy_process_group()
+    return problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
+    """What torch's do was seen here; a version of torch in which it is otherwise fails this test."""
+    owns = (Signs, Trust, Together)
+    sections = [section_of(variant) for variant in [*VARIANTS, *map(own, owns)]]
+    first, *others = in_world(world_size, try_all_on_dtensors, sections)
+    assert all(other == first for other in others)
+    for section, problem in zip(sections, first, strict=True):
+        print(f"{section.name:12} {section.args} {problem}")
+    found = dict(zip([*map(in_words, VARIANTS), *owns], first, strict=True))
+    refused = {name for name, problem in found.items() if problem is not None}
+    assert refused == {"adafactor", "muon", "adagrad-fused", "sgd-momentum-fused"}
+    # known before a world is there
+    for variant, section in zip(VARIANTS, sections, strict=False):
+        assert (sharding_problem(section, "fsdp2") is not None) == (in_words(variant) in refused)
+
+
+def test_what_is_refused_under_fsdp2_is_said() -> None:
+    assert sharding_problem(section_of({"name": "muon"}), "fsdp2") == (
+        "optim.name: muon looks at whole matrices, and torch's cannot do that with the shards of fsdp2; use ddp, or "
+        "adamw"
+    )
+    assert sharding_problem(section_of({"name": "sgd", "fused": True}), "fsdp2") == (
+        "optim.fused: torch has no fused sgd for the shards of fsdp2; remove it"
+    )
