@@ -241,7 +241,9 @@ def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
     init = deepspeed.zero.Init(
         module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config
     )
-    values = deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in named.items())
+    values = (
+        deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in list(named.items()))
+    )
     for name, value in values:
         old = named.pop(name)
         new: Any = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)

@@ -1,0 +1,127 @@
+"""Any strategy, at any world size, resumes what any other saved, and goes on as an uninterrupted run would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import captured, checkpoint, last, losses, state, write_recipe
+from worlds import in_world
+
+from distrain.launcher import open_run
+from distrain.recipe_file import load_recipe
+from distrain.rundir import Launch, RunDir
+
+WAYS = [
+    ("single", 1),
+    ("ddp", 2),
+    ("zero1", 2),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+]
+NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
+
+RECIPE = """
+name: matrix
+task: language_modeling
+data: {name: python_source, seq_len: 8, max_bytes: 20_000, split: [0.9, 0.1]}
+model: {name: gpt, n_layer: 2, n_head: 2, d_model: 12}
+optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
+schedule: {name: cosine, warmup: 2 steps}
+batch: {global: 12, micro: 2}
+train: {steps: 6, precision: fp32, ema: 0.9}
+eval: {every: null}
+checkpoint: {every: 3 steps, keep: 100, async: false}
+log: {every: 1 steps}
+"""
+TOLERANCE = 1e-5
+"""Of a loss, relative; of a tensor, relative to its largest value or to 0.01, whichever is more."""
+
+SETTINGS = {
+    "adamw": ("batch.micro=2",),
+    "sgd": ("batch.micro=auto", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.3"),
+}
+"""With accumulation and without: two samples at a time are 6, 3 and 2 micro-batches on 1, 2 and 3 processes."""
+
+
+def train_in_turn(strategy: str, run_dirs: list[str]) -> None:
+    """Train or go on with each of the runs in this world, one after the other."""
+    from distrain.loop import train
+    from distrain.recipe_file import load_recipe
+    from distrain.strategy import Asked, open_world
+
+    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, Asked(strategy))
+
+    def go() -> int:
+        for run_dir in run_dirs:
+            train(RunDir(run_dir), world)
+        return 0
+
+    try:
+        captured(go)
+    finally:
+        world.close()
+
+
+def create(run_dir: Path, recipe: Path, overrides: tuple[str, ...], strategy: str, world_size: int) -> None:
+    """Make the folder of a run that has not begun."""
+    loaded = load_recipe(recipe, list(overrides))
+    open_run(RunDir(run_dir), loaded, Launch.describe(world_size, strategy))
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return an uninterrupted run of each way, by its name."""
+    folder = tmp_path_factory.mktemp(f"matrix-{request.param}")
+    recipe = write_recipe(folder, RECIPE)
+    runs = {}
+    for name, (strategy, world_size) in zip(NAMES, WAYS, strict=True):
+        runs[name] = folder / name
+        create(runs[name], recipe, SETTINGS[request.param], strategy, world_size)
+        in_world(world_size, train_in_turn, strategy, [str(runs[name])])
+    return runs
+
+
+def stopped_copy(run_dir: Path, out: Path, step: int) -> Path:
+    """Return a copy of a finished run as it was after `step`."""
+    run = RunDir(run_dir)
+    shutil.copytree(checkpoint(run_dir, step), checkpoint(out, step))
+    for path in (run.recipe_path, run.launch_path):
+        shutil.copy(path, out / path.name)
+    rows = [line for line in run.metrics_path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    (out / run.metrics_path.name).write_text("".join(f"{line}\n" for line in rows))
+    return out
+
+
+def assert_agrees(found: Path, expected: Path) -> None:
+    """The losses and every tensor of the last checkpoint of two runs agree to the tolerance."""
+    assert losses(found) == pytest.approx(losses(expected), rel=TOLERANCE)
+    ours, theirs = state(last(found)), state(last(expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        gap = np.abs(value - theirs[name]).max(initial=0.0)
+        assert gap <= TOLERANCE * max(np.abs(theirs[name]).max(initial=0.0), 1.0), f"{name}: {gap}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_trains_as_ddp_does(straight: dict[str, Path], name: str) -> None:
+    assert_agrees(straight[name], straight["ddpx2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), zip(NAMES, WAYS, strict=True), ids=NAMES)
+def test_every_strategy_goes_on_from_every_other(
+    straight: dict[str, Path], name: str, way: tuple[str, int], tmp_path: Path
+) -> None:
+    strategy, world_size = way
+    resumed = {source: stopped_copy(run, tmp_path / source, step=3) for source, run in straight.items()}
+    in_world(world_size, train_in_turn, strategy, [str(run) for run in resumed.values()])
+    for source, run in resumed.items():
+        assert losses(run)[:3] == losses(straight[source])[:3], "they were not trained again"
+        assert_agrees(run, straight["ddpx2"])
