@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.strategy.launched import Environment
+from distrain.strategy.launched import Asked, Environment
 
 _PATIENCE = timedelta(days=1)
 """How long ranks wait while rank 0 does something for all of them."""
@@ -148,11 +148,14 @@ def _of_another_rank(error: Exception) -> Exception:
     return error
 
 
-def open_world(precision: str, *, timeout_s: float = 600.0) -> World:
+def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float = 600.0) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
-    `precision` is the recipe's: auto, fp32, bf16 or fp64. `timeout_s` bounds every collective but those of `first`.
+    `precision` is the recipe's: auto, fp32, bf16 or fp64. `asked` is the strategy, None for single or ddp. `timeout_s`
+    bounds every collective but those of `first`.
     """
+    if asked is not None and asked.strategy not in ("single", "ddp"):
+        raise UserError(f"the strategy {asked} is not built yet; take single or ddp")
     environment = Environment.read(os.environ)
     on_cpu = not torch.cuda.is_available()
     if precision == "auto":
