@@ -133,9 +133,11 @@ class RunDir:
         return self.recipe_path.is_file()
 
     def holds_other_files(self) -> bool:
-        """Whether there is a folder with anything in it but what an interrupted `create` left."""
+        """Whether there is a folder with more in it than imported checkpoints and what an interrupted `create` left."""
         unfinished = f".{self.recipe_path.name}."
-        return self.path.is_dir() and any(not entry.name.startswith(unfinished) for entry in self.path.iterdir())
+        return self.path.is_dir() and any(
+            not entry.name.startswith(unfinished) and entry != self.checkpoints for entry in self.path.iterdir()
+        )
 
     def create(self, recipe_text: str, launch: Launch) -> None:
         """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""

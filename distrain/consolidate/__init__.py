@@ -1,6 +1,7 @@
 """Between checkpoints and what others read and write. Imports no torch, and holds no model in memory.
 
     export               a checkpoint, distrain's own or a foreign one -> safetensors files or a `.pt`
+    find_source          what a command that exports means
     import_checkpoint    a foreign checkpoint -> one of distrain's own
     open_foreign         where the tensors of a foreign checkpoint lie
 
@@ -11,8 +12,8 @@ tensors lie), `copying` (from there into one file), `torch_file` (what `torch.sa
 
 from __future__ import annotations
 
-from distrain.consolidate.exporting import Exported, export
+from distrain.consolidate.exporting import Exported, export, find_source
 from distrain.consolidate.importing import Imported, import_checkpoint
 from distrain.consolidate.opening import FORMATS, open_foreign
 
-__all__ = ["FORMATS", "Exported", "Imported", "export", "import_checkpoint", "open_foreign"]
+__all__ = ["FORMATS", "Exported", "Imported", "export", "find_source", "import_checkpoint", "open_foreign"]

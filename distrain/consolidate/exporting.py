@@ -16,15 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint import Manifest, Reader
+from distrain.checkpoint import Manifest, Reader, find_checkpoint
 from distrain.checkpoint.floats import FLOATS
 from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, explain
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
 from distrain.consolidate.copying import Output, write_safetensors
-from distrain.consolidate.opening import open_foreign
+from distrain.consolidate.opening import detect, open_foreign
 from distrain.consolidate.sources import OwnTensors, Tensors
 from distrain.consolidate.torch_file import write_torch_file
+from distrain.rundir import RunDir
 
 _DTYPES = {
     "float64": "F64", "fp64": "F64", "f64": "F64", "float32": "F32", "fp32": "F32", "f32": "F32",
@@ -105,6 +106,20 @@ def export(
         # shards of another number would be taken for a part of this export
         _publish(writes, present - {*paths, *index, *beside}, sync)
     return Exported((*paths, *beside, *index), nbytes, len(outputs), tuple(notes), tuple(left))
+
+
+def find_source(target: Path | str, *, best: bool = False, format: str | None = None) -> tuple[Path, str | None]:
+    """Return what a command means: a checkpoint, or of a run one of its own, or something foreign and its format.
+
+    Raises UserError where it is none of them.
+    """
+    path = Path(target)
+    own = (path / MANIFEST).exists() or RunDir(path).checkpoints.is_dir() or not path.exists()
+    if format is None and (own or path.name.startswith("step-")):
+        return find_checkpoint(path, best=best), None
+    if best:
+        raise UserError(f"{path} is not a run of distrain's; --best goes with a run folder")
+    return path, format or detect(path)
 
 
 @contextmanager

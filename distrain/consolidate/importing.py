@@ -12,7 +12,7 @@ from distrain.checkpoint import LocalCommunicator, Saver
 from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, piece_key
 from distrain.config import UserError
 from distrain.consolidate.copying import Output, write_safetensors
-from distrain.consolidate.opening import open_foreign
+from distrain.consolidate.opening import COUNTED, open_foreign
 from distrain.consolidate.sources import Source
 from distrain.rundir import RunDir
 
@@ -54,13 +54,13 @@ def import_checkpoint(
     overwrite: bool = False,
     verify: bool = True,
 ) -> Imported:
-    """Write the foreign checkpoint as `step-…` into the folder `out`, or into the checkpoints of the run `out`.
+    """Write the foreign checkpoint as `out/checkpoints/step-…`; `out` is a run's folder, or a new one that becomes one.
 
     `step` is the number of optimizer steps done, where the format does not say it; `optimizer` the class that keeps the
     optimizer's state (AdamW, SGD, …), where it is not known from what is kept; `with_optimizer=False` leaves that state
     out. `format`, `trust`, `tied` and `buffers` are `open_foreign`'s; `verify=False` does not compare bytes to the
     checksums that archives of torch hold. The checkpoint is complete or absent, and other checkpoints stay. A run
-    whose recipe builds the same model goes on from it. Raises UserError.
+    whose recipe builds the same model goes on from it: `distrain train RECIPE --run-dir OUT`. Raises UserError.
     """
     folder, recipe = _target(Path(out))
     with open_foreign(foreign, format=format, trust=trust, tied=tied, buffers=buffers) as source:
@@ -68,7 +68,7 @@ def import_checkpoint(
             raise UserError(f"{source.path} holds no model, only the state of an optimizer")
         if not with_optimizer:
             _drop_optimizer(source)
-        notes = list(source.notes)
+        notes = [note for note in source.notes if step is None or not note.endswith(COUNTED)]
         done = step if step is not None else source.step
         if done is None:
             done = 0
@@ -106,9 +106,9 @@ def _target(out: Path) -> tuple[Path, str]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a run's folder, or a folder for the checkpoint")
     run = RunDir(out)
-    if not run.recipe_path.is_file():
-        return out, ""
-    return run.checkpoints, run.recipe_path.read_text(encoding="utf-8")
+    if not run.exists and run.holds_other_files():
+        raise UserError(f"{out} holds files and is not a run; choose another folder")
+    return run.checkpoints, run.recipe_path.read_text(encoding="utf-8") if run.exists else ""
 
 
 def _drop_optimizer(source: Source) -> None:

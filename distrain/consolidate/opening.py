@@ -25,6 +25,7 @@ FORMATS = {
     "safetensors": "a safetensors file, or a folder of such with an index",
     "torch": "a file of torch.save",
 }
+COUNTED = "is the optimizer's own count"
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -182,4 +183,4 @@ def _count_steps(source: Source) -> None:
     counts |= {values["step"] for values in source.optimizer_values.values() if "step" in values}
     if len(counts) == 1 and isinstance(count := counts.pop(), int | float) and count == int(count) >= 0:
         source.step = int(count)
-        source.notes.append(f"step {source.step} is the optimizer's own count")
+        source.notes.append(f"step {source.step} {COUNTED}")
