@@ -276,6 +276,9 @@ class TrainSection(Section):
     """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
+    activation_checkpointing: bool | Text = False
+    """Whether each block of the model keeps only its inputs and computes the rest again in the backward pass: less
+    memory for about a third more time, and the same numbers. The name of a class makes its instances the blocks."""
 
     @property
     def length(self) -> Duration:
