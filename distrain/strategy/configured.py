@@ -98,22 +98,22 @@ def _refused(configuration: Configuration) -> Iterator[tuple[Stated, str]]:
     for key, stated in configuration.items():
         if key.startswith("deepspeed.") and not _known_to_deepspeed(key.removeprefix("deepspeed.")):
             yield stated, f"found {stated.value!r}, which has no counterpart in a recipe; take it out"
-        elif key in _NOT_HERE and plain(stated.value) not in (*DEFAULTS, *_NOT_HERE[key][0]):
+        elif key in _NOT_HERE and plain(stated.value) not in _NOT_HERE[key][0]:
             yield stated, f"found {stated.value!r}; {_NOT_HERE[key][1]}"
         elif key.startswith("parallelism_config_") and str(stated.value).isdigit() and int(stated.value) > 1:
             yield stated, f"found {stated.value}; {_NOT_HERE['use_parallelism_config'][1]}"
 
 
 _NOT_HERE: dict[str, tuple[tuple[str, ...], str]] = {
-    "deepspeed_moe_layer_cls_names": ((), "layers of experts have no sharding of their own here; take it out"),
-    "downcast_bf16": ((), "it is for TPUs; the recipe's train.precision says in which arithmetic a model runs"),
-    "fsdp_activation_checkpointing_offload": ((), "activations are computed again, not offloaded; take it out"),
-    "fsdp_ignored_modules": ((), "every parameter is sharded; take it out"),
+    "deepspeed_moe_layer_cls_names": (DEFAULTS, "layers of experts have no sharding of their own here; take it out"),
+    "downcast_bf16": (DEFAULTS, "it is for TPUs; the recipe's train.precision says in which arithmetic a model runs"),
+    "fsdp_activation_checkpointing_offload": (DEFAULTS, "activations are computed again, not offloaded; take it out"),
+    "fsdp_ignored_modules": (DEFAULTS, "every parameter is sharded; take it out"),
     "fsdp_reshard_after_forward": (
         ("true", "full_shard"),
         "weights are freed after each forward pass; take it out, or take zero2, which keeps them",
     ),
-    "use_parallelism_config": ((), "tensor, context and sequence parallelism are not done; take zero3 or fsdp2"),
+    "use_parallelism_config": (DEFAULTS, "tensor, context and sequence parallelism are not done; take zero3 or fsdp2"),
 }
 """Settings that are not done: the values that say nothing, and what to do about the others."""
 
