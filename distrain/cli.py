@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoint_app = typer.Typer(help="List, verify, compare and export checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List, verify, compare, export and import checkpoints.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
@@ -90,7 +91,7 @@ def train(
     strategy: Annotated[
         Strategy,
         typer.Option(
-            help="How state is spread over the processes. auto: as the run was started before; else whole on each (ddp)."
+            help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp."
         ),
     ] = Strategy.auto,
     offload: Annotated[
@@ -108,8 +109,8 @@ def train(
             run_dir=run_dir,
             processes=processes,
             update=update,
-            strategy=strategy,
-            offload=offload,
+            strategy=strategy.value,
+            offload=offload.value if offload is not None else None,
         )
     )
 
@@ -152,7 +153,7 @@ def prove_recipe(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Overrides = None,
     kills: Annotated[int, typer.Option(min=0, help="Interruptions of each run that is resumed.")] = 3,
-    steps: Annotated[int, typer.Option(min=2, help="How many of the recipe's first steps are trained.")] = 30,
+    steps: Annotated[int, typer.Option(min=4, help="How many of the recipe's first steps are trained.")] = 30,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
     ] = None,
@@ -341,10 +342,24 @@ def checkpoint_diff(
     raise typer.Exit(0 if found.identical else 1)
 
 
+Format = Annotated[
+    str | None,
+    typer.Option(help="accelerate, deepspeed, distributed, safetensors or torch.", show_default="found out"),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Open pickles that hold more than tensors, in a process which runs them.")
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first.")]
+
+
 @checkpoint_app.command("export")
 def checkpoint_export(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|FOREIGN",
+            help="A run's folder, one of its checkpoints, or what another trainer wrote.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="model.safetensors or model.pt; a folder with --shards.")],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as trained when not given.")] = None,
@@ -352,14 +367,76 @@ def checkpoint_export(
     ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights.")] = False,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint of the run, not the newest.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    no_verify: NoVerify = False,
+    format: Format = None,
+    trust: Trust = False,
 ) -> None:
     """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
-    from distrain.checkpoint import find_checkpoint
-    from distrain.consolidate import export
+    from distrain.consolidate import export, find_source
 
-    checkpoint = find_checkpoint(target, best=best)
-    export(checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite)
+    checkpoint, found = find_source(target, best=best, format=format)
+    exported = export(
+        checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite, verify=not no_verify, format=found,
+        trust=trust,
+    )  # fmt: skip
     typer.echo(f"wrote {out} from {checkpoint.name}")
+    _say(exported.notes, exported.left)
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    foreign: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOREIGN",
+            help="A folder of Accelerate, DeepSpeed, torch.distributed.checkpoint or Hugging Face, or a .pt or "
+            ".safetensors file.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A run's folder, whose training then goes on from it, or a new one."),
+    ],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps done.", show_default="as it says itself, else 0")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="What kept the optimizer's state, such as AdamW or SGD.")
+    ] = None,
+    no_optimizer: Annotated[bool, typer.Option("--no-optimizer", help="Leave the optimizer's state out.")] = False,
+    tied: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.")
+    ] = None,
+    buffers: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Names such as 'rope.*' are buffers, not parameters.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint of that step.")] = False,
+    no_verify: NoVerify = False,
+    format: Format = None,
+    trust: Trust = False,
+) -> None:
+    """Turn a checkpoint that another trainer wrote into one of distrain's own, with its optimizer's state."""
+    from distrain.consolidate import import_checkpoint
+
+    pairs = [pair.partition("=") for pair in tied or []]
+    if bad := [name for name, sign, other in pairs if not (name and sign and other)]:
+        raise UserError(f"--tied {bad[0]!r} is not NAME=OTHER")
+    done = import_checkpoint(
+        foreign, out, format=format, step=step, optimizer=optimizer, with_optimizer=not no_optimizer,
+        tied={name: other for name, _, other in pairs}, buffers=buffers or [], trust=trust, overwrite=overwrite,
+        verify=not no_verify,
+    )  # fmt: skip
+    optimizer_state = f", the state of {done.optimizer}" if done.optimizer else ""
+    typer.echo(f"wrote {done.path} from {done.what}")
+    typer.echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
+    _say(done.notes, done.left)
+
+
+def _say(notes: Sequence[str], left: Sequence[str]) -> None:
+    for note in notes:
+        typer.echo(f"  {note}")
+    for what in left:
+        typer.echo(f"  not imported: {what}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -12,12 +13,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import distrain
 from distrain.config import UserError
 from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, show
 from distrain.rundir import Launch, RunDir
+
+if TYPE_CHECKING:
+    from distrain.strategy import Asked, Configuration
 
 log = logging.getLogger("distrain")
 log.addHandler(logging.NullHandler())  # until a run has a folder to log to
@@ -47,6 +51,13 @@ def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
+def configuration_file(strategy: str) -> Path:
+    """Return the accelerate configuration that starts a strategy's processes on this machine."""
+    return shared_file(
+        "accelerate_configs", "multi_cpu.yaml" if strategy == "ddp" and not gpu_count() else f"{strategy}.yaml"
+    )
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """How one machine's processes are started."""
@@ -58,13 +69,21 @@ class LaunchPlan:
     processes: int
     config: Path
     """The accelerate configuration."""
+    offload: str = "none"
+    """What the configuration's strategy keeps in the memory of the CPU: none, optimizer or all."""
 
 
 def launch_argv(plan: LaunchPlan) -> list[str]:
     """Return the arguments of `accelerate launch`. Pure."""
+    offload = {
+        "none": (),
+        "optimizer": ("--offload_optimizer_device", "cpu"),
+        "all": ("--offload_optimizer_device", "cpu", "--offload_param_device", "cpu", "--fsdp_offload_params", "true"),
+    }
     return [
         "--config_file",
         str(plan.config),
+        *offload[plan.offload],
         "--num_processes",
         str(plan.processes),
         # a free port, so that several runs fit on one machine
@@ -188,13 +207,20 @@ def start(
     run_dir: str | None = None,
     processes: int | None = None,
     update: bool = False,
+    strategy: str = "auto",
+    offload: str | None = None,
 ) -> int:
     """Train a recipe or go on with a run on this machine; returns the exit status. What `distrain train` does."""
     run, loaded = find_run(target, overrides, run_dir)
-    count = processes or max(gpu_count(), 1)
+    count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
     if count == 1:
-        return work(target, overrides, run_dir=run_dir, processes=1, update=update)
+        return work(target, overrides, run_dir=run_dir, processes=1, update=update, strategy=strategy, offload=offload)
     from distrain.loop import check_recipe
+    from distrain.strategy import read_configuration
+
+    configuration = read_configuration([], os.environ)
+    asked = asked_for(run, count, strategy, offload, configuration)
+    check_one_owner(configuration, loaded or load_recipe(run.recipe_path), count)
 
     if loaded is not None:
         check_recipe(loaded.recipe, target)
@@ -202,10 +228,11 @@ def start(
         with run.take():  # by no other: before its recipe may be replaced
             run.clear_markers()  # a failure of this start must not be taken for an earlier preemption
     # the recipe is read once: workers go by the run folder
-    open_run(run, loaded, Launch.describe(count, "ddp"), update=update)
-    config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
-    arguments = (str(run.path), *(["--update"] if update else []))
-    status = launch(LaunchPlan(shared_file("launch", "train.py"), arguments, count, config))
+    open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
+    arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
+    arguments += ["--update"] if update else []
+    script, config = shared_file("launch", "train.py"), configuration_file(asked.strategy)
+    status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload))
     # a launcher that was signalled calls that a failure, and the run folder knows better
     return 0 if run.preempted is not None else status
 
@@ -217,28 +244,35 @@ def work(
     run_dir: str | None = None,
     processes: int | None = None,
     update: bool = False,
+    strategy: str = "auto",
+    offload: str | None = None,
 ) -> int:
     """Train in this process, one of those that a launcher started; returns the exit status. All ranks call.
 
-    Nothing is written before the world has been found to be the one that was asked for: by `processes`, by the run's
-    launch.json, or by the launcher's own command line.
+    Nothing is written before the world and the strategy have been found to be those that were asked for: by
+    `processes`, `strategy` and `offload`, by the run's launch.json, or by the launcher's command line and files.
     """
     end_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
 
-    def prepare() -> tuple[RunDir, LoadedRecipe | None]:
-        from distrain.strategy import Environment, check_world, launcher_argv
+    def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
+        from distrain.strategy import unused
 
         run, loaded = find_run(target, overrides, run_dir)
-        expected = processes or (run.launch().processes if loaded is None else None)
-        check_world(Environment.read(os.environ), expected, launcher_argv())
+        world_size, configuration = join_launcher(processes or (run.launch().processes if loaded is None else None))
+        asked = asked_for(run, world_size, strategy, offload, configuration, resumes=loaded is None)
         from distrain.loop import check_recipe
 
-        check_recipe(loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe, target)
-        return run, loaded
+        stored = loaded or load_recipe(run.recipe_path)
+        check_recipe(stored.recipe, target)
+        check_one_owner(configuration, stored, world_size)
+        notes = [f"{place} has no part in this run" for place in unused(configuration)]
+        if strategy == "ddp" and asked.strategy == "single":
+            notes.append("--strategy ddp in one process is single")
+        return run, loaded, asked, notes
 
     try:
-        run, loaded = prepare()
+        run, loaded, asked, notes = prepare()
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -252,7 +286,7 @@ def work(
         from distrain.strategy import open_world
 
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
-        world = open_world(recipe.train.precision)
+        world = open_world(recipe.train.precision, asked)
 
         held: list[IO[str]] = []
 
@@ -263,7 +297,7 @@ def work(
                 return done
             if run.exists:
                 held.append(run.take())
-            open_run(run, loaded, Launch.describe(world.world_size, world.strategy), update=update)
+            open_run(run, loaded, Launch.describe(world.world_size, asked.strategy, asked.offload), update=update)
             if not held:
                 held.append(run.take())
             run.clear_markers()
@@ -280,6 +314,9 @@ def work(
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
             _log_to(run, world.rank)
+            for note in notes if world.rank == 0 else []:
+                print(note)
+                log.info(note)
             # inside: the rank that fails must say so before leaving makes the others fail as well
             status = reported(run, rank, lambda: train(run, world))
         finally:
@@ -288,6 +325,85 @@ def work(
             world.close()
 
     return reported(None, rank, train_here) or status
+
+
+def join_launcher(expected: int | None) -> tuple[int, Configuration]:
+    """Return the size of the world and what its launcher was told, of which the environment is then rid.
+
+    Raises UserError unless the world is the one that was asked for, by `expected` or by the launcher's own words.
+    """
+    from distrain.strategy import Environment, check_world, launcher_argv, read_configuration, take_over
+
+    environment, argv = Environment.read(os.environ), launcher_argv()
+    configuration = read_configuration(argv, os.environ)
+    count = configuration.get("num_processes")
+    configured = (int(count.value), count.place) if count is not None and str(count.value).isdigit() else None
+    check_world(environment, expected, argv, configured)
+    if (cpu := configuration.get("use_cpu")) is not None and str(cpu.value).lower() == "true":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # accelerate tells this to processes that it starts alone, not to several
+        )
+    if 0 < (gpus := gpu_count()) < environment.local_world_size:
+        raise UserError(
+            f"the launcher started {environment.local_world_size} processes on this machine, which has "
+            f"{gpus} GPU{'s' * (gpus > 1)}; nothing was written. Start one for each: --processes of `distrain train`, "
+            "--num_processes of `accelerate launch`, --nproc-per-node of `torchrun`"
+        )
+    take_over(os.environ)
+    return environment.world_size, configuration
+
+
+def asked_for(
+    run: RunDir,
+    world_size: int,
+    strategy: str,
+    offload: str | None,
+    configuration: Configuration,
+    *,
+    resumes: bool = False,
+) -> Asked:
+    """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
+
+    `resumes`: the run itself was named, so that its launch.json says what this start is to be. Otherwise it is only
+    what the run was started with before, and holds where nothing else is said. Raises UserError where two differ.
+    """
+    from distrain.strategy import Wish, settle, strategy_wishes
+
+    option = None if strategy == "auto" else strategy
+    wishes = [Wish("--strategy", option), Wish("--offload", None, offload)]
+    earlier = None
+    if option is None and run.launch_path.exists():
+        record = run.launch()
+        earlier = Wish(
+            str(run.launch_path),
+            "ddp" if record.strategy == "single" else record.strategy,
+            record.offload if offload is None else None,
+        )
+    wishes += [earlier] if resumes and earlier is not None else []
+    asked = settle(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
+    if asked.strategy.startswith("zero"):
+        missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
+        if missing:  # accelerate's part for DeepSpeed imports both
+            raise UserError(f"{asked.strategy} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return asked
+
+
+def check_one_owner(configuration: Configuration, loaded: LoadedRecipe, world_size: int) -> None:
+    """Raise UserError with each of the launcher's settings that differs from the recipe, which owns them."""
+    from distrain.strategy import disagreements
+
+    auto = "fp32"
+    if "mixed_precision" in configuration and loaded.recipe.train.precision == "auto":
+        import torch
+
+        auto = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else auto
+    if lines := disagreements(configuration, loaded.recipe, world_size, auto=auto, origins=loaded.origins):
+        raise UserError(
+            "the launcher's configuration and the recipe disagree; nothing was written.\n  - "
+            + "\n  - ".join(lines)
+            + "\nThe recipe owns batch, accumulation, clipping and arithmetic: take these out of the launcher's "
+            "configuration, or change the recipe."
+        )
 
 
 def _log_to(run: RunDir, rank: int) -> None:
@@ -345,8 +461,8 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) 
     if processes == 1:
         return work_evaluation(target, split, processes=1, as_json=as_json)
     arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
-    config = shared_file("accelerate_configs", "ddp.yaml" if gpu_count() else "multi_cpu.yaml")
-    return launch(LaunchPlan(shared_file("launch", "evaluate.py"), tuple(arguments), processes, config))
+    script, config = shared_file("launch", "evaluate.py"), configuration_file("ddp")
+    return launch(LaunchPlan(script, tuple(arguments), processes, config))
 
 
 def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
@@ -355,9 +471,15 @@ def work_evaluation(target: str, split: str, *, processes: int | None = None, as
     rank = int(os.environ.get("RANK", "0"))
 
     def score() -> None:
-        from distrain.strategy import Environment, check_world, launcher_argv
+        from distrain.strategy import strategy_wishes
 
-        check_world(Environment.read(os.environ), processes, launcher_argv())
+        _, configuration = join_launcher(processes)
+        for wish in strategy_wishes(configuration):
+            if wish.strategy not in (None, "single", "ddp"):
+                raise UserError(
+                    f"{wish.place} asks for {wish.strategy}, and scoring has the whole model on each process, whatever "
+                    "the run was trained with; start with accelerate_configs/ddp.yaml or multi_cpu.yaml"
+                )
         from distrain.inference import evaluate_checkpoint
 
         values = evaluate_checkpoint(target, split)

@@ -2,7 +2,8 @@
 
 runs/NAME/
   recipe.yaml        the resolved recipe, each value with where it came from
-  launch.json        how it was started: arguments, versions, git commit, the world it expects
+  launch.json        how it was started: arguments, versions, git commit, the world and the strategy it expects
+  effect.json        what took effect: engine, world, precision, the state that each rank holds
   metrics.jsonl      one row for each event, in the order written
   log-rank-0.txt     what each rank has to say
   checkpoints/       see `distrain.checkpoint`
@@ -48,7 +49,7 @@ class Launch:
     processes: int
     """The number of processes over all nodes; a world of another size is an error."""
     strategy: str
-    """How state is spread over the processes: single or ddp."""
+    """How state is spread over the processes: single, ddp, zero1, zero2, zero3 or fsdp2."""
     argv: list[str]
     """The command as typed."""
     versions: dict[str, str]
@@ -57,19 +58,21 @@ class Launch:
     """The git commit of the working directory, with '+changes' where files differ from it."""
     host: str
     """The machine that the run was started on."""
+    offload: str = "none"
+    """What is kept in the memory of the CPU: none, optimizer or all."""
 
     @classmethod
-    def describe(cls, processes: int, strategy: str) -> Launch:
+    def describe(cls, processes: int, strategy: str, offload: str = "none") -> Launch:
         """Describe a start from this process, now."""
         from importlib.metadata import PackageNotFoundError, version
 
         versions = {"distrain": distrain.__version__, "python": sys.version.split()[0]}
-        for package in ("torch", "torchvision", "accelerate"):
+        for package in ("torch", "torchvision", "accelerate", "deepspeed"):
             try:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        return cls(processes, strategy, list(sys.argv), versions, _git_commit(), socket.gethostname())
+        return cls(processes, strategy, list(sys.argv), versions, _git_commit(), socket.gethostname(), offload)
 
 
 def _git_commit() -> str | None:
@@ -130,9 +133,11 @@ class RunDir:
         return self.recipe_path.is_file()
 
     def holds_other_files(self) -> bool:
-        """Whether there is a folder with anything in it but what an interrupted `create` left."""
+        """Whether there is a folder with more in it than imported checkpoints and what an interrupted `create` left."""
         unfinished = f".{self.recipe_path.name}."
-        return self.path.is_dir() and any(not entry.name.startswith(unfinished) for entry in self.path.iterdir())
+        return self.path.is_dir() and any(
+            not entry.name.startswith(unfinished) and entry != self.checkpoints for entry in self.path.iterdir()
+        )
 
     def create(self, recipe_text: str, launch: Launch) -> None:
         """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""
@@ -184,6 +189,19 @@ class RunDir:
             raise UserError(f"{self.path} is not a run folder: it has no launch.json") from None
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.launch_path} cannot be read: {error}; delete it and start the run again") from error
+
+    def record_effect(self, effect: dict[str, Any]) -> None:
+        """Rank 0: record what took effect, as read back from the objects that train; the last start's is kept."""
+        write_atomically(self.path / "effect.json", json.dumps(_plain(effect), indent=2) + "\n")
+
+    def effect(self) -> dict[str, Any] | None:
+        """Return what took effect in the last start, or None where none has come so far."""
+        try:
+            return json.loads((self.path / "effect.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"effect.json in {self.path} cannot be read: {error}; delete it") from error
 
     # ----------------------------------------------------------------------------------------------------------------
     # How the run ended

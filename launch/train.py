@@ -1,7 +1,8 @@
 """What a launcher starts, once for each process: train a recipe, or go on with a run.
 
 accelerate launch --config_file accelerate_configs/multi_cpu.yaml launch/train.py recipes/digits.yaml
-torchrun --nproc-per-node 2 launch/train.py recipes/digits.yaml optim.lr=3e-4
+accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 launch/train.py recipes/digits.yaml
+torchrun --nproc-per-node 2 launch/train.py recipes/digits.yaml optim.lr=3e-4 --strategy fsdp2
 python launch/train.py recipes/digits.yaml
 """
 
@@ -17,5 +18,17 @@ if __name__ == "__main__":
     parser.add_argument("--run-dir", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
     parser.add_argument("--update", action="store_true", help="go on with an existing run under a changed recipe")
+    parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
+    parser.add_argument("--offload", help="what to keep in the memory of the CPU: none, optimizer, or all")
     a = parser.parse_args()
-    sys.exit(work(a.target, a.overrides, run_dir=a.run_dir, processes=a.processes, update=a.update))
+    sys.exit(
+        work(
+            a.target,
+            a.overrides,
+            run_dir=a.run_dir,
+            processes=a.processes,
+            update=a.update,
+            strategy=a.strategy,
+            offload=a.offload,
+        )
+    )

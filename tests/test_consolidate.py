@@ -16,10 +16,9 @@ import safetensors.torch
 import torch
 from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_world
 
-from distrain import consolidate
 from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
 from distrain.config import UserError
-from distrain.consolidate import export
+from distrain.consolidate import copying, export
 
 PLAIN = [name.removeprefix("model/") for name in SPECS if name.startswith("model/")]
 
@@ -84,8 +83,8 @@ def test_copying_where_the_kernel_cannot(checkpoint, tmp_path, monkeypatch, numb
 
 
 def test_small_jobs_and_buffers(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(consolidate, "_JOB", 24)
-    monkeypatch.setattr(consolidate, "_BUFFER", 16)
+    monkeypatch.setattr(copying, "JOB", 24)
+    monkeypatch.setattr(copying, "BUFFER", 16)
     expected = safetensors.torch.load_file(export(checkpoint, tmp_path / "one").paths[0])
     assert_exported(expected)
     half = safetensors.torch.load_file(export(checkpoint, tmp_path / "two", dtype="bf16").paths[0])
@@ -261,7 +260,7 @@ def anonymous():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
 import threading, time
-from distrain.consolidate import export
+from distrain.consolidate import copying, export
 peak = start = anonymous()
 done = threading.Event()
 def watch():

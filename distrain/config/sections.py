@@ -274,10 +274,11 @@ class TrainSection(Section):
     state and the reductions of gradients are fp32 with each (fp64 with fp64)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
-    activation_checkpointing: bool | Text = False
-    """Whether blocks compute their activations again in the backward pass, or the class name of those blocks."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
+    activation_checkpointing: bool | Text = False
+    """Whether each block of the model keeps only its inputs and computes the rest again in the backward pass: less
+    memory for about a third more time, and the same numbers. The name of a class makes its instances the blocks."""
 
     @property
     def length(self) -> Duration:

@@ -38,10 +38,12 @@ from distrain.networks.deferred import Deferred
 from distrain.optim import (
     build_loss,
     build_optimizer,
+    carry_over,
     check_loss,
     check_optimizer,
     check_schedule,
     resolve_schedule,
+    sharding_problem,
 )
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
@@ -75,6 +77,8 @@ class Session:
             self._told += self.t.engine.restore(reader)
             reader.close()
             self.t.step = reader.manifest.step
+        effect = self.t.engine.effect()
+        world.first(lambda: run.record_effect(effect))
         self.metrics = build_metrics(recipe, self.data.meta)
         self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
         self.stopping = ""
@@ -134,8 +138,8 @@ class Session:
 
         def fit(model: nn.Module) -> None:
             self._told += world.arithmetic.fit(model, world.device)
-            if recipe.train.activation_checkpointing:
-                checkpoint_activations(model, recipe.train.activation_checkpointing)
+            if told := checkpoint_activations(model, recipe.train.activation_checkpointing):
+                self._told.append(told)
 
         def build() -> nn.Module:
             model = build_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
@@ -160,8 +164,11 @@ class Session:
             accumulation=accumulation,
             clip_norm=recipe.optim.clip_norm,
             ema=recipe.train.ema,
+            carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
             initial=not resumes,
         )
+        if problem := world.together(lambda: sharding_problem(recipe.optim, world.strategy)):
+            raise UserError(problem)
         engine = build_engine(world, plan)
         engine.model.train()
         if recipe.train.compile:

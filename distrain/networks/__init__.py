@@ -7,6 +7,7 @@
     gpt.py          `gpt`: a decoder-only language model
     seq2seq.py      `seq2seq`: an encoder and a decoder
     huggingface.py  models of the transformers library
+    blocks.py       a model's repeated blocks, and computing their activations again
     weights.py      weights to start from, out of a file
     deferred.py     a model without its weights, and its initial weights one at a time
 

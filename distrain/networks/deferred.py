@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from distrain.networks.recorder import Disguise, Recorder
-from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of
+from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of, give_back
 
 SMALL = 2**14
 """Elements of a tensor up to which it is not worth deferring: biases, norms, and what constructors compute with."""
@@ -89,8 +89,10 @@ class Deferred:
                 content = content if again else None
                 if again or value[0].numel() * value[0].itemsize < value[0].untyped_storage().nbytes():
                     value = [value[0].clone()]
+            size = value[0].untyped_storage().nbytes()
             # out of a list, so that nothing here holds the value while the next one is computed
             yield name, value.pop()
+            give_back(size)
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._build().named_parameters()}

@@ -21,6 +21,7 @@ from distrain.networks.replay import (
     State,
     content_of,
     copied,
+    give_back,
     map_leaves,
     storage_of,
     tensors_in,
@@ -344,11 +345,13 @@ class Recorder(TorchDispatchMode):
         for slot in [slot for slot in self._working if slot.real is None or slot.alive.expired()]:
             slot.real = None
             del self._working[slot]
+            give_back(slot.nbytes)
         size = sum(slot.nbytes for slot in self._working)
         while size > max(WORKING_SET, 3 * self._largest):
             slot, _ = self._working.popitem(last=False)
             slot.real = None
             size -= slot.nbytes
+            give_back(slot.nbytes)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -117,6 +120,30 @@ def storage_of(nbytes: int) -> UntypedStorage:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
 
 
+_FREED = 32 * 2**20
+"""Bytes that are freed before they are given back."""
+
+_freed = 0
+
+
+def give_back(nbytes: int) -> None:
+    """Note that so much was freed, and now and then give what is free back to the operating system.
+
+    The C library does not do that by itself: it cannot use the room of an aligned block for the next one of that size
+    (glibc before 2.38), so a constructor that draws again and again would take that much more memory each time.
+    """
+    global _freed
+    _freed += nbytes
+    if _freed >= _FREED and (trim := _malloc_trim()) is not None:
+        trim(0)
+        _freed = 0
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
 def content_of(slot: Slot, head: Node | None) -> UntypedStorage:
     """Return what `slot` held after `head`, computed again; no random state outside changes."""
     assert head is not None
@@ -135,8 +162,9 @@ def content_of(slot: Slot, head: Node | None) -> UntypedStorage:
             for node in nodes:
                 node.run(contents)
                 for each in node.touches:
-                    if last[each] is node and each is not slot:
-                        contents.pop(each, None)
+                    if last[each] is node and each is not slot and each in contents:
+                        del contents[each]
+                        give_back(each.nbytes)
     finally:
         torch.default_generator.set_state(state)
         torch.set_default_dtype(dtype)

@@ -1,7 +1,7 @@
 """How a model is trained: its optimizer, its loss, its learning rate at each step, and the average of its weights.
 
 optimizers.py  optimizers by name, and which parameters are decayed, scaled or frozen
-losses.py      losses by name, as sums and counts, so that one division over the global count gives the mean
+losses/        losses by name, as sums and counts, so that one division over the global count gives the mean
 schedules.py   the learning rate as a pure function of the step
 averages.py    the exponential moving average of the weights
 sharding.py    which optimizers give the same result where parameters are cut into pieces

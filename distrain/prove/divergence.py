@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint import difference, list_checkpoints
+from distrain.checkpoint import CheckpointError, Difference, difference, list_checkpoints
 from distrain.prove.legs import Attempt, Leg
 from distrain.prove.traces import Record, Values
 from distrain.rundir import RunDir
@@ -179,8 +179,15 @@ def _first_tensor(a: Mapping[str, Any], b: Mapping[str, Any]) -> Gap | None:
     names.sort(key=lambda name: (not name.startswith("model/"), name.startswith("ema/")))
     one, two = a.get(names[0]), b.get(names[0])
     gap = relative(one[1], two[1]) if one and two else None
-    subject = names[0].partition("@")[0] + ("" if "@" in names[0] else " (buffer)")
-    return subject, _of_tensor(one), _of_tensor(two), gap, [n.partition("@")[0] for n in names[1:]]
+    # what a rank holds a range of is written with where that begins; buffers are whole
+    buffer = " (buffer)" if names[0].startswith("model/") and "@" not in names[0] else ""
+    return (
+        names[0].partition("@")[0] + buffer,
+        _of_tensor(one),
+        _of_tensor(two),
+        gap,
+        [n.partition("@")[0] for n in names[1:]],
+    )
 
 
 def _digest(tensors: Mapping[str, Any], name: str) -> str | None:
@@ -234,9 +241,7 @@ def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
         keys = [key for key in mine if key not in ("time", "seconds") and mine[key] != row.get(key)]
         if keys:
             a, b = mine[keys[0]], row.get(keys[0])
-            number = next(
-                (n for n, each in reversed(list(enumerate(other.attempts))) if each.resumed_at < row["step"]), 0
-            )
+            number = other.attempt_of(row["step"])
             yield Divergence(
                 other.name, row["step"], "evaluation", keys[0], [0], _short(a), _short(b), number,
                 other.attempts[number].resumed_at, more=keys[1:],
@@ -246,12 +251,15 @@ def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
 def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
     """Yield how the checkpoints of the same steps differ, tensor by tensor, the earliest one that does."""
     for step, one, two in shared_checkpoints(straight.run_dir, other.run_dir):
-        found = difference(one, two)
+        try:
+            found = difference(one, two)
+        except CheckpointError as error:
+            found = Difference((str(error),), (), ())
         if found.identical:
             continue
         lines = [*found.listing, *map(str, found.tensors)]
         subject = found.tensors[0].name if found.tensors else ""
-        number = next((n for n, each in reversed(list(enumerate(other.attempts))) if each.resumed_at < step), 0)
+        number = other.attempt_of(step)
         gap = found.tensors[0].max_rel if found.tensors else None
         yield Divergence(
             other.name, step, "checkpoint", subject, [], str(one), str(two), number, other.attempts[number].resumed_at,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -104,6 +105,10 @@ class Leg:
         """The last step that was taken."""
         return max(attempt.record.last_step for attempt in self.attempts)
 
+    def attempt_of(self, step: int) -> int:
+        """Return the number of the last attempt that took a step."""
+        return max((n for n, attempt in enumerate(self.attempts) if attempt.resumed_at < step), default=0)
+
     @property
     def step_seconds(self) -> float:
         """What a step usually takes."""
@@ -124,7 +129,10 @@ def draw_interruptions(
     found = []
     for index in range(count):
         kinds = ["kill", "stop", "kill-rank"] if processes[index % len(processes)] > 1 else ["kill", "stop"]
+        how = kinds[index % len(kinds)]
         low, high = index * last_step // count, max(index * last_step // count + 1, (index + 1) * last_step // count)
+        if how == "stop":  # ranks agree on it and stop two steps later, which must not be the end
+            high = max(low + 1, min(high, last_step - 3))
         steps = list(range(low, min(high, last_step)))
         saving = [step for step in steps if (step + 1) % save_every == 0]
         # every other one comes with a save where one falls into its share of the steps
@@ -133,7 +141,7 @@ def draw_interruptions(
         step = draw.choice(steps) if steps else last_step - 1
         found.append(
             Interruption(
-                how=kinds[index % len(kinds)],
+                how=how,
                 step=step,
                 fraction=draw.uniform(0, 1.5),
                 saving=(step + 1) % save_every == 0,
@@ -179,8 +187,7 @@ class Runner:
         leg = Leg(name, self.folder / name.replace(" ", "-").replace(",", ""))
         began = time.monotonic()
         waiting = list(interruptions)
-        while True:
-            number = len(leg.attempts)
+        for number in itertools.count():
             placement = placements[number % len(placements)]
             interruption = waiting.pop(0) if waiting else None
             trace = self.folder / "traces" / leg.run_dir.name / str(number)

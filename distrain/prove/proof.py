@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import tempfile
@@ -63,7 +64,8 @@ class Proof:
         return self.divergence is None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it in plain values."""
+        """Return it in values that JSON has; infinities and NaN as text."""
+        found = self.divergence
         return {
             "proved": self.proved,
             "recipe": self.recipe,
@@ -75,8 +77,12 @@ class Proof:
             "seconds": self.seconds,
             "kept": None if self.kept is None else str(self.kept),
             "legs": [_leg_as_json(result) for result in self.results],
-            "divergence": None if self.divergence is None else vars(self.divergence),
+            "divergence": None if found is None else vars(found) | {"gap": _plain(found.gap)},
         }
+
+
+def _plain(number: float | None) -> float | str | None:
+    return number if number is None or math.isfinite(number) else str(number)
 
 
 def _leg_as_json(result: LegResult) -> dict[str, Any]:
@@ -95,8 +101,8 @@ def _leg_as_json(result: LegResult) -> dict[str, Any]:
             for attempt in result.leg.attempts
         ],
         "same": result.divergence is None,
-        "worst_loss": None if agreement is None else agreement.worst_loss,
-        "worst_tensor": None if agreement is None else agreement.worst_tensor,
+        "worst_loss": None if agreement is None else _plain(agreement.worst_loss),
+        "worst_tensor": None if agreement is None else _plain(agreement.worst_tensor),
         "left_out": None if agreement is None else agreement.noise,
         "depends_on_placement": None if agreement is None else agreement.by_design,
     }

@@ -4,37 +4,62 @@ Building the `Accelerator`, checking that the world is the one that was asked fo
 numbers, and turning the state of training into flat pieces for `distrain.checkpoint` and back. The other rooms ask a
 `World` and never look at a strategy.
 
-    launched.py    what the launcher said, and what was asked for
-    world.py       `World`: the processes, and how they agree
-    precision.py   the arithmetic of the forward pass, and loss scaling
-    engine.py      `Engine`: what every strategy is to the loop
-    replicated.py  one process, and DistributedDataParallel
-    fsdp2.py       FSDP2: rows of each parameter
-    zero.py        ZeRO-1, 2 and 3: equal flat parts
-    state.py       the state of training as flat ranges of named tensors
+    launched.py       the world and the strategy that were asked for
+    configuration.py  the launcher's own configuration, read where it was written
+    configured.py     what that asks for, beside the recipe
+    world.py          `World`: the processes, and how they agree
+    precision.py      the arithmetic of the forward pass, and loss scaling
+    engine.py         `Engine`: what every strategy is to the loop
+    replicated.py     one process, and DistributedDataParallel
+    fsdp2.py          FSDP2: rows of each parameter
+    zero.py           ZeRO-1, 2 and 3: equal flat parts
+    state.py          the state of training as flat ranges of named tensors
 """
 
+from distrain.strategy.configuration import Configuration, Stated, read_configuration, take_over
+from distrain.strategy.configured import disagreements, strategy_wishes, unused
 from distrain.strategy.engine import Engine, Plan, with_arithmetic
-from distrain.strategy.launched import Asked, Environment, check_world, launcher_argv, processes_asked
+from distrain.strategy.launched import (
+    OFFLOADS,
+    STRATEGIES,
+    Asked,
+    Environment,
+    Wish,
+    check_world,
+    launcher_argv,
+    processes_asked,
+    settle,
+)
 from distrain.strategy.replicated import Replicated
 from distrain.strategy.state import TrainingState, check_fit, fill, load_weights
 from distrain.strategy.world import World, open_world
 
 __all__ = [
+    "OFFLOADS",
+    "STRATEGIES",
     "Asked",
+    "Configuration",
     "Engine",
     "Environment",
     "Plan",
+    "Stated",
     "TrainingState",
+    "Wish",
     "World",
     "build_engine",
     "check_fit",
     "check_world",
+    "disagreements",
     "fill",
     "launcher_argv",
     "load_weights",
     "open_world",
     "processes_asked",
+    "read_configuration",
+    "settle",
+    "strategy_wishes",
+    "take_over",
+    "unused",
     "with_arithmetic",
 ]
 

@@ -19,7 +19,7 @@ from distrain.checkpoint import Reader
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
 from distrain.strategy.precision import LossScale
-from distrain.strategy.state import Shard, TrainingState
+from distrain.strategy.state import Carry, Shard, TrainingState
 from distrain.strategy.world import World
 
 Numbers = Callable[[], tuple[float, list[float]]]
@@ -42,6 +42,8 @@ class Plan:
     accumulation: int
     clip_norm: float | None
     ema: float | None
+    carry: Carry | None = None
+    """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
     initial: bool = True
     """Whether the initial weights are wanted; otherwise a checkpoint follows."""
 

@@ -52,7 +52,7 @@ class Fsdp2(Engine):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-        self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard)
+        self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, carry=plan.carry)
 
     def _shard_model(self, model: nn.Module) -> None:
         plugin = self.world.accelerator.state.fsdp_plugin

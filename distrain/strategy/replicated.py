@@ -44,7 +44,7 @@ class Replicated(Engine):
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
-        self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model))
+        self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), carry=plan.carry)
         self.wrapped = with_arithmetic(world, self.model)
         if world.world_size > 1:
             self.wrapped = self._distribute(plan)

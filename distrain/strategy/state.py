@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Piece, Reader, TensorSpec, explain_difference
 from distrain.config import UserError
-from distrain.optim import Ema, plain_name
+from distrain.optim import CarryOver, Ema, plain_name
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -28,6 +28,9 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+Carry = Callable[[str, Collection[str]], CarryOver]
+"""From the class that left an optimizer's state, and the names in it: what is taken over."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class TrainingState:
     """Tells what this rank holds of a parameter."""
     groups: list[list[str]] | None = None
     """The names of the parameters in the optimizer's groups, where those hold something else in their place."""
+    carry: Carry | None = None
+    """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
     stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Gives the context in which the optimizer's groups hold what it trains."""
 
@@ -237,12 +242,6 @@ class TrainingState:
     def _restore_optimizer(self, reader: Reader) -> list[str]:
         manifest, optimizer = reader.manifest, self.optimizer
         assert optimizer is not None, "only training is restored"
-        was, now = manifest.scalars["optimizer"], type(optimizer).__name__
-        if was != now:
-            raise UserError(
-                f"{reader.path} holds the state of {was}, the recipe asks for {now}; "
-                "use the same optimizer, or start a new run with model.weights set to the exported model"
-            )
         trained = self._trained()
         stored: dict[str, dict[str, TensorSpec]] = {}
         for name, spec in manifest.specs.items():
@@ -250,6 +249,8 @@ class TrainingState:
                 parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
                 stored.setdefault(parameter, {})[key] = spec
         values: dict[str, dict[str, Any]] = manifest.scalars["optimizer_values"]
+        names = {key for kept in (*stored.values(), *values.values()) for key in kept}
+        taken, said = self._taken(manifest.scalars["optimizer"], names, reader)
         if lost := sorted((stored.keys() | values.keys()) - trained.keys()):
             raise UserError(
                 f"{reader.path} holds optimizer state for {len(lost)} parameters that this recipe does not train, "
@@ -261,13 +262,14 @@ class TrainingState:
             key for name, specs in stored.items() for key, s in specs.items() if s.shape != trained[name].shape
         }
         entries: dict[int, _Entry] = {}
-        said: list[str] = []
         for name, shard in trained.items():
             assert shard.entry is not None, name
             entry = entries.setdefault(id(shard.entry), _Entry(shard.entry, {}, {}))
-            for key, spec in stored.get(name, {}).items():
-                where = f"optimizer/{name}/{key}"
-                if key in elementwise:
+            for old, spec in stored.get(name, {}).items():
+                if old not in taken:
+                    continue
+                where, key = f"optimizer/{name}/{old}", taken[old]
+                if old in elementwise:
                     if key not in entry.state:
                         entry.state[key] = torch.zeros_like(
                             entry.key.detach(), dtype=_DTYPES[spec.dtype], memory_format=torch.preserve_format
@@ -277,8 +279,9 @@ class TrainingState:
                 value = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
                 fill(value, reader, where)
                 entry.take(key, value, name)
-            for key, plain in values.get(name, {}).items():
-                entry.take(key, plain, name)
+            for old, plain in values.get(name, {}).items():
+                if old in taken:
+                    entry.take(taken[old], plain, name)
         with self.stepping():
             index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
             # torch's own loader knows which values belong on the device and which stay on the host
@@ -291,6 +294,21 @@ class TrainingState:
             for group, changed in zip(optimizer.param_groups, manifest.scalars["optimizer_group_values"], strict=True):
                 group.update(changed)
         return said
+
+    def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[dict[str, str], list[str]]:
+        """Return the new name of each stored one that is taken over, and what is to be said."""
+        if self.carry is not None:
+            try:
+                carried = self.carry(was, stored)
+            except UserError as error:
+                raise UserError(f"{reader.path}: {error}") from error
+            return carried.keys, list(carried.said)
+        if was != (now := type(self.optimizer).__name__):
+            raise UserError(
+                f"{reader.path} holds the state of {was}, the recipe asks for {now}; "
+                "use the same optimizer, or start a new run with model.weights set to the exported model"
+            )
+        return {key: key for key in stored}, []
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,6 +24,7 @@ from accelerate import (
 from torch import Tensor
 
 from distrain.config import UserError
+from distrain.strategy.configuration import take_over
 from distrain.strategy.launched import Asked, Environment
 from distrain.strategy.precision import Arithmetic, resolve
 
@@ -163,13 +163,16 @@ def _of_another_rank(error: Exception) -> Exception:
 def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float = 600.0) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
-    `precision` is the recipe's `train.precision`. `asked` is the strategy; None takes single or ddp. `timeout_s` bounds
+    `precision` is the recipe's `train.precision`. `asked` is the strategy, None for single or ddp. `timeout_s` bounds
     every collective but those of `first`.
     """
     environment = Environment.read(os.environ)
     if asked is None:
         asked = Asked("single" if environment.world_size == 1 else "ddp")
-    _clear_environment()
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
+    take_over(os.environ)
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     arrange = {"single": _plainly, "ddp": _plainly, "fsdp2": _for_fsdp2}.get(asked.strategy, _for_deepspeed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
@@ -179,7 +182,7 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
             # accumulation has one owner: train_step
             gradient_accumulation_steps=1,
             step_scheduler_with_optimizer=False,
-            **arrange(asked, environment, timedelta(seconds=timeout_s), on_cpu=not torch.cuda.is_available()),
+            **arrange(asked, environment, timedelta(seconds=timeout_s), on_cpu=on_cpu),
         )
     world = World(accelerator, resolve(precision, accelerator.device), asked)
     if (world.rank, world.world_size) != (environment.rank, environment.world_size):
@@ -188,18 +191,6 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
             f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
         )
     return world
-
-
-_LAUNCHERS_OWN = re.compile(r"ACCELERATE_(USE_CPU|USE_DEEPSPEED|USE_FSDP|MIXED_PRECISION|DEEPSPEED_.*)|FSDP_.*")
-
-
-def _clear_environment() -> None:
-    """Take out what a launcher told Accelerate: it was read and compared with the recipe, and is passed on as objects.
-
-    Left there, Accelerate would act on it a second time, and `ACCELERATE_USE_CPU` turns DeepSpeed off without a word.
-    """
-    for name in [name for name in os.environ if _LAUNCHERS_OWN.fullmatch(name)]:
-        del os.environ[name]
 
 
 def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -46,7 +47,7 @@ class Zero(Engine):
         self._zero: Any = self.wrapped.optimizer
         self.optimizer = self._zero.optimizer
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
-        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, self._stepping)
+        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.carry, self._stepping)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Set-up
@@ -71,6 +72,9 @@ class Zero(Engine):
             names = {id(p): name for name, p in model.named_parameters()}
             group["params"] = [p for p in group["params"] if names[id(p)] not in self._unused and p.numel()]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        for name, parameter in model.named_parameters():
+            if name in self._unused:
+                parameter.register_post_accumulate_grad_hook(partial(_refuse_gradient, name))
         return model, optimizer
 
     def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
@@ -196,6 +200,13 @@ class Zero(Engine):
 
     def effect(self) -> dict[str, Any]:
         return super().effect() | {"stage": self.wrapped.zero_optimization_stage()}
+
+
+def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
+    raise UserError(
+        f"parameter {name} got no gradient from the first batch and gets one now; ZeRO must know at the start what is "
+        "trained. Use fsdp2 or ddp, or freeze it (optim.freeze)"
+    )
 
 
 class _Weights(Mapping[str, Tensor]):

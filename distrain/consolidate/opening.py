@@ -1,0 +1,186 @@
+"""Open a checkpoint that others wrote: which format it is in, and what its tensors are called here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from distrain.checkpoint.format import CheckpointError, explain
+from distrain.checkpoint.reading import open_plain
+from distrain.config import UserError, close_names
+from distrain.consolidate.formats import accelerate, deepspeed, distributed, safetensors, torch
+from distrain.consolidate.formats.common import some
+from distrain.consolidate.sources import Source
+
+FORMATS = {
+    "accelerate": "a folder of Accelerate's save_state, or of Hugging Face's save_pretrained",
+    "deepspeed": "a folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3",
+    "distributed": "a folder of torch.distributed.checkpoint",
+    "safetensors": "a safetensors file, or a folder of such with an index",
+    "torch": "a file of torch.save",
+}
+COUNTED = "is the optimizer's own count"
+_CHUNK = 1 << 18  # elements compared at a time
+_BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
+
+
+@contextmanager
+def open_foreign(
+    path: Path | str,
+    *,
+    format: str | None = None,
+    trust: bool = False,
+    tied: Mapping[str, str] | None = None,
+    buffers: Sequence[str] = (),
+) -> Iterator[Source]:
+    """Open a foreign checkpoint, a file or a folder; reads its listings and none of its tensors.
+
+    `format` is one of `FORMATS`; None finds it out. `trust` lets a process of its own run what is in pickles that hold
+    more than tensors. `tied` {alias: name}: a tensor that is the same as another one, which formats that store both
+    do not say. `buffers`: patterns of names that are buffers, for formats that do not tell them from parameters.
+    Raises UserError: what is there is in no known format, damaged, incomplete, or holds what may run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    path = path.resolve()  # the user named it; what it contains may not lead elsewhere
+    found = format or detect(path)
+    if found not in FORMATS:
+        raise UserError(f"no format {found!r}; it is one of {', '.join(FORMATS)}{close_names(found, FORMATS)}")
+    source = Source(path, FORMATS[found].partition(" ")[2])
+    try:
+        _fill(source, found, trust)
+        _tie(source, tied or {})
+        _name_buffers(source, buffers)
+        source.check()
+        if source.step is None:
+            _count_steps(source)
+        yield source
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+    finally:
+        source.close()
+
+
+def detect(path: Path) -> str:
+    """Return the format of what is at `path`, from what it contains; raises UserError."""
+    if path.is_file():
+        descriptor = open_plain(path)
+        start = os.pread(descriptor, 9, 0)
+        os.close(descriptor)
+        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+            return "torch"
+        if start[8:] == b"{":
+            return "safetensors"
+        raise UserError(f"{path} is neither a safetensors file nor one of torch.save; expected {_expected()}")
+    if (path / distributed.METADATA).exists():
+        return "distributed"
+    if deepspeed.is_folder(path):
+        return "deepspeed"
+    if accelerate.is_folder(path):
+        return "accelerate"
+    inside = sorted(entry.name for entry in path.iterdir())
+    if sum(name.endswith(".safetensors") for name in inside) == 1:
+        return "safetensors"
+    shown = f"it holds {', '.join(inside[:5])}" if inside else "it is empty"
+    raise UserError(f"{path} is no checkpoint that is known here: {shown}; expected {_expected()}")
+
+
+def _expected() -> str:
+    return "; ".join(FORMATS.values())
+
+
+def _fill(source: Source, format: str, trust: bool) -> None:
+    path = source.path
+    if format in ("accelerate", "deepspeed", "distributed") and not path.is_dir():
+        raise UserError(f"{path} is a file; expected {FORMATS[format]}")
+    match format:
+        case "accelerate":
+            accelerate.open_folder(source, path, trust=trust)
+        case "deepspeed":
+            deepspeed.open_folder(source, path, trust=trust)
+        case "distributed":
+            source.what = "torch.distributed.checkpoint"
+            distributed.open_folder(source, path)
+        case "torch":
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; expected {FORMATS[format]}")
+            torch.open_file(source, path, trust=trust)
+        case "safetensors" if path.is_file():
+            safetensors.open_file(source, path)
+        case "safetensors":
+            index = path / safetensors.INDEX
+            if index.exists():
+                safetensors.open_indexed(source, index)
+            else:
+                files = sorted(path.glob("*.safetensors"))
+                if len(files) != 1:
+                    raise UserError(f"{path}: {len(files)} safetensors files and no {index.name}; name one of them")
+                safetensors.open_file(source, files[0])
+            source.config = safetensors.read_config(path)
+
+
+def _tie(source: Source, tied: Mapping[str, str]) -> None:
+    for alias, name in tied.items():
+        one, other = f"model/{alias}", f"model/{name}"
+        for full in (one, other):
+            if full not in source.tensors:
+                plain = full.removeprefix("model/")
+                names = [n.removeprefix("model/") for n in source.names if n.startswith("model/")]
+                raise UserError(f"{source.path} has no tensor {plain!r}{close_names(plain, names)}")
+        if not _equal(source, one, other):
+            raise UserError(f"{alias} and {name} are not tied: their elements differ")
+        del source.tensors[one]
+        source.aliases[one] = other
+        for full in [n for n in source.names if n.startswith((f"optimizer/{alias}/", f"ema/{alias}"))]:
+            del source.tensors[full]
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    spec = source.spec(one)
+    if source.spec(other) != spec or source.stored_dtype(one) != source.stored_dtype(other):
+        return False
+    return all(
+        np.array_equal(source.gather(one, start, count), source.gather(other, start, count))
+        for start in range(0, spec.numel, _CHUNK)
+        if (count := min(_CHUNK, spec.numel - start))
+    )
+
+
+def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
+    """Give buffers their role: by what the format says, by the patterns, or else by what is usually one."""
+    usual, found = [], set(source.buffers or ())
+    trained = {name.removeprefix("optimizer/").rpartition("/")[0] for name in source.names if name.startswith("opt")}
+    for full in source.names:
+        plain = full.removeprefix("model/")
+        if not full.startswith("model/") or plain in trained:
+            continue
+        if any(fnmatchcase(plain, pattern) for pattern in patterns):
+            found.add(plain)
+        elif source.buffers is None:
+            floating = source.spec(full).dtype in ("F64", "F32", "F16", "BF16")
+            if not floating or any(fnmatchcase(plain, pattern) for pattern in _BUFFERS):
+                usual.append(plain)
+    for pattern in patterns:
+        if not any(fnmatchcase(name.removeprefix("model/"), pattern) for name in source.names):
+            raise UserError(f"--buffers {pattern!r} matches no tensor of {source.path}")
+    for plain in [*found, *usual]:
+        stored = source.tensors[f"model/{plain}"]
+        source.tensors[f"model/{plain}"] = replace(stored, spec=replace(stored.spec, role="buffer"))
+    if usual:
+        source.notes.append(f"taken for buffers, by name or dtype: {some(sorted(usual))}; --buffers names others")
+
+
+def _count_steps(source: Source) -> None:
+    """Take the step from the optimizer's own count, where all parameters agree on it."""
+    counts = {source.number(name) for name in source.names if name.startswith("optimizer/") and name.endswith("/step")}
+    counts |= {values["step"] for values in source.optimizer_values.values() if "step" in values}
+    if len(counts) == 1 and isinstance(count := counts.pop(), int | float) and count == int(count) >= 0:
+        source.step = int(count)
+        source.notes.append(f"step {source.step} {COUNTED}")

@@ -1,0 +1,209 @@
+"""The repeated blocks of a model: what is sharded as one unit, and what is computed again instead of being kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distrain.config import UserError, close_names
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_WORTH = 0.1
+"""The least share of all parameters that makes a further class one of a model's blocks."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which they are
+
+
+def block_classes(model: nn.Module, name: str | None = None) -> list[type[nn.Module]]:
+    """Return the classes of a model's repeated blocks, those with the most parameters first; empty where it has none.
+
+    With a `name`, the classes of that name. Otherwise those that the model, or a part of it, lists itself in
+    `_no_split_modules`, as models of transformers do. Otherwise what stands twice or more in a ModuleList, Sequential
+    or ModuleDict and holds most of the parameters: first the class that holds the most, then whatever holds a tenth of
+    the model besides. Single layers of torch.nn are none. Raises UserError for a name that is not in the model.
+    """
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        by_class.setdefault(type(module), []).append(module)
+    if name is not None:
+        if found := [kind for kind in by_class if kind.__name__ == name]:
+            return found
+        names = sorted({kind.__name__ for kind, instances in by_class.items() if not _is_layer(instances[0])})
+        hint = close_names(name, names) or f"; it has {', '.join(names)}"
+        raise UserError(f"train.activation_checkpointing: the model has no class {name!r}{hint}")
+
+    repeated = {
+        id(child) for module in model.modules() if isinstance(module, _CONTAINERS) for child in module.children()
+    }
+    listed = {each for module in model.modules() for each in getattr(module, "_no_split_modules", None) or ()}
+    own = [kind for kind in by_class if kind.__name__ in listed]
+    # some list the embedding as well, which is not repeated
+    in_containers = [kind for kind in own if any(id(each) in repeated for each in by_class[kind])]
+    if own:
+        return sorted(in_containers or own, key=lambda kind: -len(_parameters(by_class[kind])))
+
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    candidates = {
+        kind: (_parameters(inside), len(inside))
+        for kind, instances in by_class.items()
+        if kind not in _CONTAINERS and not _is_layer(instances[0])
+        for inside in [[each for each in instances if id(each) in repeated]]
+        if len(inside) >= 2
+    }
+    blocks: list[type[nn.Module]] = []
+    left, enough = set(sizes), max(_WORTH * sum(sizes.values()), 1)
+    while candidates:
+        # of two that hold the same, the smaller ones
+        weights = {
+            kind: (sum(sizes[each] for each in held & left), count) for kind, (held, count) in candidates.items()
+        }
+        best = max(candidates, key=lambda kind: weights[kind])
+        if weights[best][0] < enough:
+            break
+        blocks.append(best)
+        left -= candidates.pop(best)[0]
+    return blocks
+
+
+def blocks_of(model: nn.Module, classes: list[type[nn.Module]]) -> dict[str, nn.Module]:
+    """Return the instances of these classes by name, in the model's order; none that lies within another."""
+    found: dict[str, nn.Module] = {}
+    kinds = tuple(classes)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = module
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is one layer of torch's, of which the inputs are all that is kept anyway."""
+    return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
+
+
+def _parameters(modules: list[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Computing activations again
+
+
+def checkpoint_activations(model: nn.Module, setting: bool | str) -> str | None:
+    """Have each block keep its inputs alone, and compute the rest again in the backward pass; returns what was done.
+
+    `setting` is the recipe's `train.activation_checkpointing`: False does nothing and returns None, True takes the
+    model's blocks, a name the instances of that class. Losses, gradients and buffers are the same to the bit, as random
+    numbers and buffers are put back to what they were. Names do not change. Call it before the model is sharded,
+    wrapped or compiled. Raises UserError where there is no such class, or no repeated block at all.
+    """
+    if setting is False:
+        return None
+    classes = block_classes(model, setting if isinstance(setting, str) else None)
+    if not classes:
+        names = sorted({type(each).__name__ for each in model.modules() if not _is_layer(each)})
+        raise UserError(
+            f"train.activation_checkpointing: {type(model).__name__} has no blocks that are repeated; name the class "
+            f"whose activations are to be computed again (it has {', '.join(names)}), or set it to false"
+        )
+    blocks = blocks_of(model, classes)
+    for block in blocks.values():
+        # in the instance's own dictionary: a wrapper around it would change the names of its parameters, and what
+        # shards a model hooks into the call around `forward`, and so stays outside what is computed twice
+        block.forward = partial(_recomputed, block, block.__dict__.get("forward"), _Buffers())
+    shown = " and ".join(kind.__name__ for kind in classes)
+    return f"activations of {len(blocks)} x {shown} are computed again in the backward pass"
+
+
+def _recomputed(
+    block: nn.Module, own: Callable[..., Any] | None, buffers: _Buffers, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a block's `forward`, keeping nothing but its inputs where there will be a backward pass."""
+
+    def forward(*args: Any) -> Any:
+        return own(*args, **kwargs) if own is not None else type(block).forward(block, *args, **kwargs)
+
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False)  # traced: there is nothing to put back
+    contexts = partial(_contexts, block, buffers)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+
+
+def _contexts(block: nn.Module, buffers: _Buffers) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return what the first computation runs under, and what the second."""
+    mode = tuple(module.training for module in block.modules())
+    before = buffers.before(block, mode)
+    # torch's own generators are put back by `checkpoint`
+    python, numpy = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        python_now, numpy_now = random.getstate(), np.random.get_state()
+        random.setstate(python)
+        np.random.set_state(numpy)
+        now = {key: holder[name] for key, (holder, name, _) in before.items()}
+        for holder, name, value in before.values():
+            holder[name] = value
+        try:
+            yield
+        finally:
+            for key, (holder, name, _) in before.items():
+                holder[name] = now[key]
+            random.setstate(python_now)
+            np.random.set_state(numpy_now)
+
+    return (nullcontext() if mode in buffers.moving else buffers.watched(block, mode, before)), again()
+
+
+_Held = Mapping[str, tuple[dict[str, Tensor | None], str, Tensor]]
+"""By a buffer's name: the dictionary that holds it, its key there, and a copy of its value."""
+
+
+class _Buffers:
+    """Which buffers of a block its forward pass changes, such as the statistics of a batch norm.
+
+    The second computation gets them as the first did, in copies, so that they are not brought up to date twice.
+    """
+
+    def __init__(self) -> None:
+        self.moving: dict[tuple[bool, ...], set[str]] = {}
+        """Their names by what of the block is in training mode, known after a forward pass in that mode."""
+
+    def before(self, block: nn.Module, mode: tuple[bool, ...]) -> _Held:
+        """Return copies of them; of all buffers, while it is not known which they are."""
+        moving = self.moving.get(mode)
+        return {
+            key: (holder, name, value.clone())
+            for key, holder, name, value in _buffers(block)
+            if moving is None or key in moving
+        }
+
+    @contextmanager
+    def watched(self, block: nn.Module, mode: tuple[bool, ...], before: _Held) -> Iterator[None]:
+        """Find out which they are."""
+        versions = {key: value._version for key, _, _, value in _buffers(block)}
+        yield
+        # a batch norm changes its statistics without counting up their version
+        self.moving[mode] = {
+            key
+            for key, _, _, value in _buffers(block)
+            if key not in before or value._version != versions[key] or not torch.equal(value, before[key][2])
+        }
+
+
+def _buffers(block: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:
+    for prefix, module in block.named_modules():
+        for name, value in module._buffers.items():
+            if value is not None:
+                yield f"{prefix}.{name}", module._buffers, name, value

@@ -1,0 +1,160 @@
+"""Losses by name, built from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import Recipe, Task, UserError, close_names, is_object_spec
+from distrain.datasets import DataMeta
+from distrain.optim.arguments import argument_problems, snake, squeezed
+from distrain.optim.losses.classes import ClassLoss, is_of_tokens
+from distrain.optim.losses.elements import CtcLoss, ElementLoss, Rule
+from distrain.optim.losses.interface import Loss
+from distrain.optim.losses.own import own_loss
+
+_RULES: dict[str, Rule] = {
+    "CrossEntropyLoss": Rule("classes", "Log-softmax and negative log-likelihood of the target class.", 1, True),
+    "NLLLoss": Rule("classes", "Negative log-likelihood, of log-probabilities.", 1, True),
+    "L1Loss": Rule("elements", "Mean absolute error."),
+    "MSELoss": Rule("elements", "Mean squared error."),
+    "SmoothL1Loss": Rule("elements", "Squared below `beta`, absolute above."),
+    "HuberLoss": Rule("elements", "Squared below `delta`, linear above."),
+    "BCELoss": Rule("elements", "Binary cross entropy of probabilities."),
+    "BCEWithLogitsLoss": Rule("elements", "Binary cross entropy of logits."),
+    "PoissonNLLLoss": Rule("elements", "Negative log-likelihood of counts."),
+    "GaussianNLLLoss": Rule("elements", "Negative log-likelihood of normals; the model returns (mean, variance).", 2),
+    "KLDivLoss": Rule("elements", "Kullback-Leibler divergence of log-probabilities; see `reduction: batchmean`."),
+    "SoftMarginLoss": Rule("elements", "Logistic loss of targets 1 and -1."),
+    "HingeEmbeddingLoss": Rule("elements", "Hinge on distances, of targets 1 and -1."),
+    "MarginRankingLoss": Rule("elements", "Which of two is larger, of targets 1 and -1; the model returns both.", 2),
+    "MultiMarginLoss": Rule("rows", "Hinge over classes.", 1, True),
+    "MultiLabelMarginLoss": Rule("rows", "Hinge over lists of classes, filled up with -1.", 1, True),
+    "MultiLabelSoftMarginLoss": Rule("rows", "Mean over labels of the logistic loss."),
+    "CosineEmbeddingLoss": Rule("rows", "Cosine of two embeddings, of targets 1 and -1; the model returns both.", 2),
+    "TripletMarginLoss": Rule("rows", "Distances; the model returns (anchor, positive, negative).", 3),
+    "CTCLoss": Rule("rows", "Alignment-free sequences; outputs (batch, time, classes), targets filled up with -100."),
+}
+_REFUSED = {
+    "LinearCrossEntropyLoss": "has weights of its own, and weights belong into the model; take 'cross_entropy'",
+    "AdaptiveLogSoftmaxWithLoss": "has weights of its own, and weights belong into the model; take 'cross_entropy'",
+    "TripletMarginWithDistanceLoss": "takes a function, which a recipe cannot hold; take 'triplet_margin', or wrap it "
+    "in a loss of your own",
+}
+_ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewithlogits"}
+_REDUCTIONS = ("size_average", "reduce", "reduction")
+_DEFAULTS: dict[Task, str] = {
+    "classification": "cross_entropy",
+    "language_modeling": "cross_entropy",
+    "seq2seq": "cross_entropy",
+    "binary": "bce_with_logits",
+    "multilabel": "bce_with_logits",
+    "regression": "mse",
+}
+
+
+def loss_names() -> dict[str, str]:
+    """Return the losses of torch.nn by snake-case name, each with one line."""
+    return {snake(name.removesuffix("Loss")): rule.summary for name, rule in sorted(_RULES.items())}
+
+
+def check_loss(recipe: Recipe) -> list[str]:
+    """Return one line for each problem of the recipe's loss that can be found without data."""
+    try:
+        build_loss(recipe, DataMeta())
+    except UserError as error:
+        return str(error).split("\n")
+    return []
+
+
+def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
+    """Return the recipe's loss, or the task's usual one. Raises UserError with every problem of its arguments."""
+    name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.task]
+    args = recipe.loss.args if recipe.loss else {}
+    if is_object_spec(name):
+        return own_loss(name, args)
+    class_name = _class_name(name)
+    build: type[nn.Module] = getattr(nn, class_name)
+    rule = _RULES[class_name]
+    per_row = rule.over == "rows"
+    if class_name == "KLDivLoss" and args.get("reduction") in ("batchmean", "mean"):
+        per_row = args.pop("reduction") == "batchmean"
+
+    problems = [
+        f"loss.{key}: the mean is always over all samples of the step, and taken once; remove it"
+        for key in _REDUCTIONS
+        if key in args
+    ]
+    args = {key: value for key, value in args.items() if key not in _REDUCTIONS}
+    problems += argument_problems(build, args, "loss", repr(name), given=_REDUCTIONS)
+    for key in ("weight", "pos_weight"):
+        if args.get(key) is not None:
+            try:
+                args[key] = _weights(key, args[key], None if rule.over == "elements" else _classes(recipe.task, meta))
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        if class_name == "CTCLoss":
+            return CtcLoss(name, partial(build, **args))
+        if rule.over == "classes":
+            loss: Loss = ClassLoss(name, partial(build, **_without(args, "ignore_index")), recipe.task, args)
+        else:
+            loss = ElementLoss(name, partial(build, **args), rule, per_row, recipe.task)
+        _try(loss, class_name, rule, recipe.task, args)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
+    return loss
+
+
+def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str, Any]) -> None:
+    """Compute the loss of one made-up sample: torch looks at most arguments only then."""
+    width = max([len(value) for value in args.values() if isinstance(value, Tensor)], default=2)
+    shape = (1, 1, width) if is_of_tokens(task) and rule.over == "classes" else (1, width)
+    outputs = [torch.full(shape, 0.5)] * rule.outputs
+    if class_name == "MultiLabelMarginLoss":
+        targets = torch.full(shape, -1)
+    elif rule.over == "elements" or class_name == "MultiLabelSoftMarginLoss":
+        targets = torch.full(shape, 0.5)
+    else:
+        targets = torch.zeros(shape[:-1], dtype=torch.long)
+    loss.sum_and_count(outputs, targets)
+
+
+def _class_name(name: str) -> str:
+    known = {squeezed(key).removesuffix("loss"): key for key in (*_RULES, *_REFUSED)}
+    wanted = squeezed(name).removesuffix("loss")
+    found = known.get(_ALIASES.get(wanted, wanted))
+    if found is None:
+        names = loss_names()
+        raise UserError(
+            f"loss.name: torch.nn has no loss {name!r}"
+            + (close_names(name, names) or f"; there are {', '.join(names)}; your own is 'path/to/file.py:name'")
+        )
+    if found in _REFUSED:
+        raise UserError(f"loss.name: {found} {_REFUSED[found]}")
+    return found
+
+
+def _weights(key: str, value: Any, expected: int | None) -> Tensor:
+    numbers = [value] if isinstance(value, (int, float)) else value
+    if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) and each >= 0 for each in numbers):
+        raise UserError(f"loss.{key}: {value!r} should be a list of numbers, zero or more, one for each class")
+    if expected is not None and len(numbers) != expected:
+        raise UserError(f"loss.{key}: {len(numbers)} numbers for {expected} classes; give one for each")
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _classes(task: Task, meta: DataMeta) -> int | None:
+    if task == "multilabel":
+        return meta.num_targets
+    return {"language_modeling": meta.vocab_size, "seq2seq": meta.target_vocab_size}.get(task, meta.num_classes)
+
+
+def _without(args: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if name != key}

@@ -1,0 +1,128 @@
+"""Losses of class numbers, or of a probability for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import Task, UserError
+from distrain.optim.losses.interface import NEVER, NO_TARGET, Outputs, TorchLoss
+from distrain.optim.losses.shapes import along, kept_sum, repeated, single, wide
+
+
+class ClassLoss(TorchLoss):
+    """CrossEntropyLoss and NLLLoss: of class numbers, or of a probability for each class.
+
+    Outputs are (batch, ..., classes) with targets (batch, ...), read as one row for each target without moving
+    anything, or torch's own (batch, classes, ...); see `class_dim`.
+    """
+
+    def __init__(self, name: str, build: Callable[..., nn.Module], task: Task, args: Mapping[str, Any]):
+        tokens = task in ("language_modeling", "seq2seq")
+        self.ignore_index = args.get("ignore_index", NO_TARGET if tokens else NEVER)
+        super().__init__(name, partial(build, ignore_index=self.ignore_index))
+        self._task = task
+        self._weight = cast("Tensor | None", args.get("weight"))
+        self.count_is_fixed = self.ignore_index == NEVER and self._weight is None
+        self.is_token_entropy = (
+            self._weight is None
+            and not args.get("label_smoothing")
+            and isinstance(self._modules["sum"], nn.CrossEntropyLoss)
+        )
+
+    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = wide(single(outputs, self.name))
+        dim = class_dim(logits, targets, self._task)
+        count = self.count(targets, keep)
+        soft = targets.is_floating_point() and targets.shape == logits.shape
+        targets = targets.to(logits.dtype) if soft else self._numbers(targets, keep)
+        if dim == logits.dim() - 1 > 1:
+            logits = logits.flatten(0, -2)
+            targets = targets.flatten(0, -2) if soft else targets.flatten()
+            keep = repeated(keep, targets) if soft else None
+        try:
+            if soft and keep is not None:
+                losses = self._module(keep, logits)(logits, targets)
+                return kept_sum(losses, keep), count
+            return self._module(None, logits)(logits, targets), count
+        except IndexError as error:
+            raise UserError(
+                f"loss: a target is not one of the classes 0 to {outputs_classes(logits, dim) - 1} that the model has "
+                f"outputs for ({error}); give the model more classes, or mark what is not to be predicted with "
+                "loss.ignore_index"
+            ) from error
+
+    def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
+        if self.count_is_fixed or _is_soft(targets):
+            return self._number(targets, keep)
+        targets = self._numbers(targets, keep)
+        counted = targets != self.ignore_index
+        if self._weight is None:
+            return counted.sum(dtype=torch.float64)
+        if self._weight.device != targets.device:
+            self._weight = self._weight.to(targets.device)
+        return (self._weight.double()[targets.where(counted, 0)] * counted).sum()
+
+    def _numbers(self, targets: Tensor, keep: Tensor | None) -> Tensor:
+        targets = _class_numbers(targets, self._task)
+        return targets if keep is None else targets.where(along(keep, targets), self.ignore_index)
+
+    def _per_sample(self, targets: Tensor) -> int:
+        per_sample = targets.shape[1:].numel()
+        if not _is_soft(targets):
+            return per_sample
+        # A probability for each class: one target for each place that is not along the classes.
+        return per_sample // targets.shape[_soft_class_dim(targets.dim(), self._task)]
+
+
+def class_dim(outputs: Tensor, targets: Tensor, task: Task) -> int:
+    """Return the dimension of `outputs` that runs over classes; raises UserError where outputs do not fit targets.
+
+    The last for (batch, ..., classes), 1 for torch's (batch, classes, ...). Where a shape can be read both ways, tokens
+    (language_modeling, seq2seq) take the last and everything else torch's.
+    """
+    last = outputs.dim() - 1
+    if outputs.dim() >= 2:
+        if targets.is_floating_point() and targets.shape == outputs.shape:
+            return _soft_class_dim(outputs.dim(), task)
+        fits_last = outputs.shape[:-1] == targets.shape
+        fits_second = outputs.shape[:1] + outputs.shape[2:] == targets.shape
+        if fits_last and (not fits_second or is_of_tokens(task)):
+            return last
+        if fits_second and not is_of_tokens(task):
+            return 1
+    raise UserError(
+        f"loss: outputs of shape {tuple(outputs.shape)} do not fit targets of shape {tuple(targets.shape)}; expected "
+        f"outputs {(*targets.shape, 'classes')}".replace("'", "")
+    )
+
+
+def outputs_classes(outputs: Tensor, dim: int) -> int:
+    """Return how many classes `outputs` has, flattened or not."""
+    return outputs.shape[min(dim, outputs.dim() - 1)]
+
+
+def is_of_tokens(task: Task) -> bool:
+    return task in ("language_modeling", "seq2seq")
+
+
+def _soft_class_dim(dims: int, task: Task) -> int:
+    return dims - 1 if is_of_tokens(task) else 1
+
+
+def _is_soft(targets: Tensor) -> bool:
+    return targets.is_floating_point() and targets.dim() > 1
+
+
+def _class_numbers(targets: Tensor, task: Task) -> Tensor:
+    # Binary targets are floats, and class numbers all the same where the model has two outputs.
+    if targets.is_floating_point() and not (task == "binary" and targets.dim() == 1):
+        raise UserError(
+            f"loss: targets are {targets.dtype} of shape {tuple(targets.shape)}; expected the numbers of classes "
+            "(int64), or a probability for each class in the shape of the outputs"
+        )
+    return targets.long()

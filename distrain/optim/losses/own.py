@@ -1,0 +1,84 @@
+"""Losses of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError, resolve_object
+from distrain.optim.arguments import argument_problems
+from distrain.optim.losses.interface import Loss, Outputs
+from distrain.optim.losses.shapes import wide
+
+
+class OwnLoss(Loss):
+    """A function `(outputs, targets)`, or an object that is called so.
+
+    It returns a loss for each sample or for each element (a sample's loss is then the mean of its own), or the mean
+    over the batch; either is averaged over samples. Or it returns (sum, count), and has an attribute `count`, a
+    function of the targets that returns the same count.
+    """
+
+    takes_several = True
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        self.name = name
+        self._function = function
+        self._count = getattr(function.func if isinstance(function, partial) else function, "count", None)
+        self.count_is_fixed = self._count is None
+
+    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if keep is not None:
+            # The function may mix rows, so those that are padding must not reach it.
+            outputs = outputs[keep] if isinstance(outputs, Tensor) else tuple(each[keep] for each in outputs)
+            targets = targets[keep]
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        count = self.count(targets)
+        if not len(targets):
+            return first.sum() * 0, count
+        if isinstance(self._function, nn.Module):
+            self._function.to(first.device)
+        result = self._function(outputs, targets)
+        if isinstance(result, tuple):
+            if self._count is None:
+                raise UserError(
+                    f"loss: {self.name} returned (sum, count), so it needs a function of the targets that returns the "
+                    "same count: give it an attribute `count`, as in `my_loss.count = lambda targets: ...`"
+                )
+            return wide(result[0]), count
+        if not isinstance(result, Tensor) or (result.dim() and len(result) != len(targets)) or self._count is not None:
+            found = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            expected = "(sum, count), as it has a `count`" if self._count else "a tensor () or (batch, ...)"
+            raise UserError(f"loss: {self.name} returned {found}; expected {expected}")
+        return wide(result).mean() * len(targets), count
+
+    def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
+        if self._count is None:
+            return self._number(targets, keep)
+        return torch.as_tensor(
+            self._count(targets if keep is None else targets[keep]), dtype=torch.float64, device=targets.device
+        )
+
+
+def own_loss(name: str, args: Mapping[str, Any]) -> Loss:
+    found = resolve_object(name)
+    if not callable(found):
+        raise UserError(f"loss.name: {name!r} is {found!r}; expected a function (outputs, targets), or a class of such")
+    is_class = inspect.isclass(found)
+    first_two = () if is_class else tuple(list(inspect.signature(found).parameters)[:2])
+    if problems := argument_problems(found, args, "loss", repr(name), given=first_two):
+        raise UserError("\n".join(problems))
+    if not is_class:
+        return OwnLoss(name, partial(found, **args) if args else found)
+    try:
+        made = found(**args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
+    if not callable(made):
+        raise UserError(f"loss.name: objects of {name!r} cannot be called with (outputs, targets)")
+    return OwnLoss(name, made)

@@ -1,0 +1,488 @@
+"""What `distrain prove` finds: nothing in right recipes, and in wrong ones the step, the thing and the cause."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import TINY, write_recipe
+from worlds import _context, free_port
+
+from distrain.checkpoint import list_checkpoints
+from distrain.config import UserError
+from distrain.prove import CouldNotRun, Divergence, Placement, Proof, prove
+from distrain.prove.command import run as run_command
+from distrain.prove.divergence import exact
+from distrain.prove.legs import draw_interruptions
+from distrain.prove.processes import members
+from distrain.prove.proof import placements_of
+from distrain.prove.report import in_words, proved_line
+from distrain.prove.tolerance import Tolerance, within
+
+WRONG = Path(__file__).parent / "wrong_parts.py"
+
+# --------------------------------------------------------------------------------------------------------------------
+# Starting runs without the time that imports take
+
+
+@dataclass
+class Forked:
+    """A process of the server that has imported torch; the leader of a session of its own."""
+
+    process: Any
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+
+def forked(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> Forked:
+    """Start `distrain train` as `start_distrain` does, its ranks by fork."""
+    process = _context.Process(target=_train, args=(list(arguments), dict(environment), str(output), os.getcwd()))
+    process.start()
+    return Forked(process)
+
+
+def _train(arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    count = int(arguments[arguments.index("--processes") + 1])
+    port = str(free_port())
+    ranks = []
+    for rank in range(count) if count > 1 else []:
+        if (child := os.fork()) == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            os._exit(_work(arguments))
+        ranks.append(child)
+    os._exit(_launch(ranks) if ranks else _work(arguments))
+
+
+def _launch(ranks: list[int]) -> int:
+    """Wait for the ranks as a launcher does: it hands SIGTERM on, and ends the others when one fails."""
+
+    def all_get(number: int) -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: all_get(number))
+    status = 0
+    while ranks:
+        pid, code = os.wait()
+        ranks.remove(pid)
+        if code and not status:
+            status = 1
+            all_get(signal.SIGKILL)
+    return status
+
+
+def _work(arguments: list[str]) -> int:
+    from distrain.launcher import work
+
+    target, *rest = arguments[1:]
+    at = rest.index("--run-dir")
+    status = work(target, rest[:at], run_dir=rest[at + 1], processes=int(rest[at + 3]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+SMALL = """
+name: small
+task: classification
+data: {name: "own_parts:Points"}
+model: {name: mlp, hidden: [8]}
+optim: {name: sgd, lr: 0.1, momentum: 0.9}
+schedule: {name: cosine, warmup: 2 steps}
+batch: {global: 12}
+train: {steps: 40, precision: fp32}
+eval: {every: 5 steps}
+checkpoint: {async: false}
+"""
+
+
+def small(folder: Path, text: str = SMALL) -> str:
+    return str(write_recipe(folder, text.replace("own_parts:", f"{Path(__file__).parent / 'own_parts.py'}:")))
+
+
+def proof_of(recipe: str, *overrides: str, kills: int = 1, steps: int = 12, seed: int = 3, **how: Any) -> Proof:
+    return prove(recipe, list(overrides), kills=kills, steps=steps, seed=seed, start=forked, **how)
+
+
+def divergence_of(proof: Proof) -> Divergence:
+    assert proof.divergence is not None, "nothing was found"
+    assert not proof.proved
+    return proof.divergence
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Right recipes
+
+
+def test_a_right_recipe_is_proved_with_kills(tmp_path: Path) -> None:
+    told: list[str] = []
+    recipe = small(tmp_path, TINY.replace("precision: fp64", "precision: fp32").replace("steps: 12,", "steps: 100,"))
+    options = ["model.dropout=0.2", "model.norm=batch", "checkpoint.async=true"]
+    proof = proof_of(recipe, *options, kills=3, steps=12, done=lambda result: told.append(in_words(result)))
+    assert proof.proved
+    straight, killed = proof.results
+    assert straight.leg.last_step == killed.leg.last_step == 12
+    assert proof.total_steps == 100, "the schedule is that of the whole recipe"
+    assert sorted(each.how for each in killed.leg.interruptions) == ["kill", "kill", "stop"]
+    assert len(killed.leg.attempts) == 4
+    assert any(attempt.resumed_at > 0 for attempt in killed.leg.attempts)
+    # every step's ids, learning rate, loss, gradients and state were there to be compared
+    for step in range(1, 13):
+        noted = straight.leg.attempts[0].record.steps[step][0]
+        assert {"ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "scalars"} <= set(
+            noted
+        )
+        assert any(name.startswith("optimizer/") for name in noted["state"])
+        assert any(name.startswith("ema/") for name in noted["state"])
+        assert noted["drawn"] == ["torch"], "dropout draws, and nothing else does"
+    assert "SIGTERM" in told[1]
+    assert "the same bits" in told[1]
+    assert proved_line(proof).startswith(
+        "proved: the first 12 of 100 steps, 3 interruptions; 1 run the same to the bit"
+    )
+
+
+def test_placements_agree_within_the_tolerance(tmp_path: Path) -> None:
+    proof = proof_of(small(tmp_path), "batch.micro=2", kills=2, worlds=[1, 2, 3])
+    assert proof.proved, proof.divergence
+    assert [result.leg.name for result in proof.results] == [
+        *("straight, 1 process", "killed, 1 process", "straight, 2 processes", "killed, 2 processes"),
+        *("straight, 3 processes", "killed, 3 processes", "moving"),
+    ]
+    moving = proof.results[-1].leg
+    assert [attempt.placement.processes for attempt in moving.attempts] == [1, 2, 3]
+    near = [result.agreement for result in proof.results if result.agreement is not None]
+    assert len(near) == 3
+    assert all(0 < each.worst_loss <= 1e-6 and 0 < each.worst_tensor <= 1e-6 for each in near)
+    # the comparison can fail
+    first, other = proof.results[0].leg, proof.results[2].leg
+    assert not other.run_dir.exists(), "nothing is left behind"
+    assert first.attempts[0].record.facts["precision"] == "fp32"
+
+
+def test_a_rank_that_is_killed_alone(tmp_path: Path) -> None:
+    proof = proof_of(small(tmp_path), kills=3, worlds=[2], seed=1)
+    assert proof.proved, proof.divergence
+    assert sorted(each.how for each in proof.results[1].leg.interruptions) == ["kill", "kill-rank", "stop"]
+
+
+def test_what_depends_on_the_number_of_processes_is_said(tmp_path: Path) -> None:
+    recipe = small(tmp_path, TINY)
+    proof = proof_of(recipe, "model.norm=batch", "model.dropout=0.2", kills=0, worlds=[1, 2], steps=4)
+    assert proof.proved
+    agreement = proof.results[1].agreement
+    assert agreement is not None
+    assert "batch normalisation (layers.1)" in agreement.by_design
+    assert "draws random numbers" in agreement.by_design
+    assert "only as to samples and learning rates" in proved_line(proof)
+
+
+def test_another_placement_beyond_the_tolerance_is_a_divergence(tmp_path: Path) -> None:
+    recipe = small(tmp_path)
+    proof = proof_of(recipe, kills=0, worlds=[1, 2], loss_tolerance=0.0)
+    found = divergence_of(proof)
+    assert found.what == "loss"
+    assert "tolerance 0" in found.subject
+    proof = proof_of(recipe, kills=0, worlds=[1, 2], state_tolerance=0.0, keep=tmp_path / "kept")
+    found = divergence_of(proof)
+    assert (found.what, found.step) == ("checkpoint", 2)
+    assert found.subject.startswith("model/")
+    again = within(proof.results[0].leg, proof.results[1].leg, Tolerance(1e-5, 1e-4, 1e-6))
+    assert again.divergence is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Wrong recipes
+
+MODEL, DATA = "model", "data"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "what", "resumed", "says"),
+    [
+        (MODEL, "UnseededModel", "loss", False, "model.noise"),
+        (MODEL, "EntropyModel", "loss", False, "random numbers that are not seeded"),
+        (MODEL, "UnorderedModel", "loss or gradients", False, "arithmetic that is not deterministic"),
+        (MODEL, "CountingModel", "loss", True, "model.calls"),
+        (MODEL, "GlobalModel", "loss", True, "calls (a variable of wrong_parts.py)"),
+        (MODEL, "ForgetfulModel", "loss", True, "model.seen (a buffer that is not persistent)"),
+        (MODEL, "SeededModel", "loss", True, "model.draws"),
+        (DATA, "UnseededData", "samples", False, "data.noise"),
+        (DATA, "CountingData", "samples", True, "data.asked"),
+        ("optim.name", "Forgetful", "state", True, "optimizer.velocity"),
+    ],
+)
+def test_what_users_do_wrong_is_found_and_named(
+    tmp_path: Path, key: str, name: str, what: str, resumed: bool, says: str
+) -> None:
+    overrides = [f"{key}={WRONG}:{name}"]
+    if key == "optim.name":
+        overrides = [f"optim={{name: '{WRONG}:{name}', lr: 0.1}}"]
+    found = divergence_of(proof_of(small(tmp_path), *overrides))
+    assert found.what in what.split(" or "), found
+    assert says in found.cause, found
+    assert found.advice
+    assert found.ranks == [0]
+    assert found.straight != found.other
+    assert (found.attempt > 0) == resumed, found
+    if resumed:
+        # weights and inputs are the same when it goes on, so the first step already tells
+        assert found.step == found.resumed_at + 1
+        assert f"in step {found.step}, after the resume at step {found.resumed_at}, on rank 0" in str(found)
+    elif name != "UnorderedModel":  # which may round to the same now and then
+        assert found.step == 1
+        assert "in step 1, before any interruption" in str(found)
+
+
+def test_weights_that_start_otherwise(tmp_path: Path) -> None:
+    found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:UnseededStart"))
+    assert (found.what, found.step, found.subject) == ("start", 0, "model/head.weight")
+    assert "built with random numbers" in found.cause
+    assert "with 0 steps done" in str(found)
+
+
+def test_a_transform_with_a_generator_of_its_own(tmp_path: Path) -> None:
+    found = divergence_of(proof_of(small(tmp_path), f'data.transforms.train=["{WRONG}:Jitter"]'))
+    assert (found.what, found.step) == ("inputs", found.resumed_at + 1)
+    assert found.attempt == 1
+    assert "transforms" in found.cause
+    assert "draws" in found.cause
+    # the data set itself is above suspicion
+    assert "data.transforms" in found.advice or "global generators" in found.advice
+
+
+def test_samples_that_depend_on_the_loader_process(tmp_path: Path) -> None:
+    # one that is killed in step 4 or 6 goes on after an odd number of batches: the other process reads the next one
+    seed = next(
+        seed
+        for seed in range(100)
+        if draw_interruptions(1, last_step=12, save_every=2, processes=[1], draw=_draw(seed))[0].step in (3, 5)
+    )
+    overrides = [f"data={{name: '{WRONG}:WorkerData', workers: 2}}", "checkpoint.every=3 steps"]
+    found = divergence_of(proof_of(small(tmp_path), *overrides, seed=seed))
+    assert found.what == "samples"
+    assert "loader process" in found.cause
+    assert "get_worker_info" in found.cause
+
+
+def _draw(seed: int) -> random.Random:
+    return random.Random(f"{seed} killed, 1 process")
+
+
+def test_samples_that_depend_on_the_rank(tmp_path: Path) -> None:
+    found = divergence_of(proof_of(small(tmp_path), f"data={WRONG}:RankData", kills=0, worlds=[1, 2], steps=3))
+    assert (found.leg, found.what, found.step) == ("straight, 2 processes", "samples", 1)
+    assert "RANK" in found.advice
+
+
+def test_a_data_set_of_another_length_each_time(tmp_path: Path) -> None:
+    found = divergence_of(proof_of(small(tmp_path), f"data={WRONG}:GrowingData"))
+    assert (found.what, found.step) == ("ids", 1)
+    assert "another number of them" in found.cause
+
+
+def test_checkpoints_that_were_tampered_with(tmp_path: Path) -> None:
+    proof = proof_of(small(tmp_path), keep=tmp_path / "kept")
+    assert proof.proved
+    straight, killed = (result.leg for result in proof.results)
+    checkpoints = list_checkpoints(killed.run_dir / "checkpoints")
+    victim = checkpoints[1]
+    file = next(victim.path.glob("rank-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = exact(straight, killed)
+    assert found is not None
+    assert (found.what, found.step) == ("checkpoint", victim.step)
+    assert "does not verify" in "\n".join(found.more)
+    # whole, with another state: that of another step
+    _replace(victim.path, checkpoints[0].path, victim.step)
+    found = exact(straight, killed)
+    assert found is not None
+    assert (found.what, found.step) == ("checkpoint", victim.step)
+    assert found.subject.startswith("model/")
+    assert any("elements differ" in line for line in found.more)
+
+
+def _replace(target: Path, source: Path, step: int) -> None:
+    """Put the tensors of one checkpoint in another's place, under its step."""
+    from distrain.checkpoint import LocalCommunicator, Piece, Reader, Saver
+
+    with Reader(source) as reader:
+        manifest = reader.manifest
+        pieces = [
+            Piece(name, 0, reader.read(name, 0, spec.numel)) for name, spec in manifest.specs.items() if spec.numel
+        ]
+    saver = Saver(target.parent, LocalCommunicator(), keep=1000, keep_best=0, asynchronous=False)
+    saver.begin(
+        step, manifest.specs, pieces, scalars=manifest.scalars, aliases=manifest.aliases, recipe=manifest.recipe,
+        strategy=manifest.strategy, score=manifest.score,
+    )  # fmt: skip
+    saver.finish()
+    saver.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_exit_status_says_what_came_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small(tmp_path)
+
+    def command(*overrides: str, **how: Any) -> tuple[int, str, str]:
+        options: dict[str, Any] = {
+            **dict.fromkeys(("processes", "keep", "loss_tolerance", "state_tolerance")),
+            **dict.fromkeys(("worlds", "strategies"), ""),
+            "kills": 1,
+            "steps": 12,
+            "seed": 3,
+            "as_json": False,
+            "start": forked,
+        }
+        status = run_command(recipe, list(overrides), **(options | how))
+        return status, *capsys.readouterr()
+
+    status, out, err = command(as_json=True)
+    assert status == 0
+    told = json.loads(out)
+    assert told["proved"] is True
+    assert [len(leg["attempts"]) for leg in told["legs"]] == [1, 2]
+    assert "proved: " in err
+
+    status, out, err = command(f"model={WRONG}:CountingModel")
+    assert status == 1
+    assert "first divergence: in step" in out
+    assert "likely cause" in out
+    assert "model.calls" in out
+    print(out)
+
+    status, out, err = command("model=own_parts.py:Nothing")
+    assert status == 2
+    assert "own_parts.py" in err, "training's own error is shown"
+
+    status, out, err = command(worlds="1,x")
+    assert status == 2
+    assert "--worlds: found 'x'" in err
+
+
+def test_what_cannot_be_run(tmp_path: Path) -> None:
+    recipe = small(tmp_path)
+    with pytest.raises(UserError, match=r"batch\.glob"):
+        prove(recipe, ["batch.glob=3"])
+    with pytest.raises(CouldNotRun, match="is nan"):
+        proof_of(recipe, "optim.lr=1e18")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="is there already"):
+        proof_of(recipe, keep=tmp_path / "full")
+    with pytest.raises(UserError, match="single is for one process"):
+        placements_of(1, [1], ["zero3"])
+
+
+def test_placements() -> None:
+    assert placements_of(2, [], []) == [Placement(2)]
+    assert placements_of(2, [1, 3], []) == [Placement(1), Placement(3)]
+    assert placements_of(1, [1, 2, 3], ["single", "zero3", "zero3"]) == [
+        Placement(1, "single"),
+        Placement(2, "zero3"),
+        Placement(3, "zero3"),
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_interruptions_are_spread_and_can_be_repeated(count: int) -> None:
+    def drawn(seed: int) -> list[Any]:
+        return draw_interruptions(count, last_step=30, save_every=5, processes=[1, 2], draw=_draw(seed))
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    steps = [each.step for each in drawn(1)]
+    assert steps == sorted(steps)
+    assert all(0 <= step < 30 for step in steps)
+    assert drawn(1)[0].saving or count > 30, "the first comes with a save where one is near"
+
+
+def left_behind(mark: str) -> list[int]:
+    return members(-1, mark)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_behind(tmp_path: Path, number: int) -> None:
+    recipe = small(tmp_path, SMALL.replace("steps: 40", "steps: 1000000"))
+    mark = f"PROVE_TEST={tmp_path}"
+    name, _, value = mark.partition("=")
+    command = [sys.executable, "-m", "distrain.cli", "prove", recipe, "--steps", "1000000", "--processes", "2"]
+    process = subprocess.Popen(
+        [*command, "--keep", str(tmp_path / "kept")],
+        env={**os.environ, name: value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _until(lambda: any((tmp_path / "kept").glob("traces/*/*/rank-1.jsonl")), 120)
+    assert len(left_behind(mark)) >= 3, "the command, its launcher and the ranks"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert process.returncode == 2
+        assert "interrupted" in err
+        assert left_behind(mark) == []
+    _until(lambda: left_behind(mark) == [], 30)
+
+
+@pytest.mark.slow
+def test_the_command_as_people_type_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "distrain.cli", "prove", small(tmp_path), "--steps", "8", "--kills", "1"),
+            *("--worlds", "2", "--seed", "0", "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [leg["name"] for leg in told["legs"]] == ["straight, 2 processes", "killed, 2 processes"]
+    assert told["legs"][1]["attempts"][0]["interruption"]["how"] == "kill"
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)

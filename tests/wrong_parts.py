@@ -1,0 +1,190 @@
+"""Models, data sets, transforms and optimizers that do not go on to the same bits, each in the way its name says."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from own_parts import Points
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+
+class Linear(nn.Module):
+    """What is right of the models below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class UnseededModel(Linear):
+    """Draws noise from a generator of its own that nothing seeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = np.random.default_rng()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + float(self.noise.normal()))
+
+
+class EntropyModel(Linear):
+    """Draws noise from the machine, and keeps nothing that could be looked at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + int.from_bytes(os.urandom(2), "little") / 2**16)
+
+
+class UnseededStart(Linear):
+    """Starts from other weights each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.head.weight += int.from_bytes(os.urandom(4), "little") / 2**32
+
+
+class CountingModel(Linear):
+    """Warms up by a count of its own, which is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return super().forward(x) * min(1.0, self.calls / 20)
+
+
+class ForgetfulModel(Linear):
+    """Remembers the mean of what it saw in a buffer that is not persistent."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.seen)
+
+
+class SeededModel(Linear):
+    """Draws from a generator of its own: the same each time it starts, and so another after a resume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn(x.shape, generator=self.draws))
+
+
+class UnorderedModel(Linear):
+    """Adds up in another order each time, as atomic additions on a GPU do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = np.random.default_rng().permutation(5)
+        total = torch.zeros(len(x), 3)
+        for column in order:
+            total = total + x[:, column, None] * self.head.weight[:, column]
+        return total + self.head.bias
+
+
+calls = 0
+
+
+class GlobalModel(Linear):
+    """Counts in a variable of this file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global calls
+        calls += self.training
+        return super().forward(x) * (1 + calls / 10)
+
+
+class UnseededData(Points):
+    """Adds noise that nothing seeds."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split)
+        self.noise = np.random.default_rng()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(index)
+        return (inputs + float(self.noise.normal()) if len(self) == 30 else inputs), target
+
+
+class CountingData(Points):
+    """Makes samples harder the more it was asked for."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split)
+        self.asked = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(index)
+        self.asked += 1
+        return inputs * (1 + self.asked / 100), target
+
+
+class WorkerData(Points):
+    """Gives other samples in each loader process."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(index)
+        worker = get_worker_info()
+        return inputs + (0 if worker is None else worker.id), target
+
+
+class RankData(Points):
+    """Gives other samples in each training process."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(index)
+        return inputs + int(os.environ.get("RANK", "0")), target
+
+
+class GrowingData(Points):
+    """Has another number of samples each time, as a folder that something writes to."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split, samples=30 + time.monotonic_ns() // 1000 % 50)
+
+
+class Jitter:
+    """A transform with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.draws = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=self.draws)
+
+
+class Forgetful(torch.optim.Optimizer):
+    """SGD with momentum that it keeps beside its state."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.velocity: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                place += 1
+                if parameter.grad is not None:
+                    before = self.velocity.get(place, torch.zeros_like(parameter))
+                    self.velocity[place] = 0.9 * before + parameter.grad
+                    parameter -= group["lr"] * self.velocity[place]
