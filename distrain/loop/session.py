@@ -137,6 +137,7 @@ class Session:
         loss = world.together(lambda: build_loss(recipe, self.data.meta))
 
         def fit(model: nn.Module) -> None:
+            self._described = describe_model(model)  # whole: a sharded one tells of its shards
             self._told += world.arithmetic.fit(model, world.device)
             if told := checkpoint_activations(model, recipe.train.activation_checkpointing):
                 self._told.append(told)
@@ -460,7 +461,7 @@ class Session:
         self.say(f"run {self.run.path}")
         self.say(f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}")
         self.say(f"  data     {recipe.data.name}: {splits}")
-        self.say(f"  model    {recipe.model.name}: {describe_model(self.t.engine.model)}")
+        self.say(f"  model    {recipe.model.name}: {self._described}")
         self.say(f"  batch    {per_step}; {self.total_steps:,} steps")
         if resumed is None:
             return

@@ -124,16 +124,20 @@ class Engine(ABC):
         scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
         return self.state.scalars() | scaling
 
+    def settle(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
+        """Let go of weights that a forward pass without a backward one has gathered and left."""
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Give the model its averaged weights, where there are any, and its own back at the end."""
+        """Give the model its averaged weights, where there are any, to be evaluated, and its own back at the end."""
         if self.state.ema is None:
             yield
-            return
-        with self.state.ema.applied():
+        else:
+            with self.state.ema.applied():
+                self.publish()
+                yield
             self.publish()
-            yield
-        self.publish()
+        self.settle()
 
     def align_buffers(self) -> None:
         """Give every rank rank 0's buffers, as the next training step would, and their averages."""

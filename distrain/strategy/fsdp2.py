@@ -117,6 +117,11 @@ class Fsdp2(Engine):
         entry = parameter if parameter.requires_grad else None
         return Shard(shape, start, values, replicated=False, entry=entry)
 
+    def settle(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]

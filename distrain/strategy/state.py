@@ -110,9 +110,10 @@ class TrainingState:
         """Return what this rank holds of every tensor, in a fixed order: the same names on every rank."""
         held: dict[str, Held] = {}
         shards: dict[str, Shard] = {}
+        tensors = self.model.state_dict(keep_vars=True)
         parameters = {id(parameter) for parameter in self.model.parameters()}
         seen: set[int] = set()
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise UserError(
                     f"the model's state '{name}' is {type(tensor).__name__}, not a tensor; it cannot be saved"
