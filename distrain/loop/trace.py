@@ -95,7 +95,7 @@ class Trace:
         self._start()
         hook = register_optimizer_step_pre_hook(self._about_to_step)
         try:
-            while True:
+            while not self._at_end():
                 self._pause(t.step)
                 micro_batches = next(batches, None)
                 if micro_batches is None:
@@ -129,14 +129,22 @@ class Trace:
             time=time.time(),
         )
         self._rates, self._gradients = set(), {}
-        if self.last_step is not None and step >= self.last_step and step < session.total_steps:
-            session.stopping = session.stopping or STOPPED
+        self._at_end()
 
     def settled(self, step: int, loss: float, norm: float) -> None:
         """Note a step's loss and the norm of its gradient, which are read later than the step is taken."""
         self.write("loss", step, loss=loss, norm=norm)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _at_end(self) -> bool:
+        """Whether the last step that is wanted is done; the run is then told to stop."""
+        session = self._session
+        assert session is not None, "watch sets it"
+        if self.last_step is None or not self.last_step <= session.t.step < session.total_steps:
+            return False
+        session.stopping = session.stopping or STOPPED
+        return True
 
     def _start(self) -> None:
         session = self._session

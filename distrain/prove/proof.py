@@ -15,7 +15,7 @@ from typing import Any
 from distrain.config import Recipe, UserError
 from distrain.prove.causes import explain, explain_elsewhere
 from distrain.prove.divergence import Divergence, exact
-from distrain.prove.legs import Interruption, Leg, Placement, Runner, draw_interruptions
+from distrain.prove.legs import CouldNotRun, Interruption, Leg, Placement, Runner, draw_interruptions
 from distrain.prove.processes import Start, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
 from distrain.recipe_file import load_recipe
@@ -23,7 +23,8 @@ from distrain.recipe_file import load_recipe
 SAVES = 6
 """Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
 
-CHECKED = ("sample ids", "samples", "inputs", "learning rates", "losses", "gradients", "weights", "optimizer state")
+FEWEST = 6
+"""Steps that are needed for two saves, an interruption, and two steps after it."""
 
 
 @dataclass
@@ -159,8 +160,8 @@ def prove(
     """
     source = _recipe_file(recipe)
     loaded = load_recipe(source, overrides).recipe
-    if steps < 2:
-        raise UserError(f"--steps is {steps}; a run that goes on needs at least 2")
+    if steps < FEWEST:
+        raise UserError(f"--steps is {steps}; a run that is interrupted and goes on needs at least {FEWEST}")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     placements = placements_of(processes, worlds, strategies)
     save_every = max(1, min(steps, loaded.train.steps or steps) // SAVES)
@@ -284,6 +285,12 @@ class _Director:
             processes=[placement.processes for placement in placements],
             draw=draw,
         )
-        return self.runner.run(
+        leg = self.runner.run(
             name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds
         )
+        if not any(attempt.resumed_at > 0 and attempt.record.steps for attempt in leg.attempts):
+            raise CouldNotRun(
+                f"{name}: none of {len(leg.attempts)} starts went on from a checkpoint, so nothing is proved; train "
+                "more with --steps, save more often with checkpoint.every='1 step', or try another --seed"
+            )
+        return leg
