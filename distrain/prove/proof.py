@@ -169,7 +169,8 @@ def prove(
     folder = _folder(keep)
     try:
         with Runner(source, [*_settings(save_every), *overrides], folder, last_step=steps, start=start) as runner:
-            director = _Director(runner, kills, seed, save_every, say, done, (loss_tolerance, state_tolerance))
+            tolerances = (loss_tolerance, state_tolerance)
+            director = _Director(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
             proof = director.direct(loaded, placements)
     finally:
         if keep is None:
@@ -207,11 +208,11 @@ class _Director:
 
     def __init__(
         self, runner: Runner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
-        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None],
+        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
     ):  # fmt: skip
         self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
         self.say, self.done = say, done
-        self.tolerances = tolerances
+        self.tolerances, self.keeps = tolerances, keeps
         self.proof: Proof
 
     def direct(self, recipe: Recipe, placements: Sequence[Placement]) -> Proof:
@@ -226,6 +227,7 @@ class _Director:
             other = self.straight(placement)
             if not self.elsewhere(first, other) or (self.kills and not self.broken(other)):
                 return self.proof
+            self.drop(other)
         if len(placements) > 1 and self.kills:
             self.moving(first, placements)
         return self.proof
@@ -247,7 +249,13 @@ class _Director:
         divergence = exact(straight, leg)
         if divergence is not None:
             explain(divergence, straight, repeats=self.repeats(divergence, straight))
+        self.drop(leg)
         return self.add(LegResult(leg, straight.name, divergence))
+
+    def drop(self, leg: Leg) -> None:
+        """Free the disk of a run that nothing is compared with any more."""
+        if not self.keeps:
+            shutil.rmtree(leg.run_dir, ignore_errors=True)
 
     def repeats(self, divergence: Divergence, straight: Leg) -> bool | None:
         """Return whether a second straight run is as the first one was, where that is in question."""
