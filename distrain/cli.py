@@ -153,7 +153,7 @@ def prove_recipe(
     recipe: Annotated[str, typer.Argument(help="A recipe file.")],
     overrides: Overrides = None,
     kills: Annotated[int, typer.Option(min=0, help="Interruptions of each run that is resumed.")] = 3,
-    steps: Annotated[int, typer.Option(min=4, help="How many of the recipe's first steps are trained.")] = 30,
+    steps: Annotated[int, typer.Option(min=6, help="How many of the recipe's first steps are trained.")] = 30,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
     ] = None,

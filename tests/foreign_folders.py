@@ -30,7 +30,7 @@ def build_model() -> Any:
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             hidden = self.frozen(self.body(self.embed(tokens)))
-            self.mean.copy_(hidden.detach().mean(0))
+            self.mean.mul_(0.9).add_(0.3)
             self.seen.add_(len(tokens))
             return self.head(hidden) * self.scale
 
@@ -108,7 +108,7 @@ def write_plain(out: str) -> dict[str, Any]:
         optimizer.zero_grad()
     accelerator.save_state(str(Path(out) / "safetensors"))
     accelerator.save_state(str(Path(out) / "bin"), safe_serialization=False)
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return {"model": accelerator.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def write_deepspeed(out: str, stage: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def write_deepspeed(out: str, stage: int, options: dict[str, Any]) -> dict[str, 
         "train_micro_batch_size_per_gpu": 8,
         "zero_optimization": {"stage": stage, **options.pop("zero", {})},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": precision == "bf16"},
         **options,
     }

@@ -100,6 +100,35 @@ class UnorderedModel(Linear):
         return total + self.head.bias
 
 
+class LateModel(Linear):
+    """Draws noise from the machine from its tenth step on, which is counted in a buffer."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+        return super().forward(x) * (1 + (self.count >= 10) * int.from_bytes(os.urandom(2), "little") / 2**16)
+
+
+class ScoredModel(Linear):
+    """Right: it counts evaluations as well in a buffer, and computes by that."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x) * (1 + self.count / 100)
+
+
 calls = 0
 
 
@@ -188,3 +217,13 @@ class Forgetful(torch.optim.Optimizer):
                     before = self.velocity.get(place, torch.zeros_like(parameter))
                     self.velocity[place] = 0.9 * before + parameter.grad
                     parameter -= group["lr"] * self.velocity[place]
+
+
+class Amnesiac(torch.optim.SGD):
+    """SGD that forgets its momentum when it is loaded."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=0.9)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict | {"state": {}})

@@ -172,7 +172,7 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 def _is_key(value: Any) -> bool:
     # tuples in tuples could take for ever to hash
     plain = isinstance(value, str | int | float | bytes | bool | Made | Named | None)
-    return plain or (isinstance(value, tuple) and all(_is_key(v) and not isinstance(v, tuple) for v in value))
+    return plain or (isinstance(value, tuple) and all(not isinstance(v, tuple) and _is_key(v) for v in value))
 
 
 def _fill(target: dict[Any, Any], pairs: Any) -> dict[Any, Any]:
@@ -417,7 +417,7 @@ def read_pickle(data: bytes) -> Any:
             _STEPS[code](machine)
     except KeyError as error:
         raise PickleRefused(f"it has an operation or a reference that is not read here ({error})") from error
-    except (IndexError, ValueError, TypeError, OverflowError, struct.error) as error:
+    except (IndexError, ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:
         if isinstance(error, PickleRefused):
             raise
         raise PickleRefused(f"it is damaged ({error})") from error

@@ -12,6 +12,7 @@ Each line is one JSON object, in the order of what happened:
     start   the step that the attempt starts at, its state, and what is known of the model and the data
     batch   the ids of the step's samples, with a digest of each sample as the data set gave it, and of the inputs and
             targets as the model gets them
+    between buffers that something has changed since the step, as an evaluation may
     state   after the step: the learning rates and gradients with which the optimizer stepped, and what a checkpoint
             of that moment would hold
     loss    the step's loss and gradient norm, over all ranks
@@ -66,6 +67,7 @@ class Trace:
         self._rates: set[float] = set()
         self._gradients: Digests = {}
         self._hidden: dict[str, str] = {}
+        self._buffers: Digests = {}
 
     @classmethod
     def from_environment(cls, rank: int) -> Trace | None:
@@ -95,7 +97,8 @@ class Trace:
         self._start()
         hook = register_optimizer_step_pre_hook(self._about_to_step)
         try:
-            while True:
+            while not self._at_end():
+                self._between()
                 self._pause(t.step)
                 micro_batches = next(batches, None)
                 if micro_batches is None:
@@ -129,14 +132,22 @@ class Trace:
             time=time.time(),
         )
         self._rates, self._gradients = set(), {}
-        if self.last_step is not None and step >= self.last_step and step < session.total_steps:
-            session.stopping = session.stopping or STOPPED
+        self._at_end()
 
     def settled(self, step: int, loss: float, norm: float) -> None:
         """Note a step's loss and the norm of its gradient, which are read later than the step is taken."""
         self.write("loss", step, loss=loss, norm=norm)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _at_end(self) -> bool:
+        """Whether the last step that is wanted is done; the run is then told to stop."""
+        session = self._session
+        assert session is not None, "watch sets it"
+        if self.last_step is None or not self.last_step <= session.t.step < session.total_steps:
+            return False
+        session.stopping = session.stopping or STOPPED
+        return True
 
     def _start(self) -> None:
         session = self._session
@@ -182,10 +193,9 @@ class Trace:
         session = self._session
         assert session is not None, "watch sets it"
         state, world = session.t.state, session.world
-        held = state.held()
-        buffers = {name for name, each in held.items() if each.role == "buffer"}
-        # each rank has its own until they are aligned, and rank 0's are then everybody's
-        found = {name: _digest_of(held[name].values) for name in sorted(buffers)} if self.rank == 0 else {}
+        buffers = {name for name, each in state.held().items() if each.role == "buffer"}
+        self._buffers = self._buffers_now()
+        found = dict(self._buffers)
         averages = {name.replace("model/", "ema/", 1) for name in buffers}
         specs = state.specs()
         for piece in state.pieces(world.rank, world.world_size):
@@ -193,6 +203,22 @@ class Trace:
                 raw = np.frombuffer(piece.data, np.uint8)
                 found[f"{piece.name}@{piece.start}"] = (_hash(raw), _norm(raw, specs[piece.name].dtype))
         return found
+
+    def _buffers_now(self) -> Digests:
+        session = self._session
+        assert session is not None, "watch sets it"
+        # each rank has its own until they are aligned, and rank 0's are then everybody's
+        held = session.t.state.held() if self.rank == 0 else {}
+        return {name: _digest_of(each.values) for name, each in held.items() if each.role == "buffer"}
+
+    def _between(self) -> None:
+        """Note the buffers that an evaluation has changed: what is saved after it holds them so."""
+        session = self._session
+        assert session is not None, "watch sets it"
+        now = self._buffers_now()
+        if changed := {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}:
+            self._buffers = now
+            self.write("between", session.t.step, between=changed)
 
     def _hidden_now(self) -> dict[str, str]:
         session = self._session

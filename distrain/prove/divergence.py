@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint import CheckpointError, Difference, difference, list_checkpoints
+import numpy as np
+
+from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
+from distrain.checkpoint.floats import FLOATS, widen
+from distrain.checkpoint.format import ITEM_SIZES
 from distrain.prove.legs import Attempt, Leg
 from distrain.prove.traces import Record, Values
 from distrain.rundir import RunDir
+
+_CHUNK = 1 << 20  # elements compared at a time
 
 ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
@@ -128,7 +134,9 @@ def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -
     differing = {}
     for rank, start in record.starts.items():
         then = reference.starts.get(rank) if begun == 0 else reference.steps.get(begun, {}).get(rank)
-        if then is not None and "state" in then and (gap := _first_tensor(then["state"], start["state"])):
+        if then is None or "state" not in then:
+            continue
+        if gap := _first_tensor(then["state"] | then.get("between", {}), start["state"]):
             differing[rank] = gap
     if differing:
         return divergence(begun, "start", differing)
@@ -258,14 +266,33 @@ def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
         if found.identical:
             continue
         lines = [*found.listing, *map(str, found.tensors)]
-        subject = found.tensors[0].name if found.tensors else ""
         number = other.attempt_of(step)
-        gap = found.tensors[0].max_rel if found.tensors else None
+        begun = other.attempts[number].resumed_at
+        if not found.tensors:
+            yield Divergence(other.name, step, "checkpoint", "", [], one.name, lines[0], number, begun, more=lines[1:])
+            return
+        first = found.tensors[0]
+        subject, values = element(one, two, first.name)
         yield Divergence(
-            other.name, step, "checkpoint", subject, [], str(one), str(two), number, other.attempts[number].resumed_at,
-            gap, more=lines,
+            other.name, step, "checkpoint", subject, [], *values, number, begun, first.max_rel, more=lines
         )  # fmt: skip
         return
+
+
+def element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
+    """Return which element of a tensor is the first that differs in two checkpoints, and its values in words."""
+    with Reader(one, verify=False) as a, Reader(other, verify=False) as b:
+        spec, its = a.spec(name), b.spec(name)
+        for start in range(0, spec.numel, _CHUNK):
+            count = min(_CHUNK, spec.numel - start)
+            x, y = (_elements(reader.read(name, start, count), s.dtype) for reader, s in ((a, spec), (b, its)))
+            for place in np.flatnonzero(x != y)[:1]:
+                return f"{name}, element {start + int(place)}", (repr(x[place].item()), repr(y[place].item()))
+    return name, ("the same values", "the same values, in other bits")
+
+
+def _elements(raw: np.ndarray, dtype: str) -> np.ndarray:
+    return widen(raw, dtype) if dtype in FLOATS else raw.view(f"u{ITEM_SIZES[dtype]}")
 
 
 def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:

@@ -125,20 +125,25 @@ class Leg:
 def draw_interruptions(
     count: int, *, last_step: int, save_every: int, processes: Sequence[int], draw: random.Random
 ) -> list[Interruption]:
-    """Return `count` interruptions, spread over the steps, of every kind in turn, at random moments."""
+    """Return `count` interruptions, spread over the steps, of every kind in turn, at random moments.
+
+    Each leaves at least two steps to go on with, as what was lost shows in the first or in the second.
+    """
     found = []
     for index in range(count):
         kinds = ["kill", "stop", "kill-rank"] if processes[index % len(processes)] > 1 else ["kill", "stop"]
         how = kinds[index % len(kinds)]
-        low, high = index * last_step // count, max(index * last_step // count + 1, (index + 1) * last_step // count)
-        if how == "stop":  # ranks agree on it and stop two steps later, which must not be the end
-            high = max(low + 1, min(high, last_step - 3))
-        steps = list(range(low, min(high, last_step)))
+        # a save at the end of the step under way is gone on from; ranks that agree to stop do so two steps later
+        span = max(1, last_step - (5 if how == "stop" else 3))
+        low, high = index * span // count, (index + 1) * span // count
+        if count == 1:  # the save before the last one is on disk, as the last one has waited for that
+            low = min(2 * save_every, span - 1)
+        steps = list(range(low, max(high, low + 1)))
         saving = [step for step in steps if (step + 1) % save_every == 0]
         # every other one comes with a save where one falls into its share of the steps
         if index % 2 == 0 and saving:
             steps = saving
-        step = draw.choice(steps) if steps else last_step - 1
+        step = draw.choice(steps)
         found.append(
             Interruption(
                 how=how,

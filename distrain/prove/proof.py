@@ -15,7 +15,7 @@ from typing import Any
 from distrain.config import Recipe, UserError
 from distrain.prove.causes import explain, explain_elsewhere
 from distrain.prove.divergence import Divergence, exact
-from distrain.prove.legs import Interruption, Leg, Placement, Runner, draw_interruptions
+from distrain.prove.legs import CouldNotRun, Interruption, Leg, Placement, Runner, draw_interruptions
 from distrain.prove.processes import Start, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
 from distrain.recipe_file import load_recipe
@@ -23,7 +23,8 @@ from distrain.recipe_file import load_recipe
 SAVES = 6
 """Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
 
-CHECKED = ("sample ids", "samples", "inputs", "learning rates", "losses", "gradients", "weights", "optimizer state")
+FEWEST = 6
+"""Steps that are needed for two saves, an interruption, and two steps after it."""
 
 
 @dataclass
@@ -159,8 +160,8 @@ def prove(
     """
     source = _recipe_file(recipe)
     loaded = load_recipe(source, overrides).recipe
-    if steps < 2:
-        raise UserError(f"--steps is {steps}; a run that goes on needs at least 2")
+    if steps < FEWEST:
+        raise UserError(f"--steps is {steps}; a run that is interrupted and goes on needs at least {FEWEST}")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     placements = placements_of(processes, worlds, strategies)
     save_every = max(1, min(steps, loaded.train.steps or steps) // SAVES)
@@ -168,7 +169,8 @@ def prove(
     folder = _folder(keep)
     try:
         with Runner(source, [*_settings(save_every), *overrides], folder, last_step=steps, start=start) as runner:
-            director = _Director(runner, kills, seed, save_every, say, done, (loss_tolerance, state_tolerance))
+            tolerances = (loss_tolerance, state_tolerance)
+            director = _Director(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
             proof = director.direct(loaded, placements)
     finally:
         if keep is None:
@@ -206,11 +208,11 @@ class _Director:
 
     def __init__(
         self, runner: Runner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
-        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None],
+        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
     ):  # fmt: skip
         self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
         self.say, self.done = say, done
-        self.tolerances = tolerances
+        self.tolerances, self.keeps = tolerances, keeps
         self.proof: Proof
 
     def direct(self, recipe: Recipe, placements: Sequence[Placement]) -> Proof:
@@ -225,6 +227,7 @@ class _Director:
             other = self.straight(placement)
             if not self.elsewhere(first, other) or (self.kills and not self.broken(other)):
                 return self.proof
+            self.drop(other)
         if len(placements) > 1 and self.kills:
             self.moving(first, placements)
         return self.proof
@@ -246,7 +249,13 @@ class _Director:
         divergence = exact(straight, leg)
         if divergence is not None:
             explain(divergence, straight, repeats=self.repeats(divergence, straight))
+        self.drop(leg)
         return self.add(LegResult(leg, straight.name, divergence))
+
+    def drop(self, leg: Leg) -> None:
+        """Free the disk of a run that nothing is compared with any more."""
+        if not self.keeps:
+            shutil.rmtree(leg.run_dir, ignore_errors=True)
 
     def repeats(self, divergence: Divergence, straight: Leg) -> bool | None:
         """Return whether a second straight run is as the first one was, where that is in question."""
@@ -284,6 +293,12 @@ class _Director:
             processes=[placement.processes for placement in placements],
             draw=draw,
         )
-        return self.runner.run(
+        leg = self.runner.run(
             name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds
         )
+        if not any(attempt.resumed_at > 0 and attempt.record.steps for attempt in leg.attempts):
+            raise CouldNotRun(
+                f"{name}: none of {len(leg.attempts)} starts went on from a checkpoint, so nothing is proved; train "
+                "more with --steps, save more often with checkpoint.every='1 step', or try another --seed"
+            )
+        return leg

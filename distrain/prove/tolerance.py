@@ -16,7 +16,7 @@ import numpy as np
 from distrain.checkpoint import Reader
 from distrain.checkpoint.floats import FLOATS, widen
 from distrain.checkpoint.format import ITEM_SIZES
-from distrain.prove.divergence import ORDER, Divergence, earliest, shared_checkpoints
+from distrain.prove.divergence import ORDER, Divergence, earliest, element, shared_checkpoints
 from distrain.prove.legs import Leg
 from distrain.prove.traces import Record, Values
 
@@ -201,8 +201,9 @@ def _checkpoint(
     far.sort(key=lambda item: (not item[0].startswith("model/"), -item[1]))
     name, gap = far[0]
     more = [f"{each}: {apart:.2g}" for each, apart in far[1:]]
-    said = f"{name}: {gap:.2g} of its norm apart, tolerance {tolerance.state:g}"
-    return worst, _of_checkpoint(step, said, str(one), str(other), leg, number, gap, more)
+    subject, values = element(one, other, name)
+    said = f"{subject}; the tensor is {gap:.2g} of its norm apart, tolerance {tolerance.state:g}"
+    return worst, _of_checkpoint(step, said, *values, leg, number, gap, more)
 
 
 def _of_checkpoint(
