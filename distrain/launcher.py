@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import distrain
 from distrain.config import UserError
 from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, show
-from distrain.rundir import Launch, RunDir
+from distrain.rundir import Launch, RunDir, effect_in_words
 
 if TYPE_CHECKING:
     from distrain.strategy import Asked, Configuration
@@ -105,20 +105,38 @@ def launch(plan: LaunchPlan) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.processes)))
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        # a process that raised has said why; one that was killed could not, unless it was ended here because of another
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
-                name = signal.Signals(-failure.exitcode).name
-                print(f"error: rank {rank} was ended by {name}{_SIGNAL_HINTS.get(name, '')}", file=sys.stderr)
+        for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
+            print(f"error: {line}", file=sys.stderr)
         return 1
     except SignalException:
         return 1
     return 0
+
+
+def unsaid_failures(exit_codes: Mapping[int, int]) -> list[str]:
+    """Return a line for each way in which ranks ended without a word of their own. Pure.
+
+    A process that raised has said why and ended with 1; those which were ended here because of it, by SIGTERM, have
+    nothing to say.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, code in sorted(exit_codes.items()):
+        if code < 0 and -code != signal.SIGTERM:
+            name = signal.Signals(-code).name if -code in [*signal.Signals] else f"signal {-code}"
+            ranks.setdefault(f"ended by {name}{_SIGNAL_HINTS.get(name, '')}", []).append(rank)
+        elif code > 1:
+            ranks.setdefault(f"gone with exit code {code}, without a word of why", []).append(rank)
+    return [
+        (f"rank {which[0]} was " if len(which) == 1 else f"ranks {', '.join(map(str, which))} were ") + how
+        for how, which in ranks.items()
+    ]
 
 
 def end_with_launcher() -> None:
@@ -311,6 +329,8 @@ def work(
                     from distrain.telemetry import show_summary
 
                     show_summary(done, Console(highlight=False))
+                    if effect := run.effect():
+                        print(f"took effect: {effect_in_words(effect)}")
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
             _log_to(run, world.rank)

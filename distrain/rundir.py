@@ -273,6 +273,19 @@ class RunDir:
                     ) from error
 
 
+def effect_in_words(effect: dict[str, Any]) -> str:
+    """Return what took effect on one line; of values for each rank the least and the greatest."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+            return f"{min(value):,}" if min(value) == max(value) else f"{min(value):,} to {max(value):,}"
+        if isinstance(value, dict):
+            return " ".join(f"{name} {item}" for name, item in value.items())
+        return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+    return ", ".join(f"{name.replace('_', ' ')} {words(value)}" for name, value in effect.items())
+
+
 class MetricsFile:
     """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,16 @@ import distrain
 from distrain.config import UserError
 from distrain.launcher import (
     LaunchPlan,
+    configuration_file,
     find_run,
     gpu_count,
+    launch,
     launch_argv,
     open_run,
     recipe_differences,
     recipe_text,
     shared_file,
+    unsaid_failures,
 )
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir
@@ -41,6 +46,22 @@ def test_the_arguments_of_accelerate_launch() -> None:
         "--config_file", "/x/ddp.yaml", "--num_processes", "4", "--main_process_port", "0", "/x/train.py", "runs/a b",
         "--update",
     ]  # fmt: skip
+    offload = launch_argv(replace(plan, offload="optimizer"))
+    assert offload[2:4] == ["--offload_optimizer_device", "cpu"]
+    offload = launch_argv(replace(plan, offload="all"))
+    for option, value in (("optimizer_device", "cpu"), ("param_device", "cpu"), ("params", "true")):
+        name = f"--fsdp_offload_{option}" if option == "params" else f"--offload_{option}"
+        assert offload[offload.index(name) + 1] == value
+
+
+def test_failures_that_nobody_told_are_told_once_for_each_kind() -> None:
+    assert unsaid_failures({0: 1, 1: -signal.SIGTERM}) == []
+    lines = unsaid_failures({3: -signal.SIGKILL, 0: -signal.SIGKILL, 1: 1, 2: -signal.SIGABRT, 4: 7, 5: -63})
+    assert len(lines) == 4
+    assert lines[0].startswith("ranks 0, 3 were ended by SIGKILL; out of memory")
+    assert lines[1] == "rank 2 was ended by SIGABRT"
+    assert lines[2] == "rank 4 was gone with exit code 7, without a word of why"
+    assert lines[3] == "rank 5 was ended by signal 63"
 
 
 def test_gpus_are_counted_without_torch() -> None:
@@ -292,6 +313,39 @@ def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert "trian" in ended.err
     assert "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    time.sleep(32)
+    Path(sys.argv[1], "saved").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[1], "ready").touch()
+while True:
+    time.sleep(0.1)
+"""
+
+
+def launch_slow(folder: str, script: str) -> int:
+    return launch(LaunchPlan(Path(script), (folder,), 1, configuration_file("ddp")))
+
+
+@pytest.mark.slow
+def test_who_is_stopped_may_save_for_longer_than_half_a_minute(tmp_path: Path) -> None:
+    script = tmp_path / "saves.py"
+    script.write_text(SAVES)
+    with running_world(1, launch_slow, str(tmp_path), str(script), launched=False) as launcher:
+        until = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        launcher.signal(signal.SIGTERM)
+        launcher.results()
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes follow their launcher on Linux only")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distrain.config import UserError
-from distrain.rundir import Launch, MetricsFile, RunDir, write_atomically
+from distrain.rundir import Launch, MetricsFile, RunDir, effect_in_words, write_atomically
 
 
 @pytest.fixture
@@ -195,3 +195,40 @@ def test_what_an_interrupted_creation_leaves_is_taken_up(tmp_path: Path, monkeyp
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     assert RunDir(tmp_path / "other").holds_other_files()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What took effect
+
+
+def test_what_took_effect_is_kept_of_the_last_start(run: RunDir) -> None:
+    assert run.effect() is None
+    run.record_effect({"engine": "DistributedDataParallel", "world": 2})
+    effect = {
+        "engine": "DeepSpeedEngine",
+        "strategy": "zero2",
+        "world": 2,
+        "sharded": True,
+        "state_bytes": [4096, 5120],
+        "offload": "none",
+        "versions": {"torch": "2.11", "deepspeed": "0.19"},
+    }
+    run.record_effect(effect)
+    assert RunDir(run.path).effect() == effect
+    assert effect_in_words(effect) == (
+        "engine DeepSpeedEngine, strategy zero2, world 2, sharded yes, state bytes 4,096 to 5,120, offload none, "
+        "versions torch 2.11 deepspeed 0.19"
+    )
+    assert "state bytes 7," in effect_in_words({"state_bytes": [7, 7], "sharded": False})
+    (run.path / "effect.json").write_text("{")
+    with pytest.raises(UserError, match=r"effect\.json in .* cannot be read.*delete it"):
+        run.effect()
+
+
+def test_a_launch_record_of_an_earlier_version_had_no_offload(run: RunDir) -> None:
+    run.write_launch(Launch.describe(2, "zero3", "all"))
+    assert run.launch().offload == "all"
+    record = json.loads(run.launch_path.read_text())
+    del record["offload"]
+    run.launch_path.write_text(json.dumps(record))
+    assert run.launch().offload == "none"
