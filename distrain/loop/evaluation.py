@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.data import Transform, build_eval_loader
 from distrain.datasets import AnySource, Batch, is_stream
 from distrain.loop.step import to_device
 from distrain.metrics import MetricSet
-from distrain.models import Convention
+from distrain.models import Convention, ModelOutput
 from distrain.optim import Loss
 from distrain.strategy import World
 
@@ -40,6 +41,10 @@ def evaluate(
 
     Ranks add up sums and counts, one reduction carries them, one division follows. Raises RuntimeError when the samples
     seen are not the data set, each once; what one rank raises, all raise.
+
+    Where the ranks hold parts of the model (`world.lockstep`), a forward pass needs all of them: see `_in_lockstep`.
+    Metrics of generated text need more passes on one rank than on another, so the whole model is put together on each
+    for them (`world.whole`).
     """
     metrics.reset()
     seen = _Seen()
@@ -57,26 +62,39 @@ def evaluate(
         split=split,
     )
 
-    @torch.no_grad()
-    def add_up() -> None:
-        for batch in loader:
-            ids = batch["ids"]
-            seen.add(ids.numpy())
-            keep = (ids >= 0).to(world.device, non_blocking=True)
-            batch = to_device(batch, world)
-            outputs = call(model, batch["inputs"])
-            loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
-            loss_sums.add_(torch.stack((loss_sum.double(), count.double())))
-            metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
-            if metrics.needs_text:
-                metrics.update_text(*_texts(model, batch, decode), keep=(ids >= 0).tolist())
+    def forward(batch: Batch) -> ModelOutput:
+        return call(model, batch["inputs"])
 
-    # no rank waits for another before the sums: one whose sample does not decode must reach the others
-    world.together(add_up)
+    def count(batch: Batch, outputs: ModelOutput) -> None:
+        ids = batch["ids"]
+        seen.add(ids.numpy())
+        keep = (ids >= 0).to(world.device, non_blocking=True)
+        loss_sum, counted = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
+        loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
+        metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, counted))
+
+    def add_up() -> Tensor:
+        for batch in loader:
+            batch = to_device(batch, world)
+            count(batch, forward(batch))
+            if metrics.needs_text:
+                metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
+        return metrics.sums()
+
+    lockstep = getattr(world, "lockstep", False)
+    with torch.no_grad():
+        if lockstep and not metrics.needs_text:
+            _in_lockstep(world, loader, forward, count, stream=is_stream(source))
+            metric_sums = world.together(metrics.sums)
+        else:
+            whole = getattr(world, "whole", None) if lockstep else nullcontext
+            assert whole is not None, "a world whose ranks hold parts of a model can put it together"
+            with whole(model):
+                # no rank waits for another before the sums: one whose sample does not decode must reach the others
+                metric_sums = world.together(add_up)
     model.train(was_training)
     own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
-    metric_sums = metrics.sums().to(world.device)
-    total = world.sum(torch.cat((loss_sums, own, metric_sums)))
+    total = world.sum(torch.cat((loss_sums, own, metric_sums.to(world.device))))
     seen.check(total[2:5].tolist(), source, split)
     gathered = metrics.gather(world.gather)
     return {
@@ -84,6 +102,46 @@ def evaluate(
         **metrics.compute(total[5:], gathered),
         "samples": int(total[2].item()),
     }
+
+
+def _in_lockstep(
+    world: World,
+    loader: Iterable[Batch],
+    forward: Callable[[Batch], ModelOutput],
+    count: Callable[[Batch, ModelOutput], None],
+    *,
+    stream: bool,
+) -> None:
+    """Take every batch through `forward`, in which all ranks wait for each other, and `count`, in which none does.
+
+    Before each forward pass the ranks agree that all have a batch. What one of them could not read or count, all raise
+    there, where none is left waiting for it. What fails within the forward pass is raised at once: the others, which
+    are in the middle of a collective, can only learn of it by the end of this process. A stream's length is known
+    by its end alone, so that is agreed upon as well.
+    """
+    batches = iter(loader)
+    failure: Exception | None = None
+
+    def fetch() -> Batch | None:
+        if failure is not None:
+            raise failure
+        batch = next(batches, None)
+        return None if batch is None else to_device(batch, world)
+
+    while True:
+        batch = world.together(fetch)
+        if stream and len(set(world.gather(batch is None))) == 2:
+            raise RuntimeError(
+                "the stream that is evaluated ended on one rank and not on another; it must give every process the "
+                "same samples in the same order"
+            )
+        if batch is None:
+            return
+        outputs = forward(batch)
+        try:
+            count(batch, outputs)
+        except Exception as error:
+            failure = error
 
 
 def _texts(
