@@ -7,6 +7,7 @@ model: {name: transformers:AutoModelForSequenceClassification, path: folders/ber
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def is_transformers(model: nn.Module) -> bool:
         kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
         for kind in type(model).__mro__
     )
+
+
+def transformers_config(model: nn.Module) -> str | None:
+    """Return the text of the config.json that `save_pretrained` writes; None for other models than transformers'."""
+    if not is_transformers(model):
+        return None
+    # the model's own class, not one that a strategy made of it
+    own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
+    content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return json.dumps(content | {"architectures": [own.__name__]}, indent=2)
 
 
 def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
