@@ -32,7 +32,7 @@ from distrain.datasets import DataMeta
 from distrain.networks import ModelEntry, find, model_names, register
 from distrain.networks.deferred import SMALL, Deferred, defer, defer_full
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
-from distrain.networks.huggingface import build_transformers, check_transformers, is_transformers
+from distrain.networks.huggingface import build_transformers, check_transformers, is_transformers, transformers_config
 from distrain.networks.sequential import check_layers, shown
 from distrain.networks.weights import WeightsReport, defer_weights, load_weights, tied_names
 
@@ -57,6 +57,7 @@ __all__ = [
     "register",
     "tied_names",
     "torchvision_names",
+    "transformers_config",
 ]
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from distrain.checkpoint import Manifest, Reader, find_checkpoint
 from distrain.checkpoint.floats import FLOATS
@@ -101,7 +100,7 @@ def export(
                 writes.append((path, partial(_write_safetensors, tensors, group)))
             else:
                 writes.append((path, partial(write_torch_file, tensors, group)))
-        writes += [(path, partial(_write_json, config or {})) for path in beside]
+        writes += [(path, partial(_write_text, config or "")) for path in beside]
         writes += [(path, partial(_write_index, dict(zip(paths, groups, strict=True)), nbytes)) for path in index]
         # shards of another number would be taken for a part of this export
         _publish(writes, present - {*paths, *index, *beside}, sync)
@@ -125,7 +124,7 @@ def find_source(target: Path | str, *, best: bool = False, format: str | None = 
 @contextmanager
 def _opened(
     path: Path, verify: bool, format: str | None, trust: bool
-) -> Iterator[tuple[Tensors, dict[str, Any] | None, list[str], list[str]]]:
+) -> Iterator[tuple[Tensors, str | None, list[str], list[str]]]:
     """Open a checkpoint of any format: its tensors, the configuration of transformers, notes, and what is left."""
     if format is None and (not path.exists() or (path / MANIFEST).exists() or path.name.startswith("step-")):
         with Reader(path, verify) as reader:
@@ -140,10 +139,10 @@ def _opened(
         yield source, source.config, source.notes, left
 
 
-def transformers_config(manifest: Manifest) -> dict[str, Any] | None:
+def transformers_config(manifest: Manifest) -> str | None:
     """Return the `config.json` of a model of transformers, as a checkpoint of distrain keeps it."""
     config = manifest.scalars.get("transformers_config")
-    return config if isinstance(config, dict) else None
+    return config if isinstance(config, str) else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -275,10 +274,11 @@ def _write_safetensors(tensors: Tensors, outputs: dict[str, Output], path: Path)
     write_safetensors(tensors, outputs, path, metadata={"format": "pt"})
 
 
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def _write_index(shards: dict[Path, dict[str, Output]], nbytes: int, path: Path) -> None:
     weight_map = {name: shard.name for shard, group in shards.items() for name in group}
-    _write_json({"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}, path)
+    content = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_text(json.dumps(content, indent=2), path)

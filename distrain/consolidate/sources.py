@@ -181,8 +181,8 @@ class Source:
     optimizer_groups: list[dict[str, Any]] = field(default_factory=list)
     buffers: set[str] | None = None
     """Plain names of the model's buffers; None where the format does not tell them from parameters."""
-    config: dict[str, Any] | None = None
-    """The config.json of transformers that lies beside."""
+    config: str | None = None
+    """The text of the config.json of transformers that lies beside."""
     notes: list[str] = field(default_factory=list)
     """How things were understood, for the user."""
     left: list[str] = field(default_factory=list)

@@ -32,7 +32,15 @@ from distrain.loop.pace import Best, Every, StopRequest, Waited
 from distrain.loop.step import StepNumbers, Training, loss_of, to_device
 from distrain.loop.trace import Trace
 from distrain.metrics import build_metrics, check_metrics
-from distrain.models import build_model, calling_convention, check_model, defer_model, describe_model, plain_model
+from distrain.models import (
+    build_model,
+    calling_convention,
+    check_model,
+    defer_model,
+    describe_model,
+    plain_model,
+    transformers_config,
+)
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.deferred import Deferred
 from distrain.optim import (
@@ -351,7 +359,8 @@ class Session:
             self.t.step,
             state.specs(),
             state.pieces(self.world.rank, self.world.world_size),
-            scalars=engine.scalars() | {"data": self.data.state},
+            scalars=engine.scalars()
+            | {"data": self.data.state, "transformers_config": transformers_config(engine.model)},
             aliases=state.aliases(),
             recipe=dump_recipe(self.recipe),
             strategy=self.world.strategy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,13 @@ def weight_map(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config.json of a model of transformers; None where there is none."""
+def read_config(folder: Path) -> str | None:
+    """Return the text of the config.json of a model of transformers; None where there is none."""
     path = folder / "config.json"
     if not path.exists():
         return None
     content = read_json(path)
-    return content if "model_type" in content or "architectures" in content else None
+    return json.dumps(content, indent=2) if "model_type" in content or "architectures" in content else None
 
 
 def _read(source: Source, path: Path) -> tuple[Header, dict[str, Any]]:
