@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import distrain
-from distrain.config import UserError
-from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, show
+from distrain.checkpoint import find_checkpoint, read_manifest
+from distrain.config import Recipe, UserError
+from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.rundir import Launch, RunDir, effect_in_words
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ def start(
 
     configuration = read_configuration([], os.environ)
     asked = asked_for(run, count, strategy, offload, configuration)
-    check_one_owner(configuration, loaded or load_recipe(run.recipe_path), count)
+    stored = loaded or load_recipe(run.recipe_path)
+    check_one_owner(configuration, stored.recipe, count, stored.origins)
 
     if loaded is not None:
         check_recipe(loaded.recipe, target)
@@ -283,7 +285,7 @@ def work(
 
         stored = loaded or load_recipe(run.recipe_path)
         check_recipe(stored.recipe, target)
-        check_one_owner(configuration, stored, world_size)
+        check_one_owner(configuration, stored.recipe, world_size, stored.origins)
         notes = [f"{place} has no part in this run" for place in unused(configuration)]
         if strategy == "ddp" and asked.strategy == "single":
             notes.append("--strategy ddp in one process is single")
@@ -363,7 +365,9 @@ def join_launcher(expected: int | None) -> tuple[int, Configuration]:
         os.environ["CUDA_VISIBLE_DEVICES"] = (
             ""  # accelerate tells this to processes that it starts alone, not to several
         )
-    if 0 < (gpus := gpu_count()) < environment.local_world_size:
+    import torch
+
+    if 0 < (gpus := torch.cuda.device_count()) < environment.local_world_size:
         raise UserError(
             f"the launcher started {environment.local_world_size} processes on this machine, which has "
             f"{gpus} GPU{'s' * (gpus > 1)}; nothing was written. Start one for each: --processes of `distrain train`, "
@@ -408,16 +412,21 @@ def asked_for(
     return asked
 
 
-def check_one_owner(configuration: Configuration, loaded: LoadedRecipe, world_size: int) -> None:
-    """Raise UserError with each of the launcher's settings that differs from the recipe, which owns them."""
+def check_one_owner(
+    configuration: Configuration, recipe: Recipe, world_size: int, origins: Mapping[str, str] | None = None
+) -> None:
+    """Raise UserError with each of the launcher's settings that differs from the recipe, which owns them.
+
+    `origins`: where each of the recipe's values came from, by its dotted key.
+    """
     from distrain.strategy import disagreements
 
     auto = "fp32"
-    if "mixed_precision" in configuration and loaded.recipe.train.precision == "auto":
+    if "mixed_precision" in configuration and recipe.train.precision == "auto":
         import torch
 
         auto = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else auto
-    if lines := disagreements(configuration, loaded.recipe, world_size, auto=auto, origins=loaded.origins):
+    if lines := disagreements(configuration, recipe, world_size, auto=auto, origins=origins):
         raise UserError(
             "the launcher's configuration and the recipe disagree; nothing was written.\n  - "
             + "\n  - ".join(lines)
@@ -500,6 +509,9 @@ def work_evaluation(target: str, split: str, *, processes: int | None = None, as
                     f"{wish.place} asks for {wish.strategy}, and scoring has the whole model on each process, whatever "
                     "the run was trained with; start with accelerate_configs/ddp.yaml or multi_cpu.yaml"
                 )
+        if (precision := configuration.get("mixed_precision")) is not None:
+            recipe = parse_recipe(read_manifest(find_checkpoint(target)).recipe, target)
+            check_one_owner({"mixed_precision": precision}, recipe, 1)
         from distrain.inference import evaluate_checkpoint
 
         values = evaluate_checkpoint(target, split)

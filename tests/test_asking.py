@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from runs import TINY, Ended, captured, cli, losses, train, write_recipe
 from test_launcher import SCRIPT, typed
@@ -18,7 +19,7 @@ from worlds import free_port, in_world, running_world
 import distrain
 from distrain.cli import Offload, Strategy
 from distrain.config import UserError
-from distrain.launcher import asked_for, configuration_file, work
+from distrain.launcher import asked_for, configuration_file, join_launcher, work, work_evaluation
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir
 from distrain.strategy import (
@@ -529,6 +530,12 @@ def work_rank(variables: dict[str, str], arguments: dict[str, Any]) -> Ended:
     return captured(lambda: work(**arguments))
 
 
+def score_rank(variables: dict[str, str], run: str) -> Ended:
+    """Score as launch/evaluate.py does, under a launcher that set these variables."""
+    os.environ.update(variables)
+    return captured(lambda: work_evaluation(run, "test"))
+
+
 def test_settings_of_a_launcher_that_differ_from_the_recipe_stop_the_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
@@ -616,6 +623,41 @@ def test_a_run_of_one_process_goes_on_in_several(tmp_path: Path) -> None:
     run = recorded(tmp_path, 1, "single")
     assert asked_for(run, 2, "auto", None, {}, resumes=True) == Asked("ddp")
     assert asked_for(run, 2, "zero3", "all", {}) == Asked("zero3", True, True)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if os.environ["CUDA_VISIBLE_DEVICES"] == "" else gpus)
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    assert join_launcher(4)[0] == 4, "two machines of two"
+    gpus = 1
+    with pytest.raises(UserError, match="started 2 processes on this machine, which has 1 GPU; nothing was written"):
+        join_launcher(None)
+    # a configuration for the CPU is meant, also where there are GPUs
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert join_launcher(None)[0] == 4
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_scoring_keeps_the_arithmetic_of_the_recipe_and_needs_no_strategy(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(1, write_recipe(tmp_path), run)
+    cases = {
+        "ACCELERATE_MIXED_PRECISION is bf16; the recipe's train.precision": {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        "asks for zero3, and scoring has the whole model on each process": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        },
+    }
+    for message, variables in cases.items():
+        first, second = in_world(2, score_rank, variables, str(run))
+        assert (first.status, second.status, second.err) == (1, 1, "")
+        assert message in first.err
+    first, _ = in_world(2, score_rank, {"ACCELERATE_MIXED_PRECISION": "no"}, str(run))
+    assert first.status == 0, first.err
+    assert "accuracy" in first.out
 
 
 @pytest.mark.slow
