@@ -434,7 +434,7 @@ def test_what_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="is there already"):
         proof_of(recipe, keep=tmp_path / "full")
-    with pytest.raises(UserError, match="single is for one process"):
+    with pytest.raises(UserError, match="zero3: a strategy spreads state"):
         placements_of(1, [1], ["zero3"])
 
 
@@ -446,6 +446,7 @@ def test_placements() -> None:
         Placement(2, "zero3"),
         Placement(3, "zero3"),
     ]
+    assert placements_of(1, [2], ["single", "ddp"]) == [Placement(1, "single"), Placement(2, "ddp")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])

@@ -28,6 +28,7 @@ _MOST = 256  # entries of a container
 _LARGE = 1 << 20  # bytes; of larger tensors only whether they were written to is looked at
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = {*vars(nn.Module()), "training", "_compiled_call_impl"}
+_OF_WRAPPERS = ("_is_accelerate", "_accelerate", "_hf_", "_ds_", "_fsdp", "ds_", "_old_forward", "_original_forward")
 _OF_OPTIMIZERS = {"state", "param_groups", "defaults"}
 _NOT_OF_USERS = {"torch", "torchvision", "numpy", "builtins", "collections", "accelerate", "deepspeed", "distrain"}
 
@@ -92,7 +93,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, int]]:
 
 def _of_module(module: nn.Module) -> Iterator[tuple[str, Any, int]]:
     for name, part in vars(module).items():
-        if name not in _OF_MODULES and not callable(part) and not isinstance(part, nn.Parameter):
+        if name in _OF_MODULES or name.startswith(_OF_WRAPPERS) or callable(part):
+            continue
+        if not isinstance(part, nn.Parameter):
             yield name, part, 1
     for name in sorted(module._non_persistent_buffers_set):
         yield f"{name} (a buffer that is not persistent)", module._buffers[name], 1

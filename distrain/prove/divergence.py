@@ -77,19 +77,21 @@ class Divergence:
         at = f"with {self.step} steps done" if self.what == "start" else f"in step {self.step}"
         since = f"after the resume at step {self.resumed_at}" if self.attempt else "before any interruption"
         ranks = f", on rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        width = max(len("straight run"), len(self.leg))
         lines = [
             f"first divergence: {at}, {since}{ranks}: {what}",
-            f"  {'straight':<14} {self.straight}",
-            f"  {self.leg:<14} {self.other}",
+            f"  {'straight run':<{width}}  {self.straight}",
+            f"  {self.leg:<{width}}  {self.other}",
         ]
         lines += [f"  {line}" for line in self.more[:4]]
         if len(self.more) > 4:
             lines.append(f"  and {len(self.more) - 4} more")
         if self.cause:
-            lines.append(f"  likely cause   {self.cause}")
-        lines += [f"    {path}: {one} in the straight run, {other} here" for path, one, other in self.suspects[:4]]
+            lines.append(f"  {'likely cause':<{width}}  {self.cause}")
+        indent = " " * (width + 4)
+        lines += [f"{indent}{path}: {one} in the straight run, {other} here" for path, one, other in self.suspects[:4]]
         if self.advice:
-            lines.append(f"  what to do     {self.advice}")
+            lines.append(f"  {'what to do':<{width}}  {self.advice}")
         return "\n".join(lines)
 
 
@@ -313,6 +315,9 @@ def _suspects(reference: Record, record: Record, divergence: Divergence) -> list
             one, other = before.get(path, "nothing"), now.get(path, "nothing")
             if one != other:
                 found.append((path, one, other))
+        # what changes at every step is likelier to matter than what was set once
+        changes = reference.hidden_changes(step, rank)
+        found.sort(key=lambda suspect: -changes.get(suspect[0], 0))
     return found
 
 

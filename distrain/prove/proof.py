@@ -112,24 +112,21 @@ def _leg_as_json(result: LegResult) -> dict[str, Any]:
 def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[str]) -> list[Placement]:
     """Return every placement asked for, the first being the one that all others are compared with.
 
-    `single` goes with one process, all others with several: a strategy spreads state over processes. Raises UserError
-    where nothing is left.
+    One process has nobody to spread state over, so it is `single` whatever is named, and comes first; every other
+    strategy goes with every number of processes above one. Raises UserError where a strategy is left without any.
     """
     counts = list(dict.fromkeys(worlds)) or [processes]
     if not strategies:
         return [Placement(count) for count in counts]
-    found = [
-        Placement(count, strategy)
-        for strategy in dict.fromkeys(strategies)
-        for count in counts
-        if strategy == "auto" or (strategy == "single") == (count == 1)
-    ]
-    if not found:
+    several = [count for count in counts if count > 1]
+    spread = [strategy for strategy in dict.fromkeys(strategies) if strategy != "single"]
+    if spread and not several:
         raise UserError(
-            f"--strategies {','.join(strategies)} has nothing to do with {', '.join(map(str, counts))} processes: "
-            "single is for one process, the others for several; name them with --worlds"
+            f"{', '.join(spread)}: a strategy spreads state over several processes, and there is 1; name their "
+            "numbers, as with --worlds 2,3"
         )
-    return found
+    alone = [Placement(1, "single")] if 1 in counts or "single" in strategies else []
+    return alone + [Placement(count, strategy) for strategy in spread for count in several]
 
 
 def prove(

@@ -59,6 +59,14 @@ class Record:
                 held[path] = new
         return held
 
+    def hidden_changes(self, step: int, rank: int = 0) -> dict[str, int]:
+        """Return how often each of these things had changed when `step` began."""
+        found: dict[str, int] = {}
+        for earlier, ranks in self.steps.items():
+            for path in ranks.get(rank, {}).get("hidden", {}) if earlier < step else ():
+                found[path] = found.get(path, 0) + 1
+        return found
+
     @cached_property
     def gradient_norms(self) -> dict[str, float]:
         """The largest norm of each tensor's gradient, over all steps, on rank 0."""
