@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def build_transformers(
             token = getattr(config, key, None)
             if vocabularies and key not in given and isinstance(token, int) and token >= max(vocabularies):
                 setattr(config, key, None)  # of the vocabulary that the class was made for
-        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        with _in_one_piece():
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error
     return model.float()
@@ -106,10 +108,11 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
         for key, fact in _FACTS.items():
             if fact in known:
                 setattr(config, key, known[fact])
-        if weights:
-            model = kind.from_pretrained(folder, config=config, local_files_only=True)
-        else:
-            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        with _in_one_piece():
+            if weights:
+                model = kind.from_pretrained(folder, config=config, local_files_only=True)
+            else:
+                model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"model.path: {name} cannot be opened from {folder}: {error}") from error
     size = getattr(config.get_text_config(), "vocab_size", None)
@@ -120,6 +123,22 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
             "the model's own tokenizer"
         )
     return model.float()
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """Let transformers build as it does without DeepSpeed.
+
+    Under ZeRO-3 it would shard each layer as it is made, with other initial weights than elsewhere.
+    """
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def _class(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,6 +51,9 @@ _BY_SHAPE = {
     "aten::new_full",
 }  # fmt: skip
 """What reads nothing of its tensor but the shape and dtype."""
+
+_MOVES = {"aten::_to_copy", "aten::scalar_tensor"}
+"""What PyTorch itself does to bring something to the device of a tensor that is indexed."""
 
 _OTHER_STORAGE = {"aten::resize_", "aten::resize_as_", "aten::set_"}
 
@@ -101,6 +105,8 @@ class Recorder(TorchDispatchMode):
         self.small = small
         self.reason: str | None = None
         """Why what was recorded cannot be used."""
+        self.leaves = False
+        """Whether the constructor itself sends a tensor to the meta device."""
         self._slots: dict[int, Slot] = {}
         self._swept = 1000
         self._working: OrderedDict[Slot, None] = OrderedDict()
@@ -128,6 +134,14 @@ class Recorder(TorchDispatchMode):
     def _handle(self, func: Any, args: Any, kwargs: Any) -> Any:
         traits = _traits(func)
         slots = {id(t): slot for t in tensors_in((args, kwargs)) if (slot := self.slot(t)) is not None}
+        to_meta = func._schema.name in _MOVES and torch.device(kwargs.get("device") or "cpu").type == "meta"
+        if to_meta and not self.leaves:
+            # PyTorch's own, to stay where a large tensor is, or to bring an index or a value to where it is
+            kwargs = kwargs | {"device": torch.device("cpu")}
+            if not slots and not any(t.is_meta for t in tensors_in(args)):
+                return self._adopt(func(*args, **kwargs), self._node(func, args, kwargs, {}), {}, small=-1)
+        if slots and any(t.is_meta and id(t) not in slots for t in tensors_in((args, kwargs))):
+            raise self.lost(f"{func} was called on a large tensor and one on the meta device")
         if not slots:
             if traits.written or traits.is_view or any(map(self._is_large, tensors_in((args, kwargs)))):
                 return func(*args, **kwargs)
@@ -138,9 +152,6 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.name in _BY_SHAPE:
             return self._do(func, *self._shapes_only(args, kwargs, slots), traits)
-        if func._schema.name == "aten::_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            # PyTorch's own, to stay where the tensor is
-            kwargs = kwargs | {"device": torch.device("cpu")}
         node = self._node(func, args, kwargs, slots)
         uncached = any(slot.real is None for slot in slots.values())
         if uncached and traits.is_lazy and not traits.is_random and self._is_to_cpu(kwargs):
@@ -172,9 +183,11 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, traits: _Traits, slots: dict[int, Slot]) -> Any:
         if torch.Tag.inplace_view in func.tags:
-            # a view of another kind, or of another storage that is known as well
-            swaps = func is torch.ops.aten.set_.source_Tensor and all(id(t) in slots for t in args)
-            if func._schema.name in _OTHER_STORAGE and not swaps:
+            # a view of another kind, or of another storage that is known as well, is all the same
+            is_view = func is torch.ops.aten.set_.source_Tensor and all(id(t) in slots for t in args)
+            if func._schema.name == "aten::resize_":
+                is_view = math.prod(args[1]) + args[0].storage_offset() <= slots[id(args[0])].nbytes // args[0].itemsize
+            if func._schema.name in _OTHER_STORAGE and not is_view:
                 raise self.lost(f"{func} was called on a large tensor")
             return func(*args, **kwargs)
         arguments = {key: kwargs.get(key) if isinstance(key, str) else args[key] for key in traits.written}
@@ -274,7 +287,7 @@ class Recorder(TorchDispatchMode):
         node.deps = tuple(slot.head for slot in node.touches if slot is not without and slot.head is not None)
         return node
 
-    def _adopt(self, results: Any, node: Node, facades: dict[int, UntypedStorage]) -> Any:
+    def _adopt(self, results: Any, node: Node, facades: dict[int, UntypedStorage], small: int | None = None) -> Any:
         """Return results with a stand-in for each that is large. `facades`: of the storages of the arguments."""
         known, outs, places = dict(facades), list[tuple[int, Ref]](), itertools.count()
 
@@ -286,7 +299,7 @@ class Recorder(TorchDispatchMode):
                 return leaf
             storage = leaf.untyped_storage()
             if storage._cdata not in known:
-                if leaf.numel() <= self.small:
+                if leaf.numel() <= (self.small if small is None else small):
                     return leaf
                 facade = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta").untyped_storage()
                 slot = self._new(facade, node)
@@ -397,14 +410,14 @@ def _to(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
     first, *rest = args
     rest, kwargs = map_leaves(stay, rest), map_leaves(stay, kwargs)
+    devices = [each for each in (*rest, *kwargs.values()) if isinstance(each, torch.device | str)]
+    if any(torch.device(each).type == "meta" for each in devices):
+        recorder.leaves = True
+        try:
+            return func(first, *rest, **kwargs)
+        finally:
+            recorder.leaves = False
     if recorder.slot(first) is not None:
-        if any(
-            isinstance(each, torch.device | str) and torch.device(each).type == "meta"
-            for each in (*rest, kwargs.get("device"))
-        ):
-            return func(
-                torch.empty_strided(first.size(), first.stride(), dtype=first.dtype, device="meta"), *rest, **kwargs
-            )
         rest, kwargs = map_leaves(at_meta, rest), map_leaves(at_meta, kwargs)
     return func(first, *rest, **kwargs)
 
@@ -413,6 +426,18 @@ def _new_tensor(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if recorder.slot(args[0]) is None:
         return func(*args, **kwargs)
     return torch.tensor(*args[1:], **({"dtype": args[0].dtype} | kwargs))
+
+
+def _indexed(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    def tensor(index: Any) -> Any:
+        # PyTorch makes a tensor of a list where the tensor is that is indexed
+        is_plain = isinstance(index, list) and index and all(isinstance(each, int) for each in index)
+        return torch.tensor(index, device="cpu") if is_plain else index
+
+    first, index, *rest = args
+    if recorder.slot(first) is not None:
+        index = tuple(map(tensor, index)) if isinstance(index, tuple) else tensor(index)
+    return func(first, index, *rest)
 
 
 def _tolist(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -444,6 +469,8 @@ _ANSWERS: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     Tensor.type_as: _to,
     Tensor.new_tensor: _new_tensor,
     Tensor.tolist: _tolist,
+    Tensor.__getitem__: _indexed,
+    Tensor.__setitem__: _indexed,
     torch._weight_norm: lambda recorder, func, args, kwargs: recorder.call(func, args, kwargs),  # compares devices
     **dict.fromkeys(
         (

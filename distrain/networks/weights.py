@@ -1,4 +1,4 @@
-"""Weights to start from, out of a local file."""
+"""Weights to start from, out of a local file or a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.consolidate import open_tensors
 from distrain.networks.deferred import Deferred
 
 
@@ -161,8 +162,11 @@ class _Stored(NamedTuple):
 def stored_tensors(path: Path) -> dict[str, _Stored]:
     """Return the tensors of a .safetensors file, or of a .pt or .pth state dict, by name; runs no code from it.
 
-    Nothing is read yet but what there is; only a .pt file in the format before PyTorch 1.6 is held in memory.
+    A folder is a run, a checkpoint, or anything that `distrain checkpoint import` reads. Nothing is read yet but what
+    there is; only a .pt file in the format before PyTorch 1.6 is held in memory.
     """
+    if path.is_dir():
+        return _in_folder(path)
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}")
     if path.suffix == ".safetensors":
@@ -200,6 +204,33 @@ def stored_tensors(path: Path) -> dict[str, _Stored]:
             "or such a mapping under 'state_dict', 'model_state_dict' or 'model'"
         )
     return {name: _Stored(tuple(tensor.shape), functools.partial(_same, tensor)) for name, tensor in content.items()}
+
+
+def _in_folder(path: Path) -> dict[str, _Stored]:
+    try:
+        tensors = open_tensors(path)
+    except UserError as error:
+        raise UserError(f"model.weights: {error}") from error
+    plain = {name: name for name in tensors.names} | tensors.aliases
+
+    def read(name: str) -> Tensor:
+        spec = tensors.spec(name)
+        raw = torch.from_numpy(tensors.gather(name, 0, spec.numel).copy())
+        return raw.view(_DTYPES[tensors.stored_dtype(name)]).reshape(spec.shape)
+
+    return {
+        full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
+        for full, name in plain.items()
+        if full.startswith("model/")
+    }
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 def _same(tensor: Tensor) -> Tensor:
