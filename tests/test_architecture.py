@@ -17,7 +17,7 @@ import distrain
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
     ["config", "recipe_file", "tokens", "rundir"],
-    ["datasets", "data", "networks", "models", "optim", "metrics", "checkpoint", "strategy", "consolidate"],
+    ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["telemetry", "loop", "inference"],
     ["launcher", "slurm", "plan", "report", "doctor", "prove", "project"],
     ["cli"],

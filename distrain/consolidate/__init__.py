@@ -3,6 +3,7 @@
     export               a checkpoint, distrain's own or a foreign one -> safetensors files or a `.pt`
     find_source          what a command that exports means
     import_checkpoint    a foreign checkpoint -> one of distrain's own
+    open_tensors         the tensors of any of them
     open_foreign         where the tensors of a foreign checkpoint lie
 
 Inside: `exporting`, `importing`, `opening` (which format it is), `formats/` (one room for each), `sources` (where
@@ -12,8 +13,17 @@ tensors lie), `copying` (from there into one file), `torch_file` (what `torch.sa
 
 from __future__ import annotations
 
-from distrain.consolidate.exporting import Exported, export, find_source
+from distrain.consolidate.exporting import Exported, export, find_source, open_tensors
 from distrain.consolidate.importing import Imported, import_checkpoint
 from distrain.consolidate.opening import FORMATS, open_foreign
 
-__all__ = ["FORMATS", "Exported", "Imported", "export", "find_source", "import_checkpoint", "open_foreign"]
+__all__ = [
+    "FORMATS",
+    "Exported",
+    "Imported",
+    "export",
+    "find_source",
+    "import_checkpoint",
+    "open_foreign",
+    "open_tensors",
+]

@@ -121,6 +121,21 @@ def find_source(target: Path | str, *, best: bool = False, format: str | None = 
     return path, format or detect(path)
 
 
+def open_tensors(path: Path | str) -> Tensors:
+    """Return the tensors of a run, a checkpoint or something foreign, which is open for as long as they are used.
+
+    The bytes are checked against their hashes first. Raises UserError.
+    """
+    found, format = find_source(path)
+    if format is None:
+        return OwnTensors(Reader(found))
+    opened = open_foreign(found, format=format)
+    source = opened.__enter__()
+    source.verify()
+    source.keep(opened)
+    return source
+
+
 @contextmanager
 def _opened(
     path: Path, verify: bool, format: str | None, trust: bool

@@ -192,7 +192,12 @@ class Source:
         self._lock = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}
         self._places: dict[Path, int] = {}
+        self._owner: Any = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, owner: Any) -> None:
+        """Keep what closes this source when it is let go."""
+        self._owner = owner
 
     def scratch(self) -> Path:
         """Return a folder that is removed when the source is closed."""

@@ -1,0 +1,151 @@
+"""What is imported can be trained on: as weights to start from, and as the state that a run goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import foreign_folders
+import pytest
+import torch
+from runs import write_recipe
+from typer.testing import CliRunner
+
+from distrain.checkpoint import Reader, find_newest
+from distrain.cli import app
+from distrain.config import UserError
+from distrain.consolidate import export, import_checkpoint
+from distrain.networks.weights import load_weights
+
+RECIPE = """
+name: going-on
+task: classification
+data: {name: iris, split: [0.8, 0.2]}
+model: {name: mlp, hidden: [8]}
+optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.1}
+schedule: {name: constant}
+batch: {global: 10}
+train: {steps: 6, precision: fp32}
+checkpoint: {every: 3 steps, keep: 10, async: false}
+"""
+
+
+def command(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3", "fsdp", "dcp"])
+def test_a_folder_is_a_file_of_weights(kind, written, tmp_path):
+    path = written(kind).path / ("FULL_STATE_DICT" if kind == "fsdp" else "")
+    if kind == "dcp":
+        with pytest.raises(UserError, match="does not fit the model"):
+            load_weights(foreign_folders.build_model(), path)
+        return
+    done = import_checkpoint(path, tmp_path / "run")
+    one = torch.load(export(path, tmp_path / "model.pt").paths[0])
+    for folder in (path, done.path, tmp_path / "run"):
+        model = foreign_folders.build_model()
+        torch.nn.init.zeros_(model.embed.weight)
+        assert not load_weights(model, folder).problems
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, one[name])
+
+
+def test_weights_in_a_folder_that_is_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match=r"model\.weights: .* is no checkpoint that is known here"):
+        load_weights(foreign_folders.build_model(), tmp_path)
+
+
+def saved_elsewhere(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint of distrain as a trainer of one's own would: names, torch's state of the optimizer, a step."""
+    with Reader(checkpoint) as reader:
+        tensors = {}
+        for name, spec in reader.manifest.specs.items():
+            raw = torch.from_numpy(reader.read(name, 0, spec.numel).copy())
+            tensors[name] = raw.view(torch.float32).reshape(spec.shape)
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
+            state.setdefault(parameter, {})[key] = tensor
+    names = list(state)
+    torch.save(
+        {
+            "model": {f"module.{n.removeprefix('model/')}": t for n, t in tensors.items() if n.startswith("model/")},
+            "optimizer": {
+                "state": {index: state[name] for index, name in enumerate(names)},
+                "param_groups": [
+                    {"lr": 0.5, "decoupled_weight_decay": True, "params": [*range(len(names))], "param_names": names}
+                ],
+            },
+            "global_step": 3,
+            "scheduler": {"last_epoch": 3},
+        },
+        out,
+    )
+
+
+def test_a_run_goes_on_from_an_import_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, RECIPE)
+    command("train", recipe, "--run-dir", "straight")
+    saved_elsewhere(tmp_path / "straight" / "checkpoints" / "step-00000003", tmp_path / "theirs.pt")
+    said = command("checkpoint", "import", "theirs.pt", "again")
+    assert "step 3: 4 parameters, 0 buffers, the state of AdamW" in said
+    assert "not imported: theirs.pt: scheduler" in said
+    assert "again/checkpoints/step-00000003" in said
+    command("train", recipe, "--run-dir", "again")
+    done = CliRunner().invoke(
+        app, ["checkpoint", "diff", "straight/checkpoints/step-00000006", "again/checkpoints/step-00000006"]
+    )
+    assert "differ" not in done.output.replace("recipe", ""), done.output
+
+
+def test_an_import_without_the_optimizers_state_is_no_state_to_go_on_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, RECIPE)
+    command("train", recipe, "--run-dir", "straight")
+    saved_elsewhere(tmp_path / "straight" / "checkpoints" / "step-00000003", tmp_path / "theirs.pt")
+    command("checkpoint", "import", "theirs.pt", "again", "--no-optimizer")
+    done = CliRunner().invoke(app, ["train", str(recipe), "--run-dir", "again"])
+    assert done.exit_code != 0
+    command("train", recipe, "model.weights=again", "--run-dir", "anew")
+    assert find_newest(tmp_path / "anew" / "checkpoints")[0] is not None
+
+
+def test_steps_and_folders(written, tmp_path):
+    path = written("zero2").path
+    assert import_checkpoint(path, tmp_path / "a", step=7).path.name == "step-00000007"
+    assert import_checkpoint(path, tmp_path / "a").path.name == "step-00000003"
+    with pytest.raises(UserError, match="exists already"):
+        import_checkpoint(path, tmp_path / "a")
+    import_checkpoint(path, tmp_path / "a", overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir()) == ["step-00000003", "step-00000007"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("x")
+    for out, match in (
+        (tmp_path / "b", "holds files and is not a run"),
+        (tmp_path / "b" / "mine", "is a file"),
+        (tmp_path / "c.safetensors", "is no folder of checkpoints"),
+        (tmp_path / "a" / "checkpoints" / "step-00000003", "is no folder of checkpoints"),
+    ):
+        with pytest.raises(UserError, match=match):
+            import_checkpoint(path, out)
+
+
+def test_names_that_do_not_hold(written, tmp_path):
+    path = written("fsdp").path / "FULL_STATE_DICT"
+    for options, match in (
+        ({"tied": {"head.weight": "embed.wieght"}}, "no tensor 'embed.wieght'.*did you mean 'embed.weight'"),
+        ({"tied": {"body.1.weight": "body.1.bias"}}, "are not tied: their elements differ"),
+        ({"buffers": ["nothing.*"]}, "matches no tensor"),
+        ({"step": -1}, "is no number of steps"),
+        ({"format": "deepspeed"}, "optim_states"),
+    ):
+        with pytest.raises(UserError, match=match):
+            import_checkpoint(path, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="holds no optimizer's state"):
+        import_checkpoint(written("plain").path / "bin" / "pytorch_model.bin", tmp_path / "out", optimizer="AdamW")
