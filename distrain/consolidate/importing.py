@@ -135,7 +135,7 @@ def _write(source: Source, folder: Path, step: int, optimizer: str | None, recip
         "optimizer": optimizer or NO_OPTIMIZER,
         "optimizer_values": source.optimizer_values if optimizer else {},
         "optimizer_groups": source.optimizer_groups if optimizer else [],
-        "optimizer_group_values": [{} for _ in source.optimizer_groups] if optimizer else [],
+        "optimizer_group_values": [],
         # what a run computes from its data, it computes anew
         "data": None,
         "imported_from": source.what,

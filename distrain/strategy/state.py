@@ -292,8 +292,10 @@ class TrainingState:
                     "param_groups": optimizer.state_dict()["param_groups"],
                 }
             )
-            for group, changed in zip(optimizer.param_groups, manifest.scalars["optimizer_group_values"], strict=True):
-                group.update(changed)
+            # an import from another trainer, whose groups may be others, has none
+            if values_of_groups := manifest.scalars["optimizer_group_values"]:
+                for group, changed in zip(optimizer.param_groups, values_of_groups, strict=True):
+                    group.update(changed)
         return said
 
     def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[dict[str, str], list[str]]:
