@@ -46,7 +46,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
     fully_shard(model, mesh=mesh)
 
     @contextmanager
-    def whole(model: nn.Module) -> Iterator[None]:
+    def whole() -> Iterator[None]:
         shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in shards:
             module.set_reshard_after_forward(False, recurse=False)
@@ -56,7 +56,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
-    world.lockstep, world.whole = True, whole
+    world.lockstep = True
     metrics = build_metrics(parsed, data.meta)
     source: Any = data.splits["test"]
     if trouble and world.rank == world.world_size - 1:
@@ -75,6 +75,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
             metrics=metrics,
             batch_size=parsed.eval.batch or 4,
             decode=data.meta.decode,
+            whole=whole,
         )
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ def evaluate(
     workers: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
     split: str = "test",
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
@@ -43,8 +44,8 @@ def evaluate(
     seen are not the data set, each once; what one rank raises, all raise.
 
     Where the ranks hold parts of the model (`world.lockstep`), a forward pass needs all of them: see `_in_lockstep`.
-    Metrics of generated text need more passes on one rank than on another, so the whole model is put together on each
-    for them (`world.whole`).
+    Metrics of generated text need more passes on one rank than on another, so for them all weights are put together on
+    every rank: `whole` returns the context in which the model, if it is sharded, needs no other rank.
     """
     metrics.reset()
     seen = _Seen()
@@ -81,15 +82,12 @@ def evaluate(
                 metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
         return metrics.sums()
 
-    lockstep = getattr(world, "lockstep", False)
     with torch.no_grad():
-        if lockstep and not metrics.needs_text:
+        if world.lockstep and not metrics.needs_text:
             _in_lockstep(world, loader, forward, count, stream=is_stream(source))
             metric_sums = world.together(metrics.sums)
         else:
-            whole = getattr(world, "whole", None) if lockstep else nullcontext
-            assert whole is not None, "a world whose ranks hold parts of a model can put it together"
-            with whole(model):
+            with whole() if world.lockstep else nullcontext():
                 # no rank waits for another before the sums: one whose sample does not decode must reach the others
                 metric_sums = world.together(add_up)
     model.train(was_training)

@@ -331,6 +331,7 @@ class Session:
                 workers=self.recipe.data.workers,
                 decode=self.data.meta.decode,
                 split=split,
+                whole=engine.whole,
             )
         seconds = time.monotonic() - began
         self.telemetry.write(
