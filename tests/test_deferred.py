@@ -9,6 +9,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,11 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape or (W, H)))
 
 
+@torch.no_grad()
+def no_grad(module: nn.Module, *inputs: Tensor) -> Tensor:
+    return module(*inputs)[0]
+
+
 def set_at(w: Tensor, at: Any, value: Any) -> None:
     w.data.normal_()
     w.data[at] = value
@@ -301,6 +307,11 @@ INITS: dict[str, Callable[[Tensor], Any]] = {
     "like_it": lambda w: w.data.copy_(torch.randn_like(w.double()) + w.new_zeros(W, H).to(w)),
     "as_it_is": lambda w: w.data.copy_(torch.rand(W, H).double().type_as(w)),
     "new_tensor": lambda w: w.data.copy_(w.new_tensor(np.random.rand(W, H))),
+    "recurrent": lambda w: w.data.copy_(no_grad(nn.LSTM(30, H, 2, dropout=0.5), torch.rand(W, 30))),
+    "attention": lambda w: w.data.copy_(no_grad(nn.MultiheadAttention(H, 5, dropout=0.5), *[torch.rand(W, H)] * 3)),
+    "typed": lambda w: w.data.fill_(len(w.type())).add_(torch.rand(W, H).type("torch.DoubleTensor")),
+    "random_samples": lambda w: w.data.copy_(torch.distributions.Beta(2.0, 3.0).sample((W, H))),
+    "gathered": lambda w: w.data.copy_(w.data.normal_().gather(1, torch.randint(0, H, (W, H)))),
     "lists": lambda w: w.data.fill_(sum(w.data.normal_().tolist()[3])),
     "a_question": lambda w: w.data.mul_(2) if w.data.normal_().sum() > 0 else w.data.mul_(3),
     "seeded_again": lambda w: (torch.manual_seed(3), w.data.normal_()),
@@ -516,7 +527,23 @@ def its_address(net: Any) -> None:
     assert net.weight.data_ptr() != 0
 
 
-def on_meta(net: Any) -> None:
+def value_by_value(net: Any) -> None:
+    net.weight = nn.Parameter(torch.ones(W, H).apply_(lambda value: 3.0))
+
+
+def in_a_thread(net: Any) -> None:
+    net.weight = nn.Parameter(torch.ones(W, H))
+    thread = threading.Thread(target=lambda: net.weight.data.normal_())
+    thread.start()
+    thread.join()
+
+
+def by_a_recurrent_pass(net: Any) -> None:
+    net.layer = nn.LSTM(30, H)
+    net.weight = nn.Parameter(net.layer(torch.rand(W, 30))[0].detach())
+
+
+def by_an_array(net: Any) -> None:
     net.weight = nn.Parameter(torch.ones(W, H).numpy().sum() * torch.ones(W, H))
 
 
@@ -526,7 +553,10 @@ FULL = [
     (as_of_old, "Tensor.new was called"),
     (resized, "aten.resize_"),
     (its_address, "Tensor.data_ptr was called"),
-    (on_meta, "Tensor.numpy was called"),
+    (value_by_value, "Tensor.apply_ was called"),
+    (in_a_thread, "a thread was started"),
+    (by_a_recurrent_pass, "lstm was called on a large tensor, with gradients"),
+    (by_an_array, "Tensor.numpy was called"),
 ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -279,7 +281,7 @@ class Recorder(TorchDispatchMode):
                 return leaf
             return Ref.of(slots[id(leaf)], leaf) if id(leaf) in slots else copied(leaf)
 
-        is_random = isinstance(func, torch._ops.OpOverload) and _traits(func).is_random
+        is_random = not isinstance(func, torch._ops.OpOverload) or _traits(func).is_random
         state = torch.default_generator.get_state() if is_random else None
         self._count += 1
         node = Node(self._count, func, map_leaves(note, args), map_leaves(note, kwargs), state)
@@ -377,6 +379,21 @@ class Disguise(TorchFunctionMode):
     def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
+        self._trace: Any = None
+
+    def __enter__(self) -> Any:
+        # what another thread does is not seen; it is told of with its first step
+        self._trace = threading.gettrace()
+        threading.settrace(self._in_a_thread)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        threading.settrace(self._trace)
+
+    def _in_a_thread(self, *event: Any) -> None:
+        sys.settrace(None)
+        self.recorder.lost("a thread was started")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -440,6 +457,20 @@ def _indexed(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return func(first, index, *rest)
 
 
+def _type(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and recorder.slot(args[0]) is not None:
+        return torch.empty(0, dtype=args[0].dtype, device="cpu").type()
+    return func(*args, **kwargs)
+
+
+def _by_device(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Do what is computed in another way on another device, or where a gradient is to follow."""
+    tensors = list(tensors_in((args, kwargs)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and any(map(recorder.slot, tensors)):
+        raise recorder.lost(f"{func.__name__} was called on a large tensor, with gradients")
+    return recorder.call(func, args, kwargs)
+
+
 def _tolist(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     slot = recorder.slot(args[0])
     return func(args[0] if slot is None else Ref.of(slot, args[0]).on(recorder.materialise(slot)))
@@ -473,10 +504,15 @@ _ANSWERS: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     Tensor.__setitem__: _indexed,
     torch._weight_norm: lambda recorder, func, args, kwargs: recorder.call(func, args, kwargs),  # compares devices
     **dict.fromkeys(
+        (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.nn.functional.scaled_dot_product_attention),
+        _by_device,
+    ),
+    Tensor.type: _type,
+    **dict.fromkeys(
         (
             Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage,
             Tensor._typed_storage, Tensor.new, Tensor.__reduce_ex__, Tensor.__dlpack__, Tensor.share_memory_,
-            torch.from_dlpack,
+            torch.from_dlpack, Tensor.apply_, Tensor.map_, Tensor.map2_,
         ),
         _refuse,
     ),
