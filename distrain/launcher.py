@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -140,6 +139,10 @@ def unsaid_failures(exit_codes: Mapping[int, int]) -> list[str]:
     ]
 
 
+_TYPED = "DISTRAIN_COMMAND"
+"""The environment variable that tells processes started here what was typed."""
+
+
 def end_with_launcher() -> None:
     """Have this process killed when its launcher is: alone it would go on, beside those of the next start."""
     # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
@@ -251,6 +254,7 @@ def start(
     open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
     arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
     arguments += ["--update"] if update else []
+    os.environ[_TYPED] = json.dumps(sys.argv)
     script, config = shared_file("launch", "train.py"), configuration_file(asked.strategy)
     status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload))
     # a launcher that was signalled calls that a failure, and the run folder knows better
@@ -317,7 +321,9 @@ def work(
                 return done
             if run.exists:
                 held.append(run.take())
-            open_run(run, loaded, Launch.describe(world.world_size, asked.strategy, asked.offload), update=update)
+            typed = json.loads(os.environ.get(_TYPED, "null"))
+            this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
+            open_run(run, loaded, this_start, update=update)
             if not held:
                 held.append(run.take())
             run.clear_markers()
@@ -404,12 +410,7 @@ def asked_for(
             record.offload if offload is None else None,
         )
     wishes += [earlier] if resumes and earlier is not None else []
-    asked = settle(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
-    if asked.strategy.startswith("zero"):
-        missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
-        if missing:  # accelerate's part for DeepSpeed imports both
-            raise UserError(f"{asked.strategy} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    return asked
+    return settle(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
 
 
 def check_one_owner(

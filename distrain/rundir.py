@@ -62,8 +62,8 @@ class Launch:
     """What is kept in the memory of the CPU: none, optimizer or all."""
 
     @classmethod
-    def describe(cls, processes: int, strategy: str, offload: str = "none") -> Launch:
-        """Describe a start from this process, now."""
+    def describe(cls, processes: int, strategy: str, offload: str = "none", *, argv: list[str] | None = None) -> Launch:
+        """Describe a start from this process, now; `argv` is the command as typed where it was another process's."""
         from importlib.metadata import PackageNotFoundError, version
 
         versions = {"distrain": distrain.__version__, "python": sys.version.split()[0]}
@@ -72,7 +72,7 @@ class Launch:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        return cls(processes, strategy, list(sys.argv), versions, _git_commit(), socket.gethostname(), offload)
+        return cls(processes, strategy, argv or list(sys.argv), versions, _git_commit(), socket.gethostname(), offload)
 
 
 def _git_commit() -> str | None:
@@ -280,8 +280,10 @@ def effect_in_words(effect: dict[str, Any]) -> str:
         if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
             return f"{min(value):,}" if min(value) == max(value) else f"{min(value):,} to {max(value):,}"
         if isinstance(value, dict):
-            return " ".join(f"{name} {item}" for name, item in value.items())
-        return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+            return " ".join(f"{name} {words(item)}" for name, item in value.items())
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, int) else str(value)
 
     return ", ".join(f"{name.replace('_', ' ')} {words(value)}" for name, value in effect.items())
 

@@ -660,6 +660,66 @@ def test_scoring_keeps_the_arithmetic_of_the_recipe_and_needs_no_strategy(tmp_pa
     assert "accuracy" in first.out
 
 
+SHARDED = """
+name: tiny
+task: classification
+data: {name: digits, split: [0.8, 0.2]}
+model: {name: mlp, hidden: [16]}
+optim: {name: adamw, lr: 1.0e-2, clip_norm: 0.5}
+batch: {global: 12, micro: 3}
+train: {steps: 4, precision: fp32}
+eval: {every: null}
+log: {every: 1 steps}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero3_offload", "fsdp2"])
+def test_accelerate_starts_a_run_that_is_spread_as_its_file_says(tmp_path: Path, config: str) -> None:
+    recipe = write_recipe(tmp_path, SHARDED)
+    file = CONFIGS / f"{config}.yaml"
+    command = ["accelerate", "launch", "--config_file", file, "--num_processes", 2, "--main_process_port", 0, SCRIPT]
+    done = typed(*command, recipe, "--run-dir", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = RunDir(tmp_path / "run")
+    strategy = strategy_of(file)
+    offload = "all" if config == "zero3_offload" else "none"
+    assert (run.launch().strategy, run.launch().offload) == (strategy, offload)
+    effect = run.effect()
+    assert effect is not None
+    assert effect["strategy"] == strategy
+    assert effect["engine"] == ("FSDPModule" if strategy == "fsdp2" else "DeepSpeedEngine")
+    assert effect.get("stage") == (None if strategy == "fsdp2" else int(strategy[-1]))
+    train(2, recipe, tmp_path / "ddp")
+    assert losses(run.path) == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_distrain_train_starts_a_sharded_run_goes_on_with_it_and_shows_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, SHARDED)
+    command = [sys.executable, "-m", "distrain.cli", "train"]
+    first = [*command, recipe, "--run-dir", "run", "--processes", 2, "--strategy", "zero3", "--offload", "optimizer"]
+    done = typed(*first, folder=tmp_path, PYTHONPATH=str(CONFIGS.parent))
+    assert done.returncode == 0, done.stderr
+    run = RunDir(tmp_path / "run")
+    launch = run.launch()
+    assert (launch.processes, launch.strategy, launch.offload) == (2, "zero3", "optimizer")
+    assert launch.argv[1:] == [str(argument) for argument in first[3:]], "as typed, not as passed on"
+    # nothing said: as it was started before, in one process
+    more = ["train", recipe, "--run-dir", run.path, "--update", "--processes", 1]
+    ended = cli(*more, "train.steps=6")
+    assert ended.status == 0, ended.err
+    assert "written by 2 x zero3; goes on with 1 x zero3" in ended.out
+    assert run.launch().offload == "optimizer"
+    ended = cli(*more, "train.steps=8", "--strategy", "fsdp2")
+    assert ended.status == 0, ended.err
+    assert "written by 1 x zero3; goes on with 1 x fsdp2" in ended.out
+    assert (run.launch().strategy, run.launch().offload) == ("fsdp2", "none")
+    assert len(losses(run.path)) == 8
+    shown = cli("train", run.path)
+    assert "took effect: strategy fsdp2, engine FSDPModule," in shown.out
+
+
 @pytest.mark.slow
 def test_settings_are_named_by_the_file_they_are_in(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)

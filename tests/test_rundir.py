@@ -209,15 +209,15 @@ def test_what_took_effect_is_kept_of_the_last_start(run: RunDir) -> None:
         "strategy": "zero2",
         "world": 2,
         "sharded": True,
-        "state_bytes": [4096, 5120],
+        "parameter_bytes": {"full": 9216, "ranks": [4096, 5120]},
         "offload": "none",
         "versions": {"torch": "2.11", "deepspeed": "0.19"},
     }
     run.record_effect(effect)
     assert RunDir(run.path).effect() == effect
     assert effect_in_words(effect) == (
-        "engine DeepSpeedEngine, strategy zero2, world 2, sharded yes, state bytes 4,096 to 5,120, offload none, "
-        "versions torch 2.11 deepspeed 0.19"
+        "engine DeepSpeedEngine, strategy zero2, world 2, sharded yes, "
+        "parameter bytes full 9,216 ranks 4,096 to 5,120, offload none, versions torch 2.11 deepspeed 0.19"
     )
     assert "state bytes 7," in effect_in_words({"state_bytes": [7, 7], "sharded": False})
     (run.path / "effect.json").write_text("{")

@@ -228,7 +228,7 @@ def _owned(explicit: Configuration, recipe: Recipe, world_size: int, auto: str) 
         "dynamo_backend": ("train.compile", "inductor" if recipe.train.compile else "no"),
         "fsdp_activation_checkpointing": (
             "train.activation_checkpointing",
-            bool(getattr(recipe.train, "activation_checkpointing", False)),
+            bool(recipe.train.activation_checkpointing),
         ),
         "gradient_accumulation_steps": ("batch.global", accumulation),
         "gradient_clipping": ("optim.clip_norm", clipping or 0.0),
