@@ -602,6 +602,25 @@ def test_what_diverges_later_is_built_in_full(monkeypatch: pytest.MonkeyPatch) -
         assert_same(found[name], parameter.detach(), name)
 
 
+def test_what_stays_in_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distrain.networks import deferred
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drawn = nn.Linear(1000, 1000)
+            self.read, self.copied = nn.Parameter(torch.from_numpy(np.ones((1000, 500)))), nn.Linear(1000, 500)
+            self.copied.weight.data.copy_(self.read.detach().t())
+
+    monkeypatch.setattr(deferred, "_NOTABLE", 2**20)
+    said: list[str] = []
+    defer(lambda say: Table(), say=said.append)
+    assert said == ["model: 8 MiB of values that its constructor takes from outside PyTorch stay in memory"]
+    said.clear()
+    defer(lambda say: nn.Linear(1000, 1000), say=said.append)
+    assert said == []
+
+
 def test_errors_are_those_of_an_ordinary_build(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text(

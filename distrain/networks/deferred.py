@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from distrain.networks.recorder import Disguise, Recorder
-from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of, give_back
+from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of, give_back, leading_to, tensors_in
 
 SMALL = 2**14
 """Elements of a tensor up to which it is not worth deferring: biases, norms, and what constructors compute with."""
@@ -98,6 +98,10 @@ class Deferred:
         return {name: parameter.detach() for name, parameter in self._build().named_parameters()}
 
 
+_NOTABLE = 64 * 2**20
+"""Bytes that are worth a line."""
+
+
 def _in_full(reason: str) -> str:
     return f"model: built in full on the CPU, because {reason}"
 
@@ -127,6 +131,8 @@ def defer(
         return defer_full(build, reason, say=say)
     for line in said:
         say(line)
+    if (held := _held_bytes(sources)) > _NOTABLE:
+        say(f"model: {held / 2**20:,.0f} MiB of values that its constructor takes from outside PyTorch stay in memory")
     return Deferred(model, sources, lambda: build(lambda line: None), say)
 
 
@@ -171,6 +177,14 @@ def _without_weights(model: nn.Module, recorder: Recorder) -> dict[str, Tensor |
         elif id(t) in buffers and t.is_meta:
             raise recorder.lost("a buffer is on the meta device, or what was done with it was not seen")
     return sources
+
+
+def _held_bytes(sources: Mapping[str, Tensor | _Recorded]) -> int:
+    """Return the size of what cannot be computed again, because it came from NumPy or from a file."""
+    heads = [source.head for source in sources.values() if isinstance(source, _Recorded) and source.head is not None]
+    captured = [t for node in leading_to(heads) for t in tensors_in((node.args, node.kwargs))]
+    kept = [source for source in sources.values() if isinstance(source, Tensor)]
+    return sum(t.numel() * t.itemsize for t in (*captured, *kept) if not t.is_meta)
 
 
 def _to_meta(parameter: nn.Parameter) -> None:

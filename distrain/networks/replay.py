@@ -144,16 +144,22 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def content_of(slot: Slot, head: Node | None) -> UntypedStorage:
-    """Return what `slot` held after `head`, computed again; no random state outside changes."""
-    assert head is not None
-    found, stack = {head}, [head]
+def leading_to(heads: Iterable[Node]) -> set[Node]:
+    """Return the operations `heads`, and all whose results they depend on."""
+    stack = list(heads)
+    found = set(stack)
     while stack:
         for node in stack.pop().deps:
             if node not in found:
                 found.add(node)
                 stack.append(node)
-    nodes = sorted(found, key=lambda node: node.index)
+    return found
+
+
+def content_of(slot: Slot, head: Node | None) -> UntypedStorage:
+    """Return what `slot` held after `head`, computed again; no random state outside changes."""
+    assert head is not None
+    nodes = sorted(leading_to([head]), key=lambda node: node.index)
     last = {each: node for node in nodes for each in node.touches}
     contents: dict[Slot, UntypedStorage] = {}
     state, dtype = torch.default_generator.get_state(), torch.get_default_dtype()
