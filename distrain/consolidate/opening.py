@@ -53,7 +53,7 @@ def open_foreign(
     found = format or detect(path)
     if found not in FORMATS:
         raise UserError(f"no format {found!r}; it is one of {', '.join(FORMATS)}{close_names(found, FORMATS)}")
-    source = Source(path, FORMATS[found].partition(" ")[2])
+    source = Source(path, FORMATS[found].partition(",")[0])
     try:
         _fill(source, found, trust)
         _tie(source, tied or {})

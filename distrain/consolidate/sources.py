@@ -13,7 +13,8 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -312,11 +313,24 @@ class Source:
             assert alias not in self.tensors, alias
             assert name in self.tensors, name
 
-    def verify(self) -> None:
-        """Read what was found and compare it to the format's own checksums; raises UserError naming the files."""
-        jobs: dict[int, list[tuple[int, int, int]]] = {}
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Read what these tensors (None: all) lie in and compare it to the format's own checksums.
+
+        Raises UserError naming the files.
+        """
+        known: dict[int, list[tuple[int, int, int]]] = {}
         for file, offset, nbytes, crc in self.checksums:
-            jobs.setdefault(file, []).append((offset, nbytes, crc))
+            known.setdefault(file, []).append((offset, nbytes, crc))
+        jobs: dict[int, set[tuple[int, int, int]]] = {}
+        for spans in known.values():
+            spans.sort()
+        for block in (
+            block for name in (self.names if names is None else names) for block in self.tensors[name].blocks
+        ):
+            spans = known.get(block.file, [])
+            place = bisect_right(spans, block.offset, key=lambda span: span[0]) - 1
+            if place >= 0 and block.offset < spans[place][0] + spans[place][1]:
+                jobs.setdefault(block.file, set()).add(spans[place])
         halves = [(file, sorted(spans)[part::THREADS]) for file, spans in jobs.items() for part in range(THREADS)]
         with ThreadPoolExecutor(THREADS) as pool:
             bad = {path for path in pool.map(lambda job: self._checked(*job), halves) if path}
