@@ -123,11 +123,18 @@ class Leg:
 
 
 def draw_interruptions(
-    count: int, *, last_step: int, save_every: int, processes: Sequence[int], draw: random.Random
+    count: int,
+    *,
+    last_step: int,
+    save_every: int,
+    processes: Sequence[int],
+    draw: random.Random,
+    saved_before: bool = False,
 ) -> list[Interruption]:
     """Return `count` interruptions, spread over the steps, of every kind in turn, at random moments.
 
-    Each leaves at least two steps to go on with, as what was lost shows in the first or in the second.
+    Each leaves at least two steps to go on with, as what was lost shows in the first or in the second. The only one,
+    and with `saved_before` every one, comes when a checkpoint is on disk.
     """
     found = []
     for index in range(count):
@@ -135,9 +142,9 @@ def draw_interruptions(
         how = kinds[index % len(kinds)]
         # a save at the end of the step under way is gone on from; ranks that agree to stop do so two steps later
         span = max(1, last_step - (5 if how == "stop" else 3))
-        low, high = index * span // count, (index + 1) * span // count
-        if count == 1:  # the save before the last one is on disk, as the last one has waited for that
-            low = min(2 * save_every, span - 1)
+        # the save before the last one is on disk, as the last one has waited for that
+        first = min(2 * save_every, span - 1) if count == 1 or saved_before else 0
+        low, high = (first + share * (span - first) // count for share in (index, index + 1))
         steps = list(range(low, max(high, low + 1)))
         saving = [step for step in steps if (step + 1) % save_every == 0]
         # every other one comes with a save where one falls into its share of the steps
@@ -214,6 +221,7 @@ class Runner:
             if code != 0 and (interruption is None or stopped):
                 raise CouldNotRun(f"{name}: training failed with exit status {code}; it said\n{_tail(output)}")
             if record is not None:
+                _check_placement(name, placement, record)
                 leg.attempts.append(Attempt(placement, record, interruption))
             if code == 0 and self._complete(leg.run_dir):
                 break
@@ -266,6 +274,13 @@ class Runner:
             return True
         stopped = run.preempted
         return stopped is not None and self.last_step is not None and stopped.get("step", -1) >= self.last_step
+
+
+def _check_placement(name: str, placement: Placement, record: Record) -> None:
+    """Raise CouldNotRun unless a run took place where it was to."""
+    processes, strategy = record.facts["world_size"], record.facts["strategy"]
+    if processes != placement.processes or placement.strategy not in (None, "auto", strategy):
+        raise CouldNotRun(f"{name}: asked for {placement}, and it ran in {Placement(processes, strategy)}")
 
 
 def _tail(output: Path, lines: int = 40) -> str:

@@ -289,11 +289,18 @@ class _Director:
             save_every=self.save_every,
             processes=[placement.processes for placement in placements],
             draw=draw,
+            saved_before=len(placements) > 1,
         )
         leg = self.runner.run(
             name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds
         )
-        if not any(attempt.resumed_at > 0 and attempt.record.steps for attempt in leg.attempts):
+        went_on = {attempt.placement for attempt in leg.attempts if attempt.resumed_at > 0 and attempt.record.steps}
+        if len(placements) > 1 and (missing := [place for place in placements[1:] if place not in went_on]):
+            raise CouldNotRun(
+                f"{name}: it did not come to go on from a checkpoint in {'; '.join(map(str, missing))}; train more "
+                "with --steps, or try another --seed"
+            )
+        if not went_on:
             raise CouldNotRun(
                 f"{name}: none of {len(leg.attempts)} starts went on from a checkpoint, so nothing is proved; train "
                 "more with --steps, save more often with checkpoint.every='1 step', or try another --seed"
