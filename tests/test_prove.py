@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -15,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from runs import TINY, write_recipe
+from torch import nn
 from worlds import _context, free_port
 
 from distrain.checkpoint import list_checkpoints
 from distrain.config import UserError
+from distrain.loop.hidden import hidden_state
 from distrain.prove import CouldNotRun, Divergence, Interruption, Placement, Proof, prove
 from distrain.prove.command import run as run_command
 from distrain.prove.divergence import exact
@@ -381,6 +386,64 @@ def _replace(target: Path, source: Path, step: int) -> None:
     saver.close()
 
 
+class Box:
+    """What an object of a user's may hold."""
+
+    shared = 0
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.numpy = np.random.default_rng(0)
+        self.python = random.Random(0)
+        self.cache: dict[str, Any] = {"seen": [0, torch.zeros(2)]}
+        self.itself = self
+        self.large = torch.zeros(1 << 20)
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+def counter() -> Callable[[], int]:
+    count = 0
+
+    def call() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return call
+
+
+def test_what_no_checkpoint_holds_is_found_wherever_it_is() -> None:
+    box, call, model = Box(), counter(), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    roots = {"model": model, "optimizer": optimizer, "data": functools.partial(box, call)}
+
+    def changed_by(action: Callable[[], Any]) -> list[str]:
+        before = hidden_state(roots)
+        action()
+        after = hidden_state(roots)
+        return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+
+    def train() -> None:
+        model(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+
+    assert changed_by(train) == [], "what a checkpoint holds is not hidden"
+    assert changed_by(lambda: torch.rand(1, generator=box.generator)) == ["data.generator"]
+    assert changed_by(box.numpy.random) == ["data.numpy"]
+    assert changed_by(box.python.random) == ["data.python"]
+    assert changed_by(lambda: box.cache["seen"][1].add_(1)) == ["data.cache.seen.1"]
+    assert changed_by(lambda: box.cache.update(new=1)) == ["data.cache.new"]
+    assert changed_by(lambda: box.large.add_(1)) == ["data.large"]
+    assert changed_by(lambda: setattr(Box, "shared", Box.shared + 1)) == ["Box.shared (of the class)"]
+    assert changed_by(call) == ["data.count"]
+    assert changed_by(lambda: setattr(model[0], "calls", 3)) == ["model.0.calls"]
+    assert changed_by(lambda: setattr(model[0].weight, "momentum", 1.0)) == ["model.0.weight.momentum"]
+    model[0].register_buffer("mask", torch.ones(2), persistent=False)
+    assert changed_by(lambda: model[0].mask.zero_()) == ["model.0.mask (a buffer that is not persistent)"]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -428,6 +491,8 @@ def test_what_cannot_be_run(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     with pytest.raises(UserError, match=r"batch\.glob"):
         prove(recipe, ["batch.glob=3"])
+    with pytest.raises(UserError, match="nothing to compare"):
+        proof_of(recipe, kills=0)
     with pytest.raises(CouldNotRun, match="is nan"):
         proof_of(recipe, "optim.lr=1e18")
     (tmp_path / "full").mkdir()

@@ -123,7 +123,8 @@ class Trace:
         self.write(
             "state",
             step,
-            lr=sorted(self._rates),
+            # an optimizer that is no torch.optim.Optimizer inside calls no hooks
+            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.optimizer.param_groups}),
             gradients=self._gradients,
             state=self._state(),
             scalars=session.t.state.scalars(),

@@ -159,8 +159,10 @@ def prove(
     loaded = load_recipe(source, overrides).recipe
     if steps < FEWEST:
         raise UserError(f"--steps is {steps}; a run that is interrupted and goes on needs at least {FEWEST}")
-    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     placements = placements_of(processes, worlds, strategies)
+    if not kills and len(placements) == 1:
+        raise UserError("--kills 0 with one placement leaves nothing to compare; add --kills, --worlds or --strategies")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     save_every = max(1, min(steps, loaded.train.steps or steps) // SAVES)
     began = time.monotonic()
     folder = _folder(keep)
