@@ -51,6 +51,8 @@ class Archive:
     """What was saved; its tensors are `View`s."""
     records: dict[str, Record]
     """The bytes of each storage, by its key."""
+    listing: Record | None = None
+    """The pickle that `root` was read from."""
 
     def record(self, view: View) -> Record:
         """Return where the storage of a tensor lies; raises UserError where the tensor reaches beyond it."""
@@ -88,7 +90,8 @@ def read_archive(descriptor: int, base: int, nbytes: int) -> Archive:
         root = read_pickle(_bytes(descriptor, plain["data.pkl"], MAX_PICKLE))
     except PickleRefused as error:
         raise PickleRefused(f"its pickle is not opened: {error}") from error
-    return Archive(root, {n.removeprefix("data/"): r for n, r in plain.items() if n.startswith("data/")})
+    storages = {name.removeprefix("data/"): record for name, record in plain.items() if name.startswith("data/")}
+    return Archive(root, storages, plain["data.pkl"])
 
 
 def _bytes(descriptor: int, record: Record, most: int) -> bytes:

@@ -173,6 +173,8 @@ class Source:
     aliases: dict[str, str] = field(default_factory=dict)
     checksums: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(file, offset, bytes, CRC-32) of what was read, where the format has one."""
+    listings: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """The same of pickles that say what there is."""
     step: int | None = None
     """Optimizer steps done; None where the format does not say."""
     optimizer: str | None = None
@@ -324,6 +326,8 @@ class Source:
         jobs: dict[int, set[tuple[int, int, int]]] = {}
         for spans in known.values():
             spans.sort()
+        for file, offset, nbytes, crc in self.listings:
+            jobs.setdefault(file, set()).add((offset, nbytes, crc))
         for block in (
             block for name in (self.names if names is None else names) for block in self.tensors[name].blocks
         ):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 import zipfile
@@ -181,6 +182,13 @@ def test_a_flipped_bit_is_found(plain, tmp_path):
     plain.write_bytes(raw)
     refused(plain, tmp_path, match=r"model\.pt: its bytes are not those that were written: a checksum differs")
     export(plain, tmp_path / "unchecked.safetensors", verify=False)
+
+
+def test_a_flipped_bit_in_a_name_is_found(plain, tmp_path):
+    raw = bytearray(plain.read_bytes())
+    raw[raw.index(b"X\x01\x00\x00\x00w") + 5] ^= 2
+    plain.write_bytes(raw)
+    refused(plain, tmp_path, match=r"model\.pt: its bytes are not those that were written: a checksum differs")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
@@ -536,3 +544,35 @@ def test_what_is_no_checkpoint(tmp_path):
         open_foreign(folder, format="deepsped"),
     ):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero1", "zero3", "fsdp", "dcp", "plain"])
+def test_whatever_is_damaged_is_refused_with_words(kind, written, tmp_path):
+    """Bytes changed, taken out and put in at random: the outcome is an export or a UserError, never anything else."""
+    folder = written(kind).path
+    folder = next(folder.glob("*/pytorch_model*"), folder) if kind in ("fsdp", "plain") else folder
+    rng = random.Random(kind)
+    refusals = 0
+    for _ in range(150):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy) if folder.is_dir() else shutil.copy(folder, copy)
+        inside = copy.rglob("*") if copy.is_dir() else [copy]
+        path = rng.choice(sorted(file for file in inside if file.is_file() and file.suffix != ".py"))
+        raw = bytearray(path.read_bytes())
+        for _ in range(rng.choice([1, 1, 4])):
+            place, some = rng.randrange(len(raw)), rng.randrange(1, 20)
+            match rng.randrange(4):
+                case 0:
+                    del raw[place : place + some]
+                case 1:
+                    raw[place:place] = rng.randbytes(some)
+                case _:
+                    raw[place] = rng.randrange(256)
+        path.write_bytes(raw)
+        try:
+            export(copy, tmp_path / "out.safetensors", overwrite=True, sync=False)
+        except UserError:
+            refusals += 1
+        shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+    assert refusals > 50

@@ -36,6 +36,7 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
         for name, stored in inner.tensors.items():
             source.tensors.setdefault(name, stored)
         source.checksums += inner.checksums
+        source.listings += inner.listings
         source.optimizer, source.optimizer_groups = inner.optimizer, inner.optimizer_groups
         source.optimizer_values = inner.optimizer_values
         source.left += inner.left

@@ -54,6 +54,8 @@ class TorchFile:
             raise UserError(f"{path}: {error}") from error
         finally:
             os.close(descriptor)
+        if listing := self.archive.listing:
+            source.listings.append((self.file, listing.offset, listing.nbytes, listing.crc32))
 
     def _open_elsewhere(self, *, trust: bool) -> None:
         tensors, self.archive = open_in_process(self.path, self.source.scratch(), trust=trust)
