@@ -124,7 +124,7 @@ class Trace:
             "state",
             step,
             # an optimizer that is no torch.optim.Optimizer inside calls no hooks
-            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.optimizer.param_groups}),
+            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.engine.optimizer.param_groups}),
             gradients=self._gradients,
             state=self._state(),
             scalars=session.t.state.scalars(),

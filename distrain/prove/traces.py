@@ -69,10 +69,10 @@ class Record:
 
     @cached_property
     def gradient_norms(self) -> dict[str, float]:
-        """The largest norm of each tensor's gradient, over all steps, on rank 0."""
+        """The largest norm of each tensor's gradient, over all steps and ranks."""
         largest: dict[str, float] = {}
-        for ranks in self.steps.values():
-            for name, (_, norm) in ranks.get(0, {}).get("gradients", {}).items():
+        for noted in (noted for ranks in self.steps.values() for noted in ranks.values()):
+            for name, (_, norm) in noted.get("gradients", {}).items():
                 largest[name] = max(largest.get(name, 0.0), norm)
         return largest
 
