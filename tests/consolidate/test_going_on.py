@@ -150,3 +150,34 @@ def test_names_that_do_not_hold(written, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="holds no optimizer's state"):
         import_checkpoint(written("plain").path / "bin" / "pytorch_model.bin", tmp_path / "out", optimizer="AdamW")
+
+
+def test_from_pretrained_opens_the_export_of_a_run(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    config = "{model_type: gpt2, n_layer: 1, n_embd: 8, n_head: 2, n_positions: 16}"
+    recipe = write_recipe(
+        tmp_path,
+        "name: gpt\ntask: language_modeling\n"
+        "data: {name: text, path: text.txt, seq_len: 16, split: [0.8, 0.1, 0.1]}\n"
+        f"model: {{name: 'transformers:AutoModelForCausalLM', config: {config}}}\n"
+        "batch: {global: 4}\ntrain: {steps: 2, precision: fp32}\n",
+    )
+    command("train", recipe, "--run-dir", "run")
+    command("checkpoint", "export", "run", "-o", "out", "--shards", "3KB")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    found = []
+    for folder in ("run/export", "out"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model) is GPT2LMHeadModel
+        assert model.config.n_embd == 8
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor)
+    # and in again, as any folder of Hugging Face's is
+    assert "transformer.wte.weight" in found[0]
+    command("checkpoint", "import", "out", "in")
+    with Reader(find_newest(tmp_path / "in" / "checkpoints")[0]) as reader:
+        assert reader.manifest.scalars["transformers_config"]
