@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import write_recipe
+from runs import rows, train, write_recipe
 from test_evaluation import PAIRS, POINTS, score, write_pairs
+from test_matrix import create, train_in_turn
 from torch import nn
 from worlds import in_world, running_world
 
@@ -205,3 +206,30 @@ def test_generated_text_is_scored_as_in_one_process(tmp_path: Path) -> None:
             assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert values["bleu"] == expected["bleu"]
             assert values["samples"] == expected["samples"] == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gru", "transformer"])
+def test_a_run_of_each_strategy_scores_the_same_text(tmp_path: Path, kind: str) -> None:
+    """From weights that were trained in one process, as a step of little effect is enough then."""
+    recipe = write_recipe(
+        tmp_path,
+        PAIRS.format(path=write_pairs(tmp_path), steps=40)
+        .replace("kind: gru", f"kind: {kind}, dropout: 0.0")
+        .replace("steps: 40", "steps: 40, precision: fp32"),
+    )
+    trained = tmp_path / "trained"
+    train(1, recipe, trained)
+    options = ("train.steps=1", "optim.lr=1e-6", f"model.weights={trained / 'export' / 'model.safetensors'}")
+    finals = []
+    for strategy, world_size in (("single", 1), ("zero3", 2), ("fsdp2", 2)):
+        run = tmp_path / strategy
+        create(run, recipe, options, strategy, world_size)
+        in_world(world_size, train_in_turn, strategy, [str(run)], timeout_s=300)
+        finals += [row for row in rows(run) if row["event"] == "final"]
+    straight, *others = finals
+    assert straight["bleu"] > 0
+    assert len(others) == 2
+    for final in others:
+        assert final["loss"] == pytest.approx(straight["loss"], rel=1e-5)
+        assert final["bleu"] == straight["bleu"]
