@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -299,7 +300,9 @@ def work(
         run, loaded, asked, notes = prepare()
     except UserError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            leave_to_rank_0(rank, error)
         return 1
 
     status = 0
@@ -479,7 +482,19 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
         if first:
             who = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" (rank {rank})"
             print(f"error{who}: {text}" if teaches else f"error{who}:\n{text}", file=sys.stderr, flush=True)
+        elif run is None and not told:
+            leave_to_rank_0(rank, error)
         return 1
+
+
+def leave_to_rank_0(rank: int, error: BaseException) -> None:
+    """Let rank 0 say what every rank has found, and say it where that one has not found it.
+
+    torch's launchers end all processes as soon as one has left: rank 0 too, before it has come so far.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(30)
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

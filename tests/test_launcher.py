@@ -260,6 +260,27 @@ def test_a_world_other_than_asked_for_is_refused(tmp_path: Path, launcher: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+LATE = """
+import os, sys, time
+
+sys.path.insert(0, {root!r})
+from distrain.launcher import work
+
+if os.environ["RANK"] == "0":
+    time.sleep(4)
+sys.exit(work(sys.argv[1], run_dir=sys.argv[2], processes=3))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_faster_leaves_the_telling_to_rank_0(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(root=str(ROOT)))
+    done = typed("torchrun", "--nproc-per-node", 2, script, write_recipe(tmp_path), tmp_path / "run", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("this run asks for 3 processes, found 2") == 1, done.stderr
+
+
 @pytest.mark.slow
 def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
