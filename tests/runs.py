@@ -152,7 +152,7 @@ def checkpoint(run_dir: Path, step: int) -> Path:
 
 def state(path: Path) -> dict[str, np.ndarray]:
     """Return every tensor of a checkpoint, flat, in float64."""
-    kinds = {"F64": np.float64, "F32": np.float32, "I64": np.int64}
+    kinds = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "BOOL": np.bool_}
     with Reader(path) as reader:
         return {
             name: reader.read(name, 0, spec.numel).view(kinds[spec.dtype]).astype(np.float64)

@@ -48,6 +48,10 @@ class Plan:
     """Whether the initial weights are wanted; otherwise a checkpoint follows."""
 
 
+_BUCKET_BYTES = 250 * 2**20
+"""Of the buffers that travel together; what DDP takes."""
+
+
 class Engine(ABC):
     """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
 
@@ -63,13 +67,23 @@ class Engine(ABC):
         self.world = world
         self.clip_norm = plan.clip_norm
         self.scale = LossScale() if world.arithmetic.scaled else None
+        self._first = True
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context for one micro-batch's forward and backward pass; the `last` one ends the step."""
+        if self._first:
+            self._share_buffers()
+        self._first = last
         return nullcontext()
+
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's buffers, where a step begins: as DDP does."""
+        if self.world.world_size > 1 and (buffers := list(self.model.buffers())):
+            assert dist.group.WORLD is not None, "several processes have a group"
+            dist._broadcast_coalesced(dist.group.WORLD, buffers, _BUCKET_BYTES, 0)
 
     @abstractmethod
     def backward(self, objective: Tensor, share: Tensor) -> None:
@@ -147,8 +161,12 @@ class Engine(ABC):
         if self.state.ema is not None:
             parameters = {plain_name(name) for name, _ in self.model.named_parameters()}
             buffers += [average for name, average in self.state.ema.tensors().items() if name not in parameters]
+        # each is laid out as its neighbours are, whatever its strides are here
         for buffer in buffers:
-            dist.broadcast(buffer, src=0)
+            whole = buffer.contiguous()
+            dist.broadcast(whole, src=0)
+            if whole is not buffer:
+                buffer.copy_(whole)
 
     def all_finite(self) -> bool:
         """Return whether every weight is, the same answer on all ranks."""
@@ -216,6 +234,34 @@ def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
 
     model.forward = MethodType(convert_outputs_to_fp32(compute), model)
     return model
+
+
+def make_optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that the plan asks for, without parameters that have no elements.
+
+    There is nothing in them to train, and what an optimizer keeps for them differs by strategy.
+    """
+    optimizer = plan.optimizer(model)
+    for group in optimizer.param_groups:
+        # what DeepSpeed has sharded is empty to look at
+        group["params"] = [each for each in group["params"] if getattr(each, "ds_numel", each.numel())]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move a model's buffers; one that several modules hold stays one."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def model_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, and return it; its own `to` would make two of a buffer that two modules share."""
+    buffers_to(model, device)
+    return model.to(device)
 
 
 class restored(AbstractContextManager[None]):

@@ -9,14 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.networks.blocks import block_classes
-from distrain.strategy.engine import Engine, Numbers, Plan, did_not_take_effect, make_ema, with_arithmetic
+from distrain.strategy.engine import (
+    Engine,
+    Numbers,
+    Plan,
+    buffers_to,
+    did_not_take_effect,
+    make_ema,
+    make_optimizer,
+    with_arithmetic,
+)
 from distrain.strategy.state import Shard, TrainingState, whole
 from distrain.strategy.world import World
 
@@ -28,13 +37,9 @@ class Fsdp2(Engine):
         super().__init__(world, plan)
         deferred = world.together(plan.deferred)
         model = deferred.model
-        buffers = dict(model.named_buffers())
-        values = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._shard_model(model)
-        offloads = world.asked.offload_parameters
-        model.to_empty(device="cpu" if offloads else world.device)
-        for name, value in values.items():
-            _set_buffer(model, name, value.to(world.device))
+        _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
+        buffers_to(model, world.device)
         self.model = self.wrapped = with_arithmetic(world, model)
         if plan.initial:
             parameters = dict(model.named_parameters())
@@ -48,20 +53,34 @@ class Fsdp2(Engine):
 
             world.together(fill)
         # on the sharded parameters, so that its state is sharded as they are
-        self.optimizer = world.together(lambda: plan.optimizer(model))
+        self.optimizer = world.together(lambda: make_optimizer(plan, model))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, carry=plan.carry)
 
     def _shard_model(self, model: nn.Module) -> None:
+        """Shard as Accelerate's plugin says, but in units of our own.
+
+        Its own give embeddings and heads units by what models of transformers call them, and cannot shard a model
+        that shares a weight between two units.
+        """
         plugin = self.world.accelerator.state.fsdp_plugin
-        plugin.transformer_cls_names_to_wrap = [found.__name__ for found in block_classes(model)]
-        # rows are what is sharded, and these have none: FSDP2 refuses them
-        rowless = [parameter for parameter in model.parameters() if parameter.dim() == 0]
-        if rowless:
-            plugin.ignored_modules = [nn.ParameterList(rowless)]
-        fsdp2_prepare_model(self.world.accelerator, model)
+        for parameter in model.parameters():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(self.world.device.type, (self.world.world_size,)),
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            "offload_policy": plugin.cpu_offload,
+            # rows are what is sharded, and these have none: FSDP2 refuses the first and does not gather the second
+            "ignored_params": {each for each in model.parameters() if not _has_rows(each)},
+        }
+        for unit in _units(model):
+            fully_shard(unit, **settings)
+        # the root's own are needed first in the backward pass
+        fully_shard(model, **settings | {"reshard_after_forward": False})
 
     def backward(self, objective: Tensor, share: Tensor) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
@@ -139,8 +158,7 @@ class Fsdp2(Engine):
         odd = [
             name
             for name, parameter in self.model.named_parameters()
-            if parameter.dim()
-            and not (isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world.world_size)
+            if _has_rows(parameter) and not _spans(parameter, self.world.world_size)
         ]
         if odd:
             raise did_not_take_effect("fsdp2", f"{odd[0]} and {len(odd) - 1} others are not sharded over all ranks")
@@ -170,6 +188,51 @@ def _multiply(tensors: list[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(alike, factor.to(device, dtype))
 
 
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, key = name.rpartition(".")
-    model.get_submodule(path)._buffers[key] = value
+def _has_rows(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 0 and parameter.numel() > 0
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """Return what is gathered together besides the rest of the model: its repeated blocks, inner ones first.
+
+    None that shares a weight with what is outside of it: a weight can be in one unit alone.
+    """
+    kinds = tuple(block_classes(model))
+    units = {id(module): module for module in model.modules() if isinstance(module, kinds) and module is not model}
+    while True:
+        owners: dict[int, set[int]] = {}
+        _note_owners(model, id(model), units, owners, set())
+        shared = set().union(*(unit_ids for unit_ids in owners.values() if len(unit_ids) > 1))
+        if not shared & units.keys():
+            # an inner one comes later in `modules()` than what is around it
+            return list(units.values())[::-1]
+        units = {key: module for key, module in units.items() if key not in shared}
+
+
+def _note_owners(
+    module: nn.Module, unit: int, units: dict[int, nn.Module], owners: dict[int, set[int]], seen: set[tuple[int, int]]
+) -> None:
+    """Add to `owners` the units by which each parameter is held."""
+    unit = id(module) if id(module) in units else unit
+    if (id(module), unit) in seen:
+        return
+    seen.add((id(module), unit))
+    for parameter in module.parameters(recurse=False):
+        if _has_rows(parameter):
+            owners.setdefault(id(parameter), set()).add(unit)
+    for child in module.children():
+        _note_owners(child, unit, units, owners, seen)
+
+
+def _give_memory(model: nn.Module, device: torch.device, own: torch.device) -> None:
+    """Give what is on the meta device uninitialised memory: shards on `device`, and what is not sharded on `own`."""
+    # by hand: to_empty would make two of a parameter that has two names, and empty the buffers
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, DTensor):
+                if id(parameter) not in new:
+                    empty = torch.empty_like(parameter, device=own)
+                    new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[key] = new[id(parameter)]
+    model._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, DTensor) and t.is_meta else t)

@@ -15,6 +15,8 @@ from distrain.strategy.engine import (
     Plan,
     did_not_take_effect,
     make_ema,
+    make_optimizer,
+    model_to,
     restored,
     with_arithmetic,
     without_gradient,
@@ -37,8 +39,8 @@ class Replicated(Engine):
         super().__init__(world, plan)
 
         def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-            model = plan.model().to(world.device)
-            return model, plan.optimizer(model)
+            model = model_to(plan.model(), world.device)
+            return model, make_optimizer(plan, model)
 
         self.model, self.optimizer = world.together(build)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -50,7 +50,8 @@ class World:
         """Whether a forward pass speaks to the other ranks: all must then make as many."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
-        self.device = accelerator.device
+        # without an index, as tensors name it: moving there what is there already would copy it
+        self.device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]

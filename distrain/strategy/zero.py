@@ -23,7 +23,10 @@ from distrain.strategy.engine import (
     Engine,
     Numbers,
     Plan,
+    buffers_to,
     did_not_take_effect,
+    make_optimizer,
+    model_to,
     with_arithmetic,
     without_gradient,
 )
@@ -58,19 +61,17 @@ class Zero(Engine):
             deferred = world.together(plan.deferred)
             model = deferred.model
             _partition(deferred, world, initial=plan.initial)
-            for name, buffer in list(model.named_buffers()):
-                path, _, key = name.rpartition(".")
-                model.get_submodule(path)._buffers[key] = buffer.to(world.device)
-            return with_arithmetic(world, model), world.together(lambda: plan.optimizer(model))
-        model = world.together(plan.model).to(world.device)
-        optimizer = world.together(lambda: plan.optimizer(model))
+            buffers_to(model, world.device)
+            return with_arithmetic(world, model), world.together(lambda: make_optimizer(plan, model))
+        model = model_to(world.together(plan.model), world.device)
+        optimizer = world.together(lambda: make_optimizer(plan, model))
         with_arithmetic(world, model)
         self._unused = without_gradient(world, plan, model)
         # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
         # strategy has
         for group in optimizer.param_groups:
             names = {id(p): name for name, p in model.named_parameters()}
-            group["params"] = [p for p in group["params"] if names[id(p)] not in self._unused and p.numel()]
+            group["params"] = [p for p in group["params"] if names[id(p)] not in self._unused]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         for name, parameter in model.named_parameters():
             if name in self._unused:
@@ -85,7 +86,8 @@ class Zero(Engine):
         config["gradient_accumulation_steps"] = plan.accumulation
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = plan.clip_norm or 0.0
-        self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+        with _without_broadcast():
+            self.wrapped, _ = accelerator.prepare(self.model, optimizer)
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -202,6 +204,20 @@ class Zero(Engine):
         return super().effect() | {"stage": self.wrapped.zero_optimization_stage()}
 
 
+@contextmanager
+def _without_broadcast() -> Iterator[None]:
+    """Make engines that do not send the weights around: all ranks have the same ones already.
+
+    It sends them as bytes, as which neither 0-d parameters nor those that are not contiguous can be looked at.
+    """
+    own = deepspeed.DeepSpeedEngine._broadcast_model
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine._broadcast_model = own
+
+
 def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
     raise UserError(
         f"parameter {name} got no gradient from the first batch and gets one now; ZeRO must know at the start what is "
@@ -249,6 +265,11 @@ def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, key))
     named = dict(model.named_parameters())
+    if empty := [name for name, parameter in named.items() if not parameter.numel()]:
+        raise UserError(
+            f"parameter {empty[0]} has no elements (its shape is {tuple(named[empty[0]].shape)}), and ZeRO-3 cannot "
+            "gather what is empty; use fsdp2 or zero2, or make it a buffer"
+        )
     init = deepspeed.zero.Init(
         module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config
     )

@@ -1,0 +1,167 @@
+"""Every strategy trains every kind of model as ddp does, and its checkpoints go on under any other."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import captured, checkpoint, last, losses, state, write_recipe
+from test_matrix import create, stopped_copy
+from worlds import in_world
+
+from distrain.checkpoint import Reader
+from distrain.rundir import RunDir
+
+RECIPE = """
+name: odd
+task: classification
+data: {name: "own_parts:Points", samples: 48, tests: 12}
+model: {name: "odd_models:MODEL"}
+optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
+schedule: {name: cosine, warmup: 2 steps}
+batch: {global: 12, micro: 2}
+train: {steps: 4, precision: fp32, ema: 0.9}
+eval: {every: null}
+checkpoint: {every: 2 steps, keep: 100, async: false}
+log: {every: 1 steps}
+"""
+TOLERANCE = 1e-5
+
+SGD = ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.1")
+GROUPS = (
+    'optim.groups=[{params: "blocks.0.*", lr_scale: 0.3, weight_decay: 0.2}, {params: "*.bias", weight_decay: 0}]',
+)
+FROZEN = ('optim.freeze=["into.*", "blocks.1.*", "head.bias"]',)
+
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "TiedHead": ("TiedHead", ()),
+    "TiedHead-sgd": ("TiedHead", SGD),
+    "TiedAcross": ("TiedAcross", ()),
+    "TiedOut": ("TiedOut", ()),
+    "FrozenBlock": ("FrozenBlock", ()),
+    "frozen": ("Blocks", FROZEN),
+    "frozen-groups": ("Blocks", (*FROZEN, GROUPS[0].replace("*.bias", "head.*"), *SGD)),
+    "groups": ("Blocks", GROUPS),
+    "groups-sgd": ("Blocks", (*GROUPS, *SGD)),
+    "Idle": ("Idle", ()),
+    "IdleBlock": ("IdleBlock", SGD),
+    "Buffered": ("Buffered", ()),
+    "Normed": ("Normed", ()),
+    "Scalars": ("Scalars", ()),
+    "Scalars-groups": ("Scalars", GROUPS),
+    "Empty": ("Empty", ()),
+    "Small": ("Small", ()),
+    "Small-sgd": ("Small", SGD),
+    "Strided": ("Strided", ()),
+    "Single": ("Single", ()),
+    "Twice": ("Twice", ()),
+    "Listed": ("Listed", ()),
+}
+DEPENDS_ON_WORLD = ("Buffered", "Normed")
+"""Their statistics are those of one rank's samples."""
+
+WAYS = [
+    ("single", 1),
+    ("ddp", 2),
+    ("ddp", 3),
+    ("zero1", 2),
+    ("zero1", 3),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+]
+NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
+
+
+def train_each(strategy: str, run_dirs: dict[str, str]) -> dict[str, str]:
+    """Train or go on with each of the runs in this world, one after the other; returns what went wrong, by name."""
+    from distrain.loop import train
+    from distrain.strategy import Asked, open_world
+
+    world = open_world("fp32", Asked(strategy))
+    wrong: dict[str, str] = {}
+
+    def go() -> int:
+        for name, run_dir in run_dirs.items():
+            try:
+                train(RunDir(run_dir), world)
+            except Exception:
+                wrong[name] = traceback.format_exc()
+        return 0
+
+    try:
+        captured(go)
+    finally:
+        world.close()
+    return wrong
+
+
+def run_all(strategy: str, world_size: int, runs: dict[str, Path]) -> dict[str, str]:
+    """Return {case: what went wrong}, said by all ranks alike."""
+    dirs = {name: str(run) for name, run in runs.items()}
+    ranks = in_world(world_size, train_each, strategy, dirs, timeout_s=300)
+    assert all(wrong.keys() == ranks[0].keys() for wrong in ranks), ranks
+    return ranks[0]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def way(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Straight:
+    """The uninterrupted runs of each way, made when they are first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.made: dict[str, dict[str, str]] = {}
+
+    def run(self, way: str, case: str) -> Path:
+        """Return the folder of a run that went well."""
+        if way not in self.made:
+            strategy, world_size = WAYS[NAMES.index(way)]
+            runs = {}
+            for name, (model, overrides) in CASES.items():
+                recipe = write_recipe(self.folder, RECIPE.replace("MODEL", model), f"{name}.yaml")
+                runs[name] = self.folder / way / name
+                runs[name].parent.mkdir(exist_ok=True)
+                create(runs[name], recipe, overrides, strategy, world_size)
+            self.made[way] = run_all(strategy, world_size, runs)
+        assert case not in self.made[way], self.made[way][case]
+        return self.folder / way / case
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    return Straight(tmp_path_factory.mktemp("engines"))
+
+
+def assert_agrees(found: Path, expected: Path) -> None:
+    """The losses, every tensor of the last checkpoint and the names of two runs agree."""
+    assert losses(found) == pytest.approx(losses(expected), rel=TOLERANCE)
+    ours, theirs = state(last(found)), state(last(expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.shape == theirs[name].shape, name
+        gap = np.abs(value - theirs[name]).max(initial=0.0)
+        assert gap <= TOLERANCE * max(np.abs(theirs[name]).max(initial=0.0), 1.0), f"{name}: {gap}"
+    with Reader(last(found)) as a, Reader(last(expected)) as b:
+        assert a.manifest.aliases == b.manifest.aliases
+        assert a.manifest.scalars["optimizer_values"] == b.manifest.scalars["optimizer_values"]
+
+
+def expected(case: str, way: str) -> str:
+    """Return the way that a run is compared with."""
+    model, _ = CASES[case]
+    return "ddpx3" if model in DEPENDS_ON_WORLD and way.endswith("3") else "ddpx2"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_strategy_trains_as_ddp_does(straight: Straight, way: str, case: str) -> None:
+    if CASES[case][0] in DEPENDS_ON_WORLD and way == "singlex1":
+        return
+    assert_agrees(straight.run(way, case), straight.run(expected(case, way), case))
