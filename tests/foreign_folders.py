@@ -60,7 +60,7 @@ def loss_of(model: Any, step: int, rank: int) -> Any:
 # In the processes of a world
 
 
-def write_fsdp(out: str, kinds: list[str], with_fsdp1: bool = False) -> dict[str, Any]:
+def write_fsdp(out: str, kinds: list[str]) -> dict[str, Any]:
     """Train under Accelerate's FSDP2 and `save_state` for each state-dict type; rank 0's whole state is returned."""
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -91,6 +91,33 @@ def write_fsdp(out: str, kinds: list[str], with_fsdp1: bool = False) -> dict[str
         "optimizer": get_optimizer_state_dict(model, optimizer.optimizer, options=options),
     }
     return _leave(whole if accelerator.process_index == 0 else {})
+
+
+def write_fsdp1(out: str) -> dict[str, Any]:
+    """Train under FSDP1 and save its sharded states as Accelerate's `save_fsdp_model` and `save_fsdp_optimizer` do.
+
+    Accelerate itself gives FSDP1 no device on CPU.
+    """
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    dist.init_process_group("gloo")
+    model = FSDP(build_model(), device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(STEPS):
+        loss_of(model, step, dist.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+        dcp.save({"model": model.state_dict()}, checkpoint_id=Path(out) / "pytorch_model_fsdp_0")
+        dcp.save({"optimizer": FSDP.optim_state_dict(model, optimizer)}, checkpoint_id=Path(out) / "optimizer_0")
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(offload_to_cpu=True)):
+        # of the optimizer, torch's own full state repeats one of the moments where it is gathered on CPU
+        whole = {"model": model.state_dict()}
+    return _leave(whole)
 
 
 def write_plain(out: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written
             elif kind == "fsdp":
                 kinds = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
                 state = in_world(2, foreign_folders.write_fsdp, str(path), kinds)[0]
+            elif kind == "fsdp1":
+                state = in_world(2, foreign_folders.write_fsdp1, str(path))[0]
             elif kind == "dcp":
                 state = in_world(2, foreign_folders.write_dcp, str(path))[0]
             else:

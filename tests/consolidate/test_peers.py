@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ZERO
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import in_world
 
 from distrain.checkpoint import Reader, verify
@@ -124,14 +125,18 @@ def test_zero_folders_hold_what_the_same_training_leads_to(kind, written, tmp_pa
             torch.testing.assert_close(tensor, value, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT", "FSDP1"])
 def test_fsdp_folders_hold_what_the_ranks_held(kind, written, tmp_path):
-    folder = written("fsdp")
-    tensors = imported(folder.path / kind, tmp_path)
+    folder = written("fsdp1" if kind == "FSDP1" else "fsdp")
+    tensors = imported(folder.path / (kind if kind != "FSDP1" else ""), tmp_path)
     same(with_prefix(tensors, "model/"), folder.state["model"])
+    state = folder.state
+    if kind == "FSDP1":
+        dcp_to_torch_save(folder.path / "optimizer_0", tmp_path / "optimizer.pt")
+        state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     expected = {
         f"{name}/{key}": value
-        for name, entries in folder.state["optimizer"]["state"].items()
+        for name, entries in state["optimizer"]["state"].items()
         for key, value in entries.items()
     }
     same(with_prefix(tensors, "optimizer/"), expected)
@@ -148,8 +153,6 @@ def test_accelerates_merge_finds_the_same(written, tmp_path):
 
 
 def test_torchs_own_converter_finds_the_same(written, tmp_path):
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
     folder = written("dcp")
     dcp_to_torch_save(folder.path, tmp_path / "merged.pt")
     merged = torch.load(tmp_path / "merged.pt", weights_only=True)["model"]
