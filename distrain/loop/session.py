@@ -85,8 +85,8 @@ class Session:
             self._told += self.t.engine.restore(reader)
             reader.close()
             self.t.step = reader.manifest.step
-        effect = self.t.engine.effect()
-        world.first(lambda: run.record_effect(effect))
+        self._record_effect()
+        self._stepped = False
         self.metrics = build_metrics(recipe, self.data.meta)
         self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
         self.stopping = ""
@@ -247,6 +247,9 @@ class Session:
         """Read a step's numbers, write its row if one is due, and act on what the ranks agreed."""
         if numbers is None:
             return
+        if not self._stepped:  # now there are gradients and an optimizer's state to tell of
+            self._stepped = True
+            self._record_effect()
         step = numbers.step
         loss, norm, (stops, time_to_save, written) = numbers.read()
         if self.trace is not None:
@@ -260,14 +263,18 @@ class Session:
                     "and for a step whose targets are all ignored"
                 )
         if self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
-            self._log(step, loss, norm)
+            self._log(step, loss, norm, numbers.loss_scale)
         if stops > 0 and not self.stopping:
             self.stopping = stop.reason or "a request on another rank"
         self._time_to_save = time_to_save > 0
         if written > 1 - 0.5 / self.world.world_size:
             self._published(self.saver.finish())
 
-    def _log(self, step: int, loss: float, norm: float) -> None:
+    def _record_effect(self) -> None:
+        effect = self.t.engine.effect()
+        self.world.first(lambda: self.run.record_effect(effect))
+
+    def _log(self, step: int, loss: float, norm: float, loss_scale: float | None) -> None:
         clock = time.monotonic()
         seconds = clock - self._logged_at
         samples = (step - self._logged_step) * self.recipe.batch.global_batch_size
@@ -283,6 +290,8 @@ class Session:
         }
         if self.recipe.optim.clip_norm is not None:
             row["grad_norm"] = norm
+        if loss_scale is not None:
+            row["loss_scale"] = loss_scale
         self._logged_at, self._logged_step = clock, step
         self.telemetry.train(row)
 

@@ -61,6 +61,8 @@ class StepNumbers:
     step: int
     """Finished optimizer steps."""
     numbers: Numbers
+    loss_scale: float | None = None
+    """What the loss was multiplied by; None where it is not scaled."""
 
     def read(self) -> tuple[float, float, list[float]]:
         """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
@@ -78,14 +80,16 @@ def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[floa
     """
     set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     share = _share(t, micro_batches)
-    numbers = None
-    while numbers is None:
-        numbers = _attempt(t, micro_batches, share, flags)
+    while True:
+        loss_scale, put_buffers_back = t.engine.loss_scale, t.engine.remember_buffers()
+        if (numbers := _attempt(t, micro_batches, share, flags)) is not None:
+            break
+        put_buffers_back()
     seed = _seed(t, len(micro_batches) - 1)
     t.step += 1
     if t.trace is not None:
         t.trace.stepped(seed)
-    return StepNumbers(t.step, numbers)
+    return StepNumbers(t.step, numbers, loss_scale)
 
 
 def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:

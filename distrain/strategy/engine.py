@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
@@ -66,7 +67,11 @@ class Engine(ABC):
     def __init__(self, world: World, plan: Plan):
         self.world = world
         self.clip_norm = plan.clip_norm
+        self.accumulation = plan.accumulation
         self.scale = LossScale() if world.arithmetic.scaled else None
+        self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
+        self._gradients: dict[str, int] | None = None
+        """Bytes by dtype."""
         self._first = True
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -96,6 +101,42 @@ class Engine(ABC):
         On the way the means over the ranks of `loss` (0-d) and of the three `flags` are taken. Returns None where the
         gradient overflowed and nothing was changed but the loss scale: the step is then to be made again.
         """
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's loss is multiplied by; None where it is not scaled."""
+        return None if self.scale is None else self.scale.scale
+
+    def remember_buffers(self) -> Callable[[], None]:
+        """Return what gives the model's buffers back what they hold now, for a step that is made again.
+
+        Nothing is kept where every step is taken.
+        """
+        if self.scale is None:
+            return lambda: None
+        if self._buffers is None:
+            modules = list(self.model.modules())
+            self._buffers = [(m._buffers, key) for m in modules for key, b in m._buffers.items() if b is not None]
+        kept = [(buffers, key, each.clone()) for buffers, key in self._buffers if (each := buffers[key]) is not None]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for buffers, key, before in kept:
+                    now = buffers[key]
+                    if now is not None and now.shape == before.shape:
+                        now.copy_(before)  # in place, as others may hold the same tensor
+                    else:
+                        buffers[key] = before
+
+        return put_back
+
+    def _note_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Note what this rank holds of a step's gradients, once, to be told in `effect`."""
+        if self._gradients is None:
+            self._gradients = {}
+            for each in gradients:
+                name = str(each.dtype).removeprefix("torch.")
+                self._gradients[name] = self._gradients.get(name, 0) + each.numel() * each.element_size()
 
     def _scaled(self, share: Tensor) -> Tensor:
         return share if self.scale is None else share * self.scale.scale
@@ -186,29 +227,69 @@ class Engine(ABC):
     # ----------------------------------------------------------------------------------------------------------------
     # What took effect
 
-    @abstractmethod
     def check(self) -> None:
         """Raise RuntimeError unless the objects that train are what was asked for."""
+        expected = self.world.arithmetic.weights
+        for name, parameter in self.model.named_parameters():
+            found = self.shard(parameter).values.dtype
+            if found.is_floating_point and found != expected:
+                asked = f"train.precision {self.world.precision}, with weights in {dtype_name(expected)},"
+                raise did_not_take_effect(asked, f"{name} is {dtype_name(found)}")
 
     def effect(self) -> dict[str, Any]:
         """Return what took effect, as read from the objects that train. The same on all ranks."""
+        own, full = dict.fromkeys(("parameter", "optimizer", "ema"), 0), dict.fromkeys(("parameter", "optimizer"), 0)
+        dtypes: dict[str, set[str]] = {"parameter": set(), "optimizer": set()}
         held = list(self.state.held().values())
-        sizes: dict[str, int] = {"parameter": 0, "optimizer": 0}
-        full: dict[str, int] = {"parameter": 0, "optimizer": 0}
         for each in held:
-            if each.role in sizes:
-                sizes[each.role] += each.values.numel() * each.values.element_size()
+            if each.role in own:
+                own[each.role] += each.nbytes
+            if each.role in dtypes:
                 full[each.role] += math.prod(each.shape) * each.values.element_size()
-        return {
+                if each.values.dim():  # counters of steps are no numbers that are trained
+                    dtypes[each.role].add(dtype_name(each.values.dtype))
+        gradients = self._gradients or {}
+        ranks = self.world.gather((own["parameter"], own["optimizer"], own["ema"], sum(gradients.values())))
+        parameter, optimizer, ema, gradient = (list(each) for each in zip(*ranks, strict=True))
+        autocast = self.world.arithmetic.autocast
+        effect: dict[str, Any] = {
             "strategy": self.world.strategy,
             "engine": type(self.wrapped).__name__,
             "optimizer": type(self.state.optimizer).__name__,
             "processes": self.world.world_size,
             "device": self.world.device.type,
             "precision": self.world.precision,
+            "forward": "as stored" if autocast is None else f"autocast to {dtype_name(autocast)}",
+            "weights": _listed(dtypes["parameter"]),
             "sharded": any(not each.replicated for each in held),
-            "parameter_bytes": {"full": full["parameter"], "ranks": self.world.gather(sizes["parameter"])},
+            "offload": self._offloaded(),
+            "accumulation": self.accumulation,
+            "clip_norm": self.clip_norm,
+            "parameter_bytes": {"full": full["parameter"], "ranks": parameter},
         }
+        # what comes into being with the first step
+        if self._gradients is not None:
+            effect["gradients"] = _listed(gradients)
+            effect["gradient_bytes"] = {"ranks": gradient}
+        if full["optimizer"]:
+            effect["optimizer_state"] = _listed(dtypes["optimizer"])
+            effect["optimizer_bytes"] = {"full": full["optimizer"], "ranks": optimizer}
+        if self.state.ema is not None:
+            effect["ema_bytes"] = {"ranks": ema}
+        return effect | {"versions": {"torch": torch.__version__, "accelerate": accelerate.__version__}}
+
+    def _offloaded(self) -> str:
+        """Return what is kept in the memory of the CPU beside a GPU: none, optimizer or all; read from the objects."""
+        return "none"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that people use, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def make_ema(plan: Plan, source: Any) -> Ema | None:

@@ -92,6 +92,7 @@ class Fsdp2(Engine):
         self._average_replicated()
         gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
         own = [p.grad for p in self._replicated if p.grad is not None]
+        self._note_gradients([*gradients, *own])
         # the norm and what the ranks tell each other, in one reduction
         numbers = torch.zeros(2 + len(flags), dtype=torch.float64, device=world.device)
         numbers[0] = _square(gradients) + (_square(own) / world.world_size if own else 0.0)
@@ -155,6 +156,7 @@ class Fsdp2(Engine):
                 module.reshard()
 
     def check(self) -> None:
+        super().check()
         odd = [
             name
             for name, parameter in self.model.named_parameters()
@@ -164,8 +166,13 @@ class Fsdp2(Engine):
             raise did_not_take_effect("fsdp2", f"{odd[0]} and {len(odd) - 1} others are not sharded over all ranks")
 
     def effect(self) -> dict[str, Any]:
-        units = sum(isinstance(module, FSDPModule) for module in self.model.modules())
-        return super().effect() | {"engine": "FSDPModule", "units": units}
+        units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        meshes = {str(p.device_mesh) for p in self.model.parameters() if isinstance(p, DTensor)}
+        return super().effect() | {"engine": "FSDPModule", "units": len(units), "mesh": ", ".join(sorted(meshes))}
+
+    def _offloaded(self) -> str:
+        devices = {p.device.type for p in self.model.parameters() if isinstance(p, DTensor)}
+        return "all" if devices == {"cpu"} and self.world.device.type != "cpu" else "none"
 
 
 def _spans(parameter: nn.Parameter, world_size: int) -> bool:

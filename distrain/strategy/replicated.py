@@ -75,6 +75,7 @@ class Replicated(Engine):
 
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         means = self._backward(self.wrapped, objective, self._scaled(share), loss, flags)
+        self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
         norm = None
         if self.scale is not None:
             gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
@@ -125,6 +126,7 @@ class Replicated(Engine):
         return whole(parameter)
 
     def check(self) -> None:
+        super().check()
         if self.world.world_size == 1:
             return
         if not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):

@@ -88,6 +88,9 @@ class Zero(Engine):
         config["gradient_clipping"] = plan.clip_norm or 0.0
         with _without_broadcast():
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+        # Accelerate falls back to DDP without a word, and nothing that follows would work
+        if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
+            raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -117,6 +120,7 @@ class Zero(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         self._backward(objective, share, last=True)
+        self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
         self.wrapped.step()
         overflowed = not self.wrapped.was_step_applied()
         if self.scale is not None:
@@ -193,15 +197,37 @@ class Zero(Engine):
             yield
 
     def check(self) -> None:
-        if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
-            raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
+        super().check()
         if (found := self.wrapped.zero_optimization_stage()) != self.stage:
             raise did_not_take_effect(self.world.strategy, f"DeepSpeed runs ZeRO stage {found}")
         if (found := self.wrapped.dp_world_size) != self.world.world_size:
             raise did_not_take_effect(self.world.strategy, f"DeepSpeed spans {found} of {self.world.world_size} ranks")
 
+        engine = self.wrapped
+        if (found := (engine.gradient_accumulation_steps(), engine.gradient_clipping())) != (
+            self.accumulation,
+            self.clip_norm or 0.0,
+        ):
+            asked = f"accumulation {self.accumulation} and optim.clip_norm {self.clip_norm}"
+            raise did_not_take_effect(asked, f"DeepSpeed accumulates {found[0]} and clips to {found[1]}")
+
     def effect(self) -> dict[str, Any]:
-        return super().effect() | {"stage": self.wrapped.zero_optimization_stage()}
+        engine = self.wrapped
+        effect = super().effect() | {
+            "stage": engine.zero_optimization_stage(),
+            "accumulation": engine.gradient_accumulation_steps(),
+            "clip_norm": engine.gradient_clipping() or None,
+        }
+        if self.stage < 3:  # beside those that are trained
+            own = sum(group.nbytes for group in self._zero.bit16_groups_flat)
+            effect["computing_weights_bytes"] = {"ranks": self.world.gather(own)}
+        effect["versions"] |= {"deepspeed": deepspeed.__version__}
+        return effect
+
+    def _offloaded(self) -> str:
+        offloads = [self.wrapped.zero_offload_param(), self.wrapped.zero_offload_optimizer()]
+        parameters, optimizer = (each is not None and each.device != "none" for each in offloads)
+        return "all" if parameters else "optimizer" if optimizer else "none"
 
 
 @contextmanager
