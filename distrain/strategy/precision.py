@@ -233,6 +233,7 @@ def _with_float8_layers(model: nn.Module) -> str:
 # Scaling the loss
 
 _FLOOR = 2.0**-10
+_GROWS_AFTER = 2000
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -268,7 +269,7 @@ class LossScale:
                 )
             return
         self.good_steps += 1
-        if self.good_steps == 2000:
+        if self.good_steps >= _GROWS_AFTER:
             self.scale, self.good_steps = (self.scale * 2 if self.scale * 2 <= _LARGEST else self.scale), 0
 
     def state(self) -> dict[str, float | int]:
@@ -283,7 +284,7 @@ class LossScale:
             and math.isfinite(scale)
             and scale >= _FLOOR
             and isinstance(good_steps, int)
-            and 0 <= good_steps < 2000
+            and 0 <= good_steps < _GROWS_AFTER
         ):
             raise UserError(f"the stored scale of the loss is {state!r}; expected a scale of {_FLOOR:g} or more")
         self.scale, self.good_steps = float(scale), good_steps
