@@ -17,6 +17,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
+from distrain.config import UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
 from distrain.strategy.precision import LossScale
@@ -368,6 +369,16 @@ def without_gradient(world: World, plan: Plan, model: nn.Module) -> set[str]:
             return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
     return {name for names in world.gather(world.together(rehearse)) for name in names}
+
+
+def no_gradient(names: Sequence[str], world: World) -> UserError:
+    """Return the error of trained parameters that a step has given no gradient."""
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return UserError(
+        f"parameter {names[0]}{others} got no gradient in a step on rank {world.rank}; {world.strategy} must know at "
+        "the start what is trained, and reduces it with every step. Have each step use it, even if its output is "
+        "multiplied by zero; freeze it (optim.freeze) if it is never used; or train in a single process"
+    )
 
 
 def did_not_take_effect(asked: str, found: str) -> RuntimeError:

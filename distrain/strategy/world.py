@@ -50,8 +50,7 @@ class World:
         """Whether a forward pass speaks to the other ranks: all must then make as many."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
-        # without an index, as tensors name it: moving there what is there already would copy it
-        self.device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
+        self.device = accelerator.device
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
         self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]
@@ -185,6 +184,9 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
             step_scheduler_with_optimizer=False,
             **arrange(asked, environment, timedelta(seconds=timeout_s), on_cpu=on_cpu),
         )
+    if accelerator.device.type == "cpu":
+        # without an index, as tensors name it: moving there what is there already would copy it
+        accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
     world = World(accelerator, resolve(precision, accelerator.device), asked)
     if (world.rank, world.world_size) != (environment.rank, environment.world_size):
         raise UserError(

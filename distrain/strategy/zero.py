@@ -27,9 +27,11 @@ from distrain.strategy.engine import (
     did_not_take_effect,
     make_optimizer,
     model_to,
+    no_gradient,
     with_arithmetic,
     without_gradient,
 )
+from distrain.strategy.rehearsal import imagine_without_gradient
 from distrain.strategy.state import Shard, TrainingState, group_names, whole
 from distrain.strategy.world import World
 
@@ -44,6 +46,8 @@ class Zero(Engine):
     def __init__(self, world: World, plan: Plan):
         super().__init__(world, plan)
         self.stage = int(world.strategy[-1])
+        self._trained: dict[int, str] = {}
+        self._reached: set[int] = set()
         self.model, optimizer = self._build(plan)
         groups = group_names(self.model, optimizer)
         self._prepare(plan, optimizer)
@@ -60,23 +64,42 @@ class Zero(Engine):
         if self.stage == 3:
             deferred = world.together(plan.deferred)
             model = deferred.model
+            imagined = imagine_without_gradient(model, plan.objective, world.device)
+            # one that a rank cannot tell of, or uses, is trained; if no rank uses it after all, `step` says so
+            unused = set.intersection(*(names or set() for names in world.gather(imagined)))
             _partition(deferred, world, initial=plan.initial)
             buffers_to(model, world.device)
-            return with_arithmetic(world, model), world.together(lambda: make_optimizer(plan, model))
-        model = model_to(world.together(plan.model), world.device)
-        optimizer = world.together(lambda: make_optimizer(plan, model))
-        with_arithmetic(world, model)
-        self._unused = without_gradient(world, plan, model)
+            optimizer = world.together(lambda: make_optimizer(plan, model))
+            with_arithmetic(world, model)
+        else:
+            model = model_to(world.together(plan.model), world.device)
+            optimizer = world.together(lambda: make_optimizer(plan, model))
+            with_arithmetic(world, model)
+            unused = without_gradient(world, plan, model)
         # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
         # strategy has
+        names = {id(p): name for name, p in model.named_parameters()}
         for group in optimizer.param_groups:
-            names = {id(p): name for name, p in model.named_parameters()}
-            group["params"] = [p for p in group["params"] if names[id(p)] not in self._unused]
+            group["params"] = [p for p in group["params"] if names[id(p)] not in unused]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._trained[id(parameter)] = names[id(parameter)]
+                parameter.register_post_accumulate_grad_hook(self._note_reached)
         for name, parameter in model.named_parameters():
-            if name in self._unused:
+            if name in unused and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_refuse_gradient, name))
         return model, optimizer
+
+    def _note_reached(self, parameter: nn.Parameter) -> None:
+        self._reached.add(id(parameter))
+
+    def _check_reached(self) -> None:
+        """Raise UserError unless every trained parameter got a gradient in this step."""
+        if len(self._reached) < len(self._trained):
+            missed = [name for key, name in self._trained.items() if key not in self._reached]
+            raise no_gradient(missed, self.world)
+        self._reached.clear()
 
     def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
         accelerator = self.world.accelerator
@@ -120,6 +143,7 @@ class Zero(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         self._backward(objective, share, last=True)
+        self._check_reached()
         self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
         self.wrapped.step()
         overflowed = not self.wrapped.was_step_applied()
