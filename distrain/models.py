@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from distrain.config import ModelSection, Recipe, Task, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets import DataMeta
 from distrain.networks import ModelEntry, find, model_names, register
-from distrain.networks.deferred import SMALL, Deferred, defer, defer_full
+from distrain.networks.deferred import SMALL, Deferred, defer
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.huggingface import build_transformers, check_transformers, is_transformers, transformers_config
 from distrain.networks.sequential import check_layers, shown
@@ -333,10 +333,7 @@ def defer_model(
     def build(say: Callable[[str], None]) -> nn.Module:
         return _initial(recipe, meta, base, weights, say)
 
-    if section.name.startswith(TRANSFORMERS) and "path" in section.args and weights:
-        deferred = defer_full(build, "transformers reads the weights of a folder all at once", say=say)
-    else:
-        deferred = defer(build, say=say, small=small)
+    deferred = defer(build, say=say, small=small)
     if weights and section.weights is not None:
         say(str(defer_weights(deferred, base / section.weights, strict=section.weights_strict)))
     return deferred

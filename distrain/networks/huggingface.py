@@ -11,11 +11,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from distrain.config import UserError, close_names
+from distrain.networks.pretrained import weights_in_their_files
 
 PREFIX = "transformers:"
 
@@ -110,10 +113,11 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
                 setattr(config, key, known[fact])
         with _in_one_piece():
             if weights:
-                model = kind.from_pretrained(folder, config=config, local_files_only=True)
+                with weights_in_their_files():
+                    model = kind.from_pretrained(folder, config=config, local_files_only=True)
             else:
                 model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model.path: {name} cannot be opened from {folder}: {error}") from error
     size = getattr(config.get_text_config(), "vocab_size", None)
     needed = known.get("vocab_size")

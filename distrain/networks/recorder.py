@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from distrain.networks.replay import (
     Diverged,
@@ -86,12 +86,13 @@ def _traits(func: Any) -> _Traits:
         alias = result.alias_info
         names = alias.before_set if alias is not None and alias.is_write else ()
         returned.append(next((by_alias[name] for name in names if name in by_alias), None))
+    by_element = torch.Tag.pointwise in func.tags and torch.Tag.data_dependent_output not in func.tags
     return _Traits(
         tuple(written),
         tuple(returned),
         is_view=not written and any(result.alias_info is not None for result in schema.returns),
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
-        is_lazy=torch.Tag.pointwise in func.tags or schema.name in ("aten::clone", "aten::_to_copy"),
+        is_lazy=by_element or schema.name in ("aten::clone", "aten::_to_copy"),
     )
 
 
@@ -114,6 +115,12 @@ class Recorder(TorchDispatchMode):
         self._working: OrderedDict[Slot, None] = OrderedDict()
         self._largest = 0
         self._count = 0
+
+    @staticmethod
+    def active() -> Recorder | None:
+        """Return the one that is recording now."""
+        modes = _get_current_dispatch_mode_stack()
+        return next((mode for mode in reversed(modes) if isinstance(mode, Recorder)), None)
 
     def lost(self, what: str) -> NotFollowed:
         """Note, and return as an error, that something was done which the record cannot repeat."""
@@ -165,8 +172,23 @@ class Recorder(TorchDispatchMode):
         slots = {id(t): slot for t in tensors_in((args, kwargs)) if (slot := self.slot(t)) is not None}
         if not slots:
             return func(*args, **kwargs)
-        with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        with torch.no_grad(), _disable_current_modes():
             return self._repeatable(func, args, kwargs, slots, self._node(func, args, kwargs, slots))
+
+    def later(self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]) -> Tensor:
+        """Return a stand-in for what `read` gives, a new tensor of this shape on the CPU, the same at every call.
+
+        It is called when the values are asked for; a small tensor is read at once.
+        """
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            if math.prod(shape) <= self.small:
+                return read()
+            facade = torch.empty(shape, dtype=dtype, device="meta")
+            self._count += 1
+            node = Node(self._count, read, (), {}, None)
+            slot = self._new(facade.untyped_storage(), node)
+            node.outs, node.touches = ((0, Ref.of(slot, facade)),), (slot,)
+            return facade
 
     def _repeatable(self, func: Any, args: Any, kwargs: Any, slots: dict[int, Slot], node: Node) -> Any:
         for slot in slots.values():
@@ -473,7 +495,10 @@ def _by_device(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _tolist(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     slot = recorder.slot(args[0])
-    return func(args[0] if slot is None else Ref.of(slot, args[0]).on(recorder.materialise(slot)))
+    if slot is None:
+        return func(args[0])
+    with _disable_current_modes():
+        return func(Ref.of(slot, args[0]).on(recorder.materialise(slot)))
 
 
 def _own(answer: Callable[[Tensor], Any]) -> Callable[[Recorder, Any, Any, Any], Any]:

@@ -216,7 +216,7 @@ def _in_folder(path: Path) -> dict[str, _Stored]:
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
         raw = torch.from_numpy(tensors.gather(name, 0, spec.numel).copy())
-        return raw.view(_DTYPES[tensors.stored_dtype(name)]).reshape(spec.shape)
+        return raw.view(DTYPES[tensors.stored_dtype(name)]).reshape(spec.shape)
 
     return {
         full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
@@ -225,7 +225,7 @@ def _in_folder(path: Path) -> dict[str, _Stored]:
     }
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,

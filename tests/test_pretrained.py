@@ -1,0 +1,281 @@
+"""A pretrained folder whose weights stay in their files until they are asked for: to the bit an ordinary build."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_deferred import SIZES, assert_equals, world_state
+from test_models import recipe_of
+from torch import nn
+
+from distrain.config import UserError
+from distrain.datasets import DataMeta
+from distrain.models import build_model, defer_model, tied_names
+from distrain.networks.deferred import Deferred
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 160, "intermediate_size": 192}
+WORDS = {"vocab_size": 300, "pad_token_id": None}
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 160, **WORDS}
+LLAMA = {"model_type": "llama", **TINY, "num_key_value_heads": 2, **WORDS}
+BERT = {"model_type": "bert", **TINY, **WORDS}
+T5 = {"model_type": "t5", "num_layers": 2, "num_heads": 2, "d_model": 160, "d_ff": 200, **WORDS}
+VIT = {"model_type": "vit", **TINY, "image_size": 32, "patch_size": 8}
+MIXTRAL = {"model_type": "mixtral", **TINY, "num_key_value_heads": 2, "num_local_experts": 3, **WORDS}
+TEXT = DataMeta(input_shape=(16,), vocab_size=300, pad_id=0, num_classes=7)
+IMAGES = DataMeta(input_shape=(3, 32, 32), num_classes=7)
+HEAD, LM = "ForSequenceClassification", "ForCausalLM"
+
+
+@functools.cache
+def pretrained(kind: str, items: tuple[tuple[str, Any], ...]) -> nn.Module:
+    config = dict(items)
+    config_class = transformers.CONFIG_MAPPING[config.pop("model_type")]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = getattr(transformers, f"AutoModel{kind}").from_config(config_class(**config))
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor), alpha=0.1)  # biases and norms too
+    return model
+
+
+def save(folder: Path, kind: str, config: dict[str, Any], dtype: torch.dtype = torch.float32, **how: Any) -> nn.Module:
+    model = pretrained(kind, tuple(config.items())).to(dtype)
+    model.save_pretrained(folder, **how)
+    return model.float()
+
+
+def same(folder: Path, kind: str, meta: DataMeta = TEXT, small: int = 0, **recipe: Any) -> tuple[Deferred, nn.Module]:
+    asked = recipe_of({"name": f"transformers:AutoModel{kind}", "path": str(folder)}, **recipe)
+    said: list[str] = []
+    before = world_state()
+    deferred = defer_model(asked, meta, say=said.append, small=small)
+    assert world_state() == before
+    assert said == []
+    assert not deferred.is_full
+    ordinary = build_model(asked, meta)
+    assert_equals(deferred, ordinary)
+    # the configuration and what else hangs on a model
+    assert deferred.model.config.to_dict() == ordinary.config.to_dict()
+    return deferred, ordinary
+
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    (LM, GPT2, LM),
+    (LM, GPT2, ""),
+    ("", GPT2, LM),
+    (LM, GPT2 | {"tie_word_embeddings": False}, LM),
+    (LM, LLAMA, LM),
+    ("", LLAMA, HEAD),
+    (LM, LLAMA | {"tie_word_embeddings": True}, HEAD),
+    ("", BERT, HEAD),
+    ("ForMaskedLM", BERT, ""),
+    ("ForMaskedLM", BERT, HEAD),
+    (HEAD, BERT | {"num_labels": 7}, HEAD),
+    ("ForSeq2SeqLM", T5, "ForSeq2SeqLM"),
+    ("ForSeq2SeqLM", T5 | {"tie_word_embeddings": False}, ""),
+    ("ForSeq2SeqLM", T5, HEAD),
+    (LM, MIXTRAL, LM),
+    (LM, MIXTRAL, HEAD),
+]
+
+
+@pytest.mark.parametrize(("saved", "config", "opened"), CASES, ids=[f"{b['model_type']}-{a}-{c}" for a, b, c in CASES])
+@SIZES
+def test_folders(tmp_path: Path, saved: str, config: dict[str, Any], opened: str, small: int) -> None:
+    model = save(tmp_path, saved, config)
+    _, ordinary = same(tmp_path, opened, small=small)
+    theirs = {name.partition(".")[2]: value for name, value in model.state_dict().items()} | model.state_dict()
+    mine = {name.partition(".")[2]: value for name, value in ordinary.state_dict().items()} | ordinary.state_dict()
+    common = [name for name in mine if name in theirs and mine[name].shape == theirs[name].shape]
+    assert sum(torch.equal(mine[name], theirs[name]) for name in common) > len(model.state_dict()) / 2
+
+
+@pytest.mark.parametrize("saved", ["", "ForImageClassification"])
+@SIZES
+def test_images(tmp_path: Path, saved: str, small: int) -> None:
+    save(tmp_path, saved, VIT | {"num_labels": 7})
+    same(tmp_path, "ForImageClassification", IMAGES, small)
+
+
+def as_one_bin(folder: Path, state: dict[str, torch.Tensor], *, old: bool = False) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+
+
+def as_several_bins(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").unlink()
+    files = {name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin" for place, name in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({name: value for name, value in state.items() if files[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("files", ["one", "sharded", "bin", "bins"])
+@pytest.mark.parametrize(("saved", "config", "opened"), [(LM, GPT2, LM), ("", BERT, HEAD), ("", LLAMA, HEAD)])
+def test_files(tmp_path: Path, saved: str, config: dict[str, Any], opened: str, files: str, dtype: torch.dtype) -> None:
+    model = save(tmp_path, saved, config, dtype, **({"max_shard_size": "300KB"} if files == "sharded" else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (files == "sharded")
+    if "bin" in files:
+        state = {name: value.to(dtype) for name, value in model.state_dict().items()}
+        (as_one_bin if files == "bin" else as_several_bins)(tmp_path, state)
+    _, ordinary = same(tmp_path, opened)
+    assert {p.dtype for p in ordinary.parameters()} == {torch.float32}
+
+
+def test_double_precision(tmp_path: Path) -> None:
+    save(tmp_path, "", BERT, torch.bfloat16)
+    _, ordinary = same(tmp_path, HEAD, precision="fp64")
+    assert {p.dtype for p in ordinary.parameters()} == {torch.float64}
+
+
+def test_tied_weights_that_differ(tmp_path: Path) -> None:
+    state = dict(save(tmp_path, LM, GPT2).state_dict())
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, ordinary = same(tmp_path, LM)
+    assert not tied_names(ordinary)
+
+
+def test_the_other_of_tied_weights(tmp_path: Path) -> None:
+    state = dict(save(tmp_path, LM, GPT2).state_dict())
+    del state["transformer.wte.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, ordinary = same(tmp_path, LM)
+    assert tied_names(ordinary)
+    assert torch.equal(ordinary.lm_head.weight, state["lm_head.weight"])
+
+
+def test_what_is_not_in_the_file_depends_on_the_seed(tmp_path: Path) -> None:
+    save(tmp_path, "", BERT)
+    (_, one), (_, other) = (same(tmp_path, HEAD, seed=seed) for seed in (0, 1))
+    assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+
+
+def test_a_file_that_is_read_all_at_once_is_built_in_full(tmp_path: Path) -> None:
+    as_one_bin(tmp_path, save(tmp_path, LM, GPT2).state_dict(), old=True)
+    recipe = recipe_of({"name": f"transformers:AutoModel{LM}", "path": str(tmp_path)})
+    said: list[str] = []
+    deferred = defer_model(recipe, TEXT, say=said.append, small=0)
+    assert deferred.is_full
+    assert len(said) == 1
+    assert "the format before PyTorch 1.6" in said[0]
+    assert_equals(deferred, build_model(recipe, TEXT))
+
+
+def broken_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def other_shape(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["bert.pooler.dense.weight"] = torch.zeros(3, 3)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("harm", [broken_file, other_shape, no_file], ids=lambda harm: harm.__name__)
+def test_errors_are_those_of_an_ordinary_build(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    save(tmp_path, HEAD, BERT | {"num_labels": 7})
+    harm(tmp_path)
+    recipe = recipe_of({"name": f"transformers:AutoModel{HEAD}", "path": str(tmp_path)})
+    with pytest.raises(UserError) as expected:
+        build_model(recipe, TEXT)
+    with pytest.raises(UserError) as found:
+        defer_model(recipe, TEXT)
+    assert str(found.value) == str(expected.value)
+    assert str(tmp_path) in str(found.value)
+
+
+def test_transformers_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import modeling_utils
+    from transformers.utils import logging
+
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
+    before = modeling_utils.safe_open, modeling_utils.load_state_dict, logging._tqdm_hook, dict(os.environ)
+    save(tmp_path, LM, GPT2)
+    same(tmp_path, LM)
+    assert (modeling_utils.safe_open, modeling_utils.load_state_dict, logging._tqdm_hook, dict(os.environ)) == before
+
+
+MEMORY = """
+import sys, threading, time
+import torch
+from test_models import recipe_of
+from distrain.datasets import DataMeta
+from distrain.models import defer_model
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+folder, warm = sys.argv[1:]
+torch.set_num_threads(1)
+meta = DataMeta(input_shape=(16,), vocab_size=300, pad_id=0, num_classes=7)
+def open_folder(path):
+    recipe = recipe_of({"name": "transformers:AutoModelForSequenceClassification", "path": path})
+    return defer_model(recipe, meta, say=print)
+dict(open_folder(warm).values())
+peaks, stop = {}, False
+phase, start = "deferred", anonymous()
+def watch():
+    while not stop:
+        peaks[phase] = max(peaks.get(phase, 0), anonymous() - start)
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+deferred = open_folder(folder)
+phase = "values"
+for name, value in deferred.values():
+    pass
+stop = True
+thread.join()
+print(*peaks.values())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("files", "dtype"), [("one", torch.float32), ("sharded", torch.bfloat16), ("bin", torch.float16)]
+)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, files: str, dtype: torch.dtype) -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5}
+    save(tmp_path / "warm", "", BERT)
+    model = save(
+        tmp_path / "wide", "", BERT | wide, dtype, **({"max_shard_size": "60MB"} if files == "sharded" else {})
+    )
+    if files == "bin":
+        as_one_bin(tmp_path / "wide", {name: value.to(dtype) for name, value in model.state_dict().items()})
+    size = sum(parameter.numel() * 4 for parameter in model.parameters()) / 2**20
+    pretrained.cache_clear()
+    program = [sys.executable, "-c", MEMORY, str(tmp_path / "wide"), str(tmp_path / "warm")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    peaks = [float(word) for word in done.stdout.split()]
+    print(
+        f"{files}, {dtype}: {size:.0f} MiB of weights, the largest 16 MiB; peaks while building and of values: {peaks}"
+    )
+    assert len(peaks) == 2
+    assert size > 240
+    assert peaks[0] < 16
+    assert 16 <= peaks[1] <= 3 * 16
