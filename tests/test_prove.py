@@ -533,8 +533,8 @@ def test_an_interruption_leaves_steps_to_go_on_with(tmp_path: Path) -> None:
         found = divergence_of(proof_of(recipe, f"model={WRONG}:CountingModel", steps=6, seed=seed))
         assert found.attempt == 1, seed
     # a run that is shorter than what is to be proved
-    with pytest.raises(CouldNotRun, match="none of 2 starts"):
-        proof_of(recipe, "train.steps=3", steps=8)
+    with pytest.raises(CouldNotRun, match="none of"):
+        proof_of(recipe, "train.steps=1", "schedule.warmup=0 steps", steps=8)
     with pytest.raises(UserError, match="at least 6"):
         proof_of(recipe, steps=5)
 

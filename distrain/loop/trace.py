@@ -174,10 +174,17 @@ class Trace:
     def _pause(self, step: int) -> None:
         if self.rank != 0 or self.pause_at is None or step < self.pause_at:
             return
-        self.pause_at = None
-        (self.folder / "paused").touch()
+        if not (self.folder / "paused").exists():
+            (self.folder / "paused").touch()
+            self._wait_for("go")
+        elif step >= self.pause_at + 2:
+            # whoever interrupts may be slower than small steps are
+            self.pause_at = None
+            self._wait_for("sent")
+
+    def _wait_for(self, name: str) -> None:
         until = time.monotonic() + _PATIENCE_S
-        while not (self.folder / "go").exists() and time.monotonic() < until:
+        while not (self.folder / name).exists() and time.monotonic() < until:
             time.sleep(0.001)
 
     def _about_to_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

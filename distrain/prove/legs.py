@@ -266,6 +266,7 @@ class Runner:
                         return False
                     time.sleep(0.002)
                 os.kill(ranks.pids()[int(interruption.rank * len(ranks.starts))], signal.SIGKILL)
+        (trace / "sent").touch()
         return True
 
     def _complete(self, run_dir: Path) -> bool:
