@@ -239,12 +239,13 @@ def start(
     if count == 1:
         return work(target, overrides, run_dir=run_dir, processes=1, update=update, strategy=strategy, offload=offload)
     from distrain.loop import check_recipe
-    from distrain.strategy import read_configuration
+    from distrain.strategy import check_precision, read_configuration
 
     configuration = read_configuration([], os.environ)
     asked = asked_for(run, count, strategy, offload, configuration)
     stored = loaded or load_recipe(run.recipe_path)
     check_one_owner(configuration, stored.recipe, count, stored.origins)
+    check_precision(stored.recipe.train.precision, asked.strategy)
 
     if loaded is not None:
         check_recipe(loaded.recipe, target)

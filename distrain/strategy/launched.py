@@ -105,6 +105,15 @@ class Wish:
     """One of OFFLOADS; None where it says nothing."""
 
 
+def check_precision(precision: str, strategy: str) -> None:
+    """Raise UserError where a strategy cannot train in the recipe's `train.precision` on any machine."""
+    if precision == "fp64" and strategy.startswith("zero"):
+        raise UserError(
+            f"train.precision is fp64 and the strategy {strategy}: DeepSpeed keeps what it trains in fp32, whatever "
+            "the model has. Take ddp or fsdp2, or fp32"
+        )
+
+
 def settle(world_size: int, wishes: Sequence[Wish], fallback: Wish | None = None) -> Asked:
     """Return what is to be done in a world of that size, from what all places say.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distrain.config import UserError
 from distrain.strategy.configuration import take_over
-from distrain.strategy.launched import Asked, Environment
+from distrain.strategy.launched import Asked, Environment, check_precision
 from distrain.strategy.precision import Arithmetic, resolve
 
 _PATIENCE = timedelta(days=1)
@@ -169,6 +169,7 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
     environment = Environment.read(os.environ)
     if asked is None:
         asked = Asked("single" if environment.world_size == 1 else "ddp")
+    check_precision(precision, asked.strategy)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
     take_over(os.environ)
