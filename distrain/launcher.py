@@ -109,6 +109,9 @@ def launch(plan: LaunchPlan) -> int:
     # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.processes)))
+    if not gpu_count():
+        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     try:
         launch_command(arguments)

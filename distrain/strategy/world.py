@@ -232,8 +232,7 @@ def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on
 
 def _for_deepspeed(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"
     quiet_deepspeed()
     if on_cpu or environment.world_size == 1:
         _join(environment, timeout, on_cpu=on_cpu)
