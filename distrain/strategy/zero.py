@@ -110,7 +110,8 @@ class Zero(Engine):
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = plan.clip_norm or 0.0
         with _without_broadcast():
-            self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+            config["zero_optimization"] |= _sizes(self.stage, self.model)
+        self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate falls back to DDP without a word, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
             raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
@@ -266,6 +267,24 @@ def _without_broadcast() -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine._broadcast_model = own
+
+
+def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
+    """Return how much DeepSpeed sends or holds at once, in elements: a sixteenth of the model, at most 200 MB of fp32.
+
+    Its own sizes are for large models: buffers of 2 GB on each rank, and in stage 3 no weight of a model of less than a
+    billion would be let go between the forward and the backward pass.
+    """
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    bucket = min(max(total // 16, 2**18), 50_000_000) // 1024 * 1024
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        sizes |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_reuse_distance": bucket,
+            "stage3_max_live_parameters": 4 * bucket,
+        }
+    return sizes
 
 
 def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
