@@ -11,17 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from runs import captured, last, losses, state, write_recipe
 from safetensors.torch import load_file, save_file
 from test_deferred import SIZES, assert_equals, world_state
 from test_models import recipe_of
 from torch import nn
+from worlds import in_world
 
 from distrain.config import UserError
 from distrain.datasets import DataMeta
+from distrain.launcher import open_run
 from distrain.models import build_model, defer_model, tied_names
 from distrain.networks.deferred import Deferred
+from distrain.recipe_file import load_recipe
+from distrain.rundir import Launch, RunDir
 
 transformers = pytest.importorskip("transformers")
 
@@ -279,3 +285,74 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, files: str, dtype: 
     assert size > 240
     assert peaks[0] < 16
     assert 16 <= peaks[1] <= 3 * 16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Among processes
+
+RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+"""What makes transformers leave the model empty on all ranks but the first, which is to send its weights."""
+
+FINE_TUNING = """
+name: tuned
+task: language_modeling
+data: {name: python_source, seq_len: 8, max_bytes: 3_000, split: [0.9, 0.1]}
+model: {name: "transformers:AutoModelForCausalLM", path: FOLDER}
+optim: {name: adamw, lr: 1.0e-3, clip_norm: 0.5}
+batch: {global: 8, micro: 2}
+train: {steps: 3}
+eval: {every: null}
+checkpoint: {every: 3 steps, async: false}
+log: {every: 1 steps}
+"""
+
+
+def tune(strategy: str, run_dir: str) -> list[str]:
+    """Train in this world; returns what build and the engine say of it."""
+    from distrain.loop import train
+    from distrain.strategy import Asked, open_world
+
+    os.environ.update(RAM_EFFICIENT)
+    world = open_world("fp32", Asked(strategy))
+    try:
+        ended = captured(lambda: int(train(RunDir(run_dir), world) is None))
+    finally:
+        world.close()
+    return (ended.out + ended.err).splitlines()
+
+
+def test_every_rank_has_the_weights(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 300, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    save(tmp_path / "folder", "", LLAMA | small, torch.bfloat16)
+    recipe = write_recipe(tmp_path, FINE_TUNING.replace("FOLDER", str(tmp_path / "folder")))
+    runs = {}
+    for strategy in ("ddp", "fsdp2", "zero3"):
+        runs[strategy] = tmp_path / strategy
+        open_run(RunDir(runs[strategy]), load_recipe(recipe, []), Launch.describe(2, strategy))
+        said = in_world(2, tune, strategy, str(runs[strategy]))
+        assert not any("built in full" in line for rank in said for line in rank), said
+    for strategy in ("fsdp2", "zero3"):
+        assert losses(runs[strategy]) == pytest.approx(losses(runs["ddp"]), rel=1e-5)
+        mine, theirs = state(last(runs[strategy])), state(last(runs["ddp"]))
+        assert mine.keys() == theirs.keys()
+        assert all(np.abs(mine[name] - theirs[name]).max() < 1e-5 for name in mine if name.startswith("model/"))
+
+
+def digests(folder: str) -> list[tuple[str, float]]:
+    """Open the folder in a process group whose environment asks for loading on the first rank alone."""
+    torch.distributed.init_process_group("gloo")
+    os.environ.update(RAM_EFFICIENT)
+    try:
+        recipe = recipe_of({"name": f"transformers:AutoModel{LM}", "path": folder})
+        named = build_model(recipe, TEXT).state_dict()
+        assert os.environ.items() >= RAM_EFFICIENT.items()
+        return [(name, value.double().sum().item()) for name, value in named.items()]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_every_rank_has_the_weights_in_a_process_group_of_others(tmp_path: Path) -> None:
+    save(tmp_path, "", LLAMA | {"tie_word_embeddings": False})
+    ordinary = build_model(recipe_of({"name": f"transformers:AutoModel{LM}", "path": str(tmp_path)}), TEXT)
+    expected = [(name, value.double().sum().item()) for name, value in ordinary.state_dict().items()]
+    assert in_world(2, digests, str(tmp_path)) == [expected, expected]

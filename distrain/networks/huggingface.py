@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,18 +132,24 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
 
 @contextmanager
 def _in_one_piece() -> Iterator[None]:
-    """Let transformers build as it does without DeepSpeed.
+    """Let transformers build as it does in a process alone.
 
-    Under ZeRO-3 it would shard each layer as it is made, with other initial weights than elsewhere.
+    Under ZeRO-3 it would shard each layer as it is made, with other initial weights than elsewhere. Where Accelerate
+    loads for FSDP on the first rank alone, the others would be left with an empty model.
     """
     from transformers.integrations import deepspeed
 
-    kept = deepspeed._hf_deepspeed_config_weak_ref
+    kept, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_RANK_ALONE, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+        if loading is not None:
+            os.environ[_FIRST_RANK_ALONE] = loading
+
+
+_FIRST_RANK_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def _class(name: str) -> Any:
