@@ -103,7 +103,7 @@ def test_commands_on_checkpoints_import_no_torch(tmp_path: Path) -> None:
     train(1, write_recipe(tmp_path), tmp_path / "run")
     script = (
         "import sys; from typer.testing import CliRunner; from distrain.cli import app\n"
-        "for arguments in (['ls', RUN], ['verify', RUN], ['export', RUN, '-o', OUT]):\n"
+        "for arguments in (['ls', RUN], ['verify', RUN], ['export', RUN, '-o', OUT], ['import', OUT, OUT + '-run']):\n"
         "    done = CliRunner().invoke(app, ['checkpoint', *arguments])\n"
         "    assert done.exit_code == 0, done.output\n"
         "assert 'torch' not in sys.modules"

@@ -33,7 +33,7 @@ class NoArchive(UserError):
     """The file is no zip archive at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A member of the archive: its bytes lie in the file as they are."""
 
@@ -43,7 +43,7 @@ class Record:
     crc32: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Archive:
     """What one `torch.save` wrote."""
 

@@ -30,7 +30,7 @@ _GATHERED = 1 << 20  # elements of a strided tensor put together at a time, at m
 _NO_COPY_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """A tensor to be written."""
 
@@ -48,7 +48,7 @@ class Output:
         return self.spec.numel * ITEM_SIZES[self.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Span:
     """Bytes that lie together in a file, and where they go."""
 
@@ -58,7 +58,7 @@ class _Span:
     output: Output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Range:
     """Elements that are to be gathered, and where they go."""
 

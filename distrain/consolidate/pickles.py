@@ -21,14 +21,14 @@ class PickleRefused(UserError):
     """The pickle names something that is not allowed, or is damaged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Named:
     """Something of Python's that a pickle names: `torch.float32`, `collections.OrderedDict`."""
 
     path: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Made:
     """What a pickle would have made by a call, or as an instance of a class."""
 
@@ -41,7 +41,7 @@ class Made:
         return self.state[key] if isinstance(self.state, dict) and key in self.state else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
     """Bytes of a record that tensors are views of."""
 
@@ -52,7 +52,7 @@ class Storage:
     """Elements, or bytes where there is no dtype."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """A tensor: a strided view of a storage. `offset` and `strides` count elements."""
 

@@ -95,7 +95,7 @@ class OwnTensors:
         return open_plain(self.path / info.name, info.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A box of a tensor's grid, strided in one file."""
 
@@ -114,7 +114,7 @@ class Block:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A full tensor as it lies in files."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import foreign_folders
@@ -10,7 +13,7 @@ import torch
 from runs import write_recipe
 from typer.testing import CliRunner
 
-from distrain.checkpoint import Reader, find_newest
+from distrain.checkpoint import Reader, find_newest, verify
 from distrain.cli import app
 from distrain.config import UserError
 from distrain.consolidate import export, import_checkpoint
@@ -181,3 +184,23 @@ def test_from_pretrained_opens_the_export_of_a_run(tmp_path, monkeypatch):
     command("checkpoint", "import", "out", "in")
     with Reader(find_newest(tmp_path / "in" / "checkpoints")[0]) as reader:
         assert reader.manifest.scalars["transformers_config"]
+
+
+def test_a_failed_import_leaves_nothing(written, tmp_path, monkeypatch):
+    path = written("zero2").path
+    import_checkpoint(path, tmp_path / "run", step=1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        import_checkpoint(path, tmp_path / "run", step=2)
+    with pytest.raises(UserError, match="the disk is full"):
+        import_checkpoint(path, tmp_path / "run", step=1, overwrite=True)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000001"]
+    assert verify(tmp_path / "run" / "checkpoints" / "step-00000001") == []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UserError, match="and the disk has 100 left"):
+        import_checkpoint(path, tmp_path / "run", step=2)

@@ -518,6 +518,21 @@ def test_tensor_parallel_folders(zero, tmp_path):
     refused(folder, tmp_path, match="tensor parallelism")
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("layer_01-model_00-model_states.pt", "pipeline"),
+        ("layer_0_expert_3_mp_rank_00_model_states.pt", "expert"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "expert"),
+        ("zero", "universal"),
+    ],
+)
+def test_other_parallel_folders(zero, tmp_path, name, match):
+    folder, tag = zero
+    (tag / name).mkdir()
+    refused(folder, tmp_path, match=f"{name}: it is of .*{match}")
+
+
 def test_folders_without_fp32_weights(zero, tmp_path):
     folder, tag = zero
     for file in tag.glob("*_optim_states.pt"):

@@ -23,6 +23,12 @@ from distrain.consolidate.sources import Source, Stored, flat
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_optim_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_model_states\.pt")
 _MODEL = re.compile(r"mp_rank_([0-9]{2,5})_model_states\.pt")
+_PARALLEL = re.compile(r"(?:layer_[0-9]+(?:-|_expert)|expp_rank_|zero$)")
+_SORTS = {
+    "layer": "it is of pipeline or expert parallelism",
+    "expp": "it is of expert parallelism",
+    "zero": "it is of a universal checkpoint",
+}
 _USED = {
     "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params",
     "global_steps", "ds_config", "ds_version", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
@@ -43,6 +49,8 @@ def _ours(name: str) -> bool:
 def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     """Add the fp32 weights, buffers and optimizer state of a folder, of the tag that `latest` names."""
     tagged = _tagged(folder)
+    if odd := sorted(entry.name for entry in tagged.iterdir() if _PARALLEL.match(entry.name)):
+        raise UserError(f"{tagged / odd[0]}: {_SORTS[odd[0].split('_')[0]]}, which is not read here")
     ranks = _by_rank(tagged, _OPTIM)
     if not ranks:
         raise UserError(
