@@ -285,6 +285,16 @@ class Changing(Blocks):
         return out + self.late(x) if self.passes_so_far > 4 else out
 
 
+class Leaving(Changing):
+    """A layer is used up to the sixth forward pass alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes_so_far += 1
+        out = Blocks.forward(self, x)
+        return out + self.late(x) if self.passes_so_far <= 6 else out
+
+
 class Failing(Blocks):
     """Breaks on one rank alone: in the forward or the backward pass of a block, at a pass of training."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import captured, last, losses, state, write_recipe
+from runs import Ended, captured, last, losses, state, write_recipe
 from test_matrix import create, stopped_copy
 from worlds import in_world
 
@@ -208,3 +209,53 @@ def test_every_strategy_goes_on_from_another(straight: Straight, name: str, tmp_
     assert run_all(strategy, world_size, resumed) == {}
     for case, run in resumed.items():
         assert_agrees(run, straight.run("ddpx2", case))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def work_rank(recipe: str, run_dir: str, strategy: str, overrides: list[str]) -> tuple[Ended, float]:
+    """Train as `distrain train` does in each process; also returns the seconds that it took."""
+    from distrain.launcher import work
+
+    began = time.monotonic()
+    return captured(lambda: work(recipe, overrides, run_dir=run_dir, strategy=strategy)), time.monotonic() - began
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_breaks_on_one_rank_ends_all_and_is_told_once(strategy: str, where: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Failing"))
+    ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [f"model.where={where}"], timeout_s=60)
+    said = "".join(ended.err for ended, _ in ranks)
+    assert [ended.status for ended, _ in ranks] == [1, 1]
+    assert said.count("error (rank") == 1
+    assert said.count("ArithmeticError: the model broke") == 1
+    assert "error (rank 1)" in said
+    assert (RunDir(tmp_path / "run").failed or {})["rank"] == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_what_is_used_later_alone_is_handled_or_named(strategy: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Changing"))
+    ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [], timeout_s=60)
+    said = "".join(ended.err for ended, _ in ranks)
+    if strategy in ("ddp", "fsdp2"):
+        assert [ended.status for ended, _ in ranks] == [0, 0], said
+        return
+    assert [ended.status for ended, _ in ranks] == [1, 1]
+    assert said.count("error (rank") == 1
+    assert "parameter late." in said
+    assert "got no gradient from the first batch and gets one now" in said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_what_a_later_step_leaves_out_is_named(strategy: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Leaving"))
+    ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [], timeout_s=60)
+    said = "".join(ended.err for ended, _ in ranks)
+    assert [ended.status for ended, _ in ranks] == [1, 1]
+    assert said.count("error (rank") == 1
+    assert "parameter late." in said
+    assert "got no gradient in a step" in said

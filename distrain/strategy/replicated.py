@@ -17,6 +17,7 @@ from distrain.strategy.engine import (
     make_ema,
     make_optimizer,
     model_to,
+    no_gradient,
     restored,
     with_arithmetic,
     without_gradient,
@@ -44,6 +45,9 @@ class Replicated(Engine):
 
         self.model, self.optimizer = world.together(build)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._all_reached = False
+        """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
+        self._reached: set[Tensor] = set()
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
         self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), carry=plan.carry)
@@ -57,6 +61,10 @@ class Replicated(Engine):
         handler = world.accelerator.ddp_handler
         assert handler is not None, "open_world sets it"
         handler.find_unused_parameters = bool(unused)
+        self._all_reached = not unused
+        if self._all_reached and plan.accumulation > 1:
+            for parameter in self._trained:
+                parameter.register_post_accumulate_grad_hook(self._reached.add)
         dtypes = {parameter.dtype for parameter in self._trained}
         carries = not unused and dtypes in ({torch.float32}, {torch.float64})
         wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop() if carries else None))
@@ -68,6 +76,7 @@ class Replicated(Engine):
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel only with the last micro-batch of a step."""
+        self._reached.clear()
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def backward(self, objective: Tensor, share: Tensor) -> None:
@@ -116,11 +125,24 @@ class Replicated(Engine):
         if isinstance(carrier, _Carrier) and carrier.numbers is not None:
             carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
             torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))
+            self._check_reached()
             means, carrier.numbers.grad = carrier.numbers.grad, None
             assert means is not None
             return world.later(means.clone())  # the gradient is a view of DDP's buffer
         objective.backward(share)
+        self._check_reached()
         return world.later(world.sum(numbers) / world.world_size)
+
+    def _check_reached(self) -> None:
+        """Raise UserError where DDP would leave gradients as they are on this rank, and say so a step later."""
+        if not self._all_reached:
+            return
+        missed = {each for each in self._trained if each.grad is None}
+        if self.accumulation > 1:
+            # those of earlier micro-batches are there, and would not be averaged
+            missed = set(self._trained) - self._reached
+        if missed:
+            raise no_gradient([name for name, p in self.model.named_parameters() if p in missed], self.world)
 
     def shard(self, parameter: nn.Parameter) -> Shard:
         return whole(parameter)

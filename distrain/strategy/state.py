@@ -223,7 +223,8 @@ class TrainingState:
                 offset += each.nbytes
             if stop > start:
                 flat = each.values.reshape(-1)[start:stop]
-                yield Piece(name, each.start + start, _bytes_of(flat.cpu()), copied=flat.device.type != "cpu")
+                host = flat.cpu().contiguous()
+                yield Piece(name, each.start + start, _bytes_of(host), copied=host is not flat)
 
     # ----------------------------------------------------------------------------------------------------------------
     # From a checkpoint
