@@ -321,6 +321,7 @@ def tune(strategy: str, run_dir: str) -> list[str]:
     return (ended.out + ended.err).splitlines()
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_weights(tmp_path: Path) -> None:
     small = {"hidden_size": 64, "intermediate_size": 300, "num_hidden_layers": 1, "tie_word_embeddings": False}
     save(tmp_path / "folder", "", LLAMA | small, torch.bfloat16)
@@ -330,11 +331,13 @@ def test_every_rank_has_the_weights(tmp_path: Path) -> None:
         runs[strategy] = tmp_path / strategy
         open_run(RunDir(runs[strategy]), load_recipe(recipe, []), Launch.describe(2, strategy))
         said = in_world(2, tune, strategy, str(runs[strategy]))
+        assert any("108,480 parameters" in line for line in said[0]), said
         assert not any("built in full" in line for rank in said for line in rank), said
     for strategy in ("fsdp2", "zero3"):
         assert losses(runs[strategy]) == pytest.approx(losses(runs["ddp"]), rel=1e-5)
         mine, theirs = state(last(runs[strategy])), state(last(runs["ddp"]))
         assert mine.keys() == theirs.keys()
+        assert "model/lm_head.weight" in mine
         assert all(np.abs(mine[name] - theirs[name]).max() < 1e-5 for name in mine if name.startswith("model/"))
 
 
