@@ -46,6 +46,9 @@ class Zero(Engine):
     def __init__(self, world: World, plan: Plan):
         super().__init__(world, plan)
         self.stage = int(world.strategy[-1])
+        if world.accelerator.state.deepspeed_plugin is None:
+            found = world.accelerator.distributed_type.value
+            raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
         self._trained: dict[int, str] = {}
         self._reached: set[int] = set()
         self.model, optimizer = self._build(plan)
@@ -109,9 +112,9 @@ class Zero(Engine):
         config["gradient_accumulation_steps"] = plan.accumulation
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = plan.clip_norm or 0.0
+        config["zero_optimization"] |= _sizes(self.stage, self.model)
         with _without_broadcast():
-            config["zero_optimization"] |= _sizes(self.stage, self.model)
-        self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+            self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate falls back to DDP without a word, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
             raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
