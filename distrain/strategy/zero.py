@@ -49,6 +49,9 @@ class Zero(Engine):
         if world.accelerator.state.deepspeed_plugin is None:
             found = world.accelerator.distributed_type.value
             raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
+        if world.accelerator.state.deepspeed_plugin is None:
+            found = world.accelerator.distributed_type.value
+            raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
         self._trained: dict[int, str] = {}
         self._reached: set[int] = set()
         self.model, optimizer = self._build(plan)
