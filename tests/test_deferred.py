@@ -453,6 +453,12 @@ def through_meta(net: Any) -> None:
     net.moved.reset_parameters()
 
 
+def looked_at_later(net: Any) -> None:
+    net.several = nn.ParameterList(nn.Parameter(torch.randn(W, H)) for _ in range(4))
+    net.several[3].data.fill_(sum(net.several[0].tolist()[3]))
+    net.several[2].data.mul_(2 if torch.equal(net.several[0], net.several[1]) else 3)
+
+
 def loss_in_constructor(net: Any) -> None:
     net.layer = nn.Linear(W, H)
     net.layer(torch.ones(3, W)).pow(2).sum().backward()
@@ -463,7 +469,7 @@ def loss_in_constructor(net: Any) -> None:
 
 WAYS = [
     tie, tie_data, views_of_one, initialised_last, dtypes, buffers, parametrized, normed_as_of_old, layers_of_torch,
-    lazily, from_others, through_meta, loss_in_constructor,
+    lazily, from_others, through_meta, looked_at_later, loss_in_constructor,
 ]  # fmt: skip
 
 
@@ -482,7 +488,7 @@ def test_the_working_set_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     from distrain.networks import recorder
 
     monkeypatch.setattr(recorder, "WORKING_SET", 0)
-    for way in (initialised_last, from_others, layers_of_torch, buffers):
+    for way in (initialised_last, from_others, layers_of_torch, buffers, looked_at_later):
         check(lambda way=way: Net(way), 0)
         check(
             lambda way=way: Net(
