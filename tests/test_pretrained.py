@@ -38,6 +38,12 @@ LLAMA = {"model_type": "llama", **TINY, "num_key_value_heads": 2, **WORDS}
 BERT = {"model_type": "bert", **TINY, **WORDS}
 T5 = {"model_type": "t5", "num_layers": 2, "num_heads": 2, "d_model": 160, "d_ff": 200, **WORDS}
 VIT = {"model_type": "vit", **TINY, "image_size": 32, "patch_size": 8}
+BART = {
+    "model_type": "bart",
+    "d_model": 160,
+    **{f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")},
+    **WORDS,
+}
 MIXTRAL = {"model_type": "mixtral", **TINY, "num_key_value_heads": 2, "num_local_experts": 3, **WORDS}
 TEXT = DataMeta(input_shape=(16,), vocab_size=300, pad_id=0, num_classes=7)
 IMAGES = DataMeta(input_shape=(3, 32, 32), num_classes=7)
@@ -114,6 +120,36 @@ def test_folders(tmp_path: Path, saved: str, config: dict[str, Any], opened: str
 def test_images(tmp_path: Path, saved: str, small: int) -> None:
     save(tmp_path, saved, VIT | {"num_labels": 7})
     same(tmp_path, "ForImageClassification", IMAGES, small)
+
+
+MASKED = "ForMaskedLM"
+ARCHITECTURES: list[tuple[str, str, dict[str, Any]]] = [
+    (LM, "", {"model_type": "opt", **TINY, "ffn_dim": 192, "word_embed_proj_dim": 160, **WORDS}),
+    (LM, HEAD, {"model_type": "qwen2", **TINY, "num_key_value_heads": 2, **WORDS}),
+    (LM, LM, {"model_type": "qwen3_moe", **TINY, "num_experts": 4, "moe_intermediate_size": 100, **WORDS}),
+    (LM, LM, {"model_type": "gemma2", **TINY, "num_key_value_heads": 2, "head_dim": 40, **WORDS}),
+    (LM, LM, {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 160, **WORDS}),
+    *((LM, LM, {"model_type": name, **TINY, **WORDS}) for name in ("gpt_neox", "phi3", "bloom")),
+    *((MASKED, HEAD, {"model_type": name, **TINY, **WORDS}) for name in ("roberta", "deberta-v2", "modernbert")),
+    (MASKED, HEAD, {"model_type": "albert", **TINY, "embedding_size": 100, **WORDS}),
+    ("ForSeq2SeqLM", "", BART),
+    ("", "ForImageClassification", {"model_type": "swin", "embed_dim": 48, "depths": [1, 1], "num_heads": [3, 6]}),
+    ("", "ForImageClassification", {"model_type": "convnext", "hidden_sizes": [32, 64, 96, 128], "depths": [1] * 4}),
+    ("", "ForImageClassification", {"model_type": "resnet", "hidden_sizes": [64, 128], "depths": [1, 1]}),
+    ("", "", {"model_type": "wav2vec2", **TINY, "num_conv_pos_embedding_groups": 4}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("saved", "opened", "config"), ARCHITECTURES, ids=[c["model_type"] for *_, c in ARCHITECTURES])
+def test_architectures(tmp_path: Path, saved: str, opened: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    given = dict(config)
+    config_class = transformers.CONFIG_MAPPING[given.pop("model_type")]
+    model = getattr(transformers, f"AutoModel{saved}").from_config(config_class(**given))
+    model.to(dtype).save_pretrained(tmp_path)
+    same(tmp_path, opened, TEXT if "vocab_size" in config else IMAGES)
 
 
 def as_one_bin(folder: Path, state: dict[str, torch.Tensor], *, old: bool = False) -> None:
