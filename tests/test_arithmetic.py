@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import captured, checkpoint, cli, last, losses, rows, write_recipe
+from runs import captured, checkpoint, cli, last, losses, rows, state, write_recipe
 from test_matrix import NAMES, RECIPE, create, stopped_copy, train_in_turn
 from test_matrix import WAYS as MATRIX
 from torch import Tensor, nn
@@ -548,3 +548,28 @@ def test_what_did_not_take_effect_is_refused(strategy: str, tmp_path: Path) -> N
             assert message in said[kind]
             assert "did not take effect" in said[kind]
             assert "Nothing was trained" in said[kind]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+WIDE = NORMED.replace("16]}, {BatchNorm1d: 16}, ReLU, {Linear: [16,", "8192]}, ReLU, {Linear: [8192,").replace(
+    "fp16", "fp32"
+)
+"""Its first weight is larger than what DeepSpeed is told to send at once."""
+
+
+@pytest.mark.slow
+def test_a_weight_larger_than_what_is_sent_at_once(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, WIDE)
+    runs = {}
+    for strategy in ("ddp", "zero1", "zero2", "zero3"):
+        runs[strategy] = tmp_path / strategy
+        create(runs[strategy], recipe, ("train.steps=3",), strategy, 2)
+        in_world(2, train_in_turn, strategy, [str(runs[strategy])], timeout_s=300)
+    expected = state(last(runs["ddp"]))
+    assert max(value.size for value in expected.values()) == 64 * 8192 > 2**18
+    for run in runs.values():
+        assert losses(run) == pytest.approx(losses(runs["ddp"]), rel=1e-5)
+        for name, value in state(last(run)).items():
+            assert abs(value - expected[name]).max() <= 1e-5 * max(abs(expected[name]).max(), 1.0), name
