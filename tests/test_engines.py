@@ -78,12 +78,12 @@ WAYS = [
 NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
 
 
-def train_each(strategy: str, run_dirs: dict[str, str]) -> dict[str, str]:
+def train_each(strategy: str, run_dirs: dict[str, str], offloads: tuple[bool, bool] = (False, False)) -> dict[str, str]:
     """Train or go on with each of the runs in this world, one after the other; returns what went wrong, by name."""
     from distrain.loop import train
     from distrain.strategy import Asked, open_world
 
-    world = open_world("fp32", Asked(strategy))
+    world = open_world("fp32", Asked(strategy, *offloads))
     wrong: dict[str, str] = {}
 
     def go() -> int:
@@ -101,10 +101,12 @@ def train_each(strategy: str, run_dirs: dict[str, str]) -> dict[str, str]:
     return wrong
 
 
-def run_all(strategy: str, world_size: int, runs: dict[str, Path]) -> dict[str, str]:
+def run_all(
+    strategy: str, world_size: int, runs: dict[str, Path], offloads: tuple[bool, bool] = (False, False)
+) -> dict[str, str]:
     """Return {case: what went wrong}, said by all ranks alike."""
     dirs = {name: str(run) for name, run in runs.items()}
-    ranks = in_world(world_size, train_each, strategy, dirs, timeout_s=300)
+    ranks = in_world(world_size, train_each, strategy, dirs, offloads, timeout_s=300)
     assert all(wrong.keys() == ranks[0].keys() for wrong in ranks), ranks
     return ranks[0]
 
@@ -209,6 +211,36 @@ def test_every_strategy_goes_on_from_another(straight: Straight, name: str, tmp_
     assert run_all(strategy, world_size, resumed) == {}
     for case, run in resumed.items():
         assert_agrees(run, straight.run("ddpx2", case))
+
+
+OFFLOADS = {
+    "zero1": ("zero1", (True, False)),
+    "zero2": ("zero2", (True, False)),
+    "zero3-optimizer": ("zero3", (True, False)),
+    "zero3-all": ("zero3", (True, True)),
+    "fsdp2": ("fsdp2", (True, True)),
+}
+OFFLOADED = ("TiedHead", "TiedHead-sgd", "frozen-groups", "Idle", "Scalars", "Small")
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_what_is_offloaded_trains_alike_and_goes_on_with_and_without(
+    straight: Straight, name: str, tmp_path: Path
+) -> None:
+    strategy, offloads = OFFLOADS[name]
+    runs = {case: tmp_path / case for case in OFFLOADED}
+    for case, run in runs.items():
+        model, overrides = CASES[case]
+        create(run, write_recipe(tmp_path, RECIPE.replace("MODEL", model)), overrides, strategy, 2)
+    # onto the half of a run without, and then without from the half of what was offloaded
+    taken = {
+        f"{case} taken": stopped_copy(straight.run("ddpx2", case), tmp_path / f"{case}-2", step=2) for case in runs
+    }
+    assert run_all(strategy, 2, runs | taken, offloads) == {}
+    left = {f"{case} left": stopped_copy(run, tmp_path / f"{case}-3", step=2) for case, run in runs.items()}
+    assert run_all(strategy, 2, left) == {}
+    for case, run in (runs | taken | left).items():
+        assert_agrees(run, straight.run("ddpx2", case.split()[0]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

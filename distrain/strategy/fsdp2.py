@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -73,7 +73,9 @@ class Fsdp2(Engine):
             "mesh": init_device_mesh(self.world.device.type, (self.world.world_size,)),
             "reshard_after_forward": plugin.reshard_after_forward,
             "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-            "offload_policy": plugin.cpu_offload,
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+            if self.world.asked.offload_parameters
+            else OffloadPolicy(),
             # rows are what is sharded, and these have none: FSDP2 refuses the first and does not gather the second
             "ignored_params": {each for each in model.parameters() if not _has_rows(each)},
         }
