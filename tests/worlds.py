@@ -7,6 +7,7 @@ what runs in it (the process group, DDP, the files) is the real thing.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -18,22 +19,27 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "accelerate",
-        "pandas",
-        "sklearn.datasets",
-        "torchvision.transforms.v2",
-        "distrain.inference",
-        "distrain.launcher",
-        "distrain.loop",
-    ]
-)
+
+
+@functools.cache
+def _start_server() -> None:
+    """Start the server from which all processes are forked, with preloaded.py imported."""
+    _context.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    # Python before 3.13 does not hand its own path on to the server
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 class WorldFailed(AssertionError):
@@ -104,6 +110,7 @@ def running_world(
     without a launcher's environment, as a plain `python` does.
     """
     assert launched or world_size == 1, "only a launcher starts several"
+    _start_server()
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = []

@@ -267,4 +267,5 @@ def quiet_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # found out by trial compilations otherwise, and asked for by that collective alone
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})
