@@ -7,14 +7,16 @@ and the arithmetic of the forward pass is put around the model as under every ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
+from torch.nn import functional
 
 from distrain.config import UserError
 from distrain.networks.deferred import Deferred
@@ -136,6 +138,12 @@ class Zero(Engine):
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """In stage 3 linear layers let go of their gathered weights until the backward pass."""
+        context = super().micro_batch(last)
+        compiled = self.model._compiled_call_impl is not None
+        return context if self.stage < 3 or compiled else _thrifty_linear()
 
     def backward(self, objective: Tensor, share: Tensor) -> None:
         self._backward(objective, share, last=False)
@@ -273,6 +281,22 @@ def _without_broadcast() -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine._broadcast_model = own
+
+
+@contextmanager
+def _thrifty_linear() -> Iterator[None]:
+    """Have linear layers keep a parameter for the backward pass, and not a view of what was gathered of it.
+
+    torch's own keeps such a view, and with it the whole model from the forward pass to the backward pass. DeepSpeed's
+    takes the parameter as it is by then, gathered anew. Also in the backward pass: blocks that are computed again there
+    must keep the same tensors.
+    """
+    kept = functional.linear
+    functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        functional.linear = kept
 
 
 def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
