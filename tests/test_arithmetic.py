@@ -573,3 +573,13 @@ def test_a_weight_larger_than_what_is_sent_at_once(tmp_path: Path) -> None:
         assert losses(run) == pytest.approx(losses(runs["ddp"]), rel=1e-5)
         for name, value in state(last(run)).items():
             assert abs(value - expected[name]).max() <= 1e-5 * max(abs(expected[name]).max(), 1.0), name
+
+
+@pytest.mark.slow
+def test_blocks_computed_again_keep_the_same_tensors_under_zero3(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE)
+    options = ("train.activation_checkpointing=true", "train.precision=bf16", "train.steps=3")
+    for strategy in ("ddp", "zero3"):
+        create(tmp_path / strategy, recipe, options, strategy, 2)
+        in_world(2, train_in_turn, strategy, [str(tmp_path / strategy)], timeout_s=300)
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "ddp"), rel=TOLERANCE["bf16"])
