@@ -21,8 +21,9 @@ Theory: parameters, the optimizer's two moments and gradients, each whole (1) or
                                                zero3   1/W + 1/W + 2/W + 1/W
 
 DeepSpeed holds what it trains beside what computes, also where both are fp32: hence a share of parameters more.
-It also lays the gradients of a rank's part end to end before its optimizer's step: for a moment they are there twice,
-and with two processes ZeRO-2 then needs as much as ZeRO-1. Stage 3 keeps room for them between steps. Every figure has
+ZeRO-1 and 2 reach the same height on CPUs, in gathering the weights after the optimizer's step: gloo needs room for all
+of them once more, which is as much as the gradients that ZeRO-2 has let go of by then. Stage 3 keeps room for a rank's
+gradients between steps. Every figure has
 some 20 MB in it that do not grow with the model, and 60 MB under DeepSpeed, of libraries that are imported late.
 """
 
