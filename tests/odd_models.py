@@ -233,6 +233,14 @@ class Strided(Blocks):
         return super().forward(x) + self.conv(image).flatten(1).sum(1, keepdim=True) * torch.arange(3.0)
 
 
+class SameMemory(Blocks):
+    """Two parameters are views of the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.blocks[0].up.weight.data[:3])
+
+
 class Single(nn.Module):
     """One single parameter."""
 

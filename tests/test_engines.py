@@ -291,3 +291,13 @@ def test_what_a_later_step_leaves_out_is_named(strategy: str, tmp_path: Path) ->
     assert said.count("error (rank") == 1
     assert "parameter late." in said
     assert "got no gradient in a step" in said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_parameters_in_the_same_memory_are_refused(strategy: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "SameMemory"))
+    ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [], timeout_s=60)
+    assert [ended.status for ended, _ in ranks] == [1, 1]
+    assert "the parameters blocks.0.up.weight and head.weight are two tensors in the same memory" in "".join(
+        ended.err for ended, _ in ranks
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -341,7 +342,27 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
 
 
 def model_to(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model, and return it; its own `to` would make two of a buffer that two modules share."""
+    """Move a model, and return it; its own `to` would make two of a buffer that two modules share.
+
+    Parameters that have gaps in memory, being views of something larger, get memory of their own: fused optimizers step
+    through memory, whatever the strides are. Raises UserError for two parameters that hold the same memory.
+    """
+    taken: list[tuple[int, int, str]] = []
+    for name, parameter in model.named_parameters():
+        if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+            parameter.data = parameter.data.contiguous()
+        if parameter.numel():
+            start = parameter.data_ptr()
+            taken.append((start, start + parameter.numel() * parameter.element_size(), name))
+    taken.sort()
+    for (_, stop, one), (start, _, other) in itertools.pairwise(taken):
+        if start < stop:
+            one, other = sorted((one, other))
+            raise UserError(
+                f"the parameters {one} and {other} are two tensors in the same memory, which they would not be on "
+                "another device or when sharded; assign one Parameter to both modules (b.weight = a.weight), and they "
+                "stay tied everywhere"
+            )
     buffers_to(model, device)
     return model.to(device)
 

@@ -51,9 +51,6 @@ class Zero(Engine):
         if world.accelerator.state.deepspeed_plugin is None:
             found = world.accelerator.distributed_type.value
             raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
-        if world.accelerator.state.deepspeed_plugin is None:
-            found = world.accelerator.distributed_type.value
-            raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
         self._trained: dict[int, str] = {}
         self._reached: set[int] = set()
         self.model, optimizer = self._build(plan)
@@ -80,7 +77,7 @@ class Zero(Engine):
             optimizer = world.together(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
         else:
-            model = model_to(world.together(plan.model), world.device)
+            model = world.together(lambda: model_to(plan.model(), world.device))
             optimizer = world.together(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
             unused = without_gradient(world, plan, model)
