@@ -301,3 +301,59 @@ def test_parameters_in_the_same_memory_are_refused(strategy: str, tmp_path: Path
     assert "the parameters blocks.0.up.weight and head.weight are two tensors in the same memory" in "".join(
         ended.err for ended, _ in ranks
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Language models, compiled and of transformers
+
+TEXT = """
+name: text
+task: language_modeling
+data: {name: python_source, seq_len: 8, max_bytes: 4_000, split: [0.9, 0.1]}
+model: MODEL
+optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
+batch: {global: 8, micro: 2}
+train: {steps: 3, precision: fp32, ema: 0.9}
+eval: {every: null, batch: 64}
+checkpoint: {every: 3 steps, async: false}
+log: {every: 1 steps}
+"""
+CAUSAL = '"transformers:AutoModelForCausalLM"'
+TEXT_MODELS = {
+    "gpt": "{name: gpt, n_layer: 2, n_head: 2, d_model: 12}",
+    "gpt2": f"{{name: {CAUSAL}, config: {{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 16, n_positions: 16, "
+    "resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}}",
+    "llama": f"{{name: {CAUSAL}, config: {{model_type: llama, num_hidden_layers: 2, num_attention_heads: 2, "
+    "num_key_value_heads: 1, hidden_size: 16, intermediate_size: 24}}",
+}
+
+
+def train_texts(folder: Path, strategy: str, world_size: int, *overrides: str) -> dict[str, Path]:
+    """Return finished runs of the language models, by their names."""
+    runs = {}
+    for name, model in TEXT_MODELS.items():
+        if overrides and name != "gpt":
+            continue
+        runs[name] = folder / f"{strategy}-{name}"
+        create(runs[name], write_recipe(folder, TEXT.replace("MODEL", model)), overrides, strategy, world_size)
+    assert run_all(strategy, world_size, runs) == {}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return train_texts(tmp_path_factory.mktemp("texts"), "single", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "fsdp2"])
+def test_language_models_train_alike(texts: dict[str, Path], strategy: str, tmp_path: Path) -> None:
+    for name, run in train_texts(tmp_path, strategy, 2).items():
+        assert_agrees(run, texts[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+def test_what_is_compiled_trains_alike(texts: dict[str, Path], strategy: str, tmp_path: Path) -> None:
+    (run,) = train_texts(tmp_path, strategy, 2, "train.compile=true").values()
+    assert_agrees(run, texts["gpt"])
