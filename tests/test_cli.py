@@ -60,7 +60,7 @@ def test_help_names_every_command() -> None:
         (["checkpoint", "ls", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "verify", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "diff", "/tmp", "/tmp"], "/tmp"),
-        (["checkpoint", "export", "/tmp", "-o", "x.safetensors"], "/tmp is not a run folder"),
+        (["checkpoint", "export", "/tmp", "-o", "x.safetensors"], "/tmp is no checkpoint that is known here"),
         (["init", "/tmp"], "is there already"),
         (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
     ],
