@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from worlds import in_world
 
@@ -96,6 +97,13 @@ class History(Base):
         old = state.get("history", torch.zeros(2, *gradient.shape, dtype=gradient.dtype))
         state["history"] = torch.stack([gradient, old[0]])
         return gradient + old.sum(0)
+
+
+class OwnPart(Base):
+    """Looks at the norm of what this rank has of a gradient, which is the whole only where nothing is sharded."""
+
+    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        return gradient / (gradient.to_local() if isinstance(gradient, DTensor) else gradient).norm()
 
 
 def own(kind: type[Base]) -> dict[str, Any]:
@@ -192,3 +200,46 @@ def test_what_is_refused_under_fsdp2_is_said() -> None:
     assert sharding_problem(section_of({"name": "sgd", "fused": True}), "fsdp2") == (
         "optim.fused: torch has no fused sgd for the shards of fsdp2; remove it"
     )
+
+
+def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None:
+    """Return why an engine with this optimizer is refused, or None."""
+    from distrain.config import UserError
+    from distrain.networks.deferred import defer
+    from distrain.optim import build_optimizer
+    from distrain.strategy import Asked, Plan, build_engine, open_world
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(5, 7)
+
+    world = open_world("fp32", Asked(strategy))
+    plan = Plan(
+        model=model,
+        deferred=lambda: defer(lambda say: model(), say=print),
+        optimizer=lambda built: build_optimizer(built, section),
+        objective=lambda built: built(torch.ones(2, 5)).sum(),
+        micro_batch_size=2,
+        accumulation=1,
+        clip_norm=None,
+        ema=None,
+        section=section,
+    )
+    try:
+        build_engine(world, plan)
+    except UserError as error:
+        return str(error)
+    finally:
+        world.close()
+    return None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_an_own_optimizer_that_is_wrong_on_shards_is_refused(strategy: str) -> None:
+    said = in_world(2, built_with_own_optimizer, strategy, section_of(own(OwnPart)))
+    assert said[0] == said[1]
+    if strategy == "ddp":
+        assert said[0] is None
+    else:
+        assert said[0] is not None
+        assert "use ddp" in said[0]

@@ -51,7 +51,6 @@ from distrain.optim import (
     check_optimizer,
     check_schedule,
     resolve_schedule,
-    sharding_problem,
 )
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
@@ -173,11 +172,10 @@ class Session:
             accumulation=accumulation,
             clip_norm=recipe.optim.clip_norm,
             ema=recipe.train.ema,
+            section=recipe.optim,
             carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
             initial=not resumes,
         )
-        if problem := world.together(lambda: sharding_problem(recipe.optim, world.strategy)):
-            raise UserError(problem)
         engine = build_engine(world, plan)
         engine.model.train()
         if recipe.train.compile:

@@ -16,6 +16,10 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     state.py          the state of training as flat ranges of named tensors
 """
 
+from torch.distributed.device_mesh import init_device_mesh
+
+from distrain.config import OptimSection, UserError, is_object_spec
+from distrain.optim import dtensor_problem, sharding_problem
 from distrain.strategy.configuration import Configuration, Stated, read_configuration, take_over
 from distrain.strategy.configured import disagreements, strategy_wishes, unused
 from distrain.strategy.engine import Engine, Plan, with_arithmetic
@@ -67,7 +71,12 @@ __all__ = [
 
 
 def build_engine(world: World, plan: Plan) -> Engine:
-    """Return the engine of the world's strategy, having seen that it took effect. All ranks call."""
+    """Return the engine of the world's strategy, having seen that it took effect. All ranks call.
+
+    Raises UserError where the strategy cannot do what the plan asks for, RuntimeError where it did not take effect.
+    """
+    if plan.section is not None:
+        _check_optimizer(world, plan.section)
     engine: Engine
     if world.strategy in ("single", "ddp"):
         engine = Replicated(world, plan)
@@ -82,3 +91,13 @@ def build_engine(world: World, plan: Plan) -> Engine:
         engine = Zero(world, plan)
     engine.check()
     return engine
+
+
+def _check_optimizer(world: World, section: OptimSection) -> None:
+    """Raise UserError for an optimizer that would compute something else on shards than on whole parameters."""
+    problem = world.together(lambda: sharding_problem(section, world.strategy))
+    if problem is None and world.strategy == "fsdp2" and is_object_spec(section.name):
+        # of a class of the user's own only trying it tells
+        problem = dtensor_problem(section, init_device_mesh(world.device.type, (world.world_size,)))
+    if problem is not None:
+        raise UserError(problem)

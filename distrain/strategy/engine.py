@@ -18,7 +18,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
-from distrain.config import UserError
+from distrain.config import OptimSection, UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
 from distrain.strategy.precision import LossScale
@@ -45,6 +45,8 @@ class Plan:
     accumulation: int
     clip_norm: float | None
     ema: float | None
+    section: OptimSection | None = None
+    """The recipe's words for the optimizer, to see whether it can be sharded; None takes it as it is."""
     carry: Carry | None = None
     """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
     initial: bool = True

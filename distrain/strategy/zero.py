@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import deepspeed
@@ -185,7 +185,7 @@ class Zero(Engine):
     def _shard_12(self, parameter: nn.Parameter) -> Shard:
         """DeepSpeed lays a group's parameters end to end, and cuts that into equal parts."""
         zero = self._zero
-        group = self._group_of().get(id(parameter))
+        group = self._group_of.get(id(parameter))
         if group is None:
             return replace(whole(parameter), entry=None)
         entry = zero.single_partition_of_fp32_groups[group]
@@ -197,7 +197,9 @@ class Zero(Engine):
         values = entry.detach()[offset : offset + numel]
         return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
 
+    @cached_property
     def _group_of(self) -> dict[int, int]:
+        """The place of each trained parameter's group, by the parameter's identity; looked up at every step."""
         return {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
 
     def _shard_3(self, parameter: Any) -> Shard:
