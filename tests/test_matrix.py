@@ -36,7 +36,7 @@ optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
 schedule: {name: cosine, warmup: 2 steps}
 batch: {global: 12, micro: 2}
 train: {steps: 6, precision: fp32, ema: 0.9}
-eval: {every: null}
+eval: {every: null, batch: 64}
 checkpoint: {every: 3 steps, keep: 100, async: false}
 log: {every: 1 steps}
 """

@@ -90,6 +90,8 @@ def build_engine(world: World, plan: Plan) -> Engine:
 
         engine = Zero(world, plan)
     engine.check()
+    # building the model has run the user's code
+    world.together(world.arithmetic.check_kept)
     return engine
 
 

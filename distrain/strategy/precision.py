@@ -243,11 +243,7 @@ class LossScale:
     It starts at 65536, doubles after 2000 steps in a row whose gradients were finite, and halves with each whose were
     not, which is left out: the rule of torch.amp.GradScaler, here for every strategy, since each has a scaler of its
     own with other numbers. All ranks call `update` with the same answer, so it is the same on all of them.
-
-    It also serves as the `loss_scaler` of DeepSpeed's ZeRO optimizers; see `put_into`.
     """
-
-    dynamic = True  # read by DeepSpeed
 
     def __init__(self, scale: float = 65536.0, good_steps: int = 0):
         self.scale = scale
@@ -288,42 +284,3 @@ class LossScale:
         ):
             raise UserError(f"the stored scale of the loss is {state!r}; expected a scale of {_FLOOR:g} or more")
         self.scale, self.good_steps = float(scale), good_steps
-
-    # What DeepSpeed's ZeRO optimizers use of a scaler: they multiply the loss by it, divide the gradients by it, and
-    # tell it at the end of each step whether these were finite.
-
-    def put_into(self, zero_optimizer: Any) -> None:
-        """Make it the scaler of a ZeRO optimizer that was built without one, for weights in fp32.
-
-        That optimizer then scales the loss, divides the gradients before it clips them, leaves out a step whose
-        gradients are not finite on any rank, and calls `update`: nobody else may.
-        """
-        zero_optimizer.loss_scaler = self
-        zero_optimizer.dynamic_loss_scale = True
-        zero_optimizer.check_grad_overflow = True
-
-    @property
-    def cur_scale(self) -> float:
-        """The scale."""
-        return self.scale
-
-    @cur_scale.setter
-    def cur_scale(self, scale: float) -> None:
-        self.scale = scale
-
-    @property
-    def loss_scale(self) -> float:
-        """The scale."""
-        return self.scale
-
-    def update_scale(self, overflow: Any) -> None:
-        """Take note of a step, as `update`."""
-        self.update(bool(overflow))
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss times the scale."""
-        return loss * self.scale
-
-    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Go backward from the scaled loss."""
-        self.scale_loss(loss).backward(retain_graph=retain_graph)
