@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def open_other_world(size: str) -> str:
 
     class Small:
         process_index, num_processes, local_process_index, device = 0, 1, 0, torch.device("cpu")
+        state = SimpleNamespace()
 
     world.Accelerator = lambda **_: Small()
     try:
