@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -170,6 +172,31 @@ def test_files_from_before_archives(tmp_path, canary):
     torch.save({"w": torch.zeros(2), "x": canary}, path, _use_new_zipfile_serialization=False)
     (tmp_path / "out.safetensors").unlink()
     refused(path, tmp_path, match=r"old\.pt: torch does not open it without running what is in it.*--trust")
+
+
+def test_modules_beside_a_file_do_not_run(tmp_path, monkeypatch):
+    """A folder that came with its own json.py and torch.py: opening an old file there, trusted or not, imports none."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name in ("json", "torch", "safetensors", "os"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(folder)
+    torch.save({"w": torch.arange(3.0)}, folder / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"w": torch.arange(3.0), "x": Canary(tmp_path / "trusted")}, folder / "trusted.pt")
+    for name, trust in (("old", False), ("trusted", True)):
+        path = export(folder / f"{name}.pt", tmp_path / f"{name}.safetensors", trust=trust).paths[0]
+        assert torch.equal(safetensors.torch.load_file(path)["w"], torch.arange(3.0))
+    assert (tmp_path / "trusted").exists()
+    assert not (tmp_path / "ran").exists(), "a module beside the file ran"
+
+
+def test_trusted_pickles_may_name_modules_beside_them(tmp_path, monkeypatch):
+    (tmp_path / "their_layers.py").write_text("import torch\nclass Layer(torch.nn.Linear):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    write = "import torch, their_layers; torch.save(their_layers.Layer(2, 2), 'model.pt')"
+    subprocess.run([sys.executable, "-c", write], check=True)
+    path = export(tmp_path / "model.pt", tmp_path / "out.safetensors", trust=True).paths[0]
+    assert sorted(safetensors.torch.load_file(path)) == ["bias", "weight"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ from distrain.consolidate.formats.headers import read_header
 from distrain.consolidate.pickles import Made, Storage, View
 
 _SCRIPT = """
-import json, sys, torch, safetensors.torch
+import json, os, sys, torch, safetensors.torch
 path, out, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
+if trust:  # a pickle may name classes of modules beside it; behind all others, they stand in for none
+    sys.path.append(os.getcwd())
 root = torch.load(path, map_location="cpu", weights_only=not trust)
 if isinstance(root, torch.nn.Module):
     root = root.state_dict()
@@ -66,7 +68,8 @@ def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Arc
     place = folder / str(len(list(folder.iterdir())))
     place.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(path), str(place), "trust" if trust else "weights_only"],
+        # -P: the folder that the user stands in may be a stranger's, and hold a json.py
+        [sys.executable, "-P", "-c", _SCRIPT, str(path), str(place), "trust" if trust else "weights_only"],
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
