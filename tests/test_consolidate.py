@@ -176,6 +176,58 @@ def test_no_moving_average(tmp_path):
         export(saved.path, tmp_path / "out", ema=True)
 
 
+def averaged_file(tmp_path, change=lambda content: None, momentum=0.9):
+    """Write what a trainer with torch's AveragedModel saves; return the file, the model and the average."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=momentum)
+    for _ in range(2):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    content = {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}
+    change(content)
+    torch.save(content, tmp_path / "theirs.pt")
+    return tmp_path / "theirs.pt", model, average
+
+
+def test_averages_that_torch_took(tmp_path):
+    path, model, average = averaged_file(tmp_path)
+    done = export(path, tmp_path / "out", ema=True)
+    tensors = safetensors.torch.load_file(done.paths[0])
+    expected = average.module.state_dict()
+    assert sorted(tensors) == sorted(expected)
+    assert not torch.equal(expected["0.weight"], model.state_dict()["0.weight"])
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor)
+    assert not any("not averaged" in note for note in done.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c["ema"].update({"module.3.weight": torch.zeros(1)}), r"has 3\.weight, which the model has not"),
+        (lambda c: c.update(ema={f"shadow.{n}": t for n, t in c["model"].items()}), "which the model has not"),
+        (lambda c: c["ema"].update({"module.2.bias": torch.zeros(3)}), r"of 2\.bias has the shape \[3\], and it \[2\]"),
+        (lambda c: c["ema"].pop("module.0.bias"), r"0\.bias was trained and has no moving average"),
+    ],
+)
+def test_averages_that_are_not_of_the_model(tmp_path, change, match):
+    path, *_ = averaged_file(tmp_path, change)
+    with pytest.raises(UserError, match=match):
+        export(path, tmp_path / "out", ema=True)
+    assert not (tmp_path / "out").exists()
+    export(path, tmp_path / "out")
+
+
+def test_what_has_no_average_is_said(tmp_path):
+    """Without momentum nothing shows whether a parameter was trained or frozen."""
+    path, model, _ = averaged_file(tmp_path, lambda content: content["ema"].pop("module.0.bias"), momentum=0)
+    done = export(path, tmp_path / "out", ema=True)
+    assert "not averaged, and taken as they are: 0.bias" in done.notes
+    assert torch.equal(safetensors.torch.load_file(done.paths[0])["0.bias"], model.state_dict()["0.bias"])
+
+
 def test_damaged_checkpoint_is_refused(checkpoint, tmp_path):
     copy = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, copy)

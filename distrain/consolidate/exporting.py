@@ -21,6 +21,7 @@ from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, explain
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
 from distrain.consolidate.copying import Output, write_safetensors
+from distrain.consolidate.formats.common import some
 from distrain.consolidate.opening import detect, open_foreign
 from distrain.consolidate.sources import OwnTensors, Tensors
 from distrain.consolidate.torch_file import write_torch_file
@@ -85,7 +86,7 @@ def export(
     limit = None if shards is None else _parse_size(shards)
     target = None if dtype is None else _parse_dtype(dtype)
     with _opened(Path(checkpoint), verify, format, trust) as (tensors, config, notes, left):
-        outputs = _choose(tensors, target, ema)
+        outputs, unaveraged = _choose(tensors, target, ema)
         groups = _cut(outputs, limit)
         if out.suffix != ".safetensors" and len(groups) > 1:
             raise UserError(f"{out}: only safetensors files come in shards; name it .safetensors or leave shards out")
@@ -104,6 +105,8 @@ def export(
         writes += [(path, partial(_write_index, dict(zip(paths, groups, strict=True)), nbytes)) for path in index]
         # shards of another number would be taken for a part of this export
         _publish(writes, present - {*paths, *index, *beside}, sync)
+    if unaveraged:
+        notes = [*notes, f"not averaged, and taken as they are: {some(unaveraged)}"]
     return Exported((*paths, *beside, *index), nbytes, len(outputs), tuple(notes), tuple(left))
 
 
@@ -188,24 +191,53 @@ def _parse_dtype(dtype: str) -> str:
     return _DTYPES[dtype.lower()]
 
 
-def _choose(tensors: Tensors, dtype: str | None, ema: bool) -> dict[str, Output]:
-    """Return the tensors of the export by their plain names, aliases included."""
+def _choose(tensors: Tensors, dtype: str | None, ema: bool) -> tuple[dict[str, Output], list[str]]:
+    """Return the tensors of the export by their plain names, aliases included, and the parameters without average."""
     names, aliases = set(tensors.names), tensors.aliases
     if ema and not any(name.startswith("ema/") for name in names):
         raise UserError(f"{tensors.path} has no moving average of the weights: train.ema was off; leave ema out")
-    outputs = {}
+    averages = _averages(tensors) if ema else {}
+    outputs, unaveraged = {}, []
     for full in [*tensors.names, *aliases]:
         if full.startswith("model/"):
             plain, stored = full.removeprefix("model/"), aliases.get(full, full)
-            source = f"ema/{stored.removeprefix('model/')}"
-            source = source if ema and source in names else stored
+            source = averages.get(plain, averages.get(stored.removeprefix("model/"), stored))
             spec = tensors.spec(source)
+            if ema and source == stored and full == stored and spec.role == "parameter":
+                unaveraged.append(plain)
             wanted = dtype if dtype and spec.dtype in FLOATS else spec.dtype
             outputs[plain] = Output(source, spec, tensors.stored_dtype(source), wanted)
     if not outputs:
         raise UserError(f"{tensors.path} holds no model: none of its tensors is named model/…")
     # wide elements first: each tensor is then aligned to its element
-    return dict(sorted(outputs.items(), key=lambda item: (-ITEM_SIZES[item[1].dtype], item[0])))
+    return dict(sorted(outputs.items(), key=lambda item: (-ITEM_SIZES[item[1].dtype], item[0]))), unaveraged
+
+
+def _averages(tensors: Tensors) -> dict[str, str]:
+    """Return {plain name: where its average is}; raises UserError where they are not those of this model."""
+    averages = {name.removeprefix("ema/"): name for name in tensors.names if name.startswith("ema/")}
+    averages |= {name.removeprefix("ema/"): other for name, other in tensors.aliases.items() if name.startswith("ema/")}
+    model = {name.removeprefix("model/"): tensors.aliases.get(name, name) for name in [*tensors.names, *tensors.aliases]
+             if name.startswith("model/")}  # fmt: skip
+    mend = "; expected the averages of the model's own parameters; leave ema out for the weights themselves"
+    if strays := [name for name in averages if name not in model]:
+        raise UserError(
+            f"{tensors.path}: the moving average has {some(strays)}, which the model has not"
+            f"{close_names(strays[0], model)}{mend}"
+        )
+    for name, source in averages.items():
+        found, needed = tensors.spec(source).shape, tensors.spec(model[name]).shape
+        if found != needed:
+            raise UserError(
+                f"{tensors.path}: the moving average of {name} has the shape {list(found)}, and it {list(needed)}{mend}"
+            )
+    trained = {
+        name.removeprefix("optimizer/").rpartition("/")[0] for name in tensors.names if name.startswith("optimizer/")
+    }
+    averaged = {model[name] for name in averages}
+    if lacking := sorted(name for name in trained & set(model) if model[name] not in averaged):
+        raise UserError(f"{tensors.path}: {some(lacking)} was trained and has no moving average{mend}")
+    return averages
 
 
 def _cut(outputs: dict[str, Output], limit: int | None) -> list[dict[str, Output]]:

@@ -18,6 +18,8 @@ from distrain.consolidate.formats.trusted import open_in_process
 from distrain.consolidate.pickles import Made, PickleRefused, View
 from distrain.consolidate.sources import Source, Stored, small, whole
 
+AVERAGE_COUNT = "n_averaged"
+"""What torch's AveragedModel counts beside the averages themselves, which have `module.` in their names."""
 _MAX_TEXT = 64 << 20  # bytes of an index or a configuration
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -169,6 +171,8 @@ def plain_names(source: Source, names: Iterable[str]) -> dict[str, str]:
 
 def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], prefix: str = "model") -> None:
     """Add the tensors of a state dict; those that are the same memory become aliases of the first."""
+    if prefix == "ema":
+        state = {name: value for name, value in state.items() if name != AVERAGE_COUNT}
     tensors = {name: value for name, value in state.items() if isinstance(value, View)}
     odd = [str(name) for name, value in state.items() if not isinstance(value, View)]
     if not all(isinstance(name, str) for name in tensors):

@@ -14,7 +14,7 @@ from distrain.checkpoint.format import CheckpointError, TensorSpec
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError
 from distrain.consolidate.archive import MAX_PICKLE
-from distrain.consolidate.formats.common import TorchFile, basename, plain_names, some
+from distrain.consolidate.formats.common import AVERAGE_COUNT, TorchFile, basename, plain_names, some
 from distrain.consolidate.formats.optimizers import add_by_name
 from distrain.consolidate.formats.torch import AVERAGE, MODEL, OPTIMIZER, STEP
 from distrain.consolidate.pickles import Made, PickleRefused, View, dtype_of, read_pickle
@@ -49,6 +49,8 @@ def open_folder(source: Source, folder: Path) -> None:
             tensors["model"][".".join(map(str, rest if model is not None else path))] = listing.stored(
                 name, "parameter"
             )
+        elif first in AVERAGE and rest == (AVERAGE_COUNT,):
+            continue
         elif first in AVERAGE and rest and name in listing.tensors:
             tensors["ema"][".".join(map(str, rest))] = listing.stored(name, "ema")
         elif first in OPTIMIZER and (place := _parameter(rest)):
