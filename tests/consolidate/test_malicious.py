@@ -370,6 +370,28 @@ def test_indexes_that_do_not_fit(tmp_path):
     refused(folder, tmp_path, match=r"index\.json: it is not a JSON object")
 
 
+def test_indexes_of_torch_files_that_do_not_fit(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = folder / "pytorch_model.bin.index.json"
+    torch.save({"a": torch.zeros(3)}, folder / "one.bin")
+    torch.save({"a": torch.ones(3), "b": torch.ones(3)}, folder / "two.bin")
+    for mapping, name, odd in (
+        ({"a": "one.bin", "b": "two.bin"}, "two", "a"),  # two files hold an `a`, and only one of them is meant
+        ({"a": "one.bin", "b": "one.bin"}, "one", "b"),
+        ({"b": "two.bin"}, "two", "a"),
+    ):
+        index.write_text(json.dumps({"weight_map": mapping}))
+        refused(
+            folder, tmp_path, match=rf"{name}\.bin: its tensors are not those that .* lists for it, such as '{odd}'"
+        )
+    torch.save({"b": torch.ones(3)}, folder / "two.bin")
+    index.write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}))
+    tensors = safetensors.torch.load_file(export(folder, tmp_path / "out.safetensors").paths[0])
+    assert torch.equal(tensors["a"], torch.zeros(3))
+    assert torch.equal(tensors["b"], torch.ones(3))
+
+
 def test_symbolic_links_are_not_followed(tmp_path):
     safetensors.torch.save_file({"w": torch.zeros(3)}, tmp_path / "victim.safetensors")
     folder = tmp_path / "model"

@@ -37,12 +37,17 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
 
 
 def open_indexed(source: Source, index: Path, *, trust: bool) -> None:
-    """Add the tensors of the files that an index names."""
+    """Add the tensors of the files that an index names; each must hold exactly what the index says."""
     from distrain.consolidate.formats.safetensors import weight_map
 
-    for name in weight_map(index):
+    for name, expected in weight_map(index).items():
         file = TorchFile(source, index.parent / basename(name, index, "a file"), trust=trust)
-        add_state_dict(source, file, _model(file)[0])
+        state = _model(file)[0]
+        if odd := sorted({str(key) for key, value in state.items() if isinstance(value, View)} ^ expected):
+            raise UserError(
+                f"{file.path}: its tensors are not those that {index.name} lists for it, such as {odd[0]!r}"
+            )
+        add_state_dict(source, file, state)
 
 
 def _model(file: TorchFile) -> tuple[dict[Any, Any], dict[Any, Any]]:
