@@ -233,3 +233,47 @@ def test_a_run_of_each_strategy_scores_the_same_text(tmp_path: Path, kind: str) 
     for final in others:
         assert final["loss"] == pytest.approx(straight["loss"], rel=1e-5)
         assert final["bleu"] == straight["bleu"]
+
+
+def uneven_passes(strategy: str) -> list[float]:
+    """Make another number of forward passes on each rank while all weights are held, and one more in step; the sums."""
+    from distrain.networks.deferred import defer
+    from distrain.strategy import Asked, Plan, build_engine
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        # large enough that DeepSpeed does not keep it on every rank anyway
+        return torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
+
+    world = open_world("fp32", Asked(strategy))
+    plan = Plan(
+        model=model,
+        deferred=lambda: defer(lambda say: model(), say=print),
+        optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.0),
+        objective=lambda built: built(torch.ones(1, 400)).sum(),
+        micro_batch_size=1,
+        accumulation=1,
+        clip_norm=None,
+        ema=None,
+    )
+    engine = build_engine(world, plan)
+    engine.model.eval()
+    sums = []
+    with torch.no_grad():
+        with engine.whole():
+            for _ in range(2 + 3 * world.rank):
+                sums.append(engine.model(torch.ones(1, 400)).sum().item())
+        sums.append(engine.model(torch.ones(1, 400)).sum().item())
+        engine.settle()
+    objective = engine.wrapped(torch.ones(1, 400)).sum()
+    engine.step(objective, torch.ones(()), objective.detach(), (0.0, 0.0, 0.0))
+    world.close()
+    return sums
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_ranks_that_hold_all_weights_make_as_many_passes_as_they_like(strategy: str) -> None:
+    first, second = in_world(2, uneven_passes, strategy, timeout_s=60)
+    assert len(first) == 3
+    assert len(second) == 6
+    assert first + second == pytest.approx([first[0]] * 9)

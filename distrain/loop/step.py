@@ -116,7 +116,10 @@ def _attempt(
         with engine.micro_batch(last=index == last):
             objective = loss_of(t.call, t.loss, engine.wrapped, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
-            share = torch.as_tensor(share, dtype=objective.dtype, device=objective.device)
+            # a fill, and not a copy, for which the host would wait
+            if not isinstance(share, Tensor):
+                share = torch.full((), share, dtype=objective.dtype, device=objective.device)
+            share = share.to(objective.dtype)
             losses.append(objective.detach() * share)
             if index < last:
                 engine.backward(objective, share)

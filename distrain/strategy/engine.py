@@ -173,8 +173,11 @@ class Engine(ABC):
     def restore(self, reader: Reader) -> list[str]:
         """Take over a checkpoint; returns what is to be said of it. Raises UserError where it does not fit."""
         said = self.world.together(lambda: self.state.restore(reader))
-        if self.scale is not None and (stored := reader.manifest.scalars.get("loss_scale")):
+        stored = reader.manifest.scalars.get("loss_scale")
+        if stored and self.scale is not None:
             self.scale.load(stored)
+        elif stored:
+            said.append(f"the stored scale of the loss is not needed under {self.world.precision}")
         self.publish()
         return said
 
@@ -217,10 +220,13 @@ class Engine(ABC):
         """Return whether every weight is, the same answer on all ranks."""
         shards = [self.shard(parameter).values for parameter in self.model.parameters()]
         shards = [values for values in shards if values.is_floating_point() and values.numel()]
+        by_device: dict[torch.device, list[Tensor]] = {}  # what is frozen stays on the GPU where the rest is offloaded
+        for values in shards:
+            by_device.setdefault(values.device, []).append(values)
         finite = torch.ones((), device=self.world.device)
-        if shards:
-            largest = torch._foreach_norm(shards, math.inf)
-            finite = torch.stack([value.double() for value in largest]).isfinite().all().float().to(self.world.device)
+        for alike in by_device.values():
+            largest = torch.stack([norm.double() for norm in torch._foreach_norm(alike, math.inf)])
+            finite *= largest.isfinite().all().to(finite)
         return bool(self.world.sum(finite).item() == self.world.world_size)
 
     @contextmanager
@@ -239,6 +245,9 @@ class Engine(ABC):
             if found.is_floating_point and found != expected:
                 asked = f"train.precision {self.world.precision}, with weights in {dtype_name(expected)},"
                 raise did_not_take_effect(asked, f"{name} is {dtype_name(found)}")
+        # without a GPU there is nowhere to offload from
+        if self.world.device.type != "cpu" and (offloaded := self._offloaded()) != self.world.asked.offload:
+            raise did_not_take_effect(f"offload {self.world.asked.offload}", f"{offloaded} is offloaded")
 
     def effect(self) -> dict[str, Any]:
         """Return what took effect, as read from the objects that train. The same on all ranks."""
@@ -386,10 +395,22 @@ class restored(AbstractContextManager[None]):
 def without_gradient(world: World, plan: Plan, model: nn.Module) -> set[str]:
     """Return the names of the trained parameters that a first micro-batch gives no gradient on some rank."""
 
+    reached: set[int] = set()
+
+    def note(parameter: Tensor) -> None:
+        reached.add(id(parameter))
+        parameter.grad = None  # all of them together may be more than this strategy ever holds
+
     def rehearse() -> list[str]:
-        with restored(model):
-            plan.objective(model).backward()
-            return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in trained.values()]
+        try:
+            with restored(model):
+                plan.objective(model).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [name for name, parameter in trained.items() if id(parameter) not in reached]
 
     return {name for names in world.gather(world.together(rehearse)) for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from distrain.config import UserError
 from distrain.networks.blocks import block_classes
 from distrain.strategy.engine import (
     Engine,
@@ -91,15 +93,15 @@ class Fsdp2(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         objective.backward(self._scaled(share))
+        # who got a gradient, as a number that differs where that differs
+        given = float(zlib.crc32(bytes(p.grad is not None for p in (*self._sharded, *self._replicated))) & 0xFFFF)
         self._average_replicated()
         gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
         own = [p.grad for p in self._replicated if p.grad is not None]
         self._note_gradients([*gradients, *own])
         # the norm and what the ranks tell each other, in one reduction
-        numbers = torch.zeros(2 + len(flags), dtype=torch.float64, device=world.device)
-        numbers[0] = _square(gradients) + (_square(own) / world.world_size if own else 0.0)
-        numbers[1:] = torch.tensor((0.0, *flags), dtype=torch.float64)
-        numbers[1] = loss
+        square = _square(gradients) + (_square(own) / world.world_size if own else 0.0)
+        numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, (*flags, given, given * given))))
         world.sum(numbers)
         unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
         norm = numbers[0].sqrt() * unscale
@@ -117,16 +119,23 @@ class Fsdp2(Engine):
         read = world.later(torch.cat((norm.reshape(1), numbers[1:] / world.world_size)))
 
         def split() -> tuple[float, list[float]]:
-            norm, *means = read()
+            norm, *means, mean, mean_square = read()
+            if round(mean_square - mean * mean, 3):
+                raise UserError(
+                    "in a step the ranks gave gradients to different parameters, which fsdp2 reduces together; have "
+                    "each step use every parameter, even if its output is multiplied by zero, or train with ddp"
+                )
             return (norm if self.clip_norm is not None or self.scale is not None else 0.0), means
 
         return split
 
     def _average_replicated(self) -> None:
         for parameter in self._replicated:
-            if parameter.grad is not None and self.world.world_size > 1:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.world.world_size
+            if self.world.world_size > 1:
+                # on all ranks alike, whether or not a rank has used it
+                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                dist.all_reduce(gradient)
+                gradient /= self.world.world_size
 
     def shard(self, parameter: nn.Parameter) -> Shard:
         if not isinstance(parameter, DTensor):
@@ -154,7 +163,7 @@ class Fsdp2(Engine):
             yield
         finally:
             for module in modules:
-                module.set_reshard_after_forward(True, recurse=False)
+                module.set_reshard_after_forward(module is not self.model, recurse=False)
                 module.reshard()
 
     def check(self) -> None:

@@ -119,8 +119,7 @@ class Replicated(Engine):
             objective.backward(share)
             read = world.later(loss.reshape(1))
             return lambda: [*read(), *flags]
-        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=objective.device)
-        numbers[0] = loss
+        numbers = world.numbers(loss, flags)
         carrier = wrapped.module
         if isinstance(carrier, _Carrier) and carrier.numbers is not None:
             carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))

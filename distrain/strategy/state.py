@@ -239,7 +239,10 @@ class TrainingState:
         check_fit(reader, _specs(held), roles)
         for name, each in held.items():
             fill(each.values, reader, name, each.start)
-        return self._restore_optimizer(reader)
+        said = self._restore_optimizer(reader)
+        if self.ema is None and any(spec.role == "ema" for spec in reader.manifest.specs.values()):
+            said.append("the stored average of the weights is left behind: train.ema is null")
+        return said
 
     def _restore_optimizer(self, reader: Reader) -> list[str]:
         manifest, optimizer = reader.manifest, self.optimizer

@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -38,7 +38,7 @@ class World:
     Satisfies `distrain.checkpoint.Communicator`.
     """
 
-    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked):
+    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked, timeout: timedelta):
         self.accelerator = accelerator
         self.arithmetic = arithmetic
         self.precision = arithmetic.name
@@ -53,7 +53,7 @@ class World:
         self.device = accelerator.device
         # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
         needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
-        self._control: dist.ProcessGroup | None = dist.new_group(backend="gloo") if needs_own else None  # type: ignore[assignment]
+        self._control: Any = dist.new_group(backend="gloo", timeout=timeout) if needs_own else None
         self._patient: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
@@ -63,6 +63,14 @@ class World:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def numbers(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
+        """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
+        on_gpu = self.device.type == "cuda"
+        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, pin_memory=on_gpu)
+        numbers = numbers.to(self.device, non_blocking=True)
+        numbers[0] = loss
+        return numbers
 
     def later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return a function that reads `values` (k,); called a step later, it does not wait for the device."""
@@ -188,13 +196,19 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
     if accelerator.device.type == "cpu":
         # without an index, as tensors name it: moving there what is there already would copy it
         accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
-    world = World(accelerator, resolve(precision, accelerator.device), asked)
-    if (world.rank, world.world_size) != (environment.rank, environment.world_size):
-        raise UserError(
-            f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up as "
-            f"rank {world.rank} of {world.world_size}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
-        )
-    return world
+    try:
+        arithmetic = resolve(precision, accelerator.device)
+        found = accelerator.process_index, accelerator.num_processes
+        if found != (environment.rank, environment.world_size):
+            raise UserError(
+                f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
+                f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
+            )
+        return World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
+    except BaseException:
+        if dist.is_initialized():  # ending a process without leaving it can abort under gloo
+            dist.destroy_process_group()
+        raise
 
 
 def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:

@@ -69,11 +69,11 @@ class Zero(Engine):
         if self.stage == 3:
             deferred = world.together(plan.deferred)
             model = deferred.model
+            buffers_to(model, world.device)
             imagined = imagine_without_gradient(model, plan.objective, world.device)
             # one that a rank cannot tell of, or uses, is trained; if no rank uses it after all, `step` says so
             unused = set.intersection(*(names or set() for names in world.gather(imagined)))
             _partition(deferred, world, initial=plan.initial)
-            buffers_to(model, world.device)
             optimizer = world.together(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
         else:
@@ -163,9 +163,7 @@ class Zero(Engine):
             self.scale.update(overflowed)
             if overflowed:
                 return None
-        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, device=world.device)
-        numbers[0] = loss
-        means = world.later(world.sum(numbers) / world.world_size)
+        means = world.later(world.sum(world.numbers(loss, flags)) / world.world_size)
         if overflowed:  # unscaled gradients that are not finite: for the loop to report
             return lambda: (float("nan"), means())
         if self.state.ema is not None:
@@ -231,8 +229,26 @@ class Zero(Engine):
         if self.stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())), self._unhooked():
             yield
+
+    @contextmanager
+    def _unhooked(self) -> Iterator[None]:
+        """Take out the hooks that let go of each weight after its use, and gather it in step with the other ranks."""
+        offload = self._zero.parameter_offload
+        handles = (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook)
+        ours = {handle.id for handle in handles}
+        found = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
+        kept = [(hooks, dict(hooks)) for hooks in found.values()]
+        for hooks, before in kept:
+            for key in before.keys() & ours:
+                del hooks[key]
+        try:
+            yield
+        finally:
+            for hooks, before in kept:
+                hooks.clear()
+                hooks.update(before)
 
     def check(self) -> None:
         super().check()
