@@ -26,6 +26,7 @@ FORMATS = {
     "torch": "a file of torch.save",
 }
 COUNTED = "is the optimizer's own count"
+MOST_STEPS = 10**18
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -55,12 +56,13 @@ def open_foreign(
         raise UserError(f"no format {found!r}; it is one of {', '.join(FORMATS)}{close_names(found, FORMATS)}")
     source = Source(path, FORMATS[found].partition(",")[0])
     try:
-        _fill(source, found, trust)
-        _tie(source, tied or {})
-        _name_buffers(source, buffers)
-        source.check()
-        if source.step is None:
-            _count_steps(source)
+        with _in_words(path, FORMATS[found]):
+            _fill(source, found, trust)
+            _tie(source, tied or {})
+            _name_buffers(source, buffers)
+            source.check()
+            if source.step is None:
+                _count_steps(source)
         yield source
     except (CheckpointError, OSError) as error:
         raise UserError(f"{path}: {explain(error)}") from error
@@ -70,6 +72,34 @@ def open_foreign(
 
 def detect(path: Path) -> str:
     """Return the format of what is at `path`, from what it contains; raises UserError."""
+    try:
+        with _in_words(path, "a checkpoint that is known here"):
+            return _detect(path)
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+
+
+@contextmanager
+def _in_words(path: Path, expected: str) -> Iterator[None]:
+    """Say of a file that it is damaged where what is in it is of other kinds than its format knows."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
+        raise UserError(f"{path} is damaged, or not {expected} ({reason})") from error
+
+
+def _detect(path: Path) -> str:
     if path.is_file():
         descriptor = open_plain(path)
         start = os.pread(descriptor, 9, 0)
@@ -138,7 +168,7 @@ def _tie(source: Source, tied: Mapping[str, str]) -> None:
             raise UserError(f"{alias} and {name} are not tied: their elements differ")
         del source.tensors[one]
         source.aliases[one] = other
-        for full in [n for n in source.names if n.startswith((f"optimizer/{alias}/", f"ema/{alias}"))]:
+        for full in [n for n in source.names if n == f"ema/{alias}" or n.rpartition("/")[0] == f"optimizer/{alias}"]:
             del source.tensors[full]
 
 
@@ -180,7 +210,12 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
 def _count_steps(source: Source) -> None:
     """Take the step from the optimizer's own count, where all parameters agree on it."""
     counts = {source.number(name) for name in source.names if name.startswith("optimizer/") and name.endswith("/step")}
-    counts |= {values["step"] for values in source.optimizer_values.values() if "step" in values}
-    if len(counts) == 1 and isinstance(count := counts.pop(), int | float) and count == int(count) >= 0:
+    kept = [values["step"] for values in source.optimizer_values.values() if "step" in values]
+    if all(isinstance(value, int | float) for value in kept):
+        counts |= set(kept)
+    else:
+        counts.add(None)
+    count = counts.pop() if len(counts) == 1 else None
+    if count is not None and 0 <= count < MOST_STEPS and count == int(count):  # NaN and infinity are below nothing
         source.step = int(count)
         source.notes.append(f"step {source.step} {COUNTED}")

@@ -610,6 +610,61 @@ def test_what_is_no_checkpoint(tmp_path):
         pass
 
 
+def optimizer_file(tmp_path, entries, **more):
+    """Write a model of one parameter, with these entries as its optimizer's state."""
+    path = tmp_path / "model.pt"
+    torch.save(
+        {"model": {"w": torch.zeros(2)}, "optimizer": {"state": {"w": entries}, "param_groups": []}} | more, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -1, [3], (3, [4]), "3", torch.tensor(float("nan")), 1e30])
+def test_steps_that_cannot_be(tmp_path, step):
+    path = optimizer_file(tmp_path, {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2), "step": step})
+    with open_foreign(path) as source:
+        assert source.step is None
+
+
+def test_values_that_unfold_without_end(tmp_path):
+    bomb = [0] * 10
+    for _ in range(30):
+        bomb = [bomb] * 10
+    path = optimizer_file(tmp_path, {"exp_avg": torch.zeros(2), "odd": bomb})
+    assert path.stat().st_size < 5000
+    refused(path, tmp_path, match="unfold to more numbers than any optimizer keeps")
+
+
+def test_values_that_are_nested_too_deep(tmp_path):
+    """Pickled by hand: Python's own pickler does not go so deep."""
+    path = optimizer_file(tmp_path, {"exp_avg": torch.zeros(2), "odd": "HERE"})
+    deep = b"]" * 5000 + b"a" * 4999
+    rewritten(path, lambda name, raw: raw.replace(b"X\x04\x00\x00\x00HERE", deep) if "pkl" in name else raw)
+    refused(path, tmp_path, match=r"model\.pt.*(damaged, or not|is not opened)")
+
+
+def test_optimizers_as_far_as_they_are_known(tmp_path):
+    for entries, kind in (
+        ({"exp_avg": torch.zeros(2)}, "Lion"),
+        ({"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}, "AdamW"),
+        ({"momentum_buffer": torch.zeros(2)}, "SGD"),
+        ({"square_avg": torch.zeros(2), "momentum_buffer": torch.zeros(2)}, "RMSprop"),
+    ):
+        with open_foreign(optimizer_file(tmp_path, entries)) as source:
+            assert source.optimizer == kind
+    state = {"state": {"w": {"exp_avg": torch.zeros(2)}}, "param_groups": []}
+    with open_foreign(optimizer_file(tmp_path, {}, optimizer=[state, state, state])) as source:
+        assert "model.pt: optimizer: it holds 3 optimizers, all but the first" in source.left
+
+
+def test_tying_one_name_takes_no_other(tmp_path):
+    path, same = tmp_path / "model.pt", torch.ones(2)
+    names = ("h", "h2", "e")
+    torch.save({"model": {n: same.clone() for n in names}, "ema": {n: same.clone() for n in names}}, path)
+    with open_foreign(path, tied={"h": "e"}) as source:
+        assert sorted(source.names) == ["ema/e", "ema/h2", "model/e", "model/h2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero1", "zero3", "fsdp", "dcp", "plain"])
 def test_whatever_is_damaged_is_refused_with_words(kind, written, tmp_path):

@@ -190,10 +190,23 @@ def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], pr
             source.tensors[full] = file.stored(view, "parameter" if prefix == "model" else prefix)
 
 
-def plain_value(value: Any) -> Any:
-    """Return a value that JSON keeps, with lists for tuples; raises TypeError for any other."""
+class Budget:
+    """How many values lists may still have: one that a pickle names again and again is written out each time."""
+
+    def __init__(self, values: int = 100_000):
+        self.left = values
+
+
+def plain_value(value: Any, budget: Budget) -> Any:
+    """Return a value that JSON keeps, with lists for tuples; raises TypeError for any other.
+
+    Raises UserError where its lists take more than what the budget has left.
+    """
     if isinstance(value, tuple | list):
-        return [plain_value(item) for item in value]
+        budget.left -= len(value)
+        if budget.left < 0:
+            raise UserError("the optimizer's values unfold to more numbers than any optimizer keeps")
+        return [plain_value(item, budget) for item in value]
     if isinstance(value, str | bool | int | None) or (isinstance(value, float) and value - value == 0):
         return value
     raise TypeError(value.kind if isinstance(value, Made) else type(value).__name__)

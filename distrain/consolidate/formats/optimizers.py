@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distrain.consolidate.formats.common import TorchFile, plain_names, plain_value, some
+from distrain.consolidate.formats.common import Budget, TorchFile, plain_names, plain_value, some
 from distrain.consolidate.pickles import View
 from distrain.consolidate.sources import Source, Stored
 
@@ -55,10 +55,10 @@ def add_by_name(
     plain = plain_names(source, dict.fromkeys(name for name, _ in [*tensors, *values]))
     for (name, key), stored in tensors.items():
         source.tensors[f"optimizer/{plain[name]}/{key}"] = stored
-    odd = []
+    odd, budget = [], Budget()
     for (name, key), value in values.items():
         try:
-            source.optimizer_values.setdefault(plain[name], {})[key] = plain_value(value)
+            source.optimizer_values.setdefault(plain[name], {})[key] = plain_value(value, budget)
         except TypeError:
             odd.append(f"{name}/{key}")
     if odd:
@@ -67,7 +67,7 @@ def add_by_name(
         settings = {}
         for key, value in group.items():
             try:
-                settings[str(key)] = plain_value(value)
+                settings[str(key)] = plain_value(value, budget)
             except TypeError:
                 odd.append(str(key))
         source.optimizer_groups.append(settings)
@@ -77,11 +77,12 @@ def add_by_name(
 def guess(source: Source, keys: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> None:
     """Conclude from what is kept for each parameter which class keeps it."""
     found = set(keys)
-    fitting = [name for name, known in _KEYS.items() if found and found <= known]
+    # exp_avg alone is what Lion keeps, and a part of what AdamW does: the class that keeps the least besides
+    fitting = sorted((name for name, known in _KEYS.items() if found and found <= known), key=lambda n: len(_KEYS[n]))
     if "exp_avg_sq" in found and any(group.get("decoupled_weight_decay") is False for group in groups):
         fitting = ["Adam"]
     if source.optimizer is None and fitting:
-        source.optimizer = "AdamW" if "AdamW" in fitting and "exp_avg_sq" in found else fitting[0]
+        source.optimizer = fitting[0]
         source.notes.append(
             f"the optimizer is taken for {source.optimizer}, which keeps {some(sorted(found))}; --optimizer NAME says "
             "otherwise"

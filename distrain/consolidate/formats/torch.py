@@ -26,8 +26,11 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
     add_state_dict(source, file, state)
     for key, value in others.items():
         if key in OPTIMIZER:
-            for one in value[:1] if isinstance(value, list) else [value]:
+            several = value if isinstance(value, list) else [value]
+            for one in several[:1]:
                 add_optimizer(source, file, one, f"{path.name}: {key}")
+            if len(several) > 1:
+                source.left.append(f"{path.name}: {key}: it holds {len(several)} optimizers, all but the first")
         elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
             add_state_dict(source, file, value, "ema")
         elif key in STEP and type(value) is int and 0 <= value < 10**18:
