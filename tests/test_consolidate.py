@@ -18,7 +18,7 @@ from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_wor
 
 from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
 from distrain.config import UserError
-from distrain.consolidate import copying, export
+from distrain.consolidate import copying, export, find_source
 
 PLAIN = [name.removeprefix("model/") for name in SPECS if name.startswith("model/")]
 
@@ -174,6 +174,17 @@ def test_no_moving_average(tmp_path):
     )
     with pytest.raises(UserError, match=r"train\.ema was off"):
         export(saved.path, tmp_path / "out", ema=True)
+
+
+def test_folders_of_others_may_be_named_after_steps(tmp_path):
+    folder = tmp_path / "step-1000"
+    folder.mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    path, format = find_source(folder)
+    assert format is not None
+    for said in (format, None):
+        out = export(path, tmp_path / "out.safetensors", format=said, overwrite=True).paths[0]
+        assert torch.equal(safetensors.torch.load_file(out)["w"], torch.ones(2))
 
 
 def averaged_file(tmp_path, change=lambda content: None, momentum=0.9):

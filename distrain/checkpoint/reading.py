@@ -230,6 +230,11 @@ def verify(path: Path | str) -> list[str]:
     return _examine(Path(path))[1]
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder is named as published checkpoints are, `step-` and 8 to 18 digits; others have other names."""
+    return _PUBLISHED.fullmatch(name) is not None
+
+
 def list_checkpoints(folder: Path | str) -> list[CheckpointInfo]:
     """Return the published checkpoints in `folder`, the highest step first; none when there is no folder."""
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from distrain.checkpoint import Manifest, Reader, find_checkpoint
 from distrain.checkpoint.floats import FLOATS
 from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, explain
+from distrain.checkpoint.reading import is_checkpoint_name
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
 from distrain.consolidate.copying import Output, write_safetensors
@@ -117,7 +118,7 @@ def find_source(target: Path | str, *, best: bool = False, format: str | None = 
     """
     path = Path(target)
     own = (path / MANIFEST).exists() or RunDir(path).checkpoints.is_dir() or not path.exists()
-    if format is None and (own or path.name.startswith("step-")):
+    if format is None and (own or is_checkpoint_name(path.name)):
         return find_checkpoint(path, best=best), None
     if best:
         raise UserError(f"{path} is not a run of distrain's; --best goes with a run folder")
@@ -144,7 +145,7 @@ def _opened(
     path: Path, verify: bool, format: str | None, trust: bool
 ) -> Iterator[tuple[Tensors, str | None, list[str], list[str]]]:
     """Open a checkpoint of any format: its tensors, the configuration of transformers, notes, and what is left."""
-    if format is None and (not path.exists() or (path / MANIFEST).exists() or path.name.startswith("step-")):
+    if format is None and (not path.exists() or (path / MANIFEST).exists() or is_checkpoint_name(path.name)):
         with Reader(path, verify) as reader:
             yield OwnTensors(reader), transformers_config(reader.manifest), [], []
         return
