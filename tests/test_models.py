@@ -796,10 +796,11 @@ def test_transformers_encoder_decoder() -> None:
     assert torch.allclose(padded, logits, atol=1e-5)
 
 
-def test_transformers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    problems = check_model(recipe_of({"name": "transformers:AutoModelForCausalLM", "config": GPT2}))
-    assert "pip install 'distrain[transformers]'" in problems[0]
+def test_weights_that_differ_by_wrappers_alone(tmp_path: Path) -> None:
+    state = nn.Linear(2, 2).state_dict()
+    torch.save(state | {"module.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"two tensors that are 'weight' without .*'module\.weight'; expected one"):
+        load_weights(nn.Linear(2, 2), tmp_path / "model.pt")
 
 
 # --------------------------------------------------------------------------------------------------------------------

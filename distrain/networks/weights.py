@@ -116,7 +116,15 @@ def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> li
 def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tensor], dict[str, _Stored], WeightsReport]:
     """Return the model's tensors, the file's by the model's names, and how they differ; raises UserError."""
     expected = model.state_dict(keep_vars=True)
-    found = {_plain(name, expected): stored for name, stored in stored_tensors(path).items()}
+    found: dict[str, _Stored] = {}
+    for name, stored in stored_tensors(path).items():
+        plain = _plain(name, expected)
+        if plain in found:
+            raise UserError(
+                f"model.weights: {path} has two tensors that are {plain!r} without what wrappers put into names, one "
+                f"of them {name!r}; expected one of each"
+            )
+        found[plain] = stored
     fitting = _fitting(expected, found)
     aliases = tied_names(model)
     present = {aliases.get(name, name) for name in found}
