@@ -1,4 +1,4 @@
-"""Models of the transformers library, an optional extra: `transformers:CLASS`. Nothing is ever downloaded.
+"""Models of the transformers library: `transformers:CLASS`. Nothing is ever downloaded.
 
 model: {name: transformers:AutoModelForCausalLM, config: {model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}}
 model: {name: transformers:AutoModelForSequenceClassification, path: folders/bert}
@@ -6,7 +6,6 @@ model: {name: transformers:AutoModelForSequenceClassification, path: folders/ber
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -153,10 +152,6 @@ _FIRST_RANK_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def _class(name: str) -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError(
-            f"model.name: {name} needs the package transformers; install it: pip install 'distrain[transformers]'"
-        )
     import transformers
 
     bare = name.removeprefix(PREFIX)
