@@ -29,6 +29,12 @@ _ARITHMETIC = (
     "with CUBLAS_WORKSPACE_CONFIG=:4096:8), and look for atomics, threads and times in code of your own"
 )
 
+_OF_DONE = (
+    "one of the runs ended before the other, or left out an evaluation or its checkpoints: its data ran out, it "
+    "stopped early, or its files were changed after they were written",
+    "look at the runs with --keep DIR: metrics.jsonl has every evaluation and save, log-rank-0.txt why a run ended",
+)
+
 
 def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None) -> None:
     """Fill in the likely cause of a divergence between runs in one placement, and what to do.
@@ -82,6 +88,8 @@ def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None) -> N
             "evaluation, draws random numbers or keeps state"
         )
         d.advice = _MODEL
+    elif d.what == "done":
+        d.cause, d.advice = _OF_DONE
     else:
         d.cause = (
             "the state in memory was the same, and what was saved is not: the file was changed after it was written, "
@@ -108,6 +116,8 @@ def explain_elsewhere(divergence: Divergence) -> None:
     elif d.what == "lr":
         d.cause = "the optimizer's learning rate depends on the number of processes"
         d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+    elif d.what == "done":
+        d.cause, d.advice = _OF_DONE
     else:
         d.cause = (
             "samples and learning rates are the same, so the model's loss for a sample depends on the samples beside "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ _CHUNK = 1 << 20  # elements compared at a time
 
 ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
-    "checkpoint",
+    "checkpoint", "done",
 )  # fmt: skip
-"""What is compared, causes before their effects; `start` is the state that an attempt starts from."""
+"""What is compared, causes before their effects; `start` is the state that an attempt starts from, `done` what only one
+of the runs did."""
+
+_OF_STEPS = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
 
 IN_WORDS = {
     "start": "the state at the start of an attempt",
@@ -39,6 +42,7 @@ IN_WORDS = {
     "values": "what the optimizer keeps besides tensors",
     "evaluation": "an evaluation",
     "checkpoint": "the checkpoint",
+    "done": "what was done",
 }
 
 
@@ -115,6 +119,7 @@ def exact(straight: Leg, other: Leg) -> Divergence | None:
     ]
     found += _evaluations(straight, other)
     found += _checkpoints(straight, other)
+    found += not_done(straight, other)
     first = earliest(found)
     if first is not None and first.attempt < len(other.attempts):
         # for an evaluation or a checkpoint, which are of the whole run, what the last attempt held
@@ -143,7 +148,7 @@ def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -
     if differing:
         return divergence(begun, "start", differing)
     for step in sorted(record.steps):
-        for what in ORDER[1:-2]:
+        for what in _OF_STEPS:
             differing = {}
             for rank, noted in record.steps[step].items():
                 if gap := _first_gap(what, reference.steps.get(step, {}).get(rank, {}), noted):
@@ -256,6 +261,61 @@ def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
                 other.name, row["step"], "evaluation", keys[0], [0], _short(a), _short(b), number,
                 other.attempts[number].resumed_at, more=keys[1:],
             )  # fmt: skip
+
+
+def not_done(straight: Leg, other: Leg) -> Iterator[Divergence]:
+    """Yield what only one of two runs did: the first step, the first evaluation; and that they share no checkpoint.
+
+    What was not done in both cannot be compared, so without this a run that did less would agree. A step counts as
+    taken where every rank has noted its state.
+    """
+
+    def divergence(step: int, subject: str, one: str, two: str, more: Sequence[str] = ()) -> Divergence:
+        number = other.attempt_of(step)
+        begun = other.attempts[number].resumed_at if other.attempts else 0
+        return Divergence(other.name, step, "done", subject, [], one, two, number, begun, more=list(more))
+
+    ours, theirs = _steps_taken(straight), _steps_taken(other)
+    if alone := sorted(ours ^ theirs):
+        rest = [f"and {len(alone) - 1} more steps that only one of the runs took"] if len(alone) > 1 else []
+        held = [
+            f"{len(steps)} steps, {'with' if alone[0] in steps else 'without'} step {alone[0]}"
+            for steps in (ours, theirs)
+        ]
+        yield divergence(alone[0], "a step that only one of the runs took on every rank", held[0], held[1], rest)
+    scored, its = _evaluated(straight), _evaluated(other)
+    if unshared := sorted(scored.keys() ^ its.keys(), key=lambda key: (scored | its)[key]):
+        step = (scored | its)[unshared[0]]
+        rest = [f"and {len(unshared) - 1} more evaluations that only one has"] if len(unshared) > 1 else []
+        said = ["scored after this step" if unshared[0] in each else "not scored" for each in (scored, its)]
+        yield divergence(step, "an evaluation that only one of the runs has", said[0], said[1], rest)
+    if not shared_checkpoints(straight.run_dir, other.run_dir):
+        step = max(ours | theirs, default=0)
+        saved, its_saved = _saved_steps(straight.run_dir), _saved_steps(other.run_dir)
+        yield divergence(step, "no checkpoint that both runs have", saved, its_saved)
+
+
+def _steps_taken(leg: Leg) -> set[int]:
+    return {
+        step
+        for attempt in leg.attempts
+        for step, ranks in attempt.record.steps.items()
+        if sum("state" in noted for noted in ranks.values()) == attempt.record.facts["world_size"]
+    }
+
+
+def _evaluated(leg: Leg) -> dict[tuple[str, str, int], int]:
+    """Return the steps of a run's evaluations by what they are; the final one may be of any, whichever was best."""
+    return {
+        (row["event"], row["split"], row["step"] if row["event"] == "eval" else 0): row["step"]
+        for row in RunDir(leg.run_dir).rows()
+        if row["event"] in ("eval", "final")
+    }
+
+
+def _saved_steps(run_dir: Path) -> str:
+    steps = sorted(info.step for info in list_checkpoints(RunDir(run_dir).checkpoints))
+    return f"checkpoints of the steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
 
 
 def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
