@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
+from distrain.checkpoint import LocalCommunicator, Piece, Reader, Saver, TensorSpec, list_checkpoints
 from distrain.prove import Divergence, Leg, Placement
 from distrain.prove.causes import explain
 from distrain.prove.divergence import exact
 from distrain.prove.legs import Attempt
+from distrain.prove.tolerance import TOLERANCES, distance, within
 from distrain.prove.traces import Record
 
 STEPS = 4
@@ -26,7 +27,15 @@ def record(
     samples: Mapping[int, int] = {}, rates: Mapping[int, float] = {}, drawn: Iterable[str] = (),
 ) -> Record:  # fmt: skip
     """Return what the ranks of one attempt noted: step s reads samples 2 s and 2 s + 1, the first half on each rank."""
-    facts = {"world_size": world, "precision": "fp32", "batch_norm": [], "step": start, "hidden": {}, "state": {}}
+    facts = {
+        "world_size": world,
+        "precision": "fp32",
+        "total_steps": STEPS,
+        "batch_norm": [],
+        "step": start,
+        "hidden": {},
+        "state": {},
+    }
     made = Record({rank: dict(facts) for rank in range(world)})
     for step in steps:
         ids = [samples.get(step, 2 * step), 2 * step + 1]
@@ -114,3 +123,115 @@ def test_runs_without_a_checkpoint_in_common(tmp_path: Path) -> None:
     found = found_in(exact(straight, leg(tmp_path / "other", record(), saved={3: {"weight": np.ones(3)}})))
     assert (found.what, found.step) == ("done", STEPS)
     assert (found.straight, found.other) == ("checkpoints of the steps 2, 4", "checkpoints of the steps 3")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other placements
+
+FP32 = TOLERANCES["fp32"]
+OTHER_LOSSES = dict.fromkeys(range(1, STEPS + 1), 3.0)
+
+
+def moved_leg(folder: Path, *, world: int = 2, losses: Mapping[int, float] = OTHER_LOSSES, **what: Any) -> Leg:
+    return leg(folder, record(world, losses=losses, drawn=["torch"], **what))
+
+
+def test_with_dropout_losses_may_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    saved = {step: {"weight": np.full(3, 2.0)} for step in SAVED}
+    found = within(straight, leg(tmp_path / "other", record(2, losses=OTHER_LOSSES), saved=saved), FP32)
+    assert found.divergence is None
+    assert "dropout" in found.by_design
+    assert found.worst_tensor == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("what", "changes"), [("ids", {"samples": {3: 99}}), ("lr", {"rates": {4: 0.3}})])
+def test_what_is_read_is_compared_to_the_end_though_losses_depend(
+    tmp_path: Path, what: str, changes: dict[str, Any]
+) -> None:
+    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    found = found_in(within(straight, moved_leg(tmp_path / "other", **changes), FP32).divergence)
+    assert (found.what, found.step) == (what, 3 if what == "ids" else 4)
+
+
+def test_with_as_many_processes_dropout_excuses_nothing(tmp_path: Path) -> None:
+    straight = leg(tmp_path / "straight", record(2, drawn=["torch"]))
+    found = within(straight, moved_leg(tmp_path / "other"), FP32)
+    assert (found_in(found.divergence).what, found.by_design) == ("loss", "")
+    # nor before a run moves to another number of them, and after it goes back it has inherited what was made there
+    first = record(2, steps=[1, 2], losses={1: 3.0})
+    moving = leg(tmp_path / "moving", first, record(1, start=2, steps=[3, 4], losses=OTHER_LOSSES))
+    assert found_in(within(straight, moving, FP32).divergence).step == 1
+    three = [record(2, steps=[1, 2]), record(1, start=2, steps=[3]), record(2, start=3, steps=[4], losses={4: 3.0})]
+    back = within(straight, leg(tmp_path / "back", *three), FP32)
+    assert back.divergence is None
+    assert back.by_design
+
+
+def test_a_running_mean_follows_a_bias_that_is_rounding(tmp_path: Path) -> None:
+    one, other = record(2), record(2)
+    for each in (one, other):
+        each.facts["batch_norm"] = ["norm"]
+    tensors = [{"norm.running_mean": np.full(3, value), "norm.running_var": np.ones(3)} for value in (1.0, 1.01)]
+    legs = [
+        leg(tmp_path / name, each, saved=dict.fromkeys(SAVED, held))
+        for name, each, held in zip(("straight", "other"), (one, other), tensors, strict=True)
+    ]
+    found = within(*legs, FP32)
+    assert found_in(found.divergence).subject.startswith("model/norm.running_mean"), "where no such bias is"
+    one = record(2)
+    one.facts["batch_norm"] = ["norm"]
+    one.steps[1][0]["gradients"]["layer.bias"] = ["bits", 1e-9]
+    legs[0].attempts[0].record = one
+    found = within(*legs, FP32)
+    assert found.divergence is None
+    assert found.noise == ["layer.bias", "norm.running_mean"]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_never_by_design(tmp_path: Path, loss: float) -> None:
+    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    found = within(straight, moved_leg(tmp_path / "other", losses=OTHER_LOSSES | {2: loss}), FP32)
+    assert (found_in(found.divergence).what, found_in(found.divergence).step) == ("loss", 2)
+    assert found.worst_loss == float("inf")
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"bias": np.ones(3)}, {"weight": np.ones(4)}, {"weight": np.array([1, np.nan, 1])}]
+)
+def test_a_tensor_that_is_missing_or_not_finite_is_never_by_design(
+    tmp_path: Path, tensors: dict[str, np.ndarray]
+) -> None:
+    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    saved = {2: {"weight": np.full(3, 2.0)}, 4: tensors}
+    other = leg(tmp_path / "other", record(2, losses=OTHER_LOSSES), saved=saved)
+    found = found_in(within(straight, other, FP32).divergence)
+    assert (found.what, found.step) == ("checkpoint", 4)
+
+
+def test_a_run_elsewhere_with_fewer_steps_is_a_divergence(tmp_path: Path) -> None:
+    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    short = leg(tmp_path / "short", record(2, steps=[1]), scored=(), final=None, saved={})
+    assert found_in(within(straight, short, FP32).divergence).what == "done"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([0.0, 0.0], [0.0, np.nan], np.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, 4.0], [3.0, 4.5], 0.5 / (9 + 4.5**2) ** 0.5),
+        ([1.0, np.inf], [1.0, 2.0], np.inf),
+        ([1.0, -np.inf], [1.0, -np.inf], 0.0),
+        ([1.0, np.nan], [1.0, np.nan], 0.0),
+        ([0.0, 1e200], [0.0, -1e200], np.inf),
+    ],
+)
+def test_how_far_tensors_are_apart(tmp_path: Path, one: list[float], other: list[float], expected: float) -> None:
+    paths = []
+    for number, values in enumerate((one, other)):
+        (tmp_path / str(number)).mkdir()
+        save(tmp_path / str(number), 1, {"model/weight": np.array(values)})
+        paths.append(list_checkpoints(tmp_path / str(number))[0].path)
+    with Reader(paths[0]) as a, Reader(paths[1]) as b:
+        assert distance(a, b, "model/weight") == pytest.approx(expected)

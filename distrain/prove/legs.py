@@ -105,6 +105,13 @@ class Leg:
         """The last step that was taken."""
         return max(attempt.record.last_step for attempt in self.attempts)
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether the recipe's early stop ended it before the last step of the recipe."""
+        return (
+            RunDir(self.run_dir).finished is not None and self.last_step < self.attempts[0].record.facts["total_steps"]
+        )
+
     def attempt_of(self, step: int) -> int:
         """Return the number of the last attempt that took a step."""
         return max((n for n, attempt in enumerate(self.attempts) if attempt.resumed_at < step), default=0)

@@ -56,7 +56,7 @@ def in_words(result: LegResult) -> str:
         )
         if agreement.noise:
             shown = ", ".join(agreement.noise[:3]) + (", …" if len(agreement.noise) > 3 else "")
-            parts.append(f"left out, as the gradient is nothing but rounding: {shown}")
+            parts.append(f"left out, as rounding alone decides them: {shown}")
     return "; ".join(parts)
 
 
