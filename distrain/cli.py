@@ -313,8 +313,9 @@ def checkpoint_verify(
     """Read every byte and check it against the manifest's hashes."""
     from distrain.checkpoint import checkpoint_folder, list_checkpoints, verify
     from distrain.checkpoint.format import MANIFEST
+    from distrain.checkpoint.reading import is_checkpoint_name
 
-    single = (target / MANIFEST).exists() or (target.is_dir() and target.name.startswith("step-"))
+    single = (target / MANIFEST).exists() or (target.is_dir() and is_checkpoint_name(target.name))
     paths = [target] if single else [info.path for info in list_checkpoints(checkpoint_folder(target))]
     if not paths:
         raise UserError(f"{target} has no checkpoints")

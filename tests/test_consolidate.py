@@ -360,3 +360,11 @@ def test_full_disk(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the disk has 100 left; free some space"):
         export(checkpoint, tmp_path / "out")
     assert list(Path(tmp_path / "out").iterdir()) == []
+
+
+def test_trust_is_refused_where_nothing_runs(checkpoint, tmp_path):
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="--trust changes nothing"):
+        export(tmp_path / "a.safetensors", tmp_path / "out.safetensors", trust=True)
+    with pytest.raises(UserError, match="--trust is for what other trainers wrote"):
+        export(checkpoint, tmp_path / "out.safetensors", trust=True)

@@ -146,6 +146,8 @@ def _opened(
 ) -> Iterator[tuple[Tensors, str | None, list[str], list[str]]]:
     """Open a checkpoint of any format: its tensors, the configuration of transformers, notes, and what is left."""
     if format is None and (not path.exists() or (path / MANIFEST).exists() or is_checkpoint_name(path.name)):
+        if trust:
+            raise UserError(f"{path}: --trust is for what other trainers wrote, and this holds nothing that runs")
         with Reader(path, verify) as reader:
             yield OwnTensors(reader), transformers_config(reader.manifest), [], []
         return
