@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from runs import cli, write_recipe
 
 from distrain.checkpoint import LocalCommunicator, Piece, Reader, Saver, TensorSpec, list_checkpoints
+from distrain.config import UserError
 from distrain.prove import Divergence, Leg, Placement
 from distrain.prove.causes import explain
 from distrain.prove.divergence import exact
 from distrain.prove.legs import Attempt
+from distrain.prove.proof import placements_of
 from distrain.prove.tolerance import TOLERANCES, distance, within
 from distrain.prove.traces import Record
 
@@ -235,3 +238,22 @@ def test_how_far_tensors_are_apart(tmp_path: Path, one: list[float], other: list
         paths.append(list_checkpoints(tmp_path / str(number))[0].path)
     with Reader(paths[0]) as a, Reader(paths[1]) as b:
         assert distance(a, b, "model/weight") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("worlds", "strategies", "said"),
+    [
+        ([2], ["zero5"], "no strategy 'zero5'"),
+        ([1, 2], ["single"], "--strategies single is one process"),
+        ([1], ["ddp"], "a strategy spreads state over several processes"),
+    ],
+)
+def test_placements_that_would_be_ignored_are_refused(worlds: list[int], strategies: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        placements_of(1, worlds, strategies)
+
+
+def test_processes_and_worlds_are_refused_together(tmp_path: Path) -> None:
+    ended = cli("prove", write_recipe(tmp_path), "--processes", 2, "--worlds", "1,2")
+    assert ended.status == 2
+    assert "--processes and --worlds both say how many" in ended.err

@@ -48,7 +48,7 @@ def run(
                 overrides,
                 kills=kills,
                 steps=steps,
-                processes=processes or max(gpu_count(), 1),
+                processes=_one_of(processes, worlds) or max(gpu_count(), 1),
                 worlds=_listed("--worlds", worlds, _world),
                 strategies=_listed("--strategies", strategies, str),
                 seed=seed,
@@ -95,3 +95,10 @@ def _world(text: str) -> int:
     if count < 1:
         raise ValueError(text)
     return count
+
+
+def _one_of(processes: int | None, worlds: str) -> int | None:
+    """Return the number of processes; raises UserError where --worlds says how many as well."""
+    if processes is not None and worlds:
+        raise UserError("--processes and --worlds both say how many processes there are; leave one out")
+    return processes

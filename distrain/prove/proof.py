@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.config import Recipe, UserError
+from distrain.config import Recipe, UserError, close_names
 from distrain.prove.causes import explain, explain_elsewhere
 from distrain.prove.divergence import Divergence, exact
 from distrain.prove.legs import CouldNotRun, Interruption, Leg, Placement, Runner, draw_interruptions
@@ -118,7 +118,19 @@ def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[st
     counts = list(dict.fromkeys(worlds)) or [processes]
     if not strategies:
         return [Placement(count) for count in counts]
+    from distrain.strategy import STRATEGIES  # imports torch: only where there is something to look up
+
+    if unknown := [name for name in strategies if name not in STRATEGIES]:
+        raise UserError(
+            f"--strategies: no strategy {unknown[0]!r}{close_names(unknown[0], STRATEGIES)}; expected some of "
+            f"{', '.join(STRATEGIES)}"
+        )
     several = [count for count in counts if count > 1]
+    if several and set(strategies) == {"single"}:
+        raise UserError(
+            f"--strategies single is one process, and --worlds names {', '.join(map(str, several))} as well; leave one "
+            "of the two out, or name another strategy for several"
+        )
     spread = [strategy for strategy in dict.fromkeys(strategies) if strategy != "single"]
     if spread and not several:
         raise UserError(
