@@ -8,6 +8,18 @@ from typing import Any
 
 WIDTH = 6  # no multiple of the world: padding and uneven rows
 STEPS = 3
+ZERO: dict[str, tuple[int, int, dict[str, Any]]] = {
+    # name: (world, stage, what the configuration adds)
+    "zero1": (2, 1, {}),
+    "zero2": (2, 2, {}),
+    "zero3": (2, 3, {}),
+    "zero1-bf16": (2, 1, {"precision": "bf16"}),
+    "zero2-bf16": (2, 2, {"precision": "bf16"}),
+    "zero3-bf16": (2, 3, {"precision": "bf16"}),
+    "zero2-elastic": (2, 2, {"zero": {"elastic_checkpoint": True}}),
+    "zero2-round-robin": (3, 2, {"zero": {"round_robin_gradients": True}}),
+    "zero3-sub-groups": (3, 3, {"zero": {"sub_group_size": 40}}),
+}
 
 
 def build_model() -> Any:

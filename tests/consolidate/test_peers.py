@@ -14,7 +14,7 @@ import foreign_folders
 import pytest
 import safetensors.torch
 import torch
-from conftest import ZERO
+from foreign_folders import ZERO
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import in_world
 
