@@ -319,24 +319,11 @@ def test_options_that_cannot_be(checkpoint, tmp_path, options, message):
 
 _MEASURE = """
 import sys
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
-import threading, time
+from anonymous import Peak
 from distrain.consolidate import copying, export
-peak = start = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-export(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)
-done.set()
-thread.join()
-print(peak - start)
+with Peak() as peak:
+    export(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)
+print(peak.most)
 """
 
 
@@ -349,7 +336,7 @@ def test_memory_is_bounded(tmp_path, dtype):
     path = ThreadWorld(2).run(lambda comm: Saver(tmp_path, comm).save(1, specs, ranks[comm.rank], **described))[0].path
     ran = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(path), str(tmp_path / "out.safetensors"), dtype],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
     )  # fmt: skip
     assert int(ran.stdout) < 48 << 20
 

@@ -715,8 +715,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 # Memory, and use
 
 MEMORY = """
-import sys, threading, time
+import sys
 import torch
+from anonymous import Peak
 from torch import nn
 from distrain.models import isolated_seed
 from distrain.networks.deferred import defer
@@ -734,31 +735,18 @@ class Net(nn.Module):
             for layer in self.layers[:4]:
                 nn.init.trunc_normal_(layer.weight, std=1.0, a=-1.5, b=1.5)
 
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
-
 def build(say):
     with isolated_seed(1):
         return Net(sys.argv[1])
 
 torch.set_num_threads(1)
 dict(defer(lambda say: nn.Linear(200, 200), say=print).values())
-peaks, stop = {}, False
-phase, start = "deferred", anonymous()
-def watch():
-    while not stop:
-        peaks[phase] = max(peaks.get(phase, 0), anonymous() - start)
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-deferred = defer(build, say=print)
-phase = "values"
-for name, value in deferred.values():
-    pass
-stop = True
-thread.join()
-print(*peaks.values())
+with Peak() as peak:
+    deferred = defer(build, say=print)
+    building = peak.next_phase()
+    for name, value in deferred.values():
+        pass
+print(building / 2**20, peak.most / 2**20)
 """
 
 
@@ -766,7 +754,8 @@ print(*peaks.values())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("way", ["plain", "initialised last", "scaled last", "rejecting"])
 def test_memory_does_not_grow_with_the_model(way: str) -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY, way], capture_output=True, text=True, timeout=300)
+    program = [sys.executable, "-c", MEMORY, way]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.split()]
     print(f"{way}: 400 MiB of weights, the largest 25 MiB; peaks while building and of values: {peaks} MiB")

@@ -260,15 +260,12 @@ def test_transformers_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 MEMORY = """
-import sys, threading, time
+import sys
 import torch
+from anonymous import Peak
 from test_models import recipe_of
 from distrain.datasets import DataMeta
 from distrain.models import defer_model
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 folder, warm = sys.argv[1:]
 torch.set_num_threads(1)
@@ -277,21 +274,12 @@ def open_folder(path):
     recipe = recipe_of({"name": "transformers:AutoModelForSequenceClassification", "path": path})
     return defer_model(recipe, meta, say=print)
 dict(open_folder(warm).values())
-peaks, stop = {}, False
-phase, start = "deferred", anonymous()
-def watch():
-    while not stop:
-        peaks[phase] = max(peaks.get(phase, 0), anonymous() - start)
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-deferred = open_folder(folder)
-phase = "values"
-for name, value in deferred.values():
-    pass
-stop = True
-thread.join()
-print(*peaks.values())
+with Peak() as peak:
+    deferred = open_folder(folder)
+    building = peak.next_phase()
+    for name, value in deferred.values():
+        pass
+print(building / 2**20, peak.most / 2**20)
 """
 
 

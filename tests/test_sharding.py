@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=in_words)
 # Classes that are not in torch
 
 
-class Base(Optimizer):
+class Base(Optimizer, ABC):
     """What each of these does with a gradient is its `direction`."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0):
@@ -56,8 +57,9 @@ class Base(Optimizer):
             for parameter in group["params"]:
                 parameter.sub_(group["lr"] * self.direction(parameter, parameter.grad))
 
+    @abstractmethod
     def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return what is taken off the parameter, before the learning rate."""
 
 
 class Signs(Base):

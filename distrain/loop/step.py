@@ -98,7 +98,7 @@ def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
     if t.loss.count_is_fixed:
         return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
     counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
-    return t.world.world_size / t.world.sum(counts.to(t.world.device))
+    return t.world.world_size / t.world.sum(counts.to(t.world.device, torch.float64))
 
 
 def _seed(t: Training, index: int) -> int:
@@ -116,8 +116,8 @@ def _attempt(
         with engine.micro_batch(last=index == last):
             objective = loss_of(t.call, t.loss, engine.wrapped, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
-            # a fill, and not a copy, for which the host would wait
             if not isinstance(share, Tensor):
+                # a fill: for a copy to a device the host would wait
                 share = torch.full((), share, dtype=objective.dtype, device=objective.device)
             share = share.to(objective.dtype)
             losses.append(objective.detach() * share)

@@ -16,30 +16,17 @@ LIMIT = 64 << 20
 
 _MEASURE = """
 import sys
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
-import threading, time
-peak = start = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-from distrain.consolidate import export, import_checkpoint
-path, out = sys.argv[1:]
-imported = import_checkpoint(path, out + "/run", step=1)
-print("import", peak - start)
-for name, dtype in (("whole.safetensors", None), ("half.safetensors", "bf16"), ("whole.pt", None)):
-    export(imported.path, f"{out}/{name}", dtype=dtype)
-    print("export of ours to", name, peak - start)
-    export(path, f"{out}/direct-{name}", dtype=dtype)
-    print("export of theirs to", name, peak - start)
-done.set()
-thread.join()
+from anonymous import Peak
+with Peak() as peak:
+    from distrain.consolidate import export, import_checkpoint
+    path, out = sys.argv[1:]
+    imported = import_checkpoint(path, out + "/run", step=1)
+    print("import", peak.most)
+    for name, dtype in (("whole.safetensors", None), ("half.safetensors", "bf16"), ("whole.pt", None)):
+        export(imported.path, f"{out}/{name}", dtype=dtype)
+        print("export of ours to", name, peak.most)
+        export(path, f"{out}/direct-{name}", dtype=dtype)
+        print("export of theirs to", name, peak.most)
 assert "torch" not in sys.modules
 """
 
@@ -102,7 +89,11 @@ def test_memory_is_bounded(format, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     ran = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(source), str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _MEASURE, str(source), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
     )
     assert ran.returncode == 0, ran.stderr
     print(ran.stdout)
