@@ -52,11 +52,11 @@ def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
-def configuration_file(strategy: str) -> Path:
-    """Return the accelerate configuration that starts a strategy's processes on this machine."""
-    return shared_file(
-        "accelerate_configs", "multi_cpu.yaml" if strategy == "ddp" and not gpu_count() else f"{strategy}.yaml"
-    )
+def configuration_file(strategy: str, nodes: int = 1) -> Path:
+    """Return the accelerate configuration that starts a strategy's processes on this machine, one of `nodes`."""
+    if strategy == "ddp" and not gpu_count():
+        return shared_file("accelerate_configs", "multi_cpu.yaml")
+    return shared_file("accelerate_configs", f"{strategy}_multinode.yaml" if nodes > 1 else f"{strategy}.yaml")
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,23 @@ class LaunchPlan:
     arguments: tuple[str, ...]
     """Its arguments."""
     processes: int
+    """On this machine."""
     config: Path
     """The accelerate configuration."""
     offload: str = "none"
     """What the configuration's strategy keeps in the memory of the CPU: none, optimizer or all."""
+    nodes: int = 1
+    """How many machines there are, each with a launcher of its own and as many processes."""
+    node_rank: int = 0
+    """Which of them this is; its processes have the ranks from node_rank * processes on."""
+    address: str = ""
+    """Where the first machine is reached by all; only for several."""
+    port: int = 0
+    """Where its launcher listens; 0 takes a free one, which works for one machine only."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.node_rank < self.nodes
+        assert self.nodes == 1 or (self.address and self.port), "machines meet at an address that all know"
 
 
 def launch_argv(plan: LaunchPlan) -> list[str]:
@@ -86,12 +99,22 @@ def launch_argv(plan: LaunchPlan) -> list[str]:
         str(plan.config),
         *offload[plan.offload],
         "--num_processes",
-        str(plan.processes),
-        # a free port, so that several runs fit on one machine
-        "--main_process_port",
-        "0",
+        str(plan.processes * plan.nodes),
+        *_meeting(plan),
         str(plan.script),
         *plan.arguments,
+    ]
+
+
+def _meeting(plan: LaunchPlan) -> list[str]:
+    if plan.nodes == 1:
+        # a free port, so that several runs fit on one machine
+        return ["--main_process_port", "0"]
+    # static, said rather than left to defaults: otherwise rank 0 need not be on the first machine, and announces a
+    # host name which others may not be able to resolve
+    return [
+        *("--num_machines", str(plan.nodes), "--machine_rank", str(plan.node_rank), "--rdzv_backend", "static"),
+        *("--main_process_ip", plan.address, "--main_process_port", str(plan.port)),
     ]
 
 
