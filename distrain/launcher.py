@@ -8,16 +8,19 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import distrain
-from distrain.checkpoint import find_checkpoint, read_manifest
+from distrain.checkpoint import find_checkpoint, list_checkpoints, read_manifest
 from distrain.config import Recipe, UserError
+from distrain.lease import Holder, Lease, check_free, take
 from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.rundir import Launch, RunDir, effect_in_words
 
@@ -137,7 +140,8 @@ def launch(plan: LaunchPlan) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     try:
-        launch_command(arguments)
+        with _passed_on(signal.SIGUSR1):
+            launch_command(arguments)
     except ChildFailedError as error:
         for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
             print(f"error: {line}", file=sys.stderr)
@@ -145,6 +149,35 @@ def launch(plan: LaunchPlan) -> int:
     except SignalException:
         return 1
     return 0
+
+
+@contextmanager
+def _passed_on(number: signal.Signals) -> Iterator[None]:
+    """Pass a signal on to the processes that this one starts.
+
+    torch's launcher would die of it. It is blocked here, and so from their first moment in what is started here: it
+    waits for the handler that `StopRequest` installs, where it would end a process that is still importing.
+    """
+    import psutil
+
+    done = threading.Event()
+
+    def pass_on() -> None:
+        while not done.is_set():
+            if signal.sigtimedwait([number], 0.2) is not None:
+                for child in psutil.Process().children():
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(number)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unsaid_failures(exit_codes: Mapping[int, int]) -> list[str]:
@@ -276,8 +309,10 @@ def start(
     if loaded is not None:
         check_recipe(loaded.recipe, target)
     if run.exists and not run.finished:
-        with run.take():  # by no other: before its recipe may be replaced
-            run.clear_markers()  # a failure of this start must not be taken for an earlier preemption
+        holder = Holder.of_this_process()
+        check_free(run, holder)  # before its recipe may be replaced
+        # a failure of this start must not be taken for an earlier preemption
+        run.clear_markers(requeued=holder.restart > 0)
     # the recipe is read once: workers go by the run folder
     open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
     arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
@@ -305,6 +340,8 @@ def work(
     `processes`, `strategy` and `offload`, by the run's launch.json, or by the launcher's command line and files.
     """
     end_with_launcher()
+    # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     rank = int(os.environ.get("RANK", "0"))
 
     def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
@@ -342,44 +379,47 @@ def work(
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
         world = open_world(recipe.train.precision, asked)
 
-        held: list[IO[str]] = []
+        lease: Lease | None = None
 
-        def begin() -> dict[str, Any] | None:
+        def begin() -> dict[str, Any] | Lease:
             if run.finished and loaded is not None and not update:
                 check_same_recipe(run, loaded)
             if not update and (done := run.finished):
                 return done
+            holder = Holder.of_this_process()
             if run.exists:
-                held.append(run.take())
+                check_free(run, holder)  # before its recipe may be replaced
             typed = json.loads(os.environ.get(_TYPED, "null"))
             this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
             open_run(run, loaded, this_start, update=update)
-            if not held:
-                held.append(run.take())
-            run.clear_markers()
-            return None
+            step = max((info.step for info in list_checkpoints(run.checkpoints)), default=0)
+            taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
+            run.clear_markers(requeued=holder.restart > 0)
+            return taken
 
         try:
-            if done := world.first(begin):
+            begun = world.first(begin)
+            if not isinstance(begun, Lease):
                 if world.rank == 0:
                     from rich.console import Console
 
                     from distrain.telemetry import show_summary
 
-                    show_summary(done, Console(highlight=False))
+                    show_summary(begun, Console(highlight=False))
                     if effect := run.effect():
                         print(f"took effect: {effect_in_words(effect)}")
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
+            lease = begun
             _log_to(run, world.rank)
             for note in notes if world.rank == 0 else []:
                 print(note)
                 log.info(note)
             # inside: the rank that fails must say so before leaving makes the others fail as well
-            status = reported(run, rank, lambda: train(run, world))
+            status = reported(run, rank, lambda: train(run, world, lease), lease)
         finally:
-            for file in held:
-                file.close()
+            if lease is not None and world.rank == 0:
+                lease.release(clean=status == 0)
             world.close()
 
     return reported(None, rank, train_here) or status
@@ -479,11 +519,12 @@ def _log_to(run: RunDir, rank: int) -> None:
     logging.getLogger("py.warnings").addHandler(handler)
 
 
-def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
+def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Lease | None = None) -> int:
     """Run `action`; returns 0, or 1 after saying why it failed: on the terminal, in the rank's log, in FAILED.json.
 
     When several ranks fail only the first to record it speaks, so that one cause is one message; a rank that was told
     of another's failure leaves the telling to that one. Without a run, rank 0 speaks, and whoever has a traceback.
+    A start whose `lease` another one has leaves no FAILED.json in what is now that one's run.
     """
     try:
         action()
@@ -498,10 +539,12 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any]) -> int:
             "error": type(error).__name__,
             "message": str(error),
             "traceback": None if teaches else text,
+            # what a person has to mend another start would find again
+            "restart": not teaches,
         }
         told = getattr(error, "of_another_rank", False)
         first = rank == 0 or not (teaches or told)
-        if run is not None and run.exists:
+        if run is not None and run.exists and (lease is None or lease.mine()):
             try:
                 first = not told and run.mark_failed(record)
             except OSError as disk:

@@ -9,13 +9,14 @@ runs/NAME/
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
   FINISHED | PREEMPTED | FAILED.json
-  .in-use            who is at work here, locked by rank 0 for as long as it lives
+  STOP               a person asks the run to save and end
+  attempts.jsonl     one row for each start
+  lease.json         which start may write (see `distrain.lease`); .in-use is locked by it for as long as it lives
+  heartbeat/         what each rank is doing
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -23,10 +24,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import distrain
 from distrain.config import UserError
@@ -127,6 +128,20 @@ class RunDir:
         """What one rank has to say."""
         return self.path / f"log-rank-{rank}.txt"
 
+    def heartbeat_path(self, rank: int) -> Path:
+        """What one rank is doing."""
+        return self.path / "heartbeat" / f"rank-{rank}.json"
+
+    @property
+    def stop_path(self) -> Path:
+        """A file by which a person asks the run to save and end."""
+        return self.path / "STOP"
+
+    @property
+    def attempts_path(self) -> Path:
+        """One row for each start."""
+        return self.path / "attempts.jsonl"
+
     @property
     def exists(self) -> bool:
         """Whether a run was created here."""
@@ -156,30 +171,6 @@ class RunDir:
     def write_launch(self, launch: Launch) -> None:
         """Record a start."""
         write_atomically(self.launch_path, json.dumps(launch.__dict__, indent=2) + "\n")
-
-    def take(self) -> IO[str]:
-        """Hold the run for this process, as long as the returned file is open; raises UserError naming who else does.
-
-        Two runs in one folder would write each other's files. The lock belongs to the process alone and ends with it,
-        however that comes; a file system without locks has none.
-        """
-        file = (self.path / ".in-use").open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return file
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise UserError(
-                f"{self.path} is in use by {holder or 'another process'}; wait for that run to end, stop it, or choose "
-                "another --run-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        return file
 
     def launch(self) -> Launch:
         """Return the recorded start; raises UserError where there is none or it cannot be read."""
@@ -247,9 +238,12 @@ class RunDir:
             json.dump(_plain(record), file, indent=2)
         return True
 
-    def clear_markers(self) -> None:
-        """Rank 0, before the others start: forget how the last attempt ended."""
-        for name in ("FAILED.json", "PREEMPTED", "FINISHED"):
+    def clear_markers(self, *, requeued: bool = False) -> None:
+        """Rank 0, before the others start: forget how the last attempt ended.
+
+        Unless SLURM starts it, `requeued`, who starts the run again has changed their mind about STOP.
+        """
+        for name in ("FAILED.json", "PREEMPTED", "FINISHED", *([] if requeued else ["STOP"])):
             (self.path / name).unlink(missing_ok=True)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -257,20 +251,33 @@ class RunDir:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; a last line that a crash cut short is left out."""
-        try:
-            file = self.metrics_path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(
-                        f"{self.metrics_path}:{number} is not JSON: {error}; take that line out of the file"
-                    ) from error
+        return read_rows(self.metrics_path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines, none where there is no file; a last line without its end is left out."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not JSON: {error}; take that line out of the file") from error
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of JSON lines, on disk when this returns; what a crash left of a last line is cut off."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(_plain(row)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def effect_in_words(effect: dict[str, Any]) -> str:
@@ -291,9 +298,13 @@ def effect_in_words(effect: dict[str, Any]) -> str:
 class MetricsFile:
     """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed."""
 
-    def __init__(self, run: RunDir, *, resume_step: int | None = None):
-        """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe."""
+    def __init__(self, run: RunDir, *, resume_step: int | None = None, fence: Callable[[], None] = lambda: None):
+        """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe.
+
+        `fence` is called before each row is written, and raises when this process may write no more.
+        """
         self._run = run
+        self._fence = fence
         self._seen: set[tuple[str, int]] = set()
         self.count = 0
         if resume_step is not None and any(row["step"] > resume_step for row in run.rows()):
@@ -311,6 +322,7 @@ class MetricsFile:
         key = (row["event"], row["step"])
         if key in self._seen:
             return False
+        self._fence()
         self._file.write(json.dumps(_plain(row)).encode() + b"\n")
         self._file.flush()
         self._seen.add(key)

@@ -189,12 +189,23 @@ class Telemetry:
 
     @classmethod
     def open(
-        cls, run: RunDir, recipe: Recipe, *, rank: int, total_steps: int, start_step: int, config: dict[str, Any]
+        cls,
+        run: RunDir,
+        recipe: Recipe,
+        *,
+        rank: int,
+        total_steps: int,
+        start_step: int,
+        config: dict[str, Any],
+        fence: Callable[[], None] = lambda: None,
     ) -> Telemetry:
-        """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes."""
+        """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes.
+
+        `fence` is called before each row, and raises when this process may write no more.
+        """
         if rank != 0:
             return cls(None, None, [])
-        telemetry = cls(MetricsFile(run, resume_step=start_step), Display(total_steps, start_step), [])
+        telemetry = cls(MetricsFile(run, resume_step=start_step, fence=fence), Display(total_steps, start_step), [])
         wanted: list[tuple[str, Callable[[], Mirror]]] = []
         if recipe.log.wandb != "off":
             wanted.append(("wandb", lambda: Wandb(run, recipe, config)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import torch
@@ -73,6 +74,24 @@ class Points:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.inputs[index], int(self.targets[index])
+
+
+class SlowToScore(nn.Module):
+    """A linear model that takes `seconds` for each batch that it scores; then rank 1 asks itself to stop, once."""
+
+    def __init__(self, in_features: int, num_classes: int, seconds: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(in_features, num_classes)
+        self.seconds = seconds
+        self.scored = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.seconds:
+            time.sleep(self.seconds)
+            self.scored += 1
+            if self.scored == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return self.head(x.flatten(1))
 
 
 class Faulty(nn.Module):

@@ -16,7 +16,7 @@ import distrain
 
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
-    ["config", "recipe_file", "tokens", "rundir"],
+    ["config", "recipe_file", "tokens", "rundir", "lease"],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["telemetry", "loop", "inference"],
     ["launcher", "slurm", "plan", "report", "doctor", "prove", "project"],
@@ -26,7 +26,19 @@ FLOORS = [
 
 PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 NO_TORCH = [
-    *("config", "rundir", "recipe_file", "tokens", "checkpoint", "consolidate", "launcher", "prove", "project", "cli"),
+    *(
+        "config",
+        "rundir",
+        "lease",
+        "recipe_file",
+        "tokens",
+        "checkpoint",
+        "consolidate",
+        "launcher",
+        "prove",
+        "project",
+        "cli",
+    ),
 ]
 
 

@@ -100,10 +100,9 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
                     layer.register_forward_hook(lambda _m, _i, out, to=seen: to["forward"].add(str(out.dtype)))
                     engine.model.register_forward_hook(lambda _m, _i, out, to=seen: to["outputs"].add(str(out.dtype)))
                     late = None
-                    stop = loop.StopRequest()
                     for micro_batches in session.loader():
-                        late = loop.train_step(session.t, micro_batches, session.flags(stop))
-                        session.settle(late, stop)
+                        late = loop.train_step(session.t, micro_batches, session.flags)
+                        session.settle(late)
                     for held in engine.state.held().values():
                         if held.values.is_floating_point() and held.values.dim():
                             seen["trained"].add(str(held.values.dtype))
@@ -217,7 +216,7 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
     `bad`: the number of first attempts at a step that give the last rank an infinite gradient. `scales`: what the loss
     of each step is to be scaled by, instead of what its overflows make of it.
     """
-    from distrain.loop import StopRequest, step, train_step
+    from distrain.loop import step, train_step
     from distrain.strategy import precision
 
     t, engine = session.t, session.t.engine
@@ -251,12 +250,11 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
 
     engine.step, step.loss_of = noted, overflowing
     try:
-        stop = StopRequest()
         for micro_batches in session.loader():
             before = held_by(engine, "parameter", "optimizer", "ema")
             if scales is not None:
                 engine.scale.scale, engine.scale.good_steps = scales[t.step], 0
-            session.settle(train_step(t, micro_batches, session.flags(stop)), stop)
+            session.settle(train_step(t, micro_batches, session.flags))
             if session.save_due():
                 session.save()
     finally:

@@ -30,6 +30,7 @@ from distrain.launcher import (
     shared_file,
     unsaid_failures,
 )
+from distrain.lease import Holder, take
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir
 
@@ -191,9 +192,10 @@ def test_update_replaces_the_rows_of_steps_that_it_trains_again(tmp_path: Path) 
 
 
 def hold(run: str) -> None:
-    with RunDir(run).take():
-        (Path(run) / "held").touch()
-        time.sleep(60)
+    lease = take(RunDir(run), Holder.of_this_process(), step=0, processes=1, strategy="single")
+    (Path(run) / "held").touch()
+    time.sleep(60)
+    lease.release(clean=True)
 
 
 def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> None:

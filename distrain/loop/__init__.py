@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distrain.lease import Lease
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest
 from distrain.loop.session import Session, check_recipe
@@ -36,26 +37,30 @@ __all__ = [
 ]
 
 
-def train(run: RunDir, world: World) -> dict[str, Any]:
+def train(run: RunDir, world: World, lease: Lease | None = None) -> dict[str, Any]:
     """Train the run's recipe from its newest checkpoint to its end; returns the summary. All ranks call.
 
     Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
-    stop saves its state, is marked PREEMPTED, and goes on from there when it is started again.
+    stop saves its state, is marked PREEMPTED, and goes on from there when it is started again. Nothing is published
+    once another start has the `lease`.
     """
     recipe = load_recipe(run.recipe_path).recipe
-    with StopRequest() as stop, Session.open(run, recipe, world) as s:
+    watched = run.stop_path if world.rank == 0 else None
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease) as s:
         if s.t.step == 0 and recipe.eval.every is None:
             s.say("eval.every is null: the model is scored only at the end")
+        s.catch_up()
         late = None
         for micro_batches in s.loader():
-            latest = train_step(s.t, micro_batches, s.flags(stop))
+            latest = train_step(s.t, micro_batches, s.flags)
             # a step's numbers are read when the next one is under way, so that nothing waits for the device
-            s.settle(late, stop)
+            s.settle(late)
             late = latest
-            if s.eval_due() or s.save_due() or s.at_end():
-                s.settle(late, stop)
+            if s.eval_due() or s.save_due() or s.at_end() or not s.reads_late:
+                s.settle(late)
                 late = None
-            if s.eval_due() or (s.at_end() and not s.stopping):
+            # a request to stop comes first: who stops a run may not wait for a score
+            if not s.stopping and (s.eval_due() or s.at_end()):
                 s.evaluate()
             if s.save_due() or s.at_end() or s.new_best():
                 s.save()

@@ -19,6 +19,11 @@ from distrain.models import Convention, ModelOutput
 from distrain.optim import Loss
 from distrain.strategy import World
 
+
+class Interrupted(UserError):
+    """An evaluation was left before its end, because a rank is asked to stop. All ranks raise it."""
+
+
 IGNORED = -100
 """The target of a token that is not to be predicted."""
 
@@ -37,6 +42,7 @@ def evaluate(
     decode: Callable[[Sequence[int]], str] | None = None,
     split: str = "test",
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
@@ -46,6 +52,8 @@ def evaluate(
     Where the ranks hold parts of the model (`world.lockstep`), a forward pass needs all of them: see `_in_lockstep`.
     Metrics of generated text need more passes on one rank than on another, so for them all weights are put together on
     every rank: `whole` returns the context in which the model, if it is sharded, needs no other rank.
+
+    `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
     """
     metrics.reset()
     seen = _Seen()
@@ -63,6 +71,10 @@ def evaluate(
         split=split,
     )
 
+    def go_on() -> None:
+        if stopping():
+            raise Interrupted(f"the evaluation of split '{split}' was left for a request to stop")
+
     def forward(batch: Batch) -> ModelOutput:
         return call(model, batch["inputs"])
 
@@ -76,21 +88,24 @@ def evaluate(
 
     def add_up() -> Tensor:
         for batch in loader:
+            go_on()
             batch = to_device(batch, world)
             count(batch, forward(batch))
             if metrics.needs_text:
                 metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
         return metrics.sums()
 
-    with torch.no_grad():
-        if world.lockstep and not metrics.needs_text:
-            _in_lockstep(world, loader, forward, count, stream=is_stream(source))
-            metric_sums = world.together(metrics.sums)
-        else:
-            with whole() if world.lockstep else nullcontext():
-                # no rank waits for another before the sums: one whose sample does not decode must reach the others
-                metric_sums = world.together(add_up)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            if world.lockstep and not metrics.needs_text:
+                _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source))
+                metric_sums = world.together(metrics.sums)
+            else:
+                with whole() if world.lockstep else nullcontext():
+                    # no rank waits for another before the sums: one whose sample does not decode must reach the others
+                    metric_sums = world.together(add_up)
+    finally:
+        model.train(was_training)
     own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
     total = world.sum(torch.cat((loss_sums, own, metric_sums.to(world.device))))
     seen.check(total[2:5].tolist(), source, split)
@@ -105,6 +120,7 @@ def evaluate(
 def _in_lockstep(
     world: World,
     loader: Iterable[Batch],
+    go_on: Callable[[], None],
     forward: Callable[[Batch], ModelOutput],
     count: Callable[[Batch, ModelOutput], None],
     *,
@@ -112,10 +128,10 @@ def _in_lockstep(
 ) -> None:
     """Take every batch through `forward`, in which all ranks wait for each other, and `count`, in which none does.
 
-    Before each forward pass the ranks agree that all have a batch. What one of them could not read or count, all raise
-    there, where none is left waiting for it. What fails within the forward pass is raised at once: the others, which
-    are in the middle of a collective, can only learn of it by the end of this process. A stream's length is known
-    by its end alone, so that is agreed upon as well.
+    Before each forward pass the ranks agree that all have a batch, and that all `go_on`. What one of them could not
+    read or count, all raise there, where none is left waiting for it. What fails within the forward pass is raised at
+    once: the others, which are in the middle of a collective, can only learn of it by the end of this process. A
+    stream's length is known by its end alone, so that is agreed upon as well.
     """
     batches = iter(loader)
     failure: Exception | None = None
@@ -123,6 +139,7 @@ def _in_lockstep(
     def fetch() -> Batch | None:
         if failure is not None:
             raise failure
+        go_on()
         batch = next(batches, None)
         return None if batch is None else to_device(batch, world)
 

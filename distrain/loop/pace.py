@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -41,25 +42,48 @@ class Every:
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT; the loop turns the note into a decision of all ranks. A second SIGINT interrupts."""
+    """Notes SIGTERM, SIGINT, SIGUSR1 and a file that asks for a stop; the loop makes that a decision of all ranks.
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    A second SIGINT interrupts.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, watched: Path | None = None) -> None:
+        """`watched`: the file; None on the ranks that leave looking for it to another."""
+        self._noted: str | None = None
+        self._watched = watched
+        self._looked_at = -math.inf
         self._before: dict[int, Any] = {}
 
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None."""
+        if self._noted is None and self._watched is not None and time.monotonic() - self._looked_at > _LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            if self._watched.exists():
+                self._noted = f"the file {self._watched.name}"
+        return self._noted
+
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        # a launcher blocks it, so that no process dies of it before it has come here
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         return self
 
     def __exit__(self, *exception: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
+        if self._noted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self._noted = signal.Signals(number).name
+
+
+_LOOK_EVERY_S = 0.25
 
 
 @dataclass

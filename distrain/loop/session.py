@@ -27,7 +27,8 @@ from distrain.data import (
     prepare_data,
 )
 from distrain.datasets import Batch, Data, is_stream
-from distrain.loop.evaluation import evaluate
+from distrain.lease import Lease
+from distrain.loop.evaluation import Interrupted, evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
 from distrain.loop.step import StepNumbers, Training, loss_of, to_device
 from distrain.loop.trace import Trace
@@ -57,13 +58,26 @@ from distrain.rundir import RunDir, now
 from distrain.strategy import Plan, World, build_engine
 from distrain.telemetry import Telemetry, duration
 
+_ELSEWHERE = "a request on another rank"
+
 
 class Session:
     """One attempt at a run: what `train` reads like a list. Every method is called by all ranks at the same step."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, world: World):
-        """Build everything up to the first step; what can fail fails here, on all ranks together."""
-        self.run, self.recipe, self.world = run, recipe, world
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        world: World,
+        stop: StopRequest | None = None,
+        lease: Lease | None = None,
+    ):
+        """Build everything up to the first step; what can fail fails here, on all ranks together.
+
+        `stop` notes what this rank is asked for. Without a `lease` nobody else is expected to write into the run.
+        """
+        self.run, self.recipe, self.world, self.stop = run, recipe, world, stop or StopRequest()
+        self._fence = lease.check if lease is not None else lambda: None
         self.started = time.monotonic()
         world.first(lambda: prepare_data(recipe))
         checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
@@ -89,6 +103,7 @@ class Session:
         self.metrics = build_metrics(recipe, self.data.meta)
         self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
         self.stopping = ""
+        self._leave = world.announcement()
         # a run can be stopped between the evaluation that ends it and the end itself
         self.ended_early = self._exhausted()
         self.saver = Saver(
@@ -97,6 +112,7 @@ class Session:
             keep=recipe.checkpoint.keep,
             keep_best=recipe.checkpoint.keep_best,
             asynchronous=recipe.checkpoint.asynchronous,
+            fence=self._fence,
         )
         self.saver.rehearse()
         self._log_every = Every(recipe.log.every, self.horizon, "log.every")
@@ -116,6 +132,7 @@ class Session:
                 total_steps=self.total_steps,
                 start_step=self.t.step,
                 config=recipe.model_dump(mode="json", by_alias=True),
+                fence=self._fence,
             )
         )
         self._saved_at = self._logged_at = time.monotonic()
@@ -127,9 +144,16 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, run: RunDir, recipe: Recipe, world: World) -> Iterator[Session]:
+    def open(
+        cls,
+        run: RunDir,
+        recipe: Recipe,
+        world: World,
+        stop: StopRequest | None = None,
+        lease: Lease | None = None,
+    ) -> Iterator[Session]:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes."""
-        session = cls(run, recipe, world)
+        session = cls(run, recipe, world, stop, lease)
         try:
             yield session
         finally:
@@ -211,6 +235,14 @@ class Session:
             self.t.trace, batches = self.trace, self.trace.watch(batches, self)
         return self._waited.during(batches)
 
+    def catch_up(self) -> None:
+        """Score the model that a run goes on from, where the recipe wanted that and a stop came first."""
+        if self._saved_step == self.t.step and (self.eval_due() or (self.at_end() and not self.ended_early)):
+            self.evaluate()
+            if self._scored_step == self.t.step and self.recipe.checkpoint.keep_best:
+                self._saved_step = -1  # which checkpoints are kept goes by the scores in them
+                self.save()
+
     def at_end(self) -> bool:
         """Whether no step follows this one."""
         return self.t.step >= self.total_steps or bool(self.stopping) or self.ended_early
@@ -228,6 +260,11 @@ class Session:
         return self.recipe.checkpoint.keep_best > 0 and self._scored_step == self.t.step and self.best.improved()
 
     @property
+    def reads_late(self) -> bool:
+        """Whether the host would wait for the device if it read a step's numbers before the next step is under way."""
+        return self.world.device.type != "cpu"
+
+    @property
     def split(self) -> str | None:
         """The split that is scored during training."""
         return next((name for name in ("valid", "test") if name in self.data.splits), None)
@@ -235,13 +272,13 @@ class Session:
     # ----------------------------------------------------------------------------------------------------------------
     # A step's report
 
-    def flags(self, stop: StopRequest) -> tuple[float, float, float]:
-        """Return what this rank has to tell the others with its next step; `settle` gets the mean over the ranks."""
+    def flags(self) -> tuple[float, float, float]:
+        """Return what this rank has to tell the others with this step; `settle` gets the mean over the ranks."""
         written = self.saver.in_flight is not None and self.saver.written
         time_to_save = self.world.rank == 0 and self._save_every.elapsed(self._saved_at)
-        return float(stop.reason is not None), float(time_to_save), float(written)
+        return float(self.stop.reason is not None), float(time_to_save), float(written)
 
-    def settle(self, numbers: StepNumbers | None, stop: StopRequest) -> None:
+    def settle(self, numbers: StepNumbers | None) -> None:
         """Read a step's numbers, write its row if one is due, and act on what the ranks agreed."""
         if numbers is None:
             return
@@ -263,7 +300,7 @@ class Session:
         if self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
             self._log(step, loss, norm, numbers.loss_scale)
         if stops > 0 and not self.stopping:
-            self.stopping = stop.reason or "a request on another rank"
+            self.stopping = self.stop.reason or _ELSEWHERE
         self._time_to_save = time_to_save > 0
         if written > 1 - 0.5 / self.world.world_size:
             self._published(self.saver.finish())
@@ -301,10 +338,14 @@ class Session:
     # Scoring and saving
 
     def evaluate(self) -> None:
-        """Score the model on the split for that, and stop early where the recipe says so."""
+        """Score the model on the split for that, and stop early where the recipe says so.
+
+        A request to stop ends it without a score; the start that goes on from here begins with it.
+        """
         if self.split is None or self._scored_step == self.t.step:
             return
-        values = self._score(self.split)
+        if (values := self._score(self.split)) is None:
+            return
         self._scored_step = self.t.step
         self.best.scores.append((self.t.step, float(values[self.best.metric])))
         stop = self.recipe.eval.early_stop
@@ -321,25 +362,32 @@ class Session:
         stop = self.recipe.eval.early_stop
         return stop is not None and self.best.exhausted(stop.patience, stop.min_delta)
 
-    def _score(self, split: str, event: str = "eval") -> dict[str, Any]:
+    def _score(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         began = time.monotonic()
         engine = self.t.engine
         engine.align_buffers()
         with engine.averaged():
-            values = evaluate(
-                engine.model,
-                self.t.call,
-                self.data.splits[split],
-                world=self.world,
-                loss=self.t.loss,
-                metrics=self.metrics,
-                batch_size=self.recipe.eval.batch or self.micro_batch_size,
-                transform=self.transforms["eval"],
-                workers=self.recipe.data.workers,
-                decode=self.data.meta.decode,
-                split=split,
-                whole=engine.whole,
-            )
+            try:
+                values = evaluate(
+                    engine.model,
+                    self.t.call,
+                    self.data.splits[split],
+                    world=self.world,
+                    loss=self.t.loss,
+                    metrics=self.metrics,
+                    batch_size=self.recipe.eval.batch or self.micro_batch_size,
+                    transform=self.transforms["eval"],
+                    workers=self.recipe.data.workers,
+                    decode=self.data.meta.decode,
+                    split=split,
+                    whole=engine.whole,
+                    stopping=self._asked_to_leave,
+                )
+            except Interrupted:
+                values = None
+        if values is None:
+            self.stopping = self.stop.reason or _ELSEWHERE
+            return None
         seconds = time.monotonic() - began
         self.telemetry.write(
             {"event": event, "step": self.t.step, "split": split, **values, "seconds": seconds, "time": now()}
@@ -347,6 +395,11 @@ class Session:
         if event == "eval":  # the final one is in the summary
             self.say(f"step {self.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
         return values
+
+    def _asked_to_leave(self) -> bool:
+        if self.stop.reason is not None:
+            self._leave.state()
+        return self._leave.stated()
 
     def save(self) -> None:
         """Save the state of this step, once."""
@@ -394,16 +447,20 @@ class Session:
     def preempt(self) -> dict[str, Any]:
         """Leave the run so that the same command goes on from here."""
         self._published(self.saver.finish())
-        self.world.first(lambda: self.run.mark_preempted(self.t.step, self.stopping))
+
+        def mark() -> None:
+            self._fence()
+            self.run.mark_preempted(self._saved_step, self.stopping)
+
+        self.world.first(mark)
         self.say(
-            f"stopped by {self.stopping} after step {self.t.step}, which is saved; the same command goes on from there"
+            f"stopped by {self.stopping} after step {self._saved_step}, which is saved; the same command goes on from "
+            "there"
         )
-        return {"finished": False, "step": self.t.step, "reason": self.stopping}
+        return {"finished": False, "step": self._saved_step, "reason": self.stopping}
 
     def finish(self) -> dict[str, Any]:
         """Export the model, score what was exported on the test split, and write the summary."""
-        self.evaluate()  # where a stop came between the last step and its evaluation
-        self.save()
         self._published(self.saver.finish())
         best = self.best.value()
         chosen, why = self._chosen(best)
@@ -414,7 +471,10 @@ class Session:
                 self.t.engine.restore(reader)
                 reader.close()
                 self.t.step = chosen
-            values = self._score("test", event="final")
+            scored = self._score("test", event="final")
+            if scored is None:
+                return self.preempt()
+            values = scored
         summary = {
             "finished": True,
             "name": self.recipe.name,
@@ -433,10 +493,12 @@ class Session:
         }
 
         def write() -> None:
+            self._fence()
             self.run.export_path.parent.mkdir(exist_ok=True)
             export(
                 self._checkpoint(chosen), self.run.export_path, ema=self.recipe.train.ema is not None, overwrite=True
             )
+            self._fence()
             self.run.mark_finished(summary)
 
         self.world.first(write)

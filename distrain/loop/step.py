@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,15 @@ class StepNumbers:
         return loss, norm, flags
 
 
-def train_step(t: Training, micro_batches: Sequence[Batch], flags: Sequence[float] = (0.0, 0.0, 0.0)) -> StepNumbers:
+def train_step(
+    t: Training, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: (0.0, 0.0, 0.0)
+) -> StepNumbers:
     """Make one optimizer step. All ranks call.
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
-    on how samples are spread over them nor on how many targets each holds. `flags` are three numbers of this rank that
-    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose scaled
-    gradient overflows is made again with a smaller scale, from the same samples.
+    on how samples are spread over them nor on how many targets each holds. `flags` returns three numbers of this rank,
+    which are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose
+    scaled gradient overflows is made again with a smaller scale, from the same samples.
     """
     set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     share = _share(t, micro_batches)
@@ -106,7 +108,7 @@ def _seed(t: Training, index: int) -> int:
 
 
 def _attempt(
-    t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Sequence[float]
+    t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Callable[[], Sequence[float]]
 ) -> Numbers | None:
     engine, last = t.engine, len(micro_batches) - 1
     losses: list[Tensor] = []
@@ -125,7 +127,7 @@ def _attempt(
                 engine.backward(objective, share)
                 continue
             loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
-            return engine.step(objective, share, loss, flags)
+            return engine.step(objective, share, loss, flags())
     raise AssertionError("a step has at least one micro-batch")
 
 

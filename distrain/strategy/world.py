@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -57,6 +59,7 @@ class World:
         self._patient: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+        self._announcements = 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""
@@ -106,6 +109,12 @@ class World:
         dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
+    def announcement(self) -> Announcement:
+        """Return something that one rank can tell the others while they wait for nobody."""
+        self._announcements += 1
+        store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        return Announcement(store, f"distrain/announcement/{self._announcements}")
+
     def first(self, action: Callable[[], Any]) -> Any:
         """Rank 0 runs `action`; every rank returns its result, or raises what it raised.
 
@@ -150,6 +159,30 @@ class World:
         self.accelerator.free_memory()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Announcement:
+    """A fact that any rank can state and every rank can look up, without a collective."""
+
+    _LOOK_EVERY_S = 0.5
+
+    def __init__(self, store: dist.Store | None, key: str):
+        self._store, self._key = store, key
+        self._stated = False
+        self._looked_at = -math.inf
+
+    def state(self) -> None:
+        """Tell all ranks."""
+        if not self._stated and self._store is not None:
+            self._store.set(self._key, "")
+        self._stated = True
+
+    def stated(self) -> bool:
+        """Whether some rank has told it; asks the others' store twice a second at most."""
+        if not self._stated and self._store is not None and time.monotonic() - self._looked_at > self._LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            self._stated = self._store.check([self._key])
+        return self._stated
 
 
 def _picklable(error: Exception) -> Exception:

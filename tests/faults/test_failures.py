@@ -13,7 +13,7 @@ import pytest
 from runs import TINY, assert_same_run, checkpoint, last, rows, train, train_rank, write_recipe
 from worlds import in_world, running_world
 
-from distrain.checkpoint import difference, list_checkpoints, verify
+from distrain.checkpoint import Reader, difference, list_checkpoints, verify
 from distrain.rundir import RunDir
 
 FAULTY = """
@@ -170,7 +170,7 @@ def signalled(recipe: str, run_dir: str, number: int) -> None:
     assert ended.status == 0, ended.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("targets", ["all", "one"])
 def test_a_signal_stops_all_ranks_at_one_step(tmp_path: Path, number: int, targets: str) -> None:
     recipe = write_recipe(tmp_path, TINY.replace("every: 4 steps, keep", "every: 1000 steps, keep"))
@@ -193,6 +193,61 @@ def test_a_signal_stops_all_ranks_at_one_step(tmp_path: Path, number: int, targe
     assert RunDir(run).failed is None
 
 
+def test_a_file_stops_all_ranks_and_is_gone_with_the_next_start(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TINY.replace("every: 4 steps, keep", "every: 1000 steps, keep"))
+    run = tmp_path / "run"
+    with running_world(2, signalled, str(recipe), str(run), 0) as world:
+        until = time.monotonic() + 30
+        while sum(1 for _ in RunDir(run).rows()) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        (run / "STOP").touch()
+        world.results(30)
+    marker = RunDir(run).preempted
+    assert marker is not None
+    assert marker["reason"] == "the file STOP"
+    assert marker["step"] == list_checkpoints(run / "checkpoints")[0].step
+    train(2, recipe, run, f"train.steps={marker['step'] + 2}", update=True)
+    assert RunDir(run).finished is not None
+    assert not (run / "STOP").exists()
+
+
+EVALUATED = """
+name: evaluated
+task: classification
+data: {name: "own_parts:Points", samples: 48}
+model: {name: "own_parts:SlowToScore", seconds: 0.2}
+optim: {name: sgd, lr: 0.1}
+batch: {global: 12}
+train: {steps: 6, precision: fp64}
+eval: {every: 3 steps, batch: 1}
+checkpoint: {every: 100 steps, keep: 100, keep_best: 2, async: false}
+log: {every: 1 steps}
+"""
+"""An evaluation takes seconds; training does not."""
+
+
+def scoring(recipe: str, run_dir: str, strategy: str) -> int:
+    from distrain.launcher import work
+
+    return work(recipe, [], run_dir=run_dir, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strategy: str) -> None:
+    recipe = write_recipe(tmp_path, EVALUATED)
+    run = tmp_path / "run"
+    assert in_world(2, scoring, str(recipe), str(run), strategy) == [0, 0]
+    marker = RunDir(run).preempted
+    assert marker is not None
+    assert marker["step"] == 3
+    assert [row["event"] for row in rows(run) if row["step"] == 3] == ["checkpoint", "train"], "saved and not scored"
+    train(2, recipe, run, "model.seconds=0", update=True)
+    train(2, recipe, tmp_path / "whole", "model.seconds=0")
+    assert rows(run) == rows(tmp_path / "whole"), "scored by the start that went on"
+    scores = [Reader(info.path).manifest.score for info in list_checkpoints(run / "checkpoints")]
+    assert None not in scores
+
+
 def test_a_second_signal_while_it_stops_changes_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
@@ -213,8 +268,8 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     train(2, recipe, tmp_path / "whole")
     run = tmp_path / "run"
     # at steps that are saved anyway, nothing at all is left of the stop
-    train(2, recipe, run, stop_after=2)
-    train(2, recipe, run, stop_after=6)
+    train(2, recipe, run, stop_after=3)
+    train(2, recipe, run, stop_after=7)
     train(2, recipe, run)
     assert_same_run(tmp_path / "whole", run)
 
@@ -223,7 +278,7 @@ def test_a_stop_with_the_last_step_is_finished_by_the_next_start(tmp_path: Path)
     recipe = write_recipe(tmp_path, TINY.replace("eval: {every: 4 steps", "eval: {every: 5 steps"))
     train(2, recipe, tmp_path / "whole")
     run = tmp_path / "run"
-    train(2, recipe, run, stop_after=10)
+    train(2, recipe, run, stop_after=11)
     assert (run / "PREEMPTED").exists()
     train(2, recipe, run)
     assert RunDir(run).finished is not None
