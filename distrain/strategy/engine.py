@@ -28,6 +28,10 @@ from distrain.strategy.world import World
 Numbers = Callable[[], tuple[float, list[float]]]
 """Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""
 
+Guard = Callable[[float, float], bool]
+"""Is given a step's loss and the norm of its gradient, before the optimizer moves and the same numbers on all ranks;
+returns, alike on all ranks, whether it may."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,6 +77,12 @@ class Engine(ABC):
         self.clip_norm = plan.clip_norm
         self.accumulation = plan.accumulation
         self.scale = LossScale() if world.arithmetic.scaled else None
+        self.watched = False
+        """Whether the norm of the gradient is told of each step, also where nothing else needs it."""
+        self.guard: Guard | None = None
+        self.moved = True
+        """Whether the last step moved the optimizer; otherwise the guard was against it, and nothing has changed."""
+        self._scale_before: dict[str, float | int] | None = None
         self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
         self._gradients: dict[str, int] | None = None
         """Bytes by dtype."""
@@ -103,8 +113,44 @@ class Engine(ABC):
         """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
 
         On the way the means over the ranks of `loss` (0-d) and of the three `flags` are taken. Returns None where the
-        gradient overflowed and nothing was changed but the loss scale: the step is then to be made again.
+        gradient overflowed and nothing was changed but the loss scale: the step is then to be made again. Where the
+        guard is against it, no weight and nothing of the optimizer's state changes, and `moved` is False.
         """
+
+    def watch(self, guard: Guard | None) -> None:
+        """Tell the norm of each step's gradient, and ask `guard` before each step, for which the host then waits.
+
+        Under a scaled loss there must be a guard: what is not finite at any scale is then left to it.
+        """
+        assert guard is not None or self.scale is None, "a gradient that overflows cannot be told from an anomaly later"
+        self.watched, self.guard = True, guard
+
+    def _verdict(self, norm: Tensor | None, loss: Callable[[], float]) -> bool | None:
+        """Return whether the optimizer steps, the same on all ranks; None where the step is to be made again.
+
+        `norm` (0-d, unscaled) and `loss` are the same on all ranks. Waits for the device where there is a guard, or the
+        loss is scaled.
+        """
+        if self.guard is None:
+            return None if norm is not None and self._overflowed(norm) else True
+        assert norm is not None, "it is told where there is a guard"
+        value, agreed = norm.item(), loss()
+        if self.scale is not None and math.isfinite(agreed) and not math.isfinite(value):
+            self._scale_before = self._scale_before or self.scale.state()
+            try:
+                self.scale.update(True)
+            except UserError:  # it is not the scale's fault
+                pass
+            else:
+                return None
+        self.moved = self.guard(agreed, value)
+        if self.scale is not None:
+            if self.moved:
+                self.scale.update(False)
+            elif self._scale_before is not None:
+                self.scale.load(self._scale_before)
+        self._scale_before = None
+        return self.moved
 
     @property
     def loss_scale(self) -> float | None:
@@ -112,11 +158,11 @@ class Engine(ABC):
         return None if self.scale is None else self.scale.scale
 
     def remember_buffers(self) -> Callable[[], None]:
-        """Return what gives the model's buffers back what they hold now, for a step that is made again.
+        """Return what gives the model's buffers back what they hold now, for a step that is made again or left out.
 
         Nothing is kept where every step is taken.
         """
-        if self.scale is None:
+        if self.scale is None and self.guard is None:
             return lambda: None
         if self._buffers is None:
             modules = list(self.model.modules())
@@ -303,6 +349,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def square_of(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements (0-d, float64)."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
 
 def make_ema(plan: Plan, source: Any) -> Ema | None:

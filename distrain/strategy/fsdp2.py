@@ -26,6 +26,7 @@ from distrain.strategy.engine import (
     did_not_take_effect,
     make_ema,
     make_optimizer,
+    square_of,
     with_arithmetic,
 )
 from distrain.strategy.state import Shard, TrainingState, whole
@@ -100,21 +101,21 @@ class Fsdp2(Engine):
         own = [p.grad for p in self._replicated if p.grad is not None]
         self._note_gradients([*gradients, *own])
         # the norm and what the ranks tell each other, in one reduction
-        square = _square(gradients) + (_square(own) / world.world_size if own else 0.0)
+        square = square_of(gradients) + (square_of(own) / world.world_size if own else 0.0)
         numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, (*flags, given, given * given))))
         world.sum(numbers)
         unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
         norm = numbers[0].sqrt() * unscale
         coefficient = self._coefficient(norm)
-        overflowed = self._overflowed(norm)
-        if not overflowed:
+        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
+        if verdict:
             if coefficient is not None:
                 _multiply([*gradients, *own], coefficient)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if overflowed:
+        if verdict is None:
             return None
-        if self.state.ema is not None:
+        if verdict and self.state.ema is not None:
             self.state.ema.update()
         read = world.later(torch.cat((norm.reshape(1), numbers[1:] / world.world_size)))
 
@@ -125,7 +126,7 @@ class Fsdp2(Engine):
                     "in a step the ranks gave gradients to different parameters, which fsdp2 reduces together; have "
                     "each step use every parameter, even if its output is multiplied by zero, or train with ddp"
                 )
-            return (norm if self.clip_norm is not None or self.scale is not None else 0.0), means
+            return (norm if self.watched or self.clip_norm is not None or self.scale is not None else 0.0), means
 
         return split
 
@@ -188,14 +189,6 @@ class Fsdp2(Engine):
 
 def _spans(parameter: nn.Parameter, world_size: int) -> bool:
     return isinstance(parameter, DTensor) and parameter.device_mesh.size() == world_size
-
-
-def _square(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of squares (0-d, float64)."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
 
 def _multiply(tensors: list[Tensor], factor: Tensor) -> None:

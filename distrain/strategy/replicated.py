@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.strategy.engine import (
@@ -85,25 +86,29 @@ class Replicated(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         means = self._backward(self.wrapped, objective, self._scaled(share), loss, flags)
         self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
-        norm = None
-        if self.scale is not None:
+        gradients: list[Tensor] = []
+        norm = coefficient = None
+        if self.watched or self.scale is not None or self.clip_norm is not None:
             gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(gradients) / self.scale.scale
+            norm = nn.utils.get_total_norm(gradients)
+        if self.scale is not None:
+            assert norm is not None
+            norm = norm / self.scale.scale
             coefficient = self._coefficient(norm)  # of the scale that these gradients have
-            overflowed = self._overflowed(norm)
-            if not overflowed:
-                assert coefficient is not None, "scaled gradients are always unscaled"
+        if self.watched and norm is not None and self.world.world_size > 1:
+            dist.broadcast(norm, src=0)  # its last bits may be others on another kind of GPU, and the verdict may not
+        verdict = self._verdict(norm, lambda: means()[0])
+        if verdict:
+            if coefficient is not None:
                 torch._foreach_mul_(gradients, coefficient)
-        elif self.clip_norm is not None:
-            overflowed, norm = False, nn.utils.clip_grad_norm_(self._trained, self.clip_norm)
-        else:
-            overflowed = False
-        if not overflowed:
+            elif self.clip_norm is not None:
+                assert norm is not None
+                nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if overflowed:
+        if verdict is None:
             return None
-        if self.state.ema is not None:
+        if verdict and self.state.ema is not None:
             self.state.ema.update()
         if norm is None:
             return lambda: (0.0, means())

@@ -298,8 +298,11 @@ class TrainingState:
             )
             # an import from another trainer, whose groups may be others, has none
             if values_of_groups := manifest.scalars["optimizer_group_values"]:
-                for group, changed in zip(optimizer.param_groups, values_of_groups, strict=True):
-                    group.update(changed)
+                for group, built, changed in zip(optimizer.param_groups, self._built, values_of_groups, strict=True):
+                    # those of later steps are there where a run goes back
+                    for key in _plain_values(group).keys() - built.keys() - changed.keys():
+                        del group[key]
+                    group.update({key: value for key, value in built.items() if key != "lr"} | changed)
         return said
 
     def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[dict[str, str], list[str]]:

@@ -7,7 +7,7 @@ and the arithmetic of the forward pass is put around the model as under every ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,6 +30,7 @@ from distrain.strategy.engine import (
     make_optimizer,
     model_to,
     no_gradient,
+    square_of,
     with_arithmetic,
     without_gradient,
 )
@@ -157,6 +158,8 @@ class Zero(Engine):
         self._backward(objective, share, last=True)
         self._check_reached()
         self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
+        if self.watched:
+            return self._watched_step(loss, flags)
         self.wrapped.step()
         overflowed = not self.wrapped.was_step_applied()
         if self.scale is not None:
@@ -173,6 +176,62 @@ class Zero(Engine):
         norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float64, device=world.device)
         read = world.later(norm.reshape(1))
         return lambda: (read()[0], means())
+
+    def _watched_step(self, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        """Take the optimizer's step with gradients whose norm is looked at first: DeepSpeed's own comes too late."""
+        world = self.world
+        square = square_of(self._own_gradients()).to(world.device)
+        numbers = world.sum(torch.cat((square.reshape(1), world.numbers(loss, flags))))
+        norm = numbers[0].sqrt() * (1.0 if self.scale is None else 1.0 / self.scale.scale)
+        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
+        with nullcontext() if verdict else self._refusing():
+            self.wrapped.step()
+        if verdict is None:
+            return None
+        read = world.later(torch.cat((norm.reshape(1), numbers[1:] / world.world_size)))
+        applied = self.wrapped.was_step_applied()
+        assert verdict or not applied, "DeepSpeed took a step that was to be left out"
+        if applied and self.state.ema is not None:
+            self.state.ema.update()
+
+        def split() -> tuple[float, list[float]]:
+            norm, *means = read()
+            # one that overflows in fp32 is infinite to DeepSpeed, which has then left the step out by itself
+            return (norm if applied or not verdict else float("inf")), means
+
+        return split
+
+    def _own_gradients(self) -> list[Tensor]:
+        """Return this rank's part of the gradient that the optimizer is about to step with."""
+        zero = self._zero
+        if self.world.asked.offload_optimizer and self.world.device.type != "cpu":
+            flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+            return [flat.grad for flat in flats if flat.grad is not None]
+        return [each for kept in zero.averaged_gradients.values() for each in kept or ()]
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Have DeepSpeed find that the next step's gradient overflows, whatever it is.
+
+        It then lets go of the gradient and leaves the rest as it was, as it would under a scaled loss.
+        """
+        zero = self._zero
+        name = "check_overflow" if self.stage < 3 else "_overflow_check_and_loss_scale_update"
+
+        def overflow(*_: Any, **__: Any) -> bool:
+            zero.overflow = True
+            return True
+
+        checks = self.stage < 3 and zero.check_grad_overflow
+        setattr(zero, name, overflow)
+        if self.stage < 3:
+            zero.check_grad_overflow = True
+        try:
+            yield
+        finally:
+            delattr(zero, name)
+            if self.stage < 3:
+                zero.check_grad_overflow = checks
 
     # ----------------------------------------------------------------------------------------------------------------
     # Its state
