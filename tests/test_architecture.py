@@ -16,9 +16,9 @@ import distrain
 
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
-    ["config", "recipe_file", "tokens", "rundir", "lease"],
+    ["config", "recipe_file", "tokens", "rundir", "lease", "heartbeat"],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
-    ["telemetry", "loop", "inference"],
+    ["watchdog", "telemetry", "loop", "inference"],
     ["launcher", "slurm", "plan", "report", "doctor", "prove", "project"],
     ["cli"],
 ]
@@ -30,6 +30,8 @@ NO_TORCH = [
         "config",
         "rundir",
         "lease",
+        "heartbeat",
+        "watchdog",
         "recipe_file",
         "tokens",
         "checkpoint",

@@ -32,6 +32,7 @@ from distrain.config.sections import (
     Section,
     TrainSection,
     TransformsSection,
+    WatchdogSection,
 )
 from distrain.config.seeds import mix
 from distrain.config.user_files import is_object_spec, resolve_object
@@ -58,6 +59,7 @@ __all__ = [
     "TrainSection",
     "TransformsSection",
     "UserError",
+    "WatchdogSection",
     "close_names",
     "is_object_spec",
     "mix",

@@ -22,6 +22,7 @@ from distrain.config.sections import (
     ScheduleSection,
     Section,
     TrainSection,
+    WatchdogSection,
 )
 
 Task = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq"]
@@ -58,6 +59,8 @@ class Recipe(Section):
     """When and how the model is scored."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When state is saved and what is kept."""
+    watchdog: WatchdogSection = WatchdogSection()
+    """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
     log: LogSection = LogSection()
     """Where the numbers go."""
     seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0

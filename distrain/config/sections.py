@@ -46,6 +46,12 @@ def _not_time(duration: Duration) -> Duration:
     return duration
 
 
+def _a_time(duration: Duration) -> Duration:
+    if duration.seconds is None:
+        raise ValueError(f"found '{duration}', expected a time, as in '90 s', '10 min', '1 hour'")
+    return duration
+
+
 def _component_name(name: str) -> str:
     if (":" in name or name.endswith(".py")) and not is_object_spec(name):
         raise ValueError(f"found {name!r}, expected a name, 'package.module:name' or 'path/to/file.py:name'")
@@ -88,6 +94,7 @@ Count = Annotated[int, Field(ge=1, le=10**12), WHOLE]
 BatchSize = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 Interval = Annotated[Duration, AfterValidator(_not_zero)]
 TrainingInterval = Annotated[Interval, AfterValidator(_not_time)]
+Time = Annotated[Interval, AfterValidator(_a_time)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -324,6 +331,26 @@ class CheckpointSection(Section):
     """How many of the best by eval.best are kept besides."""
     asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     """Whether files are written while training goes on."""
+
+
+class WatchdogSection(Section):
+    """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
+
+    setup: Time | None = Duration(30, "minutes")
+    """In one part of the set-up, or the first step, which may compile; None waits for ever."""
+    step: Time | None = Duration(10, "minutes")
+    """In a part of a step: data loading, a forward or backward pass, the optimizer."""
+    save: Time | None = Duration(30, "minutes")
+    """In writing 16 MB of a checkpoint, or in putting it in its place."""
+    evaluate: Time | None = Duration(10, "minutes")
+    """In one batch of an evaluation, or in its metrics."""
+
+    @property
+    def collectives_s(self) -> float:
+        """How long ranks may wait for each other, in seconds: longer than any limit here, which then speaks first."""
+        limits = [each.seconds for each in (self.setup, self.step, self.save, self.evaluate) if each is not None]
+        longest = max((each for each in limits if each is not None), default=0.0)
+        return longest + 300.0 if len(limits) == 4 else max(longest + 300.0, 24 * 3600.0)
 
 
 class LogSection(Section):
