@@ -199,7 +199,7 @@ def unsaid_failures(exit_codes: Mapping[int, int]) -> list[str]:
     ]
 
 
-_TYPED = "DISTRAIN_COMMAND"
+TYPED = "DISTRAIN_COMMAND"
 """The environment variable that tells processes started here what was typed."""
 
 
@@ -317,7 +317,7 @@ def start(
     open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
     arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
     arguments += ["--update"] if update else []
-    os.environ[_TYPED] = json.dumps(sys.argv)
+    os.environ[TYPED] = json.dumps(sys.argv)
     script, config = shared_file("launch", "train.py"), configuration_file(asked.strategy)
     status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload))
     # a launcher that was signalled calls that a failure, and the run folder knows better
@@ -389,7 +389,7 @@ def work(
             holder = Holder.of_this_process()
             if run.exists:
                 check_free(run, holder)  # before its recipe may be replaced
-            typed = json.loads(os.environ.get(_TYPED, "null"))
+            typed = json.loads(os.environ.get(TYPED, "null"))
             this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
             open_run(run, loaded, this_start, update=update)
             step = max((info.step for info in list_checkpoints(run.checkpoints)), default=0)
