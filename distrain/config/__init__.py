@@ -17,6 +17,7 @@ from distrain.config.durations import Duration, Horizon
 from distrain.config.errors import RecipeError, UserError, close_names
 from distrain.config.recipe import Recipe, Task
 from distrain.config.sections import (
+    AnomaliesSection,
     BatchSection,
     CheckpointSection,
     Component,
@@ -38,6 +39,7 @@ from distrain.config.seeds import mix
 from distrain.config.user_files import is_object_spec, resolve_object
 
 __all__ = [
+    "AnomaliesSection",
     "BatchSection",
     "CheckpointSection",
     "Component",

@@ -137,6 +137,22 @@ def _weights_strict(known: Known) -> Problems:
         yield "model.weights_strict", "does nothing without model.weights; add that or take this out"
 
 
+def _anomalies(known: Known) -> Problems:
+    spike, leaves_out = known("anomalies.spike"), known("anomalies").leaves_out
+    looks, leaves = (
+        "anomalies.spike: stop, skip or rollback",
+        "anomalies.nonfinite or anomalies.spike: skip or rollback",
+    )
+    idle = {
+        "factor": (spike is None, looks),
+        "most": (not leaves_out, leaves),
+        "window": (spike is None and not leaves_out, looks),
+    }
+    for key, (does_nothing, without) in idle.items():
+        if known.given(f"anomalies.{key}") and does_nothing:
+            yield f"anomalies.{key}", f"does nothing without {without}; add that or take this out"
+
+
 def _groups(known: Known) -> Problems:
     return _twice("optim.groups", [group.params for group in known("optim.groups")])
 
@@ -161,6 +177,7 @@ _CHECKS: tuple[Callable[[Known], Problems], ...] = (
     _early_stop,
     _prepare,
     _weights_strict,
+    _anomalies,
     _groups,
     _metrics,
 )

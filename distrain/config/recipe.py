@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from distrain.config.agreement import Known, disagreements
 from distrain.config.sections import (
     WHOLE,
+    AnomaliesSection,
     BatchSection,
     ByName,
     CheckpointSection,
@@ -59,6 +60,8 @@ class Recipe(Section):
     """When and how the model is scored."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When state is saved and what is kept."""
+    anomalies: AnomaliesSection = AnomaliesSection()
+    """What is done about a step whose loss or gradient is not finite, or far above what is usual."""
     watchdog: WatchdogSection = WatchdogSection()
     """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
     log: LogSection = LogSection()

@@ -333,6 +333,41 @@ class CheckpointSection(Section):
     """Whether files are written while training goes on."""
 
 
+OnAnomaly = Literal["stop", "skip", "rollback"]
+
+
+class AnomaliesSection(Section):
+    """What is done about a step whose loss or gradient is not finite, or far above what is usual.
+
+    `stop` ends the run with its last checkpoint as it was. `skip` leaves the step out: its samples are consumed, and
+    the model and the optimizer stay as they were. `rollback` goes back to the newest checkpoint, and leaves the step
+    out when it comes again.
+    """
+
+    nonfinite: OnAnomaly = "stop"
+    """Where the loss or the norm of the gradient is NaN or infinite."""
+    spike: OnAnomaly | None = None
+    """Where one of them is more than `factor` times its median over `window` steps; None does not look."""
+    factor: Annotated[float, Field(gt=1, le=1e18)] = 10.0
+    """How far above the median is a spike."""
+    window: Annotated[int, Field(ge=2, le=10**4), WHOLE] = 50
+    """Steps that the median is of; also steps of which `most` may be left out."""
+    most: Annotated[int, Field(ge=1, le=10**4), WHOLE] = 5
+    """How many of `window` steps in a row may be left out; one more stops the run."""
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there can be a step that is left out."""
+        return bool({self.nonfinite, self.spike} & {"skip", "rollback"})
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        idle = [] if self.leaves_out else ["most"]
+        idle += [] if self.spike is not None else ["factor"]
+        idle += ["window"] if len(idle) == 2 else []
+        return {key: value for key, value in handler(self).items() if key not in idle}
+
+
 class WatchdogSection(Section):
     """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
 
