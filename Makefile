@@ -9,6 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
 
 test: $(VENV)/installed
+	sh scripts/install-slurm.sh --if-possible
 	$(BIN)/python -m pytest
 
 check: $(VENV)/installed
