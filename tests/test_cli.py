@@ -15,7 +15,7 @@ from distrain.cli import Kind, app
 from distrain.recipe_file import load_recipe
 
 COMMANDS = [
-    ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"],
+    ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
     ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
     ["data"], ["data", "tokenize"],
 ]  # fmt: skip

@@ -1,0 +1,11 @@
+"""Runs on a SLURM cluster: from a recipe to a queued job, what runs on its nodes, and what its queue says.
+
+plan.py        `Plan`: all that a batch script is made from, each value checked
+rendering.py   `render_sbatch`: a plan as a batch script, from slurm/train.sbatch
+sites.py       defaults of a site, from one YAML each
+snapshot.py    the user's code, copied so that a later edit changes nothing that is queued
+sweeps.py      one run for each combination of values
+submitting.py  `submit`: everything checked, written and handed to sbatch
+queue.py       SLURM's own commands, and what they say
+node.py        what runs once on each node
+"""

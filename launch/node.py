@@ -1,0 +1,43 @@
+"""What srun starts, once on each node of a SLURM job: the launcher of that node's processes.
+
+srun --nodes 2 --ntasks-per-node 1 python launch/node.py --nodes 2 --processes 4 --address 10.0.0.1 --port 29500 RUN
+
+slurm/train.sbatch does so, after `--create` has made the run of a recipe and printed its folder.
+"""
+
+import argparse
+import signal
+import sys
+
+if __name__ == "__main__":
+    # a notice of the job's end waits from here on for those that it is for
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", metavar="RUN", help="the run's folder; with --create also a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
+    parser.add_argument("--create", action="store_true", help="make the run, print its folder and end")
+    parser.add_argument("--run-dir", help="the folder of the run to make (default: runs/NAME)")
+    parser.add_argument("--update", action="store_true", help="give an existing run the values of the recipe")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the job")
+    parser.add_argument("--processes", default="auto", help="processes on each node; auto: one for each GPU, else one")
+    parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
+    parser.add_argument("--offload", default="auto", help="what to keep in the memory of the CPU: none, optimizer, all")
+    parser.add_argument("--address", default="", help="where the first node is reached")
+    parser.add_argument("--port", type=int, default=0, help="where its launcher listens")
+    parser.add_argument("--interface", help="the network interface between nodes")
+    parser.add_argument("--scratch", help="a folder of the node's own")
+    a = parser.parse_args()
+
+    from distrain.config import UserError
+    from distrain.slurm.node import create, start_node
+
+    common = {"nodes": a.nodes, "processes": a.processes, "strategy": a.strategy, "offload": a.offload}
+    try:
+        if a.create:
+            print(create(a.target, a.overrides, run_dir=a.run_dir, update=a.update, **common))
+            sys.exit(0)
+        place = {"address": a.address, "port": a.port, "interface": a.interface, "scratch": a.scratch}
+        sys.exit(start_node(a.target, **common, **place))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
