@@ -37,6 +37,7 @@ NO_TORCH = [
         "checkpoint",
         "consolidate",
         "launcher",
+        "slurm",
         "prove",
         "project",
         "cli",
