@@ -306,7 +306,7 @@ class Session:
             self._published(self.saver.finish())
 
     def _record_effect(self) -> None:
-        effect = self.t.engine.effect()
+        effect = self.t.engine.effect() | {"total_steps": self.total_steps}
         self.world.first(lambda: self.run.record_effect(effect))
 
     def _log(self, step: int, loss: float, norm: float, loss_scale: float | None) -> None:
