@@ -32,6 +32,7 @@ from distrain.datasets import AnySource, Batch, Data, DataRequest, Source, Strea
 from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
 from distrain.datasets.transforms import Transform
+from distrain.heartbeat import listen_in_loader
 
 Place = tuple[np.ndarray, np.ndarray]
 """(epochs, ids) of the samples of one batch, each (batch,) int64. An id of -1 - i is padding that repeats sample i."""
@@ -217,12 +218,13 @@ class _StreamBatches(IterableDataset[Any]):
             yield _Failure(str(error))
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_loading(worker: int) -> None:
     # Schedulers signal every process of a job, and the one that trains decides what a signal means. A loader process
     # that died of it would end the run before the state is saved. Without its parent it ends by itself.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    listen_in_loader(worker)
 
 
 def _loader(
@@ -241,7 +243,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_loading,
         multiprocessing_context=context,
         # A generator of its own: the default one draws from the global random state, which would then depend on this.
         generator=torch.Generator(),

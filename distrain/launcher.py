@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import distrain
 from distrain.checkpoint import find_checkpoint, list_checkpoints, read_manifest
 from distrain.config import Recipe, UserError
+from distrain.heartbeat import ending_hung, hang_of
 from distrain.lease import Holder, Lease, check_free, take
 from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.rundir import Launch, RunDir, effect_in_words
@@ -121,8 +122,10 @@ def _meeting(plan: LaunchPlan) -> list[str]:
     ]
 
 
-def launch(plan: LaunchPlan) -> int:
+def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     """Start the plan's processes, wait for them, and return 0 when all of them ended well, otherwise 1.
+
+    Those that are stuck when `run` is recorded to hang are killed.
 
     This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
     exit code) can be left out: the worker has already said why.
@@ -140,9 +143,11 @@ def launch(plan: LaunchPlan) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     try:
-        with _passed_on(signal.SIGUSR1):
+        with _passed_on(signal.SIGUSR1), ending_hung(run) if run is not None else nullcontext():
             launch_command(arguments)
     except ChildFailedError as error:
+        if run is not None and hang_of(run) is not None:
+            return 1  # which is said
         for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
             print(f"error: {line}", file=sys.stderr)
         return 1
@@ -319,7 +324,7 @@ def start(
     arguments += ["--update"] if update else []
     os.environ[TYPED] = json.dumps(sys.argv)
     script, config = shared_file("launch", "train.py"), configuration_file(asked.strategy)
-    status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload))
+    status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload), run)
     # a launcher that was signalled calls that a failure, and the run folder knows better
     return 0 if run.preempted is not None else status
 
@@ -375,9 +380,10 @@ def work(
         nonlocal status
         from distrain.loop import train
         from distrain.strategy import open_world
+        from distrain.watchdog import Watchdog
 
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
-        world = open_world(recipe.train.precision, asked)
+        world = open_world(recipe.train.precision, asked, timeout_s=recipe.watchdog.collectives_s)
 
         lease: Lease | None = None
 
@@ -416,7 +422,9 @@ def work(
                 print(note)
                 log.info(note)
             # inside: the rank that fails must say so before leaving makes the others fail as well
-            status = reported(run, rank, lambda: train(run, world, lease), lease)
+            placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
+            with Watchdog.over(run, recipe.watchdog, **placed):
+                status = reported(run, rank, lambda: train(run, world, lease), lease)
         finally:
             if lease is not None and world.rank == 0:
                 lease.release(clean=status == 0)

@@ -33,6 +33,7 @@ from distrain.checkpoint.format import (
     take,
 )
 from distrain.config import UserError, close_names
+from distrain.heartbeat import progress
 from distrain.rundir import RunDir
 
 Header = dict[str, tuple[str, int, int, int]]
@@ -178,6 +179,7 @@ class Reader:
             if count == 0:
                 raise CheckpointError(f"{self.path / self.manifest.files[file].name} ends before byte {offset}")
             view, offset = view[count:], offset + count
+            progress()
 
 
 def open_rank_file(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> tuple[int, Header]:
@@ -199,6 +201,7 @@ def _file_problem(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]
             digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
+                progress()
     except CheckpointError as error:
         return str(error)
     except OSError as error:

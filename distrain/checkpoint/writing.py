@@ -44,6 +44,7 @@ from distrain.checkpoint.format import (
     rank_file_name,
 )
 from distrain.checkpoint.reading import best_first, list_checkpoints, open_plain, read_header
+from distrain.heartbeat import mark, progress
 
 _CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
 _LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+")
@@ -103,6 +104,7 @@ def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: thre
                 chunk = memoryview(part)[start : start + _CHUNK]
                 digest.update(chunk)
                 file.write(chunk)
+                progress()
                 size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
@@ -343,6 +345,7 @@ class Saver:
         flight = self._flight
         if flight is None:
             return None
+        mark("save")
         if flight.thread:
             flight.thread.join()
         files, problems = self._gather(flight.file, flight.error)
@@ -436,6 +439,7 @@ class Saver:
             try:
                 if (entry.name.startswith(".trash-") and own_trash in entry.name) or is_leftover(entry):
                     shutil.rmtree(entry)
+                progress()
             except OSError as error:
                 warnings.append(f"{entry} could not be removed: {explain(error)}")
         return retired, warnings

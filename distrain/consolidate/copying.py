@@ -22,6 +22,7 @@ import numpy as np
 from distrain.checkpoint.floats import convert
 from distrain.checkpoint.format import ITEM_SIZES, TensorSpec, pack_header
 from distrain.config import UserError
+from distrain.heartbeat import progress
 from distrain.consolidate.sources import THREADS, Tensors
 
 BUFFER = 1 << 18  # bytes that a thread converts, or copies where the kernel cannot, at a time: stays in its cache
@@ -143,6 +144,7 @@ def _copy_job(tensors: Tensors, file: int, spans: list[_Span], target: int) -> N
                 _copy(source, target, span, buffer)
             else:
                 _copy_converted(source, target, span, buffer)
+            progress()
     finally:
         os.close(source)
 
@@ -152,6 +154,7 @@ def _gather_job(tensors: Tensors, part: _Range, target: int) -> None:
     for start in range(0, part.numel, step):
         raw = tensors.gather(part.output.source, part.start + start, min(step, part.numel - start))
         _write(target, converted(raw, part.output), part.target + start * ITEM_SIZES[part.output.dtype])
+        progress()
 
 
 def _copy(source: int, target: int, span: _Span, buffer: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.data import Transform, build_eval_loader
 from distrain.datasets import AnySource, Batch, is_stream
+from distrain.heartbeat import mark
 from distrain.loop.step import to_device
 from distrain.metrics import MetricSet
 from distrain.models import Convention, ModelOutput
@@ -72,6 +73,7 @@ def evaluate(
     )
 
     def go_on() -> None:
+        mark("evaluate")
         if stopping():
             raise Interrupted(f"the evaluation of split '{split}' was left for a request to stop")
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from distrain.config import Duration, Horizon, Recipe
+from distrain.heartbeat import mark
 from distrain.metrics import MetricSet, higher_is_better
 from distrain.rundir import RunDir
 from distrain.strategy import World
@@ -144,6 +145,7 @@ class Waited:
     def during(self, items: Iterator[T]) -> Iterator[T]:
         """Yield the same."""
         while True:
+            mark("data")
             began = time.perf_counter()
             try:
                 item = next(items)

@@ -27,6 +27,7 @@ from distrain.data import (
     prepare_data,
 )
 from distrain.datasets import Batch, Data, is_stream
+from distrain.heartbeat import mark, starts_at, take_straggler
 from distrain.lease import Lease
 from distrain.loop.evaluation import Interrupted, evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
@@ -98,6 +99,7 @@ class Session:
             self._told += self.t.engine.restore(reader)
             reader.close()
             self.t.step = reader.manifest.step
+        starts_at(self.t.step)
         self._record_effect()
         self._stepped = False
         self.metrics = build_metrics(recipe, self.data.meta)
@@ -329,6 +331,9 @@ class Session:
             row["loss_scale"] = loss_scale
         self._logged_at, self._logged_step = clock, step
         self.telemetry.train(row)
+        if (slow := take_straggler()) is not None:
+            self.telemetry.write(slow.row() | {"time": now()})
+            self.say(f"warning: {slow}")
 
     def _epoch(self, step: int) -> float:
         length = self.horizon.samples_per_epoch
@@ -365,6 +370,7 @@ class Session:
     def _score(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         began = time.monotonic()
         engine = self.t.engine
+        mark("evaluate")
         engine.align_buffers()
         with engine.averaged():
             try:
@@ -408,6 +414,7 @@ class Session:
         score = None
         if self._scored_step == self.t.step:
             score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
+        mark("save")
         engine, state = self.t.engine, self.t.engine.state
         self._published(self.saver.finish())
         if not engine.all_finite():
@@ -501,6 +508,7 @@ class Session:
             self._fence()
             self.run.mark_finished(summary)
 
+        mark("finish")
         self.world.first(write)
         self.telemetry.summarize(summary)
         return summary

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distrain.config import Recipe, mix
 from distrain.datasets import Batch
+from distrain.heartbeat import mark, stepped
 from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import Loss, Schedule, set_lr
@@ -80,6 +81,7 @@ def train_step(
     which are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose
     scaled gradient overflows is made again with a smaller scale, from the same samples.
     """
+    mark("sync")
     set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     share = _share(t, micro_batches)
     while True:
@@ -89,6 +91,7 @@ def train_step(
         put_buffers_back()
     seed = _seed(t, len(micro_batches) - 1)
     t.step += 1
+    stepped(t.step)
     if t.trace is not None:
         t.trace.stepped(seed)
     return StepNumbers(t.step, numbers, loss_scale)
@@ -116,6 +119,7 @@ def _attempt(
         batch = to_device(batch, t.world)
         seed_dropout(t.world, _seed(t, index))
         with engine.micro_batch(last=index == last):
+            mark("forward")
             objective = loss_of(t.call, t.loss, engine.wrapped, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
             if not isinstance(share, Tensor):
@@ -123,6 +127,7 @@ def _attempt(
                 share = torch.full((), share, dtype=objective.dtype, device=objective.device)
             share = share.to(objective.dtype)
             losses.append(objective.detach() * share)
+            mark("backward")
             if index < last:
                 engine.backward(objective, share)
                 continue

@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from distrain.config import UserError
 from distrain.networks.blocks import block_classes
+from distrain.heartbeat import mark
 from distrain.strategy.engine import (
     Engine,
     Numbers,
@@ -94,6 +95,7 @@ class Fsdp2(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         objective.backward(self._scaled(share))
+        mark("optimizer")
         # who got a gradient, as a number that differs where that differs
         given = float(zlib.crc32(bytes(p.grad is not None for p in (*self._sharded, *self._replicated))) & 0xFFFF)
         self._average_replicated()

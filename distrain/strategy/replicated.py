@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distrain.heartbeat import mark
 from distrain.strategy.engine import (
     Engine,
     Numbers,
@@ -85,6 +86,7 @@ class Replicated(Engine):
 
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         means = self._backward(self.wrapped, objective, self._scaled(share), loss, flags)
+        mark("optimizer")
         self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
         gradients: list[Tensor] = []
         norm = coefficient = None

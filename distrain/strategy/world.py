@@ -26,6 +26,7 @@ from accelerate import (
 from torch import Tensor
 
 from distrain.config import UserError
+from distrain.heartbeat import progress
 from distrain.strategy.configuration import take_over
 from distrain.strategy.launched import Asked, Environment, check_precision
 from distrain.strategy.precision import Arithmetic, resolve
@@ -96,6 +97,7 @@ class World:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._control)
+        progress()
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -107,6 +109,7 @@ class World:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=group)
+        progress()
         return values[0]
 
     def announcement(self) -> Announcement:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from distrain.config import UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
+from distrain.heartbeat import mark
 from distrain.strategy.engine import (
     Engine,
     Numbers,
@@ -156,6 +157,7 @@ class Zero(Engine):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         self._backward(objective, share, last=True)
+        mark("optimizer")
         self._check_reached()
         self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
         if self.watched:
