@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -282,7 +283,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="a Markdown file to write the tables to")
     options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "deepspeed"))
-    lines = [f"{os.cpu_count()} cores, median of {options.runs}; {versions}.", ""]
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, median of {options.runs}; {versions}; {time.strftime('%Y-%m-%d')}.",
+        "",
+    ]
     for world_size in options.ranks:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             lines += table(Path(folder), world_size, options)

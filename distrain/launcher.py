@@ -416,7 +416,9 @@ def work(
                         print(f"took effect: {effect_in_words(effect)}")
                     print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
-            lease = begun
+            # each in the folder that it sees
+            lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
+            world.together(lambda: mine.check_seen(world.rank))
             _log_to(run, world.rank)
             for note in notes if world.rank == 0 else []:
                 print(note)

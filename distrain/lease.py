@@ -28,6 +28,9 @@ RESTARTS = 3
 _FRESH_S, _WATCH_S = 60.0, 15.0
 """A heartbeat that is younger is watched for so long: a process that lives writes it every few seconds."""
 
+_SEEN_S = 10.0
+"""How long a file system that machines share may take to show a file to the others."""
+
 
 class Replaced(UserError):
     """This start of a run was replaced by another, and may write nothing more."""
@@ -72,7 +75,7 @@ class Lease:
         self.run, self.holder, self._lock = run, holder, lock
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Lease, (self.run, self.holder)  # the lock stays with rank 0
+        return Lease, (self.run, self.holder)  # the lock stays with the process
 
     def mine(self) -> bool:
         """Whether this start is still the one that may write."""
@@ -87,6 +90,17 @@ class Lease:
             raise Replaced(
                 f"this start of {self.run.path} ({self.holder}) was replaced {by}; it ends and writes nothing more"
             )
+
+    def check_seen(self, rank: int) -> None:
+        """Raise UserError when this rank does not see what rank 0 has written into the run's folder."""
+        until = time.monotonic() + _SEEN_S
+        while not self.mine():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"rank {rank} on {socket.gethostname()} does not see what rank 0 on {self.holder.host} has written "
+                    f"into {self.run.path}; all ranks must see the same run folder, on a file system they share"
+                )
+            time.sleep(0.05)
 
     def release(self, *, clean: bool) -> None:
         """Rank 0: let others take the run. After a failure the token stays, for what other ranks have to say of it."""
@@ -147,7 +161,7 @@ def _check_progress(
 ) -> None:
     if holder.job is None or holder.restart == 0:
         return  # a person has started it, who may try as often as they like
-    limit = int(os.environ.get("DISTRAIN_MAX_RESTARTS", RESTARTS)) if restarts is None else restarts
+    limit = _asked_restarts() if restarts is None else restarts
     in_vain = 0
     for row in reversed(earlier):
         if row["job"] != holder.job or row["step"] != step:
@@ -159,6 +173,13 @@ def _check_progress(
             f"further; it is not started again. What went wrong is in {run.path}/log-rank-*.txt; mend it "
             "and submit the run again"
         )
+
+
+def _asked_restarts() -> int:
+    text = os.environ.get("DISTRAIN_MAX_RESTARTS", str(RESTARTS))
+    if not text.isdecimal():
+        raise UserError(f"DISTRAIN_MAX_RESTARTS is {text!r}, expected a whole number such as {RESTARTS}")
+    return int(text)
 
 
 def _lock(run: RunDir, holder: Holder) -> IO[str] | None:
@@ -200,7 +221,7 @@ def _in_use(run: RunDir, who: str) -> UserError:
 def _beats(run: RunDir) -> bool:
     """Whether rank 0 of a start on another machine, whose locks may not reach this one, still writes its heartbeat."""
     path = run.heartbeat_path(0)
-    probe = run.path / f".now.{os.getpid()}"
+    probe = run.path / f".now.{socket.gethostname()}.{os.getpid()}"
     try:
         before = path.stat().st_mtime
         probe.touch()  # the time of the file system, which may not be that of this machine

@@ -5,6 +5,7 @@ runs/NAME/
   launch.json        how it was started: arguments, versions, git commit, the world and the strategy it expects
   effect.json        what took effect: engine, world, precision, the state that each rank holds
   metrics.jsonl      one row for each event, in the order written
+  anomalies.jsonl    steps whose loss or gradient was not as usual, and what was decided about them
   log-rank-0.txt     what each rank has to say
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
@@ -35,7 +36,8 @@ from distrain.config import UserError
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old content or the new, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # a folder may be shared by machines whose processes have the same numbers
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -7,10 +7,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import Path
+
 import pytest
 import torch
+from reliability import Reliability
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that makes the page of faults."""
+    parser.addoption("--reliability", type=Path, metavar="PAGE", help="put what tests of faults find into this page")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect what tests of faults find."""
+    config.pluginmanager.register(Reliability(config.getoption("--reliability")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -331,6 +331,8 @@ class CheckpointSection(Section):
     """How many of the best by eval.best are kept besides."""
     asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
     """Whether files are written while training goes on."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written, as on a full disk; the one at the end of a start must be."""
 
 
 OnAnomaly = Literal["stop", "skip", "rollback"]

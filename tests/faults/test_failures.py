@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -232,7 +233,7 @@ def scoring(recipe: str, run_dir: str, strategy: str) -> int:
     return work(recipe, [], run_dir=run_dir, strategy=strategy)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strategy: str) -> None:
     recipe = write_recipe(tmp_path, EVALUATED)
     run = tmp_path / "run"
@@ -243,7 +244,10 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strat
     assert [row["event"] for row in rows(run) if row["step"] == 3] == ["checkpoint", "train"], "saved and not scored"
     train(2, recipe, run, "model.seconds=0", update=True)
     train(2, recipe, tmp_path / "whole", "model.seconds=0")
-    assert rows(run) == rows(tmp_path / "whole"), "scored by the start that went on"
+    events = [(row["event"], row["step"]) for row in rows(run)]
+    assert events == [(row["event"], row["step"]) for row in rows(tmp_path / "whole")], (
+        "scored by the start that went on"
+    )
     scores = [Reader(info.path).manifest.score for info in list_checkpoints(run / "checkpoints")]
     assert None not in scores
 
@@ -318,3 +322,59 @@ def test_a_finished_run_is_shown_and_not_trained_again(tmp_path: Path) -> None:
         assert "is finished; choose another --run-dir to train anew, or --update to go on" in ended[0].out
         assert all(rank.status == 0 for rank in ended)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def elsewhere(recipe: str, folder: str) -> Any:
+    """Train in a folder that only this rank has."""
+    return train_rank(recipe, [], f"{folder}/{os.environ['RANK']}", None, False)
+
+
+@pytest.mark.fault(18)
+def test_ranks_that_see_different_folders_are_refused(tmp_path: Path) -> None:
+    ended = in_world(2, elsewhere, str(write_recipe(tmp_path)), str(tmp_path))
+    assert [rank.status for rank in ended] == [1, 1]
+    assert said(ended).count("all ranks must see the same run folder") == 1, said(ended)
+    assert "Traceback" not in said(ended)
+    assert not list((tmp_path / "0" / "checkpoints").iterdir())
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_goes_on_without_a_checkpoint_where_the_recipe_says_so(tmp_path: Path, world_size: int) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    ended = in_world(world_size, on_a_full_disk, str(recipe), str(run), "continue")
+    assert [rank.status for rank in ended] == [0] * world_size, said(ended)
+    assert "the disk is full" in ended[0].out
+    assert "training goes on without it, as checkpoint.on_failure says" in ended[0].out
+    assert [row["step"] for row in rows(run) if row["event"] == "checkpoint_failed"] == [4, 8]
+    assert [info.step for info in list_checkpoints(run / "checkpoints")] == [12]
+
+
+@pytest.mark.fault(12)
+def test_a_full_disk_stops_a_run_with_its_last_checkpoint(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = tmp_path / "run"
+    ended = in_world(2, on_a_full_disk, str(recipe), str(run), "stop")
+    assert [rank.status for rank in ended] == [1, 1]
+    assert said(ended).count("the disk is full; free some space") == 1
+    assert "Traceback" not in said(ended)
+    train(2, recipe, run)
+    assert RunDir(run).finished is not None
+
+
+def on_a_full_disk(recipe: str, run_dir: str, on_failure: str) -> Any:
+    """Train, while the disk is full when the first two checkpoints are written by rank 0."""
+    from distrain.checkpoint import writing
+
+    write, calls = writing._write_file, 0
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "0" and calls in (2, 3):  # the first is the rehearsal
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    writing._write_file = full
+    return train_rank(recipe, [f"checkpoint.on_failure={on_failure}"], run_dir, None, False)

@@ -1,0 +1,158 @@
+"""A rank that is killed in any phase costs no more than the steps since the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import TINY, Ended, assert_same_run, last, rows, train, train_rank, write_recipe
+from worlds import running_world
+
+from distrain.checkpoint import list_checkpoints, verify
+from distrain.rundir import RunDir
+
+RECIPE = TINY.replace("data: {name: digits, split: [0.7, 0.15, 0.15]}", 'data: {name: "own_parts:Points", samples: 48}')
+"""Twelve steps; evaluated and saved every four."""
+
+
+def on_call(count: int, owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Let call number `count` of a function, from 1, begin with `action`."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return original(*args, **named)
+
+    setattr(owner, name, counted)
+
+
+def killed_in(phase: str, recipe: str, run_dir: str) -> Ended:
+    """Train; in about the seventh step, or at the second save or evaluation, rank 1 is killed in `phase`."""
+    import own_parts
+
+    from distrain.checkpoint import writing
+    from distrain.loop import session, step
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies_going_back(*args: Any) -> Any:
+        objective = loss_of(*args)
+        objective.register_hook(lambda gradient: die() if steps() == 6 else None)
+        return objective
+
+    if os.environ["RANK"] == "1":
+        loss_of, steps = step.loss_of, lambda: len(list(RunDir(run_dir).rows()))
+        if phase == "data":
+            on_call(95, own_parts.Points, "__getitem__", die)  # 6 a step, 49 in an evaluation
+        elif phase == "forward":
+            on_call(7, step, "loss_of", die)
+        elif phase == "backward":
+            calls = iter(range(100))
+            steps = lambda: next(calls)  # noqa: E731
+            step.loss_of = dies_going_back
+        elif phase == "save":
+            on_call(3, writing, "_write_file", die)  # the rehearsal writes one as well
+        elif phase == "evaluate":
+            on_call(2, session, "evaluate", die)
+    return train_rank(recipe, [], run_dir, None, False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(2, write_recipe(folder, RECIPE), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "save", "evaluate"])
+def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, whole: Path, phase: str, record_property: Callable[[str, object], None]
+) -> None:
+    recipe = write_recipe(tmp_path, RECIPE)
+    run = tmp_path / "run"
+    with running_world(2, killed_in, phase, str(recipe), str(run)) as world:
+        codes = world.wait(60)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != -signal.SIGKILL, "the other rank ends by itself"
+    found = list_checkpoints(run / "checkpoints")
+    assert [verify(info.path) for info in found] == [[]]
+    assert found[0].step == 4
+    reached = max(row["step"] for row in rows(run))
+    assert reached >= 6 or phase == "data"
+    record_property("steps_lost", reached - found[0].step)
+    train(2, recipe, run)
+    assert_same_run(whole, run)
+
+
+def hanging(recipe: str, run_dir: str) -> Ended:
+    """Train; the seventh step never ends."""
+    from distrain.loop import step
+
+    on_call(7, step, "loss_of", lambda: time.sleep(600))
+    return train_rank(recipe, [], run_dir, None, False)
+
+
+@pytest.mark.fault(3)
+def test_a_grace_time_that_is_too_short_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, whole: Path, record_property: Callable[[str, object], None]
+) -> None:
+    recipe = write_recipe(tmp_path, RECIPE)
+    run = tmp_path / "run"
+    with running_world(2, hanging, str(recipe), str(run)) as world:
+        until = time.monotonic() + 60
+        while sum(row["event"] == "train" for row in RunDir(run).rows()) < 6 and time.monotonic() < until:
+            time.sleep(0.01)
+        world.signal(signal.SIGTERM)
+        time.sleep(0.5)
+        world.kill()
+        world.wait(30)
+    assert RunDir(run).preempted is None, "nothing was saved for it"
+    assert last(run).name == "step-00000004"
+    record_property("steps_lost", 2)
+    said = train(2, recipe, run)[0].out
+    assert "resumes  step-00000004" in said
+    assert_same_run(whole, run)
+
+
+def signalled_in_a_save(recipe: str, run_dir: str) -> Ended:
+    """Train; each rank is told twice to stop while it writes the first checkpoint."""
+    from distrain.checkpoint import writing
+
+    def twice() -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    on_call(2, writing, "_write_file", twice)
+    return train_rank(recipe, [], run_dir, None, False)
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_signals_during_a_save_leave_it_whole_and_stop_with_the_next_step(
+    tmp_path: Path, whole: Path, asynchronous: bool
+) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("async: false", f"async: {str(asynchronous).lower()}"))
+    run = tmp_path / "run"
+    with running_world(2, signalled_in_a_save, str(recipe), str(run)) as world:
+        assert [ended.status for ended in world.results(60)] == [0, 0]
+    marker = RunDir(run).preempted
+    assert marker is not None
+    found = list_checkpoints(run / "checkpoints")
+    assert [verify(info.path) for info in found] == [[]] * len(found)
+    assert {info.step for info in found} >= {4, marker["step"]}
+    assert marker["step"] <= 6
+    train(2, recipe, run)
+    assert [row for row in rows(run) if row["event"] != "checkpoint"] == [
+        row for row in rows(whole) if row["event"] != "checkpoint"
+    ]
