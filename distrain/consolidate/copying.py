@@ -22,8 +22,8 @@ import numpy as np
 from distrain.checkpoint.floats import convert
 from distrain.checkpoint.format import ITEM_SIZES, TensorSpec, pack_header
 from distrain.config import UserError
-from distrain.heartbeat import progress
 from distrain.consolidate.sources import THREADS, Tensors
+from distrain.heartbeat import progress
 
 BUFFER = 1 << 18  # bytes that a thread converts, or copies where the kernel cannot, at a time: stays in its cache
 JOB = 64 << 20  # bytes that a thread copies before it takes the next job

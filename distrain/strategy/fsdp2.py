@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.config import UserError
-from distrain.networks.blocks import block_classes
 from distrain.heartbeat import mark
+from distrain.networks.blocks import block_classes
 from distrain.strategy.engine import (
     Engine,
     Numbers,

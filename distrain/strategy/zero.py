@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distrain.config import UserError
+from distrain.heartbeat import mark
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
-from distrain.heartbeat import mark
 from distrain.strategy.engine import (
     Engine,
     Numbers,
