@@ -284,7 +284,8 @@ def main() -> None:
     options = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "deepspeed"))
     lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, median of {options.runs}; {versions}; {time.strftime('%Y-%m-%d')}.",
+        f"{platform.machine()}, {os.cpu_count()} cores, median of {options.runs}; {versions}; "
+        f"{time.strftime('%Y-%m-%d')}.",
         "",
     ]
     for world_size in options.ranks:
