@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import shutil
@@ -152,6 +153,15 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
             f"{unit}; {_nearest(global_batch_size, unit)}"
         )
     return global_batch_size // unit
+
+
+def micro_batch_sizes(global_batch_size: int, world_size: int) -> list[int]:
+    """Return every size of a micro-batch with which whole accumulation steps make the global batch, ascending."""
+    share, rest = divmod(global_batch_size, world_size)
+    if rest:
+        return []
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    return sorted({*small, *(share // size for size in small)})
 
 
 def _nearest(total: int, unit: int) -> str:

@@ -1,4 +1,4 @@
-"""Data and models of a user's own whose steps are anomalies, named in the recipes of tests as `anomalous_parts:NAME`."""
+"""Data and models whose steps are anomalies, named in the recipes of tests as `anomalous_parts:NAME`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.flatten(1))
+
+
+class Edged(nn.Module):
+    """A linear model whose loss is a number, and its gradient is none, where an input is far from the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x.clamp(-3, 3))
+        # the root of nothing has an infinite slope
+        return out + (out * 0).sqrt() if x.abs().max() > 100 else out
 
 
 class Once(nn.Module):

@@ -4,6 +4,7 @@ The state of training is `(step, parameters, optimizer state)`. Which samples a 
 random numbers are computed from the recipe and the step, so a resumed run goes on as if it had never stopped.
 
     step.py        `train_step`
+    anomalies.py   steps that are left out, because their loss or gradient is no number or far too large
     evaluation.py  `evaluate`
     session.py     what `train` does between its steps: set-up, reports, scoring, saving, the end
     pace.py        when things are due, requests to stop, the best so far
@@ -14,9 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 from distrain.lease import Lease
+from distrain.loop.checks import check_recipe
 from distrain.loop.evaluation import evaluate
 from distrain.loop.pace import Best, Every, StopRequest
-from distrain.loop.session import Session, check_recipe
+from distrain.loop.session import Session
 from distrain.loop.step import StepNumbers, Training, to_device, train_step
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
@@ -54,8 +56,7 @@ def train(run: RunDir, world: World, lease: Lease | None = None) -> dict[str, An
         for micro_batches in s.loader():
             latest = train_step(s.t, micro_batches, s.flags)
             # a step's numbers are read when the next one is under way, so that nothing waits for the device
-            s.settle(late)
-            late = latest
+            late = latest if s.settle(late) else None
             if s.eval_due() or s.save_due() or s.at_end() or not s.reads_late:
                 s.settle(late)
                 late = None

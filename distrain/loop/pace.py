@@ -32,7 +32,7 @@ class Every:
 
     def due(self, step: int) -> bool:
         """Whether it is due after `step` finished steps."""
-        if self._period is None:
+        if self._period is None or step == 0:
             return False
         steps, periods = self._period.numerator, self._period.denominator
         return step * periods // steps > (step - 1) * periods // steps

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
-from distrain.config import Horizon, Recipe, RecipeError, UserError
+from distrain.config import Recipe, UserError
 from distrain.consolidate import export
 from distrain.data import (
     SampleOrder,
@@ -23,21 +21,21 @@ from distrain.data import (
     build_data,
     build_loader,
     build_transform,
-    check_data,
     prepare_data,
 )
 from distrain.datasets import Batch, Data, is_stream
 from distrain.heartbeat import mark, starts_at, take_straggler
 from distrain.lease import Lease
+from distrain.loop.anomalies import Anomalies, Anomaly
+from distrain.loop.checks import horizon_of
 from distrain.loop.evaluation import Interrupted, evaluate
 from distrain.loop.pace import Best, Every, StopRequest, Waited
 from distrain.loop.step import StepNumbers, Training, loss_of, to_device
 from distrain.loop.trace import Trace
-from distrain.metrics import build_metrics, check_metrics
+from distrain.metrics import build_metrics
 from distrain.models import (
     build_model,
     calling_convention,
-    check_model,
     defer_model,
     describe_model,
     plain_model,
@@ -49,9 +47,6 @@ from distrain.optim import (
     build_loss,
     build_optimizer,
     carry_over,
-    check_loss,
-    check_optimizer,
-    check_schedule,
     resolve_schedule,
 )
 from distrain.recipe_file import dump_recipe
@@ -95,8 +90,11 @@ class Session:
         self.total_steps: int = self.horizon.total_steps
         self._told: list[str] = []
         self.t = self._training(resumes=reader is not None)
+        self.anomalies = self.t.anomalies = Anomalies(run, recipe, world, self._fence)
+        self.anomalies.watch(self.t)
         if reader is not None:
             self._told += self.t.engine.restore(reader)
+            self.anomalies.load(reader.manifest.scalars)
             reader.close()
             self.t.step = reader.manifest.step
         starts_at(self.t.step)
@@ -143,6 +141,8 @@ class Session:
         self._introduce(reader.manifest if reader is not None else None)
         for told in self._told:
             self.say(f"  {told}")
+        if reader is None and self.anomalies.goes_back:
+            self.save()
 
     @classmethod
     @contextmanager
@@ -230,12 +230,17 @@ class Session:
 
     def loader(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
-        if self.ended_early:
-            return iter(())
-        batches = self._batches(start_step=self.t.step)
-        if self.trace is not None:
-            self.t.trace, batches = self.trace, self.trace.watch(batches, self)
-        return self._waited.during(batches)
+        while not self.ended_early:
+            self._went_back = False
+            batches = self._batches(start_step=self.t.step)
+            if self.trace is not None:
+                self.t.trace, batches = self.trace, self.trace.watch(batches, self)
+            for micro_batches in self._waited.during(batches):
+                yield micro_batches
+                if self._went_back:
+                    break
+            else:
+                return
 
     def catch_up(self) -> None:
         """Score the model that a run goes on from, where the recipe wanted that and a stop came first."""
@@ -280,10 +285,13 @@ class Session:
         time_to_save = self.world.rank == 0 and self._save_every.elapsed(self._saved_at)
         return float(self.stop.reason is not None), float(time_to_save), float(written)
 
-    def settle(self, numbers: StepNumbers | None) -> None:
-        """Read a step's numbers, write its row if one is due, and act on what the ranks agreed."""
+    def settle(self, numbers: StepNumbers | None) -> bool:
+        """Read a step's numbers, write its row if one is due, and act on what the ranks agreed.
+
+        Returns False where the run went back to a checkpoint: what was read of later steps is then of no use.
+        """
         if numbers is None:
-            return
+            return True
         if not self._stepped:  # now there are gradients and an optimizer's state to tell of
             self._stepped = True
             self._record_effect()
@@ -291,21 +299,46 @@ class Session:
         loss, norm, (stops, time_to_save, written) = numbers.read()
         if self.trace is not None:
             self.trace.settled(step, loss, norm)
-        for what, value in (("loss", loss), ("norm of the gradient", norm)):
-            if not math.isfinite(value):
-                self._published(self.saver.finish())  # of an earlier step, when all was well
-                raise UserError(
-                    f"the {what} of step {step} is {value}; the run stops with its last checkpoint as it was. "
-                    "Lower optim.lr, set optim.clip_norm, or look at the inputs, for divisions by zero in the model, "
-                    "and for a step whose targets are all ignored"
-                )
-        if self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
+        found = self.anomalies.settle(step, loss, norm, numbers.own)
+        if found is not None:
+            self._tell(found)
+        elif self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
             self._log(step, loss, norm, numbers.loss_scale)
         if stops > 0 and not self.stopping:
             self.stopping = self.stop.reason or _ELSEWHERE
         self._time_to_save = time_to_save > 0
         if written > 1 - 0.5 / self.world.world_size:
-            self._published(self.saver.finish())
+            self._finish_save()
+        if found is None or found.action != "rollback" or found.known:
+            return True
+        self._go_back()
+        return False
+
+    def _tell(self, found: Anomaly) -> None:
+        """Say what is done about a step that is an anomaly; where that is to stop, raise it."""
+        if found.action == "stop":
+            self._finish_save()  # of an earlier step, when all was well
+            raise UserError(
+                f"{found}; the run stops with its last checkpoint as it was. What to do: {self.anomalies.advice(found)}"
+            )
+        self.telemetry.write(found.row() | {"time": now()})
+        self.say(f"step {found.step} is left out, as was decided before" if found.known else f"{found}; it is left out")
+
+    def _go_back(self) -> None:
+        """Take up the newest checkpoint again, as the next start would."""
+        self._finish_save()
+        checkpoint, _ = self.world.first(lambda: find_newest(self.run.checkpoints))
+        if checkpoint is None:
+            raise UserError(f"there is no whole checkpoint in {self.run.checkpoints} to go back to")
+        reader = self.world.together(lambda: Reader(checkpoint, verify=False))
+        self.t.engine.restore(reader)
+        self.anomalies.load(reader.manifest.scalars)
+        reader.close()
+        step = self.t.step = reader.manifest.step
+        self.best.scores = [scored for scored in self.best.scores if scored[0] <= step]
+        self._saved_step = self._scored_step = self._logged_step = step
+        self._logged_at, self._went_back, self._time_to_save = time.monotonic(), True, False
+        self.say(f"goes back to {checkpoint.name}")
 
     def _record_effect(self) -> None:
         effect = self.t.engine.effect() | {"total_steps": self.total_steps}
@@ -325,7 +358,7 @@ class Session:
             "data_wait": min(self._waited.take() / seconds, 1.0) if seconds else 0.0,
             "time": now(),
         }
-        if self.recipe.optim.clip_norm is not None:
+        if self.recipe.optim.clip_norm is not None or self.anomalies.watches:
             row["grad_norm"] = norm
         if loss_scale is not None:
             row["loss_scale"] = loss_scale
@@ -416,27 +449,31 @@ class Session:
             score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
         mark("save")
         engine, state = self.t.engine, self.t.engine.state
-        self._published(self.saver.finish())
+        self._finish_save()
         if not engine.all_finite():
             raise UserError(
                 f"after step {self.t.step} the model has weights that are not finite; they are not saved, and the run "
                 "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
             )
         engine.align_buffers()
+        self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
         self.saver.begin(
             self.t.step,
             state.specs(),
             state.pieces(self.world.rank, self.world.world_size),
             scalars=engine.scalars()
+            | self.anomalies.scalars()
             | {"data": self.data.state, "transformers_config": transformers_config(engine.model)},
             aliases=state.aliases(),
             recipe=dump_recipe(self.recipe),
             strategy=self.world.strategy,
             score=score,
         )
-        self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
         if not self.recipe.checkpoint.asynchronous:
-            self._published(self.saver.finish())
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        self._published(self.saver.finish())
 
     def _published(self, saved: Saved | None) -> None:
         if saved is None:
@@ -560,30 +597,6 @@ class Session:
         self.telemetry.write(
             {"event": "checkpoint", "step": resumed.step, "bytes": size, "seconds": None, "time": now()}
         )
-
-
-def check_recipe(recipe: Recipe, source: str) -> None:
-    """Raise RecipeError with all that is wrong with a recipe's names and arguments, as far as that needs no data."""
-    problems = [
-        *check_data(recipe),
-        *check_model(recipe),
-        *check_loss(recipe),
-        *check_optimizer(recipe.optim),
-        *check_schedule(recipe.schedule),
-        *check_metrics(recipe),
-    ]
-    if problems:
-        raise RecipeError(source, problems)
-
-
-def horizon_of(recipe: Recipe, data: Data) -> Horizon:
-    """Return what durations mean for this recipe and data, with the total number of steps."""
-    train = data.splits["train"]
-    length = None if is_stream(train) else len(train)
-    if length == 0:
-        raise UserError(f"data set {recipe.data.name!r} has no samples to train on")
-    horizon = Horizon(recipe.batch.global_batch_size, length, data.meta.tokens_per_sample)
-    return replace(horizon, total_steps=horizon.steps(recipe.train.length, "train"))
 
 
 def in_words(values: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distrain.config import Recipe, mix
 from distrain.datasets import Batch
 from distrain.heartbeat import mark, stepped
+from distrain.loop.anomalies import Anomalies, Anomaly, Own
 from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import Loss, Schedule, set_lr
@@ -34,6 +35,10 @@ class Training:
     step: int = 0
     trace: Trace | None = None
     """Notes what each step does; None, as always but in a proof, notes nothing."""
+    anomalies: Anomalies | None = None
+    """Knows which steps are left out; None leaves out none."""
+    own: Own | None = None
+    """What this rank has computed in its last attempt at a step."""
 
     @property
     def world(self) -> World:
@@ -64,6 +69,8 @@ class StepNumbers:
     numbers: Numbers
     loss_scale: float | None = None
     """What the loss was multiplied by; None where it is not scaled."""
+    own: Own | None = None
+    """What this rank has computed; None for a step that was known to be left out."""
 
     def read(self) -> tuple[float, float, list[float]]:
         """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
@@ -79,8 +86,11 @@ def train_step(
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
     on how samples are spread over them nor on how many targets each holds. `flags` returns three numbers of this rank,
     which are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose
-    scaled gradient overflows is made again with a smaller scale, from the same samples.
+    scaled gradient overflows is made again with a smaller scale, from the same samples. A step that is left out changes
+    nothing but the count of steps.
     """
+    if t.anomalies is not None and (known := t.anomalies.left_out(t.step + 1)) is not None:
+        return _leave_out(t, known, flags())
     mark("sync")
     set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     share = _share(t, micro_batches)
@@ -89,12 +99,29 @@ def train_step(
         if (numbers := _attempt(t, micro_batches, share, flags)) is not None:
             break
         put_buffers_back()
+    if not t.engine.moved:
+        put_buffers_back()
     seed = _seed(t, len(micro_batches) - 1)
     t.step += 1
     stepped(t.step)
     if t.trace is not None:
         t.trace.stepped(seed)
-    return StepNumbers(t.step, numbers, loss_scale)
+    return StepNumbers(t.step, numbers, loss_scale, t.own)
+
+
+def _leave_out(t: Training, known: Anomaly, flags: Sequence[float]) -> StepNumbers:
+    """Count a step without making it; what the ranks tell each other with each step, they tell."""
+    means = list(flags)
+    read = lambda: means  # noqa: E731
+    if t.world.world_size > 1:
+        read = t.world.later(t.world.sum(t.world.numbers(torch.zeros(()), flags))[1:] / t.world.world_size)
+    seed = _seed(t, 0)
+    t.step += 1
+    stepped(t.step)
+    if t.trace is not None:
+        seed_dropout(t.world, seed)
+        t.trace.stepped(seed)
+    return StepNumbers(t.step, lambda: (known.norm, [known.loss, *read()]), t.engine.loss_scale)
 
 
 def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
@@ -132,6 +159,7 @@ def _attempt(
                 engine.backward(objective, share)
                 continue
             loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
+            t.own = Own(losses, [each["ids"] for each in micro_batches])
             return engine.step(objective, share, loss, flags())
     raise AssertionError("a step has at least one micro-batch")
 
