@@ -796,6 +796,27 @@ def test_transformers_encoder_decoder() -> None:
     assert torch.allclose(padded, logits, atol=1e-5)
 
 
+def test_damaged_weights_are_refused_or_whole(tmp_path: Path) -> None:
+    model, path, chance = nn.Linear(40, 40), tmp_path / "model.pt", random.Random(0)
+    torch.save(model.state_dict(), path)
+    good, refused = path.read_bytes(), 0
+    for trial in range(150):
+        damaged = bytearray(good)
+        if trial % 3 == 0:
+            damaged = damaged[: chance.randrange(len(damaged))]
+        else:
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        other = nn.Linear(40, 40)
+        try:
+            load_weights(other, path)
+        except UserError:
+            refused += 1
+        else:  # a bit of the archive that says nothing of the tensors, such as a time
+            assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    assert refused > 120
+
+
 def test_weights_that_differ_by_wrappers_alone(tmp_path: Path) -> None:
     state = nn.Linear(2, 2).state_dict()
     torch.save(state | {"module.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")

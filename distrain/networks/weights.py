@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -189,14 +188,19 @@ def stored_tensors(path: Path) -> dict[str, _Stored]:
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"model.weights: {path} is neither .safetensors nor .pt or .pth")
     try:
-        # a file that was written as a zip archive is mapped into memory, so that a tensor is read when it is used
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # a file that was written as a zip archive is mapped into memory, so that a tensor is read when it is used;
+        # torch does not look at the sums that such a file has of its parts
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"the sum of {bad} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged pickle can end in any
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"model.weights: {path} was not opened: it is damaged, or it holds Python objects besides tensors, and "
             "opening those would run code. Where you trust it, write its tensors alone to a new file: "
-            f"torch.save(model.state_dict(), ...). PyTorch says: {reason}"
+            f"torch.save(model.state_dict(), ...). What was found: {reason}"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
