@@ -323,6 +323,7 @@ def assert_refused(path: Path, *parts: str) -> str:
     return problems
 
 
+@pytest.mark.fault(14)
 def test_every_flipped_bit_is_found(damaged):
     for name in names(damaged):
         file = damaged / name
@@ -341,6 +342,7 @@ def test_every_flipped_bit_is_found(damaged):
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("left", [0, 7, 20, -1])
+@pytest.mark.fault(15)
 def test_truncated_file(damaged, index, left):
     file = damaged / names(damaged)[index]
     file.write_bytes(file.read_bytes()[:left])
@@ -348,18 +350,21 @@ def test_truncated_file(damaged, index, left):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.fault(15)
 def test_missing_file(damaged, index):
     name = names(damaged)[index]
     (damaged / name).unlink()
     assert_refused(damaged, f"{name}: it is not there")
 
 
+@pytest.mark.fault(15)
 def test_extra_file(damaged):
     (damaged / "rank-00002-of-00002.safetensors").write_bytes(b"x")
     assert_refused(damaged, "rank-00002-of-00002.safetensors: it is not part of this checkpoint")
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.fault(27)
 def test_symbolic_links_and_other_things_are_refused(damaged, index, tmp_path):
     file = damaged / names(damaged)[index]
     file.rename(tmp_path / "elsewhere")
@@ -373,6 +378,7 @@ def test_symbolic_links_and_other_things_are_refused(damaged, index, tmp_path):
     assert_refused(damaged, f"{file.name}: it is not a regular file")
 
 
+@pytest.mark.fault(27)
 def test_a_linked_checkpoint_is_never_picked(damaged):
     (damaged.parent / "step-00000300").symlink_to(damaged)
     assert find_newest(damaged.parent) == (damaged, [])
@@ -437,6 +443,7 @@ def drop(key: str) -> Any:
         drop("scalars"),
     ],
 )
+@pytest.mark.fault(27)
 def test_manifest_of_somebody_who_can_hash(damaged, change):
     rewrite_manifest(damaged, change)
     assert_refused(damaged)
@@ -496,6 +503,7 @@ def test_rank_file_header_that_lies(damaged):
     assert verify(damaged) == []
 
 
+@pytest.mark.fault(26)
 def test_a_pickle_is_refused_and_does_not_run(damaged, tmp_path):
     canary = tmp_path / "canary"
 
@@ -586,6 +594,7 @@ def test_pieces_that_do_not_tile_are_not_published(tmp_path, change, message):
     assert names(tmp_path) == []
 
 
+@pytest.mark.fault(18)
 def test_ranks_that_see_different_folders(tmp_path):
     def body(comm):
         saver = Saver(tmp_path / str(comm.rank), comm)
@@ -619,6 +628,7 @@ def test_close_gives_up(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.fault(12)
 def test_file_size_limit(tmp_path, asynchronous):
     state = make_state(1)
     save(tmp_path, 1, seed=1)
@@ -647,6 +657,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.fault(12)
 def test_full_disk(small_disk, asynchronous):
     state = make_state(1)
     save(small_disk, 1, seed=1)
@@ -659,6 +670,7 @@ def test_full_disk(small_disk, asynchronous):
     assert saver.save(3, SPECS, cut(make_state(3), 1)[0], **DESCRIBED).step == 3  # the saver is as good as before
 
 
+@pytest.mark.fault(13)
 def test_read_only_disk(small_disk):
     state = make_state(1)
     save(small_disk, 1, seed=1)
@@ -669,6 +681,7 @@ def test_read_only_disk(small_disk):
     assert_intact(small_disk, state)
 
 
+@pytest.mark.fault(13)
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="checkpoints cannot be written to"):
@@ -684,6 +697,7 @@ def test_rehearsal_leaves_nothing(tmp_path):
 # Differences
 
 
+@pytest.mark.fault(16)
 def test_another_model_is_explained(tmp_path):
     manifest = read_manifest(save(tmp_path, 1))
     specs = dict(SPECS)

@@ -360,6 +360,7 @@ def test_a_stream_is_read_by_one_process_and_must_start_anew() -> None:
 @pytest.mark.parametrize("kind", ["source", "workers", "stream"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 5, 97])
+@pytest.mark.fault(22)
 def test_every_sample_is_evaluated_once(length: int, world_size: int, kind: str) -> None:
     source: Any = Stream(length, growing=False) if kind == "stream" else numbered(length)
     ranks = []

@@ -61,6 +61,7 @@ def score(recipe: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tests", [1, 5, 97])
+@pytest.mark.fault(22)
 def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: int) -> None:
     recipe = write_recipe(tmp_path, POINTS.format(tests=tests))
     points = Points("test", tests=tests)
@@ -94,6 +95,7 @@ def score_with_a_bad_sample(recipe: str) -> Ended:
     return captured(lambda: reported(None, int(os.environ["RANK"]), lambda: score(recipe)))
 
 
+@pytest.mark.fault(21)
 def test_a_sample_that_one_rank_cannot_read_ends_all_with_one_message(tmp_path: Path) -> None:
     ended = in_world(2, score_with_a_bad_sample, str(write_recipe(tmp_path, POINTS.format(tests=5))))
     assert [rank.status for rank in ended] == [1, 1]

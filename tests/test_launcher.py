@@ -198,6 +198,7 @@ def hold(run: str) -> None:
     lease.release(clean=True)
 
 
+@pytest.mark.fault(32)
 def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
@@ -312,6 +313,7 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(6)
 def test_distrain_train_tells_a_failure_once_and_names_a_killed_rank(tmp_path: Path) -> None:
     text = TINY.replace("model: {name: mlp, hidden: [16]}", 'model: {name: "own_parts:Faulty", width: 64, classes: 10}')
     recipe = write_recipe(tmp_path, text)
@@ -372,6 +374,7 @@ def test_who_is_stopped_may_save_for_longer_than_half_a_minute(tmp_path: Path) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes follow their launcher on Linux only")
+@pytest.mark.fault(7)
 def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     arguments = ["train", write_recipe(tmp_path), "--run-dir", run.path, "--processes", 2, "train.steps=100000"]

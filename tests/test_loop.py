@@ -142,6 +142,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int)
 
 
 @pytest.mark.slow
+@pytest.mark.fault(17)
 def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     train(1, recipe, tmp_path / "whole")

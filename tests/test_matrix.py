@@ -116,6 +116,7 @@ def test_every_strategy_trains_as_ddp_does(straight: dict[str, Path], name: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), zip(NAMES, WAYS, strict=True), ids=NAMES)
+@pytest.mark.fault(17)
 def test_every_strategy_goes_on_from_every_other(
     straight: dict[str, Path], name: str, way: tuple[str, int], tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[line for line, _ in BAD_LINES])
+@pytest.mark.fault(28)
 def test_what_is_wrong_is_said_with_its_place(write, line, message):
     key = re.match("[a-z0-9_.]+", line)[0]
     changed, count = re.subn(rf"^{re.escape(key)}:.*$", lambda _: line, GOOD, flags=re.MULTILINE)
@@ -288,6 +289,7 @@ def test_a_check_does_not_blame_a_value_for_one_that_could_not_be_read(write):
         (b"a: 1\n  b: 2\n", "F:2: is not YAML: mapping values are not allowed here"),
     ],
 )
+@pytest.mark.fault(28)
 def test_files_that_are_no_recipe(write, content, message):
     (found,) = problems(write(content))
     assert message in found
@@ -302,6 +304,7 @@ def test_escapes_of_no_character(write, escape):
 
 @settings(deadline=None)
 @given(st.data())
+@pytest.mark.fault(28)
 def test_no_file_and_no_override_breaks_the_reader(tmp_path_factory, data):
     """Whatever the text, it is a recipe or a RecipeError."""
     text = GOOD
@@ -322,6 +325,7 @@ def test_no_file_and_no_override_breaks_the_reader(tmp_path_factory, data):
         assert parse_recipe(dump_recipe(recipe), "x") == recipe
 
 
+@pytest.mark.fault(28)
 def test_aliases_cannot_blow_up(write):
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=False))
     assert any("found the alias *a" in problem or "found the anchor &b" in problem for problem in problems(write(bomb)))
@@ -362,6 +366,7 @@ def test_a_missing_file_names_those_beside_it(write, tmp_path):
         ("a b: c", {"a b": "c"}),
     ],
 )
+@pytest.mark.fault(28)
 def test_scalars_are_what_they_look_like(text, value):
     tree = Tree.parse(text)
     assert tree.value == value

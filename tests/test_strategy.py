@@ -332,6 +332,7 @@ def test_what_an_optimizer_keeps_in_its_groups_comes_back(tmp_path: Path) -> Non
     assert (group["weight_decay"], group["lr"]) == (0.2, 0.1), "what the recipe says, the recipe says"
 
 
+@pytest.mark.fault(16)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save(trained_state(), tmp_path, ranks=1)
     with Reader(path) as reader, pytest.raises(UserError) as caught:

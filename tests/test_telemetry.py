@@ -124,6 +124,7 @@ def train_with_closed_port(recipe: str, run_dir: str) -> Ended:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(23)
 def test_wandb_without_a_network_does_not_stop_a_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     (ended,) = in_world(1, train_with_closed_port, str(recipe), str(tmp_path / "run"))

@@ -76,6 +76,7 @@ def plain(tmp_path):
 # Pickles that run something
 
 
+@pytest.mark.fault(26)
 def test_a_state_dict_with_more_than_tensors(tmp_path, canary):
     path = tmp_path / "model.pt"
     torch.save({"w": torch.zeros(3), "x": canary}, path)
@@ -83,6 +84,7 @@ def test_a_state_dict_with_more_than_tensors(tmp_path, canary):
 
 
 @pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.fault(26)
 def test_every_protocol_of_pickle_runs_nothing(tmp_path, canary, protocol):
     with pytest.raises(PickleRefused):
         read_pickle(pickle.dumps({"x": canary}, protocol))
@@ -348,6 +350,7 @@ def test_a_header_longer_than_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../victim.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x\ny"])
+@pytest.mark.fault(27)
 def test_indexes_that_lead_elsewhere(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -392,6 +395,7 @@ def test_indexes_of_torch_files_that_do_not_fit(tmp_path):
     assert torch.equal(tensors["b"], torch.ones(3))
 
 
+@pytest.mark.fault(27)
 def test_symbolic_links_are_not_followed(tmp_path):
     safetensors.torch.save_file({"w": torch.zeros(3)}, tmp_path / "victim.safetensors")
     folder = tmp_path / "model"
@@ -431,11 +435,13 @@ def set_all(field: str, value: object):
     return change
 
 
+@pytest.mark.fault(26)
 def test_metadata_that_runs_something(dcp, tmp_path, canary):
     changed(dcp, lambda metadata: setattr(metadata, "planner_data", canary))
     refused(dcp, tmp_path, match=r"\.metadata: it names posix\.system")
 
 
+@pytest.mark.fault(26)
 def test_parts_that_run_something(dcp, tmp_path, canary):
     content = io.BytesIO()
     torch.save(canary, content)
@@ -515,6 +521,7 @@ def zero(written, tmp_path):
     return folder, folder / "global_step3"
 
 
+@pytest.mark.fault(26)
 def test_a_state_that_runs_something(zero, tmp_path, canary):
     folder, tag = zero
     file = tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -524,12 +531,14 @@ def test_a_state_that_runs_something(zero, tmp_path, canary):
 
 
 @pytest.mark.parametrize("tag", ["../elsewhere", "/etc", "", "nothing", "a\nb"])
+@pytest.mark.fault(27)
 def test_tags_that_lead_elsewhere(zero, tmp_path, tag):
     folder, _ = zero
     (folder / "latest").write_text(tag)
     refused(folder, tmp_path, match="latest: the tag is|and there is no such folder")
 
 
+@pytest.mark.fault(27)
 def test_tags_that_are_links(zero, tmp_path):
     folder, tag = zero
     tag.rename(tmp_path / "moved")

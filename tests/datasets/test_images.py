@@ -125,6 +125,7 @@ def test_images_can_be_resized_when_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.fault(21)
 def test_a_file_that_does_not_decode_is_named(folder: Path, workers: int) -> None:
     source = build("image_folder", folder, split=[0.5, 0.5]).splits["train"]
     broken = source.paths[4]  # type: ignore[union-attr]
@@ -149,6 +150,7 @@ def test_unusual_images_are_read_as_they_look(tmp_path: Path) -> None:
     assert decode_image(tmp_path / "few.gif", (2, 5), "rgb").shape == (3, 2, 5)
 
 
+@pytest.mark.fault(22)
 def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is nothing at"):
         build("image_folder", tmp_path / "gone")

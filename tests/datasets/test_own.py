@@ -228,6 +228,7 @@ def test_targets_have_the_type_of_the_task(recipe: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.fault(21)
 def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) -> None:
     made = recipe("Broken", split=[0.5, 0.5], workers=workers)
     data = build_data(made)

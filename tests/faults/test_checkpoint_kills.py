@@ -36,7 +36,9 @@ def save_for_ever(folder: Path, first: int, asynchronous: bool, ready: Any) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_kill_at_any_moment_leaves_old_or_new(tmp_path):
+@pytest.mark.fault(11)
+def test_kill_at_any_moment_leaves_old_or_new(tmp_path, record_property):
+    record_property("trials", TRIALS)
     context = multiprocessing.get_context("fork")  # a fresh interpreter for each trial would take minutes
     rng = random.Random(0)
     folder, newest, states = tmp_path / "checkpoints", 0, Counter()

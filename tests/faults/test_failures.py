@@ -90,6 +90,7 @@ def test_a_failed_run_goes_on_when_its_cause_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.fault(19)
 def test_a_loss_that_is_no_number_stops_all_ranks(tmp_path: Path, value: str) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
@@ -104,6 +105,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks(tmp_path: Path, value: str) ->
     assert failed["traceback"] is None
 
 
+@pytest.mark.fault(19)
 def test_a_gradient_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
     # the root of nothing has an infinite slope, so the loss of the step is a number and its gradient is not
     text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
@@ -114,6 +116,7 @@ def test_a_gradient_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
     assert last(run) == checkpoint(run, 4)
 
 
+@pytest.mark.fault(19)
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
     text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
     recipe = write_recipe(tmp_path, text)
@@ -133,6 +136,7 @@ def test_a_user_error_is_told_once_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.fault(22)
 def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     err = said(train(3, recipe, tmp_path / "run", "batch.global=10", status=1))
@@ -140,6 +144,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["/proc/distrain-run", "file/run"])
+@pytest.mark.fault(13)
 def test_a_run_folder_that_cannot_be_made_fails_before_the_first_step(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     ended = train(2, write_recipe(tmp_path), tmp_path / where, status=1)
@@ -148,6 +153,7 @@ def test_a_run_folder_that_cannot_be_made_fails_before_the_first_step(tmp_path: 
     assert "step 1" not in ended[0].out
 
 
+@pytest.mark.fault(13)
 def test_a_checkpoint_folder_that_cannot_be_written_fails_before_the_first_step(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
@@ -173,6 +179,7 @@ def signalled(recipe: str, run_dir: str, number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("targets", ["all", "one"])
+@pytest.mark.fault(1)
 def test_a_signal_stops_all_ranks_at_one_step(tmp_path: Path, number: int, targets: str) -> None:
     recipe = write_recipe(tmp_path, TINY.replace("every: 4 steps, keep", "every: 1000 steps, keep"))
     run = tmp_path / "run"
@@ -252,6 +259,7 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strat
     assert None not in scores
 
 
+@pytest.mark.fault(5)
 def test_a_second_signal_while_it_stops_changes_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
@@ -293,6 +301,7 @@ def rank_killed(recipe: str, run_dir: str) -> None:
     train_rank(recipe, ["train.steps=4000"], run_dir, None, False)
 
 
+@pytest.mark.fault(6)
 def test_other_ranks_end_and_say_so_when_one_is_killed(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"

@@ -30,6 +30,7 @@ log: {every: 1 steps}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["all ranks", "one rank"])
+@pytest.mark.fault(11)
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path: Path, which: str) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
     whole, run = tmp_path / "whole", tmp_path / "run"
