@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from distrain import cli_cluster
+from distrain.cli_options import Json, Offload, Overrides, Strategy
 from distrain.config import UserError
 
 app = typer.Typer(
@@ -28,11 +30,6 @@ data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
-]
-
 
 class Kind(StrEnum):
     """What `distrain list` can list."""
@@ -42,26 +39,6 @@ class Kind(StrEnum):
     optimizers = "optimizers"
     losses = "losses"
     metrics = "metrics"
-
-
-class Strategy(StrEnum):
-    """How state can be spread over processes."""
-
-    auto = "auto"
-    single = "single"
-    ddp = "ddp"
-    zero1 = "zero1"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    fsdp2 = "fsdp2"
-
-
-class Offload(StrEnum):
-    """What can be kept in the memory of the CPU."""
-
-    none = "none"
-    optimizer = "optimizer"
-    all = "all"
 
 
 class Documents(StrEnum):
@@ -194,64 +171,11 @@ def prove_recipe(
 # --------------------------------------------------------------------------------------------------------------------
 # On a cluster
 
-
-@app.command("submit")
-def submit_job(
-    target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
-    ],
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on CPUs.")] = 0,
-    processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes on each node.", show_default="one for each GPU, else 1")
-    ] = None,
-    time: Annotated[
-        str | None, typer.Option(help="The time limit, such as 4:00:00.", show_default="the site's")
-    ] = None,
-    site: Annotated[
-        str | None, typer.Option(envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.")
-    ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="As for `distrain train`.")] = Strategy.auto,
-    offload: Annotated[Offload | None, typer.Option(help="As for `distrain train`.", show_default="none")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="The run's folder.", show_default="runs/NAME")] = None,
-    array: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE,VALUE", help="A run for each value; for all combinations of several."),
-    ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="How many runs of a sweep run at a time.")] = None,
-    cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
-    ] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, typer.Option(help="The partition.", show_default="the site's")] = None,
-    account: Annotated[str | None, typer.Option(help="The account.", show_default="the site's")] = None,
-    qos: Annotated[str | None, typer.Option(help="The quality of service.", show_default="the site's")] = None,
-    notice: Annotated[
-        int | None,
-        typer.Option(min=5, help="Seconds before the time limit to save and stop.", show_default="120, or a third"),
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.")
-    ] = None,
-    update: Annotated[
-        bool, typer.Option("--update", help="Go on with an existing run under a changed recipe or code.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and write and submit nothing.")] = False,
-) -> None:
-    """Train on a SLURM cluster. The run goes on over time limits and preemptions until it is finished."""
-    from distrain.slurm.submitting import Wanted, announced, prepare, submit
-
-    wanted = Wanted(
-        nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
-        sbatch or [], strategy.value, offload.value if offload is not None else None, parallel,
-    )  # fmt: skip
-    prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
-    if dry_run:
-        typer.echo(prepared.script, nl=False)
-        return
-    for line in announced(prepared, submit(prepared)):
-        typer.echo(line)
+for command in (
+    *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
+    cli_cluster.sites,
+):
+    app.command()(command)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from distrain.recipe_file import load_recipe
 
 COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
+    ["status"], ["logs"], ["stop"], ["cancel"], ["sites"],
     ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
     ["data"], ["data", "tokenize"],
 ]  # fmt: skip

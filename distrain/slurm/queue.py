@@ -82,7 +82,15 @@ class Job:
     """Why it is pending, or where it runs."""
     elapsed: str = ""
     left: str = ""
-    restarts: int | None = None
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds since it was started (the last time), None before and where SLURM does not say."""
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", self.elapsed)
+        if match is None:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def alive(self) -> bool:
@@ -138,17 +146,6 @@ def _accounted(numbers: Sequence[str]) -> dict[str, Job]:
         if re.fullmatch(r"\d+(_\d+)?", number):
             found[number] = Job(number, state.split(" ")[0], where, elapsed)
     return found
-
-
-def restarts_of(number: str) -> int | None:
-    """Return how often SLURM has started a job again; None where it does not say."""
-    if find_command("scontrol") is None:
-        return None
-    try:
-        match = re.search(r"\bRestarts=(\d+)", run_command("scontrol", "show", "job", number))
-    except UserError:
-        return None
-    return int(match[1]) if match else None
 
 
 def cancel(number: str) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
@@ -193,3 +193,33 @@ def _problem(item: object, place: tuple[str | int, ...]) -> str:
             return f"found {item['input']!r}, expected text; put it in quotes"
         case _:
             return f"found {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
+
+
+def site_lines(name: str | None = None) -> list[str]:
+    """Return what `distrain sites` prints: each site with where it is, or the values of one."""
+    if name is not None:
+        site = load_site(name)
+        about = {key: value for key, value in site.model_dump(mode="json", exclude_none=True).items() if value}
+        text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, default_flow_style=False)
+        return text.rstrip().splitlines() if about else [f"{name} leaves every value to SLURM"]
+    found = find_sites()
+    width = max((len(each.name) for each in found), default=0)
+    lines = []
+    for each in found:
+        try:
+            what = read_site(each.path).description
+        except UserError as error:
+            what = str(error).partition(":\n")[0]
+        hidden = f", hidden by {each.hidden_by}" if each.hidden_by else ""
+        lines.append(f"{each.name:<{width}}  {what}{'  ' if what else ''}({each.path}{hidden})")
+    return lines
+
+
+def sites_as_json(name: str | None = None) -> Any:
+    """Return the same for programs."""
+    if name is not None:
+        return load_site(name).model_dump(mode="json")
+    return [
+        {"name": site.name, "path": str(site.path), "hidden_by": str(site.hidden_by) if site.hidden_by else None}
+        for site in find_sites()
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,32 @@ def was_submitted(folder: Path) -> bool:
     return bool(job_numbers(folder)) or (task_of(folder) is not None and bool(job_numbers(folder.parent)))
 
 
-def jobs_for(folder: Path, latest: int = 5) -> list[Job] | None:
-    """Return the latest jobs of a run or a sweep that SLURM still knows, oldest first; None where there is no SLURM.
+def jobs_of_folders(folders: Sequence[Path], latest: int = 5) -> dict[Path, list[Job]] | None:
+    """Return the latest jobs of runs and sweeps that SLURM still knows, oldest first; None where there is no SLURM.
 
-    Of a sweep these are the tasks of its arrays; of a run of a sweep its own tasks.
+    Of a sweep these are the tasks of its arrays, of a run of a sweep its own task and what was submitted for it alone.
+    SLURM is asked once for all.
     """
-    task = task_of(folder)
-    shared = job_numbers(folder.parent)[-latest:] if task is not None else []
-    own = job_numbers(folder)[-latest:]
-    found = jobs_of([*shared, *own])
+    own = {folder: job_numbers(folder)[-latest:] for folder in folders}
+    tasks = {folder: task_of(folder) for folder in folders}
+    shared = {
+        folder: job_numbers(folder.parent)[-latest:] if task is not None else [] for folder, task in tasks.items()
+    }
+    found = jobs_of(sorted({number for each in (*own.values(), *shared.values()) for number in each}))
     if found is None:
         return None
-    numbers = {f"{number}_{task}" for number in shared}
-    mine = [job for id, job in found.items() if id.partition("_")[0] in own or id in numbers]
-    return sorted(mine, key=lambda job: [int(part) for part in job.id.split("_") if part.isdecimal()])
+    mine: dict[Path, list[Job]] = {}
+    for folder in folders:
+        numbers = {f"{number}_{tasks[folder]}" for number in shared[folder]}
+        jobs = [job for id, job in found.items() if id.partition("_")[0] in own[folder] or id in numbers]
+        mine[folder] = sorted(jobs, key=lambda job: [int(part) for part in job.id.split("_") if part.isdecimal()])
+    return mine
+
+
+def jobs_for(folder: Path) -> list[Job] | None:
+    """Return the latest jobs of one run or sweep, oldest first; None where there is no SLURM."""
+    found = jobs_of_folders([folder])
+    return None if found is None else found[folder]
 
 
 def queued_job(folder: Path) -> Job | None:

@@ -1,0 +1,33 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+
+
+class Strategy(StrEnum):
+    """How state can be spread over processes."""
+
+    auto = "auto"
+    single = "single"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp2 = "fsdp2"
+
+
+class Offload(StrEnum):
+    """What can be kept in the memory of the CPU."""
+
+    none = "none"
+    optimizer = "optimizer"
+    all = "all"
