@@ -19,8 +19,8 @@ FLOORS = [
     ["config", "recipe_file", "tokens", "rundir", "lease", "heartbeat"],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["watchdog", "telemetry", "loop", "inference"],
-    ["launcher", "slurm", "plan", "report", "doctor", "prove", "project"],
-    ["cli"],
+    ["launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
+    ["cli_options", "cli_cluster", "cli"],
 ]
 """The rooms of each floor: a room imports from lower floors, and from those before it on its own."""
 
@@ -38,6 +38,7 @@ NO_TORCH = [
         "consolidate",
         "launcher",
         "slurm",
+        "status",
         "prove",
         "project",
         "cli",
