@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import fcntl
 import json
+import mmap
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -65,6 +66,31 @@ class Now:
         """Spent in each phase since the first step was done."""
         self.straggler: Straggler | None = None
         """A slow rank that was found and not yet told of."""
+        self.board = _open_board()
+        """(step, marks, phase) once more, where other processes of this machine can read them: also when this one is
+        stopped."""
+
+
+_INDEX = {phase: index for index, phase in enumerate(PHASES)}
+_board_file: int | None = None
+
+
+def _open_board() -> memoryview:
+    """Return three 64-bit numbers, in a file in memory where there are such."""
+    global _board_file
+    size = 24
+    if not hasattr(os, "memfd_create"):
+        return memoryview(bytearray(size)).cast("q")
+    if _board_file is not None:
+        os.close(_board_file)
+    _board_file = os.memfd_create("heartbeat")
+    os.truncate(_board_file, size)
+    return memoryview(mmap.mmap(_board_file, size)).cast("q")
+
+
+def board_file() -> int | None:
+    """Return the descriptor of the file in memory that says what this process is doing."""
+    return _board_file
 
 
 _now = Now()
@@ -83,12 +109,14 @@ def begin() -> Now:
 
 
 def mark(phase: str) -> None:
-    """Note that a phase is entered, which also ends the one before; half a microsecond."""
+    """Note that a phase is entered, which also ends the one before; less than half a microsecond."""
     now, clock = _now, perf_counter()
     now.seconds[now.phase] += clock - now.since
     now.phase, now.since = phase, clock
     now.marks += 1
     now.ticks += 1
+    board = now.board
+    board[1], board[2] = now.marks, _INDEX[phase]
 
 
 def progress() -> None:
@@ -99,6 +127,7 @@ def progress() -> None:
 def starts_at(step: int) -> None:
     """Note the step from which this process trains on."""
     _now.step, _now.marks = step, 0
+    _now.board[0], _now.board[1] = step, 0
     _now.ticks += 1
 
 
@@ -106,6 +135,7 @@ def stepped(step: int) -> None:
     """Note that this many optimizer steps are done."""
     now = _now
     now.step, now.marks = step, 0
+    now.board[0], now.board[1] = step, 0
     now.ticks += 1
     now.steps += 1
     if now.steps == 1:  # it may have compiled: its times tell nothing
@@ -115,8 +145,8 @@ def stepped(step: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Loader processes
 
-LOADER_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7 if hasattr(signal, "SIGRTMIN") else None
-"""Has a loader process write its stack."""
+STACK_SIGNAL: int | None = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else None
+"""Has a process that trains or loads write the stacks of its threads, whatever it is doing."""
 
 _loader_notes: int | None = None
 
@@ -124,10 +154,10 @@ _loader_notes: int | None = None
 def open_loader_notes() -> int | None:
     """Return the file in memory that loader processes write to, which are forked from this one later on.
 
-    Each begins with a line `loader PID WORKER`, and writes its stack there when it gets LOADER_SIGNAL.
+    Each begins with a line `loader PID WORKER`, and writes its stack there when it gets STACK_SIGNAL.
     """
     global _loader_notes
-    if _loader_notes is None and LOADER_SIGNAL is not None and hasattr(os, "memfd_create"):
+    if _loader_notes is None and STACK_SIGNAL is not None and hasattr(os, "memfd_create"):
         _loader_notes = os.memfd_create("loader-stacks")
         fcntl.fcntl(_loader_notes, fcntl.F_SETFL, os.O_APPEND)
     return _loader_notes
@@ -135,9 +165,9 @@ def open_loader_notes() -> int | None:
 
 def listen_in_loader(worker: int) -> None:
     """In a loader process: be ready to say where it is, to the process that it loads for."""
-    if _loader_notes is not None and LOADER_SIGNAL is not None:
+    if _loader_notes is not None and STACK_SIGNAL is not None:
         os.write(_loader_notes, f"loader {os.getpid()} {worker}\n".encode())
-        faulthandler.register(LOADER_SIGNAL, file=_loader_notes, all_threads=True)
+        faulthandler.register(STACK_SIGNAL, file=_loader_notes, all_threads=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,6 +212,8 @@ class Heartbeat:
     """Seconds without progress after which it is taken to hang; None never."""
     stalled: dict[str, Any] | None = None
     """Where it hangs or waits, once `idle` is past the limit."""
+    board: int | None = None
+    """The descriptor of its file in memory that says what it is doing at this moment."""
     written: float = 0.0
     """When the file was written, by the clock of the file system. Of what was read."""
 
@@ -198,6 +230,16 @@ class Heartbeat:
         """Return the phase in words, with the step that is being made."""
         of_step = f" of step {self.step + 1}" if self.phase in STEP_PHASES else f" after step {self.step}"
         return PHASES.get(self.phase, self.phase) + (of_step if self.step or self.phase != "setup" else "")
+
+
+def at_this_moment(beat: Heartbeat) -> Heartbeat:
+    """Return the heartbeat of a process of this machine with what it is doing now, or did last."""
+    try:
+        with open(f"/proc/{beat.pid}/fd/{beat.board}", "rb") as file:
+            step, marks, phase = memoryview(file.read(24)).cast("q")
+        return replace(beat, step=step, marks=marks, phase=list(PHASES)[phase])
+    except (OSError, ValueError, TypeError, IndexError):  # it has ended, or belongs to somebody else
+        return beat
 
 
 _KNOWN = {each.name for each in fields(Heartbeat)}

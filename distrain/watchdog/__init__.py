@@ -17,10 +17,11 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ __all__ = ["Limits", "Watchdog", "gpu_faults"]
 log = logging.getLogger("distrain")
 
 _INTERVAL_S = 5.0
+_OF_A_RANK = re.compile(r"(?P<kind>stacks-|stuck-|collectives-)?rank-(?P<rank>[0-9]+)[.-]")
+_DUMP_S = 1.5
+"""How long the stack of a rank that does not answer is waited for."""
 _STARTLED_S = 1.0
 """What a look may take longer than planned and still count: a process that was stopped or starved for longer was not
 idle for that long."""
@@ -123,12 +127,15 @@ class Watchdog:
         self._ticks, self._idle = self.now.ticks, 0.0
         self._stalled: dict[str, Any] | None = None
         self._seen: dict[int, _Seen] = {}
+        self._decided_for = 0.0
         self._samples = {phase: [0, 0] for phase in OWN_WORK}
         self._stragglers, self._compared_at = Stragglers(), time.monotonic()
         self._complained = False
         self._tidy()
         # from the first moment on: a thread that never gets to run again cannot open it
         self._stuck = self._stuck_path(rank).open("w", encoding="utf-8")
+        if heartbeat.STACK_SIGNAL is not None:
+            faulthandler.register(heartbeat.STACK_SIGNAL, file=self._stuck, all_threads=True)
         heartbeat.open_loader_notes()
         self._ended = threading.Event()
         self._write()
@@ -150,10 +157,10 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if heartbeat.STACK_SIGNAL is not None:
+            faulthandler.unregister(heartbeat.STACK_SIGNAL)
         self._stuck.close()
-        with suppress(OSError):
-            if not self._stuck_path(self.rank).stat().st_size:
-                self._stuck_path(self.rank).unlink()
+        self._stuck_path(self.rank).unlink(missing_ok=True)
         heartbeat.mark("ended")
         self._stalled = None
         self._write()
@@ -166,17 +173,13 @@ class Watchdog:
 
     def _tidy(self) -> None:
         """Take away what earlier starts left that nobody of this one replaces."""
-        kinds = ("stacks", "collectives", "stuck")
         with suppress(OSError):
             for path in list(self.folder.iterdir()):
-                kind, _, rest = path.name.partition("-rank-")
-                number = rest.partition(".")[0]
-                if not number.isdecimal() and path.name.startswith("rank-"):
-                    kind, number = "", path.name.removeprefix("rank-").partition(".")[0]
-                if not number.isdecimal():
+                match = _OF_A_RANK.match(path.name)
+                if match is None:
                     continue
-                mine = int(number) == self.rank and kind in kinds
-                if mine or (self.rank == 0 and int(number) >= self.world_size):
+                rank, told_of_a_stall = int(match["rank"]), bool(match["kind"])
+                if (rank == self.rank and told_of_a_stall) or (self.rank == 0 and rank >= self.world_size):
                     path.unlink(missing_ok=True)
 
     def _beat(self) -> Heartbeat:
@@ -206,6 +209,7 @@ class Watchdog:
             work=work,
             limit=self.limits.at(now),
             stalled=self._stalled,
+            board=heartbeat.board_file(),
         )
 
     def _write(self) -> None:
@@ -248,14 +252,14 @@ class Watchdog:
         if limit is None or self._idle < limit:
             if self._stalled is not None:
                 log.warning("rank %d goes on, after nothing had come of it for its limit", self.rank)
-                self._stalled, self._written_at = None, -float("inf")
+                self._stalled, self._written_at, self._decided_for = None, -float("inf"), 0.0
             self._seen_by_now(limit, passed)
         elif self._stalled is None:
             self._note_stall()
             self._write()
         else:
             self._see(passed)
-            self._decide()
+            self._decide(passed)
         self._arm(limit)
         if time.monotonic() - self._written_at >= self.interval_s - self.poll_s / 2:
             self._write()
@@ -282,7 +286,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             return
         alone = self.local_world_size == 1
-        wait = max(limit - self._idle, 0.0) + 2 * self.poll_s + 1.0
+        wait = max(limit - self._idle, 0.0) + self.poll_s
         faulthandler.dump_traceback_later(wait + (10.0 if alone else 0.0), exit=alone, file=self._stuck)
 
     def _seen_by_now(self, limit: float | None, passed: float) -> None:
@@ -339,7 +343,7 @@ class Watchdog:
             "gpu_faults": faults or [],
         }
 
-    def _decide(self) -> None:
+    def _decide(self, passed: float) -> None:
         """End this process if it is known what the run hangs on, and find that out if it is on this rank to do so."""
         failure = self.run.failed
         if failure is not None:
@@ -350,6 +354,12 @@ class Watchdog:
         if any(not self._is_silent(seen) and seen.beat and not seen.beat.stalled for seen in self._seen.values()):
             return  # that one makes progress, or may take longer: what it does can be what this one waits for
         witnesses = [self._witness(rank) for rank in range(self.world_size)]
+        mute = [each.beat for each in witnesses if _may_still_speak(each)]
+        if mute and self._decided_for < _DUMP_S:
+            if not self._decided_for:
+                self._ask_for_stacks(mute)
+            self._decided_for += passed
+            return
         faults = {w.host: w.evidence("gpu_faults") for w in witnesses if w.evidence("gpu_faults")}
         content = record(find_culprit(witnesses), witnesses, self.folder, faults)
         if not self._may_write():
@@ -361,6 +371,13 @@ class Watchdog:
                 os.write(2, f"error: {content['message']}\n".encode())
         self._end(self.run.failed or content)
 
+    def _ask_for_stacks(self, mute: Sequence[Heartbeat | None]) -> None:
+        """Have processes of this machine that cannot run Python write their stacks."""
+        for beat in mute:
+            if beat is not None and beat.host == self._host and beat.started and heartbeat.STACK_SIGNAL is not None:
+                with suppress(OSError):
+                    os.kill(beat.pid, heartbeat.STACK_SIGNAL)
+
     def _witness(self, rank: int) -> Witness:
         if rank == self.rank:
             return Witness(rank, self._beat())
@@ -370,6 +387,7 @@ class Watchdog:
         beat, state, line = seen.beat, None, None
         if beat is not None and beat.host == self._host and beat.started:
             state = heartbeat.process_state(beat.pid, beat.started) or ""
+            beat = heartbeat.at_this_moment(beat) if state else beat
         with suppress(OSError):
             dumped = stacks.parse_dump(self._stuck_path(rank).read_text(encoding="utf-8", errors="replace"))
             line = stacks.line_to_see(evidence.main_of(dumped)) if dumped else None
@@ -391,6 +409,11 @@ class Watchdog:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
         os._exit(1)
+
+
+def _may_still_speak(witness: Witness) -> bool:
+    """Whether the stack of a silent rank may still be written: it runs, and its thread that watches does not."""
+    return witness.silent_s is not None and witness.line is None and witness.state not in ("", "T", "t", "Z", "X")
 
 
 def _sign(beat: Heartbeat | None) -> tuple[int, int] | None:

@@ -88,6 +88,10 @@ def find_culprit(witnesses: Sequence[Witness]) -> Verdict:
     return _verdict([], "together", witnesses)
 
 
+_COMPUTES = 0.1
+"""Of a core: who waits for a message takes nothing, who computes takes what it gets."""
+
+
 def _verdict(ranks: Sequence[int], reason: str, witnesses: Sequence[Witness]) -> Verdict:
     return Verdict(tuple(sorted(ranks)), reason, tuple(w.rank for w in witnesses if w.rank not in ranks))
 
@@ -105,7 +109,7 @@ def _fewest_collectives(witnesses: Sequence[Witness]) -> list[Witness]:
 
 
 def _computing(witnesses: Sequence[Witness]) -> list[Witness]:
-    return [w for w in witnesses if (w.evidence("cpu") or 0.0) > 0.5]
+    return [w for w in witnesses if (w.evidence("cpu") or 0.0) > _COMPUTES]
 
 
 # --------------------------------------------------------------------------------------------------------------------

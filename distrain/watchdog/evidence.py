@@ -63,10 +63,10 @@ def loader_stacks(patience_s: float = 0.3) -> list[tuple[str, Stack]]:
     found: list[tuple[str, Stack]] = []
     for pid, worker in loaders():
         assert file is not None, "there are notes"
-        assert heartbeat.LOADER_SIGNAL is not None, "they listen to it"
+        assert heartbeat.STACK_SIGNAL is not None, "they listen to it"
         begin = os.fstat(file).st_size
         with suppress(OSError):
-            os.kill(pid, heartbeat.LOADER_SIGNAL)
+            os.kill(pid, heartbeat.STACK_SIGNAL)
         until, size = time.monotonic() + patience_s, begin
         while time.monotonic() < until:
             time.sleep(0.02)

@@ -145,7 +145,7 @@ def test_a_rank_whose_disk_hangs_is_named(tmp_path: Path, asynchronous: str) -> 
     found = hung(tmp_path, 4, f"checkpoint.async={asynchronous}", fsync=(3, 2))
     assert_named(found, 3, "save", "test_hangs.py", None)
     assert "distrain/checkpoint/writing.py" in found.failed["traceback"]
-    assert ("the thread 'checkpoint-6'" in found.failed["message"]) == (asynchronous == "true")
+    assert ("the thread 'checkpoint-" in found.failed["message"]) == (asynchronous == "true")
 
 
 def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path) -> None:
     slow = ["model.where=forward", "model.rank=2", "model.at=4", "model.how=slow", "model.seconds=0.03"]
     settings = [*slow, "train.steps=100000", "eval.every=null", "checkpoint.every=null"]
     with running_world(4, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
-        until, found = time.monotonic() + 40, []
+        until, found = time.monotonic() + 40, list[dict[str, Any]]()
         while not found and time.monotonic() < until:
             time.sleep(0.1)
             found = [row for row in RunDir(run).rows() if row["event"] == "straggler"] if run.exists() else []
