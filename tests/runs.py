@@ -75,7 +75,14 @@ def captured(action: Callable[[], int]) -> Ended:
     return Ended(status, *texts)
 
 
-def train_rank(recipe: str, overrides: list[str], run_dir: str | None, stop_after: int | None, update: bool) -> Ended:
+def train_rank(
+    recipe: str,
+    overrides: list[str],
+    run_dir: str | None,
+    stop_after: int | None,
+    update: bool,
+    strategy: str = "auto",
+) -> Ended:
     """Train as `distrain train` does in each process; rank 0 gets SIGTERM after step `stop_after`."""
     from distrain import loop
     from distrain.launcher import work
@@ -89,7 +96,7 @@ def train_rank(recipe: str, overrides: list[str], run_dir: str | None, stop_afte
         return numbers
 
     loop.train_step = step_and_stop
-    return captured(lambda: work(recipe, overrides, run_dir=run_dir, update=update))
+    return captured(lambda: work(recipe, overrides, run_dir=run_dir, update=update, strategy=strategy))
 
 
 def train(
@@ -100,10 +107,11 @@ def train(
     stop_after: int | None = None,
     update: bool = False,
     status: int = 0,
+    strategy: str = "auto",
 ) -> list[Ended]:
     """Train in a world; returns how each rank ended, all of them with `status`."""
     directory = str(run_dir) if run_dir is not None else None
-    ended = in_world(world_size, train_rank, str(recipe), list(overrides), directory, stop_after, update)
+    ended = in_world(world_size, train_rank, str(recipe), list(overrides), directory, stop_after, update, strategy)
     assert [rank.status for rank in ended] == [status] * world_size, "\n".join(rank.out + rank.err for rank in ended)
     return ended
 

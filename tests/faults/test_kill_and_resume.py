@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,38 +15,48 @@ from worlds import running_world
 from distrain.checkpoint import list_checkpoints, verify
 from distrain.rundir import RunDir
 
-RECIPE = """
+KILLS = int(os.environ.get("DISTRAIN_KILLS", "10"))
+"""How often each run is killed; DISTRAIN_KILLS=100 makes some more hundreds of them."""
+
+STEPS = 200 + 40 * KILLS
+RECIPE = f"""
 name: killed
 task: classification
-data: {name: digits, split: [0.7, 0.15, 0.15]}
-model: {name: mlp, hidden: [48], dropout: 0.2, norm: batch}
-optim: {name: adamw, lr: 3.0e-3, clip_norm: 1.0}
-schedule: {name: cosine, warmup: 10 steps}
-batch: {global: 16, micro: 4}
-train: {steps: 600, ema: 0.99}
-eval: {every: 50 steps, metrics: [accuracy]}
-checkpoint: {every: 4 steps, keep: 3}
-log: {every: 1 steps}
+data: {{name: digits, split: [0.7, 0.15, 0.15]}}
+model: {{name: mlp, hidden: [48], dropout: 0.2, norm: batch}}
+optim: {{name: adamw, lr: 3.0e-3, clip_norm: 1.0}}
+schedule: {{name: cosine, warmup: 10 steps}}
+batch: {{global: 16, micro: 4}}
+train: {{steps: {STEPS}, ema: 0.99}}
+eval: {{every: 50 steps, metrics: [accuracy]}}
+checkpoint: {{every: 4 steps, keep: 3}}
+log: {{every: 1 steps}}
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["all ranks", "one rank"])
+@pytest.mark.timeout(600 + 10 * KILLS)
+@pytest.mark.parametrize(
+    ("strategy", "which"), [("ddp", "all ranks"), ("ddp", "one rank"), ("zero3", "all ranks"), ("fsdp2", "all ranks")]
+)
 @pytest.mark.fault(11)
-def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path: Path, which: str) -> None:
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
+    tmp_path: Path, strategy: str, which: str, record_property: Callable[[str, object], None]
+) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(2, recipe, whole)
+    train(2, recipe, whole, strategy=strategy)
     chance = random.Random(2)
-    reached = []
-    for trial in range(10):
+    reached, lost = [], 0
+    for trial in range(KILLS):
         before = sum(1 for _ in RunDir(run).rows())
-        with running_world(2, train_rank, str(recipe), [], str(run), None, False) as world:
-            # once it trains, at any moment of a step or of a save; now and then while it still starts
-            until = time.monotonic() + 30
-            while trial % 5 and sum(1 for _ in RunDir(run).rows()) == before and time.monotonic() < until:
+        with running_world(2, train_rank, str(recipe), [], str(run), None, False, strategy) as world:
+            # now and then while it still starts, otherwise some steps later, at any moment of a step or of a save
+            wanted = before + chance.randrange(1, 40) if trial % 5 else 0
+            until = time.monotonic() + 120
+            while sum(1 for _ in RunDir(run).rows()) < wanted and time.monotonic() < until:
                 time.sleep(0.005)
-            time.sleep(chance.uniform(0, 0.3 if trial % 5 else 0.8))
+            time.sleep(chance.uniform(0, 0.05 if trial % 5 else 0.8))
             assert RunDir(run).finished is None, "the run is too short for so many kills"
             if which == "all ranks":
                 world.kill()
@@ -56,10 +68,13 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path: P
         found = list_checkpoints(folder) if folder.exists() else []
         assert [problem for info in found for problem in verify(info.path)] == []
         reached.append(found[0].step if found else 0)
+        lost = max(lost, max((row["step"] for row in RunDir(run).rows()), default=0) - reached[-1])
     train(2, recipe, run)
+    record_property("trials", KILLS)
+    record_property("steps_lost", lost)
     assert reached == sorted(reached)
     assert reached[-1] > 20, "the kills came while it trained"
-    assert last(run).name == "step-00000600"
+    assert last(run).name == f"step-{STEPS:08d}"
     assert_same_run(whole, run)
     assert len({(row["event"], row["step"]) for row in rows(run)}) == len(rows(run))
     assert [entry.name for entry in (run / "checkpoints").iterdir() if entry.name.startswith(".")] == []
