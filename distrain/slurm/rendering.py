@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def render_sbatch(plan: Plan) -> str:
     assert before.startswith("#!/bin/bash\n")
     values = "\n".join(f"{name}={_quoted(value)}" for name, value in _values(plan).items())
     options = "\n".join(f"#SBATCH {option}" for option in _options(plan))
-    told = f"# `distrain submit` wrote this for {plan.folder}\n"
+    told = f"# `distrain submit` wrote this for {plan.folder}\n# shellcheck disable=SC2016 # no value is expanded\n"
     return f"#!/bin/bash\n{told}{options}\n\n{values}\n\n{marker}{body}"
 
 
@@ -112,5 +112,5 @@ def _container(plan: Plan) -> tuple[list[str], list[str]]:
 
 def _quoted(value: str | list[str]) -> str:
     if isinstance(value, list):
-        return f"({' '.join(map(shlex.quote, value))})"
-    return shlex.quote(value)
+        return f"({' '.join(map(_quoted, value))})"
+    return value if re.fullmatch(r"[A-Za-z0-9_./:=+@-]+", value) else "'" + value.replace("'", "'\"'\"'") + "'"

@@ -128,7 +128,7 @@ def _cut(text: str) -> Iterator[str]:
 
 def _slug(values: dict[str, str]) -> str:
     parts = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
-    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", ",".join(parts).replace(",", "_"))[:80].strip("_.")
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", ",".join(parts))[:80].strip("_.")
 
 
 def read_sweep(folder: Path) -> list[dict[str, Any]] | None:
