@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from distrain.checkpoint import find_checkpoint, list_checkpoints, read_manifest
 from distrain.config import Recipe, UserError
 from distrain.heartbeat import ending_hung, hang_of
 from distrain.lease import Holder, Lease, check_free, take
+from distrain.memory import oom_kills
+from distrain.probed import Probed, remember
+from distrain.probing import settled
 from distrain.recipe_file import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.rundir import Launch, RunDir, effect_in_words
 
@@ -142,13 +146,15 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
         # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = launch_command_parser().parse_args(launch_argv(plan))
+    killed_before = oom_kills()
     try:
         with _passed_on(signal.SIGUSR1), ending_hung(run) if run is not None else nullcontext():
             launch_command(arguments)
     except ChildFailedError as error:
         if run is not None and hang_of(run) is not None:
             return 1  # which is said
-        for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
+        killed = None if killed_before is None else (oom_kills() or 0) - killed_before
+        for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}, killed):
             print(f"error: {line}", file=sys.stderr)
         return 1
     except SignalException:
@@ -185,17 +191,19 @@ def _passed_on(number: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def unsaid_failures(exit_codes: Mapping[int, int]) -> list[str]:
+def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None) -> list[str]:
     """Return a line for each way in which ranks ended without a word of their own. Pure.
 
     A process that raised has said why and ended with 1; those which were ended here because of it, by SIGTERM, have
-    nothing to say.
+    nothing to say. `oom_kills`: how many processes the kernel has killed meanwhile, for want of memory; None where that
+    is not known.
     """
     ranks: dict[str, list[int]] = {}
     for rank, code in sorted(exit_codes.items()):
         if code < 0 and -code != signal.SIGTERM:
             name = signal.Signals(-code).name if -code in [*signal.Signals] else f"signal {-code}"
-            ranks.setdefault(f"ended by {name}{_SIGNAL_HINTS.get(name, '')}", []).append(rank)
+            hint = _OUT_OF_MEMORY if name == "SIGKILL" and oom_kills else _SIGNAL_HINTS.get(name, "")
+            ranks.setdefault(f"ended by {name}{hint}", []).append(rank)
         elif code > 1:
             ranks.setdefault(f"gone with exit code {code}, without a word of why", []).append(rank)
     return [
@@ -218,6 +226,10 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
 
 
+_OUT_OF_MEMORY = (
+    ": the memory ran out, and the kernel ended it for that. What takes less: a smaller batch.micro (the step stays "
+    "the same), train.activation_checkpointing: true, --strategy fsdp2, which spreads the state over the processes"
+)
 _SIGNAL_HINTS = {"SIGKILL": "; out of memory is the usual reason (see dmesg), or somebody did it"}
 
 
@@ -320,6 +332,8 @@ def start(
         run.clear_markers(requeued=holder.restart > 0)
     # the recipe is read once: workers go by the run folder
     open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
+    if (update or not run.finished) and (found := _probed(run, stored.recipe, asked, count)) is not None:
+        remember(run, found)
     arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
     arguments += ["--update"] if update else []
     os.environ[TYPED] = json.dumps(sys.argv)
@@ -383,6 +397,12 @@ def work(
         from distrain.watchdog import Watchdog
 
         recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
+        found: Probed | None = None
+        if "RANK" not in os.environ and (update or not run.finished):
+            # before this process has anything of a GPU; of several, the launcher does it
+            if run.exists:
+                check_free(run, Holder.of_this_process())
+            found = _probed(run, recipe, asked, 1)
         world = open_world(recipe.train.precision, asked, timeout_s=recipe.watchdog.collectives_s)
 
         lease: Lease | None = None
@@ -398,6 +418,8 @@ def work(
             typed = json.loads(os.environ.get(TYPED, "null"))
             this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
             open_run(run, loaded, this_start, update=update)
+            if found is not None:
+                remember(run, found)
             step = max((info.step for info in list_checkpoints(run.checkpoints)), default=0)
             taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
             run.clear_markers(requeued=holder.restart > 0)
@@ -433,6 +455,11 @@ def work(
             world.close()
 
     return reported(None, rank, train_here) or status
+
+
+def _probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int) -> Probed | None:
+    say = functools.partial(print, flush=True)
+    return settled(run, recipe, asked, processes=processes, here=processes, gpus=gpu_count(), say=say)
 
 
 def join_launcher(expected: int | None) -> tuple[int, Configuration]:

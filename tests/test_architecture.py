@@ -16,10 +16,10 @@ import distrain
 
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
-    ["config", "recipe_file", "tokens", "rundir", "lease", "heartbeat"],
+    ["config", "recipe_file", "tokens", "memory", "rundir", "probed", "lease", "heartbeat"],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["watchdog", "telemetry", "loop", "inference"],
-    ["launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
+    ["probing", "launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
     ["cli_options", "cli_cluster", "cli"],
 ]
 """The rooms of each floor: a room imports from lower floors, and from those before it on its own."""
@@ -28,7 +28,10 @@ PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, r
 NO_TORCH = [
     *(
         "config",
+        "memory",
         "rundir",
+        "probed",
+        "probing",
         "lease",
         "heartbeat",
         "watchdog",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distrain.checkpoint import Manifest, Reader, Saved, Saver, find_newest
+from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver, find_newest
 from distrain.config import Recipe, UserError
 from distrain.consolidate import export
 from distrain.data import (
@@ -29,6 +29,8 @@ from distrain.lease import Lease
 from distrain.loop.anomalies import Anomalies, Anomaly
 from distrain.loop.checks import horizon_of
 from distrain.loop.evaluation import Interrupted, evaluate
+from distrain.loop.introducing import introduction, probed_batch, resumption
+from distrain.loop.out_of_memory import explained
 from distrain.loop.pace import Best, Every, StopRequest, Waited
 from distrain.loop.step import StepNumbers, Training, loss_of, to_device
 from distrain.loop.trace import Trace
@@ -138,7 +140,10 @@ class Session:
         self._saved_at = self._logged_at = time.monotonic()
         for path, reason in skipped:
             self.say(f"skipped checkpoint {path.name}: {reason}")
-        self._introduce(reader.manifest if reader is not None else None)
+        for line in introduction(self):
+            self.say(line)
+        if reader is not None:
+            self._resume(reader.manifest)
         for told in self._told:
             self.say(f"  {told}")
         if reader is None and self.anomalies.goes_back:
@@ -155,22 +160,34 @@ class Session:
         lease: Lease | None = None,
     ) -> Iterator[Session]:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes."""
-        session = cls(run, recipe, world, stop, lease)
-        try:
-            yield session
-        finally:
-            session.saver.close()
-            session.telemetry.close()
+        with explained(recipe, world) as attempt:
+            session = cls(run, recipe, world, stop, lease)
+            attempt.micro_batch_size = session.micro_batch_size
+            try:
+                yield session
+            finally:
+                session.saver.close()
+                session.telemetry.close()
+
+    def _resume(self, manifest: Manifest) -> None:
+        self.say(resumption(manifest, self.world))
+        # published and not yet noted when the attempt before was killed
+        size = sum(file.size for file in manifest.files)
+        self.telemetry.write(
+            {"event": "checkpoint", "step": manifest.step, "bytes": size, "seconds": None, "time": now()}
+        )
 
     def _training(self, *, resumes: bool) -> Training:
         recipe, world = self.recipe, self.world
-        micro_batch_size, accumulation = batch_shape(recipe.batch, world.world_size)
+        self.probed = probed_batch(self.run, recipe, world)
+        batch = recipe.batch if self.probed is None else self.probed.section(recipe.batch)
+        micro_batch_size, accumulation = batch_shape(batch, world.world_size)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
 
         loss = world.together(lambda: build_loss(recipe, self.data.meta))
 
         def fit(model: nn.Module) -> None:
-            self._described = describe_model(model)  # whole: a sharded one tells of its shards
+            self.described = describe_model(model)  # whole: a sharded one tells of its shards
             self._told += world.arithmetic.fit(model, world.device)
             if told := checkpoint_activations(model, recipe.train.activation_checkpointing):
                 self._told.append(told)
@@ -457,23 +474,37 @@ class Session:
             )
         engine.align_buffers()
         self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
-        self.saver.begin(
-            self.t.step,
-            state.specs(),
-            state.pieces(self.world.rank, self.world.world_size),
-            scalars=engine.scalars()
-            | self.anomalies.scalars()
-            | {"data": self.data.state, "transformers_config": transformers_config(engine.model)},
-            aliases=state.aliases(),
-            recipe=dump_recipe(self.recipe),
-            strategy=self.world.strategy,
-            score=score,
-        )
+        with self._may_fail():
+            self.saver.begin(
+                self.t.step,
+                state.specs(),
+                state.pieces(self.world.rank, self.world.world_size),
+                scalars=engine.scalars()
+                | self.anomalies.scalars()
+                | {"data": self.data.state, "transformers_config": transformers_config(engine.model)},
+                aliases=state.aliases(),
+                recipe=dump_recipe(self.recipe),
+                strategy=self.world.strategy,
+                score=score,
+            )
         if not self.recipe.checkpoint.asynchronous:
             self._finish_save()
 
     def _finish_save(self) -> None:
-        self._published(self.saver.finish())
+        with self._may_fail():
+            self._published(self.saver.finish())
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """Go on training without the checkpoint, where the recipe says so and a later one will be written."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.recipe.checkpoint.on_failure == "stop" or self.at_end():
+                raise
+            self._saved_step = -1
+            self.telemetry.write({"event": "checkpoint_failed", "step": self.t.step, "time": now()})
+            self.say(f"warning: {error}\ntraining goes on without it, as checkpoint.on_failure says")
 
     def _published(self, saved: Saved | None) -> None:
         if saved is None:
@@ -570,33 +601,6 @@ class Session:
     def say(self, text: str) -> None:
         """Tell the person in front of the terminal, once."""
         self.telemetry.say(text)
-
-    def _introduce(self, resumed: Manifest | None) -> None:
-        world, recipe = self.world, self.recipe
-        splits = ", ".join(
-            f"{name} {len(source):,}" if not is_stream(source) else f"{name} (stream)"
-            for name, source in self.data.splits.items()
-        )
-        per_step = f"{recipe.batch.global_batch_size} = {world.world_size} x {self.micro_batch_size}"
-        if self.accumulation > 1:
-            per_step += f" x {self.accumulation} accumulated"
-        if recipe.batch.micro_batch_size == "auto":
-            per_step += " (batch.micro auto: global / processes, not probed)"
-        self.say(f"run {self.run.path}")
-        self.say(f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}")
-        self.say(f"  data     {recipe.data.name}: {splits}")
-        self.say(f"  model    {recipe.model.name}: {self._described}")
-        self.say(f"  batch    {per_step}; {self.total_steps:,} steps")
-        if resumed is None:
-            return
-        written_by, now_by = f"{resumed.world_size} x {resumed.strategy}", f"{world.world_size} x {world.strategy}"
-        changed = f", written by {written_by}; goes on with {now_by}" if written_by != now_by else ""
-        self.say(f"  resumes  {self._checkpoint(resumed.step).name}{changed}")
-        # published and not yet noted when the attempt before was killed
-        size = sum(file.size for file in resumed.files)
-        self.telemetry.write(
-            {"event": "checkpoint", "step": resumed.step, "bytes": size, "seconds": None, "time": now()}
-        )
 
 
 def in_words(values: dict[str, Any]) -> str:

@@ -1,0 +1,142 @@
+"""How much memory a process may have, how much it has had, and whom the kernel has killed for it. Imports no torch."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit on this process, and how close it has come to it."""
+
+    what: str
+    """Such as "the limit of the cgroup"."""
+    nbytes: int
+    used: int
+    """What counts against it now."""
+    peak: int
+    """The most that has, as far as that is known; for what several processes share, of all of them."""
+    shared: bool
+    """Whether all processes of this machine, or of the cgroup, count against it."""
+    set_by_someone: bool = True
+    """False for the size of the machine itself."""
+
+
+def limits() -> list[Limit]:
+    """Return every limit on the memory of this process, the one that it has come closest to first."""
+    status = _numbers("/proc/self/status")
+    found = []
+    for number, what, now, most in (
+        (resource.RLIMIT_AS, "the limit of a process's address space (ulimit -v)", "VmSize", "VmPeak"),
+        (resource.RLIMIT_DATA, "the limit of a process's data (ulimit -d)", "VmData", "VmData"),
+    ):
+        limit, _ = resource.getrlimit(number)
+        if limit != resource.RLIM_INFINITY:
+            found.append(Limit(what, limit, status.get(now, 0), status.get(most, 0), shared=False))
+    machine = _numbers("/proc/meminfo")
+    total = machine.get("MemTotal", 0)
+    found += [each for each in _of_cgroups() if not total or each.nbytes < total]
+    if total:
+        used = total - machine.get("MemAvailable", total)
+        found.append(Limit("this machine's memory", total, used, used, shared=True, set_by_someone=False))
+    return sorted(found, key=lambda each: each.peak / max(each.nbytes, 1), reverse=True)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had at once, in bytes, shared pages included."""
+    return _numbers("/proc/self/status").get("VmHWM", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def oom_kills() -> int | None:
+    """Return how many processes the kernel has killed for want of memory, here so far; None where it does not tell.
+
+    "Here" is this process's cgroup where that counts them, otherwise the machine.
+    """
+    for folder, _ in _cgroup_folders():
+        for name in ("memory.events", "memory.oom_control"):
+            if (count := _counter(folder / name, "oom_kill")) is not None:
+                return count
+    return _counter(Path("/proc/vmstat"), "oom_kill")
+
+
+def gib(nbytes: float) -> str:
+    """Return bytes as people read them."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the kernel tells
+
+
+def _numbers(path: str) -> dict[str, int]:
+    """Return the sizes in a file of lines such as `VmHWM:   1234 kB`, in bytes."""
+    found = {}
+    for line in _text(Path(path)).splitlines():
+        name, _, rest = line.partition(":")
+        parts = rest.split()
+        if len(parts) == 2 and parts[1] == "kB" and parts[0].isdigit():
+            found[name] = int(parts[0]) * 1024
+    return found
+
+
+def _counter(path: Path, name: str) -> int | None:
+    for line in _text(path).splitlines():
+        parts = line.split()
+        if len(parts) == 2 and parts[0] == name and parts[1].isdigit():
+            return int(parts[1])
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_folders() -> Iterator[tuple[Path, bool]]:
+    """Yield (folder, whether it is of cgroup v2) of this process's memory cgroups, from its own upwards."""
+    own: dict[bool, str] = {}
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        number, controllers, place = line.split(":", 2)
+        if number == "0" or "memory" in controllers.split(","):
+            own[number == "0"] = place
+    for line in _text(Path("/proc/self/mountinfo")).splitlines():
+        before, _, after = line.partition(" - ")
+        kind, options = after.split()[0], after.split()[-1]
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        if (path := own.get(kind == "cgroup2")) is None:
+            continue
+        root, mount = before.split()[3:5]
+        # a container may have its own cgroup mounted where others have the root of all
+        inside = path.removeprefix(root.rstrip("/")).strip("/") if path.startswith(root) else ""
+        folder = Path(mount) / inside
+        while True:
+            if folder.is_dir():
+                yield folder, kind == "cgroup2"
+            if folder == Path(mount):
+                break
+            folder = folder.parent
+
+
+def _of_cgroups() -> Iterator[Limit]:
+    for folder, new in _cgroup_folders():
+        names = ("max", "current", "peak") if new else ("limit_in_bytes", "usage_in_bytes", "max_usage_in_bytes")
+        limit, used, peak = (_number(folder / f"memory.{name}") for name in names)
+        if limit is None or limit >= 2**62:
+            continue
+        # files that are kept in memory as long as there is room
+        idle = _counter(folder / "memory.stat", "inactive_file" if new else "total_inactive_file") or 0
+        now = max((used or 0) - idle, 0)
+        yield Limit("the limit of the cgroup", limit, now, max(peak or 0, now), shared=True)
