@@ -388,6 +388,13 @@ def test_a_first_step_may_take_as_long_as_the_set_up() -> None:
     assert Limits(None, 2.0, None, None).interval_s == 0.5
 
 
+def test_who_is_silent_is_known_at_the_limit() -> None:
+    for limit in (2.0, 10.0, 60.0, 600.0, 7200.0):
+        limits = Limits(None, limit, None, None)
+        assert 3 * limits.interval_s <= limits.silence_s < limit, limit
+    assert Limits(None, 600.0, None, None).silence_s == 90, "network file systems keep what they know for a minute"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Looking
 

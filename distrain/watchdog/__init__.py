@@ -75,10 +75,23 @@ class Limits:
         return by_phase.get(now.phase)
 
     @property
+    def _least(self) -> float:
+        return min(
+            (each for each in (self.setup, self.step, self.save, self.evaluate) if each is not None), default=1e9
+        )
+
+    @property
     def interval_s(self) -> float:
         """How often a heartbeat is written, so that a rank without any is noticed in time."""
-        limits = [each for each in (self.setup, self.step, self.save, self.evaluate) if each is not None]
-        return min([_INTERVAL_S, *(each / 4 for each in limits)])
+        return min(_INTERVAL_S, self._least / 4)
+
+    @property
+    def silence_s(self) -> float:
+        """A rank from which nothing has come for so long does not answer.
+
+        As long as the limits leave room for: a network file system may show another machine's files much later.
+        """
+        return max(3 * self.interval_s, min(90.0, self._least / 3), 1.0)
 
 
 @dataclass
@@ -112,8 +125,7 @@ class Watchdog:
         self.local_rank, self.local_world_size, self._may_write = local_rank, local_world_size, may_write
         self.interval_s = limits.interval_s
         self.poll_s = min(1.0, self.interval_s / 2)
-        self.silence_s = max(3 * self.interval_s, 1.0)
-        """A rank from which nothing has come for so long does not answer."""
+        self.silence_s = limits.silence_s
         self.folder = heartbeat.folder(run)
         self.folder.mkdir(exist_ok=True)
         self.now = heartbeat.begin()

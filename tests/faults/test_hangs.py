@@ -193,7 +193,8 @@ def test_a_run_that_hung_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_first_step_that_takes_its_time_is_no_hang(tmp_path: Path) -> None:
     # the rehearsals are two passes: the third is the first of a step
-    settings = ["model.where=forward", "model.rank=-1", "model.at=3", f"model.seconds={2 * LIMIT_S}"]
+    settings = ["model.where=forward", "model.rank=-1", "model.at=3", "model.seconds=6"]
+    settings += [f"watchdog.{key}=4 s" for key in ("step", "save", "evaluate")]
     recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
     with running_world(4, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
         assert world.wait(60) == [0, 0, 0, 0], (tmp_path / "err-0").read_text()
@@ -202,24 +203,27 @@ def test_a_first_step_that_takes_its_time_is_no_hang(tmp_path: Path) -> None:
     assert not list((run / "heartbeat").glob("st*"))
 
 
-def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path) -> None:
-    recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
-    slow = ["model.where=forward", "model.rank=2", "model.at=4", "model.how=slow", "model.seconds=0.03"]
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 4), ("fsdp2", 2), ("zero3", 2)])
+def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: str, world_size: int) -> None:
+    recipe, run, rank = write_recipe(tmp_path, TINY), tmp_path / "run", world_size // 2
+    slow = ["model.where=forward", f"model.rank={rank}", "model.at=4", "model.how=slow", "model.seconds=0.03"]
     settings = [*slow, "train.steps=100000", "eval.every=null", "checkpoint.every=null"]
-    with running_world(4, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
+    # heartbeats as often as the least of the limits wants them, and steps that may take longer
+    settings += ["watchdog.step=20 s", "watchdog.save=20 s"]
+    with running_world(world_size, hang_rank, str(recipe), str(run), settings, strategy, None) as world:
         until, found = time.monotonic() + 40, list[dict[str, Any]]()
         while not found and time.monotonic() < until:
             time.sleep(0.1)
             found = [row for row in RunDir(run).rows() if row["event"] == "straggler"] if run.exists() else []
         world.signal(signal.SIGTERM)
-        assert world.wait(30) == [0, 0, 0, 0], (tmp_path / "err-0").read_text()
+        assert world.wait(30) == [0] * world_size, (tmp_path / "err-0").read_text()
     assert len(found) == 1
     row = found[0]
-    assert (row["rank"], row["host"], row["phase"]) == (2, socket.gethostname(), "forward")
+    assert (row["rank"], row["host"], row["phase"]) == (rank, socket.gethostname(), "forward")
     assert row["seconds"] > 0.03
     assert row["ratio"] > 1.5
     log = (run / "log-rank-0.txt").read_text()
-    assert log.count(f"rank 2 on {socket.gethostname()} is slow: ") == 1
+    assert log.count(f"rank {rank} on {socket.gethostname()} is slow: ") == 1
     assert RunDir(run).preempted is not None
 
 
