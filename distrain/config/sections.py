@@ -261,7 +261,7 @@ class BatchSection(Section):
     micro_batch_size: BatchSize | Literal["auto"] = Field(
         default="auto", validation_alias="micro", serialization_alias="micro"
     )
-    """Samples in one forward pass of one process; auto takes global / processes."""
+    """Samples in one forward pass of one process; auto takes the most that fits, global / processes at best."""
 
 
 LENGTHS = ("epochs", "steps", "tokens")
