@@ -569,6 +569,8 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
     except (Exception, KeyboardInterrupt) as error:
         teaches = isinstance(error, UserError)
         text = str(error) if teaches else "".join(traceback.format_exception(error))
+        if not teaches and (faults := gpu_faults_behind(error)):
+            text += "the driver reports: " + "; ".join(faults) + "\n"
         log.error("%s", text)
         record = {
             "rank": rank,
@@ -592,6 +594,16 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
         elif run is None and not told:
             leave_to_rank_0(rank, error)
         return 1
+
+
+def gpu_faults_behind(error: BaseException) -> list[str]:
+    """Return what the driver reports of this machine's GPUs, where an error can come of that."""
+    words = ("CUDA", "NCCL", "CUBLAS", "CUDNN")
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in words):
+        return []
+    from distrain.watchdog import gpu_faults
+
+    return gpu_faults()
 
 
 def leave_to_rank_0(rank: int, error: BaseException) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from runs import write_recipe
 from test_heartbeat import beat, run_in
 from worlds import in_world
 
 from distrain import heartbeat
 from distrain.config import Duration, RecipeError, WatchdogSection
 from distrain.heartbeat import Heartbeat, mark, stepped
+from distrain.launcher import reported
 from distrain.recipe_file import load_recipe
 from distrain.watchdog import Limits, Watchdog, evidence, stacks
 from distrain.watchdog.autopsy import Verdict, Witness, find_culprit, record, sentence
@@ -638,3 +641,26 @@ def test_the_commands_are_asked_and_their_failures_left(monkeypatch: pytest.Monk
     began = time.monotonic()
     assert gpu_faults(0.0) == []
     assert time.monotonic() - began < 10
+
+
+def test_a_failure_of_a_gpu_comes_with_what_the_driver_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distrain.watchdog.gpu_faults", lambda: ["GPU 0000:3b:00: Xid 79"])
+    run = run_in(tmp_path)
+    write_recipe(run.path)
+
+    def fail(text: str) -> Callable[[], None]:
+        def action() -> None:
+            raise RuntimeError(text)
+
+        return action
+
+    for text, told in (("CUDA error: an illegal memory access was encountered", True), ("sizes differ", False)):
+        run.clear_markers()
+        assert reported(run, 0, fail(text)) == 1
+        assert ("the driver reports: GPU 0000:3b:00: Xid 79" in capfd.readouterr().err) == told
+        failed = run.failed
+        assert failed is not None
+        assert ("Xid 79" in failed["traceback"]) == told
+        assert failed["message"] == text
