@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 MIB = 2**20
+
+
+class Heavy:
+    """`samples` points of 64 numbers in 10 classes; reading sample `bad` of the training split takes `mib` MiB."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, split: str, samples: int = 48, bad: int = 17, mib: int = 0) -> None:
+        draw = np.random.default_rng(7 if split == "train" else 8)
+        self.inputs = draw.normal(size=(samples, 64)).astype(np.float32)
+        self.bad, self.mib = bad if split == "train" else -1, mib
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == self.bad:
+            np.ones(self.mib * MIB, np.uint8)
+        return torch.from_numpy(self.inputs[index]), index % 10
 
 
 class Hungry(nn.Module):

@@ -1,0 +1,141 @@
+"""What a user sees when memory runs out on a rank: which one, doing what, how much there was, and what takes less."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import train_rank, write_recipe
+from worlds import in_world
+
+from distrain import memory
+from distrain.launcher import unsaid_failures
+from distrain.loop.out_of_memory import is_out_of_memory
+from distrain.rundir import RunDir
+
+RECIPE = """
+name: hungry
+task: classification
+data: {name: "hungry_parts:Heavy"}
+model: {name: "hungry_parts:Hungry", mib: 0, rank: 1}
+optim: {name: sgd, lr: 0.01}
+batch: {global: 24}
+train: {steps: 6, precision: fp32}
+eval: {every: 3 steps}
+checkpoint: {every: 2 steps, async: false}
+log: {every: 1 steps}
+"""
+ROOM = 3 * memory.GIB
+"""What a rank may add to the address space that it has when it begins."""
+
+
+def in_little_room(recipe: str, overrides: list[str], run_dir: str) -> Any:
+    """Train in this rank with a limit on its address space."""
+    (now,) = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line]
+    resource.setrlimit(resource.RLIMIT_AS, (now * 1024 + ROOM, resource.RLIM_INFINITY))
+    return train_rank(recipe, overrides, run_dir, None, False)
+
+
+def told(folder: Path, *overrides: str, world_size: int = 2) -> tuple[str, dict[str, Any]]:
+    """Train until it fails; returns what all ranks wrote to standard error, and FAILED.json."""
+    recipe = write_recipe(folder, RECIPE)
+    ended = in_world(world_size, in_little_room, str(recipe), list(overrides), str(folder / "run"))
+    assert {rank.status for rank in ended} == {1}, "\n".join(rank.out + rank.err for rank in ended)
+    failed = RunDir(folder / "run").failed
+    assert failed is not None
+    return "".join(rank.err for rank in ended), failed
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["model.mib=1024"], "in the forward pass"),
+        (["model.mib=1024", "model.when=evaluation", "eval.batch=12"], "in an evaluation"),
+        (["model.mib=8192", "model.when=building"], "setting up"),
+        (["data.mib=8192", "data.samples=48"], "reading data"),
+    ],
+    ids=["forward", "evaluation", "building", "data"],
+)
+def test_a_rank_without_memory_is_named(tmp_path: Path, overrides: list[str], where: str) -> None:
+    err, failed = told(tmp_path, *overrides)
+    message = failed["message"]
+    assert f"out of memory on rank {failed['rank']} ({socket.gethostname()})" in message
+    assert where in message.splitlines()[0], message
+    if "data" not in where:
+        assert failed["rank"] == 1
+    assert "peak was" in message
+    assert "The limit of a process's address space (ulimit -v) is" in message
+    assert "What takes less:" in message
+    # another start would find the same
+    assert failed["restart"] is False
+    assert failed["traceback"] is None
+    assert err.count("What takes less:") == 1, err
+
+
+@pytest.mark.fault(20)
+def test_what_to_lower_is_said_with_numbers(tmp_path: Path) -> None:
+    _, failed = told(tmp_path, "model.mib=1024", "batch.micro=12")
+    assert "batch.micro: 6 (now 12); 2 of them are accumulated then, for the same step" in failed["message"]
+    assert "train.activation_checkpointing: true" in failed["message"]
+    assert (
+        "--strategy fsdp2, which spreads weights, gradients and optimizer state over the processes" in failed["message"]
+    )
+
+
+@pytest.mark.fault(20)
+def test_an_evaluation_that_takes_too_much_is_told_apart(tmp_path: Path) -> None:
+    _, failed = told(tmp_path, "model.mib=1024", "model.when=evaluation", "model.rank=0", "eval.batch=8", world_size=1)
+    assert "eval.batch: 4 (now 8); the score stays the same" in failed["message"]
+    assert "batch.micro" not in failed["message"]
+
+
+def test_what_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2**60)
+    assert is_out_of_memory(caught.value), caught.value
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    wrapped = ValueError("sample 3 cannot be read")
+    wrapped.__cause__ = MemoryError()
+    assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(OSError(28, "No space left on device"))
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    told_here = RuntimeError("rank 1 failed: MemoryError")
+    told_here.of_another_rank = True  # type: ignore[attr-defined]
+    assert not is_out_of_memory(told_here)
+
+
+def test_a_rank_that_the_kernel_killed_for_memory_is_told_so() -> None:
+    (line,) = unsaid_failures({0: -15, 1: -9}, 1)
+    assert line.startswith("rank 1 was ended by SIGKILL: the memory ran out")
+    (line,) = unsaid_failures({0: -15, 1: -9}, 0)
+    assert "the memory ran out" not in line
+
+
+def limited(folder: str) -> dict[str, Any]:
+    """Return what is known of the limits of this process, once it has set one."""
+    resource.setrlimit(resource.RLIMIT_AS, (64 * memory.GIB, resource.RLIM_INFINITY))
+    found = {limit.what: limit for limit in memory.limits()}
+    return {what: (limit.nbytes, limit.used, limit.peak, limit.set_by_someone) for what, limit in found.items()}
+
+
+def test_the_limits_of_a_process_are_read(tmp_path: Path) -> None:
+    (found,) = in_world(1, limited, str(tmp_path))
+    nbytes, used, peak, set_by_someone = found["the limit of a process's address space (ulimit -v)"]
+    assert nbytes == 64 * memory.GIB
+    assert 2**20 < used <= peak < nbytes
+    assert set_by_someone
+    total, used, _, set_by_someone = found["this machine's memory"]
+    assert 0 < used < total
+    assert not set_by_someone
+    assert memory.peak_bytes() > 2**20
+    kills = memory.oom_kills()
+    assert kills is None or kills >= 0
+    assert json.dumps(memory.gib(5 * 2**29)) == '"2.50 GiB"'
