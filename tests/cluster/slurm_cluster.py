@@ -416,9 +416,9 @@ class Cluster:
         self.run("scontrol", "update", "nodename=n[1-4]", "state=resume", check=False)
         self.wait_for_nodes(60)
 
-    def words(self, lines: int = 40) -> str:
+    def words(self, lines: int = 12) -> str:
         """Return the end of what each daemon has logged."""
-        files: Sequence[Path] = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+        files: Sequence[Path] = sorted(self.folder.glob("*.log"))
         return "\n".join(
             f"--- {file.name}\n" + "\n".join(file.read_text(errors="replace").splitlines()[-lines:]) for file in files
         )
