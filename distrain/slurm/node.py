@@ -29,7 +29,7 @@ from distrain.launcher import (
 )
 from distrain.lease import Holder, check_free
 from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
+from distrain.rundir import Launch, RunDir, read_rows
 
 
 def job_name(variables: Mapping[str, str] = os.environ) -> str:
@@ -61,13 +61,14 @@ def create(
     from distrain.loop import check_recipe
     from distrain.strategy import check_precision
 
-    run, loaded = find_run(target, overrides, run_dir)
     holder = Holder.of_this_process()
-    if run.exists and (loaded is None or holder.restart > 0):
+    if holder.restart > 0 and (earlier := run_of_job(holder.job, run_dir)) is not None:
+        return earlier
+    run, loaded = find_run(target, overrides, run_dir)
+    if loaded is None:
         return run.path
     world_size = nodes * processes_here(processes)
     asked = asked_for(run, world_size, strategy, None if offload == "auto" else offload, {})
-    assert loaded is not None, "a folder that is no run was refused"
     check_recipe(loaded.recipe, target)
     check_precision(loaded.recipe.train.precision, asked.strategy)
     if run.exists:
@@ -76,6 +77,15 @@ def create(
     if update:
         run.clear_markers()
     return run.path
+
+
+def run_of_job(job: str | None, run_dir: str | None) -> Path | None:
+    """Return the run that a job has begun, where it is below runs/ or at `run_dir`; None where there is none."""
+    for folder in [Path(run_dir)] if run_dir else sorted(Path("runs").glob("*")):
+        run = RunDir(folder)
+        if run.exists and any(row.get("job") == job for row in read_rows(run.attempts_path)):
+            return run.path
+    return None
 
 
 def start_node(
