@@ -147,7 +147,7 @@ def start_node(
             address,
             port,
         )
-        status = launch(plan)
+        status = launch(plan, run)
     return 0 if run.preempted is not None or run.finished is not None else status
 
 
