@@ -108,10 +108,12 @@ def train(
     update: bool = False,
     status: int = 0,
     strategy: str = "auto",
+    timeout_s: float = 120,
 ) -> list[Ended]:
     """Train in a world; returns how each rank ended, all of them with `status`."""
     directory = str(run_dir) if run_dir is not None else None
-    ended = in_world(world_size, train_rank, str(recipe), list(overrides), directory, stop_after, update, strategy)
+    asked = (str(recipe), list(overrides), directory, stop_after, update, strategy)
+    ended = in_world(world_size, train_rank, *asked, timeout_s=timeout_s)
     assert [rank.status for rank in ended] == [status] * world_size, "\n".join(rank.out + rank.err for rank in ended)
     return ended
 

@@ -35,7 +35,7 @@ log: {{every: 1 steps}}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600 + 10 * KILLS)
+@pytest.mark.timeout(600 + 20 * KILLS)
 @pytest.mark.parametrize(
     ("strategy", "which"), [("ddp", "all ranks"), ("ddp", "one rank"), ("zero3", "all ranks"), ("fsdp2", "all ranks")]
 )
@@ -45,31 +45,35 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
 ) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(2, recipe, whole, strategy=strategy)
+    train(2, recipe, whole, strategy=strategy, timeout_s=120 + 10 * KILLS)
     chance = random.Random(2)
     reached, lost = [], 0
     for trial in range(KILLS):
         before = sum(1 for _ in RunDir(run).rows())
         with running_world(2, train_rank, str(recipe), [], str(run), None, False, strategy) as world:
             # now and then while it still starts, otherwise some steps later, at any moment of a step or of a save
-            wanted = before + chance.randrange(1, 40) if trial % 5 else 0
+            # (a rank that waits for one that never came is ended by a launcher, and here is none)
+            starts = trial % 5 == 0 and which == "all ranks"
+            wanted = 0 if starts else before + chance.randrange(1, 40)
             until = time.monotonic() + 120
             while sum(1 for _ in RunDir(run).rows()) < wanted and time.monotonic() < until:
                 time.sleep(0.005)
-            time.sleep(chance.uniform(0, 0.05 if trial % 5 else 0.8))
+            time.sleep(chance.uniform(0, 0.8 if starts else 0.05))
             assert RunDir(run).finished is None, "the run is too short for so many kills"
             if which == "all ranks":
                 world.kill()
             else:
                 world.kill(trial % 2)
             codes = world.wait(30)
-        assert codes.count(-9) == (2 if which == "all ranks" else 1), "the rank that is left ends by itself"
+        assert codes.count(-9) == (2 if which == "all ranks" else 1), (
+            f"kill {trial}: the rank that is left ends by itself"
+        )
         folder = run / "checkpoints"
         found = list_checkpoints(folder) if folder.exists() else []
         assert [problem for info in found for problem in verify(info.path)] == []
         reached.append(found[0].step if found else 0)
         lost = max(lost, max((row["step"] for row in RunDir(run).rows()), default=0) - reached[-1])
-    train(2, recipe, run)
+    train(2, recipe, run, timeout_s=120 + 10 * KILLS)
     record_property("trials", KILLS)
     record_property("steps_lost", lost)
     assert reached == sorted(reached)
