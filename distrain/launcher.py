@@ -332,7 +332,7 @@ def start(
         run.clear_markers(requeued=holder.restart > 0)
     # the recipe is read once: workers go by the run folder
     open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
-    if (update or not run.finished) and (found := _probed(run, stored.recipe, asked, count)) is not None:
+    if (update or not run.finished) and (found := probed(run, stored.recipe, asked, count, count)) is not None:
         remember(run, found)
     arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
     arguments += ["--update"] if update else []
@@ -402,7 +402,7 @@ def work(
             # before this process has anything of a GPU; of several, the launcher does it
             if run.exists:
                 check_free(run, Holder.of_this_process())
-            found = _probed(run, recipe, asked, 1)
+            found = probed(run, recipe, asked, 1, 1)
         world = open_world(recipe.train.precision, asked, timeout_s=recipe.watchdog.collectives_s)
 
         lease: Lease | None = None
@@ -457,9 +457,10 @@ def work(
     return reported(None, rank, train_here) or status
 
 
-def _probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int) -> Probed | None:
+def probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int, here: int) -> Probed | None:
+    """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
     say = functools.partial(print, flush=True)
-    return settled(run, recipe, asked, processes=processes, here=processes, gpus=gpu_count(), say=say)
+    return settled(run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=say)
 
 
 def join_launcher(expected: int | None) -> tuple[int, Configuration]:

@@ -31,7 +31,7 @@ class Heavy:
 
 
 class Hungry(nn.Module):
-    """A linear model that takes at least 3 * `mib` MiB for each sample of a batch, from its forward pass to its end.
+    """A linear model that takes `mib` MiB of addresses for each sample of a batch, which it never touches.
 
     `rank`: only there; None on all. `when`: in training, in evaluation, or when it is built.
     """
@@ -41,12 +41,10 @@ class Hungry(nn.Module):
         self.linear = nn.Linear(features, 10)
         here = rank is None or int(os.environ.get("RANK", "0")) == rank
         self.mib, self.when = mib if here else 0, when
-        if when == "building" and here:
-            torch.ones(mib * MIB)
+        self.taken = torch.empty(mib * MIB if when == "building" and here else 0, dtype=torch.uint8)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(x.flatten(1))
-        if not self.mib or (self.when == "training") != self.training or self.when == "building":
-            return out
-        wide = out.mean(1, keepdim=True).repeat(1, self.mib * MIB // 4)
-        return out + torch.tanh(torch.sin(wide)).mean(1, keepdim=True)
+        if self.mib and {"training": True, "evaluation": False}.get(self.when) is self.training:
+            self.taken = torch.empty(0)
+            self.taken = torch.empty(len(x) * self.mib * MIB, dtype=torch.uint8)
+        return self.linear(x.flatten(1))

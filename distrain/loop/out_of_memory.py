@@ -179,7 +179,7 @@ def advice(recipe: Recipe, world: World, micro_batch_size: int | None, where: st
     if not recipe.train.activation_checkpointing:
         passes.append("train.activation_checkpointing: true, for about a third more time")
     # what is there before any batch comes is state; the rest grows with the batch
-    first_state = "optimizer" in where or "building" in where or "checkpoint" in where
+    first_state = not any(word in where for word in ("forward", "backward", "data", "in a step"))
     return lines + (state + passes if first_state else passes + state)
 
 

@@ -24,10 +24,12 @@ from distrain.launcher import (
     gpu_count,
     launch,
     open_run,
+    probed,
     shared_file,
     work,
 )
 from distrain.lease import Holder, check_free
+from distrain.probed import remember
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir, read_rows
 
@@ -130,6 +132,10 @@ def start_node(
         if rank == 0 and nodes > 1 and not can_listen(port):
             note_taken(run, port)
             return 1
+        # the processes of the other nodes wait for those of this one
+        tries = rank == 0 and run.finished is None
+        if tries and (found := probed(run, stored.recipe, asked, world_size, count)) is not None:
+            remember(run, found)
         if run.launch_path.exists():
             os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
         arguments = (
