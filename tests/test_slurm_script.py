@@ -202,7 +202,7 @@ def test_launchers_are_told_where_the_first_one_is(slurm: StubSlurm) -> None:
     assert 10_000 <= int(told["--port"]) < 30_000
     assert step["options"] == {
         "nodes": "2", "ntasks": "2", "ntasks-per-node": "1", "cpus-per-task": "2", "cpu-bind": "none", "mpi": "none",
-        "export": "ALL", "kill-on-bad-exit": "1", "wait": "0",
+        "export": "ALL", "kill-on-bad-exit": "1", "wait": "30",
     }  # fmt: skip
     slurm.nodes = 1
     slurm.run(job(slurm, ""))
