@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -113,10 +114,8 @@ def status(
     else:
         if problem := next((each.queue for each in found if each.queue), None):
             typer.echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", err=True)
-        console = Console(highlight=False)
-        console.print(
-            table(found, run), width=None if console.is_terminal else 10_000, soft_wrap=not console.is_terminal
-        )
+        # in a file or a pipe nothing is cut off
+        Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table(found, run))
 
 
 def logs(

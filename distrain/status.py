@@ -92,10 +92,10 @@ def status_of(
     attempts = list(read_rows(run.attempts_path))
     stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
     state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))
+    if state == "running" and job is not None and job.alive and not _begun_by(attempts, job):
+        state = "starting"  # what the folder tells is of the start before
     if state == "running" and stalled is not None:
         state, message = "hanging", f"rank {stalled.rank} on {stalled.host} in {stalled.where()}"
-    if state == "running" and job is not None and not _begun_by(attempts, job):
-        state = "starting"
     latest, score = _numbers(run)
     step = max([int(latest.get("step", 0)), *(beat.step for beat in beats)])
     effect = run.effect() or {}
