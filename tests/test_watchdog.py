@@ -153,7 +153,7 @@ def test_what_is_recorded_names_rank_host_step_phase_and_line() -> None:
 # Where threads are
 
 SITE = stacks._SITE[0]
-PACKAGE = stacks._PACKAGE
+PACKAGE = stacks.PACKAGE
 
 
 def stack(*files: str) -> list[Frame]:
@@ -226,6 +226,17 @@ def test_what_faulthandler_writes_is_read() -> None:
     assert found[-1] == [Frame("/home/me/my model.py", 12, "forward"), Frame("<string>", 0, "<module>")]
     assert parse_dump("") == []
     assert parse_dump("no stack") == []
+
+
+def test_of_a_dump_the_thread_that_trains_is_taken_once_it_is_there() -> None:
+    other = f'Thread 0x1 (most recent call first):\n  File "{PACKAGE}watchdog/__init__.py", line 3 in _watch\n'
+    other += f'  File "{os.path.dirname(os.__file__)}/python/threading.py", line 9 in _bootstrap\n'
+    training = 'Thread 0x2 (most recent call first):\n  File "/home/me/model.py", line 12 in forward\n'
+    assert evidence.main_of(parse_dump(other)) == []
+    assert evidence.main_of(parse_dump(other + training)) == [], "it is being written"
+    training += f'  File "{LOOP}", line 5 in _attempt\n'
+    assert line_to_see(evidence.main_of(parse_dump(other + training))) == OWN
+    assert line_to_see(evidence.main_of(parse_dump(training + other))) == OWN
 
 
 def test_what_faulthandler_writes_here_is_read(tmp_path: Path) -> None:

@@ -113,8 +113,6 @@ class Watchdog:
         *,
         rank: int,
         world_size: int,
-        local_rank: int = 0,
-        local_world_size: int = 1,
         may_write: Callable[[], bool] = lambda: True,
     ):
         """Start looking after the calling thread.
@@ -122,7 +120,9 @@ class Watchdog:
         `may_write` says whether the run is still this start's, which then alone may say how it ended.
         """
         self.run, self.limits, self.rank, self.world_size = run, limits, rank, world_size
-        self.local_rank, self.local_world_size, self._may_write = local_rank, local_world_size, may_write
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._may_write = may_write
         self.interval_s = limits.interval_s
         self.poll_s = min(1.0, self.interval_s / 2)
         self.silence_s = limits.silence_s
@@ -151,6 +151,7 @@ class Watchdog:
         heartbeat.open_loader_notes()
         self._ended = threading.Event()
         self._write()
+        self._arm(self.limits.at(self.now))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -297,9 +298,13 @@ class Watchdog:
         if limit is None:
             faulthandler.cancel_dump_traceback_later()
             return
-        alone = self.local_world_size == 1
         wait = max(limit - self._idle, 0.0) + self.poll_s
-        faulthandler.dump_traceback_later(wait + (10.0 if alone else 0.0), exit=alone, file=self._stuck)
+        if self.world_size == 1:  # nor is there anybody to say it
+            faulthandler.dump_traceback_later(wait + 1.0, exit=True, file=2)
+        elif self.local_world_size == 1:
+            faulthandler.dump_traceback_later(wait + 10.0, exit=True, file=self._stuck)
+        else:
+            faulthandler.dump_traceback_later(wait, exit=False, file=self._stuck)
 
     def _seen_by_now(self, limit: float | None, passed: float) -> None:
         """Begin to look at other ranks early enough to know at the limit which of them are silent."""
@@ -402,7 +407,7 @@ class Watchdog:
             beat = heartbeat.at_this_moment(beat) if state else beat
         with suppress(OSError):
             dumped = stacks.parse_dump(self._stuck_path(rank).read_text(encoding="utf-8", errors="replace"))
-            line = stacks.line_to_see(evidence.main_of(dumped)) if dumped else None
+            line = stacks.line_to_see(evidence.main_of(dumped))
         return Witness(rank, beat, seen.silent_s, state, line)
 
     def _end(self, failure: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distrain import heartbeat
-from distrain.watchdog.stacks import Stack, parse_dump
+from distrain.watchdog.stacks import PACKAGE, Stack, parse_dump
 
 T = TypeVar("T")
 
@@ -80,15 +80,17 @@ def loader_stacks(patience_s: float = 0.3) -> list[tuple[str, Stack]]:
 
 
 def main_of(dumped: list[Stack]) -> Stack:
-    """Return of the stacks of a process that has written them itself the one of the thread that trains."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    """Return of the stacks of a process that has written them itself the one of the thread that trains.
+
+    Empty where that has not been written so far: the other threads come first.
+    """
     training = [
         stack
         for stack in dumped
-        if any(frame.file.startswith(package) for frame in stack)
+        if any(frame.file.startswith(PACKAGE) for frame in stack)
         and not any(frame.file.endswith("/threading.py") and frame.function == "_bootstrap" for frame in stack)
     ]
-    return training[-1] if training else dumped[-1]
+    return training[-1] if training else []
 
 
 # --------------------------------------------------------------------------------------------------------------------

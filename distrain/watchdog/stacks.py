@@ -16,7 +16,7 @@ from typing import Any
 
 import distrain
 
-_PACKAGE = str(Path(distrain.__file__).parent) + os.sep
+PACKAGE = str(Path(distrain.__file__).parent) + os.sep
 _SCHEMES = sysconfig.get_paths()
 _SITE = tuple({str(Path(_SCHEMES[key])) + os.sep for key in ("purelib", "platlib")})
 _STANDARD = tuple({str(Path(_SCHEMES[key])) + os.sep for key in ("stdlib", "platstdlib")})
@@ -43,7 +43,7 @@ class Frame:
 
 def shortened(file: str) -> str:
     """Return a file's name as people know it: from the current folder, or from the package on."""
-    for site in (*_SITE, os.path.dirname(_PACKAGE.rstrip(os.sep)) + os.sep, os.getcwd() + os.sep):
+    for site in (*_SITE, os.path.dirname(PACKAGE.rstrip(os.sep)) + os.sep, os.getcwd() + os.sep):
         if file.startswith(site):
             return file[len(site) :]
     for name in _SITES:
@@ -99,7 +99,7 @@ def parse_dump(text: str) -> list[Stack]:
 
 def inner(stack: Stack) -> Stack:
     """Return the part of a stack that distrain has called, with its own lines."""
-    own = [index for index, frame in enumerate(stack) if frame.file.startswith(_PACKAGE)]
+    own = [index for index, frame in enumerate(stack) if frame.file.startswith(PACKAGE)]
     return stack[: own[-1] + 1] if own else stack
 
 
@@ -113,7 +113,7 @@ def line_to_see(stack: Stack) -> Frame | None:
 
 
 def _kind(file: str) -> str:
-    if file.startswith(_PACKAGE):
+    if file.startswith(PACKAGE):
         return "distrain"
     if file.startswith("<"):
         return "other"
@@ -144,7 +144,7 @@ def waits(stack: Stack) -> bool | None:
             return True
         if name.startswith("deepspeed/") and frame.function.startswith("wait"):
             return True
-        if frame.file.startswith(_PACKAGE) and frame.function in _OF_DISTRAIN:
+        if frame.file.startswith(PACKAGE) and frame.function in _OF_DISTRAIN:
             return True
         if name.endswith("torch/autograd/graph.py") and frame.function == "_engine_run_backward":
             return None

@@ -177,6 +177,17 @@ def test_one_process_that_hangs_is_named(tmp_path: Path) -> None:
     assert "wait" not in found.failed["message"].partition(";")[0]
 
 
+def test_one_process_whose_code_keeps_the_lock_of_python_says_where_and_ends(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
+    settings = ["model.where=forward", "model.how=gil", "model.rank=0", "model.at=1"]
+    settings += [f"watchdog.setup={LIMIT_S} s"]
+    with running_world(1, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
+        assert world.wait(60) == [1]
+        ended = time.monotonic()
+    assert ended - float((tmp_path / "hangs").read_text()) < LIMIT_S + 5
+    assert f'hanging_parts.py", line {hanging_parts.line_of("in gil")} in hang' in (tmp_path / "err-0").read_text()
+
+
 def test_a_run_that_hung_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     hung(tmp_path, 2, "model.where=evaluate", "model.rank=1", "model.at=14")
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
@@ -220,7 +231,8 @@ def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: st
     assert len(found) == 1
     row = found[0]
     assert (row["rank"], row["host"], row["phase"]) == (rank, socket.gethostname(), "forward")
-    assert row["seconds"] > 0.03
+    # where the model is sharded, what is waited for within the forward pass is sampled
+    assert row["seconds"] > (0.03 if strategy == "ddp" else 0.01)
     assert row["ratio"] > 1.5
     log = (run / "log-rank-0.txt").read_text()
     assert log.count(f"rank {rank} on {socket.gethostname()} is slow: ") == 1
