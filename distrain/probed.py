@@ -84,7 +84,7 @@ def remember(run: RunDir, probed: Probed) -> None:
     """Rank 0, or the launcher: keep what was found, in place of what was found for the same before."""
     kept = [other for other in _read(run) if other.where != probed.where]
     text = json.dumps([asdict(each) for each in (*kept, probed)], indent=2)
-    write_atomically(run.path / "micro_batch.json", text + "\n")
+    write_atomically(run.micro_batch_path, text + "\n")
 
 
 def remembered(run: RunDir, where: Where) -> Probed | None:
@@ -92,9 +92,17 @@ def remembered(run: RunDir, where: Where) -> Probed | None:
     return next((each for each in _read(run) if each.where == where), None)
 
 
+def hand_on(known: RunDir, run: RunDir) -> None:
+    """Have a run go by what was found for others, so that they add up their numbers in one order."""
+    for each in _read(known):
+        if remembered(run, each.where) is None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            remember(run, each)
+
+
 def _read(run: RunDir) -> list[Probed]:
     try:
-        rows: list[dict[str, Any]] = json.loads((run.path / "micro_batch.json").read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = json.loads(run.micro_batch_path.read_text(encoding="utf-8"))
         return [
             Probed(**row | {"where": Where(**row["where"]), "tried": tuple((s, f) for s, f in row["tried"])})
             for row in rows

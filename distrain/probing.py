@@ -207,7 +207,7 @@ def _run(folder: Path, here: int) -> list[int]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    common = {key: value for key, value in os.environ.items() if not key.startswith(("DISTRAIN_", "ACCELERATE_"))}
+    common = {key: value for key, value in os.environ.items() if not key.startswith(("DISTRAIN_TRACE", "ACCELERATE_"))}
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(here)}
     common |= {"LOCAL_WORLD_SIZE": str(here)}

@@ -7,6 +7,7 @@ runs/NAME/
   metrics.jsonl      one row for each event, in the order written
   anomalies.jsonl    steps whose loss or gradient was not as usual, and what was decided about them
   log-rank-0.txt     what each rank has to say
+  micro_batch.json   what `batch.micro: auto` was found to be (see `distrain.probed`)
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
   FINISHED | PREEMPTED | FAILED.json
@@ -122,6 +123,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def micro_batch_path(self) -> Path:
+        """What `batch.micro: auto` was found to be."""
+        return self.path / "micro_batch.json"
+
+    @property
     def export_path(self) -> Path:
         """The trained model as one safetensors file."""
         return self.path / "export" / "model.safetensors"
@@ -150,10 +156,13 @@ class RunDir:
         return self.recipe_path.is_file()
 
     def holds_other_files(self) -> bool:
-        """Whether there is a folder with more in it than imported checkpoints and what an interrupted `create` left."""
-        unfinished = f".{self.recipe_path.name}."
+        """Whether there is a folder with more in it than what may come before a run, and an interrupted `create` left.
+
+        Before it may come imported checkpoints, and a size of micro-batch that was found for another run.
+        """
+        unfinished, before = f".{self.recipe_path.name}.", (self.checkpoints, self.micro_batch_path)
         return self.path.is_dir() and any(
-            not entry.name.startswith(unfinished) and entry != self.checkpoints for entry in self.path.iterdir()
+            not entry.name.startswith(unfinished) and entry not in before for entry in self.path.iterdir()
         )
 
     def create(self, recipe_text: str, launch: Launch) -> None:

@@ -17,7 +17,7 @@ from worlds import in_world
 from distrain import memory
 from distrain.config import BatchSection
 from distrain.data import accumulation_steps, batch_shape, micro_batch_sizes
-from distrain.probed import Probed, Where, remember, remembered
+from distrain.probed import Probed, Where, hand_on, remember, remembered
 from distrain.probing import largest, wanted
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
@@ -131,12 +131,11 @@ def test_nothing_is_tried_where_nothing_limits_the_memory(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "micro_batch.json").exists()
 
 
-def test_another_launcher_goes_by_what_is_known(tmp_path: Path) -> None:
+def test_another_launcher_and_another_run_go_by_what_is_known(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, RECIPE)
     recipe = load_recipe(path, ["model.mib=0"]).recipe
-    run = tmp_path / "run"
+    run, other_run = tmp_path / "run", tmp_path / "other"
     run.mkdir()
-    (run / "checkpoints").mkdir()
     known = Probed(Where.of(recipe, 2, "ddp", "none"), 2, "cpu", 2**34, 2**33, ((4, False), (2, True)))
     remember(RunDir(run), known)
     assert remembered(RunDir(run), known.where) == known
@@ -147,6 +146,14 @@ def test_another_launcher_goes_by_what_is_known(tmp_path: Path) -> None:
     for change in ("seed=3", "log.every=2 steps", "train.steps=9", "schedule=cosine"):
         other = load_recipe(path, ["model.mib=0", change]).recipe
         assert remembered(RunDir(run), Where.of(other, 2, "ddp", "none")) == known, change
+    # before there is a run: as a proof does with its legs
+    hand_on(RunDir(run), RunDir(other_run))
+    hand_on(RunDir(run), RunDir(other_run))
+    ended = train(2, path, other_run, "model.mib=0")
+    assert "8 = 2 x 2 x 2 accumulated (batch.micro auto: the largest that fits, by trying 2 sizes" in ended[0].out
+    effect = RunDir(other_run).effect()
+    assert effect is not None
+    assert effect["accumulation"] == 2
 
 
 def test_the_largest_is_found_in_few_tries() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distrain.config import UserError
+from distrain.probed import hand_on
 from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
 from distrain.prove.traces import Record, read_record
 from distrain.rundir import RunDir
@@ -187,6 +188,8 @@ class Runner:
         self._start = start
         self._mark = f"distrain-prove-{secrets.token_hex(8)}"
         self._process: Process | None = None
+        self._known = RunDir(folder / "known")
+        """Sizes of micro-batches that a leg has found: another size would be another order of the same sums."""
 
     def __enter__(self) -> Runner:
         return self
@@ -219,6 +222,7 @@ class Runner:
             code = wait(process, float("inf") if interruption is None else _PATIENCE_S)
             kill_all(process, self._mark)
             self._process = None
+            hand_on(RunDir(leg.run_dir), self._known)
             if code is None:
                 raise CouldNotRun(
                     f"{name}: {_PATIENCE_S:.0f} s after {interruption} the run has not ended; it said\n{_tail(output)}"
@@ -240,6 +244,7 @@ class Runner:
     def _begin(
         self, run_dir: Path, placement: Placement, trace: Path, output: Path, interruption: Interruption | None
     ) -> Process:
+        hand_on(self._known, RunDir(run_dir))
         asked = {
             "folder": str(trace),
             "last_step": self.last_step,
