@@ -30,10 +30,14 @@ def workers(cluster: Cluster, run: Run, *nodes: str) -> list[Process]:
     ]
 
 
-def _stepd_killed(cluster: Cluster, run: Run, job: str) -> None:
-    """What holds the step on the second node is killed; its processes are then nobody's."""
+def _kill_stepd(cluster: Cluster, job: str, node: str) -> None:
     found = [process for process in cluster.processes() if re.match(rf"slurmstepd: \[{job}\.0\]", process.command)]
-    next(process for process in found if process.node == "n2").kill()
+    next(process for process in found if process.node == node).kill()
+
+
+def _stepd_killed(cluster: Cluster, run: Run, job: str) -> None:
+    """What holds the step on the first node is killed; its processes are then nobody's, and rank 0 cannot print."""
+    _kill_stepd(cluster, job, "n1")
 
 
 def _cut_off(cluster: Cluster, run: Run, job: str) -> None:
@@ -127,3 +131,20 @@ def test_a_start_that_slurm_has_given_up_publishes_nothing_while_the_next_one_tr
     run.assert_same_as(uninterrupted_in_two)
     assert json.loads((run.path / "FINISHED").read_text())["step"] == run.step()
     record_property("steps_lost", max(0, stopped_at - run.attempts()[1]["step"]))
+
+
+@pytest.mark.fault(8)
+def test_a_run_that_ends_after_a_slurmstepd_has_died_ends_its_job(
+    cluster: Cluster, project: Project, uninterrupted_in_two: Run, tmp_path: Path
+) -> None:
+    """The launcher on the second node goes on, and nobody tells srun that it has ended."""
+    run = Run(tmp_path / "run")
+    project.pace(0.3)
+    job = submit(project, run)
+    run.wait_for_step(2, timeout_s=120)
+    _kill_stepd(cluster, job, "n2")
+    project.pace(0)
+    done = cluster.wait_for_state(job, "COMPLETED", "FAILED", "PENDING", timeout_s=90)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "0"), run.log()
+    run.assert_same_as(uninterrupted_in_two)
+    wait_until(lambda: not cluster.processes(), "the end of all processes", 10)
