@@ -50,6 +50,8 @@ STEP_PHASES = ("data", "sync", "forward", "backward", "optimizer")
 class Now:
     """What this process is doing. Written by the thread that trains, read by another: each write is one attribute."""
 
+    __slots__ = ("board", "marks", "phase", "seconds", "since", "step", "steps", "straggler", "ticks")
+
     def __init__(self) -> None:
         self.phase = "setup"
         self.since = perf_counter()
@@ -59,7 +61,7 @@ class Now:
         self.marks = 0
         """Phases entered since that step was done; all ranks enter the same ones in the same order."""
         self.ticks = 0
-        """Grows with every sign of life."""
+        """Grows with every other sign of life."""
         self.steps = 0
         """Optimizer steps done by this process."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -101,6 +103,11 @@ def now() -> Now:
     return _now
 
 
+def life(now: Now) -> tuple[int, int, int]:
+    """Return what changes with every sign of life."""
+    return now.step, now.marks, now.ticks
+
+
 def begin() -> Now:
     """Forget what was noted before: this process sets up."""
     global _now
@@ -112,11 +119,12 @@ def mark(phase: str) -> None:
     """Note that a phase is entered, which also ends the one before; less than half a microsecond."""
     now, clock = _now, perf_counter()
     now.seconds[now.phase] += clock - now.since
-    now.phase, now.since = phase, clock
-    now.marks += 1
-    now.ticks += 1
+    now.phase = phase
+    now.since = clock
+    now.marks = marks = now.marks + 1
     board = now.board
-    board[1], board[2] = now.marks, _INDEX[phase]
+    board[1] = marks
+    board[2] = _INDEX[phase]
 
 
 def progress() -> None:

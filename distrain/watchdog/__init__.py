@@ -136,7 +136,7 @@ class Watchdog:
         self._begun = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
         self._sequence = 0
         self._written_at = -float("inf")
-        self._ticks, self._idle = self.now.ticks, 0.0
+        self._life, self._idle = heartbeat.life(self.now), 0.0
         self._stalled: dict[str, Any] | None = None
         self._seen: dict[int, _Seen] = {}
         self._decided_for = 0.0
@@ -256,8 +256,8 @@ class Watchdog:
         """Look at what this process is doing; `passed` seconds of its time after the last look."""
         now, limit = self.now, self.limits.at(self.now)
         self._sample()
-        if now.ticks != self._ticks:
-            self._ticks, self._idle = now.ticks, 0.0
+        if (life := heartbeat.life(now)) != self._life:
+            self._life, self._idle = life, 0.0
         else:
             self._idle += passed
         if limit is not None and self._idle > limit / 2 and stacks.is_debugged(self._main_stack()):
