@@ -58,8 +58,8 @@ printf '%s\\n' "$*" >> {folder}/scontrol.log
 case "$1 $2" in
   "show hostnames") printf 'node%s\\n' 0 1 2 3 ;;
   "show node") printf 'NodeName=%s Arch=x86_64\\n   NodeAddr=127.0.0.1 NodeHostName=%s Version=22.05\\n' "$3" "$3" ;;
-  "show job") printf 'JobId=%s JobName=x\\n   JobState=%s Reason=None\\n   Requeue=1 Restarts=0\\n' "$3" \\
-    "$(cat {folder}/state)" ;;
+  "show job") printf 'JobId=%s JobName=x\\n   JobState=%s Reason=None\\n   Requeue=1 Restarts=%s BatchFlag=1\\n' "$3" \\
+    "$(cat {folder}/state)" "${{SLURM_RESTART_COUNT:-0}}" ;;
   requeue*) [[ ! -e {folder}/no-requeue ]] ;;
   *) exit 1 ;;
 esac
