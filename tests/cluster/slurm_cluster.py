@@ -377,6 +377,10 @@ class Cluster:
         except AssertionError as error:
             raise AssertionError(f"{error}; it is {last}: {self.job(job_id)}") from None
 
+    def wait_for_restart(self, job_id: str, restarts: int = 1, timeout_s: float = 90) -> None:
+        """Wait until SLURM has queued a job again so many times."""
+        wait_until(lambda: self.job(job_id)["Restarts"] == str(restarts), f"restart {restarts} of {job_id}", timeout_s)
+
     def wait_for_nodes(self, timeout_s: float = 30) -> None:
         """Wait until every node is up and has nothing to do."""
         said = ""

@@ -46,7 +46,7 @@ def test_a_run_that_must_make_way_is_saved_queued_again_and_ends_in_the_same_bit
     job = project.submit("--run-dir", run.path, "--notice", "100", time="10")
     run.wait_for_step(12)
     way(cluster, project, job)
-    cluster.wait_for_state(job, "PENDING", "COMPLETING", timeout_s=60)
+    cluster.wait_for_restart(job)
     preempted = json.loads((run.path / "PREEMPTED").read_text())
     assert preempted["reason"] == "SIGUSR1"
     assert run.checkpoints()[-1] == preempted["step"] == run.step()
