@@ -30,7 +30,6 @@ NAMES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.fault(29)
 def test_the_log_of_a_job_is_where_the_plan_says(cluster: Cluster, tmp_path: Path) -> None:
     jobs = {}
