@@ -171,7 +171,7 @@ def test_the_line_to_see_is_the_users() -> None:
         ([torch_file, "/home/me/model.py", torch_file, LOOP, LAUNCH], "/home/me/model.py"),
         ([standard, "/home/me/deep.py", "/home/me/model.py", LOOP, LAUNCH], "/home/me/deep.py"),
         ([torch_file, other, torch_file, LOOP, LAUNCH], other),
-        ([torch_file, LOOP, f"{PACKAGE}launcher.py", LAUNCH], LOOP),
+        ([torch_file, LOOP, f"{PACKAGE}launcher/training.py", LAUNCH], LOOP),
         ([standard, torch_file], standard),
     ):
         found = line_to_see(stack(*files))

@@ -1,0 +1,54 @@
+"""`distrain evaluate`, in as many processes as one likes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from distrain.checkpoint import find_checkpoint, read_manifest
+from distrain.config import UserError
+from distrain.launcher.asking import check_one_owner, join_launcher
+from distrain.launcher.processes import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
+from distrain.launcher.reporting import reported
+from distrain.recipe_file import parse_recipe
+
+
+def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) -> int:
+    """Score a run's or a checkpoint's model in that many processes of this machine; returns the exit status."""
+    if processes == 1:
+        return work_evaluation(target, split, processes=1, as_json=as_json)
+    arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
+    script, config = shared_file("launch", "evaluate.py"), configuration_file("ddp")
+    return launch(LaunchPlan(script, tuple(arguments), processes, config))
+
+
+def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
+    """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
+    end_with_launcher()
+    rank = int(os.environ.get("RANK", "0"))
+
+    def score() -> None:
+        from distrain.strategy import strategy_wishes
+
+        _, configuration = join_launcher(processes)
+        for wish in strategy_wishes(configuration):
+            if wish.strategy not in (None, "single", "ddp"):
+                raise UserError(
+                    f"{wish.place} asks for {wish.strategy}, and scoring has the whole model on each process, whatever "
+                    "the run was trained with; start with accelerate_configs/ddp.yaml or multi_cpu.yaml"
+                )
+        if (precision := configuration.get("mixed_precision")) is not None:
+            recipe = parse_recipe(read_manifest(find_checkpoint(target)).recipe, target)
+            check_one_owner({"mixed_precision": precision}, recipe, 1)
+        from distrain.inference import evaluate_checkpoint
+
+        values = evaluate_checkpoint(target, split)
+        if rank != 0:
+            return
+        if as_json:
+            print(json.dumps(values, indent=2))
+            return
+        for name, value in values.items():
+            print(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}")
+
+    return reported(None, rank, score)

@@ -1,0 +1,198 @@
+"""`distrain train`: `start` launches a machine's processes, `work` is what each of them runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from distrain.checkpoint import list_checkpoints
+from distrain.config import Recipe, UserError
+from distrain.launcher.asking import asked_for, check_one_owner, join_launcher
+from distrain.launcher.processes import (
+    TYPED,
+    LaunchPlan,
+    configuration_file,
+    end_with_launcher,
+    gpu_count,
+    launch,
+    shared_file,
+)
+from distrain.launcher.reporting import leave_to_rank_0, log, log_to, reported
+from distrain.launcher.runs import check_same_recipe, find_run, open_run
+from distrain.lease import Holder, Lease, check_free, take
+from distrain.probed import Probed, remember
+from distrain.probing import settled
+from distrain.recipe_file import LoadedRecipe, load_recipe
+from distrain.rundir import Launch, RunDir, effect_in_words
+
+if TYPE_CHECKING:
+    from distrain.strategy import Asked
+
+
+def start(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    processes: int | None = None,
+    update: bool = False,
+    strategy: str = "auto",
+    offload: str | None = None,
+) -> int:
+    """Train a recipe or go on with a run on this machine; returns the exit status. What `distrain train` does."""
+    run, loaded = find_run(target, overrides, run_dir)
+    count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
+    if count == 1:
+        return work(target, overrides, run_dir=run_dir, processes=1, update=update, strategy=strategy, offload=offload)
+    from distrain.loop import check_recipe
+    from distrain.strategy import check_precision, read_configuration
+
+    configuration = read_configuration([], os.environ)
+    asked = asked_for(run, count, strategy, offload, configuration)
+    stored = loaded or load_recipe(run.recipe_path)
+    check_one_owner(configuration, stored.recipe, count, stored.origins)
+    check_precision(stored.recipe.train.precision, asked.strategy)
+
+    if loaded is not None:
+        check_recipe(loaded.recipe, target)
+    if run.exists and not run.finished:
+        holder = Holder.of_this_process()
+        check_free(run, holder)  # before its recipe may be replaced
+        # a failure of this start must not be taken for an earlier preemption
+        run.clear_markers(requeued=holder.restart > 0)
+    # the recipe is read once: workers go by the run folder
+    open_run(run, loaded, Launch.describe(count, asked.strategy, asked.offload), update=update)
+    if (update or not run.finished) and (found := probed(run, stored.recipe, asked, count, count)) is not None:
+        remember(run, found)
+    arguments = [str(run.path), "--strategy", asked.strategy, "--offload", asked.offload]
+    arguments += ["--update"] if update else []
+    os.environ[TYPED] = json.dumps(sys.argv)
+    script, config = shared_file("launch", "train.py"), configuration_file(asked.strategy)
+    status = launch(LaunchPlan(script, tuple(arguments), count, config, asked.offload), run)
+    # a launcher that was signalled calls that a failure, and the run folder knows better
+    return 0 if run.preempted is not None else status
+
+
+def work(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    processes: int | None = None,
+    update: bool = False,
+    strategy: str = "auto",
+    offload: str | None = None,
+) -> int:
+    """Train in this process, one of those that a launcher started; returns the exit status. All ranks call.
+
+    Nothing is written before the world and the strategy have been found to be those that were asked for: by
+    `processes`, `strategy` and `offload`, by the run's launch.json, or by the launcher's command line and files.
+    """
+    end_with_launcher()
+    # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    rank = int(os.environ.get("RANK", "0"))
+
+    def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
+        from distrain.strategy import unused
+
+        run, loaded = find_run(target, overrides, run_dir)
+        world_size, configuration = join_launcher(processes or (run.launch().processes if loaded is None else None))
+        asked = asked_for(run, world_size, strategy, offload, configuration, resumes=loaded is None)
+        from distrain.loop import check_recipe
+
+        stored = loaded or load_recipe(run.recipe_path)
+        check_recipe(stored.recipe, target)
+        check_one_owner(configuration, stored.recipe, world_size, stored.origins)
+        notes = [f"{place} has no part in this run" for place in unused(configuration)]
+        if strategy == "ddp" and asked.strategy == "single":
+            notes.append("--strategy ddp in one process is single")
+        return run, loaded, asked, notes
+
+    try:
+        run, loaded, asked, notes = prepare()
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            leave_to_rank_0(rank, error)
+        return 1
+
+    status = 0
+
+    def train_here() -> None:
+        nonlocal status
+        from distrain.loop import train
+        from distrain.strategy import open_world
+        from distrain.watchdog import Watchdog
+
+        recipe = loaded.recipe if loaded is not None else load_recipe(run.recipe_path).recipe
+        found: Probed | None = None
+        if "RANK" not in os.environ and (update or not run.finished):
+            # before this process has anything of a GPU; of several, the launcher does it
+            if run.exists:
+                check_free(run, Holder.of_this_process())
+            found = probed(run, recipe, asked, 1, 1)
+        world = open_world(recipe.train.precision, asked, timeout_s=recipe.watchdog.collectives_s)
+
+        lease: Lease | None = None
+
+        def begin() -> dict[str, Any] | Lease:
+            if run.finished and loaded is not None and not update:
+                check_same_recipe(run, loaded)
+            if not update and (done := run.finished):
+                return done
+            holder = Holder.of_this_process()
+            if run.exists:
+                check_free(run, holder)  # before its recipe may be replaced
+            typed = json.loads(os.environ.get(TYPED, "null"))
+            this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
+            open_run(run, loaded, this_start, update=update)
+            if found is not None:
+                remember(run, found)
+            step = max((info.step for info in list_checkpoints(run.checkpoints)), default=0)
+            taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
+            run.clear_markers(requeued=holder.restart > 0)
+            return taken
+
+        try:
+            begun = world.first(begin)
+            if not isinstance(begun, Lease):
+                if world.rank == 0:
+                    from rich.console import Console
+
+                    from distrain.telemetry import show_summary
+
+                    show_summary(begun, Console(highlight=False))
+                    if effect := run.effect():
+                        print(f"took effect: {effect_in_words(effect)}")
+                    print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
+                return
+            # each in the folder that it sees
+            lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
+            world.together(lambda: mine.check_seen(world.rank))
+            log_to(run, world.rank)
+            for note in notes if world.rank == 0 else []:
+                print(note)
+                log.info(note)
+            # inside: the rank that fails must say so before leaving makes the others fail as well
+            placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
+            with Watchdog.over(run, recipe.watchdog, **placed):
+                status = reported(run, rank, lambda: train(run, world, lease), lease)
+        finally:
+            if lease is not None and world.rank == 0:
+                lease.release(clean=status == 0)
+            world.close()
+
+    return reported(None, rank, train_here) or status
+
+
+def probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int, here: int) -> Probed | None:
+    """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
+    say = functools.partial(print, flush=True)
+    return settled(run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=say)
