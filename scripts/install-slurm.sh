@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs SLURM from Debian's packages, for tests/cluster: as root, on Debian, Ubuntu and their like.
+# Installs SLURM for tests/cluster, and libfaketime for tests/faults, from Debian's packages: as root, on Debian, Ubuntu
+# and their like.
 #
 #   sh scripts/install-slurm.sh                  fails where it cannot be installed
 #   sh scripts/install-slurm.sh --if-possible    says so and goes on, as those tests are then skipped with the reason
@@ -7,8 +8,8 @@
 # What is installed already is left as it is. Nothing is configured: the tests bring a configuration of their own.
 set -eu
 
-commands="slurmctld slurmd sbatch srun scontrol munged ip unshare nsenter setpriv"
-packages="slurmctld slurmd slurm-client munge iproute2 util-linux"
+commands="slurmctld slurmd sbatch srun scontrol munged ip unshare nsenter setpriv faketime"
+packages="slurmctld slurmd slurm-client munge iproute2 util-linux faketime"
 
 missing() {
   for command in $commands; do
