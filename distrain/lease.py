@@ -168,11 +168,16 @@ def _check_progress(
             break
         in_vain += 1
     if in_vain > limit:
-        raise UserError(
+        message = (
             f"{run.path} was started {in_vain} times from step {step} by job {holder.job} without coming any "
             f"further; it is not started again. What went wrong is in {run.path}/log-rank-*.txt; mend it "
             "and submit the run again"
         )
+        run.clear_markers(requeued=True)
+        # for the batch script, which would queue the job again
+        record = {"rank": 0, "host": holder.host, "error": "UserError", "message": message, "restart": False}
+        run.mark_failed({**record, "traceback": None})
+        raise UserError(message)
 
 
 def _asked_restarts() -> int:
