@@ -129,7 +129,7 @@ def test_a_start_that_slurm_has_given_up_publishes_nothing_while_the_next_one_tr
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), run.log()
     assert "was replaced by" in (run.path / "log-rank-0.txt").read_text()
     run.assert_same_as(uninterrupted_in_two)
-    assert json.loads((run.path / "FINISHED").read_text())["step"] == run.step()
+    assert json.loads((run.path / "FINISHED").read_text())["steps"] == run.step()
     record_property("steps_lost", max(0, stopped_at - run.attempts()[1]["step"]))
 
 

@@ -24,7 +24,7 @@ def test_a_sharded_run_goes_on_with_fewer_nodes(
     project.pace(0.3)
     job = project.submit("--run-dir", run.path, "--strategy", strategy)
     run.wait_for_step(2, timeout_s=120)
-    assert json.loads((run.path / "effect.json").read_text())["world_size"] == 4
+    assert json.loads((run.path / "effect.json").read_text())["processes"] == 4
     project.distrain("stop", run.path)
     cluster.wait_for_state(job, "COMPLETED", timeout_s=60)
     stopped = run.checkpoints()[-1]

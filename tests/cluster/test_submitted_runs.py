@@ -14,7 +14,7 @@ def test_a_run_on_two_nodes_ends_with_its_result(cluster: Cluster, uninterrupted
     assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "0", "2")
     run.assert_rows_once()
     finished = json.loads((run.path / "FINISHED").read_text())
-    assert finished["step"] == STEPS
+    assert finished["steps"] == STEPS
     assert (row := run.attempts()[0])["processes"] == 4
     assert row["job"] == uninterrupted.job
     hosts = {json.loads(path.read_text())["host"] for path in run.path.glob("heartbeat/rank-*.json")}
@@ -93,7 +93,9 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
     (project.folder / "paced.py").write_text(broken)
     run = Run(tmp_path / "run")
     job = project.submit(
-        "model.name=paced.py:Broken", "--run-dir", run.path, nodes=1, environment={"DISTRAIN_MAX_RESTARTS": "1"}
+        *("model.name=paced.py:Broken", "--run-dir", run.path, "--processes-per-node", "1"),
+        nodes=1,
+        environment={"DISTRAIN_MAX_RESTARTS": "1"},
     )
     found = cluster.wait_for_state(job, "FAILED", timeout_s=120)
     assert int(found["Restarts"]) == 2, run.log()
@@ -108,8 +110,10 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
 def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     job = project.submit("--run-dir", run.path, nodes=1)
-    cluster.run("scancel", job)
-    cluster.wait_for_state(job, "CANCELLED")
+    wait_until(lambda: "start 1" in run.log(), "the batch script", 30)
+    cluster.run("scancel", job)  # while it starts
+    found = cluster.wait_for_state(job, "CANCELLED", timeout_s=30)
+    assert found["Restarts"] == "0", run.log()
     # what was right when it was submitted is not when it starts
     (run.path / "submit" / "code" / "project" / "paced.py").write_text("import nothing_of_this_name\n")
     job = project.submit(run.path, nodes=1)
