@@ -55,16 +55,9 @@ class Project:
         return self.cluster.run(DISTRAIN, *arguments, cwd=self.folder, **options).stdout
 
     def submit(self, *arguments: str | Path, nodes: int = 2, time: str = "10", **options: Any) -> str:
-        """Submit the recipe, two processes on each node; returns the job's number."""
+        """Submit the recipe, or the run whose folder comes first; returns the job's number. Two processes on each node."""
         sizes = ("--nodes", str(nodes), "--processes-per-node", "2", "--time", time, "--sbatch=--exclusive")
-        named = (
-            arguments
-            if any(str(word).startswith(str(self.folder)) for word in arguments[:1])
-            else (
-                self.recipe,
-                *arguments,
-            )
-        )
+        named = arguments if isinstance(next(iter(arguments), None), Path) else (self.recipe, *arguments)
         said = self.distrain("submit", *named, *sizes, **options)
         return said.split("job ", 1)[1].split(":", 1)[0]
 
