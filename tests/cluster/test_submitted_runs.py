@@ -107,18 +107,27 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
     assert not cluster.processes()
 
 
-def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project, tmp_path: Path) -> None:
+@pytest.mark.fault(4)
+def test_a_job_that_is_cancelled_while_it_starts_is_not_queued_again(
+    cluster: Cluster, project: Project, tmp_path: Path
+) -> None:
     run = Run(tmp_path / "run")
     job = project.submit("--run-dir", run.path, nodes=1)
     wait_until(lambda: "start 1" in run.log(), "the batch script", 30)
-    cluster.run("scancel", job)  # while it starts
-    found = cluster.wait_for_state(job, "CANCELLED", timeout_s=30)
-    assert found["Restarts"] == "0", run.log()
-    # what was right when it was submitted is not when it starts
+    cluster.run("scancel", job)
+    cluster.wait_for_nodes(30)
+    found = cluster.job(job)
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), run.log()
+    assert not cluster.processes()
+
+
+def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    job = project.submit("--run-dir", run.path, nodes=1)
+    # what was right when it was submitted is not when it is read, seconds later
     (run.path / "submit" / "code" / "project" / "paced.py").write_text("import nothing_of_this_name\n")
-    job = project.submit(run.path, nodes=1)
-    found = cluster.wait_for_state(job, "FAILED")
-    assert found["Restarts"] == "0", run.log()
+    found = cluster.wait_for_state(job, "FAILED", "COMPLETED", "PENDING")
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), run.log()
     assert "nothing_of_this_name" in run.log()
 
 
