@@ -16,7 +16,7 @@ from worlds import in_world
 
 from distrain.data import build_transform
 from distrain.datasets import DataMeta
-from distrain.loop.session import check_recipe
+from distrain.loop import check_recipe
 from distrain.models import build_model, forward
 from distrain.recipe_file import dump_recipe, load_recipe, parse_recipe
 from distrain.rundir import RunDir
