@@ -55,7 +55,7 @@ class Project:
         return self.cluster.run(DISTRAIN, *arguments, cwd=self.folder, **options).stdout
 
     def submit(self, *arguments: str | Path, nodes: int = 2, time: str = "10", **options: Any) -> str:
-        """Submit the recipe, or the run whose folder comes first, with two processes a node; returns the job's number."""
+        """Submit the recipe, or the run whose folder comes first, two processes a node; returns the job's number."""
         sizes = ("--nodes", str(nodes), "--processes-per-node", "2", "--time", time, "--sbatch=--exclusive")
         named = arguments if isinstance(next(iter(arguments), None), Path) else (self.recipe, *arguments)
         said = self.distrain("submit", *named, *sizes, **options)
