@@ -57,7 +57,7 @@ _HEAD = """\
 """
 
 
-@dataclass
+@dataclass(eq=False)  # a plugin must be hashable
 class Reliability:
     """Collects what tests of faults found."""
 
