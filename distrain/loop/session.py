@@ -50,6 +50,7 @@ from distrain.optim import (
     build_optimizer,
     carry_over,
     resolve_schedule,
+    set_lr,
 )
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
@@ -265,6 +266,7 @@ class Session:
             self.evaluate()
             if self._scored_step == self.t.step and self.recipe.checkpoint.keep_best:
                 self._saved_step = -1  # which checkpoints are kept goes by the scores in them
+                set_lr(self.t.engine.optimizer, self.recipe.optim.lr * self.t.schedule(self.t.step - 1))  # as it was
                 self.save()
 
     def at_end(self) -> bool:
