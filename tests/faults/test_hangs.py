@@ -151,7 +151,8 @@ def test_a_rank_whose_disk_hangs_is_named(tmp_path: Path, asynchronous: str) -> 
 def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
     found = hung(tmp_path, 4, "model.where=forward", "model.how=stop", "model.rank=0", "model.at=6")
     assert found.seconds < LIMIT_S + 5, found
-    assert found.codes == [-signal.SIGKILL, 1, 1, 1]
+    assert found.codes[0] == -signal.SIGKILL
+    assert 0 not in found.codes
     assert "rank 0 on " in found.failed["message"]
     assert "its process is stopped, by SIGSTOP or a debugger" in found.failed["message"]
     assert found.err.count("error") == 1, found.err
@@ -204,8 +205,8 @@ def test_a_run_that_hung_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_first_step_that_takes_its_time_is_no_hang(tmp_path: Path) -> None:
     # the rehearsals are two passes: the third is the first of a step
-    settings = ["model.where=forward", "model.rank=-1", "model.at=3", "model.seconds=6"]
-    settings += [f"watchdog.{key}=4 s" for key in ("step", "save", "evaluate")]
+    settings = ["model.where=forward", "model.rank=-1", "model.at=3", "model.seconds=10"]
+    settings += [f"watchdog.{key}=8 s" for key in ("step", "save", "evaluate")]
     recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
     with running_world(4, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
         assert world.wait(60) == [0, 0, 0, 0], (tmp_path / "err-0").read_text()
