@@ -41,8 +41,8 @@ class Trouble:
         due = self.here and (self.count == self.at or (self.how == "slow" and self.count > self.at))
         if due and self.how != "slow":
             folder = Path(os.environ["DISTRAIN_TEST_FOLDER"])
-            (folder / "hangs.part").write_text(str(time.monotonic()))
-            (folder / "hangs.part").replace(folder / "hangs")
+            (folder / f"hangs.part{os.getpid()}").write_text(str(time.monotonic()))
+            (folder / f"hangs.part{os.getpid()}").replace(folder / "hangs")
         return due
 
 
