@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,16 @@ import torch
 from reliability import Reliability
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def blocked_signals_as_before() -> Iterator[None]:
+    """Give this process back the signals that it blocks where it trains; what it starts would inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    while signal.sigpending() - before:
+        signal.sigwait(signal.sigpending())
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -84,6 +84,8 @@ def test_what_is_noted() -> None:
     assert list(now.board) == [41, 2, list(heartbeat.PHASES).index("backward")]
     with pytest.raises(KeyError):
         mark("lunch")
+    assert (now.phase, now.marks) == ("backward", 2)
+    mark("optimizer")
 
 
 def test_heartbeats_are_read_as_they_were_written(tmp_path: Path) -> None:

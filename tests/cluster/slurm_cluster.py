@@ -406,6 +406,20 @@ class Cluster:
         found = [process for node in self.nodes for process in node.processes()]
         return [process for process in found if not re.match(r"\S*slurmd\b|\S*nsenter\b", process.command)]
 
+    def wait_for_no_processes(self, timeout_s: float = 10) -> None:
+        """Return when nothing runs on the compute nodes: a moment after SLURM calls a job done."""
+
+        def gone() -> bool:
+            nonlocal left
+            left = self.processes()
+            return not left
+
+        left: list[Process] = []
+        try:
+            wait_until(gone, "the end of all processes", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; there are: {left}") from None
+
     def reset(self) -> None:
         """Make it as new, whatever a test has done: no job, no process, every node up."""
         self.run("scancel", "--full", "--user", "root", check=False)

@@ -147,4 +147,4 @@ def test_a_run_that_ends_after_a_slurmstepd_has_died_ends_its_job(
     done = cluster.wait_for_state(job, "COMPLETED", "FAILED", "PENDING", timeout_s=90)
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "0"), run.log()
     run.assert_same_as(uninterrupted_in_two)
-    wait_until(lambda: not cluster.processes(), "the end of all processes", 10)
+    cluster.wait_for_no_processes()

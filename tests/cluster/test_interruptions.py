@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import Cluster, wait_until
+from slurm_cluster import Cluster
 from submitted import STEPS, Project, Run, Uninterrupted
 from wandb_file import history
 
@@ -60,7 +60,7 @@ def test_a_run_that_must_make_way_is_saved_queued_again_and_ends_in_the_same_bit
     run.assert_same_as(uninterrupted.run)
     assert [row["step"] for row in run.attempts()] == [0, preempted["step"]]
     assert [row["restart"] for row in run.attempts()] == [0, 1]
-    assert not cluster.processes()
+    cluster.wait_for_no_processes()
     record_property("steps_lost", 0)
     if way is _preempted:
         (file,) = (run.path / "wandb").glob("wandb/offline-run-*/*.wandb")  # one run of the tracker, with all steps
@@ -80,14 +80,14 @@ def test_stopped_by_a_person_and_cancelled_it_is_not_queued_again(
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "0"), run.log()
     stopped = run.checkpoints()[-1]
     assert stopped == run.step()
-    wait_until(lambda: not cluster.processes(), "the end of all processes", 10)
+    cluster.wait_for_no_processes()
 
     job = project.submit(run.path)
     run.wait_for_step(stopped + 2)
     began = time.monotonic()
     project.distrain("cancel", run.path)
     cluster.wait_for_state(job, "CANCELLED", timeout_s=30)
-    wait_until(lambda: not cluster.processes(), "the end of all processes", 30)
+    cluster.wait_for_no_processes(30)
     print(f"cancelled and gone after {time.monotonic() - began:.1f} s")
     cluster.wait_for_nodes(30)
     assert cluster.job(job)["Restarts"] == "0"

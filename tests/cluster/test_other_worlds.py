@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import Cluster, wait_until
+from slurm_cluster import Cluster
 from submitted import Project, Run, Uninterrupted
 
 
@@ -41,4 +41,4 @@ def test_a_sharded_run_goes_on_with_fewer_nodes(
         assert mine[:2] == its[:2]
         assert mine[2] == pytest.approx(its[2], rel=2e-2, abs=2e-3)
     record_property("steps_lost", 0)
-    wait_until(lambda: not cluster.processes(), "the end of all processes", 10)
+    cluster.wait_for_no_processes()

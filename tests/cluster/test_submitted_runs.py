@@ -19,7 +19,7 @@ def test_a_run_on_two_nodes_ends_with_its_result(cluster: Cluster, uninterrupted
     assert row["job"] == uninterrupted.job
     hosts = {json.loads(path.read_text())["host"] for path in run.path.glob("heartbeat/rank-*.json")}
     assert hosts == {"n1", "n2"}
-    assert not cluster.processes()
+    cluster.wait_for_no_processes()
 
 
 @pytest.mark.fault(30)
@@ -104,7 +104,7 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
     assert failed["restart"] is False
     assert "without coming any further" in failed["message"]
     assert "the disk is on fire" in run.log()
-    assert not cluster.processes()
+    cluster.wait_for_no_processes()
 
 
 @pytest.mark.fault(4)
@@ -118,7 +118,7 @@ def test_a_job_that_is_cancelled_while_it_starts_is_not_queued_again(
     cluster.wait_for_nodes(30)
     found = cluster.job(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), run.log()
-    assert not cluster.processes()
+    cluster.wait_for_no_processes()
 
 
 def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project, tmp_path: Path) -> None:
