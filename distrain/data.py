@@ -26,17 +26,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 from distrain.config import BatchSection, Recipe, UserError, is_object_spec, mix, resolve_object
-from distrain.datasets import AnySource, Batch, Data, DataRequest, Source, StreamSource, find_dataset, is_stream
+from distrain.datasets import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
+from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
 from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
 from distrain.datasets.transforms import Transform
 from distrain.heartbeat import listen_in_loader
-
-Place = tuple[np.ndarray, np.ndarray]
-"""(epochs, ids) of the samples of one batch, each (batch,) int64. An id of -1 - i is padding that repeats sample i."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # The order of samples
@@ -170,62 +168,7 @@ def _nearest(total: int, unit: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# From sample numbers to batches, in this process or in loader processes
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a loader process sends instead of a batch: an exception would arrive wrapped in that process's traceback."""
-
-    message: str
-
-
-class _Batches(Dataset[Any]):
-    """The batches of a source by place."""
-
-    def __init__(self, source: Source, transform: Transform | None):
-        self.source = source
-        self.transform = transform
-        self.fetch_at = getattr(source, "fetch_at", None)
-
-    def batch(self, place: Place) -> Batch:
-        epochs, ids = place
-        padding = ids < 0
-        padded = bool(padding.any())
-        wanted = np.where(padding, -1 - ids, ids) if padded else ids
-        batch = self.source.fetch(wanted) if self.fetch_at is None else self.fetch_at(wanted, epochs)
-        if self.transform is not None:
-            batch = self.transform(batch, epochs)
-        if padded:
-            batch["ids"] = torch.from_numpy(np.where(padding, -1, ids))
-        return batch
-
-    def __getitem__(self, place: Place) -> Batch | _Failure:
-        try:
-            return self.batch(place)
-        except UserError as error:
-            return _Failure(str(error))
-
-
-class _StreamBatches(IterableDataset[Any]):
-    """The batches of one rank from a stream that is walked in whole; `plan` turns its samples into them."""
-
-    def __init__(self, plan: Callable[[], Iterator[tuple[Place, list[Any]]]], source: StreamSource, transform: Any):
-        self.plan = plan
-        self.source = source
-        self.transform = transform
-
-    def batches(self) -> Iterator[Batch]:
-        for (epochs, ids), samples in self.plan():
-            batch = self.source.collate(samples)
-            batch["ids"] = torch.from_numpy(np.maximum(ids, -1))
-            yield batch if self.transform is None else self.transform(batch, epochs)
-
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        try:
-            yield from self.batches()
-        except UserError as error:
-            yield _Failure(str(error))
+# Loader processes
 
 
 def _begin_loading(worker: int) -> None:
@@ -238,11 +181,11 @@ def _begin_loading(worker: int) -> None:
 
 
 def _loader(
-    batches: _Batches | _StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
+    batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
 ) -> Iterable[Batch]:
     """Return the batches in order, made by `workers` processes, or here where that is 0."""
     if workers == 0:
-        made = batches.batches() if isinstance(batches, _StreamBatches) else map(batches.batch, places or ())
+        made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, places or ())
         return map(_pinned, made) if pin_memory else made
     # Forked processes share the data with this one. They never touch a GPU, so a device that is in use is no matter.
     context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -275,7 +218,7 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
                 f"a loader process ended: {error}\nit may have run out of memory, or of shared memory (/dev/shm); "
                 "try fewer data.workers, or 0 to see its own error"
             ) from error
-        if isinstance(batch, _Failure):
+        if isinstance(batch, Failure):
             raise UserError(batch.message)
         yield batch
 
@@ -336,7 +279,7 @@ def build_loader(
     # Without an end, as far as positions can be numbered.
     last = 2**62 // (world_size * micro_batch_size) if stop_step is None else stop_step * accumulation
     workers = recipe.data.workers
-    batches: _Batches | _StreamBatches
+    batches: Batches | StreamBatches
     places: Iterable[Place] | None = None
     if is_stream(source):
         _check_stream_workers(workers)
@@ -344,11 +287,11 @@ def build_loader(
         def plan() -> Iterator[tuple[Place, list[Any]]]:
             return _train_stream(source, first, last, rank, world_size, micro_batch_size)
 
-        batches = _StreamBatches(plan, source, transform)
+        batches = StreamBatches(plan, source, transform)
     else:
         assert order is not None, "a source that is not a stream needs an order"
         assert order.length == len(source), "the order is for as many samples as there are"
-        batches = _Batches(source, transform)
+        batches = Batches(source, transform, recipe.data.skip_undecodable)
         places = _train_places(order, first, last, rank, world_size, micro_batch_size)
     return _steps(_checked(_loader(batches, places, workers, pin_memory)), accumulation)
 
@@ -431,24 +374,27 @@ def build_eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     split: str = "test",
+    skip_undecodable: int = 0,
 ) -> EvalLoader:
     """Return a loader of this rank's share of one pass, in the split's own order.
 
     Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
-    rows that only fill up repeat a sample under the id -1. Raises UserError for a split without samples.
+    rows that only fill up repeat a sample under the id -1. A sample that does not decode is missing, with its id in the
+    batch's `undecodable`; more of them than `skip_undecodable` are an error. Raises UserError for a split without
+    samples.
     """
-    batches: _Batches | _StreamBatches
+    batches: Batches | StreamBatches
     if is_stream(source):
         _check_stream_workers(workers)
 
         def plan() -> Iterator[tuple[Place, list[Any]]]:
             return _eval_stream(source, rank, world_size, batch_size, split)
 
-        batches = _StreamBatches(plan, source, transform)
+        batches = StreamBatches(plan, source, transform)
         return EvalLoader(lambda: _loader(batches, None, workers, pin_memory), None)
     if len(source) == 0:
         raise UserError(f"the split {split!r} has no samples to evaluate")
-    mapped = _Batches(source, transform)
+    mapped = Batches(source, transform, skip_undecodable, once=True)
     places = [
         (np.zeros(len(ids), np.int64), ids)
         for start in range(0, len(source), batch_size * world_size)
@@ -493,11 +439,16 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     data = own_data(request) if is_object_spec(recipe.data.name) else find_dataset(recipe.data.name)(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
+    if recipe.data.skip_undecodable and any(map(is_stream, data.splits.values())):
+        raise UserError(
+            f"data.skip_undecodable is {recipe.data.skip_undecodable}, and samples of an iterable data set have no "
+            "numbers; leave out what does not decode where it is iterated, in the same way in every process"
+        )
     shapes = {}
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
         # The first sample shows at once whether the transforms fit, long before the first evaluation.
-        inputs = _first(source, transform)["inputs"]
+        inputs = _first(source, transform, recipe.data.skip_undecodable)["inputs"]
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             shapes[name] = tuple(inputs.shape[1:])
     meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])
@@ -526,10 +477,10 @@ def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform
     return Transform(getattr(recipe.data.transforms, kind), recipe.seed, f"data.transforms.{kind}")
 
 
-def _first(source: AnySource, transform: Transform) -> Batch:
+def _first(source: AnySource, transform: Transform, tolerated: int) -> Batch:
     if is_stream(source):
         return next(iter(build_eval_loader(source, rank=0, world_size=1, batch_size=1, transform=transform)))
-    return _Batches(source, transform).batch((np.zeros(1, np.int64), np.zeros(1, np.int64)))
+    return Batches(source, transform, tolerated).batch((np.zeros(1, np.int64), np.zeros(1, np.int64)))
 
 
 def prepare_data(recipe: Recipe) -> bool:

@@ -101,6 +101,7 @@ def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
         workers=recipe.data.workers,
         decode=data.meta.decode,
         split=split,
+        skip_undecodable=recipe.data.skip_undecodable,
     )
     return {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size, **values}
 

@@ -23,7 +23,7 @@ from distrain.metrics import build_metrics
 from distrain.models import build_model, calling_convention
 from distrain.optim import build_loss
 from distrain.recipe_file import load_recipe
-from distrain.strategy import open_world
+from distrain.strategy import FLAGS, open_world
 
 SOON_S = 60.0
 """Far below the 600 seconds that a collective waits; most of it is the start of the processes."""
@@ -266,7 +266,7 @@ def uneven_passes(strategy: str) -> list[float]:
         sums.append(engine.model(torch.ones(1, 400)).sum().item())
         engine.settle()
     objective = engine.wrapped(torch.ones(1, 400)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), (0.0, 0.0, 0.0))
+    engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
     world.close()
     return sums
 

@@ -39,7 +39,7 @@ def ids_by_step(recipe: str, variants: list[list[str]], folder: str, starts: lis
             for start in starts:
                 session.t.step = start
                 steps = [[batch["ids"].tolist() for batch in micro_batches] for micro_batches in session.loader()]
-                assert all(len(micro_batches) == session.accumulation for micro_batches in steps)
+                assert all(len(micro_batches) == session.setup.feed.accumulation for micro_batches in steps)
                 found.append([list(chain.from_iterable(micro_batches)) for micro_batches in steps])
     world.close()
     return found

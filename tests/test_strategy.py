@@ -19,6 +19,7 @@ from distrain.checkpoint import LocalCommunicator, Reader, Saver
 from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
 from distrain.strategy import (
+    FLAGS,
     Environment,
     Plan,
     TrainingState,
@@ -421,7 +422,7 @@ def prepared() -> tuple[float, bool, list[float]]:
     engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(model.used.weight.grad[0].tolist()))
     # each rank another input: what comes out is the mean gradient of all
     objective = engine.wrapped(torch.full((1, 3), world.rank + 1.0)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), (0.0, 0.0, 0.0))
+    engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
     model.passes += world.rank
     engine.state.ema.update()
     engine.align_buffers()

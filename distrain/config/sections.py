@@ -178,6 +178,8 @@ class DataSection(Component):
     """What is done to the inputs."""
     workers: Annotated[int, Field(ge=0, le=256), WHOLE] = 0
     """Loader processes for each training process; 0 loads in the training process itself."""
+    skip_undecodable: Annotated[int, Field(ge=0), WHOLE] = 0
+    """Different samples of a split that may not decode: they are left out and counted. One more is an error."""
     prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
     """`path/to/file.py:name` of a function that is called once, by rank 0, with `path` when nothing is there yet."""
 

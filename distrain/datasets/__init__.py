@@ -5,6 +5,7 @@
     tables.py      CSV and Parquet
     text.py        text for language models
     parallel.py    pairs of sentences for translation
+    batches.py     from sample numbers to batches; what does not decode
     own.py         the user's own Dataset or iterable, named in the recipe
     transforms.py  what is done to inputs, in whole batches
     randomness.py  random numbers computed from (seed, epoch, sample id)
@@ -80,7 +81,8 @@ class Source(Protocol):
         """Return the samples `ids` (batch,) int64, each in 0..len-1, in that order; equal ids give equal batches.
 
         The batch is the caller's to change. A source whose samples differ from epoch to epoch also has
-        `fetch_at(ids, epochs)`. Images of different sizes are a list in `inputs`, for a transform to make equal.
+        `fetch_at(ids, epochs)`. For a sample that is damaged it raises Undecodable. Images of different sizes are a
+        list in `inputs`, for a transform to make equal.
         """
         ...
 
@@ -98,6 +100,19 @@ class StreamSource(Protocol):
 
 
 AnySource = Source | StreamSource
+
+
+class Undecodable(UserError):
+    """The sample with this number is damaged; to read it again would not help."""
+
+    def __init__(self, sample: int, message: str):
+        super().__init__(message)
+        self.sample = sample
+
+    @staticmethod
+    def is_why(error: Exception) -> bool:
+        """Whether an error comes of what was read, and not of reading: a disk that is away may come back."""
+        return not isinstance(error, MemoryError) and not (isinstance(error, OSError) and error.errno is not None)
 
 
 def is_stream(source: AnySource) -> TypeIs[StreamSource]:

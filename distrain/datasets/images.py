@@ -12,7 +12,17 @@ import torch
 from PIL import Image, ImageOps
 
 from distrain.config import UserError, close_names
-from distrain.datasets import Batch, Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
+from distrain.datasets import (
+    Batch,
+    Data,
+    DataMeta,
+    DataRequest,
+    Source,
+    TensorSource,
+    Undecodable,
+    register,
+    split_indices,
+)
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
@@ -55,8 +65,11 @@ class ImageFiles:
             return decode_image(path, self.size, self.channels)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"sample {number}, {path}, cannot be decoded as an image: {reason}; mend the file or take it away"
+            if not Undecodable.is_why(error):
+                raise UserError(f"sample {number}, {path}, cannot be read: {reason}") from error
+            raise Undecodable(
+                number,
+                f"sample {number}, {path}, cannot be decoded as an image: {reason}; mend the file or take it away",
             ) from error
 
 

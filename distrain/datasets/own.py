@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms.v2 import functional
 
 from distrain.config import DataSection, Task, UserError, close_names, mix, resolve_object
-from distrain.datasets import AnySource, Batch, Data, DataMeta, DataRequest, Source, split_indices
+from distrain.datasets import AnySource, Batch, Data, DataMeta, DataRequest, Source, Undecodable, split_indices
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 
 _ITEM = "(inputs, targets), or a dict with 'inputs' and 'targets'"
@@ -243,12 +243,14 @@ class OwnSource:
         samples = []
         numbers = ids if self.indices is None else self.indices[ids]
         with isolated_randomness():
-            for number, seed in zip(numbers.tolist(), stream_of(self.seed, epochs, ids).tolist(), strict=True):
+            seeds = stream_of(self.seed, epochs, ids).tolist()
+            for sample, number, seed in zip(ids.tolist(), numbers.tolist(), seeds, strict=True):
                 seed_globally(seed)
                 try:
                     item = self.made.dataset[number]
                 except Exception as error:
-                    raise UserError(f"{self.made.name}: item {number} cannot be read: {_told(error)}") from error
+                    told = f"{self.made.name}: item {number} cannot be read: {_told(error)}"
+                    raise (Undecodable(sample, told) if Undecodable.is_why(error) else UserError(told)) from error
                 samples.append(_pair(item, f"{self.made.name}: item {number}"))
         return {**collate(samples, self.task, self.pad_id, self.made.name), "ids": torch.from_numpy(ids)}
 

@@ -3,11 +3,16 @@
 The state of training is `(step, parameters, optimizer state)`. Which samples a step consumes, its learning rate and its
 random numbers are computed from the recipe and the step, so a resumed run goes on as if it had never stopped.
 
-    step.py        `train_step`
-    anomalies.py   steps that are left out, because their loss or gradient is no number or far too large
-    evaluation.py  `evaluate`
-    session.py     what `train` does between its steps: set-up, reports, scoring, saving, the end
-    pace.py        when things are due, requests to stop, the best so far
+    step.py           `train_step`
+    evaluation.py     `evaluate`
+    setup.py          what is there before the first step
+    session.py        what `train` does between its steps: reports, scoring, saving, the end
+    pace.py           when things are due, requests to stop, the best so far
+    anomalies.py      steps that are left out, because their loss or gradient is no number or far too large
+    out_of_memory.py  what to lower where the memory did not suffice
+    checks.py         what a recipe must be before anything is built from it
+    introducing.py    what a run says of itself before its first step
+    trace.py          what each step did, for a proof; hidden.py: state that no checkpoint holds
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def evaluate(
     split: str = "test",
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
+    skip_undecodable: int = 0,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
@@ -55,9 +56,12 @@ def evaluate(
     every rank: `whole` returns the context in which the model, if it is sharded, needs no other rank.
 
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
+
+    Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there are
+    any, and do not count as `samples`.
     """
     metrics.reset()
-    seen = _Seen()
+    seen, undecodable = _Seen(), dict[int, str]()
     was_training = model.training
     model.eval()
     loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -70,6 +74,7 @@ def evaluate(
         workers=workers,
         pin_memory=world.device.type == "cuda",
         split=split,
+        skip_undecodable=skip_undecodable,
     )
 
     def go_on() -> None:
@@ -83,6 +88,9 @@ def evaluate(
     def count(batch: Batch, outputs: ModelOutput) -> None:
         ids = batch["ids"]
         seen.add(ids.numpy())
+        if lost := batch.get("undecodable"):
+            undecodable.update(lost)
+            seen.leave_out(np.array(list(lost)))
         keep = (ids >= 0).to(world.device, non_blocking=True)
         loss_sum, counted = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
         loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
@@ -112,11 +120,14 @@ def evaluate(
     total = world.sum(torch.cat((loss_sums, own, metric_sums.to(world.device))))
     seen.check(total[2:5].tolist(), source, split)
     gathered = metrics.gather(world.gather)
-    return {
+    values: dict[str, Any] = {
         "loss": (total[0] / total[1]).item(),
-        **metrics.compute(total[5:], gathered),
-        "samples": int(total[2].item()),
+        **metrics.compute(total[6:], gathered),
+        "samples": int(total[2].item() - total[5].item()),
     }
+    if total[5] > 0:
+        values["undecodable"] = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
+    return values
 
 
 def _in_lockstep(
@@ -185,15 +196,21 @@ class _Seen:
     def __init__(self) -> None:
         self._count = 0
         self._hash = 0
+        self._left_out = 0
 
     def add(self, ids: np.ndarray) -> None:
         ids = ids[ids >= 0]
         self._count += len(ids)
         self._hash = (self._hash + _hash_sum(ids)) % 2**64
 
+    def leave_out(self, ids: np.ndarray) -> None:
+        """Count samples that are in no batch, and are accounted for."""
+        self.add(ids)
+        self._left_out += len(ids)
+
     def sums(self) -> list[float]:
         # halves of 32 bits stay exact in float64 when summed over ranks
-        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF)]
+        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF), float(self._left_out)]
 
     @staticmethod
     def check(total: list[float], source: AnySource, split: str) -> None:

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from distrain import memory
 from distrain.checkpoint import Manifest
-from distrain.config import Recipe
 from distrain.datasets import is_stream
-from distrain.probed import Probed, Where, remembered
+from distrain.loop.setup import Setup
+from distrain.probed import Probed
 from distrain.rundir import RunDir
 from distrain.strategy import World
 
-if TYPE_CHECKING:
-    from distrain.loop.session import Session
 
-
-def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
-    """Return what `batch.micro: auto` was found to be for such a start, or None. All ranks call; all get the same."""
-    if recipe.batch.micro_batch_size != "auto":
-        return None
-    where = Where.of(recipe, world.world_size, world.strategy, world.asked.offload)
-    found: Probed | None = world.first(lambda: remembered(run, where))
-    return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
-
-
-def introduction(session: Session) -> list[str]:
-    """Return the lines that say what is trained, on what, and how a step is put together."""
-    recipe, world = session.recipe, session.world
+def introduction(run: RunDir, setup: Setup) -> list[str]:
+    """Return the lines that say what is trained, on what, how a step is put together, and what it goes on from."""
+    feed = setup.feed
+    recipe, world = feed.recipe, feed.world
     splits = ", ".join(
         f"{name} {len(source):,}" if not is_stream(source) else f"{name} (stream)"
-        for name, source in session.data.splits.items()
+        for name, source in feed.data.splits.items()
     )
-    per_step = f"{recipe.batch.global_batch_size} = {world.world_size} x {session.micro_batch_size}"
-    if session.accumulation > 1:
-        per_step += f" x {session.accumulation} accumulated"
+    per_step = f"{recipe.batch.global_batch_size} = {world.world_size} x {feed.micro_batch_size}"
+    if feed.accumulation > 1:
+        per_step += f" x {feed.accumulation} accumulated"
     if recipe.batch.micro_batch_size == "auto":
-        per_step += f" (batch.micro auto: {_why(session.probed, world)})"
+        per_step += f" (batch.micro auto: {_why(feed.probed, world)})"
     return [
-        f"run {session.run.path}",
+        *(f"skipped checkpoint {path.name}: {reason}" for path, reason in setup.skipped),
+        f"run {run.path}",
         f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}",
         f"  data     {recipe.data.name}: {splits}",
-        f"  model    {recipe.model.name}: {session.described}",
-        f"  batch    {per_step}; {session.total_steps:,} steps",
+        f"  model    {recipe.model.name}: {setup.described}",
+        f"  batch    {per_step}; {feed.total_steps:,} steps",
+        *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
+        *(f"  {told}" for told in setup.told),
     ]
 
 

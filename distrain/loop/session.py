@@ -9,52 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver, find_newest
 from distrain.config import Recipe, UserError
 from distrain.consolidate import export
-from distrain.data import (
-    SampleOrder,
-    batch_shape,
-    build_data,
-    build_loader,
-    build_transform,
-    prepare_data,
-)
-from distrain.datasets import Batch, Data, is_stream
+from distrain.datasets import Batch, Data
 from distrain.heartbeat import mark, starts_at, take_straggler
 from distrain.lease import Lease
-from distrain.loop.anomalies import Anomalies, Anomaly
-from distrain.loop.checks import horizon_of
+from distrain.loop.anomalies import Anomaly
 from distrain.loop.evaluation import Interrupted, evaluate
-from distrain.loop.introducing import introduction, probed_batch, resumption
+from distrain.loop.introducing import introduction
 from distrain.loop.out_of_memory import explained
 from distrain.loop.pace import Best, Every, StopRequest, Waited
-from distrain.loop.step import StepNumbers, Training, loss_of, to_device
-from distrain.loop.trace import Trace
+from distrain.loop.setup import set_up
+from distrain.loop.step import StepNumbers
+from distrain.loop.undecodable import EVENT as UNDECODABLE
+from distrain.loop.undecodable import Undecodable
 from distrain.metrics import build_metrics
-from distrain.models import (
-    build_model,
-    calling_convention,
-    defer_model,
-    describe_model,
-    plain_model,
-    transformers_config,
-)
-from distrain.networks.blocks import checkpoint_activations
-from distrain.networks.deferred import Deferred
-from distrain.optim import (
-    build_loss,
-    build_optimizer,
-    carry_over,
-    resolve_schedule,
-    set_lr,
-)
+from distrain.models import transformers_config
+from distrain.optim import set_lr
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, now
-from distrain.strategy import Plan, World, build_engine
+from distrain.strategy import World
 from distrain.telemetry import Telemetry, duration
 
 _ELSEWHERE = "a request on another rank"
@@ -78,28 +54,11 @@ class Session:
         self.run, self.recipe, self.world, self.stop = run, recipe, world, stop or StopRequest()
         self._fence = lease.check if lease is not None else lambda: None
         self.started = time.monotonic()
-        world.first(lambda: prepare_data(recipe))
-        checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
-        reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
-        self.data: Data = world.together(
-            lambda: build_data(recipe, state=reader.manifest.scalars["data"] if reader is not None else None)
-        )
-        self.transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
-        self.trace = Trace.from_environment(world.rank)
-        if self.trace is not None:
-            self.transforms["train"] = self.trace.around(self.transforms["train"])
-        self.horizon = horizon_of(recipe, self.data)
-        assert self.horizon.total_steps is not None
-        self.total_steps: int = self.horizon.total_steps
-        self._told: list[str] = []
-        self.t = self._training(resumes=reader is not None)
-        self.anomalies = self.t.anomalies = Anomalies(run, recipe, world, self._fence)
-        self.anomalies.watch(self.t)
-        if reader is not None:
-            self._told += self.t.engine.restore(reader)
-            self.anomalies.load(reader.manifest.scalars)
-            reader.close()
-            self.t.step = reader.manifest.step
+        self.setup = setup = set_up(run, recipe, world, self._fence)
+        self.t, self.anomalies, self.trace = setup.training, setup.anomalies, setup.trace
+        self.data: Data = setup.feed.data
+        self.total_steps = setup.feed.total_steps
+        self.undecodable = Undecodable(run, world, recipe.data.skip_undecodable, self.t.step)
         starts_at(self.t.step)
         self._record_effect()
         self._stepped = False
@@ -118,10 +77,10 @@ class Session:
             fence=self._fence,
         )
         self.saver.rehearse()
-        self._log_every = Every(recipe.log.every, self.horizon, "log.every")
-        self._eval_every = Every(recipe.eval.every, self.horizon, "eval.every")
-        self._save_every = Every(recipe.checkpoint.every, self.horizon, "checkpoint.every")
-        self._saved_step = self.t.step if reader is not None else -1
+        self._log_every = Every(recipe.log.every, setup.horizon, "log.every")
+        self._eval_every = Every(recipe.eval.every, setup.horizon, "eval.every")
+        self._save_every = Every(recipe.checkpoint.every, setup.horizon, "checkpoint.every")
+        self._saved_step = self.t.step if setup.resumed is not None else -1
         self._scored_step = self.best.scores[-1][0] if self.best.scores else -1
         self._logged_step = self.t.step
         self._time_to_save = False
@@ -139,15 +98,11 @@ class Session:
             )
         )
         self._saved_at = self._logged_at = time.monotonic()
-        for path, reason in skipped:
-            self.say(f"skipped checkpoint {path.name}: {reason}")
-        for line in introduction(self):
+        for line in introduction(run, setup):
             self.say(line)
-        if reader is not None:
-            self._resume(reader.manifest)
-        for told in self._told:
-            self.say(f"  {told}")
-        if reader is None and self.anomalies.goes_back:
+        if setup.resumed is not None:
+            self._note_published(setup.resumed)
+        elif self.anomalies.goes_back:
             self.save()
 
     @classmethod
@@ -163,84 +118,18 @@ class Session:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes."""
         with explained(recipe, world) as attempt:
             session = cls(run, recipe, world, stop, lease)
-            attempt.micro_batch_size = session.micro_batch_size
+            attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
                 yield session
             finally:
                 session.saver.close()
                 session.telemetry.close()
 
-    def _resume(self, manifest: Manifest) -> None:
-        self.say(resumption(manifest, self.world))
-        # published and not yet noted when the attempt before was killed
+    def _note_published(self, manifest: Manifest) -> None:
+        """Note a checkpoint that was published, and perhaps not yet noted when the attempt before was killed."""
         size = sum(file.size for file in manifest.files)
         self.telemetry.write(
             {"event": "checkpoint", "step": manifest.step, "bytes": size, "seconds": None, "time": now()}
-        )
-
-    def _training(self, *, resumes: bool) -> Training:
-        recipe, world = self.recipe, self.world
-        self.probed = probed_batch(self.run, recipe, world)
-        batch = recipe.batch if self.probed is None else self.probed.section(recipe.batch)
-        micro_batch_size, accumulation = batch_shape(batch, world.world_size)
-        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-
-        loss = world.together(lambda: build_loss(recipe, self.data.meta))
-
-        def fit(model: nn.Module) -> None:
-            self.described = describe_model(model)  # whole: a sharded one tells of its shards
-            self._told += world.arithmetic.fit(model, world.device)
-            if told := checkpoint_activations(model, recipe.train.activation_checkpointing):
-                self._told.append(told)
-
-        def build() -> nn.Module:
-            model = build_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
-            fit(model)
-            return model
-
-        def defer() -> Deferred:
-            deferred = defer_model(recipe, self.data.meta, weights=not resumes, say=self._told.append)
-            fit(deferred.model)
-            return deferred
-
-        def objective(model: nn.Module) -> torch.Tensor:
-            batch = to_device(next(self._batches(start_step=0))[0], world)
-            return loss_of(calling_convention(plain_model(model)), loss, model, batch)
-
-        plan = Plan(
-            model=build,
-            deferred=defer,
-            optimizer=lambda model: build_optimizer(model, recipe.optim),
-            objective=objective,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            clip_norm=recipe.optim.clip_norm,
-            ema=recipe.train.ema,
-            section=recipe.optim,
-            carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
-            initial=not resumes,
-        )
-        engine = build_engine(world, plan)
-        engine.model.train()
-        if recipe.train.compile:
-            engine.model.compile()
-        schedule = resolve_schedule(recipe.schedule, self.horizon)
-        return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=self.trace)
-
-    def _batches(self, start_step: int) -> Iterator[list[Batch]]:
-        source = self.data.splits["train"]
-        length = len(source) if not is_stream(source) else None
-        return build_loader(
-            source,
-            SampleOrder(length, self.recipe.seed) if length is not None else None,
-            recipe=self.recipe,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            micro_batch_size=self.micro_batch_size,
-            start_step=start_step,
-            stop_step=self.total_steps,
-            transform=self.transforms["train"],
-            pin_memory=self.world.device.type == "cuda",
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -250,10 +139,11 @@ class Session:
         """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
         while not self.ended_early:
             self._went_back = False
-            batches = self._batches(start_step=self.t.step)
+            batches = self.setup.feed.batches(start_step=self.t.step)
             if self.trace is not None:
                 self.t.trace, batches = self.trace, self.trace.watch(batches, self)
             for micro_batches in self._waited.during(batches):
+                self.undecodable.note(self.t.step + 1, micro_batches)
                 yield micro_batches
                 if self._went_back:
                     break
@@ -298,11 +188,16 @@ class Session:
     # ----------------------------------------------------------------------------------------------------------------
     # A step's report
 
-    def flags(self) -> tuple[float, float, float]:
+    def flags(self) -> tuple[float, float, float, float]:
         """Return what this rank has to tell the others with this step; `settle` gets the mean over the ranks."""
         written = self.saver.in_flight is not None and self.saver.written
         time_to_save = self.world.rank == 0 and self._save_every.elapsed(self._saved_at)
-        return float(self.stop.reason is not None), float(time_to_save), float(written)
+        return (
+            float(self.stop.reason is not None),
+            float(time_to_save),
+            float(written),
+            self.undecodable.count(self.t.step + 1),
+        )
 
     def settle(self, numbers: StepNumbers | None) -> bool:
         """Read a step's numbers, write its row if one is due, and act on what the ranks agreed.
@@ -315,7 +210,7 @@ class Session:
             self._stepped = True
             self._record_effect()
         step = numbers.step
-        loss, norm, (stops, time_to_save, written) = numbers.read()
+        loss, norm, (stops, time_to_save, written, undecodable) = numbers.read()
         if self.trace is not None:
             self.trace.settled(step, loss, norm)
         found = self.anomalies.settle(step, loss, norm, numbers.own)
@@ -323,6 +218,8 @@ class Session:
             self._tell(found)
         elif self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
             self._log(step, loss, norm, numbers.loss_scale)
+        if undecodable > 0:
+            self._leave_out(step)
         if stops > 0 and not self.stopping:
             self.stopping = self.stop.reason or _ELSEWHERE
         self._time_to_save = time_to_save > 0
@@ -342,6 +239,13 @@ class Session:
             )
         self.telemetry.write(found.row() | {"time": now()})
         self.say(f"step {found.step} is left out, as was decided before" if found.known else f"{found}; it is left out")
+
+    def _leave_out(self, step: int) -> None:
+        """Note samples of a step that do not decode."""
+        found, warnings = self.undecodable.of_step(step)
+        self.telemetry.write({"event": UNDECODABLE, "step": step, "samples": found, "time": now()})
+        for warning in warnings:
+            self.say(warning)
 
     def _go_back(self) -> None:
         """Take up the newest checkpoint again, as the next start would."""
@@ -388,7 +292,7 @@ class Session:
             self.say(f"warning: {slow}")
 
     def _epoch(self, step: int) -> float:
-        length = self.horizon.samples_per_epoch
+        length = self.setup.horizon.samples_per_epoch
         return step * self.recipe.batch.global_batch_size / length if length else 0.0
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -433,13 +337,14 @@ class Session:
                     world=self.world,
                     loss=self.t.loss,
                     metrics=self.metrics,
-                    batch_size=self.recipe.eval.batch or self.micro_batch_size,
-                    transform=self.transforms["eval"],
+                    batch_size=self.recipe.eval.batch or self.setup.feed.micro_batch_size,
+                    transform=self.setup.feed.transforms["eval"],
                     workers=self.recipe.data.workers,
                     decode=self.data.meta.decode,
                     split=split,
                     whole=engine.whole,
                     stopping=self._asked_to_leave,
+                    skip_undecodable=self.recipe.data.skip_undecodable,
                 )
             except Interrupted:
                 values = None
@@ -447,6 +352,8 @@ class Session:
             self.stopping = self.stop.reason or _ELSEWHERE
             return None
         seconds = time.monotonic() - began
+        for warning in self.undecodable.of_split(split, values.get("undecodable", {})):
+            self.say(warning)
         self.telemetry.write(
             {"event": event, "step": self.t.step, "split": split, **values, "seconds": seconds, "time": now()}
         )
@@ -563,6 +470,7 @@ class Session:
             "test": values,
             "best": {"metric": self.best.metric, "step": best[0], "value": best[1]} if best else None,
             "processes": self.world.world_size,
+            "undecodable": {split: sorted(known) for split, known in self.undecodable.known.items() if known},
             "strategy": self.world.strategy,
             "precision": self.world.precision,
             "seconds": time.monotonic() - self.started,

@@ -18,7 +18,7 @@ from distrain.loop.anomalies import Anomalies, Anomaly, Own
 from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import Loss, Schedule, set_lr
-from distrain.strategy import Engine, TrainingState, World
+from distrain.strategy import FLAGS, Engine, TrainingState, World
 from distrain.strategy.engine import Numbers
 
 
@@ -79,14 +79,14 @@ class StepNumbers:
 
 
 def train_step(
-    t: Training, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: (0.0, 0.0, 0.0)
+    t: Training, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: [0.0] * FLAGS
 ) -> StepNumbers:
     """Make one optimizer step. All ranks call.
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
-    on how samples are spread over them nor on how many targets each holds. `flags` returns three numbers of this rank,
-    which are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose
-    scaled gradient overflows is made again with a smaller scale, from the same samples. A step that is left out changes
+    on how samples are spread over them nor on how many targets each holds. `flags` returns numbers of this rank, which
+    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose scaled
+    gradient overflows is made again with a smaller scale, from the same samples. A step that is left out changes
     nothing but the count of steps.
     """
     if t.anomalies is not None and (known := t.anomalies.left_out(t.step + 1)) is not None:

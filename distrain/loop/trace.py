@@ -237,7 +237,7 @@ class Trace:
                 "optimizer": session.t.state.optimizer,
                 "loss": session.t.loss,
                 "data": session.data.splits["train"],
-                "transforms": session.transforms["train"],
+                "transforms": session.setup.feed.transforms["train"],
             }
         )
 

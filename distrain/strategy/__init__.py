@@ -22,7 +22,7 @@ from distrain.config import OptimSection, UserError, is_object_spec
 from distrain.optim import dtensor_problem, sharding_problem
 from distrain.strategy.configuration import Configuration, Stated, read_configuration, take_over
 from distrain.strategy.configured import disagreements, strategy_wishes, unused
-from distrain.strategy.engine import Engine, Plan, with_arithmetic
+from distrain.strategy.engine import FLAGS, Engine, Plan, with_arithmetic
 from distrain.strategy.launched import (
     OFFLOADS,
     STRATEGIES,
@@ -40,6 +40,7 @@ from distrain.strategy.state import TrainingState, check_fit, fill, load_weights
 from distrain.strategy.world import World, open_world
 
 __all__ = [
+    "FLAGS",
     "OFFLOADS",
     "STRATEGIES",
     "Asked",

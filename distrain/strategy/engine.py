@@ -25,6 +25,9 @@ from distrain.strategy.precision import LossScale
 from distrain.strategy.state import Carry, Shard, TrainingState
 from distrain.strategy.world import World
 
+FLAGS = 4
+"""How many numbers each rank tells the others with every step."""
+
 Numbers = Callable[[], tuple[float, list[float]]]
 """Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""
 
@@ -112,7 +115,7 @@ class Engine(ABC):
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
 
-        On the way the means over the ranks of `loss` (0-d) and of the three `flags` are taken. Returns None where the
+        On the way the means over the ranks of `loss` (0-d) and of the `flags` are taken. Returns None where the
         gradient overflowed and nothing was changed but the loss scale: the step is then to be made again. Where the
         guard is against it, no weight and nothing of the optimizer's state changes, and `moved` is False.
         """

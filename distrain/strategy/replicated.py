@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distrain.heartbeat import mark
 from distrain.strategy.engine import (
+    FLAGS,
     Engine,
     Numbers,
     Plan,
@@ -73,7 +74,7 @@ class Replicated(Engine):
         if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             with restored(model):
                 value = plan.objective(wrapped)
-                self._backward(wrapped, value, torch.ones_like(value), value.detach(), (0.0, 0.0, 0.0))
+                self._backward(wrapped, value, torch.ones_like(value), value.detach(), [0.0] * FLAGS)
         return wrapped
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -175,7 +176,7 @@ class _Carrier(nn.Module):
         super().__init__()
         # in a module of its own in any case: what is prepared already, Accelerate returns without wrapping it in DDP
         self.model = model
-        self.numbers = nn.Parameter(torch.zeros(4, dtype=dtype)) if dtype is not None else None
+        self.numbers = nn.Parameter(torch.zeros(1 + FLAGS, dtype=dtype)) if dtype is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -1,0 +1,174 @@
+"""What is there before the first step: data, model, optimizer, and the state of the checkpoint that a run goes on from.
+
+All ranks build it together: what fails on one of them fails on all, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distrain.checkpoint import Manifest, Reader, find_newest
+from distrain.config import BatchSection, Horizon, Recipe
+from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
+from distrain.datasets import Batch, Data, is_stream
+from distrain.datasets.transforms import Transform
+from distrain.loop.anomalies import Anomalies
+from distrain.loop.checks import horizon_of
+from distrain.loop.step import Training, loss_of, to_device
+from distrain.loop.trace import Trace
+from distrain.models import build_model, calling_convention, defer_model, describe_model, plain_model
+from distrain.networks.blocks import checkpoint_activations
+from distrain.networks.deferred import Deferred
+from distrain.optim import build_loss, build_optimizer, carry_over, resolve_schedule
+from distrain.probed import Probed, Where, remembered
+from distrain.rundir import RunDir
+from distrain.strategy import Plan, World, build_engine
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one rank reads of the data, and in which pieces."""
+
+    recipe: Recipe
+    world: World
+    data: Data
+    transforms: dict[str, Transform]
+    """`train`, and `eval` for all other splits."""
+    total_steps: int
+    micro_batch_size: int
+    accumulation: int
+    probed: Probed | None
+    """What `batch.micro: auto` was found to be, where it was tried."""
+
+    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+        """Return the micro-batches of each step from this one on."""
+        source = self.data.splits["train"]
+        length = len(source) if not is_stream(source) else None
+        return build_loader(
+            source,
+            SampleOrder(length, self.recipe.seed) if length is not None else None,
+            recipe=self.recipe,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            micro_batch_size=self.micro_batch_size,
+            start_step=start_step,
+            stop_step=self.total_steps,
+            transform=self.transforms["train"],
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All of it. What changes from here on is inside `training`."""
+
+    feed: Feed
+    horizon: Horizon
+    training: Training
+    anomalies: Anomalies
+    trace: Trace | None
+    resumed: Manifest | None
+    """The checkpoint that the run goes on from; None for a run that begins."""
+    skipped: list[tuple[Path, str]]
+    """Newer checkpoints that could not be used, and why."""
+    described: str
+    """The model in a few words."""
+    told: list[str]
+    """What a person should know about how it was built."""
+
+
+def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
+    """Build everything up to the first step. All ranks call.
+
+    `fence` is called before anything is written into the run, and raises when this process may write no more.
+    """
+    world.first(lambda: prepare_data(recipe))
+    checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
+    reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
+    resumed = reader.manifest if reader is not None else None
+    data = world.together(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
+    transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
+    trace = Trace.from_environment(world.rank)
+    if trace is not None:
+        transforms["train"] = trace.around(transforms["train"])
+    horizon = horizon_of(recipe, data)
+    assert horizon.total_steps is not None
+    probed = probed_batch(run, recipe, world)
+    batch: BatchSection = recipe.batch if probed is None else probed.section(recipe.batch)
+    feed = Feed(
+        recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
+    )
+    told: list[str] = []
+    training, described = _training(feed, horizon, trace, told, resumes=reader is not None)
+    anomalies = training.anomalies = Anomalies(run, recipe, world, fence)
+    anomalies.watch(training)
+    if reader is not None:
+        told += training.engine.restore(reader)
+        anomalies.load(reader.manifest.scalars)
+        training.step = reader.manifest.step
+        reader.close()
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, described, told)
+
+
+def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
+    """Return what `batch.micro: auto` was found to be for such a start, or None. All ranks call; all get the same."""
+    if recipe.batch.micro_batch_size != "auto":
+        return None
+    where = Where.of(recipe, world.world_size, world.strategy, world.asked.offload)
+    found: Probed | None = world.first(lambda: remembered(run, where))
+    return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
+
+
+def _training(
+    feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], *, resumes: bool
+) -> tuple[Training, str]:
+    """Return what a step needs, and the model in words. Initial weights are loaded unless the run `resumes`."""
+    recipe, world, meta = feed.recipe, feed.world, feed.data.meta
+    loss = world.together(lambda: build_loss(recipe, meta))
+    described = ""
+
+    def fit(model: nn.Module) -> None:
+        nonlocal described
+        described = str(describe_model(model))  # whole: a sharded one tells of its shards
+        told.extend(world.arithmetic.fit(model, world.device))
+        if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
+            told.append(said)
+
+    def build() -> nn.Module:
+        model = build_model(recipe, meta, weights=not resumes, say=told.append)
+        fit(model)
+        return model
+
+    def defer() -> Deferred:
+        deferred = defer_model(recipe, meta, weights=not resumes, say=told.append)
+        fit(deferred.model)
+        return deferred
+
+    def objective(model: nn.Module) -> torch.Tensor:
+        batch = to_device(next(feed.batches(start_step=0))[0], world)
+        return loss_of(calling_convention(plain_model(model)), loss, model, batch)
+
+    plan = Plan(
+        model=build,
+        deferred=defer,
+        optimizer=lambda model: build_optimizer(model, recipe.optim),
+        objective=objective,
+        micro_batch_size=feed.micro_batch_size,
+        accumulation=feed.accumulation,
+        clip_norm=recipe.optim.clip_norm,
+        ema=recipe.train.ema,
+        section=recipe.optim,
+        carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
+        initial=not resumes,
+    )
+    engine = build_engine(world, plan)
+    engine.model.train()
+    if recipe.train.compile:
+        engine.model.compile()
+    schedule = resolve_schedule(recipe.schedule, horizon)
+    return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=trace), described
