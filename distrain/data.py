@@ -16,8 +16,8 @@ import itertools
 import math
 import multiprocessing
 import os
-import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -487,7 +487,8 @@ def prepare_data(recipe: Recipe) -> bool:
     """Call the recipe's `data.prepare` with data.path if nothing is there; return whether it was called.
 
     One process calls, before any other looks. The function gets a path of the same name in a folder beside, which is
-    renamed when it returns: what an interrupted one leaves is never taken for the data.
+    renamed when it returns: what an interrupted one leaves is never taken for the data. Of two runs that prepare the
+    same data at once, each in a folder of its own, one is taken.
     """
     spec, path = recipe.data.prepare, recipe.data.path
     if spec is None:
@@ -497,18 +498,20 @@ def prepare_data(recipe: Recipe) -> bool:
     target = Path(path)
     if target.exists():
         return False
-    workplace = target.parent / f".preparing-{target.name}"
-    if workplace.exists():
-        shutil.rmtree(workplace)
-    workplace.mkdir(parents=True)
-    try:
-        resolve_object(spec)(workplace / target.name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"data.prepare: {spec} failed: {type(error).__name__}: {error}") from error
-    if not (workplace / target.name).exists():
-        raise UserError(f"data.prepare: {spec} returned, and there is nothing at the path that it was called with")
-    os.replace(workplace / target.name, target)
-    shutil.rmtree(workplace)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".preparing-{target.name}-", dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        try:
+            resolve_object(spec)(made)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"data.prepare: {spec} failed: {type(error).__name__}: {error}") from error
+        if not made.exists():
+            raise UserError(f"data.prepare: {spec} returned, and there is nothing at the path that it was called with")
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not target.is_dir():  # another one's, with something in it
+                raise
     return True

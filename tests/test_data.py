@@ -422,6 +422,11 @@ def idle(path):
 def interrupted(path):
     Path(path).mkdir()
     raise RuntimeError("the disk is full")
+def overtaken(path):
+    good(path)
+    theirs = Path(path).parents[1] / "data"
+    theirs.mkdir()
+    (theirs / "b.txt").write_text("b")
 """
 
 
@@ -444,6 +449,14 @@ def test_what_an_interrupted_preparation_leaves_is_not_taken_for_the_data(tmp_pa
             prepare_data(make_recipe(section))
         assert not target.exists()
     assert prepare_data(make_recipe({**section, "prepare": f"{tmp_path / 'mine.py'}:good"}))
+
+
+def test_of_two_runs_that_prepare_the_same_data_one_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PREPARE)
+    section = {"name": "digits", "path": str(tmp_path / "data"), "prepare": f"{tmp_path / 'mine.py'}:overtaken"}
+    assert prepare_data(make_recipe(section))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["b.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) in (["data"], ["__pycache__", "data"])
 
 
 def test_nothing_is_prepared_unasked() -> None:

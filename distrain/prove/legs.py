@@ -148,7 +148,8 @@ def draw_interruptions(
     for index in range(count):
         kinds = ["kill", "stop", "kill-rank"] if processes[index % len(processes)] > 1 else ["kill", "stop"]
         how = kinds[index % len(kinds)]
-        # a save at the end of the step under way is gone on from; ranks that agree to stop do so two steps later
+        # a save at the end of the step under way is gone on from; ranks that agree to stop do so with the next step, on
+        # GPUs with the one after it
         span = max(1, last_step - (5 if how == "stop" else 3))
         # the save before the last one is on disk, as the last one has waited for that
         first = min(2 * save_every, span - 1) if count == 1 or saved_before else 0

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,14 +50,24 @@ def test_status_and_logs(cluster: Cluster, uninterrupted: Uninterrupted) -> None
 
 @pytest.mark.fault(25)
 def test_two_jobs_on_the_same_nodes_and_a_taken_port(cluster: Cluster, project: Project, tmp_path: Path) -> None:
-    """Both jobs have a process on each of two nodes, and the port that the first would take is another's already."""
+    """Both jobs have a process on each of two nodes, and the port that the second would take is another's already."""
     project.pace(0.3)
     sizes = ("--nodes", "2", "--processes-per-node", "1", "--time", "10")
     runs = [Run(tmp_path / "one"), Run(tmp_path / "two")]
-    jobs = [
-        project.distrain("submit", project.recipe, *sizes, "--run-dir", run.path).split("job ")[1].split(":")[0]
-        for run in runs
-    ]
+
+    def submit(run: Run) -> str:
+        return project.distrain("submit", project.recipe, *sizes, "--run-dir", run.path).split("job ")[1].split(":")[0]
+
+    jobs = [submit(runs[0])]
+    taken = 10000 + (int(jobs[0]) + 1) * 17 % 20000  # as slurm/train.sbatch has it
+    listen = (
+        f"import socket, time; s = socket.create_server(('', {taken})); print('listens', flush=True); time.sleep(600)"
+    )
+    listener = subprocess.Popen(cluster.node("n1").enter(sys.executable, "-c", listen), stdout=subprocess.PIPE)
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == b"listens\n"
+    jobs.append(submit(runs[1]))
+    assert int(jobs[1]) == int(jobs[0]) + 1
 
     def ports() -> dict[str, str] | None:
         found = {}
@@ -66,7 +78,7 @@ def test_two_jobs_on_the_same_nodes_and_a_taken_port(cluster: Cluster, project: 
         return found if len(found) == 2 else None
 
     found = wait_until(ports, "the launchers of both jobs", 60)
-    assert found["one"] != found["two"]
+    assert found["two"] not in (str(taken), found["one"])
     assert {cluster.job(job)["NodeList"] for job in jobs} == {"n[1-2]"}
     for run in runs:
         run.wait_for_step(2)
@@ -74,6 +86,8 @@ def test_two_jobs_on_the_same_nodes_and_a_taken_port(cluster: Cluster, project: 
     for job in jobs:
         cluster.wait_for_state(job, "COMPLETED")
     assert runs[0].weights() == runs[1].weights()
+    listener.kill()
+    listener.wait()
 
 
 @pytest.mark.fault(31)
