@@ -5,9 +5,10 @@
 The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work:
 batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a
 cosine learning rate, and the loss over all processes known for every tenth step. distrain does what it always does
-besides: seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints. Each figure is the
-median time of a step over windows of 50 after a warm-up, in a process of its own; peers take turns, and the ratio is
-within a round. Threads are one for each process. Lightning is measured where it is installed.
+besides: seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints, heartbeats, a watchdog
+and the lease on the run's folder. Each figure is the median time of a step over windows of 50 after a warm-up, in a
+process of its own; peers take turns, and the ratio is within a round. Threads are one for each process. Lightning is
+measured where it is installed.
 """
 
 from __future__ import annotations
@@ -226,11 +227,9 @@ def run_trainer(steps: int, world_size: int, rank: int) -> float:
 
 
 def run_distrain(steps: int, world_size: int, rank: int) -> float:
-    """distrain with everything on."""
-    from distrain import loop, strategy
-    from distrain.launcher import open_run
-    from distrain.recipe_file import load_recipe
-    from distrain.rundir import Launch, RunDir
+    """distrain with everything on, as `distrain train` starts it in each process."""
+    from distrain import loop
+    from distrain.launcher import work
 
     clock = Clock()
     inner = loop.train_step
@@ -241,23 +240,19 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
 
     loop.train_step = timed
     folder = Path(os.environ["BENCHMARK_FOLDER"])
-    recipe = folder / "recipe.yaml"
-    if rank == 0:
-        recipe.write_text(
-            "name: overhead\ntask: classification\n"
-            "data: {name: digits, split: [0.9, 0.1]}\n"
-            "model: {name: sequential, layers: [Flatten, {Linear: [64, 64]}, ReLU, {Linear: [64, 64]}, ReLU, "
-            "{Linear: [64, 10]}]}\n"
-            "optim: {name: adamw, lr: 1.0e-3, clip_norm: 1.0}\nschedule: cosine\n"
-            f"batch: {{global: {BATCH}}}\ntrain: {{steps: {steps}}}\neval: {{every: null}}\n"
-            "checkpoint: {every: 200 steps}\nlog: {every: 10 steps}\n"
-        )
-    world = strategy.open_world("fp32")
-    run = RunDir(folder / "run")
-    world.first(lambda: open_run(run, load_recipe(recipe), Launch.describe(world_size, world.strategy)))
-    with contextlib.redirect_stdout(io.StringIO()):
-        loop.train(run, world)
-    world.close()
+    recipe = folder / f"recipe-{rank}.yaml"
+    recipe.write_text(
+        "name: overhead\ntask: classification\n"
+        "data: {name: digits, split: [0.9, 0.1]}\n"
+        "model: {name: sequential, layers: [Flatten, {Linear: [64, 64]}, ReLU, {Linear: [64, 64]}, ReLU, "
+        "{Linear: [64, 10]}]}\n"
+        "optim: {name: adamw, lr: 1.0e-3, clip_norm: 1.0}\nschedule: cosine\n"
+        f"batch: {{global: {BATCH}}}\ntrain: {{steps: {steps}}}\neval: {{every: null}}\n"
+        "checkpoint: {every: 200 steps}\nlog: {every: 10 steps}\n"
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = work(str(recipe), run_dir=str(folder / "run"), processes=world_size)
+    assert status == 0, said.getvalue()
     return clock.median_us()
 
 
