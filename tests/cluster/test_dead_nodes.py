@@ -15,9 +15,10 @@ from submitted import Project, Run
 ONE_EACH = ("--nodes", "2", "--processes-per-node", "1", "--time", "10", "--sbatch=--exclusive")
 
 
-def submit(project: Project, run: Run) -> str:
+def submit(project: Project, run: Run, *overrides: str) -> str:
     """Submit the recipe to two nodes, with one process on each; returns the job's number."""
-    return project.distrain("submit", project.recipe, *ONE_EACH, "--run-dir", run.path).split("job ")[1].split(":")[0]
+    said = project.distrain("submit", project.recipe, *overrides, *ONE_EACH, "--run-dir", run.path)
+    return said.split("job ")[1].split(":")[0]
 
 
 def workers(cluster: Cluster, run: Run, *nodes: str) -> list[Process]:
@@ -66,7 +67,7 @@ def test_a_run_goes_on_without_a_node(
 ) -> None:
     run = Run(tmp_path / "run")
     project.pace(0.3)
-    job = submit(project, run)
+    job = submit(project, run, "watchdog.step=2 s")
     run.wait_for_checkpoint(10, timeout_s=120)
     fault(cluster, run, job)
     reached = run.step()
@@ -76,6 +77,9 @@ def test_a_run_goes_on_without_a_node(
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), run.log()
     if fault is not _stepd_killed:
         assert "n2" not in [node.name for node in cluster.nodes_of(job)]
+    if fault is _cut_off:  # before SLURM gives the node up
+        assert "all ranks (n1, n2) wait for each other" in run.log()
+        assert "look at the network between them" in run.log()
     run.assert_same_as(uninterrupted_in_two)
     starts = [row["step"] for row in run.attempts()]
     assert starts[0] == 0
