@@ -43,6 +43,10 @@ _INTERVAL_S = 5.0
 _OF_A_RANK = re.compile(r"(?P<kind>stacks-|stuck-|collectives-)?rank-(?P<rank>[0-9]+)[.-]")
 _DUMP_S = 1.5
 """How long the stack of a rank that does not answer is waited for."""
+_LATE_S = 1.0
+"""How much later than planned the thread that watches may come to look."""
+_LOOK_S = 30.0
+"""What a look may take: many loader processes are asked for their stacks, or a file system is slow."""
 _STARTLED_S = 1.0
 """What a look may take longer than planned and still count: a process that was stopped or starved for longer was not
 idle for that long."""
@@ -255,6 +259,7 @@ class Watchdog:
     def _look(self, passed: float) -> None:
         """Look at what this process is doing; `passed` seconds of its time after the last look."""
         now, limit = self.now, self.limits.at(self.now)
+        self._arm(limit, looking=True)
         self._sample()
         if (life := heartbeat.life(now)) != self._life:
             self._life, self._idle = life, 0.0
@@ -290,18 +295,21 @@ class Watchdog:
             counts[0] += 1
             counts[1] += stacks.waits(self._main_stack()) is True
 
-    def _arm(self, limit: float | None) -> None:
+    def _arm(self, limit: float | None, *, looking: bool = False) -> None:
         """Have the stack written without this thread, should it never get to run again: where C code holds the GIL.
 
-        Nobody else ends a process that is alone on its machine, so that one ends itself.
+        Nobody else ends a process that is alone on its machine, so that one ends itself. What is written so is read
+        from stacks that nobody holds still: where Python runs meanwhile, the process can crash of it. So it must not
+        come while this thread is merely late, is `looking`, or has written the stacks itself.
         """
-        if limit is None:
+        alone = self.local_world_size == 1
+        if limit is None or (self._stalled is not None and not alone):
             faulthandler.cancel_dump_traceback_later()
             return
-        wait = max(limit - self._idle, 0.0) + self.poll_s
+        wait = max(limit - self._idle, 0.0) + self.poll_s + (_LOOK_S if looking else _LATE_S)
         if self.world_size == 1:  # nor is there anybody to say it
-            faulthandler.dump_traceback_later(wait + 1.0, exit=True, file=2)
-        elif self.local_world_size == 1:
+            faulthandler.dump_traceback_later(wait, exit=True, file=2)
+        elif alone:
             faulthandler.dump_traceback_later(wait + 10.0, exit=True, file=self._stuck)
         else:
             faulthandler.dump_traceback_later(wait, exit=False, file=self._stuck)
