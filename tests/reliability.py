@@ -24,7 +24,7 @@ FAULTS = {
     6: ("a rank is killed, in each phase", "the rank is named, a new start goes on from the newest checkpoint"),
     7: ("the launcher is killed", "its workers end too"),
     8: ("a node dies, and its processes do not", "only the new start publishes"),
-    9: ("the network goes", "ends in bounded time, goes on elsewhere"),
+    9: ("the network goes", "the wait and its machines are named in bounded time, goes on elsewhere"),
     10: ("a rank hangs", "rank, host, step, phase and line are named, all end"),
     11: ("`kill -9` at any moment of training and saving", "the old checkpoint or the new one, same final weights"),
     12: ("the disk is full, or files may not grow", "a clear error, the checkpoint before is whole"),

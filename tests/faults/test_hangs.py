@@ -117,6 +117,7 @@ IN_A_STEP = {
 
 
 @pytest.mark.parametrize("where", IN_A_STEP)
+@pytest.mark.fault(10)
 def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path, where: str) -> None:
     found = hung(tmp_path, 4, *IN_A_STEP[where])
     phase = "data" if where == "loader" else where
@@ -133,6 +134,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path, where: str) ->
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 @pytest.mark.parametrize("where", ["forward", "backward", "evaluate"])
+@pytest.mark.fault(10)
 def test_a_rank_that_hangs_is_named_where_the_model_is_sharded(tmp_path: Path, strategy: str, where: str) -> None:
     settings = [setting.replace("rank=2", "rank=1") for setting in IN_A_STEP[where]]
     found = hung(tmp_path, 2, *settings, strategy=strategy)
@@ -140,6 +142,7 @@ def test_a_rank_that_hangs_is_named_where_the_model_is_sharded(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.fault(10)
 def test_a_rank_whose_disk_hangs_is_named(tmp_path: Path, asynchronous: str) -> None:
     # the first is of the rehearsal
     found = hung(tmp_path, 4, f"checkpoint.async={asynchronous}", fsync=(3, 2))
@@ -148,6 +151,7 @@ def test_a_rank_whose_disk_hangs_is_named(tmp_path: Path, asynchronous: str) -> 
     assert ("the thread 'checkpoint-" in found.failed["message"]) == (asynchronous == "true")
 
 
+@pytest.mark.fault(10)
 def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
     found = hung(tmp_path, 4, "model.where=forward", "model.how=stop", "model.rank=0", "model.at=6")
     assert found.seconds < LIMIT_S + 5, found
@@ -159,6 +163,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
     assert (found.failed["rank"], found.failed["error"]) == (0, "Hang")
 
 
+@pytest.mark.fault(10)
 def test_a_rank_whose_code_keeps_the_lock_of_python_is_named_with_its_line(tmp_path: Path) -> None:
     found = hung(tmp_path, 4, "model.where=forward", "model.how=gil", "model.rank=1", "model.at=6")
     assert found.codes == [1, -signal.SIGKILL, 1, 1]
@@ -166,18 +171,21 @@ def test_a_rank_whose_code_keeps_the_lock_of_python_is_named_with_its_line(tmp_p
     assert "(the GIL is held)" in found.failed["message"]
 
 
+@pytest.mark.fault(10)
 def test_a_rank_that_hangs_in_the_set_up_is_named(tmp_path: Path) -> None:
     settings = ["model.where=setup", "model.rank=1", "model.at=1", f"watchdog.setup={LIMIT_S} s"]
     found = hung(tmp_path, 2, *settings)
     assert_named(found, 1, "setup", "hanging_parts.py", hanging_parts.line_of("in setup"))
 
 
+@pytest.mark.fault(10)
 def test_one_process_that_hangs_is_named(tmp_path: Path) -> None:
     found = hung(tmp_path, 1, "model.where=forward", "model.rank=0", "model.at=6")
     assert_named(found, 0, "forward", "hanging_parts.py", hanging_parts.line_of("in forward"))
     assert "wait" not in found.failed["message"].partition(";")[0]
 
 
+@pytest.mark.fault(10)
 def test_one_process_whose_code_keeps_the_lock_of_python_says_where_and_ends(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
     settings = ["model.where=forward", "model.how=gil", "model.rank=0", "model.at=1"]
@@ -189,6 +197,7 @@ def test_one_process_whose_code_keeps_the_lock_of_python_says_where_and_ends(tmp
     assert f'hanging_parts.py", line {hanging_parts.line_of("in gil")} in hang' in (tmp_path / "err-0").read_text()
 
 
+@pytest.mark.fault(10)
 def test_a_run_that_hung_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     hung(tmp_path, 2, "model.where=evaluate", "model.rank=1", "model.at=14")
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
@@ -245,6 +254,7 @@ def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: st
 
 
 @pytest.mark.slow
+@pytest.mark.fault(10)
 def test_the_launcher_ends_when_a_rank_is_stopped(tmp_path: Path) -> None:
     settings = ["model.where=forward", "model.how=stop", "model.rank=1", "model.at=6"]
     command = [sys.executable, "-m", "distrain.cli", "train", write_recipe(tmp_path, TINY), "--processes", 2, *settings]
