@@ -14,11 +14,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import multiprocessing
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +23,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from distrain.config import BatchSection, Recipe, UserError, is_object_spec, mix, resolve_object
 from distrain.datasets import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
-from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
+from distrain.datasets.batches import Batches, Place, StreamBatches
+from distrain.datasets.loading import load
 from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
 from distrain.datasets.transforms import Transform
-from distrain.heartbeat import listen_in_loader
 
 # --------------------------------------------------------------------------------------------------------------------
 # The order of samples
@@ -168,82 +164,6 @@ def _nearest(total: int, unit: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Loader processes
-
-
-def _begin_loading(worker: int) -> None:
-    # Schedulers signal every process of a job, and the one that trains decides what a signal means. A loader process
-    # that died of it would end the run before the state is saved. Without its parent it ends by itself.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    listen_in_loader(worker)
-
-
-def _loader(
-    batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
-) -> Iterable[Batch]:
-    """Return the batches in order, made by `workers` processes, or here where that is 0."""
-    if workers == 0:
-        made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, places or ())
-        return map(_pinned, made) if pin_memory else made
-    # Forked processes share the data with this one. They never touch a GPU, so a device that is in use is no matter.
-    context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        worker_init_fn=_begin_loading,
-        multiprocessing_context=context,
-        # A generator of its own: the default one draws from the global random state, which would then depend on this.
-        generator=torch.Generator(),
-    )
-
-
-def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Yield the batches; raise what went wrong in a loader process as it would have been raised here."""
-    iterator = _started(batches)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a loader process ended: {error}\nit may have run out of memory, or of shared memory (/dev/shm); "
-                "try fewer data.workers, or 0 to see its own error"
-            ) from error
-        if isinstance(batch, Failure):
-            raise UserError(batch.message)
-        yield batch
-
-
-def _started(batches: Iterable[Any]) -> Iterator[Any]:
-    # PyTorch would have a signal handler raise in whatever line the training process is in when a loader process ends,
-    # be it in the middle of saving. Asked for a batch, it finds out as well, within five seconds.
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    iterator = iter(batches)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    return iterator
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _pinned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.pin_memory()
-    return {key: _pinned(each) for key, each in value.items()} if isinstance(value, dict) else value
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Loaders
 
 _BLOCK = 16384  # positions whose samples are computed at a time: about 0.3 ms, once for many steps
@@ -293,7 +213,7 @@ def build_loader(
         assert order.length == len(source), "the order is for as many samples as there are"
         batches = Batches(source, transform, recipe.data.skip_undecodable)
         places = _train_places(order, first, last, rank, world_size, micro_batch_size)
-    return _steps(_checked(_loader(batches, places, workers, pin_memory)), accumulation)
+    return _steps(load(batches, places, workers, pin_memory), accumulation)
 
 
 def _steps(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
@@ -350,7 +270,7 @@ def _check_stream_workers(workers: int) -> None:
 class EvalLoader:
     """The batches of one rank of one pass over a split; can be iterated again and again."""
 
-    def __init__(self, make: Callable[[], Iterable[Any]], length: int | None):
+    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None):
         self._make = make
         self._length = length
 
@@ -361,7 +281,7 @@ class EvalLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return _checked(self._make())
+        return self._make()
 
 
 def build_eval_loader(
@@ -391,7 +311,7 @@ def build_eval_loader(
             return _eval_stream(source, rank, world_size, batch_size, split)
 
         batches = StreamBatches(plan, source, transform)
-        return EvalLoader(lambda: _loader(batches, None, workers, pin_memory), None)
+        return EvalLoader(lambda: load(batches, None, workers, pin_memory), None)
     if len(source) == 0:
         raise UserError(f"the split {split!r} has no samples to evaluate")
     mapped = Batches(source, transform, skip_undecodable, once=True)
@@ -400,7 +320,7 @@ def build_eval_loader(
         for start in range(0, len(source), batch_size * world_size)
         for ids in [_eval_ids(start, len(source), rank, world_size, batch_size)]
     ]
-    return EvalLoader(lambda: _loader(mapped, places, workers, pin_memory), len(places))
+    return EvalLoader(lambda: load(mapped, places, workers, pin_memory), len(places))
 
 
 def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:

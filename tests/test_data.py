@@ -281,7 +281,7 @@ def test_a_loader_process_that_is_killed_is_an_error() -> None:
     )
     os.kill(int(next(loader)[0]["targets"][0]), signal.SIGKILL)
     time.sleep(0.2)  # no line but the next may raise
-    with pytest.raises(UserError, match=r"a loader process ended: DataLoader worker .* exited unexpectedly"):
+    with pytest.raises(UserError, match="a loader process ended"):
         list(itertools.islice(loader, 10))
 
 

@@ -56,7 +56,7 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
             "message": str(error),
             "traceback": None if teaches else text,
             # what a person has to mend another start would find again
-            "restart": not teaches,
+            "restart": getattr(error, "restart", not teaches),
         }
         told = getattr(error, "of_another_rank", False)
         first = rank == 0 or not (teaches or told)

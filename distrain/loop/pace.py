@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from distrain.config import Duration, Horizon, Recipe
+from distrain.config import Duration, Horizon, Recipe, UserError
+from distrain.datasets.loading import waited_s
 from distrain.heartbeat import mark
 from distrain.metrics import MetricSet, higher_is_better
 from distrain.rundir import RunDir
@@ -45,7 +47,8 @@ class Every:
 class StopRequest:
     """Notes SIGTERM, SIGINT, SIGUSR1 and a file that asks for a stop; the loop makes that a decision of all ranks.
 
-    A second SIGINT interrupts.
+    A second SIGINT interrupts. A signal also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
+    `NoBatch`: the loop could not heed it there.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -56,6 +59,7 @@ class StopRequest:
         self._watched = watched
         self._looked_at = -math.inf
         self._before: dict[int, Any] = {}
+        self._left = threading.Event()
 
     @property
     def reason(self) -> str | None:
@@ -74,6 +78,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._left.set()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -81,9 +86,33 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._noted = signal.Signals(number).name
+        if self._noted is None:
+            self._noted = signal.Signals(number).name
+            threading.Thread(target=self._insist, args=(number,), name="stop", daemon=True).start()
+        elif waited_s() > PATIENCE_S:
+            raise NoBatch(
+                f"{self._noted} asks the run to stop, and its loader processes have given no batch for "
+                f"{waited_s():.0f} s; it stops without one, and resumes from its newest checkpoint. If they hang, see "
+                "what data.workers=0 does"
+            )
+
+    def _insist(self, number: int) -> None:
+        """Signal the main thread once more where it waits for loader processes in vain."""
+        while not self._left.wait(PATIENCE_S / 20):
+            if waited_s() > PATIENCE_S:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+                return
 
 
+class NoBatch(UserError):
+    """A run that is asked to stop waits for its loader processes in vain."""
+
+    restart = True
+    """Another start may find them well."""
+
+
+PATIENCE_S = 20.0
+"""How long a request to stop waits for a batch that is on its way: less than most clusters give to end."""
 _LOOK_EVERY_S = 0.25
 
 
