@@ -17,6 +17,7 @@ import typer
 from distrain import cli_cluster
 from distrain.cli_options import Json, Offload, Overrides, Strategy
 from distrain.config import UserError
+from distrain.output import echo, echo_error, one_line, prepare_streams
 
 app = typer.Typer(
     name="distrain",
@@ -122,7 +123,7 @@ def predict(
     from distrain.inference import predict_file
 
     rows = predict_file(target, inputs, out)
-    typer.echo(f"wrote {rows:,} predictions to {out}")
+    echo(f"wrote {rows:,} predictions to {out}")
 
 
 @app.command("prove")
@@ -197,7 +198,7 @@ def show(
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(max(len(str(value)) for _, value, _ in rows), 44)
     for key, value, origin in rows:
-        typer.echo(f"{key:<{key_width}}  {value!s:<{value_width}}  {origin}")
+        echo(one_line(f"{key:<{key_width}}  {value!s:<{value_width}}  {origin}"))
 
 
 @app.command()
@@ -212,7 +213,7 @@ def schema() -> None:
 def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """Print the names that a recipe may use, each with one line."""
     for name, summary in _names(kind).items():
-        typer.echo(f"{name:<28} {summary}")
+        echo(one_line(f"{name:<28} {summary}"))
 
 
 def _names(kind: Kind) -> dict[str, str]:
@@ -246,8 +247,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder th
     from distrain.project import create_project
 
     for path in create_project(folder):
-        typer.echo(f"wrote {path}")
-    typer.echo(f"Train it: distrain train {folder / 'recipe.yaml'}")
+        echo(f"wrote {path}")
+    echo(f"Train it: distrain train {folder / 'recipe.yaml'}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,13 +283,14 @@ def checkpoint_ls(
         typer.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        typer.echo(f"{run} has no checkpoints")
+        echo(f"{run} has no checkpoints")
     for row in rows:
         if "problem" in row:
-            typer.echo(f"{row['name']}  {row['problem']}")
+            echo(one_line(f"{row['name']}  {row['problem']}"))
             continue
         score = "" if row["score"] is None else f"  score {row['score']:.6g}"
-        typer.echo(f"{row['name']}  {row['bytes'] / 2**20:8.1f} MiB  {row['written by']:<12}  {row['created']}{score}")
+        size = f"{row['bytes'] / 2**20:8.1f} MiB"
+        echo(one_line(f"{row['name']}  {size}  {row['written by']:<12}  {row['created']}{score}"))
 
 
 @checkpoint_app.command("verify")
@@ -310,9 +312,9 @@ def checkpoint_verify(
     for path in paths:
         problems = verify(path)
         bad += bool(problems)
-        typer.echo(f"{path.name}  {'whole' if not problems else 'damaged'}")
+        echo(f"{path.name}  {'whole' if not problems else 'damaged'}")
         for problem in problems:
-            typer.echo(f"  {problem}")
+            echo(f"  {one_line(problem)}")
     raise typer.Exit(1 if bad else 0)
 
 
@@ -326,7 +328,7 @@ def checkpoint_diff(
 
     found = difference(a, b)
     for line in found.lines():
-        typer.echo(line)
+        echo(one_line(line))
     raise typer.Exit(0 if found.identical else 1)
 
 
@@ -367,7 +369,7 @@ def checkpoint_export(
         checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite, verify=not no_verify, format=found,
         trust=trust,
     )  # fmt: skip
-    typer.echo(f"wrote {out} from {checkpoint.name}")
+    echo(f"wrote {out} from {checkpoint.name}")
     _say(exported.notes, exported.left)
 
 
@@ -415,16 +417,16 @@ def checkpoint_import(
         verify=not no_verify,
     )  # fmt: skip
     optimizer_state = f", the state of {done.optimizer}" if done.optimizer else ""
-    typer.echo(f"wrote {done.path} from {done.what}")
-    typer.echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
+    echo(f"wrote {done.path} from {done.what}")
+    echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
     _say(done.notes, done.left)
 
 
 def _say(notes: Sequence[str], left: Sequence[str]) -> None:
     for note in notes:
-        typer.echo(f"  {note}")
+        echo(f"  {one_line(note)}")
     for what in left:
-        typer.echo(f"  not imported: {what}")
+        echo(f"  not imported: {one_line(what)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -458,7 +460,7 @@ def data_tokenize(
         eos=True if eos is None else False if eos == "none" else eos,
         workers=workers,
     )
-    typer.echo(
+    echo(
         f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {len(index.shards)} shards, from "
         f"{index.documents:,} documents of {index.bytes:,} bytes"
     )
@@ -466,10 +468,11 @@ def data_tokenize(
 
 def main() -> None:
     """Run the command line; what the user can mend is printed without a traceback."""
+    prepare_streams()
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo_error(error)
         sys.exit(1)
 
 

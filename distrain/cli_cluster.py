@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from distrain.cli_options import Json, Offload, Overrides, Strategy
+from distrain.output import echo, one_line
 
 
 def submit(
@@ -65,10 +66,10 @@ def submit(
     )  # fmt: skip
     prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
     if dry_run:
-        typer.echo(prepared.script, nl=False)
+        echo(prepared.script, end="")
         return
     for line in announced(prepared, handed_in(prepared)):
-        typer.echo(line)
+        echo(one_line(line))
 
 
 def sites(
@@ -82,7 +83,7 @@ def sites(
         typer.echo(json.dumps(sites_as_json(name), indent=2))
         return
     for line in site_lines(name):
-        typer.echo(line)
+        echo(one_line(line))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
@@ -95,9 +96,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say how runs are doing: queue, step, what is left, loss, restarts."""
-    from rich.console import Console
-
     from distrain.rundir import RunDir
+    from distrain.screen import Console
     from distrain.status import as_json as told
     from distrain.status import in_words, statuses, table
 
@@ -106,16 +106,16 @@ def status(
     if as_json:
         typer.echo(json.dumps(told(found[0]) if single else [told(each) for each in found], indent=2))
     elif single:
-        typer.echo(run)
+        echo(one_line(run))
         for name, value in in_words(found[0]):
-            typer.echo(f"  {name:<9} {value}")
+            echo(one_line(f"  {name:<9} {value}"))
     elif not found:
-        typer.echo(f"{run} holds no runs")
+        echo(f"{run} holds no runs")
     else:
         if problem := next((each.queue for each in found if each.queue), None):
-            typer.echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", err=True)
+            echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", error=True)
         # in a file or a pipe nothing is cut off
-        Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table(found, run))
+        Console(width=None if sys.stdout.isatty() else 1000).print(table(found, run))
 
 
 def logs(
@@ -133,7 +133,7 @@ def logs(
     ended = (lambda: not any(each.alive for each in statuses(run))) if follow else None
     try:
         for text in read_on(log_file(run, rank), lines, ended):
-            typer.echo(text, nl=False)
+            echo(text, end="")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -143,7 +143,7 @@ def cancel(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The fo
     from distrain.status import cancel_jobs
 
     for line in cancel_jobs(run):
-        typer.echo(line)
+        echo(one_line(line))
 
 
 def stop(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.")]) -> None:
@@ -151,4 +151,4 @@ def stop(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The fold
     from distrain.status import stop_run
 
     for line in stop_run(run):
-        typer.echo(line)
+        echo(one_line(line))

@@ -31,6 +31,7 @@ from distrain.datasets.loading import load
 from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
 from distrain.datasets.transforms import Transform
+from distrain.output import error_line
 
 # --------------------------------------------------------------------------------------------------------------------
 # The order of samples
@@ -426,7 +427,7 @@ def prepare_data(recipe: Recipe) -> bool:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"data.prepare: {spec} failed: {type(error).__name__}: {error}") from error
+            raise UserError(f"data.prepare: {spec} failed: {error_line(error)}") from error
         if not made.exists():
             raise UserError(f"data.prepare: {spec} returned, and there is nothing at the path that it was called with")
         try:

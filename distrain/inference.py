@@ -19,6 +19,7 @@ from distrain.loop import evaluate, to_device
 from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
+from distrain.output import write_csv
 from distrain.recipe_file import parse_recipe
 from distrain.strategy import World, load_weights, open_world, with_arithmetic
 
@@ -131,7 +132,7 @@ def predict_file(target: Path | str, inputs: str, out: Path) -> int:
     table = pd.concat(frames, ignore_index=True)
     temporary = out.with_name(f".{out.name}.part")
     if out.suffix == ".csv":
-        table.to_csv(temporary, index=False)
+        write_csv(table, temporary)
     else:
         table.to_parquet(temporary, index=False)
     temporary.replace(out)

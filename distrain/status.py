@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,13 +10,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from distrain.config import UserError
 from distrain.heartbeat import read_heartbeats
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir, read_rows
+from distrain.screen import Table
 from distrain.slurm.queue import Job, cancel
 from distrain.slurm.sweeps import read_sweep
 from distrain.slurm.tracking import jobs_for, jobs_of_folders, task_of, was_submitted
@@ -273,8 +272,8 @@ def table(found: list[Status], below: Path) -> Table:
         of = f"/{status.total_steps:,}" if status.total_steps else ""
         score = status.score if status.score and status.score["metric"] == metric else None
         shown.add_row(
-            escape(str(path.relative_to(below) if path.is_relative_to(below) and path != below else path)),
-            *(escape(status.values.get(key, "")) for key in keys),
+            str(path.relative_to(below) if path.is_relative_to(below) and path != below else path),
+            *(status.values.get(key, "") for key in keys),
             status.state,
             f"{status.step:,}{of}",
             duration(status.eta_s) if status.eta_s is not None else "",
@@ -329,12 +328,13 @@ def follow(path: Path, lines: int, ended: Callable[[], bool] | None) -> Iterator
 
     Without `ended` what is there is all.
     """
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
     with path.open("rb") as file:
         file.seek(_start_of_last(file, lines))
         looked = time.monotonic()
         while True:
             if chunk := file.read(1 << 16):
-                yield chunk.decode(errors="replace")
+                yield decode(chunk)
                 continue
             if ended is None:
                 return

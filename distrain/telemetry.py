@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from distrain.config import Recipe
+from distrain.output import error_line, one_line
 from distrain.rundir import MetricsFile, RunDir, now
+from distrain.screen import Console, Table
 
 Row = dict[str, Any]
 log = logging.getLogger("distrain")
@@ -45,7 +45,8 @@ def _numbers(row: Row) -> dict[str, float]:
     """Return the row's numbers under the names that trackers show: `train/loss`, `test/accuracy`."""
     group = row.get("split", row["event"])
     flat: dict[str, float] = {}
-    for key, value in row.items():
+    for name, value in row.items():
+        key = one_line(name)
         if key in ("event", "step", "split") or isinstance(value, bool):
             continue
         if isinstance(value, int | float):
@@ -127,7 +128,7 @@ class Display:
         self._first = start_step
         self._start = time.monotonic()
         self._last_line = float("-inf")
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console()
         self._bar: Progress | None = None
         if self.console.is_terminal:
             self._bar = Progress(
@@ -159,7 +160,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.say(text)
         sys.stdout.flush()
 
     def close(self) -> None:
@@ -224,7 +225,7 @@ class Telemetry:
 
     def _give_up(self, name: str, error: Exception) -> None:
         # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
-        self.say(f"warning: {name} failed and is off for the rest of this run: {type(error).__name__}: {error}")
+        self.say(f"warning: {name} failed and is off for the rest of this run: {error_line(error)}")
 
     def write(self, row: Row) -> None:
         """Add a row with at least `event` and `step`."""
@@ -244,8 +245,8 @@ class Telemetry:
             self.display.train(row)
 
     def say(self, text: str) -> None:
-        """Tell the person in front of the terminal; also in the log of rank 0."""
-        log.info(text)
+        """Tell the person in front of the terminal a line; also in the log of rank 0."""
+        log.info(one_line(text))
         if self.display is not None:
             self.display.say(text)
 
@@ -274,7 +275,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         "1 process" if summary["processes"] == 1 else f"{summary['processes']} processes ({summary['strategy']})"
     )
     title = f"{summary['name']}: {summary['steps']:,} steps in {duration(summary['seconds'])}, {processes}"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=title, show_header=False)
     for name, value in summary["test"].items():
         if isinstance(value, int | float):
             table.add_row(f"test {name}", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
@@ -283,4 +284,4 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     console.print(table)
     # outside the table, which would break a long path
-    console.print(f"model ({summary['exported']}): {summary['model']}", markup=False, soft_wrap=True)
+    console.say(f"model ({summary['exported']}): {summary['model']}")

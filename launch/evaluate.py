@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from distrain.launcher import work_evaluation
+from distrain.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -15,4 +16,5 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     a = parser.parse_args()
+    prepare_streams()
     sys.exit(work_evaluation(a.target, a.split, processes=a.processes, as_json=a.json))

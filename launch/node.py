@@ -6,6 +6,7 @@ slurm/train.sbatch does so, after `--create` has made the run of a recipe and pr
 """
 
 import argparse
+import os
 import signal
 import sys
 
@@ -29,15 +30,18 @@ if __name__ == "__main__":
     a = parser.parse_args()
 
     from distrain.config import UserError
+    from distrain.output import echo_error, prepare_streams
     from distrain.slurm.node import create, start_node
 
+    prepare_streams()
     common = {"nodes": a.nodes, "processes": a.processes, "strategy": a.strategy, "offload": a.offload}
     try:
         if a.create:
-            print(create(a.target, a.overrides, run_dir=a.run_dir, update=a.update, **common))
+            folder = create(a.target, a.overrides, run_dir=a.run_dir, update=a.update, **common)
+            sys.stdout.buffer.write(os.fsencode(folder) + b"\n")  # for the script, which goes there
             sys.exit(0)
         place = {"address": a.address, "port": a.port, "interface": a.interface, "scratch": a.scratch}
         sys.exit(start_node(a.target, **common, **place))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo_error(error)
         sys.exit(1)

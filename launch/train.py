@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from distrain.launcher import work
+from distrain.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
     parser.add_argument("--offload", help="what to keep in the memory of the CPU: none, optimizer, or all")
     a = parser.parse_args()
+    prepare_streams()
     sys.exit(
         work(
             a.target,

@@ -16,7 +16,7 @@ import distrain
 
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
-    ["config", "recipe_file", "tokens", "memory", "rundir", "probed", "lease", "heartbeat"],
+    ["output", "screen", "config", "recipe_file", "tokens", "memory", "rundir", "probed", "lease", "heartbeat"],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["watchdog", "telemetry", "loop", "inference"],
     ["probing", "launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
@@ -27,6 +27,7 @@ FLOORS = [
 PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 NO_TORCH = [
     *(
+        "output",
         "config",
         "memory",
         "rundir",

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from distrain.config.errors import UserError, close_names
+from distrain.output import error_line
 
 __path__: list[str] = []  # what makes a module a package, which can have submodules
 _OBJECT_SPEC = re.compile(r".+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -90,7 +91,7 @@ def _import(module: str, spec: str, folder: Path | None = None) -> Any:
             f"{spec}: there is no module {error.name!r} to import; install it, or write 'path/to/file.py:name'"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{spec}: {_where(error, folder)}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{spec}: {_where(error, folder)}: {error_line(error)}") from error
 
 
 def _where(error: BaseException, folder: Path | None) -> str:

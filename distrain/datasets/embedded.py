@@ -12,6 +12,7 @@ import torch
 from distrain.config import UserError, close_names
 from distrain.datasets import Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
 from distrain.datasets.images import ImageFiles, image_paths, pixels_from_npy
+from distrain.output import error_line
 
 
 @register("digits", tasks=("classification",))
@@ -128,7 +129,7 @@ def _reader(names: tuple[str, ...], state: dict[str, Any]) -> Callable[[Path], S
         try:
             frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         except Exception as error:
-            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            raise UserError(f"{path} cannot be read: {error_line(error)}") from error
         if missing := [name for name in names if name not in frame.columns]:
             each = ", ".join(f"{name!r}{close_names(name, map(str, frame.columns))}" for name in missing)
             raise UserError(f"{path} lacks the columns {each}")

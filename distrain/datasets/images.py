@@ -23,6 +23,7 @@ from distrain.datasets import (
     register,
     split_indices,
 )
+from distrain.output import error_line
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
@@ -64,7 +65,7 @@ class ImageFiles:
         try:
             return decode_image(path, self.size, self.channels)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = error_line(error)
             if not Undecodable.is_why(error):
                 raise UserError(f"sample {number}, {path}, cannot be read: {reason}") from error
             raise Undecodable(
@@ -268,7 +269,7 @@ def _torchvision_set(request: DataRequest, kind: str, folder: str, files: list[s
     try:
         train, test = (getattr(datasets, kind)(root, train=part, download=False) for part in (True, False))
     except Exception as error:
-        raise UserError(f"data.path: {root / folder} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"data.path: {root / folder} cannot be read: {error_line(error)}") from error
     whole = _in_memory(train)
     splits: dict[str, Source] = {"train": whole}
     if request.section.split is not None:

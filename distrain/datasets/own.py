@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 from distrain.config import DataSection, Task, UserError, close_names, mix, resolve_object
 from distrain.datasets import AnySource, Batch, Data, DataMeta, DataRequest, Source, Undecodable, split_indices
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
+from distrain.output import error_line
 
 _ITEM = "(inputs, targets), or a dict with 'inputs' and 'targets'"
 _SPLITS = ("train", "valid", "test")
@@ -165,7 +166,7 @@ def _told(error: Exception) -> str:
     """Return what went wrong and the line of the user's code where it did."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if frame.filename != __file__] or list(frames)
-    return f"{type(error).__name__}: {error} ({theirs[0].filename}:{theirs[0].lineno})"
+    return f"{error_line(error)} ({theirs[0].filename}:{theirs[0].lineno})"
 
 
 def _labels(made: _Made, task: Task) -> np.ndarray:

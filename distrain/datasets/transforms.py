@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional
 from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets import Batch
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
+from distrain.output import error_line
 
 Images = torch.Tensor | list[Any]
 """A tensor (batch, channels, height, width), or one entry for each sample while they differ in size."""
@@ -93,9 +94,7 @@ class Transform:
                 hint = ""
                 if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and "uint8" in str(error):
                     hint = "; put {name: ToDtype, dtype: float32, scale: true} before it"
-                raise UserError(
-                    f"{self.where}: {name} failed on inputs {shapes}: {type(error).__name__}: {error}{hint}"
-                ) from error
+                raise UserError(f"{self.where}: {name} failed on inputs {shapes}: {error_line(error)}{hint}") from error
         if not isinstance(images, torch.Tensor):
             raise UserError(
                 f"{self.where}: the samples of a batch must have one size in the end, and these are {_shapes(images)}; "

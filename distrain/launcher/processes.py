@@ -16,6 +16,7 @@ import distrain
 from distrain.config import UserError
 from distrain.heartbeat import ending_hung, hang_of
 from distrain.memory import oom_kills
+from distrain.output import echo_error
 from distrain.rundir import RunDir
 
 _OUT_OF_MEMORY = (
@@ -146,7 +147,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
             return 1  # which is said
         killed = None if killed_before is None else (oom_kills() or 0) - killed_before
         for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}, killed):
-            print(f"error: {line}", file=sys.stderr)
+            echo_error(line)
         return 1
     except SignalException:
         return 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from distrain.config import UserError
 from distrain.lease import Lease
+from distrain.output import LogFormatter, echo, echo_error, lines
 from distrain.rundir import RunDir
 
 log = logging.getLogger("distrain")
@@ -22,7 +22,7 @@ log.addHandler(logging.NullHandler())  # until a run has a folder to log to
 def log_to(run: RunDir, rank: int) -> None:
     """Have what this process has to say written into the log of its rank."""
     handler = logging.FileHandler(run.log_path(rank), encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     log.setLevel(logging.INFO)
     log.propagate = False
     for old in list(log.handlers):
@@ -53,8 +53,8 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
             "rank": rank,
             "host": socket.gethostname(),
             "error": type(error).__name__,
-            "message": str(error),
-            "traceback": None if teaches else text,
+            "message": lines(error),
+            "traceback": None if teaches else lines(text),
             # what a person has to mend another start would find again
             "restart": getattr(error, "restart", not teaches),
         }
@@ -64,10 +64,10 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
             try:
                 first = not told and run.mark_failed(record)
             except OSError as disk:
-                print(f"warning: FAILED.json could not be written: {disk}", file=sys.stderr)
+                echo(f"warning: FAILED.json could not be written: {disk}", error=True)
         if first:
             who = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" (rank {rank})"
-            print(f"error{who}: {text}" if teaches else f"error{who}:\n{text}", file=sys.stderr, flush=True)
+            echo_error(text if teaches else f"\n{text}", who)
         elif run is None and not told:
             leave_to_rank_0(rank, error)
         return 1
@@ -90,4 +90,4 @@ def leave_to_rank_0(rank: int, error: BaseException) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(30)
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        echo_error(error, f" (rank {rank})")

@@ -10,6 +10,7 @@ from distrain.config import UserError
 from distrain.launcher.asking import check_one_owner, join_launcher
 from distrain.launcher.processes import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
 from distrain.launcher.reporting import reported
+from distrain.output import echo, one_line
 from distrain.recipe_file import parse_recipe
 
 
@@ -49,6 +50,6 @@ def work_evaluation(target: str, split: str, *, processes: int | None = None, as
             print(json.dumps(values, indent=2))
             return
         for name, value in values.items():
-            print(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}")
+            echo(one_line(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}"))
 
     return reported(None, rank, score)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from distrain.launcher.processes import (
 from distrain.launcher.reporting import leave_to_rank_0, log, log_to, reported
 from distrain.launcher.runs import check_same_recipe, find_run, open_run
 from distrain.lease import Holder, Lease, check_free, take
+from distrain.output import echo, echo_error, one_line
 from distrain.probed import Probed, remember
 from distrain.probing import settled
 from distrain.recipe_file import LoadedRecipe, load_recipe
@@ -118,7 +118,7 @@ def work(
         run, loaded, asked, notes = prepare()
     except UserError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            echo_error(error)
         else:
             leave_to_rank_0(rank, error)
         return 1
@@ -164,22 +164,22 @@ def work(
             begun = world.first(begin)
             if not isinstance(begun, Lease):
                 if world.rank == 0:
-                    from rich.console import Console
-
+                    from distrain.screen import Console
                     from distrain.telemetry import show_summary
 
-                    show_summary(begun, Console(highlight=False))
+                    console = Console()
+                    show_summary(begun, console)
                     if effect := run.effect():
-                        print(f"took effect: {effect_in_words(effect)}")
-                    print(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
+                        console.say(f"took effect: {effect_in_words(effect)}")
+                    console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
             # each in the folder that it sees
             lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
             world.together(lambda: mine.check_seen(world.rank))
             log_to(run, world.rank)
             for note in notes if world.rank == 0 else []:
-                print(note)
-                log.info(note)
+                echo(one_line(note))
+                log.info(one_line(note))
             # inside: the rank that fails must say so before leaving makes the others fail as well
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
@@ -194,5 +194,6 @@ def work(
 
 def probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int, here: int) -> Probed | None:
     """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
-    say = functools.partial(print, flush=True)
-    return settled(run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=say)
+    return settled(
+        run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))
+    )

@@ -413,7 +413,7 @@ class Session:
                 raise
             self._saved_step = -1
             self.telemetry.write({"event": "checkpoint_failed", "step": self.t.step, "time": now()})
-            self.say(f"warning: {error}\ntraining goes on without it, as checkpoint.on_failure says")
+            self.say(f"warning: {error}; training goes on without it, as checkpoint.on_failure says")
 
     def _published(self, saved: Saved | None) -> None:
         if saved is None:

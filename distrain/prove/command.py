@@ -10,12 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from rich.console import Console
-
 from distrain.config import UserError
 from distrain.launcher import gpu_count
+from distrain.output import echo_error
 from distrain.prove.proof import prove
 from distrain.prove.report import Report, show
+from distrain.screen import Console
 
 PROVED, DIVERGED, NOT_RUN = 0, 1, 2
 """The exit statuses."""
@@ -39,7 +39,7 @@ def run(
 ) -> int:
     """Prove a recipe and print what came of it; returns the exit status. `how`: further arguments of `prove`."""
     # with --json, only that goes to standard output
-    console = Console(highlight=False, soft_wrap=True, file=sys.stderr if as_json else sys.stdout)
+    console = Console(file=sys.stderr if as_json else sys.stdout)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         with Report(console) as report:
@@ -62,10 +62,10 @@ def run(
     except UserError as error:
         if as_json:
             print(json.dumps({"proved": None, "error": str(error)}, indent=2))
-        print(f"error: {error}", file=sys.stderr)
+        echo_error(error)
         return NOT_RUN
     except KeyboardInterrupt:
-        print("error: interrupted; nothing is proved", file=sys.stderr)
+        echo_error("interrupted; nothing is proved")
         return NOT_RUN
     finally:
         signal.signal(signal.SIGTERM, before)

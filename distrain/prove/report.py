@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
+from distrain.output import one_line
 from distrain.prove.legs import Leg
 from distrain.prove.proof import LegResult, Proof
+from distrain.screen import Console, Table
 from distrain.telemetry import duration
 
 
@@ -29,11 +28,11 @@ class Report:
     def say(self, leg: str) -> None:
         """A leg begins."""
         if self._status is not None:
-            self._status.update(leg)
+            self._status.update(one_line(leg))
 
     def done(self, result: LegResult) -> None:
         """A leg was compared."""
-        self.console.print(f"{result.leg.name}: {in_words(result)}", markup=False, soft_wrap=True)
+        self.console.say(f"{result.leg.name}: {in_words(result)}")
 
 
 def in_words(result: LegResult) -> str:
@@ -71,18 +70,18 @@ def _interruptions(leg: Leg) -> str:
 
 def show(proof: Proof, console: Console) -> None:
     """Print what came of it: a table of the legs, and one line, or the first divergence."""
-    table = Table(title=f"{proof.recipe}: {_extent(proof)}", title_justify="left")
+    table = Table(title=f"{proof.recipe}: {_extent(proof)}")
     for column in ("leg", "starts", "compared with", "result"):
         table.add_column(column)
     for result in proof.results:
         table.add_row(result.leg.name, str(len(result.leg.attempts)), result.against or "-", _verdict(result))
     console.print(table)
     if proof.divergence is not None:
-        console.print(str(proof.divergence), markup=False, soft_wrap=True)
+        console.print(str(proof.divergence), soft_wrap=True)
     else:
-        console.print(proved_line(proof), markup=False, soft_wrap=True)
+        console.say(proved_line(proof))
     if proof.kept is not None:
-        console.print(f"all runs and traces: {proof.kept}", markup=False, soft_wrap=True)
+        console.say(f"all runs and traces: {proof.kept}")
 
 
 def proved_line(proof: Proof) -> str:

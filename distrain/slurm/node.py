@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from distrain.launcher import (
     work,
 )
 from distrain.lease import Holder, check_free
+from distrain.output import echo
 from distrain.probed import remember
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir, read_rows
@@ -224,7 +224,7 @@ def note_taken(run: RunDir, port: int, variables: Mapping[str, str] = os.environ
     name = f"port-taken-{job_name(variables)}-{variables.get('SLURM_RESTART_COUNT') or 0}"
     (run.path / "submit").mkdir(exist_ok=True)
     (run.path / "submit" / name).write_text(f"{port}\n")
-    print(f"distrain: port {port} of {socket.gethostname()} was taken; another is tried", file=sys.stderr, flush=True)
+    echo(f"distrain: port {port} of {socket.gethostname()} was taken; another is tried", error=True)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from typing import Any
 from distrain import heartbeat
 from distrain.config import WatchdogSection
 from distrain.heartbeat import STEP_PHASES, Heartbeat, Now
+from distrain.output import error_text
 from distrain.rundir import RunDir, now
 from distrain.watchdog import evidence, stacks
 from distrain.watchdog.autopsy import Witness, find_culprit, record
@@ -393,7 +394,7 @@ class Watchdog:
             if self.run.mark_failed(content):
                 log.error("%s", content["message"])
                 # not by way of sys.stderr, which the thread that hangs may hold
-                os.write(2, f"error: {content['message']}\n".encode())
+                os.write(2, f"{error_text(content['message'])}\n".encode())
         self._end(self.run.failed or content)
 
     def _ask_for_stacks(self, mute: Sequence[Heartbeat | None]) -> None:

@@ -1,0 +1,66 @@
+"""Rich's consoles and tables, in which text from outside is text: see `distrain.output`."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import IO, Any
+
+from rich import console, table
+from rich.text import Text
+
+from distrain.output import lines, one_line
+
+
+class Console(console.Console):
+    """A console that obeys nothing it is given to print: no markup, no emoji codes, no highlighting, no controls."""
+
+    def __init__(self, *, file: IO[str] | None = None, width: int | None = None):
+        super().__init__(file=file or sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(Text(lines(each)) if isinstance(each, str) else each for each in objects), **options)
+
+    def say(self, text: str) -> None:
+        """Print one line; on a terminal that is too narrow it goes on between words, below its text."""
+        said = one_line(text)
+        if self.is_terminal and len(said) > self.width:
+            said = "\n".join(_wrapped(said, self.width))
+        # a word that is longer than a line, mostly a path, is left to the terminal, which copies it in one piece
+        super().print(Text(said), soft_wrap=True)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    start = text[: len(text) - len(text.lstrip())]
+    named, gap, _ = text.lstrip().partition("  ")
+    deeper = len(start)
+    if gap and start and len(named) < 12:  # `  name     what is said of it`
+        deeper = len(text) - len(text[len(start) + len(named) :].lstrip())
+    following = " " * (deeper if deeper > len(start) else len(start) + 2)
+    return textwrap.wrap(
+        text.lstrip(),
+        width,
+        initial_indent=start,
+        subsequent_indent=following,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+
+
+class Table(table.Table):
+    """A table whose title, columns and cells are one line of text each."""
+
+    def __init__(self, *, title: str | None = None, **options: Any):
+        super().__init__(title=_text(title), title_justify="left", **options)
+
+    def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
+        options.setdefault("overflow", "fold")  # what does not fit goes on below, and is not cut off
+        super().add_column(_text(header), *rest, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(_text, cells), **options)
+
+
+def _text(cell: Any) -> Any:
+    return Text(one_line(cell)) if isinstance(cell, str) else cell

@@ -1,0 +1,212 @@
+"""Text from outside is data wherever it goes: terminal, logs, status, CSV, trackers."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from runs import cli, train, write_recipe
+
+import distrain
+from distrain.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
+from distrain.screen import Console, Table
+from distrain.telemetry import _numbers
+
+PACKAGE = Path(distrain.__file__).parent
+HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \udce9\ud800"
+"""Obeyed by terminals, read backwards, unseen, a line's end of its own, an emoji, markup, halves of characters."""
+SHOWN = r"\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \xe9\ud800"
+
+
+def test_what_others_wrote_is_escaped_and_not_dropped() -> None:
+    assert one_line(HOSTILE) == lines(HOSTILE) == SHOWN
+    assert one_line("a\tb\nerror: c\r") == r"a\tb\nerror: c\r"
+    assert lines("a\tb\nerror: c\r", "  ") == "a\tb\n  error: c\\r"
+    for kept in ("plain", "日本　語 é", "🔥 ≥ 1e-3", ""):
+        assert one_line(kept) == lines(kept) == kept
+
+
+def test_no_line_of_others_begins_as_one_of_ours() -> None:
+    assert error_text("bad\nerror: all is well\n", " (rank 1)") == "error (rank 1): bad\n  error: all is well"
+    assert error_text("\nTraceback\nValueError: x\n") == "error:\n  Traceback\n  ValueError: x"
+    record = logging.LogRecord("distrain", logging.ERROR, "", 0, "%s", ("bad\n2026-01-01 INFO x\x1b",), None)
+    first, second = LogFormatter().format(record).split("\n")
+    assert first.endswith(" ERROR bad")
+    assert second == "    2026-01-01 INFO x\\x1b"
+
+
+@pytest.mark.parametrize("width", [40, 300])
+def test_consoles_and_tables_show_text_as_it_is(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    console = Console(file=file, width=width)
+    console.print(HOSTILE)
+    console.say(f"{HOSTILE}\nerror: x 12")
+    table = Table(title=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    console.print(table)
+    told = file.getvalue()
+    assert all(letter == "\n" or letter.isprintable() for letter in told)
+    assert f"{SHOWN}\\nerror: x 12" in told
+    if width == 300:
+        assert told.count(SHOWN) == 5
+    squeezed = "".join(told.replace("┃", "").replace("│", "").split())
+    assert squeezed.count("".join(SHOWN.split())) == 5, "a cell that does not fit goes on below"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+        ("-class", "'-class"),
+        ("＝1", "'＝1"),
+        ("\t=1", r"\t=1"),
+        ("\r=1\nx", r"\r=1\nx"),
+        ("-1", "-1"),
+        ("+1.5e-3", "+1.5e-3"),
+        ("1-2", "1-2"),
+        ("caf\udce9", r"caf\xe9"),
+        ("", ""),
+    ],
+)
+def test_no_cell_is_computed_by_a_spreadsheet(text: str, cell: str) -> None:
+    assert csv_cell(text) == cell
+
+
+def test_a_table_of_any_columns_is_written_safely(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {
+            "number": [-1.5, 2.0],
+            "=name": ["=1", "b"],
+            "mixed": [-1, "=2"],
+            "text": pd.array(["=3", None], dtype="string"),
+            "kind": pd.Categorical(["=4", "x\x1b"]),
+            "yes": [True, False],
+        }
+    )
+    write_csv(table, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["number", "'=name", "mixed", "text", "kind", "yes"],
+            ["-1.5", "'=1", "-1", "'=3", "'=4", "True"],
+            ["2.0", "b", "'=2", "", "x\\x1b", "False"],
+        ]
+
+
+def test_trackers_are_given_names_without_controls() -> None:
+    assert _numbers({"event": "eval", "step": 1, "split": "test", "a\x1b[2J": 1.0}) == {r"test/a\x1b[2J": 1.0}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_encoding_of_the_terminal_stops_a_command(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    from distrain.output import echo, prepare_streams
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    prepare_streams()
+    echo("é ≥ 日 \udce9")
+    Console().say("é ≥ 日 \udce9")
+    sys.stdout.flush()
+    assert written.getvalue().decode(encoding).count(r"\xe9") >= 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The borders
+
+
+def outside(file: Path) -> Iterator[str]:
+    """Yield each place of a file that prints, opens a console, logs or writes CSV without `output` and `screen`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [f"{getattr(node, 'module', '') or ''}.{alias.name}" for alias in node.names]
+            for name in names:
+                if name.startswith(("rich.console.", "rich.table.", "rich.print", ".rich")):
+                    yield f"{file}:{node.lineno} imports {name.strip('.')}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        json_alone = [ast.unparse(argument).startswith("json.dumps(") for argument in node.args] == [True]
+        if called in ("print", "typer.echo", "click.echo", "typer.secho") and not json_alone:
+            yield f"{file}:{node.lineno} {called}"
+        if called.endswith((".to_csv", "csv.writer", "csv.DictWriter", "stdout.write", "stderr.write")):
+            yield f"{file}:{node.lineno} {called}"
+        if called.endswith(("logging.Formatter", "logging.StreamHandler", "logging.basicConfig")):
+            yield f"{file}:{node.lineno} {called}"
+
+
+def test_nothing_is_said_past_the_one_function() -> None:
+    places = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "launch").glob("*.py")]
+    assert len(places) > 100
+    free = ("output.py", "screen.py")
+    assert [found for file in places if file.name not in free for found in outside(file)] == []
+
+
+def test_the_rule_can_be_broken(tmp_path: Path) -> None:
+    file = tmp_path / "f.py"
+    file.write_text(
+        "import csv\nfrom rich.console import Console\nprint(name)\nprint(json.dumps(1))\ntable.to_csv(path)\n"
+        "logging.basicConfig()\n"
+    )
+    assert [int(found.split(":")[1].split()[0]) for found in outside(file)] == [2, 3, 5, 6]
+
+
+DATA = """
+import torch
+from torch.utils.data import Dataset
+
+
+class Named(Dataset):
+    classes = ("=1+1", "\\x1b[31mred\\nerror: forged", "@SUM(1)")
+
+    def __init__(self, broken=-1):
+        self.broken = broken
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        if i == self.broken:
+            raise ValueError("bad file x\\x1b[2J\\x1b]0;title\\x07.jpg\\nerror: all is well")
+        return torch.randn(4) + i % 3, i % 3
+"""
+RECIPE = """
+name: r
+task: classification
+data: {name: "data.py:Named", split: [0.5, 0.5]}
+model: {name: mlp, hidden: [4]}
+batch: {global: 8}
+train: {steps: 2}
+"""
+
+
+def test_an_error_of_the_data_obeys_nothing_and_forges_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text(DATA)
+    (ended,) = train(1, write_recipe(tmp_path, RECIPE), tmp_path / "run", "data.broken=3", status=1)
+    log = (tmp_path / "run" / "log-rank-0.txt").read_text()
+    said = cli("status", tmp_path / "run").out
+    shown = cli("logs", tmp_path / "run").out
+    for text in (ended.out, ended.err, log, said, shown):
+        assert all(letter == "\n" or letter.isprintable() for letter in text)
+        assert "\nerror: all is well" not in text
+    for text in (ended.err, log, said, shown):
+        assert r"bad file x\x1b[2J\x1b]0;title\x07.jpg\nerror: all is well" in text
+
+
+def test_predictions_are_safe_in_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text(DATA)
+    train(1, write_recipe(tmp_path, RECIPE), tmp_path / "run")
+    assert cli("predict", tmp_path / "run", "test", "-o", tmp_path / "p.csv").status == 0
+    with (tmp_path / "p.csv").open(newline="") as file:
+        cells = {cell for row in csv.reader(file) for cell in row}
+    assert {"'=1+1", "'@SUM(1)", r"\x1b[31mred\nerror: forged"} & cells
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or not cell.isprintable()]
