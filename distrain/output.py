@@ -48,11 +48,11 @@ def one_line(text: object) -> str:
 
 
 def lines(text: object, indent: str = "") -> str:
-    """Return `text` with its lines kept and everything else escaped; `indent` begins each line after the first."""
+    """Return `text` with its lines kept and everything else escaped; each after the first begins with `indent`."""
     said = str(text)
     if not (said.isascii() and said.isprintable()):
         said = said.translate(_LINES)
-    return said.replace("\n", f"\n{indent}") if indent else said
+    return re.sub(rf"\n(?!{indent}|\n|$)", f"\n{indent}", said) if indent else said
 
 
 def error_line(error: BaseException) -> str:

@@ -13,24 +13,28 @@ from typing import Any
 from distrain.recipe_file import json_schema
 
 PAGE = Path(__file__).with_name("recipe.md")
-_TABLE = re.compile(r"(<!-- keys: ([A-Za-z.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- keys: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _DURATION = "a number and a unit"
 _KINDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
 
 
-def sections(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the schema of each mapping of a recipe by its dotted key; the recipe itself is `recipe`."""
-    found = {"recipe": schema}
+def sections(schema: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the forms of each mapping of a recipe by its dotted key, mostly one; the recipe itself is `recipe`.
+
+    A mapping may be null or the item of a list as well.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"recipe": [schema]}
     waiting = [("", schema)]
     while waiting:
         prefix, section = waiting.pop(0)
         for key, value in section["properties"].items():
             for inner in _mappings(value, schema):
+                forms = found.setdefault(f"{prefix}{key}", [])
                 # something built by name, such as a loss, has no keys of its own but its name
-                if inner["properties"].keys() != {"name"} and f"{prefix}{key}" not in found:
-                    found[f"{prefix}{key}"] = inner
+                if inner["properties"].keys() != {"name"} and inner not in forms:
+                    forms.append(inner)
                     waiting.append((f"{prefix}{key}.", inner))
-    return found
+    return {key: forms for key, forms in found.items() if forms}
 
 
 def _mappings(value: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,6 +42,8 @@ def _mappings(value: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, A
         value = schema["$defs"][value["$ref"].rpartition("/")[2]]
     if "properties" in value:
         return [value]
+    if "enum" in (names := value.get("propertyNames", {})):
+        return [{"properties": dict.fromkeys(names["enum"], value["additionalProperties"])}]
     inner = [*value.get("anyOf", []), *value.get("oneOf", []), *([value["items"]] if "items" in value else [])]
     return [found for each in inner for found in _mappings(each, schema)]
 
@@ -71,19 +77,30 @@ def _bounds(value: dict[str, Any]) -> str:
     return f" {', '.join(parts)}" if parts else ""
 
 
-def table(section: dict[str, Any], schema: dict[str, Any]) -> str:
-    """Return the Markdown table of a section's keys."""
+def table(forms: list[dict[str, Any]], schema: dict[str, Any]) -> str:
+    """Return the Markdown table of a section's keys, over all its forms."""
     lines = ["| key | what it may be | default | meaning |", "|---|---|---|---|"]
-    for key, value in section["properties"].items():
-        default = "required" if key in section.get("required", []) else f"`{json.dumps(value.get('default'))}`"
-        if isinstance(value.get("default"), dict):
-            default = ""
-        inner = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
-        # a schema repeats no sentence that a section says of itself, and writes null as Python does
-        meaning = re.sub(r"\bNone\b", "null", value.get("description", inner.get("description", "")))
-        meaning = meaning.replace("\n", " ").replace("|", "\\|")
-        lines.append(f"| `{key}` | {kind(value)} | {default} | {meaning} |")
+    for key in dict.fromkeys(key for form in forms for key in form["properties"]):
+        having = [form for form in forms if key in form["properties"]]
+        values = [form["properties"][key] for form in having]
+        kinds = ", or ".join(dict.fromkeys(map(kind, values)))
+        meanings = " ".join(dict.fromkeys(_meaning(value, schema) for value in values))
+        lines.append(f"| `{key}` | {kinds} | {_default(key, having[0])} | {meanings} |")
     return "\n".join(lines) + "\n"
+
+
+def _default(key: str, form: dict[str, Any]) -> str:
+    value = form["properties"][key]
+    if key in form.get("required", []):
+        return "required"
+    return f"`{json.dumps(value['default'])}`" if not isinstance(value.get("default", {}), dict) else ""
+
+
+def _meaning(value: dict[str, Any], schema: dict[str, Any]) -> str:
+    # a schema repeats no sentence that a section says of itself, and writes null as Python does
+    inner = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+    meaning = re.sub(r"\bNone\b", "null", value.get("description", inner.get("description", "")))
+    return meaning.replace("\n", " ").replace("|", "\\|")
 
 
 def with_tables(page: str) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from worlds import in_world
 
-from distrain.config import Duration, Horizon, OptimSection, ScheduleSection, UserError
+from distrain.config import Duration, Horizon, OptimSection, OwnScheduleSection, ScheduleSection, UserError
 from distrain.optim import (
     Ema,
     build_optimizer,
@@ -337,6 +337,100 @@ def test_schedules_that_cannot_be(keys, total, words):
 def test_a_stored_schedule_is_as_good_as_a_written_one():
     stored = schedule(name="cosine", gamma=0.1, decay=Duration(10, "%"), every="30%", final=0.0)
     assert check_schedule(stored) == []
+
+
+OWN_SCHEDULES = """
+import math
+import torch
+
+def half(*args, **kwargs):
+    return 0.5
+
+def falling(step, total_steps, power=1.0, *, final=0.0, every=1):
+    assert type(step) is type(total_steps) is int
+    return torch.tensor(max(final, (1 - step // every * every / total_steps) ** power))
+
+def late(step, total_steps, bad):
+    return float(bad) if step == total_steps - 1 else 1
+
+def middle(step, total_steps):
+    return math.nan if step == 2 else True
+
+def fails(step, total_steps):
+    raise KeyError("x\\x1b")
+
+def one(step):
+    return 1
+
+class Class: ...
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "schedules.py").write_text(OWN_SCHEDULES)
+    return lambda name, **keys: OwnScheduleSection.model_validate({"name": f"{tmp_path}/schedules.py:{name}", **keys})
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "shares"),
+    [
+        ("half", {}, [0.5, 0.5, 0.5, 0.5, 0.5]),
+        ("half", {"anything": "at all"}, [0.5, 0.5, 0.5, 0.5, 0.5]),
+        ("half", {"warmup": "2 steps"}, [0.25, 0.5, 0.5, 0.5, 0.5]),
+        ("falling", {}, [1, 0.75, 0.5, 0.25, 0.25]),
+        # keys of other schedules are arguments like any
+        ("falling", {"power": 2, "final": 0.5, "every": 2}, [1, 1, 0.5, 0.5, 0.5]),
+        ("falling", {"warmup": "50%"}, [0.5, 0.75, 0.5, 0.25, 0.25]),
+    ],
+)
+def test_a_schedule_of_ones_own_gives_the_share_at_each_step(own, name, keys, shares):
+    assert check_schedule(own(name, **keys)) == []
+    share = resolve_schedule(own(name, **keys), horizon(4))
+    assert [share(step) for step in range(5)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("falling", {"powr": 2}, "schedule.powr: S has no argument 'powr'; did you mean 'power'?"),
+        ("falling", {"step": 2}, "schedule.step: S has no argument 'step'"),
+        ("late", {}, "schedule.bad: S needs it, and it was not given"),
+        ("one", {}, "schedule.name: S cannot be called as f(step, total_steps): too many positional arguments"),
+        ("Class", {}, "schedule.name: S is a class; expected a function (step, total_steps, ...)"),
+        ("number", {}, "schedule.name: S is a int; expected a function (step, total_steps, ...)"),
+        ("nothing", {}, "has no 'nothing'"),
+    ],
+)
+def test_a_schedule_of_ones_own_is_checked_with_the_recipe(own, name, keys, words):
+    (problem,) = check_schedule(own(name, **keys))
+    assert words in problem.replace(repr(own(name).name), "S")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("late", {"bad": "nan"}, "gave nan at step 3 of 4, counted from 0; expected the share of optim.lr, a finite"),
+        ("late", {"bad": "inf"}, "gave inf at step 3 of 4"),
+        ("late", {"bad": -1}, "gave -1.0 at step 3 of 4"),
+        ("late", {"bad": "x"}, "failed at step 3 of 4: ValueError: could not convert"),
+        ("fails", {}, r"failed at step 0 of 4: KeyError: 'x\x1b'"),
+        ("half", {"warmup": "5 steps"}, "schedule.warmup is 5 steps and the whole run only 4"),
+    ],
+)
+def test_what_is_no_share_is_found_before_the_first_step(own, name, keys, words):
+    with pytest.raises(UserError) as caught:
+        resolve_schedule(own(name, **keys), horizon(4))
+    assert words in str(caught.value)
+
+
+def test_what_is_no_share_later_names_the_step(own):
+    share = resolve_schedule(own("middle"), horizon(4))
+    assert [share(0), share(1), share(3)] == [1, 1, 1]
+    with pytest.raises(UserError, match="middle gave nan at step 2 of 4"):
+        share(2)
 
 
 def test_a_share_costs_microseconds():

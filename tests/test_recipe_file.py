@@ -526,7 +526,7 @@ def test_relative_paths_are_of_the_recipes_folder_and_of_the_command_lines(write
 name: x
 task: classification
 data:
-  name: ../own/data.py:Own
+  name: table
   path: data/a.csv
   split: {train: a, test: ~/b}
   prepare: get.py:fetch
@@ -534,13 +534,13 @@ data:
 model: {name: torchvision.models:resnet18, weights: /abs/w.safetensors}
 loss: losses.py:focal
 optim: {name: o.py:Lion}
+schedule: {name: ../s.py:half, warmup: 0 steps}
 eval: {metrics: [m.py:score]}
 batch: {global: 8}
 train: {steps: 1}
 """
     recipe = load_recipe(write(text), ["optim.name=o.py:Lion", "data.split.test=c", "eval.metrics.0=m.py:other"]).recipe
     here = str(tmp_path)
-    assert recipe.data.name == str(tmp_path.parent / "own/data.py:Own")
     assert recipe.data.path == f"{here}/data/a.csv"
     assert recipe.data.split == {"train": f"{here}/a", "test": f"{elsewhere}/c"}
     assert load_recipe(write(text)).recipe.data.split == {"train": f"{here}/a", "test": "/home/someone/b"}
@@ -552,8 +552,35 @@ train: {steps: 1}
     assert recipe.loss is not None
     assert recipe.loss.name == f"{here}/losses.py:focal"
     assert recipe.optim.name == f"{elsewhere}/o.py:Lion"
+    assert recipe.schedule.name == f"{tmp_path.parent}/s.py:half"
     assert recipe.eval.metrics is not None
     assert recipe.eval.metrics[0].name == f"{elsewhere}/m.py:other"
+
+
+@pytest.mark.parametrize("own", ["data.py:Parts", "package.module:Parts"])
+def test_the_users_own_code_is_given_its_arguments_as_they_are_written(write, tmp_path, monkeypatch, own):
+    monkeypatch.chdir(tmp_path.parent)
+    text = f"""\
+name: x
+task: classification
+data: {{name: "{own}", path: here, split: {{train: train, test: ./test}}, root: ./a, more: {{b: [../c, d]}}}}
+model: {{name: "{own}", weights: w.pt, act: ./relu}}
+schedule: {{name: "{own}", final: ./x, every: 3, gamma: [1]}}
+batch: {{global: 8}}
+train: {{steps: 1}}
+"""
+    file = write(text)
+    for recipe in (
+        load_recipe(file).recipe,
+        load_recipe(file, ["data.split={train: train, test: ./test}", "data.root=./a"]).recipe,
+        parse_recipe(dump_recipe(load_recipe(file).recipe), "stored"),
+    ):
+        assert recipe.data.split == {"train": "train", "test": "./test"}
+        assert recipe.data.args == {"root": "./a", "more": {"b": ["../c", "d"]}}
+        assert recipe.model.args == {"act": "./relu"}
+        assert recipe.schedule.args == {"final": "./x", "every": 3, "gamma": [1]}
+        assert recipe.data.path == str(tmp_path / "here"), "what is declared to be a path"
+        assert recipe.model.weights == str(tmp_path / "w.pt")
 
 
 # --------------------------------------------------------------------------------------------------------------------

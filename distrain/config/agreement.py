@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.config.durations import Duration
-from distrain.config.sections import LENGTHS, SCHEDULES_WITH, FoldSplit
+from distrain.config.sections import LENGTHS, SCHEDULES_WITH, FoldSplit, ScheduleSection
 
 ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}
 
@@ -99,6 +99,8 @@ def _stratify(known: Known) -> Problems:
 
 def _schedule(known: Known) -> Problems:
     name = known("schedule.name")
+    if not isinstance(known.sections["schedule"], ScheduleSection):
+        return  # what a function of the user's own takes is seen in its signature
     for key, schedules in SCHEDULES_WITH.items():
         if known.given(f"schedule.{key}") and name not in schedules:
             yield (

@@ -11,6 +11,7 @@ from distrain.config.agreement import Known, disagreements
 from distrain.config.sections import (
     WHOLE,
     AnomaliesSection,
+    AnySchedule,
     BatchSection,
     ByName,
     CheckpointSection,
@@ -50,7 +51,7 @@ class Recipe(Section):
     """Any loss of torch.nn by name (cross_entropy or CrossEntropyLoss), or your own; None takes the task's usual."""
     optim: Annotated[OptimSection, ByName()] = OptimSection()
     """The optimizer: adamw unless it says otherwise."""
-    schedule: Annotated[ScheduleSection, ByName()] = ScheduleSection()
+    schedule: Annotated[AnySchedule, ByName()] = ScheduleSection()
     """How the learning rate changes."""
     batch: BatchSection
     """Batch sizes."""

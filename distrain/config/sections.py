@@ -153,10 +153,11 @@ class TransformsSection(Section):
     """For evaluation and prediction."""
 
 
+SplitPlace = Annotated[Text, Field(description="The split's folder or file, or what data of your own is given for it.")]
 Split = Annotated[
     Annotated[list[Positive], Tag("<fractions>")]
     | Annotated[FoldSplit, Tag("<fold>")]
-    | Annotated[dict[Literal["train", "valid", "test"], Text], Tag("<files>")],
+    | Annotated[dict[Literal["train", "valid", "test"], SplitPlace], Tag("<files>")],
     Discriminator(_kind_of_split),
 ]
 
@@ -231,6 +232,15 @@ SCHEDULES_WITH = {
 }
 
 
+class OwnScheduleSection(Component):
+    """A function of your own, which gives the share of the peak at a step. Further keys are its arguments."""
+
+    name: ComponentName
+    """`path/to/file.py:name` or `package.module:name` of your own."""
+    warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
+    """A function of your own is multiplied by it."""
+
+
 class ScheduleSection(Section):
     """The learning rate as a function of the optimizer step, as a share of the peak."""
 
@@ -252,6 +262,17 @@ class ScheduleSection(Section):
         return {
             key: value for key, value in handler(self).items() if self.name in SCHEDULES_WITH.get(key, (self.name,))
         }
+
+
+def _kind_of_schedule(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "<own>" if isinstance(name, str) and (":" in name or name.endswith(".py")) else "<named>"
+
+
+AnySchedule = Annotated[
+    Annotated[ScheduleSection, Tag("<named>")] | Annotated[OwnScheduleSection, Tag("<own>")],
+    Discriminator(_kind_of_schedule),
+]
 
 
 class BatchSection(Section):

@@ -17,7 +17,7 @@ from distrain.heartbeat import mark, stepped
 from distrain.loop.anomalies import Anomalies, Anomaly, Own
 from distrain.loop.trace import Trace
 from distrain.models import Convention
-from distrain.optim import Loss, Schedule, set_lr
+from distrain.optim import AnySchedule, Loss, set_lr
 from distrain.strategy import FLAGS, Engine, TrainingState, World
 from distrain.strategy.engine import Numbers
 
@@ -31,7 +31,7 @@ class Training:
     call: Convention
     """How the model is called on inputs."""
     loss: Loss
-    schedule: Schedule
+    schedule: AnySchedule
     step: int = 0
     trace: Trace | None = None
     """Notes what each step does; None, as always but in a proof, notes nothing."""

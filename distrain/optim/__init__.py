@@ -21,14 +21,16 @@ from distrain.optim.optimizers import (
     parameter_plan,
     set_lr,
 )
-from distrain.optim.schedules import Schedule, check_schedule, lr_at, resolve_schedule
+from distrain.optim.schedules import AnySchedule, OwnSchedule, Schedule, check_schedule, lr_at, resolve_schedule
 from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
 
 __all__ = [
+    "AnySchedule",
     "CarryOver",
     "Ema",
     "GroupPlan",
     "Loss",
+    "OwnSchedule",
     "Schedule",
     "build_loss",
     "build_optimizer",

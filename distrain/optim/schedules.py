@@ -15,14 +15,23 @@ step, T - 1, with p = (s - a) / (T - 1 - a):
 
 These are torch's CosineAnnealingLR(T_max=T-1), LinearLR(total_iters=T-1), StepLR and OneCycleLR. With `final: 0` the
 last step changes nothing, as there. A run that ends with its warm-up stays at the peak.
+
+A function of the user's own is called as f(s, T, **arguments) and gives the share at step s: a number of 0 or more that
+depends on nothing else, as a resumed run asks for any step anew. Where the recipe gives a warm-up, what it gives is
+multiplied by min(1, (s + 1) / W).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from distrain.config import Duration, Horizon, ScheduleSection, UserError
+from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError, resolve_object
+from distrain.optim.arguments import argument_problems
+from distrain.output import error_line
 
 _KEYS = {
     "constant": {"warmup"},
@@ -75,8 +84,52 @@ class Schedule:
         return 1 - (1 - self.final) * progress
 
 
-def check_schedule(section: ScheduleSection) -> list[str]:
-    """Return one line for each key that is set and means nothing to this schedule."""
+@dataclass(frozen=True, slots=True)
+class OwnSchedule:
+    """A function of the user's own. Called with a step, it returns the share of the peak rate."""
+
+    name: str
+    function: Callable[[int, int], Any]
+    """Called with the step and the number of steps."""
+    warmup: int
+    """Steps of the linear warm-up."""
+    total: int
+    """Steps of the run."""
+
+    def __call__(self, step: int) -> float:
+        """Return the share of the peak at `step` (0-based), 0 or more; beyond the last step, that of the last.
+
+        Raises UserError, naming the step, where the function fails or gives anything else.
+        """
+        step = min(step, self.total - 1)
+        try:
+            given = self.function(step, self.total)
+        except Exception as error:
+            where = f"schedule: {self.name} failed at step {step} of {self.total}"
+            raise UserError(f"{where}: {error_line(error)}") from error
+        try:
+            share = float(given)
+        except Exception:
+            share = math.nan
+        if not 0 <= share < math.inf:
+            raise UserError(
+                f"schedule: {self.name} gave {given!r} at step {step} of {self.total}, counted from 0; expected the "
+                "share of optim.lr, a finite number of 0 or more"
+            )
+        return share * min(1.0, (step + 1) / self.warmup) if self.warmup else share
+
+
+AnySchedule = Schedule | OwnSchedule
+
+
+def check_schedule(section: ScheduleSection | OwnScheduleSection) -> list[str]:
+    """Return one line for each key that means nothing to this schedule, and for each that its function lacks."""
+    if isinstance(section, OwnScheduleSection):
+        try:
+            _own_function(section)
+        except UserError as error:
+            return str(error).splitlines()
+        return []
     fields = ScheduleSection.model_fields
     return [
         f"schedule.{key}: {section.name!r} has no use for it (only "
@@ -86,11 +139,28 @@ def check_schedule(section: ScheduleSection) -> list[str]:
     ]
 
 
-def resolve_schedule(section: ScheduleSection, horizon: Horizon) -> Schedule:
+def _own_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
+    """Return the user's function with the recipe's arguments, which are checked; raises UserError."""
+    found = resolve_object(section.name)
+    if not callable(found) or inspect.isclass(found):
+        kind = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"
+        raise UserError(f"schedule.name: {section.name!r} is {kind}; expected a function (step, total_steps, ...)")
+    given = list(inspect.signature(found).parameters)[:2]
+    if problems := argument_problems(found, section.args, "schedule", repr(section.name), given=given):
+        raise UserError("\n".join(problems))
+    try:
+        inspect.signature(found).bind(0, 1, **section.args)
+    except TypeError as error:
+        call = f"f(step, total_steps{', ...' if section.args else ''})"
+        raise UserError(f"schedule.name: {section.name!r} cannot be called as {call}: {error}") from error
+    return lambda step, total: found(step, total, **section.args)
+
+
+def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Horizon) -> AnySchedule:
     """Return the schedule with its durations in steps.
 
     Raises UserError with every problem: keys without a meaning, phases longer than the run, durations that
-    `horizon` cannot turn into steps.
+    `horizon` cannot turn into steps; and where a function of the user's own gives no share at the first or last step.
     """
     problems = check_schedule(section)
 
@@ -114,6 +184,11 @@ def resolve_schedule(section: ScheduleSection, horizon: Horizon) -> Schedule:
         problems.append(f"{phases} steps and the whole run only {total}; shorten the phases or train for longer")
     if problems:
         raise UserError("\n".join(problems))
+    if isinstance(section, OwnScheduleSection):
+        assert total is not None
+        own = OwnSchedule(name, _own_function(section), warmup, total)
+        own(0), own(total - 1)  # what it cannot give is found before the first step
+        return own
 
     last = total - 1 if total is not None else 2**62
     start: float = max(warmup - 1, 0)
@@ -125,7 +200,7 @@ def resolve_schedule(section: ScheduleSection, horizon: Horizon) -> Schedule:
     return Schedule(name, warmup, last, start, section.final, section.gamma, every)
 
 
-def lr_at(schedule: ScheduleSection, step: int, horizon: Horizon) -> float:
+def lr_at(schedule: ScheduleSection | OwnScheduleSection, step: int, horizon: Horizon) -> float:
     """Return the share of the peak learning rate, 0..1, at the optimizer step `step` (0-based).
 
     A loop resolves the schedule once with `resolve_schedule` and calls the result; this is the same in one call.

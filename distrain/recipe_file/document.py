@@ -20,9 +20,9 @@ _COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("o
 _COMPONENT_LISTS: frozenset[Place] = frozenset(
     {("eval", "metrics"), ("data", "transforms", "train"), ("data", "transforms", "eval")}
 )
-_PATHS: frozenset[Place] = frozenset(
-    {("data", "path"), ("model", "weights"), *(("data", "split", split) for split in ("train", "valid", "test"))}
-)
+_PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
+_OWN_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
+"""Paths for what distrain brings along; code of the user's own is given what stands there."""
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
@@ -150,13 +150,25 @@ class Document:
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
             base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
-            if text and (place in _PATHS or text.startswith(("./", "../"))):
+            named_path = place in _OWN_PATHS or text.startswith(("./", "../"))
+            if text and (place in _PATHS or (named_path and not self._goes_to_own_code(place))):
                 # a path by its key, or by how it begins: no name begins so, and only a component knows its own keys
                 _put(self.value, place, _absolute(text, base))
             elif place == ("data", "prepare") or (place[-1] == "name" and _is_component(place[:-1])):
                 file, _, name = text.rpartition(":")
                 if file.endswith(".py") and is_object_spec(text):
                     _put(self.value, place, f"{_absolute(file, base)}:{name}")
+
+    def _goes_to_own_code(self, place: Place) -> bool:
+        """Whether the value at `place` is an argument of the user's own class or function, which gets it as it is."""
+        for end in range(len(place) - 1, 0, -1):
+            if _is_component(place[:end]):
+                holder: Any = self.value
+                for step in place[:end]:
+                    holder = holder[step]
+                name = holder.get("name") if isinstance(holder, dict) else None
+                return isinstance(name, str) and is_object_spec(name)
+        return False
 
     def origin(self, place: Place) -> str:
         """Return where the value at `place` of the finished recipe came from."""

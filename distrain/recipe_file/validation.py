@@ -160,11 +160,12 @@ class _Explainer:
         return None
 
     def _keys(self, schema: dict[str, Any]) -> list[str]:
-        return [
+        keys = (
             key
             for variant in self._variants(schema)
             for key in [*variant.get("properties", ()), *variant.get("propertyNames", {}).get("enum", ())]
-        ]
+        )
+        return list(dict.fromkeys(keys))
 
     def _expected(self, schema: dict[str, Any], all_bounds: bool = False) -> str:
         if "title" in schema:
