@@ -312,8 +312,8 @@ def checkpoint_verify(
     for path in paths:
         problems = verify(path)
         bad += bool(problems)
-        echo(f"{path.name}  {'whole' if not problems else 'damaged'}")
-        for problem in problems:
+        echo(f"{path.name}  {'whole' if not problems else f'damaged: {one_line(problems[0])}'}")
+        for problem in problems[1:]:
             echo(f"  {one_line(problem)}")
     raise typer.Exit(1 if bad else 0)
 

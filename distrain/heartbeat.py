@@ -25,6 +25,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from distrain import bounded
 from distrain.rundir import RunDir
 
 PHASES = {
@@ -271,11 +272,11 @@ def write_heartbeat(run: RunDir, beat: Heartbeat) -> None:
 def read_heartbeat(run: RunDir, rank: int) -> Heartbeat | None:
     """Return what a rank last wrote; None where there is nothing, or nothing that can be read."""
     try:
-        with run.heartbeat_path(rank).open(encoding="utf-8") as file:
+        with open(bounded.open_regular(run.heartbeat_path(rank)), "rb") as file:
             written = os.fstat(file.fileno()).st_mtime
-            content = json.load(file)
+            content = bounded.parse_json(bounded.read_open(file, bounded.RECORD))
         known = {key: value for key, value in content.items() if key in _KNOWN}
-        return Heartbeat(**known | {"written": written})
+        return bounded.as_record(Heartbeat, known | {"written": written})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+from distrain.bounded import read_record
 from distrain.config import UserError
 from distrain.rundir import RunDir, append_row, read_rows, write_atomically
 
@@ -115,10 +116,10 @@ _FILE = "lease.json"
 
 def _holder(run: RunDir) -> Holder | None:
     try:
-        return Holder(**json.loads((run.path / _FILE).read_text(encoding="utf-8")))
+        return read_record(Holder, run.path / _FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError):  # of another version, or damaged: not this start's, at any rate
+    except ValueError:  # of another version, or damaged: not this start's, at any rate
         return None
 
 

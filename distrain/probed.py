@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distrain import memory
+from distrain.bounded import read_json
 from distrain.config import BatchSection, Recipe
 from distrain.rundir import RunDir, write_atomically
 
@@ -102,7 +103,7 @@ def hand_on(known: RunDir, run: RunDir) -> None:
 
 def _read(run: RunDir) -> list[Probed]:
     try:
-        rows: list[dict[str, Any]] = json.loads(run.micro_batch_path.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = read_json(run.micro_batch_path)
         return [
             Probed(**row | {"where": Where(**row["where"]), "tried": tuple((s, f) for s, f in row["tried"])})
             for row in rows

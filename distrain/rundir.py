@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import distrain
+from distrain import bounded
 from distrain.config import UserError
 
 
@@ -186,10 +187,10 @@ class RunDir:
     def launch(self) -> Launch:
         """Return the recorded start; raises UserError where there is none or it cannot be read."""
         try:
-            return Launch(**json.loads(self.launch_path.read_text(encoding="utf-8")))
+            return bounded.read_record(Launch, self.launch_path)
         except FileNotFoundError:
             raise UserError(f"{self.path} is not a run folder: it has no launch.json") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"{self.launch_path} cannot be read: {error}; delete it and start the run again") from error
 
     def record_effect(self, effect: dict[str, Any]) -> None:
@@ -199,10 +200,13 @@ class RunDir:
     def effect(self) -> dict[str, Any] | None:
         """Return what took effect in the last start, or None where none has come so far."""
         try:
-            return json.loads((self.path / "effect.json").read_text(encoding="utf-8"))
+            found = bounded.read_json(self.path / "effect.json", bounded.SUMMARY)
+            if not isinstance(found, dict) or not isinstance(found.get("total_steps"), int | None):
+                raise ValueError("it does not say what took effect")
+            return found
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"effect.json in {self.path} cannot be read: {error}; delete it") from error
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -225,11 +229,17 @@ class RunDir:
 
     def _marker(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            found = bounded.read_json(self.path / name, bounded.SUMMARY)
+            if not isinstance(found, dict):
+                raise ValueError("it is not a JSON object")
+            for key in found.keys() & {"step", "steps", "exported_step", "rank"}:
+                if type(found[key]) is not int or not 0 <= found[key] < bounded.MOST_STEPS:
+                    raise ValueError(f"{key} is {str(found[key])[:40]}, which is no count")
+            return found
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            return {"error": f"{name} in {self.path} cannot be read"}
+        except (ValueError, OSError) as error:
+            return {"error": f"{name} in {self.path} cannot be read: {error}"}
 
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Rank 0: the run is complete."""
@@ -262,7 +272,8 @@ class RunDir:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; a last line that a crash cut short is left out."""
-        return read_rows(self.metrics_path)
+        for row in read_rows(self.metrics_path):
+            yield _metrics_row(row, self.metrics_path)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -272,13 +283,32 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     with file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not JSON: {error}; take that line out of the file") from error
+        number = 0
+        while (line := file.readline(bounded.ROW + 1)).endswith(b"\n"):
+            number += 1
+            yield _row(line, f"{path}:{number}")
+        if len(line) > bounded.ROW:
+            raise UserError(f"{path}:{number + 1} has more than {bounded.ROW:,} bytes; take that line out of the file")
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = bounded.parse_json(line)
+        if not isinstance(row, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}; take that line out of the file") from error
+    return row
+
+
+def _metrics_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    step = row.get("step")
+    if not isinstance(row.get("event"), str) or type(step) is not int or not 0 <= step < bounded.MOST_STEPS:
+        raise UserError(
+            f"{path}: a row says event {str(row.get('event'))[:40]!r} and step {str(step)[:40]}; expected a word and a "
+            "number of steps; take that line out of the file"
+        )
+    return row
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

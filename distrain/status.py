@@ -185,9 +185,9 @@ def _numbers(run: RunDir) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _newest_checkpoint(run: RunDir) -> int | None:
-    from distrain.checkpoint import list_checkpoints
+    from distrain.checkpoint import newest_step
 
-    return max((info.step for info in list_checkpoints(run.checkpoints)), default=None) if run.path.is_dir() else None
+    return newest_step(run.checkpoints)
 
 
 def statuses(folder: Path) -> list[Status]:

@@ -33,6 +33,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import xxhash
 
+from distrain.bounded import SUMMARY, read_bounded, read_json
 from distrain.config import UserError
 
 INDEX_NAME = "index.json"
@@ -92,8 +93,8 @@ class FileTokenizer:
             raise UserError(
                 f"there is no tokenizer at {path}; give 'bytes', or the path of a Hugging Face tokenizer.json"
             )
-        content = path.read_bytes()
         try:
+            content = read_bounded(path, SUMMARY)
             self._tokenizer = HuggingFaceTokenizer.from_str(content.decode())
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
@@ -516,7 +517,7 @@ def read_index(folder: Path) -> ShardIndex:
     if not path.is_file():
         raise UserError(f"there is no {INDEX_NAME} in {folder}; make a folder of tokens with 'distrain data tokenize'")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, SUMMARY)
         if content["format"] != FORMAT:
             raise UserError(f"{path} is of format {content['format']}, and this version reads {FORMAT}; tokenize again")
         fields = {key: content[key] for key in ("dtype", "tokenizer", "tokenizer_digest", "vocab_size", "eos_id")}

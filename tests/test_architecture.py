@@ -16,7 +16,19 @@ import distrain
 
 PACKAGE = Path(distrain.__file__).parent
 FLOORS = [
-    ["output", "screen", "config", "recipe_file", "tokens", "memory", "rundir", "probed", "lease", "heartbeat"],
+    [
+        "output",
+        "screen",
+        "config",
+        "bounded",
+        "recipe_file",
+        "tokens",
+        "memory",
+        "rundir",
+        "probed",
+        "lease",
+        "heartbeat",
+    ],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
     ["watchdog", "telemetry", "loop", "inference"],
     ["probing", "launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
@@ -29,6 +41,7 @@ NO_TORCH = [
     *(
         "output",
         "config",
+        "bounded",
         "memory",
         "rundir",
         "probed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -35,6 +36,7 @@ from distrain.checkpoint import (
     find_newest,
     fingerprint,
     list_checkpoints,
+    newest_step,
     read_manifest,
     verify,
     writing,
@@ -412,7 +414,12 @@ def drop(key: str) -> Any:
         set_value("world_size", 10**9),
         set_value("version", 2),
         set_value("format", "other"),
-        set_value("step", "12"),
+        set_value("step", "200"),
+        set_value("step", -1),
+        set_value("step", 1e30),
+        set_value("step", 10**18),
+        set_value("step", 100),
+        set_value("step", True),
         set_value("score", "high"),
         set_value("unknown", 1),
         set_value("aliases", {"model/x": "model/y"}),
@@ -426,6 +433,9 @@ def drop(key: str) -> Any:
         set_value("tensors", "model/wide", "dtype", "F32"),
         set_value("tensors", "model/wide", "dtype", "O"),
         set_value("tensors", "model/wide", "role", "other"),
+        set_value("tensors", "model/wide", "role", "optimizer"),
+        set_value("tensors", "model/layer.weight", "role", "buffer"),
+        set_value("tensors", "ema/layer.weight", "role", "parameter"),
         set_value("tensors", "model/wide", "pieces", [[0, 0, 5], [0, 4, 5]]),
         set_value("tensors", "model/wide", "pieces", [[0, 0, 5], [0, 6, 3]]),
         set_value("tensors", "model/wide", "pieces", [[0, 0, 9]]),
@@ -459,6 +469,50 @@ def test_manifest_that_is_no_json(damaged, text):
     assert_refused(damaged, MANIFEST)
     (damaged / MANIFEST).write_bytes(text)
     assert_refused(damaged, MANIFEST)
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1E+999", b"Infinity", b"1" * 400, b"1" * 400 + b".0"])
+@pytest.mark.parametrize("place", [b'"score":', b'"scalars":{', b'"step":', b'"size":'])
+def test_a_manifest_with_a_number_that_is_none(damaged, number, place):
+    body = (damaged / MANIFEST).read_bytes()[len('{"xxh3_128":"",') + 32 :]
+    begin = body.index(place) + len(place)
+    if place.endswith(b"{"):
+        changed = body[:begin] + b'"z":' + number + b"," + body[begin:]
+    else:
+        end = begin + len(re.match(rb"[^,}]*", body[begin:])[0])
+        changed = body[:begin] + number + body[end:]
+    digest = xxhash.xxh3_128_hexdigest(b"{" + changed).encode()
+    (damaged / MANIFEST).write_bytes(b'{"xxh3_128":"%s",' % digest + changed)
+    assert "number" in assert_refused(damaged, MANIFEST)
+
+
+@pytest.mark.parametrize("name", ["step-00000300", "step-00000001", "step-000000000000000200"])
+def test_a_folder_with_another_steps_name_is_refused(damaged, name):
+    copy = damaged.parent / name
+    shutil.copytree(damaged, copy)
+    if int(name[5:]) == 200:
+        assert verify(copy) == []
+        return
+    (problem,) = verify(copy)
+    assert f"it is of step 200, and its folder has the name of step {int(name[5:])}" in problem
+    with pytest.raises(CheckpointError, match="copied or renamed"):
+        read_manifest(copy)
+    for whole in (True, False):
+        newest, skipped = find_newest(damaged.parent, verify=whole)
+        assert newest == damaged
+        assert [path for path, _ in skipped] == ([copy] if name == "step-00000300" else [])
+    assert newest_step(damaged.parent) == 200
+    copy.rename(damaged.parent / "kept-by-hand")
+    assert verify(damaged.parent / "kept-by-hand") == []
+
+
+def test_a_manifest_that_is_too_large_is_refused_and_not_written(damaged, monkeypatch):
+    os.truncate(damaged / MANIFEST, 8 << 30)
+    assert_refused(damaged, f"{MANIFEST}: it has 8,589,934,592 bytes")
+    monkeypatch.setattr(writing, "MAX_MANIFEST", 1000)
+    with pytest.raises(CheckpointError, match=r"step 300 was not saved.*\n.*MANIFEST.json would have .* bytes"):
+        save(damaged.parent, 300)
+    assert find_newest(damaged.parent)[0].name == "step-00000100"
 
 
 def replace_rank_file(path: Path, content: bytes) -> None:

@@ -40,6 +40,7 @@ from distrain.checkpoint.reading import (
     find_checkpoint,
     find_newest,
     list_checkpoints,
+    newest_step,
     read_manifest,
     verify,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "find_newest",
     "fingerprint",
     "list_checkpoints",
+    "newest_step",
     "read_manifest",
     "verify",
 ]

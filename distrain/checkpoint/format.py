@@ -13,10 +13,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
+from distrain import bounded
 from distrain.config import UserError
 
 VERSION = 1
 MANIFEST = "MANIFEST.json"
+MAX_MANIFEST = bounded.SUMMARY
+"""Bytes: some hundred thousand tensors, or a thousand in pieces of a thousand ranks."""
 ROLES = ("parameter", "buffer", "optimizer", "ema")
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -24,6 +27,7 @@ ITEM_SIZES = {
 }  # fmt: skip
 """Bytes of one element, by the dtype names of safetensors."""
 
+_PREFIXES = {"parameter": "model/", "buffer": "model/", "optimizer": "optimizer/", "ema": "ema/"}
 _SELF_HASH = re.compile(rb'\{"xxh3_128":"([0-9a-f]{32})",')
 _T = TypeVar("_T")
 
@@ -246,21 +250,10 @@ def explain(error: BaseException) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number in JSON")
-
-
 def parse_json(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        value = bounded.parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"it is not the JSON that distrain writes ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError("it is not a JSON object")
@@ -305,15 +298,26 @@ def parse_manifest(raw: bytes) -> Manifest:
             raise CheckpointError(f"{name!r} is not described as a tensor is")
         tensors[name] = Tensor(TensorSpec(tuple(shape), dtype, role), tuple((f, s, n) for f, s, n in pieces))
         check_tiling(name, tensors[name], world_size)
+        if not name.startswith(_PREFIXES[role]):
+            raise CheckpointError(
+                f"{name!r} is said to be of the role {role}, whose names begin with {_PREFIXES[role]}"
+            )
     aliases = _texts(take(top, "aliases", dict), "aliases")
     for alias, name in aliases.items():
         if alias in tensors or name not in tensors:
             raise CheckpointError(f"{alias!r} is tied to {name!r}, which is not so in its list of tensors")
+    for name in tensors:
+        parameter = tensors.get(f"model/{name.removeprefix('optimizer/').rpartition('/')[0]}")
+        if name.startswith("optimizer/") and parameter is not None and parameter.spec.role != "parameter":
+            raise CheckpointError(f"{name!r} is of a tensor whose role is {parameter.spec.role}, and not parameter")
     score = top.pop("score", None)
     if score is not None and type(score) is not float:
         raise CheckpointError("'score' is not a number")
+    step = take(top, "step", int)
+    if not 0 <= step < bounded.MOST_STEPS:
+        raise CheckpointError(f"'step' is {step}, which is no number of steps")
     manifest = Manifest(
-        step=take(top, "step", int),
+        step=step,
         created=take(top, "created", str),
         world_size=world_size,
         strategy=take(top, "strategy", str),

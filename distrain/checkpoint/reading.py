@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from distrain import bounded
 from distrain.checkpoint.format import (
     ITEM_SIZES,
     MANIFEST,
+    MAX_MANIFEST,
     CheckpointError,
     CheckpointInfo,
     FileInfo,
@@ -49,26 +50,31 @@ def read_manifest(path: Path | str) -> Manifest:
     path = Path(path)
     try:
         with open(open_plain(path / MANIFEST), "rb") as file:
-            return parse_manifest(file.read())
-    except CheckpointError as error:
+            manifest = parse_manifest(bounded.read_open(file, MAX_MANIFEST))
+        match = _PUBLISHED.fullmatch(path.name)
+        if match is not None and int(match[1]) != manifest.step:
+            raise CheckpointError(
+                f"it is of step {manifest.step}, and its folder has the name of step {int(match[1])}: it was copied or "
+                "renamed; a copy needs a name of another kind"
+            )
+        return manifest
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {MANIFEST}: {str(error).removeprefix(f'{MANIFEST}: ')}") from error
 
 
 def open_plain(path: Path, size: int | None = None) -> int:
     """Open a regular file for reading, no symbolic link; raises CheckpointError when its size is another."""
     try:
-        # O_NONBLOCK: opening a pipe that stands in a file's place must not wait for a writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = bounded.open_regular(path, os.O_NOFOLLOW)
     except OSError as error:
         kind = "it is a symbolic link" if error.errno == errno.ELOOP else explain(error)
         raise CheckpointError(f"{path.name}: {kind}") from error
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and size in (None, found.st_size):
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    if size in (None, found := os.fstat(descriptor).st_size):
         return descriptor
     os.close(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path.name}: it is not a regular file")
-    raise CheckpointError(f"{path.name}: it has {found.st_size} bytes, and {size} were written")
+    raise CheckpointError(f"{path.name}: it has {found} bytes, and {size} were written")
 
 
 def read_header(descriptor: int, size: int) -> Header:
@@ -270,6 +276,12 @@ def find_newest(folder: Path | str, verify: bool = True) -> tuple[Path | None, l
             return info.path, skipped
         skipped.append((info.path, "; ".join(problems)))
     return None, skipped
+
+
+def newest_step(folder: Path | str) -> int | None:
+    """Return the step of the newest checkpoint in `folder` by its manifest alone; None where there is none."""
+    newest, _ = find_newest(folder, verify=False)
+    return read_manifest(newest).step if newest is not None else None
 
 
 def find_best(folder: Path | str) -> Path | None:

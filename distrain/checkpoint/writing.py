@@ -25,6 +25,7 @@ import xxhash
 from distrain.checkpoint.format import (
     ITEM_SIZES,
     MANIFEST,
+    MAX_MANIFEST,
     VERSION,
     CheckpointError,
     Communicator,
@@ -394,6 +395,10 @@ class Saver:
         }
         text = canonical(content)
         text = b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:]
+        if len(text) > MAX_MANIFEST:
+            raise CheckpointError(
+                f"its {MANIFEST} would have {len(text):,} bytes, and at most {MAX_MANIFEST:,} are read"
+            )
         parse_manifest(text)  # what cannot be read back is not published
         _write_file(flight.folder / MANIFEST, [text], flight.cancelled)
         sync_folder(flight.folder)

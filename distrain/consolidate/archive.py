@@ -26,7 +26,8 @@ _LOCATOR = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _TAIL = 4096
-_MOST_RECORDS = 1 << 22
+_MOST_RECORDS = 1 << 20
+_MOST_ENTRY = 1024  # bytes of the directory for each record: a short name and its sizes
 
 
 class NoArchive(UserError):
@@ -106,7 +107,12 @@ def _members(descriptor: int, base: int, nbytes: int) -> dict[str, Record]:
     tail = os.pread(descriptor, nbytes - start, base + start)
     count, size, offset = _directory(tail, start)
     end = nbytes - _END.size
-    if count > _MOST_RECORDS or size < count * _ENTRY.size or offset + size > end:
+    if count > _MOST_RECORDS or size > count * _MOST_ENTRY:
+        raise UserError(
+            "its directory is not where a zip archive's is, or of no file of torch.save: it would have "
+            f"{size:,} bytes and {count:,} records"
+        )
+    if size < count * _ENTRY.size or offset + size > end:
         raise UserError("its directory is not where a zip archive's is: the file is damaged, or it was cut off")
     listing = tail[offset - start :][:size] if offset >= start else os.pread(descriptor, size, base + offset)
     found: dict[str, Record] = {}

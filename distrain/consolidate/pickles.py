@@ -101,6 +101,8 @@ _HARMLESS = {
     "deepspeed.runtime.config.DeepSpeedConfig",
 }  # fmt: skip
 
+_MOST_OPERATIONS = 10_000_000
+"""Of one pickle: each may make an object of a hundred bytes, and a tensor takes some forty."""
 _MAX_INTEGER = 255  # bytes; a longer one is nobody's number, and slow to handle
 
 
@@ -409,12 +411,15 @@ def read_pickle(data: bytes) -> Any:
     """
     machine = _Machine(data)
     try:
-        while True:
+        for _ in range(_MOST_OPERATIONS):
             code = data[machine.position]
             machine.position += 1
             if code == _STOP:
                 return machine.pop()
             _STEPS[code](machine)
+        raise PickleRefused(f"it has more than {_MOST_OPERATIONS:,} operations; no listing of tensors has so many")
+    except MemoryError as error:
+        raise PickleRefused("it holds more than there is memory for") from error
     except KeyError as error:
         raise PickleRefused(f"it has an operation or a reference that is not read here ({error})") from error
     except (IndexError, ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distrain.checkpoint import list_checkpoints
+from distrain.checkpoint import newest_step
 from distrain.config import Recipe, UserError
 from distrain.launcher.asking import asked_for, check_one_owner, join_launcher
 from distrain.launcher.processes import (
@@ -155,7 +155,7 @@ def work(
             open_run(run, loaded, this_start, update=update)
             if found is not None:
                 remember(run, found)
-            step = max((info.step for info in list_checkpoints(run.checkpoints)), default=0)
+            step = newest_step(run.checkpoints) or 0
             taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
             run.clear_markers(requeued=holder.restart > 0)
             return taken

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from distrain.bounded import SUMMARY
 from distrain.config import UserError, close_names
 from distrain.networks.pretrained import weights_in_their_files
 
@@ -106,6 +107,9 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
         raise UserError(
             f"model.path: there is no config.json in {folder}; expected a folder that save_pretrained wrote"
         )
+    for file in folder.glob("*.json"):
+        if (nbytes := file.stat().st_size) > SUMMARY:  # what follows reads them whole
+            raise UserError(f"model.path: {file} has {nbytes:,} bytes, and at most {SUMMARY:,} are expected")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         for key, fact in _FACTS.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import distrain
+from distrain.bounded import read_json
 from distrain.config import UserError
 from distrain.launcher import (
     asked_for,
@@ -218,7 +219,7 @@ def _plan(
 
 def _earlier_plan(folder: Path) -> tuple[str, ...] | None:
     try:
-        found = json.loads((folder / "submit" / "plan.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "submit" / "plan.json")
         return tuple(path for path in found["plan"]["python_path"] if Path(path).is_dir())
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrain.bounded import SUMMARY, read_json
 from distrain.config import UserError
 from distrain.recipe_file import load_recipe
 from distrain.rundir import write_atomically
@@ -134,7 +135,7 @@ def _slug(values: dict[str, str]) -> str:
 def read_sweep(folder: Path) -> list[dict[str, Any]] | None:
     """Return the runs of a sweep, each with `folder` and `values`; None where the folder is no sweep."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / FILE, SUMMARY)
         return [{"folder": str(run["folder"]), "values": dict(run["values"])} for run in found["runs"]]
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -6,7 +6,7 @@ processes in environment variables, mixed with defaults that nobody wrote.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from distrain.bounded import parse_json, read_bounded
 from distrain.config import UserError
 
 
@@ -162,15 +163,25 @@ def _from_deepspeed(file: Stated) -> dict[str, Stated]:
         elif value is not None and plain(value) != "auto":
             yield f"deepspeed.{name}", Stated(value, f"{file.value}: {name}")
 
-    return dict(leaves(_mapping(str(file.value), json.load), ""))
+    return dict(leaves(_mapping(str(file.value), parse_json), ""))
+
+
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Return where in a tree of mappings and lists a number is infinite or NaN; None where none is."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (_not_finite(each, f"{place}.{key}" if place else str(key)) for key, each in inner)
+        return next((each for each in found if each is not None), None)
+    return place if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def _mapping(file: str, load: Any) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = load(stream)
+        content = load(read_bounded(Path(file)))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"the launcher's configuration {file} cannot be read: {error}") from error
+    if place := _not_finite(content):
+        raise UserError(f"the launcher's configuration {file} has a number at {place} that is not finite; mend it")
     if not isinstance(content, dict):
         raise UserError(f"the launcher's configuration {file} holds {type(content).__name__}, expected keys and values")
     return {str(key): value for key, value in content.items()}

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from distrain.config import UserError
-from distrain.consolidate import export, import_checkpoint, open_foreign
+from distrain.consolidate import export, import_checkpoint, open_foreign, pickles
 from distrain.consolidate.pickles import PickleRefused, read_pickle
 
 
@@ -128,6 +128,14 @@ def test_programs_that_are_no_tensors(program):
 def test_programs_that_are_damaged_or_bombs(program):
     with pytest.raises(PickleRefused):
         read_pickle(program)
+
+
+@pytest.mark.parametrize("operation", [b"]", b"N", b"K\x01", b"(", b"}q\x00"])
+def test_a_program_of_too_many_operations(monkeypatch, operation):
+    monkeypatch.setattr(pickles, "_MOST_OPERATIONS", 10_000)
+    with pytest.raises(PickleRefused, match="more than 10,000 operations"):
+        read_pickle(b"\x80\x02" + operation * 10_000 + b".")
+    assert read_pickle(b"\x80\x02" + b"N" * 9_000 + b".") is None
 
 
 def test_a_place_in_the_memo_costs_no_memory():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distrain.bounded import read_open
 from distrain.checkpoint.format import ITEM_SIZES, CheckpointError, TensorSpec, explain, parse_json
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError
@@ -133,20 +134,18 @@ def number(value: float | int, role: str = "optimizer") -> Stored:
 def basename(name: Any, path: Path, what: str) -> str:
     """Return a file's name that a foreign file gives, if it is a mere name; raises UserError."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@+=-]*", name):
-        raise UserError(f"{path}: {what} is {str(name)[:80]!r}, which is not the name of a file beside it")
+        # what is no text may be a tuple of tuples that takes for ever to be written out
+        found = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise UserError(f"{path}: {what} is {found}, which is not the name of a file beside it")
     return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError naming it."""
     try:
-        descriptor = open_plain(path)
-        with open(descriptor, "rb") as file:
-            raw = file.read(_MAX_TEXT + 1)
-        if len(raw) > _MAX_TEXT:
-            raise CheckpointError(f"it has more than {_MAX_TEXT:,} bytes")
-        return parse_json(raw)
-    except CheckpointError as error:
+        with open(open_plain(path), "rb") as file:
+            return parse_json(read_open(file, _MAX_TEXT))
+    except (CheckpointError, ValueError) as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from error
     except OSError as error:
         raise UserError(f"{path}: {explain(error)}") from error

@@ -1,0 +1,125 @@
+"""Files that people and other programs can write, read within bounds: of their size, and of the numbers in them.
+
+A size that cannot be right is told before anything is read, so that a damaged file costs a message and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+RECORD = 16 << 20
+"""Bytes that a file may have which says how something stands: launch.json, a heartbeat, an index."""
+SUMMARY = 256 << 20
+"""Bytes of FINISHED, which holds all metrics, and of other files with a part for each tensor or class."""
+ROW = 64 << 20
+"""Bytes of a line of JSON."""
+MOST_STEPS = 10**18
+"""No step is as high, so that the names of checkpoints have at most 18 digits."""
+
+_SUSPECT = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{19}")
+"""What every number has that is beyond a float or 64 bits (and some text)."""
+
+
+def open_regular(path: Path, flags: int = 0) -> int:
+    """Open a regular file for reading; raises OSError, and ValueError where it is something else."""
+    # O_NONBLOCK: opening a pipe that stands in a file's place must not wait for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ValueError("it is not a regular file")
+
+
+def read_bounded(path: Path, most: int = RECORD) -> bytes:
+    """Return what a regular file holds; raises OSError, and ValueError where it has more than `most` bytes."""
+    with open(open_regular(path), "rb") as file:
+        return read_open(file, most)
+
+
+def read_open(file: Any, most: int) -> bytes:
+    """Return what a binary file holds that is open at its start; raises ValueError above `most` bytes."""
+    if (size := os.fstat(file.fileno()).st_size) > most:
+        raise ValueError(f"it has {size:,} bytes, and at most {most:,} are expected")
+    content: bytes = file.read(most + 1)  # it may have grown since
+    if len(content) > most:
+        raise ValueError(f"it has more than the {most:,} bytes that are expected at most")
+    return content
+
+
+def parse_json(raw: bytes) -> Any:
+    """Return the value that JSON text holds; raises ValueError.
+
+    Refused besides what is no JSON: keys that are there twice, NaN and infinities, also written as 1e999, and whole
+    numbers beyond 64 bits.
+    """
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _whole} if _SUSPECT.search(raw) else {}
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **numbers)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"{type(error).__name__}: it is nested too deep, or holds too much") from error
+
+
+def read_json(path: Path, most: int = RECORD) -> Any:
+    """Return the value in a JSON file of at most `most` bytes; raises OSError and ValueError."""
+    return parse_json(read_bounded(path, most))
+
+
+def read_record(kind: type[_T], path: Path) -> _T:
+    """Return the dataclass whose fields a JSON file holds, each of its type; raises OSError and ValueError."""
+    return as_record(kind, read_json(path))
+
+
+def as_record(kind: type[_T], content: Any) -> _T:
+    """Return the dataclass whose fields `content` holds, each of its type; raises ValueError.
+
+    Whole numbers are not negative: nothing that is counted is.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    adapter = _ADAPTERS.get(kind)
+    if adapter is None:
+        kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
+        adapter = _ADAPTERS[kind] = TypeAdapter(kind)
+    try:
+        found: _T = adapter.validate_json(json.dumps(content))  # strict in another way than for Python's values
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error
+    for name, value in vars(found).items():
+        if type(value) is int and not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value}, which is no count")
+    return found
+
+
+_ADAPTERS: dict[type, Any] = {}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+        raise ValueError(f"{text[:40]} is a whole number beyond 64 bits")
+    return number
