@@ -117,13 +117,20 @@ def predict(
             metavar="INPUT", help="A file or folder as the data set reads it, or a split: train, valid, test."
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A .csv or .parquet file.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o", "--out", help="A .csv or .parquet table, a .npy array, or FOLDER/ with a file for each sample."
+        ),
+    ],
 ) -> None:
-    """Write the model's predictions, one row for each sample."""
+    """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
     from distrain.inference import predict_file
 
-    rows = predict_file(target, inputs, out)
-    echo(f"wrote {rows:,} predictions to {out}")
+    written = predict_file(target, inputs, out)
+    for why in written.skipped:
+        echo(f"skipped: {why}", error=True)
+    echo(f"wrote {written.samples:,} predictions to {out}")
 
 
 @app.command("prove")

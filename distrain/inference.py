@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
-from distrain.datasets import AnySource, Batch, Data, DataMeta
+from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of
 from distrain.loop import evaluate, to_device
 from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
-from distrain.output import write_csv
+from distrain.predictions import Predicted, PredictionFile, open_predictions, predicted, target_columns
 from distrain.recipe_file import parse_recipe
 from distrain.strategy import World, load_weights, open_world, with_arithmetic
 
@@ -111,32 +110,36 @@ def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
 # Predicting
 
 
-def predict_file(target: Path | str, inputs: str, out: Path) -> int:
-    """Write one row for each sample of `inputs` to `out` (.csv or .parquet); returns how many.
+@dataclass(frozen=True)
+class Written:
+    """What `predict_file` has written."""
 
-    `inputs` is a file or folder that the data set can read, or the name of a split. Columns by task: `prediction` and
-    `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class or label,
-    `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. Where samples
-    have targets, `target` or `target_NAME` holds them in the same terms.
+    samples: int
+    skipped: list[str]
+    """Why each sample that is not among them does not decode."""
+
+
+def predict_file(target: Path | str, inputs: str, out: str) -> Written:
+    """Write the model's prediction for each sample of `inputs` that decodes to `out`.
+
+    `inputs` is a file or folder that the data set can read, or the name of a split. `out` is a .csv or .parquet table,
+    a .npy array, or FOLDER/ with a file for each sample: see `distrain.predictions`. A table's columns by task:
+    `prediction` and `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class
+    or label, `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. `row`
+    counts the samples of `inputs`, `file` names their files where each has its own. Where samples have targets,
+    `target` or `target_NAME` holds them in the same terms. Raises UserError, with nothing written, for what cannot be
+    read, predicted or written so.
     """
-    import pandas as pd
-
-    if out.suffix not in (".csv", ".parquet"):
-        raise UserError(f"-o {out}: predictions are written as .csv or .parquet")
-    if out.is_symlink() or not out.parent.is_dir():
-        raise UserError(f"-o {out}: expected a file in a folder that exists, and not a symbolic link")
-    trained = Trained.load(target)
-    source = _source(trained, inputs)
-    transform = build_transform(trained.recipe, "eval")
-    frames = [pd.DataFrame(columns) for columns in _predict(trained, source, transform, inputs)]
-    table = pd.concat(frames, ignore_index=True)
-    temporary = out.with_name(f".{out.name}.part")
-    if out.suffix == ".csv":
-        write_csv(table, temporary)
-    else:
-        table.to_parquet(temporary, index=False)
-    temporary.replace(out)
-    return len(table)
+    file = open_predictions(out)
+    try:
+        trained = Trained.load(target)
+        source = _source(trained, inputs)
+        skipped: dict[int, str] = {}
+        count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
+        file.write()
+    finally:
+        file.discard()
+    return Written(count, [why for _, why in sorted(skipped.items())])
 
 
 def _source(trained: Trained, inputs: str) -> AnySource:
@@ -155,81 +158,44 @@ def _source(trained: Trained, inputs: str) -> AnySource:
     return data.read(path)
 
 
-def _predict(trained: Trained, source: AnySource, transform: Transform, what: str) -> Iterator[dict[str, Any]]:
-    recipe, world = trained.recipe, trained.world
-    batch_size = _batch_size(recipe, world_size=1)
-    loader = build_eval_loader(source, rank=0, world_size=1, batch_size=batch_size, transform=transform, split=what)
-    is_probability = build_loss(recipe, trained.data.meta).takes_probabilities
+def _predict(
+    trained: Trained,
+    source: AnySource,
+    transform: Transform,
+    what: str,
+    file: PredictionFile,
+    skipped: dict[int, str],
+) -> Iterator[int]:
+    """Have `file` take the predictions of each batch, and yield how many; `skipped` gets {id: why} of the others."""
+    recipe, world, meta = trained.recipe, trained.world, trained.data.meta
+    loader = build_eval_loader(
+        source,
+        rank=0,
+        world_size=1,
+        batch_size=_batch_size(recipe, world_size=1),
+        transform=transform,
+        split=what,
+        skip_undecodable=0 if is_stream(source) else len(source),
+    )
+    is_probability = build_loss(recipe, meta).takes_probabilities
     with torch.no_grad():
         for batch in loader:
-            keep = (batch["ids"] >= 0).numpy()
+            skipped |= batch.get("undecodable", {})
+            ids = batch["ids"].numpy()
+            keep = ids >= 0
+            if not keep.any():
+                continue
             batch = to_device(batch, world)
             if recipe.task in ("language_modeling", "seq2seq"):
-                columns: dict[str, Any] = {"text": _generated(trained, batch)}
+                found = Predicted({"text": _generated(trained, batch)}, None)
             else:
                 outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
-                columns = _columns(recipe.task, outputs, trained.data.meta, is_probability)
-                if isinstance(batch.get("targets"), Tensor):
-                    columns |= _targets(recipe.task, batch["targets"].cpu(), trained.data.meta)
-            yield {"row": batch["ids"].numpy()[keep]} | {
-                name: np.asarray(values, dtype=object if name == "text" else None)[keep]
-                for name, values in columns.items()
-            }
-
-
-def _columns(task: str, outputs: Tensor, meta: DataMeta, is_probability: bool) -> dict[str, Any]:
-    """Return the columns of a batch of outputs (batch, k) or (batch,).
-
-    `is_probability`: whether outputs of binary and multilabel are probabilities, and not logits.
-    """
-    outputs = outputs.double()
-    if task == "classification":
-        probabilities = outputs.softmax(dim=1)
-        names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
-        top = probabilities.argmax(dim=1)
-        return {
-            "prediction": [names[index] for index in top.tolist()],
-            "probability": probabilities.gather(1, top[:, None])[:, 0].numpy(),
-        } | {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
-    outputs = outputs.reshape(len(outputs), -1)
-    if task == "binary":
-        # two outputs are one for each class
-        outputs = outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs[:, 0]
-        probability = outputs if is_probability else outputs.sigmoid()
-        names = meta.class_names or ("0", "1")
-        return {"prediction": [names[int(p > 0.5)] for p in probability.tolist()], "probability": probability.numpy()}
-    if task == "multilabel":
-        names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
-        probabilities = outputs if is_probability else outputs.sigmoid()
-        columns = {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
-        return {f"prediction_{name}": (probabilities[:, i] > 0.5).numpy() for i, name in enumerate(names)} | columns
-    outputs = _in_own_units(outputs, meta)
-    if outputs.shape[1] == 1:
-        return {"prediction": outputs[:, 0].numpy()}
-    return {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}
-
-
-def _targets(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]:
-    """Return the columns of what a batch should have been, (batch,) or (batch, k)."""
-    if task in ("classification", "binary") and targets.dim() == 1:
-        names = meta.class_names
-        return {"target": [names[int(each)] if names else int(each) for each in targets.tolist()]}
-    targets = targets.reshape(len(targets), -1).double()
-    names = meta.class_names if task == "multilabel" else None
-    if task == "regression":
-        targets = _in_own_units(targets, meta)
-    if targets.shape[1] == 1:
-        return {"target": targets[:, 0].numpy()}
-    keys = names or [str(index) for index in range(targets.shape[1])]
-    return {f"target_{key}": targets[:, index].numpy() for index, key in enumerate(keys)}
-
-
-def _in_own_units(values: Tensor, meta: DataMeta) -> Tensor:
-    """Undo the standardising of targets (batch, k)."""
-    if meta.target_std is None or meta.target_mean is None:
-        return values
-    std, mean = (torch.tensor(each, dtype=torch.float64) for each in (meta.target_std, meta.target_mean))
-    return values * std + mean
+                targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
+                found = predicted(recipe.task, outputs, targets, meta, is_probability)
+                if targets is not None and found.columns:
+                    found.columns.update(target_columns(recipe.task, targets, meta))
+            file.take({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
+            yield int(keep.sum())
 
 
 def _generated(trained: Trained, batch: Batch) -> list[str]:

@@ -30,7 +30,7 @@ FLOORS = [
         "heartbeat",
     ],
     ["checkpoint", "consolidate", "datasets", "data", "networks", "models", "optim", "metrics", "strategy"],
-    ["watchdog", "telemetry", "loop", "inference"],
+    ["watchdog", "telemetry", "loop", "predictions", "inference"],
     ["probing", "launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
     ["cli_options", "cli_cluster", "cli"],
 ]

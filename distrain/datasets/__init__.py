@@ -81,8 +81,9 @@ class Source(Protocol):
         """Return the samples `ids` (batch,) int64, each in 0..len-1, in that order; equal ids give equal batches.
 
         The batch is the caller's to change. A source whose samples differ from epoch to epoch also has
-        `fetch_at(ids, epochs)`. For a sample that is damaged it raises Undecodable. Images of different sizes are a
-        list in `inputs`, for a transform to make equal.
+        `fetch_at(ids, epochs)`, and one whose samples have names of their own `keys(ids)`: see `keys_of`. For a sample
+        that is damaged it raises Undecodable. Images of different sizes are a list in `inputs`, for a transform to make
+        equal.
         """
         ...
 
@@ -118,6 +119,12 @@ class Undecodable(UserError):
 def is_stream(source: AnySource) -> TypeIs[StreamSource]:
     """Whether a source can only be walked."""
     return not hasattr(source, "fetch")
+
+
+def keys_of(source: AnySource, ids: np.ndarray) -> dict[str, Sequence[Any]]:
+    """Return what a person knows the samples `ids` (n,) by, besides their numbers: by column, n texts or numbers."""
+    keys = getattr(source, "keys", None)
+    return keys(ids) if keys is not None else {}
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,10 @@ class SubsetSource:
 
     def fetch(self, ids: np.ndarray) -> Batch:
         return {**self.source.fetch(self.indices[ids]), "ids": torch.from_numpy(ids)}
+
+    def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
+        """Return the other source's."""
+        return keys_of(self.source, self.indices[ids])
 
 
 # --------------------------------------------------------------------------------------------------------------------

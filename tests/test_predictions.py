@@ -1,0 +1,132 @@
+"""Predictions of outputs of any shape: as tables, arrays and files, or refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from runs import cli, train, write_recipe
+from torch import nn
+from torch.utils.data import Dataset
+
+from distrain.config import UserError
+from distrain.datasets import DataMeta
+from distrain.predictions import open_predictions, predicted
+
+META = DataMeta(num_classes=3)
+
+
+class Squares(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Images (1, 6, 6) with a bright square; each pixel is of the background or of the square."""
+
+    classes = ("background", "square")
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.zeros(6, 6, dtype=torch.int64)
+        mask[index % 4 : index % 4 + 2, 2:5] = 1
+        return mask[None].float() + 0.1, mask
+
+
+class PerPixel(nn.Conv2d):
+    """One class for each pixel."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(1, num_classes, 1)
+
+
+def test_maps_are_written_as_an_array_as_pictures_and_in_parquet(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        """
+name: maps
+task: classification
+data: {name: "test_predictions:Squares", split: [0.8, 0.2]}
+model: {name: "test_predictions:PerPixel"}
+optim: {lr: 0.3}
+batch: {global: 8}
+train: {epochs: 12}
+eval: {every: null}
+""",
+    )
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    refused = cli("predict", run, "test", "-o", tmp_path / "maps.csv")
+    assert refused.status == 1
+    assert "each prediction has the shape 6 × 6" in refused.err
+    assert not (tmp_path / "maps.csv").exists()
+    for out in ("maps.npy", "maps.parquet", "maps/"):
+        ended = cli("predict", run, "test", "-o", f"{tmp_path}/{out}")
+        assert ended.status == 0, ended.err
+        assert ended.out == f"wrote 8 predictions to {tmp_path}/{out}\n"
+    maps = np.load(tmp_path / "maps.npy")
+    assert maps.shape == (8, 6, 6)
+    assert maps.sum(axis=(1, 2)).tolist() == [6] * 8, "the square of each image, which this model learns exactly"
+    assert pd.read_csv(tmp_path / "maps.csv")["row"].tolist() == list(range(8))
+    frame = pd.read_parquet(tmp_path / "maps.parquet")
+    np.testing.assert_array_equal(np.array([np.stack(each) for each in frame["prediction"]]), maps)
+    table = pd.read_csv(tmp_path / "maps" / "predictions.csv")
+    pictures = [np.asarray(Image.open(tmp_path / "maps" / name)) for name in table["prediction"]]
+    np.testing.assert_array_equal(np.stack(pictures), maps)
+    again = cli("predict", run, "test", "-o", f"{tmp_path}/maps/")
+    assert again.status == 1
+    assert "empty or not there yet" in again.err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "targets", "shape"),
+    [
+        ("classification", (4, 3, 5), (4, 5), (4, 5)),
+        ("classification", (4, 5, 3), (4, 5), (4, 5)),
+        ("classification", (4, 5, 3), None, (4, 5)),
+        ("classification", (4, 3, 2, 2), (4, 2, 2), (4, 2, 2)),
+        ("classification", (4, 3), (4,), (4,)),
+        ("binary", (4, 5, 6), (4, 5, 6), (4, 5, 6)),
+        ("binary", (4, 5, 2), (4, 5), (4, 5)),
+        ("binary", (4, 2), (4,), (4,)),
+        ("binary", (4, 1), None, (4,)),
+        ("multilabel", (4, 3, 5), (4, 3, 5), (4, 3, 5)),
+        ("regression", (4, 2, 3, 3), (4, 2, 3, 3), (4, 2, 3, 3)),
+        ("regression", (4, 2), (4, 2), (4, 2)),
+    ],
+)
+def test_outputs_of_every_shape_that_a_task_scores(task, outputs, targets, shape) -> None:  # type: ignore[no-untyped-def]
+    numbers = torch.randn(outputs, generator=torch.Generator().manual_seed(0))
+    known = (
+        None if targets is None else torch.zeros(targets, dtype=torch.float32 if task == "regression" else torch.int64)
+    )
+    found = predicted(task, numbers, known, META, is_probability=False)
+    assert found.values is not None
+    assert found.values.shape == shape
+    assert bool(found.columns) == (len(outputs) == 2)
+    if task == "classification":
+        dim = 1 if outputs[1] == 3 else 2
+        np.testing.assert_array_equal(found.values, numbers.argmax(dim).numpy())
+    if task == "binary" and outputs[-1] == 2:
+        np.testing.assert_array_equal(found.values, (numbers[..., 1] > numbers[..., 0]).numpy())
+
+
+@pytest.mark.parametrize("out", ["p.txt", "p", "nowhere/p.csv", "link.csv"])
+def test_where_predictions_cannot_go(tmp_path: Path, out: str) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "other.csv")
+    with pytest.raises(UserError, match="-o "):
+        open_predictions(f"{tmp_path}/{out}")
+
+
+def test_predictions_of_different_shapes_are_no_array(tmp_path: Path) -> None:
+    file = open_predictions(f"{tmp_path}/p.npy")
+    for width in (5, 6):
+        found = predicted("classification", torch.randn(4, 3, width), None, META, is_probability=False)
+        if width == 5:
+            file.take({"row": range(4)}, found)
+        else:
+            with pytest.raises(UserError, match="different shapes, 5 and 6"):
+                file.take({"row": range(4)}, found)
+    assert not list(tmp_path.iterdir())
