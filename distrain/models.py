@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -568,8 +568,8 @@ class ModelSummary:
         return f"{self.parameters:,} parameters ({dtypes}), {self.trainable:,} trainable, {self.bytes / 2**20:,.1f} MiB"
 
 
-def describe_model(model: nn.Module) -> ModelSummary:
-    """Return the size of `model`."""
+def describe_model(model: nn.Module, frozen: Collection[str] = ()) -> ModelSummary:
+    """Return the size of `model`. `frozen`: names of parameters that will not be trained, besides those that say so."""
     parameters = list(model.parameters())
     by_dtype: dict[str, int] = {}
     for parameter in parameters:
@@ -577,7 +577,11 @@ def describe_model(model: nn.Module) -> ModelSummary:
         by_dtype[dtype] = by_dtype.get(dtype, 0) + parameter.numel()
     return ModelSummary(
         parameters=sum(by_dtype.values()),
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        trainable=sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in frozen
+        ),
         by_dtype=by_dtype,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *model.buffers())),
     )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from distrain.config import Recipe, UserError
+from distrain.config import OptimSection, Recipe, UserError
 from distrain.datasets import DataMeta
 from distrain.models import (
     ModelOutput,
@@ -29,6 +29,7 @@ from distrain.models import (
     tied_names,
     torchvision_names,
 )
+from distrain.optim import frozen_names
 
 IMAGES = DataMeta(input_shape=(1, 8, 8), num_classes=10)
 TEXT = DataMeta(input_shape=(16,), vocab_size=20, tokens_per_sample=16)
@@ -837,6 +838,19 @@ def test_describe_model() -> None:
     assert summary.by_dtype == {"float32": summary.parameters}
     assert summary.bytes == 4 * summary.parameters + 4 * 16 + 8
     assert "trainable" in str(summary)
+
+
+def test_what_the_recipe_freezes_is_not_trainable() -> None:
+    model = build({"name": "mlp", "hidden": [8], "norm": "batch"})
+    model.layers[0].bias.requires_grad_(False)
+    frozen = frozen_names(model, OptimSection(freeze=["layers.0.*", "layers.1.weight"]))
+    summary = describe_model(model, frozen)
+    assert summary.parameters == 64 * 8 + 8 + 16 + 8 * 10 + 10
+    assert summary.trainable == 8 + 8 * 10 + 10
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    tied[1].weight = tied[0].weight
+    summary = describe_model(tied, frozen_names(tied, OptimSection()))
+    assert (summary.parameters, summary.trainable) == (9, 9)
 
 
 def test_names() -> None:

@@ -27,6 +27,7 @@ from distrain.optim import (
     parameter_plan,
     resolve_schedule,
     set_lr,
+    unregistered_layers,
 )
 
 
@@ -210,6 +211,64 @@ def test_an_element_moves_alike_wherever_it_lies(name):
         assert torch.equal(whole[cut], trained(cut))
     assert build_optimizer(nn.Linear(2, 2), OptimSection(name="adamw")).defaults["fused"] is True
     assert build_optimizer(nn.Linear(2, 2), OptimSection(name="adamw", foreach=True)).defaults["fused"] is None
+
+
+class Rule(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class Listed(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+
+@pytest.mark.parametrize("keys", [{}, {"freeze": ["body.*"]}, {"groups": [{"params": "head.*"}]}])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            Rule(),
+            "model: Rule has no parameters, so there is nothing to train. layers in a plain list need nn.ModuleList",
+        ),
+        (
+            Listed([nn.Linear(1, 1)]),
+            "model: Listed has no parameters, so there is nothing to train. layers: layers in a",
+        ),
+        (Listed({"a": nn.Linear(1, 1)}), "layers: layers in a plain list or dict belong to no model; put them into"),
+        (nn.Sequential(Listed((nn.Linear(1, 1),))), "0.layers: layers in a plain list"),
+    ],
+)
+def test_a_model_without_parameters_is_called_that(model, words, keys):
+    for check in (parameter_plan, build_optimizer):
+        with pytest.raises(UserError) as caught:
+            check(model, OptimSection(**keys))
+        assert words in str(caught.value)
+        assert "optim" not in str(caught.value)
+
+
+def test_who_froze_all_of_a_model_is_named():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(UserError, match=r"^optim.freeze: all 4 parameters are frozen, so"):
+        parameter_plan(model, OptimSection(freeze=["*"]))
+    model[0].requires_grad_(False)
+    with pytest.raises(
+        UserError, match=r"^optim.freeze: all 4 parameters are frozen, with 2 that the model itself has"
+    ):
+        parameter_plan(model, OptimSection(freeze=["1.*"]))
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match=r"^model: all 4 parameters of Sequential are frozen by the model itself"):
+        parameter_plan(model, OptimSection())
+
+
+def test_layers_that_a_model_does_not_own_are_found():
+    model = Listed([nn.Linear(1, 1)])
+    model.own = nn.Linear(1, 1)
+    assert unregistered_layers(model) == ["layers"]
+    model.more = nn.ModuleList(model.layers)
+    assert unregistered_layers(model) == [], "a list beside the layers' own place"
+    assert unregistered_layers(Listed([nn.ReLU(), 3])) == []
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -134,6 +134,26 @@ def test_wandb_without_a_network_does_not_stop_a_run(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# First lines
+
+FROZEN = TINY.replace("clip_norm: 0.5", 'clip_norm: 0.5, freeze: ["layers.0.*"]').replace("{steps: 12", "{steps: 4")
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp2")])
+def test_what_is_trained_is_counted_after_the_recipe_was_applied(
+    tmp_path: Path, world_size: int, strategy: str
+) -> None:
+    recipe = write_recipe(tmp_path, FROZEN.replace("fp64", "fp32"))
+    ended, *_ = train(world_size, recipe, tmp_path / "run", strategy=strategy)
+    trained = 16 * 10 + 10
+    everything = 64 * 16 + 16 + trained
+    assert f"mlp: {everything:,} parameters ({everything:,} float32), {trained:,} trainable" in ended.out
+    effect = RunDir(tmp_path / "run").effect()
+    assert effect is not None
+    assert (effect["parameters"], effect["trainable"]) == (everything, trained)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Ranks, text
 
 

@@ -29,7 +29,7 @@ def introduction(run: RunDir, setup: Setup) -> list[str]:
         f"run {run.path}",
         f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}",
         f"  data     {recipe.data.name}: {splits}",
-        f"  model    {recipe.model.name}: {setup.described}",
+        f"  model    {recipe.model.name}: {setup.model}",
         f"  batch    {per_step}; {feed.total_steps:,} steps",
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
         *(f"  {told}" for told in setup.told),

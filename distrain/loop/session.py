@@ -264,7 +264,12 @@ class Session:
         self.say(f"goes back to {checkpoint.name}")
 
     def _record_effect(self) -> None:
-        effect = self.t.engine.effect() | {"total_steps": self.total_steps}
+        model = self.setup.model
+        effect = self.t.engine.effect() | {
+            "parameters": model.parameters,
+            "trainable": model.trainable,
+            "total_steps": self.total_steps,
+        }
         self.world.first(lambda: self.run.record_effect(effect))
 
     def _log(self, step: int, loss: float, norm: float, loss_scale: float | None) -> None:

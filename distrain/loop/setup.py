@@ -21,10 +21,17 @@ from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of
 from distrain.loop.step import Training, loss_of, to_device
 from distrain.loop.trace import Trace
-from distrain.models import build_model, calling_convention, defer_model, describe_model, plain_model
+from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.deferred import Deferred
-from distrain.optim import build_loss, build_optimizer, carry_over, resolve_schedule
+from distrain.optim import (
+    build_loss,
+    build_optimizer,
+    carry_over,
+    frozen_names,
+    resolve_schedule,
+    unregistered_layers,
+)
 from distrain.probed import Probed, Where, remembered
 from distrain.rundir import RunDir
 from distrain.strategy import Plan, World, build_engine
@@ -76,8 +83,8 @@ class Setup:
     """The checkpoint that the run goes on from; None for a run that begins."""
     skipped: list[tuple[Path, str]]
     """Newer checkpoints that could not be used, and why."""
-    described: str
-    """The model in a few words."""
+    model: ModelSummary
+    """The size of the model, whole, with what the recipe freezes."""
     told: list[str]
     """What a person should know about how it was built."""
 
@@ -104,7 +111,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
     )
     told: list[str] = []
-    training, described = _training(feed, horizon, trace, told, resumes=reader is not None)
+    training, model = _training(feed, horizon, trace, told, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence)
     anomalies.watch(training)
     if reader is not None:
@@ -112,7 +119,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
         reader.close()
-    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, described, told)
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told)
 
 
 def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
@@ -126,15 +133,20 @@ def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
 
 def _training(
     feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], *, resumes: bool
-) -> tuple[Training, str]:
-    """Return what a step needs, and the model in words. Initial weights are loaded unless the run `resumes`."""
+) -> tuple[Training, ModelSummary]:
+    """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
     loss = world.together(lambda: build_loss(recipe, meta))
-    described = ""
+    summary: ModelSummary | None = None
 
     def fit(model: nn.Module) -> None:
-        nonlocal described
-        described = str(describe_model(model))  # whole: a sharded one tells of its shards
+        nonlocal summary
+        summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one tells of its shards
+        if lost := unregistered_layers(model):
+            told.append(
+                f"warning: {', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
+                "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
+            )
         told.extend(world.arithmetic.fit(model, world.device))
         if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
             told.append(said)
@@ -171,4 +183,5 @@ def _training(
     if recipe.train.compile:
         engine.model.compile()
     schedule = resolve_schedule(recipe.schedule, horizon)
-    return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=trace), described
+    assert summary is not None
+    return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=trace), summary

@@ -20,6 +20,7 @@ from distrain.optim.optimizers import (
     optimizer_names,
     parameter_plan,
     set_lr,
+    unregistered_layers,
 )
 from distrain.optim.schedules import AnySchedule, OwnSchedule, Schedule, check_schedule, lr_at, resolve_schedule
 from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
@@ -49,4 +50,5 @@ __all__ = [
     "resolve_schedule",
     "set_lr",
     "sharding_problem",
+    "unregistered_layers",
 ]

@@ -225,6 +225,8 @@ def frozen_names(model: nn.Module, section: OptimSection) -> list[str]:
 
 def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set[str]]:
     aliases = _aliases(model)
+    if not aliases:
+        raise UserError(_without_parameters(model))
     problems = []
     frozen = {alias.names[0] for alias in aliases if not alias.parameter.requires_grad}
     for at, pattern in enumerate(section.freeze):
@@ -248,7 +250,7 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
             )
         rule_of |= {alias.names[0]: at for alias in free}
     if not trained and not problems:
-        problems.append(f"optim.freeze: all {len(aliases)} parameters are frozen, so nothing is left to train")
+        problems.append(_nothing_to_train(model, aliases))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -264,6 +266,46 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
         for (scale, decay), group in members.items()
     ]
     return plans, frozen
+
+
+def _without_parameters(model: nn.Module) -> str:
+    advice = "layers in a plain list need nn.ModuleList, and tensors to be trained nn.Parameter"
+    if lost := unregistered_layers(model):
+        advice = (
+            f"{', '.join(lost)}: layers in a plain list or dict belong to no model; put them into nn.ModuleList or "
+        )
+        advice += "nn.ModuleDict"
+    return f"model: {type(unwrapped(model)).__name__} has no parameters, so there is nothing to train. {advice}"
+
+
+def _nothing_to_train(model: nn.Module, aliases: Sequence[_Alias]) -> str:
+    own = [alias for alias in aliases if not alias.parameter.requires_grad]
+    if len(own) == len(aliases):
+        return (
+            f"model: all {len(aliases)} parameters of {type(unwrapped(model)).__name__} are frozen by the model itself "
+            "(requires_grad is False), so nothing is left to train"
+        )
+    rest = f", with {len(own)} that the model itself has frozen" if own else ""
+    return f"optim.freeze: all {len(aliases)} parameters are frozen{rest}, so nothing is left to train"
+
+
+def unregistered_layers(model: nn.Module) -> list[str]:
+    """Return where a model keeps layers with parameters that it does not have as its own: in plain lists and dicts.
+
+    Nothing trains, moves or saves these.
+    """
+    model = unwrapped(model)
+    known = {id(parameter) for parameter in model.parameters()}
+    found = []
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            layers = [each for each in held if isinstance(each, nn.Module)]
+            if not attribute.startswith("_") and any(
+                id(parameter) not in known for layer in layers for parameter in layer.parameters()
+            ):
+                found.append(plain_name(f"{prefix}.{attribute}".lstrip(".")))
+    return found
 
 
 def _aliases(model: nn.Module) -> list[_Alias]:
