@@ -6,6 +6,7 @@ Imports no torch, and nothing slow before the command that needs it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -93,6 +94,13 @@ def train(
     )
 
 
+def own_process(command: str, processes: int | None = None) -> None:
+    """Have nothing of other launchers act on a command that is one process, or starts its own."""
+    from distrain.environment import own_start, say_ignored
+
+    say_ignored(own_start(os.environ, processes, command))
+
+
 @app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
@@ -125,6 +133,7 @@ def predict(
     ],
 ) -> None:
     """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
+    own_process("predict")
     from distrain.inference import predict_file
 
     written = predict_file(target, inputs, out)
@@ -157,6 +166,7 @@ def prove_recipe(
     as_json: Json = False,
 ) -> None:
     """Train a recipe straight, then with kills and resumes, and compare all of it to the bit."""
+    own_process("prove", processes)
     from distrain.prove.command import run
 
     status = run(

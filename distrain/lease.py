@@ -55,7 +55,8 @@ class Holder:
     @classmethod
     def of_this_process(cls, variables: Mapping[str, str] = os.environ) -> Holder:
         """Describe a start from this process, now."""
-        job, restart = variables.get("SLURM_JOB_ID"), int(variables.get("SLURM_RESTART_COUNT") or 0)
+        job, told = variables.get("SLURM_JOB_ID"), variables.get("SLURM_RESTART_COUNT", "")
+        restart = int(told) if told.isdecimal() else 0
         host = socket.gethostname()
         token = f"{job or host}.{restart}.{os.getpid()}.{secrets.token_hex(4)}"
         return cls(token, host, os.getpid(), job, restart, time.time())

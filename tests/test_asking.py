@@ -629,7 +629,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     gpus = 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if os.environ["CUDA_VISIBLE_DEVICES"] == "" else gpus)
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
-    for name, value in world.items():
+    for name, value in (world | {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     assert join_launcher(4)[0] == 4, "two machines of two"
     gpus = 1

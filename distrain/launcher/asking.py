@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from distrain.config import Recipe, UserError
+from distrain.environment import has_launcher, join, launcher_argv, say_ignored
 from distrain.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
 def join_launcher(expected: int | None) -> tuple[int, Configuration]:
     """Return the size of the world and what its launcher was told, of which the environment is then rid.
 
-    Raises UserError unless the world is the one that was asked for, by `expected` or by the launcher's own words.
+    Raises UserError unless the world is the one that was asked for, by `expected` or by the launcher's own words. One
+    that has `of_each_process` set is to be told by each process: nobody else started this one.
     """
-    from distrain.strategy import Environment, check_world, launcher_argv, read_configuration, take_over
+    from distrain.strategy import check_world, read_configuration, take_over
 
-    environment, argv = Environment.read(os.environ), launcher_argv()
+    try:
+        environment, ignored = join(os.environ)
+    except UserError as error:
+        error.of_each_process = not has_launcher()  # type: ignore[attr-defined]
+        raise
+    say_ignored(ignored)
+    argv = launcher_argv()
     configuration = read_configuration(argv, os.environ)
     count = configuration.get("num_processes")
     configured = (int(count.value), count.place) if count is not None and str(count.value).isdigit() else None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import distrain
 from distrain.config import UserError
+from distrain.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
 from distrain.heartbeat import ending_hung, hang_of
 from distrain.memory import oom_kills
 from distrain.output import echo_error
@@ -109,7 +110,10 @@ def launch_argv(plan: LaunchPlan) -> list[str]:
 def _meeting(plan: LaunchPlan) -> list[str]:
     if plan.nodes == 1:
         # a free port, so that several runs fit on one machine
-        return ["--main_process_port", "0"]
+        return [
+            *("--num_machines", "1", "--machine_rank", "0"),
+            *("--rdzv_backend", "static", "--main_process_port", "0"),
+        ]
     # static, said rather than left to defaults: otherwise rank 0 need not be on the first machine, and announces a
     # host name which others may not be able to resolve
     return [
@@ -130,6 +134,9 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torch's launcher takes PET_* for its options, and hands the rest to its processes
+    forget_launchers(os.environ)
+    os.environ[LAUNCHED_BY] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
@@ -207,7 +214,7 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
 def end_with_launcher() -> None:
     """Have this process killed when its launcher is: alone it would go on, beside those of the next start."""
     # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and under_torch_launcher():
         import ctypes
 
         pr_set_pdeathsig = 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distrain.config import UserError
+from distrain.environment import under_torch_launcher
 from distrain.lease import Lease
 from distrain.output import LogFormatter, echo, echo_error, lines
 from distrain.rundir import RunDir
@@ -59,14 +60,14 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
             "restart": getattr(error, "restart", not teaches),
         }
         told = getattr(error, "of_another_rank", False)
-        first = rank == 0 or not (teaches or told)
+        first = rank == 0 or not (teaches or told) or getattr(error, "of_each_process", False)
         if run is not None and run.exists and (lease is None or lease.mine()):
             try:
                 first = not told and run.mark_failed(record)
             except OSError as disk:
                 echo(f"warning: FAILED.json could not be written: {disk}", error=True)
         if first:
-            who = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f" (rank {rank})"
+            who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
             echo_error(text if teaches else f"\n{text}", who)
         elif run is None and not told:
             leave_to_rank_0(rank, error)
@@ -88,6 +89,6 @@ def leave_to_rank_0(rank: int, error: BaseException) -> None:
 
     torch's launchers end all processes as soon as one has left: rank 0 too, before it has come so far.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torch_launcher():
         time.sleep(30)
         echo_error(error, f" (rank {rank})")

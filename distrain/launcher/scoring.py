@@ -7,6 +7,7 @@ import os
 
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
+from distrain.environment import own_start, rank_told, say_ignored
 from distrain.launcher.asking import check_one_owner, join_launcher
 from distrain.launcher.processes import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
 from distrain.launcher.reporting import reported
@@ -16,6 +17,7 @@ from distrain.recipe_file import parse_recipe
 
 def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) -> int:
     """Score a run's or a checkpoint's model in that many processes of this machine; returns the exit status."""
+    say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     if processes == 1:
         return work_evaluation(target, split, processes=1, as_json=as_json)
     arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
@@ -26,7 +28,7 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) 
 def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
     """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
     end_with_launcher()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_told()
 
     def score() -> None:
         from distrain.strategy import strategy_wishes

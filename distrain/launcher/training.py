@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrain.checkpoint import newest_step
 from distrain.config import Recipe, UserError
+from distrain.environment import own_start, rank_told, say_ignored
 from distrain.launcher.asking import asked_for, check_one_owner, join_launcher
 from distrain.launcher.processes import (
     TYPED,
@@ -45,6 +46,7 @@ def start(
     offload: str | None = None,
 ) -> int:
     """Train a recipe or go on with a run on this machine; returns the exit status. What `distrain train` does."""
+    say_ignored(own_start(os.environ, processes))
     run, loaded = find_run(target, overrides, run_dir)
     count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
     if count == 1:
@@ -96,7 +98,7 @@ def work(
     end_with_launcher()
     # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_told()
 
     def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
         from distrain.strategy import unused
@@ -117,7 +119,7 @@ def work(
     try:
         run, loaded, asked, notes = prepare()
     except UserError as error:
-        if rank == 0:
+        if rank == 0 or getattr(error, "of_each_process", False):
             echo_error(error)
         else:
             leave_to_rank_0(rank, error)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distrain.config import UserError
+from distrain.environment import forget_launchers, say_ignored, use_interfaces
 from distrain.launcher import (
     TYPED,
     LaunchPlan,
@@ -113,6 +114,8 @@ def start_node(
             f"{run.path} is not a run on {socket.gethostname()}: it has no recipe.yaml. A run's folder must be on a "
             "file system that all nodes share"
         )
+    # what srun brought from where the job was submitted
+    say_ignored(forget_launchers(os.environ) + use_interfaces(os.environ, alone=nodes == 1))
     rank, count = node_rank(nodes, os.environ), processes_here(processes)
     world_size = nodes * count
     set_environment(os.environ, count, address, interface)

@@ -19,6 +19,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
 from torch.distributed.device_mesh import init_device_mesh
 
 from distrain.config import OptimSection, UserError, is_object_spec
+from distrain.environment import Environment, launcher_argv
 from distrain.optim import dtensor_problem, sharding_problem
 from distrain.strategy.configuration import Configuration, Stated, read_configuration, take_over
 from distrain.strategy.configured import disagreements, strategy_wishes, unused
@@ -27,11 +28,9 @@ from distrain.strategy.launched import (
     OFFLOADS,
     STRATEGIES,
     Asked,
-    Environment,
     Wish,
     check_precision,
     check_world,
-    launcher_argv,
     processes_asked,
     settle,
 )

@@ -16,6 +16,7 @@ import yaml
 
 from distrain.bounded import parse_json, read_bounded
 from distrain.config import UserError
+from distrain.environment import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -195,19 +196,5 @@ def plain(value: Any) -> str:
 def take_over(variables: MutableMapping[str, str]) -> None:
     """Take the launcher's settings out of the environment, once they were read: Accelerate would act on them again."""
     for name in [*variables]:
-        if name.startswith(_SETTINGS) and name != "ACCELERATE_USE_CPU":
+        if name.startswith(SETTINGS) and name != "ACCELERATE_USE_CPU":
             del variables[name]
-
-
-_SETTINGS = (
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_DYNAMO_",
-    "ACCELERATE_FP8_",
-    "ACCELERATE_GRADIENT_",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_USE_",
-    "FSDP_",
-    "MEGATRON_LM_",
-    "PARALLELISM_CONFIG_",
-)

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from distrain.config import UserError, close_names
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What a launcher told this process through environment variables."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    launched: bool
-    """Whether a launcher set the variables at all."""
-
-    @classmethod
-    def read(cls, variables: Mapping[str, str]) -> Environment:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; raises UserError when only some are there."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        given = [name for name in names if name in variables]
-        if not given:
-            return cls(0, 0, 1, 1, launched=False)
-        if missing := [name for name in names if name not in variables]:
-            raise UserError(
-                f"the launcher set {', '.join(given)} but not {', '.join(missing)}; "
-                "start with `distrain train`, `accelerate launch` or `torchrun`, or unset them for one process"
-            )
-        try:
-            rank, local_rank, world_size = (int(variables[name]) for name in names)
-            local_world_size = int(variables.get("LOCAL_WORLD_SIZE", world_size))
-        except ValueError:
-            values = ", ".join(f"{name}={variables[name]!r}" for name in names)
-            raise UserError(f"expected whole numbers from the launcher, found {values}") from None
-        return cls(rank, local_rank, world_size, local_world_size, launched=True)
-
+from distrain.environment import Environment
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 """How state can be spread over processes: not at all, whole on each, by DeepSpeed's stages, by PyTorch's FSDP2."""
@@ -159,26 +125,6 @@ def processes_asked(launcher_argv: Sequence[str]) -> int | None:
             text = match[1] or (launcher_argv[index + 1] if index + 1 < len(launcher_argv) else "")
             return int(text) if text.isdigit() else None
     return None
-
-
-def launcher_argv() -> list[str]:
-    """Return the parent's command line when it is a launcher, otherwise an empty list (always so outside Linux).
-
-    `accelerate launch --cpu --num_processes 2` starts one process and says nothing: only its own command line still
-    knows that two were asked for.
-    """
-    try:
-        argv = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
-    is_launcher = any(_LAUNCHER.fullmatch(part) for part in argv[:4])
-    return argv if is_launcher else []
-
-
-_LAUNCHER = re.compile(
-    r"(.*/)?(accelerate|accelerate-launch|torchrun|accelerate/commands/launch\.py|torch/distributed/(run|launch)\.py)"
-    r"|accelerate\.commands\.(launch|accelerate_cli)|torch\.distributed\.(run|launch)"
-)
 
 
 def check_world(

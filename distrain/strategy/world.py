@@ -6,9 +6,11 @@ import logging
 import math
 import os
 import pickle
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,13 +28,18 @@ from accelerate import (
 from torch import Tensor
 
 from distrain.config import UserError
+from distrain.environment import Environment, forget_world, has_launcher
 from distrain.heartbeat import progress
+from distrain.output import echo
 from distrain.strategy.configuration import take_over
-from distrain.strategy.launched import Asked, Environment, check_precision
+from distrain.strategy.launched import Asked, check_precision
 from distrain.strategy.precision import Arithmetic, resolve
 
 _PATIENCE = timedelta(days=1)
 """How long ranks wait while rank 0 does something for all of them."""
+
+_WORD_AFTER_S = 30.0
+"""After how long a process says that it waits for others which no launcher has started."""
 
 
 class World:
@@ -211,6 +218,8 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
     every collective but those of `first`.
     """
     environment = Environment.read(os.environ)
+    if environment.world_size == 1:
+        forget_world(os.environ)  # Accelerate would wait for whoever is at its address
     if asked is None:
         asked = Asked("single" if environment.world_size == 1 else "ddp")
     check_precision(precision, asked.strategy)
@@ -219,7 +228,7 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
     take_over(os.environ)
     os.environ.pop("ACCELERATE_USE_CPU", None)
     arrange = {"single": _plainly, "ddp": _plainly, "fsdp2": _for_fsdp2}.get(asked.strategy, _for_deepspeed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _waiting(environment, timeout_s):
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
         accelerator = Accelerator(
             # the arithmetic is put around the model by hand, the same under every strategy
@@ -245,6 +254,29 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
         if dist.is_initialized():  # ending a process without leaving it can abort under gloo
             dist.destroy_process_group()
         raise
+
+
+@contextmanager
+def _waiting(environment: Environment, timeout_s: float) -> Iterator[None]:
+    """Say whom this process waits for, where no launcher is there that has started the others too."""
+
+    def say() -> None:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        echo(
+            f"rank {environment.rank} waits for the {environment.world_size - 1} others at {place}, as RANK, "
+            f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say, for up to {timeout_s:g} s; where nobody "
+            "started others, unset these",
+            error=True,
+        )
+
+    timer = threading.Timer(_WORD_AFTER_S, say)
+    timer.daemon = True
+    if environment.world_size > 1 and not has_launcher():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:

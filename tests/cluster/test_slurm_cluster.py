@@ -1,6 +1,7 @@
 """The cluster that the other tests run on is a real one, and leaves nothing behind."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_cluster
+from runs import TINY, losses, write_recipe
 from slurm_cluster import Cluster, wait_until
+
+import distrain
+
+ROOT = Path(distrain.__file__).parent.parent
 
 
 def test_nodes_are_separate_machines(cluster: Cluster) -> None:
@@ -33,6 +39,21 @@ def test_a_node_that_is_cut_off_or_switched_off_is_noticed_and_comes_back(cluste
     cluster.reset()
     assert state("n3") == state("n4") == "idle"
     assert len(cluster.run("srun", "--nodes=4", "hostname").stdout.split()) == 4
+
+
+@pytest.mark.fault(35)
+def test_tasks_of_srun_are_refused_and_a_task_of_its_own_trains(cluster: Cluster, tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, TINY.replace("steps: 12", "steps: 4")), tmp_path / "run"
+    train = (sys.executable, "-m", "distrain.cli", "train", recipe, "--run-dir", run)
+    done = cluster.run("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=0", *train, cwd=ROOT, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: srun has started 2 tasks (SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=") == 2, done.stderr
+    assert not run.exists()
+    # a job of two tasks, whose script is none of them
+    script = f"cd {ROOT} && " + shlex.join([str(word) for word in train])
+    job = cluster.sbatch("--ntasks=2", f"--output={tmp_path}/log", "--wrap", script)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert len(losses(run)) == 4
 
 
 _HOLD = """
