@@ -226,10 +226,10 @@ def own_start(variables: MutableMapping[str, str], processes: int | None, comman
             raise
     if _of_several(told) and (launcher or processes is None):
         unset = " ".join(f"-u {name}" for name in _WORLD if name in variables)
-        started = "a launcher started this process" if launcher else "the environment says that this process is"
+        started = "a launcher started this process as" if launcher else "the environment says that this process is"
         size = told.get("WORLD_SIZE", 0)
         raise UserError(
-            f"{started} as one of several ({_said(variables, told)}), and `distrain {command}` starts its processes "
+            f"{started} one of several ({_said(variables, told)}), and `distrain {command}` starts its processes "
             "itself; nothing was written.\n"
             + ("" if launcher else f"  Left over from another launcher: `env {unset} distrain {command} ...`,\n")
             + f"  processes of this machine alone: `distrain {command} ... --processes {max(size, 2)}`, without a "
