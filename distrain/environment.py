@@ -21,8 +21,10 @@ LAUNCHED_BY = "DISTRAIN_LAUNCHER"
 """The environment variable that names the process, by its number, which started this one as one of several."""
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_WORLD = (*_NUMBERS, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR")
-_WORLD += ("MASTER_PORT",)
+_WORLD: tuple[str, ...] = (
+    *_NUMBERS,
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 _AGENT = ("TORCHELASTIC_", "TORCH_ELASTIC_WORKER_IDENTICAL", "PET_")
 _MPI = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "MPI_LOCAL", "JSM_NAMESPACE_", "PALS_", "ALPS_APP_")
 SETTINGS = (
