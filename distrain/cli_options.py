@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]
+ChangedData = Annotated[
+    bool, typer.Option("--changed-data", help="Take a split although the data changed since the training.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
 ]

@@ -14,10 +14,12 @@ from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of
+from distrain.inputs import DRAWN_ANEW, compare, fingerprint
 from distrain.loop import evaluate, to_device
 from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
+from distrain.output import echo
 from distrain.predictions import Predicted, PredictionFile, open_predictions, predicted, target_columns
 from distrain.recipe_file import parse_recipe
 from distrain.strategy import World, load_weights, open_world, with_arithmetic
@@ -36,6 +38,8 @@ class Trained:
     model: nn.Module
     call: Convention
     world: World
+    inputs: dict[str, Any]
+    """What the training depended on, by its fingerprint; empty where the checkpoint does not say."""
 
     @classmethod
     def load(cls, target: Path | str) -> Trained:
@@ -63,7 +67,31 @@ class Trained:
                 return data, model.to(world.device).eval()
 
             data, model = world.together(build)
-        return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world)
+            inputs = reader.manifest.scalars.get("inputs") or {}
+        return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world, inputs)
+
+    def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
+        """Hold data and code against those of the training; returns how the data differ. All ranks call.
+
+        Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
+        warned of, on standard error: a project goes on changing, and a checkpoint that does not fit it does not load.
+        """
+
+        def check() -> list[str]:
+            if not self.inputs:
+                return []
+            found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
+            data = [] if split is None else list(found.data)
+            if data and not changed_data:
+                lines = [f"the data changed since {self.checkpoint} was trained:", *(f"  {line}" for line in data)]
+                lines += [] if isinstance(self.recipe.data.split, dict) else [DRAWN_ANEW]
+                lines.append("Put them back as they were, or take them as they are now with --changed-data.")
+                raise UserError("\n".join(lines))
+            for line in [*data, *found.code, *(found.unsure if split is not None else ())]:
+                echo(f"warning: since {self.checkpoint.name} was trained: {line}", error=True)
+            return data
+
+        return self.world.first(check)
 
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:
@@ -76,19 +104,23 @@ def _batch_size(recipe: Recipe, world_size: int) -> int:
     return recipe.eval.batch or (-(-recipe.batch.global_batch_size // world_size) if micro == "auto" else micro)
 
 
-def evaluate_checkpoint(target: Path | str, split: str) -> dict[str, Any]:
-    """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call."""
+def evaluate_checkpoint(target: Path | str, split: str, *, changed_data: bool = False) -> dict[str, Any]:
+    """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call.
+
+    Raises UserError for data that are not those of the training; with `changed_data` the result says how they differ.
+    """
     trained = Trained.load(target)
     try:
-        return _evaluate(trained, split)
+        return _evaluate(trained, split, changed_data)
     finally:
         trained.world.close()
 
 
-def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
+def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any]:
     recipe, data, world = trained.recipe, trained.data, trained.world
     if split not in data.splits:
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
+    changes = trained.check_inputs(split, changed_data=changed_data)
     values = evaluate(
         trained.model,
         trained.call,
@@ -103,7 +135,8 @@ def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
         split=split,
         skip_undecodable=recipe.data.skip_undecodable,
     )
-    return {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size, **values}
+    scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
+    return scored | ({"changed_data": changes} if changes else {}) | values
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -119,7 +152,7 @@ class Written:
     """Why each sample that is not among them does not decode."""
 
 
-def predict_file(target: Path | str, inputs: str, out: str) -> Written:
+def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: bool = False) -> Written:
     """Write the model's prediction for each sample of `inputs` that decodes to `out`.
 
     `inputs` is a file or folder that the data set can read, or the name of a split. `out` is a .csv or .parquet table,
@@ -128,12 +161,13 @@ def predict_file(target: Path | str, inputs: str, out: str) -> Written:
     or label, `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. `row`
     counts the samples of `inputs`, `file` names their files where each has its own. Where samples have targets,
     `target` or `target_NAME` holds them in the same terms. Raises UserError, with nothing written, for what cannot be
-    read, predicted or written so.
+    read, predicted or written so, and for a split of data that are not those of the training unless `changed_data`.
     """
     file = open_predictions(out)
     try:
         trained = Trained.load(target)
         source = _source(trained, inputs)
+        trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
         skipped: dict[int, str] = {}
         count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from distrain.bounded import read_record
 from distrain.config import UserError
-from distrain.rundir import RunDir, append_row, read_rows, write_atomically
+from distrain.rundir import RunDir, append_row, write_atomically
 
 RESTARTS = 3
 """How often a job may start again from the same step; DISTRAIN_MAX_RESTARTS replaces it."""
@@ -142,7 +142,7 @@ def take(
     lock = _lock(run, holder)
     try:
         write_atomically(run.path / _FILE, json.dumps(asdict(holder)) + "\n")
-        earlier = list(read_rows(run.attempts_path))
+        earlier = run.attempts()
         row: dict[str, Any] = {
             **asdict(holder),
             "step": step,

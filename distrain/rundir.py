@@ -12,7 +12,9 @@ runs/NAME/
   export/            the trained model as one file
   FINISHED | PREEMPTED | FAILED.json
   STOP               a person asks the run to save and end
-  attempts.jsonl     one row for each start
+  inputs.json        what the last start depended on besides its recipe (see `distrain.inputs`)
+  UPDATE             a person lets the next start go on with what has changed
+  attempts.jsonl     one row for each start, and for each update
   lease.json         which start may write (see `distrain.lease`); .in-use is locked by it for as long as it lives
   heartbeat/         what each rank is doing
 """
@@ -148,8 +150,17 @@ class RunDir:
 
     @property
     def attempts_path(self) -> Path:
-        """One row for each start."""
+        """One row for each start, and one with `event: update` for each start that changed something."""
         return self.path / "attempts.jsonl"
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the rows of starts, in order."""
+        return [row for row in read_rows(self.attempts_path) if "event" not in row]
+
+    @property
+    def update_path(self) -> Path:
+        """A file by which a person lets the next start go on with changed data or code."""
+        return self.path / "UPDATE"
 
     @property
     def exists(self) -> bool:
@@ -208,6 +219,18 @@ class RunDir:
             return None
         except (ValueError, OSError) as error:
             raise UserError(f"effect.json in {self.path} cannot be read: {error}; delete it") from error
+
+    def record_inputs(self, inputs: dict[str, Any]) -> None:
+        """Rank 0: record what this start depends on besides its recipe."""
+        write_atomically(self.path / "inputs.json", json.dumps(inputs) + "\n")
+
+    def inputs(self) -> dict[str, Any] | None:
+        """Return what the last start depended on; None where that is not known."""
+        try:
+            found = json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
     # ----------------------------------------------------------------------------------------------------------------
     # How the run ended
@@ -361,7 +384,8 @@ class MetricsFile:
     def append(self, row: dict[str, Any]) -> bool:
         """Write one row, durable against a crash of the process; returns False when it is already there."""
         key = (row["event"], row["step"])
-        if key in self._seen:
+        # whoever writes an update sees to it that it is new; there may be several before a step is done
+        if key in self._seen and row["event"] != "update":
             return False
         self._fence()
         self._file.write(json.dumps(_plain(row)).encode() + b"\n")

@@ -13,7 +13,7 @@ from typing import Any
 from distrain.config import UserError
 from distrain.heartbeat import read_heartbeats
 from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir, read_rows
+from distrain.rundir import RunDir
 from distrain.screen import Table
 from distrain.slurm.queue import Job, cancel
 from distrain.slurm.sweeps import read_sweep
@@ -88,7 +88,7 @@ def status_of(
     job = next((each for each in reversed(jobs) if each.alive), jobs[-1] if jobs else None)
     beats = read_heartbeats(run)
     fresh = bool(beats) and all(beat.age_s() < 6 * beat.interval + 10 for beat in beats)
-    attempts = list(read_rows(run.attempts_path))
+    attempts = run.attempts()
     stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
     state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))
     if state == "running" and job is not None and job.alive and not _begun_by(attempts, job):

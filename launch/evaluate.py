@@ -15,6 +15,7 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="test", help="train, valid or test")
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--changed-data", action="store_true", help="score also data that changed since the training")
     a = parser.parse_args()
     prepare_streams()
-    sys.exit(work_evaluation(a.target, a.split, processes=a.processes, as_json=a.json))
+    sys.exit(work_evaluation(a.target, a.split, processes=a.processes, as_json=a.json, changed_data=a.changed_data))

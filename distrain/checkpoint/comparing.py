@@ -42,7 +42,7 @@ class Difference:
     tensors: tuple[TensorDifference, ...]
     """Tensors of the same name, shape and dtype whose elements differ."""
     notes: tuple[str, ...]
-    """Differences that are no part of the state of training: strategy, world size, recipe, score."""
+    """Differences that are no part of the state of training: strategy, world size, recipe, data and code, score."""
 
     @property
     def identical(self) -> bool:
@@ -63,7 +63,7 @@ def difference(first: Path | str, second: Path | str, verify: bool = True) -> Di
         for what in ("step", "aliases"):
             if getattr(one, what) != getattr(other, what):
                 listing.append(f"{what}: {getattr(one, what)} in the first, {getattr(other, what)} in the second")
-        listing += _json_differences("scalars", one.scalars, other.scalars)
+        listing += _json_differences("scalars", *({**each.scalars, "inputs": None} for each in (one, other)))
         shared = [name for name, tensor in one.tensors.items() if other.specs.get(name) == tensor.spec]
         found = [_compare(name, one, a, b) for name in shared]
     notes = [
@@ -71,6 +71,7 @@ def difference(first: Path | str, second: Path | str, verify: bool = True) -> Di
         for what in ("strategy", "world_size", "score")
         if getattr(one, what) != getattr(other, what)
     ]
+    notes += ["inputs: the two differ"] if one.scalars.get("inputs") != other.scalars.get("inputs") else []
     notes += ["recipe: the two differ"] if one.recipe != other.recipe else []
     return Difference(tuple(listing), tuple(item for item in found if item), tuple(notes))
 

@@ -181,6 +181,9 @@ class DataSection(Component):
     """Loader processes for each training process; 0 loads in the training process itself."""
     skip_undecodable: Annotated[int, Field(ge=0), WHOLE] = 0
     """Different samples of a split that may not decode: they are left out and counted. One more is an error."""
+    fingerprint: Literal["auto", "full", "off"] = "auto"
+    """How the data are known again when a run is resumed or scored: auto by the names and sizes of files and by what is
+    cheap to read of them, full by all their content; off does not look."""
     prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
     """`path/to/file.py:name` of a function that is called once, by rank 0, with `path` when nothing is there yet."""
 

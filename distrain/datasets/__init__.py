@@ -139,6 +139,9 @@ class Data:
     at evaluation and prediction, they are used and never fitted again."""
     read: Callable[[Path], Source] | None = None
     """Reads a file of inputs for prediction, encoded as the training split was; targets may be absent."""
+    files: Sequence[Path] = ()
+    """The files that the splits are read from, by which the data are known again; empty where there are none, or where
+    they are not known."""
 
 
 class TensorSource:

@@ -175,7 +175,8 @@ def image_folder(request: DataRequest, size: int | list[int] | None = None, chan
     else:
         splits.update({split: ImageFiles(*found, shape, channels) for split, found in files.items()})
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
-    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels))
+    read = [path for paths, _ in files.values() for path in paths]
+    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels), read)
 
 
 def _split_folders(root: Path, split: Any) -> dict[str, Path]:
@@ -284,7 +285,8 @@ def _torchvision_set(request: DataRequest, kind: str, folder: str, files: list[s
     depth, height, width = whole.inputs.shape[1:]
     names = tuple(str(name) for name in train.classes)
     meta = DataMeta(input_shape=(depth, height, width), num_classes=len(names), class_names=names)
-    return Data(dict(splits), meta, {}, image_reader((height, width), "rgb" if depth == 3 else "gray"))
+    reader = image_reader((height, width), "rgb" if depth == 3 else "gray")
+    return Data(dict(splits), meta, {}, reader, [root / folder / name for name in files])
 
 
 def _in_memory(dataset: Any) -> TensorSource:

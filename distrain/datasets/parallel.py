@@ -51,7 +51,7 @@ def parallel_text(
             raise UserError(f"data.{key} {value} should be at least 1")
     if request.section.stratify:
         raise UserError("data.stratify: pairs of sentences have no classes to keep the shares of")
-    pairs = _read_splits(request)
+    pairs, files = _read_splits(request)
     specs = {"source": source_tokenizer, "target": target_tokenizer}
     if request.state is None:
         texts = {"source": [pair.source for pair in pairs["train"]], "target": [pair.target for pair in pairs["train"]]}
@@ -85,7 +85,7 @@ def parallel_text(
         eos_id=target.eos_id,
         decode=decode,
     )
-    return Data(dict(splits), meta, state, lambda path: _read_sources(path, source, max_len, too_long))
+    return Data(dict(splits), meta, state, lambda path: _read_sources(path, source, max_len, too_long), files)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,15 +169,18 @@ class _Pair:
     """file:line, for errors."""
 
 
-def _read_splits(request: DataRequest) -> dict[str, list[_Pair]]:
+def _read_splits(request: DataRequest) -> tuple[dict[str, list[_Pair]], list[Path]]:
+    """Return the pairs of each split, and the files that they are from."""
     split = request.section.split
     if isinstance(split, dict):
         if "train" not in split:
             raise UserError(f"data.split names {', '.join(split)} and no file for train")
-        return {name: _read_pairs(request.base / path) for name, path in split.items()}
-    pairs = _read_pairs(request.path("a text file whose lines are source<TAB>target"))
+        files = {name: request.base / path for name, path in split.items()}
+        return {name: _read_pairs(file) for name, file in files.items()}, list(files.values())
+    file = request.path("a text file whose lines are source<TAB>target")
+    pairs = _read_pairs(file)
     indices = split_indices(len(pairs), request.section, request.seed)
-    return {name: [pairs[index] for index in each.tolist()] for name, each in indices.items()}
+    return {name: [pairs[index] for index in each.tolist()] for name, each in indices.items()}, [file]
 
 
 def _read_pairs(path: Path) -> list[_Pair]:

@@ -79,7 +79,8 @@ def table(
     def read(path: Path) -> TensorSource:
         return _encode(state, reader.read(path), request.task, need_target=False)
 
-    return Data(dict(splits), _meta(state, request.task), state, read)
+    files = tuple(dict.fromkeys(path for frame in frames.values() for path, _ in frame.files))
+    return Data(dict(splits), _meta(state, request.task), state, read, files)
 
 
 # --------------------------------------------------------------------------------------------------------------------

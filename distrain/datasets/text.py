@@ -38,7 +38,7 @@ def tokens(request: DataRequest, seq_len: int, verify: bool = False) -> Data:
     data.split is not given. `verify` hashes every shard at the start.
     """
     folders = _token_folders(request)
-    opened = {}
+    opened, files = {}, []
     loaded: Tokenizer | None = None
     text_bytes = token_count = 0
     for name, folder in folders.items():
@@ -52,8 +52,9 @@ def tokens(request: DataRequest, seq_len: int, verify: bool = False) -> Data:
         if loaded is None:
             loaded, text_bytes, token_count = this, index.bytes, index.tokens
         opened[name] = open_shards(folder, index, verify)
+        files += [folder / each for each in (INDEX_NAME, *(shard.file for shard in index.shards))]
     assert loaded is not None
-    return _data(request, opened, loaded, seq_len, text_bytes / token_count)
+    return _data(request, opened, loaded, seq_len, text_bytes / token_count, files)
 
 
 @register("text", tasks=["language_modeling"])
@@ -75,6 +76,7 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
     for name, found in files.items():
         if not found:
             raise UserError(f"there is no text in {paths[name]}")
+    every = [file for found in files.values() for file in found]
     if tokenizer == "bytes":
         if eos is not True:
             raise UserError(f"data.eos: {eos!r} is for a tokenizer; bytes have no token between files")
@@ -82,9 +84,9 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
             name: [np.asarray(np.memmap(file, dtype=np.uint8, mode="r")) for file in found]
             for name, found in files.items()
         }
-        return _data(request, mapped, load_tokenizer("bytes", eos=False), seq_len, 1.0)
+        return _data(request, mapped, load_tokenizer("bytes", eos=False), seq_len, 1.0, every)
 
-    size = sum(file.stat().st_size for found in files.values() for file in found)
+    size = sum(file.stat().st_size for file in every)
     if size > _IN_MEMORY_BYTES:
         raise UserError(
             f"{size / 1e6:.0f} MB of text is more than the {_IN_MEMORY_BYTES / 1e6:.0f} MB that are tokenized at every "
@@ -94,7 +96,7 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
     encoded = {name: tokenize_files(found, loaded) for name, found in files.items()}
     train_tokens, train_bytes = encoded["train"]
     shards = {name: [each] for name, (each, _) in encoded.items()}
-    return _data(request, shards, loaded, seq_len, train_bytes / max(1, len(train_tokens)))
+    return _data(request, shards, loaded, seq_len, train_bytes / max(1, len(train_tokens)), every)
 
 
 _NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
@@ -200,6 +202,7 @@ def _data(
     tokenizer: Tokenizer,
     seq_len: int,
     bytes_per_token: float,
+    files: Sequence[Path] = (),
 ) -> Data:
     if seq_len < 1:
         raise UserError(f"data.seq_len {seq_len} should be at least 1")
@@ -240,7 +243,7 @@ def _data(
         bytes_per_token=bytes_per_token,
         decode=tokenizer.decode,
     )
-    return Data(splits, meta, state, lambda path: _read_prompts(path, tokenizer))
+    return Data(splits, meta, state, lambda path: _read_prompts(path, tokenizer), files)
 
 
 def _row_spans(rows: int, section: DataSection) -> dict[str, list[range]]:

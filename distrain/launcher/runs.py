@@ -32,15 +32,22 @@ def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tupl
 
 
 def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update: bool = False) -> None:
-    """Create the run, or take up the existing one. Raises UserError when that one has another recipe."""
+    """Create the run, or take up the existing one. Raises UserError when that one has another recipe.
+
+    With `update` the run gets the recipe, and the next start goes on with data and code that have changed.
+    """
     if loaded is None:
         run.write_launch(launch)
+        if update:
+            run.update_path.touch()
         return
     if not run.exists and run.holds_other_files():
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
     # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
     if not run.exists or update or not run.metrics_path.exists():
         run.create(recipe_text(loaded), launch)
+        if update:
+            run.update_path.touch()
     else:
         check_same_recipe(run, loaded)
         run.write_launch(launch)

@@ -15,17 +15,20 @@ from distrain.output import echo, one_line
 from distrain.recipe_file import parse_recipe
 
 
-def start_evaluation(target: str, split: str, *, processes: int, as_json: bool) -> int:
+def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, changed_data: bool = False) -> int:
     """Score a run's or a checkpoint's model in that many processes of this machine; returns the exit status."""
     say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     if processes == 1:
-        return work_evaluation(target, split, processes=1, as_json=as_json)
+        return work_evaluation(target, split, processes=1, as_json=as_json, changed_data=changed_data)
     arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
+    arguments += ["--changed-data"] if changed_data else []
     script, config = shared_file("launch", "evaluate.py"), configuration_file("ddp")
     return launch(LaunchPlan(script, tuple(arguments), processes, config))
 
 
-def work_evaluation(target: str, split: str, *, processes: int | None = None, as_json: bool = False) -> int:
+def work_evaluation(
+    target: str, split: str, *, processes: int | None = None, as_json: bool = False, changed_data: bool = False
+) -> int:
     """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
     end_with_launcher()
     rank = rank_told()
@@ -45,7 +48,7 @@ def work_evaluation(target: str, split: str, *, processes: int | None = None, as
             check_one_owner({"mixed_precision": precision}, recipe, 1)
         from distrain.inference import evaluate_checkpoint
 
-        values = evaluate_checkpoint(target, split)
+        values = evaluate_checkpoint(target, split, changed_data=changed_data)
         if rank != 0:
             return
         if as_json:

@@ -11,6 +11,7 @@ random numbers are computed from the recipe and the step, so a resumed run goes 
     anomalies.py      steps that are left out, because their loss or gradient is no number or far too large
     out_of_memory.py  what to lower where the memory did not suffice
     checks.py         what a recipe must be before anything is built from it
+    updates.py        what changed since the checkpoint: data, code, recipe
     introducing.py    what a run says of itself before its first step
     trace.py          what each step did, for a proof; hidden.py: state that no checkpoint holds
 """

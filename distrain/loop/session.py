@@ -29,7 +29,7 @@ from distrain.metrics import build_metrics
 from distrain.models import transformers_config
 from distrain.optim import set_lr
 from distrain.recipe_file import dump_recipe
-from distrain.rundir import RunDir, now
+from distrain.rundir import RunDir, append_row, now
 from distrain.strategy import World
 from distrain.telemetry import Telemetry, duration
 
@@ -102,6 +102,7 @@ class Session:
             self.say(line)
         if setup.resumed is not None:
             self._note_published(setup.resumed)
+            self._note_update()
         elif self.anomalies.goes_back:
             self.save()
 
@@ -131,6 +132,19 @@ class Session:
         self.telemetry.write(
             {"event": "checkpoint", "step": manifest.step, "bytes": size, "seconds": None, "time": now()}
         )
+
+    def _note_update(self) -> None:
+        """Record what this start changes."""
+        row = self.setup.inputs.update
+        if row is None:
+            return
+        self.telemetry.write(row)
+
+        def note() -> None:
+            self._fence()
+            append_row(self.run.attempts_path, row)
+
+        self.world.first(note)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What is due
@@ -395,7 +409,8 @@ class Session:
                 state.pieces(self.world.rank, self.world.world_size),
                 scalars=engine.scalars()
                 | self.anomalies.scalars()
-                | {"data": self.data.state, "transformers_config": transformers_config(engine.model)},
+                | {"data": self.data.state, "transformers_config": transformers_config(engine.model)}
+                | {"inputs": self.setup.inputs.fingerprint},
                 aliases=state.aliases(),
                 recipe=dump_recipe(self.recipe),
                 strategy=self.world.strategy,

@@ -21,6 +21,7 @@ from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of
 from distrain.loop.step import Training, loss_of, to_device
 from distrain.loop.trace import Trace
+from distrain.loop.updates import Inputs, take_inputs
 from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.deferred import Deferred
@@ -87,6 +88,8 @@ class Setup:
     """The size of the model, whole, with what the recipe freezes."""
     told: list[str]
     """What a person should know about how it was built."""
+    inputs: Inputs
+    """What it all depends on besides the recipe."""
 
 
 def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
@@ -105,12 +108,16 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         transforms["train"] = trace.around(transforms["train"])
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
+    # a proof compares all samples itself, and says why they differ
+    inputs: Inputs = world.first(
+        lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
+    )
     probed = probed_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if probed is None else probed.section(recipe.batch)
     feed = Feed(
         recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
     )
-    told: list[str] = []
+    told = list(inputs.told)
     training, model = _training(feed, horizon, trace, told, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence)
     anomalies.watch(training)
@@ -119,7 +126,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
         reader.close()
-    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told)
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs)
 
 
 def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:

@@ -14,8 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distrain.config import UserError
+from distrain.inputs import compare
 from distrain.probed import hand_on
 from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
 from distrain.prove.traces import Record, read_record
@@ -189,6 +191,8 @@ class Runner:
         self._start = start
         self._mark = f"distrain-prove-{secrets.token_hex(8)}"
         self._process: Process | None = None
+        self._inputs: dict[str, Any] = {}
+        """What the first leg depended on."""
         self._known = RunDir(folder / "known")
         """Sizes of micro-batches that a leg has found: another size would be another order of the same sums."""
 
@@ -240,7 +244,19 @@ class Runner:
             if interruption is None:
                 raise CouldNotRun(f"{name}: the run stopped before its end; it said\n{_tail(output)}")
         leg.seconds = time.monotonic() - began
+        self._check_inputs(leg)
         return leg
+
+    def _check_inputs(self, leg: Leg) -> None:
+        """Raise CouldNotRun where data or code changed since the first leg: a difference would then say nothing."""
+        found = RunDir(leg.run_dir).inputs() or {}
+        self._inputs = self._inputs or found
+        if changes := compare(self._inputs, found):
+            raise CouldNotRun(
+                f"{leg.name}: data or code changed while the recipe was proved, so nothing is proved:\n  "
+                + "\n  ".join(changes.lines)
+                + "\nProve it again, and change nothing meanwhile"
+            )
 
     def _begin(
         self, run_dir: Path, placement: Placement, trace: Path, output: Path, interruption: Interruption | None

@@ -32,7 +32,7 @@ from distrain.lease import Holder, check_free
 from distrain.output import echo
 from distrain.probed import remember
 from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir, read_rows
+from distrain.rundir import Launch, RunDir
 
 
 def job_name(variables: Mapping[str, str] = os.environ) -> str:
@@ -86,7 +86,7 @@ def run_of_job(job: str | None, run_dir: str | None) -> Path | None:
     """Return the run that a job has begun, where it is below runs/ or at `run_dir`; None where there is none."""
     for folder in [Path(run_dir)] if run_dir else sorted(Path("runs").glob("*")):
         run = RunDir(folder)
-        if run.exists and any(row.get("job") == job for row in read_rows(run.attempts_path)):
+        if run.exists and any(row.get("job") == job for row in run.attempts()):
             return run.path
     return None
 

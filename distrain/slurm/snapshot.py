@@ -13,14 +13,9 @@ hold a secret is never copied.
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import shutil
-import site
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -28,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import Recipe, UserError, is_object_spec
+from distrain.inputs import named_objects, own_module
 from distrain.recipe_file import LoadedRecipe
 
 LARGEST_FILE = 1 << 20
@@ -101,39 +97,13 @@ def _named(recipe: Recipe) -> tuple[list[Path], list[Path]]:
     """Return the files that a recipe names, and the folders (or files) of packages that are not installed."""
     files: set[Path] = set()
     packages: set[Path] = set()
-    for text in _texts(recipe.model_dump(mode="json")):
-        if not is_object_spec(text):
-            continue
-        where = text.rpartition(":")[0]
+    for spec in named_objects(recipe.model_dump(mode="json")):
+        where = spec.rpartition(":")[0]
         if where.endswith(".py"):
             files.add(Path(os.path.abspath(where)))
-        elif (package := _own_package(where.partition(".")[0])) is not None:
+        elif (package := own_module(where.partition(".")[0])) is not None:
             packages.add(package)
     return sorted(files), sorted(packages)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-def _own_package(name: str) -> Path | None:
-    """Return where a top-level module is, unless it is installed, part of Python, or of distrain."""
-    if name in sys.builtin_module_names or name in sys.stdlib_module_names or name == "distrain":
-        return None
-    spec = importlib.machinery.PathFinder.find_spec(name) or importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        return None  # the check of the recipe says so
-    found = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
-    installed = [*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()]
-    return None if any(found.is_relative_to(folder) for folder in installed) else found
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -289,6 +289,7 @@ def submit(prepared: Prepared) -> str:
         open_run(run, None, launch)
         if prepared.update:
             run.clear_markers()
+            run.update_path.touch()
         run.stop_path.unlink(missing_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
     number = sbatch(folder / "train.sbatch")
