@@ -60,23 +60,31 @@ def train(
         str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
     ],
     overrides: Overrides = None,
-    run_dir: Annotated[str | None, typer.Option(help="The run's folder.", show_default="runs/NAME")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
     ] = None,
     update: Annotated[
         bool,
-        typer.Option("--update", help="Go on with an existing run under a changed recipe, or on changed data or code."),
+        typer.Option(
+            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+        ),
     ] = False,
     strategy: Annotated[
         Strategy,
         typer.Option(
-            help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp."
+            help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp, or "
+            "single in one process."
         ),
     ] = Strategy.auto,
     offload: Annotated[
         Offload | None,
-        typer.Option(help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.", show_default="none"),
+        typer.Option(
+            help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.",
+            show_default="as the run was started, else none",
+        ),
     ] = None,
 ) -> None:
     """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
@@ -154,12 +162,19 @@ def prove_recipe(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
     ] = None,
-    worlds: Annotated[str, typer.Option(help="Numbers of processes that must agree, such as 1,2,3.")] = "",
-    strategies: Annotated[str, typer.Option(help="Strategies that must agree, such as ddp,zero3.")] = "",
+    worlds: Annotated[
+        str,
+        typer.Option(help="Numbers of processes that must agree, such as 1,2,3.", show_default="that of --processes"),
+    ] = "",
+    strategies: Annotated[
+        str, typer.Option(help="Strategies that must agree, such as ddp,zero3.", show_default="the usual one")
+    ] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Decides when runs are interrupted.", show_default="another each time")
     ] = None,
-    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep all runs there.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep all runs there.", show_default="none is kept")
+    ] = None,
     loss_tolerance: Annotated[
         float | None, typer.Option(min=0, help="For losses elsewhere.", show_default="by precision")
     ] = None,
@@ -357,9 +372,14 @@ Format = Annotated[
     typer.Option(help="accelerate, deepspeed, distributed, safetensors or torch.", show_default="found out"),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Open pickles that hold more than tensors, in a process which runs them.")
+    bool,
+    typer.Option(
+        "--trust", help="Open pickles that hold more than tensors, in a process which runs them; refused without it."
+    ),
 ]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first, as is done without it.")
+]
 
 
 @checkpoint_app.command("export")
@@ -372,11 +392,25 @@ def checkpoint_export(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="model.safetensors or model.pt; a folder with --shards.")],
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as trained when not given.")] = None,
-    shards: Annotated[str | None, typer.Option(help="The largest size of one file, such as 5GB.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights.")] = False,
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint of the run, not the newest.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="as trained")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="The largest size of one file, such as 5GB.", show_default="one file of any size")
+    ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema", help="The moving average of the weights, in place of the weights that are otherwise written."
+        ),
+    ] = False,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best",
+            help="The best checkpoint of a run by its score. Without it the one that a finished run exported is taken, "
+            "and of any other run the newest.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there; refused without it.")] = False,
     no_verify: NoVerify = False,
     format: Format = None,
     trust: Trust = False,
@@ -411,16 +445,33 @@ def checkpoint_import(
         int | None, typer.Option(min=0, help="Optimizer steps done.", show_default="as it says itself, else 0")
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="What kept the optimizer's state, such as AdamW or SGD.")
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="What kept the optimizer's state, such as AdamW or SGD.",
+            show_default="as it says itself",
+        ),
     ] = None,
-    no_optimizer: Annotated[bool, typer.Option("--no-optimizer", help="Leave the optimizer's state out.")] = False,
+    no_optimizer: Annotated[
+        bool, typer.Option("--no-optimizer", help="Leave the optimizer's state out, which is imported without it.")
+    ] = False,
     tied: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.", show_default="as it says itself"
+        ),
     ] = None,
     buffers: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Names such as 'rope.*' are buffers, not parameters.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Names such as 'rope.*' are buffers, not parameters.",
+            show_default="by name or dtype",
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint of that step.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint of that step; refused without it.")
+    ] = False,
     no_verify: NoVerify = False,
     format: Format = None,
     trust: Trust = False,
@@ -464,7 +515,10 @@ def data_tokenize(
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard.")] = 100_000_000,
     documents: Annotated[Documents, typer.Option(help="What a document is in a file of text.")] = Documents.file,
     field: Annotated[str, typer.Option(help="The text's field in .jsonl and .parquet.")] = "text",
-    eos: Annotated[str | None, typer.Option(help="The token behind each document; 'none' for none.")] = None,
+    eos: Annotated[
+        str | None,
+        typer.Option(help="The token behind each document; 'none' for none.", show_default="the tokenizer's usual one"),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Turn text into token shards that training maps into memory; they may be larger than it."""

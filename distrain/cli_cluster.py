@@ -24,38 +24,69 @@ def submit(
         int | None, typer.Option(min=1, help="Processes on each node.", show_default="one for each GPU, else 1")
     ] = None,
     time: Annotated[
-        str | None, typer.Option(help="The time limit, such as 4:00:00.", show_default="the site's")
+        str | None,
+        typer.Option(help="The time limit, such as 4:00:00.", show_default="the site's, else it must be given"),
     ] = None,
     site: Annotated[
-        str | None, typer.Option(envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.")
+        str | None,
+        typer.Option(
+            envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
+        ),
     ] = None,
     strategy: Annotated[Strategy, typer.Option(help="As for `distrain train`.")] = Strategy.auto,
-    offload: Annotated[Offload | None, typer.Option(help="As for `distrain train`.", show_default="none")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="The run's folder.", show_default="runs/NAME")] = None,
+    offload: Annotated[
+        Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
+    ] = None,
     array: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE,VALUE", help="A run for each value; for all combinations of several."),
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="A run for each value; for all combinations of several.",
+            show_default="one run",
+        ),
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="How many runs of a sweep run at a time.")] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many runs of a sweep run at a time.", show_default="as many as SLURM starts"),
+    ] = None,
     cpus_per_task: Annotated[
         int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
     ] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, typer.Option(help="The partition.", show_default="the site's")] = None,
-    account: Annotated[str | None, typer.Option(help="The account.", show_default="the site's")] = None,
-    qos: Annotated[str | None, typer.Option(help="The quality of service.", show_default="the site's")] = None,
+    mem: Annotated[
+        str | None, typer.Option(help="Memory of each node, such as 64G.", show_default="the site's, else SLURM's")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="The partition.", show_default="the site's, else SLURM's")
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="The account.", show_default="the site's, else SLURM's")] = None,
+    qos: Annotated[
+        str | None, typer.Option(help="The quality of service.", show_default="the site's, else SLURM's")
+    ] = None,
     notice: Annotated[
         int | None,
-        typer.Option(min=5, help="Seconds before the time limit to save and stop.", show_default="120, or a third"),
+        typer.Option(
+            min=5,
+            help="Seconds before the time limit to save and stop.",
+            show_default="the site's, else 120, or a third of it",
+        ),
     ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.")
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
     ] = None,
     update: Annotated[
         bool,
-        typer.Option("--update", help="Go on with an existing run under a changed recipe, or on changed data or code."),
+        typer.Option(
+            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and write and submit nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),
+    ] = False,
 ) -> None:
     """Train on a SLURM cluster. The run goes on over time limits and preemptions until it is finished."""
     from distrain.slurm.submitting import Wanted, announced, prepare
@@ -121,7 +152,9 @@ def status(
 
 def logs(
     run: Folder,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run has ended; without it what is there is all.")
+    ] = False,
     rank: Annotated[
         int | None, typer.Option(min=0, help="One process's own log.", show_default="what the job says")
     ] = None,

@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 ChangedData = Annotated[
-    bool, typer.Option("--changed-data", help="Take a split although the data changed since the training.")
+    bool,
+    typer.Option(
+        "--changed-data", help="Take a split although the data changed since the training; an error without it."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
 ]

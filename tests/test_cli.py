@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from runs import TINY, checkpoint, cli, train, write_recipe
 from typer.testing import CliRunner
 from worlds import in_world
@@ -249,3 +253,42 @@ def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
     assert ended.status == 0, ended.err
     assert (tmp_path / "runs" / "spirals" / "FINISHED").exists()
     assert cli("init", tmp_path / "mine").status == 1
+
+
+def commands(found: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield each command with its name."""
+    if hasattr(found, "commands"):
+        for name, inner in found.commands.items():
+            yield from commands(inner, (*names, name))
+    else:
+        yield " ".join(names), found
+
+
+def test_the_help_of_each_option_says_what_happens_without_it() -> None:
+    told = 0
+    for name, command in commands(typer.main.get_command(app)):
+        for option in command.params:
+            if option.param_type_name != "option" or option.required or option.name == "help":
+                continue
+            told += 1
+            where = f"distrain {name} {option.opts[0]}: {option.help!r}"
+            if option.is_flag:
+                assert "without" in option.help.lower() or "otherwise" in option.help, where
+            elif option.default in (None, "", []):
+                assert isinstance(option.show_default, str), where
+    assert told > 50
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_export_takes_what_its_help_says(tmp_path: Path, finished: bool) -> None:
+    (tmp_path / "metric.py").write_text(
+        "def sure(outputs, targets):\n    return outputs.softmax(1).max(1).values\n\n\nsure.higher_is_better = False\n"
+    )
+    text = TINY.replace("metrics: [accuracy]", 'metrics: ["metric.py:sure"], best: sure')
+    run = tmp_path / "run"
+    train(1, write_recipe(tmp_path, text), run, stop_after=None if finished else 8)
+    out = tmp_path / "model.safetensors"
+    taken = [cli("checkpoint", "export", run, "-o", out, "--overwrite", *best).out for best in ([], ["--best"])]
+    steps = [re.findall(r"step-0*(\d+)", text)[-1] for text in taken]
+    assert steps[1] == "4", "the least sure, which is the first"
+    assert steps[0] == ("4" if finished else "8")

@@ -513,6 +513,27 @@ def test_show_lists_every_key_as_an_override_would_write_it(write):
     assert again.recipe == loaded.recipe
 
 
+LIBRARY = re.compile(r"\b(should|valid [a-z]+|validation|tuple|type=|pydantic|unable to)\b", re.IGNORECASE)
+"""Words of the library that checks."""
+
+
+def test_no_words_of_the_library_reach_a_person(write):
+    file, told = write(), []
+    leaves = [key for key, _, _ in show(load_recipe(file))]
+    for value in ("true", "-1", "1.5", "1e30", "''", "x", "[]", "[[3]]", "{x: 1}", "{fold: x}", "[{x: 1}]"):
+        for places in (
+            leaves,
+            [*Recipe.model_fields],
+            ["optim.groups", "eval.early_stop", "data.split", "data.prepare"],
+        ):
+            try:
+                load_recipe(file, [f"{key}={value}" for key in places])
+            except RecipeError as error:
+                told += str(error).splitlines()[1:]
+    assert len(told) > 300
+    assert [line for line in told if LIBRARY.search(line)] == []
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Paths
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from runs import TINY, cli, write_recipe
 
 from distrain.config import UserError
 from distrain.recipe_file import load_recipe
+from distrain.slurm.plan import Plan, make_plan, problems_of
 from distrain.slurm.rendering import BODY
+from distrain.slurm.sites import Site, read_site
 from distrain.slurm.submitting import Prepared, Wanted, prepare
 
 HOSTILE = [
@@ -372,3 +376,73 @@ def cli_here(*arguments: str) -> str:
     done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is said of them
+
+LIBRARY = re.compile(r"\b(should|valid|validation|input|tuple|type=|pydantic|unable to parse)\b", re.IGNORECASE)
+"""Words of the library that checks."""
+
+
+def refused(**values: Any) -> list[str]:
+    """Return the lines that a plan of these values is refused with."""
+    folder = values.get("folder", "/runs/tiny")
+    usual = {
+        "name": "tiny", "folder": folder, "runs": (folder,), "nodes": 1, "processes_per_node": 1, "time": "30",
+        "strategy": "ddp", "python": "/usr/bin/python", "node_script": f"{folder}/submit/node.py",
+        "python_path": (f"{folder}/submit/code/own", f"{folder}/submit/distrain"),
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        make_plan(**usual | values)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "this cannot be submitted:"
+    assert not LIBRARY.search("\n".join(lines))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("\t", "control character U+0009"),
+        ("\n", "control character U+000A"),
+        ("\u202e", "control character U+202E"),
+        ("\udce9", r"the byte \xe9"),
+        *((letter, f"found {letter} in the path") for letter in "\"'`\\$%#"),
+        *((letter, f"found {letter!r} in the path") for letter in ",:"),
+    ],
+)
+def test_one_wrong_path_is_told_once(part: str, said: str) -> None:
+    (alone,) = refused(folder=f"/a{part}b/runs")
+    assert said in alone
+    assert alone.startswith("  - folder: ")
+    (sweep,) = refused(folder=f"/a{part}b/runs", runs=[f"/a{part}b/runs/{number}" for number in range(100)])
+    assert sweep == alone
+
+
+def test_of_many_wrong_items_the_first_are_told() -> None:
+    lines = refused(runs=[f"/runs/{number}%" for number in range(100)])
+    assert [line.partition(": ")[0] for line in lines] == ["  - runs.0", "  - runs.1", "  - runs.2", "  - runs"]
+    assert lines[-1] == "  - runs: 97 more like these"
+
+
+WRONG: list[Any] = [None, True, "", "x y\x1b", -1, 1.5, 10**9, [], [3], {}, {"x y": 1}, {"pyxis": ""}]
+
+
+def test_no_words_of_the_library_reach_a_person(tmp_path: Path) -> None:
+    told = []
+    file = tmp_path / "site.yaml"
+    for value in WRONG:
+        for key in Plan.model_fields:
+            try:
+                Plan.model_validate({key: value})
+            except ValidationError as error:
+                told += [line for line in problems_of(error) if line.startswith(key)]
+        for key in Site.model_fields:
+            file.write_text(json.dumps({key: value}))
+            try:
+                read_site(file)
+            except UserError as error:
+                told += str(error).splitlines()[1:]
+    assert len(told) > 300
+    assert [line for line in told if LIBRARY.search(line) or "something else" in line] == []

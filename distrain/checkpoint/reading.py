@@ -327,7 +327,7 @@ def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
     if best:
         found = find_best(folder)
         if found is None:
-            raise UserError(f"{path} has no checkpoint with a score; leave out --best for the newest")
+            raise UserError(f"{path} has no checkpoint with a score; without --best the newest is taken")
         return found
     finished = RunDir(path).finished or {}
     exported = folder / Path(finished.get("checkpoint", ".")).name

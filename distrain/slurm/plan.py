@@ -14,8 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrain.config import UserError
+from distrain.output import one_line
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+_SHOWN_ITEMS = 3
+"""How many items of a list are told of one by one."""
 _DAYS = re.compile(r"(\d{1,4})-(\d{1,2})(?::(\d{1,2})(?::(\d{1,2}))?)?")
 _CLOCK = re.compile(r"(?:(\d{1,5}):)?(\d{1,4}):(\d{1,2})|(\d{1,6})")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|_KEY$|^KEY$|JWT|_PAT$|_AUTH$")
@@ -23,6 +27,10 @@ _SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCES
 
 def text_of_one_line(value: str) -> str:
     """Return `value`; raises ValueError for a line break or another control character in it."""
+    if found := _NOT_UTF8.search(value):
+        raise ValueError(
+            f"found the byte {one_line(found[0])} in '{one_line(value)}', which is not UTF-8; rename what is called so"
+        )
     if found := _CONTROL.search(value):
         raise ValueError(f"found the control character U+{ord(found[0]):04X} in {value!r}, expected text of one line")
     return value
@@ -300,21 +308,71 @@ class Plan(Frozen):
 
 
 def problems_of(error: ValidationError) -> list[str]:
-    """Return what pydantic found wrong, a line for each value."""
-    lines = []
+    """Return what is wrong with values that pydantic refused, a line for each place, in words of ours.
+
+    Told once is what stands in several places: that a list of refused items is empty, and a path below a refused
+    folder. Of a list's items the first few are told.
+    """
+    found: dict[tuple[int | str, ...], Any] = {}
     for item in error.errors():
-        place = ".".join(str(step) for step in item["loc"])
-        match item["type"]:
-            case "value_error":
-                problem = str(item["ctx"]["error"])
-            case "extra_forbidden":
-                problem = "is not known here"
-            case "missing":
-                problem = "is missing"
-            case _:
-                problem = f"found {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
-        lines.append(f"{place}: {problem}" if place else problem)
-    return lines
+        place = tuple(step for step in item["loc"] if step != "[key]")
+        found.setdefault(place, item)
+    refused = found.get(("folder",), {}).get("input")
+    lines = []
+    told: dict[tuple[int | str, ...], int] = {}
+    for place, item in found.items():
+        value = item["input"]
+        if item["type"] == "too_short" and any(other[:-1] == place for other in found):
+            continue
+        inside = isinstance(refused, str) and isinstance(value, str) and f"{value}/".startswith(f"{refused}/")
+        if inside and place != ("folder",):
+            continue
+        if isinstance(place[-1] if place else None, int):
+            told[place[:-1]] = told.get(place[:-1], 0) + 1
+            if told[place[:-1]] > _SHOWN_ITEMS:
+                continue
+        name = ".".join(map(str, place))
+        lines.append(f"{name}: {problem_of(item)}" if name else problem_of(item))
+    more = {place: count - _SHOWN_ITEMS for place, count in told.items() if count > _SHOWN_ITEMS}
+    return lines + [f"{'.'.join(map(str, place))}: {count} more like these" for place, count in more.items()]
+
+
+def problem_of(item: Any) -> str:
+    """Return what is wrong with one value that pydantic refused, in words of ours."""
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    expected = {
+        "string_type": "text; put it in quotes",
+        "string_unicode": "text in UTF-8",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+        "model_attributes_type": "a mapping",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than_equal": f"at most {context.get('le')}",
+        "greater_than": f"more than {context.get('gt')}",
+        "less_than": f"less than {context.get('lt')}",
+        "literal_error": f"one of {context.get('expected', '').replace(' or ', ', ')}",
+        "too_short": f"at least {context.get('min_length')}",
+        "too_long": f"at most {context.get('max_length')}",
+    }
+    match kind:
+        case "value_error":
+            return str(context["error"])
+        case "extra_forbidden":
+            return "is not known here"
+        case "missing":
+            return "is missing"
+        case "too_short" | "too_long":
+            return f"found {len(value)}, expected {expected[kind]}"
+        case _:
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            return f"found {shown}, expected {expected.get(kind, 'something else')}"
 
 
 def make_plan(**values: Any) -> Plan:

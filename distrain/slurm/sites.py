@@ -33,6 +33,7 @@ from distrain.slurm.plan import (
     VariableName,
     VariableValue,
     absolute_path,
+    problem_of,
     text_of_one_line,
 )
 
@@ -183,16 +184,10 @@ def _known(place: tuple[str | int, ...], tree: Tree) -> tuple[str | int, ...]:
 
 def _problem(item: object, place: tuple[str | int, ...]) -> str:
     assert isinstance(item, dict)
-    match item["type"]:
-        case "value_error":
-            return str(item["ctx"]["error"])
-        case "extra_forbidden":
-            keys = list(Site.model_fields if len(place) == 1 else Container.model_fields)
-            return f"unknown key{close_names(str(place[-1]), keys) or ', expected one of ' + ', '.join(keys)}"
-        case "string_type":
-            return f"found {item['input']!r}, expected text; put it in quotes"
-        case _:
-            return f"found {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
+    if item["type"] == "extra_forbidden":
+        keys = list(Site.model_fields if len(place) == 1 else Container.model_fields)
+        return f"unknown key{close_names(str(place[-1]), keys) or ', expected one of ' + ', '.join(keys)}"
+    return problem_of(item)
 
 
 def site_lines(name: str | None = None) -> list[str]:
