@@ -303,6 +303,70 @@ class Leaving(Changing):
         return out + self.late(x) if self.passes_so_far <= 6 else out
 
 
+class Routed(Blocks):
+    """A layer is used by the micro-batches whose first sample is on one side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = bool(x[0, 0] > 0)
+        x = self.into(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.route(x) if side else x)
+
+
+class Headed(Blocks):
+    """Two heads, one of which a micro-batch uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if bool(x[0, 0] > 0) else self.other(self.into(x))
+
+
+class Dropped(Blocks):
+    """A block is left out by some micro-batches, as by layer drop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = bool(x[0, 0] > 0)
+        x = self.blocks[0](self.into(x))
+        return self.head(self.blocks[1](x) if side else x)
+
+
+class Expert(Blocks):
+    """One of two blocks is used by a micro-batch, the other one by others; from the fourth pass on alone."""
+
+    def __init__(self, since: int = 4) -> None:
+        super().__init__()
+        self.passes, self.since = 0, since
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        side = bool(x[0, 0] > 0) or self.passes < self.since
+        return self.head(self.blocks[0 if side else 1](self.blocks[1](self.into(x))))
+
+
+class Growing(Blocks):
+    """All ranks leave a block out up to their sixth pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        x = self.into(x)
+        for block in self.blocks if self.passes > 6 else self.blocks[:1]:
+            x = block(x)
+        return self.head(x)
+
+
 class Failing(Blocks):
     """Breaks on one rank alone: in the forward or the backward pass of a block, at a pass of training."""
 

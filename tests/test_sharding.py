@@ -220,7 +220,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
         model=model,
         deferred=lambda: defer(lambda say: model(), say=print),
         optimizer=lambda built: build_optimizer(built, section),
-        objective=lambda built: built(torch.ones(2, 5)).sum(),
+        objective=lambda built, index: built(torch.ones(2, 5)).sum(),
         micro_batch_size=2,
         accumulation=1,
         clip_norm=None,

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from distrain.checkpoint import Manifest, Reader, find_newest
-from distrain.config import BatchSection, Horizon, Recipe
+from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
 from distrain.datasets import Batch, Data, is_stream
 from distrain.datasets.transforms import Transform
 from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of
-from distrain.loop.step import Training, loss_of, to_device
+from distrain.loop.step import Training, loss_of, seed_dropout, to_device
 from distrain.loop.trace import Trace
 from distrain.loop.updates import Inputs, take_inputs
 from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
@@ -168,8 +169,11 @@ def _training(
         fit(deferred.model)
         return deferred
 
-    def objective(model: nn.Module) -> torch.Tensor:
-        batch = to_device(next(feed.batches(start_step=0))[0], world)
+    first_step = cache(lambda: next(feed.batches(start_step=0)))
+
+    def objective(model: nn.Module, index: int) -> torch.Tensor:
+        seed_dropout(world, mix(recipe.seed, "dropout", 0, world.rank, index))  # what is left out at random is as then
+        batch = to_device(first_step()[index], world)
         return loss_of(calling_convention(plain_model(model)), loss, model, batch)
 
     plan = Plan(

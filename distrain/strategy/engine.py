@@ -46,8 +46,8 @@ class Plan:
     """Builds its structure, and then the values of one parameter at a time: the same ones."""
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     """Builds the optimizer, and stops frozen parameters from being trained."""
-    objective: Callable[[nn.Module], Tensor]
-    """Returns the loss (0-d) of a model, wrapped or not, on a first micro-batch."""
+    objective: Callable[[nn.Module, int], Tensor]
+    """Returns the loss (0-d) of a model, wrapped or not, on a micro-batch of the first step, by its number there."""
     micro_batch_size: int
     accumulation: int
     clip_norm: float | None
@@ -90,6 +90,7 @@ class Engine(ABC):
         self._gradients: dict[str, int] | None = None
         """Bytes by dtype."""
         self._first = True
+        self._all_used: Tensor | None = None
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -190,6 +191,20 @@ class Engine(ABC):
             for each in gradients:
                 name = str(each.dtype).removeprefix("torch.")
                 self._gradients[name] = self._gradients.get(name, 0) + each.numel() * each.element_size()
+
+    def _used(self, count: int, missed: Sequence[int]) -> Tensor:
+        """Return 1 for each of `count` parameters that this rank has used in a step, and 0 for the `missed` ones.
+
+        To be summed over the ranks beside other numbers (count,), float64: where nobody has used a parameter, its
+        gradient is not zero but absent, and the optimizer passes it over as it does in one process.
+        """
+        if self._all_used is None:
+            self._all_used = torch.ones(count, dtype=torch.float64, device=self.world.device)
+        if not missed:
+            return self._all_used
+        used = self._all_used.clone()
+        used[list(missed)] = 0
+        return used
 
     def _scaled(self, share: Tensor) -> Tensor:
         return share if self.scale is None else share * self.scale.scale
@@ -449,36 +464,36 @@ class restored(AbstractContextManager[None]):
         self._model.zero_grad(set_to_none=True)
 
 
-def without_gradient(world: World, plan: Plan, model: nn.Module) -> set[str]:
-    """Return the names of the trained parameters that a first micro-batch gives no gradient on some rank."""
-
-    reached: set[int] = set()
-
-    def note(parameter: Tensor) -> None:
-        reached.add(id(parameter))
-        parameter.grad = None  # all of them together may be more than this strategy ever holds
+def reached_parameters(world: World, plan: Plan, model: nn.Module, index: int = 0) -> list[list[str]]:
+    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order."""
 
     def rehearse() -> list[str]:
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in trained.values()]
+        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        reached: list[str] = []
+
+        def note(parameter: Tensor) -> None:
+            reached.append(names[id(parameter)])
+            parameter.grad = None  # all of them together may be more than this strategy ever holds
+
+        handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
         try:
             with restored(model):
-                plan.objective(model).backward()
+                plan.objective(model, index).backward()
         finally:
             for handle in handles:
                 handle.remove()
-        return [name for name, parameter in trained.items() if id(parameter) not in reached]
+        return reached
 
-    return {name for names in world.gather(world.together(rehearse)) for name in names}
+    return world.gather(world.together(rehearse))
 
 
 def no_gradient(names: Sequence[str], world: World) -> UserError:
-    """Return the error of trained parameters that a step has given no gradient."""
+    """Return the error of trained parameters to which no rank has given a gradient in a step."""
     others = f" and {len(names) - 1} others" if len(names) > 1 else ""
     return UserError(
-        f"parameter {names[0]}{others} got no gradient in a step on rank {world.rank}; {world.strategy} must know at "
-        "the start what is trained, and reduces it with every step. Have each step use it, even if its output is "
-        "multiplied by zero; freeze it (optim.freeze) if it is never used; or train in a single process"
+        f"parameter {names[0]}{others} got no gradient in a step on any rank; {world.strategy} steps all that it "
+        "trains together, and cannot pass over a part of it as an optimizer does in one process. Use ddp, have each "
+        "step use it, even if its output is multiplied by zero, or freeze it (optim.freeze) if it is never used"
     )
 
 

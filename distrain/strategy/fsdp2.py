@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from distrain.config import UserError
 from distrain.heartbeat import mark
 from distrain.networks.blocks import block_classes
 from distrain.strategy.engine import (
@@ -30,6 +29,7 @@ from distrain.strategy.engine import (
     square_of,
     with_arithmetic,
 )
+from distrain.strategy.lockstep import Lockstep
 from distrain.strategy.state import Shard, TrainingState, whole
 from distrain.strategy.world import World
 
@@ -62,6 +62,12 @@ class Fsdp2(Engine):
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, carry=plan.carry)
+        self._passes = 0
+        """The micro-batches of this step that have gone backward."""
+        self._missed: dict[Tensor, int] = {}
+        """How many of them have not used a parameter on this rank."""
+        self._lockstep = Lockstep(world, model)
+        self._reduce_all()
 
     def _shard_model(self, model: nn.Module) -> None:
         """Shard as Accelerate's plugin says, but in units of our own.
@@ -91,21 +97,27 @@ class Fsdp2(Engine):
     def backward(self, objective: Tensor, share: Tensor) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
         objective.backward(self._scaled(share))
+        self._lockstep.end()
+        self._passes += 1
 
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
-        objective.backward(self._scaled(share))
+        self.backward(objective, share)
         mark("optimizer")
-        # who got a gradient, as a number that differs where that differs
-        given = float(zlib.crc32(bytes(p.grad is not None for p in (*self._sharded, *self._replicated))) & 0xFFFF)
-        self._average_replicated()
+        missed = self._complete()
         gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
         own = [p.grad for p in self._replicated if p.grad is not None]
         self._note_gradients([*gradients, *own])
+        used = self._used(len(self._sharded) + len(self._replicated), missed)
         # the norm and what the ranks tell each other, in one reduction
         square = square_of(gradients) + (square_of(own) / world.world_size if own else 0.0)
-        numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, (*flags, given, given * given))))
+        numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, flags), used))
         world.sum(numbers)
+        if missed:
+            trained, counts = (*self._sharded, *self._replicated), numbers[-len(used) :].tolist()
+            for place in missed:
+                if not counts[place]:
+                    trained[place].grad = None
         unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
         norm = numbers[0].sqrt() * unscale
         coefficient = self._coefficient(norm)
@@ -119,26 +131,58 @@ class Fsdp2(Engine):
             return None
         if verdict and self.state.ema is not None:
             self.state.ema.update()
-        read = world.later(torch.cat((norm.reshape(1), numbers[1:] / world.world_size)))
+        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
 
         def split() -> tuple[float, list[float]]:
-            norm, *means, mean, mean_square = read()
-            if round(mean_square - mean * mean, 3):
-                raise UserError(
-                    "in a step the ranks gave gradients to different parameters, which fsdp2 reduces together; have "
-                    "each step use every parameter, even if its output is multiplied by zero, or train with ddp"
-                )
+            norm, *means = read()
             return (norm if self.watched or self.clip_norm is not None or self.scale is not None else 0.0), means
 
         return split
 
-    def _average_replicated(self) -> None:
-        for parameter in self._replicated:
+    def _complete(self) -> list[int]:
+        """Average what is not sharded over the ranks; returns which trained parameters this rank has not used.
+
+        In the order of `_sharded` and then `_replicated`.
+        """
+        missed = [place for place, p in enumerate(self._sharded) if self._missed.get(p) == self._passes]
+        for place, parameter in enumerate(self._replicated, len(self._sharded)):
+            if parameter.grad is None:
+                missed.append(place)
+                parameter.grad = torch.zeros_like(parameter)
             if self.world.world_size > 1:
-                # on all ranks alike, whether or not a rank has used it
-                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-                dist.all_reduce(gradient)
-                gradient /= self.world.world_size
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world.world_size
+        self._missed.clear()
+        self._passes = 0
+        return missed
+
+    def _reduce_all(self) -> None:
+        """Have each unit reduce all its gradients with each micro-batch, zeros where that has not used a parameter.
+
+        FSDP2 reduces those that it finds, and ranks that do not find the same would sum other things.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, FSDPModule):
+                state: Any = module._get_fsdp_state()
+                # older torch has one at most
+                for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                    if group is not None:
+                        group.unshard = partial(self._gather_unit, group, group.unshard, f"gathering {name}")
+                        group.post_backward = partial(self._reduce_unit, group, group.post_backward)
+
+    def _gather_unit(self, group: Any, gather: Callable[..., None], told: str, *args: Any, **kwargs: Any) -> None:
+        if group._all_gather_result is None and not group.is_unsharded:
+            self._lockstep.come(told)
+        gather(*args, **kwargs)
+
+    def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:
+        for parameter in group.fsdp_params:
+            whole = getattr(parameter, "_unsharded_param", None)
+            if whole is not None and whole.requires_grad and whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+                sharded = parameter.sharded_param
+                self._missed[sharded] = self._missed.get(sharded, 0) + 1
+        reduce(*unused)
 
     def shard(self, parameter: nn.Parameter) -> Shard:
         if not isinstance(parameter, DTensor):
@@ -163,7 +207,8 @@ class Fsdp2(Engine):
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
         try:
-            yield
+            with self._lockstep.paused():
+                yield
         finally:
             for module in modules:
                 module.set_reshard_after_forward(module is not self.model, recurse=False)

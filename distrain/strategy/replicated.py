@@ -20,10 +20,9 @@ from distrain.strategy.engine import (
     make_ema,
     make_optimizer,
     model_to,
-    no_gradient,
+    reached_parameters,
     restored,
     with_arithmetic,
-    without_gradient,
 )
 from distrain.strategy.state import Shard, TrainingState, whole
 from distrain.strategy.world import World
@@ -60,7 +59,9 @@ class Replicated(Engine):
 
     def _distribute(self, plan: Plan) -> nn.Module:
         world, model = self.world, self.model
-        unused = without_gradient(world, plan, model)
+        ranks = [set(reached) for reached in reached_parameters(world, plan, model)]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        unused = {name for name in trained if not all(name in reached for reached in ranks)}
         handler = world.accelerator.ddp_handler
         assert handler is not None, "open_world sets it"
         handler.find_unused_parameters = bool(unused)
@@ -73,7 +74,7 @@ class Replicated(Engine):
         wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop() if carries else None))
         if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             with restored(model):
-                value = plan.objective(wrapped)
+                value = plan.objective(wrapped, 0)
                 self._backward(wrapped, value, torch.ones_like(value), value.detach(), [0.0] * FLAGS)
         return wrapped
 
@@ -132,24 +133,40 @@ class Replicated(Engine):
         if isinstance(carrier, _Carrier) and carrier.numbers is not None:
             carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
             torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))
-            self._check_reached()
+            self._complete()
             means, carrier.numbers.grad = carrier.numbers.grad, None
             assert means is not None
             return world.later(means.clone())  # the gradient is a view of DDP's buffer
         objective.backward(share)
-        self._check_reached()
+        self._complete()
         return world.later(world.sum(numbers) / world.world_size)
 
-    def _check_reached(self) -> None:
-        """Raise UserError where DDP would leave gradients as they are on this rank, and say so a step later."""
+    def _complete(self) -> None:
+        """Give DDP what it still waits for on this rank; what no rank has used is left without a gradient.
+
+        DDP was told that each gradient comes with each step, because that was so with the first batch. A gradient that
+        does not come after all is negative zero: a sum is that only where every rank gives it, so the ranks that miss a
+        parameter see whether another one has used it without a reduction of their own. Waits for the device if any is
+        missed.
+        """
         if not self._all_reached:
             return
-        missed = {each for each in self._trained if each.grad is None}
         if self.accumulation > 1:
-            # those of earlier micro-batches are there, and would not be averaged
-            missed = set(self._trained) - self._reached
-        if missed:
-            raise no_gradient([name for name, p in self.model.named_parameters() if p in missed], self.world)
+            # the gradients of earlier micro-batches are there, and are not averaged before this
+            missed = [each for each in self._trained if each not in self._reached]
+        else:
+            missed = [each for each in self._trained if each.grad is None]
+        if not missed:
+            return
+        absent = [each for each in missed if each.grad is None]
+        views = [each.view_as(each) for each in missed]
+        torch.autograd.backward(views, [torch.full_like(each, -0.0) for each in views])
+        gradients = [each.grad for each in absent if each.grad is not None]
+        if gradients:
+            unused = torch.stack([((each == 0) & each.signbit()).all() for each in gradients]).tolist()
+            for parameter, nobody in zip(absent, unused, strict=True):
+                if nobody:
+                    parameter.grad = None
 
     def shard(self, parameter: nn.Parameter) -> Shard:
         return whole(parameter)

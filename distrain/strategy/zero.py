@@ -6,7 +6,7 @@ and the arithmetic of the forward pass is put around the model as under every ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -31,10 +31,11 @@ from distrain.strategy.engine import (
     make_optimizer,
     model_to,
     no_gradient,
+    reached_parameters,
     square_of,
     with_arithmetic,
-    without_gradient,
 )
+from distrain.strategy.lockstep import Lockstep
 from distrain.strategy.rehearsal import imagine_without_gradient
 from distrain.strategy.state import Shard, TrainingState, group_names, whole
 from distrain.strategy.world import World
@@ -55,10 +56,16 @@ class Zero(Engine):
             raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
         self._trained: dict[int, str] = {}
         self._reached: set[int] = set()
+        """Of the trained parameters, those that a micro-batch of this step has used on this rank."""
+        self._order: list[nn.Parameter] = []
         self.model, optimizer = self._build(plan)
         groups = group_names(self.model, optimizer)
         self._prepare(plan, optimizer)
         self._zero: Any = self.wrapped.optimizer
+        self._reduce_in_order()
+        self._lockstep = Lockstep(world, self.model) if self.stage == 3 else None
+        if self._lockstep is not None:
+            self._fetch_in_lockstep(self._lockstep)
         self.optimizer = self._zero.optimizer
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.carry, self._stepping)
@@ -72,9 +79,7 @@ class Zero(Engine):
             deferred = world.together(plan.deferred)
             model = deferred.model
             buffers_to(model, world.device)
-            imagined = imagine_without_gradient(model, plan.objective, world.device)
-            # one that a rank cannot tell of, or uses, is trained; if no rank uses it after all, `step` says so
-            unused = set.intersection(*(names or set() for names in world.gather(imagined)))
+            reached = self._reached_in_first_step(plan, model, self._imagine)
             _partition(deferred, world, initial=plan.initial)
             optimizer = world.together(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
@@ -82,31 +87,117 @@ class Zero(Engine):
             model = world.together(lambda: model_to(plan.model(), world.device))
             optimizer = world.together(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
-            unused = without_gradient(world, plan, model)
+            reached = self._reached_in_first_step(plan, model, partial(reached_parameters, world))
         # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
         # strategy has
         names = {id(p): name for name, p in model.named_parameters()}
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if names[id(p)] not in unused]
+            group["params"] = [p for p in group["params"] if names[id(p)] in reached]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._trained[id(parameter)] = names[id(parameter)]
                 parameter.register_post_accumulate_grad_hook(self._note_reached)
         for name, parameter in model.named_parameters():
-            if name in unused and parameter.requires_grad:
+            if name not in reached and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(partial(_refuse_gradient, name))
+        parameters = dict(model.named_parameters())
+        self._order = [parameters[name] for name in reached if id(parameters[name]) in self._trained]
         return model, optimizer
+
+    def _reached_in_first_step(
+        self, plan: Plan, model: nn.Module, reached: Callable[[Plan, nn.Module, int], list[list[str]]]
+    ) -> list[str]:
+        """Return the parameters to which any rank gives a gradient in the first step, in the order of the first such.
+
+        `reached` tells what each rank reaches with one of its micro-batches; not more of them are asked than it takes.
+        """
+        trained = sum(parameter.requires_grad for parameter in model.parameters())
+        found: dict[str, None] = {}
+        for index in range(plan.accumulation):
+            for names in reached(plan, model, index):
+                found.update(dict.fromkeys(names))
+            if len(found) == trained:
+                break
+        return list(found)
+
+    def _imagine(self, plan: Plan, model: nn.Module, index: int) -> list[list[str]]:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad][::-1]
+        unused = imagine_without_gradient(model, lambda model: plan.objective(model, index), self.world.device)
+        # one that a rank cannot tell of is trained; if no rank uses it after all, `step` says so
+        return self.world.gather([name for name in trained if name not in (unused or ())])
 
     def _note_reached(self, parameter: nn.Parameter) -> None:
         self._reached.add(id(parameter))
 
-    def _check_reached(self) -> None:
-        """Raise UserError unless every trained parameter got a gradient in this step."""
-        if len(self._reached) < len(self._trained):
-            missed = [name for key, name in self._trained.items() if key not in self._reached]
-            raise no_gradient(missed, self.world)
-        self._reached.clear()
+    def _fetch_in_lockstep(self, lockstep: Lockstep) -> None:
+        """Note what each module fetches before DeepSpeed does, whose own record of it must be one on all ranks."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        waits = {
+            id(module): any(
+                not getattr(parameter, "ds_persist", False) for parameter in module.parameters(recurse=False)
+            )
+            for module in self.model.modules()
+        }
+
+        def noted(direction: str, fetch: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+            def note(module: nn.Module) -> None:
+                if (name := names.get(id(module))) is not None:
+                    lockstep.come(f"{direction} {name}", waits=waits[id(module)])
+                fetch(module)
+
+            return note
+
+        offload = self._zero.parameter_offload
+        offload.pre_sub_module_forward_function = noted("forward", offload.pre_sub_module_forward_function)
+        offload.pre_sub_module_backward_function = noted("backward", offload.pre_sub_module_backward_function)
+
+    def _reduce_in_order(self) -> None:
+        """Have the ranks reduce gradients in one order, whichever of them their micro-batches use.
+
+        DeepSpeed packs them as they come, and ranks that do not use the same parameters would sum other things.
+        """
+        zero, order = self._zero, self._order
+        if self.stage == 1:  # reduces at the end of a step, in the order of its groups
+            reduce_all = zero.reduce_gradients
+
+            def complete(*args: Any, **kwargs: Any) -> None:
+                for parameter in order:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                reduce_all(*args, **kwargs)
+
+            zero.reduce_gradients = complete
+            return
+        name = "process_gradients" if self.stage == 2 else "reduce_ready_partitions_and_remove_grads"
+        reduce, finish = getattr(zero, name), zero.overlapping_partition_gradients_reduce_epilogue
+        places = {id(parameter): place for place, parameter in enumerate(order)}
+        waiting: dict[int, tuple[Any, ...]] = {}
+        done = 0
+
+        def come(parameter: nn.Parameter, *group: int) -> None:
+            nonlocal done
+            place = places[id(parameter)]
+            if place < done:  # for the second time in a backward pass, of which DeepSpeed says what it thinks
+                reduce(parameter, *group)
+                return
+            waiting[place] = group
+            while done in waiting:
+                reduce(order[done], *waiting.pop(done))
+                done += 1
+
+        def end() -> None:
+            nonlocal done
+            for place in range(done, len(order)):
+                if place >= done and place not in waiting:
+                    _give_zeros(order[place])
+                    come(order[place], *groups[place])
+            done = 0
+            finish()
+
+        groups = [(self._group_of[id(parameter)],) if self.stage == 2 else () for parameter in order]
+        setattr(zero, name, come)
+        zero.overlapping_partition_gradients_reduce_epilogue = end
 
     def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
         accelerator = self.world.accelerator
@@ -153,22 +244,28 @@ class Zero(Engine):
             self._zero.override_loss_scale(self.scale.scale)
         self.wrapped.set_gradient_accumulation_boundary(last)
         self.wrapped.backward(objective * share, scale_wrt_gas=False)
+        if self._lockstep is not None:
+            self._lockstep.end()
 
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
         self._backward(objective, share, last=True)
         mark("optimizer")
-        self._check_reached()
+        missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
+        self._reached.clear()
         self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
+        used = self._used(len(self._trained), missed)
         if self.watched:
-            return self._watched_step(loss, flags)
+            return self._watched_step(loss, flags, used, missed)
+        numbers = world.sum(torch.cat((world.numbers(loss, flags), used)))
+        self._check_used(numbers, missed)
         self.wrapped.step()
         overflowed = not self.wrapped.was_step_applied()
         if self.scale is not None:
             self.scale.update(overflowed)
             if overflowed:
                 return None
-        means = world.later(world.sum(world.numbers(loss, flags)) / world.world_size)
+        means = world.later(numbers[: -len(used)] / world.world_size)
         if overflowed:  # unscaled gradients that are not finite: for the loop to report
             return lambda: (float("nan"), means())
         if self.state.ema is not None:
@@ -179,18 +276,28 @@ class Zero(Engine):
         read = world.later(norm.reshape(1))
         return lambda: (read()[0], means())
 
-    def _watched_step(self, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+    def _check_used(self, numbers: Tensor, missed: Sequence[int]) -> None:
+        """Raise UserError where no rank has used a parameter; waits for the device where this rank has not used one."""
+        if missed:
+            counts, names = numbers[-len(self._trained) :].tolist(), list(self._trained.values())
+            if unused := [names[place] for place in missed if not counts[place]]:
+                raise no_gradient(unused, self.world)
+
+    def _watched_step(
+        self, loss: Tensor, flags: Sequence[float], used: Tensor, missed: Sequence[int]
+    ) -> Numbers | None:
         """Take the optimizer's step with gradients whose norm is looked at first: DeepSpeed's own comes too late."""
         world = self.world
         square = square_of(self._own_gradients()).to(world.device)
-        numbers = world.sum(torch.cat((square.reshape(1), world.numbers(loss, flags))))
+        numbers = world.sum(torch.cat((square.reshape(1), world.numbers(loss, flags), used)))
+        self._check_used(numbers, missed)
         norm = numbers[0].sqrt() * (1.0 if self.scale is None else 1.0 / self.scale.scale)
         verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
         with nullcontext() if verdict else self._refusing():
             self.wrapped.step()
         if verdict is None:
             return None
-        read = world.later(torch.cat((norm.reshape(1), numbers[1:] / world.world_size)))
+        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
         applied = self.wrapped.was_step_applied()
         assert verdict or not applied, "DeepSpeed took a step that was to be left out"
         if applied and self.state.ema is not None:
@@ -290,7 +397,12 @@ class Zero(Engine):
         if self.stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())), self._unhooked():
+        assert self._lockstep is not None
+        with (
+            deepspeed.zero.GatheredParameters(list(self.model.parameters())),
+            self._unhooked(),
+            self._lockstep.paused(),
+        ):
             yield
 
     @contextmanager
@@ -391,6 +503,15 @@ def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
             "stage3_max_live_parameters": 4 * bucket,
         }
     return sizes
+
+
+def _give_zeros(parameter: nn.Parameter) -> None:
+    """Give a parameter that was not used a gradient, also where stage 3 has let go of its values."""
+    shape, values = getattr(parameter, "ds_shape", parameter.shape), parameter.data
+    if values.shape != shape:
+        parameter.data = values.new_zeros(()).expand(shape)  # what a gradient is held against
+    parameter.grad = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    parameter.data = values
 
 
 def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
