@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,11 @@ from distrain.output import error_line
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
 _BYTES = (0, 255)
+_SIXTEEN_BITS = (0, 65535)
 
 Channels = Literal["rgb", "gray"]
+Range = tuple[float, float]
+"""What is black and what is white in images whose numbers are not bytes."""
 
 
 class ImageFiles:
@@ -41,12 +45,17 @@ class ImageFiles:
         targets: np.ndarray | None,
         size: tuple[int, int] | None,
         channels: Channels,
+        black_to_white: Range | None = None,
     ):
-        """`targets` (n,) int64 or None; images are resized to `size` (height, width) where that is not None."""
+        """`targets` (n,) int64 or None; images are resized to `size` (height, width) where that is not None.
+
+        `black_to_white`: see `decode_image`.
+        """
         self.paths = paths
         self.targets = targets
         self.size = size
         self.channels = channels
+        self.black_to_white = black_to_white
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,7 +72,9 @@ class ImageFiles:
     def _decoded(self, number: int) -> torch.Tensor:
         path = self.paths[number]
         try:
-            return decode_image(path, self.size, self.channels)
+            return decode_image(path, self.size, self.channels, self.black_to_white)
+        except UserError as error:
+            raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
             reason = error_line(error)
             if not Undecodable.is_why(error):
@@ -74,13 +85,34 @@ class ImageFiles:
             ) from error
 
 
-def decode_image(path: Path, size: tuple[int, int] | None, channels: Channels) -> torch.Tensor:
-    """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) where given."""
+def decode_image(
+    path: Path, size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None
+) -> torch.Tensor:
+    """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) where given.
+
+    Numbers of more than 8 bits are scaled: from `black_to_white`, or else from the range that the format gives them,
+    which is 0 to 65535 for those of 16 bits. Raises UserError where neither says what is black and white (whole numbers
+    of 32 bits, decimal ones), and for numbers outside.
+    """
     with Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            # Pillow clips 16-bit values at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        # Pillow clips such numbers at 255, and makes those from 0 to 1 either, instead of scaling them.
+        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+            image = Image.fromarray(_bytes(np.asarray(image), black_to_white or _SIXTEEN_BITS, path))
+        elif image.mode in ("I", "F"):
+            if black_to_white is None:
+                kind = "whole numbers of 32 bits" if image.mode == "I" else "floats of 32 bits"
+                least, most = image.getextrema()
+                raise UserError(
+                    f"{path}: mode {image.mode} holds {kind}, here from {least:g} to {most:g}, and nothing says which "
+                    "of them are black and white; give the data set's range, such as data.range: [0, 1] or [0, 65535], "
+                    "or save the images with 8 or 16 bits"
+                )
+            image = Image.fromarray(_bytes(np.asarray(image), black_to_white, path))
+        elif image.mode == "La":
+            image = image.convert("LA")
+        elif image.mode == "LAB":
+            image = image.convert("RGB")
         image = image.convert("RGB" if channels == "rgb" else "L")
         if size is not None and image.size != (size[1], size[0]):
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
@@ -88,13 +120,38 @@ def decode_image(path: Path, size: tuple[int, int] | None, channels: Channels) -
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def image_reader(size: tuple[int, int] | None, channels: Channels) -> Any:
-    """Return a function that reads inputs for prediction: an image, a folder of images, or a .npy of pixels 0..255."""
+def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarray:
+    """Return numbers from black to white as 256 equal steps, uint8; raises UserError for others."""
+    black, white = black_to_white
+    least, most = numbers.min(), numbers.max()
+    if not (black <= least and most <= white):  # nor a NaN
+        raise UserError(
+            f"{where} holds numbers from {least:g} to {most:g}, and their range is {black:g} to {white:g}; set "
+            "data.range to that of all images, or mend the file"
+        )
+    if black_to_white == _SIXTEEN_BITS and numbers.dtype.kind in "iu":
+        return (numbers >> 8).astype(np.uint8)
+    return np.minimum((numbers.astype(np.float64) - black) * (256 / (white - black)), 255).astype(np.uint8)
+
+
+def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None) -> Any:
+    """Return a function that reads inputs for prediction: an image, a folder of images, or a .npy of pixels.
+
+    Those of a .npy are bytes, or whole numbers from 0 to 255, or are scaled from `black_to_white`.
+    """
 
     def read(path: Path) -> Source:
-        if path.suffix == ".npy":
-            return TensorSource(pixels_from_npy(path, size, channels, _BYTES).to(torch.uint8), None)
-        return ImageFiles(image_paths(path), None, size, channels)
+        if path.suffix != ".npy":
+            return ImageFiles(image_paths(path), None, size, channels, black_to_white)
+        pixels = pixels_from_npy(path, size, channels, _BYTES if black_to_white is None else (-math.inf, math.inf))
+        if pixels.dtype != torch.uint8 and black_to_white is not None:
+            return TensorSource(torch.from_numpy(_bytes(pixels.numpy(), black_to_white, path)), None)
+        if pixels.is_floating_point() and (pixels.max() <= 1 or bool((pixels != pixels.floor()).any())):
+            raise UserError(
+                f"{path} holds {pixels.dtype}, from {pixels.min():g} to {pixels.max():g}; expected whole numbers from "
+                "0 to 255: multiply them and save them as uint8, or give image_folder a data.range"
+            )
+        return TensorSource(pixels.to(torch.uint8), None)
 
     return read
 
@@ -136,7 +193,7 @@ def pixels_from_npy(
     expected = f"(n, {depth}, " + (f"{size[0]}, {size[1]})" if size else "height, width)")
     if pixels.ndim != 4 or pixels.shape[1] != depth or (size is not None and pixels.shape[2:] != size):
         raise UserError(f"{path} holds an array of shape {shape}; expected {expected}")
-    if not np.issubdtype(pixels.dtype, np.number) or pixels.min() < bounds[0] or pixels.max() > bounds[1]:
+    if not (np.issubdtype(pixels.dtype, np.number) and pixels.min() >= bounds[0] and pixels.max() <= bounds[1]):
         raise UserError(f"{path}: expected pixels from {bounds[0]} to {bounds[1]}, and found others ({pixels.dtype})")
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
@@ -146,15 +203,22 @@ def pixels_from_npy(
 
 
 @register("image_folder", tasks=("classification",))
-def image_folder(request: DataRequest, size: int | list[int] | None = None, channels: Channels = "rgb") -> Data:
+def image_folder(
+    request: DataRequest,
+    size: int | list[int] | None = None,
+    channels: Channels = "rgb",
+    range: list[int | float] | None = None,
+) -> Data:
     """Images in one folder for each class, read when they are needed.
 
     `data.path` holds the class folders, cut by `data.split` (by default [0.8, 0.2]); or it holds such folders for the
     splits, named in `data.split` as {train: ..., test: ...}, or found where they are called train, val or valid, and
     test. Classes are numbered in the order of the sorted names of the training split's folders. `size`, a number or
-    [height, width], resizes each image when it is read; `channels` is rgb or gray. Inputs are uint8 until a transform
-    makes them something else, and float32 in [0, 1] in the end.
+    [height, width], resizes each image when it is read; `channels` is rgb or gray. `range`, [black, white], says what
+    the numbers of images of more than 8 bits mean; without it those of 16 bits are 0 to 65535, and others are refused.
+    Inputs are uint8 until a transform makes them something else, and float32 in [0, 1] in the end.
     """
+    black_to_white = _range(range)
     if isinstance(size, list) and len(size) != 2:
         raise UserError(f"data.size: found {size}, expected a number or [height, width]")
     shape = None if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -171,12 +235,22 @@ def image_folder(request: DataRequest, size: int | list[int] | None = None, chan
     if set(files) == {"train"}:
         paths, targets = files["train"]
         for split, indices in split_indices(len(paths), request.section, request.seed, targets).items():
-            splits[split] = ImageFiles([paths[index] for index in indices], targets[indices], shape, channels)
+            chosen = [paths[index] for index in indices]
+            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white)
     else:
-        splits.update({split: ImageFiles(*found, shape, channels) for split, found in files.items()})
+        splits.update({split: ImageFiles(*found, shape, channels, black_to_white) for split, found in files.items()})
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [path for paths, _ in files.values() for path in paths]
-    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels), read)
+    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)
+
+
+
+def _range(given: list[int | float] | None) -> Range | None:
+    if given is None:
+        return None
+    if len(given) != 2 or not all(map(math.isfinite, given)) or given[0] >= given[1]:
+        raise UserError(f"data.range: found {given}, expected the numbers of black and of white, such as [0, 65535]")
+    return (given[0], given[1])
 
 
 def _split_folders(root: Path, split: Any) -> dict[str, Path]:

@@ -150,6 +150,133 @@ def test_unusual_images_are_read_as_they_look(tmp_path: Path) -> None:
     assert decode_image(tmp_path / "few.gif", (2, 5), "rgb").shape == (3, 2, 5)
 
 
+def modes(path: Path) -> dict[str, tuple[Image.Image, str]]:
+    """Return one picture of three shades in every mode that Pillow opens, with the ending of a file that keeps it."""
+    grey = Image.fromarray(np.array([[0, 120, 255]], np.uint8))
+    deep = np.array([[0, 120 * 257, 65535]], np.uint16)
+    clear = grey.convert("P")
+    clear.info["transparency"] = 0
+    lab = Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2])
+    return {
+        "1": (grey.point(lambda shade: 255 * (shade > 100)).convert("1"), "png"),
+        **{mode: (grey.convert(mode), "png") for mode in ("L", "LA", "P", "RGB", "RGBA")},
+        "P, transparent": (clear, "png"),
+        **{mode: (grey.convert("RGB").convert(mode), "tif") for mode in ("CMYK", "YCbCr")},
+        "LAB": (lab, "tif"),
+        "I;16": (Image.fromarray(deep), "png"),
+        "I;16 in TIFF": (Image.fromarray(deep), "tif"),
+        "I;16B": (Image.frombytes("I;16B", (3, 1), deep.astype(">u2").tobytes()), "tif"),
+        "I in PGM": (Image.fromarray(deep), "pgm"),
+    }
+
+
+@pytest.mark.parametrize("mode", modes(Path()))
+@pytest.mark.parametrize("channels", ["gray", "rgb"])
+def test_every_mode_is_read_as_it_looks(tmp_path: Path, mode: str, channels: Any) -> None:
+    image, ending = modes(tmp_path)[mode]
+    image.save(tmp_path / f"x.{ending}")
+    pixels = decode_image(tmp_path / f"x.{ending}", None, channels)
+    wanted = [0, 255, 255] if mode == "1" else [0, 120, 255]
+    # the lightness of LAB is no share of the light
+    tolerance = {"LAB": 10, "YCbCr": 1}.get(mode, 0)
+    for channel in pixels.int().flatten(1):
+        assert channel.tolist() == pytest.approx(wanted, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("first", "mode"), [("P", "PA"), ("RGB", "HSV"), ("RGB", "RGBX"), ("LA", "La"), ("RGBA", "RGBa")]
+)
+def test_modes_that_few_files_hold(tmp_path: Path, monkeypatch: Any, first: str, mode: str) -> None:
+    grey = Image.fromarray(np.array([[0, 120, 255]], np.uint8)).convert(first).convert(mode)
+    monkeypatch.setattr("distrain.datasets.images.ImageOps.exif_transpose", lambda opened: grey)
+    picture(tmp_path / "x.png", 1)
+    for channels in ("gray", "rgb"):
+        assert decode_image(tmp_path / "x.png", None, channels)[0].flatten().tolist() == pytest.approx(
+            [0, 120, 255], abs=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "ending", "ends"),
+    [
+        (np.array([[0, 30000, 65535]], np.int32), "tif", [0, 65535]),
+        (np.array([[-100, 0, 100]], np.int32), "tif", [-100, 100]),
+        (np.array([[0, 0.25, 1]], np.float32), "tif", [0, 1]),
+        (np.array([[0, 0.25, 1]], np.float32), "pfm", [0, 1.5]),
+        (np.array([[0, 1000, 4095]], np.uint16), "png", [0, 4095]),
+        (np.array([[0, 1000, 4095]], np.uint16), "pgm", [0, 4095]),
+    ],
+)
+def test_numbers_are_scaled_from_the_range_that_is_given(
+    tmp_path: Path, pixels: np.ndarray, ending: str, ends: list[float]
+) -> None:
+    path = tmp_path / f"x.{ending}"
+    Image.fromarray(pixels).save(path, "PPM" if ending in ("pfm", "pgm") else None)
+    black, white = ends
+    shares = (pixels.astype(float) - black) / (white - black)
+    found = decode_image(path, None, "gray", (black, white))[0].numpy()
+    assert found.tolist() == np.minimum(np.floor(256 * shares), 255).tolist()
+    outside = (black, (black + white) / 2)
+    with pytest.raises(UserError, match=rf"{path} holds numbers from .* and their range is .*; set data.range"):
+        decode_image(path, None, "gray", outside)
+
+
+def deep_folder(root: Path, pixels: np.ndarray, ending: str) -> Path:
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(pixels).save(root / name / f"{number}.{ending}")
+    return root
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_whose_range_is_not_known_are_refused(tmp_path: Path, dtype: Any) -> None:
+    root = deep_folder(tmp_path / "all", np.array([[0, 1], [0, 1]], dtype), "tif")
+    data = build("image_folder", root, channels="gray")
+    assert data.read is not None
+    for source in (data.splits["train"], data.read(root), data.read(root / "a" / "0.tif")):
+        with pytest.raises(UserError, match=r"sample 0, .*\.tif: mode [IF] holds .*from 0 to 1.* data\.range"):
+            everything(source)
+    data = build("image_folder", root, channels="gray", range=[0, 2])
+    assert data.read is not None
+    for source in (data.splits["train"], data.read(root)):
+        assert everything(source)["inputs"].unique().tolist() == [0, 128]
+
+
+@pytest.mark.parametrize("given", [[1], [1, 0], [0, float("nan")], [0, 1, 2]])
+def test_ranges_that_are_none(tmp_path: Path, given: list[float]) -> None:
+    with pytest.raises(UserError, match=r"data\.range: found .* expected the numbers of black and of white"):
+        build("image_folder", deep_folder(tmp_path / "all", np.zeros((2, 2), np.uint8), "png"), range=given)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "ends", "wanted"),
+    [
+        (np.array([[0, 7], [255, 1]], np.uint8), None, [0, 7, 255, 1]),
+        (np.array([[0, 7], [255, 1]], np.uint8), [0, 1], [0, 7, 255, 1]),  # bytes are bytes
+        (np.array([[0, 7], [255, 1]], np.float64), None, [0, 7, 255, 1]),
+        (np.array([[0, 0.5], [1, 0.25]], np.float32), [0, 1], [0, 128, 255, 64]),
+        (np.array([[0, 32768], [65535, 1]], np.uint16), [0, 65535], [0, 128, 255, 0]),
+        (np.array([[0, 0.5], [1, 0.25]], np.float32), None, "expected whole numbers from 0 to 255"),
+        (np.array([[0, 1], [1, 0]], np.float32), None, "expected whole numbers from 0 to 255"),
+        (np.array([[0, 1.5], [200, 0]], np.float32), None, "expected whole numbers from 0 to 255"),
+        (np.array([[0, np.nan], [200, 0]], np.float32), None, "expected pixels from 0 to 255"),
+        (np.array([[0, 2], [1, 0]], np.float32), [0, 1], "holds numbers from 0 to 2, and their range is 0 to 1"),
+    ],
+)
+def test_arrays_of_pixels_for_prediction(tmp_path: Path, pixels: np.ndarray, ends: Any, wanted: Any) -> None:
+    root = deep_folder(tmp_path / "all", np.zeros((2, 2), np.uint8), "png")
+    data = build("image_folder", root, channels="gray", **({} if ends is None else {"range": ends}))
+    np.save(tmp_path / "x.npy", pixels)
+    assert data.read is not None
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=wanted):
+            data.read(tmp_path / "x.npy")
+        return
+    inputs = everything(data.read(tmp_path / "x.npy"))["inputs"]
+    assert (inputs.dtype, inputs.flatten().tolist()) == (torch.uint8, wanted)
+
+
 @pytest.mark.fault(22)
 def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is nothing at"):
