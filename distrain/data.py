@@ -12,6 +12,7 @@ order of samples, G being the global batch size, whatever the number of processe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -27,6 +28,7 @@ import torch
 from distrain.config import BatchSection, Recipe, UserError, is_object_spec, mix, resolve_object
 from distrain.datasets import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
 from distrain.datasets.batches import Batches, Place, StreamBatches
+from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
 from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
@@ -356,7 +358,8 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     `meta.input_shape` is that after the training transforms. Raises UserError for an unknown name or key, for files
     that are missing or do not fit, and for transforms that do not fit the samples.
     """
-    request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), state)
+    labels = functools.partial(Labels.of, recipe)
+    request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), state, float_dtype(recipe), labels)
     data = own_data(request) if is_object_spec(recipe.data.name) else find_dataset(recipe.data.name)(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
@@ -374,6 +377,11 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
             shapes[name] = tuple(inputs.shape[1:])
     meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])
     return dataclasses.replace(data, meta=meta)
+
+
+def float_dtype(recipe: Recipe) -> torch.dtype:
+    """Return what a run computes in: float64 with `train.precision: fp64`, else float32."""
+    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
 
 
 def check_data(recipe: Recipe) -> list[str]:
@@ -395,7 +403,8 @@ def check_data(recipe: Recipe) -> list[str]:
 
 def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform:
     """Return what is done to the inputs of the training split, or of all others."""
-    return Transform(getattr(recipe.data.transforms, kind), recipe.seed, f"data.transforms.{kind}")
+    items = getattr(recipe.data.transforms, kind)
+    return Transform(items, recipe.seed, f"data.transforms.{kind}", float_dtype(recipe))
 
 
 def _first(source: AnySource, transform: Transform, tolerated: int) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.config import Recipe, UserError
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
-from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of
+from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of, warnings_of
 from distrain.inputs import DRAWN_ANEW, compare, fingerprint
 from distrain.loop import evaluate, to_device
 from distrain.metrics import build_metrics
@@ -121,10 +121,12 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     if split not in data.splits:
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
     changes = trained.check_inputs(split, changed_data=changed_data)
+    source = data.splits[split]
+    _tell_warnings(source, world)
     values = evaluate(
         trained.model,
         trained.call,
-        data.splits[split],
+        source,
         world=world,
         loss=build_loss(recipe, data.meta),
         metrics=build_metrics(recipe, data.meta),
@@ -137,6 +139,12 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     )
     scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
     return scored | ({"changed_data": changes} if changes else {}) | values
+
+
+def _tell_warnings(source: AnySource, world: World) -> None:
+    if world.rank == 0:
+        for each in warnings_of(source):
+            echo(f"warning: {each}", error=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,6 +176,7 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         trained = Trained.load(target)
         source = _source(trained, inputs)
         trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
+        _tell_warnings(source, trained.world)
         skipped: dict[int, str] = {}
         count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from runs import checkpoint, cli, train, write_recipe
+from safetensors.torch import load_file
 from sklearn import datasets, metrics
 
 from distrain.checkpoint import find_checkpoint, list_checkpoints
 from distrain.config import UserError
 from distrain.data import build_data
+from distrain.models import build_model
 from distrain.recipe_file import load_recipe
 
 RECIPE = """
@@ -187,3 +190,53 @@ def test_a_moved_run_is_found_where_it_is_now(tmp_path: Path) -> None:
     moved = run.rename(tmp_path / "moved")
     assert find_checkpoint(moved) == checkpoint(moved, 20)
     assert cli("evaluate", moved).status == 0
+
+
+TABLE = """
+name: table
+task: regression
+data: {name: table, target: y, standardize_target: true, split: {train: train.csv, test: test.csv}}
+model: {name: mlp, hidden: [4]}
+optim: {name: sgd, lr: 1.0e-2}
+batch: {global: 64}
+train: {epochs: 1, precision: fp64}
+eval: {metrics: [mae]}
+checkpoint: {async: false}
+"""
+
+
+def test_a_table_in_fp64_and_what_is_said_of_it(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": draw.normal(size=40) * 1e-21, "kind": ["u", "v"] * 20, "y": 1e7 + draw.normal(size=40)})
+    frame.to_csv(tmp_path / "train.csv")
+    frame.assign(kind=["u", "w"] * 20).to_csv(tmp_path / "test.csv", index=False)
+    (rank,) = train(1, write_recipe(tmp_path, TABLE), tmp_path / "run")
+    said = [line for line in rank.out.splitlines() if line.startswith("warning: ")]
+    unknown = "column 'kind': 20 of 40 rows of {} have a category that no training row has, and count as unknown: 'w'"
+    assert len(said) == 3
+    assert "is a column without a name, as pandas writes its index, and is left out" in said[0]
+    assert unknown.format("the split 'test'") in said[1]
+    assert "train is 1 epoch, 40 samples, and the one step that is made of it takes batch.global 64" in said[2]
+
+    ended = cli("evaluate", tmp_path / "run", "--json")
+    assert "warning: " + unknown.format("the split 'test'") in ended.err
+    assert json.loads(ended.out) == pytest.approx(json.loads(ended.out) | scores(tmp_path / "run"))
+    frame.assign(kind="w").to_csv(tmp_path / "new.csv")
+    ended = cli("predict", tmp_path / "run", tmp_path / "new.csv", "-o", tmp_path / "out.parquet")
+    assert ended.status == 0
+    assert f"warning: column 'kind': 40 of 40 rows of {tmp_path / 'new.csv'}" in ended.err
+
+    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.float64}
+    x = torch.from_numpy((frame["x"] - frame["x"].mean()).to_numpy() / frame["x"].to_numpy().std())
+    inputs = torch.cat([x[:, None], torch.zeros(40, 2, dtype=torch.float64)], dim=1)
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml").recipe
+    model = build_model(recipe, build_data(recipe).meta).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        wanted = model(inputs).flatten().numpy()
+    y = frame["y"].to_numpy()
+    wanted = wanted * (y - y[0]).std() + y.mean()
+    found = pd.read_parquet(tmp_path / "out.parquet")
+    np.testing.assert_allclose(found["prediction"], wanted, rtol=1e-14)
+    np.testing.assert_allclose(found["target"], y, rtol=1e-15)

@@ -14,10 +14,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from worlds import in_world
 
 from distrain.checkpoint import difference
-from distrain.config import Horizon
+from distrain.config import Horizon, Recipe
 from distrain.data import SampleOrder, build_data
 from distrain.launcher import open_run, work
 from distrain.loop import Session
+from distrain.loop.checks import length_warnings
 from distrain.optim import lr_at
 from distrain.recipe_file import load_recipe
 from distrain.rundir import Launch, RunDir
@@ -230,3 +231,36 @@ def test_the_loss_of_the_first_step_is_torchs_own(tmp_path: Path) -> None:
     weight = torch.tensor([1, 0.25, 3, 1.5, 2, 1, 0.5, 0.75, 1, 4, 1], dtype=torch.float64)
     wanted = torch.nn.functional.cross_entropy(logits, tags, weight=weight).item()
     assert losses(tmp_path / "run")[0] == pytest.approx(wanted, abs=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# How long it is
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "samples", "said"),
+    [
+        (
+            {"epochs": 0.5},
+            128,
+            20,
+            "train is 0.5 epochs, 10 samples, and the one step .* 128 (6.4 epochs); .* at most 10",
+        ),
+        ({"epochs": 1}, 1000, 999, "train is 1 epoch, 999 samples, and the one step .* 1,000 (1.001 epochs); .* 999"),
+        ({"tokens": 64}, 9, 20, "train is 64 tokens, 8 samples, and the one step .* 9 (0.45 epochs)"),
+        ({"epochs": 0.5}, 10, 20, ""),
+        ({"epochs": 1}, 20, 20, ""),
+        ({"epochs": 3}, 50, 20, ""),  # more than one pass in a step, and no more than was asked for
+        ({"steps": 1}, 128, 20, ""),
+    ],
+)
+def test_one_step_that_is_more_than_the_whole_training_is_said(
+    length: dict[str, float], batch: int, samples: int, said: str
+) -> None:
+    made = Recipe.model_validate(
+        {"name": "t", "task": "classification", "data": "d", "model": "m", "batch": {"global": batch}, "train": length}
+    )
+    found = length_warnings(made, Horizon(batch, samples, 8))
+    assert len(found) == bool(said)
+    for part in said.split(" .* "):
+        assert not said or part in found[0]

@@ -115,6 +115,67 @@ def test_sum_over_count_is_torchs_mean_over_any_partition(name, args):
     torch.testing.assert_close(sums / counts, expected.double(), rtol=2e-6, atol=1e-7)
 
 
+ROUNDED = [
+    ("cross_entropy", {"weight": [0.1, 0.7, 1.3, 0.9, 0.3], "label_smoothing": 0.1}),
+    ("cross_entropy", {"weight": [0.1, 0.7, 1.3, 0.9, 0.3], "ignore_index": 2}),
+    ("nll", {"weight": [0.1, 0.7, 1.3, 0.9, 0.3]}),
+    ("bce", {"weight": [0.1, 0.7, 1.3, 0.9]}),
+    ("bce_with_logits", {"pos_weight": [0.3, 0.7, 1.1, 2.3], "weight": [0.1, 0.7, 1.3, 0.9]}),
+    ("multi_margin", {"weight": [0.1, 0.7, 1.3, 0.9, 0.3], "margin": 0.7}),
+    ("multi_label_soft_margin", {"weight": [0.1, 0.7, 1.3, 0.9]}),
+    ("huber", {"delta": 0.3}),
+    ("smooth_l1", {"beta": 0.7}),
+    ("poisson_nll", {"log_input": False, "eps": 1e-3}),
+    ("triplet_margin", {"margin": 0.1}),
+]
+"""Losses with constants that no float32 holds."""
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize(("name", "args"), ROUNDED)
+def test_constants_have_the_precision_of_the_run(name, args, precision):
+    generator = torch.Generator().manual_seed(1)
+    single, targets = _case(name, 23, generator)
+    if name == "poisson_nll":
+        single = single.exp()
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+
+    def to(value):
+        if isinstance(value, tuple):
+            return tuple(map(to, value))
+        return value.to(dtype) if value.is_floating_point() else value
+
+    made = recipe(loss={"name": name, **args}, train={"steps": 1, "precision": precision})
+    loss = build_loss(made, DataMeta())
+    loss.sum_and_count(single, targets)  # what came before leaves nothing behind
+    total, count = loss.sum_and_count(to(single), to(targets))
+    tensors = {
+        key: torch.tensor(value, dtype=dtype) if isinstance(value, list) else value for key, value in args.items()
+    }
+    expected = _reference(name, tensors, to(single), to(targets))
+    assert total.dtype == expected.dtype == dtype
+    torch.testing.assert_close(total / count, expected.double(), rtol=1e-14 if precision == "fp64" else 2e-6, atol=0)
+    if precision == "fp32" and not loss.count_is_fixed:
+        rounded = torch.tensor(args["weight"], dtype=torch.float32).double()
+        kept = targets[targets != args.get("ignore_index", -1)]
+        assert count == rounded[kept].sum()
+
+
+def test_a_class_of_ones_own_makes_its_constants_in_the_precision_of_the_run(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\n\n\nclass Weighted(torch.nn.Module):\n"
+        "    def __init__(self, weight):\n        super().__init__()\n"
+        "        self.register_buffer('weight', torch.tensor(weight))\n\n"
+        "    def forward(self, outputs, targets):\n        return (self.weight * (outputs - targets)).abs().mean(1)\n"
+    )
+    section = {"name": f"{tmp_path}/own.py:Weighted", "weight": [0.1, 0.3]}
+    outputs, targets = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    for precision, weight in (("fp64", [0.1, 0.3]), ("fp32", torch.tensor([0.1, 0.3]).double().tolist())):
+        loss = build_loss(recipe("regression", loss=section, train={"steps": 1, "precision": precision}), DataMeta())
+        assert loss.sum_and_count(outputs, targets)[0].item() == sum(weight) / 2
+        assert torch.get_default_dtype() == torch.float32
+
+
 def test_padding_may_hold_anything():
     loss = build_loss(recipe("regression"), DataMeta())
     outputs, targets = torch.tensor([1.0, float("inf")]), torch.tensor([0.0, float("nan")])

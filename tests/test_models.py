@@ -29,6 +29,7 @@ from distrain.models import (
     tied_names,
     torchvision_names,
 )
+from distrain.networks.attention import rotary, sinusoids
 from distrain.optim import frozen_names
 
 IMAGES = DataMeta(input_shape=(1, 8, 8), num_classes=10)
@@ -425,6 +426,24 @@ def test_rnn_over_numbers(shape: tuple[int, ...]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # gpt
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-13), (torch.float32, 1e-4)])
+def test_positions_have_the_precision_of_what_they_are_added_to(dtype, near):
+    places, width = torch.arange(300), 8
+    angles = places[:, None].double() * 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / -width)
+    for found, wanted in (
+        (rotary(places, width, dtype), torch.stack([angles.cos(), angles.sin()])),
+        (sinusoids(places, width, dtype), torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=near)
+    model = gpt(positions="rotary").double().eval()
+    tokens = torch.arange(6)[None] % 5
+    with torch.no_grad():
+        # a model that rotates by float32 is that far from one that does not
+        later = model(torch.cat([tokens, tokens], dim=1))[:, :6]
+        torch.testing.assert_close(model(tokens), later, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

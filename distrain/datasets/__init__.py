@@ -7,6 +7,7 @@
     parallel.py    pairs of sentences for translation
     batches.py     from sample numbers to batches; what does not decode
     own.py         the user's own Dataset or iterable, named in the recipe
+    labels.py      what targets may be
     transforms.py  what is done to inputs, in whole batches
     randomness.py  random numbers computed from (seed, epoch, sample id)
 
@@ -31,6 +32,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
+from distrain.datasets.labels import Labels
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -70,6 +72,8 @@ class DataMeta:
     target_mean: tuple[float, ...] | None = None
     """What standardised targets must be multiplied with `target_std` and added to, to be in their own units."""
     target_std: tuple[float, ...] | None = None
+    padding: Mapping[str, float] | None = None
+    """By the key of an input, or for `targets`: what sequences of different lengths are filled up with (own data)."""
 
 
 class Source(Protocol):
@@ -91,11 +95,11 @@ class Source(Protocol):
 class StreamSource(Protocol):
     """One split that can only be walked from its beginning. A method `set_epoch(int)` is called before each pass."""
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Yield (inputs, targets) of one sample after the other."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what `collate` takes of one sample after the other."""
         ...
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> Batch:
+    def collate(self, samples: list[Any]) -> Batch:
         """Return samples as one batch, without its `ids`."""
         ...
 
@@ -114,6 +118,11 @@ class Undecodable(UserError):
     def is_why(error: Exception) -> bool:
         """Whether an error comes of what was read, and not of reading: a disk that is away may come back."""
         return not isinstance(error, MemoryError) and not (isinstance(error, OSError) and error.errno is not None)
+
+
+def warnings_of(source: AnySource) -> tuple[str, ...]:
+    """Return what a person should know of a split or a file that was read, a sentence each."""
+    return tuple(getattr(source, "warnings", ()))
 
 
 def is_stream(source: AnySource) -> TypeIs[StreamSource]:
@@ -142,14 +151,22 @@ class Data:
     files: Sequence[Path] = ()
     """The files that the splits are read from, by which the data are known again; empty where there are none, or where
     they are not known."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know of how it was read, a sentence each. A source has `warnings` of its own."""
 
 
 class TensorSource:
     """Samples held in memory: `inputs` (n, ...) or a dict of such, and `targets` (n, ...) or None for prediction."""
 
-    def __init__(self, inputs: torch.Tensor | Mapping[str, torch.Tensor], targets: torch.Tensor | None):
+    def __init__(
+        self,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        targets: torch.Tensor | None,
+        warnings: tuple[str, ...] = (),
+    ):
         self.inputs = inputs
         self.targets = targets
+        self.warnings = warnings
         tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
         lengths = {len(tensor) for tensor in (tensors if targets is None else [*tensors, targets])}
         assert len(lengths) == 1, f"tensors of different lengths: {sorted(lengths)}"
@@ -210,6 +227,10 @@ class DataRequest:
     """The folder that relative paths start from."""
     state: dict[str, Any] | None = None
     """Values fitted by an earlier build; given, nothing is fitted again."""
+    dtype: torch.dtype = torch.float32
+    """Of what is computed with: float64 where the run's arithmetic is."""
+    labels: Callable[[str, int | None], Labels] = lambda split, known: Labels()
+    """(split, the classes or tokens that the data set speaks of) -> what its targets may be."""
 
     def path(self, expected: str) -> Path:
         """Return data.path, which must exist. `expected` says what should be there, for the error."""

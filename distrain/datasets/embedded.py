@@ -25,18 +25,21 @@ def digits(request: DataRequest) -> Data:
 
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
-    images = torch.from_numpy((bunch.images[:, None] / 16).astype(np.float32))
+    images = torch.from_numpy(bunch.images[:, None] / 16).to(request.dtype)
     whole = TensorSource(images, torch.from_numpy(labels))
     cut = split_indices(len(whole), request.section, request.seed, labels)
     names = tuple(str(name) for name in bunch.target_names)
     meta = DataMeta(input_shape=(1, 8, 8), num_classes=len(names), class_names=names)
-    return Data({name: whole.select(indices) for name, indices in cut.items()}, meta, {}, _read_digits)
+    return Data({name: whole.select(indices) for name, indices in cut.items()}, meta, {}, _digits_reader(request.dtype))
 
 
-def _read_digits(path: Path) -> Source:
-    if path.suffix == ".npy":
-        return TensorSource(pixels_from_npy(path, (8, 8), "gray", (0, 16)).to(torch.float32) / 16, None)
-    return ImageFiles(image_paths(path), None, (8, 8), "gray")
+def _digits_reader(dtype: torch.dtype) -> Callable[[Path], Source]:
+    def read(path: Path) -> Source:
+        if path.suffix == ".npy":
+            return TensorSource(pixels_from_npy(path, (8, 8), "gray", (0, 16)).to(dtype) / 16, None)
+        return ImageFiles(image_paths(path), None, (8, 8), "gray")
+
+    return read
 
 
 @register("iris", tasks=("classification",))
@@ -87,11 +90,12 @@ def _table(request: DataRequest, bunch: Any, standardize: bool, standardize_targ
     else:
         state = dict(request.state)
 
-    targets = bunch.target.astype(np.int64 if request.task == "classification" else np.float32)
+    targets = torch.from_numpy(bunch.target).to(torch.int64 if request.task == "classification" else request.dtype)
     if "target_mean" in state:
-        targets = ((bunch.target - state["target_mean"][0]) / state["target_std"][0]).astype(np.float32)
-    inputs = _standardized(features, state)
-    splits = {name: TensorSource(inputs[indices], torch.from_numpy(targets[indices])) for name, indices in cut.items()}
+        standardised = (bunch.target - state["target_mean"][0]) / state["target_std"][0]
+        targets = torch.from_numpy(standardised).to(request.dtype)
+    inputs = _standardized(features, state, request.dtype)
+    splits = {name: TensorSource(inputs[indices], targets[indices]) for name, indices in cut.items()}
     names = tuple(str(name) for name in bunch.feature_names)
     classes = () if regression else tuple(str(name) for name in bunch.target_names)
     meta = DataMeta(
@@ -103,7 +107,7 @@ def _table(request: DataRequest, bunch: Any, standardize: bool, standardize_targ
         target_mean=tuple(state["target_mean"]) if "target_mean" in state else None,
         target_std=tuple(state["target_std"]) if "target_std" in state else None,
     )
-    return Data(dict(splits), meta, state, _reader(names, state))
+    return Data(dict(splits), meta, state, _reader(names, state, request.dtype))
 
 
 def _moments(values: np.ndarray, what: str) -> dict[str, list[float]]:
@@ -113,13 +117,13 @@ def _moments(values: np.ndarray, what: str) -> dict[str, list[float]]:
     return {f"{what}_mean": values.mean(axis=0).tolist(), f"{what}_std": deviation.tolist()}
 
 
-def _standardized(features: np.ndarray, state: dict[str, Any]) -> torch.Tensor:
+def _standardized(features: np.ndarray, state: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     if "feature_mean" in state:
         features = (features - np.array(state["feature_mean"])) / np.array(state["feature_std"])
-    return torch.from_numpy(features.astype(np.float32))
+    return torch.from_numpy(features).to(dtype)
 
 
-def _reader(names: tuple[str, ...], state: dict[str, Any]) -> Callable[[Path], Source]:
+def _reader(names: tuple[str, ...], state: dict[str, Any], dtype: torch.dtype) -> Callable[[Path], Source]:
     def read(path: Path) -> Source:
         """Read a CSV or Parquet file that has every feature as a column; others are left out."""
         import pandas as pd
@@ -137,6 +141,6 @@ def _reader(names: tuple[str, ...], state: dict[str, Any]) -> Callable[[Path], S
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise UserError(f"{path}: row {row + 1}, column {names[column]!r} is not a finite number")
-        return TensorSource(_standardized(values, state), None)
+        return TensorSource(_standardized(values, state, dtype), None)
 
     return read

@@ -244,7 +244,6 @@ def image_folder(
     return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)
 
 
-
 def _range(given: list[int | float] | None) -> Range | None:
     if given is None:
         return None

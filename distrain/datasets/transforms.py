@@ -60,17 +60,21 @@ _UNFIT = {
 
 
 class Transform:
-    """A sequence of transforms of a batch's inputs. Images that are still uint8 in the end become float32 in [0, 1]."""
+    """A sequence of transforms of a batch's inputs. Images that are still uint8 in the end become floats in [0, 1]."""
 
-    def __init__(self, items: Sequence[Component], seed: int, where: str):
-        """Build from the recipe's items. `where` names their key; raises one UserError with every problem."""
+    def __init__(self, items: Sequence[Component], seed: int, where: str, dtype: torch.dtype = torch.float32):
+        """Build from the recipe's items. `where` names their key; raises one UserError with every problem.
+
+        `dtype` is what the run computes in: float64 in the place of every float32, also of those that items name.
+        """
         self.where = where
+        self.dtype = dtype
         self.names = [item.name for item in items]
         self._steps: list[Step] = []
         problems = []
         for index, item in enumerate(items):
             try:
-                self._steps.append(_step(_build(item), mix(seed, "transform", index)))
+                self._steps.append(_step(_build(item, dtype), mix(seed, "transform", index)))
             except UserError as error:
                 problems.append(f"{where}, item {index + 1}: {error}")
         if problems:
@@ -101,7 +105,7 @@ class Transform:
                 "add Resize or RandomResizedCrop, or give the data set a `size`"
             )
         if _is_uint8_image(images):
-            images = functional.to_dtype(images, torch.float32, scale=True)
+            images = functional.to_dtype(images, self.dtype, scale=True)
         # v2 may wrap a tensor in a class of its own, which every later operation would pay for.
         batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
         return batch
@@ -141,11 +145,11 @@ def transform_names() -> list[str]:
     )
 
 
-def _build(item: Component) -> Callable[[Any], Any]:
-    """Return the transform of one item, a function of one sample or of a whole batch."""
+def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
+    """Return the transform of one item, a function of one sample or of a whole batch, that makes floats of `dtype`."""
     if is_object_spec(item.name):
         made = resolve_object(item.name)
-        args = _arguments(made, item)
+        args = _arguments(made, item, dtype)
         transform: Any = made(**args) if inspect.isclass(made) else functools.partial(made, **args)
         return transform
     if item.name in _UNFIT:
@@ -157,7 +161,9 @@ def _build(item: Component) -> Callable[[Any], Any]:
             "one of your own is named as 'path/to/file.py:name'"
         )
     kind: Any = getattr(v2, item.name)
-    args = _arguments(kind, item)
+    args = _arguments(kind, item, dtype)
+    if kind is v2.ConvertImageDtype:
+        args.setdefault("dtype", dtype)
     if kind is v2.Normalize:
         args.setdefault("inplace", True)  # a batch is fresh memory, and half the time goes into more of it
     try:
@@ -166,7 +172,7 @@ def _build(item: Component) -> Callable[[Any], Any]:
         raise UserError(f"{item.name}: {error}") from error
 
 
-def _arguments(made: Any, item: Component) -> dict[str, Any]:
+def _arguments(made: Any, item: Component, dtype: torch.dtype) -> dict[str, Any]:
     """Return the item's arguments, checked against the signature and with names turned into what they name."""
     parameters = dict(inspect.signature(made).parameters)
     if is_object_spec(item.name) and not inspect.isclass(made):
@@ -189,6 +195,8 @@ def _arguments(made: Any, item: Component) -> dict[str, Any]:
             args[key] = getattr(torch, value, None)
             if not isinstance(args[key], torch.dtype):
                 raise UserError(f"{item.name}: {value!r} is not a dtype of torch, such as float32 or uint8")
+            if args[key] == torch.float32:
+                args[key] = dtype
         elif key in ("interpolation", "policy") and isinstance(value, str):
             enumeration = v2.InterpolationMode if key == "interpolation" else v2.AutoAugmentPolicy
             choices = [str(each.value) for each in enumeration]
@@ -199,7 +207,9 @@ def _arguments(made: Any, item: Component) -> dict[str, Any]:
             args[key] = enumeration(value)
         elif key == "transforms":
             entries = value if isinstance(value, list) else [value]
-            args[key] = [_build(Component.model_validate(e if isinstance(e, dict) else {"name": e})) for e in entries]
+            args[key] = [
+                _build(Component.model_validate(e if isinstance(e, dict) else {"name": e}), dtype) for e in entries
+            ]
     return args
 
 

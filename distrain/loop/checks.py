@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from distrain.config import Horizon, Recipe, RecipeError, UserError
@@ -34,3 +35,16 @@ def horizon_of(recipe: Recipe, data: Data) -> Horizon:
         raise UserError(f"data set {recipe.data.name!r} has no samples to train on")
     horizon = Horizon(recipe.batch.global_batch_size, length, data.meta.tokens_per_sample)
     return replace(horizon, total_steps=horizon.steps(recipe.train.length, "train"))
+
+
+def length_warnings(recipe: Recipe, horizon: Horizon) -> list[str]:
+    """Return what is to be said where one step takes more samples than the whole training is to have."""
+    length, batch, epoch = recipe.train.length, horizon.global_batch_size, horizon.samples_per_epoch
+    if length.unit == "steps" or not 0 < horizon.exact_steps(length, "train") < 1:
+        return []
+    wanted = horizon.exact_steps(length, "train") * batch
+    passes = f" ({batch / epoch:.4g} epochs)" if epoch else ""
+    return [
+        f"train is {length}, {math.ceil(wanted):,} samples, and the one step that is made of it takes batch.global "
+        f"{batch:,}{passes}; take a batch.global of at most {math.ceil(wanted):,}, or train longer"
+    ]

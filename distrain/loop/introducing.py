@@ -33,6 +33,7 @@ def introduction(run: RunDir, setup: Setup) -> list[str]:
         f"  batch    {per_step}; {feed.total_steps:,} steps",
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
         *(f"  {told}" for told in setup.told),
+        *(f"warning: {each}" for each in setup.warnings),
     ]
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from distrain.checkpoint import Manifest, Reader, find_newest
 from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
-from distrain.datasets import Batch, Data, is_stream
+from distrain.datasets import Batch, Data, is_stream, warnings_of
 from distrain.datasets.transforms import Transform
 from distrain.loop.anomalies import Anomalies
-from distrain.loop.checks import horizon_of
+from distrain.loop.checks import horizon_of, length_warnings
 from distrain.loop.step import Training, loss_of, seed_dropout, to_device
 from distrain.loop.trace import Trace
 from distrain.loop.updates import Inputs, take_inputs
@@ -91,6 +91,8 @@ class Setup:
     """What a person should know about how it was built."""
     inputs: Inputs
     """What it all depends on besides the recipe."""
+    warnings: list[str]
+    """What a person may want to change: of the data as they were read, and of what the recipe makes of them."""
 
 
 def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
@@ -127,7 +129,9 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
         reader.close()
-    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs)
+    warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
+    warnings += length_warnings(recipe, horizon)
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings)
 
 
 def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:

@@ -134,15 +134,21 @@ def init_transformer(model: nn.Module, residual_layers: int) -> None:
             nn.init.normal_(module.weight, std=0.02)
 
 
-def sinusoids(places: Tensor, width: int) -> Tensor:
-    """Return (seq, width) float32: the positions of Vaswani et al. 2017, section 3.5, for `places` (seq,)."""
-    angles = _angles(places, width)
+def sinusoids(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (seq, width) float32, or float64 for such a `dtype`: the positions of Vaswani et al. 2017, section 3.5.
+
+    `places`: (seq,).
+    """
+    angles = _angles(places, width, dtype)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def rotary(places: Tensor, width: int) -> Tensor:
-    """Return (2, seq, width / 2) float32: cosines and sines of RoFormer (Su et al. 2021) for `places` (seq,)."""
-    angles = _angles(places, width)
+def rotary(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (2, seq, width / 2) float32, or float64 for such a `dtype`: cosines and sines for `places` (seq,).
+
+    Those of RoFormer (Su et al. 2021).
+    """
+    angles = _angles(places, width, dtype)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -153,7 +159,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
-def _angles(places: Tensor, width: int) -> Tensor:
+def _angles(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     # computed when needed: as a buffer they would be cast to bf16 with the model, which loses whole positions
-    rates = 10000.0 ** (torch.arange(0, width, 2, device=places.device, dtype=torch.float32) / -width)
-    return places[:, None].float() * rates
+    exact = dtype if dtype == torch.float64 else torch.float32
+    rates = 10000.0 ** (torch.arange(0, width, 2, device=places.device, dtype=exact) / -width)
+    return places[:, None].to(exact) * rates

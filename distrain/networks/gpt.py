@@ -72,7 +72,7 @@ class GPT(nn.Module):
         if self.places is not None:
             x = x + self.places(places)
         else:
-            rotation = rotary(places, self.head_width)
+            rotation = rotary(places, self.head_width, x.dtype)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, causal=True, rotation=rotation, cache=None if caches is None else caches[layer])

@@ -168,7 +168,7 @@ class TransformerSeq2Seq(EncoderDecoder):
     def _embed(self, table: nn.Embedding, tokens: Tensor, start: int) -> Tensor:
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = table(tokens) * self.scale
-        return cast(Tensor, self.dropout(x + sinusoids(places, x.shape[-1]).type_as(x)))
+        return cast(Tensor, self.dropout(x + sinusoids(places, x.shape[-1], x.dtype).type_as(x)))
 
     def encode(self, source: Tensor) -> dict[str, Any]:
         lengths = token_lengths(source, self.pad_id)

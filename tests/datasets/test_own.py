@@ -86,6 +86,35 @@ def floats():
 def vectors():
     return [([1.0], [0.5, 1.0]), ([2.0], [1.5, 2.0])]
 
+def listed(items, meta=None, classes=None):
+    made = Listed(items)
+    made.meta, made.classes = meta or {}, classes
+    return {"train": made, "test": made}
+
+class Listed(list):
+    pass
+
+def streamed(items, classes=None):
+    made = Streamed()
+    made.items, made.classes = items, classes
+    return made
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(self.items)
+
+def ragged(key, values, meta=None, task_targets=False):
+    made = Listed()
+    for length in (1, 3):
+        row = torch.tensor([values] * length)
+        made.append((torch.zeros(2), row) if task_targets else ({key: row} if key != "inputs" else row, 1))
+    made.meta, made.classes = meta or {}, ("a", "b")
+    return {"train": made, "test": made}
+
+def doubles():
+    made = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    return {"train": [([0.1, 0.2], 0.3), (np.array([0.1, 0.2]), np.float64(0.3)), (made, 0.3)], "test": [(made, 0.3)]}
+
 def failing():
     raise RuntimeError("no such table")
 
@@ -273,3 +302,153 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
 def test_what_does_not_fit_is_told(recipe: Any, name: str, keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_data(recipe(name, **keys))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meta", "wanted"),
+    [
+        ("inputs", 3, {"pad_id": 50256}, 50256),
+        ("inputs", 3, {}, 0),
+        ("inputs", 0.5, {"pad_id": 1}, 0),
+        ("input_ids", 3, {"pad_id": 1}, 1),
+        ("decoder_input_ids", 3, {"pad_id": 1}, 1),
+        ("attention_mask", 1, {"pad_id": 1}, 0),
+        ("attention_mask", True, {"pad_id": 1}, False),
+        ("attention_mask", 1.0, {"pad_id": 1}, 0),
+        ("token_type_ids", 1, {"pad_id": 50256}, 0),
+        ("position_ids", 4, {"pad_id": 1}, 0),
+        ("special_tokens_mask", 0, {"pad_id": 0}, 1),
+        ("labels", 4, {"pad_id": 1}, -100),
+        ("weights", 0.25, {"pad_id": 1}, 0),
+        ("key_padding_mask", False, {"padding": {"key_padding_mask": True}}, True),
+        ("speakers", 4, {"pad_id": 1, "padding": {"speakers": 7}}, 7),
+        ("attention_mask", -1.5, {"padding": {"attention_mask": -10000.0}}, -10000),
+        ("inputs", 0, {"padding": {"inputs": 5}}, 5),
+    ],
+)
+def test_each_key_is_padded_by_what_it_is(recipe: Any, key: str, value: Any, meta: dict, wanted: Any) -> None:
+    data = build_data(recipe("ragged", key=key, values=value, meta=meta))
+    inputs = data.splits["train"].fetch(np.array([0, 1]))["inputs"]  # type: ignore[union-attr]
+    found = inputs if key == "inputs" else inputs[key]
+    assert found.tolist() == [[value, wanted, wanted], [value] * 3]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meta", "message"),
+    [
+        ("speakers", 4, {"pad_id": 1}, r"inputs 'speakers' of one batch .* not known what pads .*{'speakers': 0}"),
+        ("key_padding_mask", False, {"pad_id": 1}, r"not known what pads them \(torch.bool\)"),
+        ("is_real", True, {"pad_id": 1}, "not known what pads them"),
+        ("attention_mask", -1.5, {}, r"below 0, as a mask that is added.*{'attention_mask': -10000}"),
+        ("inputs", 0, {}, r"0, which they would be padded with, is among them; .*{'pad_id': 0}"),
+        ("input_ids", 0, {}, r"0, which they would be padded with, is among them"),
+        ("inputs", 3, {"padding": 5}, "meta's padding is 5; expected a dict of a number for each key"),
+        ("inputs", 3, {"paddings": {}}, "unknown key 'paddings'; did you mean 'padding'"),
+    ],
+)
+def test_what_pads_must_be_known(recipe: Any, key: str, value: Any, meta: dict, message: str) -> None:
+    def padded() -> None:
+        source: Any = build_data(recipe("ragged", key=key, values=value, meta=meta)).splits["train"]
+        source.fetch(np.array([0, 1]))
+
+    with pytest.raises(UserError, match=message):
+        padded()
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "loss", "meta", "wanted"),
+    [
+        ("language_modeling", 4, None, {}, -100),
+        ("language_modeling", 4, {"name": "cross_entropy", "ignore_index": -1}, {}, -1),
+        ("classification", 1, {"name": "cross_entropy", "ignore_index": -100}, {}, -100),
+        ("classification", 1, None, {}, None),
+        ("regression", 0.5, None, {}, None),
+        ("multilabel", 1.0, None, {}, None),
+        ("regression", 0.5, None, {"padding": {"targets": 0}}, 0),
+    ],
+)
+def test_targets_are_padded_with_what_the_loss_leaves_out(
+    recipe: Any, task: str, value: Any, loss: Any, meta: dict, wanted: Any
+) -> None:
+    made = recipe("ragged", task, key="", values=value, meta=meta, task_targets=True)
+    made = made.model_validate(made.model_dump(by_alias=True) | {"loss": loss})
+    source: Any = build_data(made).splits["train"]
+    if wanted is None:
+        with pytest.raises(UserError, match=r"targets of one batch have different lengths, and no number stands for"):
+            source.fetch(np.array([0, 1]))
+        return
+    assert source.fetch(np.array([0, 1]))["targets"][0].tolist() == [value, wanted, wanted]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Targets that are none
+
+
+BAD = [
+    ("classification", [0, 1, 2], r"a target is 2, expected 0 to 1$"),
+    ("classification", [0, 1, -1], r"a target is -1, expected 0 to 1$"),
+    ("binary", [0.0, 1.0, 2.0], r"a target is 2.0, expected 0 or 1$"),
+    ("binary", [0, 1, -1], r"a target is -1.0, expected 0 or 1$"),
+    ("multilabel", [[0.0, 1.0], [1.0, 1.0], [0.0, 3.0]], r"a target is 3.0, expected 0 or 1$"),
+    ("multilabel", [[0.0, 1.0], [1.0, 1.0], [0.0, float("nan")]], r"a target is nan, expected a finite number$"),
+    ("regression", [0.5, 1e6, float("nan")], r"a target is nan, expected a finite number$"),
+    ("regression", [0.5, 1e6, float("-inf")], r"a target is -inf, expected a finite number$"),
+    ("language_modeling", [[1, 1], [1, -100], [1, 9]], r"a target is 9, expected 0 to 8, or -100 for none$"),
+]
+
+
+@pytest.mark.parametrize(("task", "targets", "message"), BAD)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_target_that_is_none_is_named(recipe: Any, task: str, targets: list, message: str, split: str) -> None:
+    inputs: Any = [1, 1] if task == "language_modeling" else [0.5]
+    meta = {"vocab_size": 9} if task == "language_modeling" else {}
+    classes = None if task in ("regression", "language_modeling") else ["a", "b"]
+    items = [[inputs, each] for each in targets]
+    data = build_data(recipe("listed", task, items=items, meta=meta, classes=classes))
+    source: Any = data.splits[split]
+    assert source.fetch(np.array([0, 1]))["targets"].shape[0] == 2
+    message = message.replace("$", "; mend the item or leave it out$")
+    with pytest.raises(UserError, match=r"mine.py:listed: item 2, sample 2 of its split: " + message):
+        source.fetch(np.array([1, 2]))
+    if task == "classification":
+        stream: Any = build_data(recipe("streamed", task, items=items, classes=classes)).splits["train"]
+        walk = list(stream)
+        assert stream.collate(walk[:2])["targets"].tolist() == [0, 1]
+        with pytest.raises(UserError, match=r"mine.py:streamed: item 2 of the stream: " + message):
+            stream.collate(walk[1:])
+
+
+def with_sections(made: Recipe, **sections: Any) -> Recipe:
+    return Recipe.model_validate(made.model_dump(by_alias=True) | sections)
+
+
+def test_targets_that_the_recipe_allows(recipe: Any) -> None:
+    items = [[[0.5], 0], [[0.5], -1]]
+    made = recipe("listed", items=items, classes=["a", "b"])
+    for loss in ({"name": "cross_entropy", "ignore_index": -1}, {"name": "losses.py:mine"}):
+        source: Any = build_data(with_sections(made, loss=loss)).splits["train"]
+        assert source.fetch(np.array([0, 1]))["targets"].tolist() == [0, -1]
+    items = [[[0.5], 0.0], [[0.5], float("nan")]]
+    made = with_sections(recipe("listed", "regression", items=items), anomalies={"nonfinite": "skip"})
+    data = build_data(made)
+    train, test = data.splits["train"], data.splits["test"]
+    assert train.fetch(np.array([1]))["targets"].isnan().all()  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="a target is nan"):  # there is no step to leave out
+        test.fetch(np.array([1]))  # type: ignore[union-attr]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# float64
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32)])
+def test_numbers_are_double_where_the_run_is(recipe: Any, precision: str, dtype: torch.dtype) -> None:
+    made = with_sections(recipe("doubles", "regression"), train={"steps": 1, "precision": precision})
+    batch = build_data(made).splits["train"].fetch(np.arange(3))  # type: ignore[union-attr]
+    assert (batch["inputs"].dtype, batch["targets"].dtype) == (dtype, dtype)
+    assert torch.equal(batch["inputs"], torch.tensor([[0.1, 0.2]] * 3, dtype=torch.float64).to(dtype))
+    assert torch.equal(batch["targets"], torch.tensor([0.3] * 3, dtype=torch.float64).to(dtype))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ import pytest
 import torch
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, DatasetEntry
+from distrain.datasets import Data, DataRequest, DatasetEntry, warnings_of
 from distrain.datasets.tables import table
 
 ENTRY = DatasetEntry("table", table, ("classification", "binary", "multilabel", "regression"))
 
 
-def build(base: Path, task: Any = "classification", state: dict[str, Any] | None = None, **section: Any) -> Data:
-    return ENTRY(DataRequest(DataSection(name="table", **section), task, seed=0, base=base, state=state))
+def build(
+    base: Path,
+    task: Any = "classification",
+    state: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **section: Any,
+) -> Data:
+    return ENTRY(DataRequest(DataSection(name="table", **section), task, seed=0, base=base, state=state, dtype=dtype))
 
 
 def two_files(folder: Path, train: str, test: str) -> dict[str, Any]:
@@ -282,3 +290,261 @@ def test_options_of_other_tasks_are_refused(tmp_path: Path) -> None:
         build(tmp_path, path="t.csv", target="y", standardize_target=True, split=[1.0])
     with pytest.raises(UserError, match="did you mean 'missing'"):
         build(tmp_path, path="t.csv", target="y", mising="mean", split=[1.0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers of any size
+
+STAMP = 1_700_000_000_000_000_000  # nanoseconds, of which float64 holds every 256th
+
+
+def exactly(values: list[Any]) -> np.ndarray:
+    """Standardise without rounding on the way; None is left out."""
+    numbers = [Fraction(value) for value in values if value is not None]
+    mean = sum(numbers) / len(numbers)
+    largest = max(abs(number - mean) for number in numbers)
+    parts = np.array([float((number - mean) / largest) for number in numbers])
+    return parts / np.sqrt(np.mean(parts**2))
+
+
+DRAWN = np.random.default_rng(0)
+SIZES: dict[str, list[Any]] = {
+    "ordinary": (3 + DRAWN.normal(size=50)).tolist(),
+    "small": ((3 + DRAWN.normal(size=50)) * 1e-21).tolist(),
+    "so small that squares are 0": (DRAWN.normal(size=50) * 1e-200).tolist(),
+    "so large that squares are infinite": (DRAWN.normal(size=50) * 1e200).tolist(),
+    "close": (1e9 + DRAWN.normal(size=50) * 1e-5).tolist(),
+    "stamps": [STAMP + int(each) for each in DRAWN.integers(0, 300, 50)],
+    "neighbours": [2**60, 2**60 + 1] * 25,
+    "unsigned": [2**63 + int(each) for each in DRAWN.integers(0, 9, 50)],
+    "with holes": [None if at % 7 == 3 else STAMP + at % 5 for at in range(50)],
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("values", SIZES.values(), ids=SIZES)
+def test_numbers_of_any_size_are_standardised(tmp_path: Path, values: list[Any], kind: str) -> None:
+    whole = all(value is None or isinstance(value, int) for value in values)
+    dtype = "UInt64" if values[0] is not None and values[0] >= 2**63 and whole else "Int64"
+    column = pd.array(values, dtype=dtype) if whole else values
+    frame = pd.DataFrame({"a": column, "y": ["u", "v"] * 25})
+    frame.to_csv(tmp_path / "t.csv", index=False) if kind == "csv" else frame.to_parquet(tmp_path / "t.parquet")
+    path, rows = f"t.{kind}", [at for at, value in enumerate(values) if value is not None]
+    data = build(tmp_path, path=path, target="y", split=[1.0], dtype=torch.float64)
+    found = everything(data, "train")["inputs"]
+    assert found.dtype == torch.float64
+    assert np.abs(found[rows, 0].numpy() - exactly(values)).max() < 1e-9
+    again = build(tmp_path, path=path, target="y", split=[1.0], state=json.loads(json.dumps(data.state)))
+    assert torch.equal(everything(again, "train")["inputs"], found.float())
+    if len(rows) == len(values):
+        wanted = build(tmp_path, "regression", path=path, target="a", split=[1.0], standardize_target=True)
+        assert np.abs(everything(wanted, "train")["targets"].numpy() - exactly(values)).max() < 1e-5
+        assert wanted.meta.target_mean is not None
+        assert wanted.meta.target_mean[0] == pytest.approx(float(sum(map(Fraction, values)) / 50))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.1 + 0.2, 0.3], [STAMP + 1, STAMP + 1], [1e-21, 1e-21], [1e200, 1e200], [0, 0], [0.1, 0.1], [2.5e15, 2.5e15]],
+)
+def test_a_constant_column_stays_at_nothing(tmp_path: Path, values: list[float]) -> None:
+    rows = [*values, *values[:1]]  # three times a tenth is not three tenths
+    pd.DataFrame({"a": rows, "b": [1, 2, 3], "y": ["u", "v", "u"]}).to_csv(tmp_path / "t.csv", index=False)
+    inputs = everything(build(tmp_path, path="t.csv", target="y", split=[1.0]), "train")["inputs"]
+    assert inputs[:, 0].abs().max() < 1e-15
+    data = build(tmp_path, "regression", path="t.csv", target="a", drop=["y"], split=[1.0], standardize_target=True)
+    assert everything(data, "train")["targets"].abs().max() < 1e-15
+    assert data.meta.target_std == (1,)
+
+
+def test_ordinary_columns_are_standardised_by_the_plain_formula(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).normal(3, 10, 101)
+    pd.DataFrame({"a": values, "y": np.arange(101) % 2}).to_parquet(tmp_path / "t.parquet")
+    data = build(tmp_path, path="t.parquet", target="y", split=[1.0])
+    plain = ((values - values.mean()) / values.std()).astype(np.float32)
+    assert everything(data, "train")["inputs"][:, 0].tolist() == plain.tolist()
+    wanted = build(tmp_path, "regression", path="t.parquet", target=["a"], split=[1.0], standardize_target=True)
+    stacked = values[:, None]
+    plain = ((stacked - stacked.mean(axis=0)) / stacked.std(axis=0)).astype(np.float32)
+    assert everything(wanted, "train")["targets"].tolist() == plain.tolist()
+
+
+def test_what_a_float_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,y\n1e-21,x\n3e-21,z\n", "a,y\n1e-21,z\n1e30,x\n")
+    with pytest.raises(UserError, match=r"column 'a' becomes 1e\+51 at .*test\.csv, row 2, which float32 cannot hold"):
+        build(tmp_path, target="y", **split)
+    assert everything(build(tmp_path, target="y", dtype=torch.float64, **split), "test")["inputs"][1, 0] > 1e50
+    (tmp_path / "train.csv").write_text("a,y\n1,1e39\n2,3\n")
+    with pytest.raises(UserError, match=r"target column 'y' becomes 1e\+39 at .*train\.csv, row 1"):
+        build(tmp_path, "regression", target="y", **split)
+
+
+@pytest.mark.parametrize(("task", "target"), [("regression", "a"), ("binary", "y"), ("multilabel", ["p", "q"])])
+def test_tables_are_double_where_the_run_is(tmp_path: Path, task: str, target: Any) -> None:
+    split = two_files(tmp_path, "a,c,y,p,q\n0.1,u,0,0,1\n0.7,v,1,1,1\n", "a,c,y,p,q\n0.3,u,1,0,0\n")
+    data = build(tmp_path, task, target=target, categorical=["c"], dtype=torch.float64, **split)
+    batch = everything(data, "test")
+    assert (batch["inputs"].dtype, batch["targets"].dtype) == (torch.float64, torch.float64)
+    if task == "regression":
+        assert batch["targets"].tolist() == [0.3]
+    else:
+        assert batch["inputs"][0, 0] == (0.3 - np.mean([0.1, 0.7])) / np.std([0.1, 0.7])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Categories that training never saw
+
+
+def test_unknown_categories_are_counted_and_named(tmp_path: Path) -> None:
+    split = two_files(
+        tmp_path,
+        "c,d,y\nred,u,x\nblue,v,z\n",
+        "c,d,y\nred,u,x\ngreen,v,z\ngreen,,z\npink,u,z\n",
+    )
+    data = build(tmp_path, target="y", **split)
+    assert warnings_of(data.splits["train"]) == ()
+    assert warnings_of(data.splits["test"]) == (
+        "column 'c': 3 of 4 rows of the split 'test' have a category that no training row has, and count as unknown: "
+        "'green', 'pink'",
+        "column 'd': 1 of 4 rows of the split 'test' have a category that no training row has, and count as unknown: "
+        "(missing)",
+    )
+    assert data.read is not None
+    (tmp_path / "new.csv").write_text("c,d\n" + "".join(f"{each},u\n" for each in "abcdefg"))
+    (said,) = warnings_of(data.read(tmp_path / "new.csv"))
+    assert f"7 of 7 rows of {tmp_path / 'new.csv'} have a category that no training row has" in said
+    assert said.endswith("'a', 'b', 'c', 'd', 'e' and 2 more")
+
+
+@pytest.mark.parametrize("encode", ["one_hot", "index"])
+def test_a_column_of_unknown_categories_alone_is_refused(tmp_path: Path, encode: str) -> None:
+    split = two_files(tmp_path, "c,y\n10.0,x\n11.0,z\n,z\n", "c,y\n10,x\n11,z\n")
+    with pytest.raises(
+        UserError,
+        match=r"column 'c': 2 of 2 rows of the split 'test' .*: '10', '11'; '10' is here what '10.0' is there .*drop",
+    ):
+        build(tmp_path, target="y", categorical=["c"], encode=encode, **split)
+    (tmp_path / "test.csv").write_text("c,y\n10.0,x\n11.0,z\n")
+    fitted = build(tmp_path, target="y", categorical=["c"], encode=encode, **split)
+    (tmp_path / "test.csv").write_text("c,y\n10,x\n11,z\n")
+    again = build(tmp_path, target="y", categorical=["c"], encode=encode, state=fitted.state, **split)
+    assert "2 of 2 rows" in warnings_of(again.splits["test"])[0]  # a run that is there goes on
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Columns that nobody named
+
+
+def noise(rows: int = 30) -> pd.DataFrame:
+    """Rows of two measurements, sorted by class, of which the index has gaps."""
+    draw = np.random.default_rng(2)
+    frame = pd.DataFrame({"u": draw.normal(size=rows), "v": draw.normal(size=rows)})
+    frame["label"] = np.repeat(["a", "b", "c"], rows // 3)
+    return frame.drop(index=[3, 4])
+
+
+WRITERS: dict[str, tuple[Callable[[pd.DataFrame, Path], None], str]] = {
+    "parquet": (lambda frame, path: frame.to_parquet(path), "__index_level_0__"),
+    "parquet, named": (lambda frame, path: frame.rename_axis("patient").to_parquet(path), "patient"),
+    "parquet, of words": (
+        lambda frame, path: frame.set_axis(map("r{}".format, frame.index)).to_parquet(path),
+        "__inde",
+    ),
+    "parquet, two levels": (
+        lambda frame, path: frame.set_index([frame.index, frame.index // 2]).to_parquet(path),
+        "__index_level_1__",
+    ),
+    "parquet, read from CSV": (
+        lambda frame, path: frame.reset_index(names="Unnamed: 0").to_parquet(path, index=False),
+        "Unnamed: 0",
+    ),
+    "csv": (lambda frame, path: frame.to_csv(path), "''"),
+    "csv, two levels": (
+        lambda frame, path: frame.set_index([frame.index, frame.index // 2]).to_csv(path),
+        "Unnamed: 1",
+    ),
+    "csv, twice": (
+        lambda frame, path: frame.reset_index(names="Unnamed: 0").set_index(frame.index * 2).to_csv(path),
+        "Unnamed: 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_columns_that_nobody_named_are_no_inputs(tmp_path: Path, kind: str) -> None:
+    write, name = WRITERS[kind]
+    path = tmp_path / ("t.parquet" if kind.startswith("parquet") else "t.csv")
+    write(noise(), path)
+    data = build(tmp_path, path=path.name, target="label", split=[0.8, 0.2])
+    assert data.meta.feature_names == ("u", "v")
+    assert any(name in each and "is left out" in each and str(path) in each for each in data.warnings)
+    bare = build(tmp_path, path=path.name, target="label", split=[0.8, 0.2], features=["u", "v"])
+    assert bare.warnings == ()
+    assert torch.equal(everything(bare, "test")["inputs"], everything(data, "test")["inputs"])
+    # a file for prediction may have them or not
+    noise().to_csv(tmp_path / "bare.csv", index=False)
+    assert data.read is not None
+    inputs = [data.read(each).fetch(np.arange(28))["inputs"] for each in (path, tmp_path / "bare.csv")]
+    assert torch.equal(*inputs)
+
+
+def test_an_index_that_the_recipe_names_is_used(tmp_path: Path) -> None:
+    noise().rename_axis("site").to_parquet(tmp_path / "t.parquet")
+    data = build(tmp_path, path="t.parquet", target="label", split=[1.0], features=["site", "u"])
+    assert (data.meta.feature_names, data.warnings) == (("site", "u"), ())
+    data = build(tmp_path, path="t.parquet", target="label", split=[1.0], categorical=["site"])
+    assert len(data.meta.feature_names or ()) == 2 + 28
+    assert data.warnings == ()
+    data = build(tmp_path, "regression", path="t.parquet", target="site", drop=["label"], split=[1.0])
+    assert (data.meta.feature_names, data.warnings) == (("u", "v"), ())
+    assert build(tmp_path, path="t.parquet", target="label", split=[1.0], drop=["site"]).warnings == ()
+
+
+def test_a_run_that_was_trained_on_an_index_is_read_as_before(tmp_path: Path) -> None:
+    noise().to_csv(tmp_path / "t.csv")
+    state = build(tmp_path, path="t.csv", target="label", split=[1.0], features=["", "u"]).state
+    data = build(tmp_path, path="t.csv", target="label", split=[1.0], state=state)
+    assert data.meta.feature_names == ("", "u")
+
+
+def test_files_of_a_folder_with_and_without_an_index(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    noise().to_parquet(tmp_path / "parts" / "1.parquet")
+    noise().reset_index(drop=True).to_parquet(tmp_path / "parts" / "2.parquet")
+    data = build(tmp_path, path="parts", target="label", split=[1.0])
+    assert (data.meta.feature_names, len(everything(data, "train")["targets"])) == (("u", "v"), 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("row", lambda n: np.arange(n), "numbers the rows (0 to 27)"),
+        ("row", lambda n: np.arange(n) + 1, "numbers the rows (1 to 28)"),
+        ("row", lambda n: np.random.default_rng(0).permutation(n), "numbers the rows (0 to 27)"),
+        ("index", lambda n: np.arange(n) * 3 + 7, "is called as pandas calls an index"),
+        ("level_1", lambda n: np.arange(n) * 3 + 7, "is called as pandas calls an index"),
+        ("index", lambda n: np.arange(n) % 5, None),
+        ("year", lambda n: np.arange(n) + 1990, None),
+        ("age", lambda n: np.arange(n) % 20, None),
+        ("height", lambda n: np.arange(n) / 2, None),
+    ],
+)
+def test_a_column_that_numbers_the_rows_is_warned_of(tmp_path: Path, name: str, make: Any, says: str | None) -> None:
+    table = noise()
+    table[name] = make(len(table))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    keys: dict[str, Any] = {"path": "t.csv", "target": "label", "split": [0.8, 0.2]}
+    data = build(tmp_path, **keys)
+    assert data.meta.feature_names == ("u", "v", name)
+    assert [each for each in data.warnings if says is None or says not in each] == []
+    assert len(data.warnings) == (says is not None)
+    assert build(tmp_path, **keys, features=["u", name]).warnings == ()
+    assert build(tmp_path, **keys, drop=[name]).warnings == ()
+
+
+def test_rows_that_are_numbered_in_each_file_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for number in (1, 2):
+        noise().reset_index(drop=True).rename_axis("id").to_csv(tmp_path / "parts" / f"{number}.csv")
+    data = build(tmp_path, path="parts", target="label", split=[0.7, 0.3])
+    assert [each[:28] for each in data.warnings] == [f"column 'id' of {tmp_path / 'parts'}"[:28]]

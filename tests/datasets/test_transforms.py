@@ -31,6 +31,24 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (12, 3, 10, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def test_numbers_are_double_where_the_run_is() -> None:
+    items = [
+        {"name": "ToDtype", "dtype": "float32", "scale": True},
+        {"name": "RandomApply", "p": 1.0, "transforms": [{"name": "Normalize", "mean": [0.485], "std": [0.229]}]},
+        {"name": "Normalize", "mean": [0.1], "std": [0.7]},
+    ]
+    section = TransformsSection.model_validate({"train": items}).train
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    wanted = ((pixels.double() / 255 - 0.485) / 0.229 - 0.1) / 0.7
+    for chosen, expected in ((section, wanted), ([], pixels.double() / 255)):
+        for dtype, near in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+            transform = Transform(chosen, 0, "data.transforms.train", dtype)
+            batch = {"inputs": pixels.clone(), "ids": torch.arange(4)}
+            found = transform(batch, np.zeros(4, np.int64))["inputs"]
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=near)
+
+
 def test_uint8_images_become_floats_in_the_end(images: torch.Tensor) -> None:
     assert torch.equal(apply(build(), images), v2.functional.to_dtype(images, torch.float32, scale=True))
     assert torch.allclose(apply(build(), images), images.float() / 255)

@@ -75,8 +75,9 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     """Return the recipe's loss, or the task's usual one. Raises UserError with every problem of its arguments."""
     name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.task]
     args = recipe.loss.args if recipe.loss else {}
+    dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     if is_object_spec(name):
-        return own_loss(name, args)
+        return own_loss(name, args, dtype)
     class_name = _class_name(name)
     build: type[nn.Module] = getattr(nn, class_name)
     rule = _RULES[class_name]
@@ -94,7 +95,8 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     for key in ("weight", "pos_weight"):
         if args.get(key) is not None:
             try:
-                args[key] = _weights(key, args[key], None if rule.over == "elements" else _classes(recipe.task, meta))
+                expected = None if rule.over == "elements" else _classes(recipe.task, meta)
+                args[key] = _weights(key, args[key], expected, dtype)
             except UserError as error:
                 problems.append(str(error))
     if problems:
@@ -141,13 +143,13 @@ def _class_name(name: str) -> str:
     return found
 
 
-def _weights(key: str, value: Any, expected: int | None) -> Tensor:
+def _weights(key: str, value: Any, expected: int | None, dtype: torch.dtype) -> Tensor:
     numbers = [value] if isinstance(value, (int, float)) else value
     if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) and each >= 0 for each in numbers):
         raise UserError(f"loss.{key}: {value!r} should be a list of numbers, zero or more, one for each class")
     if expected is not None and len(numbers) != expected:
         raise UserError(f"loss.{key}: {len(numbers)} numbers for {expected} classes; give one for each")
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=dtype)
 
 
 def _classes(task: Task, meta: DataMeta) -> int | None:

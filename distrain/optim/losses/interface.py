@@ -71,12 +71,14 @@ class TorchLoss(Loss):
 
     def __init__(self, name: str, build: Callable[..., nn.Module]):
         self.name = name
+        self._build = build
         self._modules = {reduction: build(reduction=reduction) for reduction in ("sum", "none")}
-        self._place = (torch.device("cpu"), torch.float32)
+        self._place: tuple[torch.device, torch.dtype] | None = None
 
     def _module(self, keep: Tensor | None, like: Tensor) -> nn.Module:
         if self._place != (like.device, like.dtype):
             self._place = (like.device, like.dtype)
-            for module in self._modules.values():
-                module.to(*self._place)
+            for reduction in self._modules:
+                # made anew: what was rounded for outputs of fp32 would not come back for those of fp64
+                self._modules[reduction] = self._build(reduction=reduction).to(*self._place)
         return self._modules["sum" if keep is None else "none"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,19 @@ class OwnLoss(Loss):
         )
 
 
-def own_loss(name: str, args: Mapping[str, Any]) -> Loss:
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have new tensors of floats be of that type, where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def own_loss(name: str, args: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Loss:
+    """Return a loss of the user's own; its class makes the tensors that it holds in `dtype`, if it names none."""
     found = resolve_object(name)
     if not callable(found):
         raise UserError(f"loss.name: {name!r} is {found!r}; expected a function (outputs, targets), or a class of such")
@@ -76,7 +89,8 @@ def own_loss(name: str, args: Mapping[str, Any]) -> Loss:
     if not is_class:
         return OwnLoss(name, partial(found, **args) if args else found)
     try:
-        made = found(**args)
+        with default_dtype(dtype):
+            made = found(**args)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
     if not callable(made):
