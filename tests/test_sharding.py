@@ -245,3 +245,98 @@ def test_an_own_optimizer_that_is_wrong_on_shards_is_refused(strategy: str) -> N
     else:
         assert said[0] is not None
         assert "use ddp" in said[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In an engine
+
+
+class OwnAdagrad(torch.optim.Adagrad):
+    """A class of one's own that is torch's; another weight decay would show that torch's had taken its place."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, weight_decay=2 * weight_decay)
+
+
+STEPPED = [*VARIANTS, own(OwnAdagrad)]
+
+
+def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
+    """Return the class that steps, and the weights after three steps, for each optimizer; or why it is refused."""
+    from distrain.config import UserError
+    from distrain.networks.deferred import defer
+    from distrain.optim import build_optimizer, set_lr
+    from distrain.strategy import FLAGS, Asked, Plan, build_engine, open_world
+
+    generator = torch.Generator().manual_seed(3)
+    batches = torch.randn(3, 4, 5, generator=generator)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7, bias=False))
+
+    def loss(built: Any, batch: Tensor) -> Tensor:
+        return built(batch).square().sum()
+
+    world = open_world("fp32", Asked(strategy))
+    found: list[tuple[str, list[float]] | str] = []
+    for variant in STEPPED:
+        groups = [] if variant["name"] == "rprop" else [{"params": "2.*", "lr_scale": 0.3, "weight_decay": 0.2}]
+        # the two matrices in two groups; decayed, both
+        section = section_of(variant | {"groups": groups, "freeze": ["0.bias"] if variant["name"] == "muon" else []})
+        plan = Plan(
+            model=model,
+            deferred=lambda: defer(lambda say: model(), say=print),
+            optimizer=lambda built, section=section: build_optimizer(built, section),  # type: ignore[misc]
+            objective=lambda built, index: loss(built, batches[0]),
+            micro_batch_size=2,
+            accumulation=1,
+            clip_norm=1.0,
+            ema=None,
+            section=section,
+        )
+        try:
+            engine = build_engine(world, plan)
+        except UserError as error:
+            found.append(str(error))
+            continue
+        engine.model.train()
+        rows = 4 // world.world_size
+        for batch in batches:
+            set_lr(engine.optimizer, 0.05)
+            with engine.micro_batch(last=True):
+                value = loss(engine.wrapped, batch[rows * world.rank : rows * (world.rank + 1)])
+                engine.step(value, torch.tensor(float(world.world_size)), value.detach(), [0.0] * FLAGS)
+        with engine.whole():
+            weights = torch.cat([parameter.detach().flatten() for parameter in engine.model.parameters()]).tolist()
+        found.append((engine.effect()["optimizer"], weights))
+    world.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def stepped_alone() -> list[tuple[str, list[float]] | str]:
+    return in_world(1, step_each, "single")[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *ZERO, "fsdp2"])
+def test_every_optimizer_steps_as_in_one_process_or_is_refused(
+    stepped_alone: list[tuple[str, list[float]] | str], strategy: str
+) -> None:
+    first, second = in_world(2, step_each, strategy)
+    refused = set()
+    for variant, alone, one, other in zip(STEPPED, stepped_alone, first, second, strict=True):
+        assert isinstance(alone, tuple)
+        if isinstance(one, str):
+            assert one == other
+            assert in_words(variant).partition("-")[0] in one
+            refused.add(in_words(variant))
+            continue
+        assert one == other
+        assert one[0] == alone[0]
+        assert one[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-5), in_words(variant)
+    expected = {
+        "ddp": set(),
+        "fsdp2": {*WHOLE_MATRICES, "adagrad-fused", "sgd-momentum-fused"},
+    }
+    assert refused == expected.get(strategy, set(WHOLE_MATRICES))

@@ -15,6 +15,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -208,11 +210,13 @@ class Zero(Engine):
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = plan.clip_norm or 0.0
         config["zero_optimization"] |= _sizes(self.stage, self.model)
-        with _without_broadcast():
+        with _without_broadcast(), _with_own_adagrad(self.stage):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate falls back to DDP without a word, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
             raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
+        if (found := self.wrapped.optimizer.optimizer) is not optimizer:
+            raise did_not_take_effect(f"optim.name {type(optimizer).__name__}", f"another {type(found).__name__} steps")
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -469,6 +473,31 @@ def _without_broadcast() -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine._broadcast_model = own
+
+
+@contextmanager
+def _with_own_adagrad(stage: int) -> Iterator[None]:
+    """Make engines that step with the Adagrad that they are given.
+
+    It has a state from the start, so DeepSpeed makes another one for its flat pieces: of torch's class, with one group,
+    and without what was set for the groups. The state is all that is needed of it.
+    """
+    kind: Any = DeepSpeedZeroOptimizer if stage < 3 else DeepSpeedZeroOptimizer_Stage3
+    own = kind.initialize_optimizer_states
+
+    def initialize(zero: Any) -> None:
+        given = zero.optimizer
+        own(zero)
+        if zero.optimizer is not given and isinstance(given, torch.optim.Adagrad):
+            given.state.clear()
+            given.state.update(zero.optimizer.state)
+            zero.optimizer = given
+
+    kind.initialize_optimizer_states = initialize
+    try:
+        yield
+    finally:
+        kind.initialize_optimizer_states = own
 
 
 @contextmanager
