@@ -16,10 +16,11 @@ from distrain.data import Transform, build_data, build_eval_loader, build_transf
 from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of, warnings_of
 from distrain.inputs import DRAWN_ANEW, compare, fingerprint
 from distrain.loop import evaluate, to_device
+from distrain.loop.indices import given, told_plainly
 from distrain.metrics import build_metrics
 from distrain.models import Convention, build_model, calling_convention
 from distrain.optim import build_loss
-from distrain.output import echo
+from distrain.output import echo, echo_error
 from distrain.predictions import Predicted, PredictionFile, open_predictions, predicted, target_columns
 from distrain.recipe_file import parse_recipe
 from distrain.strategy import World, load_weights, open_world, with_arithmetic
@@ -123,20 +124,22 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     changes = trained.check_inputs(split, changed_data=changed_data)
     source = data.splits[split]
     _tell_warnings(source, world)
-    values = evaluate(
-        trained.model,
-        trained.call,
-        source,
-        world=world,
-        loss=build_loss(recipe, data.meta),
-        metrics=build_metrics(recipe, data.meta),
-        batch_size=_batch_size(recipe, world.world_size),
-        transform=build_transform(recipe, "eval"),
-        workers=recipe.data.workers,
-        decode=data.meta.decode,
-        split=split,
-        skip_undecodable=recipe.data.skip_undecodable,
-    )
+    loss = build_loss(recipe, data.meta)
+    with told_plainly(lambda: (trained.model, loss), _say_last):
+        values = evaluate(
+            trained.model,
+            trained.call,
+            source,
+            world=world,
+            loss=loss,
+            metrics=build_metrics(recipe, data.meta),
+            batch_size=_batch_size(recipe, world.world_size),
+            transform=build_transform(recipe, "eval"),
+            workers=recipe.data.workers,
+            decode=data.meta.decode,
+            split=split,
+            skip_undecodable=recipe.data.skip_undecodable,
+        )
     scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
     return scored | ({"changed_data": changes} if changes else {}) | values
 
@@ -145,6 +148,10 @@ def _tell_warnings(source: AnySource, world: World) -> None:
     if world.rank == 0:
         for each in warnings_of(source):
             echo(f"warning: {each}", error=True)
+
+
+def _say_last(error: UserError) -> None:
+    echo_error(error)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -178,7 +185,8 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
         _tell_warnings(source, trained.world)
         skipped: dict[int, str] = {}
-        count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
+        with told_plainly(lambda: (trained.model, None), _say_last):
+            count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()
     finally:
         file.discard()
@@ -228,6 +236,7 @@ def _predict(
             keep = ids >= 0
             if not keep.any():
                 continue
+            given(what, [batch])
             batch = to_device(batch, world)
             if recipe.task in ("language_modeling", "seq2seq"):
                 found = Predicted({"text": _generated(trained, batch)}, None)

@@ -331,7 +331,7 @@ def _make_steps(folder: Path) -> dict[str, int]:
     how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
     loaded = load_recipe(folder / "recipe.yaml")
     asked = Asked.of(how["strategy"], how["offload"])
-    world = open_world(loaded.recipe.train.precision, asked)
+    world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
     run = RunDir(folder / "run")
     launch = Launch.describe(world.world_size, asked.strategy, asked.offload)
     world.first(lambda: run.create(dump_recipe(loaded.recipe), launch))

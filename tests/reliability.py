@@ -50,6 +50,7 @@ FAULTS = {
     32: ("two starts on one folder", "the second is refused, and the first is named"),
     34: ("variables of a launcher that is gone", "ignored with a word, or refused with what to do; nothing waits"),
     35: ("several tasks of srun, mpirun or the like", "each is refused with what to use instead"),
+    39: ("an index out of range, also on a GPU", "value, sample and what fits are named, not started again"),
 }
 """What each fault is, and what its tests see happen."""
 

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,12 +29,15 @@ from distrain.config import UserError
 from distrain.loop.hidden import hidden_state
 from distrain.prove import CouldNotRun, Divergence, Interruption, Placement, Proof, prove
 from distrain.prove.command import run as run_command
+from distrain.prove.cost import turned_on
 from distrain.prove.divergence import exact
 from distrain.prove.legs import draw_interruptions
 from distrain.prove.processes import members
 from distrain.prove.proof import placements_of
 from distrain.prove.report import in_words, proved_line
 from distrain.prove.tolerance import Tolerance, within
+from distrain.recipe_file import load_recipe
+from distrain.rundir import RunDir
 
 WRONG = Path(__file__).parent / "wrong_parts.py"
 
@@ -178,6 +182,27 @@ def test_a_right_recipe_is_proved_with_kills(tmp_path: Path) -> None:
     assert proved_line(proof).startswith(
         "proved: the first 12 of 100 steps, 3 interruptions; 1 run the same to the bit"
     )
+
+
+def with_determinism(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> Forked:
+    """Start a run as on a GPU, where a proof turns deterministic operations on."""
+    on = [] if "train.deterministic=false" in arguments else ["train.deterministic=true"]
+    at = list(arguments).index("--run-dir")
+    return forked([*arguments[:at], *on, *arguments[at:]], environment, output)
+
+
+def test_what_deterministic_operations_cost_is_told(tmp_path: Path) -> None:
+    recipe, keep = small(tmp_path), tmp_path / "kept"
+    proof = prove(recipe, ["log.every=1 steps"], kills=1, steps=6, seed=3, keep=keep, start=with_determinism)
+    assert proof.proved
+    assert re.search(r"costs here: [\d,]+ samples/s with it, [\d,]+ without: [+-]\d+% time a step$", proof.determinism)
+    assert proof.as_json()["determinism"] == proof.determinism
+    # nobody turned it on but the recipe, or nobody at all
+    straight = RunDir(proof.results[0].leg.run_dir)
+    assert turned_on(load_recipe(recipe).recipe, straight)
+    for asked in ("true", "false"):
+        assert not turned_on(load_recipe(recipe, [f"train.deterministic={asked}"]).recipe, straight)
+    assert not turned_on(load_recipe(recipe).recipe, RunDir(tmp_path))
 
 
 def test_placements_agree_within_the_tolerance(tmp_path: Path) -> None:

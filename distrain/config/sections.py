@@ -307,6 +307,9 @@ class TrainSection(Section):
     state and the reductions of gradients are fp32 with each (fp64 with fp64)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
+    deterministic: bool | Literal["auto"] = "auto"
+    """Whether only operations that give the same bits each time are used, for slower steps on GPUs, and others are
+    errors. On CPUs the bits are the same in any case. auto is true in `distrain prove` and false elsewhere."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
     activation_checkpointing: bool | Text = False

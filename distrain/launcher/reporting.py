@@ -45,33 +45,38 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
         action()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        teaches = isinstance(error, UserError)
-        text = str(error) if teaches else "".join(traceback.format_exception(error))
-        if not teaches and (faults := gpu_faults_behind(error)):
-            text += "the driver reports: " + "; ".join(faults) + "\n"
-        log.error("%s", text)
-        record = {
-            "rank": rank,
-            "host": socket.gethostname(),
-            "error": type(error).__name__,
-            "message": lines(error),
-            "traceback": None if teaches else lines(text),
-            # what a person has to mend another start would find again
-            "restart": getattr(error, "restart", not teaches),
-        }
-        told = getattr(error, "of_another_rank", False)
-        first = rank == 0 or not (teaches or told) or getattr(error, "of_each_process", False)
-        if run is not None and run.exists and (lease is None or lease.mine()):
-            try:
-                first = not told and run.mark_failed(record)
-            except OSError as disk:
-                echo(f"warning: FAILED.json could not be written: {disk}", error=True)
-        if first:
-            who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-            echo_error(text if teaches else f"\n{text}", who)
-        elif run is None and not told:
-            leave_to_rank_0(rank, error)
+        tell(run, rank, error, lease)
         return 1
+
+
+def tell(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
+    """Say why this process fails, as `reported` does."""
+    teaches = isinstance(error, UserError)
+    text = str(error) if teaches else "".join(traceback.format_exception(error))
+    if not teaches and (faults := gpu_faults_behind(error)):
+        text += "the driver reports: " + "; ".join(faults) + "\n"
+    log.error("%s", text)
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "error": type(error).__name__,
+        "message": lines(error),
+        "traceback": None if teaches else lines(text),
+        # what a person has to mend another start would find again
+        "restart": getattr(error, "restart", not teaches),
+    }
+    told = getattr(error, "of_another_rank", False)
+    first = rank == 0 or not (teaches or told) or getattr(error, "of_each_process", False)
+    if run is not None and run.exists and (lease is None or lease.mine()):
+        try:
+            first = not told and run.mark_failed(record)
+        except OSError as disk:
+            echo(f"warning: FAILED.json could not be written: {disk}", error=True)
+    if first:
+        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
+        echo_error(text if teaches else f"\n{text}", who)
+    elif run is None and not told:
+        leave_to_rank_0(rank, error)
 
 
 def gpu_faults_behind(error: BaseException) -> list[str]:

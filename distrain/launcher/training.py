@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from distrain.launcher.processes import (
     launch,
     shared_file,
 )
-from distrain.launcher.reporting import leave_to_rank_0, log, log_to, reported
+from distrain.launcher.reporting import leave_to_rank_0, log, log_to, reported, tell
 from distrain.launcher.runs import check_same_recipe, find_run, open_run
 from distrain.lease import Holder, Lease, check_free, take
 from distrain.output import echo, echo_error, one_line
@@ -140,7 +141,12 @@ def work(
             if run.exists:
                 check_free(run, Holder.of_this_process())
             found = probed(run, recipe, asked, 1, 1)
-        world = open_world(recipe.train.precision, asked, timeout_s=recipe.watchdog.collectives_s)
+        world = open_world(
+            recipe.train.precision,
+            asked,
+            timeout_s=recipe.watchdog.collectives_s,
+            deterministic=recipe.train.deterministic,
+        )
 
         lease: Lease | None = None
 
@@ -187,7 +193,8 @@ def work(
             # inside: the rank that fails must say so before leaving makes the others fail as well
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
-                status = reported(run, rank, lambda: train(run, world, lease), lease)
+                lost = functools.partial(tell, run, rank, lease=lease)
+                status = reported(run, rank, lambda: train(run, world, lease, lost), lease)
         finally:
             if lease is not None and world.rank == 0:
                 lease.release(clean=status == 0)

@@ -9,6 +9,7 @@ random numbers are computed from the recipe and the step, so a resumed run goes 
     session.py        what `train` does between its steps: reports, scoring, saving, the end
     pace.py           when things are due, requests to stop, the best so far
     anomalies.py      steps that are left out, because their loss or gradient is no number or far too large
+    indices.py        what is said of an index out of range, and of operations without a deterministic form
     out_of_memory.py  what to lower where the memory did not suffice
     checks.py         what a recipe must be before anything is built from it
     updates.py        what changed since the checkpoint: data, code, recipe
@@ -18,8 +19,10 @@ random numbers are computed from the recipe and the step, so a resumed run goes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from distrain.config import UserError
 from distrain.lease import Lease
 from distrain.loop.checks import check_recipe
 from distrain.loop.evaluation import evaluate
@@ -45,16 +48,22 @@ __all__ = [
 ]
 
 
-def train(run: RunDir, world: World, lease: Lease | None = None) -> dict[str, Any]:
+def train(
+    run: RunDir,
+    world: World,
+    lease: Lease | None = None,
+    tell: Callable[[UserError], None] | None = None,
+) -> dict[str, Any]:
     """Train the run's recipe from its newest checkpoint to its end; returns the summary. All ranks call.
 
     Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
     stop saves its state, is marked PREEMPTED, and goes on from there when it is started again. Nothing is published
-    once another start has the `lease`.
+    once another start has the `lease`. `tell` says what went wrong where this process has lost its GPU,
+    and ends.
     """
     recipe = load_recipe(run.recipe_path).recipe
     watched = run.stop_path if world.rank == 0 else None
-    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease) as s:
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell) as s:
         if s.t.step == 0 and recipe.eval.every is None:
             s.say("eval.every is null: the model is scored only at the end")
         s.catch_up()

@@ -14,6 +14,7 @@ from distrain.config import UserError
 from distrain.data import Transform, build_eval_loader
 from distrain.datasets import AnySource, Batch, is_stream
 from distrain.heartbeat import mark
+from distrain.loop.indices import given
 from distrain.loop.step import to_device
 from distrain.metrics import MetricSet
 from distrain.models import Convention, ModelOutput
@@ -77,6 +78,8 @@ def evaluate(
         skip_undecodable=skip_undecodable,
     )
 
+    where = f"the evaluation of split '{split}'"
+
     def go_on() -> None:
         mark("evaluate")
         if stopping():
@@ -99,6 +102,7 @@ def evaluate(
     def add_up() -> Tensor:
         for batch in loader:
             go_on()
+            given(where, [batch])
             batch = to_device(batch, world)
             count(batch, forward(batch))
             if metrics.needs_text:
@@ -108,7 +112,7 @@ def evaluate(
     try:
         with torch.no_grad():
             if world.lockstep and not metrics.needs_text:
-                _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source))
+                _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source), where=where)
                 metric_sums = world.together(metrics.sums)
             else:
                 with whole() if world.lockstep else nullcontext():
@@ -138,6 +142,7 @@ def _in_lockstep(
     count: Callable[[Batch, ModelOutput], None],
     *,
     stream: bool,
+    where: str,
 ) -> None:
     """Take every batch through `forward`, in which all ranks wait for each other, and `count`, in which none does.
 
@@ -153,8 +158,10 @@ def _in_lockstep(
         if failure is not None:
             raise failure
         go_on()
-        batch = next(batches, None)
-        return None if batch is None else to_device(batch, world)
+        if (batch := next(batches, None)) is None:
+            return None
+        given(where, [batch])
+        return to_device(batch, world)
 
     while True:
         batch = world.together(fetch)

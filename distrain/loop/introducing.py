@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distrain import memory
 from distrain.checkpoint import Manifest
+from distrain.config import Recipe
 from distrain.datasets import is_stream
 from distrain.loop.setup import Setup
 from distrain.probed import Probed
@@ -31,9 +32,23 @@ def introduction(run: RunDir, setup: Setup) -> list[str]:
         f"  data     {recipe.data.name}: {splits}",
         f"  model    {recipe.model.name}: {setup.model}",
         f"  batch    {per_step}; {feed.total_steps:,} steps",
+        *_bits(recipe, world),
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
         *(f"  {told}" for told in setup.told),
         *(f"warning: {each}" for each in setup.warnings),
+    ]
+
+
+def _bits(recipe: Recipe, world: World) -> list[str]:
+    """Return the line about the same bits, where they do not go without saying: on CPUs they do."""
+    if world.deterministic:
+        why = ", as this is a proof" if recipe.train.deterministic == "auto" else ""
+        return [f"  bits     the same in each start: deterministic operations alone (train.deterministic{why})"]
+    if world.device.type == "cpu":
+        return []
+    return [
+        "  bits     the last ones may differ from start to start on a GPU; train.deterministic: true makes them the "
+        "same, for slower steps"
     ]
 
 

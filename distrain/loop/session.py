@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver, find_newest
 from distrain.config import Recipe, UserError
@@ -18,6 +19,7 @@ from distrain.heartbeat import mark, starts_at, take_straggler
 from distrain.lease import Lease
 from distrain.loop.anomalies import Anomaly
 from distrain.loop.evaluation import Interrupted, evaluate
+from distrain.loop.indices import told_plainly
 from distrain.loop.introducing import introduction
 from distrain.loop.out_of_memory import explained
 from distrain.loop.pace import Best, Every, StopRequest, Waited
@@ -27,7 +29,7 @@ from distrain.loop.undecodable import EVENT as UNDECODABLE
 from distrain.loop.undecodable import Undecodable
 from distrain.metrics import build_metrics
 from distrain.models import transformers_config
-from distrain.optim import set_lr
+from distrain.optim import Loss, set_lr
 from distrain.recipe_file import dump_recipe
 from distrain.rundir import RunDir, append_row, now
 from distrain.strategy import World
@@ -115,13 +117,33 @@ class Session:
         world: World,
         stop: StopRequest | None = None,
         lease: Lease | None = None,
+        tell: Callable[[UserError], None] | None = None,
     ) -> Iterator[Session]:
-        """Set up, and put the terminal, trackers and files in order at the end, however it comes."""
+        """Set up, and put the terminal, trackers and files in order at the end, however it comes.
+
+        `tell` says what went wrong where nothing can be put in order, as this process has lost its device.
+        """
+        session: Session | None = None
+
+        def parts() -> tuple[nn.Module | None, Loss | None]:
+            return (None, None) if session is None else (session.t.engine.model, session.t.loss)
+
+        def last_word(error: UserError) -> None:
+            if session is not None:
+                with suppress(Exception):
+                    session.telemetry.close()
+            if tell is not None:
+                tell(error)
+
+        end = last_word if tell is not None else None
         with explained(recipe, world) as attempt:
-            session = cls(run, recipe, world, stop, lease)
+            with told_plainly(parts, end):
+                session = cls(run, recipe, world, stop, lease)
             attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
-                yield session
+                # inside: what is put in order below needs a device that works
+                with told_plainly(parts, end):
+                    yield session
             finally:
                 session.saver.close()
                 session.telemetry.close()

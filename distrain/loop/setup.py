@@ -20,6 +20,7 @@ from distrain.datasets import Batch, Data, is_stream, warnings_of
 from distrain.datasets.transforms import Transform
 from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of, length_warnings
+from distrain.loop.indices import given
 from distrain.loop.step import Training, loss_of, seed_dropout, to_device
 from distrain.loop.trace import Trace
 from distrain.loop.updates import Inputs, take_inputs
@@ -177,6 +178,7 @@ def _training(
 
     def objective(model: nn.Module, index: int) -> torch.Tensor:
         seed_dropout(world, mix(recipe.seed, "dropout", 0, world.rank, index))  # what is left out at random is as then
+        given("the first step", [first_step()[index]])
         batch = to_device(first_step()[index], world)
         return loss_of(calling_convention(plain_model(model)), loss, model, batch)
 

@@ -15,6 +15,7 @@ from distrain.config import Recipe, mix
 from distrain.datasets import Batch
 from distrain.heartbeat import mark, stepped
 from distrain.loop.anomalies import Anomalies, Anomaly, Own
+from distrain.loop.indices import given
 from distrain.loop.trace import Trace
 from distrain.models import Convention
 from distrain.optim import AnySchedule, Loss, set_lr
@@ -91,6 +92,7 @@ def train_step(
     """
     if t.anomalies is not None and (known := t.anomalies.left_out(t.step + 1)) is not None:
         return _leave_out(t, known, flags())
+    given(f"step {t.step + 1}", micro_batches)
     mark("sync")
     set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     share = _share(t, micro_batches)

@@ -258,6 +258,14 @@ class Runner:
                 + "\nProve it again, and change nothing meanwhile"
             )
 
+    def without_determinism(self, placement: Placement) -> Leg:
+        """Run straight with `train.deterministic: false`, for its time alone."""
+        self.overrides.append("train.deterministic=false")
+        try:
+            return self.run(f"without deterministic operations, {placement}", [placement])
+        finally:
+            self.overrides.pop()
+
     def _begin(
         self, run_dir: Path, placement: Placement, trace: Path, output: Path, interruption: Interruption | None
     ) -> Process:

@@ -14,11 +14,13 @@ from typing import Any
 
 from distrain.config import Recipe, UserError, close_names
 from distrain.prove.causes import explain, explain_elsewhere
+from distrain.prove.cost import cost_in_words, turned_on
 from distrain.prove.divergence import Divergence, exact
 from distrain.prove.legs import CouldNotRun, Interruption, Leg, Placement, Runner, draw_interruptions
 from distrain.prove.processes import Start, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
 from distrain.recipe_file import load_recipe
+from distrain.rundir import RunDir
 
 SAVES = 6
 """Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
@@ -53,6 +55,8 @@ class Proof:
     seconds: float = 0.0
     kept: Path | None = None
     """The folder with all runs and traces, where it is kept."""
+    determinism: str = ""
+    """What deterministic operations cost, where the proof has turned them on."""
 
     @property
     def divergence(self) -> Divergence | None:
@@ -77,6 +81,7 @@ class Proof:
             "tolerance": vars(self.tolerance),
             "seconds": self.seconds,
             "kept": None if self.kept is None else str(self.kept),
+            "determinism": self.determinism or None,
             "legs": [_leg_as_json(result) for result in self.results],
             "divergence": None if found is None else vars(found) | {"gap": _plain(found.gap)},
         }
@@ -232,6 +237,10 @@ class _Director:
         tolerance = tolerance_of(first.attempts[0].record, *self.tolerances)
         self.proof = Proof(recipe.name, first.last_step, facts["total_steps"], facts["precision"], self.seed, tolerance)
         self.add(LegResult(first, ""))
+        if turned_on(recipe, RunDir(first.run_dir)):
+            self.say("what deterministic operations cost")
+            without = self.runner.without_determinism(placements[0])
+            self.proof.determinism = cost_in_words(RunDir(first.run_dir), RunDir(without.run_dir))
         if self.kills and not self.broken(first):
             return self.proof
         for placement in placements[1:]:

@@ -80,6 +80,8 @@ def show(proof: Proof, console: Console) -> None:
         console.print(str(proof.divergence), soft_wrap=True)
     else:
         console.say(proved_line(proof))
+    if proof.determinism:
+        console.say(proof.determinism)
     if proof.kept is not None:
         console.say(f"all runs and traces: {proof.kept}")
 

@@ -21,6 +21,7 @@ from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
+from distrain.strategy import determinism
 from distrain.strategy.precision import LossScale
 from distrain.strategy.state import Carry, Shard, TrainingState
 from distrain.strategy.world import World
@@ -309,6 +310,8 @@ class Engine(ABC):
             if found.is_floating_point and found != expected:
                 asked = f"train.precision {self.world.precision}, with weights in {dtype_name(expected)},"
                 raise did_not_take_effect(asked, f"{name} is {dtype_name(found)}")
+        if self.world.deterministic and not determinism.is_on():
+            raise did_not_take_effect("train.deterministic", "torch.are_deterministic_algorithms_enabled() is False")
         # without a GPU there is nowhere to offload from
         if self.world.device.type != "cpu" and (offloaded := self._offloaded()) != self.world.asked.offload:
             raise did_not_take_effect(f"offload {self.world.asked.offload}", f"{offloaded} is offloaded")
@@ -336,6 +339,7 @@ class Engine(ABC):
             "processes": self.world.world_size,
             "device": self.world.device.type,
             "precision": self.world.precision,
+            "deterministic": determinism.is_on(),
             "forward": "as stored" if autocast is None else f"autocast to {dtype_name(autocast)}",
             "weights": _listed(dtypes["parameter"]),
             "sharded": any(not each.replicated for each in held),

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from distrain.config import UserError
 from distrain.environment import Environment, forget_world, has_launcher
 from distrain.heartbeat import progress
 from distrain.output import echo
+from distrain.strategy import determinism
 from distrain.strategy.configuration import take_over
 from distrain.strategy.launched import Asked, check_precision
 from distrain.strategy.precision import Arithmetic, resolve
@@ -47,6 +48,9 @@ class World:
 
     Satisfies `distrain.checkpoint.Communicator`.
     """
+
+    deterministic = False
+    """Whether this process was told to compute deterministically."""
 
     def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked, timeout: timedelta):
         self.accelerator = accelerator
@@ -211,11 +215,17 @@ def _of_another_rank(error: Exception) -> Exception:
     return error
 
 
-def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float = 600.0) -> World:
+def open_world(
+    precision: str,
+    asked: Asked | None = None,
+    *,
+    timeout_s: float = 600.0,
+    deterministic: bool | Literal["auto"] = False,
+) -> World:
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
     `precision` is the recipe's `train.precision`. `asked` is the strategy, None for single or ddp. `timeout_s` bounds
-    every collective but those of `first`.
+    every collective but those of `first`. `deterministic` is the recipe's `train.deterministic`.
     """
     environment = Environment.read(os.environ)
     if environment.world_size == 1:
@@ -224,6 +234,8 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
         asked = Asked("single" if environment.world_size == 1 else "ddp")
     check_precision(precision, asked.strategy)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if told := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
+        determinism.turn_on()
     # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
     take_over(os.environ)
     os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -249,7 +261,9 @@ def open_world(precision: str, asked: Asked | None = None, *, timeout_s: float =
                 f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
                 f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
             )
-        return World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
+        world = World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
+        world.deterministic = told
+        return world
     except BaseException:
         if dist.is_initialized():  # ending a process without leaving it can abort under gloo
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -125,7 +126,7 @@ def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str,
         targets = torch.full(shape, 0.5)
     else:
         targets = torch.zeros(shape[:-1], dtype=torch.long)
-    loss.sum_and_count(outputs, targets)
+    copy(loss).sum_and_count(outputs, targets)  # the loss itself notes what a model's outputs were
 
 
 def _class_name(name: str) -> str:

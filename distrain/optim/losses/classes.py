@@ -27,6 +27,7 @@ class ClassLoss(TorchLoss):
         super().__init__(name, partial(build, ignore_index=self.ignore_index))
         self._task = task
         self._weight = cast("Tensor | None", args.get("weight"))
+        self.classes = len(self._weight) if self._weight is not None else None
         self.count_is_fixed = self.ignore_index == NEVER and self._weight is None
         self.is_token_entropy = (
             self._weight is None
@@ -39,6 +40,7 @@ class ClassLoss(TorchLoss):
         dim = class_dim(logits, targets, self._task)
         count = self.count(targets, keep)
         soft = targets.is_floating_point() and targets.shape == logits.shape
+        self.classes = None if soft else logits.shape[dim]
         targets = targets.to(logits.dtype) if soft else self._numbers(targets, keep)
         if dim == logits.dim() - 1 > 1:
             logits = logits.flatten(0, -2)

@@ -64,6 +64,7 @@ class ElementLoss(TorchLoss):
         elif self._kind is nn.CosineEmbeddingLoss:
             losses = module(*equal_shapes(inputs, self.name), of_rows(targets, inputs[0], self.name))
         elif self._kind is nn.MultiMarginLoss:
+            self.classes = inputs[0].shape[-1]
             losses = module(inputs[0], of_rows(targets, inputs[0], self.name))
         elif self._kind is nn.GaussianNLLLoss:
             mean, variance = (fitted(each, targets, self.name) for each in inputs)

@@ -35,6 +35,9 @@ class Loss(ABC):
     takes_several: bool = False
     """Whether it takes all that a model returns, where that is a tuple of tensors, or only the first."""
 
+    classes: int | None = None
+    """How many classes the outputs had that it took last; None where targets are no class numbers."""
+
     def taken(self, output: ModelOutput) -> Outputs:
         """Return what of a model's output this loss takes."""
         return (output.logits, *output.others) if self.takes_several and output.others else output.logits
