@@ -20,9 +20,11 @@ from worlds import in_world
 from distrain.checkpoint import read_manifest
 from distrain.config import UserError
 from distrain.data import build_data
+from distrain.datasets import Data, DataMeta
 from distrain.inputs import compare, fingerprint
 from distrain.inputs.code import code_of
 from distrain.inputs.files import MOST_FILES, listing, walk
+from distrain.inputs.items import items_of
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir, read_rows
 
@@ -211,6 +213,47 @@ def known_own(folder: str, change: tuple[str, str, str] | None) -> dict[str, Any
         assert old in text
         Path(folder, file).write_text(text.replace(old, new))
     return known(Path(folder), recipe)
+
+
+class Items:
+    """A source of one item, given as it is fetched."""
+
+    def __init__(self, fetch: Callable[[], Any]) -> None:
+        self._fetch = fetch
+
+    def __len__(self) -> int:
+        return 1
+
+    def fetch(self, ids: np.ndarray) -> dict[str, Any]:
+        return {"inputs": self._fetch(), "ids": ids}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (torch.arange(100.0), torch.arange(100.0).nextafter(torch.tensor(1e9)), True),
+        (torch.arange(100.0), torch.arange(100.0).flip(0), False),
+        (torch.arange(100.0), torch.arange(100.0).reshape(10, 10), False),
+        (torch.rand(3, 64, 64), torch.rand(3, 64, 64), False),
+        (torch.arange(9), torch.arange(9).roll(1), False),
+        (torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor([1.0, torch.inf, torch.nan]), True),
+        (torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor([2.0, torch.inf, torch.nan]), False),
+        (torch.tensor([1j, 2.0]), torch.tensor([1j, 3.0]), False),
+        ({"a": torch.ones(2, dtype=torch.bfloat16)}, {"a": torch.zeros(2, dtype=torch.bfloat16)}, False),
+        ([torch.ones(2), "text"], [torch.ones(2), "other text"], False),
+        (object(), object(), True),
+    ],
+)
+def test_samples_are_known_again(one: Any, other: Any, same: bool) -> None:
+    then, now = (items_of(Data({"train": Items(lambda each=each: each)}, DataMeta())) for each in (one, other))  # type: ignore[misc]
+    then = json.loads(json.dumps(then, allow_nan=False))
+    assert then["train"]
+    assert compare({"items": then}, {"items": now}) is not same
+
+
+def test_samples_that_are_drawn_each_time_are_not_compared() -> None:
+    draw = np.random.default_rng()
+    assert items_of(Data({"train": Items(lambda: torch.tensor(draw.normal()))}, DataMeta())) == {"train": {}}
 
 
 def test_code_is_found_by_its_imports(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def fingerprint(
     """Return what a run of this recipe depends on, as JSON values.
 
     `place` is the run's folder, or a checkpoint in it: a folder that holds it is that of a project, and no data.
-    Without `items` no samples are looked at.
+    Without `items` there are no samples and no numbers of them.
 
     - `data`, `model`: `files.listing` of the files that the data set reads, and of those that the model's section names
     - `folder`: the same of folders that are handed to the user's own code, which reads what it likes of them
@@ -53,13 +53,14 @@ def fingerprint(
     section = recipe.data
     full = section.fingerprint == "full"
     found: dict[str, Any] = {
-        "total_steps": total_steps,
+        "total_steps": total_steps if items else None,
         "code": code_of(recipe),
         "model": listing(_named(recipe.model.model_dump(mode="json"), "model.")[0], full=full),
     }
     if section.fingerprint == "off":
         return found
-    found["splits"] = {name: None if is_stream(each) else len(each) for name, each in data.splits.items()}
+    if items:
+        found["splits"] = {name: None if is_stream(each) else len(each) for name, each in data.splits.items()}
     arguments = {key: value for key, value in section.model_dump(mode="json").items() if key not in _NO_INPUT}
     roots = _roots(section.path, section.split)
     if data.files:

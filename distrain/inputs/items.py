@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distrain.datasets import Data, Source
 
 _ENOUGH_S = 0.5
-"""No further samples of a split are taken after this time."""
+"""No further samples are taken after this time."""
 
 _MOST_NUMBERS = 1 << 20
 
@@ -22,20 +22,22 @@ _MOST_NUMBERS = 1 << 20
 def items_of(data: Data) -> dict[str, dict[str, Any]]:
     """Return {split: {sample id: what it is}} for the first and the last sample of each split, and two between.
 
-    A sample is as in the first epoch. One that cannot be read is left out: training says so where it counts.
+    A sample is as in the first epoch. Left out is one that cannot be read, as training says so where it counts, and one
+    that is another each time that it is asked for.
     """
     from distrain.datasets import is_stream
 
     found: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
     for split, source in data.splits.items():
         if is_stream(source):
             continue
-        began, last = time.monotonic(), len(source) - 1
+        last = len(source) - 1
         rows = found.setdefault(split, {})
         for number in dict.fromkeys([0, last, last // 3, last * 2 // 3]):
             if time.monotonic() - began > _ENOUGH_S:
                 break
-            if (item := _item(source, number)) is not None:
+            if (item := _item(source, number)) is not None and item == _item(source, number):
                 rows[str(number)] = item
     return found
 
@@ -59,12 +61,15 @@ def _value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_value(each) for each in value]
     if not hasattr(value, "numpy"):
-        return xxhash.xxh3_128_hexdigest(repr(value).encode(errors="surrogatepass"))
+        # what other objects are shown as may hold their place in memory
+        shown = repr(value) if isinstance(value, str | bytes | int | float | None) else type(value).__name__
+        return xxhash.xxh3_128_hexdigest(shown.encode(errors="surrogatepass"))
     array = (value.float() if str(value.dtype) == "torch.bfloat16" else value).detach().cpu().numpy()
     shape = list(array.shape)
-    if array.dtype.kind not in "fc":
+    parts = np.stack([array.real, array.imag]) if array.dtype.kind == "c" else array
+    flat = parts.astype(np.float64).reshape(-1)
+    if array.dtype.kind not in "fc" or not (np.abs(flat) < 1e100).all():
         return [shape, xxhash.xxh3_128_hexdigest(array.tobytes())]
-    flat = np.nan_to_num(np.abs(array) if array.dtype.kind == "c" else array).astype(np.float64).reshape(-1)
     flat = flat[:: -(-flat.size // _MOST_NUMBERS) or 1]
     direction = np.cos(np.arange(flat.size) * 0.7390851332151607)
     return [shape, float(np.linalg.norm(flat)), float(flat @ direction)]

@@ -41,7 +41,7 @@ def take_inputs(
 ) -> Inputs:
     """Rank 0: return what this start depends on. Raises UserError for a change that nobody has let in.
 
-    `items`: whether samples are looked at, where no files are known that they come from.
+    `items`: whether samples are counted, and looked at where no files are known that they come from.
     """
     found = fingerprint(recipe, data, total_steps, run.path, items=items)
     allowed = run.update_path.exists()
@@ -77,7 +77,7 @@ def _changes(then: dict[str, Any], found: dict[str, Any], *, total_steps: bool) 
     lines = compare(then, found).lines
     before, after = then.get("total_steps"), found["total_steps"]
     # another recipe may make another number of steps of the same data
-    if total_steps and before is not None and before != after:
+    if total_steps and None not in (before, after) and before != after:
         lines.append(f"total steps: {before:,} -> {after:,}")
     return lines
 
