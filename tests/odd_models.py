@@ -367,6 +367,25 @@ class Growing(Blocks):
         return self.head(x)
 
 
+class Sparse(Blocks):
+    """Embeddings with sparse gradients; `by_hand` is one that no layer tells of."""
+
+    def __init__(self, by_hand: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, WIDTH, sparse=True)
+        self.bag = nn.EmbeddingBag(3, WIDTH, sparse=True)
+        self.table = nn.Parameter(torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH))
+        self.by_hand = by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, :3].argmax(1)
+        looked_up = F.embedding(tokens, self.table, sparse=self.by_hand)
+        x = self.into(x) + self.embed(tokens) + self.bag(tokens[:, None]) + looked_up
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
 class Failing(Blocks):
     """Breaks on one rank alone: in the forward or the backward pass of a block, at a pass of training."""
 

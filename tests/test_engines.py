@@ -361,6 +361,50 @@ def test_parts_that_ranks_do_not_all_use_are_named_before_one_waits(
     assert "Use ddp or zero2" in said
 
 
+UNCLIPPED = ("optim.weight_decay=0", "optim.clip_norm=null")
+SPARSE: dict[str, tuple[str, ...]] = {
+    "adagrad": ("optim.name=adagrad", *UNCLIPPED),
+    "sgd": ("optim.name=sgd", *UNCLIPPED),
+    "adagrad-clipped": ("optim.name=adagrad", "optim.weight_decay=0"),
+    "adamw": UNCLIPPED,
+}
+"""Optimizers that take sparse gradients and one that does not, with an average, and with clipping."""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return runs in one process, whose embeddings are sparse where that can be."""
+    return train_sparse(tmp_path_factory.mktemp("sparse"), "single", 1)
+
+
+def train_sparse(folder: Path, strategy: str, world_size: int) -> dict[str, Path]:
+    runs = {name: folder / f"{strategy}-{name}" for name in SPARSE}
+    for name, run in runs.items():
+        recipe = write_recipe(folder, RECIPE.replace("MODEL", "Sparse"), f"{name}.yaml")
+        create(run, recipe, SPARSE[name], strategy, world_size)
+    assert run_all(strategy, world_size, runs) == {}
+    return runs
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+def test_embeddings_with_sparse_gradients_train_as_in_one_process(
+    dense: dict[str, Path], strategy: str, tmp_path: Path
+) -> None:
+    for name, run in train_sparse(tmp_path, strategy, 2).items():
+        assert_agrees(run, dense[name])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_a_sparse_gradient_that_no_layer_tells_of_is_named(strategy: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Sparse"))
+    ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, ["model.by_hand=true"], timeout_s=60)
+    said = "".join(ended.err for ended, _ in ranks)
+    assert [ended.status for ended, _ in ranks] == [1, 1]
+    assert said.count("error (rank") == 1
+    assert "the gradient of parameter table is sparse" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_parameters_in_the_same_memory_are_refused(strategy: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "SameMemory"))

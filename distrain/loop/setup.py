@@ -33,6 +33,7 @@ from distrain.optim import (
     carry_over,
     frozen_names,
     resolve_schedule,
+    settle_sparse,
     unregistered_layers,
 )
 from distrain.probed import Probed, Where, remembered
@@ -161,6 +162,16 @@ def _training(
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         told.extend(world.arithmetic.fit(model, world.device))
+        if said := settle_sparse(
+            model,
+            recipe.optim,
+            world.strategy,
+            norms=recipe.optim.clip_norm is not None
+            or recipe.anomalies.leaves_out
+            or recipe.anomalies.spike is not None,
+            scaled=world.arithmetic.scaled,
+        ):
+            told.append(said)
         if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
             told.append(said)
 

@@ -5,6 +5,7 @@ losses/        losses by name, as sums and counts, so that one division over the
 schedules.py   the learning rate as a pure function of the step
 averages.py    the exponential moving average of the weights
 sharding.py    which optimizers give the same result where parameters are cut into pieces
+sparse.py      embeddings with sparse gradients
 families.py    what an optimizer can take over from the state of another
 arguments.py   arguments of a recipe checked against a signature
 """
@@ -24,6 +25,7 @@ from distrain.optim.optimizers import (
 )
 from distrain.optim.schedules import AnySchedule, OwnSchedule, Schedule, check_schedule, lr_at, resolve_schedule
 from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
+from distrain.optim.sparse import settle_sparse, sparse_layers
 
 __all__ = [
     "AnySchedule",
@@ -49,6 +51,8 @@ __all__ = [
     "plain_name",
     "resolve_schedule",
     "set_lr",
+    "settle_sparse",
     "sharding_problem",
+    "sparse_layers",
     "unregistered_layers",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
 from distrain.networks.deferred import Deferred
-from distrain.optim import Ema, plain_name
+from distrain.optim import Ema, plain_name, sparse_layers
 from distrain.strategy import determinism
 from distrain.strategy.precision import LossScale
 from distrain.strategy.state import Carry, Shard, TrainingState
@@ -190,6 +190,11 @@ class Engine(ABC):
         if self._gradients is None:
             self._gradients = {}
             for each in gradients:
+                if each.layout is not torch.strided and (self.watched or self.scale is not None or self.clip_norm):
+                    raise UserError(
+                        "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
+                        "have the model compute it with sparse=False"
+                    )
                 name = str(each.dtype).removeprefix("torch.")
                 self._gradients[name] = self._gradients.get(name, 0) + each.numel() * each.element_size()
 
@@ -475,8 +480,13 @@ def reached_parameters(world: World, plan: Plan, model: nn.Module, index: int = 
         names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
         reached: list[str] = []
 
+        known = {id(layer.weight) for _, layer in sparse_layers(model)}
+
         def note(parameter: Tensor) -> None:
             reached.append(names[id(parameter)])
+            assert parameter.grad is not None, "it was accumulated just now"
+            if parameter.grad.layout is not torch.strided and id(parameter) not in known:
+                raise sparse_gradient(names[id(parameter)], world.strategy)
             parameter.grad = None  # all of them together may be more than this strategy ever holds
 
         handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
@@ -498,6 +508,14 @@ def no_gradient(names: Sequence[str], world: World) -> UserError:
         f"parameter {names[0]}{others} got no gradient in a step on any rank; {world.strategy} steps all that it "
         "trains together, and cannot pass over a part of it as an optimizer does in one process. Use ddp, have each "
         "step use it, even if its output is multiplied by zero, or freeze it (optim.freeze) if it is never used"
+    )
+
+
+def sparse_gradient(name: str, strategy: str) -> UserError:
+    """Return the error of a gradient that is sparse where a strategy reduces dense ones."""
+    return UserError(
+        f"the gradient of parameter {name} is sparse, and {strategy} reduces dense gradients only; have the model "
+        "compute it with sparse=False, or train in a single process, which takes sparse ones"
     )
 
 

@@ -26,6 +26,7 @@ from distrain.strategy.engine import (
     did_not_take_effect,
     make_ema,
     make_optimizer,
+    sparse_gradient,
     square_of,
     with_arithmetic,
 )
@@ -182,6 +183,8 @@ class Fsdp2(Engine):
                 whole.grad = torch.zeros_like(whole)
                 sharded = parameter.sharded_param
                 self._missed[sharded] = self._missed.get(sharded, 0) + 1
+            elif whole is not None and whole.grad is not None and whole.grad.layout is not torch.strided:
+                raise sparse_gradient(parameter._param_fqn, self.world.strategy)
         reduce(*unused)
 
     def shard(self, parameter: nn.Parameter) -> Shard:

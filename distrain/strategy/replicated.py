@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distrain.config import UserError
 from distrain.heartbeat import mark
+from distrain.optim import sparse_layers
 from distrain.strategy.engine import (
     FLAGS,
     Engine,
@@ -158,6 +160,13 @@ class Replicated(Engine):
             missed = [each for each in self._trained if each.grad is None]
         if not missed:
             return
+        if sparse := [
+            name for name, layer in sparse_layers(self.model) if any(layer.weight is each for each in missed)
+        ]:
+            raise UserError(
+                f"{sparse[0]} with sparse=True was not used in a step on rank {self.world.rank}, and ddp has no "
+                "sparse gradient of nothing to give the others; make it with sparse=False"
+            )
         absent = [each for each in missed if each.grad is None]
         views = [each.view_as(each) for each in missed]
         torch.autograd.backward(views, [torch.full_like(each, -0.0) for each in views])

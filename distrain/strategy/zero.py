@@ -34,6 +34,7 @@ from distrain.strategy.engine import (
     model_to,
     no_gradient,
     reached_parameters,
+    sparse_gradient,
     square_of,
     with_arithmetic,
 )
@@ -130,6 +131,8 @@ class Zero(Engine):
         return self.world.gather([name for name in trained if name not in (unused or ())])
 
     def _note_reached(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise sparse_gradient(self._trained[id(parameter)], self.world.strategy)
         self._reached.add(id(parameter))
 
     def _fetch_in_lockstep(self, lockstep: Lockstep) -> None:
