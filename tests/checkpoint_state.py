@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoint import Piece, Saver, TensorSpec
-from distrain.checkpoint.format import ITEM_SIZES
+from distrain.checkpoint.dtypes import ITEM_SIZES
 
 DESCRIBED: dict[str, Any] = {
     "scalars": {"groups": [{"lr": 0.1, "betas": [0.9, 0.999]}], "position": 10**15},

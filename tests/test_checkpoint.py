@@ -41,8 +41,9 @@ from distrain.checkpoint import (
     verify,
     writing,
 )
+from distrain.checkpoint.dtypes import ITEM_SIZES
 from distrain.checkpoint.floats import convert
-from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, canonical
+from distrain.checkpoint.format import MANIFEST, canonical
 
 
 def local(folder: Path, **options: Any) -> Saver:

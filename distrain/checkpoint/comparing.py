@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from distrain.checkpoint.dtypes import bits_dtype
 from distrain.checkpoint.floats import FLOATS, widen
-from distrain.checkpoint.format import ITEM_SIZES, Manifest, explain_difference
+from distrain.checkpoint.format import Manifest, explain_difference
 from distrain.checkpoint.reading import Reader
 
 _CHUNK = 1 << 20  # elements compared at a time
@@ -93,12 +94,12 @@ def _short(value: Any) -> str:
 
 def _compare(name: str, manifest: Manifest, a: Reader, b: Reader) -> TensorDifference | None:
     spec = manifest.tensors[name].spec
-    bits = f"u{ITEM_SIZES[spec.dtype]}"
     differing, max_abs, max_rel = 0, 0.0, 0.0
     for start in range(0, spec.numel, _CHUNK):
         count = min(_CHUNK, spec.numel - start)
         one, other = a.read(name, start, count), b.read(name, start, count)
-        unequal = np.flatnonzero(one.view(bits) != other.view(bits))
+        same = one.view(bits_dtype(spec.dtype)) == other.view(bits_dtype(spec.dtype))
+        unequal = np.flatnonzero(~same.reshape(count, -1).all(1))
         if not unequal.size:
             continue
         differing += unequal.size

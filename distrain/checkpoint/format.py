@@ -14,20 +14,22 @@ import numpy as np
 import xxhash
 
 from distrain import bounded
+from distrain.checkpoint.dtypes import ITEM_SIZES, in_safetensors
 from distrain.config import UserError
 
 VERSION = 1
 MANIFEST = "MANIFEST.json"
 MAX_MANIFEST = bounded.SUMMARY
 """Bytes: some hundred thousand tensors, or a thousand in pieces of a thousand ranks."""
-ROLES = ("parameter", "buffer", "optimizer", "ema")
-ITEM_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of one element, by the dtype names of safetensors."""
+ROLES = ("parameter", "buffer", "optimizer", "ema", "state")
 
-_PREFIXES = {"parameter": "model/", "buffer": "model/", "optimizer": "optimizer/", "ema": "ema/"}
+_PREFIXES = {
+    "parameter": ("model/",),
+    "buffer": ("model/",),
+    "optimizer": ("optimizer/", "optimizer-group/", "optimizer-key/"),
+    "ema": ("ema/",),
+    "state": ("model/", "state/", "exported/", "exported-ema/"),
+}
 _SELF_HASH = re.compile(rb'\{"xxh3_128":"([0-9a-f]{32})",')
 _T = TypeVar("_T")
 
@@ -43,9 +45,9 @@ class TensorSpec:
     shape: tuple[int, ...]
     """() for a single number; a 0 in it makes a tensor without elements, which has no pieces."""
     dtype: str
-    """A safetensors name: F64, F32, F16, BF16, I64, BOOL, … (`ITEM_SIZES`)."""
+    """A name of `dtypes.DTYPES`: F64, F32, F16, BF16, I64, BOOL, …"""
     role: str
-    """One of parameter, buffer, optimizer, ema."""
+    """One of parameter, buffer, optimizer, ema, and state for what a model keeps besides."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_SIZES:
@@ -300,7 +302,7 @@ def parse_manifest(raw: bytes) -> Manifest:
         check_tiling(name, tensors[name], world_size)
         if not name.startswith(_PREFIXES[role]):
             raise CheckpointError(
-                f"{name!r} is said to be of the role {role}, whose names begin with {_PREFIXES[role]}"
+                f"{name!r} is said to be of the role {role}, whose names begin with {' or '.join(_PREFIXES[role])}"
             )
     aliases = _texts(take(top, "aliases", dict), "aliases")
     for alias, name in aliases.items():
@@ -362,9 +364,10 @@ def rank_file_name(rank: int, world_size: int) -> str:
 
 
 def keys_by_file(manifest: Manifest) -> list[dict[str, tuple[str, int]]]:
-    """For each file, {key: (dtype, numel)} of the pieces that the manifest places in it."""
+    """For each file, {key: (dtype, numel)} of the pieces that the manifest places in it, as its header names them."""
     found: list[dict[str, tuple[str, int]]] = [{} for _ in manifest.files]
     for name, tensor in manifest.tensors.items():
         for file, start, numel in tensor.pieces:
-            found[file][piece_key(name, start)] = (tensor.spec.dtype, numel)
+            dtype, shape = in_safetensors(tensor.spec.dtype, (numel,))
+            found[file][piece_key(name, start)] = (dtype, math.prod(shape))
     return found

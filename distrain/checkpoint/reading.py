@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 
 from distrain import bounded
+from distrain.checkpoint.dtypes import ITEM_SIZES
 from distrain.checkpoint.format import (
-    ITEM_SIZES,
     MANIFEST,
     MAX_MANIFEST,
     CheckpointError,

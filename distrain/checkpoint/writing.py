@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from distrain.checkpoint.dtypes import DTYPES, ITEM_SIZES, in_safetensors
 from distrain.checkpoint.format import (
-    ITEM_SIZES,
     MANIFEST,
     MAX_MANIFEST,
     VERSION,
@@ -88,8 +88,9 @@ def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[byt
     header, reached = {}, 0
     for _, name, start, numel, data, _ in laid:
         assert piece_key(name, start) not in header, f"{name}: two pieces at {start}"
+        dtype, shape = in_safetensors(specs[name].dtype, (numel,))
         header[piece_key(name, start)] = {
-            "dtype": specs[name].dtype, "shape": [numel], "data_offsets": [reached, reached + data.nbytes]
+            "dtype": dtype, "shape": [math.prod(shape)], "data_offsets": [reached, reached + data.nbytes]
         }  # fmt: skip
         reached += data.nbytes
     return pack_header(header), [(data, copied) for *_, data, copied in laid]
@@ -458,7 +459,7 @@ def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileIn
         try:
             for key, (_, numel, _, _) in read_header(descriptor, info.size).items():
                 name, _, start = key.rpartition("@")
-                placed[name].append((index, int(start), numel))
+                placed[name].append((index, int(start), numel // (1 + (DTYPES[specs[name].dtype].pair is not None))))
         finally:
             os.close(descriptor)
     tensors = {name: Tensor(specs[name], tuple(sorted(found, key=lambda p: p[1]))) for name, found in placed.items()}

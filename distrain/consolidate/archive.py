@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from distrain.checkpoint.format import ITEM_SIZES
+from distrain.checkpoint.dtypes import ITEM_SIZES
 from distrain.config import UserError
 from distrain.consolidate.pickles import PickleRefused, View, read_pickle
 

@@ -7,6 +7,7 @@ kernel where the dtype is kept: memory is bounded by a few small buffers, whatev
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from distrain.checkpoint.dtypes import ITEM_SIZES, in_safetensors
 from distrain.checkpoint.floats import convert
-from distrain.checkpoint.format import ITEM_SIZES, TensorSpec, pack_header
+from distrain.checkpoint.format import TensorSpec, pack_header
 from distrain.config import UserError
 from distrain.consolidate.sources import THREADS, Tensors
 from distrain.heartbeat import progress
@@ -76,8 +78,9 @@ def write_safetensors(
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     reached = 0
     for name, output in outputs.items():
-        shape = (output.spec.numel,) if as_flat else output.spec.shape
-        entries[name] = {"dtype": output.dtype, "shape": shape, "data_offsets": [reached, reached + output.nbytes]}
+        dtype, shape = in_safetensors(output.dtype, output.spec.shape)
+        shape = (math.prod(shape),) if as_flat else shape
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [reached, reached + output.nbytes]}
         reached += output.nbytes
     head = pack_header(entries)
     starts = accumulate((output.nbytes for output in outputs.values()), initial=len(head))

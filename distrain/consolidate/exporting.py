@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from distrain.checkpoint import Manifest, Reader, find_checkpoint
+from distrain.checkpoint.dtypes import DTYPES, ITEM_SIZES
 from distrain.checkpoint.floats import FLOATS
-from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, explain
+from distrain.checkpoint.format import MANIFEST, explain
 from distrain.checkpoint.reading import is_checkpoint_name
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
@@ -106,6 +107,11 @@ def export(
         writes += [(path, partial(_write_index, dict(zip(paths, groups, strict=True)), nbytes)) for path in index]
         # shards of another number would be taken for a part of this export
         _publish(writes, present - {*paths, *index, *beside}, sync)
+    if out.suffix == ".safetensors" and (pairs := [name for name, each in outputs.items() if DTYPES[each.dtype].pair]):
+        notes = [
+            *notes,
+            f"as pairs of real numbers, for torch.view_as_complex; a .pt file has them as they are: {some(pairs)}",
+        ]
     if unaveraged:
         notes = [*notes, f"not averaged, and taken as they are: {some(unaveraged)}"]
     return Exported((*paths, *beside, *index), nbytes, len(outputs), tuple(notes), tuple(left))
@@ -201,10 +207,16 @@ def _choose(tensors: Tensors, dtype: str | None, ema: bool) -> tuple[dict[str, O
         raise UserError(f"{tensors.path} has no moving average of the weights: train.ema was off; leave ema out")
     averages = _averages(tensors) if ema else {}
     outputs, unaveraged = {}, []
+    # what the model's own hooks make of its tensors, and the names that they take out
+    made = "exported-ema/" if ema else "exported/"
+    instead = {name.removeprefix(made): name for name in names if name.startswith(made)}
+    scalars = tensors.reader.manifest.scalars if isinstance(tensors, OwnTensors) else {}
+    renamed = set(scalars.get("model_renamed", []))
     for full in [*tensors.names, *aliases]:
-        if full.startswith("model/"):
+        if full.startswith("model/") and full not in renamed:
             plain, stored = full.removeprefix("model/"), aliases.get(full, full)
             source = averages.get(plain, averages.get(stored.removeprefix("model/"), stored))
+            source = instead.get(plain, source)
             spec = tensors.spec(source)
             if ema and source == stored and full == stored and spec.role == "parameter":
                 unaveraged.append(plain)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint import LocalCommunicator, Saver
-from distrain.checkpoint.format import ITEM_SIZES, MANIFEST, piece_key
+from distrain.checkpoint.dtypes import ITEM_SIZES
+from distrain.checkpoint.format import MANIFEST, piece_key
 from distrain.config import UserError
 from distrain.consolidate.copying import Output, write_safetensors
 from distrain.consolidate.opening import COUNTED, open_foreign

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distrain.checkpoint.floats import FLOATS
 from distrain.checkpoint.format import CheckpointError, explain
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError, close_names
@@ -196,7 +197,7 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
         if any(fnmatchcase(plain, pattern) for pattern in patterns):
             found.add(plain)
         elif source.buffers is None:
-            floating = source.spec(full).dtype in ("F64", "F32", "F16", "BF16")
+            floating = source.spec(full).dtype in FLOATS
             if not floating or any(fnmatchcase(plain, pattern) for pattern in _BUFFERS):
                 usual.append(plain)
     for pattern in patterns:

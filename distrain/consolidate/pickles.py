@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.checkpoint.dtypes import BY_TORCH_NAME, DTYPES
 from distrain.config import UserError
 
 
@@ -63,18 +64,12 @@ class View:
     strides: tuple[int, ...]
 
 
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+_NAMES = BY_TORCH_NAME | {
     "double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32", "short": "I16",
 }  # fmt: skip
-_STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16",
-    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
-}  # fmt: skip
+"""Dtypes by what torch calls them, with its further names for some."""
 _STORAGE_DTYPES: dict[str, str | None] = {
-    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.{known.storage}Storage": name for name, known in DTYPES.items() if known.storage},
     "torch.storage.UntypedStorage": None,
     "torch.UntypedStorage": None,
 }
@@ -83,7 +78,7 @@ _TENSOR_TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.param
 _DISTRIBUTED = "torch.distributed.checkpoint"
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _HARMLESS = {
-    *_STORAGE_DTYPES, *_MAPPINGS, *_TENSOR_TYPES, *(f"torch.{name}" for name in DTYPES),
+    *_STORAGE_DTYPES, *_MAPPINGS, *_TENSOR_TYPES, *(f"torch.{name}" for name in _NAMES),
     "torch.Size", "torch.device", "torch.strided", "torch.contiguous_format", "torch.serialization._get_layout",
     "builtins.set", "builtins.frozenset", "builtins.list", "builtins.tuple", "builtins.bytearray", "builtins.complex",
     "builtins.slice", "builtins.range", "builtins.int", "builtins.float", "builtins.bool", "builtins.str",
@@ -126,9 +121,9 @@ def _tensor_v3(args: tuple[Any, ...]) -> View:
 
 def _dtype(named: Any) -> str:
     short = named.path.removeprefix("torch.") if isinstance(named, Named) else ""
-    if short not in DTYPES:
+    if short not in _NAMES:
         raise PickleRefused(f"{getattr(named, 'path', type(named).__name__)} is not a dtype that is read here")
-    return DTYPES[short]
+    return _NAMES[short]
 
 
 def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> View:

@@ -24,14 +24,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from distrain.checkpoint import Reader
-from distrain.checkpoint.floats import convert
-from distrain.checkpoint.format import ITEM_SIZES, TensorSpec, explain
+from distrain.checkpoint.dtypes import ITEM_SIZES
+from distrain.checkpoint.floats import FLOATS, convert
+from distrain.checkpoint.format import TensorSpec, explain
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError
 
 THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1 << 20
-_BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+"""What copies elements of so many bytes."""
 
 
 class Tensors(Protocol):
@@ -296,7 +298,7 @@ class Source:
         if stored.spec.numel != 1:
             return None
         raw = self.gather(name, 0, 1)
-        if stored.dtype in ("F64", "F32", "F16", "BF16"):
+        if stored.dtype in FLOATS:
             return float(convert(raw, stored.dtype, "F64")[0].view(np.float64)[0])
         return int.from_bytes(raw.tobytes(), "little", signed=stored.dtype.startswith("I"))
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrain.checkpoint.format import ITEM_SIZES
+from distrain.checkpoint.dtypes import DTYPES
 from distrain.consolidate.copying import Output, copy_tensors, new_file
 from distrain.consolidate.sources import THREADS, Tensors, row_major
 
@@ -23,15 +23,6 @@ _ALIGNMENT = 64
 _FOLDER = "archive"
 _WIDE = 0xFFFFFFFF
 _CHUNK = 1 << 20
-_STORAGES = {
-    "F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
-    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
-    "BOOL": "BoolStorage", "C64": "ComplexFloatStorage",
-}  # fmt: skip
-_NEWER = {
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-"""Dtypes that have no class of storage: torch writes those as untyped bytes."""
 
 
 @dataclass
@@ -85,11 +76,17 @@ def _state_dict(outputs: dict[str, Output], keys: dict[str, str]) -> bytes:
     parts = [b"\x80\x02}("]
     for name, output in outputs.items():
         key, numel, dtype = keys[output.source], output.spec.numel, output.dtype
-        if dtype in _STORAGES:
-            rebuild, kind, size, tail = b"_rebuild_tensor_v2", b"ctorch\n%s\n" % _STORAGES[dtype].encode(), numel, b""
+        known = DTYPES[dtype]
+        if known.storage is not None:
+            rebuild, kind, size, tail = (
+                b"_rebuild_tensor_v2",
+                b"ctorch\n%sStorage\n" % known.storage.encode(),
+                numel,
+                b"",
+            )
         else:
-            rebuild, kind, size = b"_rebuild_tensor_v3", b"ctorch.storage\nUntypedStorage\n", numel * ITEM_SIZES[dtype]
-            tail = b"ctorch\n%s\n" % _NEWER[dtype].encode()
+            rebuild, kind, size = b"_rebuild_tensor_v3", b"ctorch.storage\nUntypedStorage\n", numel * known.nbytes
+            tail = b"ctorch\n%s\n" % known.torch.encode()
         shape = output.spec.shape
         strides = row_major(shape) if shape else ()
         parts += [

@@ -244,6 +244,7 @@ class Session:
             return True
         if not self._stepped:  # now there are gradients and an optimizer's state to tell of
             self._stepped = True
+            self.t.engine.check_state()
             self._record_effect()
         step = numbers.step
         loss, norm, (stops, time_to_save, written, undecodable) = numbers.read()
@@ -424,12 +425,13 @@ class Session:
             )
         engine.align_buffers()
         self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
+        specs, scalars = self.world.together(lambda: (state.specs(), engine.scalars()))
         with self._may_fail():
             self.saver.begin(
                 self.t.step,
-                state.specs(),
+                specs,
                 state.pieces(self.world.rank, self.world.world_size),
-                scalars=engine.scalars()
+                scalars=scalars
                 | self.anomalies.scalars()
                 | {"data": self.data.state, "transformers_config": transformers_config(engine.model)}
                 | {"inputs": self.setup.inputs.fingerprint},

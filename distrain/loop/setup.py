@@ -38,7 +38,7 @@ from distrain.optim import (
 )
 from distrain.probed import Probed, Where, remembered
 from distrain.rundir import RunDir
-from distrain.strategy import Plan, World, build_engine
+from distrain.strategy import Plan, World, build_engine, prepare_to_save
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def _training(
             scaled=world.arithmetic.scaled,
         ):
             told.append(said)
+        told.extend(prepare_to_save(model, sharded=world.strategy not in ("single", "ddp")))
         if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
             told.append(said)
 

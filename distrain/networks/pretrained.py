@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from distrain.checkpoint.dtypes import DTYPES
 from distrain.networks.recorder import Recorder
-from distrain.networks.weights import DTYPES
+from distrain.networks.weights import torch_dtype
 
 
 @contextmanager
@@ -83,11 +84,11 @@ class _Slice(_Stored):
     def __init__(self, recorder: Recorder, file: Any, name: str):
         self._slice = file.get_slice(name)
         stored = self._slice.get_dtype()
-        if stored not in DTYPES:
+        if stored not in DTYPES or DTYPES[stored].pair:
             raise recorder.lost(f"{name} is stored as {stored}")
         # a copy: what the file gives is a piece of its mapping, which is the same for all who ask
         super().__init__(
-            recorder, tuple(self._slice.get_shape()), DTYPES[stored], lambda: file.get_tensor(name).clone()
+            recorder, tuple(self._slice.get_shape()), torch_dtype(stored), lambda: file.get_tensor(name).clone()
         )
 
     def get_dtype(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from distrain.checkpoint.dtypes import DTYPES
 from distrain.config import UserError
 from distrain.consolidate import open_tensors
 from distrain.networks.deferred import Deferred
@@ -158,6 +159,17 @@ def _plain(name: str, expected: Mapping[str, Any]) -> str:
     return name
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a stored one; raises UserError where the installed torch has none."""
+    known = DTYPES.get(name)
+    found = getattr(torch, known.torch, None) if known is not None else None
+    if not isinstance(found, torch.dtype):
+        raise UserError(
+            f"a tensor is stored as {name}, for which PyTorch {torch.__version__} has no dtype; use a newer PyTorch"
+        )
+    return found
+
+
 class _Stored(NamedTuple):
     """A tensor in a file."""
 
@@ -228,21 +240,13 @@ def _in_folder(path: Path) -> dict[str, _Stored]:
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
         raw = torch.from_numpy(tensors.gather(name, 0, spec.numel).copy())
-        return raw.view(DTYPES[tensors.stored_dtype(name)]).reshape(spec.shape)
+        return raw.view(torch_dtype(tensors.stored_dtype(name))).reshape(spec.shape)
 
     return {
         full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
         for full, name in plain.items()
         if full.startswith("model/")
     }
-
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 def _same(tensor: Tensor) -> Tensor:

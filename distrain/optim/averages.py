@@ -35,7 +35,7 @@ class Ema:
     """An exponential moving average of the weights: `average = decay * average + (1 - decay) * weights` at each step.
 
     It starts as a copy of the weights, so it is biased towards nothing but the start, and needs no correction. Averages
-    are fp32 (fp64 for fp64 weights) whatever the weights are; a tensor that is not floating point is copied. Buffers
+    are fp32 (fp64 for fp64 weights) whatever the weights are, complex ones likewise; other tensors are copied. Buffers
     that a state dict would not hold are left out, and tied weights are held once. Build it when the model is on its
     device and sharded; averages are sharded as the weights are.
 
@@ -53,8 +53,9 @@ class Ema:
         )
         with torch.no_grad():
             self._averages = {name: _wide_copy(holder[key]) for name, (holder, key) in self._slots.items()}
-        self._floating = [name for name, tensor in self._averages.items() if tensor.is_floating_point()]
-        self._other = [name for name, tensor in self._averages.items() if not tensor.is_floating_point()]
+        averaged = {name for name, each in self._averages.items() if each.is_floating_point() or each.is_complex()}
+        self._floating = [name for name in self._averages if name in averaged]
+        self._other = [name for name in self._averages if name not in averaged]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by plain name; they are the live ones, so writing into them loads an average."""
@@ -88,7 +89,17 @@ class Ema:
             for average, weight in zip(averages, self._live(self._floating), strict=True)
         ]
         if averages:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            try:
+                torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            except RuntimeError:
+                for name, average, weight in zip(self._floating, averages, weights, strict=True):
+                    if average.shape != weight.shape:
+                        raise UserError(
+                            f"{name} has the shape {list(weight.shape)} now and had {list(average.shape)} at the "
+                            "start, so it has no average (train.ema) and no resumed run could hold it; keep its "
+                            "shape, or register it with persistent=False"
+                        ) from None
+                raise
         for average, value in zip(self._other, self._live(self._other), strict=True):
             _local(self._averages[average]).copy_(value)
 
@@ -136,8 +147,12 @@ def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
 
 
 def _wide_copy(tensor: Tensor) -> Tensor:
-    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4
-    return tensor.detach().to(torch.float32 if narrow else tensor.dtype, copy=True)
+    wide = tensor.dtype
+    if tensor.is_floating_point() and wide.itemsize < 4:
+        wide = torch.float32
+    elif tensor.is_complex() and wide.itemsize < 8:
+        wide = torch.complex64
+    return tensor.detach().to(wide, copy=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

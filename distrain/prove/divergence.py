@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
+from distrain.checkpoint.dtypes import ITEM_SIZES, bits_dtype
 from distrain.checkpoint.floats import FLOATS, widen
-from distrain.checkpoint.format import ITEM_SIZES
 from distrain.prove.legs import Attempt, Leg
 from distrain.prove.traces import Record, Values
 from distrain.rundir import RunDir
@@ -354,7 +354,9 @@ def element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
 
 
 def _elements(raw: np.ndarray, dtype: str) -> np.ndarray:
-    return widen(raw, dtype) if dtype in FLOATS else raw.view(f"u{ITEM_SIZES[dtype]}")
+    if dtype in FLOATS:
+        return widen(raw, dtype)
+    return raw.view(np.complex128) if ITEM_SIZES[dtype] == 16 else raw.view(bits_dtype(dtype))
 
 
 def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from distrain.checkpoint import Reader
+from distrain.checkpoint.dtypes import bits_dtype
 from distrain.checkpoint.floats import FLOATS, widen
-from distrain.checkpoint.format import ITEM_SIZES
 from distrain.prove.divergence import Divergence, earliest, element, not_done, shared_checkpoints
 from distrain.prove.legs import Leg
 from distrain.prove.traces import Record, Values
@@ -266,9 +266,8 @@ def distance(a: Reader, b: Reader, name: str) -> float:
         count = min(_CHUNK, mine.numel - start)
         one, other = a.read(name, start, count), b.read(name, start, count)
         if mine.dtype not in FLOATS or its.dtype not in FLOATS:
-            if mine.dtype != its.dtype or not np.array_equal(
-                one.view(f"u{ITEM_SIZES[mine.dtype]}"), other.view(f"u{ITEM_SIZES[its.dtype]}")
-            ):
+            bits = bits_dtype(mine.dtype)
+            if mine.dtype != its.dtype or not np.array_equal(one.view(bits), other.view(bits)):
                 return math.inf
             continue
         x, y = widen(one, mine.dtype).astype(np.float64), widen(other, its.dtype).astype(np.float64)

@@ -23,6 +23,7 @@ from distrain.environment import Environment, launcher_argv
 from distrain.optim import dtensor_problem, sharding_problem
 from distrain.strategy.configuration import Configuration, Stated, read_configuration, take_over
 from distrain.strategy.configured import disagreements, strategy_wishes, unused
+from distrain.strategy.contents import prepare_to_save
 from distrain.strategy.engine import FLAGS, Engine, Plan, with_arithmetic
 from distrain.strategy.launched import (
     OFFLOADS,
@@ -60,6 +61,7 @@ __all__ = [
     "launcher_argv",
     "load_weights",
     "open_world",
+    "prepare_to_save",
     "processes_asked",
     "read_configuration",
     "settle",

@@ -22,6 +22,7 @@ from distrain.config import OptimSection, UserError
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name, sparse_layers
 from distrain.strategy import determinism
+from distrain.strategy.contents import modules_with_extra_state, remember_extra_state
 from distrain.strategy.precision import LossScale
 from distrain.strategy.state import Carry, Shard, TrainingState
 from distrain.strategy.world import World
@@ -88,6 +89,7 @@ class Engine(ABC):
         """Whether the last step moved the optimizer; otherwise the guard was against it, and nothing has changed."""
         self._scale_before: dict[str, float | int] | None = None
         self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
+        self._extra: dict[str, nn.Module] = {}
         self._gradients: dict[str, int] | None = None
         """Bytes by dtype."""
         self._first = True
@@ -163,7 +165,7 @@ class Engine(ABC):
         return None if self.scale is None else self.scale.scale
 
     def remember_buffers(self) -> Callable[[], None]:
-        """Return what gives the model's buffers back what they hold now, for a step that is made again or left out.
+        """Return what gives buffers and extra state back what they hold now, for a step that is made again or left out.
 
         Nothing is kept where every step is taken.
         """
@@ -172,6 +174,8 @@ class Engine(ABC):
         if self._buffers is None:
             modules = list(self.model.modules())
             self._buffers = [(m._buffers, key) for m in modules for key, b in m._buffers.items() if b is not None]
+            self._extra = modules_with_extra_state(self.model)
+        put_extra_back = remember_extra_state(self._extra)
         kept = [(buffers, key, each.clone()) for buffers, key in self._buffers if (each := buffers[key]) is not None]
 
         def put_back() -> None:
@@ -182,6 +186,7 @@ class Engine(ABC):
                         now.copy_(before)  # in place, as others may hold the same tensor
                     else:
                         buffers[key] = before
+            put_extra_back()
 
         return put_back
 
@@ -256,6 +261,19 @@ class Engine(ABC):
         scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
         return self.state.scalars() | scaling
 
+    def check_state(self) -> None:
+        """Find what a checkpoint would lose: once there is an optimizer's state, after the first step.
+
+        Raises UserError naming it, on all ranks alike.
+        """
+        ranks = self.world.gather(self.world.together(self.state.check))
+        differing = sorted(name for name in ranks[0] if any(each.get(name) != ranks[0][name] for each in ranks))
+        if differing:
+            raise UserError(
+                f"{', '.join(differing[:5])} differ between the ranks, and a checkpoint holds one value for all; keep "
+                "what belongs to a rank in no state, or make it the same on all (torch.distributed.all_reduce)"
+            )
+
     def settle(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
         """Let go of weights that a forward pass without a backward one has gathered and left."""
 
@@ -289,7 +307,10 @@ class Engine(ABC):
     def all_finite(self) -> bool:
         """Return whether every weight is, the same answer on all ranks."""
         shards = [self.shard(parameter).values for parameter in self.model.parameters()]
+        shards = [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values for values in shards]
         shards = [values for values in shards if values.is_floating_point() and values.numel()]
+        # torch takes no norm of floats of 8 bits
+        shards = [values.float() if values.dtype.itemsize == 1 else values for values in shards]
         by_device: dict[torch.device, list[Tensor]] = {}  # what is frozen stays on the GPU where the rest is offloaded
         for values in shards:
             by_device.setdefault(values.device, []).append(values)
@@ -465,11 +486,13 @@ class restored(AbstractContextManager[None]):
     def __init__(self, model: nn.Module):
         self._model = model
         self._buffers = [buffer.clone() for buffer in model.buffers()]
+        self._put_back = remember_extra_state(modules_with_extra_state(model))
 
     def __exit__(self, *exception: object) -> None:
         with torch.no_grad():
             for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
+        self._put_back()
         self._model.zero_grad(set_to_none=True)
 
 

@@ -24,6 +24,7 @@ from distrain.config import UserError
 from distrain.heartbeat import mark
 from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, plain_name
+from distrain.strategy.contents import own_tensors
 from distrain.strategy.engine import (
     Engine,
     Numbers,
@@ -558,12 +559,10 @@ class _Weights(Mapping[str, Tensor]):
 
     def __init__(self, engine: Zero):
         self._engine = engine
-        model = engine.model
-        persistent = model.state_dict(keep_vars=True)
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, str] = {}
         seen: set[int] = set()
-        for name, tensor in persistent.items():
+        for name, tensor in own_tensors(engine.model).items():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))

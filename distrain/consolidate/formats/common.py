@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from distrain.bounded import read_open
-from distrain.checkpoint.format import ITEM_SIZES, CheckpointError, TensorSpec, explain, parse_json
+from distrain.checkpoint.dtypes import ITEM_SIZES
+from distrain.checkpoint.format import CheckpointError, TensorSpec, explain, parse_json
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError
 from distrain.consolidate.archive import NoArchive, read_archive

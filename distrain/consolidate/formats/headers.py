@@ -6,7 +6,8 @@ import math
 import os
 from typing import Any
 
-from distrain.checkpoint.format import ITEM_SIZES, parse_json, take
+from distrain.checkpoint.dtypes import ITEM_SIZES
+from distrain.checkpoint.format import parse_json, take
 from distrain.config import UserError
 
 _MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
