@@ -466,3 +466,22 @@ class LateObjects(Base):
             if state["count"] > 2:
                 state["made"] = object()
             p.add_(p.grad, alpha=-group["lr"])
+
+
+class Everything(Plain):
+    """Extra state, a tied buffer that is an expanded view, and buffers of odd dtypes: all that every strategy keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted, self.passes = CountedInDict(), Counted()
+        self.register_buffer("mask", torch.ones(5).expand(4, 5))
+        self.body.register_buffer("mask", self.mask)
+        self.register_buffer("unsigned", torch.tensor([3], dtype=torch.uint16))
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)).conj())
+        self.register_buffer("small", torch.ones(2).to(torch.float8_e4m3fn))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.unsigned = (self.unsigned.long() + 1).to(torch.uint16)
+        x = x * self.mask[0] * self.body.mask[1] * self.small[0].float()
+        return (super().forward(x) * self.turn).real + self.counted(x) / self.unsigned.long() + self.passes(x)

@@ -373,15 +373,6 @@ def test_a_model_can_be_filled_with_its_weights_or_their_average(tmp_path: Path)
     assert not np.array_equal(values(state)["model/embed.weight"], values(state)["ema/embed.weight"])
 
 
-def test_state_that_is_no_tensor_is_refused() -> None:
-    class Odd(nn.Linear):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"a": 1}
-
-    with pytest.raises(UserError, match="the model's state '_extra_state' is dict, not a tensor"):
-        TrainingState(Odd(2, 2), None, None).held()
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # A model among the processes
 

@@ -110,7 +110,7 @@ def export(
     if out.suffix == ".safetensors" and (pairs := [name for name, each in outputs.items() if DTYPES[each.dtype].pair]):
         notes = [
             *notes,
-            f"as pairs of real numbers, for torch.view_as_complex; a .pt file has them as they are: {some(pairs)}",
+            f"as pairs of real numbers, for tensor.view(dtype); a .pt file has them as they are: {some(pairs)}",
         ]
     if unaveraged:
         notes = [*notes, f"not averaged, and taken as they are: {some(unaveraged)}"]

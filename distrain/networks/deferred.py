@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from distrain.config import UserError
+from distrain.networks.memory import views_of_parameters
 from distrain.networks.recorder import Disguise, Recorder
 from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of, give_back, leading_to, tensors_in
 
@@ -142,6 +144,8 @@ def defer_full(
     """Return the same as `defer` for a model that has to be built in full, for the `reason` that `say` gets."""
     model = build(say)
     say(_in_full(reason))
+    if problems := list(views_of_parameters(model)):
+        raise UserError("the model cannot be built without its weights:\n  - " + "\n  - ".join(problems))
     full = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         _to_meta(parameter)
@@ -162,14 +166,17 @@ def _without_weights(model: nn.Module, recorder: Recorder) -> dict[str, Tensor |
             raise recorder.lost(f"{name} is on the meta device, or what was done with it was not seen")
         else:
             sources[name] = parameter.detach()
+    buffers = {id(buffer) for buffer in model.buffers()}
+    slots_of_buffers = {slot for buffer in model.buffers() if (slot := recorder.slot(buffer)) is not None}
+    if slots & slots_of_buffers or any(views_of_parameters(model)):
+        raise recorder.lost("a buffer shares memory with a parameter")
     for source, parameter in zip(sources.values(), model.parameters(), strict=True):
         if isinstance(source, Tensor):
             _to_meta(parameter)
     contents: dict[Slot, UntypedStorage] = {}
-    buffers = {id(buffer) for buffer in model.buffers()}
     for t in _held(model):
         slot = recorder.slot(t)
-        if slot is not None and (slot not in slots or id(t) in buffers):
+        if slot is not None and slot not in slots:
             if slot not in contents:
                 contents[slot] = recorder.materialise(slot)
             real = Ref.of(slot, t).on(contents[slot])

@@ -92,10 +92,10 @@ class Ema:
             try:
                 torch._foreach_lerp_(averages, weights, 1 - self.decay)
             except RuntimeError:
-                for name, average, weight in zip(self._floating, averages, weights, strict=True):
-                    if average.shape != weight.shape:
+                for key, its, weight in zip(self._floating, averages, weights, strict=True):
+                    if its.shape != weight.shape:
                         raise UserError(
-                            f"{name} has the shape {list(weight.shape)} now and had {list(average.shape)} at the "
+                            f"{key} has the shape {list(weight.shape)} now and had {list(its.shape)} at the "
                             "start, so it has no average (train.ema) and no resumed run could hold it; keep its "
                             "shape, or register it with persistent=False"
                         ) from None

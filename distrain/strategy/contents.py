@@ -16,23 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.networks.memory import may_overlap, own_tensors, views_of_parameters
 from distrain.strategy.nested import Unstorable, encode, equal, stored_dtype, why_unstorable
 
 EXTRA_STATE = "_extra_state"
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers under all of their names, in the order of a state dict."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found[start + key] = parameter
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                found[start + key] = buffer
-    return found
 
 
 def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
@@ -87,22 +74,11 @@ def contents(model: nn.Module) -> Contents:
 
 def _place(tensor: Tensor) -> Any:
     """Return what two tensors share that are views of the same elements in the same order."""
-    if tensor.is_meta or not tensor.numel() or hasattr(tensor, "to_local") or tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided:
         return id(tensor)
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
-
-
-def may_overlap(tensor: Tensor) -> bool:
-    """Whether several elements may lie in the same memory, as after `expand`; exact but for odd strides."""
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return False
-    reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+    own = getattr(tensor, "_local_tensor", tensor)  # of a DTensor: to_local() would make another view
+    where = own.untyped_storage()._cdata, own.storage_offset()
+    return *where, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
@@ -126,7 +102,12 @@ def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
                 f"{kind} {name} has elements that share memory (expand, as_strided or unfold made it), which no "
                 "optimizer can train one by one; give it memory of its own: .clone()"
             )
-    problems += _shared_with_parameters(own)
+        elif sharded and tensor.is_complex() and tensor.requires_grad:
+            problems.append(
+                f"{kind} {name} is of dtype {str(tensor.dtype).removeprefix('torch.')}, and zero and fsdp2 lay out all "
+                "that is trained in memory of one dtype; use ddp"
+            )
+    problems += views_of_parameters(model)
     found = contents(model)
     extra = modules_with_extra_state(model)
     problems += _problems_of_extra_state(found, extra)
@@ -141,14 +122,18 @@ def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
 
 
 def separate_buffers(model: nn.Module) -> list[str]:
-    """Give buffers whose elements share memory, as after `expand`, memory of their own; returns what is to be said."""
+    """Give buffers whose elements share memory, as after `expand`, memory of their own; returns what is to be said.
+
+    And those whose elements are in memory the conjugate or the negative of what they stand for.
+    """
     said: list[str] = []
     new: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
-            if buffer is not None and may_overlap(buffer):
+            if buffer is not None and (may_overlap(buffer) or buffer.is_conj() or buffer.is_neg()):
                 if id(buffer) not in new:
-                    new[id(buffer)] = buffer.detach().clone(memory_format=torch.contiguous_format)
+                    plain = buffer.detach().resolve_conj().resolve_neg()
+                    new[id(buffer)] = plain.clone(memory_format=torch.contiguous_format)
                     mib = buffer.numel() * buffer.element_size() / 2**20
                     if mib >= 1:
                         said.append(
@@ -163,31 +148,6 @@ def _cure(tensor: Tensor, kind: str) -> str:
     if stored_dtype(tensor) is None and tensor.is_quantized:
         return "keep its int_repr() in a buffer, and scale and zero point beside it"
     return f"convert it to another dtype{', or register it with persistent=False' if kind == 'buffer' else ''}"
-
-
-def _shared_with_parameters(own: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the buffers that are views of a parameter: on another device, or sharded, they would not be."""
-    spans = [
-        (start, start + 1 + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True)), t, name)
-        for name, t in own.items()
-        if t.numel() and not t.is_meta and t.layout is torch.strided and not hasattr(t, "to_local")
-        for start in (t.storage_offset(),)
-    ]
-    parameters: dict[int, list[Any]] = {}
-    for start, stop, tensor, name in spans:
-        if isinstance(tensor, nn.Parameter):
-            size = tensor.element_size()
-            parameters.setdefault(tensor.untyped_storage().data_ptr(), []).append((start * size, stop * size, name))
-    for start, stop, tensor, name in spans:
-        size = tensor.element_size()
-        if not isinstance(tensor, nn.Parameter):
-            for low, high, other in parameters.get(tensor.untyped_storage().data_ptr(), ()):
-                if low < stop * size and start * size < high:
-                    yield (
-                        f"buffer {name} is a view of parameter {other}, which it would not be on another device or "
-                        "when sharded; .clone() it, or take the view in forward()"
-                    )
-                    break
 
 
 def _problems_of_extra_state(found: Contents, extra: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -107,9 +107,8 @@ class Engine(ABC):
 
     def _share_buffers(self) -> None:
         """Give every rank rank 0's buffers, where a step begins: as DDP does."""
-        if self.world.world_size > 1 and (buffers := list(self.model.buffers())):
-            assert dist.group.WORLD is not None, "several processes have a group"
-            dist._broadcast_coalesced(dist.group.WORLD, buffers, _BUCKET_BYTES, 0)
+        if self.world.world_size > 1:
+            share_tensors(list(self.model.buffers()))
 
     @abstractmethod
     def backward(self, objective: Tensor, share: Tensor) -> None:
@@ -172,23 +171,9 @@ class Engine(ABC):
         if self.scale is None and self.guard is None:
             return lambda: None
         if self._buffers is None:
-            modules = list(self.model.modules())
-            self._buffers = [(m._buffers, key) for m in modules for key, b in m._buffers.items() if b is not None]
+            self._buffers = buffer_slots(self.model)
             self._extra = modules_with_extra_state(self.model)
-        put_extra_back = remember_extra_state(self._extra)
-        kept = [(buffers, key, each.clone()) for buffers, key in self._buffers if (each := buffers[key]) is not None]
-
-        def put_back() -> None:
-            with torch.no_grad():
-                for buffers, key, before in kept:
-                    now = buffers[key]
-                    if now is not None and now.shape == before.shape:
-                        now.copy_(before)  # in place, as others may hold the same tensor
-                    else:
-                        buffers[key] = before
-            put_extra_back()
-
-        return put_back
+        return _remembering([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
 
     def _note_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Note what this rank holds of a step's gradients, once, to be told in `effect`."""
@@ -300,7 +285,7 @@ class Engine(ABC):
         # each is laid out as its neighbours are, whatever its strides are here
         for buffer in buffers:
             whole = buffer.contiguous()
-            dist.broadcast(whole, src=0)
+            dist.broadcast(whole if travels(whole) else _as_bytes(whole), src=0)
             if whole is not buffer:
                 buffer.copy_(whole)
 
@@ -407,6 +392,40 @@ def square_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
 
+_TRAVEL = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.int8,
+)
+
+
+def travels(tensor: Tensor) -> bool:
+    """Whether every backend of torch.distributed can send the tensor's dtype; others are sent as bytes."""
+    return tensor.dtype in _TRAVEL
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor as bytes (uint8, 1-D)."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def share_tensors(tensors: list[Tensor]) -> None:
+    """Give every rank what rank 0 has in these tensors."""
+    odd = [(tensor, tensor.contiguous()) for tensor in tensors if not travels(tensor)]
+    sent = [tensor for tensor in tensors if travels(tensor)] + [_as_bytes(whole) for _, whole in odd]
+    if sent:
+        assert dist.group.WORLD is not None, "several processes have a group"
+        dist._broadcast_coalesced(dist.group.WORLD, sent, _BUCKET_BYTES, 0)
+    for tensor, whole in odd:
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
 def make_ema(plan: Plan, source: Any) -> Ema | None:
     """Return the average that the plan asks for, of a model or of a mapping of weights."""
     return Ema(source, plan.ema) if plan.ema is not None else None
@@ -480,18 +499,39 @@ def model_to(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
+def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]:
+    """Return where a model's buffers are: the dictionaries of the modules, for a module may replace one."""
+    return [(module._buffers, key) for module in model.modules() for key in module._buffers]
+
+
+def _remembering(
+    slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]
+) -> Callable[[], None]:
+    """Return what gives buffers and extra state back what they are now."""
+    kept = [(buffers, key, each.clone() if (each := buffers[key]) is not None else None) for buffers, key in slots]
+    put_extra_back = remember_extra_state(extra)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffers, key, before in kept:
+                now = buffers[key]
+                if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
+                    now.copy_(before)  # in place, as others may hold the same tensor
+                else:
+                    buffers[key] = before
+        put_extra_back()
+
+    return put_back
+
+
 class restored(AbstractContextManager[None]):
-    """Puts a model's buffers and absent gradients back on leaving."""
+    """Puts a model's buffers, extra state and absent gradients back on leaving."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._buffers = [buffer.clone() for buffer in model.buffers()]
-        self._put_back = remember_extra_state(modules_with_extra_state(model))
+        self._put_back = _remembering(buffer_slots(model), modules_with_extra_state(model))
 
     def __exit__(self, *exception: object) -> None:
-        with torch.no_grad():
-            for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
-                buffer.copy_(before)
         self._put_back()
         self._model.zero_grad(set_to_none=True)
 

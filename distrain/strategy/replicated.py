@@ -24,6 +24,8 @@ from distrain.strategy.engine import (
     model_to,
     reached_parameters,
     restored,
+    share_tensors,
+    travels,
     with_arithmetic,
 )
 from distrain.strategy.state import Shard, TrainingState, whole
@@ -49,6 +51,8 @@ class Replicated(Engine):
 
         self.model, self.optimizer = world.together(build)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._sends_itself = False
+        """Whether there are buffers that DDP cannot send."""
         self._all_reached = False
         """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
         self._reached: set[Tensor] = set()
@@ -72,8 +76,14 @@ class Replicated(Engine):
             for parameter in self._trained:
                 parameter.register_post_accumulate_grad_hook(self._reached.add)
         dtypes = {parameter.dtype for parameter in self._trained}
+        self._sends_itself = any(not travels(buffer) for buffer in model.buffers())
         carries = not unused and dtypes in ({torch.float32}, {torch.float64})
-        wrapped = world.accelerator.prepare_model(_Carrier(model, dtypes.pop() if carries else None))
+        carrier = _Carrier(model, dtypes.pop() if carries else None)
+        tensors = (*carrier.named_parameters(), *carrier.named_buffers())
+        frozen = [name for name, tensor in tensors if not tensor.requires_grad and not travels(tensor)]
+        # their dtypes do not travel with DDP's, and all ranks have the same ones already
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(carrier, frozen)
+        wrapped = world.accelerator.prepare_model(carrier)
         if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             with restored(model):
                 value = plan.objective(wrapped, 0)
@@ -83,6 +93,9 @@ class Replicated(Engine):
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel only with the last micro-batch of a step."""
         self._reached.clear()
+        if self._first and self._sends_itself:
+            share_tensors([buffer for buffer in self.model.buffers() if not travels(buffer)])
+        self._first = last
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def backward(self, objective: Tensor, share: Tensor) -> None:

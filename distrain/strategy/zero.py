@@ -23,8 +23,8 @@ from torch.nn import functional
 from distrain.config import UserError
 from distrain.heartbeat import mark
 from distrain.networks.deferred import Deferred
+from distrain.networks.memory import own_tensors
 from distrain.optim import Ema, plain_name
-from distrain.strategy.contents import own_tensors
 from distrain.strategy.engine import (
     Engine,
     Numbers,
