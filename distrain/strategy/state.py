@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -470,9 +471,12 @@ class TrainingState:
             index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
             # torch's own loader knows which values belong on the device and which stay on the host
             by_index: dict[Any, Any] = {index_of[key]: entry.state for key, entry in entries.items() if entry.state}
-            optimizer.load_state_dict(
-                {"state": {**by_index, **others}, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
+            with warnings.catch_warnings():
+                # it casts to the parameters' dtype, which is undone below
+                warnings.filterwarnings("ignore", message="Casting complex values to real")
+                optimizer.load_state_dict(
+                    {"state": {**by_index, **others}, "param_groups": optimizer.state_dict()["param_groups"]}
+                )
             for entry in entries.values():
                 entry.make_exact(_state_of(optimizer).get(entry.key, {}))
             self._restore_groups(reader)
