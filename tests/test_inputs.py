@@ -25,6 +25,7 @@ from distrain.inputs import compare, fingerprint
 from distrain.inputs.code import code_of
 from distrain.inputs.files import MOST_FILES, listing, walk
 from distrain.inputs.items import items_of
+from distrain.prove.legs import CouldNotRun, Leg, Runner
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir, read_rows
 
@@ -386,6 +387,53 @@ def test_changed_data_are_refused_until_they_are_let_in(tmp_path: Path) -> None:
     assert "updated" not in ended.out
     assert [row["step"] for row in updates(run)] == [6]
     assert len(RunDir(run).attempts()) == 6
+
+
+def test_who_starts_a_run_again_may_have_changed_their_mind(tmp_path: Path) -> None:
+    recipe, run = stopped(tmp_path, images(tmp_path)), tmp_path / "run"
+    write_image(tmp_path / "d" / "cat" / "x.bmp", 9)
+    (run / "UPDATE").touch()  # of a start with --update that did not come so far
+    (ended,) = train(1, recipe, run, status=1)
+    assert "data file cat/x.bmp: one more" in ended.err
+    first, second = train(2, recipe, run, update=True)
+    assert "updated  data file cat/x.bmp: one more" in first.out
+    assert "updated" not in second.out
+    assert len(updates(run)) == 1
+
+
+def test_every_rank_refuses(tmp_path: Path) -> None:
+    recipe, run = stopped(tmp_path, own(tmp_path)), tmp_path / "run"
+    (tmp_path / "helper.py").write_text("SHIFT = 2.0\n")
+    first, second = train(2, recipe, run, status=1)
+    assert first.err.count("the data and code files changed since") == 1
+    assert "code file helper.py: changed" in first.err
+    assert "code file" not in second.err
+
+
+def test_a_project_that_was_moved_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    stopped(tmp_path / "a", images(tmp_path / "a"))
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    # the recipe says where the data are, and that has changed; nothing else has
+    (ended,) = train(1, tmp_path / "b" / "recipe.yaml", tmp_path / "b" / "run", update=True)
+    (row,) = updates(tmp_path / "b" / "run")
+    assert row["recipe"] == {"data.path": {"from": str(tmp_path / "a" / "d"), "to": str(tmp_path / "b" / "d")}}
+    assert row["inputs"] == []
+    assert "warning" not in ended.out
+
+
+def test_a_proof_of_what_changes_meanwhile_is_none(tmp_path: Path) -> None:
+    with Runner("recipe.yaml", [], tmp_path, last_step=6) as runner:
+        for number, size in enumerate((1, 1, 2)):
+            run = RunDir(tmp_path / str(number))
+            run.path.mkdir()
+            run.record_inputs({"data": {"files": {"t.csv": [size, "whole-0"]}}})
+            leg = Leg(f"run {number}", run.path)
+            if size == 1:
+                runner._check_inputs(leg)
+                continue
+            with pytest.raises(CouldNotRun, match="run 2: data or code changed while the recipe was proved"):
+                runner._check_inputs(leg)
 
 
 def fail_in_step(recipe: str, overrides: list[str], run_dir: str) -> Ended:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import distrain
 from distrain.cli import app
 from distrain.config import UserError
+from distrain.inputs.code import code_of
 from distrain.launcher import LaunchPlan, configuration_file, launch_argv
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
@@ -451,7 +452,9 @@ def test_another_recipe_for_a_run_that_has_trained_is_refused(cluster: dict[str,
     run.metrics_path.touch()
     with pytest.raises(UserError, match=r"optim\.lr: was 0\.25, now 0\.5"):
         submitted(recipe, "optim.lr=0.5")
+    assert not run.update_path.exists()
     submitted(recipe, "optim.lr=0.5", update=True)
+    assert run.update_path.exists(), "the job goes on with changed data as well"
     assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
     run.mark_finished({})
     with pytest.raises(UserError, match="is finished; choose another --run-dir"):
@@ -562,6 +565,9 @@ def test_a_later_edit_changes_nothing_that_is_queued(cluster: dict[str, Job], pr
     code = run.path / "submit" / "code"
     stored = load_recipe(run.recipe_path).recipe
     assert stored.model.name == f"{code}/project/net.py:Net"
+    # for a run that began without the copy, it is the same code
+    assert code_of(stored) == code_of(load_recipe(project / "recipe.yaml").recipe)
+    assert set(code_of(stored)) == {"net.py", "helper.py"}
     (project / "helper.py").write_text("WIDTH = 11\n")
     (project / "net.py").unlink()
     probe = (
