@@ -48,6 +48,7 @@ FAULTS = {
     30: ("secrets in the environment", "in no log, script or file of a run"),
     31: ("a job that fails at once, every time", "stops after a few starts without progress"),
     32: ("two starts on one folder", "the second is refused, and the first is named"),
+    33: ("data, code or weights change between two starts", "named and refused; `--update` goes on, and is recorded"),
     34: ("variables of a launcher that is gone", "ignored with a word, or refused with what to do; nothing waits"),
     35: ("several tasks of srun, mpirun or the like", "each is refused with what to use instead"),
     39: ("an index out of range, also on a GPU", "value, sample and what fits are named, not started again"),

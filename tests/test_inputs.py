@@ -151,6 +151,7 @@ CHANGES: dict[str, tuple[Callable[[Path], str], Callable[[Path], None], str]] = 
 }
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("kind", CHANGES)
 def test_changed_files_are_named(tmp_path: Path, kind: str) -> None:
     make, change, line = CHANGES[kind]
@@ -361,6 +362,7 @@ def updates(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.fault(33)
 def test_changed_data_are_refused_until_they_are_let_in(tmp_path: Path) -> None:
     recipe, run = stopped(tmp_path, table(tmp_path)), tmp_path / "run"
     write_table(tmp_path / "t.csv", 120)
@@ -401,6 +403,7 @@ def test_who_starts_a_run_again_may_have_changed_their_mind(tmp_path: Path) -> N
     assert len(updates(run)) == 1
 
 
+@pytest.mark.fault(33)
 def test_every_rank_refuses(tmp_path: Path) -> None:
     recipe, run = stopped(tmp_path, own(tmp_path)), tmp_path / "run"
     (tmp_path / "helper.py").write_text("SHIFT = 2.0\n")
@@ -449,6 +452,7 @@ def fail_in_step(recipe: str, overrides: list[str], run_dir: str) -> Ended:
     return train_rank(recipe, overrides, run_dir, None, True)
 
 
+@pytest.mark.fault(33)
 def test_evaluation_and_prediction_of_changed_data(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, f"name: r\n{table(tmp_path)}\n{REST}"), tmp_path / "run"
     train(1, recipe, run)
@@ -469,6 +473,7 @@ def test_evaluation_and_prediction_of_changed_data(tmp_path: Path) -> None:
     assert cli("predict", run, tmp_path / "t.csv", "-o", tmp_path / "q.csv").status == 0, "a file is only read"
 
 
+@pytest.mark.fault(33)
 def test_changed_code_and_weights(tmp_path: Path) -> None:
     recipe = own(tmp_path).replace("net.py:Net", "{name: net.py:Net, weights: w.pt, weights_strict: false}")
     weights = tmp_path / "w.pt"
