@@ -1,4 +1,4 @@
-"""What every test shares: one thread for each process, and no network."""
+"""What every test shares: one thread for each process, no network, and no GPU but in tests marked `gpu`."""
 
 import os
 
@@ -6,6 +6,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# the driver is asked how many GPUs there are, without CUDA being started: what is forked later could not use it
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import signal
 from collections.abc import Iterator
@@ -16,6 +18,22 @@ import torch
 from reliability import Reliability
 
 torch.set_num_threads(1)
+
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+HAS_GPU = torch.cuda.is_available()
+# tests say what CPUs compute, and several at a time would not fit into a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def gpus_where_they_are_meant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show a test marked `gpu`, and what it starts, the GPUs of this machine."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    if VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, with the reason."""
-    if torch.cuda.is_available():
+    if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU and this machine has none")
     for item in items:

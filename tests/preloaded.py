@@ -2,15 +2,13 @@
 
 import os
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is first imported, which otherwise looks for one and warns
+# before DeepSpeed is first imported, which otherwise looks for a GPU; CUDA that was started here would fail in children
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import accelerate  # noqa: F401
 import pandas  # noqa: F401
 import sklearn.datasets  # noqa: F401
-import torch._dynamo
 import torchvision.transforms.v2  # noqa: F401
 
 import distrain.inference

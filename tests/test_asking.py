@@ -633,7 +633,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     assert join_launcher(4)[0] == 4, "two machines of two"
     gpus = 1
-    with pytest.raises(UserError, match="started 2 processes on this machine, which has 1 GPU; nothing was written"):
+    with pytest.raises(
+        UserError, match="there are to be 2 processes on this machine, which has 1 GPU; nothing was written"
+    ):
         join_launcher(None)
     # a configuration for the CPU is meant, also where there are GPUs
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")

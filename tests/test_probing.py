@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import Ended, captured, rows, train, write_recipe
+from runs import Ended, captured, cli_rank, rows, train, write_recipe
 from worlds import in_world
 
 from distrain import memory
@@ -53,6 +53,19 @@ def start(folder: Path, *overrides: str, room: int = ROOM, status: int = 0, **op
     (ended,) = in_world(1, unlaunched, *arguments, timeout_s=300, launched=False)
     assert ended.status == status, ended.out + ended.err
     return ended
+
+
+def test_processes_that_will_be_refused_try_nothing(tmp_path: Path) -> None:
+    (ended,) = in_world(1, with_one_gpu, str(write_recipe(tmp_path, RECIPE)), str(tmp_path / "run"), launched=False)
+    assert ended.status == 1
+    assert "there are to be 2 processes on this machine, which has 1 GPU; nothing was written" in ended.err
+    assert "trying" not in ended.out
+    assert not (tmp_path / "run").exists()
+
+
+def with_one_gpu(recipe: str, run: str) -> Ended:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    return cli_rank(["train", recipe, "--run-dir", run, "--processes", "2", "batch.micro=auto"])
 
 
 def unlaunched(*arguments: Any) -> Ended:

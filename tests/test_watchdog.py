@@ -24,7 +24,7 @@ from distrain.recipe_file import load_recipe
 from distrain.watchdog import Limits, Watchdog, evidence, stacks
 from distrain.watchdog.autopsy import Verdict, Witness, find_culprit, record, sentence
 from distrain.watchdog.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
-from distrain.watchdog.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits
+from distrain.watchdog.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 from distrain.watchdog.stragglers import Stragglers, slowest
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -178,6 +178,41 @@ def test_the_line_to_see_is_the_users() -> None:
         assert found is not None
         assert found.file == wanted
     assert line_to_see([]) is None
+
+
+def test_the_command_line_is_never_the_place() -> None:
+    inside, plumbing = "torch/optim/adamw.py", f"{PACKAGE}loop/step.py"
+    for tool in ("typer/main.py", "click/core.py", f"{PACKAGE}cli.py", f"{PACKAGE}cli_cluster.py"):
+        frames = stack(
+            f"{SITE}{inside}", plumbing, f"{PACKAGE}launcher/training.py", tool_file(tool), f"{PACKAGE}cli.py"
+        )
+        found = line_to_see(frames)
+        assert found is not None
+        assert found.file == plumbing
+        assert not any("cli" in line or "typer" in line or "click" in line for line in where(frames).stack)
+    assert line_to_see(stack(tool_file("typer/main.py"))) is not None, "where nothing else is there"
+
+
+def tool_file(name: str) -> str:
+    return name if name.startswith("/") else f"{SITE}{name}"
+
+
+def test_a_call_to_the_gpu_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_device = stack(f"{SITE}torch/cuda/streams.py", f"{PACKAGE}strategy/world.py", f"{PACKAGE}loop/session.py")
+    elsewhere = [
+        stack("/usr/lib/python3/queue.py", f"{PACKAGE}loop/step.py"),
+        stack(f"{SITE}torch/utils/data/x.py"),
+        [],
+    ]
+    assert not stacks.is_at_device(at_device), "there is no GPU"
+    monkeypatch.setattr(stacks, "_on_gpu", lambda: True)
+    assert where(at_device).device
+    assert not any(where(each).device for each in elsewhere)
+    assert Where.of(where(at_device).plain()) == where(at_device)
+    text = "at /home/me/model.py:12 in forward, with no progress for 10 min; it is in a call"
+    assert f"{text} to the GPU, which has not ended what was launched last, in the forward pass of step 5" in said(
+        witness(0, device=True)
+    )
 
 
 def test_whether_a_thread_waits_for_others() -> None:

@@ -12,6 +12,7 @@ from distrain.launcher.asking import asked_for, check_one_owner, join_launcher
 from distrain.launcher.processes import (
     TYPED,
     LaunchPlan,
+    check_gpus,
     configuration_file,
     end_with_launcher,
     gpu_count,
@@ -29,6 +30,7 @@ __all__ = [
     "TYPED",
     "LaunchPlan",
     "asked_for",
+    "check_gpus",
     "check_one_owner",
     "check_same_recipe",
     "configuration_file",

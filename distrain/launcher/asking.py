@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distrain.config import Recipe, UserError
 from distrain.environment import has_launcher, join, launcher_argv, say_ignored
+from distrain.launcher.processes import check_gpus
 from distrain.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -39,12 +40,7 @@ def join_launcher(expected: int | None) -> tuple[int, Configuration]:
         )
     import torch
 
-    if 0 < (gpus := torch.cuda.device_count()) < environment.local_world_size:
-        raise UserError(
-            f"the launcher started {environment.local_world_size} processes on this machine, which has "
-            f"{gpus} GPU{'s' * (gpus > 1)}; nothing was written. Start one for each: --processes of `distrain train`, "
-            "--num_processes of `accelerate launch`, --nproc-per-node of `torchrun`"
-        )
+    check_gpus(environment.local_world_size, torch.cuda.device_count())
     take_over(os.environ)
     return environment.world_size, configuration
 

@@ -53,6 +53,16 @@ def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
+def check_gpus(processes: int, gpus: int) -> None:
+    """Raise UserError where so many processes of this machine have too few GPUs; without any they are on the CPU."""
+    if 0 < gpus < processes:
+        raise UserError(
+            f"there are to be {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; "
+            "nothing was written. Start one for each: --processes of `distrain train`, --num_processes of "
+            "`accelerate launch`, --nproc-per-node of `torchrun`; CUDA_VISIBLE_DEVICES= has them on the CPU"
+        )
+
+
 def configuration_file(strategy: str, nodes: int = 1) -> Path:
     """Return the accelerate configuration that starts a strategy's processes on this machine, one of `nodes`."""
     if strategy == "ddp" and not gpu_count():

@@ -9,7 +9,15 @@ from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
 from distrain.environment import own_start, rank_told, say_ignored
 from distrain.launcher.asking import check_one_owner, join_launcher
-from distrain.launcher.processes import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
+from distrain.launcher.processes import (
+    LaunchPlan,
+    check_gpus,
+    configuration_file,
+    end_with_launcher,
+    gpu_count,
+    launch,
+    shared_file,
+)
 from distrain.launcher.reporting import reported
 from distrain.output import echo, one_line
 from distrain.recipe_file import parse_recipe
@@ -20,6 +28,7 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, 
     say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     if processes == 1:
         return work_evaluation(target, split, processes=1, as_json=as_json, changed_data=changed_data)
+    check_gpus(processes, gpu_count())
     arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
     arguments += ["--changed-data"] if changed_data else []
     script, config = shared_file("launch", "evaluate.py"), configuration_file("ddp")

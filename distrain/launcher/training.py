@@ -17,6 +17,7 @@ from distrain.launcher.asking import asked_for, check_one_owner, join_launcher
 from distrain.launcher.processes import (
     TYPED,
     LaunchPlan,
+    check_gpus,
     configuration_file,
     end_with_launcher,
     gpu_count,
@@ -52,6 +53,7 @@ def start(
     count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
     if count == 1:
         return work(target, overrides, run_dir=run_dir, processes=1, update=update, strategy=strategy, offload=offload)
+    check_gpus(count, gpu_count())  # before it is tried what fits on them
     from distrain.loop import check_recipe
     from distrain.strategy import check_precision, read_configuration
 

@@ -132,6 +132,10 @@ def _figures(world: World) -> str:
         own = torch.cuda.memory_reserved(world.device)
         peak = torch.cuda.max_memory_allocated(world.device)
         others = max(total - free - own, 0)
+        if not peak:  # its first tensor did not fit, or the driver's own part
+            name = torch.cuda.get_device_name(world.device)
+            taken = f"; {gib(total - free)} of it are taken by others and by the driver" if free < total else ""
+            return f"This process had nothing on {name} yet, of whose {gib(total)} {gib(free)} are free{taken}."
         return (
             f"This process's peak was {gib(peak)} of the {gib(total)} of {torch.cuda.get_device_name(world.device)}; "
             f"{gib(others)} of it are taken by others and by the driver."
@@ -155,12 +159,14 @@ def advice(recipe: Recipe, world: World, micro_batch_size: int | None, where: st
             ("zero2", "gradients and optimizer state"),
             ("fsdp2", "weights, gradients and optimizer state"),
         )
-        if world.strategy in ("single", "ddp") or (world.strategy in ("zero1", "zero2") and name == "fsdp2")
+        # spread over one process it is as much as before
+        if world.world_size > 1
+        and (world.strategy in ("single", "ddp") or (world.strategy in ("zero1", "zero2") and name == "fsdp2"))
     ]
-    if world.strategy != "single" or world.world_size > 1:
+    if world.world_size > 1:
         state.append("more processes, on more machines: what is sharded is then less on each")
     if world.device.type == "cuda" and world.asked.offload == "none":
-        state.append("--offload optimizer, which keeps the optimizer's state in the memory of the CPU")
+        state.append(_offload(world.strategy))
     if "evaluation" in where or "at the end" in where:
         now = recipe.eval.batch or micro_batch_size
         size = f": {now // 2} (now {now})" if now and now > 1 else ""
@@ -181,6 +187,14 @@ def advice(recipe: Recipe, world: World, micro_batch_size: int | None, where: st
     # what is there before any batch comes is state; the rest grows with the batch
     first_state = not any(word in where for word in ("forward", "backward", "data", "in a step"))
     return lines + (state + passes if first_state else passes + state)
+
+
+def _offload(strategy: str) -> str:
+    """Return what has a part of the state kept on the CPU; without sharding there is none."""
+    if strategy == "fsdp2":
+        return "--offload all, which keeps weights and the optimizer's state in the memory of the CPU"
+    first = "" if strategy.startswith("zero") else "--strategy zero2 "
+    return f"{first}--offload optimizer, which keeps the optimizer's state in the memory of the CPU"
 
 
 def _half(recipe: Recipe, world: World, micro_batch_size: int) -> int | None:

@@ -18,6 +18,7 @@ from distrain.launcher import (
     TYPED,
     LaunchPlan,
     asked_for,
+    check_gpus,
     check_one_owner,
     configuration_file,
     find_run,
@@ -118,6 +119,7 @@ def start_node(
     say_ignored(forget_launchers(os.environ) + use_interfaces(os.environ, alone=nodes == 1))
     rank, count = node_rank(nodes, os.environ), processes_here(processes)
     world_size = nodes * count
+    check_gpus(count, gpu_count())
     set_environment(os.environ, count, address, interface)
     with scratch_folder(scratch, os.environ):
         if world_size == 1:

@@ -188,7 +188,13 @@ def _of_one(witness: Witness) -> str:
     where = witness.where
     line = f", at {where.line}" if where is not None and where.line is not None else ""
     thread = f" ({where.thread})" if where is not None and where.thread else ""
-    return f"{who} hangs in {beat.where()}{line}{thread}, with no progress for {seconds(beat.idle)}"
+    device = ""
+    if where is not None and where.device:
+        device = (
+            f"; it is in a call to the GPU, which has not ended what was launched last, in {beat.where()} or before "
+            "(with CUDA_LAUNCH_BLOCKING=1 the line is that of the kernel)"
+        )
+    return f"{who} hangs in {beat.where()}{line}{thread}, with no progress for {seconds(beat.idle)}{device}"
 
 
 def record(

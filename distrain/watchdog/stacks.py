@@ -99,8 +99,18 @@ def parse_dump(text: str) -> list[Stack]:
 
 def inner(stack: Stack) -> Stack:
     """Return the part of a stack that distrain has called, with its own lines."""
+    # what the command line has called, and not the command line: its frames say nothing
+    command = next((index for index, frame in enumerate(stack) if _is_command_line(frame.file)), len(stack))
+    stack = stack[:command] or stack
     own = [index for index, frame in enumerate(stack) if frame.file.startswith(PACKAGE)]
     return stack[: own[-1] + 1] if own else stack
+
+
+_COMMAND_LINE = re.compile(r"(typer|click)/|distrain/cli(_\w+)?\.py$")
+
+
+def _is_command_line(file: str) -> bool:
+    return _COMMAND_LINE.match(shortened(file)) is not None
 
 
 def line_to_see(stack: Stack) -> Frame | None:
@@ -154,6 +164,26 @@ def waits(stack: Stack) -> bool | None:
     return False
 
 
+_OF_DEVICE = ("torch/", "distrain/strategy/", "distrain/loop/step.py", "deepspeed/", "accelerate/")
+_NOT_OF_DEVICE = ("torch/utils/data/", "torch/multiprocessing/", "torch/_inductor/", "torch/_dynamo/")
+_READS_DEVICE = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|synchronize|to)\(")
+
+
+def is_at_device(stack: Stack) -> bool:
+    """Whether a thread is likely to be in a call to a GPU: one that waits for it, or that it has no room for."""
+    if not stack or not _on_gpu() or waits(stack):
+        return False
+    name = shortened(stack[0].file)
+    if name.startswith(_NOT_OF_DEVICE):
+        return False
+    return name.startswith(_OF_DEVICE) or _READS_DEVICE.search(stack[0].source()) is not None
+
+
+def _on_gpu() -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
+
+
 _DEBUGGERS = ("/bdb.py", "/pdb.py", "/pydevd", "/debugpy/")
 
 
@@ -174,6 +204,8 @@ class Where:
     """Whose line it is: of the main thread, of another one by name, or of a loader process."""
     stack: tuple[str, ...]
     """The whole of it, the innermost line first, in words."""
+    device: bool = False
+    """Whether it is likely to be in a call to a GPU."""
 
     def plain(self) -> dict[str, Any]:
         """Return it as values for JSON."""
@@ -185,14 +217,15 @@ class Where:
         if not content:
             return None
         line = Frame(**content["line"]) if content.get("line") else None
-        return cls(line, content.get("waits"), content.get("thread", ""), tuple(content.get("stack", ())))
+        thread, stack = content.get("thread", ""), tuple(content.get("stack", ()))
+        return cls(line, content.get("waits"), thread, stack, content.get("device", False))
 
 
 def where(stack: Stack, thread: str = "", *, waiting: bool | str | None = "look") -> Where:
     """Describe a stack; `waiting` overrides what its lines tell."""
     found = waits(stack) if waiting == "look" else waiting
     assert not isinstance(found, str)
-    return Where(line_to_see(stack), found, thread, tuple(map(str, inner(stack)[:40])))
+    return Where(line_to_see(stack), found, thread, tuple(map(str, inner(stack)[:40])), is_at_device(stack))
 
 
 def where_is(main: int, loaders: Sequence[tuple[str, Stack]] = ()) -> Where:

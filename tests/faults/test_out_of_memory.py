@@ -6,6 +6,7 @@ import json
 import resource
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from worlds import in_world
 
 from distrain import memory
 from distrain.launcher import unsaid_failures
-from distrain.loop.out_of_memory import is_out_of_memory
+from distrain.loop import out_of_memory
+from distrain.loop.out_of_memory import advice, is_out_of_memory
+from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
 
 RECIPE = """
@@ -93,6 +96,42 @@ def test_an_evaluation_that_takes_too_much_is_told_apart(tmp_path: Path) -> None
     _, failed = told(tmp_path, "model.mib=1024", "model.when=evaluation", "model.rank=0", "eval.batch=8", world_size=1)
     assert "eval.batch: 4 (now 8); the score stays the same" in failed["message"]
     assert "batch.micro" not in failed["message"]
+
+
+def world_of(world_size: int, strategy: str, device: str = "cuda") -> Any:
+    asked = SimpleNamespace(offload="none")
+    return SimpleNamespace(world_size=world_size, strategy=strategy, device=torch.device(device), asked=asked)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_one_process_is_not_told_to_spread_its_state(tmp_path: Path, strategy: str) -> None:
+    recipe = load_recipe(write_recipe(tmp_path)).recipe
+    alone = "\n".join(advice(recipe, world_of(1, strategy), 12, "in the forward pass"))
+    assert "processes" not in alone
+    assert "batch.micro: 6 (now 12)" in alone
+    offload = "--offload all" if strategy == "fsdp2" else "--offload optimizer"
+    assert ("--strategy zero2 " if strategy in ("single", "ddp") else "") + offload in alone
+    several = "\n".join(advice(recipe, world_of(2, "ddp"), 12, "in the forward pass"))
+    assert "--strategy fsdp2, which spreads" in several
+    assert "more processes" in several
+
+
+def test_no_peak_is_told_where_nothing_was_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 8 * gib))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    for peak in (0, gib):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, peak=peak: peak)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device, peak=peak: peak)
+        said = out_of_memory._figures(world_of(1, "single"))
+        if peak:
+            assert said.startswith(
+                "This process's peak was 1.00 GiB of the 8.00 GiB of A GPU; 4.00 GiB of it are taken"
+            )
+        else:
+            assert said.startswith(
+                "This process had nothing on A GPU yet, of whose 8.00 GiB 3.00 GiB are free; 5.00 GiB"
+            )
 
 
 def test_what_is_out_of_memory() -> None:
