@@ -174,7 +174,12 @@ class PredictionFile(ABC):
         import pandas as pd
 
         self.check(batch)
-        self._tables.append(pd.DataFrame({**index, **self.columns(batch)}))
+        columns = self.columns(batch)
+        if clash := sorted(index.keys() & columns.keys()):
+            raise UserError(
+                f"the column {clash[0]!r} that names the samples is also one of predictions; rename it in the data"
+            )
+        self._tables.append(pd.DataFrame({**index, **columns}))
 
     def columns(self, batch: Predicted) -> dict[str, Any]:
         """Return what a table says of a batch."""

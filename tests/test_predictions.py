@@ -130,3 +130,68 @@ def test_predictions_of_different_shapes_are_no_array(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="different shapes, 5 and 6"):
                 file.take({"row": range(4)}, found)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_known_by_their_files_and_images_that_do_not_decode_are_skipped(tmp_path: Path) -> None:
+    for name, value in [
+        *((f"images/dark/{k}.png", k) for k in range(8)),
+        *((f"images/light/{k}.png", 255 - k) for k in range(8)),
+    ]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), value).save(tmp_path / name)
+    recipe = write_recipe(
+        tmp_path,
+        """
+name: shades
+task: classification
+data: {name: image_folder, path: images, channels: gray, size: 4}
+model: {name: mlp, hidden: []}
+optim: {lr: 0.1}
+batch: {global: 4}
+train: {epochs: 10}
+eval: {every: null}
+""",
+    )
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    right = {"9.png": "light", "10.png": "dark", "A.png": "dark", "sub/c.png": "light"}
+    (tmp_path / "new" / "sub").mkdir(parents=True)
+    for name, shade in right.items():
+        Image.new("L", (4, 4), 250 if shade == "light" else 5).save(tmp_path / "new" / name)
+    (tmp_path / "new" / "broken.png").write_bytes(b"no image")
+    ended = cli("predict", run, tmp_path / "new", "-o", tmp_path / "p.csv")
+    assert ended.status == 0, ended.err
+    assert ended.err.count("skipped: ") == 1
+    assert f"{tmp_path}/new/broken.png" in ended.err
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert dict(zip(table["file"], table["prediction"], strict=True)) == right
+    held_out = cli("predict", run, "test", "-o", tmp_path / "test.csv")
+    assert held_out.status == 0, held_out.err
+    table = pd.read_csv(tmp_path / "test.csv")
+    assert [file.split("/")[0] for file in table["file"]] == table["target"].tolist()
+
+
+def test_rows_of_a_table_are_known_by_the_column_named_as_id(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"patient": [f"p{number}" for number in range(30)], "x": np.arange(30.0), "y": [0, 1, 2] * 10})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    recipe = write_recipe(
+        tmp_path,
+        """
+name: rows
+task: regression
+data: {name: table, path: rows.csv, target: y, id: patient, split: [0.8, 0.2]}
+model: {name: mlp, hidden: []}
+batch: {global: 8}
+train: {steps: 2}
+eval: {every: null}
+""",
+    )
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    for inputs, ids in ((tmp_path / "rows.csv", rows["patient"].tolist()), ("test", None)):
+        ended = cli("predict", run, inputs, "-o", tmp_path / "p.csv")
+        assert ended.status == 0, ended.err
+        table = pd.read_csv(tmp_path / "p.csv")
+        assert ids is None or table["patient"].tolist() == ids
+        known = rows.set_index("patient")["y"]
+        assert known[table["patient"]].tolist() == table["target"].tolist()

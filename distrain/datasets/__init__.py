@@ -163,10 +163,13 @@ class TensorSource:
         inputs: torch.Tensor | Mapping[str, torch.Tensor],
         targets: torch.Tensor | None,
         warnings: tuple[str, ...] = (),
+        names: Mapping[str, Sequence[Any]] | None = None,
     ):
+        """`names`: see `keys_of`, of all samples."""
         self.inputs = inputs
         self.targets = targets
         self.warnings = warnings
+        self.names = names or {}
         tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
         lengths = {len(tensor) for tensor in (tensors if targets is None else [*tensors, targets])}
         assert len(lengths) == 1, f"tensors of different lengths: {sorted(lengths)}"
@@ -188,10 +191,14 @@ class TensorSource:
         batch["ids"] = index
         return batch
 
+    def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
+        """Return what the samples are known by; see `keys_of`."""
+        return {column: [values[index] for index in ids.tolist()] for column, values in self.names.items()}
+
     def select(self, ids: np.ndarray) -> TensorSource:
         """Return a source of these samples alone, copied."""
         batch = self.fetch(ids)
-        return TensorSource(batch["inputs"], batch.get("targets"))
+        return TensorSource(batch["inputs"], batch.get("targets"), names=self.keys(ids))
 
 
 class SubsetSource:

@@ -37,7 +37,7 @@ def _digits_reader(dtype: torch.dtype) -> Callable[[Path], Source]:
     def read(path: Path) -> Source:
         if path.suffix == ".npy":
             return TensorSource(pixels_from_npy(path, (8, 8), "gray", (0, 16)).to(dtype) / 16, None)
-        return ImageFiles(image_paths(path), None, (8, 8), "gray")
+        return ImageFiles(image_paths(path), None, (8, 8), "gray", root=path if path.is_dir() else None)
 
     return read
 

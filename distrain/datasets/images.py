@@ -46,16 +46,18 @@ class ImageFiles:
         size: tuple[int, int] | None,
         channels: Channels,
         black_to_white: Range | None = None,
+        root: Path | None = None,
     ):
         """`targets` (n,) int64 or None; images are resized to `size` (height, width) where that is not None.
 
-        `black_to_white`: see `decode_image`.
+        `black_to_white`: see `decode_image`. Files are known by their paths below `root`.
         """
         self.paths = paths
         self.targets = targets
         self.size = size
         self.channels = channels
         self.black_to_white = black_to_white
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -68,6 +70,12 @@ class ImageFiles:
             batch["targets"] = torch.from_numpy(self.targets[ids])
         batch["ids"] = torch.from_numpy(ids)
         return batch
+
+    def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
+        """Return the samples' files; see `keys_of`."""
+        paths = [self.paths[number] for number in ids.tolist()]
+        below = [path.relative_to(self.root) if self.root is not None else Path(path.name) for path in paths]
+        return {"file": [path.as_posix() for path in below]}
 
     def _decoded(self, number: int) -> torch.Tensor:
         path = self.paths[number]
@@ -142,7 +150,7 @@ def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_whit
 
     def read(path: Path) -> Source:
         if path.suffix != ".npy":
-            return ImageFiles(image_paths(path), None, size, channels, black_to_white)
+            return ImageFiles(image_paths(path), None, size, channels, black_to_white, path if path.is_dir() else None)
         pixels = pixels_from_npy(path, size, channels, _BYTES if black_to_white is None else (-math.inf, math.inf))
         if pixels.dtype != torch.uint8 and black_to_white is not None:
             return TensorSource(torch.from_numpy(_bytes(pixels.numpy(), black_to_white, path)), None)
@@ -236,9 +244,10 @@ def image_folder(
         paths, targets = files["train"]
         for split, indices in split_indices(len(paths), request.section, request.seed, targets).items():
             chosen = [paths[index] for index in indices]
-            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white)
+            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white, root)
     else:
-        splits.update({split: ImageFiles(*found, shape, channels, black_to_white) for split, found in files.items()})
+        for split, found in files.items():
+            splits[split] = ImageFiles(*found, shape, channels, black_to_white, folders[split])
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [path for paths, _ in files.values() for path in paths]
     return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)

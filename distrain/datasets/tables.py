@@ -53,6 +53,7 @@ def table(
     features: list[str] | None = None,
     categorical: list[str] | None = None,
     drop: list[str] = [],  # noqa: B006 - never changed
+    id: str | None = None,
     missing: Literal["mean", "median", "error"] = "mean",
     missing_indicator: bool = False,
     encode: Literal["one_hot", "index"] = "one_hot",
@@ -70,7 +71,8 @@ def table(
     is a category of its own where training rows lack one; a category not seen in training is unknown: all zeros in
     one-hot columns, 0 as an index. How many rows have one is a warning, and an error where all rows of a split do.
 
-    Columns that nobody named (the index of pandas) are inputs only where `features` or `categorical` names them.
+    Columns that nobody named (the index of pandas) are inputs only where `features` or `categorical` names them. The
+    column `id` is no input: it names the rows, in predictions.
 
     `inputs` is (batch, columns) float32 or, with `encode: index`, {"numeric": (batch, numeric) float32, "categorical":
     (batch, categorical) int64}, whose sizes are in `meta.cardinalities`. `targets` by task: classification (batch,)
@@ -85,12 +87,12 @@ def table(
     whole, frames = _split_frames(request, reader, targets)
     said: list[str] = []
     if request.state is None:
-        columns = _Columns(targets, features, categorical, drop)
+        columns = _Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = _fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
         said += columns.unnamed(whole) + _row_numbers(whole, columns, state)
     else:
         state = request.state
-    encoder = _Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32))
+    encoder = _Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)
     splits = {
         name: encoder.encode(frame, f"the split {name!r}", refuse_unknown=request.state is None)
         for name, frame in frames.items()
@@ -402,6 +404,7 @@ class _Columns:
     features: list[str] | None
     categorical: list[str] | None
     drop: list[str]
+    id: list[str]
 
     def inputs(self, frame: _Frame) -> list[str]:
         """Return the names of the input columns, or raise one UserError with every name that does not fit."""
@@ -415,7 +418,12 @@ class _Columns:
             ]
         if not self.targets:
             problems.append("data.target: no column is named")
-        taken = {**dict.fromkeys(self.drop, "data.drop"), **dict.fromkeys(self.targets, "data.target")}
+        taken = {
+            **dict.fromkeys(self.drop, "data.drop"),
+            **dict.fromkeys(self.id, "data.id"),
+            **dict.fromkeys(self.targets, "data.target"),
+        }
+        problems += [f"data.id: {name!r} is also in data.target" for name in self.id if name in self.targets]
         for key, names in (("features", self.features or []), ("categorical", self.categorical or [])):
             problems += [f"data.{key}: {name!r} is also in {taken[name]}" for name in names if name in taken]
         inputs = [name for name in self.features or self._candidates(frame) if name not in taken]
@@ -436,7 +444,7 @@ class _Columns:
         """Return a line for each column that is left out because nobody named it."""
         if self.features is not None:
             return []
-        used = [*self._candidates(frame), *self.targets, *self.drop]
+        used = [*self._candidates(frame), *self.targets, *self.drop, *self.id]
         return [
             f"column {name!r} of {frame.title} is {what}, and is left out; to use it, name it in data.features or "
             "data.categorical"
@@ -609,6 +617,8 @@ class _Encoder:
     task: Task
     dtype: np.dtype[Any]
     """float32 or float64, of inputs and targets."""
+    id: str | None = None
+    """The column that names the rows."""
 
     def encode(self, frame: _Frame, what: str, need_target: bool = True, refuse_unknown: bool = False) -> TensorSource:
         """Return the rows of `what`. `refuse_unknown`: whether a column whose categories are all unknown is an error.
@@ -648,7 +658,8 @@ class _Encoder:
                 encoded[known, start + index[known] - 1] = 1
                 start += width
             inputs = torch.from_numpy(encoded)
-        return TensorSource(inputs, self._targets(frame) if has_target else None, tuple(said))
+        names = {self.id: frame.table.column(self.id).to_pylist()} if self.id in frame.names else {}
+        return TensorSource(inputs, self._targets(frame) if has_target else None, tuple(said), names)
 
     def _numbers(self, frame: _Frame) -> np.ndarray:
         """Return the numeric columns, then the indicators, (rows, columns)."""
