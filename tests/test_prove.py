@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -27,15 +30,17 @@ from worlds import _context, free_port
 from distrain.checkpoint import list_checkpoints
 from distrain.config import UserError
 from distrain.loop.hidden import hidden_state
+from distrain.loop.trace import changes
 from distrain.prove import CouldNotRun, Divergence, Interruption, Placement, Proof, prove
 from distrain.prove.command import run as run_command
 from distrain.prove.cost import turned_on
 from distrain.prove.divergence import exact
-from distrain.prove.legs import draw_interruptions
+from distrain.prove.legs import draw_interruptions, resume_between
 from distrain.prove.processes import members
 from distrain.prove.proof import placements_of
 from distrain.prove.report import in_words, proved_line
 from distrain.prove.tolerance import Tolerance, within
+from distrain.prove.traces import read_record
 from distrain.recipe_file import load_recipe
 from distrain.rundir import RunDir
 
@@ -337,19 +342,11 @@ def test_a_transform_with_a_generator_of_its_own(tmp_path: Path) -> None:
     assert "data.transforms" in found.advice or "global generators" in found.advice
 
 
-def test_samples_that_depend_on_the_loader_process(tmp_path: Path) -> None:
-    # one that is killed in step 6 goes on after an odd number of batches: the other process reads the next one
-    seed = next(seed for seed in range(100) if _first_kill(seed).step == 5)
-    overrides = [f"data={{name: '{WRONG}:WorkerData', workers: 2}}", "checkpoint.every=3 steps"]
-    found = divergence_of(proof_of(small(tmp_path), *overrides, seed=seed))
-    assert found.what == "samples"
-    assert "loader process" in found.cause
-    assert "get_worker_info" in found.cause
-
-
 def _first_kill(seed: int) -> Interruption:
     """Return when a run of twelve steps is killed."""
-    return draw_interruptions(1, last_step=12, save_every=2, processes=[1], draw=_draw(seed))[0]
+    draw, how = _draw(seed), {"last_step": 12, "save_every": 2}
+    drawn = draw_interruptions(1, processes=[1], draw=draw, **how)
+    return resume_between(drawn, workers=0, micro_batches=1, draw=draw, **how)[0]
 
 
 def _draw(seed: int) -> random.Random:
@@ -467,6 +464,131 @@ def test_what_no_checkpoint_holds_is_found_wherever_it_is() -> None:
     assert changed_by(lambda: setattr(model[0].weight, "momentum", 1.0)) == ["model.0.weight.momentum"]
     model[0].register_buffer("mask", torch.ones(2), persistent=False)
     assert changed_by(lambda: model[0].mask.zero_()) == ["model.0.mask (a buffer that is not persistent)"]
+
+
+def _appended(kind: Any) -> None:
+    kind.history = (*kind.history, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "paths"),
+    [
+        (lambda parts: parts.COUNTS.append(1), ["COUNTS.1 (a variable of remembering_parts.py)"]),
+        (lambda parts: next(parts.CYCLE), ["CYCLE (a variable of remembering_parts.py)"]),
+        (lambda parts: next(parts.NUMBERS), ["NUMBERS (a variable of remembering_parts.py)"]),
+        (lambda parts: parts.SEEN.add("a"), ["SEEN (a variable of remembering_parts.py)"]),
+        (lambda parts: parts.LONG.reverse(), ["LONG (a variable of remembering_parts.py)"]),
+        (lambda parts: parts.RECENT.append(4), ["RECENT.1 (a variable of remembering_parts.py)"]),
+        (lambda parts: parts.MATRIX.fill(parts.MATRIX[0] + 1), ["MATRIX (a variable of remembering_parts.py)"]),
+        (lambda parts: parts.KEPT.update({object(): 1}), ["KEPT.entry 0 (a variable of remembering_parts.py)"]),
+        (lambda parts: setattr(parts.SLOTTED, "count", 2), ["SLOTTED.count (a variable of remembering_parts.py)"]),
+        (lambda parts: next(parts.STEPS), ["STEPS.count (a variable of remembering_parts.py)"]),
+        (
+            lambda parts: parts.ramp(),
+            [
+                "counts.0 (a default argument of ramp in remembering_parts.py)",
+                "scale.now (a default argument of ramp in remembering_parts.py)",
+            ],
+        ),
+        (lambda parts: parts.attributed(), ["attributed.calls (of remembering_parts.py)"]),
+        (lambda parts: parts.enclosed(), ["calls.0"]),
+        (lambda parts: parts.cached(len(parts.COUNTS)), ["cached.kept results (of remembering_parts.py)"]),
+        (lambda parts: _appended(parts.Model), ["Model.history.0 (of the class)"]),
+        (lambda parts: parts.Model().smooth(), ["past.0 (a default argument of Model.smooth in remembering_parts.py)"]),
+        (lambda parts: parts.Model.fixed(), ["past.0 (a default argument of Model.fixed in remembering_parts.py)"]),
+    ],
+)
+def test_what_the_users_files_remember_is_found(change: Callable[[Any], Any], paths: list[str]) -> None:
+    import remembering_parts
+
+    importlib.reload(remembering_parts)
+    roots = {"model": remembering_parts.Model()}
+    before = hidden_state(roots)
+    assert hidden_state(roots) == before, "to look changes nothing"
+    change(remembering_parts)
+    changed = {path for path, _ in changes(before, hidden_state(roots)).items()}
+    assert all(any(path in found for found in changed) for path in paths), changed
+    assert all("remembering_parts" in path or " (of the class)" in path for path in changed), changed
+
+
+def test_files_of_the_users_code_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("1")
+    code = tmp_path / "noting.py"
+    code.write_text(
+        "import os\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+        "(here / 'note.txt').read_text()\n(here / 'new.tmp').write_text('2')\n"
+        "os.replace(here / 'new.tmp', here / 'note.txt')\nopen(here / 'log.txt', 'a').close()\nos.listdir(here)\n"
+    )
+    (tmp_path / "trace").mkdir()
+    command = (
+        "import sys; from distrain.loop.outside import note_files; note_files(); "
+        "from distrain.recipe_file import load_recipe; load_recipe('recipe.yaml'); "
+        f"sys.path.append({str(tmp_path)!r}); import noting"
+    )
+    write_recipe(tmp_path)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_noting, args=(command, str(tmp_path)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    (tmp_path / "trace" / "rank-0.jsonl").write_text(json.dumps({"at": "start", "step": 0}) + "\n")
+    record = read_record(tmp_path / "trace")
+    assert record is not None
+    found = {Path(path).name: noted for path, noted in record.files.items()}
+    assert found["note.txt"][0].startswith("1 bytes, written at ")
+    assert found["note.txt"][1], "by what was put in its place"
+    assert found["log.txt"] == (None, True), "what is only added to is not read"
+    assert found[tmp_path.name][0].split()[1] == "entries"
+    assert "recipe.yaml" not in found, "distrain opened it"
+
+
+def _noting(command: str, folder: str) -> None:
+    os.chdir(folder)
+    os.environ["DISTRAIN_TRACE"] = json.dumps({"folder": str(Path(folder) / "trace")})
+    exec(compile(command, "<command>", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("part", "overrides", "what", "says"),
+    [
+        ("model=ScoredInSecret", ["eval.every=3 steps"], "loss", "model.scored (a buffer that is not persistent)"),
+        ("model=Ramped", [], "loss", "(a default argument of ramp in wrong_parts.py)"),
+        ("optim.name=Slowing", [], "lr or state", "STEPS.0 (a variable of wrong_parts.py)"),
+        ("data=HashedData", [], "samples", "the order in which a set gives texts"),
+        ("model=Noted", [], "loss", "note.txt, which training writes and reads"),
+        ("data=WorkerData", ["data.workers=2", "checkpoint.every=2 steps"], "samples", "get_worker_info"),
+        ("data=CountingData", ["data.workers=1"], "samples", "data.asked"),
+    ],
+)
+def test_what_is_remembered_elsewhere_is_named(
+    tmp_path: Path, part: str, overrides: list[str], what: str, says: str
+) -> None:
+    parts = tmp_path / "wrong_parts.py"  # which writes a file beside it
+    parts.write_text(WRONG.read_text())
+    key, _, name = part.partition("=")
+    value = f"{key.removesuffix('.name')}={{name: '{parts}:{name}'{', lr: 0.1' if key == 'optim.name' else ''}}}"
+    found = divergence_of(proof_of(small(tmp_path), value, *overrides))
+    assert found.what in what.split(" or "), found
+    assert says in found.cause, found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("last_step", [6, 12, 30])
+def test_one_resume_is_between_loader_processes(workers: int, count: int, last_step: int) -> None:
+    for seed, micro_batches in itertools.product(range(5), (1, 3)):
+        drawn = draw_interruptions(count, last_step=last_step, save_every=2, processes=[1], draw=_draw(seed))
+
+        def moved(seed: int = seed, drawn: list[Interruption] = drawn, made: int = micro_batches) -> list[Interruption]:
+            how: dict[str, Any] = {"workers": workers, "micro_batches": made, "draw": _draw(seed)}
+            return resume_between(drawn, last_step=last_step, save_every=2, **how)
+
+        assert moved() == moved(), "the seed says which"
+        (exact_one,) = [each for each in moved() if each.exact]
+        assert 1 <= exact_one.step <= last_step - 2
+        assert [each for each in moved() if not each.exact] == [d for d in drawn if d in moved()]
+        if workers > 1 and micro_batches % workers:
+            assert exact_one.step * micro_batches % workers, "another process reads than in a straight run"
 
 
 # --------------------------------------------------------------------------------------------------------------------

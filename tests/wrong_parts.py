@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,53 @@ class GlobalModel(Linear):
         return super().forward(x) * (1 + calls / 10)
 
 
+class ScoredInSecret(Linear):
+    """Counts evaluations in a buffer that is not persistent, and computes by that."""
+
+    scored: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scored", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scored += not self.training
+        return super().forward(x) * (1 + self.scored / 100)
+
+
+def ramp(steps: list[int] = [0]) -> float:  # noqa: B006
+    steps[0] += 1
+    return min(1.0, steps[0] / 50)
+
+
+class Ramped(Linear):
+    """Warms up by a count in a default argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (ramp() if self.training else 1.0)
+
+
+class Noted(Linear):
+    """Goes by a mean in a file that the run before has left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        note = Path(__file__).with_name("note.txt")
+        before = float(note.read_text()) if note.exists() else 0.0
+        if self.training:
+            note.with_suffix(".tmp").write_text(str(float(x.mean())))
+            note.with_suffix(".tmp").replace(note)
+        return super().forward(x) * (1 + before)
+
+
+class HashedData(Points):
+    """Adds what goes by the seed of hashes, as the order of a set of texts does."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(index)
+        # processes that are forked hash alike whatever this says
+        return inputs + int(os.environ["PYTHONHASHSEED"]) % 1000, target
+
+
 class UnseededData(Points):
     """Adds noise that nothing seeds."""
 
@@ -217,6 +265,25 @@ class Forgetful(torch.optim.Optimizer):
                     before = self.velocity.get(place, torch.zeros_like(parameter))
                     self.velocity[place] = 0.9 * before + parameter.grad
                     parameter -= group["lr"] * self.velocity[place]
+
+
+STEPS = [0]
+
+
+class Slowing(torch.optim.SGD):
+    """SGD that steps less and less, by a count in a list of this file."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    def step(self, closure: Any = None) -> None:
+        STEPS[0] += 1
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] /= 1 + STEPS[0] / 10
+        super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class Amnesiac(torch.optim.SGD):

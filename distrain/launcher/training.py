@@ -102,6 +102,10 @@ def work(
     # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     rank = rank_told()
+    if "DISTRAIN_TRACE" in os.environ:
+        from distrain.loop.outside import note_files
+
+        note_files()  # before anything of the user's is imported
 
     def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
         from distrain.strategy import unused

@@ -14,7 +14,7 @@ random numbers are computed from the recipe and the step, so a resumed run goes 
     checks.py         what a recipe must be before anything is built from it
     updates.py        what changed since the checkpoint: data, code, recipe
     introducing.py    what a run says of itself before its first step
-    trace.py          what each step did, for a proof; hidden.py: state that no checkpoint holds
+    trace.py          what each step did, for a proof; hidden.py: state that no checkpoint holds; outside.py: files
 """
 
 from __future__ import annotations

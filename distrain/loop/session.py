@@ -205,7 +205,8 @@ class Session:
 
     def save_due(self) -> bool:
         """Whether the recipe wants the state saved after this step."""
-        return self._save_every.due(self.t.step) or self._time_to_save
+        asked = self.trace is not None and self.trace.save_at == self.t.step
+        return self._save_every.due(self.t.step) or self._time_to_save or asked
 
     def new_best(self) -> bool:
         """Whether the model was scored after this step and is the best so far."""
@@ -442,6 +443,10 @@ class Session:
             )
         if not self.recipe.checkpoint.asynchronous:
             self._finish_save()
+
+    def publish(self) -> None:
+        """Wait for the save that is under way, if there is one."""
+        self._finish_save()
 
     def _finish_save(self) -> None:
         with self._may_fail():

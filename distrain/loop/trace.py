@@ -6,18 +6,20 @@ Off unless the environment variable `DISTRAIN_TRACE` asks for it: a JSON object 
     last_step   the run stops after this step, with a checkpoint, as if it had been asked to (null: it goes on)
     pause_at    rank 0 writes a file `paused` into the folder once this many steps are done, and waits there until there
                 is a file `go` (null: it does not)
+    save_at     a checkpoint is published once this many steps are done, whatever the recipe says (null: none is)
 
 Each line is one JSON object, in the order of what happened:
 
     start   the step that the attempt starts at, its state, and what is known of the model and the data
     batch   the ids of the step's samples, with a digest of each sample as the data set gave it, and of the inputs and
-            targets as the model gets them
-    between buffers that something has changed since the step, as an evaluation may
+            targets as the model gets them; which loader process made each micro-batch, and what has changed there
+    between buffers, and what no checkpoint holds, that something has changed since the step, as an evaluation may
     state   after the step: the learning rates and gradients with which the optimizer stepped, and what a checkpoint
             of that moment would hold
     loss    the step's loss and gradient norm, over all ranks
 
-State and gradients are digests, each with the norm of its tensor.
+State and gradients are digests, each with the norm of its tensor. `distrain.loop.outside` notes beside it which files
+the user's code has opened.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ from distrain.checkpoint.floats import FLOATS, widen
 from distrain.data import Transform
 from distrain.datasets import Batch, is_stream
 from distrain.loop.hidden import hidden_state
+from distrain.loop.outside import VARIABLE
 from distrain.optim import plain_name
 
 if TYPE_CHECKING:
     from distrain.loop.session import Session
 
-VARIABLE = "DISTRAIN_TRACE"
 STOPPED = "the end of what is proved"
 _CHUNK = 1 << 20  # elements widened at a time
 _PATIENCE_S = 600.0
@@ -58,9 +60,11 @@ Digests = dict[str, tuple[str, float]]
 class Trace:
     """One rank's record of one attempt at a run."""
 
-    def __init__(self, folder: Path, rank: int, *, last_step: int | None, pause_at: int | None):
+    def __init__(
+        self, folder: Path, rank: int, *, last_step: int | None, pause_at: int | None, save_at: int | None = None
+    ):
         self.folder, self.rank = folder, rank
-        self.last_step, self.pause_at = last_step, pause_at
+        self.last_step, self.pause_at, self.save_at = last_step, pause_at, save_at
         self._file = (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
         self._session: Session | None = None
         self._names: dict[int, str] = {}
@@ -68,6 +72,7 @@ class Trace:
         self._gradients: Digests = {}
         self._hidden: dict[str, str] = {}
         self._buffers: Digests = {}
+        self._of_loaders: dict[int, dict[str, str]] = {}
 
     @classmethod
     def from_environment(cls, rank: int) -> Trace | None:
@@ -76,7 +81,7 @@ class Trace:
         if not text:
             return None
         asked = json.loads(text)
-        return cls(Path(asked["folder"]), rank, last_step=asked["last_step"], pause_at=asked["pause_at"])
+        return cls(Path(asked.pop("folder")), rank, **asked)
 
     def write(self, at: str, step: int, **values: Any) -> None:
         """Add a line, which a killed process has written whole or not at all."""
@@ -99,11 +104,14 @@ class Trace:
         try:
             while not self._at_end():
                 self._between()
+                if t.step == self.save_at:
+                    session.publish()
                 self._pause(t.step)
                 micro_batches = next(batches, None)
                 if micro_batches is None:
                     return
-                self.write("batch", t.step + 1, **_of_batches(micro_batches))
+                loaders = self._changed_in_loaders(micro_batches)
+                self.write("batch", t.step + 1, **_of_batches(micro_batches), loaders=loaders)
                 yield micro_batches
         finally:
             hook.remove()
@@ -113,13 +121,8 @@ class Trace:
         session = self._session
         assert session is not None, "steps are taken on batches that are watched"
         drawn = _drawn_from(seed, session.world.device)
-        before, after = self._hidden, self._hidden_now()
-        changed = {
-            path: (before.get(path, "nothing"), after.get(path, "nothing"))
-            for path in sorted(before.keys() | after.keys())
-            if before.get(path) != after.get(path)
-        }
-        self._hidden, step = after, session.t.step
+        changed = self._changed()
+        step = session.t.step
         self.write(
             "state",
             step,
@@ -164,6 +167,8 @@ class Trace:
             precision=session.world.precision,
             total_steps=session.total_steps,
             samples=None if is_stream(source) else len(source),
+            workers=session.recipe.data.workers,
+            micro_batches=session.setup.feed.accumulation,
             batch_norm=_batch_norms(t.state.model),
             state=self._state(),
             scalars=t.state.scalars(),
@@ -220,13 +225,31 @@ class Trace:
         return {name: _digest_of(each.values) for name, each in held.items() if each.role == "buffer"}
 
     def _between(self) -> None:
-        """Note the buffers that an evaluation has changed: what is saved after it holds them so."""
+        """Note what an evaluation has changed: a save after it holds such buffers, and the next step goes by all."""
         session = self._session
         assert session is not None, "watch sets it"
-        now = self._buffers_now()
-        if changed := {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}:
-            self._buffers = now
-            self.write("between", session.t.step, between=changed)
+        now, hidden = self._buffers_now(), self._changed()
+        changed = {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}
+        self._buffers = now
+        if changed or hidden:
+            self.write("between", session.t.step, between=changed, hidden_between=hidden)
+
+    def _changed(self) -> dict[str, tuple[str, str]]:
+        """Return (before, now) of what no checkpoint holds and has changed since this was last asked."""
+        before, self._hidden = self._hidden, self._hidden_now()
+        return changes(before, self._hidden)
+
+    def _changed_in_loaders(self, micro_batches: Sequence[Batch]) -> list[dict[str, tuple[str, str]]]:
+        """Return the same of the loader process that made each micro-batch, as it was when that was made."""
+        found = []
+        for batch in micro_batches:
+            held, worker = batch.pop("held"), batch["worker"]
+            if held is None:
+                found.append({})
+                continue
+            found.append(changes(self._of_loaders.get(worker, {}), held))
+            self._of_loaders[worker] = held
+        return found
 
     def _hidden_now(self) -> dict[str, str]:
         session = self._session
@@ -236,8 +259,12 @@ class Trace:
                 "model": session.t.state.model,
                 "optimizer": session.t.state.optimizer,
                 "loss": session.t.loss,
+                "schedule": session.t.schedule,
                 "data": session.data.splits["train"],
                 "transforms": session.setup.feed.transforms["train"],
+                "metrics": session.metrics,
+                "evaluated data": {name: each for name, each in session.data.splits.items() if name != "train"},
+                "evaluated transforms": session.setup.feed.transforms["eval"],
             }
         )
 
@@ -254,7 +281,17 @@ class _Noting(Transform):
         worker = get_worker_info()
         batch = self.inner(batch, epochs)
         batch["samples"], batch["worker"] = samples, None if worker is None else worker.id
+        # what is in this process, the one that trains looks at itself
+        roots = {} if worker is None else {"data": getattr(worker.dataset, "source", None), "transforms": self.inner}
+        batch["held"] = hidden_state(roots) if roots else None
         return batch
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return {path: (before, now)} of what is not the same."""
+    paths = sorted(before.keys() | now.keys())
+    pairs = {path: (before.get(path, "nothing"), now.get(path, "nothing")) for path in paths}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrain.prove.divergence import Divergence
+from distrain.prove.divergence import WRITTEN, Divergence
 from distrain.prove.legs import Leg
 
 ROUNDING = 1e-5
@@ -29,6 +29,17 @@ _ARITHMETIC = (
     "with CUBLAS_WORKSPACE_CONFIG=:4096:8), and look for atomics, threads and times in code of your own"
 )
 
+_ORDER = (
+    "put what comes out of a set into an order of its own (sorted(...)) before anything is computed by it, and take "
+    "zlib.crc32 or hashlib in the place of hash(); PYTHONHASHSEED=0 in the environment of every start hides it only"
+)
+_OUTSIDE = (
+    "compute by nothing that training itself writes outside of its checkpoints: register what the model remembers with "
+    "register_buffer, keep an optimizer's in self.state, and make files that are read before the run begins"
+)
+
+_SEEDS = "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before it is built"
+
 _OF_DONE = (
     "one of the runs ended before the other, or left out an evaluation or its checkpoints: its data ran out, it "
     "stopped early, or its files were changed after they were written",
@@ -36,19 +47,29 @@ _OF_DONE = (
 )
 
 
-def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None) -> None:
+def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None, by_hash: bool = False) -> None:
     """Fill in the likely cause of a divergence between runs in one placement, and what to do.
 
     `repeats`: whether a second straight run was the same as the first up to there; None where there was none.
+    `by_hash`: whether straight runs are the same exactly where texts are hashed by the same key.
     """
     d = divergence
     resumed = d.attempt > 0 and repeats is not False
-    relevant = _relevant(d)
-    d.suspects = relevant + [suspect for suspect in d.suspects if suspect not in relevant]
-    named = relevant[0][0] if relevant else None
+    first = relevant(d)
+    d.suspects = first + [suspect for suspect in d.suspects if suspect not in first]
+    named = first[0][0] if first else None
     held = f"{named} is no part of a checkpoint, and was another when the step began" if named else ""
-    if d.what == "start":
-        d.cause, d.advice = _of_start(d)
+    if by_hash:
+        d.cause = (
+            "the order in which a set gives texts, or their hash(): Python hashes them by another key in each process "
+            "(PYTHONHASHSEED), and with the same key the runs agree"
+        )
+        d.advice = _ORDER
+    elif (file := _outside(d)) and not (named and (resumed or is_generator(first[0]))) and not _worker_cause(d):
+        d.cause = f"what is outside of the process was another: {file}, and no checkpoint holds it"
+        d.advice = _OUTSIDE
+    elif d.what == "start":
+        d.cause, d.advice = _of_start(d, named)
     elif d.what == "ids":
         counts = straight.attempts[0].record.facts["samples"]
         d.cause = (
@@ -57,13 +78,11 @@ def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None) -> N
         )
         d.advice = "make the data set the same each time that it is built: sort listings of files, fix every draw"
     elif d.what == "samples":
-        d.cause = held or (
-            _worker_cause(d)
-            or (
-                "the data set keeps hidden state: what a sample holds depends on what was read before it"
-                if resumed
-                else "the data set draws random numbers that are not seeded, or reads something that changes"
-            )
+        worker = _worker_cause(d)
+        d.cause = (f"{held}; or {worker}" if held and worker else held or worker) or (
+            "the data set keeps hidden state: what a sample holds depends on what was read before it"
+            if resumed
+            else "the data set draws random numbers that are not seeded, or reads something that changes"
         )
         d.advice = _DATA
     elif d.what in ("inputs", "targets"):
@@ -129,34 +148,48 @@ def explain_elsewhere(divergence: Divergence) -> None:
         )
 
 
+def is_generator(suspect: tuple[str, str, str]) -> bool:
+    """Whether a suspect is a generator of random numbers: it says all of why runs differ."""
+    return any("in state" in value for value in suspect[1:])
+
+
+def _outside(d: Divergence) -> str:
+    """Return a file that may make just this another; what is only written is none."""
+    return next((path for path, _, _ in d.files if not path.endswith(WRITTEN)), "") if d.what != "done" else ""
+
+
 _ROOTS = {
+    "ids": ("data",),
     "samples": ("data",),
     "inputs": ("transforms",),
     "targets": ("transforms", "data"),
-    "lr": ("optimizer",),
+    "lr": ("optimizer", "schedule"),
     "loss": ("model", "loss"),
     "norm": ("model", "loss"),
     "gradients": ("model", "loss"),
     "state": ("optimizer", "model"),
     "values": ("optimizer",),
-    "evaluation": ("model",),
+    "evaluation": ("model", "metrics", "loss", "evaluated data", "evaluated transforms"),
     "start": ("model", "optimizer"),
 }
+_ALL_ROOTS = {root for roots in _ROOTS.values() for root in roots}
 
 
-def _relevant(d: Divergence) -> list[tuple[str, str, str]]:
+def relevant(d: Divergence) -> list[tuple[str, str, str]]:
+    """Return those of the suspects that may be what makes just this another."""
     roots = _ROOTS.get(d.what, ())
-    # what belongs to a file or a class is under no root, and may matter to all
-    shared = (" (of the class)", " (a variable of ")
     own = [suspect for suspect in d.suspects if suspect[0].partition(".")[0] in roots]
-    return own + [s for s in d.suspects if s not in own and any(mark in s[0] for mark in shared)]
+    # what belongs to a file, a class or a function is under no root, and may matter to all
+    return own + [suspect for suspect in d.suspects if suspect[0].partition(".")[0] not in _ALL_ROOTS]
 
 
-def _of_start(d: Divergence) -> tuple[str, str]:
+def _of_start(d: Divergence, named: str | None) -> tuple[str, str]:
+    if d.step == 0 and named:
+        return f"the model is built while {named} is another in each process", _SEEDS
     if d.step == 0:
         return (
             "the model is built with random numbers that are not seeded, or from something that changes",
-            "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before it is built",
+            _SEEDS,
         )
     if d.subject.startswith("optimizer/"):
         return "what was loaded into the optimizer is not what it held when it was saved", _OPTIMIZER

@@ -26,7 +26,10 @@ ORDER = (
 """What is compared, causes before their effects; `start` is the state that an attempt starts from, `done` what only one
 of the runs did."""
 
-_OF_STEPS = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
+WRITTEN = ", which training writes"
+"""What is said of a file that is not read."""
+
+OF_STEPS = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
 
 IN_WORDS = {
     "start": "the state at the start of an attempt",
@@ -71,6 +74,9 @@ class Divergence:
     """How far apart two numbers are, relative to their size."""
     suspects: list[tuple[str, str, str]] = field(default_factory=list)
     """(path, in the straight run, in this one) of what no checkpoint holds and differed when the step began."""
+    files: list[tuple[str, str, str]] = field(default_factory=list)
+    """The same of files that the user's code writes and reads, or that were changed between the two runs, as each was
+    found when it was first read."""
     more: list[str] = field(default_factory=list)
     """Further tensors, samples or lines."""
     cause: str = ""
@@ -93,7 +99,8 @@ class Divergence:
         if self.cause:
             lines.append(f"  {'likely cause':<{width}}  {self.cause}")
         indent = " " * (width + 4)
-        lines += [f"{indent}{path}: {one} in the straight run, {other} here" for path, one, other in self.suspects[:4]]
+        shown = [*self.suspects[:4], *self.files[:2]]
+        lines += [f"{indent}{path}: {one} in the straight run, {other} here" for path, one, other in shown]
         if self.advice:
             lines.append(f"  {'what to do':<{width}}  {self.advice}")
         return "\n".join(lines)
@@ -124,7 +131,13 @@ def exact(straight: Leg, other: Leg) -> Divergence | None:
     if first is not None and first.attempt < len(other.attempts):
         # for an evaluation or a checkpoint, which are of the whole run, what the last attempt held
         first.suspects = _suspects(reference, other.attempts[first.attempt].record, first)
+        first.files = _files(reference, [attempt.record for attempt in other.attempts[: first.attempt + 1]])
     return first
+
+
+def already_differs(straight: Leg, other: Leg) -> bool:
+    """Whether the last attempt of a run has noted something else than the straight run: more attempts add nothing."""
+    return _exact_attempt(straight.attempts[0].record, other.attempts[-1], 0, other.name) is not None
 
 
 def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -> Divergence | None:
@@ -148,7 +161,7 @@ def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -
     if differing:
         return divergence(begun, "start", differing)
     for step in sorted(record.steps):
-        for what in _OF_STEPS:
+        for what in OF_STEPS:
             differing = {}
             for rank, noted in record.steps[step].items():
                 if gap := _first_gap(what, reference.steps.get(step, {}).get(rank, {}), noted):
@@ -370,9 +383,10 @@ def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:
 def _suspects(reference: Record, record: Record, divergence: Divergence) -> list[tuple[str, str, str]]:
     """Return what no checkpoint holds and was another thing in the two runs when the step began."""
     step = divergence.step if divergence.what != "start" else divergence.step + 1
+    after = divergence.what in ("evaluation", "checkpoint")  # which come when the step is done
     found = []
     for rank in divergence.ranks[:1] or [0]:
-        before, now = reference.hidden_before(step, rank), record.hidden_before(step, rank)
+        before, now = (each.hidden_before(step, rank, after=after) for each in (reference, record))
         for path in sorted(before.keys() | now.keys()):
             one, other = before.get(path, "nothing"), now.get(path, "nothing")
             if one != other:
@@ -381,6 +395,26 @@ def _suspects(reference: Record, record: Record, divergence: Divergence) -> list
         changes = reference.hidden_changes(step, rank)
         found.sort(key=lambda suspect: -changes.get(suspect[0], 0))
     return found
+
+
+def _files(reference: Record, attempts: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Return what the user's code keeps in files: those that it writes and reads, or else what may be such."""
+    ours, here = reference.files, attempts[-1].files
+    written = {path for record in (reference, *attempts) for path, (_, wrote) in record.files.items() if wrote}
+    read: list[tuple[str, str, str]] = []
+    kept: list[tuple[str, str, str]] = []
+    for path in sorted(ours.keys() | here.keys()):
+        one, two = (files.get(path, (None, False))[0] for files in (ours, here))
+        if {one, two} == {None, "not there"}:
+            continue  # one that a run makes for itself
+        pair = (one or "not read", two or "not read")
+        if path in written and (one or two):
+            read.append((f"the file {path}, which training writes and reads", *pair))
+        elif one and two and one != two:
+            read.append((f"the file {path}, which something has changed meanwhile", *pair))
+        elif path in written and path in ours and path in here:
+            kept.append((f"the file {path}{WRITTEN}", *pair))
+    return sorted(read, key=lambda file: file[1] == file[2]) or kept
 
 
 def relative(a: float, b: float) -> float:

@@ -11,8 +11,8 @@ import secrets
 import signal
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from distrain.probed import hand_on
 from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
 from distrain.prove.traces import Record, read_record
 from distrain.rundir import RunDir
+
+_HASH_SEED = "PYTHONHASHSEED"
 
 _PATIENCE_S = 600.0
 """How long a run that was asked to stop, or that lost a rank, may take to end."""
@@ -63,9 +65,13 @@ class Interruption:
     """Whether the step under way ends with a save."""
     rank: float = 0.0
     """Which rank, as a share of their number."""
+    exact: bool = False
+    """Whether the state of just this step is saved first, so that the next start resumes there."""
 
     def __str__(self) -> str:
         what = {"kill": "SIGKILL", "kill-rank": "SIGKILL of one rank", "stop": "SIGTERM"}[self.how]
+        if self.exact:
+            return f"{what} after step {self.step}, which is saved"
         return f"{what} in step {self.step + 1}{' and its save' if self.saving else ''}"
 
 
@@ -77,6 +83,8 @@ class Attempt:
     record: Record
     interruption: Interruption | None
     """What ended it; None for one that went on to the end."""
+    hash_seed: str = ""
+    """By which Python hashed texts in it (PYTHONHASHSEED)."""
 
     @property
     def resumed_at(self) -> int:
@@ -174,6 +182,42 @@ def draw_interruptions(
     return found
 
 
+def resume_between(
+    interruptions: Sequence[Interruption],
+    *,
+    last_step: int,
+    save_every: int,
+    workers: int,
+    micro_batches: int,
+    draw: random.Random,
+) -> list[Interruption]:
+    """Let one of these be at a step that no number of loader processes divides, and be resumed at that step.
+
+    Where every resume falls on a multiple of `workers` micro-batches (a step makes `micro_batches` on each rank), each
+    micro-batch is read by the process that reads it in a straight run, whatever depends on its number. It is the last
+    one that is not a request to stop.
+    """
+    found = list(interruptions)
+    place = max((index for index, each in enumerate(found) if each.how != "stop"), default=None)
+    if place is None:
+        return found
+    # two steps are left to go on with; one that was asked to stop does so within two steps
+    latest = last_step - 2
+    high = max(1, min(latest, found[place + 1].step if place + 1 < len(found) else latest))
+    low = found[place - 1].step + 3 if place else min(2 * save_every, high - 1)
+    steps = list(range(max(1, low), high + 1)) or list(range(1, latest + 1))
+
+    def divisors(step: int) -> tuple[bool, int]:
+        numbers = range(2, max(9, workers + 1))
+        done = step * micro_batches
+        return workers > 1 and done % workers == 0, sum(step % count == 0 for count in numbers)
+
+    fewest = min(map(divisors, steps))
+    step = draw.choice([each for each in steps if divisors(each) == fewest])
+    found[place] = replace(found[place], step=step, fraction=0.0, saving=False, exact=True)
+    return found
+
+
 class Runner:
     """Runs legs with `distrain train`. As a context, it leaves no process behind, however it ends."""
 
@@ -184,10 +228,11 @@ class Runner:
         folder: Path,
         *,
         last_step: int | None,
+        seed: int = 0,
         start: Start = start_distrain,
     ):
         self.recipe, self.overrides, self.folder = recipe, list(overrides), folder
-        self.last_step = last_step
+        self.last_step, self.seed = last_step, seed
         self._start = start
         self._mark = f"distrain-prove-{secrets.token_hex(8)}"
         self._process: Process | None = None
@@ -205,9 +250,13 @@ class Runner:
 
     def run(
         self, name: str, placements: Sequence[Placement], interruptions: Sequence[Interruption] = (),
-        *, step_seconds: float = 0.0, save_seconds: float = 0.0,
+        *, step_seconds: float = 0.0, save_seconds: float = 0.0, last_step: int | None = None, hash_seed: str = "",
+        enough: Callable[[Leg], bool] = lambda leg: False,
     ) -> Leg:  # fmt: skip
         """Run one leg: attempt i takes place in `placements[i]` (cycling) and is ended by `interruptions[i]`.
+
+        It ends after `last_step`, where that is said. Python hashes texts in each attempt by another seed, as it does
+        in processes that nobody gives one; `hash_seed` says which. No further attempt is made where `enough` says so.
 
         Raises CouldNotRun when training fails by itself.
         """
@@ -220,7 +269,15 @@ class Runner:
             trace = self.folder / "traces" / leg.run_dir.name / str(number)
             trace.mkdir(parents=True)
             output = trace / "output.txt"
-            process = self._begin(leg.run_dir, placement, trace, output, interruption)
+            # one that the user has set holds in every start of the run
+            seed = os.environ.get(_HASH_SEED) or hash_seed or self._hash_seed(name, number)
+            asked = {
+                "folder": str(trace),
+                "last_step": self.last_step if last_step is None else last_step,
+                "pause_at": interruption.step if interruption is not None else None,
+                "save_at": interruption.step if interruption is not None and interruption.exact else None,
+            }
+            process = self._begin(leg.run_dir, placement, asked, output, seed)
             if interruption is not None:
                 delay = interruption.fraction * (step_seconds + (save_seconds if interruption.saving else 0.0))
                 interruption = interruption if self._interrupt(process, interruption, trace, delay) else None
@@ -238,8 +295,10 @@ class Runner:
                 raise CouldNotRun(f"{name}: training failed with exit status {code}; it said\n{_tail(output)}")
             if record is not None:
                 _check_placement(name, placement, record)
-                leg.attempts.append(Attempt(placement, record, interruption))
-            if code == 0 and self._complete(leg.run_dir):
+                leg.attempts.append(Attempt(placement, record, interruption, seed))
+                if enough(leg):
+                    break
+            if code == 0 and self._complete(leg.run_dir, asked["last_step"]):
                 break
             if interruption is None:
                 raise CouldNotRun(f"{name}: the run stopped before its end; it said\n{_tail(output)}")
@@ -266,16 +325,19 @@ class Runner:
         finally:
             self.overrides.pop()
 
+    def _hash_seed(self, name: str, attempt: int) -> str:
+        return str(random.Random(f"{self.seed} {name} {attempt}").randrange(1, 2**32))
+
     def _begin(
-        self, run_dir: Path, placement: Placement, trace: Path, output: Path, interruption: Interruption | None
+        self, run_dir: Path, placement: Placement, asked: dict[str, Any], output: Path, hash_seed: str
     ) -> Process:
         hand_on(self._known, RunDir(run_dir))
-        asked = {
-            "folder": str(trace),
-            "last_step": self.last_step,
-            "pause_at": interruption.step if interruption is not None else None,
+        environment = {
+            **os.environ,
+            "DISTRAIN_TRACE": json.dumps(asked),
+            "DISTRAIN_PROOF": self._mark,
+            _HASH_SEED: hash_seed,
         }
-        environment = {**os.environ, "DISTRAIN_TRACE": json.dumps(asked), "DISTRAIN_PROOF": self._mark}
         arguments = ["train", self.recipe, *self.overrides, "--run-dir", str(run_dir), *placement.arguments]
         self._process = self._start(arguments, environment, output)
         return self._process
@@ -286,8 +348,9 @@ class Runner:
             if process.poll() is not None:
                 return False
             time.sleep(0.002)
-        (trace / "go").touch()
-        time.sleep(delay_s)
+        if not interruption.exact:
+            (trace / "go").touch()
+            time.sleep(delay_s)
         if process.poll() is not None:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -306,12 +369,12 @@ class Runner:
         (trace / "sent").touch()
         return True
 
-    def _complete(self, run_dir: Path) -> bool:
+    def _complete(self, run_dir: Path, last_step: int | None) -> bool:
         run = RunDir(run_dir)
         if run.finished is not None:
             return True
         stopped = run.preempted
-        return stopped is not None and self.last_step is not None and stopped.get("step", -1) >= self.last_step
+        return stopped is not None and last_step is not None and stopped.get("step", -1) >= last_step
 
 
 def _check_placement(name: str, placement: Placement, record: Record) -> None:

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import Recipe, UserError, close_names
-from distrain.prove.causes import explain, explain_elsewhere
+from distrain.prove.causes import explain, explain_elsewhere, is_generator, relevant
 from distrain.prove.cost import cost_in_words, turned_on
-from distrain.prove.divergence import Divergence, exact
-from distrain.prove.legs import CouldNotRun, Interruption, Leg, Placement, Runner, draw_interruptions
+from distrain.prove.divergence import OF_STEPS, Divergence, already_differs, exact
+from distrain.prove.legs import (
+    CouldNotRun,
+    Interruption,
+    Leg,
+    Placement,
+    Runner,
+    draw_interruptions,
+    resume_between,
+)
 from distrain.prove.processes import Start, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
 from distrain.recipe_file import load_recipe
@@ -184,7 +192,9 @@ def prove(
     began = time.monotonic()
     folder = _folder(keep)
     try:
-        with Runner(source, [*_settings(save_every), *overrides], folder, last_step=steps, start=start) as runner:
+        with Runner(
+            source, [*_settings(save_every), *overrides], folder, last_step=steps, seed=seed, start=start
+        ) as runner:
             tolerances = (loss_tolerance, state_tolerance)
             director = _Director(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
             proof = director.direct(loaded, placements)
@@ -257,9 +267,9 @@ class _Director:
         self.done(result)
         return result.divergence is None
 
-    def straight(self, placement: Placement, again: str = "") -> Leg:
+    def straight(self, placement: Placement, again: str = "", **how: Any) -> Leg:
         self.say(f"straight{again}, {placement}")
-        return self.runner.run(f"straight{again}, {placement}", [placement])
+        return self.runner.run(f"straight{again}, {placement}", [placement], **how)
 
     def broken(self, straight: Leg) -> bool:
         """Interrupt and resume a run in the placement of another; returns whether they are the same."""
@@ -268,7 +278,8 @@ class _Director:
         leg = self.interrupted(f"killed, {placement}", straight, [placement], self.kills)
         divergence = exact(straight, leg)
         if divergence is not None:
-            explain(divergence, straight, repeats=self.repeats(divergence, straight))
+            repeats, by_hash = self.tried_again(divergence, straight, leg)
+            explain(divergence, straight, repeats=repeats, by_hash=by_hash)
         self.drop(leg)
         return self.add(LegResult(leg, straight.name, divergence))
 
@@ -277,16 +288,41 @@ class _Director:
         if not self.keeps:
             shutil.rmtree(leg.run_dir, ignore_errors=True)
 
-    def repeats(self, divergence: Divergence, straight: Leg) -> bool | None:
-        """Return whether a second straight run is as the first one was, where that is in question."""
-        if (
-            divergence.attempt == 0
-            or divergence.suspects
-            or divergence.what not in ("samples", "inputs", "loss", "norm", "gradients", "state")
-        ):
-            return None
-        again = self.straight(straight.placement, " again")
-        found = exact(straight, again)
+    def tried_again(self, divergence: Divergence, straight: Leg, leg: Leg) -> tuple[bool | None, bool]:
+        """Return whether a straight run repeats, where that is in question, and whether it goes by hashes of texts.
+
+        A straight run with the hash seed of the attempt that differs tells whether a resume is to blame; one with that
+        of the first straight run tells whether nothing but that seed makes the difference.
+        """
+        d = divergence
+        begun = d.attempt == 0
+        if d.what not in (*OF_STEPS, "start") or (d.what == "start" and not begun):
+            return None, False
+        # what was remembered and lost, or a generator: it is known why it is another
+        if (found := relevant(d)) and (not begun or is_generator(found[0])):
+            return None, False
+        seed, its_seed = straight.attempts[0].hash_seed, leg.attempts[d.attempt].hash_seed
+        if seed == its_seed:
+            return (None if begun else self.same(straight, d, " again", seed)), False
+        if begun:
+            if not self.same(straight, d, " again", seed):
+                return False, False
+            # that may be chance, where what is drawn makes a difference now and then
+            return None, not self.same(straight, d, " once more", its_seed)
+        if self.same(straight, d, " again", its_seed):
+            return True, False
+        return False, self.same(straight, d, " once more", seed)
+
+    def same(self, straight: Leg, divergence: Divergence, again: str, hash_seed: str) -> bool:
+        """Whether another straight run is the same as the first one up to where another has differed."""
+        # an evaluation of the last step would not take place
+        last_step = min(divergence.step + 1, straight.last_step)
+        try:
+            other = self.straight(straight.placement, again, last_step=last_step, hash_seed=hash_seed)
+        except CouldNotRun:
+            return False
+        found = exact(straight, other)
+        self.drop(other)
         return found is None or found.step > divergence.step
 
     def elsewhere(self, first: Leg, other: Leg) -> bool:
@@ -314,9 +350,22 @@ class _Director:
             draw=draw,
             saved_before=len(placements) > 1,
         )
+        if len(placements) == 1:
+            facts = straight.attempts[0].record.facts
+            interruptions = resume_between(
+                interruptions,
+                last_step=straight.last_step,
+                save_every=self.save_every,
+                workers=facts["workers"],
+                micro_batches=facts["micro_batches"],
+                draw=draw,
+            )
         leg = self.runner.run(
-            name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds
-        )
+            name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds,
+            enough=lambda leg: len(placements) == 1 and already_differs(straight, leg),
+        )  # fmt: skip
+        if len(placements) == 1 and already_differs(straight, leg):
+            return leg
         went_on = {attempt.placement for attempt in leg.attempts if attempt.resumed_at > 0 and attempt.record.steps}
         if len(placements) > 1 and (missing := [place for place in placements[1:] if place not in went_on]):
             raise CouldNotRun(

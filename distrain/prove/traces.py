@@ -20,6 +20,9 @@ class Record:
     """By rank."""
     steps: dict[int, dict[int, Values]] = field(default_factory=dict)
     """By step (the first is 1) and rank: all that was noted of it, which for the last one may be a part."""
+    files: dict[str, tuple[str | None, bool]] = field(default_factory=dict)
+    """What the user's code opened, on all ranks: how it was found when it was first read (None: never), and whether it
+    was written to."""
 
     @property
     def start_step(self) -> int:
@@ -51,19 +54,36 @@ class Record:
             {name for ranks in self.steps.values() for noted in ranks.values() for name in noted.get("drawn", ())}
         )
 
-    def hidden_before(self, step: int, rank: int = 0) -> dict[str, str]:
-        """What objects held besides their state when `step` began, on one rank."""
-        held = dict(self.starts[rank]["hidden"]) if rank in self.starts else {}
-        for earlier in range(self.starts[rank]["step"] + 1 if rank in self.starts else step, step):
-            for path, (_, new) in self.steps.get(earlier, {}).get(rank, {}).get("hidden", {}).items():
-                held[path] = new
+    def hidden_before(self, step: int, rank: int = 0, *, after: bool = False) -> dict[str, str]:
+        """What objects held besides their state when `step` began, or when it was done (`after`), on one rank.
+
+        With that, what there was in the loader processes that made the step's micro-batches, once they had.
+        """
+        held: dict[str, str] = {}
+        loaders: dict[int, dict[str, str]] = {}
+        begun = 0
+        if rank in self.starts:
+            held, begun = dict(self.starts[rank]["hidden"]), self.starts[rank]["step"]
+        for each in range(begun, step + 1):
+            noted = self.steps.get(each, {}).get(rank, {})
+            for worker, changed in zip(noted.get("workers", ()), noted.get("loaders", ()), strict=False):
+                if worker is not None:
+                    _change(loaders.setdefault(worker, {}), changed)
+            if each > begun and (each < step or after):
+                _change(held, noted.get("hidden", {}))
+            if each < step:
+                _change(held, noted.get("hidden_between", {}))
+        for worker in self.steps.get(step, {}).get(rank, {}).get("workers", ()):
+            held |= {path: value for path, value in loaders.get(worker, {}).items() if worker is not None}
         return held
 
     def hidden_changes(self, step: int, rank: int = 0) -> dict[str, int]:
         """Return how often each of these things had changed when `step` began."""
         found: dict[str, int] = {}
         for earlier, ranks in self.steps.items():
-            for path in ranks.get(rank, {}).get("hidden", {}) if earlier < step else ():
+            noted = ranks.get(rank, {}) if earlier < step else {}
+            changed = [noted.get("hidden", {}), noted.get("hidden_between", {}), *noted.get("loaders", ())]
+            for path in set().union(*changed):
                 found[path] = found.get(path, 0) + 1
         return found
 
@@ -75,6 +95,10 @@ class Record:
             for name, (_, norm) in noted.get("gradients", {}).items():
                 largest[name] = max(largest.get(name, 0.0), norm)
         return largest
+
+
+def _change(held: dict[str, str], changes: dict[str, tuple[str, str]]) -> None:
+    held |= {path: now for path, (_, now) in changes.items()}
 
 
 def read_record(folder: Path) -> Record | None:
@@ -91,4 +115,10 @@ def read_record(folder: Path) -> Record | None:
                 record.starts[rank] = noted
             else:
                 record.steps.setdefault(step, {}).setdefault(rank, {}).update(noted)
+    for file in sorted(folder.glob("files-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                noted = json.loads(line)
+                found, written = record.files.get(noted["path"], (None, False))
+                record.files[noted["path"]] = (found or noted["found"], written or noted["writes"])
     return record if 0 in record.starts else None
