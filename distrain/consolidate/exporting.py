@@ -23,8 +23,8 @@ from distrain.checkpoint.reading import is_checkpoint_name
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
 from distrain.consolidate.copying import Output, write_safetensors
-from distrain.consolidate.formats.common import some
-from distrain.consolidate.opening import detect, open_foreign
+from distrain.consolidate.formats.common import NO_TENSORS, some
+from distrain.consolidate.opening import BUFFERS, detect, open_foreign
 from distrain.consolidate.sources import OwnTensors, Tensors
 from distrain.consolidate.torch_file import write_torch_file
 from distrain.rundir import RunDir
@@ -131,19 +131,22 @@ def find_source(target: Path | str, *, best: bool = False, format: str | None = 
     return path, format or detect(path)
 
 
-def open_tensors(path: Path | str) -> Tensors:
-    """Return the tensors of a run, a checkpoint or something foreign, which is open for as long as they are used.
+def open_tensors(path: Path | str) -> tuple[Tensors, list[str]]:
+    """Return the tensors of a run, a checkpoint or something foreign, and notes on how they were understood.
 
-    The bytes are checked against their hashes first. Raises UserError.
+    They are open for as long as they are used. The bytes are checked against their hashes first. Only the model is
+    looked at: whatever else a trainer has saved with it. Raises UserError.
     """
     found, format = find_source(path)
     if format is None:
-        return OwnTensors(Reader(found))
-    opened = open_foreign(found, format=format)
+        return OwnTensors(Reader(found)), []
+    opened = open_foreign(found, format=format, optimizer=False)
     source = opened.__enter__()
     source.verify(name for name in source.names if name.startswith("model/"))
     source.keep(opened)
-    return source
+    # what is a buffer makes no difference where a model is there that knows it
+    notes = [note for note in source.notes if not note.startswith(BUFFERS)]
+    return source, [*notes, *(left for left in source.left if NO_TENSORS in left)]
 
 
 @contextmanager

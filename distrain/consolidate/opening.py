@@ -24,10 +24,12 @@ FORMATS = {
     "deepspeed": "a folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3",
     "distributed": "a folder of torch.distributed.checkpoint",
     "safetensors": "a safetensors file, or a folder of such with an index",
-    "torch": "a file of torch.save",
+    "torch": "a file of torch.save, as Lightning's .ckpt is",
 }
 COUNTED = "is the optimizer's own count"
+BUFFERS = "taken for buffers"
 MOST_STEPS = 10**18
+_INDEX = ".index.json"
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -40,12 +42,14 @@ def open_foreign(
     trust: bool = False,
     tied: Mapping[str, str] | None = None,
     buffers: Sequence[str] = (),
+    optimizer: bool = True,
 ) -> Iterator[Source]:
     """Open a foreign checkpoint, a file or a folder; reads its listings and none of its tensors.
 
     `format` is one of `FORMATS`; None finds it out. `trust` lets a process of its own run what is in pickles that hold
     more than tensors. `tied` {alias: name}: a tensor that is the same as another one, which formats that store both
     do not say. `buffers`: patterns of names that are buffers, for formats that do not tell them from parameters.
+    `optimizer=False` does not look at an optimizer's state, where the model does not lie in it.
     Raises UserError: what is there is in no known format, damaged, incomplete, or holds what may run.
     """
     path = Path(path)
@@ -57,7 +61,7 @@ def open_foreign(
         raise UserError(f"no format {found!r}; it is one of {', '.join(FORMATS)}{close_names(found, FORMATS)}")
     if trust and found in ("safetensors", "distributed"):
         raise UserError(f"{path}: --trust changes nothing for {FORMATS[found]}: nothing in it is run; leave it out")
-    source = Source(path, FORMATS[found].partition(",")[0])
+    source = Source(path, FORMATS[found].partition(",")[0], wants_optimizer=optimizer)
     try:
         with _in_words(path, FORMATS[found]):
             _fill(source, found, trust)
@@ -111,6 +115,9 @@ def _detect(path: Path) -> str:
             return "torch"
         if start[8:] == b"{":
             return "safetensors"
+        if path.name.endswith(_INDEX):
+            files = safetensors.weight_map(path)
+            return "safetensors" if all(name.endswith(".safetensors") for name in files) else "torch"
         raise UserError(f"{path} is neither a safetensors file nor one of torch.save; expected {_expected()}")
     if (path / distributed.METADATA).exists():
         return "distributed"
@@ -121,8 +128,14 @@ def _detect(path: Path) -> str:
     inside = sorted(entry.name for entry in path.iterdir())
     if sum(name.endswith(".safetensors") for name in inside) == 1:
         return "safetensors"
+    if len(_torch_files(path)) == 1:
+        return "torch"
     shown = f"it holds {', '.join(inside[:5])}" if inside else "it is empty"
     raise UserError(f"{path} is no checkpoint that is known here: {shown}; expected {_expected()}")
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".pt", ".pth", ".bin"))
 
 
 def _expected() -> str:
@@ -142,9 +155,16 @@ def _fill(source: Source, format: str, trust: bool) -> None:
             source.what = "torch.distributed.checkpoint"
             distributed.open_folder(source, path)
         case "torch":
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; expected {FORMATS[format]}")
-            torch.open_file(source, path, trust=trust)
+            files = _torch_files(path) if path.is_dir() else [path]
+            if len(files) != 1:
+                raise UserError(f"{path} is a folder with {len(files)} of them; name one, {FORMATS[format]}")
+            if path.name.endswith(_INDEX):
+                torch.open_indexed(source, path, trust=trust)
+            else:
+                torch.open_file(source, files[0], trust=trust)
+        case "safetensors" if path.name.endswith(_INDEX):
+            safetensors.open_indexed(source, path)
+            source.config = safetensors.read_config(path.parent)
         case "safetensors" if path.is_file():
             safetensors.open_file(source, path)
         case "safetensors":
@@ -207,7 +227,7 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
         stored = source.tensors[f"model/{plain}"]
         source.tensors[f"model/{plain}"] = replace(stored, spec=replace(stored.spec, role="buffer"))
     if usual:
-        source.notes.append(f"taken for buffers, by name or dtype: {some(sorted(usual))}; --buffers names others")
+        source.notes.append(f"{BUFFERS}, by name or dtype: {some(sorted(usual))}; --buffers names others")
 
 
 def _count_steps(source: Source) -> None:

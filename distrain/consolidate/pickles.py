@@ -84,7 +84,8 @@ _HARMLESS = {
     "builtins.slice", "builtins.range", "builtins.int", "builtins.float", "builtins.bool", "builtins.str",
     "_codecs.encode", "copyreg._reconstructor", "builtins.object", "argparse.Namespace", "types.SimpleNamespace",
     "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "datetime.timedelta",
-    "datetime.datetime", "fractions.Fraction", "decimal.Decimal",
+    "datetime.datetime", "datetime.date", "datetime.timezone", "fractions.Fraction", "decimal.Decimal", "uuid.UUID",
+    "collections.deque", "functools.partial", "typing.Any", "torch.torch_version.TorchVersion",
     "numpy.dtype", "numpy.ndarray", *(f"{m}.{name}" for m in _NUMPY for name in ("_reconstruct", "scalar")),
     *(f"{_DISTRIBUTED}.metadata.{name}" for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -98,6 +99,8 @@ _HARMLESS = {
 
 _MOST_OPERATIONS = 10_000_000
 """Of one pickle: each may make an object of a hundred bytes, and a tensor takes some forty."""
+_SETTINGS = {"lightning", "lightning_fabric", "pytorch_lightning", "omegaconf"}
+"""Packages of which files hold settings and states of trainers, as hyper-parameters and callbacks have them."""
 _MAX_INTEGER = 255  # bytes; a longer one is nobody's number, and slow to handle
 
 
@@ -233,7 +236,7 @@ class _Machine:
         # the names of Python 2, which pickles of protocol 2 are written with
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         path = f"{module}.{name}"
-        if path not in _HARMLESS and path not in _CALLS:
+        if path not in _HARMLESS and path not in _CALLS and module.partition(".")[0] not in _SETTINGS:
             raise PickleRefused(f"it names {path[:200]}, which is no part of tensors")
         return Named(path)
 

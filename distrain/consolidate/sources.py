@@ -192,6 +192,8 @@ class Source:
     """How things were understood, for the user."""
     left: list[str] = field(default_factory=list)
     """What is not imported, and why."""
+    wants_optimizer: bool = True
+    """Whether an optimizer's state is looked at that lies beside the model."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()

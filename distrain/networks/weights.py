@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import zipfile
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distrain.checkpoint.dtypes import DTYPES
@@ -32,6 +31,8 @@ class WeightsReport:
     """The file's tensors that the model does not have."""
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     """Tensors of another shape: (found, expected)."""
+    notes: tuple[str, ...] = ()
+    """How the file was understood, such as what was taken off all of its names."""
 
     @property
     def problems(self) -> list[str]:
@@ -48,7 +49,7 @@ class WeightsReport:
 
     def __str__(self) -> str:
         count = len(self.loaded)
-        return "; ".join([f"loaded {count} tensor{'s' * (count != 1)} from {self.path}", *self.problems])
+        return "; ".join([f"loaded {count} tensor{'s' * (count != 1)} from {self.path}", *self.notes, *self.problems])
 
 
 def _some(names: Iterable[str], most: int = 10) -> str:
@@ -70,11 +71,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
-    """Copy the tensors of a .safetensors, .pt or .pth file into the model, by name.
+    """Copy the tensors of a file or a folder into the model, by name; see `stored_tensors` for what these may be.
 
-    `module.` and `_orig_mod.`, which wrappers put into names, are taken off. `strict`: the file must hold exactly the
-    model's tensors (one name of tied ones is enough), otherwise UserError; not strict: what agrees in name and shape is
-    loaded and the rest is in the report, and only a file of which nothing fits is an error.
+    What wrappers put into names (`module.`, `_orig_mod.`) is taken off, and any other prefix of all names (`model.`)
+    where all of them are the model's without it. `strict`: the file must hold exactly the model's tensors (one name of
+    tied ones is enough), otherwise UserError; not strict: what agrees in name and shape is loaded and the rest is in
+    the report, and only a file of which nothing fits is an error.
     """
     expected, found, report = _compare(model, path, strict)
     for name in _fitting(expected, found):
@@ -116,15 +118,19 @@ def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> li
 def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tensor], dict[str, _Stored], WeightsReport]:
     """Return the model's tensors, the file's by the model's names, and how they differ; raises UserError."""
     expected = model.state_dict(keep_vars=True)
+    stored, notes = stored_tensors(path)
+    prefix = _prefix(stored, expected)
     found: dict[str, _Stored] = {}
-    for name, stored in stored_tensors(path).items():
-        plain = _plain(name, expected)
+    for name, tensor in stored.items():
+        plain = _plain(name.removeprefix(prefix), expected)
         if plain in found:
             raise UserError(
                 f"model.weights: {path} has two tensors that are {plain!r} without what wrappers put into names, one "
                 f"of them {name!r}; expected one of each"
             )
-        found[plain] = stored
+        found[plain] = tensor
+    if prefix:
+        notes = [*notes, f"taken off the names: {prefix}"]
     fitting = _fitting(expected, found)
     aliases = tied_names(model)
     present = {aliases.get(name, name) for name in found}
@@ -138,16 +144,46 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
             for name, stored in found.items()
             if name in expected and name not in fitting
         },
+        notes=tuple(notes),
     )
-    if strict and report.problems:
-        raise UserError(
-            f"model.weights: {path} does not fit the model\n  "
-            + "\n  ".join(report.problems)
-            + "\n  weights_strict: false loads what fits"
-        )
-    if not fitting:
-        raise UserError(f"model.weights: no tensor of {path} fits the model\n  " + "\n  ".join(report.problems))
+    if (strict and report.problems) or not fitting:
+        what = f"{path} does not fit the model" if fitting else f"no tensor of {path} fits the model"
+        raise UserError("\n  ".join([f"model.weights: {what}", *report.problems, *_advice(report, stored, expected)]))
     return expected, found, report
+
+
+def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return what would help with a file that does not fit: a line, or none."""
+    if report.loaded:
+        return ["model.weights_strict: false loads what fits"]
+    heads = {head for name in stored for head in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)}
+    fitting = {
+        f"{head}.": [name for name, tensor in stored.items() if _fits(name, tensor, f"{head}.", expected)]
+        for head in sorted(heads)
+    }
+    prefix, names = max(fitting.items(), key=lambda each: len(each[1]), default=("", []))
+    if not names:
+        return []
+    return [
+        f"{len(names)} of its {len(stored)} tensors fit without {prefix!r} before their names, which is taken off "
+        "where all of them do: write those to a file of their own"
+    ]
+
+
+def _fits(name: str, stored: _Stored, prefix: str, expected: Mapping[str, Tensor]) -> bool:
+    plain = _plain(name.removeprefix(prefix), expected) if name.startswith(prefix) else ""
+    return plain in expected and stored.shape == tuple(expected[plain].shape)
+
+
+def _prefix(names: Iterable[str], expected: Mapping[str, Any]) -> str:
+    """Return the prefix without which all names are the model's; empty where they are as they are, or there is none."""
+    names, prefix = list(names), ""
+    while any(_plain(name.removeprefix(prefix), expected) not in expected for name in names):
+        heads = {name.removeprefix(prefix).partition(".")[::2] for name in names}
+        if len({head for head, _ in heads}) != 1 or not all(rest for _, rest in heads):
+            return ""
+        prefix += f"{next(iter(heads))[0]}."
+    return prefix
 
 
 def _plain(name: str, expected: Mapping[str, Any]) -> str:
@@ -178,76 +214,32 @@ class _Stored(NamedTuple):
     """Returns it; to be copied from, not to be written to."""
 
 
-def stored_tensors(path: Path) -> dict[str, _Stored]:
-    """Return the tensors of a .safetensors file, or of a .pt or .pth state dict, by name; runs no code from it.
+def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
+    """Return the tensors of a file or a folder by name, and notes on how it was understood; runs no code from it.
 
-    A folder is a run, a checkpoint, or anything that `distrain checkpoint import` reads. Nothing is read yet but what
-    there is; only a .pt file in the format before PyTorch 1.6 is held in memory.
+    It is a run, a checkpoint, or anything that `distrain checkpoint import` reads, and is read by the same reader:
+    safetensors files, those of torch.save whatever they are called, an index of several, folders of other trainers.
+    Nothing of the tensors is read yet. Raises UserError.
     """
-    if path.is_dir():
-        return _in_folder(path)
-    if not path.is_file():
-        raise UserError(f"model.weights: there is no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            file = safe_open(path, framework="pt", device="cpu")
-            return {
-                name: _Stored(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
-                for name in file.keys()  # noqa: SIM118 (it is no mapping)
-            }
-        except SafetensorError as error:
-            raise UserError(f"model.weights: {path} is not a sound safetensors file: {error}") from error
-    if path.suffix not in (".pt", ".pth"):
-        raise UserError(f"model.weights: {path} is neither .safetensors nor .pt or .pth")
+    if not path.exists():
+        raise UserError(f"model.weights: there is no {'file ' if path.suffix else ''}{path}")
     try:
-        # a file that was written as a zip archive is mapped into memory, so that a tensor is read when it is used;
-        # torch does not look at the sums that such a file has of its parts
-        if is_zip := zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise zipfile.BadZipFile(f"the sum of {bad} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a damaged pickle can end in any
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"model.weights: {path} was not opened: it is damaged, or it holds Python objects besides tensors, and "
-            "opening those would run code. Where you trust it, write its tensors alone to a new file: "
-            f"torch.save(model.state_dict(), ...). What was found: {reason}"
-        ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    others = (
-        [name for name, value in content.items() if not isinstance(value, Tensor)]
-        if isinstance(content, Mapping)
-        else [type(content).__name__]
-    )
-    if others:
-        raise UserError(
-            f"model.weights: {path} is not a state dict: found {_some(map(str, others))}; expected names and tensors, "
-            "or such a mapping under 'state_dict', 'model_state_dict' or 'model'"
-        )
-    return {name: _Stored(tuple(tensor.shape), functools.partial(_same, tensor)) for name, tensor in content.items()}
-
-
-def _in_folder(path: Path) -> dict[str, _Stored]:
-    try:
-        tensors = open_tensors(path)
+        tensors, notes = open_tensors(path)
     except UserError as error:
         raise UserError(f"model.weights: {error}") from error
     plain = {name: name for name in tensors.names} | tensors.aliases
 
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
-        raw = torch.from_numpy(tensors.gather(name, 0, spec.numel).copy())
-        return raw.view(torch_dtype(tensors.stored_dtype(name))).reshape(spec.shape)
+        raw = tensors.gather(name, 0, spec.numel)
+        raw = raw if raw.flags.writeable else raw.copy()  # torch warns of what it may not write to
+        return torch.from_numpy(raw).view(torch_dtype(tensors.stored_dtype(name))).reshape(spec.shape)
 
-    return {
+    found = {
         full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
         for full, name in plain.items()
         if full.startswith("model/")
     }
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    if not found:
+        raise UserError(f"model.weights: {path} holds no tensors of a model")
+    return found, notes

@@ -29,7 +29,9 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     """Add the model of a folder, and its optimizer where there is one."""
     names = {entry.name for entry in folder.iterdir()}
     used = _open_model(source, folder, names, trust)
-    if "optimizer_0" in names:
+    if not source.wants_optimizer:
+        used |= {"optimizer_0", "optimizer.bin"} & names
+    elif "optimizer_0" in names:
         inner = Source(folder / "optimizer_0", "")
         inner.files, inner._places, inner.notes = source.files, source._places, source.notes
         distributed.open_folder(inner, folder / "optimizer_0")

@@ -16,12 +16,13 @@ from distrain.checkpoint.format import CheckpointError, TensorSpec, explain, par
 from distrain.checkpoint.reading import open_plain
 from distrain.config import UserError
 from distrain.consolidate.archive import NoArchive, read_archive
-from distrain.consolidate.formats.trusted import open_in_process
+from distrain.consolidate.formats.trusted import TRUST, open_in_process
 from distrain.consolidate.pickles import Made, PickleRefused, View
 from distrain.consolidate.sources import Source, Stored, small, whole
 
 AVERAGE_COUNT = "n_averaged"
 """What torch's AveragedModel counts beside the averages themselves, which have `module.` in their names."""
+NO_TENSORS = "entries of the state dict that are no tensors"
 _MAX_TEXT = 64 << 20  # bytes of an index or a configuration
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -47,7 +48,7 @@ class TorchFile:
             self.archive = read_archive(descriptor, offset, nbytes)
         except PickleRefused as error:
             if part or not trust:
-                advice = "" if part else ". Where you trust it, --trust opens it in a process of its own, which runs it"
+                advice = "" if part else f". {TRUST}"
                 raise UserError(f"{path}: {error}{advice}") from error
             self._open_elsewhere(trust=True)
         except NoArchive as error:
@@ -178,7 +179,7 @@ def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], pr
     if not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{file.path}: its tensors go by numbers, not by names; expected a state dict")
     if odd:
-        source.left.append(f"{len(odd)} entries of the state dict that are no tensors: {some(odd)}")
+        source.left.append(f"{len(odd)} {NO_TENSORS}: {some(odd)}")
     plain = plain_names(source, tensors)
     first: dict[View, str] = {}
     for name, view in tensors.items():

@@ -25,7 +25,9 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
     state, others = _model(file)
     add_state_dict(source, file, state)
     for key, value in others.items():
-        if key in OPTIMIZER:
+        if key in OPTIMIZER and not source.wants_optimizer:
+            source.left.append(f"{path.name}: {key}")
+        elif key in OPTIMIZER:
             several = value if isinstance(value, list) else [value]
             for one in several[:1]:
                 add_optimizer(source, file, one, f"{path.name}: {key}")

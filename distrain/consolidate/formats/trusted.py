@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,11 @@ with open(out + "/structure.json", "w") as file:
 """
 
 
+TRUST = "Where you trust it, `distrain checkpoint import` with --trust opens it in a process of its own, which runs it"
+_NAMED = re.compile(r"GLOBAL ([\w.]+)")
+_CODES = re.compile(r"\x1b\[[0-9;]*m")  # torch makes some of its words bold
+
+
 def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Archive]:
     """Return the file in `folder` that a process wrote the tensors of `path` to, and what `path` holds.
 
@@ -73,10 +79,12 @@ def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Arc
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        advice = "" if trust else ". Where you trust it, --trust opens it in a process of its own, which runs it"
+        error = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        reason = error if trust or (named := _NAMED.search(done.stderr)) is None else f"it names {named[1]}"
+        reason = _CODES.sub("", reason)
         raise UserError(
-            f"{path}: torch does not open it{'' if trust else ' without running what is in it'}: {reason}{advice}"
+            f"{path}: torch does not open it{'' if trust else ' without running what is in it'}: {reason}"
+            + ("" if trust else f". {TRUST}")
         )
     tensors = place / "tensors.safetensors"
     descriptor = open_plain(tensors)
