@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.config import Recipe, UserError
+from distrain.consolidate.beside import FOLDER, run_of
 from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets import AnySource, Batch, Data, is_stream, keys_of, warnings_of
 from distrain.inputs import DRAWN_ANEW, compare, fingerprint
@@ -63,7 +64,7 @@ class Trained:
 
             def build() -> tuple[Data, nn.Module]:
                 data = build_data(recipe, state=reader.manifest.scalars["data"])
-                model = build_model(recipe, data.meta, weights=False)
+                model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
                 return data, model.to(world.device).eval()
 

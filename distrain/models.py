@@ -300,14 +300,16 @@ def build_model(
     base: Path = Path(),
     weights: bool = True,
     say: Callable[[str], None] = logger.info,
+    kept: Path | None = None,
 ) -> nn.Module:
     """Return the recipe's model on the CPU, in training mode, in fp32 (fp64 for train.precision fp64).
 
     Its initial weights depend on the recipe's seed alone, and no random state outside changes. `base`: the folder that
     relative paths start from. `weights`: whether model.weights (or the weights in the `path` of a transformers model)
     are loaded; without them a checkpoint is expected to follow. `say` gets a line about what was loaded or adapted.
+    `kept`: what a run has kept of that `path` (see `distrain.consolidate.beside`).
     """
-    model = _initial(recipe, meta, base, weights, say)
+    model = _initial(recipe, meta, base, weights, say, kept)
     if weights and recipe.model.weights is not None:
         path = base / recipe.model.weights
         say(str(load_weights(model, path, strict=recipe.model.weights_strict)))
@@ -322,6 +324,7 @@ def defer_model(
     weights: bool = True,
     say: Callable[[str], None] = logger.info,
     small: int = SMALL,
+    kept: Path | None = None,
 ) -> Deferred:
     """Return what `build_model` returns without its weights, and the same weights one at a time; see `Deferred`.
 
@@ -331,7 +334,7 @@ def defer_model(
     section = recipe.model
 
     def build(say: Callable[[str], None]) -> nn.Module:
-        return _initial(recipe, meta, base, weights, say)
+        return _initial(recipe, meta, base, weights, say, kept)
 
     deferred = defer(build, say=say, small=small)
     if weights and section.weights is not None:
@@ -339,13 +342,15 @@ def defer_model(
     return deferred
 
 
-def _initial(recipe: Recipe, meta: DataMeta, base: Path, weights: bool, say: Callable[[str], None]) -> nn.Module:
+def _initial(
+    recipe: Recipe, meta: DataMeta, base: Path, weights: bool, say: Callable[[str], None], kept: Path | None
+) -> nn.Module:
     """Return the model as its constructor leaves it, in training mode."""
     section, known = recipe.model, facts(recipe.task, meta)
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     with isolated_seed(mix(recipe.seed, "init")):
         if section.name.startswith(TRANSFORMERS):
-            model = build_transformers(section.name, section.args, known, base=base, weights=weights)
+            model = build_transformers(section.name, section.args, known, base=base, weights=weights, kept=kept)
         else:
             model = _build(recipe, known, say)
             _size_lazy(model, meta, section.name)

@@ -5,6 +5,7 @@ Whatever wrote the checkpoint: distrain, or one of the trainers in `distrain.con
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from distrain.checkpoint.format import MANIFEST, explain
 from distrain.checkpoint.reading import is_checkpoint_name
 from distrain.checkpoint.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
+from distrain.consolidate.beside import CONFIG, FOLDER, files_beside, kept_beside, run_of
 from distrain.consolidate.copying import Output, write_safetensors
 from distrain.consolidate.formats.common import NO_TENSORS, some
 from distrain.consolidate.opening import BUFFERS, detect, open_foreign
@@ -76,8 +78,9 @@ def export(
     plain names. Tied tensors are written under each of their names, because `load_state_dict(strict=True)` asks for
     all of them. `dtype` (bf16, fp16, fp32, fp64) changes floating-point tensors only, and refuses finite values that
     would become infinite. `ema` takes the moving average instead of the weights. A model of the transformers library
-    whose file is named `model.safetensors`, as in a folder, gets its `config.json` beside it, so that
-    `from_pretrained` opens the folder. `verify=False` does not check the bytes against their hashes first.
+    whose file is named `model.safetensors`, as in a folder, gets its `config.json` beside it, and what else lay beside
+    the weights that it started from (tokenizer, generation settings, see `distrain.consolidate.beside`), so that
+    `from_pretrained` opens the folder as it did that one. `verify=False` does not check the bytes against their hashes first.
     `sync=False` does not wait for the disk: safe from a crash of the program, not from one of the machine. `format`
     and `trust` are `open_foreign`'s.
 
@@ -87,14 +90,21 @@ def export(
     out = _resolve(Path(out))
     limit = None if shards is None else _parse_size(shards)
     target = None if dtype is None else _parse_dtype(dtype)
-    with _opened(Path(checkpoint), verify, format, trust) as (tensors, config, notes, left):
+    with _opened(Path(checkpoint), verify, format, trust) as (tensors, config, files, notes, left):
         outputs, unaveraged = _choose(tensors, target, ema)
         groups = _cut(outputs, limit)
         if out.suffix != ".safetensors" and len(groups) > 1:
             raise UserError(f"{out}: only safetensors files come in shards; name it .safetensors or leave shards out")
         paths = _shard_paths(out, len(groups))
         index = [_index_path(out)] if len(groups) > 1 else []
-        beside = [out.with_name("config.json")] if config and out.name == "model.safetensors" else []
+        in_folder = out.name == "model.safetensors"
+        if not in_folder and (config or files):
+            notes = [*notes, f"not beside a file of this name: {some([CONFIG, *files])}; export to a folder has them"]
+        beside = [out.with_name(CONFIG)] if config and in_folder else []
+        copies = {out.parent / name: file for name, file in files.items() if in_folder}
+        # what somebody has put there is as good, where it is the same
+        copies = {path: file for path, file in copies.items() if not _same(path, file)}
+        beside += copies
         nbytes = sum(item.nbytes for item in outputs.values())
         present = _make_room(out, overwrite, nbytes, beside)
         writes: list[tuple[Path, Callable[[Path], None]]] = []
@@ -103,7 +113,8 @@ def export(
                 writes.append((path, partial(_write_safetensors, tensors, group)))
             else:
                 writes.append((path, partial(write_torch_file, tensors, group)))
-        writes += [(path, partial(_write_text, config or "")) for path in beside]
+        writes += [(path, partial(_write_text, config or "")) for path in beside if path not in copies]
+        writes += [(path, partial(shutil.copyfile, file)) for path, file in copies.items()]
         writes += [(path, partial(_write_index, dict(zip(paths, groups, strict=True)), nbytes)) for path in index]
         # shards of another number would be taken for a part of this export
         _publish(writes, present - {*paths, *index, *beside}, sync)
@@ -149,16 +160,27 @@ def open_tensors(path: Path | str) -> tuple[Tensors, list[str]]:
     return source, [*notes, *(left for left in source.left if NO_TENSORS in left)]
 
 
+def _same(path: Path, file: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and filecmp.cmp(path, file, shallow=False)
+
+
 @contextmanager
 def _opened(
     path: Path, verify: bool, format: str | None, trust: bool
-) -> Iterator[tuple[Tensors, str | None, list[str], list[str]]]:
-    """Open a checkpoint of any format: its tensors, the configuration of transformers, notes, and what is left."""
+) -> Iterator[tuple[Tensors, str | None, dict[str, Path], list[str], list[str]]]:
+    """Open a checkpoint of any format: its tensors, the configuration of transformers, notes, and what is left.
+
+    Before the last two, the files that belong beside the weights, by name.
+    """
     if format is None and (not path.exists() or (path / MANIFEST).exists() or is_checkpoint_name(path.name)):
         if trust:
             raise UserError(f"{path}: --trust is for what other trainers wrote, and this holds nothing that runs")
         with Reader(path, verify) as reader:
-            yield OwnTensors(reader), transformers_config(reader.manifest), [], []
+            config, files = transformers_config(reader.manifest), kept_beside(reader.path)
+            expected = reader.manifest.scalars.get("transformers_files")
+            gone = sorted(set(expected) - set(files)) if isinstance(expected, list) else []
+            notes = [f"left out: {some(gone)}, which are not in {run_of(reader.path) / FOLDER}"] if gone else []
+            yield OwnTensors(reader), config, files if config else {}, notes, []
         return
     with open_foreign(path, format=format, trust=trust) as source:
         if verify:
@@ -166,7 +188,9 @@ def _opened(
         left = source.left + (
             ["the optimizer's state"] if any(n.startswith("optimizer/") for n in source.names) else []
         )
-        yield source, source.config, source.notes, left
+        folder = source.path if source.config and source.path.is_dir() else None
+        files = {name: folder / name for name in files_beside(folder)[0]} if folder is not None else {}
+        yield source, source.config, files, source.notes, left
 
 
 def transformers_config(manifest: Manifest) -> str | None:
@@ -314,6 +338,7 @@ def _publish(writes: Sequence[tuple[Path, Callable[[Path], None]]], stale: set[P
     folder = writes[0][0].parent
     try:
         for path, write in writes:
+            path.parent.mkdir(exist_ok=True)
             write(hidden_paths[path])
             if sync:
                 with open(hidden_paths[path], "rb") as file:

@@ -90,6 +90,8 @@ def import_checkpoint(
         if verify:
             source.verify()
         path = _write(source, folder, done, kind, recipe)
+        if source.config is not None and source.path.is_dir():
+            notes += keep_beside(source.path, folder.parent)
         roles = [source.spec(name).role for name in source.names]
         return Imported(
             path, source.what, done, roles.count("parameter"), roles.count("buffer"), kind, tuple(notes),

@@ -19,6 +19,7 @@ from torch import nn
 
 from distrain.bounded import SUMMARY
 from distrain.config import UserError, close_names
+from distrain.consolidate.beside import CONFIG
 from distrain.networks.pretrained import weights_in_their_files
 
 PREFIX = "transformers:"
@@ -66,19 +67,23 @@ def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
 
 
 def build_transformers(
-    name: str, args: Mapping[str, Any], known: Mapping[str, Any], *, base: Path, weights: bool
+    name: str, args: Mapping[str, Any], known: Mapping[str, Any], *, base: Path, weights: bool, kept: Path | None = None
 ) -> nn.Module:
     """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
 
     `known`: what the data say (`distrain.models.facts`), for what the configuration leaves open: the vocabulary, the
-    number of labels, and the ids of special tokens.
+    number of labels, and the ids of special tokens. `kept`: a folder whose config.json is taken where that of `path` is
+    no longer there, and the weights follow from elsewhere.
     """
     problems = check_transformers(name, args)
     if problems:
         raise UserError("\n".join(problems))
     kind = _class(name)
     if "path" in args:
-        return _from_folder(kind, name, base / args["path"], known, weights)
+        folder = base / args["path"]
+        if not weights and kept is not None and (kept / CONFIG).is_file() and not (folder / CONFIG).is_file():
+            folder = kept
+        return _from_folder(kind, name, folder, known, weights)
     given = dict(args["config"])
     config_class = _config_class(kind, given.pop("model_type", None))
     facts = {key: known[fact] for key, fact in _FACTS.items() if fact in known}
@@ -103,7 +108,7 @@ def build_transformers(
 def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], weights: bool) -> nn.Module:
     import transformers
 
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(
             f"model.path: there is no config.json in {folder}; expected a folder that save_pretrained wrote"
         )
