@@ -10,6 +10,7 @@ runs/NAME/
   micro_batch.json   what `batch.micro: auto` was found to be (see `distrain.probed`)
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
+  transformers/      what lay beside the weights of a transformers model (see `distrain.consolidate.beside`)
   FINISHED | PREEMPTED | FAILED.json
   STOP               a person asks the run to save and end
   inputs.json        what the last start depended on besides its recipe (see `distrain.inputs`)

@@ -7,7 +7,7 @@
     open_foreign         where the tensors of a foreign checkpoint lie
 
 Inside: `exporting`, `importing`, `opening` (which format it is), `formats/` (one room for each), `sources` (where
-tensors lie), `copying` (from there into one file), `torch_file` (what `torch.save` writes), `archive` and `pickles`
+tensors lie), `copying` (from there into one file), `beside` (what else a transformers model needs), `torch_file` (what `torch.save` writes), `archive` and `pickles`
 (what it wrote, opened without running anything).
 """
 

@@ -12,6 +12,7 @@ from distrain.checkpoint import LocalCommunicator, Saver
 from distrain.checkpoint.dtypes import ITEM_SIZES
 from distrain.checkpoint.format import MANIFEST, piece_key
 from distrain.config import UserError
+from distrain.consolidate.beside import keep_beside
 from distrain.consolidate.copying import Output, write_safetensors
 from distrain.consolidate.opening import COUNTED, open_foreign
 from distrain.consolidate.sources import Source

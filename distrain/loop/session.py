@@ -435,7 +435,7 @@ class Session:
                 scalars=scalars
                 | self.anomalies.scalars()
                 | {"data": self.data.state, "transformers_config": transformers_config(engine.model)}
-                | {"inputs": self.setup.inputs.fingerprint},
+                | {"inputs": self.setup.inputs.fingerprint, "transformers_files": self.setup.beside},
                 aliases=state.aliases(),
                 recipe=dump_recipe(self.recipe),
                 strategy=self.world.strategy,

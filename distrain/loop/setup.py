@@ -15,6 +15,7 @@ from torch import nn
 
 from distrain.checkpoint import Manifest, Reader, find_newest
 from distrain.config import BatchSection, Horizon, Recipe, mix
+from distrain.consolidate.beside import FOLDER, files_beside, keep_beside
 from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
 from distrain.datasets import Batch, Data, is_stream, warnings_of
 from distrain.datasets.transforms import Transform
@@ -27,6 +28,7 @@ from distrain.loop.updates import Inputs, take_inputs
 from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.deferred import Deferred
+from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.optim import (
     build_loss,
     build_optimizer,
@@ -95,6 +97,8 @@ class Setup:
     """What it all depends on besides the recipe."""
     warnings: list[str]
     """What a person may want to change: of the data as they were read, and of what the recipe makes of them."""
+    beside: list[str] | None
+    """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
 
 
 def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
@@ -123,7 +127,8 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
     )
     told = list(inputs.told)
-    training, model = _training(feed, horizon, trace, told, resumes=reader is not None)
+    beside = _keep_beside(run, recipe, world, fence, told)
+    training, model = _training(feed, horizon, trace, told, run.path / FOLDER, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence)
     anomalies.watch(training)
     if reader is not None:
@@ -133,7 +138,24 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
     warnings += length_warnings(recipe, horizon)
-    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings)
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside)
+
+
+def _keep_beside(
+    run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None], told: list[str]
+) -> list[str] | None:
+    """Keep what lies beside the weights of a transformers model, for exports; return its names. All ranks call."""
+    path = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
+    if path is None:
+        return None
+
+    def keep() -> tuple[list[str], list[str]]:
+        fence()
+        return keep_beside(Path(path), run.path), files_beside(run.path / FOLDER)[0]
+
+    said, names = world.first(keep)
+    told += said
+    return names
 
 
 def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
@@ -146,7 +168,7 @@ def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
 
 
 def _training(
-    feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], *, resumes: bool
+    feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], kept: Path, *, resumes: bool
 ) -> tuple[Training, ModelSummary]:
     """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
@@ -177,12 +199,12 @@ def _training(
             told.append(said)
 
     def build() -> nn.Module:
-        model = build_model(recipe, meta, weights=not resumes, say=told.append)
+        model = build_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
         fit(model)
         return model
 
     def defer() -> Deferred:
-        deferred = defer_model(recipe, meta, weights=not resumes, say=told.append)
+        deferred = defer_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
         fit(deferred.model)
         return deferred
 
