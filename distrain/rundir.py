@@ -171,9 +171,11 @@ class RunDir:
     def holds_other_files(self) -> bool:
         """Whether there is a folder with more in it than what may come before a run, and an interrupted `create` left.
 
-        Before it may come imported checkpoints, and a size of micro-batch that was found for another run.
+        Before it may come imported checkpoints, with what lay beside their weights, and a size of micro-batch that was
+        found for another run.
         """
-        unfinished, before = f".{self.recipe_path.name}.", (self.checkpoints, self.micro_batch_path)
+        unfinished = f".{self.recipe_path.name}."
+        before = (self.checkpoints, self.path / "transformers", self.micro_batch_path)
         return self.path.is_dir() and any(
             not entry.name.startswith(unfinished) and entry not in before for entry in self.path.iterdir()
         )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import argparse
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.config import OptimSection, Recipe, UserError
 from distrain.datasets import DataMeta
@@ -19,6 +22,7 @@ from distrain.models import (
     build_model,
     calling_convention,
     check_model,
+    defer_model,
     describe_model,
     facts,
     forward,
@@ -738,6 +742,97 @@ def test_one_name_of_tied_weights_is_enough(tmp_path: Path) -> None:
         nn.init.zeros_(model.tokens.weight)
         assert not load_weights(model, path).problems
         assert torch.equal(model.tokens.weight, state["tokens.weight"])
+
+
+def _lightning(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what Lightning's Trainer.save_checkpoint writes, with an optimizer that keeps what nobody else does."""
+    from collections import deque
+
+    return {
+        "epoch": 1,
+        "global_step": 30,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "hyper_parameters": argparse.Namespace(lr=1e-3, path=Path("data"), shape=(3, 8), recent=deque([1])),
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [{"state": {0: {"exp": [1, 2]}}, "param_groups": [{"params": [0, 1, 2, 3, 4, 5, 6]}]}],
+        "lr_schedulers": [],
+        "loops": {"fit_loop": {"state_dict": {}}},
+    }
+
+
+def _as_lightning(folder: Path, state: dict[str, Tensor], name: str) -> Path:
+    torch.save(_lightning(state), folder / name)
+    return folder / name
+
+
+def _as_index(folder: Path, state: dict[str, Tensor], name: str) -> Path:
+    names = sorted(state)
+    shards = {"a.bin": names[:2], "b.bin": names[2:]} if "bin" in name else {"a.safetensors": names}
+    for file, part in shards.items():
+        tensors = {key: state[key] for key in part}
+        save_file(tensors, folder / file) if file.endswith("safetensors") else torch.save(tensors, folder / file)
+    weight_map = {key: file for file, part in shards.items() for key in part}
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+    return folder / name
+
+
+def _as_file(folder: Path, state: dict[str, Tensor], name: str) -> Path:
+    save_file(state, folder / name) if name.endswith(".safetensors") else torch.save(state, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["whole", "deferred"])
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.body.", "model.module."])
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (_as_lightning, "last.ckpt"),
+        (_as_lightning, "weights.pt"),
+        (_as_file, "weights.bin"),
+        (_as_file, "weights.safetensors"),
+        (_as_index, "pytorch_model.bin.index.json"),
+        (_as_index, "model.safetensors.index.json"),
+    ],
+)
+def test_weights_of_others_are_loaded_without_their_prefix(
+    tmp_path: Path, write: Callable[..., Path], name: str, prefix: str, deferred: bool
+) -> None:
+    state = build_model(recipe_of("mlp", seed=5), IMAGES).state_dict()
+    path = write(tmp_path, {prefix + key: tensor for key, tensor in state.items()}, name)
+    said: list[str] = []
+    if deferred:
+        recipe = recipe_of({"name": "mlp", "weights": str(path)})
+        found = dict(defer_model(recipe, IMAGES, say=said.append, small=0).values())
+    else:
+        found = build({"name": "mlp", "weights": str(path)}, say=said.append).state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    assert f"loaded 6 tensors from {path}; taken off the names: {prefix.partition('module.')[0]}" in said[-1]
+
+
+def test_a_prefix_stays_where_not_all_names_fit_without_it(tmp_path: Path) -> None:
+    state = {f"model.{key}": tensor for key, tensor in build("mlp").state_dict().items()}
+    path = _as_lightning(tmp_path, state | {"loss.weight": torch.ones(3)}, "last.ckpt")
+    for strict in (True, False):
+        with pytest.raises(UserError) as caught:
+            load_weights(build("mlp"), path, strict=strict)
+        assert "6 of its 7 tensors fit without 'model.' before their names" in str(caught.value)
+        assert "weights_strict" not in str(caught.value), "it would load nothing"
+    # where the model's own names begin so, nothing is taken off
+    module = nn.ModuleDict({"model": nn.Linear(2, 2)})
+    torch.save(module.state_dict(), path)
+    assert load_weights(module, path).notes == ()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_file_that_names_code_is_refused_in_plain_words(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "last.ckpt"
+    content = _lightning({"a": torch.zeros(2)}) | {"callbacks": Code()}
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(UserError, match=r"names \w+\.\w+.*`distrain checkpoint import` with --trust") as caught:
+        load_weights(build("mlp"), path)
+    assert str(caught.value).isprintable()
 
 
 class Code:

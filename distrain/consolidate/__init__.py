@@ -7,8 +7,8 @@
     open_foreign         where the tensors of a foreign checkpoint lie
 
 Inside: `exporting`, `importing`, `opening` (which format it is), `formats/` (one room for each), `sources` (where
-tensors lie), `copying` (from there into one file), `beside` (what else a transformers model needs), `torch_file` (what `torch.save` writes), `archive` and `pickles`
-(what it wrote, opened without running anything).
+tensors lie), `copying` (from there into one file), `beside` (what else a model of transformers needs), `torch_file`
+(what `torch.save` writes), `archive` and `pickles` (what it wrote, opened without running anything).
 """
 
 from __future__ import annotations

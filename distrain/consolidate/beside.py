@@ -35,7 +35,9 @@ def files_beside(folder: Path) -> tuple[list[str], list[str]]:
         for path in folder.glob(pattern)
         if path.is_file() and not path.name.endswith(_WEIGHTS)
     }
-    kept, left, size = [], [], 0
+    kept: list[str] = []
+    left: list[str] = []
+    size = 0
     for name in sorted(names, key=lambda name: ((folder / name).stat().st_size, name)):
         size += (folder / name).stat().st_size
         (kept if size <= _MOST else left).append(name)

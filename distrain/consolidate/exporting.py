@@ -81,8 +81,8 @@ def export(
     whose file is named `model.safetensors`, as in a folder, gets its `config.json` beside it, and what else lay beside
     the weights that it started from (tokenizer, generation settings, see `distrain.consolidate.beside`), so that
     `from_pretrained` opens the folder as it did that one. `verify=False` does not check the bytes against their hashes
-    first. `sync=False` does not wait for the disk: safe from a crash of the program, not from one of the machine. `format`
-    and `trust` are `open_foreign`'s.
+    first. `sync=False` does not wait for the disk: safe from a crash of the program, not from one of the machine.
+    `format` and `trust` are `open_foreign`'s.
 
     Everything is written under hidden names and renamed at the end, the index last. Raises UserError: a file that is
     there already (unless `overwrite`), a symbolic link, a checkpoint that does not verify, a full disk.

@@ -271,9 +271,10 @@ class Runner:
             output = trace / "output.txt"
             # one that the user has set holds in every start of the run
             seed = os.environ.get(_HASH_SEED) or hash_seed or self._hash_seed(name, number)
+            end = self.last_step if last_step is None else last_step
             asked = {
                 "folder": str(trace),
-                "last_step": self.last_step if last_step is None else last_step,
+                "last_step": end,
                 "pause_at": interruption.step if interruption is not None else None,
                 "save_at": interruption.step if interruption is not None and interruption.exact else None,
             }
@@ -298,7 +299,7 @@ class Runner:
                 leg.attempts.append(Attempt(placement, record, interruption, seed))
                 if enough(leg):
                     break
-            if code == 0 and self._complete(leg.run_dir, asked["last_step"]):
+            if code == 0 and self._complete(leg.run_dir, end):
                 break
             if interruption is None:
                 raise CouldNotRun(f"{name}: the run stopped before its end; it said\n{_tail(output)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import foreign_folders
 import pytest
 import torch
-from runs import write_recipe
+from runs import train, write_recipe
 from typer.testing import CliRunner
 
 from distrain.checkpoint import Reader, find_newest, verify
 from distrain.cli import app
 from distrain.config import UserError
 from distrain.consolidate import export, import_checkpoint
+from distrain.consolidate.beside import keep_beside
 from distrain.networks.weights import load_weights
 
 RECIPE = """
@@ -184,6 +186,96 @@ def test_from_pretrained_opens_the_export_of_a_run(tmp_path, monkeypatch):
     command("checkpoint", "import", "out", "in")
     with Reader(find_newest(tmp_path / "in" / "checkpoints")[0]) as reader:
         assert reader.manifest.scalars["transformers_config"]
+
+
+BESIDE = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
+    "special_tokens_map.json": "{}",
+    "added_tokens.json": '{"<a>": 7}',
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "generation_config.json": '{"max_new_tokens": 7}',
+    "preprocessor_config.json": '{"size": 4}',
+    "vocab.txt": "a\nb\n",
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run of a transformers model that was stopped after a step, and whose base folder is gone since."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    place = tmp_path_factory.mktemp("tuned")
+    (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    base = place / "base"
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=16, vocab_size=300, id2label={0: "no", 1: "yes"})
+    GPT2LMHeadModel(config).save_pretrained(base)
+    for name, text in BESIDE.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+    (base / "optimizer.pt").write_text("nothing that a model needs")
+    recipe = write_recipe(
+        place,
+        "name: gpt\ntask: language_modeling\n"
+        f"data: {{name: text, path: {place}/text.txt, seq_len: 16, split: [0.8, 0.1, 0.1]}}\n"
+        f"model: {{name: 'transformers:AutoModelForCausalLM', path: {base}}}\n"
+        "batch: {global: 4}\ntrain: {steps: 3, precision: fp32}\n",
+    )
+    train(1, recipe, place / "run", stop_after=1)
+    shutil.rmtree(base)
+    train(1, recipe, place / "run")
+    return place / "run"
+
+
+def beside(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(("model", "config.json"))
+    }
+
+
+def test_an_export_has_what_lay_beside_the_weights(tuned, tmp_path):
+    assert beside(tuned / "export") == BESIDE, "of a run that was resumed without the base folder"
+    export(tuned / "checkpoints" / "step-00000003", tmp_path / "one")
+    export(find_newest(tuned / "checkpoints")[0], tmp_path / "shards", shards="8KB")
+    assert beside(tmp_path / "one") == beside(tmp_path / "shards") == BESIDE
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    # out of what was exported, and through an import, it comes as well
+    export(tmp_path / "shards", tmp_path / "again")
+    done = import_checkpoint(tmp_path / "one", tmp_path / "in")
+    export(done.path, tmp_path / "back")
+    import_checkpoint(tmp_path / "one", tmp_path / "in", step=1)
+    assert beside(tmp_path / "again") == beside(tmp_path / "back") == BESIDE
+
+
+def test_an_export_says_what_it_leaves_out(tuned, tmp_path):
+    done = export(tuned / "checkpoints" / "step-00000003", tmp_path / "gpt.safetensors")
+    assert os.listdir(tmp_path) == ["gpt.safetensors"]
+    assert any("tokenizer.json" in note and "config.json" in note for note in done.notes)
+    # a checkpoint that was taken out of its run
+    shutil.copytree(tuned / "checkpoints" / "step-00000003", tmp_path / "else" / "where" / "step-00000003")
+    done = export(tmp_path / "else" / "where" / "step-00000003", tmp_path / "out")
+    assert any(note.startswith("left out: ") and "and 4 more" in note for note in done.notes)
+    assert [path.name for path in done.paths] == ["model.safetensors", "config.json"]
+    # what somebody has put there is not written over, unless that is asked for
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "vocab.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"vocab\.txt exists already"):
+        export(tuned / "checkpoints" / "step-00000003", tmp_path / "own")
+    (tmp_path / "own" / "vocab.txt").write_text(BESIDE["vocab.txt"])
+    export(tuned / "checkpoints" / "step-00000003", tmp_path / "own")
+
+
+def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.consolidate.beside._MOST", 10)
+    (tmp_path / "base").mkdir()
+    for name, size in (("tokenizer.json", 20), ("vocab.txt", 3), ("model.safetensors", 5)):
+        (tmp_path / "base" / name).write_text("x" * size)
+    (said,) = keep_beside(tmp_path / "base", tmp_path / "run")
+    assert said.endswith("exports will not have: tokenizer.json")
+    assert os.listdir(tmp_path / "run" / "transformers") == ["vocab.txt"]
 
 
 def test_a_failed_import_leaves_nothing(written, tmp_path, monkeypatch):
