@@ -118,7 +118,8 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         for key, fact in _FACTS.items():
-            if fact in known:
+            # of a model of language the labels are tokens, and the names of others stay as they are
+            if fact in known and not (key == "num_labels" and ("LM" in name or "Generation" in name)):
                 setattr(config, key, known[fact])
         with _in_one_piece():
             if weights:
