@@ -19,7 +19,7 @@ import sysconfig
 import types
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,8 @@ _OF_OPTIMIZERS = {"state", "param_groups", "defaults"}
 _NOT_OF_USERS = {"torch", "torchvision", "numpy", "builtins", "collections", "accelerate", "deepspeed", "distrain"}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FUNCTIONS = (types.FunctionType, functools._lru_cache_wrapper)
-_INSTALLED = tuple(
-    f"{Path(each).resolve()}/"
-    for each in (*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), Path(__file__).parents[1])
-)
+_PLACES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_INSTALLED = tuple(f"{Path(each).resolve()}/" for each in [*_PLACES, str(Path(__file__).parents[1])])
 
 Part = tuple[str, Any, int, str | None]
 """(name, part, how much deeper it is, where it belongs). None: to what it is a part of; else it is found from many, and
@@ -287,10 +285,12 @@ _MECHANISMS = (types.ModuleType, types.CodeType, types.FrameType, types.GenericA
                classmethod, property, type(sys.stdout), logging.Logger, logging.Handler)  # fmt: skip
 _LOOKED_INTO = (*_PLAIN, Tensor, np.ndarray, Mapping, list, tuple, set, frozenset, deque, nn.Module, functools.partial,
                 types.GeneratorType, types.SimpleNamespace, types.MethodType, *_GENERATORS)  # fmt: skip
-_ITERATORS = (
-    *(itertools.cycle, itertools.chain, itertools.islice, itertools.accumulate, itertools.repeat, map, filter, zip),
-    *(enumerate, reversed, *(type(iter(each)) for each in ([], (), {}, set(), "", b"", range(0), deque()))),
-)
+_EMPTY: tuple[Iterable[Any], ...] = ([], (), {}, set(), "", b"", range(0), deque())
+_KINDS: list[type] = [
+    itertools.cycle, itertools.chain, itertools.islice, itertools.accumulate, itertools.repeat, map, filter, zip,
+    enumerate, reversed,
+]  # fmt: skip
+_ITERATORS = (*_KINDS, *(type(iter(each)) for each in _EMPTY))
 
 
 def _in_words(value: Any) -> str | None:

@@ -241,7 +241,7 @@ class Trace:
 
     def _changed_in_loaders(self, micro_batches: Sequence[Batch]) -> list[dict[str, tuple[str, str]]]:
         """Return the same of the loader process that made each micro-batch, as it was when that was made."""
-        found = []
+        found: list[dict[str, tuple[str, str]]] = []
         for batch in micro_batches:
             held, worker = batch.pop("held"), batch["worker"]
             if held is None:

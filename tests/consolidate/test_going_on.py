@@ -44,7 +44,7 @@ def command(*arguments: object) -> str:
 def test_a_folder_is_a_file_of_weights(kind, written, tmp_path):
     path = written(kind).path / ("FULL_STATE_DICT" if kind == "fsdp" else "")
     if kind == "dcp":
-        with pytest.raises(UserError, match="no tensor of .* fits the model"):
+        with pytest.raises(UserError, match=r"no tensor of .* fits the model"):
             load_weights(foreign_folders.build_model(), path)
         return
     done = import_checkpoint(path, tmp_path / "run")
