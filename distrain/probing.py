@@ -247,7 +247,7 @@ _COMMAND = "import sys; from distrain.probing import main; main(sys.argv[1])"
 def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: int) -> _Tried:
     told = [_told(folder, rank) for rank in range(here)]
     for each in told:
-        if each is not None and each["out_of_memory"]:
+        if each is not None and each["does_not_fit"]:
             return _Tried(False, said=each["said"])
     if -signal.SIGKILL in codes:
         rank = codes.index(-signal.SIGKILL)
@@ -288,13 +288,18 @@ def main(place: str) -> None:
     """Make the first steps of the recipe in a folder, and write there what they took."""
     folder, rank = Path(place), int(os.environ["RANK"])
     _stay_below(folder)
-    result: dict[str, Any] = {"out_of_memory": False, "said": "", "peak": 0, "total": 0}
+    result: dict[str, Any] = {"does_not_fit": False, "said": "", "peak": 0, "total": 0}
     try:
         result |= _make_steps(folder)
     except Exception as error:
+        from distrain.loop.forward import TooFewValues
         from distrain.loop.out_of_memory import is_out_of_memory
 
-        result |= {"out_of_memory": is_out_of_memory(error), "said": f"{type(error).__name__}: {error}"}
+        # a micro-batch that is too small for a layer is none to be found, as one that is too large
+        if isinstance(error, TooFewValues):
+            result |= {"does_not_fit": True, "said": str(error)}
+        else:
+            result |= {"does_not_fit": is_out_of_memory(error), "said": f"{type(error).__name__}: {error}"}
     temporary = folder / f".result-{rank}"
     temporary.write_text(json.dumps(result), encoding="utf-8")
     temporary.replace(folder / f"result-{rank}.json")

@@ -386,6 +386,27 @@ class Sparse(Blocks):
         return self.head(x)
 
 
+class NormedBy(Blocks):
+    """A layer of torch's that normalises between input and blocks."""
+
+    def __init__(self, norm: str, spatial: int = 0) -> None:
+        super().__init__()
+        self.norm = getattr(nn, norm)(*((2, WIDTH) if norm == "GroupNorm" else (WIDTH,)))
+        self.spatial = spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        x = self.norm(x.reshape(*x.shape, *[1] * self.spatial)).flatten(1)
+        return self.head(x)
+
+
+class Misshapen(Blocks):
+    """Breaks with an error of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.into(x).reshape(2, -1, 1))
+
+
 class Failing(Blocks):
     """Breaks on one rank alone: in the forward or the backward pass of a block, at a pass of training."""
 

@@ -405,6 +405,34 @@ def test_a_sparse_gradient_that_no_layer_tells_of_is_named(strategy: str, tmp_pa
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "words"),
+    [
+        (1, ("norm=BatchNorm1d",), ("layer norm (BatchNorm1d) needs more than one value per channel", "batch.global")),
+        (2, ("norm=BatchNorm2d", "spatial=2"), ("layer norm (BatchNorm2d) needs more than one value", "batch.micro")),
+        (1, ("norm=InstanceNorm2d", "spatial=2"), ("layer norm (InstanceNorm2d) has a single value", "1, 8, 1, 1")),
+        (2, ("norm=SyncBatchNorm",), ("layer norm is a SyncBatchNorm, which torch has for GPUs only", "on the CPU")),
+    ],
+)
+def test_layers_that_need_more_than_a_micro_batch_has_are_named(
+    world_size: int, overrides: tuple[str, ...], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "NormedBy"))
+    options = ["batch.micro=1", *(f"model.{each}" for each in overrides)]
+    strategy = "single" if world_size == 1 else "ddp"
+    ranks = in_world(world_size, work_rank, str(recipe), str(tmp_path / "run"), strategy, options, timeout_s=60)
+    said = "".join(ended.err for ended, _ in ranks)
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+
+
+def test_an_error_of_the_forward_pass_says_how_many_samples_it_had(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Misshapen"))
+    ((ended, _),) = in_world(1, work_rank, str(recipe), str(tmp_path / "run"), "single", ["batch.micro=4"])
+    assert "Traceback" in ended.err
+    assert "in the forward pass of a micro-batch of 4 samples (batch.micro)" in ended.err
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_parameters_in_the_same_memory_are_refused(strategy: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "SameMemory"))

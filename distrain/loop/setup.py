@@ -21,6 +21,7 @@ from distrain.datasets import Batch, Data, is_stream, warnings_of
 from distrain.datasets.transforms import Transform
 from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of, length_warnings
+from distrain.loop.forward import check_layers
 from distrain.loop.indices import given
 from distrain.loop.step import Training, loss_of, seed_dropout, to_device
 from distrain.loop.trace import Trace
@@ -183,6 +184,7 @@ def _training(
                 f"warning: {', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
+        check_layers(model, world)
         told.extend(world.arithmetic.fit(model, world.device))
         if said := settle_sparse(
             model,

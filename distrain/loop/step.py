@@ -15,6 +15,7 @@ from distrain.config import Recipe, mix
 from distrain.datasets import Batch
 from distrain.heartbeat import mark, stepped
 from distrain.loop.anomalies import Anomalies, Anomaly, Own
+from distrain.loop.forward import told_of
 from distrain.loop.indices import given
 from distrain.loop.trace import Trace
 from distrain.models import Convention
@@ -54,7 +55,8 @@ class Training:
 
 def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
     """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
-    outputs = call(model, batch["inputs"])
+    with told_of(model, len(batch["targets"])):
+        outputs = call(model, batch["inputs"])
     loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"])
     if outputs.aux_loss is not None:
         loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
