@@ -230,6 +230,7 @@ def _predict(
         skip_undecodable=0 if is_stream(source) else len(source),
     )
     is_probability = build_loss(recipe, meta).takes_probabilities
+    meaningless: list[int] = []
     with torch.no_grad():
         for batch in loader:
             skipped |= batch.get("undecodable", {})
@@ -243,12 +244,20 @@ def _predict(
                 found = Predicted({"text": _generated(trained, batch)}, None)
             else:
                 outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
+                meaningless += ids[keep & outputs.isnan().flatten(1).any(1).numpy()].tolist()
                 targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
                 found = predicted(recipe.task, outputs, targets, meta, is_probability)
                 if targets is not None and found.columns:
                     found.columns.update(target_columns(recipe.task, targets, meta))
             file.take({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
             yield int(keep.sum())
+    if meaningless:
+        shown = ", ".join(map(str, meaningless[:8])) + (", …" if len(meaningless) > 8 else "")
+        echo(
+            f"warning: the model gives NaN for {len(meaningless):,} samples, whose predictions mean nothing: the rows "
+            f"{shown}; look for NaN in their inputs",
+            error=True,
+        )
 
 
 def _generated(trained: Trained, batch: Batch) -> list[str]:

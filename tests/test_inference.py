@@ -240,3 +240,18 @@ def test_a_table_in_fp64_and_what_is_said_of_it(tmp_path: Path) -> None:
     found = pd.read_parquet(tmp_path / "out.parquet")
     np.testing.assert_allclose(found["prediction"], wanted, rtol=1e-14)
     np.testing.assert_allclose(found["target"], y, rtol=1e-15)
+
+
+def test_predictions_that_mean_nothing_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\nclass Points(list):\n    classes = ('a', 'b')\n\n    def __init__(self):\n"
+        "        super().__init__((torch.tensor([float(n), 1.0]), n % 2) for n in range(8))\n\n"
+        "    def read(self, path):\n        return [(x / (n != 2) * (n != 2),) for n, (x, _) in enumerate(self)]\n"
+    )
+    overrides = (f"data={{name: '{tmp_path}/mine.py:Points', split: [0.5, 0.5]}}", "batch.global=4")
+    run = trained(tmp_path, "digits", "classification", 1, *overrides)
+    (tmp_path / "any").write_text("")
+    ended = cli("predict", run, tmp_path / "any", "-o", tmp_path / "out.csv")
+    assert ended.status == 0
+    assert "the model gives NaN for 1 samples, whose predictions mean nothing: the rows 2; look for NaN" in ended.err
+    assert pd.read_csv(tmp_path / "out.csv")["probability"].isna().tolist() == [row == 2 for row in range(8)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ import torch
 from distrain.config import UserError
 from distrain.datasets import Batch, Data, DataMeta, DataRequest, register, split_indices
 from distrain.tokens import FileTokenizer
-
-logger = logging.getLogger(__name__)
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _UNKNOWN = 3
@@ -237,7 +234,9 @@ def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> P
             if len(ids) > max_len
         ]
     _raise(problems)
-    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None)
+    long = sum(len(ids) > max_len for ids in encoded)
+    said = _of_long(long, f"{len(lines):,} lines of {path}", max_len, "", too_long)
+    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, said)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -262,8 +261,16 @@ class _Ragged:
 class PairSource:
     """Encoded pairs, filled up to the longest of each batch; without targets, sources alone."""
 
-    def __init__(self, sources: _Ragged, targets: _Ragged | None, target: _Side, references: Sequence[str] | None):
+    def __init__(
+        self,
+        sources: _Ragged,
+        targets: _Ragged | None,
+        target: _Side,
+        references: Sequence[str] | None,
+        warnings: tuple[str, ...] = (),
+    ):
         """`targets` hold no special tokens; `target` says what those are."""
+        self.warnings = warnings
         self._sources, self._targets, self._references = sources, targets, references
         self._target = target
 
@@ -319,12 +326,6 @@ def _encode(
             ]
         )
     kept = range(len(pairs)) if too_long != "drop" else [at for at, length in enumerate(longest) if length <= max_len]
-    if long:
-        done = "dropped" if too_long == "drop" else "truncated"
-        logger.warning(
-            "%d of %d pairs of the split %r have more than data.max_len %d tokens on a side and are %s",
-            *(len(long), len(pairs), name, max_len, done),
-        )
     if not kept:
         raise UserError(
             f"data.max_len {max_len} leaves the split {name!r} without a pair; the shortest has {min(longest)}"
@@ -334,4 +335,11 @@ def _encode(
         _Ragged([targets[at][:max_len] for at in kept]),
         target,
         [pairs[at].target for at in kept] if keep_references else None,
+        _of_long(len(long), f"{len(pairs):,} pairs of the split {name!r}", max_len, " on a side", too_long),
     )
+
+
+def _of_long(count: int, of: str, max_len: int, where: str, too_long: TooLong) -> tuple[str, ...]:
+    """Return what is to be said of texts that are too long, a sentence or none."""
+    done = "dropped" if too_long == "drop" else "truncated"
+    return (f"{count:,} of {of} have more than data.max_len {max_len:,} tokens{where} and are {done}",) if count else ()

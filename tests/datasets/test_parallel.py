@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, DatasetEntry
+from distrain.datasets import Data, DataRequest, DatasetEntry, warnings_of
 from distrain.datasets.parallel import parallel_text
 
 ENTRY = DatasetEntry("parallel_text", parallel_text, ("seq2seq",))
@@ -124,20 +123,25 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
         build(tmp_path, "", "a\tx\n")
 
 
-def test_pairs_that_are_too_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_that_are_too_long(tmp_path: Path) -> None:
     train, test = "a b c\tx\na\tx\n", "a\tx y z\na\tx\n"
     with pytest.raises(UserError, match=r"train\.tsv:1 has 3 tokens on a side, more than data\.max_len 2"):
         build(tmp_path, train, test, max_len=2)
-    with caplog.at_level(logging.WARNING):
-        dropped = build(tmp_path, train, test, max_len=2, too_long="drop")
+    dropped = build(tmp_path, train, test, max_len=2, too_long="drop")
     assert [len(everything(dropped, name)["ids"]) for name in ("train", "test")] == [1, 1]
-    assert (
-        "1 of 2 pairs of the split 'train' have more than data.max_len 2 tokens on a side and are dropped"
-        in caplog.text
+    assert warnings_of(dropped.splits["train"]) == (
+        "1 of 2 pairs of the split 'train' have more than data.max_len 2 tokens on a side and are dropped",
     )
     cut = build(tmp_path, train, test, max_len=2, too_long="truncate")
     assert everything(cut, "train")["inputs"]["source"].shape == (2, 3)
     assert everything(cut, "test")["references"] == ["x y z", "x"]
+    assert warnings_of(cut.splits["test"])[0].endswith("on a side and are truncated")
+    (tmp_path / "new.txt").write_text("a b c\na\n")
+    assert cut.read is not None
+    assert warnings_of(cut.read(tmp_path / "new.txt")) == (
+        f"1 of 2 lines of {tmp_path / 'new.txt'} have more than data.max_len 2 tokens and are truncated",
+    )
+    assert warnings_of(build(tmp_path, "a\tx\nb\ty\n", "a\tx\n", max_len=2, too_long="drop").splits["train"]) == ()
     with pytest.raises(UserError, match="leaves the split 'test' without a pair"):
         build(tmp_path, train, "a b c\tx\n", max_len=2, too_long="drop")
 
