@@ -9,6 +9,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import accelerate  # noqa: F401
 import pandas  # noqa: F401
 import sklearn.datasets  # noqa: F401
+import torch._dynamo  # noqa: F401
 import torchvision.transforms.v2  # noqa: F401
 
 import distrain.inference
