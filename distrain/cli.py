@@ -18,7 +18,7 @@ import typer
 from distrain import cli_cluster
 from distrain.cli_options import ChangedData, Json, Offload, Overrides, Strategy
 from distrain.config import UserError
-from distrain.output import echo, echo_error, one_line, prepare_streams
+from distrain.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
 app = typer.Typer(
     name="distrain",
@@ -88,6 +88,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
+    echo_loading(target, on_terminal=True)
     from distrain.launcher import start
 
     raise typer.Exit(

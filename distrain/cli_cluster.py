@@ -147,7 +147,8 @@ def status(
         if problem := next((each.queue for each in found if each.queue), None):
             echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", error=True)
         # in a file or a pipe nothing is cut off
-        Console(width=None if sys.stdout.isatty() else 1000).print(table(found, run))
+        console = Console(width=None if sys.stdout.isatty() else 1000)
+        console.print(table(found, run, console.holds))
 
 
 def logs(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from rich import console, table
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from distrain.output import lines, one_line
@@ -17,6 +19,10 @@ class Console(console.Console):
 
     def __init__(self, *, file: IO[str] | None = None, width: int | None = None):
         super().__init__(file=file or sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+
+    def holds(self, shown: table.Table) -> bool:
+        """Whether a table is no wider than the console, with each cell on one line."""
+        return self.measure(shown, options=self.options.update(width=10_000)).maximum <= self.width
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(Text(lines(each)) if isinstance(each, str) else each for each in objects), **options)
@@ -60,6 +66,42 @@ class Table(table.Table):
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*map(_text, cells), **options)
+
+
+class ProgressLine:
+    """A line that tells how far something is: what matters most comes first, and what does not fit is left out.
+
+    It is laid out for the width that the terminal has at each refresh.
+    """
+
+    _GAP, _LEAST, _MOST = 2, 8, 24
+    """Columns between parts, and of the bar."""
+
+    def __init__(self, done: int, total: int, parts: Callable[[], list[str]]):
+        """`parts` returns what to tell beside the bar, the most important first; called at each refresh."""
+        self.done, self.total = done, total
+        self._parts = parts
+
+    def __rich_console__(self, of: console.Console, options: console.ConsoleOptions) -> Iterator[Any]:
+        parts = self.fitting(self._parts(), options.max_width)
+        line = table.Table.grid(padding=(0, self._GAP))
+        room = options.max_width - sum(len(part) + self._GAP for part in parts)
+        bar = ProgressBar(self.total, self.done, width=min(room, self._MOST)) if room >= self._LEAST else None
+        cells = [Text(parts[0]), *([bar] if bar is not None else []), *map(Text, parts[1:])]
+        for _ in cells:
+            line.add_column(no_wrap=True, overflow="crop")
+        line.add_row(*cells)
+        yield line
+
+    def fitting(self, parts: list[str], width: int) -> list[str]:
+        """Return the first of `parts`, and of the others as many as fit beside it in order."""
+        kept, used = parts[:1], len(parts[0])
+        for part in parts[1:]:
+            if used + self._GAP + len(part) > width:
+                break
+            kept.append(part)
+            used += self._GAP + len(part)
+        return kept
 
 
 def _text(cell: Any) -> Any:

@@ -248,41 +248,47 @@ def in_words(status: Status) -> list[tuple[str, str]]:
     return said
 
 
-def table(found: list[Status], below: Path) -> Table:
-    """Return a table of runs; of a sweep with what differs between them."""
+def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:
+    """Return a table of runs; of a sweep with what differs between them.
+
+    Where `holds` says that it is too wide, columns are left out, those first that matter least.
+    """
     keys = list(dict.fromkeys(key for status in found for key in status.values))
     metric = next((status.score["metric"] for status in found if status.score), None)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "run",
-        *keys,
-        "state",
-        "step",
-        "left",
-        "loss",
-        *([f"eval {metric}"] if metric else []),
-        "starts",
-        "job",
-    ):
-        shown.add_column(
-            name, justify="right" if name in ("step", "left", "loss", "starts", f"eval {metric}") else "left"
-        )
-    for status in found:
+
+    def name(status: Status) -> str:
         path = Path(status.run)
-        of = f"/{status.total_steps:,}" if status.total_steps else ""
-        score = status.score if status.score and status.score["metric"] == metric else None
-        shown.add_row(
-            str(path.relative_to(below) if path.is_relative_to(below) and path != below else path),
-            *(status.values.get(key, "") for key in keys),
-            status.state,
-            f"{status.step:,}{of}",
-            duration(status.eta_s) if status.eta_s is not None else "",
-            _number(status.loss) if status.loss is not None else "",
-            *([_number(score["value"]) if score else ""] if metric else []),
-            str(status.starts),
-            f"{status.job} {status.job_state}" if status.job else "",
-        )
-    return shown
+        return str(path.relative_to(below) if path.is_relative_to(below) and path != below else path)
+
+    def step(status: Status) -> str:
+        return f"{status.step:,}" + (f"/{status.total_steps:,}" if status.total_steps else "")
+
+    def score(status: Status) -> str:
+        return _number(status.score["value"]) if status.score and status.score["metric"] == metric else ""
+
+    columns: dict[str, Callable[[Status], str]] = {
+        "run": name,
+        **{key: lambda status, key=key: status.values.get(key, "") for key in keys},  # type: ignore[misc]
+        "state": lambda status: status.state,
+        "step": step,
+        "left": lambda status: duration(status.eta_s) if status.eta_s is not None else "",
+        "loss": lambda status: _number(status.loss) if status.loss is not None else "",
+        f"eval {metric}": score,
+        "starts": lambda status: str(status.starts),
+        "job": lambda status: f"{status.job} {status.job_state}" if status.job else "",
+    }
+    if metric is None:
+        del columns[f"eval {metric}"]
+    least = [name for name in ("starts", "job", "loss", *reversed(keys), "left", f"eval {metric}") if name in columns]
+    while True:
+        shown = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            shown.add_column(column, justify="left" if column in ("run", *keys, "state", "job") else "right")
+        for status in found:
+            shown.add_row(*(cell(status) for cell in columns.values()))
+        if not least or holds(shown):
+            return shown
+        del columns[least.pop(0)]
 
 
 def _number(value: Any) -> str:

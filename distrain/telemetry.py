@@ -12,16 +12,17 @@ import logging
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
 from distrain.config import Recipe
 from distrain.output import error_line, one_line
 from distrain.rundir import MetricsFile, RunDir, now
-from distrain.screen import Console, Table
+from distrain.screen import Console, ProgressLine, Table
 
 Row = dict[str, Any]
 log = logging.getLogger("distrain")
@@ -128,29 +129,36 @@ class Display:
         self._first = start_step
         self._start = time.monotonic()
         self._last_line = float("-inf")
+        self._numbers: list[str] = []
+        self._seen = deque([(self._start, start_step)], maxlen=50)  # when a step was done, of the last rows
         self.console = Console()
-        self._bar: Progress | None = None
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, numbers="")
-            self._bar.start()
+        self._live: Live | None = None
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._line = ProgressLine(start_step, total_steps, self._parts)
+            self._live = Live(self._line, console=self.console, refresh_per_second=10)
+            self._live.start()
+
+    def _parts(self) -> list[str]:
+        """Return what the line of progress tells, the most important first."""
+        (first, begun), (last, done) = self._seen[0], self._seen[-1]
+        left = "-:--"
+        if done > begun:
+            seconds = (last - first) / (done - begun) * (self._total - done) - (time.monotonic() - last)
+            left = clock(max(seconds, 0.0))
+        return [f"step {done:,}/{self._total:,}", f"{left} left", *self._numbers]
 
     def train(self, row: Row) -> None:
         """Show a row of training numbers."""
-        numbers = (
-            f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['samples_per_s']:,.0f} samples/s  "
-            f"waiting for data {row['data_wait']:.0%}"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], numbers=numbers)
+        loss, lr, rate = f"loss {row['loss']:.4g}", f"lr {row['lr']:.3g}", f"{row['samples_per_s']:,.0f} samples/s"
+        waiting = f"waiting for data {row['data_wait']:.0%}"
+        if self._live is not None:
+            self._numbers = [loss, rate, lr, waiting]
+            if row["step"] < self._seen[-1][1]:
+                self._seen.clear()  # the run has gone back
+            self._seen.append((time.monotonic(), row["step"]))
+            self._line.done = row["step"]
             return
+        numbers = "  ".join([loss, lr, rate, waiting])
         # on a log file a line a second says enough
         if time.monotonic() - self._last_line >= 1 or row["step"] == self._total:
             self._last_line = time.monotonic()
@@ -165,9 +173,9 @@ class Display:
 
     def close(self) -> None:
         """Leave the terminal in order."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def duration(seconds: float) -> str:
@@ -178,6 +186,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as a clock shows them: 0:42, 3:10, 2:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 @dataclass

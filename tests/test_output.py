@@ -6,18 +6,25 @@ import ast
 import csv
 import io
 import logging
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from rich.live import Live
 from runs import cli, train, write_recipe
+from typer.testing import CliRunner
 
 import distrain
+from distrain.cli import app
+from distrain.config import UserError
 from distrain.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
-from distrain.screen import Console, Table
-from distrain.telemetry import _numbers
+from distrain.screen import Console, ProgressLine, Table
+from distrain.telemetry import Display, _numbers
 
 PACKAGE = Path(distrain.__file__).parent
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \udce9\ud800"
@@ -210,3 +217,87 @@ def test_predictions_are_safe_in_a_spreadsheet(tmp_path: Path) -> None:
         cells = {cell for row in csv.reader(file) for cell in row}
     assert {"'=1+1", "'@SUM(1)", r"\x1b[31mred\nerror: forged"} & cells
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or not cell.isprintable()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Narrow terminals
+
+
+def shown_at(width: int, thing: Any, *, terminal: bool = False) -> list[str]:
+    """Return the lines that a console of this width prints."""
+    console = Console(file=io.StringIO(), width=width)
+    console._force_terminal = terminal
+    console.say(thing) if isinstance(thing, str) else console.print(thing)
+    printed: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+
+
+@pytest.mark.parametrize("width", [12, 30, 44, 60, 80, 100, 119, 120, 200])
+@pytest.mark.parametrize("done", [0, 1234, 4000])
+def test_the_progress_line_shows_first_what_matters_most(width: int, done: int) -> None:
+    parts = ["step 1,234/4,000", "1:02:03 left", "loss 0.1234", "12,345 samples/s", "lr 0.001", "waiting for data 3%"]
+    (line,) = shown_at(width, ProgressLine(done, 4000, lambda: parts))
+    assert len(line) <= width
+    whole = [part for part in parts if part in line]
+    assert whole == parts[: len(whole)], "what is shown is shown whole, and nothing before it is left out"
+    assert len(whole) == max((n for n in range(7) if len("  ".join(parts[:n])) <= width), default=0)
+    if done and whole:
+        assert ("━" in line) == (width - len("  ".join(whole)) >= 10), "the bar takes what is left"
+
+
+def test_the_progress_line_counts_down_and_follows_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    display = Display(100, 10)
+    display._live = Live(None)
+    display._line = ProgressLine(10, 100, display._parts)
+    assert display._parts() == ["step 10/100", "-:-- left"]
+    row = {"loss": 1.0, "lr": 0.1, "samples_per_s": 10.0, "data_wait": 0.0}
+    now += 10
+    display.train(row | {"step": 20})
+    assert display._parts()[:3] == ["step 20/100", "1:20 left", "loss 1"]
+    now += 5
+    assert display._parts()[1] == "1:15 left"
+    display.train(row | {"step": 15})
+    assert display._parts()[:2] == ["step 15/100", "-:-- left"]
+    now += 1
+    display.train(row | {"step": 16})
+    assert display._parts()[1] == "1:24 left"
+    display._live = None
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_lines_go_on_between_words_below_their_text(width: int) -> None:
+    line = "  batch    16 = 1 x 16 (batch.micro auto: global / processes; nothing limits the memory here); 300 steps"
+    first, *rest = shown_at(width, line, terminal=True)
+    assert all(len(each) <= width for each in (first, *rest))
+    assert first.startswith("  batch    16 = 1 x 16")
+    assert all(each.startswith(" " * 11) and each[11] != " " for each in rest)
+    assert " ".join([first, *(each.strip() for each in rest)]) == line
+    assert shown_at(width, line) == [line], "in a file nothing is cut"
+    path = f"model (best): {'/folder' * 20}"
+    assert "/folder" * 20 in "".join(shown_at(width, path, terminal=True)), "a path is not cut apart"
+
+
+def test_what_is_being_started_is_said_before_what_takes_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distrain.launcher import start, training
+
+    said: list[tuple[str, str]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> int:
+        said.append(tuple(capsys.readouterr()))  # type: ignore[arg-type]
+        return 0
+
+    recipe = str(write_recipe(tmp_path))
+    monkeypatch.setattr("distrain.launcher.start", noted)
+    monkeypatch.setattr(training, "work", noted)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    CliRunner().invoke(app, ["train", recipe], color=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    start(recipe, processes=1)
+    with pytest.raises(UserError):
+        start(str(tmp_path / "none.yaml"), processes=1)
+    assert capsys.readouterr().err == "", "where the recipe is at fault, a log has that alone"
+    assert said[-1] == ("", f"loading PyTorch to train {recipe}\n")

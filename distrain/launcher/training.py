@@ -27,7 +27,7 @@ from distrain.launcher.processes import (
 from distrain.launcher.reporting import leave_to_rank_0, log, log_to, reported, tell
 from distrain.launcher.runs import check_same_recipe, find_run, open_run
 from distrain.lease import Holder, Lease, check_free, take
-from distrain.output import echo, echo_error, one_line
+from distrain.output import echo, echo_error, echo_loading, one_line
 from distrain.probed import Probed, remember
 from distrain.probing import settled
 from distrain.recipe_file import LoadedRecipe, load_recipe
@@ -50,6 +50,7 @@ def start(
     """Train a recipe or go on with a run on this machine; returns the exit status. What `distrain train` does."""
     say_ignored(own_start(os.environ, processes))
     run, loaded = find_run(target, overrides, run_dir)
+    echo_loading(target, on_terminal=False)
     count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
     if count == 1:
         return work(target, overrides, run_dir=run_dir, processes=1, update=update, strategy=strategy, offload=offload)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.config import Recipe
+from distrain.output import one_line
 from distrain.recipe_file.document import Document, read_text, read_tree
 from distrain.recipe_file.strict_yaml import Tree, dotted, leaves, to_yaml
 from distrain.recipe_file.validation import validate
@@ -62,7 +63,7 @@ def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
     lines = text.splitlines()
     tree = Tree.parse(text)
     for place, _ in leaves(tree.value):
-        lines[tree.lines[place] - 1] += f"  # {origins[dotted(place)]}"
+        lines[tree.lines[place] - 1] += f"  # {one_line(origins[dotted(place)])}"  # a file may be called anything
     return "\n".join(lines) + "\n"
 
 
