@@ -55,6 +55,15 @@ def lines(text: object, indent: str = "") -> str:
     return re.sub(rf"\n(?!{indent}|\n|$)", f"\n{indent}", said) if indent else said
 
 
+def in_utf8(text: str) -> str:
+    """Return `text` with what UTF-8 cannot hold escaped: bytes of a path that is not UTF-8, halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "".join(letter if letter.isprintable() or letter in "\n\t" else one_line(letter) for letter in text)
+    return text
+
+
 def error_line(error: BaseException) -> str:
     """Return an error of somebody else's code on one line: its type and what it says."""
     return one_line(f"{type(error).__name__}: {error}")
@@ -127,6 +136,6 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
     safe = table.rename(columns=cell)
     for place, kind in enumerate(safe.dtypes):
-        if not (kind.kind in "biufcmM" if hasattr(kind, "kind") else False):
+        if getattr(kind, "kind", "O") not in "biufcmM":  # no numbers, truth values or times
             safe.isetitem(place, safe.iloc[:, place].map(cell))
     safe.to_csv(path, index=False, encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 from distrain.config import Task, UserError
 from distrain.datasets import DataMeta
 from distrain.optim.losses.classes import class_dim
-from distrain.output import write_csv
+from distrain.output import in_utf8, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,8 @@ class PredictionFile(ABC):
             raise UserError(
                 f"the column {clash[0]!r} that names the samples is also one of predictions; rename it in the data"
             )
-        self._tables.append(pd.DataFrame({**index, **columns}))
+        named = {in_utf8(name): _in_utf8(values) for name, values in {**index, **columns}.items()}
+        self._tables.append(pd.DataFrame(named))
 
     def columns(self, batch: Predicted) -> dict[str, Any]:
         """Return what a table says of a batch."""
@@ -293,6 +294,12 @@ def open_predictions(out: str) -> PredictionFile:
 def _shape(batch: Predicted) -> str:
     assert batch.values is not None
     return " × ".join(map(str, batch.values.shape[1:]))
+
+
+def _in_utf8(values: Any) -> Any:
+    """Return a column with its text in UTF-8, in which tables are kept: files may be called anything."""
+    is_text = isinstance(values, list) or (isinstance(values, np.ndarray) and values.dtype.kind in "OU")
+    return [in_utf8(each) if isinstance(each, str) else each for each in values] if is_text else values
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

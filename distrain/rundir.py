@@ -37,6 +37,7 @@ from typing import Any
 import distrain
 from distrain import bounded
 from distrain.config import UserError
+from distrain.output import in_utf8
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -196,7 +197,7 @@ class RunDir:
 
     def write_launch(self, launch: Launch) -> None:
         """Record a start."""
-        write_atomically(self.launch_path, json.dumps(launch.__dict__, indent=2) + "\n")
+        write_atomically(self.launch_path, json.dumps(_plain(launch.__dict__), indent=2) + "\n")
 
     def launch(self) -> Launch:
         """Return the recorded start; raises UserError where there is none or it cannot be read."""
@@ -403,14 +404,14 @@ class MetricsFile:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with what JSON cannot hold (NaN, infinities) as text, so that every reader can read it."""
+    """Return `value` with what JSON cannot hold as text that every reader takes: NaN, infinities, half characters."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {in_utf8(key) if isinstance(key, str) else key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value
+    return in_utf8(value) if isinstance(value, str) else value
 
 
 def now() -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.live import Live
@@ -23,6 +24,9 @@ import distrain
 from distrain.cli import app
 from distrain.config import UserError
 from distrain.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
+from distrain.predictions import Predicted, open_predictions
+from distrain.recipe_file import load_recipe
+from distrain.rundir import RunDir
 from distrain.screen import Console, ProgressLine, Table
 from distrain.telemetry import Display, _numbers
 
@@ -301,3 +305,103 @@ def test_what_is_being_started_is_said_before_what_takes_seconds(
         start(str(tmp_path / "none.yaml"), processes=1)
     assert capsys.readouterr().err == "", "where the recipe is at fault, a log has that alone"
     assert said[-1] == ("", f"loading PyTorch to train {recipe}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Paths that are not UTF-8
+
+IRIS = """
+name: tiny
+task: classification
+data: {name: iris, split: [0.8, 0.2]}
+model: {name: mlp, hidden: [8]}
+batch: {global: 16}
+train: {steps: 4}
+"""
+
+
+@pytest.fixture
+def latin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a share of an older machine has it, seen from the current one."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("caf\udce9")
+    folder.mkdir()
+    return folder
+
+
+def test_a_run_may_lie_where_the_path_is_not_utf8(tmp_path: Path, latin: Path) -> None:
+    recipe, run = write_recipe(latin, IRIS), latin / "run"
+    train(1, recipe, run, stop_after=2)
+    train(1, recipe, run)
+    assert r"# caf\xe9/recipe.yaml:2" in (run / "recipe.yaml").read_text(encoding="utf-8")
+    for file in run.rglob("*"):
+        if file.suffix in (".json", ".jsonl", ".yaml", ".txt", ".csv") or file.name in ("FINISHED", "lease.json"):
+            text = file.read_bytes().decode()
+            assert "\\udc" not in text, f"{file!a} holds half a character, which strict readers of JSON refuse"
+    for arguments in (
+        ["status", run], ["status", latin], ["logs", run], ["evaluate", run], ["checkpoint", "ls", run],
+        ["checkpoint", "export", run, "-o", latin / "m.safetensors"], ["predict", run, "test", "-o", latin / "p.csv"],
+        ["train", run],
+    ):  # fmt: skip
+        ended = cli(*arguments)
+        assert ended.status == 0, ended.err
+        assert "\udce9" not in ended.out + ended.err
+    assert RunDir(run).launch().processes == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "override", "said"),
+    [
+        (("data: {name: iris", "data: {name: table, target: y, path: t.csv"), None, r"data.path: 'FOLDER/t.csv'"),
+        (("{name: mlp, hidden: [8]}", '{name: "net.py:Net"}'), None, r"model.name: 'FOLDER/net.py:Net'"),
+        (("", ""), "data.path=caf\udce9/x", r"'data.path=caf\xe9/x'"),
+        (("", ""), "name=caf\udce9", r"'name=caf\xe9'"),
+        (("", ""), "caf\udce9=1", r"'caf\xe9=1'"),
+    ],
+)
+def test_what_a_recipe_cannot_keep_is_refused_in_a_sentence(
+    tmp_path: Path, latin: Path, change: tuple[str, str], override: str | None, said: str
+) -> None:
+    recipe = write_recipe(latin, IRIS.replace(*change))
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, [override] if override else [])
+    _, *problems = str(caught.value).replace(f"{tmp_path}/caf\udce9", "FOLDER").splitlines()
+    (problem,) = problems
+    told = said.replace("FOLDER", rf"{tmp_path}/caf\xe9")
+    assert f"{told} is not UTF-8, and a recipe keeps text in UTF-8 alone; rename the file or folder" in problem
+
+
+def test_data_files_may_be_called_anything_and_classes_may_not(tmp_path: Path, latin: Path) -> None:
+    from PIL import Image
+
+    text = "a,b,y\n" + "".join(f"{i % 7},{i % 5},{'pq'[i % 2]}\n" for i in range(40))
+    for name in ("t.csv", "caf\udce9/new.csv"):
+        (tmp_path / name).write_text(text)
+    table = IRIS.replace("{name: iris", "{name: table, target: y, path: t.csv")
+    train(1, write_recipe(tmp_path, table), tmp_path / "run")
+    ended = cli("predict", "run", latin / "new.csv", "-o", "p.parquet")
+    assert ended.status == 0, ended.err
+    assert len(pd.read_parquet("p.parquet")) == 40
+
+    images = Path("images")
+    for folder in ("a", "b"):
+        (images / folder).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(images / folder / f"{number}\udce9.png")
+    folders = IRIS.replace("{name: iris", "{name: image_folder, path: images, size: 4")
+    recipe = write_recipe(tmp_path, folders, "images.yaml")
+    train(1, recipe, tmp_path / "pictures", "train.steps=1")
+    (images / "b").rename(images / "caf\udce9")
+    (ended,) = train(1, recipe, tmp_path / "other", status=1)
+    assert r"holds the folder 'caf\xe9', whose name is not UTF-8" in ended.err
+
+
+def test_tables_of_predictions_take_names_of_any_bytes(tmp_path: Path) -> None:
+    for name in ("p.parquet", "p.csv"):
+        output = open_predictions(str(tmp_path / name))
+        texts = np.asarray(["=1", "\udce9"], object)
+        output.take({"file": ["caf\udce9.png", "b"]}, Predicted({"text\udce9": texts}, None))
+        output.write()
+    table = pd.read_parquet(tmp_path / "p.parquet")
+    assert table.to_dict("list") == {"file": [r"caf\xe9.png", "b"], r"text\xe9": ["=1", r"\xe9"]}
+    assert (tmp_path / "p.csv").read_text() == "file,text\\xe9\ncaf\\xe9.png,'=1\nb,\\xe9\n"

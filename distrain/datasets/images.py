@@ -24,7 +24,7 @@ from distrain.datasets import (
     register,
     split_indices,
 )
-from distrain.output import error_line
+from distrain.output import error_line, in_utf8, one_line
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
@@ -283,6 +283,11 @@ def _class_names(folder: Path) -> list[str]:
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "no folder"
         raise UserError(f"{folder} holds {found}; expected {_CLASS_FOLDERS}")
+    if unkept := [name for name in names if in_utf8(name) != name]:
+        raise UserError(
+            f"{folder} holds the folder '{one_line(unkept[0])}', whose name is not UTF-8, and checkpoints keep the "
+            "names of classes as text in UTF-8; rename it"
+        )
     return names
 
 

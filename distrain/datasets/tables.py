@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -324,14 +324,16 @@ class _Reader:
         if suffix not in _SUFFIXES:
             raise UserError(f"{path}: a table is {_EXPECTED}, not {suffix or 'a file without an ending'}")
         try:
-            result = parquet.read_table(path) if suffix in (".parquet", ".pq") else self._read_csv(path, suffix)
+            with path.open("rb") as file:  # which may be called anything: pyarrow knows no path that is not UTF-8
+                is_parquet = suffix in (".parquet", ".pq")
+                result = parquet.read_table(file) if is_parquet else self._read_csv(path, file, suffix)
         except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if not result.num_rows:
             raise UserError(f"{path} has no rows")
         return result
 
-    def _read_csv(self, path: Path, suffix: str) -> pa.Table:
+    def _read_csv(self, path: Path, binary: IO[bytes], suffix: str) -> pa.Table:
         import pyarrow as pa
         from pyarrow import csv as arrow_csv
 
@@ -346,7 +348,7 @@ class _Reader:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"{path} names {_listed(twice)} more than once; give each column a name of its own")
         result = arrow_csv.read_csv(
-            path,
+            binary,
             parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=arrow_csv.ConvertOptions(
                 column_types={name: pa.string() for name in header},

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from distrain.config import Recipe, RecipeError, close_names, is_object_spec
+from distrain.output import in_utf8, one_line
 from distrain.recipe_file.strict_yaml import Place, Tree, dotted, found_text, syntax_problem
 
 COMMAND_LINE = "command line"
@@ -23,6 +24,7 @@ _COMPONENT_LISTS: frozenset[Place] = frozenset(
 _PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
 _OWN_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
 """Paths for what distrain brings along; code of the user's own is given what stands there."""
+_NO_UTF8 = "not UTF-8, and a recipe keeps text in UTF-8 alone; rename the file or folder that is called so"
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
@@ -100,6 +102,8 @@ class Document:
         self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
 
     def _read_override(self, text: str) -> tuple[Place, Tree]:
+        if in_utf8(text) != text:
+            raise ValueError(f"'{one_line(text)}' is {_NO_UTF8}")
         key, equals, written = text.partition("=")
         if not equals or not _OVERRIDE_KEY.fullmatch(key):
             raise ValueError(f"found {text!r}, expected dotted.key=value, as in optim.lr=3e-4")
@@ -158,6 +162,13 @@ class Document:
                 file, _, name = text.rpartition(":")
                 if file.endswith(".py") and is_object_spec(text):
                     _put(self.value, place, f"{_absolute(file, base)}:{name}")
+        self._refuse_what_is_not_utf8()
+
+    def _refuse_what_is_not_utf8(self) -> None:
+        """Note each path that became one of bytes which a recipe, being text, cannot hold."""
+        for place, text in _texts(self.value):
+            if in_utf8(text) != text:
+                self.problems.append((place, f"'{one_line(text)}' is {_NO_UTF8}"))
 
     def _goes_to_own_code(self, place: Place) -> bool:
         """Whether the value at `place` is an argument of the user's own class or function, which gets it as it is."""
