@@ -87,7 +87,7 @@ class ProgressLine:
         line = table.Table.grid(padding=(0, self._GAP))
         room = options.max_width - sum(len(part) + self._GAP for part in parts)
         bar = ProgressBar(self.total, self.done, width=min(room, self._MOST)) if room >= self._LEAST else None
-        cells = [Text(parts[0]), *([bar] if bar is not None else []), *map(Text, parts[1:])]
+        cells: list[Any] = [Text(parts[0]), *([bar] if bar is not None else []), *map(Text, parts[1:])]
         for _ in cells:
             line.add_column(no_wrap=True, overflow="crop")
         line.add_row(*cells)
