@@ -140,3 +140,31 @@ class Rooted(nn.Module):
         out = self.linear(x)
         self.passes += self.training
         return out + (out * 0).sqrt() if self.training and self.passes == self.at else out
+
+
+def pairs(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A contrastive loss: each sample's output against the others'."""
+    scores = outputs @ outputs.T
+    return nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def scaled_by_batch(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Normalised by a statistic of the batch."""
+    return nn.functional.cross_entropy(outputs / outputs.detach().std(), targets, reduction="none")
+
+
+class Running:
+    """Divides by a running mean of itself, which it keeps."""
+
+    def __init__(self) -> None:
+        self.mean = torch.ones(())
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach().mean()
+        return loss / self.mean
+
+
+def apart(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A mean over samples."""
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)

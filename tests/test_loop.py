@@ -264,3 +264,42 @@ def test_one_step_that_is_more_than_the_whole_training_is_said(
     assert len(found) == bool(said)
     for part in said.split(" .* "):
         assert not said or part in found[0]
+
+
+COUPLED = """
+name: coupled
+task: classification
+data: {name: "own_parts:Points", samples: 48, tests: 12}
+model: {name: "odd_models:Normed"}
+loss: "own_parts:LOSS"
+batch: {global: 12, micro: 4}
+train: {steps: 2}
+eval: {metrics: []}
+checkpoint: {every: 1 steps, async: false}
+log: {every: 1 steps}
+"""
+
+
+@pytest.mark.parametrize("loss", ["pairs", "scaled_by_batch", "Running", "apart"])
+def test_a_loss_that_takes_samples_together_is_told_and_its_cut_kept(tmp_path, loss):
+    recipe = write_recipe(tmp_path, COUPLED.replace("LOSS", loss))
+    (ended,) = train(1, recipe, tmp_path / "run", stop_after=1)
+    # the model's BatchNorm, which looks across the batch as well, has no part in it
+    assert ("is no mean over samples" in ended.out + ended.err) == (loss != "apart")
+    if loss != "pairs":
+        return
+    assert "sees 4 of the 12 samples of a step at once" in ended.out + ended.err
+    (ended,) = train(1, recipe, tmp_path / "run", "batch.micro=6", update=False, status=1)
+    (ended,) = train(1, recipe, tmp_path / "whole", "batch.micro=12")
+    assert "is no mean over samples" not in ended.out + ended.err
+
+
+def test_a_cut_that_changes_on_resume_is_refused_or_let_in(tmp_path):
+    recipe = write_recipe(tmp_path, COUPLED.replace("LOSS", "pairs").replace("micro: 4", "micro: auto"))
+    train(1, recipe, tmp_path / "run", stop_after=1)
+    refused = train(2, recipe, tmp_path / "run", status=1)
+    said = refused[0].err + refused[1].err
+    assert "trained with micro-batches of 12 on 1 process; micro-batches of 6 on 2 processes make another" in said
+    train(2, recipe, tmp_path / "run", update=True)
+    updates = [row for row in rows(tmp_path / "run") if row["event"] == "update"]
+    assert updates[0]["inputs"] == ["loss: micro-batches of 12 on 1 process -> micro-batches of 6 on 2 processes"]

@@ -21,6 +21,7 @@ from distrain.datasets import Batch, Data, is_stream, warnings_of
 from distrain.datasets.transforms import Transform
 from distrain.loop.anomalies import Anomalies
 from distrain.loop.checks import horizon_of, length_warnings
+from distrain.loop.coupling import check_cut, couples_samples, cut_of, in_words, warning
 from distrain.loop.forward import check_layers
 from distrain.loop.indices import given
 from distrain.loop.step import Training, loss_of, seed_dropout, to_device
@@ -118,6 +119,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         transforms["train"] = trace.around(transforms["train"])
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
+    updated, accepted = world.first(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
     # a proof compares all samples itself, and says why they differ
     inputs: Inputs = world.first(
         lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
@@ -127,6 +129,15 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     feed = Feed(
         recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
     )
+    cut = cut_of(feed.micro_batch_size, world.world_size)
+    before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None
+    if resumed is not None and before is not None and before != cut:
+        if not updated and accepted != cut:
+            check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task)
+        line = f"loss: {in_words(before)} -> {in_words(cut)}"
+        inputs.told.append(f"updated  {line}")
+        if accepted != cut:
+            inputs = inputs.with_change(line, resumed.step)
     told = list(inputs.told)
     beside = _keep_beside(run, recipe, world, fence, told)
     training, model = _training(feed, horizon, trace, told, run.path / FOLDER, resumes=reader is not None)
@@ -139,6 +150,11 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
     warnings += length_warnings(recipe, horizon)
+    if before is not None or couples_samples(training, lambda: feed.batches(start_step=0)):
+        inputs.fingerprint["cut"] = cut  # in checkpoints from now on
+        world.first(lambda: run.record_inputs(inputs.fingerprint))
+        if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
+            warnings.append(said)
     return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside)
 
 

@@ -6,7 +6,7 @@ person has let in with `--update` stays let in, also for a start that goes on fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distrain.checkpoint import Manifest
@@ -34,6 +34,11 @@ class Inputs:
     """The row of an update that is not recorded yet."""
     told: list[str] = field(default_factory=list)
     """What a person should know of it."""
+
+    def with_change(self, line: str, step: int) -> Inputs:
+        """Return these with one more change that was let in, of a run that goes on from `step`."""
+        row = self.update or {"event": EVENT, "step": step, "recipe": {}, "inputs": [], "time": now()}
+        return replace(self, update=row | {"inputs": [*row["inputs"], line]})
 
 
 def take_inputs(
