@@ -13,7 +13,7 @@ tensors lie), `copying` (from there into one file), `beside` (what else a model 
 
 from __future__ import annotations
 
-from distrain.consolidate.exporting import Exported, export, find_source, open_tensors
+from distrain.consolidate.exporting import Exported, export, find_source, made_by_hooks, open_tensors
 from distrain.consolidate.importing import Imported, import_checkpoint
 from distrain.consolidate.opening import FORMATS, open_foreign
 
@@ -24,6 +24,7 @@ __all__ = [
     "export",
     "find_source",
     "import_checkpoint",
+    "made_by_hooks",
     "open_foreign",
     "open_tensors",
 ]

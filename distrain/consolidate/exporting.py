@@ -180,6 +180,8 @@ def _opened(
             expected = reader.manifest.scalars.get("transformers_files")
             gone = sorted(set(expected) - set(files)) if isinstance(expected, list) else []
             notes = [f"left out: {some(gone)}, which are not in {run_of(reader.path) / FOLDER}"] if gone else []
+            if values := sorted(reader.manifest.scalars.get("model_state", {})):
+                notes.append(f"not in the file, being no tensors: {some(values)}; load it with strict=False")
             yield OwnTensors(reader), config, files if config else {}, notes, []
         return
     with open_foreign(path, format=format, trust=trust) as source:
@@ -234,11 +236,7 @@ def _choose(tensors: Tensors, dtype: str | None, ema: bool) -> tuple[dict[str, O
         raise UserError(f"{tensors.path} has no moving average of the weights: train.ema was off; leave ema out")
     averages = _averages(tensors) if ema else {}
     outputs, unaveraged = {}, []
-    # what the model's own hooks make of its tensors, and the names that they take out
-    made = "exported-ema/" if ema else "exported/"
-    instead = {name.removeprefix(made): name for name in names if name.startswith(made)}
-    scalars = tensors.reader.manifest.scalars if isinstance(tensors, OwnTensors) else {}
-    renamed = set(scalars.get("model_renamed", []))
+    instead, renamed = made_by_hooks(tensors, ema=ema)
     for full in [*tensors.names, *aliases]:
         if full.startswith("model/") and full not in renamed:
             plain, stored = full.removeprefix("model/"), aliases.get(full, full)
@@ -253,6 +251,17 @@ def _choose(tensors: Tensors, dtype: str | None, ema: bool) -> tuple[dict[str, O
         raise UserError(f"{tensors.path} holds no model: none of its tensors is named model/…")
     # wide elements first: each tensor is then aligned to its element
     return dict(sorted(outputs.items(), key=lambda item: (-ITEM_SIZES[item[1].dtype], item[0]))), unaveraged
+
+
+def made_by_hooks(tensors: Tensors, *, ema: bool) -> tuple[dict[str, str], set[str]]:
+    """Return what hooks of the model's state dict make of it: where a name's other tensor is, and names taken out.
+
+    The first are plain names, the second full ones: those tensors are there under other names.
+    """
+    made = "exported-ema/" if ema else "exported/"
+    scalars = tensors.reader.manifest.scalars if isinstance(tensors, OwnTensors) else {}
+    instead = {name.removeprefix(made): name for name in tensors.names if name.startswith(made)}
+    return instead, set(scalars.get("model_renamed", []))
 
 
 def _averages(tensors: Tensors) -> dict[str, str]:

@@ -526,17 +526,19 @@ class Session:
             "samples_per_s": self._rate(),
         }
 
-        def write() -> None:
+        def write() -> tuple[str, ...]:
             self._fence()
             self.run.export_path.parent.mkdir(exist_ok=True)
-            export(
+            exported = export(
                 self._checkpoint(chosen), self.run.export_path, ema=self.recipe.train.ema is not None, overwrite=True
             )
             self._fence()
             self.run.mark_finished(summary)
+            return exported.notes
 
         mark("finish")
-        self.world.first(write)
+        for note in self.world.first(write):
+            self.say(f"export: {note}")
         self.telemetry.summarize(summary)
         return summary
 

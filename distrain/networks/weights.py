@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from distrain.checkpoint.dtypes import DTYPES
 from distrain.config import UserError
-from distrain.consolidate import open_tensors
+from distrain.consolidate import made_by_hooks, open_tensors
 from distrain.networks.deferred import Deferred
+from distrain.networks.memory import own_tensors
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     the report, and only a file of which nothing fits is an error.
     """
     expected, found, report = _compare(model, path, strict)
-    for name in _fitting(expected, found):
+    own, made = _own_first(model, expected, _fitting(expected, found))
+    for name in own:
         expected[name].copy_(found[name].read())
+    _give(model, {name: found[name].read() for name in made})
     return report
 
 
@@ -92,13 +95,28 @@ def defer_weights(deferred: Deferred, path: Path, *, strict: bool = True) -> Wei
     """
     expected, found, report = _compare(deferred.model, path, strict)
     names = {id(parameter): name for name, parameter in deferred.model.named_parameters()}
-    for name in _fitting(expected, found):
+    own, made = _own_first(deferred.model, expected, _fitting(expected, found))
+    for name in own:
         tensor = expected[name]
         if id(tensor) in names:
             deferred.replace(names[id(tensor)], _reader(found[name], tensor))
         else:
             tensor.copy_(found[name].read())
+    _give(deferred.model, {name: found[name].read() for name in made})
     return report
+
+
+def _own_first(model: nn.Module, expected: Mapping[str, Tensor], names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the model's own tensors, and those of what its state dict holds besides."""
+    own = {id(tensor) for tensor in own_tensors(model).values()}
+    names = list(names)
+    return [n for n in names if id(expected[n]) in own], [n for n in names if id(expected[n]) not in own]
+
+
+def _give(model: nn.Module, made: dict[str, Tensor]) -> None:
+    """Have a model take what its own hooks and get_extra_state make: a copy of that leads nowhere."""
+    if made:
+        model.load_state_dict({**model.state_dict(), **made})
 
 
 def _reader(stored: _Stored, parameter: Tensor) -> Callable[[], Tensor]:
@@ -117,12 +135,14 @@ def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> li
 
 def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tensor], dict[str, _Stored], WeightsReport]:
     """Return the model's tensors, the file's by the model's names, and how they differ; raises UserError."""
-    expected = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
+    # a hook may leave tensors out that a checkpoint holds all the same
+    known = {**own_tensors(model), **{name: value for name, value in state.items() if isinstance(value, Tensor)}}
     stored, notes = stored_tensors(path)
-    prefix = _prefix(stored, expected)
+    prefix = _prefix(stored, known)
     found: dict[str, _Stored] = {}
     for name, tensor in stored.items():
-        plain = _plain(name.removeprefix(prefix), expected)
+        plain = _plain(name.removeprefix(prefix), known)
         if plain in found:
             raise UserError(
                 f"model.weights: {path} has two tensors that are {plain!r} without what wrappers put into names, one "
@@ -131,6 +151,7 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
         found[plain] = tensor
     if prefix:
         notes = [*notes, f"taken off the names: {prefix}"]
+    expected = {name: each for name, each in known.items() if name in state or name in found}
     fitting = _fitting(expected, found)
     aliases = tied_names(model)
     present = {aliases.get(name, name) for name in found}
@@ -227,7 +248,10 @@ def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
         tensors, notes = open_tensors(path)
     except UserError as error:
         raise UserError(f"model.weights: {error}") from error
+    instead, renamed = made_by_hooks(tensors, ema=False)
     plain = {name: name for name in tensors.names} | tensors.aliases
+    plain = {name: stored for name, stored in plain.items() if name not in renamed}
+    plain |= {f"model/{name}": stored for name, stored in instead.items()}
 
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
