@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_state import DESCRIBED, SPECS, cut, make_state
 from runs import TINY, cli, train, write_recipe
 from typer.testing import CliRunner
 
 from distrain import status as status_module
+from distrain.checkpoint import LocalCommunicator, Saver
 from distrain.cli import app
 from distrain.config import UserError
 from distrain.heartbeat import Heartbeat, write_heartbeat
@@ -74,7 +76,8 @@ def trained(run: RunDir, steps: int = 40) -> None:
             run.metrics_path, {"event": "train", "step": step, "loss": 2.0 - step / 100, "samples_per_s": 24.0, "lr": 1}
         )
         append_row(run.metrics_path, {"event": "eval", "step": step, "split": "test", "loss": 1.5, "accuracy": 0.5})
-    (run.checkpoints / "step-00000030").mkdir()
+    (run.checkpoints / "step-00000099").mkdir()  # of no manifest, so no checkpoint
+    Saver(run.checkpoints, LocalCommunicator()).save(30, SPECS, cut(make_state(0), 1)[0], **DESCRIBED)
 
 
 def one(run: RunDir) -> Status:
