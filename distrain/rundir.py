@@ -51,6 +51,24 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+EVALUATION_KEYS = frozenset(
+    (
+        "event",
+        "step",
+        "split",
+        "loss",
+        "samples",
+        "seconds",
+        "time",
+        "undecodable",
+        "nonfinite",
+        "checkpoint",
+        "processes",
+    )
+)
+"""What an evaluation's row in metrics.jsonl and its summary say besides metrics, whose names are others."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """How a run is started, written by the launcher and checked by every worker."""

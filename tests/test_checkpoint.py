@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import safetensors
 import xxhash
-from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, cut, make_state, run_processes, save_world
+from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, cut, make_state, rewrite_manifest, run_processes, save_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrain.checkpoint import (
     CheckpointError,
+    Criterion,
+    Evaluation,
     LocalCommunicator,
     Piece,
     Reader,
@@ -43,7 +45,7 @@ from distrain.checkpoint import (
 )
 from distrain.checkpoint.dtypes import ITEM_SIZES
 from distrain.checkpoint.floats import convert
-from distrain.checkpoint.format import MANIFEST, canonical
+from distrain.checkpoint.format import MANIFEST
 
 
 def local(folder: Path, **options: Any) -> Saver:
@@ -64,15 +66,6 @@ def assert_holds(path: Path, state: dict[str, np.ndarray]) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
-
-
-def rewrite_manifest(path: Path, change: Any) -> None:
-    """Change the manifest as somebody would who knows how to hash it."""
-    content = json.loads((path / MANIFEST).read_bytes())
-    del content["xxh3_128"]
-    change(content)
-    text = canonical(content)
-    (path / MANIFEST).write_bytes(b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -746,6 +739,75 @@ def test_folder_that_cannot_be_made(tmp_path):
 def test_rehearsal_leaves_nothing(tmp_path):
     ThreadWorld(3).run(lambda comm: Saver(tmp_path / "new", comm).rehearse())
     assert names(tmp_path / "new") == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def evaluated(metric: str, higher: bool, split: str = "test", data: str = "d", **values: float) -> Evaluation:
+    return Evaluation(Criterion(metric, higher, split, data), values, {"loss": False, "accuracy": True})
+
+
+def test_a_score_is_of_one_metric_direction_split_and_data(tmp_path):
+    saver = local(tmp_path, keep=1, keep_best=1)
+    saver.criterion = Criterion("loss", False, "test", "d")
+    made = [
+        evaluated("accuracy", True, accuracy=0.9, loss=0.5),  # of the metric before, and yet its loss is known
+        evaluated("accuracy", True, accuracy=0.95),
+        evaluated("loss", False, "valid", loss=0.1),
+        evaluated("loss", False, data="other", loss=0.2),
+        evaluated("loss", False, loss=0.7),
+        evaluated("loss", False),  # not evaluated, or not a number
+    ]
+    for step, evaluation in enumerate(made, start=1):
+        saver.save(step, SPECS, cut(make_state(0), 1)[0], **DESCRIBED, evaluation=evaluation)
+        assert read_manifest(tmp_path / f"step-{step:08d}").evaluation == evaluation
+    assert names(tmp_path) == ["step-00000001", "step-00000006"]
+    assert find_best(tmp_path) == tmp_path / "step-00000001"
+    by_accuracy = read_manifest(tmp_path / "step-00000001")
+    assert by_accuracy.score == 0.9
+    assert by_accuracy.score_by(saver.criterion) == -0.5
+    assert by_accuracy.score_by(Criterion("accuracy", False, "test", "d")) == -0.9
+    for other in (Criterion("f1", True, "test", "d"), Criterion("loss", False, "valid", "d"), Criterion("loss", False)):
+        assert by_accuracy.score_by(other) is None
+
+
+@pytest.mark.parametrize("best", ["accuracy", "-loss", "loss", None])
+def test_a_bare_score_is_of_the_metric_that_its_recipe_names(tmp_path, best):
+    described = DESCRIBED | {"recipe": f"name: x\neval: {{best: {best or 'null'}}}\n"}
+    local(tmp_path).save(1, SPECS, cut(make_state(0), 1)[0], **described, score=0.3)
+    manifest = read_manifest(tmp_path / "step-00000001")
+    name = (best or "loss").removeprefix("-")
+    assert manifest.metric == name
+    assert manifest.score_by(Criterion(name, True, "test")) == 0.3
+    assert manifest.score_by(Criterion("other", True)) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_value("evaluation", "metric", 3),
+        set_value("evaluation", "higher", "yes"),
+        set_value("evaluation", "split", 1),
+        set_value("evaluation", "values", "loss", "low"),
+        set_value("evaluation", "values", "accuracy", True),
+        set_value("evaluation", "directions", "loss", 1),
+        set_value("evaluation", "more", 1),
+        set_value("evaluation", "higher", False),
+        set_value("evaluation", "metric", "loss"),
+        set_value("score", 0.91),
+        set_value("score", None),
+        set_value("evaluation", []),
+        set_value("history", 3),
+    ],
+)
+def test_a_score_that_is_not_what_its_evaluation_says_is_refused(tmp_path, change):
+    local(tmp_path).save(
+        1, SPECS, cut(make_state(0), 1)[0], **DESCRIBED, evaluation=evaluated("accuracy", True, accuracy=0.9, loss=0.5)
+    )
+    rewrite_manifest(tmp_path / "step-00000001", change)
+    assert verify(tmp_path / "step-00000001")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from checkpoint_state import rewrite_manifest
 from own_parts import Points
 from runs import Ended, captured, cli, losses, rows, state, train, train_rank, write_recipe
 from safetensors.numpy import load_file
 from sklearn import metrics as sk
 from worlds import in_world
 
+from distrain.checkpoint import Criterion, find_best, list_checkpoints, read_manifest
 from distrain.config import UserError
 from distrain.data import build_data
 from distrain.launcher import reported
@@ -226,6 +230,8 @@ def translations(run: str) -> tuple[list[str], list[str]]:
 # --------------------------------------------------------------------------------------------------------------------
 # What scores decide
 
+NAN = math.nan
+
 WAVERING = (
     POINTS.format(tests=40)
     .replace("every: null", "every: 1 steps")
@@ -288,11 +294,11 @@ def test_a_run_stops_early_and_stays_stopped(tmp_path: Path, world_size: int) ->
     scores = scored(run)
     end = scores[-1][0]
     assert end < 200
-    best = Best("accuracy", True)
+    best = Best(Criterion("accuracy", True), min_delta=0.01)
     for step, score in scores:
-        assert not best.exhausted(3, 0.01)
-        best.scores.append((step, score))
-    assert best.exhausted(3, 0.01)
+        assert not best.exhausted(3)
+        best.add(step, score)
+    assert best.exhausted(3)
     assert "has not improved by more than 0.01 in 3 evaluations" in ended[0].out
     done = RunDir(run).finished
     assert done is not None
@@ -318,22 +324,51 @@ def test_a_run_stops_early_and_stays_stopped(tmp_path: Path, world_size: int) ->
         ([0.5, 0.55, 0.58], 2, 0.1, True),
         ([0.5, 0.55, 0.61], 2, 0.1, False),
         ([0.5, 0.4, 0.6, 0.4], 2, 0.0, False),
-        ([float("nan"), float("nan")], 2, 0.0, False),
-        ([float("nan"), 0.1, float("nan"), float("nan")], 2, 0.0, True),
+        ([NAN, NAN], 2, 0.0, False),
+        ([NAN, NAN], 1, 0.0, True),
+        ([NAN, 0.1], 1, 0.0, False),
+        ([0.1, NAN, 0.2], 2, 0.0, False),
+        ([0.1, NAN, 0.05], 2, 0.0, True),
+        ([math.inf, 0.1, 0.2], 1, 0.0, False),
+        ([NAN, 0.1, NAN, NAN], 2, 0.0, True),
     ],
 )
 def test_patience(scores: list[float], patience: int, min_delta: float, exhausted: bool) -> None:
     for sign, higher in ((1, True), (-1, False)):
-        best = Best("score", higher, [(step, sign * score) for step, score in enumerate(scores)])
-        assert best.exhausted(patience, min_delta) is exhausted
+        best = ranked(higher, [(step, sign * score) for step, score in enumerate(scores)], min_delta)
+        assert best.exhausted(patience) is exhausted
+        # as a start takes it up that goes on
+        again = Best(best.criterion, min_delta)
+        again.load(json.loads(json.dumps(best.state(), allow_nan=False)), min_delta)
+        assert repr(again) == repr(best)
+
+
+def ranked(higher: bool, scores: list[tuple[int, float]], min_delta: float = 0.0) -> Best:
+    best = Best(Criterion("score", higher), min_delta)
+    for step, score in scores:
+        best.add(step, score)
+    return best
 
 
 def test_the_earliest_of_equals_is_best() -> None:
-    best = Best("loss", False, [(1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.3)])
+    best = ranked(False, [(1, 0.5), (2, 0.3), (3, NAN), (4, 0.3)])
     assert best.value() == (2, 0.3)
     assert not best.improved()
-    assert Best("loss", False, [(1, 0.5), (2, 0.3)]).improved()
-    assert Best("loss", False).value() is None
+    assert ranked(False, [(1, 0.5), (2, 0.3)]).improved()
+    assert ranked(False, []).value() is None
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_what_is_no_number_is_never_the_best(higher: bool, bad: float) -> None:
+    best = ranked(higher, [(1, bad), (2, bad)])
+    assert best.value() is None
+    assert not best.improved()
+    best.add(3, 0.5)
+    assert best.improved()
+    best.add(4, bad)
+    assert best.value() == (3, 0.5)
+    assert not best.improved()
 
 
 @pytest.mark.slow
@@ -358,3 +393,214 @@ def test_a_best_metric_that_is_not_computed_is_refused(tmp_path: Path) -> None:
     assert "eval.best" in ended[0].err
     assert "Traceback" not in ended[0].err
     assert cli("train", recipe, "eval.best=accurcy", "--run-dir", tmp_path / "other").status == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers that are none
+
+HOLED = """
+import torch
+from torch.utils.data import Dataset
+
+
+class Holed(Dataset):
+    # its training samples are sound; of the others sample 7 is not
+    classes = {classes}
+
+    def __init__(self, split):
+        self.sound = str(split).endswith("train")
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        x = torch.randn(4, generator=torch.Generator().manual_seed(i)) + i % 2
+        y = {target}
+        return ({inputs} if not self.sound and i == 7 else x), ({bad_target} if not self.sound and i == 7 else y)
+
+
+def none(outputs, targets):
+    return torch.tensor(float("nan")), 1
+"""
+HOLED_RECIPE = """
+name: holed
+task: {task}
+data: {{name: "data.py:Holed", split: {{train: train, valid: valid}}}}
+model: {{name: mlp, hidden: [4]}}
+batch: {{global: 12}}
+train: {{steps: 9}}
+log: {{every: 9 steps}}
+eval: {{every: 3 steps, batch: 5}}
+checkpoint: {{every: 9 steps, keep: 1, keep_best: 1, async: false}}
+"""
+
+
+def write_holed(folder: Path, task: str, **changes: str) -> Path:
+    given = {"target": "i % 2", "classes": "('a', 'b')"}
+    if task == "regression":
+        given = {"target": "torch.tensor([float(i)])", "classes": "None"}
+    given |= {"inputs": "x", "bad_target": "y"} | changes
+    text = HOLED
+    for key, value in given.items():
+        text = text.replace(f"{{{key}}}", value)
+    (folder / "data.py").write_text(text)
+    return write_recipe(folder, HOLED_RECIPE.format(task=task))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "task", "changes", "where"),
+    [
+        (1, "classification", {"inputs": 'x * float("nan")'}, "the inputs of sample 7 are not finite"),
+        (2, "classification", {"inputs": 'x + float("inf")'}, "the inputs of sample 7 are not finite"),
+        (1, "regression", {"bad_target": 'y * float("nan")'}, "the targets of sample 7 are not finite"),
+        (1, "regression", {"inputs": "x + 3e38"}, "not finite in a batch of samples 5, 6, 7, 8, 9"),
+    ],
+)
+def test_an_evaluation_that_is_no_number_is_an_error(
+    tmp_path: Path, world_size: int, task: str, changes: dict[str, str], where: str
+) -> None:
+    recipe, run = write_holed(tmp_path, task, **changes), tmp_path / "run"
+    ended = train(world_size, recipe, run, status=1)
+    said = "".join(rank.err for rank in ended)
+    for words in ("the loss on split 'valid' after step 3 is ", where, "anomalies.nonfinite"):
+        assert said.count(words) == 1
+    assert "Traceback" not in said
+    assert [info.step for info in list_checkpoints(run / "checkpoints")] == [3], "what was trained is saved"
+    assert read_manifest(run / "checkpoints" / "step-00000003").score is None
+    (row,) = (row for row in rows(run) if row["event"] == "eval")
+    assert where in row["nonfinite"]
+    # the next start says it again, and not only that it goes on
+    assert where in train(1, recipe, run, status=1)[0].err
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_an_evaluation_that_is_no_number_is_no_improvement(tmp_path: Path, patience: int) -> None:
+    recipe, run = write_holed(tmp_path, "classification", inputs='x * float("nan")'), tmp_path / "run"
+    said = train(1, recipe, run, "anomalies.nonfinite=skip", f"eval.early_stop.patience={patience}")[0].out
+    assert [row["step"] for row in rows(run) if row["event"] == "eval"] == list(range(3, 3 * patience + 4, 3))
+    assert said.count("warning: the loss on split 'valid' after step 3 is nan: the inputs of sample 7") == 1
+    done = RunDir(run).finished
+    assert done is not None
+    assert (done["best"], done["exported"]) == (None, "last step")
+
+
+@pytest.mark.parametrize(
+    ("task", "best", "changes", "why"),
+    [
+        ("binary", "auroc", {"target": "i % 2 if self.sound else 0"}, "not both positive and negative samples"),
+        ("binary", "average_precision", {"target": "i % 2 if self.sound else 0"}, "no sample of it is positive"),
+        ("binary", "f1", {"target": "i % 2 if self.sound else 0"}, "no sample of it is positive"),
+        ("binary", "recall", {"target": "i % 2 if self.sound else 0"}, "no sample of it is positive"),
+        ("regression", "r2", {"target": "torch.tensor([i + 0.5 if self.sound else 1.0])"}, "do not vary"),
+        ("classification", "none", {}, "undefined"),
+    ],
+)
+def test_a_metric_that_says_nothing_there_decides_nothing(
+    tmp_path: Path, task: str, best: str, changes: dict[str, str], why: str
+) -> None:
+    recipe, run = write_holed(tmp_path, task, **changes), tmp_path / "run"
+    metric = f"{tmp_path}/data.py:none" if best == "none" else best
+    said = train(1, recipe, run, f'eval.metrics=["{metric}"]', f"eval.best={best}")[0].out
+    assert said.count(f"warning: {best} on split 'valid' after step 3") == 1
+    assert why in said
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["best"] is None
+    assert done["exported"].startswith("last step; no evaluation has")
+    assert find_best(run / "checkpoints") is None
+    assert all(math.isfinite(row["loss"]) for row in rows(run) if row["event"] == "eval")
+
+
+def test_a_score_that_is_0_throughout_is_said(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, WAVERING), tmp_path / "run"
+    (tmp_path / "own.py").write_text("def never(outputs, targets):\n    return outputs[:, 0] * 0\n")
+    said = train(1, recipe, run, f'eval.metrics=["{tmp_path}/own.py:never"]', "eval.best=never")[0].out
+    assert "warning: never was 0 in each of 6 evaluations" in said
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a score is a number of
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "key", "lowest"),
+    [
+        (["eval.best=accuracy"], ["eval.best=-loss"], "loss", True),
+        (["eval.best=-loss"], ["eval.best=accuracy"], "accuracy", False),
+        (["eval.metrics=[f1_macro]", "eval.best=f1_macro"], ["eval.best=loss"], "loss", True),
+    ],
+)
+def test_the_best_by_the_metric_that_holds_now(
+    tmp_path: Path, first: list[str], then: list[str], key: str, lowest: bool
+) -> None:
+    recipe, run = write_recipe(tmp_path, WAVERING), tmp_path / "run"
+    train(1, recipe, run, *first, "train.steps=6")
+    kept = {info.step for info in list_checkpoints(run / "checkpoints")}
+    said = train(1, recipe, run, *then, "train.steps=14", update=True)[0].out
+    assert "a new ranking begins" in said
+    # what was retired cannot be the best any more
+    found = [(step, score) for step, score in scored(run, key) if step > 6 or step in kept]
+    top = (min if lowest else max)(score for _, score in found)
+    step = min(step for step, score in found if score == top)
+    done = RunDir(run).finished
+    assert done is not None
+    assert (done["exported_step"], done["best"]["value"]) == (step, top)
+    assert find_best(run / "checkpoints") == run / "checkpoints" / f"step-{step:08d}"
+    assert cli("checkpoint", "export", run, "--best", "-o", tmp_path / "best.safetensors").status == 0
+
+
+def test_the_best_after_a_change_that_trains_nothing(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, WAVERING), tmp_path / "run"
+    keep_all = "checkpoint.keep_best=100"
+    train(1, recipe, run, "eval.best=accuracy", keep_all)
+    train(1, recipe, run, "eval.best=-loss", keep_all, update=True)
+    lowest = min(scored(run, "loss"), key=lambda item: item[1])[0]
+    assert find_best(run / "checkpoints") == run / "checkpoints" / f"step-{lowest:08d}"
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["exported_step"] == lowest
+
+
+@pytest.mark.parametrize("change", ["data.split=[0.5, 0.5]", "seed=5"])
+def test_scores_on_other_data_are_of_another_ranking(tmp_path: Path, change: str) -> None:
+    text = WAVERING.replace('{name: "own_parts:Points", tests: 40}', "{name: iris, split: [0.6, 0.4]}")
+    recipe, run = write_recipe(tmp_path, text), tmp_path / "run"
+    train(1, recipe, run, "eval.best=accuracy", "eval.early_stop={patience: 2, min_delta: 1.0}", "train.steps=2")
+    said = train(1, recipe, run, "eval.best=accuracy", "train.steps=6", change, update=True)[0].out
+    assert "the best was chosen by other data: a new ranking begins" in said
+    assert "warning: of the checkpoints of steps" in said
+    done = RunDir(run).finished
+    assert done is not None
+    top = max(score for step, score in scored(run) if step > 2)
+    assert done["best"]["value"] >= top
+    assert done["best"]["step"] >= 2
+
+
+def test_a_metric_that_was_not_computed_is_not_known(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, WAVERING), tmp_path / "run"
+    train(1, recipe, run, "eval.best=accuracy", "train.steps=6", "checkpoint.keep=2", "checkpoint.every=1 steps")
+    now = ["eval.metrics=[balanced_accuracy]", "eval.best=balanced_accuracy", "train.steps=10"]
+    said = train(1, recipe, run, *now, update=True)[0].out
+    assert "the balanced_accuracy by which the best is chosen now is not known" in said
+    done = RunDir(run).finished
+    assert done is not None
+    assert done["best"]["step"] >= 6
+
+
+def test_a_run_of_before_scores_said_what_they_are(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, WAVERING)
+    for then in ("accuracy", "-loss"):
+        run = tmp_path / then
+        train(1, recipe, run, "eval.best=accuracy", "train.steps=6")
+        for info in list_checkpoints(run / "checkpoints"):
+            rewrite_manifest(info.path, lambda content: [content.pop(key) for key in ("evaluation", "history")])
+            assert read_manifest(info.path).metric == "accuracy"
+        kept = {info.step for info in list_checkpoints(run / "checkpoints")}
+        train(1, recipe, run, f"eval.best={then}", "train.steps=9", update=True)
+        key = then.removeprefix("-")
+        values = {step: score for step, score in scored(run, key) if step > 6 or step in kept or then == "accuracy"}
+        step = min(values, key=lambda step: (values[step] if key == "loss" else -values[step], step))
+        done = RunDir(run).finished
+        assert done is not None
+        assert done["best"]["step"] == step
+        assert done["exported_step"] == step

@@ -17,6 +17,7 @@ from torch import nn
 from distrain.config import Recipe, UserError
 from distrain.datasets import DataMeta
 from distrain.metrics import build_metrics, check_metrics, higher_is_better, metric_names
+from distrain.rundir import EVALUATION_KEYS
 
 SETTINGS = settings(max_examples=25, deadline=None)
 
@@ -396,6 +397,54 @@ def test_own_metrics(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Names and mistakes
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATION_KEYS))
+def test_a_metric_with_the_name_of_a_rows_own_key_is_refused(tmp_path, name):
+    (tmp_path / "own.py").write_text(f"def {name}(outputs, targets):\n    return outputs\n")
+    (problem,) = check_metrics(recipe("regression", [f"{tmp_path}/own.py:{name}"]))
+    assert repr(name) in problem
+
+
+def test_values_of_one_metric_never_replace_those_of_another(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch, torchmetrics\n"
+        "class a(torchmetrics.MeanSquaredError):\n"
+        "    def compute(self):\n        return {'b_c': torch.tensor(1.0), 'mae': torch.tensor(2.0)}\n"
+        "class a_b(torchmetrics.MeanSquaredError):\n"
+        "    def compute(self):\n        return {'c': torch.tensor(3.0)}\n"
+        "class a_mae(torchmetrics.MeanAbsoluteError):\n    pass\n"
+        "class sam(torchmetrics.MeanSquaredError):\n"
+        "    def compute(self):\n        return {'x': torch.tensor(4.0)}\n"
+    )
+    own = f"{tmp_path}/own.py"
+    outputs, targets = torch.zeros(4), torch.full((4,), 0.5)
+    found = evaluate("regression", [f"{own}:{name}" for name in ("a", "a_b", "a_mae", "sam")], outputs, targets)
+    assert found == {"a_b_c": 1.0, "a_mae_": 2.0, "a_b_c_": 3.0, "a_mae": 0.5, "sam_x": 4.0}
+    assert not found.keys() & EVALUATION_KEYS
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "outputs", "targets", "caveats"),
+    [
+        ("binary", ["auroc", "f1", "accuracy"], [-1.0, 1.0], [0.0, 0.0], ["auroc", "f1"]),
+        ("binary", ["auroc", "recall", "f1_macro"], [-1.0, 1.0], [1.0, 1.0], ["auroc"]),
+        ("binary", ["auroc", "f1", "recall"], [-1.0, 1.0], [0.0, 1.0], []),
+        ("multilabel", ["f1_micro", "auroc"], [[-1.0, 1.0]] * 3, [[0.0, 0.0]] * 3, ["auroc", "f1_micro"]),
+        ("multilabel", ["f1_micro", "f1_macro"], [[-1.0, 1.0]] * 3, [[1.0, 0.0]] * 3, []),
+        ("regression", ["r2", "mae"], [1.0, 2.0], [3.0, 3.0], ["r2"]),
+        ("regression", ["r2", "mae"], [1.0, 2.0], [3.0, 3.5], []),
+        ("regression", ["PearsonCorrCoef"], [1.0, 2.0], [3.0, 3.0], ["PearsonCorrCoef"]),
+        ("regression", ["mae", "rmse"], [math.inf, 2.0], [3.0, 3.0], ["mae", "rmse"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_values_that_say_nothing_are_known(task, metrics, outputs, targets, caveats):
+    meta = DataMeta(num_classes=2, num_targets=2 if task == "multilabel" else None)
+    metric_set = build_metrics(recipe(task, metrics), meta)
+    metric_set.update(torch.tensor(outputs), torch.tensor(targets))
+    metric_set.compute(metric_set.sums(), metric_set.gather(lambda each: [each]))
+    assert sorted(metric_set.caveats) == caveats
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,71 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Criterion:
+    """What decides which checkpoint is the best. Scores by another one are no part of its ranking."""
+
+    metric: str
+    higher: bool
+    """Whether the highest is the best."""
+    split: str | None = None
+    """What it is computed on."""
+    data: str | None = None
+    """A digest of what is in that split."""
+
+    def __str__(self) -> str:
+        where = f" on {self.split}" if self.split else ""
+        return f"{self.metric}{where} ({'higher' if self.higher else 'lower'} is better)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the numbers of a checkpoint's evaluation are, and what they are numbers of."""
+
+    criterion: Criterion
+    """What decided when it was saved, whether it was evaluated at that step or not."""
+    values: dict[str, float]
+    """The loss and each metric that is one finite number; empty where it was not evaluated."""
+    higher: dict[str, bool]
+    """For metrics whose direction is known: whether the highest is the best."""
+
+    def score(self, by: Criterion) -> float | None:
+        """Return the score by a criterion, higher being better; None where it is not known."""
+        same = (self.criterion.split, self.criterion.data) == (by.split, by.data)
+        value = self.values.get(by.metric) if same else None
+        return None if value is None else value if by.higher else -value
+
+    def described(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**vars(self.criterion), "values": self.values, "directions": self.higher}
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> Evaluation:
+        """Take up what `described` returned; raises CheckpointError."""
+        metric, split, data = content.pop("metric", None), content.pop("split", None), content.pop("data", None)
+        higher, values, directions = (
+            content.pop("higher", None),
+            take(content, "values", dict),
+            content.pop("directions", {}),
+        )
+        if (
+            type(metric) is not str
+            or type(higher) is not bool
+            or not all(type(x) in (str, type(None)) for x in (split, data))
+        ):
+            raise CheckpointError("'evaluation' does not say what its numbers are")
+        numbers = all(type(each) in (int, float) for each in values.values())
+        if (
+            content
+            or not numbers
+            or type(directions) is not dict
+            or not all(type(x) is bool for x in directions.values())
+        ):
+            raise CheckpointError("'evaluation' is not the numbers of one")
+        values = {name: float(each) for name, each in values.items()}
+        return cls(Criterion(metric, higher, split, data), values, directions)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `MANIFEST.json` says, checked."""
 
@@ -112,7 +177,9 @@ class Manifest:
     world_size: int
     strategy: str
     score: float | None
-    """The evaluation that decides which checkpoints are best, higher being better; None when there was none."""
+    """The evaluation that decides which checkpoints are best, higher being better; None when there was none.
+
+    What it is a number of, `evaluation` says; where there is none, that `eval.best` of the recipe names."""
     fingerprint: str
     """`fingerprint` of the tensors."""
     recipe: str
@@ -123,6 +190,23 @@ class Manifest:
     """Tied weights: the further name of a tensor -> the name that it is stored under."""
     files: tuple[FileInfo, ...]
     tensors: dict[str, Tensor]
+    evaluation: Evaluation | None = None
+    """None in checkpoints that know a bare score alone, and in imported ones."""
+    history: dict[str, Any] | None = None
+    """What a resume would have to look for in the run's rows, as the session keeps it."""
+
+    def score_by(self, criterion: Criterion | None) -> float | None:
+        """Return the score by a criterion (None: the stored one), higher being better; None where it is not known."""
+        if self.evaluation is not None and criterion is not None:
+            return self.evaluation.score(criterion)
+        return self.score if criterion is None or criterion.metric == self.metric else None
+
+    @property
+    def metric(self) -> str | None:
+        """What `score` is a number of; None where that is not known."""
+        if self.evaluation is not None:
+            return self.evaluation.criterion.metric
+        return best_metric(self.recipe).removeprefix("-") if self.recipe else None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -269,6 +353,18 @@ def take(mapping: dict[str, Any], key: str, kind: type | tuple[type, ...]) -> An
     return value
 
 
+def best_metric(recipe: str) -> str:
+    """Return the `eval.best` of a recipe's text as it is written there, `loss` where it names none."""
+    from distrain.recipe_file.document import read_tree
+
+    try:
+        section = read_tree(recipe, "the recipe").value.get("eval")
+    except UserError:
+        section = None
+    best = section.get("best") if isinstance(section, dict) else None
+    return best if isinstance(best, str) else "loss"
+
+
 def _texts(mapping: dict[str, Any], what: str) -> dict[str, str]:
     if not all(isinstance(value, str) for value in mapping.values()):
         raise CheckpointError(f"{what} are not all text")
@@ -315,6 +411,12 @@ def parse_manifest(raw: bytes) -> Manifest:
     score = top.pop("score", None)
     if score is not None and type(score) is not float:
         raise CheckpointError("'score' is not a number")
+    described = top.pop("evaluation", None)
+    evaluation = Evaluation.read(described) if isinstance(described, dict) else None
+    history = top.pop("history", None)
+    for key, value in (("evaluation", described), ("history", history)):
+        if not isinstance(value, dict | None):
+            raise CheckpointError(f"{key!r} is not of the right kind")
     step = take(top, "step", int)
     if not 0 <= step < bounded.MOST_STEPS:
         raise CheckpointError(f"'step' is {step}, which is no number of steps")
@@ -330,7 +432,11 @@ def parse_manifest(raw: bytes) -> Manifest:
         aliases=aliases,
         files=tuple(files),
         tensors=tensors,
+        evaluation=evaluation,
+        history=history,
     )
+    if evaluation is not None and score != evaluation.score(evaluation.criterion):
+        raise CheckpointError(f"its score is {score}, and {evaluation.criterion} says another number")
     if top:
         raise CheckpointError(f"it has keys that version {VERSION} does not know: {', '.join(map(repr, top))}")
     if manifest.fingerprint != fingerprint(manifest.specs):

@@ -8,6 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from distrain.checkpoint.format import (
     MAX_MANIFEST,
     CheckpointError,
     CheckpointInfo,
+    Criterion,
     FileInfo,
     Manifest,
     Tensor,
     TensorSpec,
+    best_metric,
     explain,
     keys_by_file,
     parse_json,
@@ -35,6 +38,7 @@ from distrain.checkpoint.format import (
 )
 from distrain.config import UserError, close_names
 from distrain.heartbeat import progress
+from distrain.recipe_file.document import read_text
 from distrain.rundir import RunDir
 
 Header = dict[str, tuple[str, int, int, int]]
@@ -285,17 +289,44 @@ def newest_step(folder: Path | str) -> int | None:
 
 
 def find_best(folder: Path | str) -> Path | None:
-    """Return the checkpoint with the highest score, the earliest of equals; None when none has a score."""
-    best = best_first(list_checkpoints(folder), {})
+    """Return the checkpoint that is the best by the metric that holds now; the earliest of equals, None without any."""
+    best = best_first(list_checkpoints(folder), {}, criterion_of(folder))
     return best[0].path if best else None
 
 
-def best_first(infos: Iterable[CheckpointInfo], known: dict[str, float | None]) -> list[CheckpointInfo]:
-    """Sort the checkpoints that have a score; `known` remembers scores by folder name."""
+def criterion_of(folder: Path | str) -> Criterion | None:
+    """Return what decides which of a run's checkpoints is the best; None where they do not say it.
+
+    The metric is that of the run's recipe, which may have been changed since the newest checkpoint was saved.
+    """
+    newest = next((each.evaluation for each in _manifests(list_checkpoints(folder)) if each.evaluation), None)
+    wanted = (
+        best_metric(read_text(RunDir(Path(folder).parent).recipe_path)) if RunDir(Path(folder).parent).exists else None
+    )
+    if newest is None:
+        return Criterion(wanted.removeprefix("-"), not wanted.startswith("-")) if wanted is not None else None
+    now = newest.criterion
+    if wanted is None or wanted.removeprefix("-") == now.metric:
+        return now
+    name = wanted.removeprefix("-")
+    return Criterion(name, newest.higher.get(name, name == wanted), now.split, now.data)
+
+
+def _manifests(infos: Iterable[CheckpointInfo]) -> Iterator[Manifest]:
+    """Yield the manifests that can be read."""
+    for info in infos:
+        with suppress(CheckpointError):
+            yield read_manifest(info.path)
+
+
+def best_first(
+    infos: Iterable[CheckpointInfo], known: dict[str, float | None], criterion: Criterion | None = None
+) -> list[CheckpointInfo]:
+    """Sort the checkpoints that have a score by the criterion; `known` remembers these scores by folder name."""
     for info in infos:
         if info.path.name not in known:
             try:
-                known[info.path.name] = read_manifest(info.path).score
+                known[info.path.name] = read_manifest(info.path).score_by(criterion)
             except CheckpointError:  # a damaged one is nobody's best; resuming says what is wrong with it
                 known[info.path.name] = None
     scored = [(score, info) for info in infos if (score := known[info.path.name]) is not None]
@@ -327,7 +358,9 @@ def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
     if best:
         found = find_best(folder)
         if found is None:
-            raise UserError(f"{path} has no checkpoint with a score; without --best the newest is taken")
+            criterion = criterion_of(folder)
+            by = f" by {criterion.metric}" if criterion is not None else ""
+            raise UserError(f"{path} has no checkpoint with a score{by}; without --best the newest is taken")
         return found
     finished = RunDir(path).finished or {}
     exported = folder / Path(finished.get("checkpoint", ".")).name

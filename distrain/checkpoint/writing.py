@@ -29,6 +29,8 @@ from distrain.checkpoint.format import (
     VERSION,
     CheckpointError,
     Communicator,
+    Criterion,
+    Evaluation,
     FileInfo,
     Piece,
     Saved,
@@ -66,6 +68,8 @@ class _Flight:
     """What the manifest says besides files and pieces."""
     specs: dict[str, TensorSpec]
     began: float
+    score: float | None = None
+    """By the criterion that the best are kept by."""
     thread: threading.Thread | None = None
     file: FileInfo | None = None
     error: Exception | None = None
@@ -187,7 +191,10 @@ class Saver:
         self.fence = fence
         self._flight: _Flight | None = None
         self._buffer: mmap.mmap | None = None
-        self._scores: dict[str, float | None] = {}
+        self.criterion: Criterion | None = None
+        """By what the best are kept; None: by the scores as they are stored."""
+        self.scores: dict[str, float | None] = {}
+        """Scores by that of checkpoints, by the names of their folders, as far as they are known here."""
 
     @property
     def in_flight(self) -> int | None:
@@ -235,6 +242,8 @@ class Saver:
         recipe: str,
         strategy: str,
         score: float | None = None,
+        evaluation: Evaluation | None = None,
+        history: dict[str, Any] | None = None,
     ) -> Saved | None:
         """Finish the save before, then start this one; return what that one became (None: there was none).
 
@@ -242,17 +251,24 @@ class Saver:
         hold each element once. They are asked for after the save before is finished, so a generator may reuse its
         buffers, and they are all held at once until `begin` returns. An asynchronous save then writes on a thread from
         a copy of its own and from the pieces that say they are `copied`. A fault of one rank (a full disk, an error in
-        `pieces`) is raised by `finish`, on all of them. `score`: higher is better, and NaN is none.
+        `pieces`) is raised by `finish`, on all of them. `score`: higher is better, and NaN is none; `evaluation` says
+        what it is a number of, and is taken for it where it is given. `history`: JSON values of rank 0's.
         """
         before = self.finish()
         folder = self._stage(f"step-{step:08d}")
-        described = {
+        described: dict[str, Any] = {
             "step": step, "strategy": strategy, "recipe": recipe, "scalars": scalars, "aliases": aliases,
             "score": float(score) if score is not None and math.isfinite(score) else None,
         }  # fmt: skip
-        flight = self._flight = _Flight(step, folder, described, specs, time.monotonic())
+        if evaluation is not None:
+            described |= {"score": evaluation.score(evaluation.criterion), "evaluation": evaluation.described()}
+        if history is not None:
+            described["history"] = history
+        counts = evaluation.score(self.criterion) if evaluation and self.criterion else described["score"]
+        flight = self._flight = _Flight(step, folder, described, specs, time.monotonic(), counts)
         try:
             check_json(scalars, "scalars")
+            check_json(history, "history")
             head, parts = _lay_out(specs, pieces)
             held: list[memoryview | bytes] = [head]
             held += self._copy(parts) if self.asynchronous else [data for data, _ in parts]
@@ -419,7 +435,7 @@ class Saver:
                 os.rename(trash, path)
                 raise
         sync_folder(self.folder)
-        self._scores[path.name] = flight.described["score"]
+        self.scores[path.name] = flight.score
         retired, warnings = self._retire(flight.step)
         nbytes = sum(info.size for info in files)
         return Saved(path, flight.step, nbytes, time.monotonic() - flight.began, tuple(retired), tuple(warnings))
@@ -430,14 +446,17 @@ class Saver:
         Later steps than the one just saved stay: a run that went back has not made them worthless, and says so itself.
         """
         infos = [info for info in list_checkpoints(self.folder) if info.step <= step]
-        kept = {info.step for info in [*infos[: self.keep], *best_first(infos, self._scores)[: self.keep_best]]}
+        kept = {
+            info.step
+            for info in [*infos[: self.keep], *best_first(infos, self.scores, self.criterion)[: self.keep_best]]
+        }
         retired, warnings = [], []
         for info in infos:
             if info.step not in kept:
                 try:
                     os.rename(info.path, self.folder / hidden("trash", info.path.name))
                     retired.append(info.path.name)
-                    self._scores.pop(info.path.name, None)
+                    self.scores.pop(info.path.name, None)
                 except OSError as error:
                     warnings.append(f"{info.path} could not be retired: {explain(error)}")
         own_trash = f"-{_HOST}-{os.getpid()}-"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,8 @@ def evaluate(
 
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
 
+    Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
+
     Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there are
     any, and do not count as `samples`.
     """
@@ -66,17 +70,23 @@ def evaluate(
     was_training = model.training
     model.eval()
     loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    loader = build_eval_loader(
-        source,
-        rank=world.rank,
-        world_size=world.world_size,
-        batch_size=batch_size,
-        transform=transform,
-        workers=workers,
-        pin_memory=world.device.type == "cuda",
-        split=split,
-        skip_undecodable=skip_undecodable,
-    )
+    batches = 0
+    first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
+
+    def load() -> Iterable[Batch]:
+        return build_eval_loader(
+            source,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=batch_size,
+            transform=transform,
+            workers=workers,
+            pin_memory=world.device.type == "cuda",
+            split=split,
+            skip_undecodable=skip_undecodable,
+        )
+
+    loader = load()
 
     where = f"the evaluation of split '{split}'"
 
@@ -89,6 +99,7 @@ def evaluate(
         return call(model, batch["inputs"])
 
     def count(batch: Batch, outputs: ModelOutput) -> None:
+        nonlocal batches
         ids = batch["ids"]
         seen.add(ids.numpy())
         if lost := batch.get("undecodable"):
@@ -97,6 +108,9 @@ def evaluate(
         keep = (ids >= 0).to(world.device, non_blocking=True)
         loss_sum, counted = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
         loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
+        # which batch it was is read at the end alone, so that nothing waits for the device
+        first_bad.masked_fill_(~loss_sum.isfinite() & (first_bad < 0), batches)
+        batches += 1
         metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, counted))
 
     def add_up() -> Tensor:
@@ -129,6 +143,9 @@ def evaluate(
         **metrics.compute(total[6:], gathered),
         "samples": int(total[2].item() - total[5].item()),
     }
+    if not math.isfinite(values["loss"]):
+        found = world.together(lambda: _look_again(load(), int(first_bad)))
+        values["nonfinite"] = _nonfinite(world.gather(found))
     if total[5] > 0:
         values["undecodable"] = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
     return values
@@ -177,6 +194,51 @@ def _in_lockstep(
             count(batch, outputs)
         except Exception as error:
             failure = error
+
+
+_SHOWN = 8
+"""Samples in a message."""
+
+
+def _look_again(loader: Iterable[Batch], number: int) -> tuple[str, list[int]] | None:
+    """Return what is not finite in the data of a batch, and of which samples; all of them where their data are sound.
+
+    None where no batch of this rank is meant.
+    """
+    if number < 0:
+        return None
+    batch = next(islice(loader, number, None))
+    kept = batch["ids"] >= 0
+    for key, what in (("inputs", "the inputs"), ("targets", "the targets")):
+        bad = torch.zeros(len(kept), dtype=torch.bool)
+        for tensor in _tensors(batch.get(key)):
+            if tensor.is_floating_point() and len(tensor) == len(kept):
+                bad |= ~tensor.reshape(len(kept), -1).isfinite().all(dim=1)
+        if (bad & kept).any():
+            return what, batch["ids"][bad & kept].tolist()
+    return "", batch["ids"][kept].tolist()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.dim():
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None]) -> str:
+    """Return where an evaluation's loss that is not finite comes from, from what every rank has found."""
+    found = [each for each in ranks if each is not None]
+    if not found:
+        return "no sample of it has a target that counts"
+    what = max(what for what, _ in found)
+    ids = sorted(each for kind, part in found if kind == what for each in part)
+    shown = f"{', '.join(map(str, ids[:_SHOWN]))}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+    samples = f"sample{'s' * (len(ids) > 1)} {shown}"
+    if what:
+        return f"{what} of {samples} are not finite"
+    return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"
 
 
 def _texts(

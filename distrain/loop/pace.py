@@ -7,18 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from distrain.config import Duration, Horizon, Recipe, UserError
+from distrain.checkpoint import Criterion
+from distrain.config import Duration, Horizon, UserError
 from distrain.datasets.loading import waited_s
 from distrain.heartbeat import mark
-from distrain.metrics import MetricSet, higher_is_better
-from distrain.rundir import RunDir
-from distrain.strategy import World
 
 T = TypeVar("T")
 
@@ -118,51 +116,88 @@ _LOOK_EVERY_S = 0.25
 
 @dataclass
 class Best:
-    """The evaluations so far, and which was best. Read back from metrics.jsonl, so nothing of it is state."""
+    """Which evaluation was best, and how long ago that was. It grows with no number of evaluations.
 
-    metric: str
-    higher: bool
-    scores: list[tuple[int, float]] = field(default_factory=list)
+    Only finite numbers are scores: what is NaN or infinite is no improvement and never the best.
+    """
 
-    @classmethod
-    def of(cls, recipe: Recipe, metrics: MetricSet, run: RunDir, world: World, step: int) -> Best:
-        """Take up the scores of this run up to `step`."""
-        name = (recipe.eval.best or "loss").removeprefix("-")
-        best = cls(name, higher_is_better(recipe.eval.best or "loss", metrics))
-        rows = world.first(
-            # a recipe that was changed may ask for a metric that was not computed before
-            lambda: [
-                (row["step"], row[name])
-                for row in run.rows()
-                if row["event"] == "eval" and row["step"] <= step and name in row
-            ]
-        )
-        best.scores = [(at, float(score)) for at, score in rows]
-        return best
+    criterion: Criterion
+    min_delta: float = 0.0
+    """The least change that early stopping counts as an improvement."""
+    best: tuple[int, float] | None = None
+    """(step, score) of the best evaluation, the earliest of equals."""
+    last: tuple[int, float] | None = None
+    """The same of the last one; NaN where it has no score."""
+    top: float | None = None
+    """The score of the last improvement."""
+    since: int = 0
+    """Evaluations since then."""
+    count: int = 0
+    """Evaluations in all."""
+    constant: bool = True
+    """Whether all of them had one score."""
 
-    def _key(self, scored: tuple[int, float]) -> float:
-        score = scored[1]
-        if math.isnan(score):
-            return -math.inf
-        return score if self.higher else -score
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return self.criterion.metric
+
+    def add(self, step: int, score: float) -> None:
+        """Take up the evaluation after a step."""
+        self.constant = self.constant and (self.last is None or self.last[1] == score)
+        self.last, self.count = (step, score), self.count + 1
+        improved = False
+        if math.isfinite(score):
+            improved = self.top is None or self._gain(score, self.top) > self.min_delta
+            if self.best is None or self._gain(score, self.best[1]) > 0:
+                self.best = (step, score)
+        if improved:
+            self.top = score
+        # the first has nothing to be better than
+        self.since = 0 if improved or self.count == 1 else self.since + 1
+
+    def _gain(self, score: float, other: float) -> float:
+        return score - other if self.criterion.higher else other - score
 
     def value(self) -> tuple[int, float] | None:
-        """Return (step, score) of the best evaluation, the earliest of equals."""
-        return max(self.scores, key=self._key, default=None)
+        """Return (step, score) of the best evaluation, the earliest of equals; None where none had a score."""
+        return self.best
 
     def improved(self) -> bool:
         """Whether the last evaluation is the best."""
-        return bool(self.scores) and self.value() == self.scores[-1]
+        return self.best is not None and self.best == self.last
 
-    def exhausted(self, patience: int, min_delta: float) -> bool:
+    def exhausted(self, patience: int) -> bool:
         """Whether the last `patience` evaluations brought no improvement of more than `min_delta`."""
-        top, since = -math.inf, 0
-        for scored in self.scores:
-            if self._key(scored) > top + min_delta or top == -math.inf:
-                top, since = self._key(scored), 0
-            else:
-                since += 1
-        return since >= patience
+        return self.since >= patience
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it, as JSON values."""
+        values = {key: value for key, value in vars(self).items() if key != "criterion"}
+        if self.last is not None and not math.isfinite(self.last[1]):
+            values["last"] = [self.last[0], None]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def load(self, state: Any, min_delta: float) -> None:
+        """Take up what `state` returned; raises ValueError, TypeError or KeyError where it is none."""
+        found = {key: _pair(state[key]) for key in ("best", "last")}
+        top, since, count = state["top"], state["since"], state["count"]
+        if type(since) is not int or type(count) is not int or not 0 <= since <= count:
+            raise ValueError("it counts no evaluations")
+        self.best, self.last = found["best"], found["last"]
+        self.top, self.since, self.count = None if top is None else float(top), since, count
+        self.constant = state["constant"] is True
+        if state["min_delta"] != min_delta:  # another measure of what an improvement is: patience begins anew
+            self.top, self.since = self.best[1] if self.best is not None else None, 0
+
+
+def _pair(value: Any) -> tuple[int, float] | None:
+    if value is None:
+        return None
+    step, score = value
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{step!r} is no step")
+    return step, math.nan if score is None else float(score)
 
 
 class Waited:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from distrain.loop.indices import told_plainly
 from distrain.loop.introducing import introduction
 from distrain.loop.out_of_memory import explained
 from distrain.loop.pace import Best, Every, StopRequest, Waited
+from distrain.loop.ranking import criterion_for, evaluation_of, scored_split, take_up
 from distrain.loop.setup import set_up
 from distrain.loop.step import StepNumbers
 from distrain.loop.undecodable import EVENT as UNDECODABLE
@@ -65,7 +67,15 @@ class Session:
         self._record_effect()
         self._stepped = False
         self.metrics = build_metrics(recipe, self.data.meta)
-        self.best = Best.of(recipe, self.metrics, run, world, self.t.step)
+        early_stop = recipe.eval.early_stop
+        criterion = world.together(lambda: criterion_for(recipe, self.metrics, self.data))
+        min_delta = early_stop.min_delta if early_stop is not None else 0.0
+        self._ranking = (run, criterion, min_delta)
+        self.best: Best
+        self.best, self._scores, ranking = world.first(lambda: take_up(*self._ranking, setup.resumed))
+        self._values: dict[str, Any] | None = None
+        """Of the evaluation of this step."""
+        self._warned: set[tuple[str, str]] = set()
         self.stopping = ""
         self._leave = world.announcement()
         # a run can be stopped between the evaluation that ends it and the end itself
@@ -78,12 +88,14 @@ class Session:
             asynchronous=recipe.checkpoint.asynchronous,
             fence=self._fence,
         )
+        self.saver.criterion = criterion
+        self.saver.scores |= self._scores
         self.saver.rehearse()
         self._log_every = Every(recipe.log.every, setup.horizon, "log.every")
         self._eval_every = Every(recipe.eval.every, setup.horizon, "eval.every")
         self._save_every = Every(recipe.checkpoint.every, setup.horizon, "checkpoint.every")
         self._saved_step = self.t.step if setup.resumed is not None else -1
-        self._scored_step = self.best.scores[-1][0] if self.best.scores else -1
+        self._scored_step = self.best.last[0] if self.best.last is not None else -1
         self._logged_step = self.t.step
         self._time_to_save = False
         self._waited = Waited()
@@ -100,7 +112,7 @@ class Session:
             )
         )
         self._saved_at = self._logged_at = time.monotonic()
-        for line in introduction(run, setup):
+        for line in [*introduction(run, setup), *ranking]:
             self.say(line)
         if setup.resumed is not None:
             self._note_published(setup.resumed)
@@ -220,7 +232,7 @@ class Session:
     @property
     def split(self) -> str | None:
         """The split that is scored during training."""
-        return next((name for name in ("valid", "test") if name in self.data.splits), None)
+        return scored_split(self.data)
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step's report
@@ -296,7 +308,8 @@ class Session:
         self.anomalies.load(reader.manifest.scalars)
         reader.close()
         step = self.t.step = reader.manifest.step
-        self.best.scores = [scored for scored in self.best.scores if scored[0] <= step]
+        self.best, _, _ = self.world.first(lambda: take_up(*self._ranking, reader.manifest))
+        self._values = None
         self._saved_step = self._scored_step = self._logged_step = step
         self._logged_at, self._went_back, self._time_to_save = time.monotonic(), True, False
         self.say(f"goes back to {checkpoint.name}")
@@ -350,8 +363,13 @@ class Session:
             return
         if (values := self._score(self.split)) is None:
             return
-        self._scored_step = self.t.step
-        self.best.scores.append((self.t.step, float(values[self.best.metric])))
+        self._scored_step, self._values = self.t.step, values
+        evaluation = evaluation_of(self.best.criterion, self.metrics, values)
+        self.best.add(self.t.step, evaluation.values.get(self.best.metric, math.nan))
+        if (problem := self._not_finite(self.split, values)) is not None:
+            self.save()  # it is no fault of the training
+            self._finish_save()
+            raise UserError(problem)
         stop = self.recipe.eval.early_stop
         if stop is not None and self._exhausted():
             self.ended_early = True
@@ -364,7 +382,30 @@ class Session:
 
     def _exhausted(self) -> bool:
         stop = self.recipe.eval.early_stop
-        return stop is not None and self.best.exhausted(stop.patience, stop.min_delta)
+        return stop is not None and self.best.exhausted(stop.patience)
+
+    def _not_finite(self, split: str, values: dict[str, Any]) -> str | None:
+        """Say which numbers of an evaluation are none; return the error where the recipe has such a one end the run."""
+        step = self.t.step
+        for name, why in self.metrics.caveats.items():
+            if (split, name) not in self._warned:
+                self._warned.add((split, name))
+                value = values.get(name)
+                found = f" is {value:.4g}" if isinstance(value, float) else " is not a number throughout"
+                decides = "; no model is the best by it" if name == self.best.metric else ""
+                self.say(
+                    f"warning: {name} on split '{split}' after step {step}{found}, which says nothing: {why}{decides}"
+                )
+        if math.isfinite(values["loss"]):
+            return None
+        found = f"the loss on split '{split}' after step {step} is {values['loss']:.6g}: {values['nonfinite']}"
+        if self.recipe.anomalies.nonfinite != "stop":
+            self.say(f"warning: {found}; it counts as no improvement, and as no best")
+            return None
+        return (
+            f"{found}. The run stops, and its state is saved. What to do: mend these samples or the model and start "
+            "the run again, or set anomalies.nonfinite: skip (with --update), which goes on with a warning"
+        )
 
     def _score(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         began = time.monotonic()
@@ -413,9 +454,7 @@ class Session:
         """Save the state of this step, once."""
         if self._saved_step == self.t.step:
             return
-        score = None
-        if self._scored_step == self.t.step:
-            score = self.best.scores[-1][1] * (1 if self.best.higher else -1)
+        values = self._values if self._scored_step == self.t.step else None
         mark("save")
         engine, state = self.t.engine, self.t.engine.state
         self._finish_save()
@@ -439,7 +478,8 @@ class Session:
                 aliases=state.aliases(),
                 recipe=dump_recipe(self.recipe),
                 strategy=self.world.strategy,
-                score=score,
+                evaluation=evaluation_of(self.best.criterion, self.metrics, values),
+                history=self._history() if self.world.rank == 0 else None,
             )
         if not self.recipe.checkpoint.asynchronous:
             self._finish_save()
@@ -447,6 +487,11 @@ class Session:
     def publish(self) -> None:
         """Wait for the save that is under way, if there is one."""
         self._finish_save()
+
+    def _history(self) -> dict[str, Any]:
+        """Rank 0: return what a checkpoint keeps for the start that goes on from it."""
+        there = {name: score for name, score in self._scores.items() if (self.run.checkpoints / name).is_dir()}
+        return {"best": self.best.state(), "scores": there}
 
     def _finish_save(self) -> None:
         with self._may_fail():
@@ -508,6 +553,8 @@ class Session:
             if scored is None:
                 return self.preempt()
             values = scored
+            if (problem := self._not_finite("test", values)) is not None:
+                raise UserError(problem)
         summary = {
             "finished": True,
             "name": self.recipe.name,
@@ -550,11 +597,22 @@ class Session:
 
     def _chosen(self, best: tuple[int, float] | None) -> tuple[int, str]:
         """Return the step whose model is exported, and why: the best where the recipe names one, else the last."""
-        if self.recipe.eval.best is None or best is None:
+        if self.recipe.eval.best is None or (best is None and not self.best.count):
             return self._saved_step, "last step"
+        if best is None:
+            return (
+                self._saved_step,
+                f"last step; no evaluation has a {self.best.metric} that is a number and says something",
+            )
+        if self.best.count > 1 and self.best.constant and not best[1] and self.best.criterion.higher:
+            self.say(
+                f"warning: {self.best.metric} was 0 in each of {self.best.count} evaluations, so none is better than "
+                "another; the earliest is taken for the best"
+            )
         if self.world.first(lambda: self._checkpoint(best[0]).is_dir()):
             return best[0], f"best {self.best.metric}"
-        return self._saved_step, f"last step; the best, step {best[0]}, was not kept: checkpoint.keep_best"
+        why = "was not kept: checkpoint.keep_best" if not self.recipe.checkpoint.keep_best else "is not there any more"
+        return self._saved_step, f"last step; the best, step {best[0]}, {why}"
 
     def _checkpoint(self, step: int) -> Path:
         return self.run.checkpoints / f"step-{step:08d}"

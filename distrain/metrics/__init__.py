@@ -10,7 +10,8 @@ merges what cannot be added, and `compute` divides, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import reduce
 from typing import Any
 
@@ -23,6 +24,7 @@ from distrain.metrics.catalogue import ENTRIES, Metric, default_metrics, find_en
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
 from distrain.optim.arguments import argument_problems
 from distrain.optim.losses import NO_TARGET, Outputs, build_loss
+from distrain.rundir import EVALUATION_KEYS
 
 __all__ = [
     "Metric",
@@ -53,6 +55,8 @@ class MetricSet:
         self._text_parts = [part for part in parts if isinstance(part, TextPart)]
         self._keeps_rows = any(metric.rows for metric in metrics.values())
         self._keeps_moments = any(metric.moments for metric in metrics.values())
+        self.caveats: dict[str, str] = {}
+        """Why values of the last `compute` say nothing: they are NaN, or would be the same for any model."""
         self.reset()
 
     @property
@@ -158,14 +162,35 @@ class MetricSet:
         if self._keeps_moments:
             moments = reduce(merged, gathered["moments"]).numpy()
         values: dict[str, Value] = {}
+        self.caveats = {}
         for name, metric in self.metrics.items():
             extra = [all_rows] if metric.rows else [moments] if metric.moments else []
-            value = metric.finish(*(pieces[part] for part in metric.parts), *extra)
+            given = [*(pieces[part] for part in metric.parts), *extra]
+            value = metric.finish(*given)
+            why = metric.caveat(*given) if metric.caveat is not None else None
+            if why is not None:
+                self.caveats[name] = why
+            elif not _finite(value):
+                self.caveats[name] = "it is undefined there, or the model's outputs are not finite"
             if isinstance(value, dict):
-                values |= {f"{name}_{key}": each for key, each in value.items()}
+                for key, each in value.items():
+                    values[_free(f"{name}_{key}", EVALUATION_KEYS | self.metrics.keys() | values.keys())] = each
             else:
                 values[name] = value
         return values
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _free(key: str, taken: Set[str]) -> str:
+    """Return the key, with underscores behind it where it is that of something else."""
+    while key in taken:
+        key += "_"
+    return key
 
 
 def higher_is_better(name: str, metrics: MetricSet) -> bool:
@@ -220,6 +245,11 @@ def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], li
         key = _key(component)
         if key in metrics or key == "loss":
             problems.append(f"eval.metrics: {key!r} is there twice (the loss always is); remove one")
+            continue
+        if key in EVALUATION_KEYS:
+            problems.append(
+                f"eval.metrics: {key!r} is what a row of metrics.jsonl calls something else; rename the metric"
+            )
             continue
         try:
             metrics[key] = _metric(component, key, setting)

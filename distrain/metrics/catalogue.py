@@ -54,6 +54,8 @@ class Metric:
     """Whether it needs the moments of the targets."""
     scalar: bool = True
     """Whether its value is one number, which can decide what is best."""
+    caveat: Callable[..., str | None] | None = None
+    """Of the same as `finish`: why the value says nothing on this data; None where it does."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,16 @@ _AVERAGES = {
 def _class_score(setting: Setting, kind: str, average: str | None) -> Metric:
     average = average or ("binary" if setting.task == "binary" else "macro")
     finish = partial(_averaged, kind, average, setting.task == "multilabel")
-    return Metric(finish, True, (ClassCounts(),), scalar=average != "per_class")
+    # of classes those that do not occur are left out, or are one among others
+    caveat = None
+    if average == "binary" or setting.task == "multilabel":
+        caveat = partial(_no_positive, average == "binary")
+    return Metric(finish, True, (ClassCounts(),), scalar=average != "per_class", caveat=caveat)
+
+
+def _no_positive(is_binary: bool, sums: np.ndarray) -> str | None:
+    there = sums.reshape(3, -1)[2]
+    return None if (there[1] if is_binary else there.sum()) else "no sample of it is positive"
 
 
 for _kind, _what in _KINDS.items():
@@ -250,7 +261,12 @@ def auroc(setting: Setting) -> Metric:
 
         return _ranked(roc_auc_score, True, None, seen)
 
-    return Metric(finish, True, rows=True)
+    def caveat(seen: Seen) -> str | None:
+        truths, _ = _one_against_rest(seen)
+        both = any(truth.any() and not truth.all() for truth in truths.T)
+        return None if both else "there are not both positive and negative samples in it"
+
+    return Metric(finish, True, rows=True, caveat=caveat)
 
 
 @metric("average_precision", LABELS)
@@ -262,7 +278,10 @@ def average_precision(setting: Setting) -> Metric:
 
         return _ranked(average_precision_score, False, None if setting.task == "classification" else 0.0, seen)
 
-    return Metric(finish, True, rows=True)
+    def caveat(seen: Seen) -> str | None:
+        return None if _one_against_rest(seen)[0].any() else "no sample of it is positive"
+
+    return Metric(finish, True, rows=True, caveat=caveat)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,21 +337,28 @@ def r2(setting: Setting) -> Metric:
         ratio = np.divide(squared, deviations, out=(squared > 0).astype(float), where=deviations > 0)
         return float((1 - ratio).mean())
 
-    def standardised(sums: np.ndarray, spread: np.ndarray) -> float:
-        count, _, squared = _errors(sums)
+    def deviations_of(count: float, spread: np.ndarray) -> np.ndarray:
         first, second = spread.reshape(2, -1)
-        std = np.array(setting.meta.target_std if setting.meta is not None else 1.0)
         deviations = second - first**2 / max(count, 1)
         # What is left of targets that do not vary is rounding.
-        return score(count, squared, np.where(deviations > 1e-13 * second, deviations, 0.0) * std**2)
+        return np.where(deviations > 1e-13 * second, deviations, 0.0)
+
+    def constant(deviations: np.ndarray) -> str | None:
+        return None if (deviations > 0).any() else "its targets do not vary"
+
+    def standardised(sums: np.ndarray, spread: np.ndarray) -> float:
+        count, _, squared = _errors(sums)
+        std = np.array(setting.meta.target_std if setting.meta is not None else 1.0)
+        return score(count, squared, deviations_of(count, spread) * std**2)
 
     def gathered(sums: np.ndarray, moments: np.ndarray) -> float:
         count, _, squared = _errors(sums)
         return score(count, squared, moments[3])
 
     if setting.is_standardised:
-        return Metric(standardised, True, (Errors(), Spread()))
-    return Metric(gathered, True, (Errors(),), moments=True)
+        caveat = lambda sums, spread: constant(deviations_of(sums[0], spread))  # noqa: E731
+        return Metric(standardised, True, (Errors(), Spread()), caveat=caveat)
+    return Metric(gathered, True, (Errors(),), moments=True, caveat=lambda sums, moments: constant(moments[3]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
