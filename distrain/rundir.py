@@ -29,7 +29,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ class RunDir:
     def inputs(self) -> dict[str, Any] | None:
         """Return what the last start depended on; None where that is not known."""
         try:
-            found = json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
+            found = bounded.read_json(self.path / "inputs.json", bounded.SUMMARY)
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) else None
@@ -356,11 +356,56 @@ def _metrics_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
     return row
 
 
+_BLOCK = 1 << 16
+
+
+def _lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line) of the lines of a file, the last one first; a last line without its end is left out.
+
+    No more is read than is asked for.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        position, carry = file.seek(0, os.SEEK_END), b""
+        while position:
+            step = min(position, max(_BLOCK, len(carry)))
+            position -= step
+            data = os.pread(file.fileno(), step, position) + carry
+            *parts, torn = data.split(b"\n")
+            if not parts:
+                carry = data
+            else:
+                end = position + len(data) - len(torn)
+                while len(parts) > 1:
+                    line = parts.pop() + b"\n"
+                    end -= len(line)
+                    yield end, line
+                carry = parts[0] + b"\n"
+            if len(carry) > bounded.ROW:
+                raise UserError(f"{path} has a line of more than {bounded.ROW:,} bytes; take it out of the file")
+        if carry.endswith(b"\n"):
+            yield 0, carry
+
+
+def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines, the last one first, reading no more than is asked for."""
+    for offset, line in _lines_backwards(path):
+        yield _row(line, f"{path} at byte {offset}")
+
+
+def _end_of_rows(path: Path) -> int:
+    """Return the bytes of a file up to the end of its last whole line."""
+    offset, line = next(_lines_backwards(path), (0, b""))
+    return offset + len(line)
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of JSON lines, on disk when this returns; what a crash left of a last line is cut off."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+    with path.open("ab") as file:
+        file.truncate(_end_of_rows(path))
         file.write(json.dumps(_plain(row)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -382,43 +427,143 @@ def effect_in_words(effect: dict[str, Any]) -> str:
 
 
 class MetricsFile:
-    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed."""
+    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed.
 
-    def __init__(self, run: RunDir, *, resume_step: int | None = None, fence: Callable[[], None] = lambda: None):
+    Rows are in the order of their steps, so what a resume has to look at is at the end: it reads backwards until all
+    rows are of steps before the one that it goes on from, however many there are.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        resume_step: int | None = None,
+        finals: Sequence[int] = (),
+        fence: Callable[[], None] = lambda: None,
+    ):
         """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe.
 
-        `fence` is called before each row is written, and raises when this process may write no more.
+        `finals`: steps of which a `final` row is known to be there; such a row may be of any step. `fence` is called
+        before anything is written, and raises when this process may write no more.
         """
-        self._run = run
-        self._fence = fence
-        self._seen: set[tuple[str, int]] = set()
-        self.count = 0
-        if resume_step is not None and any(row["step"] > resume_step for row in run.rows()):
-            kept = [row for row in run.rows() if row["step"] <= resume_step]
-            write_atomically(run.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
-        for row in run.rows():
-            self._seen.add((row["event"], row["step"]))
-            self.count += 1
+        self._path, self._fence = run.metrics_path, fence
+        self.step = self._floor = 0 if resume_step is None else resume_step
+        self._seen = {("final", step) for step in finals}
+        self._count: int | None = None
+        self.recent: list[dict[str, Any]] = []
+        """The last rows: all of `resume_step` and later ones, and some of before."""
+        self._take_over()
+        self._cut(resume_step)
         self._file = run.metrics_path.open("ab")
-        content = run.metrics_path.read_bytes()
-        self._file.truncate(content.rfind(b"\n") + 1)
+
+    @property
+    def count(self) -> int:
+        """The number of rows; counting them reads the file, once."""
+        if self._count is None:
+            with self._path.open("rb") as file:
+                self._count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return self._count
+
+    @property
+    def finals(self) -> list[int]:
+        """Steps of `final` rows, as far as they are known."""
+        return sorted(step for event, step in self._seen if event == "final")
+
+    def _cut(self, resume_step: int | None) -> None:
+        """Take out what a crash left of a last line and rows of later steps, and note which rows are there."""
+        kept: list[tuple[int, bytes]] = []
+        first: int | None = None
+        older = 0
+        end = _end_of_rows(self._path)
+        for offset, line in _lines_backwards(self._path):
+            row = _metrics_row(_row(line, f"{self._path} at byte {offset}"), self._path)
+            if resume_step is not None and row["step"] > resume_step:
+                first, older = offset, 0
+                continue
+            if row["step"] >= self._floor or row["event"] == "final":
+                self._seen.add((row["event"], row["step"]))
+            older = 0 if row["step"] >= self._floor else older + len(line)
+            self.recent.append(row)
+            kept.append((offset, line))
+            # a row may come a little later than others of its step
+            if older > _BLOCK:
+                break
+        self.recent.reverse()
+        if not self._path.exists():
+            return
+        self._fence()
+        if first is None:
+            os.truncate(self._path, end)
+            return
+        behind = b"".join(line for offset, line in reversed(kept) if offset > first)
+        if behind:  # between the two steps a crash must lose neither
+            self._beside.write_bytes(b"%d\n" % first + behind)
+            descriptor = os.open(self._beside, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            self._beside.replace(self._moved)
+            self._take_over()
+        else:
+            os.truncate(self._path, first)
+
+    @property
+    def _beside(self) -> Path:
+        return self._path.with_name(f".{self._path.name}.tail.new")
+
+    @property
+    def _moved(self) -> Path:
+        return self._path.with_name(f".{self._path.name}.tail")
+
+    def _take_over(self) -> None:
+        """Put rows that are to follow others in their place; again where a crash came between."""
+        if not self._moved.exists():
+            return
+        self._fence()
+        where, _, rows = self._moved.read_bytes().partition(b"\n")
+        with self._path.open("r+b") as file:
+            file.truncate(int(where))
+            file.seek(0, os.SEEK_END)
+            file.write(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self._moved.unlink()
 
     def append(self, row: dict[str, Any]) -> bool:
         """Write one row, durable against a crash of the process; returns False when it is already there."""
-        key = (row["event"], row["step"])
-        # whoever writes an update sees to it that it is new; there may be several before a step is done
-        if key in self._seen and row["event"] != "update":
+        event, step = key = (row["event"], row["step"])
+        if key in self._seen or (step < self._floor and event in _IN_ORDER):
             return False
+        line = json.dumps(_plain(row)).encode() + b"\n"
+        if len(line) > bounded.ROW:
+            raise UserError(
+                f"the row {event!r} of step {step} has {len(line):,} bytes, and a line may have {bounded.ROW:,}; take "
+                "the metric that returns so much out of eval.metrics"
+            )
+        count = self.count if self._count is not None else None
         self._fence()
-        self._file.write(json.dumps(_plain(row)).encode() + b"\n")
+        self._file.write(line)
         self._file.flush()
         self._seen.add(key)
-        self.count += 1
+        if count is not None:
+            self._count = count + 1
         return True
+
+    def settled(self, step: int) -> dict[str, Any]:
+        """Note that the run saves its state after `step`, and return what a start that goes on from there must know.
+
+        Rows of steps before are not thought of any more.
+        """
+        self._floor = step
+        self._seen = {key for key in self._seen if key[1] >= step or key[0] == "final"}
+        return {"finals": self.finals, "events": sorted(event for event, at in self._seen if at == step)}
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+_IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "undecodable")
+"""Events that a run writes once for a step, and again only where it has gone back."""
 
 
 def _plain(value: Any) -> Any:

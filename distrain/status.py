@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distrain.config import UserError
 from distrain.heartbeat import read_heartbeats
 from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.rundir import RunDir, rows_backwards
 from distrain.screen import Table
 from distrain.slurm.queue import Job, cancel
 from distrain.slurm.sweeps import read_sweep
@@ -32,6 +33,10 @@ STATES = {
     "failed": "ended by an error; see message",
     "gone": "began, and nothing of it is seen any more",
 }
+
+
+_LOOKED_AT = 20_000
+"""Rows from the end of metrics.jsonl that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +178,16 @@ def _numbers(run: RunDir) -> tuple[dict[str, Any], dict[str, Any] | None]:
     latest: dict[str, Any] = {}
     score = None
     name = None
-    for row in run.rows():
+    for row in islice(rows_backwards(run.metrics_path), _LOOKED_AT):
         if row.get("event") == "train":
-            latest = row
-        elif row.get("event") == "eval":
+            latest = latest or row
+        elif row.get("event") == "eval" and score is None:
             if name is None:
                 name = (load_recipe(run.recipe_path).recipe.eval.best or "loss").removeprefix("-")
             if name in row:
                 score = {"metric": name, "value": row[name], "step": row["step"]}
+        if latest and score:
+            break
     return latest, score
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
+import secrets
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.live import Live
@@ -32,6 +36,14 @@ class Mirror(Protocol):
     """Something that holds the rows of metrics.jsonl in another form."""
 
     name: str
+
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        """Return the rows that it lacks, with their indices; None: all of them."""
+        ...
+
+    def mark(self) -> Any:
+        """Flush, and return what a start needs that goes on from here, as JSON values."""
+        ...
 
     def write(self, index: int, row: Row) -> None:
         """Add the row that is line `index` (from 0) of metrics.jsonl."""
@@ -93,6 +105,15 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
         self._next = 0 if offline else self._run.step
 
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        lacks = rows.count - self._next
+        if lacks > len(rows.recent):
+            return None
+        return list(enumerate(rows.recent, rows.count - len(rows.recent)))[len(rows.recent) - max(lacks, 0) :]
+
+    def mark(self) -> Any:
+        return None
+
     def write(self, index: int, row: Row) -> None:
         if index >= self._next:
             self._run.log({"event": row["event"], "step": row["step"], **_numbers(row)}, step=index)
@@ -102,16 +123,54 @@ class Wandb:
 
 
 class TensorBoard:
-    """TensorBoard event files, written anew from metrics.jsonl at every start."""
+    """TensorBoard event files, one for each start: it cuts off what was written after the checkpoint it goes on from.
+
+    Without a checkpoint that says where that is, they are written anew from metrics.jsonl.
+    """
 
     name = "tensorboard"
 
-    def __init__(self, run: RunDir):
+    def __init__(self, run: RunDir, step: int, marked: Any):
+        """`marked`: what `mark` returned when the state of `step` was saved."""
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run.path / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
+        self._folder = run.path / "tensorboard"
+        self._goes_on = self._cut(step, marked)
+        if not self._goes_on:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._suffix = f".from-{step}.{secrets.token_hex(4)}"
+        self._writer = SummaryWriter(str(self._folder), filename_suffix=self._suffix)
+
+    def _cut(self, step: int, marked: Any) -> bool:
+        """Bring the files to what they were at the mark; returns whether that is possible."""
+        if not isinstance(marked, dict) or type(marked.get("bytes")) is not int:
+            return False
+        last = self._folder / Path(str(marked.get("file"))).name
+        if not last.is_file() or last.is_symlink() or not 0 <= marked["bytes"] <= last.stat().st_size:
+            return False
+        for other in self._folder.glob("events.*"):
+            begun = re.search(r"\.from-([0-9]+)\.[0-9a-f]+$", other.name)
+            if other != last and (begun is None or int(begun[1]) >= step):
+                other.unlink()
+        os.truncate(last, marked["bytes"])
+        return True
+
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        if not self._goes_on:
+            return None
+        there, finals = history.get("events", ()), history.get("finals", ())
+        lacks = (
+            row["step"] not in finals
+            if row["event"] == "final"
+            else row["step"] == rows.step and row["event"] not in there
+            for row in rows.recent
+        )
+        return [(0, row) for row, lacking in zip(rows.recent, lacks, strict=True) if lacking]
+
+    def mark(self) -> Any:
+        self._writer.flush()
+        (file,) = self._folder.glob(f"events.*{self._suffix}")
+        return {"file": file.name, "bytes": file.stat().st_size}
 
     def write(self, index: int, row: Row) -> None:
         for name, value in _numbers(row).items():
@@ -213,23 +272,30 @@ class Telemetry:
         start_step: int,
         config: dict[str, Any],
         fence: Callable[[], None] = lambda: None,
+        history: dict[str, Any] | None = None,
     ) -> Telemetry:
         """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes.
 
+        `history`: what `settled` returned when the checkpoint was saved that the run goes on from.
         `fence` is called before each row, and raises when this process may write no more.
         """
         if rank != 0:
             return cls(None, None, [])
-        telemetry = cls(MetricsFile(run, resume_step=start_step, fence=fence), Display(total_steps, start_step), [])
+        history = history or {}
+        finals = [step for step in history.get("finals", ()) if type(step) is int]
+        rows = MetricsFile(run, resume_step=start_step, finals=finals, fence=fence)
+        telemetry = cls(rows, Display(total_steps, start_step), [])
         wanted: list[tuple[str, Callable[[], Mirror]]] = []
         if recipe.log.wandb != "off":
             wanted.append(("wandb", lambda: Wandb(run, recipe, config)))
         if recipe.log.tensorboard:
-            wanted.append(("tensorboard", lambda: TensorBoard(run)))
+            marked = (history.get("mirrors") or {}).get("tensorboard")
+            wanted.append(("tensorboard", lambda: TensorBoard(run, start_step, marked)))
         for name, build in wanted:
             try:
                 mirror = build()
-                for index, row in enumerate(run.rows()):
+                missing = mirror.missing(rows, history)
+                for index, row in enumerate(run.rows()) if missing is None else missing:
                     mirror.write(index, row)
             except Exception as error:
                 telemetry._give_up(name, error)
@@ -247,10 +313,23 @@ class Telemetry:
             return
         for mirror in list(self.mirrors):
             try:
-                mirror.write(self.rows.count - 1, row)
+                mirror.write(self.rows.count - 1, row)  # counted once, and from then on as they are written
             except Exception as error:
                 self.mirrors.remove(mirror)
                 self._give_up(mirror.name, error)
+
+    def settled(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint of `step` keeps, on rank 0, for the start that goes on from it."""
+        if self.rows is None:
+            return {}
+        mirrors = {}
+        for mirror in list(self.mirrors):
+            try:
+                mirrors[mirror.name] = mirror.mark()
+            except Exception as error:
+                self.mirrors.remove(mirror)
+                self._give_up(mirror.name, error)
+        return self.rows.settled(step) | {"mirrors": mirrors}
 
     def train(self, row: Row) -> None:
         """Add and show a row of training numbers."""

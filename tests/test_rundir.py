@@ -6,11 +6,13 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distrain import bounded
 from distrain.config import UserError
-from distrain.rundir import Launch, MetricsFile, RunDir, effect_in_words, write_atomically
+from distrain.rundir import Launch, MetricsFile, RunDir, append_row, effect_in_words, rows_backwards, write_atomically
 
 
 @pytest.fixture
@@ -58,6 +60,93 @@ def test_rows_of_steps_that_are_trained_again_are_taken_out(run: RunDir) -> None
     assert file.append({"event": "train", "step": 3, "loss": 0.7})
     file.close()
     assert [(row["step"], row["loss"]) for row in run.rows()] == [(1, 0.5), (2, 0.5), (3, 0.7)]
+
+
+def written(run: RunDir, steps: int) -> None:
+    row = json.dumps({"event": "train", "loss": 0.5, "samples_per_s": 1234.5, "lr": 0.001, "step": 0})
+    run.metrics_path.write_text(
+        "".join(row.replace('"step": 0', f'"step": {step}') + "\n" for step in range(1, steps + 1))
+    )
+
+
+@pytest.mark.parametrize("last", [10_000, 10_003])
+def test_a_resume_reads_the_end_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    written(run, 10_003)
+    parsed = 0
+    parse = bounded.parse_json
+
+    def counted(raw: bytes) -> Any:
+        nonlocal parsed
+        parsed += 1
+        return parse(raw)
+
+    monkeypatch.setattr(bounded, "parse_json", counted)
+    file = MetricsFile(run, resume_step=last)
+    assert parsed < 1000, "rows of steps long before are not looked at"
+    assert file.count == last
+    assert not file.append({"event": "train", "step": last})
+    assert not file.append({"event": "train", "step": 17})
+    assert file.append({"event": "train", "step": last + 1})
+    assert len(file._seen) < 10
+    file.close()
+    parsed = 0
+    assert next(rows_backwards(run.metrics_path))["step"] == last + 1
+    append_row(run.metrics_path, {"event": "train", "step": last + 2})
+    assert parsed <= 2
+    monkeypatch.undo()
+    assert [row["step"] for row in run.rows()] == list(range(1, last + 3))
+
+
+@pytest.mark.parametrize("last", [5, 500, 9_990])
+def test_rows_that_come_late_stay_and_later_ones_go(run: RunDir, last: int) -> None:
+    written(run, 10_000)
+    lines = run.metrics_path.read_text().splitlines(keepends=True)
+    late = json.dumps({"event": "checkpoint", "step": last}) + "\n"
+    final = json.dumps({"event": "final", "step": 3}) + "\n"
+    lines[last + 2 : last + 2] = [late, final]  # a save that was finished two steps later
+    run.metrics_path.write_text("".join(lines) + '{"torn')
+    file = MetricsFile(run, resume_step=last)
+    for event, step in (("checkpoint", last), ("final", 3), ("train", last)):
+        assert not file.append({"event": event, "step": step})
+    file.close()
+    found = [(row["event"], row["step"]) for row in run.rows()]
+    assert found == [("train", step) for step in range(1, last + 1)] + [("checkpoint", last), ("final", 3)]
+    assert [path.name for path in run.path.glob(".metrics*")] == []
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "torn"])
+def test_a_crash_while_rows_are_taken_out_loses_none(run: RunDir, moment: str) -> None:
+    written(run, 9)
+    late = json.dumps({"event": "checkpoint", "step": 7}) + "\n"
+    with run.metrics_path.open("a") as stream:
+        stream.write(late)
+    whole = run.metrics_path.read_bytes()
+    first = whole.index(b'"step": 8')
+    first = whole.rindex(b"\n", 0, first) + 1
+    (run.path / ".metrics.jsonl.tail.new").write_bytes(b"7")  # never put in its place
+    if moment != "before":
+        (run.path / ".metrics.jsonl.tail").write_bytes(b"%d\n" % first + late.encode())
+        run.metrics_path.write_bytes(whole[:first] + (late.encode()[:9] if moment == "torn" else b""))
+    MetricsFile(run, resume_step=7).close()
+    assert [(row["event"], row["step"]) for row in run.rows()] == [("train", step) for step in range(1, 8)] + [
+        ("checkpoint", 7)
+    ]
+
+
+def test_lines_longer_than_a_block_are_read_backwards(run: RunDir) -> None:
+    sizes = [1, 70_000, 3, 200_000, 65_536, 2]
+    run.metrics_path.write_text("".join(json.dumps({"n": n, "x": "é" * n}) + "\n" for n in sizes) + "torn")
+    assert [row["n"] for row in rows_backwards(run.metrics_path)] == sizes[::-1]
+    assert list(rows_backwards(run.path / "none")) == []
+
+
+def test_a_row_that_no_reader_would_take_is_not_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "ROW", 1000)
+    file = MetricsFile(run)
+    with pytest.raises(UserError, match=r"out of eval\.metrics"):
+        file.append({"event": "eval", "step": 1, "confusion_matrix": [[0] * 1000]})
+    file.close()
+    assert list(run.rows()) == []
 
 
 def test_what_json_cannot_hold_is_text(run: RunDir) -> None:

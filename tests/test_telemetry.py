@@ -84,17 +84,24 @@ class Broken:
             raise ConnectionError("no network")
         self.written.append(index)
 
+    def missing(self, rows: Any, history: dict[str, Any]) -> None:
+        return None
+
+    def mark(self) -> None:
+        if self.where == "mark":
+            raise ConnectionError("no network")
+
     def close(self) -> None:
         if self.where == "close":
             raise ConnectionError("no network")
 
 
 def train_with_broken_tracker(recipe: str, run_dir: str, where: str) -> tuple[Ended, list[int]]:
-    telemetry.TensorBoard = lambda run: Broken(where)  # type: ignore[assignment, misc]
+    telemetry.TensorBoard = lambda run, step, marked: Broken(where)  # type: ignore[assignment, misc]
     return train_rank(recipe, ["log.tensorboard=true"], run_dir, None, False), Broken.written
 
 
-@pytest.mark.parametrize("where", ["init", "log", "close"])
+@pytest.mark.parametrize("where", ["init", "log", "mark", "close"])
 def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path: Path, where: str) -> None:
     recipe = write_recipe(tmp_path)
     ((ended, written),) = in_world(1, train_with_broken_tracker, str(recipe), str(tmp_path / "run"), where)
@@ -107,7 +114,7 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path: Path, where: str) ->
     assert said in run.log_path(0).read_text()
     rows = list(run.rows())
     assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 13))
-    assert len(written) == {"init": 0, "log": 2, "close": len(rows)}[where]
+    assert len(written) == {"init": 0, "log": 2, "mark": 5, "close": len(rows)}[where]
 
 
 def train_with_closed_port(recipe: str, run_dir: str) -> Ended:

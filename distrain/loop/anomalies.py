@@ -33,10 +33,11 @@ from torch import Tensor
 
 from distrain.config import Recipe, UserError
 from distrain.recipe_file import dump_recipe
-from distrain.rundir import RunDir, append_row, now, read_rows
+from distrain.rundir import RunDir, append_row, now, rows_backwards
 from distrain.strategy import Engine, World
 
 _SHOWN = 8  # samples in a message
+_AT_LEAST = 1000  # rows that a start reads
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,33 @@ class Stepping(Protocol):
 class Anomalies:
     """Judges the steps of a run, by its recipe and by what is decided already. Every method is called by all ranks."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None] = lambda: None):
-        """`fence` is called before anything is written, and raises when this process may write no more."""
+    def __init__(
+        self, run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None] = lambda: None, step: int = 0
+    ):
+        """`fence` is called before anything is written, and raises when this process may write no more.
+
+        `step`: the one that the run goes on from. What was decided long before it is not read.
+        """
         self.section, self.world = recipe.anomalies, world
         self._path, self._fence = run.path / "anomalies.jsonl", fence
         self._recipe = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
         window = self.section.window
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
-        rows = world.first(lambda: [self._brief(row) for row in read_rows(self._path) if self._mine(row)])
+        rows = world.first(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
         self._left_out: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
         self._found: dict[int, Anomaly] = {}
         """Those of the guard, until they are settled."""
         self._asks = False
+
+    def _late(self, step: int) -> list[dict[str, Any]]:
+        """Return the last rows, in order: some, and all behind them that follow a row of `step` or later."""
+        found: list[dict[str, Any]] = []
+        for row in rows_backwards(self._path):
+            if len(found) >= _AT_LEAST and row["step"] < step:
+                break
+            found.append(row)
+        return found[::-1]
 
     def _mine(self, row: dict[str, Any]) -> bool:
         return row.get("recipe") == self._recipe and row["action"] in ("skip", "rollback")

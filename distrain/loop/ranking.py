@@ -16,6 +16,7 @@ from distrain.checkpoint import CheckpointError, Criterion, Evaluation, Manifest
 from distrain.checkpoint.format import canonical
 from distrain.config import Recipe
 from distrain.datasets import Data, is_stream
+from distrain.inputs import compare
 from distrain.loop.pace import Best
 from distrain.metrics import MetricSet, higher_is_better
 from distrain.rundir import RunDir
@@ -29,8 +30,21 @@ def scored_split(data: Data) -> str | None:
     return next((name for name in ("valid", "test") if name in data.splits), None)
 
 
-def criterion_for(recipe: Recipe, metrics: MetricSet, data: Data) -> Criterion:
-    """Return what decides which checkpoint of a run is the best."""
+def data_since(resumed: Manifest | None, fingerprint: dict[str, Any]) -> int:
+    """Return the step from which on the data are what they are now; 0 where they never were changed.
+
+    `fingerprint`: what this start depends on.
+    """
+    if resumed is None:
+        return 0
+    if compare(resumed.scalars.get("inputs") or {}, fingerprint).data:
+        return resumed.step
+    since = (resumed.history or {}).get("data_since", 0)
+    return since if type(since) is int else 0
+
+
+def criterion_for(recipe: Recipe, metrics: MetricSet, data: Data, since: int = 0) -> Criterion:
+    """Return what decides which checkpoint of a run is the best; `since` is what `data_since` returned."""
     wanted, split = recipe.eval.best or "loss", scored_split(data)
     section = recipe.data.model_dump(mode="json")
     what: dict[str, Any] = {key: value for key, value in section.items() if key not in _NO_DATA}
@@ -38,7 +52,7 @@ def criterion_for(recipe: Recipe, metrics: MetricSet, data: Data) -> Criterion:
     what["transforms"] = section["transforms"]["eval"]
     source = data.splits.get(split) if split is not None else None
     size = len(source) if source is not None and not is_stream(source) else None
-    digest = xxhash.xxh3_64_hexdigest(canonical([what, recipe.seed, size]))
+    digest = xxhash.xxh3_64_hexdigest(canonical([what, recipe.seed, size, since]))
     return Criterion(wanted.removeprefix("-"), higher_is_better(wanted, metrics), split, digest)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from distrain.loop.indices import told_plainly
 from distrain.loop.introducing import introduction
 from distrain.loop.out_of_memory import explained
 from distrain.loop.pace import Best, Every, StopRequest, Waited
-from distrain.loop.ranking import criterion_for, evaluation_of, scored_split, take_up
+from distrain.loop.ranking import criterion_for, data_since, evaluation_of, scored_split, take_up
 from distrain.loop.setup import set_up
 from distrain.loop.step import StepNumbers
 from distrain.loop.undecodable import EVENT as UNDECODABLE
@@ -33,11 +34,13 @@ from distrain.metrics import build_metrics
 from distrain.models import transformers_config
 from distrain.optim import Loss, set_lr
 from distrain.recipe_file import dump_recipe
-from distrain.rundir import RunDir, append_row, now
+from distrain.rundir import RunDir, append_row, now, rows_backwards
 from distrain.strategy import World
 from distrain.telemetry import Telemetry, duration
 
 _ELSEWHERE = "a request on another rank"
+_RATED = 10_000
+"""Rows that the rate in the summary is of."""
 
 
 class Session:
@@ -62,13 +65,15 @@ class Session:
         self.t, self.anomalies, self.trace = setup.training, setup.anomalies, setup.trace
         self.data: Data = setup.feed.data
         self.total_steps = setup.feed.total_steps
-        self.undecodable = Undecodable(run, world, recipe.data.skip_undecodable, self.t.step)
+        history = setup.resumed.history if setup.resumed is not None else None
+        self.undecodable = Undecodable(run, world, recipe.data.skip_undecodable, self.t.step, history)
         starts_at(self.t.step)
         self._record_effect()
         self._stepped = False
         self.metrics = build_metrics(recipe, self.data.meta)
         early_stop = recipe.eval.early_stop
-        criterion = world.together(lambda: criterion_for(recipe, self.metrics, self.data))
+        self._data_since = data_since(setup.resumed, setup.inputs.fingerprint)
+        criterion = world.together(lambda: criterion_for(recipe, self.metrics, self.data, self._data_since))
         min_delta = early_stop.min_delta if early_stop is not None else 0.0
         self._ranking = (run, criterion, min_delta)
         self.best: Best
@@ -109,6 +114,7 @@ class Session:
                 start_step=self.t.step,
                 config=recipe.model_dump(mode="json", by_alias=True),
                 fence=self._fence,
+                history=history,
             )
         )
         self._saved_at = self._logged_at = time.monotonic()
@@ -491,7 +497,8 @@ class Session:
     def _history(self) -> dict[str, Any]:
         """Rank 0: return what a checkpoint keeps for the start that goes on from it."""
         there = {name: score for name, score in self._scores.items() if (self.run.checkpoints / name).is_dir()}
-        return {"best": self.best.state(), "scores": there}
+        found = {"best": self.best.state(), "scores": there, "data_since": self._data_since}
+        return found | self.undecodable.state() | self.telemetry.settled(self.t.step)
 
     def _finish_save(self) -> None:
         with self._may_fail():
@@ -590,10 +597,12 @@ class Session:
         return summary
 
     def _rate(self) -> float:
-        rows = (
-            [row["samples_per_s"] for row in self.run.rows() if row["event"] == "train"] if self.world.rank == 0 else []
-        )
-        return float(np.median(rows)) if rows else 0.0
+        """Return the median of the last rows' rates, on rank 0."""
+        if self.world.rank != 0:
+            return 0.0
+        last = islice(rows_backwards(self.run.metrics_path), _RATED)
+        rates = [row["samples_per_s"] for row in last if row.get("event") == "train"]
+        return float(np.median(rates)) if rates else 0.0
 
     def _chosen(self, best: tuple[int, float] | None) -> tuple[int, str]:
         """Return the step whose model is exported, and why: the best where the recipe names one, else the last."""

@@ -141,7 +141,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     told = list(inputs.told)
     beside = _keep_beside(run, recipe, world, fence, told)
     training, model = _training(feed, horizon, trace, told, run.path / FOLDER, resumes=reader is not None)
-    anomalies = training.anomalies = Anomalies(run, recipe, world, fence)
+    anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     anomalies.watch(training)
     if reader is not None:
         told += training.engine.restore(reader)

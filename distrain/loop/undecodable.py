@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from distrain.config import UserError
 from distrain.datasets import Batch
@@ -13,23 +14,34 @@ from distrain.strategy import World
 EVENT = "undecodable"
 """A row of metrics.jsonl for each step in which samples of the training split were replaced: samples {id: why}."""
 
+_MOST_KEPT = 10_000
+
 
 class Undecodable:
     """What all ranks know of such samples. Every method but `note` and `count` is called by all ranks."""
 
-    def __init__(self, run: RunDir, world: World, tolerated: int, step: int):
-        """Go on from what the rows of the run tell up to `step`."""
+    def __init__(self, run: RunDir, world: World, tolerated: int, step: int, history: dict[str, Any] | None = None):
+        """Go on from what the checkpoint of `step` keeps (`state`), or else from what the rows of the run tell."""
         self._world, self._tolerated = world, tolerated
         self._own: dict[int, dict[int, str]] = {}
         """What this rank met in each step whose numbers are not read yet."""
         self.known: dict[str, dict[int, str]] = {}
         """{split: {id: why}}"""
-        if tolerated:
+        stored = (history or {}).get("undecodable")
+        if isinstance(stored, dict):
+            self.known = {split: {int(each): why for each, why in found.items()} for split, found in stored.items()}
+        elif tolerated:
             rows = world.first(lambda: [row for row in run.rows() if row["step"] <= step])
             for row in rows:
                 if found := row.get("samples" if row["event"] == EVENT else EVENT):
                     known = self.known.setdefault(row.get("split", "train"), {})
                     known |= {int(each): why for each, why in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it; nothing where that is too much for its manifest."""
+        if sum(map(len, self.known.values())) > _MOST_KEPT:
+            return {}
+        return {"undecodable": {split: {str(each): why for each, why in f.items()} for split, f in self.known.items()}}
 
     def note(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Note what this rank's batches of a step replace."""
