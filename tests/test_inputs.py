@@ -258,16 +258,20 @@ def test_samples_that_are_drawn_each_time_are_not_compared() -> None:
     assert items_of(Data({"train": Items(lambda: torch.tensor(draw.normal()))}, DataMeta())) == {"train": {}}
 
 
-def test_code_is_found_by_its_imports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_code_is_found_by_its_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: bool) -> None:
+    if imported:  # then Python looks there as well
+        monkeypatch.syspath_prepend(tmp_path)
     for file, content in {
-        "net.py": "import numpy, torch.nn\nfrom parts.blocks import Block\ndef f():\n    import late\nclass Net: pass",
+        "net.py": "import json, loose.block\nfrom parts.blocks import B\ndef f():\n    import late\nclass Net: pass",
         "late.py": "import json",
         "unused.py": "",
         "parts/__init__.py": "",
-        "parts/blocks.py": "from . import norms\nfrom .deep.down import x\nclass Block: pass",
+        "parts/blocks.py": "from . import norms\nfrom .deep.down import x\nclass B: pass",
         "parts/norms.py": "import net",
         "parts/deep/down.py": "x = 1",
         "parts/unused.py": "",
+        "loose/block.py": "",
         "prepare.py": "def make(path): ...",
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -276,9 +280,30 @@ def test_code_is_found_by_its_imports(tmp_path: Path) -> None:
     found = code_of(load_recipe(write_recipe(tmp_path, recipe + REST)).recipe)
     assert sorted(found) == [
         "late.py",
+        "loose/block.py",
         "net.py",
         *(f"parts/{x}.py" for x in ("__init__", "blocks", "deep/down", "norms")),
     ]
+
+
+def test_of_much_code_the_bytes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distrain.inputs.code.MOST_BYTES", 10)
+    recipe = load_recipe(write_recipe(tmp_path, f"name: r\n{own(tmp_path)}\n{REST}")).recipe
+    found = [code_of(recipe)]
+    (tmp_path / "net.py").write_text(NET + "# a comment\n")
+    found.append(code_of(recipe))
+    assert sorted(found[0]) == ["net.py", "points.py"]
+    assert compare(*({"code": each} for each in found)).code == ("code file net.py: changed",)
+
+
+def test_files_of_other_parts_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.json").write_text("[1, 2]")
+    recipe = f"{own(tmp_path)}\nloss: {{name: net.py:Loss, weight: ./w.json}}"
+    then = known(tmp_path, recipe)
+    (tmp_path / "w.json").write_text("[1, 3]")
+    found = compare(then, known(tmp_path, recipe))
+    assert found.model == ("weights file loss.weight: w.json: other content, of 6 bytes as before",)
 
 
 def test_a_file_that_is_read_in_parts(tmp_path: Path) -> None:

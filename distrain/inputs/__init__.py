@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAWN_ANEW", "Changes", "compare", "fingerprint", "named_objects", "own_module"]
 
-_NO_INPUT = ("name", "path", "split", "transforms", "prepare")
-"""Keys of the data section whose files are looked for elsewhere."""
-
 
 def fingerprint(
     recipe: Recipe, data: Data, total_steps: int | None, place: Path, *, items: bool = True
@@ -41,7 +38,8 @@ def fingerprint(
     `place` is the run's folder, or a checkpoint in it: a folder that holds it is that of a project, and no data.
     Without `items` there are no samples and no numbers of them.
 
-    - `data`, `model`: `files.listing` of the files that the data set reads, and of those that the model's section names
+    - `data`: `files.listing` of the files that the data set reads
+    - `model`: the same of files that the sections name of which a model, a loss, an optimizer and metrics are built
     - `folder`: the same of folders that are handed to the user's own code, which reads what it likes of them
     - `splits`: the number of samples in each, None for a stream
     - `items`: a few samples, where no files are known that they come from (`items.items_of`)
@@ -55,13 +53,13 @@ def fingerprint(
     found: dict[str, Any] = {
         "total_steps": total_steps if items else None,
         "code": code_of(recipe),
-        "model": listing(_named(recipe.model.model_dump(mode="json"), "model.")[0], full=full),
+        "model": listing(_of_parts(recipe), full=full),
     }
     if section.fingerprint == "off":
         return found
     if items:
         found["splits"] = {name: None if is_stream(each) else len(each) for name, each in data.splits.items()}
-    arguments = {key: value for key, value in section.model_dump(mode="json").items() if key not in _NO_INPUT}
+    arguments = {key: value for key, value in section.model_dump(mode="json").items() if key not in ("path", "split")}
     roots = _roots(section.path, section.split)
     if data.files:
         read = placed(data.files, roots) | _named(arguments, "data.")[0]
@@ -82,17 +80,28 @@ def _roots(path: str | None, split: Any) -> dict[str, str]:
     """Return what data.path and data.split name, each with what is put before the names of its files."""
     roots = {} if path is None else {os.path.abspath(path): ""}
     for name, each in split.items() if isinstance(split, dict) else ():
-        roots[os.path.abspath(os.path.join(path or "", each))] = f"{name}/"
+        if path is not None or os.path.isabs(each):  # else a name that the user's code knows
+            roots[os.path.abspath(os.path.join(path or "", each))] = f"{name}/"
     return {root: label for root, label in roots.items() if os.path.exists(root)}
 
 
-def _paths(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the files and folders that are named in values of a recipe: paths in it are absolute."""
+def _of_parts(recipe: Recipe) -> dict[str, str]:
+    parts = {"model": recipe.model, "loss": recipe.loss, "optim": recipe.optim, "eval": recipe.eval}
+    found: dict[str, str] = {}
+    for key, part in parts.items():
+        values = part.model_dump(mode="json") if part is not None else None
+        if isinstance(values, dict):
+            found |= _named(values, f"{key}.")[0]
+    return found
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Yield the files and folders that are named in values of a recipe: absolute, or as the user's code opens them."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _paths(each)
-    elif isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
-        yield value
+    elif isinstance(value, str) and (os.path.isabs(value) or value.startswith(("./", "../"))) and os.path.exists(value):
+        yield os.path.abspath(value)
 
 
 def _named(section: dict[str, Any], prefix: str, separately: bool = False) -> tuple[dict[str, str], dict[str, str]]:

@@ -13,6 +13,7 @@ import os
 import site
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,8 +24,8 @@ import xxhash
 from distrain.config import Recipe, is_object_spec
 from distrain.output import one_line
 
-MOST_FILES = 300
-"""Files that are followed: a package of a person's own may be as large as a library."""
+MOST_FILES, MOST_BYTES = 300, 1 << 20
+"""Files that are followed, and what is read of them: a package of a person's own may be as large as a library."""
 
 
 def named_objects(value: Any) -> Iterator[str]:
@@ -53,9 +54,12 @@ def own_module(name: str) -> Path | None:
         spec = importlib.machinery.PathFinder.find_spec(name) or importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):  # a module that was put together by hand
         return None
-    if spec is None or spec.origin is None:
+    if spec is None or (spec.origin is None and not spec.submodule_search_locations):
         return None  # the check of the recipe says so
-    found = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+    if spec.origin is None:  # a folder without __init__.py
+        found = Path(next(iter(spec.submodule_search_locations or ())))
+    else:
+        found = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
     if {"site-packages", "dist-packages"} & set(found.parts):
         return None
     return None if any(found.is_relative_to(folder) for folder in _installed()) else found
@@ -66,12 +70,14 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
 
     Files are named from the folder of the file in the recipe, or from the folder that holds the package. What a file
     says is its syntax tree without docstrings: comments and layout are no part of it. It may differ between versions of
-    Python, in which the bytes are the same. What `data.prepare` has made is known by its own files.
+    Python, in which the bytes are the same. Of more than MOST_BYTES there are only the bytes, and nothing they import.
+    What `data.prepare` has made is known by its own files.
     """
     values = recipe.model_dump(mode="json")
     values["data"].pop("prepare", None)
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
+    size = 0
     for spec in named_objects(values):
         where = spec.rpartition(":")[0]
         if where.endswith(".py"):
@@ -90,7 +96,8 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
                 text = file.read_bytes()
             except OSError:
                 continue  # where it is imported, that fails
-            imported, said = _read(text, file, root)
+            size += len(text)
+            imported, said = _read(text, file, root) if size <= MOST_BYTES else ([], "")
             found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), said]
             waiting += imported
     return found
@@ -112,8 +119,10 @@ def _modules(root: Path, name: str) -> list[Path]:
 def _read(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
     """Return the files that a file imports of its project, each with its root, and the hash of what it says."""
     try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # importing it has said so
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
         return [], ""
     imported = []
     package = file.relative_to(root).parts[:-1]
