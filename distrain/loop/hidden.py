@@ -135,7 +135,8 @@ def _parts(value: Any) -> Iterator[Part]:
         yield from ((name, part, 1, None) for name, part in value.keywords.items())
     elif isinstance(value, Mapping):
         # what is no name or number has an address in its words, and a large number may be one: another in each process
-        for index, (key, part) in enumerate(list(itertools.islice(value.items(), _MOST))):
+        # to ask a mapping of another kind for what it holds may read all of that
+        for index, (key, part) in enumerate(list(value.items()) if len(value) <= _MOST else []):
             named = isinstance(key, str | bool | float) or (isinstance(key, int) and abs(key) < 1 << 32)
             yield (str(key) if named else f"entry {index}"), part, 1, None
     elif isinstance(value, list | tuple | deque):
