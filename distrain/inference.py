@@ -125,7 +125,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     changes = trained.check_inputs(split, changed_data=changed_data)
     source = data.splits[split]
     _tell_warnings(source, world)
-    loss = build_loss(recipe, data.meta)
+    loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
     with told_plainly(lambda: (trained.model, loss), _say_last):
         values = evaluate(
             trained.model,
@@ -133,7 +133,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             source,
             world=world,
             loss=loss,
-            metrics=build_metrics(recipe, data.meta),
+            metrics=metrics,
             batch_size=_batch_size(recipe, world.world_size),
             transform=build_transform(recipe, "eval"),
             workers=recipe.data.workers,
@@ -141,6 +141,9 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             split=split,
             skip_undecodable=recipe.data.skip_undecodable,
         )
+    nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
+    for name, why in nothing.items() if world.rank == 0 else ():
+        echo(f"warning: {name} on split '{split}' says nothing: {why}", error=True)
     scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
     return scored | ({"changed_data": changes} if changes else {}) | values
 

@@ -64,6 +64,7 @@ EVALUATION_KEYS = frozenset(
         "nonfinite",
         "checkpoint",
         "processes",
+        "changed_data",
     )
 )
 """What an evaluation's row in metrics.jsonl and its summary say besides metrics, whose names are others."""
