@@ -82,7 +82,10 @@ class _Walk:
                 return
             self.seen.add(id(value))
             self._note_files(value)
+            ours = _is_ours(type(value).__module__)
             for name, part, deeper, belongs in _parts(value):
+                if ours and name.startswith("_") and (isinstance(part, tuple) or _in_words(part) is not None):
+                    continue  # what distrain notes for itself decides nothing
                 if belongs is not None:
                     self.visit(name, part, 1, belongs)
                 else:
@@ -251,6 +254,10 @@ def _counts(name: str) -> bool:
 def _file_of(function: Any) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     return Path(code.co_filename).name if code is not None else str(function.__module__)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "distrain" and not _is_users(module)
 
 
 def _is_users(module: str | None) -> bool:
