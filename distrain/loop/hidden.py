@@ -84,7 +84,7 @@ class _Walk:
             self._note_files(value)
             ours = _is_ours(type(value).__module__)
             for name, part, deeper, belongs in _parts(value):
-                if ours and name.startswith("_") and (isinstance(part, tuple) or _in_words(part) is not None):
+                if ours and (isinstance(part, tuple) or _in_words(part) is not None):
                     continue  # what distrain notes for itself decides nothing
                 if belongs is not None:
                     self.visit(name, part, 1, belongs)
