@@ -6,6 +6,7 @@ computes with the weights of another without a word.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ _PATIENCE_S = 10.0
 each part that is gathered brings the ranks together."""
 _LOOK_EVERY_S = 0.02
 _END = "the end of the pass"
+_NUMBERS = itertools.count()
+"""All ranks watch over the same models, one after the other: none may read what was said of an earlier one."""
 
 
 class Lockstep:
@@ -45,6 +48,7 @@ class Lockstep:
         self._untold: list[str] = []
         self._at = 0
         self._pass = 0
+        self._number = next(_NUMBERS)
         self._open = False
         self._paused = world.world_size == 1
         model.register_forward_pre_hook(self._begin, prepend=True)
@@ -118,7 +122,7 @@ class Lockstep:
         world, known = self._world, self._known
         assert known is not None
         store = dist.distributed_c10d._get_default_store()
-        key = f"distrain/lockstep/{self._pass}/{at}"
+        key = f"distrain/lockstep/{self._number}/{self._pass}/{at}"
         store.set(f"{key}/{world.rank}", part)
         others = [rank for rank in range(world.world_size) if rank != world.rank]
         expected = known[at] if at < len(known) else _END
