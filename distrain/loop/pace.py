@@ -95,11 +95,10 @@ class StopRequest:
             )
 
     def _insist(self, number: int) -> None:
-        """Signal the main thread once more where it waits for loader processes in vain."""
+        """Signal the main thread again where it waits for loader processes in vain."""
         while not self._left.wait(PATIENCE_S / 20):
             if waited_s() > PATIENCE_S:
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
-                return
 
 
 class NoBatch(UserError):
