@@ -51,7 +51,13 @@ FAULTS = {
     33: ("data, code or weights change between two starts", "named and refused; `--update` goes on, and is recorded"),
     34: ("variables of a launcher that is gone", "ignored with a word, or refused with what to do; nothing waits"),
     35: ("several tasks of srun, mpirun or the like", "each is refused with what to use instead"),
+    36: ("a state that a checkpoint could not give back", "named before the first step, the optimizer's after it"),
+    37: ("ranks use different parameters in a step", "trained as in one process, or named before a rank waits"),
+    38: ("an evaluation that is NaN, a metric that is undefined", "an error or a warning; never the best"),
     39: ("an index out of range, also on a GPU", "value, sample and what fits are named, not started again"),
+    41: ("hostile text: escapes, forged lines, formulas, emoji codes", "shown escaped everywhere"),
+    42: ("very many rows of metrics", "a resume reads their end alone"),
+    43: ("loader processes that cannot hand over a batch", "named at once with what to do; a stop is heeded"),
 }
 """What each fault is, and what its tests see happen."""
 

@@ -284,6 +284,7 @@ def test_what_is_used_later_alone_is_handled_or_named(strategy: str, tmp_path: P
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.fault(37)
 def test_what_a_later_step_leaves_out_is_named(strategy: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Leaving"))
     ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [], timeout_s=60)
@@ -323,6 +324,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("strategy", TRAINED_SOMETIMES)
+@pytest.mark.fault(37)
 def test_what_is_used_sometimes_is_trained_as_in_one_process(
     alone: dict[str, Path], strategy: str, tmp_path: Path
 ) -> None:
@@ -348,6 +350,7 @@ def impatient_rank(*args: Any) -> tuple[Ended, float]:
         ("fsdp2", "Expert", "blocks."),  # once the order is known
     ],
 )
+@pytest.mark.fault(37)
 def test_parts_that_ranks_do_not_all_use_are_named_before_one_waits(
     strategy: str, model: str, parameter: str, tmp_path: Path
 ) -> None:

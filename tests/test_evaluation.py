@@ -455,6 +455,7 @@ def write_holed(folder: Path, task: str, **changes: str) -> Path:
         (1, "regression", {"inputs": "x + 3e38"}, "not finite in a batch of samples 5, 6, 7, 8, 9"),
     ],
 )
+@pytest.mark.fault(38)
 def test_an_evaluation_that_is_no_number_is_an_error(
     tmp_path: Path, world_size: int, task: str, changes: dict[str, str], where: str
 ) -> None:
@@ -473,6 +474,7 @@ def test_an_evaluation_that_is_no_number_is_an_error(
 
 
 @pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.fault(38)
 def test_an_evaluation_that_is_no_number_is_no_improvement(tmp_path: Path, patience: int) -> None:
     recipe, run = write_holed(tmp_path, "classification", inputs='x * float("nan")'), tmp_path / "run"
     said = train(1, recipe, run, "anomalies.nonfinite=skip", f"eval.early_stop.patience={patience}")[0].out
@@ -494,6 +496,7 @@ def test_an_evaluation_that_is_no_number_is_no_improvement(tmp_path: Path, patie
         ("classification", "none", {}, "undefined"),
     ],
 )
+@pytest.mark.fault(38)
 def test_a_metric_that_says_nothing_there_decides_nothing(
     tmp_path: Path, task: str, best: str, changes: dict[str, str], why: str
 ) -> None:

@@ -36,6 +36,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[
 SHOWN = r"\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \xe9\ud800"
 
 
+@pytest.mark.fault(41)
 def test_what_others_wrote_is_escaped_and_not_dropped() -> None:
     assert one_line(HOSTILE) == lines(HOSTILE) == SHOWN
     assert one_line("a\tb\nerror: c\r") == r"a\tb\nerror: c\r"
@@ -44,6 +45,7 @@ def test_what_others_wrote_is_escaped_and_not_dropped() -> None:
         assert one_line(kept) == lines(kept) == kept
 
 
+@pytest.mark.fault(41)
 def test_no_line_of_others_begins_as_one_of_ours() -> None:
     assert error_text("bad\nerror: all is well\n", " (rank 1)") == "error (rank 1): bad\n  error: all is well"
     assert error_text("\nTraceback\nValueError: x\n") == "error:\n  Traceback\n  ValueError: x"
@@ -54,6 +56,7 @@ def test_no_line_of_others_begins_as_one_of_ours() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 300])
+@pytest.mark.fault(41)
 def test_consoles_and_tables_show_text_as_it_is(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
@@ -90,6 +93,7 @@ def test_consoles_and_tables_show_text_as_it_is(monkeypatch: pytest.MonkeyPatch,
         ("", ""),
     ],
 )
+@pytest.mark.fault(41)
 def test_no_cell_is_computed_by_a_spreadsheet(text: str, cell: str) -> None:
     assert csv_cell(text) == cell
 
@@ -200,6 +204,7 @@ train: {steps: 2}
 """
 
 
+@pytest.mark.fault(41)
 def test_an_error_of_the_data_obeys_nothing_and_forges_nothing(tmp_path: Path) -> None:
     (tmp_path / "data.py").write_text(DATA)
     (ended,) = train(1, write_recipe(tmp_path, RECIPE), tmp_path / "run", "data.broken=3", status=1)
@@ -213,6 +218,7 @@ def test_an_error_of_the_data_obeys_nothing_and_forges_nothing(tmp_path: Path) -
         assert r"bad file x\x1b[2J\x1b]0;title\x07.jpg\nerror: all is well" in text
 
 
+@pytest.mark.fault(41)
 def test_predictions_are_safe_in_a_spreadsheet(tmp_path: Path) -> None:
     (tmp_path / "data.py").write_text(DATA)
     train(1, write_recipe(tmp_path, RECIPE), tmp_path / "run")

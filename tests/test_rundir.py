@@ -70,6 +70,7 @@ def written(run: RunDir, steps: int) -> None:
 
 
 @pytest.mark.parametrize("last", [10_000, 10_003])
+@pytest.mark.fault(42)
 def test_a_resume_reads_the_end_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     written(run, 10_003)
     parsed = 0

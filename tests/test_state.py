@@ -166,6 +166,7 @@ UNFIT_SHARDED = {
 
 @pytest.mark.parametrize(("sharded", "name"), [*((False, name) for name in UNFIT), *((True, n) for n in UNFIT_SHARDED)])
 @pytest.mark.filterwarnings("ignore:.*quantiz.*")
+@pytest.mark.fault(36)
 def test_what_a_checkpoint_could_not_give_back_is_refused_by_name(sharded: bool, name: str) -> None:
     with pytest.raises(UserError, match="the model has state that a checkpoint could not give back") as caught:
         prepare_to_save(getattr(kept_parts, name)(), sharded=sharded)
@@ -174,6 +175,7 @@ def test_what_a_checkpoint_could_not_give_back_is_refused_by_name(sharded: bool,
 
 
 @pytest.mark.parametrize("name", ["Reshaped", "Late"])
+@pytest.mark.fault(36)
 def test_buffers_that_are_others_after_a_step_are_refused_by_name(name: str) -> None:
     state = begun(getattr(kept_parts, name))
     state.ema = None
@@ -192,11 +194,13 @@ KEPT_WRONG = {
 
 
 @pytest.mark.parametrize("name", KEPT_WRONG)
+@pytest.mark.fault(36)
 def test_what_an_optimizer_keeps_and_cannot_be_stored_is_refused_by_name(name: str) -> None:
     with pytest.raises(UserError, match=KEPT_WRONG[name]):
         advance(begun(optimizer=getattr(kept_parts, name)), 0, 1).check()
 
 
+@pytest.mark.fault(36)
 def test_state_that_comes_later_is_refused_by_the_save_and_not_dropped(tmp_path: Path) -> None:
     state = advance(begun(optimizer=kept_parts.LateObjects), 0, 1)
     state.check()
@@ -331,6 +335,7 @@ def test_every_strategy_keeps_it_all(strategy: str, tmp_path: Path) -> None:
         assert json.loads(evaluated.out)["loss"] == pytest.approx(final, abs=1e-6)
 
 
+@pytest.mark.fault(36)
 def test_a_run_stops_at_its_first_step_and_names_what_would_be_lost(tmp_path: Path) -> None:
     expected = {
         "model.name=kept_parts:PerRank": "_extra_state differ between the ranks",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.data import Transform, build_eval_loader
 from distrain.datasets import AnySource, Batch, is_stream
+from distrain.datasets.batches import too_many
 from distrain.heartbeat import mark
 from distrain.loop.indices import given
 from distrain.loop.step import to_device
@@ -147,7 +148,10 @@ def evaluate(
         found = world.together(lambda: _look_again(load(), int(first_bad)))
         values["nonfinite"] = _nonfinite(world.gather(found))
     if total[5] > 0:
-        values["undecodable"] = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
+        lost = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
+        if len(lost) > skip_undecodable:  # each rank for itself may have met fewer
+            raise UserError(too_many(lost, skip_undecodable))
+        values["undecodable"] = lost
     return values
 
 

@@ -74,6 +74,7 @@ def test_batches_arrive_as_they_are_made() -> None:
     ("spoil", "words"),
     [(no_files_left, "ulimit -n"), (unpicklable, "must be tensors"), (with_a_graph, "must be tensors")],
 )
+@pytest.mark.fault(43)
 def test_a_batch_that_cannot_be_sent_is_an_error(spoil: Any, words: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"loader process \d cannot hand over a batch") as found:
         loaded(Source(spoil=spoil))
@@ -99,6 +100,7 @@ def in_small_shared_memory(mib: float) -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process a small /dev/shm")
 @pytest.mark.parametrize("mib", [0.1, 1.5, 6])
+@pytest.mark.fault(43)
 def test_full_shared_memory_is_an_error_that_names_it(mib: float) -> None:
     (found,) = in_world(1, in_small_shared_memory, mib, launched=False)
     if found.startswith("no mount"):
@@ -143,6 +145,7 @@ def stop_while_stuck(recipe: str, run: str) -> Any:
     return train_rank(recipe, [], run, None, False)
 
 
+@pytest.mark.fault(43)
 def test_a_stop_is_heeded_while_loader_processes_hang(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,

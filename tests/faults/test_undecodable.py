@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import assert_same_run, losses, rows, train, write_recipe
+from worlds import in_world
 
 from distrain.config import UserError
 from distrain.data import build_data, build_eval_loader
@@ -91,6 +92,27 @@ def test_one_more_than_is_tolerated_ends_the_run(recipe: Path, tmp_path: Path, w
     told = "".join(rank.err for rank in ended)
     assert told.count("3 samples of a split do not decode, and data.skip_undecodable is 2; the last: sample") == 1
     assert RunDir(tmp_path / "run").finished is None
+
+
+def evaluate_rank(run: str) -> str:
+    from distrain.inference import evaluate_checkpoint
+
+    try:
+        return str(evaluate_checkpoint(run, "test", changed_data=True)["undecodable"])
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.fault(21)
+def test_processes_that_score_together_tolerate_no_more_than_one_does(recipe: Path, tmp_path: Path) -> None:
+    train(1, recipe, tmp_path / "run")
+    for name in ("a/00.png", "a/05.png"):  # with the two that are damaged already, two for each process
+        (tmp_path / "images" / "test" / name).write_text("no image either")
+    for said in [
+        *in_world(1, evaluate_rank, str(tmp_path / "run")),
+        *in_world(2, evaluate_rank, str(tmp_path / "run")),
+    ]:
+        assert said.startswith("4 samples of a split do not decode, and data.skip_undecodable is 3")
 
 
 @pytest.mark.fault(21)
