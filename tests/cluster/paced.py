@@ -12,13 +12,13 @@ from torch import Tensor, nn
 class Paced(nn.Module):
     """A small convolutional network with batch normalisation for the digits, (batch, 1, 8, 8) to (batch, 10).
 
-    The file `pace` holds the seconds that a forward pass of training waits, and `pace.n1` those on node n1; without
-    them there is no wait.
+    The file `pace.all` holds the seconds that a forward pass of training waits, and `pace.n1` those on node n1; without
+    them there is no wait. `pace` itself is no file: that would be a part of what the run depends on.
     """
 
     def __init__(self, pace: str, channels: int = 8) -> None:
         super().__init__()
-        self.paces = (Path(f"{pace}.{socket.gethostname()}"), Path(pace))
+        self.paces = (Path(f"{pace}.{socket.gethostname()}"), Path(f"{pace}.all"))
         self.features = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
         self.head = nn.Linear(channels * 64, 10)
 

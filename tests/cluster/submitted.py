@@ -46,7 +46,7 @@ class Project:
 
     def pace(self, seconds: float, *nodes: str) -> None:
         """Set how long a step waits, on these nodes or on all."""
-        for name in [f"pace.{node}" for node in nodes] or ["pace"]:
+        for name in [f"pace.{node}" for node in nodes] or ["pace.all"]:
             (self.folder / ".pace").write_text(str(seconds))
             (self.folder / ".pace").rename(self.folder / name)
 
