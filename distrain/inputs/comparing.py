@@ -39,7 +39,8 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     data += _lengths(then.get("splits"), now.get("splits"))
     data += _items(then.get("items"), now.get("items"))
     loose, more = _files(then.get("folder"), now.get("folder"), "data.path", new_is_change=bool(data))
-    model, maybe = _files(then.get("model"), now.get("model"), "weights", gone_is_change=False)
+    # a resume reads no weights to start from, and what was not there before is rather written by the run than read
+    model, maybe = _files(then.get("model"), now.get("model"), "weights", gone_is_change=False, new_is_change=False)
     return Changes(
         tuple(_short(data + loose)),
         tuple(_short(_code(then.get("code"), now.get("code")))),
