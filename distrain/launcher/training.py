@@ -167,7 +167,7 @@ def work(
                 check_free(run, holder)  # before its recipe may be replaced
             typed = json.loads(os.environ.get(TYPED, "null"))
             this_start = Launch.describe(world.world_size, asked.strategy, asked.offload, argv=typed)
-            if not update and holder.job is None:  # who starts the run again may have changed their mind
+            if run.exists and not update and holder.job is None:  # who starts the run again may have changed their mind
                 run.update_path.unlink(missing_ok=True)
             open_run(run, loaded, this_start, update=update)
             if found is not None:

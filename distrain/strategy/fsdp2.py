@@ -168,12 +168,12 @@ class Fsdp2(Engine):
                 # older torch has one at most
                 for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                     if group is not None:
-                        group.unshard = partial(self._gather_unit, group, group.unshard, f"gathering {name}")
+                        group.unshard = partial(self._gather_unit, group.unshard, f"gathering {name}")
                         group.post_backward = partial(self._reduce_unit, group, group.post_backward)
 
-    def _gather_unit(self, group: Any, gather: Callable[..., None], told: str, *args: Any, **kwargs: Any) -> None:
-        if group._all_gather_result is None and not group.is_unsharded:
-            self._lockstep.come(told)
+    def _gather_unit(self, gather: Callable[..., None], told: str, *args: Any, **kwargs: Any) -> None:
+        # also where it is gathered still: what is left of the pass before must not make another order of this one
+        self._lockstep.come(told)
         gather(*args, **kwargs)
 
     def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:

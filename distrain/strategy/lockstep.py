@@ -76,14 +76,14 @@ class Lockstep:
             if waits:
                 self._tell()
         elif at >= len(self._known) or self._known[at] != part:
-            self._leave(at, part)
+            self._agree_on_another_order(at, part)
 
     def end(self) -> None:
         """End the pass, after its backward pass where there is one. Raises as `come`."""
         if not self._open:
             return
         if self._known is not None and self._at < len(self._known):
-            self._leave(self._at, _END)
+            self._agree_on_another_order(self._at, _END)
         self._open = False
         if self._known is None:
             self._untold.append(_END)
@@ -117,7 +117,7 @@ class Lockstep:
         at = next((at for at in range(length) if len({parts[at] for parts in ranks}) > 1), length)
         raise self._error([parts[at] if at < len(parts) else _END for parts in ranks])
 
-    def _leave(self, at: int, part: str) -> None:
+    def _agree_on_another_order(self, at: int, part: str) -> None:
         """Go on in another order than the known one if the other ranks do the same."""
         world, known = self._world, self._known
         assert known is not None

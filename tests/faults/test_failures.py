@@ -251,7 +251,7 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strat
     assert [row["event"] for row in rows(run) if row["step"] == 3] == ["checkpoint", "train"], "saved and not scored"
     train(2, recipe, run, "model.seconds=0", update=True)
     train(2, recipe, tmp_path / "whole", "model.seconds=0")
-    events = [(row["event"], row["step"]) for row in rows(run)]
+    events = [(row["event"], row["step"]) for row in rows(run) if row["event"] != "update"]
     assert events == [(row["event"], row["step"]) for row in rows(tmp_path / "whole")], (
         "scored by the start that went on"
     )
@@ -381,7 +381,7 @@ def on_a_full_disk(recipe: str, run_dir: str, on_failure: str) -> Any:
     def full(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if os.environ["RANK"] == "0" and calls in (2, 3):  # the first is the rehearsal
+        if os.environ.get("RANK", "0") == "0" and calls in (2, 3):  # the first is the rehearsal
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*args)
 
