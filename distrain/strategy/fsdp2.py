@@ -67,6 +67,10 @@ class Fsdp2(Engine):
         """The micro-batches of this step that have gone backward."""
         self._missed: dict[Tensor, int] = {}
         """How many of them have not used a parameter on this rank."""
+        self._filled: set[Tensor] = set()
+        """The parameters that were given zeros in this micro-batch."""
+        self._given: set[Tensor] = set()
+        """Those that had a gradient in it, maybe after the zeros: one used twice has it with the last of its uses."""
         self._lockstep = Lockstep(world, model)
         self._reduce_all()
 
@@ -99,6 +103,10 @@ class Fsdp2(Engine):
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
         objective.backward(self._scaled(share))
         self._lockstep.end()
+        for parameter in self._filled - self._given:
+            self._missed[parameter] = self._missed.get(parameter, 0) + 1
+        self._filled.clear()
+        self._given.clear()
         self._passes += 1
 
     def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
@@ -179,11 +187,14 @@ class Fsdp2(Engine):
     def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:
         for parameter in group.fsdp_params:
             whole = getattr(parameter, "_unsharded_param", None)
-            if whole is not None and whole.requires_grad and whole.grad is None:
+            if whole is None or not whole.requires_grad:
+                continue
+            if whole.grad is None:
                 whole.grad = torch.zeros_like(whole)
-                sharded = parameter.sharded_param
-                self._missed[sharded] = self._missed.get(sharded, 0) + 1
-            elif whole is not None and whole.grad is not None and whole.grad.layout is not torch.strided:
+                self._filled.add(parameter.sharded_param)
+                continue
+            self._given.add(parameter.sharded_param)
+            if whole.grad.layout is not torch.strided:
                 raise sparse_gradient(parameter._param_fqn, self.world.strategy)
         reduce(*unused)
 
