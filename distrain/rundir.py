@@ -532,7 +532,7 @@ class MetricsFile:
     def append(self, row: dict[str, Any]) -> bool:
         """Write one row, durable against a crash of the process; returns False when it is already there."""
         event, step = key = (row["event"], row["step"])
-        if key in self._seen or (step < self._floor and event in _IN_ORDER):
+        if event not in _EACH_TIME and (key in self._seen or (step < self._floor and event in _IN_ORDER)):
             return False
         line = json.dumps(_plain(row)).encode() + b"\n"
         if len(line) > bounded.ROW:
@@ -563,6 +563,8 @@ class MetricsFile:
         self._file.close()
 
 
+_EACH_TIME = ("update",)
+"""Events of a start, of which several may go on from one step."""
 _IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "undecodable")
 """Events that a run writes once for a step, and again only where it has gone back."""
 

@@ -293,14 +293,18 @@ class Changing(Blocks):
         return out + self.late(x) if self.passes_so_far > 4 else out
 
 
-class Leaving(Changing):
-    """A layer is used up to the sixth forward pass alone."""
+class Leaving(Blocks):
+    """A layer is used up to the sixth forward pass alone; passes of a rehearsal, which buffers forget, do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(5, 3)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.passes_so_far += 1
-        out = Blocks.forward(self, x)
-        return out + self.late(x) if self.passes_so_far <= 6 else out
+        self.passes += self.training
+        out = super().forward(x)
+        return out + self.late(x) if self.passes <= 6 else out
 
 
 class Routed(Blocks):
@@ -353,11 +357,11 @@ class Expert(Blocks):
 
 
 class Growing(Blocks):
-    """All ranks leave a block out up to their sixth pass."""
+    """All ranks leave a block out up to their sixth pass, those of a rehearsal not counted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.passes = 0
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += self.training
