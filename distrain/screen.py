@@ -25,6 +25,9 @@ class Console(console.Console):
         return self.measure(shown, options=self.options.update(width=10_000)).maximum <= self.width
 
     def print(self, *objects: Any, **options: Any) -> None:
+        for each in objects:
+            if isinstance(each, Table) and each.headline:
+                self.say(each.headline)
         super().print(*(Text(lines(each)) if isinstance(each, str) else each for each in objects), **options)
 
     def say(self, text: str) -> None:
@@ -58,7 +61,9 @@ class Table(table.Table):
     """A table whose title, columns and cells are one line of text each."""
 
     def __init__(self, *, title: str | None = None, **options: Any):
-        super().__init__(title=_text(title), title_justify="left", **options)
+        super().__init__(**options)
+        self.headline = title
+        """Said above the table; as a title of Rich's it would be broken to the width of the columns."""
 
     def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
         options.setdefault("overflow", "fold")  # what does not fit goes on below, and is not cut off
