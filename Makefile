@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
-	$(BIN)/python -m pytest
+	$(BIN)/python scripts/test.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
