@@ -7,6 +7,7 @@ computes with the weights of another without a word.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,7 +145,7 @@ class Lockstep:
         rank = next(rank for rank, part in enumerate(parts) if part != own)
         # what one of them has passed over is what the other comes to first
         where = {part: place for place, part in enumerate(self._orders.get(self._kind, []))}
-        first = min(own, parts[rank], key=lambda part: where.get(part, -1) if part != _END else len(where))
+        first = min(own, parts[rank], key=lambda part: where.get(part, -1) if part != _END else math.inf)
         named = dict(self._model.named_modules())
         name = first.rpartition(" ")[2]
         module = named.get(name)
