@@ -24,11 +24,11 @@ _SAMPLES = 64
 """Outputs of at most so many samples are looked at."""
 
 
-def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> bool:
+def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
     """Return whether the loss of a batch is not the sum of the losses of its halves. All ranks call; all get the same.
 
     Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
-    that layers that look across the batch have no part in it. Nothing is left changed.
+    that layers that look across the batch have no part in it. Nothing is left changed. None where the trial fails.
     """
     if not isinstance(t.loss, OwnLoss):
         return False
@@ -46,7 +46,8 @@ def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> 
     finally:
         t.engine.model.train()
         t.engine.settle()
-    return any(t.world.gather(bool(found)))
+    ranks = t.world.gather(found)
+    return True if any(ranks) else None if None in ranks else False
 
 
 def _some(steps: Iterator[list[Batch]]) -> list[Batch]:

@@ -150,7 +150,13 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
     warnings += length_warnings(recipe, horizon)
-    if before is not None or couples_samples(training, lambda: feed.batches(start_step=0)):
+    couples = before is not None or couples_samples(training, lambda: feed.batches(start_step=0))
+    if couples is None:
+        warnings.append(
+            f"whether loss {training.loss.name} takes samples together could not be tried before the first step; if it "
+            "does, it means another objective with another batch.micro or number of processes"
+        )
+    if couples:
         inputs.fingerprint["cut"] = cut  # in checkpoints from now on
         world.first(lambda: run.record_inputs(inputs.fingerprint))
         if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
