@@ -1,12 +1,13 @@
-"""Runs every test: those of the cluster, which mostly wait for SLURM, beside all others.
+"""Runs every test: those of the cluster, which mostly wait for SLURM, beside all others, several at a time.
 
-    python scripts/test.py
+    python scripts/test.py [pytest's options]
 
 What the others print is shown as it comes, then what those of the cluster printed, and last how many tests passed.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 CLUSTER = "tests/cluster"
+
+AT_A_TIME = max(2, min(os.cpu_count() or 1, 8))
+"""How many tests run at a time, beside those of the cluster: many are one process, and some wait."""
 
 
 def counts(report: Path) -> Counter[str]:
@@ -34,6 +38,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder, f"{name}.xml") for name in ("cluster", "others")}
         printed = Path(folder, "cluster.txt")
+        # neighbours share what their file sets up; who is done takes from the end of another's list
+        spread = ["-n", str(AT_A_TIME), "--dist", "worksteal"]
         pytest = [sys.executable, "-m", "pytest", "-o", "junit_family=xunit1"]
         with printed.open("wb") as out:
             beside = subprocess.Popen(
@@ -43,7 +49,7 @@ def main() -> int:
             )
         try:
             others = subprocess.run(
-                [*pytest, f"--ignore={CLUSTER}", f"--junitxml={reports['others']}", *sys.argv[1:]], check=False
+                [*pytest, f"--ignore={CLUSTER}", f"--junitxml={reports['others']}", *spread, *sys.argv[1:]], check=False
             ).returncode
             cluster = beside.wait()
         finally:
