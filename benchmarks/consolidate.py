@@ -30,8 +30,10 @@ import numpy as np
 
 from distrain.checkpoint import Piece, Saver, TensorSpec
 
-EXPORT = "import sys; from distrain.consolidate import export; export(sys.argv[1], sys.argv[2], {})"
-IMPORT = "import sys; from distrain.consolidate import import_checkpoint; import_checkpoint(sys.argv[1], sys.argv[2])"
+EXPORT = "import sys; from distrain.checkpoints.export import export; export(sys.argv[1], sys.argv[2], {})"
+IMPORT = (
+    "import sys; from distrain.checkpoints.export import import_checkpoint; import_checkpoint(sys.argv[1], sys.argv[2])"
+)
 DCP = """
 import sys
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from distrain.config import Recipe
 from distrain.data import SampleOrder, build_loader, build_transform
-from distrain.datasets import TensorSource
+from distrain.datasets.base import TensorSource
 
 BATCH = 256
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]

@@ -229,7 +229,7 @@ def run_trainer(steps: int, world_size: int, rank: int) -> float:
 def run_distrain(steps: int, world_size: int, rank: int) -> float:
     """distrain with everything on, as `distrain train` starts it in each process."""
     from distrain import loop
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     clock = Clock()
     inner = loop.train_step

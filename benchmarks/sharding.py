@@ -97,17 +97,17 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
     """Build, make three steps and save, as one rank; returns bytes by phase, and what took effect."""
     import torch
 
-    from distrain.launcher import open_run
+    from distrain.config.yaml import load_recipe
+    from distrain.launchers import open_run
     from distrain.loop import train_step
-    from distrain.loop.session import Session
-    from distrain.recipe_file import load_recipe
-    from distrain.rundir import Launch, RunDir
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
+    from distrain.run.folder import Launch, RunDir
+    from distrain.training.run_loop import Session
 
     if strategy == "fsdp2":
-        import distrain.strategy.fsdp2
+        import distrain.parallel.fsdp2
     elif strategy.startswith("zero"):
-        import distrain.strategy.zero  # noqa: F401
+        import distrain.parallel.zero  # noqa: F401
     torch.set_num_threads(1)
     asked = Asked(strategy, offload_optimizer=offload != "none", offload_parameters=offload == "all")
     world = open_world("fp32", asked)

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from distrain.config import BatchSection, Recipe, UserError, is_object_spec, mix, resolve_object
-from distrain.datasets import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
+from distrain.datasets.base import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
 from distrain.datasets.batches import Batches, Place, StreamBatches
 from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
-from distrain.datasets.own import own_data
 from distrain.datasets.randomness import stream_of
 from distrain.datasets.transforms import Transform
-from distrain.output import error_line
+from distrain.datasets.user import own_data
+from distrain.system.output import error_line
 
 # --------------------------------------------------------------------------------------------------------------------
 # The order of samples

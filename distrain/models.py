@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distrain.config import ModelSection, Recipe, Task, UserError, close_names, is_object_spec, mix, resolve_object
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.networks import ModelEntry, find, model_names, register
 from distrain.networks.deferred import SMALL, Deferred, defer
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
@@ -307,7 +307,7 @@ def build_model(
     Its initial weights depend on the recipe's seed alone, and no random state outside changes. `base`: the folder that
     relative paths start from. `weights`: whether model.weights (or the weights in the `path` of a transformers model)
     are loaded; without them a checkpoint is expected to follow. `say` gets a line about what was loaded or adapted.
-    `kept`: what a run has kept of that `path` (see `distrain.consolidate.beside`).
+    `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
     """
     model = _initial(recipe, meta, base, weights, say, kept)
     if weights and recipe.model.weights is not None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from distrain.recipe_file import json_schema
+from distrain.config.yaml import json_schema
 
 PAGE = Path(__file__).with_name("recipe.md")
 _TABLE = re.compile(r"(<!-- keys: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

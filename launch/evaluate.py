@@ -6,8 +6,8 @@ accelerate launch --config_file accelerate_configs/multi_cpu.yaml launch/evaluat
 import argparse
 import sys
 
-from distrain.launcher import work_evaluation
-from distrain.output import prepare_streams
+from distrain.launchers import work_evaluation
+from distrain.system.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

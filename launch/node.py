@@ -30,8 +30,8 @@ if __name__ == "__main__":
     a = parser.parse_args()
 
     from distrain.config import UserError
-    from distrain.output import echo_error, prepare_streams
-    from distrain.slurm.node import create, start_node
+    from distrain.launchers.slurm.node import create, start_node
+    from distrain.system.output import echo_error, prepare_streams
 
     prepare_streams()
     common = {"nodes": a.nodes, "processes": a.processes, "strategy": a.strategy, "offload": a.offload}

@@ -9,8 +9,8 @@ python launch/train.py recipes/digits.yaml
 import argparse
 import sys
 
-from distrain.launcher import work
-from distrain.output import prepare_streams
+from distrain.launchers import work
+from distrain.system.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 
 from distrain.checkpoint import Piece, Saver, TensorSpec
-from distrain.checkpoint.dtypes import ITEM_SIZES
-from distrain.checkpoint.format import MANIFEST, canonical
+from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.format import MANIFEST, canonical
 
 DESCRIBED: dict[str, Any] = {
     "scalars": {"groups": [{"lr": 0.1, "betas": [0.9, 0.999]}], "position": 10**15},

@@ -13,10 +13,10 @@ import torch._dynamo  # noqa: F401
 import torchvision.transforms.v2  # noqa: F401
 
 import distrain.inference
-import distrain.launcher
+import distrain.launchers
 import distrain.loop
-import distrain.strategy.fsdp2
-import distrain.strategy.zero  # noqa: F401
-from distrain.strategy.world import quiet_deepspeed
+import distrain.parallel.fsdp2
+import distrain.parallel.zero  # noqa: F401
+from distrain.parallel.comm import quiet_deepspeed
 
 quiet_deepspeed()

@@ -16,7 +16,7 @@ import numpy as np
 from worlds import in_world
 
 from distrain.checkpoint import Reader, difference, list_checkpoints
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 TINY = """
 name: tiny
@@ -85,7 +85,7 @@ def train_rank(
 ) -> Ended:
     """Train as `distrain train` does in each process; rank 0 gets SIGTERM after step `stop_after`."""
     from distrain import loop
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     step = loop.train_step
 
@@ -120,7 +120,7 @@ def train(
 
 def cli_rank(arguments: list[str]) -> Ended:
     """Run the command `distrain` in this process."""
-    from distrain.cli import main
+    from distrain.cli.main import main
 
     def run() -> int:
         sys.argv = ["distrain", *arguments]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from worlds import in_world
 
 from distrain.checkpoint import Reader
+from distrain.checkpoints.export import export
 from distrain.config import UserError
-from distrain.consolidate import export
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 WAYS = [("single", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
 IDS = [strategy for strategy, _ in WAYS]
@@ -44,7 +44,7 @@ log: {every: 1 steps}
 
 def open_in(strategy: str, precision: str) -> Any:
     """Join this world with a strategy, the environment as a launcher sets it."""
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     return open_world(precision, Asked(strategy))
 
@@ -52,9 +52,9 @@ def open_in(strategy: str, precision: str) -> Any:
 @contextmanager
 def session_of(run_dir: str, world: Any) -> Iterator[Any]:
     """Open a run as `train` does, in the arithmetic of its recipe."""
-    from distrain.loop.session import Session
-    from distrain.recipe_file import load_recipe
-    from distrain.strategy.precision import resolve
+    from distrain.config.yaml import load_recipe
+    from distrain.parallel.precision import resolve
+    from distrain.training.run_loop import Session
 
     recipe = load_recipe(RunDir(run_dir).recipe_path).recipe
     world.arithmetic = resolve(recipe.train.precision, world.device)
@@ -216,8 +216,9 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
     `bad`: the number of first attempts at a step that give the last rank an infinite gradient. `scales`: what the loss
     of each step is to be scaled by, instead of what its overflows make of it.
     """
-    from distrain.loop import step, train_step
-    from distrain.strategy import precision
+    from distrain import loop as step
+    from distrain.loop import train_step
+    from distrain.parallel import precision
 
     t, engine = session.t, session.t.engine
     is_last = t.world.rank == t.world.world_size - 1
@@ -506,7 +507,7 @@ def broken(strategy: str, folder: str) -> dict[str, str]:
         if strategy == "ddp":
             attempt("unwrapped", accelerator, "prepare_model", lambda model: model)
         elif strategy == "fsdp2":
-            from distrain.strategy import fsdp2
+            from distrain.parallel import fsdp2
 
             attempt("unsharded", fsdp2, "fully_shard", lambda module, **_: module)
         else:

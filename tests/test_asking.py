@@ -17,12 +17,11 @@ from test_launcher import SCRIPT, typed
 from worlds import free_port, in_world, running_world
 
 import distrain
-from distrain.cli import Offload, Strategy
+from distrain.cli.main import Offload, Strategy
 from distrain.config import UserError
-from distrain.launcher import asked_for, configuration_file, join_launcher, work, work_evaluation
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
-from distrain.strategy import (
+from distrain.config.yaml import load_recipe
+from distrain.launchers import asked_for, configuration_file, join_launcher, work, work_evaluation
+from distrain.parallel import (
     OFFLOADS,
     STRATEGIES,
     Asked,
@@ -35,6 +34,7 @@ from distrain.strategy import (
     take_over,
     unused,
 )
+from distrain.run.folder import Launch, RunDir
 
 CONFIGS = Path(distrain.__file__).parent.parent / "accelerate_configs"
 OTHER_WAYS = {"cpu": "single", "gpu": "single", "multi_cpu": "ddp", "zero2_offload": "zero2", "zero3_offload": "zero3"}
@@ -699,7 +699,7 @@ def test_accelerate_starts_a_run_that_is_spread_as_its_file_says(tmp_path: Path,
 @pytest.mark.slow
 def test_distrain_train_starts_a_sharded_run_goes_on_with_it_and_shows_it(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, SHARDED)
-    command = [sys.executable, "-m", "distrain.cli", "train"]
+    command = [sys.executable, "-m", "distrain", "train"]
     first = [*command, recipe, "--run-dir", "run", "--processes", 2, "--strategy", "zero3", "--offload", "optimizer"]
     done = typed(*first, folder=tmp_path, PYTHONPATH=str(CONFIGS.parent))
     assert done.returncode == 0, done.stderr

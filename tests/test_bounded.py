@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from distrain.bounded import RECORD, parse_json, read_bounded
 from distrain.checkpoint import read_manifest
+from distrain.checkpoints.foreign.common import read_json
 from distrain.config import UserError
-from distrain.consolidate.formats.common import read_json
-from distrain.heartbeat import read_heartbeat
-from distrain.lease import Holder, check_free
-from distrain.probed import remembered
-from distrain.rundir import Launch, RunDir
-from distrain.slurm.sites import load_site
-from distrain.slurm.sweeps import read_sweep
-from distrain.strategy import configuration
-from distrain.tokens import load_tokenizer, read_index
+from distrain.datasets.tokens import load_tokenizer, read_index
+from distrain.launchers.slurm.sites import load_site
+from distrain.launchers.slurm.sweeps import read_sweep
+from distrain.parallel import accelerate_config as configuration
+from distrain.run.folder import Launch, RunDir
+from distrain.run.heartbeat import read_heartbeat
+from distrain.run.lease import Holder, check_free
+from distrain.run.micro_batch import remembered
+from distrain.system.bounded_json import RECORD, parse_json, read_bounded
 
 HUGE = 8 << 30
 
@@ -173,7 +173,7 @@ def test_a_row_without_its_keys_is_refused(run: RunDir, row: Any) -> None:
 
 
 def test_a_site_or_recipe_with_an_infinite_number(tmp_path: Path) -> None:
-    from distrain.recipe_file import load_recipe
+    from distrain.config.yaml import load_recipe
 
     site = tmp_path / "s.yaml"
     for text in ("notice_s: 1e999\n", "cpus_per_gpu: .inf\n"):

@@ -41,11 +41,11 @@ from distrain.checkpoint import (
     newest_step,
     read_manifest,
     verify,
-    writing,
 )
-from distrain.checkpoint.dtypes import ITEM_SIZES
-from distrain.checkpoint.floats import convert
-from distrain.checkpoint.format import MANIFEST
+from distrain.checkpoints import writing
+from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.floats import convert
+from distrain.checkpoints.format import MANIFEST
 
 
 def local(folder: Path, **options: Any) -> Saver:
@@ -214,7 +214,7 @@ def test_reader_opens_few_files_at_a_time(tmp_path, monkeypatch):
 
 
 def test_imports_no_torch():
-    code = "import sys, distrain.checkpoint, distrain.consolidate; sys.exit('torch' in sys.modules)"
+    code = "import sys, distrain.checkpoint, distrain.checkpoints.export; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -15,8 +15,8 @@ from runs import TINY, checkpoint, cli, train, write_recipe
 from typer.testing import CliRunner
 from worlds import in_world
 
-from distrain.cli import Kind, app
-from distrain.recipe_file import load_recipe
+from distrain.cli.main import Kind, app
+from distrain.config.yaml import load_recipe
 
 COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],

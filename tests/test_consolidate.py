@@ -17,8 +17,8 @@ import torch
 from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_world
 
 from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
+from distrain.checkpoints.export import copying, export, find_source
 from distrain.config import UserError
-from distrain.consolidate import copying, export, find_source
 
 PLAIN = [name.removeprefix("model/") for name in SPECS if name.startswith("model/")]
 
@@ -292,7 +292,7 @@ def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 def test_leftovers_of_killed_exports_are_removed(checkpoint, tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    from distrain.checkpoint.writing import _HOST
+    from distrain.checkpoints.writing import _HOST
 
     (tmp_path / f".tmp-model.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
     (tmp_path / f".tmp-other.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
@@ -320,7 +320,7 @@ def test_options_that_cannot_be(checkpoint, tmp_path, options, message):
 _MEASURE = """
 import sys
 from anonymous import Peak
-from distrain.consolidate import copying, export
+from distrain.checkpoints.export import copying, export
 with Peak() as peak:
     export(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)
 print(peak.most)

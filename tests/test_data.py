@@ -25,7 +25,7 @@ from distrain.data import (
     build_transform,
     prepare_data,
 )
-from distrain.datasets import TensorSource
+from distrain.datasets.base import TensorSource
 
 
 def make_recipe(data: Any = "digits", task: str = "classification", global_batch_size: int = 24) -> Recipe:

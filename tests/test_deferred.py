@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from distrain.config import UserError
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.models import build_model, defer_model, isolated_seed, tied_names
 from distrain.networks.deferred import SMALL, Deferred, defer
 

@@ -24,11 +24,11 @@ from pathlib import Path
 import pytest
 from runs import cli
 
-from distrain.datasets import dataset_names
+from distrain.config.yaml import json_schema
+from distrain.datasets.base import dataset_names
 from distrain.metrics import metric_names
 from distrain.models import model_names
 from distrain.optim import loss_names, optimizer_names
-from distrain.recipe_file import json_schema
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

@@ -14,7 +14,7 @@ from test_matrix import create, stopped_copy
 from worlds import in_world
 
 from distrain.checkpoint import Reader
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 RECIPE = """
 name: odd
@@ -82,7 +82,7 @@ NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
 def train_each(strategy: str, run_dirs: dict[str, str], offloads: tuple[bool, bool] = (False, False)) -> dict[str, str]:
     """Train or go on with each of the runs in this world, one after the other; returns what went wrong, by name."""
     from distrain.loop import train
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     world = open_world("fp32", Asked(strategy, *offloads))
     wrong: dict[str, str] = {}
@@ -250,7 +250,7 @@ def test_what_is_offloaded_trains_alike_and_goes_on_with_and_without(
 
 def work_rank(recipe: str, run_dir: str, strategy: str, overrides: list[str]) -> tuple[Ended, float]:
     """Train as `distrain train` does in each process; also returns the seconds that it took."""
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     began = time.monotonic()
     return captured(lambda: work(recipe, overrides, run_dir=run_dir, strategy=strategy)), time.monotonic() - began
@@ -334,7 +334,7 @@ def test_what_is_used_sometimes_is_trained_as_in_one_process(
 
 def impatient_rank(*args: Any) -> tuple[Ended, float]:
     """Wait for ranks that use other parts of the model for a second only."""
-    from distrain.strategy import lockstep
+    from distrain.parallel import collective_forward as lockstep
 
     lockstep._PATIENCE_S = 1.0
     return work_rank(*args)

@@ -13,7 +13,10 @@ from runs import TINY, Ended, captured, losses, train, write_recipe
 from worlds import in_world
 
 from distrain.config import UserError
-from distrain.environment import (
+from distrain.launchers import start_evaluation, work
+from distrain.launchers.slurm.node import start_node
+from distrain.parallel import comm as world
+from distrain.system.environment import (
     LAUNCHED_BY,
     Environment,
     forget_launchers,
@@ -26,9 +29,6 @@ from distrain.environment import (
     under_torch_launcher,
     use_interfaces,
 )
-from distrain.launcher import start_evaluation, work
-from distrain.slurm.node import start_node
-from distrain.strategy import world
 
 NOWHERE = {"MASTER_ADDR": "198.51.100.7", "MASTER_PORT": "29500"}
 """An address for documentation, where nobody answers."""
@@ -110,7 +110,7 @@ def test_a_launcher_above_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = TWO | NOWHERE | launched | {"PET_NNODES": "1"}
     assert join(dict(variables))[1] == []
     command = ["/usr/bin/python3", "-u", "/venv/bin/torchrun", "--nproc-per-node", "2", "launch/train.py"]
-    monkeypatch.setattr("distrain.environment._above", lambda: iter([["bash", "-c", "torchrun x"], command]))
+    monkeypatch.setattr("distrain.system.environment._above", lambda: iter([["bash", "-c", "torchrun x"], command]))
     assert launcher_argv() == command
     with pytest.raises(UserError, match=r"a launcher started this process as one of several(.|\n)*launch/train\.py"):
         own_start(dict(variables), 2)
@@ -118,7 +118,7 @@ def test_a_launcher_above_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_start(one, None) == []
     assert one == {"TORCHELASTIC_RUN_ID": "1", "ACCELERATE_USE_FSDP": "true"}
     # a multiplexer that once ran one is none
-    monkeypatch.setattr("distrain.environment._above", lambda: iter([["tmux", "new", "torchrun", "x"]]))
+    monkeypatch.setattr("distrain.system.environment._above", lambda: iter([["tmux", "new", "torchrun", "x"]]))
     assert launcher_argv() == []
 
 

@@ -21,15 +21,17 @@ from worlds import in_world
 
 from distrain.checkpoint import Criterion, find_best, list_checkpoints, read_manifest
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import build_data
-from distrain.launcher import reported
-from distrain.loop import Best, evaluate, evaluation
+from distrain.launchers import reported
 from distrain.metrics import build_metrics
 from distrain.models import build_model, calling_convention
 from distrain.optim import build_loss
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
-from distrain.strategy import open_world
+from distrain.parallel import open_world
+from distrain.run.folder import RunDir
+from distrain.training import evaluation
+from distrain.training.evaluation import evaluate
+from distrain.training.intervals import Best
 
 POINTS = """
 name: points

@@ -16,9 +16,11 @@ import pytest
 from runs import TINY, write_recipe
 from worlds import running_world
 
-from distrain import heartbeat
 from distrain.config import WatchdogSection
-from distrain.heartbeat import (
+from distrain.diagnose.hang_diagnosis import Watchdog
+from distrain.run import heartbeat
+from distrain.run.folder import RunDir
+from distrain.run.heartbeat import (
     Heartbeat,
     at_this_moment,
     ending_hung,
@@ -35,8 +37,6 @@ from distrain.heartbeat import (
     this_job,
     write_heartbeat,
 )
-from distrain.rundir import RunDir
-from distrain.watchdog import Watchdog
 
 
 def beat(rank: int = 0, **values: Any) -> Heartbeat:

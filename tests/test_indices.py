@@ -15,10 +15,10 @@ from torch import nn
 from worlds import running_world
 
 from distrain.config import UserError
-from distrain.loop import indices
-from distrain.loop.indices import DeviceLost, given, told_plainly
-from distrain.rundir import RunDir
-from distrain.strategy import determinism
+from distrain.diagnose import index_errors as indices
+from distrain.diagnose.index_errors import DeviceLost, given, told_plainly
+from distrain.parallel import determinism
+from distrain.run.folder import RunDir
 
 RECIPE = """
 name: ranged

@@ -15,9 +15,9 @@ from sklearn import datasets, metrics
 
 from distrain.checkpoint import find_checkpoint, list_checkpoints
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.models import build_model
-from distrain.recipe_file import load_recipe
 
 RECIPE = """
 name: {name}

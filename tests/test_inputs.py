@@ -19,15 +19,15 @@ from worlds import in_world
 
 from distrain.checkpoint import read_manifest
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import build_data
-from distrain.datasets import Data, DataMeta
-from distrain.inputs import compare, fingerprint
-from distrain.inputs.code import code_of
-from distrain.inputs.files import MOST_FILES, listing, walk
-from distrain.inputs.items import items_of
+from distrain.datasets.base import Data, DataMeta
+from distrain.fingerprints import compare, fingerprint
+from distrain.fingerprints.code import code_of
+from distrain.fingerprints.files import MOST_FILES, listing, walk
+from distrain.fingerprints.items import items_of
 from distrain.prove.legs import CouldNotRun, Leg, Runner
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir, read_rows
+from distrain.run.folder import RunDir, read_rows
 
 REST = """
 batch: {global: 8}
@@ -287,7 +287,7 @@ def test_code_is_found_by_its_imports(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_of_much_code_the_bytes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distrain.inputs.code.MOST_BYTES", 10)
+    monkeypatch.setattr("distrain.fingerprints.code.MOST_BYTES", 10)
     recipe = load_recipe(write_recipe(tmp_path, f"name: r\n{own(tmp_path)}\n{REST}")).recipe
     found = [code_of(recipe)]
     (tmp_path / "net.py").write_text(NET + "# a comment\n")
@@ -530,7 +530,7 @@ def resume_old(folder: str) -> Ended:
     """Go on from a checkpoint that was written before there were fingerprints."""
     from runs import train_rank
 
-    import distrain.loop.session as session
+    import distrain.training.run_loop as session
 
     recipe = write_recipe(Path(folder), f"name: r\n{table(Path(folder))}\n{REST}")
     begin = session.Saver.begin

@@ -17,7 +17,8 @@ from worlds import running_world
 
 import distrain
 from distrain.config import UserError
-from distrain.launcher import (
+from distrain.config.yaml import load_recipe
+from distrain.launchers import (
     LaunchPlan,
     configuration_file,
     find_run,
@@ -30,9 +31,8 @@ from distrain.launcher import (
     shared_file,
     unsaid_failures,
 )
-from distrain.lease import Holder, take
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
+from distrain.run.folder import Launch, RunDir
+from distrain.run.lease import Holder, take
 
 ROOT = Path(distrain.__file__).parent.parent
 SCRIPT = ROOT / "launch" / "train.py"
@@ -267,7 +267,7 @@ LATE = """
 import os, sys, time
 
 sys.path.insert(0, {root!r})
-from distrain.launcher import work
+from distrain.launchers import work
 
 if os.environ["RANK"] == "0":
     time.sleep(4)
@@ -306,7 +306,7 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
         "python": ["python", SCRIPT],
         "torchrun": ["torchrun", "--nproc-per-node", "2", SCRIPT],
         "accelerate": ["accelerate", "launch", "--config_file", MULTI_CPU, SCRIPT],
-        "distrain": [sys.executable, "-m", "distrain.cli", "train", "--processes", "2"],
+        "distrain": [sys.executable, "-m", "distrain", "train", "--processes", "2"],
     }
     for name, command in commands.items():
         run = tmp_path / name
@@ -321,7 +321,7 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
             assert losses(run) == losses(tmp_path / "wanted")
         assert "Traceback" not in done.stderr
     # the same command shows it; with --update it trains on, in the processes that are started
-    command = [sys.executable, "-m", "distrain.cli", "train", recipe, "--processes", "2", "--run-dir", run]
+    command = [sys.executable, "-m", "distrain", "train", recipe, "--processes", "2", "--run-dir", run]
     done = typed(*command, folder=tmp_path, PYTHONPATH=str(ROOT))
     assert "is finished" in done.stdout
     done = typed(*command, "train.steps=14", "--update", folder=tmp_path, PYTHONPATH=str(ROOT))
@@ -335,7 +335,7 @@ def test_distrain_train_tells_a_failure_once_and_names_a_killed_rank(tmp_path: P
     text = TINY.replace("model: {name: mlp, hidden: [16]}", 'model: {name: "own_parts:Faulty", width: 64, classes: 10}')
     recipe = write_recipe(tmp_path, text)
     tests = str(Path(__file__).parent)
-    command = [sys.executable, "-m", "distrain.cli", "train", recipe, "--processes", "2"]
+    command = [sys.executable, "-m", "distrain", "train", recipe, "--processes", "2"]
     path = f"{ROOT}:{tests}"
     done = typed(*command, "--run-dir", tmp_path / "a", folder=tmp_path, PYTHONPATH=path)
     assert done.returncode == 1
@@ -396,7 +396,7 @@ def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     arguments = ["train", write_recipe(tmp_path), "--run-dir", run.path, "--processes", 2, "train.steps=100000"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "distrain.cli", *map(str, arguments)],
+        [sys.executable, "-m", "distrain", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},

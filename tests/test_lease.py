@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from distrain import lease
 from distrain.config import UserError
-from distrain.lease import Holder, Lease, Replaced, check_free, take
-from distrain.rundir import MetricsFile, RunDir, read_rows
+from distrain.run import lease
+from distrain.run.folder import MetricsFile, RunDir, read_rows
+from distrain.run.lease import Holder, Lease, Replaced, check_free, take
 
 
 @pytest.fixture

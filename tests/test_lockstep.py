@@ -17,13 +17,13 @@ from torch import nn
 from worlds import in_world, running_world
 
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import build_data
-from distrain.loop import evaluate
 from distrain.metrics import build_metrics
 from distrain.models import build_model, calling_convention
 from distrain.optim import build_loss
-from distrain.recipe_file import load_recipe
-from distrain.strategy import FLAGS, open_world
+from distrain.parallel import FLAGS, open_world
+from distrain.training.evaluation import evaluate
 
 SOON_S = 60.0
 """Far below the 600 seconds that a collective waits; most of it is the start of the processes."""
@@ -238,7 +238,7 @@ def test_a_run_of_each_strategy_scores_the_same_text(tmp_path: Path, kind: str) 
 def uneven_passes(strategy: str) -> list[float]:
     """Make another number of forward passes on each rank while all weights are held, and one more in step; the sums."""
     from distrain.networks.deferred import defer
-    from distrain.strategy import Asked, Plan, build_engine
+    from distrain.parallel import Asked, Plan, build_engine
 
     def model() -> torch.nn.Module:
         torch.manual_seed(0)

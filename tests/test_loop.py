@@ -15,14 +15,14 @@ from worlds import in_world
 
 from distrain.checkpoint import difference
 from distrain.config import Horizon, Recipe
+from distrain.config.yaml import load_recipe
 from distrain.data import SampleOrder, build_data
-from distrain.launcher import open_run, work
-from distrain.loop import Session
-from distrain.loop.checks import length_warnings
+from distrain.launchers import open_run, work
 from distrain.optim import lr_at
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
-from distrain.strategy import open_world
+from distrain.parallel import open_world
+from distrain.run.folder import Launch, RunDir
+from distrain.training.checks import length_warnings
+from distrain.training.run_loop import Session
 
 # --------------------------------------------------------------------------------------------------------------------
 # The samples of a step

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distrain.config import Recipe, UserError
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.optim import build_loss, check_loss, loss_names
 
 

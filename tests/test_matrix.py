@@ -11,9 +11,9 @@ import pytest
 from runs import captured, checkpoint, last, losses, state, write_recipe
 from worlds import in_world
 
-from distrain.launcher import open_run
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
+from distrain.config.yaml import load_recipe
+from distrain.launchers import open_run
+from distrain.run.folder import Launch, RunDir
 
 WAYS = [
     ("single", 1),
@@ -52,9 +52,9 @@ SETTINGS = {
 
 def train_in_turn(strategy: str, run_dirs: list[str]) -> None:
     """Train or go on with each of the runs in this world, one after the other."""
+    from distrain.config.yaml import load_recipe
     from distrain.loop import train
-    from distrain.recipe_file import load_recipe
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, Asked(strategy))
 

@@ -15,9 +15,9 @@ from sklearn import metrics as sk
 from torch import nn
 
 from distrain.config import Recipe, UserError
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.metrics import build_metrics, check_metrics, higher_is_better, metric_names
-from distrain.rundir import EVALUATION_KEYS
+from distrain.run.folder import EVALUATION_KEYS
 
 SETTINGS = settings(max_examples=25, deadline=None)
 

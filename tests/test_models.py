@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from distrain.config import OptimSection, Recipe, UserError
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.models import (
     ModelOutput,
     build_model,

@@ -21,14 +21,14 @@ from runs import cli, train, write_recipe
 from typer.testing import CliRunner
 
 import distrain
-from distrain.cli import app
+from distrain.cli.main import app
 from distrain.config import UserError
-from distrain.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
-from distrain.predictions import Predicted, open_predictions
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
-from distrain.screen import Console, ProgressLine, Table
-from distrain.telemetry import Display, _numbers
+from distrain.config.yaml import load_recipe
+from distrain.inference.outputs import Predicted, open_predictions
+from distrain.run.folder import RunDir
+from distrain.system.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
+from distrain.system.terminal import Console, ProgressLine, Table
+from distrain.training.callbacks.trackers import Display, _numbers
 
 PACKAGE = Path(distrain.__file__).parent
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \udce9\ud800"
@@ -124,7 +124,7 @@ def test_trackers_are_given_names_without_controls() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_no_encoding_of_the_terminal_stops_a_command(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    from distrain.output import echo, prepare_streams
+    from distrain.system.output import echo, prepare_streams
 
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
@@ -292,7 +292,8 @@ def test_lines_go_on_between_words_below_their_text(width: int) -> None:
 def test_what_is_being_started_is_said_before_what_takes_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distrain.launcher import start, training
+    from distrain.launchers import start
+    from distrain.launchers import worker as training
 
     said: list[tuple[str, str]] = []
 
@@ -301,7 +302,7 @@ def test_what_is_being_started_is_said_before_what_takes_seconds(
         return 0
 
     recipe = str(write_recipe(tmp_path))
-    monkeypatch.setattr("distrain.launcher.start", noted)
+    monkeypatch.setattr("distrain.launchers.start", noted)
     monkeypatch.setattr(training, "work", noted)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     CliRunner().invoke(app, ["train", recipe], color=False)

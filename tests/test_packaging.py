@@ -29,7 +29,7 @@ def test_the_wheel_holds_everything_and_works_without_the_checkout(tmp_path: Pat
     assert not any("prepared" in name or "__pycache__" in name for name in names)
 
     script = (
-        "import json, distrain; from distrain.launcher import shared_file; "
+        "import json, distrain; from distrain.launchers import shared_file; "
         "print(json.dumps([distrain.__file__, str(shared_file('recipes', 'digits.yaml')), "
         "str(shared_file('accelerate_configs', 'multi_cpu.yaml')), str(shared_file('launch', 'train.py'))]))"
     )

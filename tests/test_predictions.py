@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from distrain.config import UserError
-from distrain.datasets import DataMeta
-from distrain.predictions import open_predictions, predicted
+from distrain.datasets.base import DataMeta
+from distrain.inference.outputs import open_predictions, predicted
 
 META = DataMeta(num_classes=3)
 

@@ -22,12 +22,12 @@ from torch import nn
 from worlds import in_world
 
 from distrain.config import UserError
-from distrain.datasets import DataMeta
-from distrain.launcher import open_run
+from distrain.config.yaml import load_recipe
+from distrain.datasets.base import DataMeta
+from distrain.launchers import open_run
 from distrain.models import build_model, defer_model, tied_names
 from distrain.networks.deferred import Deferred
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
+from distrain.run.folder import Launch, RunDir
 
 transformers = pytest.importorskip("transformers")
 
@@ -264,7 +264,7 @@ import sys
 import torch
 from anonymous import Peak
 from test_models import recipe_of
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.models import defer_model
 
 folder, warm = sys.argv[1:]
@@ -334,7 +334,7 @@ log: {every: 1 steps}
 def tune(strategy: str, run_dir: str) -> list[str]:
     """Train in this world; returns what build and the engine say of it."""
     from distrain.loop import train
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     os.environ.update(RAM_EFFICIENT)
     world = open_world("fp32", Asked(strategy))

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from runs import Ended, captured, cli_rank, rows, train, write_recipe
 from worlds import in_world
 
-from distrain import memory
+from distrain.autobatch.search import largest, wanted
 from distrain.config import BatchSection
+from distrain.config.yaml import load_recipe
 from distrain.data import accumulation_steps, batch_shape, micro_batch_sizes
-from distrain.probed import Probed, Where, hand_on, remember, remembered
-from distrain.probing import largest, wanted
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
+from distrain.run.micro_batch import Probed, Where, hand_on, remember, remembered
+from distrain.system import memory
 
 RECIPE = """
 name: hungry
@@ -40,7 +40,7 @@ ROOM = 16 * memory.GIB
 
 def start_in_little_room(recipe: str, run_dir: str, overrides: list[str], room: int, options: dict[str, Any]) -> Ended:
     """Do what `distrain train` does, with a limit on the address space of each process."""
-    from distrain.launcher import start
+    from distrain.launchers import start
 
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)

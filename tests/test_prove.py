@@ -29,8 +29,7 @@ from worlds import _context, free_port
 
 from distrain.checkpoint import list_checkpoints
 from distrain.config import UserError
-from distrain.loop.hidden import hidden_state
-from distrain.loop.trace import changes
+from distrain.config.yaml import load_recipe
 from distrain.prove import CouldNotRun, Divergence, Interruption, Placement, Proof, prove
 from distrain.prove.command import run as run_command
 from distrain.prove.cost import turned_on
@@ -41,8 +40,9 @@ from distrain.prove.proof import placements_of
 from distrain.prove.report import in_words, proved_line
 from distrain.prove.tolerance import Tolerance, within
 from distrain.prove.traces import read_record
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
+from distrain.training.callbacks.hidden_state import hidden_state
+from distrain.training.callbacks.trace import changes
 
 WRONG = Path(__file__).parent / "wrong_parts.py"
 
@@ -116,7 +116,7 @@ def _launch(ranks: list[int]) -> int:
 
 
 def _work(arguments: list[str]) -> int:
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     target, *rest = arguments[1:]
     at = rest.index("--run-dir")
@@ -521,8 +521,8 @@ def test_files_of_the_users_code_are_noted(tmp_path: Path) -> None:
     )
     (tmp_path / "trace").mkdir()
     command = (
-        "import sys; from distrain.loop.outside import note_files; note_files(); "
-        "from distrain.recipe_file import load_recipe; load_recipe('recipe.yaml'); "
+        "import sys; from distrain.training.callbacks.outside_files import note_files; note_files(); "
+        "from distrain.config.yaml import load_recipe; load_recipe('recipe.yaml'); "
         f"sys.path.append({str(tmp_path)!r}); import noting"
     )
     write_recipe(tmp_path)
@@ -696,7 +696,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: int) -> None:
     recipe = small(tmp_path, SMALL.replace("steps: 40", "steps: 1000000"))
     mark = f"PROVE_TEST={tmp_path}"
     name, _, value = mark.partition("=")
-    command = [sys.executable, "-m", "distrain.cli", "prove", recipe, "--steps", "1000000", "--processes", "2"]
+    command = [sys.executable, "-m", "distrain", "prove", recipe, "--steps", "1000000", "--processes", "2"]
     process = subprocess.Popen(
         [*command, "--keep", str(tmp_path / "kept")],
         env={**os.environ, name: value},
@@ -719,7 +719,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: int) -> None:
 def test_the_command_as_people_type_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "distrain.cli", "prove", small(tmp_path), "--steps", "6", "--kills", "1"),
+            *(sys.executable, "-m", "distrain", "prove", small(tmp_path), "--steps", "6", "--kills", "1"),
             *("--worlds", "2", "--seed", "0", "--json"),
         ],
         capture_output=True,

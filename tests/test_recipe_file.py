@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrain.config import Duration, Recipe, RecipeError
-from distrain.recipe_file import dump_recipe, json_schema, load_recipe, parse_recipe, show
-from distrain.recipe_file.document import _COMPONENT_LISTS, _COMPONENTS
-from distrain.recipe_file.strict_yaml import Tree, to_yaml
+from distrain.config.yaml import dump_recipe, json_schema, load_recipe, parse_recipe, show
+from distrain.config.yaml.document import _COMPONENT_LISTS, _COMPONENTS
+from distrain.config.yaml.strict_yaml import Tree, to_yaml
 
 GOOD = """\
 name: digits-resnet
@@ -794,7 +794,7 @@ def test_every_component_is_known_to_the_reader():
 
 def test_importing_the_recipe_imports_nothing_heavy():
     heavy = ("torch", "pandas", "numpy", "accelerate", "rich", "typer")
-    code = f"import sys, distrain.recipe_file; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, distrain.config.yaml; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

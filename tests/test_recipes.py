@@ -14,12 +14,12 @@ import torch
 from runs import train_rank
 from worlds import in_world
 
+from distrain.config.yaml import dump_recipe, load_recipe, parse_recipe
 from distrain.data import build_transform
-from distrain.datasets import DataMeta
-from distrain.loop import check_recipe
+from distrain.datasets.base import DataMeta
 from distrain.models import build_model, forward
-from distrain.recipe_file import dump_recipe, load_recipe, parse_recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
+from distrain.training.checks import check_recipe
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

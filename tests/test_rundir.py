@@ -10,9 +10,17 @@ from typing import Any
 
 import pytest
 
-from distrain import bounded
 from distrain.config import UserError
-from distrain.rundir import Launch, MetricsFile, RunDir, append_row, effect_in_words, rows_backwards, write_atomically
+from distrain.run.folder import (
+    Launch,
+    MetricsFile,
+    RunDir,
+    append_row,
+    effect_in_words,
+    rows_backwards,
+    write_atomically,
+)
+from distrain.system import bounded_json as bounded
 
 
 @pytest.fixture

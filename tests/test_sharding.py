@@ -209,7 +209,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
     from distrain.config import UserError
     from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer
-    from distrain.strategy import Asked, Plan, build_engine, open_world
+    from distrain.parallel import Asked, Plan, build_engine, open_world
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -266,7 +266,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
     from distrain.config import UserError
     from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer, set_lr
-    from distrain.strategy import FLAGS, Asked, Plan, build_engine, open_world
+    from distrain.parallel import FLAGS, Asked, Plan, build_engine, open_world
 
     generator = torch.Generator().manual_seed(3)
     batches = torch.randn(3, 4, 5, generator=generator)

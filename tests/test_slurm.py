@@ -16,14 +16,13 @@ from runs import TINY, cli, write_recipe
 from typer.testing import CliRunner
 
 import distrain
-from distrain.cli import app
+from distrain.cli.main import app
 from distrain.config import UserError
-from distrain.inputs.code import code_of
-from distrain.launcher import LaunchPlan, configuration_file, launch_argv
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
-from distrain.slurm import queue, submitting
-from distrain.slurm.node import (
+from distrain.config.yaml import load_recipe
+from distrain.fingerprints.code import code_of
+from distrain.launchers import LaunchPlan, configuration_file, launch_argv
+from distrain.launchers.slurm import queue, submitting
+from distrain.launchers.slurm.node import (
     can_listen,
     interface_towards,
     job_name,
@@ -33,14 +32,15 @@ from distrain.slurm.node import (
     scratch_folder,
     set_environment,
 )
-from distrain.slurm.plan import Plan, is_secret, make_plan, seconds_of
-from distrain.slurm.queue import Job, passed_on
-from distrain.slurm.rendering import BODY, log_pattern, render_sbatch, template
-from distrain.slurm.sites import find_sites, load_site, read_site, site_lines
-from distrain.slurm.snapshot import copied, differences, moved, take_snapshot, write_copy
-from distrain.slurm.submitting import Prepared, Wanted, announced, prepare, submit
-from distrain.slurm.sweeps import expand, read_sweep
-from distrain.slurm.tracking import job_numbers, jobs_for
+from distrain.launchers.slurm.plan import Plan, is_secret, make_plan, seconds_of
+from distrain.launchers.slurm.queue import Job, passed_on
+from distrain.launchers.slurm.rendering import BODY, log_pattern, render_sbatch, template
+from distrain.launchers.slurm.sites import find_sites, load_site, read_site, site_lines
+from distrain.launchers.slurm.snapshot import copied, differences, moved, take_snapshot, write_copy
+from distrain.launchers.slurm.submitting import Prepared, Wanted, announced, prepare, submit
+from distrain.launchers.slurm.sweeps import expand, read_sweep
+from distrain.launchers.slurm.tracking import job_numbers, jobs_for
+from distrain.run.folder import RunDir
 
 ROOT = Path(distrain.__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -359,7 +359,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Job]:
     monkeypatch.setattr(submitting, "find_command", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(submitting, "sbatch", lambda script: str(next(numbers)))
     monkeypatch.setattr(
-        "distrain.slurm.tracking.jobs_of",
+        "distrain.launchers.slurm.tracking.jobs_of",
         lambda wanted: {id: job for id, job in jobs.items() if id.partition("_")[0] in wanted},
     )
     return jobs
@@ -387,7 +387,7 @@ def test_a_submitted_run_is_made_with_all_that_the_job_needs(cluster: dict[str, 
         assert part in told
     # distrain is run from a checkout here, so it is copied as well, and the copy comes first
     assert prepared.plan.python_path == (str(submit_folder / "distrain"),)
-    code = "import distrain; from distrain.launcher import shared_file; print(shared_file('launch', 'train.py'))"
+    code = "import distrain; from distrain.launchers import shared_file; print(shared_file('launch', 'train.py'))"
     environment = {**os.environ, "PYTHONPATH": str(submit_folder / "distrain")}
     out = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
     assert out.stdout.strip() == str(submit_folder / "distrain" / "launch" / "train.py"), out.stderr
@@ -571,7 +571,7 @@ def test_a_later_edit_changes_nothing_that_is_queued(cluster: dict[str, Job], pr
     (project / "helper.py").write_text("WIDTH = 11\n")
     (project / "net.py").unlink()
     probe = (
-        "from distrain.recipe_file import load_recipe; from distrain.config import resolve_object\n"
+        "from distrain.config.yaml import load_recipe; from distrain.config import resolve_object\n"
         f"made = resolve_object(load_recipe({str(run.recipe_path)!r}).recipe.model.name)()\n"
         "print(made.out_features)"
     )

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from runs import TINY, cli, write_recipe
 
 from distrain.config import UserError
-from distrain.recipe_file import load_recipe
-from distrain.slurm.plan import Plan, make_plan, problems_of
-from distrain.slurm.rendering import BODY
-from distrain.slurm.sites import Site, read_site
-from distrain.slurm.submitting import Prepared, Wanted, prepare
+from distrain.config.yaml import load_recipe
+from distrain.launchers.slurm.plan import Plan, make_plan, problems_of
+from distrain.launchers.slurm.rendering import BODY
+from distrain.launchers.slurm.sites import Site, read_site
+from distrain.launchers.slurm.submitting import Prepared, Wanted, prepare
 
 HOSTILE = [
     "$(touch {canary})",
@@ -371,7 +371,7 @@ def cli_here(*arguments: str) -> str:
     """Run the command in this process, with its environment; returns what it printed."""
     from typer.testing import CliRunner
 
-    from distrain.cli import app
+    from distrain.cli.main import app
 
     done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert done.exit_code == 0, done.output

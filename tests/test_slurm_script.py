@@ -16,8 +16,8 @@ from stub_slurm import StubSlurm
 from test_slurm import ROOT, plan
 
 from distrain.checkpoint import difference
-from distrain.rundir import RunDir
-from distrain.slurm.rendering import render_sbatch
+from distrain.launchers.slurm.rendering import render_sbatch
+from distrain.run.folder import RunDir
 
 BY_HAND = ROOT / "slurm" / "train.sbatch"
 BEGINS = """for run; do :; done

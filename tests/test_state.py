@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from worlds import in_world
 
 from distrain.checkpoint import LocalCommunicator, Reader, Saver, difference
-from distrain.checkpoint.dtypes import BY_TORCH_NAME, DTYPES
+from distrain.checkpoints.dtypes import BY_TORCH_NAME, DTYPES
+from distrain.checkpoints.export import export
 from distrain.config import UserError
-from distrain.consolidate import export
 from distrain.models import load_weights as start_from
 from distrain.optim import Ema
-from distrain.rundir import RunDir
-from distrain.strategy import TrainingState, load_weights, prepare_to_save
-from distrain.strategy.nested import Unstorable, decode, encode, equal, same_bits
+from distrain.parallel import TrainingState, load_weights, prepare_to_save
+from distrain.parallel.nested import Unstorable, decode, encode, equal, same_bits
+from distrain.run.folder import RunDir
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     name: getattr(kept_parts, name)
@@ -300,7 +300,7 @@ log: {every: 1 steps}
 def train_all(strategy: str, run_dirs: list[str], resumed: str | None = None) -> list[str]:
     """Train each run in this world, and the first of them once more from step 2; returns the errors."""
     from distrain.loop import train
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     world = open_world("fp32", Asked(strategy, False, False))
     errors: list[str] = []

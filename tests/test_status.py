@@ -13,16 +13,26 @@ from checkpoint_state import DESCRIBED, SPECS, cut, make_state
 from runs import TINY, cli, train, write_recipe
 from typer.testing import CliRunner
 
-from distrain import status as status_module
 from distrain.checkpoint import LocalCommunicator, Saver
-from distrain.cli import app
+from distrain.cli.main import app
 from distrain.config import UserError
-from distrain.heartbeat import Heartbeat, write_heartbeat
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir, append_row
-from distrain.slurm.queue import Job
-from distrain.slurm.tracking import note_job
-from distrain.status import STATES, Status, cancel_jobs, follow, in_words, log_file, status_of, statuses, stop_run
+from distrain.config.yaml import load_recipe
+from distrain.launchers.slurm.queue import Job
+from distrain.launchers.slurm.tracking import note_job
+from distrain.report import status as status_module
+from distrain.report.status import (
+    STATES,
+    Status,
+    cancel_jobs,
+    follow,
+    in_words,
+    log_file,
+    status_of,
+    statuses,
+    stop_run,
+)
+from distrain.run.folder import Launch, RunDir, append_row
+from distrain.run.heartbeat import Heartbeat, write_heartbeat
 
 
 @pytest.fixture
@@ -30,7 +40,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
     """What SLURM's queue says, and which jobs were cancelled."""
     known: dict[str, Job] = {}
     monkeypatch.setattr(
-        "distrain.slurm.tracking.jobs_of",
+        "distrain.launchers.slurm.tracking.jobs_of",
         lambda wanted: {id: job for id, job in known.items() if id.partition("_")[0] in wanted},
     )
 
@@ -168,10 +178,10 @@ def test_without_slurm_the_folder_tells_the_most_of_it(
     def refuses(wanted: Any) -> None:
         raise UserError("squeue refused: cannot reach the controller\nmore")
 
-    monkeypatch.setattr("distrain.slurm.tracking.jobs_of", refuses)
+    monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", refuses)
     assert one(run).state == "running"
     assert dict(in_words(one(run)))["queue"] == "not known: squeue refused: cannot reach the controller"
-    monkeypatch.setattr("distrain.slurm.tracking.jobs_of", lambda wanted: None)
+    monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", lambda wanted: None)
     assert (one(run).state, one(run).queue) == ("running", None)
 
 

@@ -18,7 +18,7 @@ from worlds import in_world, running_world
 from distrain.checkpoint import LocalCommunicator, Reader, Saver
 from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
-from distrain.strategy import (
+from distrain.parallel import (
     FLAGS,
     Environment,
     Plan,
@@ -114,7 +114,7 @@ def test_another_world_is_refused(found: Environment, expected: int | None, argv
 def open_other_world(size: str) -> str:
     os.environ["WORLD_SIZE"] = size
     # what accelerate reads at its import decides; a process group of another size cannot even form
-    from distrain.strategy import world
+    from distrain.parallel import comm as world
 
     class Small:
         process_index, num_processes, local_process_index, device = 0, 1, 0, torch.device("cpu")

@@ -12,10 +12,10 @@ from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
 from wandb_file import history
 from worlds import in_world, running_world
 
-from distrain import telemetry
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
-from distrain.telemetry import Display, Telemetry, duration
+from distrain.config.yaml import load_recipe
+from distrain.run.folder import Launch, RunDir
+from distrain.training.callbacks import trackers as telemetry
+from distrain.training.callbacks.trackers import Display, Telemetry, duration
 
 MIRRORED = TINY.replace("log: {every: 1 steps}", "log: {every: 1 steps, wandb: offline, tensorboard: true}")
 LONG = ["train.steps=60", "checkpoint.every=4 steps"]

@@ -16,16 +16,16 @@ from runs import write_recipe
 from test_heartbeat import beat, run_in
 from worlds import in_world
 
-from distrain import heartbeat
 from distrain.config import Duration, RecipeError, WatchdogSection
-from distrain.heartbeat import Heartbeat, mark, stepped
-from distrain.launcher import reported
-from distrain.recipe_file import load_recipe
-from distrain.watchdog import Limits, Watchdog, evidence, stacks
-from distrain.watchdog.autopsy import Verdict, Witness, find_culprit, record, sentence
-from distrain.watchdog.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
-from distrain.watchdog.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
-from distrain.watchdog.stragglers import Stragglers, slowest
+from distrain.config.yaml import load_recipe
+from distrain.diagnose.hang_diagnosis import Limits, Watchdog, evidence, stacks
+from distrain.diagnose.hang_diagnosis.diagnosis import Verdict, Witness, find_culprit, record, sentence
+from distrain.diagnose.hang_diagnosis.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
+from distrain.diagnose.hang_diagnosis.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
+from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
+from distrain.launchers import reported
+from distrain.run import heartbeat
+from distrain.run.heartbeat import Heartbeat, mark, stepped
 
 # --------------------------------------------------------------------------------------------------------------------
 # Who hangs
@@ -161,7 +161,7 @@ def stack(*files: str) -> list[Frame]:
     return [Frame(*(file.split("|")[0], 3, file.split("|")[1] if "|" in file else "f")) for file in files]
 
 
-LOOP, LAUNCH = f"{PACKAGE}loop/step.py", "/repo/launch/train.py"
+LOOP, LAUNCH = f"{PACKAGE}loop.py", "/repo/launch/train.py"
 
 
 def test_the_line_to_see_is_the_users() -> None:
@@ -171,7 +171,7 @@ def test_the_line_to_see_is_the_users() -> None:
         ([torch_file, "/home/me/model.py", torch_file, LOOP, LAUNCH], "/home/me/model.py"),
         ([standard, "/home/me/deep.py", "/home/me/model.py", LOOP, LAUNCH], "/home/me/deep.py"),
         ([torch_file, other, torch_file, LOOP, LAUNCH], other),
-        ([torch_file, LOOP, f"{PACKAGE}launcher/training.py", LAUNCH], LOOP),
+        ([torch_file, LOOP, f"{PACKAGE}launchers/worker.py", LAUNCH], LOOP),
         ([standard, torch_file], standard),
     ):
         found = line_to_see(stack(*files))
@@ -181,10 +181,10 @@ def test_the_line_to_see_is_the_users() -> None:
 
 
 def test_the_command_line_is_never_the_place() -> None:
-    inside, plumbing = "torch/optim/adamw.py", f"{PACKAGE}loop/step.py"
-    for tool in ("typer/main.py", "click/core.py", f"{PACKAGE}cli.py", f"{PACKAGE}cli_cluster.py"):
+    inside, plumbing = "torch/optim/adamw.py", f"{PACKAGE}loop.py"
+    for tool in ("typer/main.py", "click/core.py", f"{PACKAGE}cli/main.py", f"{PACKAGE}cli/cluster.py"):
         frames = stack(
-            f"{SITE}{inside}", plumbing, f"{PACKAGE}launcher/training.py", tool_file(tool), f"{PACKAGE}cli.py"
+            f"{SITE}{inside}", plumbing, f"{PACKAGE}launchers/worker.py", tool_file(tool), f"{PACKAGE}cli/main.py"
         )
         found = line_to_see(frames)
         assert found is not None
@@ -198,9 +198,9 @@ def tool_file(name: str) -> str:
 
 
 def test_a_call_to_the_gpu_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_device = stack(f"{SITE}torch/cuda/streams.py", f"{PACKAGE}strategy/world.py", f"{PACKAGE}loop/session.py")
+    at_device = stack(f"{SITE}torch/cuda/streams.py", f"{PACKAGE}parallel/comm.py", f"{PACKAGE}training/run_loop.py")
     elsewhere = [
-        stack("/usr/lib/python3/queue.py", f"{PACKAGE}loop/step.py"),
+        stack("/usr/lib/python3/queue.py", f"{PACKAGE}loop.py"),
         stack(f"{SITE}torch/utils/data/x.py"),
         [],
     ]
@@ -223,7 +223,7 @@ def test_whether_a_thread_waits_for_others() -> None:
         ([f"{SITE}deepspeed/comm/torch.py", LOOP], True),
         ([f"{SITE}deepspeed/runtime/zero/partition_parameters.py|wait", LOOP], True),
         ([f"{SITE}deepspeed/runtime/zero/stage3.py|step", LOOP], False),
-        ([f"{PACKAGE}strategy/engine.py|_share_buffers", LOOP], True),
+        ([f"{PACKAGE}parallel/strategy.py|_share_buffers", LOOP], True),
         ([f"{SITE}torch/autograd/graph.py|_engine_run_backward", LOOP], None),
         ([f"{SITE}torch/cuda/streams.py|synchronize", LOOP], None),
         (["/home/me/model.py", f"{SITE}torch/nn/parallel/distributed.py", LOOP], False),
@@ -235,7 +235,7 @@ def test_whether_a_thread_waits_for_others() -> None:
 
 def test_names_of_files_are_those_that_people_know() -> None:
     assert shortened(f"{SITE}torch/nn/modules/linear.py") == "torch/nn/modules/linear.py"
-    assert shortened(f"{PACKAGE}loop/step.py") == "distrain/loop/step.py"
+    assert shortened(f"{PACKAGE}loop.py") == "distrain/loop.py"
     assert shortened(str(Path.cwd() / "mine.py")) == "mine.py"
     assert shortened("/usr/lib/python3/dist-packages/six.py") == "six.py"
     assert shortened("/home/me/model.py") == "/home/me/model.py"
@@ -264,7 +264,8 @@ def test_what_faulthandler_writes_is_read() -> None:
 
 
 def test_of_a_dump_the_thread_that_trains_is_taken_once_it_is_there() -> None:
-    other = f'Thread 0x1 (most recent call first):\n  File "{PACKAGE}watchdog/__init__.py", line 3 in _watch\n'
+    watching = f"{PACKAGE}diagnose/hang_diagnosis/__init__.py"
+    other = f'Thread 0x1 (most recent call first):\n  File "{watching}", line 3 in _watch\n'
     other += f'  File "{os.path.dirname(os.__file__)}/python/threading.py", line 9 in _bootstrap\n'
     training = 'Thread 0x2 (most recent call first):\n  File "/home/me/model.py", line 12 in forward\n'
     assert evidence.main_of(parse_dump(other)) == []
@@ -496,7 +497,7 @@ def test_a_process_that_was_stopped_was_not_idle_for_so_long(tmp_path: Path, mon
             clock[0] += 3600.0  # between any two looks
             return clock[0]
 
-    monkeypatch.setattr("distrain.watchdog.time", Clock())
+    monkeypatch.setattr("distrain.diagnose.hang_diagnosis.time", Clock())
     limits = Limits(setup=60.0, step=60.0, save=60.0, evaluate=60.0)
     with Watchdog.over(run_in(tmp_path), WatchdogSection(), rank=0, world_size=1) as watchdog:
         watchdog.limits, watchdog.poll_s = limits, 0.05
@@ -663,7 +664,7 @@ def test_faults_in_words_are_those_of_this_run() -> None:
 
 
 def test_without_a_driver_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("distrain.watchdog.gpus._DRIVER", tmp_path / "none")
+    monkeypatch.setattr("distrain.diagnose.hang_diagnosis.gpus._DRIVER", tmp_path / "none")
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("it was"))
     assert gpu_faults() == []
 
@@ -675,7 +676,7 @@ def test_the_commands_are_asked_and_their_failures_left(monkeypatch: pytest.Monk
         (folder / f"{name}.txt").write_text(text)
         (folder / name).write_text(f'#!/bin/sh\ncat "{folder}/{name}.txt"\n')
         (folder / name).chmod(0o755)
-    monkeypatch.setattr("distrain.watchdog.gpus._DRIVER", tmp_path)
+    monkeypatch.setattr("distrain.diagnose.hang_diagnosis.gpus._DRIVER", tmp_path)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     assert len(gpu_faults(0.0)) == 4
     (folder / "dmesg").write_text(
@@ -683,7 +684,7 @@ def test_the_commands_are_asked_and_their_failures_left(monkeypatch: pytest.Monk
     )
     assert gpu_faults(0.0) == ["GPU 1 (00000000:86:00.0): 2 uncorrectable memory errors"]
     (folder / "nvidia-smi").write_text("#!/bin/sh\nsleep 20\n")
-    monkeypatch.setattr("distrain.watchdog.gpus._PATIENCE_S", 0.2)
+    monkeypatch.setattr("distrain.diagnose.hang_diagnosis.gpus._PATIENCE_S", 0.2)
     began = time.monotonic()
     assert gpu_faults(0.0) == []
     assert time.monotonic() - began < 10
@@ -692,7 +693,7 @@ def test_the_commands_are_asked_and_their_failures_left(monkeypatch: pytest.Monk
 def test_a_failure_of_a_gpu_comes_with_what_the_driver_reports(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("distrain.watchdog.gpu_faults", lambda: ["GPU 0000:3b:00: Xid 79"])
+    monkeypatch.setattr("distrain.diagnose.hang_diagnosis.gpu_faults", lambda: ["GPU 0000:3b:00: Xid 79"])
     run = run_in(tmp_path)
     write_recipe(run.path)
 

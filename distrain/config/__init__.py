@@ -1,6 +1,6 @@
 """The recipe: everything that a run is, validated, in plain values. Imports no torch.
 
-A recipe is one YAML file, which `distrain.recipe_file.load_recipe` reads; here is what may be written in it.
+A recipe is one YAML file, which `distrain.config.yaml.load_recipe` reads; here is what may be written in it.
 
 errors      `UserError`, `RecipeError`, `close_names`
 durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` turns them into steps
@@ -14,7 +14,6 @@ seeds       `mix`: a seed from a seed and what it is for
 from __future__ import annotations
 
 from distrain.config.durations import Duration, Horizon
-from distrain.config.errors import RecipeError, UserError, close_names
 from distrain.config.recipe import Recipe, Task
 from distrain.config.sections import (
     AnomaliesSection,
@@ -38,6 +37,7 @@ from distrain.config.sections import (
 )
 from distrain.config.seeds import mix
 from distrain.config.user_files import is_object_spec, resolve_object
+from distrain.system.errors import RecipeError, UserError, close_names
 
 __all__ = [
     "AnomaliesSection",

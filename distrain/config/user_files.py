@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from distrain.config.errors import UserError, close_names
-from distrain.output import error_line
+from distrain.system.errors import UserError, close_names
+from distrain.system.output import error_line
 
 __path__: list[str] = []  # what makes a module a package, which can have submodules
 _OBJECT_SPEC = re.compile(r".+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from distrain.config import UserError
-from distrain.datasets import Batch, Source, StreamSource, Undecodable
+from distrain.datasets.base import Batch, Source, StreamSource, Undecodable
 from distrain.datasets.transforms import Transform
 
 Place = tuple[np.ndarray, np.ndarray]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from distrain.config import UserError, close_names
-from distrain.datasets import Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
+from distrain.datasets.base import Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
 from distrain.datasets.images import ImageFiles, image_paths, pixels_from_npy
-from distrain.output import error_line
+from distrain.system.output import error_line
 
 
 @register("digits", tasks=("classification",))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from distrain.config import UserError, close_names
-from distrain.datasets import (
+from distrain.datasets.base import (
     Batch,
     Data,
     DataMeta,
@@ -24,7 +24,7 @@ from distrain.datasets import (
     register,
     split_indices,
 )
-from distrain.output import error_line, in_utf8, one_line
+from distrain.system.output import error_line, in_utf8, one_line
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"

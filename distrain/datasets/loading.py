@@ -26,9 +26,9 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from distrain.config import UserError
-from distrain.datasets import Batch
+from distrain.datasets.base import Batch
 from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
-from distrain.heartbeat import listen_in_loader
+from distrain.run.heartbeat import listen_in_loader
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where tensors pass from process to process."""

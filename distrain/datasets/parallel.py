@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from distrain.config import UserError
-from distrain.datasets import Batch, Data, DataMeta, DataRequest, register, split_indices
-from distrain.tokens import FileTokenizer
+from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, register, split_indices
+from distrain.datasets.tokens import FileTokenizer
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _UNKNOWN = 3

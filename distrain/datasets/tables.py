@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from distrain.config import Task, UserError, close_names
-from distrain.datasets import Data, DataMeta, DataRequest, TensorSource, register, split_indices
+from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource, register, split_indices
 
 if TYPE_CHECKING:  # imported where they are used: other data sets should not wait for them
     import pyarrow as pa

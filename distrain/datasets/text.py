@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from distrain.config import DataSection, FoldSplit, UserError
-from distrain.datasets import AnySource, Batch, Data, DataMeta, DataRequest, register
-from distrain.tokens import (
+from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, register
+from distrain.datasets.tokens import (
     INDEX_NAME,
     Tokenizer,
     corpus_files,

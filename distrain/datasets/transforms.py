@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
-from distrain.datasets import Batch
+from distrain.datasets.base import Batch
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
-from distrain.output import error_line
+from distrain.system.output import error_line
 
 Images = torch.Tensor | list[Any]
 """A tensor (batch, channels, height, width), or one entry for each sample while they differ in size."""

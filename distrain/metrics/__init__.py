@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from distrain.config import Component, Recipe, UserError, close_names, is_object_spec, resolve_object
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.metrics.catalogue import ENTRIES, Metric, default_metrics, find_entry
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
 from distrain.optim.arguments import argument_problems
 from distrain.optim.losses import NO_TARGET, Outputs, build_loss
-from distrain.rundir import EVALUATION_KEYS
+from distrain.run.folder import EVALUATION_KEYS
 
 __all__ = [
     "Metric",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrain.config import Task, UserError
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.optim.losses import NO_TARGET, Outputs, class_dim, fitted
 
 

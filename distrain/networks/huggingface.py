@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from distrain.bounded import SUMMARY
+from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.config import UserError, close_names
-from distrain.consolidate.beside import CONFIG
 from distrain.networks.pretrained import weights_in_their_files
+from distrain.system.bounded_json import SUMMARY
 
 PREFIX = "transformers:"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distrain.checkpoint.dtypes import DTYPES
+from distrain.checkpoints.dtypes import DTYPES
 from distrain.networks.recorder import Recorder
 from distrain.networks.weights import torch_dtype
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint.dtypes import DTYPES
+from distrain.checkpoints.dtypes import DTYPES
+from distrain.checkpoints.export import made_by_hooks, open_tensors
 from distrain.config import UserError
-from distrain.consolidate import made_by_hooks, open_tensors
 from distrain.networks.deferred import Deferred
 from distrain.networks.memory import own_tensors
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError, resolve_object
 from distrain.optim.arguments import argument_problems
-from distrain.output import error_line
+from distrain.system.output import error_line
 
 _KEYS = {
     "constant": {"warmup"},

@@ -1,7 +1,7 @@
 """Prove that a recipe goes on to the same bits: train it straight, then with kills and resumes, and compare all of it.
 
     processes.py   processes that are started, interrupted, and never left behind
-    traces.py      what each rank noted of each step (`distrain.loop.trace` writes it)
+    traces.py      what each rank noted of each step (`distrain.training.callbacks.trace` writes it)
     legs.py        a run, straight or interrupted and resumed; when and how it is interrupted
     divergence.py  where two runs in one placement part, to the bit
     tolerance.py   what must agree between placements, and how closely

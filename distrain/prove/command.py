@@ -11,11 +11,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from distrain.config import UserError
-from distrain.launcher import gpu_count
-from distrain.output import echo_error
+from distrain.launchers import gpu_count
 from distrain.prove.proof import prove
 from distrain.prove.report import Report, show
-from distrain.screen import Console
+from distrain.system.output import echo_error
+from distrain.system.terminal import Console
 
 PROVED, DIVERGED, NOT_RUN = 0, 1, 2
 """The exit statuses."""

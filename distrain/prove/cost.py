@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from distrain.config import Recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 
 def turned_on(recipe: Recipe, run: RunDir) -> bool:

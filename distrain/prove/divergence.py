@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
-from distrain.checkpoint.dtypes import ITEM_SIZES, bits_dtype
-from distrain.checkpoint.floats import FLOATS, widen
+from distrain.checkpoints.dtypes import ITEM_SIZES, bits_dtype
+from distrain.checkpoints.floats import FLOATS, widen
 from distrain.prove.legs import Attempt, Leg
 from distrain.prove.traces import Record, Values
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 _CHUNK = 1 << 20  # elements compared at a time
 

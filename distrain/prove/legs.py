@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import UserError
-from distrain.inputs import compare
-from distrain.probed import hand_on
+from distrain.fingerprints import compare
 from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
 from distrain.prove.traces import Record, read_record
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
+from distrain.run.micro_batch import hand_on
 
 _HASH_SEED = "PYTHONHASHSEED"
 

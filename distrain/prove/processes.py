@@ -19,7 +19,7 @@ if sys.platform == "linux":
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
 sys.argv[0] = "distrain"
-from distrain.cli import main
+from distrain.cli.main import main
 main()
 """
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import Recipe, UserError, close_names
+from distrain.config.yaml import load_recipe
 from distrain.prove.causes import explain, explain_elsewhere, is_generator, relevant
 from distrain.prove.cost import cost_in_words, turned_on
 from distrain.prove.divergence import OF_STEPS, Divergence, already_differs, exact
@@ -27,8 +28,7 @@ from distrain.prove.legs import (
 )
 from distrain.prove.processes import Start, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 SAVES = 6
 """Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
@@ -131,7 +131,7 @@ def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[st
     counts = list(dict.fromkeys(worlds)) or [processes]
     if not strategies:
         return [Placement(count) for count in counts]
-    from distrain.strategy import STRATEGIES  # imports torch: only where there is something to look up
+    from distrain.parallel import STRATEGIES  # imports torch: only where there is something to look up
 
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise UserError(

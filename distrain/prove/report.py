@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from distrain.output import one_line
 from distrain.prove.legs import Leg
 from distrain.prove.proof import LegResult, Proof
-from distrain.screen import Console, Table
-from distrain.telemetry import duration
+from distrain.system.output import one_line
+from distrain.system.terminal import Console, Table
+from distrain.training.callbacks.trackers import duration
 
 
 class Report:

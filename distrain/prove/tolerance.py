@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from distrain.checkpoint import Reader
-from distrain.checkpoint.dtypes import bits_dtype
-from distrain.checkpoint.floats import FLOATS, widen
+from distrain.checkpoints.dtypes import bits_dtype
+from distrain.checkpoints.floats import FLOATS, widen
 from distrain.prove.divergence import Divergence, earliest, element, not_done, shared_checkpoints
 from distrain.prove.legs import Leg
 from distrain.prove.traces import Record, Values

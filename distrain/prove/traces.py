@@ -1,4 +1,4 @@
-"""Reading what the ranks of an attempt noted (`distrain.loop.trace` writes it)."""
+"""Reading what the ranks of an attempt noted (`distrain.training.callbacks.trace` writes it)."""
 
 from __future__ import annotations
 

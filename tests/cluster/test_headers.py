@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster
 
-from distrain.slurm.plan import make_plan
-from distrain.slurm.rendering import BODY, render_sbatch
+from distrain.launchers.slurm.plan import make_plan
+from distrain.launchers.slurm.rendering import BODY, render_sbatch
 
 NAMES = [
     "plain",

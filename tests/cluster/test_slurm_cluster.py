@@ -44,7 +44,7 @@ def test_a_node_that_is_cut_off_or_switched_off_is_noticed_and_comes_back(cluste
 @pytest.mark.fault(35)
 def test_tasks_of_srun_are_refused_and_a_task_of_its_own_trains(cluster: Cluster, tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, TINY.replace("steps: 12", "steps: 4")), tmp_path / "run"
-    train = (sys.executable, "-m", "distrain.cli", "train", recipe, "--run-dir", run)
+    train = (sys.executable, "-m", "distrain", "train", recipe, "--run-dir", run)
     done = cluster.run("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=0", *train, cwd=ROOT, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: srun has started 2 tasks (SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=") == 2, done.stderr

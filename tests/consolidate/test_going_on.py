@@ -15,10 +15,10 @@ from runs import train, write_recipe
 from typer.testing import CliRunner
 
 from distrain.checkpoint import Reader, find_newest, verify
-from distrain.cli import app
+from distrain.checkpoints.export import export, import_checkpoint
+from distrain.checkpoints.export.companion_files import keep_beside
+from distrain.cli.main import app
 from distrain.config import UserError
-from distrain.consolidate import export, import_checkpoint
-from distrain.consolidate.beside import keep_beside
 from distrain.networks.weights import load_weights
 
 RECIPE = """
@@ -269,7 +269,7 @@ def test_an_export_says_what_it_leaves_out(tuned, tmp_path):
 
 
 def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("distrain.consolidate.beside._MOST", 10)
+    monkeypatch.setattr("distrain.checkpoints.export.companion_files._MOST", 10)
     (tmp_path / "base").mkdir()
     for name, size in (("tokenizer.json", 20), ("vocab.txt", 3), ("model.safetensors", 5)):
         (tmp_path / "base" / name).write_text("x" * size)

@@ -18,9 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from distrain.checkpoints.export import export, import_checkpoint, open_foreign, pickles
+from distrain.checkpoints.export.pickles import PickleRefused, read_pickle
 from distrain.config import UserError
-from distrain.consolidate import export, import_checkpoint, open_foreign, pickles
-from distrain.consolidate.pickles import PickleRefused, read_pickle
 
 
 class Canary:

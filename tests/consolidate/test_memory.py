@@ -18,7 +18,7 @@ _MEASURE = """
 import sys
 from anonymous import Peak
 with Peak() as peak:
-    from distrain.consolidate import export, import_checkpoint
+    from distrain.checkpoints.export import export, import_checkpoint
     path, out = sys.argv[1:]
     imported = import_checkpoint(path, out + "/run", step=1)
     print("import", peak.most)

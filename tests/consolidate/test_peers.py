@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import in_world
 
 from distrain.checkpoint import Reader, verify
-from distrain.consolidate import export, import_checkpoint
+from distrain.checkpoints.export import export, import_checkpoint
 
 TIED = {"head.weight": "embed.weight"}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_diabetes, load_iris
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, Source, find_dataset
+from distrain.datasets.base import Data, DataRequest, Source, find_dataset
 
 
 def build(name: str, task: Any, state: dict | None = None, **keys: Any) -> Data:

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10
 
 from distrain.config import DataSection, Recipe, UserError
 from distrain.data import build_data, build_eval_loader, build_transform
-from distrain.datasets import Data, DataRequest, find_dataset
+from distrain.datasets.base import Data, DataRequest, find_dataset
 from distrain.datasets.images import decode_image
 
 

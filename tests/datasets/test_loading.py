@@ -20,7 +20,7 @@ from worlds import in_world
 from distrain.config import UserError
 from distrain.datasets.batches import Batches
 from distrain.datasets.loading import load
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 
 class Source:
@@ -131,7 +131,7 @@ class Stuck:
 
 
 def stop_while_stuck(recipe: str, run: str) -> Any:
-    from distrain.loop import pace
+    from distrain.training import intervals as pace
 
     pace.PATIENCE_S = 1.0
     os.environ["STUCK"] = str(Path(run).with_name("stuck"))

@@ -9,7 +9,7 @@ import torch
 
 from distrain.config import Recipe, UserError
 from distrain.data import SampleOrder, build_data, build_eval_loader, build_loader
-from distrain.datasets import Data, is_stream
+from distrain.datasets.base import Data, is_stream
 
 CODE = """
 import random

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, DatasetEntry, warnings_of
+from distrain.datasets.base import Data, DataRequest, DatasetEntry, warnings_of
 from distrain.datasets.parallel import parallel_text
 
 ENTRY = DatasetEntry("parallel_text", parallel_text, ("seq2seq",))

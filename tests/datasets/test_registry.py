@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrain import datasets
 from distrain.config import DataSection, UserError
-from distrain.datasets import (
+from distrain.datasets import base as datasets
+from distrain.datasets.base import (
     DataRequest,
     DatasetEntry,
     SubsetSource,

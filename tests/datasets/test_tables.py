@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, DatasetEntry, warnings_of
+from distrain.datasets.base import Data, DataRequest, DatasetEntry, warnings_of
 from distrain.datasets.tables import table
 
 ENTRY = DatasetEntry("table", table, ("classification", "binary", "multilabel", "regression"))

@@ -14,11 +14,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-import distrain.tokens
+import distrain.datasets.tokens
 from distrain.config import DataSection, UserError
-from distrain.datasets import Data, DataRequest, DatasetEntry, text
+from distrain.datasets import text
+from distrain.datasets.base import Data, DataRequest, DatasetEntry
 from distrain.datasets.text import TokenRows
-from distrain.tokens import open_shards, read_index, tokenize_corpus
+from distrain.datasets.tokens import open_shards, read_index, tokenize_corpus
 
 BUILDERS = {"tokens": text.tokens, "text": text.text, "python_source": text.python_source}
 
@@ -244,7 +245,7 @@ def test_every_form_of_a_corpus_is_the_same(tmp_path: Path) -> None:
 
 
 def test_workers_change_nothing(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distrain.tokens, "_UNIT_BYTES", 1000)
+    monkeypatch.setattr(distrain.datasets.tokens, "_UNIT_BYTES", 1000)
     (tmp_path / "a.txt").write_text("".join(f"the cat {number}\n" for number in range(2000)))
     done: list[int] = []
     one = tokenize_corpus([tmp_path / "a.txt"], tmp_path / "one", tokenizer_file, documents="line", shard_tokens=5000)
@@ -265,7 +266,7 @@ def test_workers_change_nothing(tmp_path: Path, tokenizer_file: Path, monkeypatc
 def test_long_documents_are_cut_where_tokens_stay_the_same(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distrain.tokens, "_PIECE_BYTES", 200)
+    monkeypatch.setattr(distrain.datasets.tokens, "_PIECE_BYTES", 200)
     content = "".join(f"the cat sat on the mat {number} times\n" + "\n" * (number % 3) for number in range(100))
     (tmp_path / "a.txt").write_text(content)
     index = tokenize_corpus([tmp_path / "a.txt"], tmp_path / "out", tokenizer_file, eos=False)
@@ -276,12 +277,12 @@ def test_long_documents_are_cut_where_tokens_stay_the_same(
 
 @given(st.text(alphabet="aé🐈 \n", min_size=300, max_size=700))
 def test_cuts_fall_between_characters(content: str) -> None:
-    pieces = list(distrain.tokens._cut([content.encode()], "here"))
+    pieces = list(distrain.datasets.tokens._cut([content.encode()], "here"))
     assert b"".join(piece.text for piece in pieces) == content.encode()
     for piece in pieces:
         piece.text.decode()
     for size in (64, 65, 66, 67):
-        at = distrain.tokens._good_cut(content.encode()[:size])
+        at = distrain.datasets.tokens._good_cut(content.encode()[:size])
         assert 0 < at < size
         content.encode()[:at].decode()
 
@@ -361,5 +362,5 @@ def test_a_folder_of_splits(tmp_path: Path, tokenizer_file: Path) -> None:
 
 
 def test_tokenizing_needs_no_torch() -> None:
-    command = "import sys, distrain.tokens; sys.exit('torch' in sys.modules)"
+    command = "import sys, distrain.datasets.tokens; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

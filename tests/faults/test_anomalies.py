@@ -16,10 +16,10 @@ from worlds import in_world, running_world
 
 from distrain.checkpoint import difference, list_checkpoints, verify
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import SampleOrder
-from distrain.launcher import open_run
-from distrain.recipe_file import load_recipe
-from distrain.rundir import Launch, RunDir
+from distrain.launchers import open_run
+from distrain.run.folder import Launch, RunDir
 
 RECIPE = """
 name: spoiled
@@ -59,7 +59,7 @@ def new_run(folder: Path, name: str, *overrides: str, text: str = RECIPE, proces
 def train_each(strategy: str, run_dirs: list[str], die_after: int | None = None) -> list[tuple[str, str]]:
     """Train each run in this world; returns what each said and raised. Every rank is killed after step `die_after`."""
     from distrain import loop
-    from distrain.strategy import Asked, open_world
+    from distrain.parallel import Asked, open_world
 
     step = loop.train_step
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runs import TINY, assert_same_run, rows, train, write_recipe
 
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 DAY = 24 * 3600
@@ -33,7 +33,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "distrain.cli", "train", str(recipe), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "distrain", "train", str(recipe), "--run-dir", str(run)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for days, steps in ((400, 50), (-400, 150), (0, 250)):
             until = time.monotonic() + 60

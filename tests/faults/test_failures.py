@@ -15,7 +15,7 @@ from runs import TINY, assert_same_run, checkpoint, last, rows, train, train_ran
 from worlds import in_world, running_world
 
 from distrain.checkpoint import Reader, difference, list_checkpoints, verify
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 FAULTY = """
 name: faulty
@@ -235,7 +235,7 @@ log: {every: 1 steps}
 
 
 def scoring(recipe: str, run_dir: str, strategy: str) -> int:
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     return work(recipe, [], run_dir=run_dir, strategy=strategy)
 
@@ -374,7 +374,7 @@ def test_a_full_disk_stops_a_run_with_its_last_checkpoint(tmp_path: Path) -> Non
 
 def on_a_full_disk(recipe: str, run_dir: str, on_failure: str) -> Any:
     """Train, while the disk is full when the first two checkpoints are written by rank 0."""
-    from distrain.checkpoint import writing
+    from distrain.checkpoints import writing
 
     write, calls = writing._write_file, 0
 

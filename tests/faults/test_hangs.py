@@ -18,8 +18,8 @@ from runs import rows, write_recipe
 from worlds import running_world
 
 import distrain
-from distrain.heartbeat import read_heartbeats
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
+from distrain.run.heartbeat import read_heartbeats
 
 ROOT = Path(distrain.__file__).parent.parent
 LIMIT_S = 2.0
@@ -43,7 +43,7 @@ def hang_rank(recipe: str, run: str, overrides: list[str], strategy: str, fsync:
 
     `fsync` (rank, count): from the count-th on, that rank's synchronisations to the disk never return.
     """
-    from distrain.launcher import work
+    from distrain.launchers import work
 
     folder = Path(run).parent
     os.environ["DISTRAIN_TEST_FOLDER"] = str(folder)
@@ -147,7 +147,7 @@ def test_a_rank_whose_disk_hangs_is_named(tmp_path: Path, asynchronous: str) -> 
     # the first is of the rehearsal
     found = hung(tmp_path, 4, f"checkpoint.async={asynchronous}", fsync=(3, 2))
     assert_named(found, 3, "save", "test_hangs.py", None)
-    assert "distrain/checkpoint/writing.py" in found.failed["traceback"]
+    assert "distrain/checkpoints/writing.py" in found.failed["traceback"]
     assert ("the thread 'checkpoint-" in found.failed["message"]) == (asynchronous == "true")
 
 
@@ -257,7 +257,16 @@ def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: st
 @pytest.mark.fault(10)
 def test_the_launcher_ends_when_a_rank_is_stopped(tmp_path: Path) -> None:
     settings = ["model.where=forward", "model.how=stop", "model.rank=1", "model.at=6"]
-    command = [sys.executable, "-m", "distrain.cli", "train", write_recipe(tmp_path, TINY), "--processes", 2, *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "distrain",
+        "train",
+        write_recipe(tmp_path, TINY),
+        "--processes",
+        2,
+        *settings,
+    ]
     variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     variables["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     done = subprocess.run(

@@ -13,7 +13,7 @@ from runs import assert_same_run, last, rows, train, train_rank, write_recipe
 from worlds import running_world
 
 from distrain.checkpoint import list_checkpoints, verify
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 KILLS = int(os.environ.get("DISTRAIN_KILLS", "10"))
 """How often each run is killed; DISTRAIN_KILLS=100 makes some more hundreds of them."""

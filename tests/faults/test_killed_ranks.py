@@ -14,7 +14,7 @@ from runs import TINY, Ended, assert_same_run, last, rows, train, train_rank, wr
 from worlds import running_world
 
 from distrain.checkpoint import list_checkpoints, verify
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 RECIPE = TINY.replace("data: {name: digits, split: [0.7, 0.15, 0.15]}", 'data: {name: "own_parts:Points", samples: 48}')
 """Twelve steps; evaluated and saved every four."""
@@ -38,8 +38,9 @@ def killed_in(phase: str, recipe: str, run_dir: str) -> Ended:
     """Train; in about the seventh step, or at the second save or evaluation, rank 1 is killed in `phase`."""
     import own_parts
 
-    from distrain.checkpoint import writing
-    from distrain.loop import session, step
+    from distrain import loop as step
+    from distrain.checkpoints import writing
+    from distrain.training import run_loop as session
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -97,7 +98,7 @@ def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
 
 def hanging(recipe: str, run_dir: str) -> Ended:
     """Train; the seventh step never ends."""
-    from distrain.loop import step
+    from distrain import loop as step
 
     on_call(7, step, "loss_of", lambda: time.sleep(600))
     return train_rank(recipe, [], run_dir, None, False)
@@ -127,7 +128,7 @@ def test_a_grace_time_that_is_too_short_costs_the_steps_since_the_last_checkpoin
 
 def signalled_in_a_save(recipe: str, run_dir: str) -> Ended:
     """Train; each rank is told twice to stop while it writes the first checkpoint."""
-    from distrain.checkpoint import writing
+    from distrain.checkpoints import writing
 
     def twice() -> None:
         for number in (signal.SIGUSR1, signal.SIGTERM):

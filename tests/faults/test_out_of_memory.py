@@ -14,12 +14,12 @@ import torch
 from runs import train_rank, write_recipe
 from worlds import in_world
 
-from distrain import memory
-from distrain.launcher import unsaid_failures
-from distrain.loop import out_of_memory
-from distrain.loop.out_of_memory import advice, is_out_of_memory
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.config.yaml import load_recipe
+from distrain.diagnose import memory_advice as out_of_memory
+from distrain.diagnose.memory_advice import advice, is_out_of_memory
+from distrain.launchers import unsaid_failures
+from distrain.run.folder import RunDir
+from distrain.system import memory
 
 RECIPE = """
 name: hungry

@@ -9,9 +9,9 @@ from runs import assert_same_run, losses, rows, train, write_recipe
 from worlds import in_world
 
 from distrain.config import UserError
+from distrain.config.yaml import load_recipe
 from distrain.data import build_data, build_eval_loader
-from distrain.recipe_file import load_recipe
-from distrain.rundir import RunDir
+from distrain.run.folder import RunDir
 
 RECIPE = """
 name: damaged

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import Recipe, Task, UserError, close_names, is_object_spec
-from distrain.datasets import DataMeta
+from distrain.datasets.base import DataMeta
 from distrain.optim.arguments import argument_problems, snake, squeezed
 from distrain.optim.losses.classes import ClassLoss, is_of_tokens
 from distrain.optim.losses.elements import CtcLoss, ElementLoss, Rule

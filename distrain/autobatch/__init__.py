@@ -1,0 +1,4 @@
+"""The largest micro-batch that fits.
+
+search.py  tries sizes in processes of their own
+"""

@@ -1,0 +1,366 @@
+"""Finding `batch.micro: auto`: the largest micro-batch that fits, by trying, before the run starts.
+
+Each try is made by processes of its own, as many as the run has on this machine, which build the run's own model,
+optimizer and strategy, make two steps, and end: what a try that fails leaves behind, it leaves in them. A size fits
+where a tenth of the memory stays free: of a GPU, of the cgroup, or of the limit of a process.
+
+On CPUs it is tried only where somebody has set a limit on memory (a cgroup's, as schedulers and containers have, or
+ulimit's). The memory of the whole machine is no measure, as others take of it what they want.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrain.config import BatchSection, LogSection, Recipe, UserError
+from distrain.config.yaml import dump_recipe
+from distrain.run.micro_batch import Probed, Where, remembered
+from distrain.system import memory
+from distrain.system.memory import gib
+
+if TYPE_CHECKING:
+    from distrain.parallel import Asked
+    from distrain.run.folder import RunDir
+
+MARGIN = 0.1
+"""The share of the memory that stays free."""
+_STEPS = 2  # the optimizer's state is there from the first one on, so the second takes the most
+_PATIENCE_S = 1800.0  # for one try: a model may be compiled in it
+
+
+class CannotProbe(Exception):
+    """A try failed of something else than memory; the run itself will say it better."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """How one try went."""
+
+    fits: bool
+    peak: int = 0
+    """Bytes that each process took, at most."""
+    limit: int = 0
+    """Bytes that there are."""
+    said: str = ""
+    """Why it does not fit."""
+
+
+def settled(
+    run: RunDir, recipe: Recipe, asked: Asked, *, processes: int, here: int, gpus: int, say: Callable[[str], None]
+) -> Probed | None:
+    """Return what is newly found for a start that is about to be made, to be remembered in its run; see `find`.
+
+    None where nothing is to be found, or it is remembered from before and still holds.
+    """
+    if not wanted(recipe, gpus=gpus):
+        return None
+    before = remembered(run, Where.of(recipe, processes, asked.strategy, asked.offload))
+    if before is not None and still_holds(before, gpus=gpus, here=here):
+        return None
+    return find(recipe, asked, processes=processes, here=here, gpus=gpus, say=say)
+
+
+def wanted(recipe: Recipe, *, gpus: int) -> bool:
+    """Return whether there is something to find out by trying."""
+    return recipe.batch.micro_batch_size == "auto" and (gpus > 0 or _cpu_limit() is not None)
+
+
+def find(
+    recipe: Recipe,
+    asked: Asked,
+    *,
+    processes: int,
+    here: int,
+    gpus: int,
+    say: Callable[[str], None],
+) -> Probed | None:
+    """Return the largest micro-batch that fits, of those with which whole accumulation steps make the global batch.
+
+    `processes` are those of the run, `here` of them on this machine. Where these are fewer, each holds more of what is
+    sharded than it will in the run, and what fits here fits there. Raises UserError where not even one sample fits;
+    returns None, having said why, where something else is wrong.
+    """
+    from distrain.data import micro_batch_sizes
+
+    sizes = micro_batch_sizes(recipe.batch.global_batch_size, processes)
+    if not sizes:
+        return None  # which is refused where the run starts
+    tries: dict[int, _Tried] = {}
+
+    def fits(size: int) -> bool:
+        began = time.monotonic()
+        done = tries[size] = _try(recipe, asked, size, here, gpus)
+        peak = f", {gib(done.peak)} of {gib(done.limit)} for each process" if done.peak else ""
+        result = "fits" if done.fits else "does not fit"
+        say(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
+        return done.fits
+
+    say(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
+    try:
+        size = largest(sizes, fits)
+    except CannotProbe as error:
+        say(f"batch.micro auto: not found by trying, and taken as global / processes: {error}")
+        return None
+    if size is None:
+        raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].said}")
+    where = Where.of(recipe, processes, asked.strategy, asked.offload)
+    found = tries[size]
+    tried = tuple((each, done.fits) for each, done in tries.items())
+    return Probed(where, size, hardware(gpus), found.limit, found.peak, tried)
+
+
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the largest of the ascending `sizes` that fits, None where none does; what is larger takes no less.
+
+    The largest of all is tried first, as it mostly fits; then by halves.
+    """
+    if fits(sizes[-1]):
+        return sizes[-1]
+    fitting, not_fitting = -1, len(sizes) - 1
+    while not_fitting - fitting > 1:
+        middle = (fitting + not_fitting) // 2
+        if fits(sizes[middle]):
+            fitting = middle
+        else:
+            not_fitting = middle
+    return sizes[fitting] if fitting >= 0 else None
+
+
+def still_holds(probed: Probed, *, gpus: int, here: int) -> bool:
+    """Return whether what was found before was found on such hardware, with no more memory than there is now."""
+    if probed.hardware != hardware(gpus):
+        return False
+    # a limit that is measured is never twice the same to the byte
+    return gpus > 0 or (limit := _cpu_limit()) is None or _share(limit, here) >= 0.9 * probed.limit
+
+
+def hardware(gpus: int) -> str:
+    """Return what a run is made on here, in words: the models of the GPUs, or cpu."""
+    if not gpus:
+        return "cpu"
+    models = set()
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        try:
+            lines = file.read_text().splitlines()
+        except OSError:
+            continue
+        models |= {line.partition(":")[2].strip() for line in lines if line.startswith("Model:")}
+    return ", ".join(sorted(models)) or "gpu"
+
+
+def _cpu_limit() -> memory.Limit | None:
+    """Return the limit on memory that somebody has set here and that leaves the least, or None."""
+    found = [limit for limit in memory.limits() if limit.set_by_someone]
+    return min(found, key=lambda limit: limit.nbytes - limit.used, default=None)
+
+
+def _share(limit: memory.Limit, here: int) -> int:
+    """Return what each of `here` processes may take under a limit, all that is free being theirs."""
+    return (limit.nbytes - limit.used) // here if limit.shared else limit.nbytes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One try
+
+
+def _try(recipe: Recipe, asked: Asked, size: int, here: int, gpus: int) -> _Tried:
+    """Try a size in `here` processes; raises CannotProbe where one ends of something else than memory."""
+    quiet = recipe.model_copy(
+        update={
+            "batch": BatchSection(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=size),
+            "log": LogSection(),
+            "anomalies": type(recipe.anomalies)(),
+        }
+    )
+    limit = None if gpus else _cpu_limit()
+    folder = Path(tempfile.mkdtemp(prefix="distrain-try-"))
+    try:
+        (folder / "recipe.yaml").write_text(dump_recipe(quiet), encoding="utf-8")
+        how = {
+            "strategy": asked.strategy,
+            "offload": asked.offload,
+            # of what counts against the limit, this much may be each process's own
+            "data_limit": int(_share(limit, here) * (1 - MARGIN)) if limit is not None and limit.shared else None,
+        }
+        (folder / "how.json").write_text(json.dumps(how), encoding="utf-8")
+        return _outcome(folder, _run(folder, here), limit, here)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(folder: Path, here: int) -> list[int]:
+    """Run the processes of one try; returns their exit codes. When one fails, the others are ended."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {key: value for key, value in os.environ.items() if not key.startswith(("DISTRAIN_TRACE", "ACCELERATE_"))}
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(here)}
+    common |= {"LOCAL_WORLD_SIZE": str(here)}
+    processes = []
+    try:
+        for rank in range(here):
+            with (folder / f"said-{rank}.txt").open("wb") as said:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", _COMMAND, str(folder)],
+                        env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=said,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        until = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < until:
+            codes = [process.poll() for process in processes]
+            if all(code is not None for code in codes) or any(codes):
+                break
+            time.sleep(0.02)
+        # who fails of memory says so before the others find that it has gone
+        time.sleep(0.1)
+        return [process.poll() or 0 if process.poll() is not None else -signal.SIGTERM for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+# with -c the current folder is where modules are looked for, as for the run itself
+_COMMAND = "import sys; from distrain.autobatch.search import main; main(sys.argv[1])"
+
+
+def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: int) -> _Tried:
+    told = [_told(folder, rank) for rank in range(here)]
+    for each in told:
+        if each is not None and each["does_not_fit"]:
+            return _Tried(False, said=each["said"])
+    if -signal.SIGKILL in codes:
+        rank = codes.index(-signal.SIGKILL)
+        return _Tried(False, said=f"The kernel ended the process of rank {rank}, as it does where memory runs out.")
+    for rank, (each, code) in enumerate(zip(told, codes, strict=True)):
+        if each is None and code == -signal.SIGTERM:
+            continue  # it was ended here, because of another, or took too long
+        if each is None or each["said"]:
+            text = each["said"] if each is not None else (folder / f"said-{rank}.txt").read_text(errors="replace")
+            line = next((line for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")
+            raise CannotProbe(f"rank {rank}: {line.strip()[:300]}")
+    done = [each for each in told if each is not None]
+    if len(done) < here:
+        raise CannotProbe(f"a try took longer than {_PATIENCE_S / 60:.0f} min")
+    peak = max(each["peak"] for each in done)
+    if limit is not None:
+        return _Tried(True, peak, _share(limit, here))
+    total = min(each["total"] for each in done)
+    if peak > (1 - MARGIN) * total:
+        return _Tried(
+            False, peak, total, f"It takes {gib(peak)} of the {gib(total)} of a GPU; a tenth is to stay free."
+        )
+    return _Tried(True, peak, total)
+
+
+def _told(folder: Path, rank: int) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In a process of a try
+
+
+def main(place: str) -> None:
+    """Make the first steps of the recipe in a folder, and write there what they took."""
+    folder, rank = Path(place), int(os.environ["RANK"])
+    _stay_below(folder)
+    result: dict[str, Any] = {"does_not_fit": False, "said": "", "peak": 0, "total": 0}
+    try:
+        result |= _make_steps(folder)
+    except Exception as error:
+        from distrain.diagnose.memory_advice import is_out_of_memory
+        from distrain.training.forward import TooFewValues
+
+        # a micro-batch that is too small for a layer is none to be found, as one that is too large
+        if isinstance(error, TooFewValues):
+            result |= {"does_not_fit": True, "said": str(error)}
+        else:
+            result |= {"does_not_fit": is_out_of_memory(error), "said": f"{type(error).__name__}: {error}"}
+    temporary = folder / f".result-{rank}"
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(folder / f"result-{rank}.json")
+    sys.stdout.flush()
+    os._exit(1 if result["said"] else 0)  # at once: nothing of it is wanted any more
+
+
+def _stay_below(folder: Path) -> None:
+    """Have this process fail, alone and before others do, where it takes more than it may."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    with contextlib.suppress(OSError):  # the kernel chooses by size then
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_AS, (int(limit * (1 - MARGIN)), hard))
+    data_limit = json.loads((folder / "how.json").read_text(encoding="utf-8"))["data_limit"]
+    if data_limit is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, hard))
+
+
+def _make_steps(folder: Path) -> dict[str, int]:
+    import torch
+
+    from distrain.config.yaml import load_recipe
+    from distrain.loop import train_step
+    from distrain.parallel import Asked, open_world
+    from distrain.run.folder import Launch, RunDir
+    from distrain.training.run_loop import Session
+
+    how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
+    loaded = load_recipe(folder / "recipe.yaml")
+    asked = Asked.of(how["strategy"], how["offload"])
+    world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
+    run = RunDir(folder / "run")
+    launch = Launch.describe(world.world_size, asked.strategy, asked.offload)
+    world.first(lambda: run.create(dump_recipe(loaded.recipe), launch))
+    with Session.open(run, loaded.recipe, world) as session:
+        steps = session.loader()
+        spare: Any = None
+        for _ in range(_STEPS):
+            if (micro_batches := next(steps, None)) is None:
+                break
+            # more of them take no more memory
+            train_step(session.t, micro_batches[:2]).read()
+            if spare is None and world.device.type == "cpu" and loaded.recipe.checkpoint.asynchronous:
+                spare = torch.ones(_saved_bytes(session), dtype=torch.uint8)  # what a save copies
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+            free, total = torch.cuda.mem_get_info(world.device)
+            others = max(total - free - torch.cuda.memory_reserved(world.device), 0)
+            return {"peak": torch.cuda.max_memory_reserved(world.device) + others, "total": total}
+        limits = [limit for limit in memory.limits() if not limit.shared and limit.set_by_someone]
+        return {"peak": max([memory.peak_bytes(), *(limit.peak for limit in limits)]), "total": 0}
+
+
+def _saved_bytes(session: Any) -> int:
+    """Return how much of the state this rank writes into a checkpoint."""
+    held = session.t.engine.state.held().values()
+    return sum(each.nbytes // (session.world.world_size if each.replicated else 1) for each in held)

@@ -1,0 +1,116 @@
+"""How two checkpoints differ, in bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distrain.checkpoints.dtypes import bits_dtype
+from distrain.checkpoints.floats import FLOATS, widen
+from distrain.checkpoints.format import Manifest, explain_difference
+from distrain.checkpoints.reading import Reader
+
+_CHUNK = 1 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor whose elements differ."""
+
+    name: str
+    differing: int
+    """Elements whose bits differ."""
+    numel: int
+    max_abs: float | None
+    """Largest |a - b|, NaN when one of the two is NaN; None for other than floating-point elements."""
+    max_rel: float | None
+    """Largest |a - b| / max(|a|, |b|)."""
+
+    def __str__(self) -> str:
+        size = "" if self.max_abs is None else f", by at most {self.max_abs:.3g} ({self.max_rel:.3g} of its size)"
+        return f"{self.name}: {self.differing} of {self.numel} elements differ{size}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What `difference` found."""
+
+    listing: tuple[str, ...]
+    """How names, shapes, dtypes, aliases, the step and the scalars differ."""
+    tensors: tuple[TensorDifference, ...]
+    """Tensors of the same name, shape and dtype whose elements differ."""
+    notes: tuple[str, ...]
+    """Differences that are no part of the state of training: strategy, world size, recipe, data and code, score."""
+
+    @property
+    def identical(self) -> bool:
+        """Whether both hold the same state of training, bit for bit."""
+        return not self.listing and not self.tensors
+
+    def lines(self) -> list[str]:
+        """Return what to show a person."""
+        verdict = ["the state of training is identical, bit for bit"] if self.identical else []
+        return [*verdict, *self.listing, *map(str, self.tensors), *(f"note: {note}" for note in self.notes)]
+
+
+def difference(first: Path | str, second: Path | str, verify: bool = True) -> Difference:
+    """Compare two checkpoints tensor by tensor; raises CheckpointError when one of them does not verify."""
+    with Reader(first, verify) as a, Reader(second, verify) as b:
+        one, other = a.manifest, b.manifest
+        listing = explain_difference(one, other.specs, "the first", "the second")
+        for what in ("step", "aliases"):
+            if getattr(one, what) != getattr(other, what):
+                listing.append(f"{what}: {getattr(one, what)} in the first, {getattr(other, what)} in the second")
+        listing += _json_differences("scalars", *({**each.scalars, "inputs": None} for each in (one, other)))
+        shared = [name for name, tensor in one.tensors.items() if other.specs.get(name) == tensor.spec]
+        found = [_compare(name, one, a, b) for name in shared]
+    notes = [
+        f"{what}: {getattr(one, what)} in the first, {getattr(other, what)} in the second"
+        for what in ("strategy", "world_size", "score")
+        if getattr(one, what) != getattr(other, what)
+    ]
+    notes += ["inputs: the two differ"] if one.scalars.get("inputs") != other.scalars.get("inputs") else []
+    notes += ["recipe: the two differ"] if one.recipe != other.recipe else []
+    return Difference(tuple(listing), tuple(item for item in found if item), tuple(notes))
+
+
+def _json_differences(where: str, one: Any, other: Any) -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [
+            line
+            for key in sorted(one.keys() | other.keys())
+            for line in _json_differences(f"{where}.{key}", one.get(key, "nothing"), other.get(key, "nothing"))
+        ]
+    return [] if one == other else [f"{where}: {_short(one)} in the first, {_short(other)} in the second"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _compare(name: str, manifest: Manifest, a: Reader, b: Reader) -> TensorDifference | None:
+    spec = manifest.tensors[name].spec
+    differing, max_abs, max_rel = 0, 0.0, 0.0
+    for start in range(0, spec.numel, _CHUNK):
+        count = min(_CHUNK, spec.numel - start)
+        one, other = a.read(name, start, count), b.read(name, start, count)
+        same = one.view(bits_dtype(spec.dtype)) == other.view(bits_dtype(spec.dtype))
+        unequal = np.flatnonzero(~same.reshape(count, -1).all(1))
+        if not unequal.size:
+            continue
+        differing += unequal.size
+        if spec.dtype in FLOATS:
+            x, y = (widen(raw, spec.dtype)[unequal].astype(np.float64) for raw in (one, other))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                gap, size = np.abs(x - y), np.maximum(np.abs(x), np.abs(y))
+                share = np.divide(gap, size, out=np.zeros_like(gap), where=size != 0)
+            max_abs = float(np.maximum(max_abs, gap.max()))  # numpy's maximum lets a NaN through
+            max_rel = float(np.maximum(max_rel, share.max()))
+    if not differing:
+        return None
+    floating = spec.dtype in FLOATS
+    return TensorDifference(name, differing, spec.numel, max_abs if floating else None, max_rel if floating else None)

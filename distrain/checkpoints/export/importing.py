@@ -1,0 +1,159 @@
+"""Turn what others wrote into a checkpoint of distrain's own, with the optimizer's state where the format has it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.export.companion_files import keep_beside
+from distrain.checkpoints.export.copying import Output, write_safetensors
+from distrain.checkpoints.export.opening import COUNTED, open_foreign
+from distrain.checkpoints.export.sources import Source
+from distrain.checkpoints.format import MANIFEST, LocalCommunicator, piece_key
+from distrain.checkpoints.writing import Saver
+from distrain.config import UserError
+from distrain.run.folder import RunDir
+
+NO_OPTIMIZER = "no optimizer (it was imported without its state)"
+_KEEP_ALL = 10**9
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote."""
+
+    path: Path
+    """The checkpoint."""
+    what: str
+    """The format, in words."""
+    step: int
+    parameters: int
+    """Tensors that are parameters, without tied aliases."""
+    buffers: int
+    optimizer: str | None
+    """Class of the optimizer whose state came along; None: there is none."""
+    notes: tuple[str, ...]
+    """How things were understood."""
+    left: tuple[str, ...]
+    """What was not imported."""
+
+
+def import_checkpoint(
+    foreign: Path | str,
+    out: Path | str,
+    *,
+    format: str | None = None,
+    step: int | None = None,
+    optimizer: str | None = None,
+    with_optimizer: bool = True,
+    tied: Mapping[str, str] | None = None,
+    buffers: Sequence[str] = (),
+    trust: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Imported:
+    """Write the foreign checkpoint as `out/checkpoints/step-…`; `out` is a run's folder, or a new one that becomes one.
+
+    `step` is the number of optimizer steps done, where the format does not say it; `optimizer` the class that keeps the
+    optimizer's state (AdamW, SGD, …), where it is not known from what is kept; `with_optimizer=False` leaves that state
+    out. `format`, `trust`, `tied` and `buffers` are `open_foreign`'s; `verify=False` does not compare bytes to the
+    checksums that archives of torch hold. The checkpoint is complete or absent, and other checkpoints stay. A run
+    whose recipe builds the same model goes on from it: `distrain train RECIPE --run-dir OUT`. Raises UserError.
+    """
+    folder, recipe = _target(Path(out))
+    with open_foreign(foreign, format=format, trust=trust, tied=tied, buffers=buffers) as source:
+        if not any(name.startswith("model/") for name in source.names):
+            raise UserError(f"{source.path} holds no model, only the state of an optimizer")
+        if not with_optimizer:
+            _drop_optimizer(source)
+        notes = [note for note in source.notes if step is None or not note.endswith(COUNTED)]
+        done = step if step is not None else source.step
+        if done is None:
+            done = 0
+            notes.append("how many steps were done is not in it, and is taken for 0; --step N says otherwise")
+        if done < 0:
+            raise UserError(f"--step {done} is no number of steps")
+        has_optimizer = any(name.startswith("optimizer/") for name in source.names)
+        kind = (optimizer or source.optimizer) if has_optimizer else None
+        if optimizer and not has_optimizer:
+            raise UserError(f"{source.path} holds no optimizer's state that --optimizer {optimizer} could name")
+        if has_optimizer and kind is None:
+            raise UserError(
+                f"{source.path} holds an optimizer's state, and which class keeps it is not known from it; name it "
+                "with --optimizer (AdamW, SGD, …), or leave the state out with --no-optimizer"
+            )
+        if (folder / f"step-{done:08d}").exists() and not overwrite:
+            raise UserError(f"{folder / f'step-{done:08d}'} exists already; give another --step, or --overwrite it")
+        if verify:
+            source.verify()
+        path = _write(source, folder, done, kind, recipe)
+        if source.config is not None and source.path.is_dir():
+            notes += keep_beside(source.path, folder.parent)
+        roles = [source.spec(name).role for name in source.names]
+        return Imported(
+            path, source.what, done, roles.count("parameter"), roles.count("buffer"), kind, tuple(notes),
+            tuple(source.left),
+        )  # fmt: skip
+
+
+def _target(out: Path) -> tuple[Path, str]:
+    """Return the folder of checkpoints, and the recipe of the run that they are of."""
+    if (out / MANIFEST).exists() or out.suffix in (".safetensors", ".pt", ".pth"):
+        raise UserError(
+            f"{out} is no folder of checkpoints; name a run's folder or a new one (`distrain checkpoint export` writes "
+            "one file)"
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a run's folder, or a folder for the checkpoint")
+    run = RunDir(out)
+    if not run.exists and run.holds_other_files():
+        raise UserError(f"{out} holds files and is not a run; choose another folder")
+    return run.checkpoints, run.recipe_path.read_text(encoding="utf-8") if run.exists else ""
+
+
+def _drop_optimizer(source: Source) -> None:
+    for name in [name for name in source.names if name.startswith("optimizer/")]:
+        del source.tensors[name]
+    source.optimizer_values.clear()
+    source.optimizer_groups.clear()
+    source.left.append("the optimizer's state, as asked")
+
+
+def _write(source: Source, folder: Path, step: int, optimizer: str | None, recipe: str) -> Path:
+    specs = {name: source.spec(name) for name in source.names}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < nbytes:
+        raise UserError(f"{folder}: the checkpoint has {nbytes:,} bytes, and the disk has {free:,} left")
+    ordered = sorted(specs, key=lambda name: (-ITEM_SIZES[specs[name].dtype], name))
+    outputs = {
+        piece_key(name, 0): Output(name, specs[name], source.stored_dtype(name), specs[name].dtype)
+        for name in ordered
+        if specs[name].numel
+    }
+    scalars: dict[str, Any] = {
+        "optimizer": optimizer or NO_OPTIMIZER,
+        "optimizer_values": source.optimizer_values if optimizer else {},
+        "optimizer_groups": source.optimizer_groups if optimizer else [],
+        "optimizer_group_values": [],
+        # what a run computes from its data, it computes anew
+        "data": None,
+        "imported_from": source.what,
+    }
+    if source.config is not None:
+        scalars["transformers_config"] = source.config
+    saver = Saver(folder, LocalCommunicator(), keep=_KEEP_ALL, keep_best=_KEEP_ALL)
+    saved = saver.save_written(
+        step,
+        specs,
+        lambda path: write_safetensors(source, outputs, path, metadata=None, as_flat=True),
+        scalars=scalars,
+        aliases=source.aliases,
+        recipe=recipe,
+        strategy="imported",
+    )
+    return saved.path

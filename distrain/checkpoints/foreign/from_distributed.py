@@ -1,0 +1,196 @@
+"""Folders of torch.distributed.checkpoint: `.metadata` and `.distcp` files, as FSDP2, torchtitan and others write them.
+
+`.metadata` is a pickle that says which boxes of each tensor lie where; each box is an archive of torch.save within a
+`.distcp` file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoints.export.archive import MAX_PICKLE
+from distrain.checkpoints.export.pickles import Made, PickleRefused, View, dtype_of, read_pickle
+from distrain.checkpoints.export.sources import Block, Source, Stored
+from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, plain_names, some
+from distrain.checkpoints.foreign.from_torch import AVERAGE, MODEL, OPTIMIZER, STEP
+from distrain.checkpoints.foreign.optimizers import add_by_name
+from distrain.checkpoints.format import CheckpointError, TensorSpec
+from distrain.checkpoints.reading import open_plain
+from distrain.config import UserError
+
+METADATA = ".metadata"
+_KIND = "torch.distributed.checkpoint"
+_TENSOR = f"{_KIND}.metadata.TensorStorageMetadata"
+_BYTES = f"{_KIND}.metadata.BytesStorageMetadata"
+
+_Path = tuple[Any, ...]
+"""Keys, texts and numbers, from the outermost mapping inwards."""
+
+
+def open_folder(source: Source, folder: Path) -> None:
+    """Add model, optimizer, average and step of a folder, by the keys that they were saved under."""
+    listing = _Listing(source, folder)
+    top = {path[0] for path in listing.paths.values()}
+    if top == {"app"}:  # as PyTorch's own recipes wrap a state
+        listing.paths = {name: path[1:] or path for name, path in listing.paths.items()}
+        top = {path[0] for path in listing.paths.values()}
+    model = next((key for key in MODEL if key in top), None)
+    tensors: dict[str, dict[str, Stored]] = {"model": {}, "ema": {}}
+    states: dict[tuple[str, str], Stored] = {}
+    values: dict[tuple[str, str], Any] = {}
+    groups: dict[int | str, dict[str, Any]] = {}
+    left = []
+    for name, path in listing.paths.items():
+        first, rest = path[0], path[1:]
+        in_model = first == model if model is not None else first not in {*AVERAGE, *OPTIMIZER, *STEP}
+        if in_model and name in listing.tensors:
+            tensors["model"][".".join(map(str, rest if model is not None else path))] = listing.stored(
+                name, "parameter"
+            )
+        elif first in AVERAGE and rest == (AVERAGE_COUNT,):
+            continue
+        elif first in AVERAGE and rest and name in listing.tensors:
+            tensors["ema"][".".join(map(str, rest))] = listing.stored(name, "ema")
+        elif first in OPTIMIZER and (place := _parameter(rest)):
+            if name in listing.tensors:
+                states[place] = listing.stored(name, "optimizer")
+            else:
+                values[place] = listing.value(name)
+        elif first in OPTIMIZER and len(rest) == 3 and rest[0] == "param_groups" and name not in listing.tensors:
+            groups.setdefault(rest[1], {})[str(rest[2])] = listing.value(name)
+        elif first in STEP and not rest and name in listing.tensors:
+            source.tensors["step"] = listing.stored(name, "optimizer")
+            value = source.number("step")
+            del source.tensors["step"]
+            source.step = int(value) if value is not None and 0 <= value < 10**18 else source.step
+        elif first in STEP and not rest:
+            value = listing.value(name)
+            source.step = value if type(value) is int and 0 <= value < 10**18 else source.step
+        else:
+            left.append(name)
+    for prefix, found in tensors.items():
+        plain = plain_names(source, found)
+        source.tensors |= {f"{prefix}/{plain[name]}": stored for name, stored in found.items()}
+    if states or values:
+        add_by_name(source, states, values, [group for _, group in sorted(groups.items(), key=lambda e: str(e[0]))])
+    if left:
+        source.left.append(f"{len(left)} entries of {folder.name}: {some(left)}")
+    if not tensors["model"] and not states:
+        raise UserError(f"{folder}: found no tensors under {', '.join(MODEL)}; it holds {some(map(str, top), 8)}")
+
+
+def _parameter(rest: _Path) -> tuple[str, str] | None:
+    """Return (parameter, key) of an entry of an optimizer's state, nested or in one flat name."""
+    if len(rest) == 3 and rest[0] == "state":
+        return str(rest[1]), str(rest[2])
+    if len(rest) == 1 and str(rest[0]).startswith("state."):
+        name, _, key = str(rest[0]).removeprefix("state.").rpartition(".")
+        return (name, key) if name else None
+    return None
+
+
+class _Listing:
+    """What `.metadata` says, checked."""
+
+    def __init__(self, source: Source, folder: Path):
+        self.source = source
+        self.folder = folder
+        path = folder / METADATA
+        try:
+            with open(open_plain(path), "rb") as file:
+                if os.fstat(file.fileno()).st_size > MAX_PICKLE:
+                    raise UserError("no listing of tensors is so large")
+                metadata = read_pickle(file.read())
+        except (UserError, CheckpointError) as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{METADATA}: ')}") from error
+        content = metadata["state_dict_metadata"] if isinstance(metadata, Made) else None
+        storage = metadata["storage_data"] if isinstance(metadata, Made) else None
+        if not isinstance(content, dict) or not isinstance(storage, dict):
+            raise UserError(f"{path}: it is not the metadata of torch.distributed.checkpoint")
+        self.tensors = {name: item for name, item in content.items() if getattr(item, "kind", "") == _TENSOR}
+        self.bytes = {name for name, item in content.items() if getattr(item, "kind", "") == _BYTES}
+        self.places: dict[str, list[tuple[_Path | None, Made]]] = {}
+        for index, info in storage.items():
+            name, offset = _field(index, "fqn"), _field(index, "offset")
+            if not isinstance(name, str) or not isinstance(info, Made) or not isinstance(offset, tuple | None):
+                raise UserError(f"{path}: it does not say where its tensors are as torch does")
+            self.places.setdefault(name, []).append((offset, info))
+        planned = metadata["planner_data"]
+        self.paths: dict[str, _Path] = {}
+        for name in [*self.tensors, *self.bytes]:
+            found = planned.get(name) if isinstance(planned, dict) else None
+            flat = name.partition(".")
+            plain = isinstance(found, tuple) and found and all(isinstance(part, str | int) for part in found)
+            self.paths[name] = found if plain and found else (flat[0], flat[2]) if flat[2] else (name,)
+        self.path = path
+
+    def stored(self, name: str, role: str) -> Stored:
+        """Return where the boxes of a tensor lie."""
+        item = self.tensors[name]
+        shape, chunks = item["size"], item["chunks"]
+        properties = item["properties"]
+        state = properties.state if isinstance(properties, Made) else None
+        dtype_name = state[0] if isinstance(state, tuple) and state else (state or {}).get("dtype") if state else None
+        try:
+            dtype = dtype_of(dtype_name)
+            spec = TensorSpec(shape if isinstance(shape, tuple) else (-1,), dtype, role)
+        except (PickleRefused, CheckpointError) as error:
+            raise UserError(f"{self.path}: tensor {name!r}: {error}") from error
+        sizes = {}
+        for chunk in chunks if isinstance(chunks, list) else ():
+            offsets, extent = _field(chunk, "offsets"), _field(chunk, "sizes")
+            if not _is_shape(offsets, len(shape)) or not _is_shape(extent, len(shape)):
+                raise UserError(f"{self.path}: tensor {name!r}: a part of it has no place")
+            sizes[offsets] = extent
+        grid = spec.shape or (1,)
+        blocks = []
+        for offset, info in self.places.get(name, ()):
+            offset = offset if offset is not None else (0,) * len(shape)
+            if offset not in sizes:
+                raise UserError(f"{self.path}: tensor {name!r}: {list(offset)} is not where a part of it begins")
+            if not all(sizes[offset]):
+                continue
+            file, view = self._item(name, info)
+            if view.shape != sizes[offset] or view.dtype != dtype:
+                raise UserError(f"{file.path}: tensor {name!r} is not of the shape and dtype that {METADATA} says")
+            at, is_array = file.at(view), spec.shape != ()
+            blocks.append(
+                Block(
+                    file.file,
+                    at,
+                    view.shape if is_array else grid,
+                    view.strides if is_array else (1,),
+                    offset if is_array else (0,),
+                )
+            )
+        return Stored(spec, dtype, grid, tuple(blocks))
+
+    def _item(self, name: str, info: Made) -> tuple[TorchFile, View]:
+        file = self._open(name, info)
+        if not isinstance(file.root, View):
+            raise UserError(f"{file.path}: {name!r} is not a tensor there, as {METADATA} says")
+        return file, file.root
+
+    def _open(self, name: str, info: Made) -> TorchFile:
+        relative, offset, length = info["relative_path"], info["offset"], info["length"]
+        if info["transform_descriptors"]:
+            raise UserError(f"{self.path}: {name!r} was transformed when it was written (compressed or encrypted)")
+        if type(offset) is not int or type(length) is not int:
+            raise UserError(f"{self.path}: {name!r} has no place in a file")
+        file = self.folder / basename(relative, self.path, "a file")
+        return TorchFile(self.source, file, part=(offset, length))
+
+    def value(self, name: str) -> Any:
+        """Return what is not a tensor."""
+        places = self.places.get(name)
+        return self._open(name, places[0][1]).root if places else None
+
+
+def _field(value: Any, key: str) -> Any:
+    return value[key] if isinstance(value, Made) else None
+
+
+def _is_shape(value: Any, length: int) -> bool:
+    return isinstance(value, tuple) and len(value) == length and all(type(n) is int and n >= 0 for n in value)

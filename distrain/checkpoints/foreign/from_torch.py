@@ -1,0 +1,76 @@
+"""A file of torch.save: a state dict, or one among other things, as most trainers write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoints.export.pickles import View
+from distrain.checkpoints.export.sources import Source
+from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename, some
+from distrain.checkpoints.foreign.optimizers import add_optimizer
+from distrain.config import UserError
+
+MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
+AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")
+OPTIMIZER = ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optimizer_states")
+STEP = ("step", "global_step", "global_steps", "iteration", "iter", "num_updates")
+"""The usual keys of what trainers save together."""
+INDEX = "pytorch_model.bin.index.json"
+
+
+def open_file(source: Source, path: Path, *, trust: bool) -> None:
+    """Add the model in one file, and what lies beside it there: optimizer, average of the weights, step."""
+    file = TorchFile(source, path, trust=trust)
+    state, others = _model(file)
+    add_state_dict(source, file, state)
+    for key, value in others.items():
+        if key in OPTIMIZER and not source.wants_optimizer:
+            source.left.append(f"{path.name}: {key}")
+        elif key in OPTIMIZER:
+            several = value if isinstance(value, list) else [value]
+            for one in several[:1]:
+                add_optimizer(source, file, one, f"{path.name}: {key}")
+            if len(several) > 1:
+                source.left.append(f"{path.name}: {key}: it holds {len(several)} optimizers, all but the first")
+        elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
+            add_state_dict(source, file, value, "ema")
+        elif key in STEP and type(value) is int and 0 <= value < 10**18:
+            source.step = value
+        else:
+            source.left.append(f"{path.name}: {key}")
+
+
+def open_indexed(source: Source, index: Path, *, trust: bool) -> None:
+    """Add the tensors of the files that an index names; each must hold exactly what the index says."""
+    from distrain.checkpoints.foreign.from_safetensors import weight_map
+
+    for name, expected in weight_map(index).items():
+        file = TorchFile(source, index.parent / basename(name, index, "a file"), trust=trust)
+        state = _model(file)[0]
+        if odd := sorted({str(key) for key, value in state.items() if isinstance(value, View)} ^ expected):
+            raise UserError(
+                f"{file.path}: its tensors are not those that {index.name} lists for it, such as {odd[0]!r}"
+            )
+        add_state_dict(source, file, state)
+
+
+def _model(file: TorchFile) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Return the state dict in a file, and what else was saved with it."""
+    content = file.root
+    others: dict[Any, Any] = {}
+    for _ in range(4):
+        if not isinstance(content, dict):
+            break
+        key = next((key for key in MODEL if isinstance(content.get(key), dict)), None)
+        if key is None:
+            break
+        others |= {str(name): value for name, value in content.items() if name != key}
+        content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, View) for value in content.values()):
+        found = some(map(str, content), 8) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"{file.path}: found {found or 'an empty mapping'}; expected a state dict (names and tensors), or one "
+            f"under {', '.join(MODEL)}"
+        )
+    return content, others

@@ -1,0 +1,487 @@
+"""Write checkpoints: complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import os
+import re
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES, in_safetensors
+from distrain.checkpoints.format import (
+    MANIFEST,
+    MAX_MANIFEST,
+    VERSION,
+    CheckpointError,
+    Communicator,
+    Criterion,
+    Evaluation,
+    FileInfo,
+    Piece,
+    Saved,
+    Tensor,
+    TensorSpec,
+    canonical,
+    check_json,
+    check_tiling,
+    explain,
+    fingerprint,
+    pack_header,
+    parse_manifest,
+    piece_key,
+    rank_file_name,
+)
+from distrain.checkpoints.reading import best_first, list_checkpoints, open_plain, read_header
+from distrain.run.heartbeat import mark, progress
+
+_CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
+_LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+")
+_DAY = 24 * 60 * 60
+
+
+class _Cancelled(Exception):
+    """The save was given up."""
+
+
+@dataclass
+class _Flight:
+    """A save between `begin` and `finish`."""
+
+    step: int
+    folder: Path
+    described: dict[str, Any]
+    """What the manifest says besides files and pieces."""
+    specs: dict[str, TensorSpec]
+    began: float
+    score: float | None = None
+    """By the criterion that the best are kept by."""
+    thread: threading.Thread | None = None
+    file: FileInfo | None = None
+    error: Exception | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[bytes, list[tuple[memoryview, bool]]]:
+    """Return a file's header and, in the order of the file, each piece's bytes and whether it is `copied`."""
+    laid = []
+    for piece in pieces:
+        data = piece.data.data if isinstance(piece.data, np.ndarray) else piece.data
+        if not data.nbytes:
+            continue
+        spec = specs[piece.name]
+        numel, rest = divmod(data.nbytes, ITEM_SIZES[spec.dtype])
+        assert not rest, f"{piece.name}: {data.nbytes} bytes of {spec.dtype}"
+        assert 0 <= piece.start <= spec.numel - numel, f"{piece.name}: {numel} from {piece.start} of {spec.numel}"
+        laid.append((-ITEM_SIZES[spec.dtype], piece.name, piece.start, numel, data.cast("B"), piece.copied))
+    laid.sort(key=lambda entry: entry[:3])  # wide elements first: each tensor is then aligned to its element
+    header, reached = {}, 0
+    for _, name, start, numel, data, _ in laid:
+        assert piece_key(name, start) not in header, f"{name}: two pieces at {start}"
+        dtype, shape = in_safetensors(specs[name].dtype, (numel,))
+        header[piece_key(name, start)] = {
+            "dtype": dtype, "shape": [math.prod(shape)], "data_offsets": [reached, reached + data.nbytes]
+        }  # fmt: skip
+        reached += data.nbytes
+    return pack_header(header), [(data, copied) for *_, data, copied in laid]
+
+
+def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: threading.Event) -> FileInfo:
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "xb", buffering=1 << 20) as file:
+        for part in parts:
+            for start in range(0, len(part), _CHUNK):
+                if cancelled.is_set():
+                    raise _Cancelled
+                chunk = memoryview(part)[start : start + _CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+                progress()
+                size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileInfo(path.name, size, digest.hexdigest())
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _started(pid: int) -> int | None:
+    """Return when process `pid` of this host started, in the kernel's ticks (0: not known); None: it has ended."""
+    try:
+        os.kill(pid, 0)
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except ProcessLookupError:
+        return None
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+_HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"
+
+
+def hidden(kind: str, what: str) -> str:
+    """Return the name that `what` has while it is being written (`tmp`) or deleted (`trash`)."""
+    pid = os.getpid()
+    return f".{kind}-{what}-{_HOST}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is hidden and nobody is at work on it: its process has ended, or a day has gone by."""
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None:
+        return False
+    if match["host"] == _HOST:
+        return _started(int(match["pid"])) != int(match["start"])
+    inside = path.iterdir() if path.is_dir() else ()
+    newest = max(entry.stat(follow_symlinks=False).st_mtime for entry in (path, *inside))
+    return time.time() - newest > _DAY
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, where the system can (Linux, most local file systems)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+class Saver:
+    """Saves the state of a run into `folder`, one checkpoint at a time, and retires old ones.
+
+    The newest `keep` up to the step just saved stay, and the `keep_best` with the highest scores besides. `fence`,
+    called by rank 0 just before the publishing rename, raises when this run must not publish any more. All ranks make
+    the same calls in the same order, from the thread that may use `comm`; `rehearse`, `begin` and `finish` raise the
+    same CheckpointError on every rank, and whatever fails, the checkpoints that were there stay as they were.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        comm: Communicator,
+        *,
+        keep: int = 3,
+        keep_best: int = 1,
+        asynchronous: bool = True,
+        fence: Callable[[], None] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.comm = comm
+        self.keep = keep
+        self.keep_best = keep_best
+        self.asynchronous = asynchronous
+        self.fence = fence
+        self._flight: _Flight | None = None
+        self._buffer: mmap.mmap | None = None
+        self.criterion: Criterion | None = None
+        """By what the best are kept; None: by the scores as they are stored."""
+        self.scores: dict[str, float | None] = {}
+        """Scores by that of checkpoints, by the names of their folders, as far as they are known here."""
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step of the save that is begun and not finished."""
+        return self._flight.step if self._flight else None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write: `finish` would wait for other ranks only. Costs nothing."""
+        return self._flight is None or self._flight.thread is None or not self._flight.thread.is_alive()
+
+    def rehearse(self) -> None:
+        """Find out, before any training, that every rank can write into the folder and rank 0 sees what they write."""
+        assert self._flight is None
+        folder = self._stage("step-00000000")
+        error: Exception | None = None
+        try:
+            _write_file(folder / rank_file_name(self.comm.rank, self.comm.world_size), [bytes(8)], threading.Event())
+        except OSError as caught:
+            error = caught
+        _, errors = self._gather(None, error)
+        if self.comm.rank == 0:
+            seen = len(list(folder.glob("rank-*")))
+            if not errors and seen != self.comm.world_size:
+                errors.append(f"rank 0 sees {seen} of the {self.comm.world_size} files that the ranks wrote")
+            shutil.rmtree(folder, ignore_errors=True)
+        if errors := self.comm.broadcast(errors):
+            raise CheckpointError(f"checkpoints cannot be written to {self.folder}:\n" + "\n".join(errors)) from error
+
+    def save(self, step: int, specs: dict[str, TensorSpec], pieces: Iterable[Piece], **described: Any) -> Saved:
+        """`begin` and `finish` at once."""
+        self.begin(step, specs, pieces, **described)
+        saved = self.finish()
+        assert saved is not None
+        return saved
+
+    def begin(
+        self,
+        step: int,
+        specs: dict[str, TensorSpec],
+        pieces: Iterable[Piece],
+        *,
+        scalars: dict[str, Any],
+        aliases: dict[str, str],
+        recipe: str,
+        strategy: str,
+        score: float | None = None,
+        evaluation: Evaluation | None = None,
+        history: dict[str, Any] | None = None,
+    ) -> Saved | None:
+        """Finish the save before, then start this one; return what that one became (None: there was none).
+
+        `specs` lists all the full tensors, the same on every rank; `pieces` are this rank's, and over all ranks they
+        hold each element once. They are asked for after the save before is finished, so a generator may reuse its
+        buffers, and they are all held at once until `begin` returns. An asynchronous save then writes on a thread from
+        a copy of its own and from the pieces that say they are `copied`. A fault of one rank (a full disk, an error in
+        `pieces`) is raised by `finish`, on all of them. `score`: higher is better, and NaN is none; `evaluation` says
+        what it is a number of, and is taken for it where it is given. `history`: JSON values of rank 0's.
+        """
+        before = self.finish()
+        folder = self._stage(f"step-{step:08d}")
+        described: dict[str, Any] = {
+            "step": step, "strategy": strategy, "recipe": recipe, "scalars": scalars, "aliases": aliases,
+            "score": float(score) if score is not None and math.isfinite(score) else None,
+        }  # fmt: skip
+        if evaluation is not None:
+            described |= {"score": evaluation.score(evaluation.criterion), "evaluation": evaluation.described()}
+        if history is not None:
+            described["history"] = history
+        counts = evaluation.score(self.criterion) if evaluation and self.criterion else described["score"]
+        flight = self._flight = _Flight(step, folder, described, specs, time.monotonic(), counts)
+        try:
+            check_json(scalars, "scalars")
+            check_json(history, "history")
+            head, parts = _lay_out(specs, pieces)
+            held: list[memoryview | bytes] = [head]
+            held += self._copy(parts) if self.asynchronous else [data for data, _ in parts]
+        except Exception as error:  # one rank's fault must reach the others, which wait in finish
+            flight.error = error
+            return before
+        if self.asynchronous:
+            flight.thread = threading.Thread(target=self._write, args=(flight, held), name=f"checkpoint-{step}")
+            flight.thread.start()
+        else:
+            self._write(flight, held)
+        return before
+
+    def save_written(
+        self, step: int, specs: dict[str, TensorSpec], write: Callable[[Path], None], **described: Any
+    ) -> Saved:
+        """Publish a checkpoint whose only file `write(path)` writes itself, however large it is; in a world of one.
+
+        The file holds each tensor of `specs` that has elements as the piece that begins at 0, wide elements first.
+        """
+        assert self._flight is None
+        assert self.comm.world_size == 1
+        folder = self._stage(f"step-{step:08d}")
+        try:
+            check_json(described["scalars"], "scalars")
+            path = folder / rank_file_name(0, 1)
+            write(path)
+            digest, size = xxhash.xxh3_128(), 0
+            with open(path, "rb", buffering=0) as file:
+                buffer = memoryview(bytearray(1 << 20))
+                while count := file.readinto(buffer):
+                    digest.update(buffer[:count])
+                    size += count
+                os.fsync(file.fileno())
+            flight = _Flight(step, folder, {"step": step, "score": None} | described, specs, time.monotonic())
+            return self._publish(flight, [FileInfo(path.name, size, digest.hexdigest())])
+        except OSError as error:
+            raise CheckpointError(f"step {step} was not saved to {self.folder}: {explain(error)}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing is left of it once it is published
+
+    def _write(self, flight: _Flight, held: list[memoryview | bytes]) -> None:
+        path = flight.folder / rank_file_name(self.comm.rank, self.comm.world_size)
+        try:
+            flight.file = _write_file(path, held, flight.cancelled)
+        except Exception as error:  # carried to finish, where every rank learns of it
+            flight.error = error
+
+    def _copy(self, parts: list[tuple[memoryview, bool]]) -> list[memoryview]:
+        """Copy the parts that may change into one page-aligned buffer, which is kept for the next save."""
+        needed = sum(data.nbytes for data, copied in parts if not copied)
+        if self._buffer is None or len(self._buffer) < needed:
+            self._buffer = mmap.mmap(-1, max(needed, mmap.PAGESIZE))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a hint, which a kernel without huge pages refuses
+                    self._buffer.madvise(mmap.MADV_HUGEPAGE)
+        room, reached = np.frombuffer(self._buffer, np.uint8), 0
+        held = []
+        for data, copied in parts:
+            if not copied:
+                stay = room[reached : reached + data.nbytes]
+                np.copyto(stay, np.frombuffer(data, np.uint8))
+                reached, data = reached + data.nbytes, stay.data
+            held.append(data)
+        return held
+
+    def _stage(self, step_name: str) -> Path:
+        """Make the hidden folder that a save is written into; rank 0 makes it, all ranks return it."""
+        made: tuple[str, str | None] = ("", None)
+        if self.comm.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                made = (hidden("tmp", step_name), None)
+                (self.folder / made[0]).mkdir()
+            except OSError as error:
+                made = ("", f"rank 0 on {_HOST} cannot write there: {explain(error)}")
+        name, problem = self.comm.broadcast(made)
+        if problem:
+            raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {problem}")
+        return self.folder / name
+
+    def _gather(self, file: FileInfo | None, error: Exception | None) -> tuple[list[FileInfo | None], list[str]]:
+        """Return every rank's file, and the faults of all ranks as text."""
+        reason = error and f"rank {self.comm.rank} on {_HOST}: {explain(error)}"
+        if isinstance(error, FileNotFoundError):
+            reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
+        files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
+        return list(files), [reason for reason in reasons if reason]
+
+    def finish(self) -> Saved | None:
+        """Wait until every rank has written, publish, retire old ones; return None when nothing was begun."""
+        flight = self._flight
+        if flight is None:
+            return None
+        mark("save")
+        if flight.thread:
+            flight.thread.join()
+        files, problems = self._gather(flight.file, flight.error)
+        saved: Saved | None = None
+        error = flight.error
+        if self.comm.rank == 0:
+            try:
+                if not problems:
+                    saved = self._publish(flight, [info for info in files if info])
+            except Exception as caught:  # whatever it is, the other ranks wait for the outcome
+                error = caught
+                problems = [f"rank 0 on {_HOST}: {explain(caught)}"]
+            if problems:
+                shutil.rmtree(flight.folder, ignore_errors=True)
+        self._flight = None
+        saved, problems = self.comm.broadcast((saved, problems))
+        if problems:
+            found = "\n".join(f"  - {problem}" for problem in problems)
+            raise CheckpointError(f"step {flight.step} was not saved to {self.folder}:\n{found}") from error
+        return saved
+
+    def close(self) -> None:
+        """Give up a save that is begun and not finished, without the other ranks; for a run that ends by an error."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        flight.cancelled.set()
+        if flight.thread:
+            flight.thread.join()
+        if self.comm.rank == 0:  # what other ranks still write into it, a later save removes
+            shutil.rmtree(flight.folder, ignore_errors=True)
+
+    def _publish(self, flight: _Flight, files: list[FileInfo]) -> Saved:
+        tensors = _place_pieces(flight.folder, flight.specs, files)
+        content = flight.described | {
+            "format": "distrain",
+            "version": VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "world_size": len(files),
+            "fingerprint": fingerprint(flight.specs),
+            "files": [asdict(info) for info in files],
+            "tensors": {
+                name: {"shape": t.spec.shape, "dtype": t.spec.dtype, "role": t.spec.role, "pieces": t.pieces}
+                for name, t in tensors.items()
+            },
+        }
+        text = canonical(content)
+        text = b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:]
+        if len(text) > MAX_MANIFEST:
+            raise CheckpointError(
+                f"its {MANIFEST} would have {len(text):,} bytes, and at most {MAX_MANIFEST:,} are read"
+            )
+        parse_manifest(text)  # what cannot be read back is not published
+        _write_file(flight.folder / MANIFEST, [text], flight.cancelled)
+        sync_folder(flight.folder)
+        path = self.folder / f"step-{flight.step:08d}"
+        if self.fence:
+            self.fence()
+        trash = self.folder / hidden("trash", path.name)
+        if not os.path.lexists(path):
+            os.rename(flight.folder, path)
+        elif _exchange(flight.folder, path):
+            os.rename(flight.folder, trash)
+        else:
+            os.rename(path, trash)
+            try:
+                os.rename(flight.folder, path)
+            except OSError:
+                os.rename(trash, path)
+                raise
+        sync_folder(self.folder)
+        self.scores[path.name] = flight.score
+        retired, warnings = self._retire(flight.step)
+        nbytes = sum(info.size for info in files)
+        return Saved(path, flight.step, nbytes, time.monotonic() - flight.began, tuple(retired), tuple(warnings))
+
+    def _retire(self, step: int) -> tuple[list[str], list[str]]:
+        """Delete what need not be kept; return the names of retired checkpoints, and what could not be deleted.
+
+        Later steps than the one just saved stay: a run that went back has not made them worthless, and says so itself.
+        """
+        infos = [info for info in list_checkpoints(self.folder) if info.step <= step]
+        kept = {
+            info.step
+            for info in [*infos[: self.keep], *best_first(infos, self.scores, self.criterion)[: self.keep_best]]
+        }
+        retired, warnings = [], []
+        for info in infos:
+            if info.step not in kept:
+                try:
+                    os.rename(info.path, self.folder / hidden("trash", info.path.name))
+                    retired.append(info.path.name)
+                    self.scores.pop(info.path.name, None)
+                except OSError as error:
+                    warnings.append(f"{info.path} could not be retired: {explain(error)}")
+        own_trash = f"-{_HOST}-{os.getpid()}-"
+        for entry in self.folder.iterdir():
+            try:
+                if (entry.name.startswith(".trash-") and own_trash in entry.name) or is_leftover(entry):
+                    shutil.rmtree(entry)
+                progress()
+            except OSError as error:
+                warnings.append(f"{entry} could not be removed: {explain(error)}")
+        return retired, warnings
+
+
+def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileInfo]) -> dict[str, Tensor]:
+    """Return every tensor with its pieces, from the headers that the ranks wrote, as rank 0 sees them on disk."""
+    placed: dict[str, list[tuple[int, int, int]]] = {name: [] for name in specs}
+    for index, info in enumerate(files):
+        descriptor = open_plain(folder / info.name, info.size)
+        try:
+            for key, (_, numel, _, _) in read_header(descriptor, info.size).items():
+                name, _, start = key.rpartition("@")
+                placed[name].append((index, int(start), numel // (1 + (DTYPES[specs[name].dtype].pair is not None))))
+        finally:
+            os.close(descriptor)
+    tensors = {name: Tensor(specs[name], tuple(sorted(found, key=lambda p: p[1]))) for name, found in placed.items()}
+    for name, tensor in tensors.items():
+        check_tiling(name, tensor, len(files))
+    return tensors

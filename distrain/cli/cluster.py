@@ -1,0 +1,189 @@
+"""The commands for a SLURM cluster, which `distrain.cli.main` has among its own. Each is thin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distrain.cli.options import Json, Offload, Overrides, Strategy
+from distrain.system.output import echo, one_line
+
+
+def submit(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
+    ],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on CPUs.")] = 0,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node.", show_default="one for each GPU, else 1")
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="The time limit, such as 4:00:00.", show_default="the site's, else it must be given"),
+    ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
+        ),
+    ] = None,
+    strategy: Annotated[Strategy, typer.Option(help="As for `distrain train`.")] = Strategy.auto,
+    offload: Annotated[
+        Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
+    ] = None,
+    array: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="A run for each value; for all combinations of several.",
+            show_default="one run",
+        ),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many runs of a sweep run at a time.", show_default="as many as SLURM starts"),
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
+    ] = None,
+    mem: Annotated[
+        str | None, typer.Option(help="Memory of each node, such as 64G.", show_default="the site's, else SLURM's")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="The partition.", show_default="the site's, else SLURM's")
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="The account.", show_default="the site's, else SLURM's")] = None,
+    qos: Annotated[
+        str | None, typer.Option(help="The quality of service.", show_default="the site's, else SLURM's")
+    ] = None,
+    notice: Annotated[
+        int | None,
+        typer.Option(
+            min=5,
+            help="Seconds before the time limit to save and stop.",
+            show_default="the site's, else 120, or a third of it",
+        ),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),
+    ] = False,
+) -> None:
+    """Train on a SLURM cluster. The run goes on over time limits and preemptions until it is finished."""
+    from distrain.launchers.slurm.submitting import Wanted, announced, prepare
+    from distrain.launchers.slurm.submitting import submit as handed_in
+
+    wanted = Wanted(
+        nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
+        sbatch or [], strategy.value, offload.value if offload is not None else None, parallel,
+    )  # fmt: skip
+    prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
+    if dry_run:
+        echo(prepared.script, end="")
+        return
+    for line in announced(prepared, handed_in(prepared)):
+        echo(one_line(line))
+
+
+def sites(
+    name: Annotated[str | None, typer.Argument(metavar="[SITE]", help="One of them, or a file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the clusters that have defaults for `submit`, or the values of one."""
+    from distrain.launchers.slurm.sites import site_lines, sites_as_json
+
+    if as_json:
+        typer.echo(json.dumps(sites_as_json(name), indent=2))
+        return
+    for line in site_lines(name):
+        echo(one_line(line))
+
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+def status(
+    run: Annotated[
+        Path, typer.Argument(metavar="[RUN|SWEEP]", help="The folder of a run or sweep, or one that holds them.")
+    ] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Say how runs are doing: queue, step, what is left, loss, restarts."""
+    from distrain.report.status import as_json as told
+    from distrain.report.status import in_words, statuses, table
+    from distrain.run.folder import RunDir
+    from distrain.system.terminal import Console
+
+    found = statuses(run)
+    single = RunDir(run).exists
+    if as_json:
+        typer.echo(json.dumps(told(found[0]) if single else [told(each) for each in found], indent=2))
+    elif single:
+        echo(one_line(run))
+        for name, value in in_words(found[0]):
+            echo(one_line(f"  {name:<9} {value}"))
+    elif not found:
+        echo(f"{run} holds no runs")
+    else:
+        if problem := next((each.queue for each in found if each.queue), None):
+            echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", error=True)
+        # in a file or a pipe nothing is cut off
+        console = Console(width=None if sys.stdout.isatty() else 1000)
+        console.print(table(found, run, console.holds))
+
+
+def logs(
+    run: Folder,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run has ended; without it what is there is all.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="One process's own log.", show_default="what the job says")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last ones; 0: all.")] = 100,
+) -> None:
+    """Print what a run has to say."""
+    from distrain.report.status import follow as read_on
+    from distrain.report.status import log_file, statuses
+
+    ended = (lambda: not any(each.alive for each in statuses(run))) if follow else None
+    try:
+        for text in read_on(log_file(run, rank), lines, ended):
+            echo(text, end="")
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def cancel(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.")]) -> None:
+    """Cancel the jobs of a run at once. What was not saved is trained again when it is submitted again."""
+    from distrain.report.status import cancel_jobs
+
+    for line in cancel_jobs(run):
+        echo(one_line(line))
+
+
+def stop(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.")]) -> None:
+    """Have a run save and end, wherever it runs."""
+    from distrain.report.status import stop_run
+
+    for line in stop_run(run):
+        echo(one_line(line))

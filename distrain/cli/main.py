@@ -1,0 +1,555 @@
+"""The command `distrain`. Every command is thin: it reads its arguments, calls a room, and prints what that returns.
+
+Imports no torch, and nothing slow before the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distrain.cli import cluster as cli_cluster
+from distrain.cli.options import ChangedData, Json, Offload, Overrides, Strategy
+from distrain.config import UserError
+from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
+
+app = typer.Typer(
+    name="distrain",
+    help="Train a PyTorch model from one recipe, on whatever hardware is there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoint_app = typer.Typer(help="List, verify, compare, export and import checkpoints.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
+
+
+class Kind(StrEnum):
+    """What `distrain list` can list."""
+
+    models = "models"
+    datasets = "datasets"
+    optimizers = "optimizers"
+    losses = "losses"
+    metrics = "metrics"
+
+
+class Documents(StrEnum):
+    """What a document is in a file of text."""
+
+    file = "file"
+    line = "line"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training and using models
+
+
+@app.command()
+def train(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
+    ],
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+        ),
+    ] = False,
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp, or "
+            "single in one process."
+        ),
+    ] = Strategy.auto,
+    offload: Annotated[
+        Offload | None,
+        typer.Option(
+            help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.",
+            show_default="as the run was started, else none",
+        ),
+    ] = None,
+) -> None:
+    """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
+    echo_loading(target, on_terminal=True)
+    from distrain.launchers import start
+
+    raise typer.Exit(
+        start(
+            target,
+            overrides or [],
+            run_dir=run_dir,
+            processes=processes,
+            update=update,
+            strategy=strategy.value,
+            offload=offload.value if offload is not None else None,
+        )
+    )
+
+
+def own_process(command: str, processes: int | None = None) -> None:
+    """Have nothing of other launchers act on a command that is one process, or starts its own."""
+    from distrain.system.environment import own_start, say_ignored
+
+    say_ignored(own_start(os.environ, processes, command))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine; the score is the same for any.")
+    ] = 1,
+    changed_data: ChangedData = False,
+    as_json: Json = False,
+) -> None:
+    """Score a model on every sample of a split, each once."""
+    from distrain.launchers import start_evaluation
+
+    raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json, changed_data=changed_data))
+
+
+@app.command()
+def predict(
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    inputs: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A file or folder as the data set reads it, or a split: train, valid, test."
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o", "--out", help="A .csv or .parquet table, a .npy array, or FOLDER/ with a file for each sample."
+        ),
+    ],
+    changed_data: ChangedData = False,
+) -> None:
+    """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
+    own_process("predict")
+    from distrain.inference import predict_file
+
+    written = predict_file(target, inputs, out, changed_data=changed_data)
+    for why in written.skipped:
+        echo(f"skipped: {why}", error=True)
+    echo(f"wrote {written.samples:,} predictions to {out}")
+
+
+@app.command("prove")
+def prove_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=0, help="Interruptions of each run that is resumed.")] = 3,
+    steps: Annotated[int, typer.Option(min=6, help="How many of the recipe's first steps are trained.")] = 30,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
+    ] = None,
+    worlds: Annotated[
+        str,
+        typer.Option(help="Numbers of processes that must agree, such as 1,2,3.", show_default="that of --processes"),
+    ] = "",
+    strategies: Annotated[
+        str, typer.Option(help="Strategies that must agree, such as ddp,zero3.", show_default="the usual one")
+    ] = "",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Decides when runs are interrupted.", show_default="another each time")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep all runs there.", show_default="none is kept")
+    ] = None,
+    loss_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="For losses elsewhere.", show_default="by precision")
+    ] = None,
+    state_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="For tensors elsewhere.", show_default="by precision")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe straight, then with kills and resumes, and compare all of it to the bit."""
+    own_process("prove", processes)
+    from distrain.prove.command import run
+
+    status = run(
+        recipe,
+        overrides or [],
+        as_json=as_json,
+        kills=kills,
+        steps=steps,
+        processes=processes,
+        worlds=worlds,
+        strategies=strategies,
+        seed=seed,
+        keep=keep,
+        loss_tolerance=loss_tolerance,
+        state_tolerance=state_tolerance,
+    )
+    raise typer.Exit(status)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a cluster
+
+for command in (
+    *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
+    cli_cluster.sites,
+):
+    app.command()(command)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe file.")], overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Print the resolved recipe, each value with where it came from."""
+    from distrain.config.yaml import load_recipe
+    from distrain.config.yaml import show as shown
+
+    rows = shown(load_recipe(recipe, overrides or []))
+    if as_json:
+        typer.echo(json.dumps([{"key": key, "value": value, "from": origin} for key, value, origin in rows], indent=2))
+        return
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = min(max(len(str(value)) for _, value, _ in rows), 44)
+    for key, value, origin in rows:
+        echo(one_line(f"{key:<{key_width}}  {value!s:<{value_width}}  {origin}"))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from distrain.config.yaml import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command("list")
+def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """Print the names that a recipe may use, each with one line."""
+    for name, summary in _names(kind).items():
+        echo(one_line(f"{name:<28} {summary}"))
+
+
+def _names(kind: Kind) -> dict[str, str]:
+    match kind:
+        case Kind.models:
+            from distrain.models import find, model_names, torchvision_names
+
+            own = {name: entry.summary for name in model_names() if (entry := find(name))}
+            return own | dict.fromkeys(torchvision_names(), "torchvision.models")
+        case Kind.datasets:
+            from distrain.datasets.base import dataset_names
+
+            return dataset_names()
+        case Kind.optimizers:
+            from distrain.optim import optimizer_names
+
+            return optimizer_names()
+        case Kind.losses:
+            from distrain.optim import loss_names
+
+            return loss_names()
+        case Kind.metrics:
+            from distrain.metrics import metric_names
+
+            return metric_names()
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")]) -> None:
+    """Start a small project of your own: a model, a data set and a recipe, which train at once."""
+    from distrain.project import create_project
+
+    for path in create_project(folder):
+        echo(f"wrote {path}")
+    echo(f"Train it: distrain train {folder / 'recipe.yaml'}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False
+) -> None:
+    """List a run's checkpoints."""
+    from distrain.checkpoint import CheckpointError, checkpoint_folder, list_checkpoints, read_manifest
+
+    rows: list[dict[str, Any]] = []
+    for info in list_checkpoints(checkpoint_folder(run)):
+        try:
+            manifest = read_manifest(info.path)
+        except CheckpointError as error:
+            rows.append({"name": info.path.name, "problem": str(error)})
+            continue
+        rows.append(
+            {
+                "name": info.path.name,
+                "step": manifest.step,
+                "bytes": sum(file.size for file in manifest.files),
+                "written by": f"{manifest.world_size} x {manifest.strategy}",
+                "score": manifest.score,
+                "created": manifest.created,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        echo(f"{run} has no checkpoints")
+    for row in rows:
+        if "problem" in row:
+            echo(one_line(f"{row['name']}  {row['problem']}"))
+            continue
+        score = "" if row["score"] is None else f"  score {row['score']:.6g}"
+        size = f"{row['bytes'] / 2**20:8.1f} MiB"
+        echo(one_line(f"{row['name']}  {size}  {row['written by']:<12}  {row['created']}{score}"))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+    ],
+) -> None:
+    """Read every byte and check it against the manifest's hashes."""
+    from distrain.checkpoint import checkpoint_folder, list_checkpoints, verify
+    from distrain.checkpoints.format import MANIFEST
+    from distrain.checkpoints.reading import is_checkpoint_name
+
+    single = (target / MANIFEST).exists() or (target.is_dir() and is_checkpoint_name(target.name))
+    paths = [target] if single else [info.path for info in list_checkpoints(checkpoint_folder(target))]
+    if not paths:
+        raise UserError(f"{target} has no checkpoints")
+    bad = 0
+    for path in paths:
+        problems = verify(path)
+        bad += bool(problems)
+        echo(f"{path.name}  {'whole' if not problems else f'damaged: {one_line(problems[0])}'}")
+        for problem in problems[1:]:
+            echo(f"  {one_line(problem)}")
+    raise typer.Exit(1 if bad else 0)
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Say which tensors of two checkpoints differ, and by how much. Exit status 1 when any does."""
+    from distrain.checkpoint import difference
+
+    found = difference(a, b)
+    for line in found.lines():
+        echo(one_line(line))
+    raise typer.Exit(0 if found.identical else 1)
+
+
+Format = Annotated[
+    str | None,
+    typer.Option(help="accelerate, deepspeed, distributed, safetensors or torch.", show_default="found out"),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Open pickles that hold more than tensors, in a process which runs them; refused without it."
+    ),
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first, as is done without it.")
+]
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|FOREIGN",
+            help="A run's folder, one of its checkpoints, or what another trainer wrote.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="model.safetensors or model.pt; a folder with --shards.")],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="as trained")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="The largest size of one file, such as 5GB.", show_default="one file of any size")
+    ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema", help="The moving average of the weights, in place of the weights that are otherwise written."
+        ),
+    ] = False,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best",
+            help="The best checkpoint of a run by its score. Without it the one that a finished run exported is taken, "
+            "and of any other run the newest.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there; refused without it.")] = False,
+    no_verify: NoVerify = False,
+    format: Format = None,
+    trust: Trust = False,
+) -> None:
+    """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
+    from distrain.checkpoints.export import export, find_source
+
+    checkpoint, found = find_source(target, best=best, format=format)
+    exported = export(
+        checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite, verify=not no_verify, format=found,
+        trust=trust,
+    )  # fmt: skip
+    echo(f"wrote {out} from {checkpoint.name}")
+    _say(exported.notes, exported.left)
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    foreign: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOREIGN",
+            help="A folder of Accelerate, DeepSpeed, torch.distributed.checkpoint or Hugging Face, or a .pt or "
+            ".safetensors file.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A run's folder, whose training then goes on from it, or a new one."),
+    ],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps done.", show_default="as it says itself, else 0")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="What kept the optimizer's state, such as AdamW or SGD.",
+            show_default="as it says itself",
+        ),
+    ] = None,
+    no_optimizer: Annotated[
+        bool, typer.Option("--no-optimizer", help="Leave the optimizer's state out, which is imported without it.")
+    ] = False,
+    tied: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.", show_default="as it says itself"
+        ),
+    ] = None,
+    buffers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Names such as 'rope.*' are buffers, not parameters.",
+            show_default="by name or dtype",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint of that step; refused without it.")
+    ] = False,
+    no_verify: NoVerify = False,
+    format: Format = None,
+    trust: Trust = False,
+) -> None:
+    """Turn a checkpoint that another trainer wrote into one of distrain's own, with its optimizer's state."""
+    from distrain.checkpoints.export import import_checkpoint
+
+    pairs = [pair.partition("=") for pair in tied or []]
+    if bad := [name for name, sign, other in pairs if not (name and sign and other)]:
+        raise UserError(f"--tied {bad[0]!r} is not NAME=OTHER")
+    done = import_checkpoint(
+        foreign, out, format=format, step=step, optimizer=optimizer, with_optimizer=not no_optimizer,
+        tied={name: other for name, _, other in pairs}, buffers=buffers or [], trust=trust, overwrite=overwrite,
+        verify=not no_verify,
+    )  # fmt: skip
+    optimizer_state = f", the state of {done.optimizer}" if done.optimizer else ""
+    echo(f"wrote {done.path} from {done.what}")
+    echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
+    _say(done.notes, done.left)
+
+
+def _say(notes: Sequence[str], left: Sequence[str]) -> None:
+    for note in notes:
+        echo(f"  {one_line(note)}")
+    for what in left:
+        echo(f"  not imported: {one_line(what)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@data_app.command("tokenize")
+def data_tokenize(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Files of text, .jsonl or .parquet (or .gz), or folders of them."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of token shards.")],
+    tokenizer: Annotated[str, typer.Option(help="'bytes', or a tokenizer.json of Hugging Face tokenizers.")] = "bytes",
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard.")] = 100_000_000,
+    documents: Annotated[Documents, typer.Option(help="What a document is in a file of text.")] = Documents.file,
+    field: Annotated[str, typer.Option(help="The text's field in .jsonl and .parquet.")] = "text",
+    eos: Annotated[
+        str | None,
+        typer.Option(help="The token behind each document; 'none' for none.", show_default="the tokenizer's usual one"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Turn text into token shards that training maps into memory; they may be larger than it."""
+    from distrain.datasets.tokens import tokenize_corpus
+
+    index = tokenize_corpus(
+        paths,
+        out,
+        tokenizer,
+        shard_tokens=shard_tokens,
+        documents=documents.value,
+        field=field,
+        eos=True if eos is None else False if eos == "none" else eos,
+        workers=workers,
+    )
+    echo(
+        f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {len(index.shards)} shards, from "
+        f"{index.documents:,} documents of {index.bytes:,} bytes"
+    )
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is printed without a traceback."""
+    prepare_streams()
+    try:
+        app()
+    except UserError as error:
+        echo_error(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Recipe files: strict YAML in, a validated `Recipe` with the origin of every value out, and back. Imports no torch.
+
+strict_yaml  text -> values with their lines, and values -> text
+document     a file and overrides as one tree; relative paths made absolute
+validation   tree -> `Recipe`, or every problem at once; `json_schema`
+loading      `load_recipe`, `parse_recipe`, `dump_recipe`, `show`
+"""
+
+from __future__ import annotations
+
+from distrain.config.yaml.loading import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
+from distrain.config.yaml.validation import json_schema
+
+__all__ = ["LoadedRecipe", "dump_recipe", "json_schema", "load_recipe", "parse_recipe", "show"]

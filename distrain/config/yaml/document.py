@@ -1,0 +1,217 @@
+"""A recipe file and the overrides of a command line as one tree, with the origin of every value."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distrain.config import Recipe, RecipeError, close_names, is_object_spec
+from distrain.config.yaml.strict_yaml import Place, Tree, dotted, found_text, syntax_problem
+from distrain.system.output import in_utf8, one_line
+
+COMMAND_LINE = "command line"
+_DEFAULT = "default"
+_LARGEST_FILE = 1 << 20
+_COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
+_COMPONENT_LISTS: frozenset[Place] = frozenset(
+    {("eval", "metrics"), ("data", "transforms", "train"), ("data", "transforms", "eval")}
+)
+_PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
+_OWN_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
+"""Paths for what distrain brings along; code of the user's own is given what stands there."""
+_NO_UTF8 = "not UTF-8, and a recipe keeps text in UTF-8 alone; rename the file or folder that is called so"
+_OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a recipe file; raises RecipeError when there is none."""
+
+    def refuse(problem: str) -> RecipeError:
+        return RecipeError(str(file), [problem])
+
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        beside = [path.name for suffix in ("yaml", "yml") for path in file.parent.glob(f"*.{suffix}")]
+        raise refuse(f"there is no such file{close_names(file.name, beside)}") from None
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror}") from error
+    if len(content) > _LARGEST_FILE:
+        raise refuse("is larger than 1 MiB, which no recipe is")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise refuse(f"{file}:{line}: is not UTF-8 text") from error
+
+
+def read_tree(text: str, source: str) -> Tree:
+    """Return the mapping that a recipe's text holds; raises RecipeError, naming `source`, when it is none."""
+
+    def refuse(problem: str, line: int | None = None) -> RecipeError:
+        return RecipeError(source, [f"{source}:{line}: {problem}" if line else problem])
+
+    try:
+        tree = Tree.parse(text)
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise refuse(f"found a control character (U+{ord(text[error.position]):04X}); take it out", line) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise refuse(syntax_problem(error), mark.line + 1 if mark else None) from error
+    if not isinstance(tree.value, dict):
+        if tree.problems:
+            raise refuse(tree.problems[0][1], tree.lines[()])
+        found = "nothing" if tree.value is None else found_text(tree.value)
+        raise refuse(f"found {found}, expected a mapping of {', '.join(Recipe.model_fields)}")
+    return tree
+
+
+def _is_component(place: Place) -> bool:
+    return place in _COMPONENTS or (place[:-1] in _COMPONENT_LISTS and isinstance(place[-1], int))
+
+
+class Document:
+    """A recipe's values before validation, with the origin of each."""
+
+    def __init__(self, source: str, tree: Tree):
+        self.source = source
+        self.value: dict[str, Any] = tree.value
+        self.problems = list(tree.problems)
+        self.refused: list[str] = []
+        self.origins: dict[Place, str] = {place: f"{source}:{line}" for place, line in tree.lines.items()}
+        self.origins[()] = source
+
+    def override(self, text: str) -> None:
+        """Put what one `dotted.key=value` says into the tree, or note what is wrong with it."""
+        try:
+            place, tree = self._read_override(text)
+        except ValueError as error:
+            self.refused.append(str(error))
+            return
+        for known in [known for known in self.origins if known[: len(place)] == place]:
+            del self.origins[known]
+        self.origins[place] = COMMAND_LINE
+        self.origins |= {(*place, *inner): COMMAND_LINE for inner in tree.lines}
+        self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
+
+    def _read_override(self, text: str) -> tuple[Place, Tree]:
+        if in_utf8(text) != text:
+            raise ValueError(f"'{one_line(text)}' is {_NO_UTF8}")
+        key, equals, written = text.partition("=")
+        if not equals or not _OVERRIDE_KEY.fullmatch(key):
+            raise ValueError(f"found {text!r}, expected dotted.key=value, as in optim.lr=3e-4")
+        if not written.strip():
+            raise ValueError(f"{key}: found no value after '='; write {key}=null for nothing")
+        try:
+            tree = Tree.parse(written)
+        except yaml.MarkedYAMLError as error:
+            raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
+        except yaml.reader.ReaderError as error:
+            raise ValueError(f"{key}: {written!r} holds a control character; take it out") from error
+        holder, place = self._reach(key, re.findall(r"[^.\[\]]+", key))
+        holder[place[-1]] = tree.value
+        return place, tree
+
+    def _reach(self, key: str, parts: Sequence[str]) -> tuple[Any, Place]:
+        """Return the mapping or list that holds the last of `parts`, made where it is not there yet, and its place."""
+        holder: Any = self.value
+        place: Place = ()
+        for number, part in enumerate(parts):
+            step: str | int = part
+            if isinstance(holder, list):
+                if not part.isdecimal() or int(part) >= len(holder):
+                    held = f"indices 0 to {len(holder) - 1}" if holder else "nothing"
+                    raise ValueError(f"{key}: {dotted(place)} is a list of {held}, so it has no {part!r}")
+                step = int(part)
+            inner = (*place, step)
+            if number == len(parts) - 1:
+                return holder, inner
+            child: Any = holder[int(step)] if isinstance(holder, list) else holder.get(step)
+            if child is None:
+                child = {}
+                self.origins[inner] = COMMAND_LINE
+            elif isinstance(child, str) and _is_component(inner):
+                child = {"name": child}
+                self.origins[(*inner, "name")] = self.origins[inner]
+            elif not isinstance(child, dict | list):
+                raise ValueError(f"{key}: {dotted(inner)} is {found_text(child)}, so it has no {parts[number + 1]!r}")
+            holder[step] = child
+            holder, place = child, inner
+        raise AssertionError("a key has at least one part")
+
+    def settle(self, folder: Path) -> None:
+        """Write bare names as mappings and relative paths as absolute ones."""
+        for place, text in list(_texts(self.value)):
+            if _is_component(place):
+                _put(self.value, place, {"name": text})
+                self.origins[(*place, "name")] = self.origins[place]
+                place = (*place, "name")
+            base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
+            named_path = place in _OWN_PATHS or text.startswith(("./", "../"))
+            if text and (place in _PATHS or (named_path and not self._goes_to_own_code(place))):
+                # a path by its key, or by how it begins: no name begins so, and only a component knows its own keys
+                _put(self.value, place, _absolute(text, base))
+            elif place == ("data", "prepare") or (place[-1] == "name" and _is_component(place[:-1])):
+                file, _, name = text.rpartition(":")
+                if file.endswith(".py") and is_object_spec(text):
+                    _put(self.value, place, f"{_absolute(file, base)}:{name}")
+        self._refuse_what_is_not_utf8()
+
+    def _refuse_what_is_not_utf8(self) -> None:
+        """Note each path that became one of bytes which a recipe, being text, cannot hold."""
+        for place, text in _texts(self.value):
+            if in_utf8(text) != text:
+                self.problems.append((place, f"'{one_line(text)}' is {_NO_UTF8}"))
+
+    def _goes_to_own_code(self, place: Place) -> bool:
+        """Whether the value at `place` is an argument of the user's own class or function, which gets it as it is."""
+        for end in range(len(place) - 1, 0, -1):
+            if _is_component(place[:end]):
+                holder: Any = self.value
+                for step in place[:end]:
+                    holder = holder[step]
+                name = holder.get("name") if isinstance(holder, dict) else None
+                return isinstance(name, str) and is_object_spec(name)
+        return False
+
+    def origin(self, place: Place) -> str:
+        """Return where the value at `place` of the finished recipe came from."""
+        inside = {origin for known, origin in self.origins.items() if known[: len(place)] == place}
+        return COMMAND_LINE if COMMAND_LINE in inside else self.origins.get(place, _DEFAULT)
+
+    def error(self, problems: Sequence[tuple[Place, str]]) -> RecipeError:
+        """Return the error that lists `problems`, each with its place in the file, in the file's order."""
+        lines = [((1, 0), f"{COMMAND_LINE}: {problem}") for problem in self.refused]
+        for place, problem in problems:
+            # What is missing has no place of its own: the section it is missing from is what the user can go to.
+            near = next(place[:end] for end in range(len(place), -1, -1) if place[:end] in self.origins)
+            origin = self.origins[near]
+            line = origin.rpartition(":")[2] if near else ""
+            order = (1, 0) if origin == COMMAND_LINE else (0, int(line) if line.isdecimal() else 0)
+            lines.append((order, f"{origin}: {dotted(place)}: {problem}"))
+        return RecipeError(self.source, [line for _, line in sorted(lines, key=lambda line: line[0])])
+
+
+def _absolute(path: str, base: Path) -> str:
+    return os.path.abspath(base / os.path.expanduser(path))
+
+
+def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list):
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, (*place, step))
+
+
+def _put(tree: Any, place: Place, value: Any) -> None:
+    for step in place[:-1]:
+        tree = tree[step]
+    tree[place[-1]] = value

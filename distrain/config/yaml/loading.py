@@ -1,0 +1,76 @@
+"""Reading, writing and showing whole recipes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrain.config import Recipe
+from distrain.config.yaml.document import Document, read_text, read_tree
+from distrain.config.yaml.strict_yaml import Tree, dotted, leaves, to_yaml
+from distrain.config.yaml.validation import validate
+from distrain.system.output import one_line
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where each of its values came from."""
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    """For each dotted key of the whole recipe: "default", "FILE:LINE" or "command line"."""
+    folder: Path
+    """The recipe file's folder, against which its relative paths were resolved."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and validate the recipe at `path`.
+
+    Each of `overrides` is `dotted.key=value`, the value written as in the file: `optim.lr=3e-4`,
+    `data.split=[0.7,0.3]`, `model.layers.2.p=0.1`, `optim.clip_norm=null`. It replaces all that the key held; of two
+    for one key the later holds. Relative paths in the file are resolved against its folder, those in overrides against
+    the current one.
+
+    Raises RecipeError, listing every problem with its place.
+    """
+    file = Path(path)
+    document = Document(str(path), read_tree(read_text(file), str(path)))
+    for override in overrides:
+        document.override(override)
+    document.settle(file.parent)
+    recipe = validate(document)
+    origins = {dotted(place): document.origin(place) for place, _ in leaves(recipe.model_dump(mode="json"))}
+    return LoadedRecipe(recipe, origins, Path(os.path.abspath(file.parent)))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Return the recipe that `text`, written by `dump_recipe`, holds; `source` names it in the RecipeError.
+
+    Paths are absolute in such a text; relative ones would be of the current folder.
+    """
+    document = Document(source, read_tree(text, source))
+    document.settle(Path.cwd())
+    return validate(document)
+
+
+def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str:
+    """Return the whole recipe as YAML that reads back as an equal one; with `origins`, each line ends in its own."""
+    text = to_yaml(recipe.model_dump(mode="json"))
+    if origins is None:
+        return text
+    lines = text.splitlines()
+    tree = Tree.parse(text)
+    for place, _ in leaves(tree.value):
+        lines[tree.lines[place] - 1] += f"  # {one_line(origins[dotted(place)])}"  # a file may be called anything
+    return "\n".join(lines) + "\n"
+
+
+def show(loaded: LoadedRecipe) -> list[tuple[str, str, str]]:
+    """Return (key, value, origin) for every value of a recipe; `key=value` is how an override would write it."""
+    return [
+        (key, to_yaml([value], flow=True).strip()[1:-1], loaded.origins[key])
+        for place, value in leaves(loaded.recipe.model_dump(mode="json"))
+        for key in [dotted(place)]
+    ]

@@ -1,0 +1,461 @@
+"""The user's own data: a Dataset, or anything that can be iterated, named in the recipe as `path/to/file.py:name`."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+from torchvision.transforms.v2 import functional
+
+from distrain.config import DataSection, Task, UserError, close_names, mix, resolve_object
+from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, Source, Undecodable, split_indices
+from distrain.datasets.labels import IGNORED, TOKEN_TASKS, Labels
+from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
+from distrain.system.output import error_line
+
+_ITEM = "(inputs, targets), or a dict with 'inputs' and 'targets'"
+_SPLITS = ("train", "valid", "test")
+_TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
+_PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_position_ids")
+"""What says more of a token: that of a padded one is ignored with it, and 0 is among all such."""
+
+
+def own_data(request: DataRequest) -> Data:
+    """Build the data set of a class or function of the user's, which is called with the section's further keys.
+
+    It is also given `path` where it takes that, and `split` where it takes that: "train" and "test", or the names in
+    data.split when that is {train: ..., test: ...}. Otherwise it returns one data set, to be cut by data.split, or a
+    dict of them by split. A data set is
+
+    - a Dataset: `__len__` and `__getitem__(index)`, which gives (inputs, targets) or {"inputs": ..., "targets": ...};
+      Python's, NumPy's and PyTorch's global random states are seeded from (seed, epoch, sample) before each item;
+    - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if there, is called before a pass.
+
+    Inputs are tensors, arrays, numbers, PIL images, or dicts of these. Sequences of different lengths are padded, each
+    key by what it is or by `meta.padding`: see `_padding`. What models need to know comes from an attribute `meta` (a
+    `DataMeta`, or a dict of its fields), from `classes`, and from the first item. A method `read(path)`, if there,
+    returns a Dataset of inputs for prediction.
+    """
+    made = _made_splits(request)
+    first = made["train"]
+    meta = _meta(first, request)
+
+    def form(split: str) -> _Form:
+        return _Form.of(request, meta, split, first.name)
+
+    splits: dict[str, AnySource] = {}
+    if list(made) == ["train"] and not first.is_stream:
+        labels = _labels(first, form("train")) if request.section.stratify else None
+        for split, indices in split_indices(len(first.dataset), request.section, request.seed, labels).items():
+            splits[split] = OwnSource(first, form(split), mix(request.seed, split), indices)
+    else:
+        if isinstance(request.section.split, list) or hasattr(request.section.split, "fold"):
+            found = "is a stream" if first.is_stream else "gives its splits itself"
+            raise UserError(f"data.split: {request.section.name} {found}, and cannot be cut; take data.split out")
+        for split, each in made.items():
+            if each.is_stream:
+                splits[split] = OwnStream(each, form(split))
+            else:
+                splits[split] = OwnSource(each, form(split), mix(request.seed, split))
+
+    def read(path: Path) -> Source:
+        inputs = _Made(f"{first.name}.read", lambda: first.dataset.read(path))
+        if inputs.is_stream:
+            raise UserError(f"{inputs.name} gives a stream; expected a Dataset with __len__ and __getitem__")
+        return OwnSource(inputs, form("read"), mix(request.seed, "read"))
+
+    return Data(splits, meta, {}, read if hasattr(first.dataset, "read") else None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The user's objects
+
+
+class _Made:
+    """A data set that the user's code made, and how it is made again."""
+
+    def __init__(self, name: str, make: Callable[[], Any]):
+        self.name = name
+        self.make = make
+        self.dataset = make()
+        listed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
+        self.is_stream = isinstance(self.dataset, IterableDataset) or not listed
+        if self.is_stream and not hasattr(self.dataset, "__iter__"):
+            raise UserError(
+                f"{name} gives a {type(self.dataset).__name__}; expected a Dataset with __len__ and __getitem__, or an "
+                "iterable"
+            )
+
+    def walk(self) -> Iterator[Any]:
+        """Start a pass over a stream. A generator is used up by one, so it is made anew."""
+        return iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
+
+
+def _made_splits(request: DataRequest) -> dict[str, _Made]:
+    """Return the user's data sets by split; only `train` where there is a single one."""
+    spec, wanted = request.section.name, request.section.split
+    call, takes_split = _factory(request)
+    if takes_split:
+        names = wanted if isinstance(wanted, dict) else {"train": "train", "test": "test"}
+        return {split: _Made(spec, lambda name=name: call(split=name)) for split, name in names.items()}  # type: ignore[misc]
+    if isinstance(wanted, dict):
+        raise UserError(
+            f"data.split: {spec} takes no argument 'split' to be given {', '.join(wanted.values())}; add one"
+        )
+    whole = call()
+    if not isinstance(whole, Mapping):
+        return {"train": _Made(spec, _first_then(whole, call))}
+    if "train" not in whole or not set(whole) <= set(_SPLITS):
+        raise UserError(
+            f"{spec} gives a dict of {', '.join(map(str, whole))}; expected train, and maybe valid and test"
+        )
+    return {
+        split: _Made(spec, _first_then(whole[split], lambda split=split: call()[split]))  # type: ignore[misc]
+        for split in _SPLITS
+        if split in whole
+    }
+
+
+def _first_then(first: Any, make: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that gives `first` at its first call and what `make` gives at later ones."""
+    ready = [first]
+    return lambda: ready.pop() if ready else make()
+
+
+def _factory(request: DataRequest) -> tuple[Callable[..., Any], bool]:
+    """Return the user's function with the recipe's arguments, checked, and whether it takes `split` as well."""
+    spec, args = request.section.name, request.section.args
+    made = resolve_object(spec)
+    if not callable(made):
+        raise UserError(f"{spec} is a {type(made).__name__}; expected a class, or a function that returns a data set")
+    parameters = inspect.signature(made).parameters
+    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    problems = [
+        f"data.{key}: {spec} takes no such argument{close_names(key, [*named, *DataSection.model_fields])}"
+        for key in args
+        if key not in named and not any_key
+    ]
+    if request.section.path is not None:
+        if "path" in named or any_key:
+            args["path"] = str(request.base / request.section.path)
+        else:
+            problems.append(f"data.path: {spec} takes no argument 'path'; add one, or take data.path out")
+    problems += [
+        f"data.{key}: {spec} needs it, and it was not given"
+        for key, parameter in named.items()
+        if parameter.default is parameter.empty and key not in args and key != "split"
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+    def call(**more: Any) -> Any:
+        try:
+            return made(**args, **more)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{spec} failed: {_told(error)}") from error
+
+    return call, "split" in named
+
+
+def _told(error: Exception) -> str:
+    """Return what went wrong and the line of the user's code where it did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__] or list(frames)
+    return f"{error_line(error)} ({theirs[0].filename}:{theirs[0].lineno})"
+
+
+def _labels(made: _Made, form: _Form) -> np.ndarray:
+    """Return the class of every sample: the Dataset's own list of targets, or those of its items one by one."""
+    listed = getattr(made.dataset, "targets", None)
+    if listed is None:
+        source = OwnSource(made, form, 0)
+        listed = [source.fetch(np.array([number]))["targets"].item() for number in range(len(source))]
+    return np.asarray(listed)
+
+
+def _meta(made: _Made, request: DataRequest) -> DataMeta:
+    """Return what the data set says of itself, filled up from its first item."""
+    task = request.task
+    said = getattr(made.dataset, "meta", None)
+    if isinstance(said, Mapping):
+        known = [each.name for each in fields(DataMeta)]
+        if unknown := [key for key in said if key not in known]:
+            raise UserError(f"{made.name}: meta has an unknown key {unknown[0]!r}{close_names(str(unknown[0]), known)}")
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in said.items()
+        }
+        said = DataMeta(**values)
+    _check_padding(made.name, said)
+    meta = said if isinstance(said, DataMeta) else DataMeta()
+    if (classes := getattr(made.dataset, "classes", None)) is not None and meta.class_names is None:
+        meta = replace(meta, class_names=tuple(map(str, classes)))
+    if meta.num_classes is None and meta.class_names is not None:
+        meta = replace(meta, num_classes=len(meta.class_names))
+    if made.is_stream:
+        stream = OwnStream(made, _Form.of(request, meta, "train", made.name))
+        item = next(iter(stream), None)
+        if item is None:
+            raise UserError(f"{made.name}: the training stream has no samples")
+        batch = stream.collate([item])
+    else:
+        if len(made.dataset) == 0:
+            raise UserError(f"{made.name}: the training split has no samples")
+        batch = OwnSource(made, _Form.of(request, meta, "train", made.name), 0).fetch(np.zeros(1, np.int64))
+    inputs, targets = batch["inputs"], batch.get("targets")
+    if targets is None:
+        raise UserError(f"{made.name}: the first item has inputs and no targets; expected {_ITEM}")
+    # Tokens are sequences of any length; what has a shape of its own is measured.
+    if (
+        meta.input_shape is None
+        and isinstance(inputs, torch.Tensor)
+        and (inputs.is_floating_point() or inputs.ndim > 3)
+    ):
+        meta = replace(meta, input_shape=tuple(inputs.shape[1:]))
+    if meta.num_targets is None and task in ("regression", "multilabel"):
+        meta = replace(meta, num_targets=targets.shape[1] if targets.ndim > 1 else 1)
+    return meta
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+class OwnSource:
+    """A Dataset of the user's, or the items `indices` of it, one item at a time."""
+
+    def __init__(self, made: _Made, form: _Form, seed: int, indices: np.ndarray | None = None):
+        self.made = made
+        self.form = form
+        self.seed = seed
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.made.dataset) if self.indices is None else len(self.indices)
+
+    def fetch(self, ids: np.ndarray) -> Batch:
+        return self.fetch_at(ids, np.zeros_like(ids))
+
+    def fetch_at(self, ids: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Return the samples `ids` as in `epochs`, both (batch,) int64: a Dataset may augment them anew in each."""
+        samples = []
+        numbers = ids if self.indices is None else self.indices[ids]
+        with isolated_randomness():
+            seeds = stream_of(self.seed, epochs, ids).tolist()
+            for sample, number, seed in zip(ids.tolist(), numbers.tolist(), seeds, strict=True):
+                seed_globally(seed)
+                try:
+                    item = self.made.dataset[number]
+                except Exception as error:
+                    told = f"{self.made.name}: item {number} cannot be read: {_told(error)}"
+                    raise (Undecodable(sample, told) if Undecodable.is_why(error) else UserError(told)) from error
+                samples.append(_pair(item, f"{self.made.name}: item {number}"))
+        batch = collate(samples, self.form)
+        if found := self.form.problem(batch):
+            row, problem = found
+            raise UserError(
+                f"{self.made.name}: item {numbers[row]}, sample {ids[row]} of its split: {problem}; mend the item or "
+                "leave it out"
+            )
+        return {**batch, "ids": torch.from_numpy(ids)}
+
+
+class OwnStream:
+    """An iterable of the user's."""
+
+    def __init__(self, made: _Made, form: _Form):
+        self.made = made
+        self.form = form
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the user's iterable which pass comes next, if it wants to know."""
+        if hasattr(self.made.dataset, "set_epoch"):
+            self.made.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, int]]:
+        """Yield (inputs, targets or None, number) of one item after the other."""
+        number = 0
+        try:
+            for item in self.made.walk():
+                yield *_pair(item, f"{self.made.name}: item {number} of the stream"), number
+                number += 1
+        except UserError:
+            raise
+        except Exception as error:
+            where = f"{self.made.name}: item {number} of the stream"
+            raise UserError(f"{where} cannot be read: {_told(error)}") from error
+
+    def collate(self, samples: list[tuple[Any, Any, int]]) -> Batch:
+        batch = collate(samples, self.form)
+        if found := self.form.problem(batch):
+            row, problem = found
+            raise UserError(
+                f"{self.made.name}: item {samples[row][2]} of the stream: {problem}; mend the item or leave it out"
+            )
+        return batch
+
+
+def _pair(item: Any, name: str) -> tuple[Any, Any]:
+    """Return (inputs, targets or None) of an item; `name` says which for the error."""
+    if isinstance(item, Mapping) and "inputs" in item and set(item) <= {"inputs", "targets"}:
+        return item["inputs"], item.get("targets")
+    if isinstance(item, tuple | list) and len(item) in (1, 2):
+        return item[0], item[1] if len(item) == 2 else None
+    found = f"a dict of {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+    raise UserError(f"{name} is {found}, expected {_ITEM}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Items to batches
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the items of a split become."""
+
+    name: str
+    """Of the data set, for errors."""
+    task: Task
+    pad_id: int | None
+    padding: Mapping[str, float]
+    dtype: torch.dtype
+    labels: Labels
+
+    @classmethod
+    def of(cls, request: DataRequest, meta: DataMeta, split: str, name: str) -> _Form:
+        known = {
+            "language_modeling": meta.vocab_size,
+            "seq2seq": meta.target_vocab_size if meta.target_vocab_size is not None else meta.vocab_size,
+        }.get(request.task, meta.num_classes)
+        return cls(name, request.task, meta.pad_id, meta.padding or {}, request.dtype, request.labels(split, known))
+
+    def problem(self, batch: Batch) -> tuple[int, str] | None:
+        """Return the row of the first target that is none, and what is wrong with it; None where all are fine."""
+        return self.labels.problem(batch["targets"]) if "targets" in batch else None
+
+    def image(self, value: Any) -> torch.Tensor:
+        """Return an input as a tensor: that of `tensor`, and black and white as bytes."""
+        return self.tensor(value.convert("L") if isinstance(value, Image.Image) and value.mode == "1" else value)
+
+    def tensor(self, value: Any) -> torch.Tensor:
+        if isinstance(value, Image.Image):
+            if value.mode.startswith("I;16"):  # in the order of bytes of this machine
+                return torch.from_numpy(np.asarray(value).astype(np.uint16))[None]
+            return functional.pil_to_tensor(value)
+        try:
+            tensor = torch.as_tensor(value)
+            if self.dtype == torch.float64 and tensor.dtype == torch.float32 and not hasattr(value, "dtype"):
+                tensor = torch.as_tensor(value, dtype=self.dtype)  # Python's own numbers, which torch has rounded
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = type(value).__name__
+            raise UserError(
+                f"{self.name}: a {found} cannot become a tensor ({error}); expected numbers or arrays"
+            ) from error
+        # NumPy's and Python's default of 64 bits is seldom meant, and weights of 32 bits cannot be multiplied with it.
+        return tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor
+
+    def targets(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return targets in the type of the task: int64 for classes and tokens, floats otherwise."""
+        if self.task in ("classification", *TOKEN_TASKS):
+            if targets.is_floating_point():
+                raise UserError(f"{self.name}: targets are {targets.dtype}; task {self.task} expects whole numbers")
+            return targets.to(torch.int64)
+        return targets.to(self.dtype)
+
+
+def collate(samples: Sequence[tuple[Any, ...]], form: _Form) -> Batch:
+    """Return samples as one batch, without `ids`.
+
+    Sequences (one or two dimensions, the first of them time) of different lengths are padded at the end. Images of
+    different sizes become a list, for a transform to make equal.
+    """
+    inputs = [sample[0] for sample in samples]
+    batch: Batch = {}
+    if isinstance(inputs[0], Mapping):
+        batch["inputs"] = {key: _joined([form.image(each[key]) for each in inputs], key, form) for key in inputs[0]}
+    else:
+        tensors = [form.image(each) for each in inputs]
+        ragged = tensors[0].ndim == 3 and len({tensor.shape for tensor in tensors}) > 1
+        batch["inputs"] = tensors if ragged else _joined(tensors, "inputs", form)
+    if samples[0][1] is not None:
+        batch["targets"] = form.targets(_joined([form.tensor(sample[1]) for sample in samples], "targets", form))
+    return batch
+
+
+def _joined(tensors: list[torch.Tensor], key: str, form: _Form) -> torch.Tensor:
+    """Stack tensors, after padding their first dimension to the longest."""
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) == 1:
+        return torch.stack(tensors)
+    what = f"{form.name}: {key}" if key in ("inputs", "targets") else f"{form.name}: inputs {key!r}"
+    if len({shape[1:] for shape in shapes}) > 1 or not all(len(shape) in (1, 2) for shape in shapes):
+        raise UserError(
+            f"{what} of one batch have the shapes {', '.join(map(str, sorted(shapes)))}; expected equal ones"
+        )
+    value = _padding(tensors, key, what, form)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> float:
+    """Return what sequences of different lengths are padded with.
+
+    That is what `meta.padding` says of the key. Without it `pad_id` for tokens (0, if no token is 0), 0 for masks,
+    positions, types and floats, and for targets what the loss leaves out. What these do not cover is refused: nothing
+    that pads may be taken for what was measured.
+    """
+    if key in form.padding:
+        return form.padding[key]
+    give = f"give it a padding of its own, as in meta = {{'padding': {{{key!r}: 0}}}}"
+    if key == "targets":
+        if form.labels.ignored is not None:
+            return form.labels.ignored
+        raise UserError(
+            f"{what} of one batch have different lengths, and no number stands for none; give targets of one length, "
+            f"set loss.ignore_index where the loss has one, or {give}"
+        )
+    first = tensors[0]
+    if first.is_floating_point():
+        if key.endswith("mask") and any(bool((each < 0).any()) for each in tensors):
+            raise UserError(
+                f"{what} are of different lengths and below 0, as a mask that is added, where 0 leaves a token in; "
+                f"{give.replace(': 0', ': -10000')}"
+            )
+        return 0
+    if key == "special_tokens_mask":
+        return 1
+    if (key.endswith("mask") and "padding" not in key) or key in _PLACE_KEYS:
+        return 0
+    if key.endswith("labels"):
+        return IGNORED
+    if key in ("inputs", *_TOKEN_KEYS) and first.dtype != torch.bool:
+        if form.pad_id is not None:
+            return form.pad_id
+        if any(bool((each == 0).any()) for each in tensors):
+            raise UserError(
+                f"{what} of one batch have different lengths, and 0, which they would be padded with, is among them; "
+                "say what pads them in meta, as {'pad_id': 0}, in a number that stands for nothing else"
+            )
+        return 0
+    raise UserError(
+        f"{what} of one batch have different lengths, and it is not known what pads them ({first.dtype}); {give}, with "
+        "a number that stands for nothing else"
+    )
+
+
+def _check_padding(name: str, meta: Any) -> None:
+    padding = getattr(meta, "padding", None)
+    if padding is None:
+        return
+    fits = isinstance(padding, Mapping) and all(isinstance(each, int | float) for each in padding.values())
+    if not fits:
+        raise UserError(f"{name}: meta's padding is {padding!r}; expected a dict of a number for each key")

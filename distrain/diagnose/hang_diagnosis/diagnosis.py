@@ -1,0 +1,236 @@
+"""Which rank a run hangs on, from what all of them have written. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distrain.diagnose.hang_diagnosis.stacks import Frame, Where
+from distrain.run.heartbeat import HANG, Heartbeat
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What is known of a rank when a run hangs."""
+
+    rank: int
+    beat: Heartbeat | None
+    """What it last wrote; None where it has never begun."""
+    silent_s: float | None = None
+    """Seconds for which nothing came from it; None for a rank that answers."""
+    state: str | None = None
+    """The kernel's letter for its process, of a silent rank on the machine of who looks; '' where it has ended."""
+    line: Frame | None = None
+    """Where a silent rank was when its stack was last written without its help."""
+
+    @property
+    def where(self) -> Where | None:
+        """Where it is, by its own words."""
+        return Where.of(self.beat.stalled) if self.beat is not None else None
+
+    @property
+    def host(self) -> str:
+        return self.beat.host if self.beat is not None else "an unknown machine"
+
+    def evidence(self, name: str) -> Any:
+        """Return something that the rank has noted beside where it is."""
+        return (self.beat.stalled or {}).get(name) if self.beat is not None else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who hangs, and why it is that one."""
+
+    ranks: tuple[int, ...]
+    """The ranks that are the cause; none where all wait for each other."""
+    reason: str
+    """What tells them from the others."""
+    waiting: tuple[int, ...] = field(default=())
+    """The other ranks."""
+
+
+def find_culprit(witnesses: Sequence[Witness]) -> Verdict:
+    """Return who is the cause of a hang.
+
+    A rank that is silent, as its process is stopped, has ended, or cannot run Python. Else the one that is behind: who
+    waits for it in a collective has entered more phases. Of those that are equally far the ones that do not wait for
+    others; where their stacks do not tell, the one that has begun fewer collectives, or whose thread computes.
+    """
+    silent = [w.rank for w in witnesses if w.silent_s is not None]
+    if silent:
+        return _verdict(silent, "silent", witnesses)
+    known = [w for w in witnesses if w.beat is not None]
+    if len(known) == 1:
+        return _verdict([known[0].rank], "alone", witnesses)
+    place = min(w.beat.place for w in known if w.beat is not None)
+    last = [w for w in known if w.beat is not None and w.beat.place == place]
+    busy = [w for w in last if w.where is not None and w.where.waits is False]
+    if busy:
+        return _verdict([w.rank for w in busy], "busy", witnesses)
+    if len(last) < len(known):
+        ahead = [w for w in known if w not in last and w.where is not None and w.where.waits is False]
+        surely_waiting = all(w.where is not None and w.where.waits for w in last)
+        # it waits for others and is behind them, as where a rank that broadcasts has gone on: look at that one
+        if surely_waiting and ahead:
+            return _verdict([w.rank for w in ahead], "busy", witnesses)
+        unsure = [w for w in last if w.where is None or w.where.waits is None] or last
+        return _verdict([w.rank for w in _fewest_collectives(unsure)], "behind", witnesses)
+    unsure = [w for w in last if w.where is None or w.where.waits is None]
+    for reason, some in (
+        ("collectives", _fewest_collectives(last)),
+        ("unsure", unsure),
+        ("computes", _computing(unsure or last)),
+    ):
+        if 0 < len(some) < len(known):
+            return _verdict([w.rank for w in some], reason, witnesses)
+    return _verdict([], "together", witnesses)
+
+
+_COMPUTES = 0.1
+"""Of a core: who waits for a message takes nothing, who computes takes what it gets."""
+
+
+def _verdict(ranks: Sequence[int], reason: str, witnesses: Sequence[Witness]) -> Verdict:
+    return Verdict(tuple(sorted(ranks)), reason, tuple(w.rank for w in witnesses if w.rank not in ranks))
+
+
+def _fewest_collectives(witnesses: Sequence[Witness]) -> list[Witness]:
+    """Return those that have begun fewer collectives than others in some group; all where none has."""
+    counts = {w.rank: w.evidence("collectives") or {} for w in witnesses}
+    behind: set[int] = set()
+    for group in {name for each in counts.values() for name in each}:
+        of_group = {rank: each[group] for rank, each in counts.items() if group in each}
+        if len(of_group) == len(witnesses) and len(set(of_group.values())) > 1:
+            least = min(of_group.values())
+            behind |= {rank for rank, count in of_group.items() if count == least}
+    return [w for w in witnesses if w.rank in behind] if behind else list(witnesses)
+
+
+def _computing(witnesses: Sequence[Witness]) -> list[Witness]:
+    return [w for w in witnesses if (w.evidence("cpu") or 0.0) > _COMPUTES]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 8:
+        return f"ranks {', '.join(map(str, ranks[:8]))} and {len(ranks) - 8} more"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+
+
+_STATES = {
+    "": "its process has ended",
+    "T": "its process is stopped, by SIGSTOP or a debugger",
+    "t": "its process is stopped by a debugger",
+    "Z": "its process has ended",
+    "X": "its process has ended",
+    "D": "its process is stuck in the kernel, as where a disk, a network file system or a driver does not answer",
+}
+
+
+def _silence(witness: Witness) -> str:
+    why = _STATES.get(witness.state) if witness.state is not None else None
+    since = f"nothing has come from it for {seconds(witness.silent_s or 0)}"
+    if why is not None:
+        return f"{why}; {since}"
+    if witness.line is not None:
+        return f"no other thread gets to run Python there (the GIL is held); {since}"
+    return f"its process is stopped or has ended, its machine is gone, or its thread holds the GIL; {since}"
+
+
+def seconds(value: float) -> str:
+    """Return a time as people say it: 3 s, 10 min, 1 h 5 min."""
+    if value < 120:
+        return f"{value:.3g} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def sentence(verdict: Verdict, witnesses: Sequence[Witness], folder: Path) -> str:
+    """Return the one sentence that says what hangs, where, and for how long."""
+    by_rank = {w.rank: w for w in witnesses}
+    tail = f"; the stacks of all threads are in {folder}"
+    if not verdict.ranks:
+        first = witnesses[0]
+        assert first.beat is not None, "a rank that is not there is silent"
+        line = first.where.line if first.where is not None else None
+        hosts = sorted({w.host for w in witnesses})
+        return (
+            f"all ranks ({', '.join(hosts)}) wait for each other in {first.beat.where()}"
+            + (f", at {line}" if line is not None else "")
+            + f", with no progress for {seconds(first.beat.idle)}, and none is behind: look at the network between "
+            f"them, at GPU drivers, or for ranks that call different collectives{tail}"
+        )
+    said = [_of_one(by_rank[rank]) for rank in verdict.ranks[:3]]
+    if len(verdict.ranks) > 3:
+        said.append(f"so do {_ranks(verdict.ranks[3:])}")
+    others = (
+        f", and {_ranks(verdict.waiting)} wait{'s' * (len(verdict.waiting) == 1)} for it" if verdict.waiting else ""
+    )
+    if len(verdict.ranks) > 1:
+        others = others.removesuffix("it") + "them" if others else ""
+    return "; ".join(said) + others + tail
+
+
+def _of_one(witness: Witness) -> str:
+    who, beat = f"rank {witness.rank} on {witness.host}", witness.beat
+    if beat is None:
+        return f"{who} has not begun: nothing has come from it since the others did"
+    if witness.silent_s is not None:
+        line = f", at {witness.line}" if witness.line is not None else ""
+        return f"{who} hangs in {beat.where()}{line}: {_silence(witness)}"
+    where = witness.where
+    line = f", at {where.line}" if where is not None and where.line is not None else ""
+    thread = f" ({where.thread})" if where is not None and where.thread else ""
+    device = ""
+    if where is not None and where.device:
+        device = (
+            f"; it is in a call to the GPU, which has not ended what was launched last, in {beat.where()} or before "
+            "(with CUDA_LAUNCH_BLOCKING=1 the line is that of the kernel)"
+        )
+    return f"{who} hangs in {beat.where()}{line}{thread}, with no progress for {seconds(beat.idle)}{device}"
+
+
+def record(
+    verdict: Verdict, witnesses: Sequence[Witness], folder: Path, gpu_faults: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Return what FAILED.json says of a hang. `gpu_faults`: of each machine, in words."""
+    by_rank = {w.rank: w for w in witnesses}
+    message = sentence(verdict, witnesses, folder)
+    # a machine with other ranks may be what a wait among all comes from
+    hosts = {by_rank[rank].host for rank in verdict.ranks} or set(gpu_faults)
+    faults = [f"{host}: {fault}" for host in sorted(hosts) for fault in gpu_faults.get(host, ())]
+    if faults:
+        message += ". The driver reports: " + "; ".join(faults)
+    culprit = by_rank[verdict.ranks[0]] if verdict.ranks else witnesses[0]
+    line = culprit.line or (culprit.where.line if culprit.where is not None else None)
+    beat = culprit.beat
+    return {
+        "error": HANG,
+        "message": message,
+        "rank": culprit.rank if verdict.ranks else None,
+        "ranks": list(verdict.ranks),
+        "host": culprit.host,
+        "step": beat.step if beat is not None else None,
+        "phase": beat.phase if beat is not None else None,
+        "file": line.file if line is not None else None,
+        "line": line.line if line is not None else None,
+        "function": line.function if line is not None else None,
+        "reason": verdict.reason,
+        "traceback": "\n".join(culprit.where.stack) if culprit.where is not None else None,
+        "gpu_faults": faults,
+        "waiting": list(verdict.waiting),
+        "silent": [
+            {"rank": w.rank, "host": w.host, "pid": w.beat.pid, "started": w.beat.started}
+            for w in witnesses
+            if w.silent_s is not None and w.beat is not None
+        ],
+        "time": max((w.beat.time for w in witnesses if w.beat is not None), default=None),
+        "restart": True,
+    }

@@ -1,0 +1,166 @@
+"""The user's code: the files that a recipe names, and what they import of their own project.
+
+Imports are read from the text of each file, so that the answer does not depend on what else a process has loaded. What
+is imported under a name that is made while the program runs is not seen.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distrain.config import Recipe, is_object_spec
+from distrain.system.output import one_line
+
+MOST_FILES, MOST_BYTES = 300, 1 << 20
+"""Files that are followed, and what is read of them: a package of a person's own may be as large as a library."""
+
+
+def named_objects(value: Any) -> Iterator[str]:
+    """Yield each `package.module:name` and `path/to/file.py:name` among the values of a recipe, dumped to JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from named_objects(key)
+            yield from named_objects(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from named_objects(item)
+    elif isinstance(value, str) and is_object_spec(value):
+        yield value
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    return tuple(map(Path, {*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()}))
+
+
+def own_module(name: str) -> Path | None:
+    """Return where a top-level module is (its folder, or file), unless it is installed, part of Python, or distrain."""
+    if name in sys.builtin_module_names or name in sys.stdlib_module_names or name == "distrain":
+        return None
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(name) or importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):  # a module that was put together by hand
+        return None
+    if spec is None or (spec.origin is None and not spec.submodule_search_locations):
+        return None  # the check of the recipe says so
+    if spec.origin is None:  # a folder without __init__.py
+        found = Path(next(iter(spec.submodule_search_locations or ())))
+    else:
+        found = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+    if {"site-packages", "dist-packages"} & set(found.parts):
+        return None
+    return None if any(found.is_relative_to(folder) for folder in _installed()) else found
+
+
+def code_of(recipe: Recipe) -> dict[str, list[str]]:
+    """Return {file: [hash of its bytes, hash of what it says]} for the code of a recipe, without `data.prepare`.
+
+    Files are named from the folder of the file in the recipe, or from the folder that holds the package. What a file
+    says is its syntax tree without docstrings: comments and layout are no part of it. It may differ between versions of
+    Python, in which the bytes are the same. Of more than MOST_BYTES there are only the bytes, and nothing they import.
+    What `data.prepare` has made is known by its own files.
+    """
+    values = recipe.model_dump(mode="json")
+    values["data"].pop("prepare", None)
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    size = 0
+    for spec in named_objects(values):
+        where = spec.rpartition(":")[0]
+        if where.endswith(".py"):
+            file = Path(os.path.abspath(where))
+            waiting = [(file, file.parent)]
+        elif (package := own_module(where.partition(".")[0])) is not None:
+            waiting = [(file, package.parent) for file in _modules(package.parent, where)]
+        else:
+            continue
+        while waiting and len(seen) < MOST_FILES:
+            file, root = waiting.pop(0)
+            if str(file) in seen:
+                continue
+            seen.add(str(file))
+            try:
+                text = file.read_bytes()
+            except OSError:
+                continue  # where it is imported, that fails
+            size += len(text)
+            imported, said = _read(text, file, root) if size <= MOST_BYTES else ([], "")
+            found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), said]
+            waiting += imported
+    return found
+
+
+def _free(name: str, taken: dict[str, Any]) -> str:
+    return next(each for n in range(1, MOST_FILES + 2) if (each := name + (f" ({n})" if n > 1 else "")) not in taken)
+
+
+def _modules(root: Path, name: str) -> list[Path]:
+    """Return the files that importing `name` from below `root` runs: those of its packages, and its own."""
+    found, place = [], root
+    for part in name.split("."):
+        place /= part
+        found += [file for file in (place / "__init__.py", place.with_name(f"{part}.py")) if file.is_file()][:1]
+    return found
+
+
+def _read(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
+    """Return the files that a file imports of its project, each with its root, and the hash of what it says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # importing it has said so
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return [], ""
+    imported = []
+    package = file.relative_to(root).parts[:-1]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                base = [*package[: len(package) - node.level + 1]] if node.level else []
+                start = ".".join([*base, *([node.module] if node.module else [])])
+                names = [f"{start}.{alias.name}" if start else alias.name for alias in node.names]
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                if ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:]
+                continue
+            case _:
+                continue
+        for name in names:
+            imported += _found(name, root, relative=isinstance(node, ast.ImportFrom) and node.level > 0)
+    return imported, xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass"))
+
+
+def _found(name: str, root: Path, *, relative: bool) -> list[tuple[Path, Path]]:
+    top = name.partition(".")[0]
+    if relative:
+        return [(file, root) for file in _modules(root, name)]
+    if top in sys.stdlib_module_names or top == "distrain":
+        return []
+    # Python looks beside the file last
+    if (package := own_module(top)) is not None:
+        return [(file, package.parent) for file in _modules(package.parent, name)]
+    if _is_installed(top):
+        return []
+    return [(file, root) for file in _modules(root, name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError, AttributeError):
+        return name in sys.modules

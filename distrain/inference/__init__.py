@@ -1,0 +1,290 @@
+"""Using a trained model: scoring a checkpoint on a split, and predicting a file of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.checkpoint import Reader, find_checkpoint, read_manifest
+from distrain.checkpoints.export.companion_files import FOLDER, run_of
+from distrain.config import Recipe, UserError
+from distrain.config.yaml import parse_recipe
+from distrain.data import Transform, build_data, build_eval_loader, build_transform
+from distrain.datasets.base import AnySource, Batch, Data, is_stream, keys_of, warnings_of
+from distrain.diagnose.index_errors import given, told_plainly
+from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
+from distrain.inference.outputs import Predicted, PredictionFile, open_predictions, predicted, target_columns
+from distrain.metrics import build_metrics
+from distrain.models import Convention, build_model, calling_convention
+from distrain.optim import build_loss
+from distrain.parallel import World, load_weights, open_world, with_arithmetic
+from distrain.system.output import echo, echo_error
+from distrain.training.context import to_device
+from distrain.training.evaluation import evaluate
+
+_NEW_TOKENS = 128
+"""What a language model writes behind a prompt."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as it was trained, ready to be used."""
+
+    checkpoint: Path
+    recipe: Recipe
+    data: Data
+    model: nn.Module
+    call: Convention
+    world: World
+    inputs: dict[str, Any]
+    """What the training depended on, by its fingerprint; empty where the checkpoint does not say."""
+
+    @classmethod
+    def load(cls, target: Path | str) -> Trained:
+        """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
+        # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
+        # run that is still training may publish or retire a checkpoint between two looks
+        checkpoint = find_checkpoint(target)
+        world = open_world(_recipe_in(read_manifest(checkpoint).recipe, checkpoint).train.precision)
+        try:
+            return cls._load(world, Path(world.broadcast(str(checkpoint))))
+        except BaseException:
+            world.close()
+            raise
+
+    @classmethod
+    def _load(cls, world: World, checkpoint: Path) -> Trained:
+        world.first(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
+        with world.together(lambda: Reader(checkpoint, verify=False)) as reader:
+            recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+
+            def build() -> tuple[Data, nn.Module]:
+                data = build_data(recipe, state=reader.manifest.scalars["data"])
+                model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
+                load_weights(model, reader, averaged=recipe.train.ema is not None)
+                return data, model.to(world.device).eval()
+
+            data, model = world.together(build)
+            inputs = reader.manifest.scalars.get("inputs") or {}
+        return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world, inputs)
+
+    def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
+        """Hold data and code against those of the training; returns how the data differ. All ranks call.
+
+        Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
+        warned of, on standard error: a project goes on changing, and a checkpoint that does not fit it does not load.
+        """
+
+        def check() -> list[str]:
+            if not self.inputs:
+                return []
+            found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
+            data = [] if split is None else list(found.data)
+            if data and not changed_data:
+                lines = [f"the data changed since {self.checkpoint} was trained:", *(f"  {line}" for line in data)]
+                lines += [] if isinstance(self.recipe.data.split, dict) else [DRAWN_ANEW]
+                lines.append("Put them back as they were, or take them as they are now with --changed-data.")
+                raise UserError("\n".join(lines))
+            for line in [*data, *found.code, *(found.unsure if split is not None else ())]:
+                echo(f"warning: since {self.checkpoint.name} was trained: {line}", error=True)
+            return data
+
+        return self.world.first(check)
+
+
+def _recipe_in(text: str, checkpoint: Path) -> Recipe:
+    return parse_recipe(text, f"the recipe in {checkpoint}")
+
+
+def _batch_size(recipe: Recipe, world_size: int) -> int:
+    """Return how many samples go through the model at a time: no more than in training on as many processes."""
+    micro = recipe.batch.micro_batch_size
+    return recipe.eval.batch or (-(-recipe.batch.global_batch_size // world_size) if micro == "auto" else micro)
+
+
+def evaluate_checkpoint(target: Path | str, split: str, *, changed_data: bool = False) -> dict[str, Any]:
+    """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call.
+
+    Raises UserError for data that are not those of the training; with `changed_data` the result says how they differ.
+    """
+    trained = Trained.load(target)
+    try:
+        return _evaluate(trained, split, changed_data)
+    finally:
+        trained.world.close()
+
+
+def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any]:
+    recipe, data, world = trained.recipe, trained.data, trained.world
+    if split not in data.splits:
+        raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
+    changes = trained.check_inputs(split, changed_data=changed_data)
+    source = data.splits[split]
+    _tell_warnings(source, world)
+    loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
+    with told_plainly(lambda: (trained.model, loss), _say_last):
+        values = evaluate(
+            trained.model,
+            trained.call,
+            source,
+            world=world,
+            loss=loss,
+            metrics=metrics,
+            batch_size=_batch_size(recipe, world.world_size),
+            transform=build_transform(recipe, "eval"),
+            workers=recipe.data.workers,
+            decode=data.meta.decode,
+            split=split,
+            skip_undecodable=recipe.data.skip_undecodable,
+        )
+    nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
+    for name, why in nothing.items() if world.rank == 0 else ():
+        echo(f"warning: {name} on split '{split}' says nothing: {why}", error=True)
+    scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
+    return scored | ({"changed_data": changes} if changes else {}) | values
+
+
+def _tell_warnings(source: AnySource, world: World) -> None:
+    if world.rank == 0:
+        for each in warnings_of(source):
+            echo(f"warning: {each}", error=True)
+
+
+def _say_last(error: UserError) -> None:
+    echo_error(error)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Predicting
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `predict_file` has written."""
+
+    samples: int
+    skipped: list[str]
+    """Why each sample that is not among them does not decode."""
+
+
+def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: bool = False) -> Written:
+    """Write the model's prediction for each sample of `inputs` that decodes to `out`.
+
+    `inputs` is a file or folder that the data set can read, or the name of a split. `out` is a .csv or .parquet table,
+    a .npy array, or FOLDER/ with a file for each sample: see `distrain.inference.outputs`. A table's columns by task:
+    `prediction` and `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class
+    or label, `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. `row`
+    counts the samples of `inputs`, `file` names their files where each has its own. Where samples have targets,
+    `target` or `target_NAME` holds them in the same terms. Raises UserError, with nothing written, for what cannot be
+    read, predicted or written so, and for a split of data that are not those of the training unless `changed_data`.
+    """
+    file = open_predictions(out)
+    try:
+        trained = Trained.load(target)
+        source = _source(trained, inputs)
+        trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
+        _tell_warnings(source, trained.world)
+        skipped: dict[int, str] = {}
+        with told_plainly(lambda: (trained.model, None), _say_last):
+            count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
+        file.write()
+    finally:
+        file.discard()
+    return Written(count, [why for _, why in sorted(skipped.items())])
+
+
+def _source(trained: Trained, inputs: str) -> AnySource:
+    data, name = trained.data, trained.recipe.data.name
+    if inputs in data.splits:
+        return data.splits[inputs]
+    path = Path(inputs)
+    if not path.exists():
+        raise UserError(
+            f"there is no file {inputs}, and data set {name!r} has no such split ({', '.join(data.splits)})"
+        )
+    if data.read is None:
+        raise UserError(
+            f"data set {name!r} cannot read files for prediction; name one of its splits: {', '.join(data.splits)}"
+        )
+    return data.read(path)
+
+
+def _predict(
+    trained: Trained,
+    source: AnySource,
+    transform: Transform,
+    what: str,
+    file: PredictionFile,
+    skipped: dict[int, str],
+) -> Iterator[int]:
+    """Have `file` take the predictions of each batch, and yield how many; `skipped` gets {id: why} of the others."""
+    recipe, world, meta = trained.recipe, trained.world, trained.data.meta
+    loader = build_eval_loader(
+        source,
+        rank=0,
+        world_size=1,
+        batch_size=_batch_size(recipe, world_size=1),
+        transform=transform,
+        split=what,
+        skip_undecodable=0 if is_stream(source) else len(source),
+    )
+    is_probability = build_loss(recipe, meta).takes_probabilities
+    meaningless: list[int] = []
+    with torch.no_grad():
+        for batch in loader:
+            skipped |= batch.get("undecodable", {})
+            ids = batch["ids"].numpy()
+            keep = ids >= 0
+            if not keep.any():
+                continue
+            given(what, [batch])
+            batch = to_device(batch, world)
+            if recipe.task in ("language_modeling", "seq2seq"):
+                found = Predicted({"text": _generated(trained, batch)}, None)
+            else:
+                outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
+                meaningless += ids[keep & outputs.isnan().flatten(1).any(1).numpy()].tolist()
+                targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
+                found = predicted(recipe.task, outputs, targets, meta, is_probability)
+                if targets is not None and found.columns:
+                    found.columns.update(target_columns(recipe.task, targets, meta))
+            file.take({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
+            yield int(keep.sum())
+    if meaningless:
+        shown = ", ".join(map(str, meaningless[:8])) + (", …" if len(meaningless) > 8 else "")
+        echo(
+            f"warning: the model gives NaN for {len(meaningless):,} samples, whose predictions mean nothing: the rows "
+            f"{shown}; look for NaN in their inputs",
+            error=True,
+        )
+
+
+def _generated(trained: Trained, batch: Batch) -> list[str]:
+    generate, decode = getattr(trained.model, "generate", None), trained.data.meta.decode
+    if generate is None or decode is None:
+        raise UserError(
+            f"model {trained.recipe.model.name!r} cannot generate text: it needs a method "
+            "generate(tokens, max_new_tokens)"
+        )
+    inputs = batch["inputs"]
+    if isinstance(inputs, dict):
+        source = inputs["source"]
+        return [decode(row) for row in generate(source, max_new_tokens=2 * source.shape[1] + 8).tolist()]
+    # one by one: what follows a prompt must not follow its padding
+    lengths = batch.get("lengths", torch.full((len(inputs),), inputs.shape[1])).tolist()
+    prompts = [inputs[index : index + 1, :length] for index, length in enumerate(lengths)]
+    return [decode(generate(prompt, max_new_tokens=_room(trained.model, prompt))[0].tolist()) for prompt in prompts]
+
+
+def _room(model: nn.Module, prompt: Tensor) -> int:
+    """Return how many tokens to write behind a prompt (1, tokens): a transformers model ends with its positions."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    room = _NEW_TOKENS if positions is None else min(_NEW_TOKENS, positions - prompt.shape[1])
+    if room < 1:
+        raise UserError(f"a prompt has {prompt.shape[1]} tokens, and the model {positions} positions; shorten it")
+    return room

@@ -1,0 +1,231 @@
+"""Starting the processes of a machine: `launch_argv` says how, `launch` does it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import distrain
+from distrain.config import UserError
+from distrain.run.folder import RunDir
+from distrain.run.heartbeat import ending_hung, hang_of
+from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
+from distrain.system.memory import oom_kills
+from distrain.system.output import echo_error
+
+_OUT_OF_MEMORY = (
+    ": the memory ran out, and the kernel ended it for that. What takes less: a smaller batch.micro (the step stays "
+    "the same), train.activation_checkpointing: true, --strategy fsdp2, which spreads the state over the processes"
+)
+_SIGNAL_HINTS = {"SIGKILL": "; out of memory is the usual reason (see dmesg), or somebody did it"}
+TYPED = "DISTRAIN_COMMAND"
+"""The environment variable that tells processes started here what was typed."""
+
+
+def shared_file(*parts: str) -> Path:
+    """Return the path of a file that comes with distrain: a recipe, a launch script, a configuration.
+
+    They lie beside the package in a checkout, and inside it (`share/`) when it was installed from a wheel.
+    """
+    package = Path(distrain.__file__).parent
+    roots = [package / "share", package.parent]
+    found = next((root.joinpath(*parts) for root in roots if root.joinpath(*parts).exists()), None)
+    if found is None:
+        raise UserError(f"{'/'.join(parts)} is not part of this installation of distrain; install it again")
+    return found
+
+
+def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
+    """Return the number of NVIDIA GPUs that a process started here may use, without importing torch."""
+    visible = variables.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return 0
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """Raise UserError where so many processes of this machine have too few GPUs; without any they are on the CPU."""
+    if 0 < gpus < processes:
+        raise UserError(
+            f"there are to be {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; "
+            "nothing was written. Start one for each: --processes of `distrain train`, --num_processes of "
+            "`accelerate launch`, --nproc-per-node of `torchrun`; CUDA_VISIBLE_DEVICES= has them on the CPU"
+        )
+
+
+def configuration_file(strategy: str, nodes: int = 1) -> Path:
+    """Return the accelerate configuration that starts a strategy's processes on this machine, one of `nodes`."""
+    if strategy == "ddp" and not gpu_count():
+        return shared_file("accelerate_configs", "multi_cpu.yaml")
+    return shared_file("accelerate_configs", f"{strategy}_multinode.yaml" if nodes > 1 else f"{strategy}.yaml")
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one machine's processes are started."""
+
+    script: Path
+    """What each process runs: launch/train.py or launch/evaluate.py."""
+    arguments: tuple[str, ...]
+    """Its arguments."""
+    processes: int
+    """On this machine."""
+    config: Path
+    """The accelerate configuration."""
+    offload: str = "none"
+    """What the configuration's strategy keeps in the memory of the CPU: none, optimizer or all."""
+    nodes: int = 1
+    """How many machines there are, each with a launcher of its own and as many processes."""
+    node_rank: int = 0
+    """Which of them this is; its processes have the ranks from node_rank * processes on."""
+    address: str = ""
+    """Where the first machine is reached by all; only for several."""
+    port: int = 0
+    """Where its launcher listens; 0 takes a free one, which works for one machine only."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.node_rank < self.nodes
+        assert self.nodes == 1 or (self.address and self.port), "machines meet at an address that all know"
+
+
+def launch_argv(plan: LaunchPlan) -> list[str]:
+    """Return the arguments of `accelerate launch`. Pure."""
+    offload = {
+        "none": (),
+        "optimizer": ("--offload_optimizer_device", "cpu"),
+        "all": ("--offload_optimizer_device", "cpu", "--offload_param_device", "cpu", "--fsdp_offload_params", "true"),
+    }
+    return [
+        "--config_file",
+        str(plan.config),
+        *offload[plan.offload],
+        "--num_processes",
+        str(plan.processes * plan.nodes),
+        *_meeting(plan),
+        str(plan.script),
+        *plan.arguments,
+    ]
+
+
+def _meeting(plan: LaunchPlan) -> list[str]:
+    if plan.nodes == 1:
+        # a free port, so that several runs fit on one machine
+        return [
+            *("--num_machines", "1", "--machine_rank", "0"),
+            *("--rdzv_backend", "static", "--main_process_port", "0"),
+        ]
+    # static, said rather than left to defaults: otherwise rank 0 need not be on the first machine, and announces a
+    # host name which others may not be able to resolve
+    return [
+        *("--num_machines", str(plan.nodes), "--machine_rank", str(plan.node_rank), "--rdzv_backend", "static"),
+        *("--main_process_ip", plan.address, "--main_process_port", str(plan.port)),
+    ]
+
+
+def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
+    """Start the plan's processes, wait for them, and return 0 when all of them ended well, otherwise 1.
+
+    Those that are stuck when `run` is recorded to hang are killed.
+
+    This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
+    exit code) can be left out: the worker has already said why.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torch's launcher takes PET_* for its options, and hands the rest to its processes
+    forget_launchers(os.environ)
+    os.environ[LAUNCHED_BY] = str(os.getpid())
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.processes)))
+    if not gpu_count():
+        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    arguments = launch_command_parser().parse_args(launch_argv(plan))
+    killed_before = oom_kills()
+    try:
+        with _passed_on(signal.SIGUSR1), ending_hung(run) if run is not None else nullcontext():
+            launch_command(arguments)
+    except ChildFailedError as error:
+        if run is not None and hang_of(run) is not None:
+            return 1  # which is said
+        killed = None if killed_before is None else (oom_kills() or 0) - killed_before
+        for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}, killed):
+            echo_error(line)
+        return 1
+    except SignalException:
+        return 1
+    return 0
+
+
+@contextmanager
+def _passed_on(number: signal.Signals) -> Iterator[None]:
+    """Pass a signal on to the processes that this one starts.
+
+    torch's launcher would die of it. It is blocked here, and so from their first moment in what is started here: it
+    waits for the handler that `StopRequest` installs, where it would end a process that is still importing.
+    """
+    import psutil
+
+    done = threading.Event()
+
+    def pass_on() -> None:
+        while not done.is_set():
+            if signal.sigtimedwait([number], 0.2) is not None:
+                for child in psutil.Process().children():
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(number)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None) -> list[str]:
+    """Return a line for each way in which ranks ended without a word of their own. Pure.
+
+    A process that raised has said why and ended with 1; those which were ended here because of it, by SIGTERM, have
+    nothing to say. `oom_kills`: how many processes the kernel has killed meanwhile, for want of memory; None where that
+    is not known.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, code in sorted(exit_codes.items()):
+        if code < 0 and -code != signal.SIGTERM:
+            name = signal.Signals(-code).name if -code in [*signal.Signals] else f"signal {-code}"
+            hint = _OUT_OF_MEMORY if name == "SIGKILL" and oom_kills else _SIGNAL_HINTS.get(name, "")
+            ranks.setdefault(f"ended by {name}{hint}", []).append(rank)
+        elif code > 1:
+            ranks.setdefault(f"gone with exit code {code}, without a word of why", []).append(rank)
+    return [
+        (f"rank {which[0]} was " if len(which) == 1 else f"ranks {', '.join(map(str, which))} were ") + how
+        for how, which in ranks.items()
+    ]
+
+
+def end_with_launcher() -> None:
+    """Have this process killed when its launcher is: alone it would go on, beside those of the next start."""
+    # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
+    if sys.platform == "linux" and under_torch_launcher():
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))

@@ -1,0 +1,99 @@
+"""What is said of a process that fails, and where."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from distrain.config import UserError
+from distrain.run.folder import RunDir
+from distrain.run.lease import Lease
+from distrain.system.environment import under_torch_launcher
+from distrain.system.output import LogFormatter, echo, echo_error, lines
+
+log = logging.getLogger("distrain")
+log.addHandler(logging.NullHandler())  # until a run has a folder to log to
+
+
+def log_to(run: RunDir, rank: int) -> None:
+    """Have what this process has to say written into the log of its rank."""
+    handler = logging.FileHandler(run.log_path(rank), encoding="utf-8")
+    handler.setFormatter(LogFormatter())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
+    log.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(handler)
+
+
+def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Lease | None = None) -> int:
+    """Run `action`; returns 0, or 1 after saying why it failed: on the terminal, in the rank's log, in FAILED.json.
+
+    When several ranks fail only the first to record it speaks, so that one cause is one message; a rank that was told
+    of another's failure leaves the telling to that one. Without a run, rank 0 speaks, and whoever has a traceback.
+    A start whose `lease` another one has leaves no FAILED.json in what is now that one's run.
+    """
+    try:
+        action()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        tell(run, rank, error, lease)
+        return 1
+
+
+def tell(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
+    """Say why this process fails, as `reported` does."""
+    teaches = isinstance(error, UserError)
+    text = str(error) if teaches else "".join(traceback.format_exception(error))
+    if not teaches and (faults := gpu_faults_behind(error)):
+        text += "the driver reports: " + "; ".join(faults) + "\n"
+    log.error("%s", text)
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "error": type(error).__name__,
+        "message": lines(error),
+        "traceback": None if teaches else lines(text),
+        # what a person has to mend another start would find again
+        "restart": getattr(error, "restart", not teaches),
+    }
+    told = getattr(error, "of_another_rank", False)
+    first = rank == 0 or not (teaches or told) or getattr(error, "of_each_process", False)
+    if run is not None and run.exists and (lease is None or lease.mine()):
+        try:
+            first = not told and run.mark_failed(record)
+        except OSError as disk:
+            echo(f"warning: FAILED.json could not be written: {disk}", error=True)
+    if first:
+        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
+        echo_error(text if teaches else f"\n{text}", who)
+    elif run is None and not told:
+        leave_to_rank_0(rank, error)
+
+
+def gpu_faults_behind(error: BaseException) -> list[str]:
+    """Return what the driver reports of this machine's GPUs, where an error can come of that."""
+    words = ("CUDA", "NCCL", "CUBLAS", "CUDNN")
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in words):
+        return []
+    from distrain.diagnose.hang_diagnosis import gpu_faults
+
+    return gpu_faults()
+
+
+def leave_to_rank_0(rank: int, error: BaseException) -> None:
+    """Let rank 0 say what every rank has found, and say it where that one has not found it.
+
+    torch's launchers end all processes as soon as one has left: rank 0 too, before it has come so far.
+    """
+    if under_torch_launcher():
+        time.sleep(30)
+        echo_error(error, f" (rank {rank})")

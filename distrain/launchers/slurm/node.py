@@ -1,0 +1,268 @@
+"""What runs once on each node of a job: the launcher of the node's processes, told where the others are."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from distrain.config import UserError
+from distrain.config.yaml import load_recipe
+from distrain.launchers import (
+    TYPED,
+    LaunchPlan,
+    asked_for,
+    check_gpus,
+    check_one_owner,
+    configuration_file,
+    find_run,
+    gpu_count,
+    launch,
+    open_run,
+    probed,
+    shared_file,
+    work,
+)
+from distrain.run.folder import Launch, RunDir
+from distrain.run.lease import Holder, check_free
+from distrain.run.micro_batch import remember
+from distrain.system.environment import forget_launchers, say_ignored, use_interfaces
+from distrain.system.output import echo
+
+
+def job_name(variables: Mapping[str, str] = os.environ) -> str:
+    """Return the job as SLURM's commands take it: 17, or 17_3 for a task of an array."""
+    array, task = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else variables.get("SLURM_JOB_ID", "0")
+
+
+def processes_here(asked: str) -> int:
+    """Return how many processes a node starts, when `asked` is a number or auto: one for each GPU, else one."""
+    return int(asked) if asked != "auto" else max(1, gpu_count())
+
+
+def create(
+    target: str,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    processes: str,
+    strategy: str,
+    offload: str,
+    run_dir: str | None = None,
+    update: bool = False,
+) -> Path:
+    """Make the run that a recipe and overrides say, or take it up; returns its folder.
+
+    A job that SLURM has started again goes on with its run, whatever has become of the recipe's file.
+    """
+    from distrain.parallel import check_precision
+    from distrain.training.checks import check_recipe
+
+    holder = Holder.of_this_process()
+    if holder.restart > 0 and (earlier := run_of_job(holder.job, run_dir)) is not None:
+        return earlier
+    run, loaded = find_run(target, overrides, run_dir)
+    if loaded is None:
+        return run.path
+    world_size = nodes * processes_here(processes)
+    asked = asked_for(run, world_size, strategy, None if offload == "auto" else offload, {})
+    check_recipe(loaded.recipe, target)
+    check_precision(loaded.recipe.train.precision, asked.strategy)
+    if run.exists:
+        check_free(run, holder)
+    open_run(run, loaded, Launch.describe(world_size, asked.strategy, asked.offload), update=update)
+    if update:
+        run.clear_markers()
+    return run.path
+
+
+def run_of_job(job: str | None, run_dir: str | None) -> Path | None:
+    """Return the run that a job has begun, where it is below runs/ or at `run_dir`; None where there is none."""
+    for folder in [Path(run_dir)] if run_dir else sorted(Path("runs").glob("*")):
+        run = RunDir(folder)
+        if run.exists and any(row.get("job") == job for row in run.attempts()):
+            return run.path
+    return None
+
+
+def start_node(
+    folder: str,
+    *,
+    nodes: int,
+    processes: str,
+    strategy: str = "auto",
+    offload: str = "auto",
+    address: str = "",
+    port: int = 0,
+    interface: str | None = None,
+    scratch: str | None = None,
+) -> int:
+    """Start this node's processes of a run and wait for them; returns the exit status. Every node calls.
+
+    `address` and `port` say where the first node's launcher is reached; how many processes there are in all is
+    `nodes` times `processes`. How the run has ended is said by its folder, as launchers end in many ways.
+    """
+    run = RunDir(folder)
+    if not run.exists:
+        raise UserError(
+            f"{run.path} is not a run on {socket.gethostname()}: it has no recipe.yaml. A run's folder must be on a "
+            "file system that all nodes share"
+        )
+    # what srun brought from where the job was submitted
+    say_ignored(forget_launchers(os.environ) + use_interfaces(os.environ, alone=nodes == 1))
+    rank, count = node_rank(nodes, os.environ), processes_here(processes)
+    world_size = nodes * count
+    check_gpus(count, gpu_count())
+    set_environment(os.environ, count, address, interface)
+    with scratch_folder(scratch, os.environ):
+        if world_size == 1:
+            return work(str(run.path), processes=1, strategy=strategy, offload=None if offload == "auto" else offload)
+        from accelerate.commands import launch as _launch  # noqa: F401  before the look at the port: it takes seconds
+
+        from distrain.parallel import read_configuration
+
+        configuration = read_configuration([], os.environ)
+        resumes = run.launch_path.exists()
+        wanted = None if offload == "auto" else offload
+        asked = asked_for(run, world_size, strategy, wanted, configuration, resumes=resumes)
+        stored = load_recipe(run.recipe_path)
+        check_one_owner(configuration, stored.recipe, world_size, stored.origins)
+        if rank == 0 and nodes > 1 and not can_listen(port):
+            note_taken(run, port)
+            return 1
+        # the processes of the other nodes wait for those of this one
+        tries = rank == 0 and run.finished is None
+        if tries and (found := probed(run, stored.recipe, asked, world_size, count)) is not None:
+            remember(run, found)
+        if run.launch_path.exists():
+            os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
+        arguments = (
+            *(str(run.path), "--processes", str(world_size)),
+            *("--strategy", asked.strategy, "--offload", asked.offload),
+        )
+        plan = LaunchPlan(
+            shared_file("launch", "train.py"),
+            arguments,
+            count,
+            configuration_file(asked.strategy, nodes),
+            asked.offload,
+            nodes,
+            rank,
+            address,
+            port,
+        )
+        status = launch(plan, run)
+    return 0 if run.preempted is not None or run.finished is not None else status
+
+
+def node_rank(nodes: int, variables: Mapping[str, str]) -> int:
+    """Return which of the job's nodes this is, as srun told this process; raises UserError when it told nothing."""
+    if nodes == 1:
+        return 0
+    told = variables.get("SLURM_NODEID", "")
+    if not told.isdecimal() or int(told) >= nodes:
+        raise UserError(
+            f"SLURM_NODEID is {told or 'not set'}, expected a number below the {nodes} nodes; srun sets it: start this "
+            "with `srun --nodes N --ntasks-per-node 1`"
+        )
+    return int(told)
+
+
+def set_environment(
+    variables: MutableMapping[str, str], processes: int, address: str = "", interface: str | None = None
+) -> None:
+    """Set what libraries read: threads for each process, and the network between nodes. What is set already stays."""
+    cpus = len(os.sched_getaffinity(0))
+    if (told := variables.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
+        cpus = min(cpus, int(told))  # where SLURM binds nothing, a process sees all CPUs of the node
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
+    if interface is not None:
+        there = [name for _, name in socket.if_nameindex()]
+        if interface not in there:
+            raise UserError(
+                f"{socket.gethostname()} has no network interface {interface!r}, it has {', '.join(there)}; "
+                "correct `interface` of the site"
+            )
+        variables.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if address and (found := interface or interface_towards(address)):
+        # gloo takes the address that the node's own name resolves to, which may be none or 127.0.0.1
+        variables.setdefault("GLOO_SOCKET_IFNAME", found)
+
+
+def interface_towards(address: str) -> str | None:
+    """Return the network interface over which this machine reaches `address`, or None where that is not known."""
+    import psutil
+
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(
+            f"{address}, the address of the job's first node, cannot be reached from here: {error}"
+        ) from error
+    found = psutil.net_if_addrs().items()
+    return next((name for name, held in found if own in {each.address.partition("%")[0] for each in held}), None)
+
+
+def can_listen(port: int) -> bool:
+    """Whether a launcher could listen at a port of this machine."""
+    try:
+        with socket.create_server(("", port)):
+            return True
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            return False
+        raise
+
+
+def note_taken(run: RunDir, port: int, variables: Mapping[str, str] = os.environ) -> None:
+    """Tell the batch script that another port is to be tried."""
+    name = f"port-taken-{job_name(variables)}-{variables.get('SLURM_RESTART_COUNT') or 0}"
+    (run.path / "submit").mkdir(exist_ok=True)
+    (run.path / "submit" / name).write_text(f"{port}\n")
+    echo(f"distrain: port {port} of {socket.gethostname()} was taken; another is tried", error=True)
+
+
+@contextmanager
+def scratch_folder(scratch: str | None, variables: MutableMapping[str, str]) -> Iterator[None]:
+    """Have temporary files and what libraries compile in a folder of the node's own while the block runs.
+
+    The temporary files go when it ends. What was compiled stays, for the next job of the same user.
+    """
+    if scratch is None:
+        yield
+        return
+    base = os.path.expandvars(scratch)
+    if "$" in base or not base.startswith("/"):
+        raise UserError(
+            f"the site's scratch folder {scratch!r} is {base!r} on {socket.gethostname()}, expected an absolute path; "
+            "variables in it must be set there"
+        )
+    own = Path(base) / f"distrain-{os.getuid()}"
+    name = f"{job_name(variables)}-{variables.get('SLURM_NODEID') or 0}"
+    temporary = own / f"job-{name}"
+    try:
+        own.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seen = own.lstat()
+        if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o022:
+            raise UserError(f"{own} on {socket.gethostname()} is not a folder that only you can write; remove it")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+        temporary.mkdir(mode=0o700)
+    except OSError as error:
+        raise UserError(f"cannot use the scratch folder {own} on {socket.gethostname()}: {error}") from error
+    variables["TMPDIR"] = str(temporary)
+    for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        variables.setdefault(cache, str(own / "cache" / cache.removesuffix("_DIR").lower()))
+    try:
+        yield
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,322 @@
+"""`submit`: all is checked that can be, the run made with its script and a copy of its code, and handed to sbatch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import distrain
+from distrain.config import UserError
+from distrain.config.yaml import LoadedRecipe, load_recipe
+from distrain.launchers import (
+    asked_for,
+    check_one_owner,
+    find_run,
+    open_run,
+    recipe_differences,
+    recipe_text,
+    shared_file,
+)
+from distrain.launchers.slurm.plan import Plan, make_plan, seconds_of
+from distrain.launchers.slurm.queue import find_command, sbatch
+from distrain.launchers.slurm.rendering import log_pattern, render_sbatch
+from distrain.launchers.slurm.sites import Site, load_site
+from distrain.launchers.slurm.snapshot import (
+    Snapshot,
+    differences,
+    moved,
+    own_package,
+    take_snapshot,
+    write_copy,
+)
+from distrain.launchers.slurm.sweeps import Sweep, expand
+from distrain.launchers.slurm.tracking import note_job, queued_job
+from distrain.run.folder import Launch, RunDir, now, write_atomically
+from distrain.system.bounded_json import read_json
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person asks for on the command line; None leaves it to the site, or to a default."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    processes_per_node: int | None = None
+    time: str | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    site: str | None = None
+    notice_s: int | None = None
+    sbatch: Sequence[str] = ()
+    strategy: str = "auto"
+    offload: str | None = None
+    parallel: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that was checked, and of which nothing has been written."""
+
+    plan: Plan
+    script: str
+    runs: list[tuple[RunDir, LoadedRecipe]]
+    """Each run with its recipe, whose code is in the copy."""
+    snapshot: Snapshot
+    package: Snapshot | None
+    """distrain itself, where it is copied."""
+    sweep: Sweep | None
+    update: bool
+    keeps_code: bool
+    """Whether the copy that is there stays."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Where the script and the copy of the code go."""
+        return Path(self.plan.folder) / "submit"
+
+
+def prepare(
+    target: str,
+    overrides: Sequence[str],
+    wanted: Wanted,
+    *,
+    run_dir: str | None = None,
+    arrays: Sequence[str] = (),
+    update: bool = False,
+) -> Prepared:
+    """Check a submission as far as that can be done here, and write its script. Writes nothing to disk.
+
+    `arrays` are values to sweep over, each `key=value,value`. Raises UserError with what is wrong.
+    """
+    from distrain.data import batch_shape
+    from distrain.parallel import check_precision
+    from distrain.training.checks import check_recipe
+
+    site = load_site(wanted.site) if wanted.site is not None else Site()
+    sweep = expand(target, overrides, arrays, run_dir) if arrays else None
+    if sweep is not None:
+        found = [(RunDir(each.folder), load_recipe(target, each.overrides)) for each in sweep.runs]
+        folder, named_run = sweep.folder, False
+    else:
+        run, loaded = find_run(target, overrides, run_dir)
+        found = [(run, loaded or load_recipe(run.recipe_path))]
+        folder, named_run = run.path, loaded is None
+
+    processes = wanted.processes_per_node or wanted.gpus_per_node or 1
+    world_size = wanted.nodes * processes
+    strategies = set()
+    for number, (run, loaded) in enumerate(found):
+        asked = asked_for(run, world_size, wanted.strategy, wanted.offload, {}, resumes=False)
+        strategies.add((asked.strategy, asked.offload))
+        check_precision(loaded.recipe.train.precision, asked.strategy)
+        batch_shape(loaded.recipe.batch, world_size)
+        if number == 0 or sweep is None or sweep.changes_names:
+            check_recipe(loaded.recipe, target)
+        check_one_owner({}, loaded.recipe, world_size, loaded.origins)
+    if len(strategies) > 1:
+        raise UserError(f"the runs of {folder} go on with strategies that differ; say one with --strategy")
+    ((strategy, offload),) = strategies
+
+    code = folder / "submit" / "code"
+    keeps_code = named_run and code.is_dir() and not update
+    snapshot = Snapshot() if keeps_code else take_snapshot(found[0][1].recipe)
+    package = own_package()
+    plan = _plan(
+        wanted,
+        site,
+        folder,
+        [run.path for run, _ in found],
+        name=sweep.name if sweep is not None else found[0][1].recipe.name,
+        strategy=strategy,
+        offload=offload,
+        processes=processes,
+        copies_package=package is not None,
+        packages=[str(code / name) for name in snapshot.packages],
+    )
+    if keeps_code and (earlier := _earlier_plan(folder)) is not None:
+        plan = plan.model_copy(update={"python_path": tuple(dict.fromkeys((*plan.python_path, *earlier)))})
+    runs = [(run, moved(loaded, snapshot, code)) for run, loaded in found]
+    if sweep is not None:
+        sweep.check_folder()
+    for run, loaded in runs:
+        _check_folder(run, loaded, snapshot, code, update=update)
+    if not update and all(run.finished is not None for run, _ in runs):
+        raise UserError(f"{folder} is finished; choose another --run-dir to train anew, or --update to go on")
+    return Prepared(plan, render_sbatch(plan), runs, snapshot, package, sweep, update, keeps_code, list(snapshot.notes))
+
+
+def _plan(
+    wanted: Wanted,
+    site: Site,
+    folder: Path,
+    runs: Sequence[Path],
+    *,
+    name: str,
+    strategy: str,
+    offload: str,
+    processes: int,
+    copies_package: bool,
+    packages: Sequence[str],
+) -> Plan:
+    time = wanted.time or site.time
+    if time is None:
+        raise UserError("how long may the job run? Say --time, such as 4:00:00; what is left then goes on in the next")
+    cpus = wanted.cpus_per_task
+    if cpus is None:
+        cpus = (site.cpus_per_gpu or 0) * wanted.gpus_per_node if wanted.gpus_per_node else processes
+    notice = wanted.notice_s or site.notice_s
+    if notice is None:
+        try:
+            notice = max(5, min(120, seconds_of(time) // 3))
+        except ValueError:
+            notice = 120  # the plan says what is wrong with the time
+    own = [str(folder / "submit" / "distrain")] if copies_package else []
+    variables = os.environ
+    return make_plan(
+        name=name,
+        folder=str(folder),
+        runs=tuple(map(str, runs)),
+        parallel=wanted.parallel,
+        nodes=wanted.nodes,
+        gpus_per_node=wanted.gpus_per_node,
+        gpu_type=site.gpu_type if wanted.gpus_per_node else None,
+        gpu_option=site.gpu_option,
+        processes_per_node=processes,
+        cpus_per_task=cpus or None,
+        mem=wanted.mem or site.mem,
+        time=time,
+        notice_s=notice,
+        # what a person has set for every sbatch of theirs
+        partition=wanted.partition or site.partition or variables.get("SBATCH_PARTITION") or None,
+        account=wanted.account or site.account or variables.get("SBATCH_ACCOUNT") or None,
+        qos=wanted.qos or site.qos or variables.get("SBATCH_QOS") or None,
+        constraint=site.constraint or variables.get("SBATCH_CONSTRAINT") or None,
+        reservation=site.reservation or variables.get("SBATCH_RESERVATION") or None,
+        sbatch=(*site.sbatch, *wanted.sbatch),
+        strategy=strategy,
+        offload=offload,
+        python=site.python or sys.executable,
+        node_script=str(folder / "submit" / "node.py"),
+        modules=site.modules,
+        sources=site.sources,
+        variables=site.environment,
+        python_path=(*packages, *own),
+        interface=site.interface,
+        scratch=site.scratch,
+        container=site.container,
+    )
+
+
+def _earlier_plan(folder: Path) -> tuple[str, ...] | None:
+    try:
+        found = read_json(folder / "submit" / "plan.json")
+        return tuple(path for path in found["plan"]["python_path"] if Path(path).is_dir())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_folder(run: RunDir, loaded: LoadedRecipe, snapshot: Snapshot, code: Path, *, update: bool) -> None:
+    """Raise UserError where the folder is not this run's, or the run was started with another recipe or other code."""
+    if not run.exists:
+        others = {"submit"}
+        if run.holds_other_files() and {path.name for path in run.path.iterdir()} - others:
+            raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
+        return
+    if update or not run.metrics_path.exists():
+        return
+    # the run may have been started with the code in its own place
+    if lines := recipe_differences(moved(load_recipe(run.recipe_path), snapshot, code), loaded):
+        raise UserError(
+            f"{run.path} was started with another recipe:\n  "
+            + "\n  ".join(lines)
+            + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
+        )
+    if snapshot.files and code.is_dir() and (changed := differences(code, snapshot)):
+        raise UserError(
+            f"{run.path} was started with other code, which differs in {', '.join(changed[:10])}. "
+            f"`distrain submit {run.path}` goes on with the code as it was, --update with the code as it is"
+        )
+
+
+def submit(prepared: Prepared) -> str:
+    """Write the run and submit its job; returns the job's number. Raises UserError where a job of it is queued."""
+    plan, folder = prepared.plan, prepared.folder
+    if find_command("sbatch") is None:
+        raise UserError(
+            "there is no sbatch here, so this machine does not belong to a SLURM cluster; log in to one that does. "
+            "--dry-run shows the script"
+        )
+    for place in {Path(plan.folder), *(run.path for run, _ in prepared.runs)}:
+        if (job := queued_job(place)) is not None:
+            raise UserError(
+                f"{place} is in the queue already, as job {job.id} ({job.state}); wait for it to end, or "
+                f"`distrain cancel {place}`"
+            )
+    launch = Launch.describe(plan.world_size, plan.strategy, plan.offload)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if prepared.snapshot.files:
+            write_copy(prepared.snapshot, folder / "code")
+        if prepared.package is not None:
+            write_copy(prepared.package, folder / "distrain")
+        shutil.copyfile(shared_file("launch", "node.py"), folder / "node.py")
+        write_atomically(folder / "train.sbatch", prepared.script)
+        record = {
+            "distrain": distrain.__version__,
+            "argv": sys.argv,
+            "time": now(),
+            "plan": plan.model_dump(mode="json"),
+            "code": {name: str(root) for root, name in prepared.snapshot.roots.items()},
+        }
+        write_atomically(folder / "plan.json", json.dumps(record, indent=2) + "\n")
+        if prepared.sweep is not None:
+            prepared.sweep.write()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --run-dir") from error
+    for run, loaded in prepared.runs:
+        if not run.exists or recipe_differences(load_recipe(run.recipe_path), loaded):
+            run.create(recipe_text(loaded), launch)
+        open_run(run, None, launch)
+        if prepared.update:
+            run.clear_markers()
+            run.update_path.touch()
+        run.stop_path.unlink(missing_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+    number = sbatch(folder / "train.sbatch")
+    note_job(Path(plan.folder), number, nodes=plan.nodes, tasks=len(plan.runs))
+    return number
+
+
+def announced(prepared: Prepared, number: str) -> list[str]:
+    """Return the lines that tell what was submitted, and how to follow it."""
+    plan = prepared.plan
+    log = log_pattern(plan).replace("%A", number).replace("%j", number).replace("%a", "TASK")
+    device = f"{plan.gpus_per_node} GPU{'s' * (plan.gpus_per_node > 1)}" if plan.gpus_per_node else "CPUs"
+    processes = f"{plan.world_size} process{'es' * (plan.world_size > 1)}"
+    each = f"{plan.processes_per_node} on the {device} of each"
+    offload = "" if plan.offload == "none" else f", offloading {plan.offload}"
+    lines = [
+        f"job {number}: " + (f"{len(plan.runs)} runs in {plan.folder}" if plan.is_array else plan.folder),
+        f"  nodes  {plan.nodes}, {processes}, {each}; {plan.strategy}{offload}",
+        f"  time   {plan.time}; asked to save and stop {plan.notice_s} s before, and queued again",
+    ]
+    if prepared.keeps_code:
+        lines.append(f"  code   as it was: {prepared.folder / 'code'}")
+    elif prepared.snapshot.files:
+        lines.append(f"  code   {len(prepared.snapshot.files)} files, copied to {prepared.folder / 'code'}")
+    lines += [f"  note   {note}" for note in prepared.notes]
+    short = os.path.relpath(plan.folder) if Path(plan.folder).is_relative_to(Path.cwd()) else plan.folder
+    follow = f"distrain status {shlex.quote(short)}"
+    if not plan.is_array:
+        follow += f", distrain logs -f {shlex.quote(short)}"
+    return [*lines, f"  log    {log}", f"follow it: {follow}"]

@@ -1,0 +1,153 @@
+"""The story of a run: `train` on one page, and `train_step`, the whole mathematics.
+
+The state of training is `(step, parameters, optimizer state)`. Which samples a step consumes, its learning rate and its
+random numbers are computed from the recipe and the step, so a resumed run computes what an uninterrupted one does.
+The parts of both are in `training/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrain.config import UserError, mix
+from distrain.config.yaml import load_recipe
+from distrain.datasets.base import Batch
+from distrain.diagnose.index_errors import given
+from distrain.optim import set_lr
+from distrain.parallel import FLAGS, World
+from distrain.parallel.strategy import Numbers
+from distrain.run.folder import RunDir
+from distrain.run.heartbeat import mark, stepped
+from distrain.run.lease import Lease
+from distrain.training.context import StepNumbers, Training, loss_of, seed_dropout, to_device
+from distrain.training.intervals import StopRequest
+from distrain.training.run_loop import Session
+from distrain.training.skipping import Anomaly, Own
+
+
+def train(
+    run: RunDir,
+    world: World,
+    lease: Lease | None = None,
+    tell: Callable[[UserError], None] | None = None,
+) -> dict[str, Any]:
+    """Train the run's recipe from its newest checkpoint to its end; returns the summary. All ranks call.
+
+    Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
+    stop saves its state, is marked PREEMPTED, and goes on from there when it is started again. Nothing is published
+    once another start has the `lease`. `tell` says what went wrong where this process has lost its GPU,
+    and ends.
+    """
+    recipe = load_recipe(run.recipe_path).recipe
+    watched = run.stop_path if world.rank == 0 else None
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell) as s:
+        if s.t.step == 0 and recipe.eval.every is None:
+            s.say("eval.every is null: the model is scored only at the end")
+        s.catch_up()
+        late = None
+        for micro_batches in s.loader():
+            latest = train_step(s.t, micro_batches, s.flags)
+            # a step's numbers are read when the next one is under way, so that nothing waits for the device
+            late = latest if s.settle(late) else None
+            if s.eval_due() or s.save_due() or s.at_end() or not s.reads_late:
+                s.settle(late)
+                late = None
+            # a request to stop comes first: who stops a run may not wait for a score
+            if not s.stopping and (s.eval_due() or s.at_end()):
+                s.evaluate()
+            if s.save_due() or s.at_end() or s.new_best():
+                s.save()
+            if s.at_end():
+                break
+        return s.finish() if not s.stopping else s.preempt()
+
+
+def train_step(
+    t: Training, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: [0.0] * FLAGS
+) -> StepNumbers:
+    """Make one optimizer step. All ranks call.
+
+    The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
+    on how samples are spread over them nor on how many targets each holds. `flags` returns numbers of this rank, which
+    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose scaled
+    gradient overflows is made again with a smaller scale, from the same samples. A step that is left out changes
+    nothing but the count of steps.
+    """
+    if t.anomalies is not None and (known := t.anomalies.left_out(t.step + 1)) is not None:
+        return _leave_out(t, known, flags())
+    given(f"step {t.step + 1}", micro_batches)
+    mark("sync")
+    set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
+    share = _share(t, micro_batches)
+    while True:
+        loss_scale, put_buffers_back = t.engine.loss_scale, t.engine.remember_buffers()
+        if (numbers := _attempt(t, micro_batches, share, flags)) is not None:
+            break
+        put_buffers_back()
+    if not t.engine.moved:
+        put_buffers_back()
+    seed = _seed(t, len(micro_batches) - 1)
+    t.step += 1
+    stepped(t.step)
+    if t.trace is not None:
+        t.trace.stepped(seed)
+    return StepNumbers(t.step, numbers, loss_scale, t.own)
+
+
+def _leave_out(t: Training, known: Anomaly, flags: Sequence[float]) -> StepNumbers:
+    """Count a step without making it; what the ranks tell each other with each step, they tell."""
+    means = list(flags)
+    read = lambda: means  # noqa: E731
+    if t.world.world_size > 1:
+        read = t.world.later(t.world.sum(t.world.numbers(torch.zeros(()), flags))[1:] / t.world.world_size)
+    seed = _seed(t, 0)
+    t.step += 1
+    stepped(t.step)
+    if t.trace is not None:
+        seed_dropout(t.world, seed)
+        t.trace.stepped(seed)
+    return StepNumbers(t.step, lambda: (known.norm, [known.loss, *read()]), t.engine.loss_scale)
+
+
+def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
+    """Return what the sum of losses of a rank is multiplied by."""
+    # ranks' gradients are averaged on the way, and this is to be a sum: hence the world's size above the count
+    if t.loss.count_is_fixed:
+        return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
+    counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
+    return t.world.world_size / t.world.sum(counts.to(t.world.device, torch.float64))
+
+
+def _seed(t: Training, index: int) -> int:
+    return mix(t.recipe.seed, "dropout", t.step, t.world.rank, index)
+
+
+def _attempt(
+    t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Callable[[], Sequence[float]]
+) -> Numbers | None:
+    engine, last = t.engine, len(micro_batches) - 1
+    losses: list[Tensor] = []
+    for index, batch in enumerate(micro_batches):
+        batch = to_device(batch, t.world)
+        seed_dropout(t.world, _seed(t, index))
+        with engine.micro_batch(last=index == last):
+            mark("forward")
+            objective = loss_of(t.call, t.loss, engine.wrapped, batch)
+            # handed to the backward pass: multiplied in, it would be one more operation to go back through
+            if not isinstance(share, Tensor):
+                # a fill: for a copy to a device the host would wait
+                share = torch.full((), share, dtype=objective.dtype, device=objective.device)
+            share = share.to(objective.dtype)
+            losses.append(objective.detach() * share)
+            mark("backward")
+            if index < last:
+                engine.backward(objective, share)
+                continue
+            loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
+            t.own = Own(losses, [each["ids"] for each in micro_batches])
+            return engine.step(objective, share, loss, flags())
+    raise AssertionError("a step has at least one micro-batch")

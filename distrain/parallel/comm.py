@@ -1,0 +1,367 @@
+"""The processes of a run: who they are, and how they agree."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from torch import Tensor
+
+from distrain.config import UserError
+from distrain.parallel import determinism
+from distrain.parallel.accelerate_config import take_over
+from distrain.parallel.precision import Arithmetic, resolve
+from distrain.parallel.strategy_spec import Asked, check_precision
+from distrain.run.heartbeat import progress
+from distrain.system.environment import Environment, forget_world, has_launcher
+from distrain.system.output import echo
+
+_PATIENCE = timedelta(days=1)
+"""How long ranks wait while rank 0 does something for all of them."""
+
+_WORD_AFTER_S = 30.0
+"""After how long a process says that it waits for others which no launcher has started."""
+
+
+class World:
+    """The processes of this run: who they are, and how they agree. Every method is called by all ranks.
+
+    Satisfies `distrain.checkpoint.Communicator`.
+    """
+
+    deterministic = False
+    """Whether this process was told to compute deterministically."""
+
+    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked, timeout: timedelta):
+        self.accelerator = accelerator
+        self.arithmetic = arithmetic
+        self.precision = arithmetic.name
+        """The recipe's, with `auto` resolved."""
+        self.asked = asked
+        self.strategy = asked.strategy
+        """single, ddp, zero1, zero2, zero3 or fsdp2."""
+        self.lockstep = asked.strategy in ("zero3", "fsdp2")
+        """Whether a forward pass speaks to the other ranks: all must then make as many."""
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self.device = accelerator.device
+        # NCCL moves only device memory, and its object collectives wait for the device: small talk goes over gloo
+        needs_own = self.world_size > 1 and dist.get_backend() != "gloo"
+        self._control: Any = dist.new_group(backend="gloo", timeout=timeout) if needs_own else None
+        self._patient: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+        self._announcements = 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all ranks of `values`, the same bits on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def numbers(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
+        """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
+        on_gpu = self.device.type == "cuda"
+        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, pin_memory=on_gpu)
+        numbers = numbers.to(self.device, non_blocking=True)
+        numbers[0] = loss
+        return numbers
+
+    def later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Return a function that reads `values` (k,); called a step later, it does not wait for the device."""
+        if values.device.type == "cpu":
+            return values.tolist
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def read() -> list[float]:
+            done.synchronize()
+            return host.tolist()
+
+        return read
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value` (a small object), in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        progress()
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (a small object) on every rank."""
+        return self._broadcast(value, self._control)
+
+    def _broadcast(self, value: Any, group: dist.ProcessGroup | None) -> Any:
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=group)
+        progress()
+        return values[0]
+
+    def announcement(self) -> Announcement:
+        """Return something that one rank can tell the others while they wait for nobody."""
+        self._announcements += 1
+        store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        return Announcement(store, f"distrain/announcement/{self._announcements}")
+
+    def first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 runs `action`; every rank returns its result, or raises what it raised.
+
+        Ranks wait for it for up to a day: data may be prepared and large checkpoints verified here. A process that has
+        ended ends their waiting at once.
+        """
+        outcome: tuple[Any, Exception | None] = (None, None)
+        own: Exception | None = None
+        if self.rank == 0:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                outcome, own = (None, _picklable(error)), error
+        result, failure = self._broadcast(outcome, self._patient)
+        if failure is not None:
+            raise own or _of_another_rank(failure)
+        return result
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Every rank runs `action` and returns its own result; if any rank fails, all raise the first failure.
+
+        For work in which ranks can fail alone, so that none waits for another that has already given up. `action` must
+        not speak to other ranks.
+        """
+        result, own = None, None
+        try:
+            result = action()
+        except Exception as error:
+            own = error
+        for rank, failure in enumerate(self.gather(own and _picklable(own))):
+            if failure is None:
+                continue
+            if rank == self.rank and own is not None:
+                raise own
+            if not isinstance(failure, UserError):
+                failure = RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
+            raise _of_another_rank(failure)
+        return result
+
+    def close(self) -> None:
+        """Leave the process group in order; ending a process without it can abort under gloo."""
+        self.accelerator.free_memory()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Announcement:
+    """A fact that any rank can state and every rank can look up, without a collective."""
+
+    _LOOK_EVERY_S = 0.5
+
+    def __init__(self, store: dist.Store | None, key: str):
+        self._store, self._key = store, key
+        self._stated = False
+        self._looked_at = -math.inf
+
+    def state(self) -> None:
+        """Tell all ranks."""
+        if not self._stated and self._store is not None:
+            self._store.set(self._key, "")
+        self._stated = True
+
+    def stated(self) -> bool:
+        """Whether some rank has told it; asks the others' store twice a second at most."""
+        if not self._stated and self._store is not None and time.monotonic() - self._looked_at > self._LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            self._stated = self._store.check([self._key])
+        return self._stated
+
+
+def _picklable(error: Exception) -> Exception:
+    """Return `error`, or where it does not come out of pickling as it went in, a RuntimeError that says the same."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # whatever a class of the user's does there, what went wrong before matters more
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _of_another_rank(error: Exception) -> Exception:
+    # read where failures are told: the rank that failed has the traceback, and is to be the one that tells
+    error.of_another_rank = True  # type: ignore[attr-defined]
+    return error
+
+
+def open_world(
+    precision: str,
+    asked: Asked | None = None,
+    *,
+    timeout_s: float = 600.0,
+    deterministic: bool | Literal["auto"] = False,
+) -> World:
+    """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
+
+    `precision` is the recipe's `train.precision`. `asked` is the strategy, None for single or ddp. `timeout_s` bounds
+    every collective but those of `first`. `deterministic` is the recipe's `train.deterministic`.
+    """
+    environment = Environment.read(os.environ)
+    if environment.world_size == 1:
+        forget_world(os.environ)  # Accelerate would wait for whoever is at its address
+    if asked is None:
+        asked = Asked("single" if environment.world_size == 1 else "ddp")
+    check_precision(precision, asked.strategy)
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if told := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
+        determinism.turn_on()
+    # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
+    take_over(os.environ)
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    arrange = {"single": _plainly, "ddp": _plainly, "fsdp2": _for_fsdp2}.get(asked.strategy, _for_deepspeed)
+    with warnings.catch_warnings(), _waiting(environment, timeout_s):
+        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
+        accelerator = Accelerator(
+            # the arithmetic is put around the model by hand, the same under every strategy
+            mixed_precision="no",
+            # accumulation has one owner: train_step
+            gradient_accumulation_steps=1,
+            step_scheduler_with_optimizer=False,
+            **arrange(asked, environment, timedelta(seconds=timeout_s), on_cpu=on_cpu),
+        )
+    if accelerator.device.type == "cpu":
+        # without an index, as tensors name it: moving there what is there already would copy it
+        accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
+    try:
+        arithmetic = resolve(precision, accelerator.device)
+        found = accelerator.process_index, accelerator.num_processes
+        if found != (environment.rank, environment.world_size):
+            raise UserError(
+                f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
+                f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
+            )
+        world = World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
+        world.deterministic = told
+        return world
+    except BaseException:
+        if dist.is_initialized():  # ending a process without leaving it can abort under gloo
+            dist.destroy_process_group()
+        raise
+
+
+@contextmanager
+def _waiting(environment: Environment, timeout_s: float) -> Iterator[None]:
+    """Say whom this process waits for, where no launcher is there that has started the others too."""
+
+    def say() -> None:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        echo(
+            f"rank {environment.rank} waits for the {environment.world_size - 1} others at {place}, as RANK, "
+            f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say, for up to {timeout_s:g} s; where nobody "
+            "started others, unset these",
+            error=True,
+        )
+
+    timer = threading.Timer(_WORD_AFTER_S, say)
+    timer.daemon = True
+    if environment.world_size > 1 and not has_launcher():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    # without cpu=True several CPU processes are each rank 0 of 1
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
+    return {"cpu": on_cpu, "kwargs_handlers": handlers}
+
+
+def _join(environment: Environment, timeout: timedelta, *, on_cpu: bool) -> None:
+    """Form the process group first, where Accelerate would not do it right under a sharding strategy."""
+    if environment.world_size == 1:
+        # sharding over one process still speaks to a group, and nobody else makes one
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+        backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    PartialState(cpu=on_cpu, timeout=timeout)
+
+
+def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    _join(environment, timeout, on_cpu=on_cpu)
+    if on_cpu or environment.world_size == 1:
+        # Accelerate honours FSDP only where it believes in several GPUs, and falls back to DDP elsewhere without a
+        # word. FSDP2 itself works on CPUs over gloo, and with one process.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        cpu_offload=asked.offload_parameters,
+    )
+    return {"fsdp_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)]}
+
+
+def _for_deepspeed(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"
+    quiet_deepspeed()
+    if on_cpu or environment.world_size == 1:
+        _join(environment, timeout, on_cpu=on_cpu)
+    zero: dict[str, Any] = {"stage": int(asked.strategy[-1])}
+    if asked.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
+    if asked.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": not on_cpu}
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "zero_optimization": zero,
+            # the recipe's own optimizer, also where its state is on the CPU: what is saved must not depend on it
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+            # set when an engine is made
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+        }
+    )
+    return {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)]}
+
+
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed with its log at warnings, and without the C++ collective for CPUs that it would compile first.
+
+    That one serves inference on one machine alone, and takes a compiler and half a minute.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # found out by trial compilations otherwise, and asked for by that collective alone
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})

@@ -1,0 +1,258 @@
+"""What of a model a checkpoint holds, and whether all of it can come back: found before the first step.
+
+Parameters and persistent buffers are taken from the modules themselves, under their own names, whatever hooks make of
+them in a state dict. What a state dict has besides is held as well: the extra state of modules, which goes back through
+`set_extra_state`, and what hooks and overrides add, which goes back through `load_state_dict`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError
+from distrain.networks.memory import may_overlap, own_tensors, views_of_parameters
+from distrain.parallel.nested import Unstorable, encode, equal, stored_dtype, why_unstorable
+
+EXTRA_STATE = "_extra_state"
+
+
+def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that keep state of their own kind, by the name that it has in a state dict."""
+    own = nn.Module.get_extra_state
+    return {
+        f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE: module
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if getattr(type(module), "get_extra_state", own) is not own
+    }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model's state dict holds, held against its own tensors."""
+
+    own: dict[str, Tensor]
+    """Parameters and persistent buffers under all of their names."""
+    renamed: dict[str, str]
+    """Own tensors under other names: the own name by the other one."""
+    changed: dict[str, Tensor]
+    """What has the name of an own tensor, and is another one: a transposed copy."""
+    tensors: dict[str, Tensor]
+    """Further tensors."""
+    values: dict[str, Any]
+    """What is not a tensor."""
+
+
+def contents(model: nn.Module) -> Contents:
+    """Return what the model's state dict holds. Raises UserError where the model cannot make one."""
+    own = own_tensors(model)
+    try:
+        # the parameters themselves: what is the same tensor needs no look at its elements
+        state = model.state_dict(keep_vars=True)
+    except Exception as error:  # hooks are the user's code
+        raise UserError(f"the model's state_dict() failed: {type(error).__name__}: {error}") from error
+    if state.keys() == own.keys() and all(state[name] is tensor for name, tensor in own.items()):
+        return Contents(own, {}, {}, {}, {})
+    places = {_place(tensor): name for name, tensor in reversed(own.items())}
+    found = Contents(own, {}, {}, {}, {})
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            found.values[name] = value
+        elif name in own and _place(value) == _place(own[name]):
+            continue
+        elif name not in own and _place(value) in places:
+            found.renamed[name] = places[_place(value)]
+        else:
+            (found.changed if name in own else found.tensors)[name] = value
+    return found
+
+
+def _place(tensor: Tensor) -> Any:
+    """Return what two tensors share that are views of the same elements in the same order."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    own = getattr(tensor, "_local_tensor", tensor)  # of a DTensor: to_local() would make another view
+    where = own.untyped_storage()._cdata, own.storage_offset()
+    return *where, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+
+
+def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
+    """Make a model one whose checkpoints can be taken back, before anything is trained; returns what is to be said.
+
+    Buffers whose elements share memory get memory of their own. `sharded`: parameters will be cut, or live outside of
+    the module. Raises UserError naming all that a checkpoint could not hold or give back, each with what to do.
+    """
+    said = separate_buffers(model)
+    problems: list[str] = []
+    own = own_tensors(model)
+    first = {id(tensor): name for name, tensor in reversed(own.items())}
+    for name, tensor in own.items():
+        if first[id(tensor)] != name:
+            continue
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        if (why := why_unstorable(tensor)) is not None:
+            problems.append(f"{kind} {name} {why}; {_cure(tensor, kind)}")
+        elif may_overlap(tensor):
+            problems.append(
+                f"{kind} {name} has elements that share memory (expand, as_strided or unfold made it), which no "
+                "optimizer can train one by one; give it memory of its own: .clone()"
+            )
+        elif sharded and tensor.is_complex() and tensor.requires_grad:
+            problems.append(
+                f"{kind} {name} is of dtype {str(tensor.dtype).removeprefix('torch.')}, and zero and fsdp2 lay out all "
+                "that is trained in memory of one dtype; use ddp"
+            )
+    problems += views_of_parameters(model)
+    found = contents(model)
+    extra = modules_with_extra_state(model)
+    problems += _problems_of_extra_state(found, extra)
+    problems += _problems_of_hooks(found, extra, sharded)
+    if not problems and _needs_loading(found, extra):
+        problems += _try_loading(model, found, extra)
+    if problems:
+        raise UserError("the model has state that a checkpoint could not give back:\n  - " + "\n  - ".join(problems))
+    if not sharded and found.changed:
+        said += _try_export(model, found)
+    return said
+
+
+def separate_buffers(model: nn.Module) -> list[str]:
+    """Give buffers whose elements share memory, as after `expand`, memory of their own; returns what is to be said.
+
+    And those whose elements are in memory the conjugate or the negative of what they stand for.
+    """
+    said: list[str] = []
+    new: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and (may_overlap(buffer) or buffer.is_conj() or buffer.is_neg()):
+                if id(buffer) not in new:
+                    plain = buffer.detach().resolve_conj().resolve_neg()
+                    new[id(buffer)] = plain.clone(memory_format=torch.contiguous_format)
+                    mib = buffer.numel() * buffer.element_size() / 2**20
+                    if mib >= 1:
+                        said.append(
+                            f"model: buffer {prefix}{'.' * bool(prefix)}{key} was an expanded view and has {mib:,.0f} "
+                            "MiB of its own now"
+                        )
+                module._buffers[key] = new[id(buffer)]
+    return said
+
+
+def _cure(tensor: Tensor, kind: str) -> str:
+    if stored_dtype(tensor) is None and tensor.is_quantized:
+        return "keep its int_repr() in a buffer, and scale and zero point beside it"
+    return f"convert it to another dtype{', or register it with persistent=False' if kind == 'buffer' else ''}"
+
+
+def _problems_of_extra_state(found: Contents, extra: Mapping[str, nn.Module]) -> Iterator[str]:
+    for name, module in extra.items():
+        kind = type(module).__name__
+        if type(module).set_extra_state is nn.Module.set_extra_state:
+            yield f"{name}: {kind} has get_extra_state and no set_extra_state; write it, to take that state back"
+            continue
+        value = found.tensors.get(name, found.values.get(name))
+        if value is None:
+            continue  # nothing to keep now, or a hook has taken it out
+        try:
+            encode(value, name, {})
+        except Unstorable as error:
+            yield (
+                f"{error}, which {kind}.get_extra_state gives; have it give tensors, numbers, text, or lists, tuples "
+                "and dicts of such, or register buffers instead"
+            )
+
+
+def _problems_of_hooks(found: Contents, extra: Mapping[str, nn.Module], sharded: bool) -> Iterator[str]:
+    others = {name: v for name, v in {**found.changed, **found.tensors, **found.values}.items() if name not in extra}
+    for name, value in others.items():
+        if sharded:
+            yield (
+                f"{name} is made by a hook of state_dict or an override of _save_to_state_dict, which cannot be called "
+                "on a sharded model; use ddp, or keep it as a parameter or a buffer"
+            )
+            continue
+        try:
+            encode(value.detach() if isinstance(value, Tensor) else value, name, {})
+        except Unstorable as error:
+            yield f"{error}, which a hook or an override puts into the state dict; keep it as a buffer, or leave it out"
+
+
+def _needs_loading(found: Contents, extra: Mapping[str, nn.Module]) -> bool:
+    return any(name not in extra for name in (*found.tensors, *found.values)) or bool(extra)
+
+
+def _try_loading(model: nn.Module, found: Contents, extra: Mapping[str, nn.Module]) -> list[str]:
+    """Give what is no parameter and no buffer back as it is, and see whether it is then there."""
+    given = {**found.tensors, **found.values}
+    before = copy.deepcopy({name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()})
+    try:
+        hand_back(model, before)
+    except Exception as error:  # the user's code
+        names = ", ".join(given)
+        return [
+            f"{names}: taking back what state_dict gave failed: {type(error).__name__}: {error}; set_extra_state and "
+            "load_state_dict must take what get_extra_state and state_dict give"
+        ]
+    after = contents(model)
+    now = {**after.tensors, **after.values}
+    return [
+        f"{name} is {_shown(now.get(name))} after it was given back, and was {_shown(value)}; "
+        f"{'set_extra_state' if name in extra else 'load_state_dict'} must take what "
+        f"{'get_extra_state' if name in extra else 'state_dict'} gives"
+        for name, value in before.items()
+        if not equal(now.get(name), value)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@torch.no_grad()
+def _try_export(model: nn.Module, found: Contents) -> list[str]:
+    """See whether `load_state_dict` makes of an export the weights that were exported; says so where it does not."""
+    own = {name: tensor for name, tensor in found.own.items() if not isinstance(tensor, nn.UninitializedParameter)}
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    state = {**before, **copy.deepcopy({k: v.detach() for k, v in {**found.changed, **found.tensors}.items()})}
+    state |= {name: before[other] for name, other in found.renamed.items()} | copy.deepcopy(found.values)
+    try:
+        for tensor in own.values():
+            tensor.zero_()
+        model.load_state_dict(state)
+        lost = [name for name, tensor in own.items() if not equal(tensor.detach(), before[name])]
+        why = f"{', '.join(lost[:3])} would be other weights" if lost else ""
+    except Exception as error:  # hooks are the user's code
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    finally:
+        for name, tensor in own.items():
+            tensor.copy_(before[name])
+    return [f"model: its own load_state_dict does not take back its state_dict ({why})"] if why else []
+
+
+def hand_back(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give a model what its state dict held besides its own tensors: these are in place already."""
+    extra = modules_with_extra_state(model)
+    if any(name not in extra for name in values):
+        state = model.state_dict()
+        model.load_state_dict({**state, **values})
+        return
+    for name, value in values.items():
+        extra[name].set_extra_state(value)
+
+
+def remember_extra_state(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Return what gives modules the extra state back that they have now."""
+    kept = [(module, copy.deepcopy(module.get_extra_state())) for module in modules.values()]
+
+    def put_back() -> None:
+        for module, before in kept:
+            module.set_extra_state(before)
+
+    return put_back

@@ -1,0 +1,221 @@
+"""One process, and DistributedDataParallel: every rank holds the whole state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distrain.config import UserError
+from distrain.optim import sparse_layers
+from distrain.parallel.comm import World
+from distrain.parallel.state import Shard, TrainingState, whole
+from distrain.parallel.strategy import (
+    FLAGS,
+    Engine,
+    Numbers,
+    Plan,
+    did_not_take_effect,
+    make_ema,
+    make_optimizer,
+    model_to,
+    reached_parameters,
+    restored,
+    share_tensors,
+    travels,
+    with_arithmetic,
+)
+from distrain.run.heartbeat import mark
+
+
+class Replicated(Engine):
+    """Every rank holds the whole state; DDP averages the gradients where there are several.
+
+    Among several processes a first micro-batch is rehearsed forward and backward, after which gradients and buffers
+    are as before, for two reasons. Parameters that get no gradient must be known before wrapping. And DDP lays its
+    buckets out anew after its first backward pass, which changes the order in which more than two ranks are summed:
+    without a rehearsal the first step after a resume would differ in its last bits from the same step of an
+    uninterrupted run.
+    """
+
+    def __init__(self, world: World, plan: Plan):
+        super().__init__(world, plan)
+
+        def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+            model = model_to(plan.model(), world.device)
+            return model, make_optimizer(plan, model)
+
+        self.model, self.optimizer = world.together(build)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._sends_itself = False
+        """Whether there are buffers that DDP cannot send."""
+        self._all_reached = False
+        """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
+        self._reached: set[Tensor] = set()
+        # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
+        # small step. It serves gradient scaling and sharding, and neither is left to it here.
+        self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), carry=plan.carry)
+        self.wrapped = with_arithmetic(world, self.model)
+        if world.world_size > 1:
+            self.wrapped = self._distribute(plan)
+
+    def _distribute(self, plan: Plan) -> nn.Module:
+        world, model = self.world, self.model
+        ranks = [set(reached) for reached in reached_parameters(world, plan, model)]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        unused = {name for name in trained if not all(name in reached for reached in ranks)}
+        handler = world.accelerator.ddp_handler
+        assert handler is not None, "open_world sets it"
+        handler.find_unused_parameters = bool(unused)
+        self._all_reached = not unused
+        if self._all_reached and plan.accumulation > 1:
+            for parameter in self._trained:
+                parameter.register_post_accumulate_grad_hook(self._reached.add)
+        dtypes = {parameter.dtype for parameter in self._trained}
+        self._sends_itself = any(not travels(buffer) for buffer in model.buffers())
+        carries = not unused and dtypes in ({torch.float32}, {torch.float64})
+        carrier = _Carrier(model, dtypes.pop() if carries else None)
+        tensors = (*carrier.named_parameters(), *carrier.named_buffers())
+        frozen = [name for name, tensor in tensors if not tensor.requires_grad and not travels(tensor)]
+        # their dtypes do not travel with DDP's, and all ranks have the same ones already
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(carrier, frozen)
+        wrapped = world.accelerator.prepare_model(carrier)
+        if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            with restored(model):
+                value = plan.objective(wrapped, 0)
+                self._backward(wrapped, value, torch.ones_like(value), value.detach(), [0.0] * FLAGS)
+        return wrapped
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel only with the last micro-batch of a step."""
+        self._reached.clear()
+        if self._first and self._sends_itself:
+            share_tensors([buffer for buffer in self.model.buffers() if not travels(buffer)])
+        self._first = last
+        return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
+
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        objective.backward(self._scaled(share))
+
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        means = self._backward(self.wrapped, objective, self._scaled(share), loss, flags)
+        mark("optimizer")
+        self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
+        gradients: list[Tensor] = []
+        norm = coefficient = None
+        if self.watched or self.scale is not None or self.clip_norm is not None:
+            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        if self.scale is not None:
+            assert norm is not None
+            norm = norm / self.scale.scale
+            coefficient = self._coefficient(norm)  # of the scale that these gradients have
+        if self.watched and norm is not None and self.world.world_size > 1:
+            dist.broadcast(norm, src=0)  # its last bits may be others on another kind of GPU, and the verdict may not
+        verdict = self._verdict(norm, lambda: means()[0])
+        if verdict:
+            if coefficient is not None:
+                torch._foreach_mul_(gradients, coefficient)
+            elif self.clip_norm is not None:
+                assert norm is not None
+                nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if verdict is None:
+            return None
+        if verdict and self.state.ema is not None:
+            self.state.ema.update()
+        if norm is None:
+            return lambda: (0.0, means())
+        read = self.world.later(norm.reshape(1))
+        return lambda: (read()[0], means())
+
+    def _backward(
+        self, wrapped: nn.Module, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]
+    ) -> Callable[[], list[float]]:
+        """Go backward; returns a function that reads the means of loss and flags."""
+        world = self.world
+        if world.world_size == 1:
+            objective.backward(share)
+            read = world.later(loss.reshape(1))
+            return lambda: [*read(), *flags]
+        numbers = world.numbers(loss, flags)
+        carrier = wrapped.module
+        if isinstance(carrier, _Carrier) and carrier.numbers is not None:
+            carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
+            torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))
+            self._complete()
+            means, carrier.numbers.grad = carrier.numbers.grad, None
+            assert means is not None
+            return world.later(means.clone())  # the gradient is a view of DDP's buffer
+        objective.backward(share)
+        self._complete()
+        return world.later(world.sum(numbers) / world.world_size)
+
+    def _complete(self) -> None:
+        """Give DDP what it still waits for on this rank; what no rank has used is left without a gradient.
+
+        DDP was told that each gradient comes with each step, because that was so with the first batch. A gradient that
+        does not come after all is negative zero: a sum is that only where every rank gives it, so the ranks that miss a
+        parameter see whether another one has used it without a reduction of their own. Waits for the device if any is
+        missed.
+        """
+        if not self._all_reached:
+            return
+        if self.accumulation > 1:
+            # the gradients of earlier micro-batches are there, and are not averaged before this
+            missed = [each for each in self._trained if each not in self._reached]
+        else:
+            missed = [each for each in self._trained if each.grad is None]
+        if not missed:
+            return
+        if sparse := [
+            name for name, layer in sparse_layers(self.model) if any(layer.weight is each for each in missed)
+        ]:
+            raise UserError(
+                f"{sparse[0]} with sparse=True was not used in a step on rank {self.world.rank}, and ddp has no "
+                "sparse gradient of nothing to give the others; make it with sparse=False"
+            )
+        absent = [each for each in missed if each.grad is None]
+        views = [each.view_as(each) for each in missed]
+        torch.autograd.backward(views, [torch.full_like(each, -0.0) for each in views])
+        gradients = [each.grad for each in absent if each.grad is not None]
+        if gradients:
+            unused = torch.stack([((each == 0) & each.signbit()).all() for each in gradients]).tolist()
+            for parameter, nobody in zip(absent, unused, strict=True):
+                if nobody:
+                    parameter.grad = None
+
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        return whole(parameter)
+
+    def check(self) -> None:
+        super().check()
+        if self.world.world_size == 1:
+            return
+        if not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            raise did_not_take_effect("ddp", f"the model that trains is a {type(self.wrapped).__name__}")
+        if (found := self.wrapped.process_group.size()) != self.world.world_size:
+            raise did_not_take_effect("ddp", f"gradients are averaged over {found} of {self.world.world_size} ranks")
+
+
+class _Carrier(nn.Module):
+    """A model, beside it a parameter that is never trained: its gradient carries numbers from rank to rank.
+
+    DDP averages gradients over the ranks in a few large reductions. A handful of numbers among them costs nothing,
+    while a reduction of their own costs a small model's step half as much again.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+        """`dtype`: of the numbers, which is that of all the model's gradients; None carries none."""
+        super().__init__()
+        # in a module of its own in any case: what is prepared already, Accelerate returns without wrapping it in DDP
+        self.model = model
+        self.numbers = nn.Parameter(torch.zeros(1 + FLAGS, dtype=dtype)) if dtype is not None else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)

@@ -1,0 +1,310 @@
+"""FSDP2: every rank holds rows of each parameter, of its gradient, of its optimizer's state and of its average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from distrain.networks.blocks import block_classes
+from distrain.parallel.collective_forward import Lockstep
+from distrain.parallel.comm import World
+from distrain.parallel.state import Shard, TrainingState, whole
+from distrain.parallel.strategy import (
+    Engine,
+    Numbers,
+    Plan,
+    buffers_to,
+    did_not_take_effect,
+    make_ema,
+    make_optimizer,
+    sparse_gradient,
+    square_of,
+    with_arithmetic,
+)
+from distrain.run.heartbeat import mark
+
+
+class Fsdp2(Engine):
+    """The parameters are DTensors, sharded by rows; a block's are gathered when it computes."""
+
+    def __init__(self, world: World, plan: Plan):
+        super().__init__(world, plan)
+        deferred = world.together(plan.deferred)
+        model = deferred.model
+        self._shard_model(model)
+        _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
+        buffers_to(model, world.device)
+        self.model = self.wrapped = with_arithmetic(world, model)
+        if plan.initial:
+            parameters = dict(model.named_parameters())
+
+            def fill() -> None:
+                with torch.no_grad():
+                    for name, value in deferred.values():
+                        shard = self.shard(parameters[name])
+                        flat = value.detach().reshape(-1)[shard.start : shard.start + shard.values.numel()]
+                        shard.values.copy_(flat.reshape(shard.values.shape))
+
+            world.together(fill)
+        # on the sharded parameters, so that its state is sharded as they are
+        self.optimizer = world.together(lambda: make_optimizer(plan, model))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+        self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+        self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, carry=plan.carry)
+        self._passes = 0
+        """The micro-batches of this step that have gone backward."""
+        self._missed: dict[Tensor, int] = {}
+        """How many of them have not used a parameter on this rank."""
+        self._filled: set[Tensor] = set()
+        """The parameters that were given zeros in this micro-batch."""
+        self._given: set[Tensor] = set()
+        """Those that had a gradient in it, maybe after the zeros: one used twice has it with the last of its uses."""
+        self._lockstep = Lockstep(world, model)
+        self._reduce_all()
+
+    def _shard_model(self, model: nn.Module) -> None:
+        """Shard as Accelerate's plugin says, but in units of our own.
+
+        Its own give embeddings and heads units by what models of transformers call them, and cannot shard a model
+        that shares a weight between two units.
+        """
+        plugin = self.world.accelerator.state.fsdp_plugin
+        for parameter in model.parameters():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(self.world.device.type, (self.world.world_size,)),
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+            if self.world.asked.offload_parameters
+            else OffloadPolicy(),
+            # rows are what is sharded, and these have none: FSDP2 refuses the first and does not gather the second
+            "ignored_params": {each for each in model.parameters() if not _has_rows(each)},
+        }
+        for unit in _units(model):
+            fully_shard(unit, **settings)
+        # the root's own are needed first in the backward pass
+        fully_shard(model, **settings | {"reshard_after_forward": False})
+
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
+        objective.backward(self._scaled(share))
+        self._lockstep.end()
+        for parameter in self._filled - self._given:
+            self._missed[parameter] = self._missed.get(parameter, 0) + 1
+        self._filled.clear()
+        self._given.clear()
+        self._passes += 1
+
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        world = self.world
+        self.backward(objective, share)
+        mark("optimizer")
+        missed = self._complete()
+        gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
+        own = [p.grad for p in self._replicated if p.grad is not None]
+        self._note_gradients([*gradients, *own])
+        used = self._used(len(self._sharded) + len(self._replicated), missed)
+        # the norm and what the ranks tell each other, in one reduction
+        square = square_of(gradients) + (square_of(own) / world.world_size if own else 0.0)
+        numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, flags), used))
+        world.sum(numbers)
+        if missed:
+            trained, counts = (*self._sharded, *self._replicated), numbers[-len(used) :].tolist()
+            for place in missed:
+                if not counts[place]:
+                    trained[place].grad = None
+        unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
+        norm = numbers[0].sqrt() * unscale
+        coefficient = self._coefficient(norm)
+        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
+        if verdict:
+            if coefficient is not None:
+                _multiply([*gradients, *own], coefficient)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if verdict is None:
+            return None
+        if verdict and self.state.ema is not None:
+            self.state.ema.update()
+        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
+
+        def split() -> tuple[float, list[float]]:
+            norm, *means = read()
+            return (norm if self.watched or self.clip_norm is not None or self.scale is not None else 0.0), means
+
+        return split
+
+    def _complete(self) -> list[int]:
+        """Average what is not sharded over the ranks; returns which trained parameters this rank has not used.
+
+        In the order of `_sharded` and then `_replicated`.
+        """
+        missed = [place for place, p in enumerate(self._sharded) if self._missed.get(p) == self._passes]
+        for place, parameter in enumerate(self._replicated, len(self._sharded)):
+            if parameter.grad is None:
+                missed.append(place)
+                parameter.grad = torch.zeros_like(parameter)
+            if self.world.world_size > 1:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world.world_size
+        self._missed.clear()
+        self._passes = 0
+        return missed
+
+    def _reduce_all(self) -> None:
+        """Have each unit reduce all its gradients with each micro-batch, zeros where that has not used a parameter.
+
+        FSDP2 reduces those that it finds, and ranks that do not find the same would sum other things.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, FSDPModule):
+                state: Any = module._get_fsdp_state()
+                # older torch has one at most
+                for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                    if group is not None:
+                        group.unshard = partial(self._gather_unit, group.unshard, f"gathering {name}")
+                        group.post_backward = partial(self._reduce_unit, group, group.post_backward)
+
+    def _gather_unit(self, gather: Callable[..., None], told: str, *args: Any, **kwargs: Any) -> None:
+        # also where it is gathered still: what is left of the pass before must not make another order of this one
+        self._lockstep.come(told)
+        gather(*args, **kwargs)
+
+    def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:
+        for parameter in group.fsdp_params:
+            whole = getattr(parameter, "_unsharded_param", None)
+            if whole is None or not whole.requires_grad:
+                continue
+            if whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+                self._filled.add(parameter.sharded_param)
+                continue
+            self._given.add(parameter.sharded_param)
+            if whole.grad.layout is not torch.strided:
+                raise sparse_gradient(parameter._param_fqn, self.world.strategy)
+        reduce(*unused)
+
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        if not isinstance(parameter, DTensor):
+            return whole(parameter)
+        shape = tuple(parameter.shape)
+        _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+        values = parameter.detach().to_local()  # type: ignore[attr-defined]
+        # a rank behind the last row has an empty part, which begins nowhere
+        start = offset[0] * math.prod(shape[1:]) if values.numel() else 0
+        entry = parameter if parameter.requires_grad else None
+        return Shard(shape, start, values, replicated=False, entry=entry)
+
+    def settle(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            with self._lockstep.paused():
+                yield
+        finally:
+            for module in modules:
+                module.set_reshard_after_forward(module is not self.model, recurse=False)
+                module.reshard()
+
+    def check(self) -> None:
+        super().check()
+        odd = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if _has_rows(parameter) and not _spans(parameter, self.world.world_size)
+        ]
+        if odd:
+            raise did_not_take_effect("fsdp2", f"{odd[0]} and {len(odd) - 1} others are not sharded over all ranks")
+
+    def effect(self) -> dict[str, Any]:
+        units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        meshes = {str(p.device_mesh) for p in self.model.parameters() if isinstance(p, DTensor)}
+        return super().effect() | {"engine": "FSDPModule", "units": len(units), "mesh": ", ".join(sorted(meshes))}
+
+    def _offloaded(self) -> str:
+        devices = {p.device.type for p in self.model.parameters() if isinstance(p, DTensor)}
+        return "all" if devices == {"cpu"} and self.world.device.type != "cpu" else "none"
+
+
+def _spans(parameter: nn.Parameter, world_size: int) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.size() == world_size
+
+
+def _multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, dtype), alike in by_kind.items():
+        torch._foreach_mul_(alike, factor.to(device, dtype))
+
+
+def _has_rows(parameter: nn.Parameter) -> bool:
+    return parameter.dim() > 0 and parameter.numel() > 0
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """Return what is gathered together besides the rest of the model: its repeated blocks, inner ones first.
+
+    None that shares a weight with what is outside of it: a weight can be in one unit alone.
+    """
+    kinds = tuple(block_classes(model))
+    units = {id(module): module for module in model.modules() if isinstance(module, kinds) and module is not model}
+    while True:
+        owners: dict[int, set[int]] = {}
+        _note_owners(model, id(model), units, owners, set())
+        shared = set().union(*(unit_ids for unit_ids in owners.values() if len(unit_ids) > 1))
+        if not shared & units.keys():
+            # an inner one comes later in `modules()` than what is around it
+            return list(units.values())[::-1]
+        units = {key: module for key, module in units.items() if key not in shared}
+
+
+def _note_owners(
+    module: nn.Module, unit: int, units: dict[int, nn.Module], owners: dict[int, set[int]], seen: set[tuple[int, int]]
+) -> None:
+    """Add to `owners` the units by which each parameter is held."""
+    unit = id(module) if id(module) in units else unit
+    if (id(module), unit) in seen:
+        return
+    seen.add((id(module), unit))
+    for parameter in module.parameters(recurse=False):
+        if _has_rows(parameter):
+            owners.setdefault(id(parameter), set()).add(unit)
+    for child in module.children():
+        _note_owners(child, unit, units, owners, seen)
+
+
+def _give_memory(model: nn.Module, device: torch.device, own: torch.device) -> None:
+    """Give what is on the meta device uninitialised memory: shards on `device`, and what is not sharded on `own`."""
+    # by hand: to_empty would make two of a parameter that has two names, and empty the buffers
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, DTensor):
+                if id(parameter) not in new:
+                    empty = torch.empty_like(parameter, device=own)
+                    new[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[key] = new[id(parameter)]
+    model._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, DTensor) and t.is_meta else t)

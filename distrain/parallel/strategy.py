@@ -1,0 +1,590 @@
+"""What every strategy is to the loop: a model and its optimizer among the processes of a world."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+
+from distrain.checkpoint import Reader
+from distrain.config import OptimSection, UserError
+from distrain.networks.deferred import Deferred
+from distrain.optim import Ema, plain_name, sparse_layers
+from distrain.parallel import determinism
+from distrain.parallel.comm import World
+from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
+from distrain.parallel.precision import LossScale
+from distrain.parallel.state import Carry, Shard, TrainingState
+
+FLAGS = 4
+"""How many numbers each rank tells the others with every step."""
+
+Numbers = Callable[[], tuple[float, list[float]]]
+"""Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""
+
+Guard = Callable[[float, float], bool]
+"""Is given a step's loss and the norm of its gradient, before the optimizer moves and the same numbers on all ranks;
+returns, alike on all ranks, whether it may."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an engine is made from. Its functions are called by all ranks alike."""
+
+    model: Callable[[], nn.Module]
+    """Builds the whole model on the CPU."""
+    deferred: Callable[[], Deferred]
+    """Builds its structure, and then the values of one parameter at a time: the same ones."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Builds the optimizer, and stops frozen parameters from being trained."""
+    objective: Callable[[nn.Module, int], Tensor]
+    """Returns the loss (0-d) of a model, wrapped or not, on a micro-batch of the first step, by its number there."""
+    micro_batch_size: int
+    accumulation: int
+    clip_norm: float | None
+    ema: float | None
+    section: OptimSection | None = None
+    """The recipe's words for the optimizer, to see whether it can be sharded; None takes it as it is."""
+    carry: Carry | None = None
+    """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
+    initial: bool = True
+    """Whether the initial weights are wanted; otherwise a checkpoint follows."""
+
+
+_BUCKET_BYTES = 250 * 2**20
+"""Of the buffers that travel together; what DDP takes."""
+
+
+class Engine(ABC):
+    """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
+
+    model: nn.Module
+    """Its names are the plain ones; it is what evaluates."""
+    wrapped: nn.Module
+    """What a training step calls."""
+    optimizer: Any
+    """Has the `param_groups` in which the learning rate is set."""
+    state: TrainingState
+
+    def __init__(self, world: World, plan: Plan):
+        self.world = world
+        self.clip_norm = plan.clip_norm
+        self.accumulation = plan.accumulation
+        self.scale = LossScale() if world.arithmetic.scaled else None
+        self.watched = False
+        """Whether the norm of the gradient is told of each step, also where nothing else needs it."""
+        self.guard: Guard | None = None
+        self.moved = True
+        """Whether the last step moved the optimizer; otherwise the guard was against it, and nothing has changed."""
+        self._scale_before: dict[str, float | int] | None = None
+        self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
+        self._extra: dict[str, nn.Module] = {}
+        self._gradients: dict[str, int] | None = None
+        """Bytes by dtype."""
+        self._first = True
+        self._all_used: Tensor | None = None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # A step
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context for one micro-batch's forward and backward pass; the `last` one ends the step."""
+        if self._first:
+            self._share_buffers()
+        self._first = last
+        return nullcontext()
+
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's buffers, where a step begins: as DDP does."""
+        if self.world.world_size > 1:
+            share_tensors(list(self.model.buffers()))
+
+    @abstractmethod
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        """Go backward from `share * objective` (both 0-d) with a micro-batch that is not the last of its step."""
+
+    @abstractmethod
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
+
+        On the way the means over the ranks of `loss` (0-d) and of the `flags` are taken. Returns None where the
+        gradient overflowed and nothing was changed but the loss scale: the step is then to be made again. Where the
+        guard is against it, no weight and nothing of the optimizer's state changes, and `moved` is False.
+        """
+
+    def watch(self, guard: Guard | None) -> None:
+        """Tell the norm of each step's gradient, and ask `guard` before each step, for which the host then waits.
+
+        Under a scaled loss there must be a guard: what is not finite at any scale is then left to it.
+        """
+        assert guard is not None or self.scale is None, "a gradient that overflows cannot be told from an anomaly later"
+        self.watched, self.guard = True, guard
+
+    def _verdict(self, norm: Tensor | None, loss: Callable[[], float]) -> bool | None:
+        """Return whether the optimizer steps, the same on all ranks; None where the step is to be made again.
+
+        `norm` (0-d, unscaled) and `loss` are the same on all ranks. Waits for the device where there is a guard, or the
+        loss is scaled.
+        """
+        if self.guard is None:
+            return None if norm is not None and self._overflowed(norm) else True
+        assert norm is not None, "it is told where there is a guard"
+        value, agreed = norm.item(), loss()
+        if self.scale is not None and math.isfinite(agreed) and not math.isfinite(value):
+            self._scale_before = self._scale_before or self.scale.state()
+            try:
+                self.scale.update(True)
+            except UserError:  # it is not the scale's fault
+                pass
+            else:
+                return None
+        self.moved = self.guard(agreed, value)
+        if self.scale is not None:
+            if self.moved:
+                self.scale.update(False)
+            elif self._scale_before is not None:
+                self.scale.load(self._scale_before)
+        self._scale_before = None
+        return self.moved
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's loss is multiplied by; None where it is not scaled."""
+        return None if self.scale is None else self.scale.scale
+
+    def remember_buffers(self) -> Callable[[], None]:
+        """Return what gives buffers and extra state back what they hold now, for a step that is made again or left out.
+
+        Nothing is kept where every step is taken.
+        """
+        if self.scale is None and self.guard is None:
+            return lambda: None
+        if self._buffers is None:
+            self._buffers = buffer_slots(self.model)
+            self._extra = modules_with_extra_state(self.model)
+        return _remembering([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
+
+    def _note_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Note what this rank holds of a step's gradients, once, to be told in `effect`."""
+        if self._gradients is None:
+            self._gradients = {}
+            for each in gradients:
+                if each.layout is not torch.strided and (self.watched or self.scale is not None or self.clip_norm):
+                    raise UserError(
+                        "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
+                        "have the model compute it with sparse=False"
+                    )
+                name = str(each.dtype).removeprefix("torch.")
+                self._gradients[name] = self._gradients.get(name, 0) + each.numel() * each.element_size()
+
+    def _used(self, count: int, missed: Sequence[int]) -> Tensor:
+        """Return 1 for each of `count` parameters that this rank has used in a step, and 0 for the `missed` ones.
+
+        To be summed over the ranks beside other numbers (count,), float64: where nobody has used a parameter, its
+        gradient is not zero but absent, and the optimizer passes it over as it does in one process.
+        """
+        if self._all_used is None:
+            self._all_used = torch.ones(count, dtype=torch.float64, device=self.world.device)
+        if not missed:
+            return self._all_used
+        used = self._all_used.clone()
+        used[list(missed)] = 0
+        return used
+
+    def _scaled(self, share: Tensor) -> Tensor:
+        return share if self.scale is None else share * self.scale.scale
+
+    def _coefficient(self, norm: Tensor) -> Tensor | None:
+        """Return what gradients of this `norm` (0-d, unscaled) are multiplied by; None where they are left as are."""
+        unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
+        if self.clip_norm is None:
+            return None if self.scale is None else torch.as_tensor(unscale, device=norm.device)
+        return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) * unscale
+
+    def _overflowed(self, norm: Tensor) -> bool:
+        """Take note of whether a scaled gradient is finite; waits for the device, as any loss scaling does."""
+        if self.scale is None:
+            return False
+        overflow = not math.isfinite(norm.item())
+        self.scale.update(overflow)
+        return overflow
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Its state
+
+    @abstractmethod
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        """Return what this rank holds of a parameter."""
+
+    def publish(self) -> None:  # noqa: B027 - nothing to do where the model computes with what is trained
+        """Have the model compute with the weights as they were just written into the shards."""
+
+    def restore(self, reader: Reader) -> list[str]:
+        """Take over a checkpoint; returns what is to be said of it. Raises UserError where it does not fit."""
+        said = self.world.together(lambda: self.state.restore(reader))
+        stored = reader.manifest.scalars.get("loss_scale")
+        if stored and self.scale is not None:
+            self.scale.load(stored)
+        elif stored:
+            said.append(f"the stored scale of the loss is not needed under {self.world.precision}")
+        self.publish()
+        return said
+
+    def scalars(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the state besides tensors."""
+        scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
+        return self.state.scalars() | scaling
+
+    def check_state(self) -> None:
+        """Find what a checkpoint would lose: once there is an optimizer's state, after the first step.
+
+        Raises UserError naming it, on all ranks alike.
+        """
+        ranks = self.world.gather(self.world.together(self.state.check))
+        differing = sorted(name for name in ranks[0] if any(each.get(name) != ranks[0][name] for each in ranks))
+        if differing:
+            raise UserError(
+                f"{', '.join(differing[:5])} differ between the ranks, and a checkpoint holds one value for all; keep "
+                "what belongs to a rank in no state, or make it the same on all (torch.distributed.all_reduce)"
+            )
+
+    def settle(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
+        """Let go of weights that a forward pass without a backward one has gathered and left."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model its averaged weights, where there are any, to be evaluated, and its own back at the end."""
+        if self.state.ema is None:
+            yield
+        else:
+            with self.state.ema.applied():
+                self.publish()
+                yield
+            self.publish()
+        self.settle()
+
+    def align_buffers(self) -> None:
+        """Give every rank rank 0's buffers, as the next training step would, and their averages."""
+        if self.world.world_size == 1:
+            return
+        buffers = list(self.model.buffers())
+        if self.state.ema is not None:
+            parameters = {plain_name(name) for name, _ in self.model.named_parameters()}
+            buffers += [average for name, average in self.state.ema.tensors().items() if name not in parameters]
+        # each is laid out as its neighbours are, whatever its strides are here
+        for buffer in buffers:
+            whole = buffer.contiguous()
+            dist.broadcast(whole if travels(whole) else _as_bytes(whole), src=0)
+            if whole is not buffer:
+                buffer.copy_(whole)
+
+    def all_finite(self) -> bool:
+        """Return whether every weight is, the same answer on all ranks."""
+        shards = [self.shard(parameter).values for parameter in self.model.parameters()]
+        shards = [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values for values in shards]
+        shards = [values for values in shards if values.is_floating_point() and values.numel()]
+        # torch takes no norm of floats of 8 bits
+        shards = [values.float() if values.dtype.itemsize == 1 else values for values in shards]
+        by_device: dict[torch.device, list[Tensor]] = {}  # what is frozen stays on the GPU where the rest is offloaded
+        for values in shards:
+            by_device.setdefault(values.device, []).append(values)
+        finite = torch.ones((), device=self.world.device)
+        for alike in by_device.values():
+            largest = torch.stack([norm.double() for norm in torch._foreach_norm(alike, math.inf)])
+            finite *= largest.isfinite().all().to(finite)
+        return bool(self.world.sum(finite).item() == self.world.world_size)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold all weights on every rank: for what cannot gather them in step with the other ranks."""
+        yield
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What took effect
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the objects that train are what was asked for."""
+        expected = self.world.arithmetic.weights
+        for name, parameter in self.model.named_parameters():
+            found = self.shard(parameter).values.dtype
+            if found.is_floating_point and found != expected:
+                asked = f"train.precision {self.world.precision}, with weights in {dtype_name(expected)},"
+                raise did_not_take_effect(asked, f"{name} is {dtype_name(found)}")
+        if self.world.deterministic and not determinism.is_on():
+            raise did_not_take_effect("train.deterministic", "torch.are_deterministic_algorithms_enabled() is False")
+        # without a GPU there is nowhere to offload from
+        if self.world.device.type != "cpu" and (offloaded := self._offloaded()) != self.world.asked.offload:
+            raise did_not_take_effect(f"offload {self.world.asked.offload}", f"{offloaded} is offloaded")
+
+    def effect(self) -> dict[str, Any]:
+        """Return what took effect, as read from the objects that train. The same on all ranks."""
+        own, full = dict.fromkeys(("parameter", "optimizer", "ema"), 0), dict.fromkeys(("parameter", "optimizer"), 0)
+        dtypes: dict[str, set[str]] = {"parameter": set(), "optimizer": set()}
+        held = list(self.state.held().values())
+        for each in held:
+            if each.role in own:
+                own[each.role] += each.nbytes
+            if each.role in dtypes:
+                full[each.role] += math.prod(each.shape) * each.values.element_size()
+                if each.values.dim():  # counters of steps are no numbers that are trained
+                    dtypes[each.role].add(dtype_name(each.values.dtype))
+        gradients = self._gradients or {}
+        ranks = self.world.gather((own["parameter"], own["optimizer"], own["ema"], sum(gradients.values())))
+        parameter, optimizer, ema, gradient = (list(each) for each in zip(*ranks, strict=True))
+        autocast = self.world.arithmetic.autocast
+        effect: dict[str, Any] = {
+            "strategy": self.world.strategy,
+            "engine": type(self.wrapped).__name__,
+            "optimizer": type(self.state.optimizer).__name__,
+            "processes": self.world.world_size,
+            "device": self.world.device.type,
+            "precision": self.world.precision,
+            "deterministic": determinism.is_on(),
+            "forward": "as stored" if autocast is None else f"autocast to {dtype_name(autocast)}",
+            "weights": _listed(dtypes["parameter"]),
+            "sharded": any(not each.replicated for each in held),
+            "offload": self._offloaded(),
+            "accumulation": self.accumulation,
+            "clip_norm": self.clip_norm,
+            "parameter_bytes": {"full": full["parameter"], "ranks": parameter},
+        }
+        # what comes into being with the first step
+        if self._gradients is not None:
+            effect["gradients"] = _listed(gradients)
+            effect["gradient_bytes"] = {"ranks": gradient}
+        if full["optimizer"]:
+            effect["optimizer_state"] = _listed(dtypes["optimizer"])
+            effect["optimizer_bytes"] = {"full": full["optimizer"], "ranks": optimizer}
+        if self.state.ema is not None:
+            effect["ema_bytes"] = {"ranks": ema}
+        return effect | {"versions": {"torch": torch.__version__, "accelerate": accelerate.__version__}}
+
+    def _offloaded(self) -> str:
+        """Return what is kept in the memory of the CPU beside a GPU: none, optimizer or all; read from the objects."""
+        return "none"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that people use, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def square_of(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements (0-d, float64)."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
+
+
+_TRAVEL = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.int8,
+)
+
+
+def travels(tensor: Tensor) -> bool:
+    """Whether every backend of torch.distributed can send the tensor's dtype; others are sent as bytes."""
+    return tensor.dtype in _TRAVEL
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous tensor as bytes (uint8, 1-D)."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def share_tensors(tensors: list[Tensor]) -> None:
+    """Give every rank what rank 0 has in these tensors."""
+    odd = [(tensor, tensor.contiguous()) for tensor in tensors if not travels(tensor)]
+    sent = [tensor for tensor in tensors if travels(tensor)] + [_as_bytes(whole) for _, whole in odd]
+    if sent:
+        assert dist.group.WORLD is not None, "several processes have a group"
+        dist._broadcast_coalesced(dist.group.WORLD, sent, _BUCKET_BYTES, 0)
+    for tensor, whole in odd:
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+def make_ema(plan: Plan, source: Any) -> Ema | None:
+    """Return the average that the plan asks for, of a model or of a mapping of weights."""
+    return Ema(source, plan.ema) if plan.ema is not None else None
+
+
+def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
+    """Have the model compute in this world's arithmetic, with outputs in full precision; returns the same model.
+
+    Put around its forward by hand and alike under every strategy: left to them, DeepSpeed would cast the weights, FSDP2
+    what is gathered, and DDP neither, and one recipe would mean three things.
+    """
+    if world.arithmetic.autocast is None:
+        return model
+    forward = model.forward.__func__ if isinstance(model.forward, MethodType) else None
+    inner = model.forward
+    arithmetic, device, lockstep = world.arithmetic, world.device.type, world.lockstep
+
+    def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with arithmetic.context(device, cache=not lockstep):
+            return forward(self, *args, **kwargs) if forward is not None else inner(*args, **kwargs)
+
+    model.forward = MethodType(convert_outputs_to_fp32(compute), model)
+    return model
+
+
+def make_optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that the plan asks for, without parameters that have no elements.
+
+    There is nothing in them to train, and what an optimizer keeps for them differs by strategy.
+    """
+    optimizer = plan.optimizer(model)
+    for group in optimizer.param_groups:
+        # what DeepSpeed has sharded is empty to look at
+        group["params"] = [each for each in group["params"] if getattr(each, "ds_numel", each.numel())]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move a model's buffers; one that several modules hold stays one."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def model_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, and return it; its own `to` would make two of a buffer that two modules share.
+
+    Parameters that have gaps in memory, being views of something larger, get memory of their own: fused optimizers step
+    through memory, whatever the strides are. Raises UserError for two parameters that hold the same memory.
+    """
+    taken: list[tuple[int, int, str]] = []
+    for name, parameter in model.named_parameters():
+        if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+            parameter.data = parameter.data.contiguous()
+        if parameter.numel():
+            start = parameter.data_ptr()
+            taken.append((start, start + parameter.numel() * parameter.element_size(), name))
+    taken.sort()
+    for (_, stop, one), (start, _, other) in itertools.pairwise(taken):
+        if start < stop:
+            one, other = sorted((one, other))
+            raise UserError(
+                f"the parameters {one} and {other} are two tensors in the same memory, which they would not be on "
+                "another device or when sharded; assign one Parameter to both modules (b.weight = a.weight), and they "
+                "stay tied everywhere"
+            )
+    buffers_to(model, device)
+    return model.to(device)
+
+
+def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]:
+    """Return where a model's buffers are: the dictionaries of the modules, for a module may replace one."""
+    return [(module._buffers, key) for module in model.modules() for key in module._buffers]
+
+
+def _remembering(
+    slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]
+) -> Callable[[], None]:
+    """Return what gives buffers and extra state back what they are now."""
+    kept = [(buffers, key, each.clone() if (each := buffers[key]) is not None else None) for buffers, key in slots]
+    put_extra_back = remember_extra_state(extra)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffers, key, before in kept:
+                now = buffers[key]
+                if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
+                    now.copy_(before)  # in place, as others may hold the same tensor
+                else:
+                    buffers[key] = before
+        put_extra_back()
+
+    return put_back
+
+
+class restored(AbstractContextManager[None]):
+    """Puts a model's buffers, extra state and absent gradients back on leaving."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._put_back = _remembering(buffer_slots(model), modules_with_extra_state(model))
+
+    def __exit__(self, *exception: object) -> None:
+        self._put_back()
+        self._model.zero_grad(set_to_none=True)
+
+
+def reached_parameters(world: World, plan: Plan, model: nn.Module, index: int = 0) -> list[list[str]]:
+    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order."""
+
+    def rehearse() -> list[str]:
+        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        reached: list[str] = []
+
+        known = {id(layer.weight) for _, layer in sparse_layers(model)}
+
+        def note(parameter: Tensor) -> None:
+            reached.append(names[id(parameter)])
+            assert parameter.grad is not None, "it was accumulated just now"
+            if parameter.grad.layout is not torch.strided and id(parameter) not in known:
+                raise sparse_gradient(names[id(parameter)], world.strategy)
+            parameter.grad = None  # all of them together may be more than this strategy ever holds
+
+        handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
+        try:
+            with restored(model):
+                plan.objective(model, index).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return reached
+
+    return world.gather(world.together(rehearse))
+
+
+def no_gradient(names: Sequence[str], world: World) -> UserError:
+    """Return the error of trained parameters to which no rank has given a gradient in a step."""
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return UserError(
+        f"parameter {names[0]}{others} got no gradient in a step on any rank; {world.strategy} steps all that it "
+        "trains together, and cannot pass over a part of it as an optimizer does in one process. Use ddp, have each "
+        "step use it, even if its output is multiplied by zero, or freeze it (optim.freeze) if it is never used"
+    )
+
+
+def sparse_gradient(name: str, strategy: str) -> UserError:
+    """Return the error of a gradient that is sparse where a strategy reduces dense ones."""
+    return UserError(
+        f"the gradient of parameter {name} is sparse, and {strategy} reduces dense gradients only; have the model "
+        "compute it with sparse=False, or train in a single process, which takes sparse ones"
+    )
+
+
+def did_not_take_effect(asked: str, found: str) -> RuntimeError:
+    """Return the error of a strategy that the prepared objects do not show."""
+    return RuntimeError(
+        f"{asked} was asked for and did not take effect: {found}. Nothing was trained; the installed versions of "
+        "torch, accelerate or deepspeed may behave differently from those that are tested (constraints.txt)"
+    )

@@ -1,0 +1,614 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: what the optimizer trains is cut into equal flat parts, one for each rank.
+
+DeepSpeed is run in its fp32 mode whatever the precision: it then keeps weights, gradients and their reduction in fp32,
+and the arithmetic of the forward pass is put around the model as under every other strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distrain.config import UserError
+from distrain.networks.deferred import Deferred
+from distrain.networks.memory import own_tensors
+from distrain.optim import Ema, plain_name
+from distrain.parallel.collective_forward import Lockstep
+from distrain.parallel.comm import World
+from distrain.parallel.state import Shard, TrainingState, group_names, whole
+from distrain.parallel.strategy import (
+    Engine,
+    Numbers,
+    Plan,
+    buffers_to,
+    did_not_take_effect,
+    make_optimizer,
+    model_to,
+    no_gradient,
+    reached_parameters,
+    sparse_gradient,
+    square_of,
+    with_arithmetic,
+)
+from distrain.parallel.unused_parameters import imagine_without_gradient
+from distrain.run.heartbeat import mark
+
+
+class Zero(Engine):
+    """A DeepSpeedEngine. In stages 1 and 2 every rank computes with whole weights, in stage 3 they are sharded too."""
+
+    stage: int
+    wrapped: Any
+    """The DeepSpeedEngine."""
+
+    def __init__(self, world: World, plan: Plan):
+        super().__init__(world, plan)
+        self.stage = int(world.strategy[-1])
+        if world.accelerator.state.deepspeed_plugin is None:
+            found = world.accelerator.distributed_type.value
+            raise did_not_take_effect(world.strategy, f"Accelerate has prepared for {found}")
+        self._trained: dict[int, str] = {}
+        self._reached: set[int] = set()
+        """Of the trained parameters, those that a micro-batch of this step has used on this rank."""
+        self._order: list[nn.Parameter] = []
+        self.model, optimizer = self._build(plan)
+        groups = group_names(self.model, optimizer)
+        self._prepare(plan, optimizer)
+        self._zero: Any = self.wrapped.optimizer
+        self._reduce_in_order()
+        self._lockstep = Lockstep(world, self.model) if self.stage == 3 else None
+        if self._lockstep is not None:
+            self._fetch_in_lockstep(self._lockstep)
+        self.optimizer = self._zero.optimizer
+        ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
+        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.carry, self._stepping)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def _build(self, plan: Plan) -> tuple[nn.Module, torch.optim.Optimizer]:
+        world = self.world
+        if self.stage == 3:
+            deferred = world.together(plan.deferred)
+            model = deferred.model
+            buffers_to(model, world.device)
+            reached = self._reached_in_first_step(plan, model, self._imagine)
+            _partition(deferred, world, initial=plan.initial)
+            optimizer = world.together(lambda: make_optimizer(plan, model))
+            with_arithmetic(world, model)
+        else:
+            model = world.together(lambda: model_to(plan.model(), world.device))
+            optimizer = world.together(lambda: make_optimizer(plan, model))
+            with_arithmetic(world, model)
+            reached = self._reached_in_first_step(plan, model, partial(reached_parameters, world))
+        # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
+        # strategy has
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if names[id(p)] in reached]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._trained[id(parameter)] = names[id(parameter)]
+                parameter.register_post_accumulate_grad_hook(self._note_reached)
+        for name, parameter in model.named_parameters():
+            if name not in reached and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(_refuse_gradient, name))
+        parameters = dict(model.named_parameters())
+        self._order = [parameters[name] for name in reached if id(parameters[name]) in self._trained]
+        return model, optimizer
+
+    def _reached_in_first_step(
+        self, plan: Plan, model: nn.Module, reached: Callable[[Plan, nn.Module, int], list[list[str]]]
+    ) -> list[str]:
+        """Return the parameters to which any rank gives a gradient in the first step, in the order of the first such.
+
+        `reached` tells what each rank reaches with one of its micro-batches; not more of them are asked than it takes.
+        """
+        trained = sum(parameter.requires_grad for parameter in model.parameters())
+        found: dict[str, None] = {}
+        for index in range(plan.accumulation):
+            for names in reached(plan, model, index):
+                found.update(dict.fromkeys(names))
+            if len(found) == trained:
+                break
+        return list(found)
+
+    def _imagine(self, plan: Plan, model: nn.Module, index: int) -> list[list[str]]:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad][::-1]
+        unused = imagine_without_gradient(model, lambda model: plan.objective(model, index), self.world.device)
+        # one that a rank cannot tell of is trained; if no rank uses it after all, `step` says so
+        return self.world.gather([name for name in trained if name not in (unused or ())])
+
+    def _note_reached(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise sparse_gradient(self._trained[id(parameter)], self.world.strategy)
+        self._reached.add(id(parameter))
+
+    def _fetch_in_lockstep(self, lockstep: Lockstep) -> None:
+        """Note what each module fetches before DeepSpeed does, whose own record of it must be one on all ranks."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        waits = {
+            id(module): any(
+                not getattr(parameter, "ds_persist", False) for parameter in module.parameters(recurse=False)
+            )
+            for module in self.model.modules()
+        }
+
+        def noted(direction: str, fetch: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+            def note(module: nn.Module) -> None:
+                if (name := names.get(id(module))) is not None:
+                    lockstep.come(f"{direction} {name}", waits=waits[id(module)])
+                fetch(module)
+
+            return note
+
+        offload = self._zero.parameter_offload
+        offload.pre_sub_module_forward_function = noted("forward", offload.pre_sub_module_forward_function)
+        offload.pre_sub_module_backward_function = noted("backward", offload.pre_sub_module_backward_function)
+
+    def _reduce_in_order(self) -> None:
+        """Have the ranks reduce gradients in one order, whichever of them their micro-batches use.
+
+        DeepSpeed packs them as they come, and ranks that do not use the same parameters would sum other things.
+        """
+        zero, order = self._zero, self._order
+        if self.stage == 1:  # reduces at the end of a step, in the order of its groups
+            reduce_all = zero.reduce_gradients
+
+            def complete(*args: Any, **kwargs: Any) -> None:
+                for parameter in order:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                reduce_all(*args, **kwargs)
+
+            zero.reduce_gradients = complete
+            return
+        name = "process_gradients" if self.stage == 2 else "reduce_ready_partitions_and_remove_grads"
+        reduce, finish = getattr(zero, name), zero.overlapping_partition_gradients_reduce_epilogue
+        places = {id(parameter): place for place, parameter in enumerate(order)}
+        waiting: dict[int, tuple[Any, ...]] = {}
+        done = 0
+
+        def come(parameter: nn.Parameter, *group: int) -> None:
+            nonlocal done
+            place = places[id(parameter)]
+            if place < done:  # for the second time in a backward pass, of which DeepSpeed says what it thinks
+                reduce(parameter, *group)
+                return
+            waiting[place] = group
+            while done in waiting:
+                reduce(order[done], *waiting.pop(done))
+                done += 1
+
+        def end() -> None:
+            nonlocal done
+            for place in range(done, len(order)):
+                if place >= done and place not in waiting:
+                    _give_zeros(order[place])
+                    come(order[place], *groups[place])
+            done = 0
+            finish()
+
+        groups = [(self._group_of[id(parameter)],) if self.stage == 2 else () for parameter in order]
+        setattr(zero, name, come)
+        zero.overlapping_partition_gradients_reduce_epilogue = end
+
+    def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+        accelerator = self.world.accelerator
+        accelerator.gradient_accumulation_steps = plan.accumulation
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
+        config["gradient_accumulation_steps"] = plan.accumulation
+        config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
+        config["gradient_clipping"] = plan.clip_norm or 0.0
+        config["zero_optimization"] |= _sizes(self.stage, self.model)
+        with _without_broadcast(), _with_own_adagrad(self.stage):
+            self.wrapped, _ = accelerator.prepare(self.model, optimizer)
+        # Accelerate falls back to DDP without a word, and nothing that follows would work
+        if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
+            raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
+        if (found := self.wrapped.optimizer.optimizer) is not optimizer:
+            raise did_not_take_effect(f"optim.name {type(optimizer).__name__}", f"another {type(found).__name__} steps")
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Stage 3 fills the optimizer's groups only while it steps."""
+        if self.stage < 3:
+            yield
+            return
+        self._zero._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._zero._clear_fp32_optimizer_param_groups()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # A step
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """In stage 3 linear layers let go of their gathered weights until the backward pass."""
+        context = super().micro_batch(last)
+        compiled = self.model._compiled_call_impl is not None
+        return context if self.stage < 3 or compiled else _thrifty_linear()
+
+    def backward(self, objective: Tensor, share: Tensor) -> None:
+        self._backward(objective, share, last=False)
+
+    def _backward(self, objective: Tensor, share: Tensor, *, last: bool) -> None:
+        if self.scale is not None:
+            # its own scaler changes the scale before it takes it out of the gradients
+            self._zero.override_loss_scale(self.scale.scale)
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(objective * share, scale_wrt_gas=False)
+        if self._lockstep is not None:
+            self._lockstep.end()
+
+    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        world = self.world
+        self._backward(objective, share, last=True)
+        mark("optimizer")
+        missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
+        self._reached.clear()
+        self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
+        used = self._used(len(self._trained), missed)
+        if self.watched:
+            return self._watched_step(loss, flags, used, missed)
+        numbers = world.sum(torch.cat((world.numbers(loss, flags), used)))
+        self._check_used(numbers, missed)
+        self.wrapped.step()
+        overflowed = not self.wrapped.was_step_applied()
+        if self.scale is not None:
+            self.scale.update(overflowed)
+            if overflowed:
+                return None
+        means = world.later(numbers[: -len(used)] / world.world_size)
+        if overflowed:  # unscaled gradients that are not finite: for the loop to report
+            return lambda: (float("nan"), means())
+        if self.state.ema is not None:
+            self.state.ema.update()
+        if self.clip_norm is None and self.scale is None:
+            return lambda: (0.0, means())
+        norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float64, device=world.device)
+        read = world.later(norm.reshape(1))
+        return lambda: (read()[0], means())
+
+    def _check_used(self, numbers: Tensor, missed: Sequence[int]) -> None:
+        """Raise UserError where no rank has used a parameter; waits for the device where this rank has not used one."""
+        if missed:
+            counts, names = numbers[-len(self._trained) :].tolist(), list(self._trained.values())
+            if unused := [names[place] for place in missed if not counts[place]]:
+                raise no_gradient(unused, self.world)
+
+    def _watched_step(
+        self, loss: Tensor, flags: Sequence[float], used: Tensor, missed: Sequence[int]
+    ) -> Numbers | None:
+        """Take the optimizer's step with gradients whose norm is looked at first: DeepSpeed's own comes too late."""
+        world = self.world
+        square = square_of(self._own_gradients()).to(world.device)
+        numbers = world.sum(torch.cat((square.reshape(1), world.numbers(loss, flags), used)))
+        self._check_used(numbers, missed)
+        norm = numbers[0].sqrt() * (1.0 if self.scale is None else 1.0 / self.scale.scale)
+        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
+        with nullcontext() if verdict else self._refusing():
+            self.wrapped.step()
+        if verdict is None:
+            return None
+        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
+        applied = self.wrapped.was_step_applied()
+        assert verdict or not applied, "DeepSpeed took a step that was to be left out"
+        if applied and self.state.ema is not None:
+            self.state.ema.update()
+
+        def split() -> tuple[float, list[float]]:
+            norm, *means = read()
+            # one that overflows in fp32 is infinite to DeepSpeed, which has then left the step out by itself
+            return (norm if applied or not verdict else float("inf")), means
+
+        return split
+
+    def _own_gradients(self) -> list[Tensor]:
+        """Return this rank's part of the gradient that the optimizer is about to step with."""
+        zero = self._zero
+        if self.world.asked.offload_optimizer and self.world.device.type != "cpu":
+            flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+            return [flat.grad for flat in flats if flat.grad is not None]
+        return [each for kept in zero.averaged_gradients.values() for each in kept or ()]
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Have DeepSpeed find that the next step's gradient overflows, whatever it is.
+
+        It then lets go of the gradient and leaves the rest as it was, as it would under a scaled loss.
+        """
+        zero = self._zero
+        name = "check_overflow" if self.stage < 3 else "_overflow_check_and_loss_scale_update"
+
+        def overflow(*_: Any, **__: Any) -> bool:
+            zero.overflow = True
+            return True
+
+        checks = self.stage < 3 and zero.check_grad_overflow
+        setattr(zero, name, overflow)
+        if self.stage < 3:
+            zero.check_grad_overflow = True
+        try:
+            yield
+        finally:
+            delattr(zero, name)
+            if self.stage < 3:
+                zero.check_grad_overflow = checks
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Its state
+
+    def shard(self, parameter: nn.Parameter) -> Shard:
+        return self._shard_3(parameter) if self.stage == 3 else self._shard_12(parameter)
+
+    def _shard_12(self, parameter: nn.Parameter) -> Shard:
+        """DeepSpeed lays a group's parameters end to end, and cuts that into equal parts."""
+        zero = self._zero
+        group = self._group_of.get(id(parameter))
+        if group is None:
+            return replace(whole(parameter), entry=None)
+        entry = zero.single_partition_of_fp32_groups[group]
+        shape, mapping = tuple(parameter.shape), parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Shard(shape, 0, entry.detach()[:0], replicated=False, entry=entry)
+        start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        values = entry.detach()[offset : offset + numel]
+        return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        """The place of each trained parameter's group, by the parameter's identity; looked up at every step."""
+        return {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
+
+    def _shard_3(self, parameter: Any) -> Shard:
+        """Each parameter is cut into equal parts, the last one padded."""
+        shape, part = tuple(parameter.ds_shape), parameter.partition_numel()
+        start = min(self.world.rank * part, parameter.ds_numel)
+        numel = min(part, parameter.ds_numel - start)
+        place = self._zero.grad_position.get(self._zero.get_param_id(parameter)) if parameter.requires_grad else None
+        if place is None:
+            return Shard(shape, start, parameter.ds_tensor.detach()[:numel], replicated=False, entry=None)
+        group, offset, _ = place
+        entry = self._zero.fp32_partitioned_groups_flat[group]
+        values = entry.detach()[offset : offset + numel]
+        return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
+
+    def publish(self) -> None:
+        zero = self._zero
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        assert self._lockstep is not None
+        with (
+            deepspeed.zero.GatheredParameters(list(self.model.parameters())),
+            self._unhooked(),
+            self._lockstep.paused(),
+        ):
+            yield
+
+    @contextmanager
+    def _unhooked(self) -> Iterator[None]:
+        """Take out the hooks that let go of each weight after its use, and gather it in step with the other ranks."""
+        offload = self._zero.parameter_offload
+        handles = (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook)
+        ours = {handle.id for handle in handles}
+        found = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
+        kept = [(hooks, dict(hooks)) for hooks in found.values()]
+        for hooks, before in kept:
+            for key in before.keys() & ours:
+                del hooks[key]
+        try:
+            yield
+        finally:
+            for hooks, before in kept:
+                hooks.clear()
+                hooks.update(before)
+
+    def check(self) -> None:
+        super().check()
+        if (found := self.wrapped.zero_optimization_stage()) != self.stage:
+            raise did_not_take_effect(self.world.strategy, f"DeepSpeed runs ZeRO stage {found}")
+        if (found := self.wrapped.dp_world_size) != self.world.world_size:
+            raise did_not_take_effect(self.world.strategy, f"DeepSpeed spans {found} of {self.world.world_size} ranks")
+
+        engine = self.wrapped
+        if (found := (engine.gradient_accumulation_steps(), engine.gradient_clipping())) != (
+            self.accumulation,
+            self.clip_norm or 0.0,
+        ):
+            asked = f"accumulation {self.accumulation} and optim.clip_norm {self.clip_norm}"
+            raise did_not_take_effect(asked, f"DeepSpeed accumulates {found[0]} and clips to {found[1]}")
+
+    def effect(self) -> dict[str, Any]:
+        engine = self.wrapped
+        effect = super().effect() | {
+            "stage": engine.zero_optimization_stage(),
+            "accumulation": engine.gradient_accumulation_steps(),
+            "clip_norm": engine.gradient_clipping() or None,
+        }
+        if self.stage < 3:  # beside those that are trained
+            own = sum(group.nbytes for group in self._zero.bit16_groups_flat)
+            effect["computing_weights_bytes"] = {"ranks": self.world.gather(own)}
+        effect["versions"] |= {"deepspeed": deepspeed.__version__}
+        return effect
+
+    def _offloaded(self) -> str:
+        offloads = [self.wrapped.zero_offload_param(), self.wrapped.zero_offload_optimizer()]
+        parameters, optimizer = (each is not None and each.device != "none" for each in offloads)
+        return "all" if parameters else "optimizer" if optimizer else "none"
+
+
+@contextmanager
+def _without_broadcast() -> Iterator[None]:
+    """Make engines that do not send the weights around: all ranks have the same ones already.
+
+    It sends them as bytes, as which neither 0-d parameters nor those that are not contiguous can be looked at.
+    """
+    own = deepspeed.DeepSpeedEngine._broadcast_model
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine._broadcast_model = own
+
+
+@contextmanager
+def _with_own_adagrad(stage: int) -> Iterator[None]:
+    """Make engines that step with the Adagrad that they are given.
+
+    It has a state from the start, so DeepSpeed makes another one for its flat pieces: of torch's class, with one group,
+    and without what was set for the groups. The state is all that is needed of it.
+    """
+    kind: Any = DeepSpeedZeroOptimizer if stage < 3 else DeepSpeedZeroOptimizer_Stage3
+    own = kind.initialize_optimizer_states
+
+    def initialize(zero: Any) -> None:
+        given = zero.optimizer
+        own(zero)
+        if zero.optimizer is not given and isinstance(given, torch.optim.Adagrad):
+            given.state.clear()
+            given.state.update(zero.optimizer.state)
+            zero.optimizer = given
+
+    kind.initialize_optimizer_states = initialize
+    try:
+        yield
+    finally:
+        kind.initialize_optimizer_states = own
+
+
+@contextmanager
+def _thrifty_linear() -> Iterator[None]:
+    """Have linear layers keep a parameter for the backward pass, and not a view of what was gathered of it.
+
+    torch's own keeps such a view, and with it the whole model from the forward pass to the backward pass. DeepSpeed's
+    takes the parameter as it is by then, gathered anew. Also in the backward pass: blocks that are computed again there
+    must keep the same tensors.
+    """
+    kept = functional.linear
+    functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        functional.linear = kept
+
+
+def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
+    """Return how much DeepSpeed sends or holds at once, in elements: a sixteenth of the model, at most 200 MB of fp32.
+
+    Its own sizes are for large models: buffers of 2 GB on each rank, and in stage 3 no weight of a model of less than a
+    billion would be let go between the forward and the backward pass.
+    """
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    bucket = min(max(total // 16, 2**18), 50_000_000) // 1024 * 1024
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        sizes |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_reuse_distance": bucket,
+            "stage3_max_live_parameters": 4 * bucket,
+        }
+    return sizes
+
+
+def _give_zeros(parameter: nn.Parameter) -> None:
+    """Give a parameter that was not used a gradient, also where stage 3 has let go of its values."""
+    shape, values = getattr(parameter, "ds_shape", parameter.shape), parameter.data
+    if values.shape != shape:
+        parameter.data = values.new_zeros(()).expand(shape)  # what a gradient is held against
+    parameter.grad = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    parameter.data = values
+
+
+def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
+    raise UserError(
+        f"parameter {name} got no gradient from the first batch and gets one now; ZeRO must know at the start what is "
+        "trained. Use fsdp2 or ddp, or freeze it (optim.freeze)"
+    )
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A rank's part of the weights that are trained, and its buffers, by plain name: what an average is made of."""
+
+    def __init__(self, engine: Zero):
+        self._engine = engine
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._buffers: dict[str, str] = {}
+        seen: set[int] = set()
+        for name, tensor in own_tensors(engine.model).items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[plain_name(name)] = tensor
+            else:
+                self._buffers[plain_name(name)] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._parameters:
+            return self._engine.shard(self._parameters[name]).values
+        return self._engine.model.get_buffer(self._buffers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._parameters, *self._buffers))
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+
+def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
+    """Give the parameters of a model on the meta device their values, one at a time, each cut into the ranks' parts."""
+    model = deferred.model
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, key))
+    named = dict(model.named_parameters())
+    if empty := [name for name, parameter in named.items() if not parameter.numel()]:
+        raise UserError(
+            f"parameter {empty[0]} has no elements (its shape is {tuple(named[empty[0]].shape)}), and ZeRO-3 cannot "
+            "gather what is empty; use fsdp2 or zero2, or make it a buffer"
+        )
+    init = deepspeed.zero.Init(
+        module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config
+    )
+    values = (
+        deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in list(named.items()))
+    )
+    for name, value in values:
+        old = named.pop(name)
+        new: Any = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)
+        init._convert_to_deepspeed_param(new)
+        new.partition()
+        for module, key in places[id(old)]:
+            module._parameters[key] = new
+    if named:
+        raise UserError(f"the model gave no values for {', '.join(sorted(named)[:3])}")

@@ -1,0 +1,4 @@
+"""Reads run folders, asks launchers, and shows what it finds.
+
+status.py  `distrain status`
+"""

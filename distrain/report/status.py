@@ -1,0 +1,429 @@
+"""How runs are doing, read from their folders and from SLURM's queue; their logs; and how they are ended. No torch."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from distrain.config import UserError
+from distrain.config.yaml import load_recipe
+from distrain.launchers.slurm.queue import Job, cancel
+from distrain.launchers.slurm.sweeps import read_sweep
+from distrain.launchers.slurm.tracking import jobs_for, jobs_of_folders, task_of, was_submitted
+from distrain.run.folder import RunDir, rows_backwards
+from distrain.run.heartbeat import read_heartbeats
+from distrain.system.terminal import Table
+from distrain.training.callbacks.trackers import duration
+
+STATES = {
+    "new": "made, and never started",
+    "queued": "waits in SLURM's queue",
+    "starting": "its job runs, and it has not begun",
+    "running": "trains",
+    "hanging": "runs without getting any further",
+    "ending": "its job ends",
+    "finished": "complete",
+    "stopped": "has saved its state and stopped; it goes on when it is started again",
+    "failed": "ended by an error; see message",
+    "gone": "began, and nothing of it is seen any more",
+}
+
+
+_LOOKED_AT = 20_000
+"""Rows from the end of metrics.jsonl that are looked at."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run is doing."""
+
+    run: str
+    state: str
+    """One of STATES."""
+    step: int = 0
+    """Finished optimizer steps."""
+    total_steps: int | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+    """Seconds of training that are left at the present rate, while it runs."""
+    loss: float | str | None = None
+    """Of the last row of training numbers."""
+    score: dict[str, Any] | None = None
+    """Of the last evaluation, or the best of a finished run: metric, value, step."""
+    checkpoint: int | None = None
+    """The step of the newest checkpoint."""
+    starts: int = 0
+    """How often it has begun."""
+    processes: int | None = None
+    strategy: str | None = None
+    job: str | None = None
+    """Its latest SLURM job."""
+    job_state: str | None = None
+    """What SLURM says of it: PENDING, RUNNING, ..."""
+    reason: str | None = None
+    """Why it waits in the queue, or where it runs."""
+    left: str | None = None
+    """What is left of the job's time limit."""
+    heartbeat_age_s: float | None = None
+    """Since the ranks wrote that they are alive, of the one that did so the longest ago."""
+    queue: str | None = None
+    """Why SLURM could not be asked, where that is so."""
+    message: str | None = None
+    """What it failed of, or where it hangs or stopped."""
+    values: dict[str, str] = field(default_factory=dict)
+    """What is its own in a sweep."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether something of it is queued or runs."""
+        return self.state in ("queued", "starting", "running", "hanging", "ending")
+
+
+def status_of(
+    folder: Path, jobs: list[Job], values: dict[str, str] | None = None, problem: str | None = None
+) -> Status:
+    """Return how the run in `folder` is doing. `jobs`: what SLURM says of it; `problem`: why it says nothing."""
+    run = RunDir(folder)
+    job = next((each for each in reversed(jobs) if each.alive), jobs[-1] if jobs else None)
+    beats = read_heartbeats(run)
+    fresh = bool(beats) and all(beat.age_s() < 6 * beat.interval + 10 for beat in beats)
+    attempts = run.attempts()
+    stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
+    state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))
+    if state == "running" and job is not None and job.alive and not _begun_by(attempts, job):
+        state = "starting"  # what the folder tells is of the start before
+    if state == "running" and stalled is not None:
+        state, message = "hanging", f"rank {stalled.rank} on {stalled.host} in {stalled.where()}"
+    latest, score = _numbers(run)
+    step = max([int(latest.get("step", 0)), *(beat.step for beat in beats)])
+    effect = run.effect() or {}
+    total = effect.get("total_steps")
+    finished = run.finished
+    if finished is not None:
+        step = int(finished.get("steps", step))
+        score = finished.get("best") or score
+    rate = latest.get("samples_per_s")
+    eta = None
+    if state == "running" and total is not None and rate:
+        eta = max(0, total - step) * load_recipe(run.recipe_path).recipe.batch.global_batch_size / rate
+    launch = run.launch() if run.launch_path.exists() else None
+    return Status(
+        run=str(folder),
+        state=state,
+        step=step,
+        total_steps=total,
+        samples_per_s=rate,
+        eta_s=eta,
+        loss=latest.get("loss"),
+        score=score,
+        checkpoint=_newest_checkpoint(run),
+        starts=len(attempts),
+        processes=launch.processes if launch else None,
+        strategy=launch.strategy if launch else None,
+        job=job.id if job else None,
+        job_state=job.state if job else None,
+        reason=job.reason or None if job else None,
+        left=job.left or None if job else None,
+        heartbeat_age_s=max(beat.age_s() for beat in beats) if beats and state in ("running", "hanging") else None,
+        queue=problem,
+        message=message,
+        values=values or {},
+    )
+
+
+def _state(run: RunDir, job: Job | None, beats: bool, began: bool) -> tuple[str, str | None]:
+    if run.finished is not None:
+        return "finished", None
+    if job is not None and job.alive:
+        match job.state:
+            case "PENDING" | "REQUEUED" | "REQUEUE_HOLD" | "SPECIAL_EXIT":
+                return "queued", _why_queued(job)
+            case "COMPLETING" | "SIGNALING" | "STAGE_OUT":
+                return "ending", None
+        return "running", None
+    if beats:
+        return "running", None
+    if (failed := run.failed) is not None:
+        where = f"rank {failed['rank']}: " if "rank" in failed else ""
+        first = next(iter(str(failed.get("message") or failed.get("error")).splitlines()), "")
+        return "failed", f"{where}{first}"
+    if (stopped := run.preempted) is not None:
+        return "stopped", f"by {stopped.get('reason')} after step {stopped.get('step')}"
+    if job is not None and not began:
+        return "failed", f"job {job.id} is {job.state} and the run never began; see distrain logs {run.path}"
+    return ("gone", f"job {job.id} is {job.state}" if job else None) if began else ("new", None)
+
+
+def _why_queued(job: Job) -> str | None:
+    if job.reason == "BeginTime":
+        return "SLURM starts a job that was queued again after a pause, of two minutes unless the site says otherwise"
+    return None
+
+
+def _begun_by(attempts: list[dict[str, Any]], job: Job) -> bool:
+    """Whether the last start came after SLURM had started the job."""
+    if job.elapsed_s is None or not attempts:
+        return bool(attempts)
+    return float(attempts[-1].get("time", 0)) > time.time() - job.elapsed_s - 5
+
+
+def _numbers(run: RunDir) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the last row of training numbers and the last score."""
+    latest: dict[str, Any] = {}
+    score = None
+    name = None
+    for row in islice(rows_backwards(run.metrics_path), _LOOKED_AT):
+        if row.get("event") == "train":
+            latest = latest or row
+        elif row.get("event") == "eval" and score is None:
+            if name is None:
+                name = (load_recipe(run.recipe_path).recipe.eval.best or "loss").removeprefix("-")
+            if name in row:
+                score = {"metric": name, "value": row[name], "step": row["step"]}
+        if latest and score:
+            break
+    return latest, score
+
+
+def _newest_checkpoint(run: RunDir) -> int | None:
+    from distrain.checkpoint import newest_step
+
+    return newest_step(run.checkpoints)
+
+
+def statuses(folder: Path) -> list[Status]:
+    """Return how a run, the runs of a sweep, or all runs and sweeps right below a folder are doing."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name a run, or go to the folder that has runs/ in it")
+    if RunDir(folder).exists or read_sweep(folder) is not None:
+        places = [folder]
+    else:
+        places = sorted(inner for inner in folder.iterdir() if inner.is_dir())
+    runs: dict[Path, dict[str, str]] = {}
+    for place in places:
+        if (sweep := read_sweep(place)) is not None:
+            runs |= {place / each["folder"]: each["values"] for each in sweep}
+        elif RunDir(place).exists:
+            runs[place] = {}
+    jobs: dict[Path, list[Job]] = {}
+    problem = None
+    try:
+        jobs = jobs_of_folders([run.absolute() for run in runs]) or {}
+    except UserError as error:  # the folders tell the most of it
+        problem = str(error)
+    return [status_of(run, jobs.get(run.absolute(), []), values, problem) for run, values in runs.items()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As people read it
+
+
+def in_words(status: Status) -> list[tuple[str, str]]:
+    """Return what there is to say of a run, name and value."""
+    of = f" of {status.total_steps:,}" if status.total_steps else ""
+    said = [("state", f"{status.state}: {STATES[status.state]}")]
+    if status.message:
+        said.append(("", status.message))
+    if status.queue:
+        said.append(("queue", f"not known: {status.queue.splitlines()[0]}"))
+    if status.job:
+        more = [
+            part for part in (status.reason, f"{status.left} left" if status.left and status.alive else None) if part
+        ]
+        said.append(("job", f"{status.job} {status.job_state}" + (f" ({', '.join(more)})" if more else "")))
+    said.append(("step", f"{status.step:,}{of}" + (f", saved {status.checkpoint:,}" if status.checkpoint else "")))
+    if status.samples_per_s:
+        left = f", {duration(status.eta_s)} left" if status.eta_s is not None else ""
+        said.append(("rate", f"{status.samples_per_s:,.0f} samples/s{left}"))
+    if status.loss is not None:
+        said.append(("loss", _number(status.loss)))
+    if status.score is not None:
+        score = status.score
+        said.append(("score", f"{score['metric']} {_number(score['value'])} at step {score['step']:,}"))
+    if status.starts > 1:
+        said.append(("starts", str(status.starts)))
+    if status.processes:
+        said.append(("world", f"{status.processes} x {status.strategy}"))
+    if status.heartbeat_age_s is not None:
+        said.append(("alive", f"{duration(status.heartbeat_age_s)} ago"))
+    return said
+
+
+def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:
+    """Return a table of runs; of a sweep with what differs between them.
+
+    Where `holds` says that it is too wide, columns are left out, those first that matter least.
+    """
+    keys = list(dict.fromkeys(key for status in found for key in status.values))
+    metric = next((status.score["metric"] for status in found if status.score), None)
+
+    def name(status: Status) -> str:
+        path = Path(status.run)
+        return str(path.relative_to(below) if path.is_relative_to(below) and path != below else path)
+
+    def step(status: Status) -> str:
+        return f"{status.step:,}" + (f"/{status.total_steps:,}" if status.total_steps else "")
+
+    def score(status: Status) -> str:
+        return _number(status.score["value"]) if status.score and status.score["metric"] == metric else ""
+
+    columns: dict[str, Callable[[Status], str]] = {
+        "run": name,
+        **{key: lambda status, key=key: status.values.get(key, "") for key in keys},  # type: ignore[misc]
+        "state": lambda status: status.state,
+        "step": step,
+        "left": lambda status: duration(status.eta_s) if status.eta_s is not None else "",
+        "loss": lambda status: _number(status.loss) if status.loss is not None else "",
+        f"eval {metric}": score,
+        "starts": lambda status: str(status.starts),
+        "job": lambda status: f"{status.job} {status.job_state}" if status.job else "",
+    }
+    if metric is None:
+        del columns[f"eval {metric}"]
+    least = [name for name in ("starts", "job", "loss", *reversed(keys), "left", f"eval {metric}") if name in columns]
+    while True:
+        shown = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            shown.add_column(column, justify="left" if column in ("run", *keys, "state", "job") else "right")
+        for status in found:
+            shown.add_row(*(cell(status) for cell in columns.values()))
+        if not least or holds(shown):
+            return shown
+        del columns[least.pop(0)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """Return everything that is known of a run."""
+    return asdict(status)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+def log_file(folder: Path, rank: int | None = None) -> Path:
+    """Return the log of a run: one rank's, or what its latest job said; raises UserError where there is none yet."""
+    run = RunDir(folder)
+    if rank is not None:
+        path = run.log_path(rank)
+        if not path.exists():
+            there = sorted(int(file.stem.removeprefix("log-rank-")) for file in run.path.glob("log-rank-*.txt"))
+            has = f"there are ranks {there[0]} to {there[-1]}" if there else "no rank has begun"
+            raise UserError(f"{run.path} has no log of rank {rank}; {has}")
+        return path
+    task = task_of(run.path)
+    found = [*(run.path / "submit").glob("slurm-*.log")]
+    if task is not None:
+        found += (run.path.parent / "submit").glob(f"slurm-*_{task}.log")
+    elif read_sweep(run.path) is not None:
+        raise UserError(f"{run.path} is a sweep; name one of its runs, which `distrain status {run.path}` lists")
+    if found:
+        return max(found, key=lambda path: path.stat().st_mtime)
+    if run.log_path(0).exists():
+        return run.log_path(0)
+    if was_submitted(run.path):
+        raise UserError(f"the job of {run.path} has not said anything yet; `distrain status {run.path}` says how it is")
+    raise UserError(f"{run.path} has no log; it was not started yet")
+
+
+def follow(path: Path, lines: int, ended: Callable[[], bool] | None) -> Iterator[str]:
+    """Yield the last `lines` lines of a file (0: all), then what is added until `ended` says that nothing more comes.
+
+    Without `ended` what is there is all.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+    with path.open("rb") as file:
+        file.seek(_start_of_last(file, lines))
+        looked = time.monotonic()
+        while True:
+            if chunk := file.read(1 << 16):
+                yield decode(chunk)
+                continue
+            if ended is None:
+                return
+            if time.monotonic() - looked > 2:
+                if ended() and not file.peek(1):
+                    return
+                looked = time.monotonic()
+            time.sleep(0.2)
+
+
+def _start_of_last(file: BufferedReader, lines: int) -> int:
+    size = file.seek(0, 2)
+    if lines == 0:
+        return 0
+    block, place, count = 1 << 16, size, 0
+    while place > 0:
+        begin = max(0, place - block)
+        file.seek(begin)
+        content = file.read(place - begin)
+        if place == size and content.endswith(b"\n"):
+            count -= 1  # the end of the last line begins none
+        for index in range(len(content) - 1, -1, -1):
+            if content[index] == 10:
+                count += 1
+                if count == lines:
+                    return begin + index + 1
+        place = begin
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ending runs
+
+
+def cancel_jobs(folder: Path) -> list[str]:
+    """Cancel every job of a run or a sweep; returns what to tell. SLURM does not queue them again."""
+    folder = folder.absolute()
+    if not was_submitted(folder):
+        raise UserError(
+            f"{folder} was not submitted by `distrain submit`, so its job is not known; `scancel JOB` cancels one, and "
+            f"`distrain stop {folder}` has a run save and end"
+        )
+    jobs = jobs_for(folder)
+    if jobs is None:
+        raise UserError("there is no squeue here, so this machine belongs to no SLURM cluster; log in to one that does")
+    alive = [job for job in jobs if job.alive]
+    if not alive:
+        known = ", ".join(f"{job.id} {job.state}" for job in jobs)
+        return [f"no job of {folder} is queued or runs" + (f" ({known})" if known else "")]
+    for job in alive:
+        cancel(job.id)
+    said = [f"cancelled job {job.id}, which was {job.state}; it is not queued again" for job in alive]
+    return [*said, f"`distrain submit {folder}` goes on from the newest checkpoint"]
+
+
+def stop_run(folder: Path) -> list[str]:
+    """Ask a run, or each run of a sweep, to save and end; returns what to tell, and what will happen."""
+    folder = folder.absolute()
+    found = statuses(folder)
+    if not RunDir(folder).exists and read_sweep(folder) is None:
+        raise UserError(f"{folder} is neither a run nor a sweep")
+    said = []
+    for status in found:
+        path = Path(status.run)
+        match status.state:
+            case "queued":
+                assert status.job is not None
+                cancel(status.job)
+                where = f"from step {status.checkpoint}" if status.checkpoint else "from its beginning"
+                said.append(f"{path} was waiting in the queue: job {status.job} is cancelled; it would go on {where}")
+            case "starting" | "running" | "hanging" | "ending":
+                RunDir(path).stop_path.touch()
+                said.append(
+                    f"{path}: STOP is written; within a step all ranks agree, save and end, and the job is not queued "
+                    f"again. `distrain {'submit' if status.job else 'train'} {path}` goes on with it"
+                )
+            case _:
+                said.append(f"{path} does not run: {status.state}, {STATES[status.state]}")
+    return said

@@ -1,0 +1,16 @@
+"""What `distrain.loop` is made of.
+
+context.py          what a step needs, and what comes of one
+setup.py            data, model and optimizer are built, and the checkpoint to resume from is restored
+run_loop.py         what `train` does between its steps: reports, evaluation, saving, the end
+evaluation.py       `evaluate`: every sample once
+intervals.py        when things are due, requests to stop, the best so far
+skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes
+corrupt_samples.py  samples that do not decode, noted once each
+coupling.py         losses that couple the samples of a batch, found before step 1
+ranking.py          what the best checkpoint is the best of
+forward.py          what layers are told of the batch they are called on
+checks.py           what a recipe must be before anything is built from it
+updates.py          what changed since the checkpoint: data, code, recipe
+callbacks/          the banner, trackers, and the trace of a proof
+"""

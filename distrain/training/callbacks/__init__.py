@@ -1,0 +1,8 @@
+"""What watches a run and writes down what it sees.
+
+banner.py         what a run says of itself before its first step
+trackers.py       metrics.jsonl, the progress line, wandb and TensorBoard
+trace.py          what each step did, for `distrain prove`
+hidden_state.py   state of the process that no checkpoint holds
+outside_files.py  files outside the run folder that the process writes
+"""

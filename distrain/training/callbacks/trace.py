@@ -1,0 +1,384 @@
+"""What a run really consumed and computed, step by step and rank by rank, for `distrain prove` to compare.
+
+Off unless the environment variable `DISTRAIN_TRACE` asks for it: a JSON object with
+
+    folder      where each rank writes `rank-R.jsonl`; it exists
+    last_step   the run stops after this step, with a checkpoint, as if it had been asked to (null: it goes on)
+    pause_at    rank 0 writes a file `paused` into the folder once this many steps are done, and waits there until there
+                is a file `go` (null: it does not)
+    save_at     a checkpoint is published once this many steps are done, whatever the recipe says (null: none is)
+
+Each line is one JSON object, in the order of what happened:
+
+    start   the step that the attempt starts at, its state, and what is known of the model and the data
+    batch   the ids of the step's samples, with a digest of each sample as the data set gave it, and of the inputs and
+            targets as the model gets them; which loader process made each micro-batch, and what has changed there
+    between buffers, and what no checkpoint holds, that something has changed since the step, as an evaluation may
+    state   after the step: the learning rates and gradients with which the optimizer stepped, and what a checkpoint
+            of that moment would hold
+    loss    the step's loss and gradient norm, over all ranks
+
+State and gradients are digests, each with the norm of its tensor. `outside_files.py` notes beside it which files
+the user's code has opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import get_worker_info
+
+from distrain.checkpoints.floats import FLOATS, widen
+from distrain.data import Transform
+from distrain.datasets.base import Batch, is_stream
+from distrain.optim import plain_name
+from distrain.training.callbacks.hidden_state import hidden_state
+from distrain.training.callbacks.outside_files import VARIABLE
+
+if TYPE_CHECKING:
+    from distrain.training.run_loop import Session
+
+STOPPED = "the end of what is proved"
+_CHUNK = 1 << 20  # elements widened at a time
+_PATIENCE_S = 600.0
+
+Digests = dict[str, tuple[str, float]]
+"""For each name a digest of its bytes and its 2-norm, NaN where that has no meaning."""
+
+
+class Trace:
+    """One rank's record of one attempt at a run."""
+
+    def __init__(
+        self, folder: Path, rank: int, *, last_step: int | None, pause_at: int | None, save_at: int | None = None
+    ):
+        self.folder, self.rank = folder, rank
+        self.last_step, self.pause_at, self.save_at = last_step, pause_at, save_at
+        self._file = (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
+        self._session: Session | None = None
+        self._names: dict[int, str] = {}
+        self._rates: set[float] = set()
+        self._gradients: Digests = {}
+        self._hidden: dict[str, str] = {}
+        self._buffers: Digests = {}
+        self._of_loaders: dict[int, dict[str, str]] = {}
+
+    @classmethod
+    def from_environment(cls, rank: int) -> Trace | None:
+        """Return the trace that was asked for, or None."""
+        text = os.environ.get(VARIABLE)
+        if not text:
+            return None
+        asked = json.loads(text)
+        return cls(Path(asked.pop("folder")), rank, **asked)
+
+    def write(self, at: str, step: int, **values: Any) -> None:
+        """Add a line, which a killed process has written whole or not at all."""
+        self._file.write(json.dumps({"at": at, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What the loop tells
+
+    def around(self, transform: Transform) -> Transform:
+        """Return a transform that does the same, and notes the samples as the data set gave them."""
+        return _Noting(transform)
+
+    def watch(self, batches: Iterator[list[Batch]], session: Session) -> Iterator[list[Batch]]:
+        """Yield the same, noting what each step consumes."""
+        self._session, t = session, session.t
+        self._names = {id(parameter): plain_name(name) for name, parameter in t.state.model.named_parameters()}
+        self._start()
+        hook = register_optimizer_step_pre_hook(self._about_to_step)
+        try:
+            while not self._at_end():
+                self._between()
+                if t.step == self.save_at:
+                    session.publish()
+                self._pause(t.step)
+                micro_batches = next(batches, None)
+                if micro_batches is None:
+                    return
+                loaders = self._changed_in_loaders(micro_batches)
+                self.write("batch", t.step + 1, **_of_batches(micro_batches), loaders=loaders)
+                yield micro_batches
+        finally:
+            hook.remove()
+
+    def stepped(self, seed: int) -> None:
+        """Note the state after a step; `seed` is what its last micro-batch was seeded with."""
+        session = self._session
+        assert session is not None, "steps are taken on batches that are watched"
+        drawn = _drawn_from(seed, session.world.device)
+        changed = self._changed()
+        step = session.t.step
+        self.write(
+            "state",
+            step,
+            # an optimizer that is no torch.optim.Optimizer inside calls no hooks
+            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.engine.optimizer.param_groups}),
+            gradients=self._gradients,
+            state=self._state(),
+            scalars=session.t.state.scalars(),
+            drawn=drawn,
+            hidden=changed,
+            time=time.time(),
+        )
+        self._rates, self._gradients = set(), {}
+        self._at_end()
+
+    def settled(self, step: int, loss: float, norm: float) -> None:
+        """Note a step's loss and the norm of its gradient, which are read later than the step is taken."""
+        self.write("loss", step, loss=loss, norm=norm)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _at_end(self) -> bool:
+        """Whether the last step that is wanted is done; the run is then told to stop."""
+        session = self._session
+        assert session is not None, "watch sets it"
+        if self.last_step is None or not self.last_step <= session.t.step < session.total_steps:
+            return False
+        session.stopping = session.stopping or STOPPED
+        return True
+
+    def _start(self) -> None:
+        session = self._session
+        assert session is not None, "watch sets it"
+        t, source = session.t, session.data.splits["train"]
+        self._hidden = self._hidden_now()
+        self.write(
+            "start",
+            t.step,
+            pid=os.getpid(),
+            world_size=session.world.world_size,
+            strategy=session.world.strategy,
+            precision=session.world.precision,
+            total_steps=session.total_steps,
+            samples=None if is_stream(source) else len(source),
+            workers=session.recipe.data.workers,
+            micro_batches=session.setup.feed.accumulation,
+            batch_norm=_batch_norms(t.state.model),
+            state=self._state(),
+            scalars=t.state.scalars(),
+            hidden=self._hidden,
+            time=time.time(),
+        )
+
+    def _pause(self, step: int) -> None:
+        if self.rank != 0 or self.pause_at is None or step < self.pause_at:
+            return
+        if not (self.folder / "paused").exists():
+            (self.folder / "paused").touch()
+            self._wait_for("go")
+        elif step >= self.pause_at + 2:
+            # whoever interrupts may be slower than small steps are
+            self.pause_at = None
+            self._wait_for("sent")
+
+    def _wait_for(self, name: str) -> None:
+        until = time.monotonic() + _PATIENCE_S
+        while not (self.folder / name).exists() and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _about_to_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # some strategies step one group after the other, and each step comes here
+        for index, group in enumerate(optimizer.param_groups):
+            self._rates.add(float(group["lr"]))
+            for place, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                name = self._names.get(id(parameter), f"group {index}, tensor {place}")
+                self._gradients[name] = _digest_of(parameter.grad)
+
+    def _state(self) -> Digests:
+        session = self._session
+        assert session is not None, "watch sets it"
+        state, world = session.t.state, session.world
+        buffers = {name for name, each in state.held().items() if each.role == "buffer"}
+        self._buffers = self._buffers_now()
+        found = dict(self._buffers)
+        averages = {name.replace("model/", "ema/", 1) for name in buffers}
+        specs = state.specs()
+        for piece in state.pieces(world.rank, world.world_size):
+            if piece.name not in buffers | averages:
+                raw = np.frombuffer(piece.data, np.uint8)
+                found[f"{piece.name}@{piece.start}"] = (_hash(raw), _norm(raw, specs[piece.name].dtype))
+        return found
+
+    def _buffers_now(self) -> Digests:
+        session = self._session
+        assert session is not None, "watch sets it"
+        # each rank has its own until they are aligned, and rank 0's are then everybody's
+        held = session.t.state.held() if self.rank == 0 else {}
+        return {name: _digest_of(each.values) for name, each in held.items() if each.role == "buffer"}
+
+    def _between(self) -> None:
+        """Note what an evaluation has changed: a save after it holds such buffers, and the next step goes by all."""
+        session = self._session
+        assert session is not None, "watch sets it"
+        now, hidden = self._buffers_now(), self._changed()
+        changed = {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}
+        self._buffers = now
+        if changed or hidden:
+            self.write("between", session.t.step, between=changed, hidden_between=hidden)
+
+    def _changed(self) -> dict[str, tuple[str, str]]:
+        """Return (before, now) of what no checkpoint holds and has changed since this was last asked."""
+        before, self._hidden = self._hidden, self._hidden_now()
+        return changes(before, self._hidden)
+
+    def _changed_in_loaders(self, micro_batches: Sequence[Batch]) -> list[dict[str, tuple[str, str]]]:
+        """Return the same of the loader process that made each micro-batch, as it was when that was made."""
+        found: list[dict[str, tuple[str, str]]] = []
+        for batch in micro_batches:
+            held, worker = batch.pop("held"), batch["worker"]
+            if held is None:
+                found.append({})
+                continue
+            found.append(changes(self._of_loaders.get(worker, {}), held))
+            self._of_loaders[worker] = held
+        return found
+
+    def _hidden_now(self) -> dict[str, str]:
+        session = self._session
+        assert session is not None, "watch sets it"
+        return hidden_state(
+            {
+                "model": session.t.state.model,
+                "optimizer": session.t.state.optimizer,
+                "loss": session.t.loss,
+                "schedule": session.t.schedule,
+                "data": session.data.splits["train"],
+                "transforms": session.setup.feed.transforms["train"],
+                "metrics": session.metrics,
+                "evaluated data": {name: each for name, each in session.data.splits.items() if name != "train"},
+                "evaluated transforms": session.setup.feed.transforms["eval"],
+            }
+        )
+
+
+class _Noting(Transform):
+    """A transform that puts digests of what it is given into the batch, in whatever process it runs."""
+
+    def __init__(self, inner: Transform):
+        self.inner = inner
+
+    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        rows = len(batch["ids"]) if "ids" in batch else len(epochs)
+        samples = _rows({"inputs": batch["inputs"], "targets": batch.get("targets")}, rows)
+        worker = get_worker_info()
+        batch = self.inner(batch, epochs)
+        batch["samples"], batch["worker"] = samples, None if worker is None else worker.id
+        # what is in this process, the one that trains looks at itself
+        roots = {} if worker is None else {"data": getattr(worker.dataset, "source", None), "transforms": self.inner}
+        batch["held"] = hidden_state(roots) if roots else None
+        return batch
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return {path: (before, now)} of what is not the same."""
+    paths = sorted(before.keys() | now.keys())
+    pairs = {path: (before.get(path, "nothing"), now.get(path, "nothing")) for path in paths}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Digests
+
+
+def _of_batches(micro_batches: Sequence[Batch]) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {key: [] for key in ("ids", "samples", "inputs", "targets", "shapes", "workers")}
+    for batch in micro_batches:
+        ids = batch["ids"].tolist()
+        found["ids"].append(ids)
+        found["samples"].append(batch.pop("samples"))
+        found["workers"].append(batch.pop("worker"))
+        found["inputs"].append(_rows(batch["inputs"], len(ids)))
+        found["targets"].append(_rows(batch.get("targets"), len(ids)))
+        found["shapes"].append(_shape({"inputs": batch["inputs"], "targets": batch.get("targets")}))
+    return found
+
+
+def _rows(value: Any, rows: int) -> list[str]:
+    """Return a digest of each of the `rows` samples in a tensor, a list, or a dict of these."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+        flat = value.detach().cpu().contiguous().view(rows, -1).view(torch.uint8).numpy()
+        return [_hash(row) for row in flat]
+    if isinstance(value, dict):
+        parts = [_rows(value[key], rows) for key in sorted(value)]
+        return ["".join(row) for row in zip(*parts, strict=True)]
+    if isinstance(value, list | tuple) and len(value) == rows:
+        return [_digest_of(item)[0] if isinstance(item, Tensor) else _hash(repr(item).encode()) for item in value]
+    whole = _digest_of(value)[0] if isinstance(value, Tensor) else _hash(repr(value).encode())
+    return [whole] * rows
+
+
+def _shape(value: Any) -> Any:
+    """Return the shape of one sample in a batch: rows are the same bytes only where that is the same."""
+    if isinstance(value, Tensor):
+        return list(value.shape[1:])
+    if isinstance(value, dict):
+        return {key: _shape(item) for key, item in value.items()}
+    return [_shape(item[None]) if isinstance(item, Tensor) else None for item in value] if value is not None else None
+
+
+def _digest_of(tensor: Tensor) -> tuple[str, float]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    flat = local.detach().cpu().contiguous().view(-1)
+    norm = float(flat.double().norm()) if flat.is_floating_point() else float("nan")
+    return _hash(flat.view(torch.uint8).numpy()), norm
+
+
+def _hash(raw: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(raw)
+
+
+def _norm(raw: np.ndarray, dtype: str) -> float:
+    if dtype not in FLOATS:
+        return float("nan")
+    values = widen(raw, dtype)
+    chunks = (values[start : start + _CHUNK].astype(np.float64) for start in range(0, len(values), _CHUNK))
+    return sum(float(np.dot(chunk, chunk)) for chunk in chunks) ** 0.5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is known of the model
+
+
+def _batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose results depend on which samples share a micro-batch."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [plain_name(name) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _drawn_from(seed: int, device: torch.device) -> list[str]:
+    """Return which of the generators, seeded with `seed`, have been drawn from since: dropout does, whoever calls it.
+
+    A generator that was seeded and not drawn from is in the state that seeding a fresh one gives.
+    """
+    found = []
+    fresh = torch.Generator().manual_seed(seed)
+    if not torch.equal(fresh.get_state(), torch.default_generator.get_state()):
+        found.append("torch")
+    if device.type == "cuda":
+        here = torch.cuda.default_generators[device.index or 0]
+        if not torch.equal(torch.Generator(device).manual_seed(seed).get_state(), here.get_state()):
+            found.append("torch.cuda")
+    if random.Random(seed).getstate() != random.getstate():
+        found.append("random")
+    legacy, now = np.random.RandomState(seed % 2**32).get_state(), np.random.get_state()
+    if not all(np.array_equal(one, other) for one, other in zip(legacy, now, strict=True)):
+        found.append("numpy.random")
+    return found

@@ -1,0 +1,380 @@
+"""Where a run's numbers go: metrics.jsonl first, and from its rows the progress display, wandb and TensorBoard.
+
+metrics.jsonl is the plain truth. The other two are mirrors of it: a resumed run fills in whatever they lack, so they
+hold every row once however often the run was killed. A mirror that fails is given up with one warning; training goes
+on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.live import Live
+
+from distrain.config import Recipe
+from distrain.run.folder import MetricsFile, RunDir, now
+from distrain.system.output import error_line, one_line
+from distrain.system.terminal import Console, ProgressLine, Table
+
+Row = dict[str, Any]
+log = logging.getLogger("distrain")
+
+
+class Mirror(Protocol):
+    """Something that holds the rows of metrics.jsonl in another form."""
+
+    name: str
+
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        """Return the rows that it lacks, with their indices; None: all of them."""
+        ...
+
+    def mark(self) -> Any:
+        """Flush, and return what a start needs that goes on from here, as JSON values."""
+        ...
+
+    def write(self, index: int, row: Row) -> None:
+        """Add the row that is line `index` (from 0) of metrics.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Flush and let go."""
+        ...
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """Return the row's numbers under the names that trackers show: `train/loss`, `test/accuracy`."""
+    group = row.get("split", row["event"])
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        key = one_line(name)
+        if key in ("event", "step", "split") or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float):
+            flat[f"{group}/{key}"] = value
+        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+            flat |= {f"{group}/{key}/{index}": item for index, item in enumerate(value)}
+    return flat
+
+
+class Wandb:
+    """Weights & Biases: one run, written by rank 0, the same one after every resume.
+
+    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that it has is not sent
+    again. Offline files of a killed process lack what was not flushed and cannot be added to, so they are written anew.
+    """
+
+    name = "wandb"
+
+    def __init__(self, run: RunDir, recipe: Recipe, config: dict[str, Any]):
+        import wandb
+
+        folder = run.path / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "run-id"
+        if not id_file.exists():
+            id_file.write_text(hashlib.sha256(f"{run.path}\0{now()}".encode()).hexdigest()[:12])
+        run_id = id_file.read_text().strip()
+        offline = recipe.log.wandb == "offline"
+        if offline:
+            for old in folder.glob(f"wandb/offline-run-*-{run_id}"):
+                shutil.rmtree(old)
+        self._run = wandb.init(
+            dir=str(folder),
+            id=run_id,
+            name=recipe.name,
+            project=recipe.log.project,
+            mode="offline" if offline else "online",
+            resume=None if offline else "allow",
+            config=config,
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._next = 0 if offline else self._run.step
+
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        lacks = rows.count - self._next
+        if lacks > len(rows.recent):
+            return None
+        return list(enumerate(rows.recent, rows.count - len(rows.recent)))[len(rows.recent) - max(lacks, 0) :]
+
+    def mark(self) -> Any:
+        return None
+
+    def write(self, index: int, row: Row) -> None:
+        if index >= self._next:
+            self._run.log({"event": row["event"], "step": row["step"], **_numbers(row)}, step=index)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files, one for each start: it cuts off what was written after the checkpoint it goes on from.
+
+    Without a checkpoint that says where that is, they are written anew from metrics.jsonl.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, run: RunDir, step: int, marked: Any):
+        """`marked`: what `mark` returned when the state of `step` was saved."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = run.path / "tensorboard"
+        self._goes_on = self._cut(step, marked)
+        if not self._goes_on:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._suffix = f".from-{step}.{secrets.token_hex(4)}"
+        self._writer = SummaryWriter(str(self._folder), filename_suffix=self._suffix)
+
+    def _cut(self, step: int, marked: Any) -> bool:
+        """Bring the files to what they were at the mark; returns whether that is possible."""
+        if not isinstance(marked, dict) or type(marked.get("bytes")) is not int:
+            return False
+        last = self._folder / Path(str(marked.get("file"))).name
+        if not last.is_file() or last.is_symlink() or not 0 <= marked["bytes"] <= last.stat().st_size:
+            return False
+        for other in self._folder.glob("events.*"):
+            begun = re.search(r"\.from-([0-9]+)\.[0-9a-f]+$", other.name)
+            if other != last and (begun is None or int(begun[1]) >= step):
+                other.unlink()
+        os.truncate(last, marked["bytes"])
+        return True
+
+    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
+        if not self._goes_on:
+            return None
+        there, finals = history.get("events", ()), history.get("finals", ())
+        lacks = (
+            row["step"] not in finals
+            if row["event"] == "final"
+            else row["step"] == rows.step and row["event"] not in there
+            for row in rows.recent
+        )
+        return [(0, row) for row, lacking in zip(rows.recent, lacks, strict=True) if lacking]
+
+    def mark(self) -> Any:
+        self._writer.flush()
+        (file,) = self._folder.glob(f"events.*{self._suffix}")
+        return {"file": file.name, "bytes": file.stat().st_size}
+
+    def write(self, index: int, row: Row) -> None:
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Display:
+    """What a person sees: a bar with the latest numbers on a terminal, otherwise a plain line now and then."""
+
+    def __init__(self, total_steps: int, start_step: int):
+        self._total = total_steps
+        self._first = start_step
+        self._start = time.monotonic()
+        self._last_line = float("-inf")
+        self._numbers: list[str] = []
+        self._seen = deque([(self._start, start_step)], maxlen=50)  # when a step was done, of the last rows
+        self.console = Console()
+        self._live: Live | None = None
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._line = ProgressLine(start_step, total_steps, self._parts)
+            self._live = Live(self._line, console=self.console, refresh_per_second=10)
+            self._live.start()
+
+    def _parts(self) -> list[str]:
+        """Return what the line of progress tells, the most important first."""
+        (first, begun), (last, done) = self._seen[0], self._seen[-1]
+        left = "-:--"
+        if done > begun:
+            seconds = (last - first) / (done - begun) * (self._total - done) - (time.monotonic() - last)
+            left = clock(max(seconds, 0.0))
+        return [f"step {done:,}/{self._total:,}", f"{left} left", *self._numbers]
+
+    def train(self, row: Row) -> None:
+        """Show a row of training numbers."""
+        loss, lr, rate = f"loss {row['loss']:.4g}", f"lr {row['lr']:.3g}", f"{row['samples_per_s']:,.0f} samples/s"
+        waiting = f"waiting for data {row['data_wait']:.0%}"
+        if self._live is not None:
+            self._numbers = [loss, rate, lr, waiting]
+            if row["step"] < self._seen[-1][1]:
+                self._seen.clear()  # the run has gone back
+            self._seen.append((time.monotonic(), row["step"]))
+            self._line.done = row["step"]
+            return
+        numbers = "  ".join([loss, lr, rate, waiting])
+        # on a log file a line a second says enough
+        if time.monotonic() - self._last_line >= 1 or row["step"] == self._total:
+            self._last_line = time.monotonic()
+            done = row["step"] - self._first
+            left = (self._last_line - self._start) / done * (self._total - row["step"]) if done else 0.0
+            self.say(f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.say(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people write them: 42s, 3m10s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as a clock shows them: 0:42, 3:10, 2:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Telemetry:
+    """All of it, on rank 0; on other ranks every call does nothing."""
+
+    rows: MetricsFile | None
+    display: Display | None
+    mirrors: list[Mirror]
+
+    @classmethod
+    def open(
+        cls,
+        run: RunDir,
+        recipe: Recipe,
+        *,
+        rank: int,
+        total_steps: int,
+        start_step: int,
+        config: dict[str, Any],
+        fence: Callable[[], None] = lambda: None,
+        history: dict[str, Any] | None = None,
+    ) -> Telemetry:
+        """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes.
+
+        `history`: what `settled` returned when the checkpoint was saved that the run goes on from.
+        `fence` is called before each row, and raises when this process may write no more.
+        """
+        if rank != 0:
+            return cls(None, None, [])
+        history = history or {}
+        finals = [step for step in history.get("finals", ()) if type(step) is int]
+        rows = MetricsFile(run, resume_step=start_step, finals=finals, fence=fence)
+        telemetry = cls(rows, Display(total_steps, start_step), [])
+        wanted: list[tuple[str, Callable[[], Mirror]]] = []
+        if recipe.log.wandb != "off":
+            wanted.append(("wandb", lambda: Wandb(run, recipe, config)))
+        if recipe.log.tensorboard:
+            marked = (history.get("mirrors") or {}).get("tensorboard")
+            wanted.append(("tensorboard", lambda: TensorBoard(run, start_step, marked)))
+        for name, build in wanted:
+            try:
+                mirror = build()
+                missing = mirror.missing(rows, history)
+                for index, row in enumerate(run.rows()) if missing is None else missing:
+                    mirror.write(index, row)
+            except Exception as error:
+                telemetry._give_up(name, error)
+            else:
+                telemetry.mirrors.append(mirror)
+        return telemetry
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
+        self.say(f"warning: {name} failed and is off for the rest of this run: {error_line(error)}")
+
+    def write(self, row: Row) -> None:
+        """Add a row with at least `event` and `step`."""
+        if self.rows is None or not self.rows.append(row):
+            return
+        for mirror in list(self.mirrors):
+            try:
+                mirror.write(self.rows.count - 1, row)  # counted once, and from then on as they are written
+            except Exception as error:
+                self.mirrors.remove(mirror)
+                self._give_up(mirror.name, error)
+
+    def settled(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint of `step` keeps, on rank 0, for the start that goes on from it."""
+        if self.rows is None:
+            return {}
+        mirrors = {}
+        for mirror in list(self.mirrors):
+            try:
+                mirrors[mirror.name] = mirror.mark()
+            except Exception as error:
+                self.mirrors.remove(mirror)
+                self._give_up(mirror.name, error)
+        return self.rows.settled(step) | {"mirrors": mirrors}
+
+    def train(self, row: Row) -> None:
+        """Add and show a row of training numbers."""
+        self.write({"event": "train", **row})
+        if self.display is not None:
+            self.display.train(row)
+
+    def say(self, text: str) -> None:
+        """Tell the person in front of the terminal a line; also in the log of rank 0."""
+        log.info(one_line(text))
+        if self.display is not None:
+            self.display.say(text)
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Show how the finished run went, in place of the progress."""
+        if self.display is not None:
+            self.display.close()
+            show_summary(summary, self.display.console)
+
+    def close(self) -> None:
+        """Flush everything."""
+        for mirror in self.mirrors:
+            try:
+                mirror.close()
+            except Exception as error:
+                self._give_up(mirror.name, error)
+        if self.display is not None:
+            self.display.close()
+        if self.rows is not None:
+            self.rows.close()
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print how a finished run went."""
+    processes = (
+        "1 process" if summary["processes"] == 1 else f"{summary['processes']} processes ({summary['strategy']})"
+    )
+    title = f"{summary['name']}: {summary['steps']:,} steps in {duration(summary['seconds'])}, {processes}"
+    table = Table(title=title, show_header=False)
+    for name, value in summary["test"].items():
+        if isinstance(value, int | float):
+            table.add_row(f"test {name}", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    if best := summary["best"]:
+        table.add_row(f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']:,}")
+    table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
+    console.print(table)
+    # outside the table, which would break a long path
+    console.say(f"model ({summary['exported']}): {summary['model']}")

@@ -1,0 +1,50 @@
+"""What a recipe alone, and then a recipe with its data, must be before anything is built from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from distrain.config import Horizon, Recipe, RecipeError, UserError
+from distrain.data import check_data
+from distrain.datasets.base import Data, is_stream
+from distrain.metrics import check_metrics
+from distrain.models import check_model
+from distrain.optim import check_loss, check_optimizer, check_schedule
+
+
+def check_recipe(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError with all that is wrong with a recipe's names and arguments, as far as that needs no data."""
+    problems = [
+        *check_data(recipe),
+        *check_model(recipe),
+        *check_loss(recipe),
+        *check_optimizer(recipe.optim),
+        *check_schedule(recipe.schedule),
+        *check_metrics(recipe),
+    ]
+    if problems:
+        raise RecipeError(source, problems)
+
+
+def horizon_of(recipe: Recipe, data: Data) -> Horizon:
+    """Return what durations mean for this recipe and data, with the total number of steps."""
+    train = data.splits["train"]
+    length = None if is_stream(train) else len(train)
+    if length == 0:
+        raise UserError(f"data set {recipe.data.name!r} has no samples to train on")
+    horizon = Horizon(recipe.batch.global_batch_size, length, data.meta.tokens_per_sample)
+    return replace(horizon, total_steps=horizon.steps(recipe.train.length, "train"))
+
+
+def length_warnings(recipe: Recipe, horizon: Horizon) -> list[str]:
+    """Return what is to be said where one step takes more samples than the whole training is to have."""
+    length, batch, epoch = recipe.train.length, horizon.global_batch_size, horizon.samples_per_epoch
+    if length.unit == "steps" or not 0 < horizon.exact_steps(length, "train") < 1:
+        return []
+    wanted = horizon.exact_steps(length, "train") * batch
+    passes = f" ({batch / epoch:.4g} epochs)" if epoch else ""
+    return [
+        f"train is {length}, {math.ceil(wanted):,} samples, and the one step that is made of it takes batch.global "
+        f"{batch:,}{passes}; take a batch.global of at most {math.ceil(wanted):,}, or train longer"
+    ]

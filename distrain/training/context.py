@@ -1,0 +1,102 @@
+"""What a step needs, what comes of one, and what a step and an evaluation do alike to a batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distrain.config import Recipe
+from distrain.datasets.base import Batch
+from distrain.models import Convention
+from distrain.optim import AnySchedule, Loss
+from distrain.parallel import Engine, TrainingState, World
+from distrain.parallel.strategy import Numbers
+from distrain.training.callbacks.trace import Trace
+from distrain.training.forward import told_of
+from distrain.training.skipping import Anomalies, Own
+
+
+@dataclass
+class Training:
+    """What a step needs. `step` counts finished optimizer steps; everything else is fixed during a run."""
+
+    recipe: Recipe
+    engine: Engine
+    call: Convention
+    """How the model is called on inputs."""
+    loss: Loss
+    schedule: AnySchedule
+    step: int = 0
+    trace: Trace | None = None
+    """Notes what each step does; None, as always but in a proof, notes nothing."""
+    anomalies: Anomalies | None = None
+    """Knows which steps are left out; None leaves out none."""
+    own: Own | None = None
+    """What this rank has computed in its last attempt at a step."""
+
+    @property
+    def world(self) -> World:
+        """The processes that make the step."""
+        return self.engine.world
+
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint of this moment would hold."""
+        return self.engine.state
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What a step has to say, on its way to the host: to be read when the next step runs, so that nothing waits."""
+
+    step: int
+    """Finished optimizer steps."""
+    numbers: Numbers
+    loss_scale: float | None = None
+    """What the loss was multiplied by; None where it is not scaled."""
+    own: Own | None = None
+    """What this rank has computed; None for a step that was known to be left out."""
+
+    def read(self) -> tuple[float, float, list[float]]:
+        """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
+        norm, (loss, *flags) = self.numbers()
+        return loss, norm, flags
+
+
+def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
+    with told_of(model, len(batch["targets"])):
+        outputs = call(model, batch["inputs"])
+    loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"])
+    if outputs.aux_loss is not None:
+        loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
+    return loss_sum
+
+
+def to_device(batch: Batch, world: World) -> Batch:
+    """Return the batch on this rank's device; floating inputs and targets in float64 where the arithmetic is."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        dtype = torch.float64 if world.precision == "fp64" and value.is_floating_point() else value.dtype
+        return value.to(world.device, dtype, non_blocking=True)
+
+    return {key: move(value) if key in ("inputs", "targets") else value for key, value in batch.items()}
+
+
+def seed_dropout(world: World, seed: int) -> None:
+    """Seed every generator that a model may draw from; `torch.manual_seed`, which visits all devices, costs more."""
+    torch.default_generator.manual_seed(seed)
+    if world.device.type == "cuda":
+        torch.cuda.default_generators[world.device.index or 0].manual_seed(seed)
+    # layers that are dropped at random, in transformers and elsewhere, often draw from these
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

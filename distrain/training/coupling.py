@@ -1,0 +1,127 @@
+"""Whether a loss of the user's own is a mean over samples, or takes those of a micro-batch together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from distrain.config import UserError, mix
+from distrain.datasets.base import Batch
+from distrain.optim import Loss
+from distrain.optim.losses.interface import Outputs
+from distrain.optim.losses.own import OwnLoss
+from distrain.parallel.strategy import restored
+from distrain.training.context import Training, seed_dropout, to_device
+
+_TOLERANCE = 1e-4
+"""Of the difference, relative to the sum; what fp32 rounds away is far below."""
+_SAMPLES = 64
+"""Outputs of at most so many samples are looked at."""
+
+
+def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
+    """Return whether the loss of a batch is not the sum of the losses of its halves. All ranks call; all get the same.
+
+    Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
+    that layers that look across the batch have no part in it. Nothing is left changed. None where the trial fails.
+    """
+    if not isinstance(t.loss, OwnLoss):
+        return False
+    found = None
+    batches = _some(steps())
+    t.engine.model.eval()
+    try:
+        # what is wrong with a model or a loss, training says; but ranks that wait for each other must all fail
+        with torch.no_grad(), restored(t.engine.model), suppress(*([] if t.world.lockstep else [Exception])):
+            batches = [to_device(batch, t.world) for batch in batches]
+            parts = [(t.call(t.engine.model, batch["inputs"]), batch["targets"]) for batch in batches]
+            with suppress(Exception):
+                outputs = _joined([t.loss.taken(output) for output, _ in parts])
+                found = _differs(t, t.loss, outputs, torch.cat([targets for _, targets in parts]))
+    finally:
+        t.engine.model.train()
+        t.engine.settle()
+    ranks = t.world.gather(found)
+    return True if any(ranks) else None if None in ranks else False
+
+
+def _some(steps: Iterator[list[Batch]]) -> list[Batch]:
+    """Return as many micro-batches as it takes for two samples."""
+    found: list[Batch] = []
+    for step in steps:
+        for batch in step:
+            found.append(batch)
+            if sum(len(each["targets"]) for each in found) > 1:
+                return found
+    return found
+
+
+def _joined(outputs: Sequence[Outputs]) -> Outputs:
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], Tensor):
+        return torch.cat([each for each in outputs if isinstance(each, Tensor)])
+    return tuple(torch.cat(each) if each[0].dim() else each[0] for each in zip(*outputs, strict=True))
+
+
+def _differs(t: Training, loss: Loss, outputs: Outputs, targets: Tensor) -> bool:
+    count = len(targets)
+
+    def part(value: Tensor, low: int, high: int) -> Tensor:
+        return value[low:high] if value.dim() and len(value) == count else value
+
+    def of(low: int, high: int) -> float:
+        cut = (
+            part(outputs, low, high)
+            if isinstance(outputs, Tensor)
+            else tuple(part(each, low, high) for each in outputs)
+        )
+        seed_dropout(t.world, mix(t.recipe.seed, "coupling"))  # a loss that draws at random draws the same
+        return loss.sum_and_count(cut, targets[low:high])[0].item()
+
+    loss = copy.deepcopy(loss)  # it may have a state
+    size = min(count, _SAMPLES)
+    whole, again = of(0, size), of(0, size)
+    halves = of(0, size // 2), of(size // 2, size)
+    scale = max(abs(whole), sum(map(abs, halves)), 1e-6)
+    if not math.isfinite(scale):
+        return False  # no difference can be told of these
+    return max(abs(whole - again), abs(whole - sum(halves))) > _TOLERANCE * scale
+
+
+def cut_of(micro_batch_size: int, world_size: int) -> dict[str, int]:
+    """Return what such a loss depends on besides the recipe, as checkpoints hold it."""
+    return {"micro_batch_size": micro_batch_size, "processes": world_size}
+
+
+def in_words(cut: dict[str, int]) -> str:
+    """Return how the batch is cut, for a person."""
+    several = f"{cut['processes']} processes" if cut["processes"] > 1 else "1 process"
+    return f"micro-batches of {cut['micro_batch_size']} on {several}"
+
+
+def check_cut(then: dict[str, int], now: dict[str, int], name: str) -> None:
+    """Raise UserError where a run would go on with another objective than it had."""
+    if then != now:
+        raise UserError(
+            f"loss {name} takes the samples of a micro-batch together, and the run was trained with {in_words(then)}; "
+            f"{in_words(now)} make another objective of it. Start as many processes with batch.micro="
+            f"{then['micro_batch_size']}, choose another --run-dir for a new run, or --update to go on so"
+        )
+
+
+def warning(name: str, cut: dict[str, int], global_batch_size: int) -> str | None:
+    """Return what is to be said of a loss that takes samples together; None where it has those of the whole step."""
+    if cut["micro_batch_size"] == global_batch_size:
+        return None
+    return (
+        f"loss {name} is no mean over samples: it takes those of a micro-batch together, and sees "
+        f"{cut['micro_batch_size']} of the {global_batch_size} samples of a step at once ({in_words(cut)}), so that "
+        "another batch.micro or number of processes means another objective. For that of the whole batch train in one "
+        f"process with batch.micro={global_batch_size}; otherwise the cut is kept with the run"
+    )

@@ -1,0 +1,310 @@
+"""Scoring a model over every sample of a split, each once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distrain.config import UserError
+from distrain.data import Transform, build_eval_loader
+from distrain.datasets.base import AnySource, Batch, is_stream
+from distrain.datasets.batches import too_many
+from distrain.diagnose.index_errors import given
+from distrain.metrics import MetricSet
+from distrain.models import Convention, ModelOutput
+from distrain.optim import Loss
+from distrain.parallel import World
+from distrain.run.heartbeat import mark
+from distrain.training.context import to_device
+
+
+class Interrupted(UserError):
+    """An evaluation was left before its end, because a rank is asked to stop. All ranks raise it."""
+
+
+IGNORED = -100
+"""The target of a token that is not to be predicted."""
+
+
+def evaluate(
+    model: nn.Module,
+    call: Convention,
+    source: AnySource,
+    *,
+    world: World,
+    loss: Loss,
+    metrics: MetricSet,
+    batch_size: int,
+    transform: Transform | None = None,
+    workers: int = 0,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    split: str = "test",
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    stopping: Callable[[], bool] = lambda: False,
+    skip_undecodable: int = 0,
+) -> dict[str, Any]:
+    """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
+
+    Ranks add up sums and counts, one reduction carries them, one division follows. Raises RuntimeError when the samples
+    seen are not the data set, each once; what one rank raises, all raise.
+
+    Where the ranks hold parts of the model (`world.lockstep`), a forward pass needs all of them: see `_in_lockstep`.
+    Metrics of generated text need more passes on one rank than on another, so for them all weights are put together on
+    every rank: `whole` returns the context in which the model, if it is sharded, needs no other rank.
+
+    `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
+
+    Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
+
+    Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there are
+    any, and do not count as `samples`.
+    """
+    metrics.reset()
+    seen, undecodable = _Seen(), dict[int, str]()
+    was_training = model.training
+    model.eval()
+    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    batches = 0
+    first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
+
+    def load() -> Iterable[Batch]:
+        return build_eval_loader(
+            source,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=batch_size,
+            transform=transform,
+            workers=workers,
+            pin_memory=world.device.type == "cuda",
+            split=split,
+            skip_undecodable=skip_undecodable,
+        )
+
+    loader = load()
+
+    where = f"the evaluation of split '{split}'"
+
+    def go_on() -> None:
+        mark("evaluate")
+        if stopping():
+            raise Interrupted(f"the evaluation of split '{split}' was left for a request to stop")
+
+    def forward(batch: Batch) -> ModelOutput:
+        return call(model, batch["inputs"])
+
+    def count(batch: Batch, outputs: ModelOutput) -> None:
+        nonlocal batches
+        ids = batch["ids"]
+        seen.add(ids.numpy())
+        if lost := batch.get("undecodable"):
+            undecodable.update(lost)
+            seen.leave_out(np.array(list(lost)))
+        keep = (ids >= 0).to(world.device, non_blocking=True)
+        loss_sum, counted = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
+        loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
+        # which batch it was is read at the end alone, so that nothing waits for the device
+        first_bad.masked_fill_(~loss_sum.isfinite() & (first_bad < 0), batches)
+        batches += 1
+        metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, counted))
+
+    def add_up() -> Tensor:
+        for batch in loader:
+            go_on()
+            given(where, [batch])
+            batch = to_device(batch, world)
+            count(batch, forward(batch))
+            if metrics.needs_text:
+                metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
+        return metrics.sums()
+
+    try:
+        with torch.no_grad():
+            if world.lockstep and not metrics.needs_text:
+                _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source), where=where)
+                metric_sums = world.together(metrics.sums)
+            else:
+                with whole() if world.lockstep else nullcontext():
+                    # no rank waits for another before the sums: one whose sample does not decode must reach the others
+                    metric_sums = world.together(add_up)
+    finally:
+        model.train(was_training)
+    own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
+    total = world.sum(torch.cat((loss_sums, own, metric_sums.to(world.device))))
+    seen.check(total[2:5].tolist(), source, split)
+    gathered = metrics.gather(world.gather)
+    values: dict[str, Any] = {
+        "loss": (total[0] / total[1]).item(),
+        **metrics.compute(total[6:], gathered),
+        "samples": int(total[2].item() - total[5].item()),
+    }
+    if not math.isfinite(values["loss"]):
+        found = world.together(lambda: _look_again(load(), int(first_bad)))
+        values["nonfinite"] = _nonfinite(world.gather(found))
+    if total[5] > 0:
+        lost = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
+        if len(lost) > skip_undecodable:  # each rank for itself may have met fewer
+            raise UserError(too_many(lost, skip_undecodable))
+        values["undecodable"] = lost
+    return values
+
+
+def _in_lockstep(
+    world: World,
+    loader: Iterable[Batch],
+    go_on: Callable[[], None],
+    forward: Callable[[Batch], ModelOutput],
+    count: Callable[[Batch, ModelOutput], None],
+    *,
+    stream: bool,
+    where: str,
+) -> None:
+    """Take every batch through `forward`, in which all ranks wait for each other, and `count`, in which none does.
+
+    Before each forward pass the ranks agree that all have a batch, and that all `go_on`. What one of them could not
+    read or count, all raise there, where none is left waiting for it. What fails within the forward pass is raised at
+    once: the others, which are in the middle of a collective, can only learn of it by the end of this process. A
+    stream's length is known by its end alone, so that is agreed upon as well.
+    """
+    batches = iter(loader)
+    failure: Exception | None = None
+
+    def fetch() -> Batch | None:
+        if failure is not None:
+            raise failure
+        go_on()
+        if (batch := next(batches, None)) is None:
+            return None
+        given(where, [batch])
+        return to_device(batch, world)
+
+    while True:
+        batch = world.together(fetch)
+        if stream and len(set(world.gather(batch is None))) == 2:
+            raise RuntimeError(
+                "the stream that is evaluated ended on one rank and not on another; it must give every process the "
+                "same samples in the same order"
+            )
+        if batch is None:
+            return
+        outputs = forward(batch)
+        try:
+            count(batch, outputs)
+        except Exception as error:
+            failure = error
+
+
+_SHOWN = 8
+"""Samples in a message."""
+
+
+def _look_again(loader: Iterable[Batch], number: int) -> tuple[str, list[int]] | None:
+    """Return what is not finite in the data of a batch, and of which samples; all of them where their data are sound.
+
+    None where no batch of this rank is meant.
+    """
+    if number < 0:
+        return None
+    batch = next(islice(loader, number, None))
+    kept = batch["ids"] >= 0
+    for key, what in (("inputs", "the inputs"), ("targets", "the targets")):
+        bad = torch.zeros(len(kept), dtype=torch.bool)
+        for tensor in _tensors(batch.get(key)):
+            if tensor.is_floating_point() and len(tensor) == len(kept):
+                bad |= ~tensor.reshape(len(kept), -1).isfinite().all(dim=1)
+        if (bad & kept).any():
+            return what, batch["ids"][bad & kept].tolist()
+    return "", batch["ids"][kept].tolist()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.dim():
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None]) -> str:
+    """Return where an evaluation's loss that is not finite comes from, from what every rank has found."""
+    found = [each for each in ranks if each is not None]
+    if not found:
+        return "no sample of it has a target that counts"
+    what = max(what for what, _ in found)
+    ids = sorted(each for kind, part in found if kind == what for each in part)
+    shown = f"{', '.join(map(str, ids[:_SHOWN]))}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+    samples = f"sample{'s' * (len(ids) > 1)} {shown}"
+    if what:
+        return f"{what} of {samples} are not finite"
+    return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"
+
+
+def _texts(
+    model: nn.Module, batch: Batch, decode: Callable[[Sequence[int]], str] | None
+) -> tuple[list[str], list[str]]:
+    """Return what the model generates for a batch of sources, and the references."""
+    generate = getattr(model, "generate", None)
+    if decode is None or generate is None or "references" not in batch:
+        raise UserError(
+            "metric 'bleu' compares texts: it needs a model with a method generate(source, max_new_tokens) and a data "
+            "set of parallel text; take it out of eval.metrics"
+        )
+    source = batch["inputs"]["source"]
+    # Translations longer than twice the reference are wrong anyway. Each row has a limit of its own: with one for the
+    # batch the score would depend on what else is in it, and so on the number of processes.
+    limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
+    generated = generate(source, max_new_tokens=max(limits)).tolist()
+    return [decode(row[:limit]) for row, limit in zip(generated, limits, strict=True)], list(batch["references"])
+
+
+class _Seen:
+    """Counts sample ids so that one repeated and one missing cannot pass for each other."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._hash = 0
+        self._left_out = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        ids = ids[ids >= 0]
+        self._count += len(ids)
+        self._hash = (self._hash + _hash_sum(ids)) % 2**64
+
+    def leave_out(self, ids: np.ndarray) -> None:
+        """Count samples that are in no batch, and are accounted for."""
+        self.add(ids)
+        self._left_out += len(ids)
+
+    def sums(self) -> list[float]:
+        # halves of 32 bits stay exact in float64 when summed over ranks
+        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF), float(self._left_out)]
+
+    @staticmethod
+    def check(total: list[float], source: AnySource, split: str) -> None:
+        count = int(total[0])
+        expected = count if is_stream(source) else len(source)
+        found = ((int(total[1]) << 32) + int(total[2])) % 2**64
+        if count != expected or found != sum(map(_hash_sum, _chunks(expected))) % 2**64:
+            raise RuntimeError(
+                f"the evaluation of split '{split}' saw {count} samples that are not the {expected} of the data set, "
+                "each once; its numbers are not reported"
+            )
+
+
+def _chunks(length: int) -> Iterable[np.ndarray]:
+    size = 1 << 20
+    return (np.arange(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _hash_sum(ids: np.ndarray) -> int:
+    """Return the sum modulo 2^64 of a hash of each id (the finaliser of SplitMix64; Steele, Lea, Flood 2014)."""
+    z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(np.sum(z ^ (z >> np.uint64(31)), dtype=np.uint64))

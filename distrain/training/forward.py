@@ -1,0 +1,74 @@
+"""What a person is told when a model's forward pass fails for what a micro-batch is, and not for what the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from distrain.config import UserError
+from distrain.parallel import World
+
+_TOO_FEW = (
+    "Expected more than 1 value per channel when training",
+    "Expected more than 1 spatial element when training",
+)
+"""What torch says of layers that are to normalise over a single number."""
+
+
+class TooFewValues(UserError):
+    """A layer needs more samples than a micro-batch has."""
+
+
+@contextmanager
+def told_of(model: nn.Module, samples: int) -> Iterator[None]:
+    """Raise TooFewValues where a layer has too few numbers to normalise over; tell other errors of the micro-batch."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        if str(error).startswith(_TOO_FEW):
+            raise TooFewValues(_too_few(error, model, samples)) from None
+        # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model
+        error.add_note(f"in the forward pass of a micro-batch of {samples} samples (batch.micro)")
+        raise
+
+
+def _too_few(error: Exception, model: nn.Module, samples: int) -> str:
+    layer, trace = None, error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            layer = module
+        trace = trace.tb_next
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names.get(id(layer), "").removeprefix("module.").removeprefix("model.")
+    kind = type(layer).__name__ if layer is not None else "a layer"
+    what = f"layer {name} ({kind})" if name and layer is not model else kind
+    shape = str(error).partition("torch.Size(")[2].partition(")")[0]
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return (
+            f"{what} needs more than one value per channel to train, and got an input of shape {shape} from a "
+            f"micro-batch of {samples}. Set batch.micro to a larger number; where it is batch.global / processes "
+            "already, a larger batch.global or fewer processes leave more samples to each"
+        )
+    return (
+        f"{what} has a single value to normalise over: its input has the shape {shape} with a micro-batch of {samples} "
+        "(batch.micro). Give the model larger inputs, or normalise otherwise there (LayerNorm over the channels)"
+    )
+
+
+def check_layers(model: nn.Module, world: World) -> None:
+    """Raise UserError for layers that cannot train in this world."""
+    if world.world_size == 1 or world.device.type != "cpu":
+        return
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if found:
+        raise UserError(
+            f"layer {found[0] or 'of the model'} is a SyncBatchNorm, which torch has for GPUs only; these "
+            f"{world.world_size} processes compute on the CPU. Use BatchNorm, whose statistics are those of each "
+            "process's micro-batch, or a single process"
+        )

@@ -1,0 +1,224 @@
+"""When things are due, and what a run has noted on its way."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from distrain.checkpoint import Criterion
+from distrain.config import Duration, Horizon, UserError
+from distrain.datasets.loading import waited_s
+from distrain.run.heartbeat import mark
+
+T = TypeVar("T")
+
+
+class Every:
+    """Says after which steps something is due: each time `period` steps, which may be a fraction, have gone by."""
+
+    def __init__(self, duration: Duration | None, horizon: Horizon, what: str):
+        self.seconds = duration.seconds if duration is not None else None
+        self._period: Fraction | None = None
+        if duration is not None and self.seconds is None and duration.amount > 0:
+            self._period = max(Fraction(1), horizon.exact_steps(duration, what))
+
+    def due(self, step: int) -> bool:
+        """Whether it is due after `step` finished steps."""
+        if self._period is None or step == 0:
+            return False
+        steps, periods = self._period.numerator, self._period.denominator
+        return step * periods // steps > (step - 1) * periods // steps
+
+    def elapsed(self, since: float) -> bool:
+        """Whether a period in seconds has gone by on this rank's monotonic clock."""
+        return self.seconds is not None and time.monotonic() - since >= self.seconds
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT, SIGUSR1 and a file that asks for a stop; the loop makes that a decision of all ranks.
+
+    A second SIGINT interrupts. A signal also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
+    `NoBatch`: the loop could not heed it there.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, watched: Path | None = None) -> None:
+        """`watched`: the file; None on the ranks that leave looking for it to another."""
+        self._noted: str | None = None
+        self._watched = watched
+        self._looked_at = -math.inf
+        self._before: dict[int, Any] = {}
+        self._left = threading.Event()
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None."""
+        if self._noted is None and self._watched is not None and time.monotonic() - self._looked_at > _LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            if self._watched.exists():
+                self._noted = f"the file {self._watched.name}"
+        return self._noted
+
+    def __enter__(self) -> StopRequest:
+        for number in self._SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        # a launcher blocks it, so that no process dies of it before it has come here
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._left.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._noted is None:
+            self._noted = signal.Signals(number).name
+            threading.Thread(target=self._insist, args=(number,), name="stop", daemon=True).start()
+        elif waited_s() > PATIENCE_S:
+            raise NoBatch(
+                f"{self._noted} asks the run to stop, and its loader processes have given no batch for "
+                f"{waited_s():.0f} s; it stops without one, and resumes from its newest checkpoint. If they hang, see "
+                "what data.workers=0 does"
+            )
+
+    def _insist(self, number: int) -> None:
+        """Signal the main thread again where it waits for loader processes in vain."""
+        while not self._left.wait(PATIENCE_S / 20):
+            if waited_s() > PATIENCE_S:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+class NoBatch(UserError):
+    """A run that is asked to stop waits for its loader processes in vain."""
+
+    restart = True
+    """Another start may find them well."""
+
+
+PATIENCE_S = 20.0
+"""How long a request to stop waits for a batch that is on its way: less than most clusters give to end."""
+_LOOK_EVERY_S = 0.25
+
+
+@dataclass
+class Best:
+    """Which evaluation was best, and how long ago that was. It grows with no number of evaluations.
+
+    Only finite numbers are scores: what is NaN or infinite is no improvement and never the best.
+    """
+
+    criterion: Criterion
+    min_delta: float = 0.0
+    """The least change that early stopping counts as an improvement."""
+    best: tuple[int, float] | None = None
+    """(step, score) of the best evaluation, the earliest of equals."""
+    last: tuple[int, float] | None = None
+    """The same of the last one; NaN where it has no score."""
+    top: float | None = None
+    """The score of the last improvement."""
+    since: int = 0
+    """Evaluations since then."""
+    count: int = 0
+    """Evaluations in all."""
+    constant: bool = True
+    """Whether all of them had one score."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return self.criterion.metric
+
+    def add(self, step: int, score: float) -> None:
+        """Take up the evaluation after a step."""
+        self.constant = self.constant and (self.last is None or self.last[1] == score)
+        self.last, self.count = (step, score), self.count + 1
+        improved = False
+        if math.isfinite(score):
+            improved = self.top is None or self._gain(score, self.top) > self.min_delta
+            if self.best is None or self._gain(score, self.best[1]) > 0:
+                self.best = (step, score)
+        if improved:
+            self.top = score
+        # the first has nothing to be better than
+        self.since = 0 if improved or self.count == 1 else self.since + 1
+
+    def _gain(self, score: float, other: float) -> float:
+        return score - other if self.criterion.higher else other - score
+
+    def value(self) -> tuple[int, float] | None:
+        """Return (step, score) of the best evaluation, the earliest of equals; None where none had a score."""
+        return self.best
+
+    def improved(self) -> bool:
+        """Whether the last evaluation is the best."""
+        return self.best is not None and self.best == self.last
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations brought no improvement of more than `min_delta`."""
+        return self.since >= patience
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it, as JSON values."""
+        values = {key: value for key, value in vars(self).items() if key != "criterion"}
+        if self.last is not None and not math.isfinite(self.last[1]):
+            values["last"] = [self.last[0], None]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def load(self, state: Any, min_delta: float) -> None:
+        """Take up what `state` returned; raises ValueError, TypeError or KeyError where it is none."""
+        found = {key: _pair(state[key]) for key in ("best", "last")}
+        top, since, count = state["top"], state["since"], state["count"]
+        if type(since) is not int or type(count) is not int or not 0 <= since <= count:
+            raise ValueError("it counts no evaluations")
+        self.best, self.last = found["best"], found["last"]
+        self.top, self.since, self.count = None if top is None else float(top), since, count
+        self.constant = state["constant"] is True
+        if state["min_delta"] != min_delta:  # another measure of what an improvement is: patience begins anew
+            self.top, self.since = self.best[1] if self.best is not None else None, 0
+
+
+def _pair(value: Any) -> tuple[int, float] | None:
+    if value is None:
+        return None
+    step, score = value
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{step!r} is no step")
+    return step, math.nan if score is None else float(score)
+
+
+class Waited:
+    """Measures how long a loop waits for its batches."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def during(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the same."""
+        while True:
+            mark("data")
+            began = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._seconds += time.perf_counter() - began
+            yield item
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

@@ -1,0 +1,262 @@
+"""What is there before the first step: data, model, optimizer, and the state of the checkpoint that a run goes on from.
+
+All ranks build it together: what fails on one of them fails on all, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distrain.checkpoint import Manifest, Reader, find_newest
+from distrain.checkpoints.export.companion_files import FOLDER, files_beside, keep_beside
+from distrain.config import BatchSection, Horizon, Recipe, mix
+from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
+from distrain.datasets.base import Batch, Data, is_stream, warnings_of
+from distrain.datasets.transforms import Transform
+from distrain.diagnose.index_errors import given
+from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
+from distrain.networks.blocks import checkpoint_activations
+from distrain.networks.deferred import Deferred
+from distrain.networks.huggingface import PREFIX as TRANSFORMERS
+from distrain.optim import (
+    build_loss,
+    build_optimizer,
+    carry_over,
+    frozen_names,
+    resolve_schedule,
+    settle_sparse,
+    unregistered_layers,
+)
+from distrain.parallel import Plan, World, build_engine, prepare_to_save
+from distrain.run.folder import RunDir
+from distrain.run.micro_batch import Probed, Where, remembered
+from distrain.training.callbacks.trace import Trace
+from distrain.training.checks import horizon_of, length_warnings
+from distrain.training.context import Training, loss_of, seed_dropout, to_device
+from distrain.training.coupling import check_cut, couples_samples, cut_of, in_words, warning
+from distrain.training.forward import check_layers
+from distrain.training.skipping import Anomalies
+from distrain.training.updates import Inputs, take_inputs
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one rank reads of the data, and in which pieces."""
+
+    recipe: Recipe
+    world: World
+    data: Data
+    transforms: dict[str, Transform]
+    """`train`, and `eval` for all other splits."""
+    total_steps: int
+    micro_batch_size: int
+    accumulation: int
+    probed: Probed | None
+    """What `batch.micro: auto` was found to be, where it was tried."""
+
+    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+        """Return the micro-batches of each step from this one on."""
+        source = self.data.splits["train"]
+        length = len(source) if not is_stream(source) else None
+        return build_loader(
+            source,
+            SampleOrder(length, self.recipe.seed) if length is not None else None,
+            recipe=self.recipe,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            micro_batch_size=self.micro_batch_size,
+            start_step=start_step,
+            stop_step=self.total_steps,
+            transform=self.transforms["train"],
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All of it. What changes from here on is inside `training`."""
+
+    feed: Feed
+    horizon: Horizon
+    training: Training
+    anomalies: Anomalies
+    trace: Trace | None
+    resumed: Manifest | None
+    """The checkpoint that the run goes on from; None for a run that begins."""
+    skipped: list[tuple[Path, str]]
+    """Newer checkpoints that could not be used, and why."""
+    model: ModelSummary
+    """The size of the model, whole, with what the recipe freezes."""
+    told: list[str]
+    """What a person should know about how it was built."""
+    inputs: Inputs
+    """What it all depends on besides the recipe."""
+    warnings: list[str]
+    """What a person may want to change: of the data as they were read, and of what the recipe makes of them."""
+    beside: list[str] | None
+    """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
+
+
+def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
+    """Build everything up to the first step. All ranks call.
+
+    `fence` is called before anything is written into the run, and raises when this process may write no more.
+    """
+    world.first(lambda: prepare_data(recipe))
+    checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
+    reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
+    resumed = reader.manifest if reader is not None else None
+    data = world.together(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
+    transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
+    trace = Trace.from_environment(world.rank)
+    if trace is not None:
+        transforms["train"] = trace.around(transforms["train"])
+    horizon = horizon_of(recipe, data)
+    assert horizon.total_steps is not None
+    updated, accepted = world.first(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
+    # a proof compares all samples itself, and says why they differ
+    inputs: Inputs = world.first(
+        lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
+    )
+    probed = probed_batch(run, recipe, world)
+    batch: BatchSection = recipe.batch if probed is None else probed.section(recipe.batch)
+    feed = Feed(
+        recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
+    )
+    cut = cut_of(feed.micro_batch_size, world.world_size)
+    before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None
+    if resumed is not None and before is not None and before != cut:
+        if not updated and accepted != cut:
+            check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task)
+        line = f"loss: {in_words(before)} -> {in_words(cut)}"
+        inputs.told.append(f"updated  {line}")
+        if accepted != cut:
+            inputs = inputs.with_change(line, resumed.step)
+    told = list(inputs.told)
+    beside = _keep_beside(run, recipe, world, fence, told)
+    training, model = _training(feed, horizon, trace, told, run.path / FOLDER, resumes=reader is not None)
+    anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
+    anomalies.watch(training)
+    if reader is not None:
+        told += training.engine.restore(reader)
+        anomalies.load(reader.manifest.scalars)
+        training.step = reader.manifest.step
+        reader.close()
+    warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
+    warnings += length_warnings(recipe, horizon)
+    couples = before is not None or couples_samples(training, lambda: feed.batches(start_step=0))
+    if couples is None:
+        warnings.append(
+            f"whether loss {training.loss.name} takes samples together could not be tried before the first step; if it "
+            "does, it means another objective with another batch.micro or number of processes"
+        )
+    if couples:
+        inputs.fingerprint["cut"] = cut  # in checkpoints from now on
+        world.first(lambda: run.record_inputs(inputs.fingerprint))
+        if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
+            warnings.append(said)
+    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside)
+
+
+def _keep_beside(
+    run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None], told: list[str]
+) -> list[str] | None:
+    """Keep what lies beside the weights of a transformers model, for exports; return its names. All ranks call."""
+    path = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
+    if path is None:
+        return None
+
+    def keep() -> tuple[list[str], list[str]]:
+        fence()
+        return keep_beside(Path(path), run.path), files_beside(run.path / FOLDER)[0]
+
+    said, names = world.first(keep)
+    told += said
+    return names
+
+
+def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
+    """Return what `batch.micro: auto` was found to be for such a start, or None. All ranks call; all get the same."""
+    if recipe.batch.micro_batch_size != "auto":
+        return None
+    where = Where.of(recipe, world.world_size, world.strategy, world.asked.offload)
+    found: Probed | None = world.first(lambda: remembered(run, where))
+    return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
+
+
+def _training(
+    feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], kept: Path, *, resumes: bool
+) -> tuple[Training, ModelSummary]:
+    """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
+    recipe, world, meta = feed.recipe, feed.world, feed.data.meta
+    loss = world.together(lambda: build_loss(recipe, meta))
+    summary: ModelSummary | None = None
+
+    def fit(model: nn.Module) -> None:
+        nonlocal summary
+        summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one tells of its shards
+        if lost := unregistered_layers(model):
+            told.append(
+                f"warning: {', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
+                "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
+            )
+        check_layers(model, world)
+        told.extend(world.arithmetic.fit(model, world.device))
+        if said := settle_sparse(
+            model,
+            recipe.optim,
+            world.strategy,
+            norms=recipe.optim.clip_norm is not None
+            or recipe.anomalies.leaves_out
+            or recipe.anomalies.spike is not None,
+            scaled=world.arithmetic.scaled,
+        ):
+            told.append(said)
+        told.extend(prepare_to_save(model, sharded=world.strategy not in ("single", "ddp")))
+        if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
+            told.append(said)
+
+    def build() -> nn.Module:
+        model = build_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
+        fit(model)
+        return model
+
+    def defer() -> Deferred:
+        deferred = defer_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
+        fit(deferred.model)
+        return deferred
+
+    first_step = cache(lambda: next(feed.batches(start_step=0)))
+
+    def objective(model: nn.Module, index: int) -> torch.Tensor:
+        seed_dropout(world, mix(recipe.seed, "dropout", 0, world.rank, index))  # what is left out at random is as then
+        given("the first step", [first_step()[index]])
+        batch = to_device(first_step()[index], world)
+        return loss_of(calling_convention(plain_model(model)), loss, model, batch)
+
+    plan = Plan(
+        model=build,
+        deferred=defer,
+        optimizer=lambda model: build_optimizer(model, recipe.optim),
+        objective=objective,
+        micro_batch_size=feed.micro_batch_size,
+        accumulation=feed.accumulation,
+        clip_norm=recipe.optim.clip_norm,
+        ema=recipe.train.ema,
+        section=recipe.optim,
+        carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
+        initial=not resumes,
+    )
+    engine = build_engine(world, plan)
+    engine.model.train()
+    if recipe.train.compile:
+        engine.model.compile()
+    schedule = resolve_schedule(recipe.schedule, horizon)
+    assert summary is not None
+    return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=trace), summary

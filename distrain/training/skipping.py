@@ -1,0 +1,310 @@
+"""Steps whose loss or gradient is not finite, or far above what is usual: found, written down and left out.
+
+Every rank judges by the same numbers, so all of them act alike. What is decided about a step is in RUN/anomalies.jsonl,
+on disk, before it takes effect, and every later start goes by it: a run that is killed and resumed leaves out the steps
+that it would have left out without that, on any number of processes. With the window of losses in each checkpoint, the
+run stays a function of its recipe and its step.
+
+A row of anomalies.jsonl:
+
+    step, action     and whether it is skip, rollback or stop
+    what, value      the loss or the norm of the gradient, as it was found
+    median           of the steps before, where the value is a spike; null where it is not finite
+    loss, norm       of the step, over all ranks
+    ranks            each rank's own loss, whose mean is the step's
+    suspects         micro-batches whose own loss is not finite, or the one whose own loss is largest: rank,
+                     micro_batch, loss, samples
+    samples          the ids of all samples of the step, in the order of the data
+    recipe           a digest of the recipe: under a changed one, later steps are judged anew
+    processes, strategy, time
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distrain.config import Recipe, UserError
+from distrain.config.yaml import dump_recipe
+from distrain.parallel import Engine, World
+from distrain.run.folder import RunDir, append_row, now, rows_backwards
+
+_SHOWN = 8  # samples in a message
+_AT_LEAST = 1000  # rows that a start reads
+
+
+@dataclass(frozen=True)
+class Own:
+    """What this rank has computed in a step, to be looked at if the step turns out to be an anomaly."""
+
+    losses: Sequence[Tensor]
+    """For each micro-batch its part (0-d) of the rank's own loss; the mean of these over the ranks is the step's."""
+    ids: Sequence[Tensor]
+    """For each micro-batch the ids (batch,) of its samples."""
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """A step that is one, and what is done about it."""
+
+    step: int
+    action: str
+    """stop, skip or rollback."""
+    what: str
+    """loss, or norm of the gradient."""
+    value: float
+    median: float | None
+    """What is usual, where the value is a spike; None where it is not finite."""
+    loss: float
+    norm: float
+    where: str = ""
+    """Which rank and samples it comes from, as far as is known."""
+    known: bool = False
+    """Whether it was left out because an earlier attempt, or an earlier pass, had decided so."""
+
+    def __str__(self) -> str:
+        spike = ""
+        if self.median is not None:
+            spike = f", {self.value / self.median:.3g} times its median of {self.median:.4g}"
+        return f"the {self.what} of step {self.step} is {self.value:.6g}{spike}" + (
+            f": {self.where}" * bool(self.where)
+        )
+
+    def row(self) -> dict[str, Any]:
+        """Return what metrics.jsonl says of it."""
+        return {
+            "event": "anomaly",
+            "step": self.step,
+            "action": self.action,
+            "what": self.what,
+            "value": self.value,
+            "median": self.median,
+            "loss": self.loss,
+            "norm": self.norm,
+        }
+
+
+class Stepping(Protocol):
+    """What is watched: a training's engine, its step, and what this rank computed last."""
+
+    engine: Engine
+    step: int
+    own: Own | None
+
+
+class Anomalies:
+    """Judges the steps of a run, by its recipe and by what is decided already. Every method is called by all ranks."""
+
+    def __init__(
+        self, run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None] = lambda: None, step: int = 0
+    ):
+        """`fence` is called before anything is written, and raises when this process may write no more.
+
+        `step`: the one that the run goes on from. What was decided long before it is not read.
+        """
+        self.section, self.world = recipe.anomalies, world
+        self._path, self._fence = run.path / "anomalies.jsonl", fence
+        self._recipe = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
+        window = self.section.window
+        self._losses: deque[float] = deque(maxlen=window)
+        self._norms: deque[float] = deque(maxlen=window)
+        rows = world.first(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
+        self._left_out: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
+        self._found: dict[int, Anomaly] = {}
+        """Those of the guard, until they are settled."""
+        self._asks = False
+
+    def _late(self, step: int) -> list[dict[str, Any]]:
+        """Return the last rows, in order: some, and all behind them that follow a row of `step` or later."""
+        found: list[dict[str, Any]] = []
+        for row in rows_backwards(self._path):
+            if len(found) >= _AT_LEAST and row["step"] < step:
+                break
+            found.append(row)
+        return found[::-1]
+
+    def _mine(self, row: dict[str, Any]) -> bool:
+        return row.get("recipe") == self._recipe and row["action"] in ("skip", "rollback")
+
+    @staticmethod
+    def _brief(row: dict[str, Any]) -> dict[str, Any]:
+        numbers = {key: float(row[key]) for key in ("value", "loss", "norm")}  # NaN is text in JSON
+        return {key: row[key] for key in ("step", "action", "what", "median")} | numbers
+
+    @property
+    def watches(self) -> bool:
+        """Whether the recipe asks for more than to stop where a number that is read anyway is not finite."""
+        return self.section.leaves_out or self.section.spike is not None
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether there must be a checkpoint to go back to, from the first step on."""
+        return "rollback" in (self.section.nonfinite, self.section.spike)
+
+    def watch(self, t: Stepping) -> None:
+        """Have the engine tell what is judged, and where a step may be skipped, ask before the optimizer moves.
+
+        Otherwise nothing waits: a step is judged when its numbers are read, later than it was taken. Under a scaled
+        loss the host waits in each step anyway.
+        """
+        if not self.watches:
+            return
+        self._asks = "skip" in (self.section.nonfinite, self.section.spike) or t.engine.loss_scale is not None
+        t.engine.watch((lambda loss, norm: self._may_step(t, loss, norm)) if self._asks else None)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The window, which a checkpoint holds
+
+    def scalars(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+        return {} if self.section.spike is None else {"anomalies": [list(self._losses), list(self._norms)]}
+
+    def load(self, scalars: dict[str, Any]) -> None:
+        """Go on from what `scalars` returned; from an empty window where the recipe did not look for spikes."""
+        self._losses.clear()
+        self._norms.clear()
+        self._found.clear()
+        stored = scalars.get("anomalies", [[], []])
+        if not (isinstance(stored, list) and len(stored) == 2 and all(map(_finite_numbers, stored))):
+            raise UserError(
+                f"the stored window of losses and norms is {str(stored)[:80]!r}; expected two lists of them"
+            )
+        self._losses.extend(stored[0])
+        self._norms.extend(stored[1])
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Judging
+
+    def left_out(self, step: int) -> Anomaly | None:
+        """Return what is already decided about a step that is left out; None for one that is to be made."""
+        return self._left_out.get(step)
+
+    def settle(self, step: int, loss: float, norm: float, own: Own | None) -> Anomaly | None:
+        """Return what is to be done about a step whose numbers were read, or None. On disk when it returns."""
+        if (found := self._found.pop(step, None)) is not None:
+            return found
+        if (known := self._left_out.get(step)) is not None:
+            return known
+        if self._asks and math.isfinite(loss) and math.isfinite(norm):
+            return None  # judged before the optimizer moved
+        return self._judged(step, loss, norm, own)
+
+    def _may_step(self, t: Stepping, loss: float, norm: float) -> bool:
+        found = self._judged(t.step + 1, loss, norm, t.own)
+        if found is not None:
+            self._found[found.step] = found
+        return found is None
+
+    def _judged(self, step: int, loss: float, norm: float, own: Own | None) -> Anomaly | None:
+        found = self._judge(step, loss, norm)
+        if found is not None:
+            return self._record(found, own)
+        if self.section.spike is not None:
+            self._losses.append(loss)
+            self._norms.append(norm)
+        return None
+
+    def _judge(self, step: int, loss: float, norm: float) -> Anomaly | None:
+        section = self.section
+        numbers = (("loss", loss, self._losses), ("norm of the gradient", norm, self._norms))
+        for what, value, _ in numbers:
+            if not math.isfinite(value):
+                return Anomaly(step, self._allowed(step, section.nonfinite), what, value, None, loss, norm)
+        if section.spike is None or len(self._losses) < section.window:
+            return None
+        for what, value, window in numbers:
+            # a loss may be below zero, where a multiple of the median means nothing
+            if value > section.factor * (median := statistics.median(window)) > 0:
+                return Anomaly(step, self._allowed(step, section.spike), what, value, median, loss, norm)
+        return None
+
+    def _allowed(self, step: int, action: str) -> str:
+        """Return the action, or stop where too many of the steps before it are left out already."""
+        return "stop" if action != "stop" and self._recent(step) >= self.section.most else action
+
+    def _recent(self, step: int) -> int:
+        return sum(step - self.section.window < other < step for other in self._left_out)
+
+    def _record(self, found: Anomaly, own: Own | None) -> Anomaly:
+        """Write down what is decided about a step, with what every rank knows of it; then all ranks go by it."""
+        mine = (
+            ([float(loss) for loss in own.losses], [ids.tolist() for ids in own.ids]) if own is not None else ([], [])
+        )
+        ranks: list[tuple[list[float], list[list[int]]]] = self.world.gather(mine)
+        suspects = _suspects(ranks)
+        found = Anomaly(**{**vars(found), "where": _in_words(suspects)})
+        row = found.row() | {
+            "ranks": [math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses) for losses, _ in ranks],
+            "suspects": suspects,
+            # micro-batch by micro-batch, and in each rank by rank: as the data has them
+            "samples": [
+                each for parts in zip(*(ids for _, ids in ranks), strict=True) for ids in parts for each in ids
+            ],
+            "recipe": self._recipe,
+            "processes": self.world.world_size,
+            "strategy": self.world.strategy,
+            "time": now(),
+        }
+        del row["event"]
+
+        def write() -> None:
+            self._fence()
+            append_row(self._path, row)
+
+        self.world.first(write)
+        if found.action != "stop":
+            self._left_out[found.step] = Anomaly(**{**vars(found), "where": "", "known": True})
+        return found
+
+    def advice(self, found: Anomaly) -> str:
+        """Return what a person can do about a step that stops the run."""
+        if (recent := self._recent(found.step)) >= self.section.most and self.section.leaves_out:
+            return (
+                f"it is not left out, as {recent} of the {self.section.window} steps before it already are: "
+                "anomalies.most"
+            )
+        if found.median is not None:
+            return "lower optim.lr, set optim.clip_norm, or look at these samples; anomalies.spike: skip leaves it out"
+        return (
+            "lower optim.lr, set optim.clip_norm, or look at the inputs, for divisions by zero in the model, and for a "
+            "step whose targets are all ignored; anomalies.nonfinite: skip leaves such a step out"
+        )
+
+
+def _suspects(ranks: Sequence[tuple[list[float], list[list[int]]]]) -> list[dict[str, Any]]:
+    """Return the micro-batches whose own loss is not finite; without such, the one whose own loss is largest."""
+    parts: list[dict[str, Any]] = [
+        {"rank": rank, "micro_batch": index, "loss": loss, "samples": samples}
+        for rank, (losses, ids) in enumerate(ranks)
+        for index, (loss, samples) in enumerate(zip(losses, ids, strict=True))
+    ]
+    bad = [part for part in parts if not math.isfinite(part["loss"])]
+    return bad or sorted(parts, key=lambda part: -part["loss"])[:1]
+
+
+def _in_words(suspects: Sequence[dict[str, Any]]) -> str:
+    if not suspects:
+        return ""
+    if math.isfinite(suspects[0]["loss"]):
+        largest = suspects[0]
+        return f"every rank's own loss is finite, and rank {largest['rank']} has the largest, {_samples([largest])}"
+    ranks = sorted({part["rank"] for part in suspects})
+    which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return f"not finite on {which}, {_samples(suspects)}"
+
+
+def _samples(parts: Sequence[dict[str, Any]]) -> str:
+    ids = [each for part in parts for each in part["samples"]]
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return f"in a micro-batch of the samples {', '.join(map(str, ids[:_SHOWN]))}{more}"
+
+
+def _finite_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(each, int | float) and math.isfinite(each) for each in values)

@@ -1,0 +1,120 @@
+"""What a run depends on, held against the checkpoint that it goes on from: a change is refused, or recorded.
+
+A change of the recipe was let in when the run was opened; what changed of data, code and weights is seen here. What a
+person has let in with `--update` stays let in, also for a start that goes on from the same checkpoint once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distrain.checkpoint import Manifest
+from distrain.config import Recipe, UserError, is_object_spec
+from distrain.config.yaml import parse_recipe
+from distrain.config.yaml.strict_yaml import dotted, leaves
+from distrain.datasets.base import Data
+from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
+from distrain.run.folder import RunDir, now, read_rows
+
+EVENT = "update"
+"""A row of metrics.jsonl and attempts.jsonl for a start under another recipe, or on other data or code: `recipe` {key:
+{from, to}}, `inputs` a line for each change."""
+
+_ADVICE = "Put it back as it was, choose another --run-dir for a new run, or --update to go on with what is there now."
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a start depends on, and how that differs from what its checkpoint was trained with."""
+
+    fingerprint: dict[str, Any]
+    """What is stored in its checkpoints."""
+    update: dict[str, Any] | None = None
+    """The row of an update that is not recorded yet."""
+    told: list[str] = field(default_factory=list)
+    """What a person should know of it."""
+
+    def with_change(self, line: str, step: int) -> Inputs:
+        """Return these with one more change that was let in, of a run that goes on from `step`."""
+        row = self.update or {"event": EVENT, "step": step, "recipe": {}, "inputs": [], "time": now()}
+        return replace(self, update=row | {"inputs": [*row["inputs"], line]})
+
+
+def take_inputs(
+    run: RunDir, recipe: Recipe, data: Data, total_steps: int, resumed: Manifest | None, *, items: bool
+) -> Inputs:
+    """Rank 0: return what this start depends on. Raises UserError for a change that nobody has let in.
+
+    `items`: whether samples are counted, and looked at where no files are known that they come from.
+    """
+    found = fingerprint(recipe, data, total_steps, run.path, items=items)
+    allowed = run.update_path.exists()
+    if resumed is None:
+        accept(run, found)
+        return Inputs(found)
+    # a checkpoint may be older than fingerprints are, or imported
+    then: dict[str, Any] = resumed.scalars.get("inputs") or run.inputs() or {}
+    values = _recipe_changes(resumed.recipe, recipe)
+    lines = _changes(then, found, total_steps=not values)
+    if lines and not allowed and _changes(run.inputs() or then, found, total_steps=not values):
+        raise UserError(_refusal(run, recipe, resumed.step, compare(then, found), lines))
+    accept(run, found)
+    told = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
+    told += [f"updated  {line}" for line in lines]
+    told += [f"warning: {line}" for line in compare(then, found).unsure]
+    if not then and "imported_from" not in resumed.scalars:
+        told.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
+    row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
+    noted = [each for each in read_rows(run.attempts_path) if each.get("event") == EVENT]
+    before = noted[-1] if noted and noted[-1]["step"] == resumed.step else {"recipe": {}, "inputs": []}
+    same = all(before.get(key) == row[key] for key in ("recipe", "inputs"))
+    return Inputs(found, None if same else {**row, "time": now()}, told)
+
+
+def accept(run: RunDir, found: dict[str, Any]) -> None:
+    """Record what this start depends on; a later one that finds the same may go on."""
+    run.record_inputs(found)
+    run.update_path.unlink(missing_ok=True)
+
+
+def _changes(then: dict[str, Any], found: dict[str, Any], *, total_steps: bool) -> list[str]:
+    lines = compare(then, found).lines
+    before, after = then.get("total_steps"), found["total_steps"]
+    # another recipe may make another number of steps of the same data
+    if total_steps and None not in (before, after) and before != after:
+        lines.append(f"total steps: {before:,} -> {after:,}")
+    return lines
+
+
+def _refusal(run: RunDir, recipe: Recipe, step: int, changes: Changes, lines: list[str]) -> str:
+    kinds = {"data": changes.data, "code files": changes.code, "model's files": changes.model}
+    changed = " and ".join(kind for kind, found in kinds.items() if found) or "number of steps"
+    told = [f"the {changed} changed since {run.path} was trained to step {step}:", *(f"  {line}" for line in lines)]
+    told += [DRAWN_ANEW] if changes.data and not isinstance(recipe.data.split, dict) else []
+    return "\n".join([*told, _ADVICE])
+
+
+def _recipe_changes(text: str, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return the values that differ from those of the recipe in a checkpoint, {key: {from, to}}."""
+    if not text:  # imported without a recipe
+        return {}
+    try:
+        old = parse_recipe(text, "the checkpoint's recipe")
+    except UserError:  # of a version with other keys
+        return {}
+    before, after = (
+        {dotted(place): value for place, value in leaves(each.model_dump(mode="json"))} for each in (old, recipe)
+    )
+    return {
+        key: {"from": before.get(key), "to": after.get(key)}
+        for key in sorted(before.keys() | after.keys())
+        if _place_apart(before.get(key)) != _place_apart(after.get(key))
+    }
+
+
+def _place_apart(value: Any) -> Any:
+    """Return a value without the folder of a file of code: `distrain submit` trains with a copy of it."""
+    if isinstance(value, str) and is_object_spec(value) and (where := value.rpartition(":")[0]).endswith(".py"):
+        return value[where.rfind("/") + 1 :]
+    return value
