@@ -27,8 +27,9 @@ import torch
 from torchvision.transforms import v2
 
 from distrain.config import Recipe
-from distrain.data import SampleOrder, build_loader, build_transform
+from distrain.data import build_loader, build_transform
 from distrain.datasets.base import TensorSource
+from distrain.datasets.order import SampleOrder
 
 BATCH = 256
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]

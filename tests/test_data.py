@@ -15,17 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from distrain.config import BatchSection, Recipe, UserError
-from distrain.data import (
-    SampleOrder,
-    accumulation_steps,
-    batch_shape,
-    build_data,
-    build_eval_loader,
-    build_loader,
-    build_transform,
-    prepare_data,
-)
+from distrain.data import build_data, build_loader, build_transform
 from distrain.datasets.base import TensorSource
+from distrain.datasets.batch_sizes import accumulation_steps, batch_shape
+from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.order import SampleOrder
+from distrain.datasets.preparing import prepare_data
 
 
 def make_recipe(data: Any = "digits", task: str = "classification", global_batch_size: int = 24) -> Recipe:

@@ -25,7 +25,8 @@ from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.launchers import reported
 from distrain.metrics import build_metrics
-from distrain.models import build_model, calling_convention
+from distrain.models import build_model
+from distrain.networks.calling import calling_convention
 from distrain.optim import build_loss
 from distrain.parallel import open_world
 from distrain.run.folder import RunDir

@@ -16,7 +16,8 @@ from worlds import in_world
 from distrain.checkpoint import difference
 from distrain.config import Horizon, Recipe
 from distrain.config.yaml import load_recipe
-from distrain.data import SampleOrder, build_data
+from distrain.data import build_data
+from distrain.datasets.order import SampleOrder
 from distrain.launchers import open_run, work
 from distrain.optim import lr_at
 from distrain.parallel import open_world

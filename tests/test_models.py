@@ -17,23 +17,12 @@ from torch import Tensor, nn
 
 from distrain.config import OptimSection, Recipe, UserError
 from distrain.datasets.base import DataMeta
-from distrain.models import (
-    ModelOutput,
-    build_model,
-    calling_convention,
-    check_model,
-    defer_model,
-    describe_model,
-    facts,
-    forward,
-    load_weights,
-    model_names,
-    num_outputs,
-    plain_model,
-    tied_names,
-    torchvision_names,
-)
+from distrain.models import build_model, check_model, defer_model, load_weights, model_names, tied_names
 from distrain.networks.attention import rotary, sinusoids
+from distrain.networks.builders import torchvision_names
+from distrain.networks.calling import ModelOutput, calling_convention, forward, plain_model
+from distrain.networks.facts import facts, num_outputs
+from distrain.networks.summary import describe_model
 from distrain.optim import frozen_names
 
 IMAGES = DataMeta(input_shape=(1, 8, 8), num_classes=10)
@@ -333,7 +322,7 @@ def test_no_parameter_of_googlenet_is_without_gradient() -> None:
 
 
 def test_vision_transformers_take_the_size_of_the_data() -> None:
-    from distrain.models import _torchvision_builder
+    from distrain.networks.builders import _torchvision_builder
 
     assert _torchvision_builder("vit_b_16", print).parameters["image_size"].default == 224
     assert "patch_size" not in _torchvision_builder("vit_b_16", print).parameters

@@ -17,7 +17,7 @@ from worlds import in_world
 from distrain.autobatch.search import largest, wanted
 from distrain.config import BatchSection
 from distrain.config.yaml import load_recipe
-from distrain.data import accumulation_steps, batch_shape, micro_batch_sizes
+from distrain.datasets.batch_sizes import accumulation_steps, batch_shape, micro_batch_sizes
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import Probed, Where, hand_on, remember, remembered
 from distrain.system import memory

@@ -17,7 +17,8 @@ from worlds import in_world
 from distrain.config.yaml import dump_recipe, load_recipe, parse_recipe
 from distrain.data import build_transform
 from distrain.datasets.base import DataMeta
-from distrain.models import build_model, forward
+from distrain.models import build_model
+from distrain.networks.calling import forward
 from distrain.run.folder import RunDir
 from distrain.training.checks import check_recipe
 

@@ -94,7 +94,7 @@ def find(
     sharded than it will in the run, and what fits here fits there. Raises UserError where not even one sample fits;
     returns None, having said why, where something else is wrong.
     """
-    from distrain.data import micro_batch_sizes
+    from distrain.datasets.batch_sizes import micro_batch_sizes
 
     sizes = micro_batch_sizes(recipe.batch.global_batch_size, processes)
     if not sizes:

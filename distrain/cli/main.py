@@ -255,7 +255,8 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 def _names(kind: Kind) -> dict[str, str]:
     match kind:
         case Kind.models:
-            from distrain.models import find, model_names, torchvision_names
+            from distrain.models import find, model_names
+            from distrain.networks.builders import torchvision_names
 
             own = {name: entry.summary for name in model_names() if (entry := find(name))}
             return own | dict.fromkeys(torchvision_names(), "torchvision.models")

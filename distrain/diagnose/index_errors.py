@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.datasets.base import Batch
-from distrain.models import plain_model
+from distrain.networks.calling import plain_model
 from distrain.optim import Loss, plain_name
 from distrain.parallel.determinism import refused_operation
 

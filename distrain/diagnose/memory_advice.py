@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 
 from distrain.config import Recipe, UserError
-from distrain.data import micro_batch_sizes
+from distrain.datasets.batch_sizes import micro_batch_sizes
 from distrain.parallel import World
 from distrain.system import memory
 from distrain.system.memory import gib

@@ -14,13 +14,15 @@ from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
-from distrain.data import Transform, build_data, build_eval_loader, build_transform
+from distrain.data import Transform, build_data, build_transform
 from distrain.datasets.base import AnySource, Batch, Data, is_stream, keys_of, warnings_of
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.diagnose.index_errors import given, told_plainly
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.inference.outputs import Predicted, PredictionFile, open_predictions, predicted, target_columns
 from distrain.metrics import build_metrics
-from distrain.models import Convention, build_model, calling_convention
+from distrain.models import build_model
+from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import build_loss
 from distrain.parallel import World, load_weights, open_world, with_arithmetic
 from distrain.system.output import echo, echo_error

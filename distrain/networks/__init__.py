@@ -13,7 +13,7 @@
 
 To add one, write in any module of this folder a class or function decorated with `register`. Its parameters are the
 keys that the recipe's `model` section may hold beside its own; one that is named like a fact of the data
-(`num_outputs`, `input_shape`, `vocab_size`, ...: see `distrain.models.facts`) takes that fact when the recipe does not
+(`num_outputs`, `input_shape`, `vocab_size`, ...: see `networks/facts.py`) takes that fact when the recipe does not
 give it. Its first docstring line is what `distrain list models` prints.
 """
 

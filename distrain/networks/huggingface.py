@@ -71,7 +71,7 @@ def build_transformers(
 ) -> nn.Module:
     """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
 
-    `known`: what the data say (`distrain.models.facts`), for what the configuration leaves open: the vocabulary, the
+    `known`: what the data say (`networks/facts.py`), for what the configuration leaves open: the vocabulary, the
     number of labels, and the ids of special tokens. `kept`: a folder whose config.json is taken where that of `path` is
     no longer there, and the weights follow from elsewhere.
     """

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distrain.config import Recipe, UserError
-from distrain.data import batch_shape
+from distrain.datasets.batch_sizes import batch_shape
 from distrain.parallel.accelerate_config import DEFAULTS, Configuration, Stated, plain
 from distrain.parallel.strategy_spec import Wish
 

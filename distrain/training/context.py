@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distrain.config import Recipe
 from distrain.datasets.base import Batch
-from distrain.models import Convention
+from distrain.networks.calling import Convention
 from distrain.optim import AnySchedule, Loss
 from distrain.parallel import Engine, TrainingState, World
 from distrain.parallel.strategy import Numbers

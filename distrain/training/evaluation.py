@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.data import Transform, build_eval_loader
+from distrain.data import Transform
 from distrain.datasets.base import AnySource, Batch, is_stream
 from distrain.datasets.batches import too_many
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.diagnose.index_errors import given
 from distrain.metrics import MetricSet
-from distrain.models import Convention, ModelOutput
+from distrain.networks.calling import Convention, ModelOutput
 from distrain.optim import Loss
 from distrain.parallel import World
 from distrain.run.heartbeat import mark

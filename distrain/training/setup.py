@@ -16,14 +16,19 @@ from torch import nn
 from distrain.checkpoint import Manifest, Reader, find_newest
 from distrain.checkpoints.export.companion_files import FOLDER, files_beside, keep_beside
 from distrain.config import BatchSection, Horizon, Recipe, mix
-from distrain.data import SampleOrder, batch_shape, build_data, build_loader, build_transform, prepare_data
+from distrain.data import build_data, build_loader, build_transform
 from distrain.datasets.base import Batch, Data, is_stream, warnings_of
+from distrain.datasets.batch_sizes import batch_shape
+from distrain.datasets.order import SampleOrder
+from distrain.datasets.preparing import prepare_data
 from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
-from distrain.models import ModelSummary, build_model, calling_convention, defer_model, describe_model, plain_model
+from distrain.models import build_model, defer_model
 from distrain.networks.blocks import checkpoint_activations
+from distrain.networks.calling import calling_convention, plain_model
 from distrain.networks.deferred import Deferred
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
+from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
     build_loss,
     build_optimizer,

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from distrain.config import DataSection, Recipe, UserError
-from distrain.data import build_data, build_eval_loader, build_transform
+from distrain.data import build_data, build_transform
 from distrain.datasets.base import Data, DataRequest, find_dataset
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.images import decode_image
 
 

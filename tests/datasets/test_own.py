@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from distrain.config import Recipe, UserError
-from distrain.data import SampleOrder, build_data, build_eval_loader, build_loader
+from distrain.data import build_data, build_loader
 from distrain.datasets.base import Data, is_stream
+from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.order import SampleOrder
 
 CODE = """
 import random

@@ -17,7 +17,7 @@ from worlds import in_world, running_world
 from distrain.checkpoint import difference, list_checkpoints, verify
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.data import SampleOrder
+from distrain.datasets.order import SampleOrder
 from distrain.launchers import open_run
 from distrain.run.folder import Launch, RunDir
 

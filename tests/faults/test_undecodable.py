@@ -10,7 +10,8 @@ from worlds import in_world
 
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.data import build_data, build_eval_loader
+from distrain.data import build_data
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.run.folder import RunDir
 
 RECIPE = """

@@ -98,7 +98,7 @@ def prepare(
 
     `arrays` are values to sweep over, each `key=value,value`. Raises UserError with what is wrong.
     """
-    from distrain.data import batch_shape
+    from distrain.datasets.batch_sizes import batch_shape
     from distrain.parallel import check_precision
     from distrain.training.checks import check_recipe
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from distrain.models import ModelOutput
+from distrain.networks.calling import ModelOutput
 
 Outputs = Tensor | Sequence[Tensor]
 """What a model returns: one tensor, or several for losses that take several."""

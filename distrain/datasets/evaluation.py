@@ -1,0 +1,101 @@
+"""The batches of one pass over a split, each sample once over all ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from distrain.config import UserError
+from distrain.datasets.base import AnySource, Batch, StreamSource, is_stream
+from distrain.datasets.batches import Batches, Place, StreamBatches
+from distrain.datasets.loading import load
+from distrain.datasets.transforms import Transform
+
+
+def check_stream_workers(workers: int) -> None:
+    if workers > 1:
+        raise UserError(
+            f"data.workers is {workers}, and an iterable data set can only be read by one process; take 1 or 0, or "
+            "write it as a Dataset with __len__ and __getitem__"
+        )
+
+
+class EvalLoader:
+    """The batches of one rank of one pass over a split; can be iterated again and again."""
+
+    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None):
+        self._make = make
+        self._length = length
+
+    def __len__(self) -> int:
+        """Batches of this rank, the same on every rank. TypeError for a stream."""
+        if self._length is None:
+            raise TypeError("the length of a stream is not known")
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._make()
+
+
+def build_eval_loader(
+    source: AnySource,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    transform: Transform | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+    split: str = "test",
+    skip_undecodable: int = 0,
+) -> EvalLoader:
+    """Return a loader of this rank's share of one pass, in the split's own order.
+
+    Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
+    rows that only fill up repeat a sample under the id -1. A sample that does not decode is missing, with its id in the
+    batch's `undecodable`; more of them than `skip_undecodable` are an error. Raises UserError for a split without
+    samples.
+    """
+    batches: Batches | StreamBatches
+    if is_stream(source):
+        check_stream_workers(workers)
+
+        def plan() -> Iterator[tuple[Place, list[Any]]]:
+            return _eval_stream(source, rank, world_size, batch_size, split)
+
+        batches = StreamBatches(plan, source, transform)
+        return EvalLoader(lambda: load(batches, None, workers, pin_memory), None)
+    if len(source) == 0:
+        raise UserError(f"the split {split!r} has no samples to evaluate")
+    mapped = Batches(source, transform, skip_undecodable, once=True)
+    places = [
+        (np.zeros(len(ids), np.int64), ids)
+        for start in range(0, len(source), batch_size * world_size)
+        for ids in [_eval_ids(start, len(source), rank, world_size, batch_size)]
+    ]
+    return EvalLoader(lambda: load(mapped, places, workers, pin_memory), len(places))
+
+
+def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
+    """Return the ids of this rank's batch of the samples from `start`: what is left is dealt out evenly at the end."""
+    rows = min(batch_size, -(-(stop - start) // world_size))
+    ids = start + rank * rows + np.arange(rows, dtype=np.int64)
+    return np.where(ids < stop, ids, -stop)  # -1 - (stop - 1): padding that repeats the last sample
+
+
+def _eval_stream(
+    source: StreamSource, rank: int, world_size: int, batch_size: int, split: str
+) -> Iterator[tuple[Place, list[Any]]]:
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(0)
+    walk = iter(source)
+    start = 0
+    while samples := list(itertools.islice(walk, batch_size * world_size)):
+        ids = _eval_ids(start, start + len(samples), rank, world_size, batch_size)
+        yield (np.zeros(len(ids), np.int64), ids), [samples[i - start if i >= 0 else -1] for i in ids.tolist()]
+        start += len(samples)
+    if start == 0:
+        raise UserError(f"the split {split!r} has no samples to evaluate")

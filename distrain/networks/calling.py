@@ -1,0 +1,142 @@
+"""How a model is called on a batch's inputs, and what it gives back."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from distrain.config import UserError
+from distrain.networks.huggingface import is_transformers
+
+
+class ModelOutput(NamedTuple):
+    """What a model gives for a batch. A named tuple, which every wrapper of PyTorch and Accelerate can look into."""
+
+    logits: Tensor
+    """(batch, outputs), or (batch, seq, vocabulary) where tokens are predicted."""
+    aux_loss: Tensor | None = None
+    """A mean over the batch, 0-d, that is added to the loss of each sample (such as a router's balance)."""
+    others: tuple[Tensor, ...] = ()
+    """What a model that returns a tuple of tensors gives behind the first, for losses that take several."""
+
+
+Convention = Callable[[nn.Module, Any], ModelOutput]
+"""Calls a model, wrapped or not, with the inputs of a batch."""
+
+
+def forward(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> ModelOutput:
+    """Call `model`, wrapped or not, with the inputs of a batch; see `calling_convention`."""
+    convention = _CONVENTIONS.get(model)
+    if convention is None:
+        convention = _CONVENTIONS[model] = calling_convention(model)
+    return convention(model, inputs)
+
+
+_CONVENTIONS: weakref.WeakKeyDictionary[nn.Module, Convention] = weakref.WeakKeyDictionary()
+
+
+def calling_convention(model: nn.Module) -> Convention:
+    """Return the function that calls `model`, or any wrapper of it, with the inputs of a batch.
+
+    A tensor is passed on as it is. A mapping is passed by name where `forward` takes its keys, otherwise as it is. A
+    model of transformers gets tokens as `input_ids` with an attention mask where it knows a padding id (or its own main
+    input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return
+    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor
+    is what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
+    """
+    plain = plain_model(model)
+    if is_transformers(plain):
+        return _transformers_convention(plain)
+    # of the class, for wrappers put on the instance hide the names
+    signature = inspect.signature(type(plain).forward)
+    by_name: dict[tuple[str, ...], bool] = {}
+
+    def call(model: nn.Module, inputs: Any) -> ModelOutput:
+        if isinstance(inputs, Mapping):
+            keys = tuple(inputs)
+            named = by_name.get(keys)
+            if named is None:
+                named = by_name[keys] = _takes_names(plain, signature, keys)
+            return _output(model(**inputs) if named else model(inputs))
+        return _output(model(inputs))
+
+    return call
+
+
+def _takes_names(model: nn.Module, signature: inspect.Signature, keys: tuple[str, ...]) -> bool:
+    def binds(*args: Any, **kwargs: Any) -> bool:
+        try:
+            signature.bind(None, *args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    if binds(**dict.fromkeys(keys)):
+        return True
+    if binds(None):
+        return False
+    takes = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
+    raise UserError(
+        f"{type(model).__name__}.forward takes ({takes}), and the inputs of a batch are {', '.join(keys)}; name its "
+        "parameters so, or let it take the one mapping"
+    )
+
+
+def _transformers_convention(plain: Any) -> Convention:
+    takes = set(inspect.signature(type(plain).forward).parameters)
+    always: dict[str, Any] = {"return_dict": True}
+    always |= {"use_cache": False} if "use_cache" in takes else {}
+    masks = "attention_mask" in takes
+    pad_id = getattr(plain.config, "pad_token_id", None)
+    coefficient = getattr(plain.config, "router_aux_loss_coef", 1.0)
+
+    def call(model: nn.Module, inputs: Any) -> ModelOutput:
+        if not isinstance(inputs, Mapping):
+            named = {plain.main_input_name: inputs}
+        elif inputs.keys() == {"source", "target"}:
+            if "decoder_input_ids" not in takes:
+                raise UserError(f"{type(plain).__name__} has no decoder; task seq2seq needs an encoder and a decoder")
+            named = {"input_ids": inputs["source"], "decoder_input_ids": inputs["target"]}
+        else:
+            named = dict(inputs)
+        if masks and pad_id is not None and "input_ids" in named and "attention_mask" not in named:
+            named["attention_mask"] = named["input_ids"] != pad_id
+        output = _output(model(**named, **always))
+        return output if output.aux_loss is None else output._replace(aux_loss=coefficient * output.aux_loss)
+
+    return call
+
+
+def _output(raw: Any) -> ModelOutput:
+    if isinstance(raw, Tensor):
+        return ModelOutput(raw)
+    if isinstance(raw, ModelOutput):
+        return raw
+    logits, aux_loss, others = None, None, ()
+    if isinstance(raw, Mapping):
+        logits = raw.get("logits", raw.get("out"))
+        aux_loss = raw.get("aux_loss")
+    elif isinstance(raw, tuple | list) and raw:
+        logits, *rest = raw
+        others = tuple(rest) if all(isinstance(each, Tensor) for each in rest) else ()
+    if not isinstance(logits, Tensor):
+        found = f"a mapping of {', '.join(map(str, raw))}" if isinstance(raw, Mapping) else type(raw).__name__
+        raise UserError(
+            f"the model returned {found}; expected a tensor, a tuple that begins with one, a mapping with 'logits', or "
+            "distrain.models.ModelOutput"
+        )
+    return ModelOutput(logits, aux_loss, others)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model itself, without what torch.compile, DistributedDataParallel or DeepSpeed put around it."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inside = "_orig_mod" if "_orig_mod" in model._modules else "module"
+        if inside == "module" and not isinstance(model, wrappers) and type(model).__name__ != "DeepSpeedEngine":
+            return model
+        model = model.get_submodule(inside)

@@ -1,0 +1,52 @@
+"""What the data say of a model: numbers of classes, channels, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from distrain.config import Task
+from distrain.datasets.base import DataMeta
+
+_HEAD = ("num_outputs", "num_classes", "num_labels", "out_features")
+_DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalities")
+
+
+def num_outputs(task: Task, meta: DataMeta) -> int | None:
+    """Return how many numbers the last layer gives (for each token, where tokens are predicted); None: not known."""
+    if task == "classification":
+        return meta.num_classes
+    if task == "binary":
+        return 1
+    if task == "multilabel":
+        return meta.num_targets
+    if task == "regression":
+        return meta.num_targets or 1
+    return meta.vocab_size if task == "language_modeling" else meta.target_vocab_size
+
+
+def facts(task: Task, meta: DataMeta) -> dict[str, Any]:
+    """Return what is filled in for a model's parameters of these names when the recipe does not give them.
+
+    They are the fields of `meta` that are known; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all of
+    them the size of the last layer; and from the shape of a sample `in_features` (its numbers; of a table with
+    `cardinalities` those beside its categories), `in_channels` and `image_size` (square images), or `seq_len` (tokens).
+    """
+    known = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
+    known |= dict.fromkeys(_HEAD, num_outputs(task, meta))
+    shape = meta.input_shape
+    if meta.vocab_size is not None:
+        known["seq_len"] = meta.tokens_per_sample if shape is None else shape[0]
+    elif shape is not None:
+        known["in_features"] = math.prod(shape)
+        if len(shape) >= 2:
+            known["in_channels"] = shape[0]
+        if len(shape) == 3 and shape[1] == shape[2]:
+            known["image_size"] = shape[1]
+    elif known.get("cardinalities") is not None and meta.feature_names is not None:
+        known["in_features"] = len(meta.feature_names) - len(known["cardinalities"])
+    return {name: value for name, value in known.items() if value is not None}
+
+
+FACT_NAMES = {field.name for field in dataclasses.fields(DataMeta)} | {*_HEAD, *_DERIVED}
