@@ -100,7 +100,7 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
     from distrain.config.yaml import load_recipe
     from distrain.launchers import open_run
     from distrain.loop import train_step
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
     from distrain.run.folder import Launch, RunDir
     from distrain.training.run_loop import Session
 
@@ -109,10 +109,10 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
     elif strategy.startswith("zero"):
         import distrain.parallel.zero  # noqa: F401
     torch.set_num_threads(1)
-    asked = Asked(strategy, offload_optimizer=offload != "none", offload_parameters=offload == "all")
+    asked = StrategySpec(strategy, offload_optimizer=offload != "none", offload_parameters=offload == "all")
     world = open_world("fp32", asked)
     run = RunDir(run_dir)
-    world.first(lambda: open_run(run, load_recipe(Path(recipe)), Launch.describe(world.world_size, strategy)))
+    world.run_on_rank0(lambda: open_run(run, load_recipe(Path(recipe)), Launch.describe(world.world_size, strategy)))
     # reductions allocate what they need at their first use
     world.sum(torch.zeros(1 << 16))
     peaks = Peaks()
@@ -130,7 +130,7 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
         peaks.phase = "save"
         session.save()
         peaks.phase = ""
-        effect = session.t.engine.effect()
+        effect = session.t.strategy.effect()
         batches.close()  # type: ignore[attr-defined]
     found = peaks.stop()
     world.close()

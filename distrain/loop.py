@@ -23,10 +23,10 @@ from distrain.parallel.strategy import Numbers
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import mark, stepped
 from distrain.run.lease import Lease
-from distrain.training.context import StepNumbers, Training, loss_of, seed_dropout, to_device
+from distrain.training.context import PendingMetrics, TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
-from distrain.training.skipping import Anomaly, Own
+from distrain.training.skipping import Anomaly, LocalStepResult
 
 
 def train(
@@ -67,8 +67,8 @@ def train(
 
 
 def train_step(
-    t: Training, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: [0.0] * FLAGS
-) -> StepNumbers:
+    t: TrainContext, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: [0.0] * FLAGS
+) -> PendingMetrics:
     """Make one optimizer step. All ranks call.
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
@@ -81,39 +81,39 @@ def train_step(
         return _leave_out(t, known, flags())
     given(f"step {t.step + 1}", micro_batches)
     mark("sync")
-    set_lr(t.engine.optimizer, t.recipe.optim.lr * t.schedule(t.step))
-    share = _share(t, micro_batches)
+    set_lr(t.strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
+    loss_scale = _loss_scale(t, micro_batches)
     while True:
-        loss_scale, put_buffers_back = t.engine.loss_scale, t.engine.remember_buffers()
-        if (numbers := _attempt(t, micro_batches, share, flags)) is not None:
+        grad_scale, put_buffers_back = t.strategy.grad_scale, t.strategy.remember_buffers()
+        if (numbers := _attempt(t, micro_batches, loss_scale, flags)) is not None:
             break
         put_buffers_back()
-    if not t.engine.moved:
+    if not t.strategy.moved:
         put_buffers_back()
     seed = _seed(t, len(micro_batches) - 1)
     t.step += 1
     stepped(t.step)
     if t.trace is not None:
         t.trace.stepped(seed)
-    return StepNumbers(t.step, numbers, loss_scale, t.own)
+    return PendingMetrics(t.step, numbers, grad_scale, t.own)
 
 
-def _leave_out(t: Training, known: Anomaly, flags: Sequence[float]) -> StepNumbers:
+def _leave_out(t: TrainContext, known: Anomaly, flags: Sequence[float]) -> PendingMetrics:
     """Count a step without making it; what the ranks tell each other with each step, they tell."""
     means = list(flags)
     read = lambda: means  # noqa: E731
     if t.world.world_size > 1:
-        read = t.world.later(t.world.sum(t.world.numbers(torch.zeros(()), flags))[1:] / t.world.world_size)
+        read = t.world.to_host_async(t.world.sum(t.world.pack_metrics(torch.zeros(()), flags))[1:] / t.world.world_size)
     seed = _seed(t, 0)
     t.step += 1
     stepped(t.step)
     if t.trace is not None:
         seed_dropout(t.world, seed)
         t.trace.stepped(seed)
-    return StepNumbers(t.step, lambda: (known.norm, [known.loss, *read()]), t.engine.loss_scale)
+    return PendingMetrics(t.step, lambda: (known.norm, [known.loss, *read()]), t.strategy.grad_scale)
 
 
-def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
+def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tensor:
     """Return what the sum of losses of a rank is multiplied by."""
     # ranks' gradients are averaged on the way, and this is to be a sum: hence the world's size above the count
     if t.loss.count_is_fixed:
@@ -122,32 +122,32 @@ def _share(t: Training, micro_batches: Sequence[Batch]) -> float | Tensor:
     return t.world.world_size / t.world.sum(counts.to(t.world.device, torch.float64))
 
 
-def _seed(t: Training, index: int) -> int:
+def _seed(t: TrainContext, index: int) -> int:
     return mix(t.recipe.seed, "dropout", t.step, t.world.rank, index)
 
 
 def _attempt(
-    t: Training, micro_batches: Sequence[Batch], share: float | Tensor, flags: Callable[[], Sequence[float]]
+    t: TrainContext, micro_batches: Sequence[Batch], loss_scale: float | Tensor, flags: Callable[[], Sequence[float]]
 ) -> Numbers | None:
-    engine, last = t.engine, len(micro_batches) - 1
+    strategy, last = t.strategy, len(micro_batches) - 1
     losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         batch = to_device(batch, t.world)
         seed_dropout(t.world, _seed(t, index))
-        with engine.micro_batch(last=index == last):
+        with strategy.micro_batch(last=index == last):
             mark("forward")
-            objective = loss_of(t.call, t.loss, engine.wrapped, batch)
+            loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch)
             # handed to the backward pass: multiplied in, it would be one more operation to go back through
-            if not isinstance(share, Tensor):
+            if not isinstance(loss_scale, Tensor):
                 # a fill: for a copy to a device the host would wait
-                share = torch.full((), share, dtype=objective.dtype, device=objective.device)
-            share = share.to(objective.dtype)
-            losses.append(objective.detach() * share)
+                loss_scale = torch.full((), loss_scale, dtype=loss_sum.dtype, device=loss_sum.device)
+            loss_scale = loss_scale.to(loss_sum.dtype)
+            losses.append(loss_sum.detach() * loss_scale)
             mark("backward")
             if index < last:
-                engine.backward(objective, share)
+                strategy.backward(loss_sum, loss_scale)
                 continue
             loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
-            t.own = Own(losses, [each["ids"] for each in micro_batches])
-            return engine.step(objective, share, loss, flags())
+            t.own = LocalStepResult(losses, [each["ids"] for each in micro_batches])
+            return strategy.step(loss_sum, loss_scale, loss, flags())
     raise AssertionError("a step has at least one micro-batch")

@@ -23,7 +23,7 @@ from distrain.config import Recipe, UserError, mix
 from distrain.datasets.base import DataMeta
 from distrain.networks import ModelEntry, find, model_names, register
 from distrain.networks.builders import find_builder, torchvision_names
-from distrain.networks.calling import ModelOutput, calling_convention, forward, plain_model
+from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
 from distrain.networks.deferred import SMALL, Deferred, defer
 from distrain.networks.facts import FACT_NAMES, facts, num_outputs
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
@@ -49,11 +49,11 @@ __all__ = [
     "load_weights",
     "model_names",
     "num_outputs",
-    "plain_model",
     "register",
     "tied_names",
     "torchvision_names",
     "transformers_config",
+    "unwrap_model",
 ]
 
 logger = logging.getLogger(__name__)

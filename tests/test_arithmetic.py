@@ -44,9 +44,9 @@ log: {every: 1 steps}
 
 def open_in(strategy: str, precision: str) -> Any:
     """Join this world with a strategy, the environment as a launcher sets it."""
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
-    return open_world(precision, Asked(strategy))
+    return open_world(precision, StrategySpec(strategy))
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
                 seen: dict[str, set[str]] = {"forward": set(), "trained": set(), "outputs": set()}
 
                 with session_of(run_dir, world) as session:
-                    engine = session.t.engine
+                    engine = session.t.strategy
                     layer = next(module for module in engine.model.modules() if isinstance(module, nn.Linear))
                     layer.register_forward_hook(lambda _m, _i, out, to=seen: to["forward"].add(str(out.dtype)))
                     engine.model.register_forward_hook(lambda _m, _i, out, to=seen: to["outputs"].add(str(out.dtype)))
@@ -220,7 +220,7 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
     from distrain.loop import train_step
     from distrain.parallel import precision
 
-    t, engine = session.t, session.t.engine
+    t, engine = session.t, session.t.strategy
     is_last = t.world.rank == t.world.world_size - 1
     attempts: list[dict[str, Any]] = []
     tries: dict[int, int] = {}
@@ -303,7 +303,7 @@ def continued(strategy: str, run_dirs: list[str]) -> list[dict[str, Any]]:
         try:
             for run_dir in run_dirs:
                 with session_of(run_dir, world) as session:
-                    found.append({"step": session.t.step} | session.t.engine.scale.state())
+                    found.append({"step": session.t.step} | session.t.strategy.scale.state())
         finally:
             world.close()
         return found
@@ -390,7 +390,7 @@ def reopen(strategy: str, run_dir: str, out: str) -> dict[str, Any]:
         world = open_in(strategy, "fp32")
         try:
             with session_of(run_dir, world) as session:
-                engine = session.t.engine
+                engine = session.t.strategy
                 storages = {}
                 for held in engine.state.held().values():
                     if held.role in ("parameter", "optimizer") and held.values.dim():

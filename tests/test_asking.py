@@ -24,12 +24,12 @@ from distrain.launchers import asked_for, configuration_file, join_launcher, wor
 from distrain.parallel import (
     OFFLOADS,
     STRATEGIES,
-    Asked,
-    Stated,
-    Wish,
+    SourcedValue,
+    StrategyHint,
+    StrategySpec,
     disagreements,
     read_configuration,
-    settle,
+    resolve_strategy,
     strategy_wishes,
     take_over,
     unused,
@@ -54,21 +54,26 @@ def strategy_of(config: Path) -> str:
 def test_a_strategy_is_what_is_said_in_one_place(strategy: str, world_size: int) -> None:
     if strategy == "single" and world_size > 1:
         with pytest.raises(UserError, match="single is one process, found 3; nothing was written"):
-            settle(world_size, [Wish("--strategy", strategy)])
+            resolve_strategy(world_size, [StrategyHint("--strategy", strategy)])
         return
     expected = "single" if strategy == "ddp" and world_size == 1 else strategy
-    assert settle(world_size, [Wish("--strategy", strategy)]) == Asked(expected)
+    assert resolve_strategy(world_size, [StrategyHint("--strategy", strategy)]) == StrategySpec(expected)
 
 
 def test_nothing_said_is_one_process_or_ddp() -> None:
-    assert settle(1, []) == Asked("single")
-    assert settle(2, [Wish("--strategy"), Wish("--offload")]) == Asked("ddp")
+    assert resolve_strategy(1, []) == StrategySpec("single")
+    assert resolve_strategy(2, [StrategyHint("--strategy"), StrategyHint("--offload")]) == StrategySpec("ddp")
 
 
 def test_places_that_differ_are_all_named() -> None:
     with pytest.raises(UserError) as caught:
-        settle(
-            2, [Wish("--strategy", "zero2"), Wish("a.yaml: distributed_type", "fsdp2"), Wish("launch.json", "zero2")]
+        resolve_strategy(
+            2,
+            [
+                StrategyHint("--strategy", "zero2"),
+                StrategyHint("a.yaml: distributed_type", "fsdp2"),
+                StrategyHint("launch.json", "zero2"),
+            ],
         )
     for line in ("zero2      --strategy", "fsdp2      a.yaml: distributed_type", "zero2      launch.json"):
         assert f"\n  {line}\n" in str(caught.value)
@@ -76,22 +81,28 @@ def test_places_that_differ_are_all_named() -> None:
     with pytest.raises(
         UserError, match=r"the offload is said in 2 places that differ(.|\n)*all .*--off(.|\n)*none .*a\.y"
     ):
-        settle(1, [Wish("--offload", "zero3", "all"), Wish("a.yaml: offload_param_device", None, "none")])
+        resolve_strategy(
+            1, [StrategyHint("--offload", "zero3", "all"), StrategyHint("a.yaml: offload_param_device", None, "none")]
+        )
 
 
 def test_single_and_ddp_are_the_same_wish_in_worlds_of_different_sizes() -> None:
-    assert settle(1, [Wish("--strategy", "single"), Wish("a.yaml", "ddp")]) == Asked("single")
-    assert settle(2, [Wish("--strategy", "ddp"), Wish("a.yaml", "ddp")]) == Asked("ddp")
+    assert resolve_strategy(1, [StrategyHint("--strategy", "single"), StrategyHint("a.yaml", "ddp")]) == StrategySpec(
+        "single"
+    )
+    assert resolve_strategy(2, [StrategyHint("--strategy", "ddp"), StrategyHint("a.yaml", "ddp")]) == StrategySpec(
+        "ddp"
+    )
 
 
 def test_a_run_goes_on_as_it_was_started_unless_something_else_is_said() -> None:
-    earlier = Wish("launch.json", "zero2", "optimizer")
-    assert settle(2, [], earlier) == Asked("zero2", True)
-    assert settle(1, [Wish("--offload", None, "none")], earlier) == Asked("zero2")
-    assert settle(2, [Wish("--strategy", "fsdp2")], earlier) == Asked("fsdp2")
-    assert settle(2, [Wish("--strategy", "zero2")], earlier) == Asked("zero2")
+    earlier = StrategyHint("launch.json", "zero2", "optimizer")
+    assert resolve_strategy(2, [], earlier) == StrategySpec("zero2", True)
+    assert resolve_strategy(1, [StrategyHint("--offload", None, "none")], earlier) == StrategySpec("zero2")
+    assert resolve_strategy(2, [StrategyHint("--strategy", "fsdp2")], earlier) == StrategySpec("fsdp2")
+    assert resolve_strategy(2, [StrategyHint("--strategy", "zero2")], earlier) == StrategySpec("zero2")
     for replicated in ("single", "ddp"):
-        assert settle(2, [], Wish("launch.json", replicated, "none")) == Asked("ddp")
+        assert resolve_strategy(2, [], StrategyHint("launch.json", replicated, "none")) == StrategySpec("ddp")
 
 
 OFFERED = {
@@ -105,19 +116,19 @@ OFFERED = {
 @pytest.mark.parametrize(("strategy", "offload"), itertools.product(STRATEGIES, OFFLOADS))
 def test_what_each_strategy_offloads(strategy: str, offload: str) -> None:
     if offload in OFFERED[strategy]:
-        asked = Asked.of(strategy, offload)
+        asked = StrategySpec.of(strategy, offload)
         assert (asked.strategy, asked.offload) == (strategy, offload)
         assert asked.offload_parameters == (offload == "all")
         return
     with pytest.raises(UserError, match=rf"{strategy} cannot offload '{offload}', expected none"):
-        Asked.of(strategy, offload)
+        StrategySpec.of(strategy, offload)
 
 
 def test_names_that_there_are_not() -> None:
     with pytest.raises(UserError, match=r"no strategy 'zero4'; expected one of single, .*; did you mean 'zero"):
-        settle(1, [Wish("--strategy", "zero4")])
+        resolve_strategy(1, [StrategyHint("--strategy", "zero4")])
     with pytest.raises(UserError, match=r"no offload 'optimiser'; expected .*did you mean 'optimizer'"):
-        settle(1, [Wish("--strategy", "zero3", "optimiser")])
+        resolve_strategy(1, [StrategyHint("--strategy", "zero3", "optimiser")])
     assert [*Strategy] == ["auto", *STRATEGIES]
     assert [*Offload] == [*OFFLOADS]
 
@@ -193,7 +204,7 @@ def test_the_file_that_accelerate_config_wrote_is_named(tmp_path: Path, monkeypa
     default = written(tmp_path, DEEPSPEED | {"deepspeed_config": {"zero_stage": 3}}, "default_config.yaml")
     monkeypatch.setattr(config_args, "default_config_file", str(default))
     (wish,) = strategy_wishes(read_configuration(accelerate("train.py"), {}))
-    assert wish == Wish(f"{default}: deepspeed_config.zero_stage", "zero3")
+    assert wish == StrategyHint(f"{default}: deepspeed_config.zero_stage", "zero3")
     assert read_configuration(["/usr/bin/torchrun", "train.py"], {}) == {}
 
 
@@ -204,10 +215,12 @@ def test_a_file_of_deepspeed(tmp_path: Path) -> None:
     assert wishes_of(tmp_path, content) == ("zero3", "all")
     # as torchrun's processes get it
     variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    assert settle(1, strategy_wishes(read_configuration([], variables))) == Asked("zero3", True, True)
+    assert resolve_strategy(1, strategy_wishes(read_configuration([], variables))) == StrategySpec("zero3", True, True)
     content["deepspeed_config"]["zero_stage"] = 2
     with pytest.raises(UserError, match=r"zero2 .*a\.yaml: deepspeed_config\.zero_stage\n  zero3 .*ds\.json: zero_opt"):
-        settle(1, strategy_wishes(read_configuration(accelerate("--config_file", written(tmp_path, content), "x"), {})))
+        resolve_strategy(
+            1, strategy_wishes(read_configuration(accelerate("--config_file", written(tmp_path, content), "x"), {}))
+        )
     for broken in ("{", "[1]"):
         file.write_text(broken)
         with pytest.raises(UserError, match=r"the launcher's configuration .*ds\.json"):
@@ -218,12 +231,12 @@ def test_the_environment_where_there_is_no_file() -> None:
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
     assert strategy_wishes(read_configuration([], deepspeed))[0].strategy == "zero1"
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}
-    assert settle(2, strategy_wishes(read_configuration([], fsdp))) == Asked("fsdp2", True, True)
+    assert resolve_strategy(2, strategy_wishes(read_configuration([], fsdp))) == StrategySpec("fsdp2", True, True)
     # what accelerate fills in where nobody said anything
     filled = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "FSDP_OFFLOAD_PARAMS": "false"}
     assert read_configuration([], filled) == {}
     said = read_configuration([], {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert said == {"mixed_precision": Stated("bf16", "environment: ACCELERATE_MIXED_PRECISION")}
+    assert said == {"mixed_precision": SourcedValue("bf16", "environment: ACCELERATE_MIXED_PRECISION")}
 
 
 def with_file(content: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +303,7 @@ def test_settings_without_a_part_are_named(tmp_path: Path) -> None:
     }
     path = written(tmp_path, content)
     configuration = read_configuration(accelerate("--config_file", path, "train.py"), {})
-    assert settle(2, strategy_wishes(configuration)) == Asked("fsdp2")
+    assert resolve_strategy(2, strategy_wishes(configuration)) == StrategySpec("fsdp2")
     names = ("fsdp_auto_wrap_policy", "fsdp_state_dict_type")
     assert sorted(unused(configuration)) == [f"{path}: fsdp_config.{name}" for name in names]
     zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e8, "offload_optimizer": {"device": "cpu"}}
@@ -374,8 +387,8 @@ DIFFERENT = {
 }
 
 
-def stated(values: dict[str, Any]) -> dict[str, Stated]:
-    return {key: Stated(value, f"a.yaml: {key}") for key, value in values.items()}
+def stated(values: dict[str, Any]) -> dict[str, SourcedValue]:
+    return {key: SourcedValue(value, f"a.yaml: {key}") for key, value in values.items()}
 
 
 def test_settings_that_say_the_same_are_fine(tmp_path: Path) -> None:
@@ -457,7 +470,7 @@ def test_a_configuration_leaves_to_the_recipe_what_the_recipe_owns(config: Path,
     configuration = read_configuration(accelerate("--config_file", config, "train.py"), {})
     assert not {"mixed_precision", "dynamo_backend", *DIFFERENT} & configuration.keys()
     assert unused(configuration) == []
-    asked = settle(1 if strategy_of(config) == "single" else 2, strategy_wishes(configuration))
+    asked = resolve_strategy(1 if strategy_of(config) == "single" else 2, strategy_wishes(configuration))
     assert asked.strategy == strategy_of(config)
     amount = "all" if asked.strategy == "zero3" else "optimizer"
     assert asked.offload == (amount if config.stem.endswith("_offload") else "none")
@@ -492,8 +505,8 @@ def check_given(folder: Path, strategy: str, count: int, *, offload: bool = Fals
             assert [name for name in sharded if name != "ACCELERATE_USE_CPU"] == []
             continue
         # what launch/train.py makes of it when the files are out of reach
-        asked = settle(count, strategy_wishes(read_configuration([], variables)))
-        assert asked == Asked(strategy, offload, offload and strategy == "zero3")
+        asked = resolve_strategy(count, strategy_wishes(read_configuration([], variables)))
+        assert asked == StrategySpec(strategy, offload, offload and strategy == "zero3")
 
 
 @pytest.mark.slow
@@ -608,21 +621,24 @@ def recorded(folder: Path, processes: int, strategy: str, offload: str = "none")
 
 def test_a_run_that_is_named_says_what_its_start_is_to_be(tmp_path: Path) -> None:
     run = recorded(tmp_path, 2, "zero2", "optimizer")
-    fsdp2 = {"distributed_type": Stated("FSDP", "a.yaml: distributed_type"), "fsdp_version": Stated(2, "a.yaml")}
-    assert asked_for(run, 2, "auto", None, {}, resumes=True) == Asked("zero2", True)
-    assert asked_for(run, 2, "fsdp2", None, {}, resumes=True) == Asked("fsdp2")
-    assert asked_for(run, 2, "auto", "none", {}, resumes=True) == Asked("zero2")
+    fsdp2 = {
+        "distributed_type": SourcedValue("FSDP", "a.yaml: distributed_type"),
+        "fsdp_version": SourcedValue(2, "a.yaml"),
+    }
+    assert asked_for(run, 2, "auto", None, {}, resumes=True) == StrategySpec("zero2", True)
+    assert asked_for(run, 2, "fsdp2", None, {}, resumes=True) == StrategySpec("fsdp2")
+    assert asked_for(run, 2, "auto", "none", {}, resumes=True) == StrategySpec("zero2")
     with pytest.raises(UserError, match=r"zero2 .*launch\.json\n  fsdp2 .*a\.yaml: distributed_type"):
         asked_for(run, 2, "auto", None, fsdp2, resumes=True)
     # by its recipe: then the record is only of an earlier start
-    assert asked_for(run, 2, "auto", None, {}) == Asked("zero2", True)
-    assert asked_for(run, 2, "auto", None, fsdp2) == Asked("fsdp2")
+    assert asked_for(run, 2, "auto", None, {}) == StrategySpec("zero2", True)
+    assert asked_for(run, 2, "auto", None, fsdp2) == StrategySpec("fsdp2")
 
 
 def test_a_run_of_one_process_goes_on_in_several(tmp_path: Path) -> None:
     run = recorded(tmp_path, 1, "single")
-    assert asked_for(run, 2, "auto", None, {}, resumes=True) == Asked("ddp")
-    assert asked_for(run, 2, "zero3", "all", {}) == Asked("zero3", True, True)
+    assert asked_for(run, 2, "auto", None, {}, resumes=True) == StrategySpec("ddp")
+    assert asked_for(run, 2, "zero3", "all", {}) == StrategySpec("zero3", True, True)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

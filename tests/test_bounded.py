@@ -72,7 +72,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "index.json": (lambda path: read_index(path.parent), "index.json is not an index of tokens"),
     "tokenizer.json": (lambda path: load_tokenizer(path, eos=False), "is not a Hugging Face tokenizer"),
     "ds.json": (
-        lambda path: configuration._from_deepspeed(configuration.Stated(str(path), "the command line")),
+        lambda path: configuration._from_deepspeed(configuration.SourcedValue(str(path), "the command line")),
         "configuration .*cannot be read",
     ),
     "MANIFEST.json": (lambda path: read_manifest(path.parent), r"MANIFEST\.json: "),

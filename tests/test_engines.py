@@ -82,9 +82,9 @@ NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
 def train_each(strategy: str, run_dirs: dict[str, str], offloads: tuple[bool, bool] = (False, False)) -> dict[str, str]:
     """Train or go on with each of the runs in this world, one after the other; returns what went wrong, by name."""
     from distrain.loop import train
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
-    world = open_world("fp32", Asked(strategy, *offloads))
+    world = open_world("fp32", StrategySpec(strategy, *offloads))
     wrong: dict[str, str] = {}
 
     def go() -> int:

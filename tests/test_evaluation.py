@@ -32,7 +32,7 @@ from distrain.parallel import open_world
 from distrain.run.folder import RunDir
 from distrain.training import evaluation
 from distrain.training.evaluation import evaluate
-from distrain.training.intervals import Best
+from distrain.training.intervals import EvalHistory
 
 POINTS = """
 name: points
@@ -297,7 +297,7 @@ def test_a_run_stops_early_and_stays_stopped(tmp_path: Path, world_size: int) ->
     scores = scored(run)
     end = scores[-1][0]
     assert end < 200
-    best = Best(Criterion("accuracy", True), min_delta=0.01)
+    best = EvalHistory(Criterion("accuracy", True), min_delta=0.01)
     for step, score in scores:
         assert not best.exhausted(3)
         best.add(step, score)
@@ -341,13 +341,13 @@ def test_patience(scores: list[float], patience: int, min_delta: float, exhauste
         best = ranked(higher, [(step, sign * score) for step, score in enumerate(scores)], min_delta)
         assert best.exhausted(patience) is exhausted
         # as a start takes it up that goes on
-        again = Best(best.criterion, min_delta)
+        again = EvalHistory(best.criterion, min_delta)
         again.load(json.loads(json.dumps(best.state(), allow_nan=False)), min_delta)
         assert repr(again) == repr(best)
 
 
-def ranked(higher: bool, scores: list[tuple[int, float]], min_delta: float = 0.0) -> Best:
-    best = Best(Criterion("score", higher), min_delta)
+def ranked(higher: bool, scores: list[tuple[int, float]], min_delta: float = 0.0) -> EvalHistory:
+    best = EvalHistory(Criterion("score", higher), min_delta)
     for step, score in scores:
         best.add(step, score)
     return best

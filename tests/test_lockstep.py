@@ -58,7 +58,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
-    world.lockstep = True
+    world.forward_is_collective = True
     metrics = build_metrics(parsed, data.meta)
     source: Any = data.splits["test"]
     if trouble and world.rank == world.world_size - 1:
@@ -239,15 +239,15 @@ def test_a_run_of_each_strategy_scores_the_same_text(tmp_path: Path, kind: str) 
 def uneven_passes(strategy: str) -> list[float]:
     """Make another number of forward passes on each rank while all weights are held, and one more in step; the sums."""
     from distrain.networks.deferred import defer
-    from distrain.parallel import Asked, Plan, build_engine
+    from distrain.parallel import BuildSpec, StrategySpec, build_strategy
 
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
         # large enough that DeepSpeed does not keep it on every rank anyway
         return torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
 
-    world = open_world("fp32", Asked(strategy))
-    plan = Plan(
+    world = open_world("fp32", StrategySpec(strategy))
+    plan = BuildSpec(
         model=model,
         deferred=lambda: defer(lambda say: model(), say=print),
         optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.0),
@@ -257,7 +257,7 @@ def uneven_passes(strategy: str) -> list[float]:
         clip_norm=None,
         ema=None,
     )
-    engine = build_engine(world, plan)
+    engine = build_strategy(world, plan)
     engine.model.eval()
     sums = []
     with torch.no_grad():
@@ -265,7 +265,7 @@ def uneven_passes(strategy: str) -> list[float]:
             for _ in range(2 + 3 * world.rank):
                 sums.append(engine.model(torch.ones(1, 400)).sum().item())
         sums.append(engine.model(torch.ones(1, 400)).sum().item())
-        engine.settle()
+        engine.reshard()
     objective = engine.wrapped(torch.ones(1, 400)).sum()
     engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
     world.close()

@@ -36,7 +36,9 @@ def ids_by_step(recipe: str, variants: list[list[str]], folder: str, starts: lis
     for number, overrides in enumerate(variants):
         loaded = load_recipe(recipe, overrides)
         run = RunDir(f"{folder}/{number}")
-        world.first(lambda run=run, loaded=loaded: open_run(run, loaded, Launch.describe(world.world_size, "ddp")))
+        world.run_on_rank0(
+            lambda run=run, loaded=loaded: open_run(run, loaded, Launch.describe(world.world_size, "ddp"))
+        )
         with Session.open(run, loaded.recipe, world) as session:
             for start in starts:
                 session.t.step = start

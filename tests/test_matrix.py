@@ -54,9 +54,9 @@ def train_in_turn(strategy: str, run_dirs: list[str]) -> None:
     """Train or go on with each of the runs in this world, one after the other."""
     from distrain.config.yaml import load_recipe
     from distrain.loop import train
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
-    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, Asked(strategy))
+    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, StrategySpec(strategy))
 
     def go() -> int:
         for run_dir in run_dirs:

@@ -20,7 +20,7 @@ from distrain.datasets.base import DataMeta
 from distrain.models import build_model, check_model, defer_model, load_weights, model_names, tied_names
 from distrain.networks.attention import rotary, sinusoids
 from distrain.networks.builders import torchvision_names
-from distrain.networks.calling import ModelOutput, calling_convention, forward, plain_model
+from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
 from distrain.networks.facts import facts, num_outputs
 from distrain.networks.summary import describe_model
 from distrain.optim import frozen_names
@@ -655,7 +655,7 @@ def test_conventions_hold_on_wrappers() -> None:
     model = TakesPair()
     call = calling_convention(model)
     wrapped = torch.compile(model, backend="eager")
-    assert plain_model(nn.DataParallel(wrapped)) is model
+    assert unwrap_model(nn.DataParallel(wrapped)) is model
     inputs = {"source": torch.ones(2), "target": torch.ones(2)}
     assert call(wrapped, inputs).logits.tolist() == [2, 2]
     assert calling_convention(wrapped)(wrapped, inputs).logits.tolist() == [2, 2]

@@ -334,10 +334,10 @@ log: {every: 1 steps}
 def tune(strategy: str, run_dir: str) -> list[str]:
     """Train in this world; returns what build and the engine say of it."""
     from distrain.loop import train
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
     os.environ.update(RAM_EFFICIENT)
-    world = open_world("fp32", Asked(strategy))
+    world = open_world("fp32", StrategySpec(strategy))
     try:
         ended = captured(lambda: int(train(RunDir(run_dir), world) is None))
     finally:

@@ -209,14 +209,14 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
     from distrain.config import UserError
     from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer
-    from distrain.parallel import Asked, Plan, build_engine, open_world
+    from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
 
     def model() -> nn.Module:
         torch.manual_seed(0)
         return nn.Linear(5, 7)
 
-    world = open_world("fp32", Asked(strategy))
-    plan = Plan(
+    world = open_world("fp32", StrategySpec(strategy))
+    plan = BuildSpec(
         model=model,
         deferred=lambda: defer(lambda say: model(), say=print),
         optimizer=lambda built: build_optimizer(built, section),
@@ -228,7 +228,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
         section=section,
     )
     try:
-        build_engine(world, plan)
+        build_strategy(world, plan)
     except UserError as error:
         return str(error)
     finally:
@@ -266,7 +266,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
     from distrain.config import UserError
     from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer, set_lr
-    from distrain.parallel import FLAGS, Asked, Plan, build_engine, open_world
+    from distrain.parallel import FLAGS, BuildSpec, StrategySpec, build_strategy, open_world
 
     generator = torch.Generator().manual_seed(3)
     batches = torch.randn(3, 4, 5, generator=generator)
@@ -278,13 +278,13 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
     def loss(built: Any, batch: Tensor) -> Tensor:
         return built(batch).square().sum()
 
-    world = open_world("fp32", Asked(strategy))
+    world = open_world("fp32", StrategySpec(strategy))
     found: list[tuple[str, list[float]] | str] = []
     for variant in STEPPED:
         groups = [] if variant["name"] == "rprop" else [{"params": "2.*", "lr_scale": 0.3, "weight_decay": 0.2}]
         # the two matrices in two groups; decayed, both
         section = section_of(variant | {"groups": groups, "freeze": ["0.bias"] if variant["name"] == "muon" else []})
-        plan = Plan(
+        plan = BuildSpec(
             model=model,
             deferred=lambda: defer(lambda say: model(), say=print),
             optimizer=lambda built, section=section: build_optimizer(built, section),  # type: ignore[misc]
@@ -296,7 +296,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
             section=section,
         )
         try:
-            engine = build_engine(world, plan)
+            engine = build_strategy(world, plan)
         except UserError as error:
             found.append(str(error))
             continue

@@ -300,15 +300,15 @@ log: {every: 1 steps}
 def train_all(strategy: str, run_dirs: list[str], resumed: str | None = None) -> list[str]:
     """Train each run in this world, and the first of them once more from step 2; returns the errors."""
     from distrain.loop import train
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
-    world = open_world("fp32", Asked(strategy, False, False))
+    world = open_world("fp32", StrategySpec(strategy, False, False))
     errors: list[str] = []
 
     def go() -> int:
         for run_dir in [*run_dirs, *([resumed] if resumed else [])]:
             if run_dir == resumed:
-                world.first(partial(stopped_copy, Path(run_dirs[0]), Path(run_dir), step=2))
+                world.run_on_rank0(partial(stopped_copy, Path(run_dirs[0]), Path(run_dir), step=2))
             try:
                 train(RunDir(run_dir), world)
             except UserError as error:

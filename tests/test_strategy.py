@@ -20,10 +20,10 @@ from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
 from distrain.parallel import (
     FLAGS,
+    BuildSpec,
     Environment,
-    Plan,
     TrainingState,
-    build_engine,
+    build_strategy,
     check_world,
     launcher_argv,
     load_weights,
@@ -149,11 +149,11 @@ def agree() -> dict[str, Any]:
     rank = world.rank
     found: dict[str, Any] = {"world": (rank, world.world_size, world.strategy, world.device.type)}
     found["sum"] = world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)).tolist()
-    found["later"] = world.later(world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)))()
+    found["later"] = world.to_host_async(world.sum(torch.tensor([rank + 0.1, 1.0], dtype=torch.float64)))()
     found["gather"] = world.gather({"rank": rank})
     found["broadcast"] = world.broadcast(f"from {rank}")
-    found["first"] = world.first(lambda: f"by {rank}")
-    found["together"] = world.together(lambda: rank)
+    found["first"] = world.run_on_rank0(lambda: f"by {rank}")
+    found["together"] = world.run_on_all(lambda: rank)
 
     def attempt(name: str, how: Any) -> None:
         try:
@@ -165,13 +165,13 @@ def agree() -> dict[str, Any]:
         if rank == on:
             raise error
 
-    attempt("first fails", lambda: world.first(lambda: fail(0, UserError("no such file"))))
+    attempt("first fails", lambda: world.run_on_rank0(lambda: fail(0, UserError("no such file"))))
     last = world.world_size - 1
-    attempt("together fails for the user", lambda: world.together(lambda: fail(last, UserError("no such file"))))
-    attempt("together fails", lambda: world.together(lambda: fail(last, KeyError("x"))))
-    attempt("first fails oddly", lambda: world.first(lambda: fail(0, Odd("no", "file"))))
-    attempt("together fails oddly", lambda: world.together(lambda: fail(last, Odd("no", "file"))))
-    attempt("recipe", lambda: world.together(lambda: fail(last, RecipeError("r.yaml", ["no name"]))))
+    attempt("together fails for the user", lambda: world.run_on_all(lambda: fail(last, UserError("no such file"))))
+    attempt("together fails", lambda: world.run_on_all(lambda: fail(last, KeyError("x"))))
+    attempt("first fails oddly", lambda: world.run_on_rank0(lambda: fail(0, Odd("no", "file"))))
+    attempt("together fails oddly", lambda: world.run_on_all(lambda: fail(last, Odd("no", "file"))))
+    attempt("recipe", lambda: world.run_on_all(lambda: fail(last, RecipeError("r.yaml", ["no name"]))))
     found["after"] = world.sum(torch.ones(1)).item()
     world.close()
     return found
@@ -201,7 +201,7 @@ def test_ranks_agree(world_size: int) -> None:
 
 def wait_for_rank_0() -> str:
     world = open_world("fp32", timeout_s=1)
-    said = world.first(lambda: time.sleep(3) or "ready")
+    said = world.run_on_rank0(lambda: time.sleep(3) or "ready")
     world.close()
     return said
 
@@ -395,9 +395,9 @@ def prepared() -> tuple[float, bool, list[float]]:
     world = open_world("fp32")
     torch.manual_seed(0)
     model = Idle()
-    engine = build_engine(
+    engine = build_strategy(
         world,
-        Plan(
+        BuildSpec(
             model=lambda: model,
             deferred=lambda: pytest.fail("nothing is sharded"),
             optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
@@ -416,7 +416,7 @@ def prepared() -> tuple[float, bool, list[float]]:
     engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
     model.passes += world.rank
     engine.state.ema.update()
-    engine.align_buffers()
+    engine.broadcast_buffers()
     aligned = [model.passes.item(), engine.state.ema.tensors()["passes"].item()]
     world.close()
     return passes, clean, [*gradients, *aligned]

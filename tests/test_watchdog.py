@@ -19,7 +19,7 @@ from worlds import in_world
 from distrain.config import Duration, RecipeError, WatchdogSection
 from distrain.config.yaml import load_recipe
 from distrain.diagnose.hang_diagnosis import Limits, Watchdog, evidence, stacks
-from distrain.diagnose.hang_diagnosis.diagnosis import Verdict, Witness, find_culprit, record, sentence
+from distrain.diagnose.hang_diagnosis.diagnosis import Diagnosis, RankReport, find_culprit, record, sentence
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
 from distrain.diagnose.hang_diagnosis.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
@@ -33,18 +33,18 @@ from distrain.run.heartbeat import Heartbeat, mark, stepped
 OWN = Frame("/home/me/model.py", 12, "forward")
 
 
-def witness(rank: int, place: tuple[int, int] = (4, 3), waits: bool | None = True, **more: Any) -> Witness:
+def witness(rank: int, place: tuple[int, int] = (4, 3), waits: bool | None = True, **more: Any) -> RankReport:
     """Return a rank that has said where it is."""
     where = Where(OWN, waits, "", ("model.py:12 in forward",)).plain() | more
-    return Witness(rank, beat(rank, host=f"n{rank}", step=place[0], marks=place[1], idle=600.0, stalled=where))
+    return RankReport(rank, beat(rank, host=f"n{rank}", step=place[0], marks=place[1], idle=600.0, stalled=where))
 
 
-def silent(rank: int, state: str | None = None, line: Frame | None = None, **values: Any) -> Witness:
+def silent(rank: int, state: str | None = None, line: Frame | None = None, **values: Any) -> RankReport:
     """Return a rank from which nothing comes any more."""
-    return Witness(rank, beat(rank, host=f"n{rank}", **values), 20.0, state, line)
+    return RankReport(rank, beat(rank, host=f"n{rank}", **values), 20.0, state, line)
 
 
-CASES: dict[str, tuple[list[Witness], list[int]]] = {
+CASES: dict[str, tuple[list[RankReport], list[int]]] = {
     "who does not wait for others": ([witness(0), witness(1, waits=False), witness(2)], [1]),
     "who is behind": ([witness(0, (4, 4)), witness(1, (4, 3), waits=False), witness(2, (4, 4))], [1]),
     "who is a step behind": ([witness(0, (5, 1)), witness(1, (4, 5), waits=None), witness(2, (5, 1))], [1]),
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[list[Witness], list[int]]] = {
     "all that read from one disk": ([witness(rank, waits=False) for rank in range(3)], [0, 1, 2]),
     "who is silent": ([witness(0, waits=False), silent(1), witness(2)], [1]),
     "all that are silent": ([witness(0), silent(1), silent(2)], [1, 2]),
-    "who has never begun": ([witness(0), Witness(1, None, 20.0), witness(2)], [1]),
+    "who has never begun": ([witness(0), RankReport(1, None, 20.0), witness(2)], [1]),
     "who has gone on from a broadcast and hangs": (
         [witness(0, (4, 4), waits=False), witness(1), witness(2)], [0],
     ),
@@ -81,7 +81,7 @@ def test_the_culprit_is(case: str) -> None:
     assert set(verdict.waiting) == {each.rank for each in witnesses} - set(ranks)
 
 
-def said(*witnesses: Witness) -> str:
+def said(*witnesses: RankReport) -> str:
     """Return the sentence on a run."""
     return sentence(find_culprit(witnesses), witnesses, Path("/runs/a/heartbeat"))
 
@@ -121,7 +121,7 @@ def test_the_sentence_on_a_silent_rank_says_what_is_known_of_it() -> None:
         assert "nothing has come from it for 20 s" in text
     held = said(witness(0), silent(1, "R", OWN))
     assert "at /home/me/model.py:12 in forward: no other thread gets to run Python there (the GIL is held)" in held
-    assert said(witness(0), Witness(1, None, 20.0)).startswith("rank 1 on an unknown machine has not begun")
+    assert said(witness(0), RankReport(1, None, 20.0)).startswith("rank 1 on an unknown machine has not begun")
 
 
 def test_a_wait_without_a_culprit_is_told_as_one() -> None:
@@ -133,7 +133,7 @@ def test_a_wait_without_a_culprit_is_told_as_one() -> None:
 def test_what_is_recorded_names_rank_host_step_phase_and_line() -> None:
     witnesses = [witness(0), witness(1, waits=False), silent(2, "T")]
     folder = Path("/runs/a/heartbeat")
-    verdict = Verdict((1,), "busy", (0, 2))
+    verdict = Diagnosis((1,), "busy", (0, 2))
     found = record(verdict, witnesses, folder, {"n1": ["GPU 0: Xid 79"], "n0": ["GPU 1: Xid 13"]})
     assert (found["error"], found["rank"], found["host"], found["step"]) == ("Hang", 1, "n1", 4)
     assert (found["phase"], found["file"], found["line"], found["function"]) == (
@@ -144,7 +144,7 @@ def test_what_is_recorded_names_rank_host_step_phase_and_line() -> None:
     assert found["message"].endswith(". The driver reports: n1: GPU 0: Xid 79")
     assert [each["rank"] for each in found["silent"]] == [2]
     assert found["silent"][0]["pid"] == os.getpid()
-    none = record(Verdict((), "together", (0, 1)), witnesses[:2], folder, {"n0": ["GPU 1: Xid 74"]})
+    none = record(Diagnosis((), "together", (0, 1)), witnesses[:2], folder, {"n0": ["GPU 1: Xid 74"]})
     assert none["rank"] is None
     assert none["gpu_faults"] == ["n0: GPU 1: Xid 74"]
 

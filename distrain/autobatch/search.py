@@ -33,7 +33,7 @@ from distrain.system import memory
 from distrain.system.memory import gib
 
 if TYPE_CHECKING:
-    from distrain.parallel import Asked
+    from distrain.parallel import StrategySpec
     from distrain.run.folder import RunDir
 
 MARGIN = 0.1
@@ -60,7 +60,14 @@ class _Tried:
 
 
 def settled(
-    run: RunDir, recipe: Recipe, asked: Asked, *, processes: int, here: int, gpus: int, say: Callable[[str], None]
+    run: RunDir,
+    recipe: Recipe,
+    asked: StrategySpec,
+    *,
+    processes: int,
+    here: int,
+    gpus: int,
+    say: Callable[[str], None],
 ) -> Probed | None:
     """Return what is newly found for a start that is about to be made, to be remembered in its run; see `find`.
 
@@ -81,7 +88,7 @@ def wanted(recipe: Recipe, *, gpus: int) -> bool:
 
 def find(
     recipe: Recipe,
-    asked: Asked,
+    asked: StrategySpec,
     *,
     processes: int,
     here: int,
@@ -177,7 +184,7 @@ def _share(limit: memory.Limit, here: int) -> int:
 # One try
 
 
-def _try(recipe: Recipe, asked: Asked, size: int, here: int, gpus: int) -> _Tried:
+def _try(recipe: Recipe, asked: StrategySpec, size: int, here: int, gpus: int) -> _Tried:
     """Try a size in `here` processes; raises CannotProbe where one ends of something else than memory."""
     quiet = recipe.model_copy(
         update={
@@ -330,17 +337,17 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
     from distrain.config.yaml import load_recipe
     from distrain.loop import train_step
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
     from distrain.run.folder import Launch, RunDir
     from distrain.training.run_loop import Session
 
     how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
     loaded = load_recipe(folder / "recipe.yaml")
-    asked = Asked.of(how["strategy"], how["offload"])
+    asked = StrategySpec.of(how["strategy"], how["offload"])
     world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
     run = RunDir(folder / "run")
     launch = Launch.describe(world.world_size, asked.strategy, asked.offload)
-    world.first(lambda: run.create(dump_recipe(loaded.recipe), launch))
+    world.run_on_rank0(lambda: run.create(dump_recipe(loaded.recipe), launch))
     with Session.open(run, loaded.recipe, world) as session:
         steps = session.loader()
         spare: Any = None
@@ -362,5 +369,5 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
 def _saved_bytes(session: Any) -> int:
     """Return how much of the state this rank writes into a checkpoint."""
-    held = session.t.engine.state.held().values()
+    held = session.t.strategy.state.held().values()
     return sum(each.nbytes // (session.world.world_size if each.replicated else 1) for each in held)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import Json, Offload, Overrides, Strategy
+from distrain.cli.options import Json, Offload, Overrides, StrategyName
 from distrain.system.output import echo, one_line
 
 
@@ -33,7 +33,7 @@ def submit(
             envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
         ),
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="As for `distrain train`.")] = Strategy.auto,
+    strategy: Annotated[StrategyName, typer.Option(help="As for `distrain train`.")] = StrategyName.auto,
     offload: Annotated[
         Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
     ] = None,

@@ -19,7 +19,7 @@ Overrides = Annotated[
 ]
 
 
-class Strategy(StrEnum):
+class StrategyName(StrEnum):
     """How state can be spread over processes."""
 
     auto = "auto"

@@ -96,7 +96,7 @@ class StreamSource(Protocol):
 AnySource = Source | StreamSource
 
 
-class Undecodable(UserError):
+class CorruptSample(UserError):
     """The sample with this number is damaged; to read it again would not help."""
 
     def __init__(self, sample: int, message: str):

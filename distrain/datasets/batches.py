@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from distrain.config import UserError
-from distrain.datasets.base import Batch, Source, StreamSource, Undecodable
+from distrain.datasets.base import Batch, CorruptSample, Source, StreamSource
 from distrain.datasets.transforms import Transform
 
 Place = tuple[np.ndarray, np.ndarray]
@@ -63,7 +63,7 @@ class Batches(Dataset[Any]):
             ids = np.array([self._substitute(each) for each in wanted.tolist()]) if self._undecodable else wanted
             try:
                 return self.source.fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
-            except Undecodable as error:
+            except CorruptSample as error:
                 if self.tolerated == 0:
                     raise
                 self._undecodable[error.sample] = str(error)

@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 from distrain.config import UserError, close_names
 from distrain.datasets.base import (
     Batch,
+    CorruptSample,
     Data,
     DataMeta,
     DataRequest,
     Source,
     TensorSource,
-    Undecodable,
     register,
     split_indices,
 )
@@ -85,9 +85,9 @@ class ImageFiles:
             raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
             reason = error_line(error)
-            if not Undecodable.is_why(error):
+            if not CorruptSample.is_why(error):
                 raise UserError(f"sample {number}, {path}, cannot be read: {reason}") from error
-            raise Undecodable(
+            raise CorruptSample(
                 number,
                 f"sample {number}, {path}, cannot be decoded as an image: {reason}; mend the file or take it away",
             ) from error

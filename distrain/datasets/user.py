@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms.v2 import functional
 
 from distrain.config import DataSection, Task, UserError, close_names, mix, resolve_object
-from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, Source, Undecodable, split_indices
+from distrain.datasets.base import AnySource, Batch, CorruptSample, Data, DataMeta, DataRequest, Source, split_indices
 from distrain.datasets.labels import IGNORED, TOKEN_TASKS, Labels
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.system.output import error_line
@@ -258,7 +258,7 @@ class OwnSource:
                     item = self.made.dataset[number]
                 except Exception as error:
                     told = f"{self.made.name}: item {number} cannot be read: {_told(error)}"
-                    raise (Undecodable(sample, told) if Undecodable.is_why(error) else UserError(told)) from error
+                    raise (CorruptSample(sample, told) if CorruptSample.is_why(error) else UserError(told)) from error
                 samples.append(_pair(item, f"{self.made.name}: item {number}"))
         batch = collate(samples, self.form)
         if found := self.form.problem(batch):

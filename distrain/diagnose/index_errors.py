@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.datasets.base import Batch
-from distrain.networks.calling import plain_model
-from distrain.optim import Loss, plain_name
+from distrain.networks.calling import unwrap_model
+from distrain.optim import Loss, canonical_name
 from distrain.parallel.determinism import refused_operation
 
 _ON_DEVICE = ("device-side assert", "an illegal memory access", "an illegal instruction", "misaligned address")
@@ -167,16 +167,16 @@ def _table(error: BaseException | None, model: nn.Module | None) -> tuple[int | 
 
     Where no frame shows one, as on a GPU, that is the largest: what does not fit there fits nowhere.
     """
-    modules = dict(plain_model(model).named_modules()) if model is not None else {}
+    modules = dict(unwrap_model(model).named_modules()) if model is not None else {}
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             module, taken = frame.f_locals.get("self"), frame.f_locals.get("input")
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and taken is not None:  # its `forward`
-                names = [plain_name(name) for name, each in modules.items() if each is module]
+                names = [canonical_name(name) for name, each in modules.items() if each is module]
                 return module.num_embeddings, repr(names[0]) if names else "", taken
         error = error.__cause__
     tables = [
-        (each.num_embeddings, repr(plain_name(name)))
+        (each.num_embeddings, repr(canonical_name(name)))
         for name, each in modules.items()
         if isinstance(each, nn.Embedding | nn.EmbeddingBag)
     ]

@@ -61,8 +61,8 @@ class Trained:
 
     @classmethod
     def _load(cls, world: World, checkpoint: Path) -> Trained:
-        world.first(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
-        with world.together(lambda: Reader(checkpoint, verify=False)) as reader:
+        world.run_on_rank0(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
+        with world.run_on_all(lambda: Reader(checkpoint, verify=False)) as reader:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint)
 
             def build() -> tuple[Data, nn.Module]:
@@ -71,7 +71,7 @@ class Trained:
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
                 return data, model.to(world.device).eval()
 
-            data, model = world.together(build)
+            data, model = world.run_on_all(build)
             inputs = reader.manifest.scalars.get("inputs") or {}
         return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world, inputs)
 
@@ -96,7 +96,7 @@ class Trained:
                 echo(f"warning: since {self.checkpoint.name} was trained: {line}", error=True)
             return data
 
-        return self.world.first(check)
+        return self.world.run_on_rank0(check)
 
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:

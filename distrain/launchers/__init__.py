@@ -1,11 +1,12 @@
 """From a recipe to running processes.
 
-runs.py        finding, making and taking up the run that a command means
-asking.py      what was asked for, in all the places where that can be, and whether it agrees
-processes.py   starting the processes of a machine: `launch_argv` says how, `launch` does it
-training.py    `start` launches the processes that train, `work` is what each of them runs
-scoring.py     the same for `distrain evaluate`
+request.py     finding, making and taking up the run that a command means
+preflight.py   what was asked for, in all the places where that can be, and whether it agrees
+local.py       starting the processes of a machine: `launch_argv` says how, `launch` does it
+worker.py      `start` launches the processes that train, `work` is what each of them runs
+evaluating.py  the same for `distrain evaluate`
 reporting.py   what is said of a process that fails, and where
+slurm/         batch jobs
 """
 
 from distrain.launchers.evaluating import start_evaluation, work_evaluation

@@ -12,7 +12,7 @@ from distrain.run.folder import RunDir
 from distrain.system.environment import has_launcher, join, launcher_argv, say_ignored
 
 if TYPE_CHECKING:
-    from distrain.parallel import Asked, Configuration
+    from distrain.parallel import Configuration, StrategySpec
 
 
 def join_launcher(expected: int | None) -> tuple[int, Configuration]:
@@ -53,26 +53,26 @@ def asked_for(
     configuration: Configuration,
     *,
     resumes: bool = False,
-) -> Asked:
+) -> StrategySpec:
     """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
 
     `resumes`: the run itself was named, so that its launch.json says what this start is to be. Otherwise it is only
     what the run was started with before, and holds where nothing else is said. Raises UserError where two differ.
     """
-    from distrain.parallel import Wish, settle, strategy_wishes
+    from distrain.parallel import StrategyHint, resolve_strategy, strategy_wishes
 
     option = None if strategy == "auto" else strategy
-    wishes = [Wish("--strategy", option), Wish("--offload", None, offload)]
+    wishes = [StrategyHint("--strategy", option), StrategyHint("--offload", None, offload)]
     earlier = None
     if option is None and run.launch_path.exists():
         record = run.launch()
-        earlier = Wish(
+        earlier = StrategyHint(
             str(run.launch_path),
             "ddp" if record.strategy == "single" else record.strategy,
             record.offload if offload is None else None,
         )
     wishes += [earlier] if resumes and earlier is not None else []
-    return settle(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
+    return resolve_strategy(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
 
 
 def check_one_owner(

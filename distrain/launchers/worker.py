@@ -34,7 +34,7 @@ from distrain.system.environment import own_start, rank_told, say_ignored
 from distrain.system.output import echo, echo_error, echo_loading, one_line
 
 if TYPE_CHECKING:
-    from distrain.parallel import Asked
+    from distrain.parallel import StrategySpec
 
 
 def start(
@@ -108,7 +108,7 @@ def work(
 
         note_files()  # before anything of the user's is imported
 
-    def prepare() -> tuple[RunDir, LoadedRecipe | None, Asked, list[str]]:
+    def prepare() -> tuple[RunDir, LoadedRecipe | None, StrategySpec, list[str]]:
         from distrain.parallel import unused
 
         run, loaded = find_run(target, overrides, run_dir)
@@ -178,7 +178,7 @@ def work(
             return taken
 
         try:
-            begun = world.first(begin)
+            begun = world.run_on_rank0(begin)
             if not isinstance(begun, Lease):
                 if world.rank == 0:
                     from distrain.system.terminal import Console
@@ -192,7 +192,7 @@ def work(
                 return
             # each in the folder that it sees
             lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
-            world.together(lambda: mine.check_seen(world.rank))
+            world.run_on_all(lambda: mine.check_seen(world.rank))
             log_to(run, world.rank)
             for note in notes if world.rank == 0 else []:
                 echo(one_line(note))
@@ -210,7 +210,7 @@ def work(
     return reported(None, rank, train_here) or status
 
 
-def probed(run: RunDir, recipe: Recipe, asked: Asked, processes: int, here: int) -> Probed | None:
+def probed(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> Probed | None:
     """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
     return settled(
         run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))

@@ -48,7 +48,7 @@ def calling_convention(model: nn.Module) -> Convention:
     a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor
     is what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
     """
-    plain = plain_model(model)
+    plain = unwrap_model(model)
     if is_transformers(plain):
         return _transformers_convention(plain)
     # of the class, for wrappers put on the instance hide the names
@@ -132,7 +132,7 @@ def _output(raw: Any) -> ModelOutput:
     return ModelOutput(logits, aux_loss, others)
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model itself, without what torch.compile, DistributedDataParallel or DeepSpeed put around it."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:

@@ -10,7 +10,7 @@ families.py    what an optimizer can take over from the state of another
 arguments.py   arguments of a recipe checked against a signature
 """
 
-from distrain.optim.averages import Ema, plain_name
+from distrain.optim.averages import Ema, canonical_name
 from distrain.optim.families import CarryOver, carry_over
 from distrain.optim.losses import Loss, build_loss, check_loss, loss_names
 from distrain.optim.optimizers import (
@@ -37,6 +37,7 @@ __all__ = [
     "Schedule",
     "build_loss",
     "build_optimizer",
+    "canonical_name",
     "carry_over",
     "check_loss",
     "check_optimizer",
@@ -48,7 +49,6 @@ __all__ = [
     "lr_at",
     "optimizer_names",
     "parameter_plan",
-    "plain_name",
     "resolve_schedule",
     "set_lr",
     "settle_sparse",

@@ -26,7 +26,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plain_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return a tensor's name without the parts that torch.compile and other wrappers inside the model put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -142,7 +142,7 @@ def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
             for key, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    slots[plain_name(f"{prefix}.{key}" if prefix else key)] = (holder, key)
+                    slots[canonical_name(f"{prefix}.{key}" if prefix else key)] = (holder, key)
     return slots
 
 

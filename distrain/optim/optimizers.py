@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError, close_names, is_object_spec, resolve_object
 from distrain.optim.arguments import argument_names, argument_problems, squeezed
-from distrain.optim.averages import plain_name, unwrapped
+from distrain.optim.averages import canonical_name, unwrapped
 
 _REFUSED = {
     "LBFGS": "evaluates the loss several times in a step (a closure), and a step here sees its samples once; "
@@ -304,7 +304,7 @@ def unregistered_layers(model: nn.Module) -> list[str]:
             if not attribute.startswith("_") and any(
                 id(parameter) not in known for layer in layers for parameter in layer.parameters()
             ):
-                found.append(plain_name(f"{prefix}.{attribute}".lstrip(".")))
+                found.append(canonical_name(f"{prefix}.{attribute}".lstrip(".")))
     return found
 
 
@@ -327,7 +327,7 @@ def _aliases(model: nn.Module) -> list[_Alias]:
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
+        names.setdefault(id(parameter), []).append(canonical_name(name))
         parameters[id(parameter)] = parameter
     return [_Alias(parameters[key], tuple(names[key]), frozenset(kinds[key])) for key in names]
 

@@ -4,38 +4,42 @@ Building the `Accelerator`, checking that the world is the one that was asked fo
 numbers, and turning the state of training into flat pieces for `distrain.checkpoint` and back. The other rooms ask a
 `World` and never look at a strategy.
 
-    launched.py       the world and the strategy that were asked for
-    configuration.py  the launcher's own configuration, read where it was written
-    configured.py     what that asks for, beside the recipe
-    world.py          `World`: the processes, and how they agree
-    precision.py      the arithmetic of the forward pass, and loss scaling
-    engine.py         `Engine`: what every strategy is to the loop
-    replicated.py     one process, and DistributedDataParallel
-    fsdp2.py          FSDP2: rows of each parameter
-    zero.py           ZeRO-1, 2 and 3: equal flat parts
-    state.py          the state of training as flat ranges of named tensors
+    strategy_spec.py        the strategy that was asked for, and whether the world is the one that was asked for
+    accelerate_config.py    the launcher's own configuration, read where it was written
+    accelerate_settings.py  what that asks for, beside the recipe
+    comm.py                 `World`: the processes, and how they agree
+    precision.py            the precision of the forward pass, and loss scaling
+    determinism.py          `train.deterministic`
+    strategy.py             `Strategy`: what every strategy is to the loop
+    ddp.py                  one process, and DistributedDataParallel
+    fsdp2.py                FSDP2: rows of each parameter
+    zero.py                 ZeRO-1, 2 and 3: equal flat parts
+    collective_forward.py   names the part in which ranks differ, where a forward pass is collective
+    unused_parameters.py    which parameters have no gradient
+    state.py                the state of training as flat ranges of named tensors
+    contents.py, nested.py  what of a model and an optimizer that state must hold
 """
 
 from torch.distributed.device_mesh import init_device_mesh
 
 from distrain.config import OptimSection, UserError, is_object_spec
 from distrain.optim import dtensor_problem, sharding_problem
-from distrain.parallel.accelerate_config import Configuration, Stated, read_configuration, take_over
+from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
 from distrain.parallel.accelerate_settings import disagreements, strategy_wishes, unused
 from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
-from distrain.parallel.ddp import Replicated
+from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.state import TrainingState, check_fit, fill, load_weights
-from distrain.parallel.strategy import FLAGS, Engine, Plan, with_arithmetic
+from distrain.parallel.strategy import FLAGS, BuildSpec, Strategy, with_arithmetic
 from distrain.parallel.strategy_spec import (
     OFFLOADS,
     STRATEGIES,
-    Asked,
-    Wish,
+    StrategyHint,
+    StrategySpec,
     check_precision,
     check_world,
     processes_asked,
-    settle,
+    resolve_strategy,
 )
 from distrain.system.environment import Environment, launcher_argv
 
@@ -43,16 +47,16 @@ __all__ = [
     "FLAGS",
     "OFFLOADS",
     "STRATEGIES",
-    "Asked",
+    "BuildSpec",
     "Configuration",
-    "Engine",
     "Environment",
-    "Plan",
-    "Stated",
+    "SourcedValue",
+    "Strategy",
+    "StrategyHint",
+    "StrategySpec",
     "TrainingState",
-    "Wish",
     "World",
-    "build_engine",
+    "build_strategy",
     "check_fit",
     "check_precision",
     "check_world",
@@ -64,7 +68,7 @@ __all__ = [
     "prepare_to_save",
     "processes_asked",
     "read_configuration",
-    "settle",
+    "resolve_strategy",
     "strategy_wishes",
     "take_over",
     "unused",
@@ -72,34 +76,34 @@ __all__ = [
 ]
 
 
-def build_engine(world: World, plan: Plan) -> Engine:
-    """Return the engine of the world's strategy, having seen that it took effect. All ranks call.
+def build_strategy(world: World, plan: BuildSpec) -> Strategy:
+    """Return the strategy of the world's strategy, having seen that it took effect. All ranks call.
 
     Raises UserError where the strategy cannot do what the plan asks for, RuntimeError where it did not take effect.
     """
     if plan.section is not None:
         _check_optimizer(world, plan.section)
-    engine: Engine
+    strategy: Strategy
     if world.strategy in ("single", "ddp"):
-        engine = Replicated(world, plan)
+        strategy = DDPStrategy(world, plan)
     elif world.strategy == "fsdp2":
         # each of the two takes a second to import, and DeepSpeed may be missing
-        from distrain.parallel.fsdp2 import Fsdp2
+        from distrain.parallel.fsdp2 import FSDP2Strategy
 
-        engine = Fsdp2(world, plan)
+        strategy = FSDP2Strategy(world, plan)
     else:
-        from distrain.parallel.zero import Zero
+        from distrain.parallel.zero import ZeROStrategy
 
-        engine = Zero(world, plan)
-    engine.check()
+        strategy = ZeROStrategy(world, plan)
+    strategy.check()
     # building the model has run the user's code
-    world.together(world.arithmetic.check_kept)
-    return engine
+    world.run_on_all(world.arithmetic.check_kept)
+    return strategy
 
 
 def _check_optimizer(world: World, section: OptimSection) -> None:
     """Raise UserError for an optimizer that would compute something else on shards than on whole parameters."""
-    problem = world.together(lambda: sharding_problem(section, world.strategy))
+    problem = world.run_on_all(lambda: sharding_problem(section, world.strategy))
     if problem is None and world.strategy == "fsdp2" and is_object_spec(section.name):
         # of a class of the user's own only trying it tells
         problem = dtensor_problem(section, init_device_mesh(world.device.type, (world.world_size,)))

@@ -20,7 +20,7 @@ from distrain.system.environment import SETTINGS
 
 
 @dataclass(frozen=True)
-class Stated:
+class SourcedValue:
     """A value that somebody wrote."""
 
     value: Any
@@ -28,11 +28,11 @@ class Stated:
     """Where: "FILE: section.key", an option of the launcher, an environment variable."""
 
 
-Configuration = Mapping[str, Stated]
+Configuration = Mapping[str, SourcedValue]
 """Settings by the name that `accelerate launch` has for them; those of a DeepSpeed file as "deepspeed.section.key"."""
 
 
-def read_configuration(argv: Sequence[str], variables: Mapping[str, str]) -> dict[str, Stated]:
+def read_configuration(argv: Sequence[str], variables: Mapping[str, str]) -> dict[str, SourcedValue]:
     """Return what was written for the launcher that started this process.
 
     `argv` is its command line, where it is known. Without `accelerate launch` there, the environment has to do.
@@ -68,49 +68,49 @@ _TYPE_FLAGS = {
 }
 
 
-def _from_accelerate(arguments: list[str]) -> dict[str, Stated]:
+def _from_accelerate(arguments: list[str]) -> dict[str, SourcedValue]:
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser().parse_args(arguments)
-    found: dict[str, Stated] = {}
+    found: dict[str, SourcedValue] = {}
     file = options.config_file
     if file is None and not options.cpu and Path(default_config_file).is_file():
         file = default_config_file  # which `accelerate config` wrote, maybe long ago
     if file is not None:
         found = _from_yaml(str(file))
     for name in sorted(getattr(options, "nondefault", set()) - {"training_script", "training_script_args"}):
-        found[name] = Stated(getattr(options, name), f"accelerate launch --{name}")
+        found[name] = SourcedValue(getattr(options, name), f"accelerate launch --{name}")
     flag = next((flag for flag in _TYPE_FLAGS if flag in found and getattr(options, flag)), None)
     if options.cpu:  # goes before all others
-        found["distributed_type"] = Stated("NO", "accelerate launch --cpu")
+        found["distributed_type"] = SourcedValue("NO", "accelerate launch --cpu")
     elif flag is not None:
-        found["distributed_type"] = Stated(_TYPE_FLAGS[flag], f"accelerate launch --{flag}")
+        found["distributed_type"] = SourcedValue(_TYPE_FLAGS[flag], f"accelerate launch --{flag}")
     kind = found["distributed_type"].value if "distributed_type" in found else None
     unused = {key for key, stated in found.items() if isinstance(stated, _OfType) and stated.kind != kind}
     return {key: stated for key, stated in found.items() if key not in unused}
 
 
 @dataclass(frozen=True)
-class _OfType(Stated):
+class _OfType(SourcedValue):
     kind: str
     """The distributed type without which accelerate passes the value over."""
 
 
-def _from_yaml(file: str) -> dict[str, Stated]:
+def _from_yaml(file: str) -> dict[str, SourcedValue]:
     content = _mapping(file, yaml.safe_load)
-    found: dict[str, Stated] = {}
+    found: dict[str, SourcedValue] = {}
     for key, value in content.items():
         if key in _SECTIONS and isinstance(value, dict):
             prefix, kind = _SECTIONS[key]
             for name, inner in value.items():
                 option = name if name.startswith(prefix) else prefix + name
                 place = f"{file}: {key}.{name}"
-                found[option] = Stated(inner, place) if kind is None else _OfType(inner, place, kind)
+                found[option] = SourcedValue(inner, place) if kind is None else _OfType(inner, place, kind)
         elif key == "fp16":  # of old files
-            found["mixed_precision"] = Stated("fp16" if value else "no", f"{file}: fp16")
+            found["mixed_precision"] = SourcedValue("fp16" if value else "no", f"{file}: fp16")
         elif value is not None:
-            found[key] = Stated(value, f"{file}: {key}")
+            found[key] = SourcedValue(value, f"{file}: {key}")
     return found
 
 
@@ -138,31 +138,33 @@ DEFAULTS = ("no", "false", "none", "")
 """How it is spelled that a setting is off."""
 
 
-def _from_environment(variables: Mapping[str, str], *, filled: bool) -> dict[str, Stated]:
+def _from_environment(variables: Mapping[str, str], *, filled: bool) -> dict[str, SourcedValue]:
     """Read the environment; `filled`: some of it only repeats what is known better from where it was written."""
     found = {
-        name: Stated(variables[key], f"environment: {key}") for key, name in _VARIABLES.items() if key in variables
+        name: SourcedValue(variables[key], f"environment: {key}")
+        for key, name in _VARIABLES.items()
+        if key in variables
     }
     if filled:
         return found
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if plain(variables.get(key := f"ACCELERATE_USE_{kind}")) == "true":
-            found["distributed_type"] = Stated(kind, f"environment: {key}")
+            found["distributed_type"] = SourcedValue(kind, f"environment: {key}")
     if plain(variables.get(key := "ACCELERATE_USE_PARALLELISM_CONFIG")) == "true":
-        found["use_parallelism_config"] = Stated(True, f"environment: {key}")
+        found["use_parallelism_config"] = SourcedValue(True, f"environment: {key}")
     for key, name in _FILLED_VARIABLES.items():
         if plain(variables.get(key, "")) not in DEFAULTS:
-            found[name] = Stated(variables[key], f"environment: {key}")
+            found[name] = SourcedValue(variables[key], f"environment: {key}")
     return found
 
 
-def _from_deepspeed(file: Stated) -> dict[str, Stated]:
-    def leaves(value: Any, name: str) -> Iterator[tuple[str, Stated]]:
+def _from_deepspeed(file: SourcedValue) -> dict[str, SourcedValue]:
+    def leaves(value: Any, name: str) -> Iterator[tuple[str, SourcedValue]]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield from leaves(inner, f"{name}.{key}" if name else str(key))
         elif value is not None and plain(value) != "auto":
-            yield f"deepspeed.{name}", Stated(value, f"{file.value}: {name}")
+            yield f"deepspeed.{name}", SourcedValue(value, f"{file.value}: {name}")
 
     return dict(leaves(_mapping(str(file.value), parse_json), ""))
 

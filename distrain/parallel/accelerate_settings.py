@@ -1,7 +1,7 @@
 """What a launcher's configuration asks for, beside the recipe.
 
-Settings of the strategy become a `Wish`. Those which the recipe owns are compared with it. The rest is refused, or
-named as having no part.
+Settings of the strategy become a `StrategyHint`. Those which the recipe owns are compared with it. The rest is refused,
+or named as having no part.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from distrain.config import Recipe, UserError
 from distrain.datasets.batch_sizes import batch_shape
-from distrain.parallel.accelerate_config import DEFAULTS, Configuration, Stated, plain
-from distrain.parallel.strategy_spec import Wish
+from distrain.parallel.accelerate_config import DEFAULTS, Configuration, SourcedValue, plain
+from distrain.parallel.strategy_spec import StrategyHint
 
 # --------------------------------------------------------------------------------------------------------------------
 # The strategy
@@ -22,7 +22,7 @@ _NO = ("no", "false")  # without quotes NO is a YAML false
 _STAGE_HINT = "take 1, 2 or 3; to keep the whole state on each process, take accelerate_configs/ddp.yaml"
 
 
-def strategy_wishes(configuration: Configuration) -> list[Wish]:
+def strategy_wishes(configuration: Configuration) -> list[StrategyHint]:
     """Return what the launcher's configuration says about the strategy; raises UserError for what there is not here."""
     if problems := refused(configuration):
         raise UserError(
@@ -34,17 +34,17 @@ def strategy_wishes(configuration: Configuration) -> list[Wish]:
         return []
     name = plain(kind.value)
     if name in _NO:
-        return [Wish(kind.place, "single")]
+        return [StrategyHint(kind.place, "single")]
     if name.startswith("multi_"):
-        return [Wish(kind.place, "ddp")]
+        return [StrategyHint(kind.place, "ddp")]
     if name == "fsdp":
         offload = configuration.get("fsdp_offload_params")
-        wishes = [Wish(kind.place, "fsdp2")]
+        wishes = [StrategyHint(kind.place, "fsdp2")]
         if offload is not None:
-            wishes.append(Wish(offload.place, None, "all" if _true(offload.value) else "none"))
+            wishes.append(StrategyHint(offload.place, None, "all" if _true(offload.value) else "none"))
         return wishes
     wishes = [
-        Wish(stage.place, f"zero{int(stage.value)}")
+        StrategyHint(stage.place, f"zero{int(stage.value)}")
         for key in ("zero_stage", "deepspeed.zero_optimization.stage")
         if (stage := configuration.get(key)) is not None
     ]
@@ -52,9 +52,9 @@ def strategy_wishes(configuration: Configuration) -> list[Wish]:
         if said := [configuration[key] for key in (optimizer, parameters) if key in configuration]:
             on_cpu = [key for key in (optimizer, parameters) if _device(configuration, key) == "cpu"]
             amount = "all" if parameters in on_cpu else "optimizer" if on_cpu else "none"
-            wishes.append(Wish(said[0].place, None, amount))
+            wishes.append(StrategyHint(said[0].place, None, amount))
     if not any(wish.strategy for wish in wishes):
-        wishes.insert(0, Wish(f"{kind.place} (stage 2 where none is written)", "zero2"))
+        wishes.insert(0, StrategyHint(f"{kind.place} (stage 2 where none is written)", "zero2"))
     return wishes
 
 
@@ -77,13 +77,13 @@ def refused(configuration: Configuration) -> list[str]:
     return [f"{stated.place}: {problem}" for stated, problem in _refused(configuration)]
 
 
-def _refused(configuration: Configuration) -> Iterator[tuple[Stated, str]]:
+def _refused(configuration: Configuration) -> Iterator[tuple[SourcedValue, str]]:
     kind = configuration.get("distributed_type")
     if kind is not None and not plain(kind.value).startswith((*_NO, "multi_", "deepspeed", "fsdp")):
         instead = "expected NO, MULTI_GPU, DEEPSPEED or FSDP; for models too large for ddp take zero3 or fsdp2"
         yield kind, f"found {kind.value}, {instead}"
     if kind is not None and plain(kind.value) == "fsdp":
-        version = configuration.get("fsdp_version", Stated(1, f"{kind.place}, without fsdp_version"))
+        version = configuration.get("fsdp_version", SourcedValue(1, f"{kind.place}, without fsdp_version"))
         if plain(version.value) != "2":
             yield version, f"FSDP version {version.value} is superseded; set fsdp_version: 2"
     for key in ("zero_stage", "deepspeed.zero_optimization.stage"):
@@ -218,7 +218,9 @@ def disagreements(
     return lines
 
 
-def _owned(explicit: Configuration, recipe: Recipe, world_size: int, auto: str) -> Iterator[tuple[Stated, str, Any]]:
+def _owned(
+    explicit: Configuration, recipe: Recipe, world_size: int, auto: str
+) -> Iterator[tuple[SourcedValue, str, Any]]:
     """Yield (what is stated, the recipe's key, what the recipe makes of it)."""
     micro, accumulation = batch_shape(recipe.batch, world_size)
     precision = auto if recipe.train.precision == "auto" else recipe.train.precision

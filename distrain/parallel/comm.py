@@ -31,7 +31,7 @@ from distrain.config import UserError
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
 from distrain.parallel.precision import Arithmetic, resolve
-from distrain.parallel.strategy_spec import Asked, check_precision
+from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.run.heartbeat import progress
 from distrain.system.environment import Environment, forget_world, has_launcher
 from distrain.system.output import echo
@@ -52,7 +52,7 @@ class World:
     deterministic = False
     """Whether this process was told to compute deterministically."""
 
-    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: Asked, timeout: timedelta):
+    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: StrategySpec, timeout: timedelta):
         self.accelerator = accelerator
         self.arithmetic = arithmetic
         self.precision = arithmetic.name
@@ -60,8 +60,8 @@ class World:
         self.asked = asked
         self.strategy = asked.strategy
         """single, ddp, zero1, zero2, zero3 or fsdp2."""
-        self.lockstep = asked.strategy in ("zero3", "fsdp2")
-        """Whether a forward pass speaks to the other ranks: all must then make as many."""
+        self.forward_is_collective = asked.strategy in ("zero3", "fsdp2")
+        """forward() runs collectives, so every rank must call it equally often."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
         self.device = accelerator.device
@@ -79,7 +79,7 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def numbers(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
+    def pack_metrics(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
         """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
         on_gpu = self.device.type == "cuda"
         numbers = torch.tensor((0.0, *flags), dtype=torch.float64, pin_memory=on_gpu)
@@ -87,7 +87,7 @@ class World:
         numbers[0] = loss
         return numbers
 
-    def later(self, values: Tensor) -> Callable[[], list[float]]:
+    def to_host_async(self, values: Tensor) -> Callable[[], list[float]]:
         """Return a function that reads `values` (k,); called a step later, it does not wait for the device."""
         if values.device.type == "cpu":
             return values.tolist
@@ -123,13 +123,13 @@ class World:
         progress()
         return values[0]
 
-    def announcement(self) -> Announcement:
+    def store_flag(self) -> StoreFlag:
         """Return something that one rank can tell the others while they wait for nobody."""
         self._announcements += 1
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
-        return Announcement(store, f"distrain/announcement/{self._announcements}")
+        return StoreFlag(store, f"distrain/announcement/{self._announcements}")
 
-    def first(self, action: Callable[[], Any]) -> Any:
+    def run_on_rank0(self, action: Callable[[], Any]) -> Any:
         """Rank 0 runs `action`; every rank returns its result, or raises what it raised.
 
         Ranks wait for it for up to a day: data may be prepared and large checkpoints verified here. A process that has
@@ -147,7 +147,7 @@ class World:
             raise own or _of_another_rank(failure)
         return result
 
-    def together(self, action: Callable[[], Any]) -> Any:
+    def run_on_all(self, action: Callable[[], Any]) -> Any:
         """Every rank runs `action` and returns its own result; if any rank fails, all raise the first failure.
 
         For work in which ranks can fail alone, so that none waits for another that has already given up. `action` must
@@ -175,7 +175,7 @@ class World:
             dist.destroy_process_group()
 
 
-class Announcement:
+class StoreFlag:
     """A fact that any rank can state and every rank can look up, without a collective."""
 
     _LOOK_EVERY_S = 0.5
@@ -217,7 +217,7 @@ def _of_another_rank(error: Exception) -> Exception:
 
 def open_world(
     precision: str,
-    asked: Asked | None = None,
+    asked: StrategySpec | None = None,
     *,
     timeout_s: float = 600.0,
     deterministic: bool | Literal["auto"] = False,
@@ -231,7 +231,7 @@ def open_world(
     if environment.world_size == 1:
         forget_world(os.environ)  # Accelerate would wait for whoever is at its address
     if asked is None:
-        asked = Asked("single" if environment.world_size == 1 else "ddp")
+        asked = StrategySpec("single" if environment.world_size == 1 else "ddp")
     check_precision(precision, asked.strategy)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if told := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
@@ -293,7 +293,7 @@ def _waiting(environment: Environment, timeout_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _plainly(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+def _plainly(asked: StrategySpec, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
     # without cpu=True several CPU processes are each rank 0 of 1
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
     return {"cpu": on_cpu, "kwargs_handlers": handlers}
@@ -310,7 +310,7 @@ def _join(environment: Environment, timeout: timedelta, *, on_cpu: bool) -> None
     PartialState(cpu=on_cpu, timeout=timeout)
 
 
-def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+def _for_fsdp2(asked: StrategySpec, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
     _join(environment, timeout, on_cpu=on_cpu)
     if on_cpu or environment.world_size == 1:
         # Accelerate honours FSDP only where it believes in several GPUs, and falls back to DDP elsewhere without a
@@ -326,7 +326,9 @@ def _for_fsdp2(asked: Asked, environment: Environment, timeout: timedelta, *, on
     return {"fsdp_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(timeout=timeout)]}
 
 
-def _for_deepspeed(asked: Asked, environment: Environment, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
+def _for_deepspeed(
+    asked: StrategySpec, environment: Environment, timeout: timedelta, *, on_cpu: bool
+) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ["DS_ACCELERATOR"] = "cpu" if on_cpu else "cuda"
     quiet_deepspeed()

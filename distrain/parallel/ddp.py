@@ -16,9 +16,9 @@ from distrain.parallel.comm import World
 from distrain.parallel.state import Shard, TrainingState, whole
 from distrain.parallel.strategy import (
     FLAGS,
-    Engine,
+    BuildSpec,
     Numbers,
-    Plan,
+    Strategy,
     did_not_take_effect,
     make_ema,
     make_optimizer,
@@ -32,7 +32,7 @@ from distrain.parallel.strategy import (
 from distrain.run.heartbeat import mark
 
 
-class Replicated(Engine):
+class DDPStrategy(Strategy):
     """Every rank holds the whole state; DDP averages the gradients where there are several.
 
     Among several processes a first micro-batch is rehearsed forward and backward, after which gradients and buffers
@@ -42,14 +42,14 @@ class Replicated(Engine):
     uninterrupted run.
     """
 
-    def __init__(self, world: World, plan: Plan):
+    def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
 
         def build() -> tuple[nn.Module, torch.optim.Optimizer]:
             model = model_to(plan.model(), world.device)
             return model, make_optimizer(plan, model)
 
-        self.model, self.optimizer = world.together(build)
+        self.model, self.optimizer = world.run_on_all(build)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._sends_itself = False
         """Whether there are buffers that DDP cannot send."""
@@ -63,7 +63,7 @@ class Replicated(Engine):
         if world.world_size > 1:
             self.wrapped = self._distribute(plan)
 
-    def _distribute(self, plan: Plan) -> nn.Module:
+    def _distribute(self, plan: BuildSpec) -> nn.Module:
         world, model = self.world, self.model
         ranks = [set(reached) for reached in reached_parameters(world, plan, model)]
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -86,7 +86,7 @@ class Replicated(Engine):
         wrapped = world.accelerator.prepare_model(carrier)
         if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             with restored(model):
-                value = plan.objective(wrapped, 0)
+                value = plan.loss_sum(wrapped, 0)
                 self._backward(wrapped, value, torch.ones_like(value), value.detach(), [0.0] * FLAGS)
         return wrapped
 
@@ -98,11 +98,11 @@ class Replicated(Engine):
         self._first = last
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
-    def backward(self, objective: Tensor, share: Tensor) -> None:
-        objective.backward(self._scaled(share))
+    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
+        loss_sum.backward(self._scaled(loss_scale))
 
-    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
-        means = self._backward(self.wrapped, objective, self._scaled(share), loss, flags)
+    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+        means = self._backward(self.wrapped, loss_sum, self._scaled(loss_scale), loss, flags)
         mark("optimizer")
         self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
         gradients: list[Tensor] = []
@@ -131,30 +131,30 @@ class Replicated(Engine):
             self.state.ema.update()
         if norm is None:
             return lambda: (0.0, means())
-        read = self.world.later(norm.reshape(1))
+        read = self.world.to_host_async(norm.reshape(1))
         return lambda: (read()[0], means())
 
     def _backward(
-        self, wrapped: nn.Module, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]
+        self, wrapped: nn.Module, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]
     ) -> Callable[[], list[float]]:
         """Go backward; returns a function that reads the means of loss and flags."""
         world = self.world
         if world.world_size == 1:
-            objective.backward(share)
-            read = world.later(loss.reshape(1))
+            loss_sum.backward(loss_scale)
+            read = world.to_host_async(loss.reshape(1))
             return lambda: [*read(), *flags]
-        numbers = world.numbers(loss, flags)
+        numbers = world.pack_metrics(loss, flags)
         carrier = wrapped.module
         if isinstance(carrier, _Carrier) and carrier.numbers is not None:
             carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
-            torch.autograd.backward((objective, carried), (share, torch.ones_like(carried)))
+            torch.autograd.backward((loss_sum, carried), (loss_scale, torch.ones_like(carried)))
             self._complete()
             means, carrier.numbers.grad = carrier.numbers.grad, None
             assert means is not None
-            return world.later(means.clone())  # the gradient is a view of DDP's buffer
-        objective.backward(share)
+            return world.to_host_async(means.clone())  # the gradient is a view of DDP's buffer
+        loss_sum.backward(loss_scale)
         self._complete()
-        return world.later(world.sum(numbers) / world.world_size)
+        return world.to_host_async(world.sum(numbers) / world.world_size)
 
     def _complete(self) -> None:
         """Give DDP what it still waits for on this rank; what no rank has used is left without a gradient.

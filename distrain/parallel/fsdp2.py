@@ -21,9 +21,9 @@ from distrain.parallel.collective_forward import Lockstep
 from distrain.parallel.comm import World
 from distrain.parallel.state import Shard, TrainingState, whole
 from distrain.parallel.strategy import (
-    Engine,
+    BuildSpec,
     Numbers,
-    Plan,
+    Strategy,
     buffers_to,
     did_not_take_effect,
     make_ema,
@@ -35,12 +35,12 @@ from distrain.parallel.strategy import (
 from distrain.run.heartbeat import mark
 
 
-class Fsdp2(Engine):
+class FSDP2Strategy(Strategy):
     """The parameters are DTensors, sharded by rows; a block's are gathered when it computes."""
 
-    def __init__(self, world: World, plan: Plan):
+    def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
-        deferred = world.together(plan.deferred)
+        deferred = world.run_on_all(plan.deferred)
         model = deferred.model
         self._shard_model(model)
         _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
@@ -56,9 +56,9 @@ class Fsdp2(Engine):
                         flat = value.detach().reshape(-1)[shard.start : shard.start + shard.values.numel()]
                         shard.values.copy_(flat.reshape(shard.values.shape))
 
-            world.together(fill)
+            world.run_on_all(fill)
         # on the sharded parameters, so that its state is sharded as they are
-        self.optimizer = world.together(lambda: make_optimizer(plan, model))
+        self.optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
@@ -99,9 +99,9 @@ class Fsdp2(Engine):
         # the root's own are needed first in the backward pass
         fully_shard(model, **settings | {"reshard_after_forward": False})
 
-    def backward(self, objective: Tensor, share: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
-        objective.backward(self._scaled(share))
+        loss_sum.backward(self._scaled(loss_scale))
         self._lockstep.end()
         for parameter in self._filled - self._given:
             self._missed[parameter] = self._missed.get(parameter, 0) + 1
@@ -109,9 +109,9 @@ class Fsdp2(Engine):
         self._given.clear()
         self._passes += 1
 
-    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
-        self.backward(objective, share)
+        self.backward(loss_sum, loss_scale)
         mark("optimizer")
         missed = self._complete()
         gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
@@ -120,7 +120,7 @@ class Fsdp2(Engine):
         used = self._used(len(self._sharded) + len(self._replicated), missed)
         # the norm and what the ranks tell each other, in one reduction
         square = square_of(gradients) + (square_of(own) / world.world_size if own else 0.0)
-        numbers = torch.cat((square.to(world.device).reshape(1), world.numbers(loss, flags), used))
+        numbers = torch.cat((square.to(world.device).reshape(1), world.pack_metrics(loss, flags), used))
         world.sum(numbers)
         if missed:
             trained, counts = (*self._sharded, *self._replicated), numbers[-len(used) :].tolist()
@@ -140,7 +140,7 @@ class Fsdp2(Engine):
             return None
         if verdict and self.state.ema is not None:
             self.state.ema.update()
-        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
+        read = world.to_host_async(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
 
         def split() -> tuple[float, list[float]]:
             norm, *means = read()
@@ -209,7 +209,7 @@ class Fsdp2(Engine):
         entry = parameter if parameter.requires_grad else None
         return Shard(shape, start, values, replicated=False, entry=entry)
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Piece, Reader, TensorSpec, explain_difference
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
-from distrain.optim import CarryOver, Ema, plain_name
+from distrain.optim import CarryOver, Ema, canonical_name
 from distrain.parallel.contents import (
     Contents,
     contents,
@@ -67,7 +67,7 @@ def whole(parameter: nn.Parameter) -> Shard:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalTensor:
     """What this rank holds of one tensor of the state."""
 
     role: str
@@ -116,7 +116,7 @@ class TrainingState:
     # ----------------------------------------------------------------------------------------------------------------
     # What there is
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, LocalTensor]:
         """Return what this rank holds of every tensor, in a fixed order: the same names on every rank.
 
         Raises UserError naming what a checkpoint cannot hold.
@@ -126,19 +126,19 @@ class TrainingState:
         if self.optimizer is not None:
             held |= self._kept(shards).held
         if self.ema is not None:
-            by_plain_name = {plain_name(name): shard for name, shard in shards.items()}
+            by_plain_name = {canonical_name(name): shard for name, shard in shards.items()}
             for name, average in self.ema.tensors().items():
                 of = by_plain_name.get(name)
                 held[f"ema/{name}"] = (
-                    Held("ema", of.shape, of.start, local(average), of.replicated)
+                    LocalTensor("ema", of.shape, of.start, local(average), of.replicated)
                     if of is not None
                     else _replicated("ema", average)
                 )
         return held
 
-    def _held_model(self, shards: dict[str, Shard] | None = None) -> dict[str, Held]:
+    def _held_model(self, shards: dict[str, Shard] | None = None) -> dict[str, LocalTensor]:
         """Return what this rank holds of the model, and note the `shards` of its parameters by name."""
-        held: dict[str, Held] = {}
+        held: dict[str, LocalTensor] = {}
         found = contents(self.model)
         seen: set[int] = set()
         for name, tensor in found.own.items():
@@ -149,7 +149,9 @@ class TrainingState:
                 shard = self.shard(tensor)
                 if shards is not None:
                     shards[name] = shard
-                held[f"model/{name}"] = Held("parameter", shard.shape, shard.start, shard.values, shard.replicated)
+                held[f"model/{name}"] = LocalTensor(
+                    "parameter", shard.shape, shard.start, shard.values, shard.replicated
+                )
             else:
                 held[f"model/{name}"] = _replicated("buffer", tensor.detach())
         for name, tensor in found.tensors.items():
@@ -538,7 +540,7 @@ class TrainingState:
 class _Kept:
     """What an optimizer keeps, as a checkpoint holds it."""
 
-    held: dict[str, Held] = field(default_factory=dict)
+    held: dict[str, LocalTensor] = field(default_factory=dict)
     """All of its tensors."""
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Numbers, texts and None of each parameter."""
@@ -587,7 +589,7 @@ class _Kept:
         self.held |= {f"{prefix}/{name}": _replicated("optimizer", tensor) for name, tensor in found.items()}
 
 
-def _of_state(key: str, value: Tensor, shard: Shard) -> Held:
+def _of_state(key: str, value: Tensor, shard: Shard) -> LocalTensor:
     """Return what this rank holds of a tensor that the optimizer keeps for a parameter; raises Unstorable."""
     assert shard.entry is not None
     placements = getattr(value, "placements", None)
@@ -597,7 +599,7 @@ def _of_state(key: str, value: Tensor, shard: Shard) -> Held:
         return _replicated("optimizer", local(value))
     if placements != getattr(shard.entry, "placements", None):
         raise Unstorable(f"{key} has its parameter's shape and is not sharded as it is")
-    return Held("optimizer", shard.shape, shard.start, _range(local(value), shard), shard.replicated)
+    return LocalTensor("optimizer", shard.shape, shard.start, _range(local(value), shard), shard.replicated)
 
 
 @dataclass
@@ -671,11 +673,11 @@ def _range(values: Tensor, shard: Shard) -> Tensor:
     return values.view(-1)[shard.offset : shard.offset + numel]
 
 
-def _replicated(role: str, tensor: Tensor) -> Held:
-    return Held(role, tuple(tensor.shape), 0, tensor, replicated=True)
+def _replicated(role: str, tensor: Tensor) -> LocalTensor:
+    return LocalTensor(role, tuple(tensor.shape), 0, tensor, replicated=True)
 
 
-def _specs(held: dict[str, Held]) -> dict[str, TensorSpec]:
+def _specs(held: dict[str, LocalTensor]) -> dict[str, TensorSpec]:
     specs = {}
     for name, each in held.items():
         if (dtype := stored_dtype(each.values)) is None:
@@ -776,7 +778,7 @@ def load_weights(model: nn.Module, reader: Reader, *, averaged: bool) -> None:
     _fill_all(model, reader, wanted)
 
 
-def _fill_all(model: nn.Module, reader: Reader, wanted: Mapping[str, tuple[Held, str]]) -> None:
+def _fill_all(model: nn.Module, reader: Reader, wanted: Mapping[str, tuple[LocalTensor, str]]) -> None:
     """Fill what a model holds, each from the stored tensor that is named, and give it its state besides."""
 
     def fill_own() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
 from distrain.networks.deferred import Deferred
-from distrain.optim import Ema, plain_name, sparse_layers
+from distrain.optim import Ema, canonical_name, sparse_layers
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
@@ -39,7 +39,7 @@ returns, alike on all ranks, whether it may."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildSpec:
     """What an engine is made from. Its functions are called by all ranks alike."""
 
     model: Callable[[], nn.Module]
@@ -48,7 +48,7 @@ class Plan:
     """Builds its structure, and then the values of one parameter at a time: the same ones."""
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     """Builds the optimizer, and stops frozen parameters from being trained."""
-    objective: Callable[[nn.Module, int], Tensor]
+    loss_sum: Callable[[nn.Module, int], Tensor]
     """Returns the loss (0-d) of a model, wrapped or not, on a micro-batch of the first step, by its number there."""
     micro_batch_size: int
     accumulation: int
@@ -66,7 +66,7 @@ _BUCKET_BYTES = 250 * 2**20
 """Of the buffers that travel together; what DDP takes."""
 
 
-class Engine(ABC):
+class Strategy(ABC):
     """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
 
     model: nn.Module
@@ -77,7 +77,7 @@ class Engine(ABC):
     """Has the `param_groups` in which the learning rate is set."""
     state: TrainingState
 
-    def __init__(self, world: World, plan: Plan):
+    def __init__(self, world: World, plan: BuildSpec):
         self.world = world
         self.clip_norm = plan.clip_norm
         self.accumulation = plan.accumulation
@@ -111,11 +111,11 @@ class Engine(ABC):
             share_tensors(list(self.model.buffers()))
 
     @abstractmethod
-    def backward(self, objective: Tensor, share: Tensor) -> None:
-        """Go backward from `share * objective` (both 0-d) with a micro-batch that is not the last of its step."""
+    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
+        """Go backward from `loss_scale * loss_sum` (both 0-d) with a micro-batch that is not the last of its step."""
 
     @abstractmethod
-    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
 
         On the way the means over the ranks of `loss` (0-d) and of the `flags` are taken. Returns None where the
@@ -159,7 +159,7 @@ class Engine(ABC):
         return self.moved
 
     @property
-    def loss_scale(self) -> float | None:
+    def grad_scale(self) -> float | None:
         """What the next step's loss is multiplied by; None where it is not scaled."""
         return None if self.scale is None else self.scale.scale
 
@@ -202,8 +202,8 @@ class Engine(ABC):
         used[list(missed)] = 0
         return used
 
-    def _scaled(self, share: Tensor) -> Tensor:
-        return share if self.scale is None else share * self.scale.scale
+    def _scaled(self, loss_scale: Tensor) -> Tensor:
+        return loss_scale if self.scale is None else loss_scale * self.scale.scale
 
     def _coefficient(self, norm: Tensor) -> Tensor | None:
         """Return what gradients of this `norm` (0-d, unscaled) are multiplied by; None where they are left as are."""
@@ -227,18 +227,18 @@ class Engine(ABC):
     def shard(self, parameter: nn.Parameter) -> Shard:
         """Return what this rank holds of a parameter."""
 
-    def publish(self) -> None:  # noqa: B027 - nothing to do where the model computes with what is trained
+    def sync_compute_weights(self) -> None:  # noqa: B027 - nothing to do where the model computes with what is trained
         """Have the model compute with the weights as they were just written into the shards."""
 
     def restore(self, reader: Reader) -> list[str]:
         """Take over a checkpoint; returns what is to be said of it. Raises UserError where it does not fit."""
-        said = self.world.together(lambda: self.state.restore(reader))
+        said = self.world.run_on_all(lambda: self.state.restore(reader))
         stored = reader.manifest.scalars.get("loss_scale")
         if stored and self.scale is not None:
             self.scale.load(stored)
         elif stored:
             said.append(f"the stored scale of the loss is not needed under {self.world.precision}")
-        self.publish()
+        self.sync_compute_weights()
         return said
 
     def scalars(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Engine(ABC):
 
         Raises UserError naming it, on all ranks alike.
         """
-        ranks = self.world.gather(self.world.together(self.state.check))
+        ranks = self.world.gather(self.world.run_on_all(self.state.check))
         differing = sorted(name for name in ranks[0] if any(each.get(name) != ranks[0][name] for each in ranks))
         if differing:
             raise UserError(
@@ -259,28 +259,28 @@ class Engine(ABC):
                 "what belongs to a rank in no state, or make it the same on all (torch.distributed.all_reduce)"
             )
 
-    def settle(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
+    def reshard(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
         """Let go of weights that a forward pass without a backward one has gathered and left."""
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Give the model its averaged weights, where there are any, to be evaluated, and its own back at the end."""
         if self.state.ema is None:
             yield
         else:
             with self.state.ema.applied():
-                self.publish()
+                self.sync_compute_weights()
                 yield
-            self.publish()
-        self.settle()
+            self.sync_compute_weights()
+        self.reshard()
 
-    def align_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Give every rank rank 0's buffers, as the next training step would, and their averages."""
         if self.world.world_size == 1:
             return
         buffers = list(self.model.buffers())
         if self.state.ema is not None:
-            parameters = {plain_name(name) for name, _ in self.model.named_parameters()}
+            parameters = {canonical_name(name) for name, _ in self.model.named_parameters()}
             buffers += [average for name, average in self.state.ema.tensors().items() if name not in parameters]
         # each is laid out as its neighbours are, whatever its strides are here
         for buffer in buffers:
@@ -426,7 +426,7 @@ def share_tensors(tensors: list[Tensor]) -> None:
             tensor.copy_(whole)
 
 
-def make_ema(plan: Plan, source: Any) -> Ema | None:
+def make_ema(plan: BuildSpec, source: Any) -> Ema | None:
     """Return the average that the plan asks for, of a model or of a mapping of weights."""
     return Ema(source, plan.ema) if plan.ema is not None else None
 
@@ -441,7 +441,7 @@ def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
         return model
     forward = model.forward.__func__ if isinstance(model.forward, MethodType) else None
     inner = model.forward
-    arithmetic, device, lockstep = world.arithmetic, world.device.type, world.lockstep
+    arithmetic, device, lockstep = world.arithmetic, world.device.type, world.forward_is_collective
 
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with arithmetic.context(device, cache=not lockstep):
@@ -451,7 +451,7 @@ def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
     return model
 
 
-def make_optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(plan: BuildSpec, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer that the plan asks for, without parameters that have no elements.
 
     There is nothing in them to train, and what an optimizer keeps for them differs by strategy.
@@ -536,7 +536,7 @@ class restored(AbstractContextManager[None]):
         self._model.zero_grad(set_to_none=True)
 
 
-def reached_parameters(world: World, plan: Plan, model: nn.Module, index: int = 0) -> list[list[str]]:
+def reached_parameters(world: World, plan: BuildSpec, model: nn.Module, index: int = 0) -> list[list[str]]:
     """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order."""
 
     def rehearse() -> list[str]:
@@ -555,13 +555,13 @@ def reached_parameters(world: World, plan: Plan, model: nn.Module, index: int = 
         handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
         try:
             with restored(model):
-                plan.objective(model, index).backward()
+                plan.loss_sum(model, index).backward()
         finally:
             for handle in handles:
                 handle.remove()
         return reached
 
-    return world.gather(world.together(rehearse))
+    return world.gather(world.run_on_all(rehearse))
 
 
 def no_gradient(names: Sequence[str], world: World) -> UserError:

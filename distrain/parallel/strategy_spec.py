@@ -19,7 +19,7 @@ _REPLICATED = ("single", "ddp")
 
 
 @dataclass(frozen=True)
-class Asked:
+class StrategySpec:
     """The strategy that a run is started with, settled."""
 
     strategy: str
@@ -30,7 +30,7 @@ class Asked:
     """Whether the parameters are on the CPU but where they are used."""
 
     @classmethod
-    def of(cls, strategy: str, offload: str = "none") -> Asked:
+    def of(cls, strategy: str, offload: str = "none") -> StrategySpec:
         """Return what these two names stand for; raises UserError where the strategy cannot offload that."""
         offers = {"zero1": OFFLOADS[:2], "zero2": OFFLOADS[:2], "zero3": OFFLOADS, "fsdp2": ("none", "all")}
         for name, kind, choices in ((strategy, "strategy", STRATEGIES), (offload, "offload", OFFLOADS)):
@@ -60,7 +60,7 @@ _OFFLOAD_HINTS = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class StrategyHint:
     """What one place says about the strategy."""
 
     place: str
@@ -80,7 +80,9 @@ def check_precision(precision: str, strategy: str) -> None:
         )
 
 
-def settle(world_size: int, wishes: Sequence[Wish], fallback: Wish | None = None) -> Asked:
+def resolve_strategy(
+    world_size: int, wishes: Sequence[StrategyHint], fallback: StrategyHint | None = None
+) -> StrategySpec:
     """Return what is to be done in a world of that size, from what all places say.
 
     `wishes` must agree; `fallback` holds where they say nothing: a run goes on as it was started, unless that was
@@ -100,7 +102,7 @@ def settle(world_size: int, wishes: Sequence[Wish], fallback: Wish | None = None
         )
     if strategy is None or strategy in _REPLICATED:
         strategy = "single" if world_size == 1 else "ddp"
-    return Asked.of(strategy, offload or "none")
+    return StrategySpec.of(strategy, offload or "none")
 
 
 def _agreed(what: str, said: Sequence[tuple[str, str | None]]) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
-def imagine_without_gradient(
-    model: nn.Module, objective: Callable[[nn.Module], Tensor], device: torch.device
+def unused_parameters(
+    model: nn.Module, loss_sum: Callable[[nn.Module], Tensor], device: torch.device
 ) -> set[str] | None:
-    """Return the names of the trained parameters to which no gradient flows from `objective(model)` (0-d).
+    """Return the names of the trained parameters to which no gradient flows from `loss_sum(model)` (0-d).
 
     Forward and backward pass are gone through with tensors of which only the shapes are there, so the parameters may be
     on the meta device. What the passes leave in the modules is put back. Returns None where the model cannot be gone
@@ -42,7 +42,7 @@ def imagine_without_gradient(
                             stand_ins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                         module._parameters[key] = stand_ins[id(parameter)]
         model.forward = forward
-        value = objective(model)
+        value = loss_sum(model)
         with mode:
             value.backward()
         return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}

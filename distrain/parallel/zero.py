@@ -23,14 +23,14 @@ from torch.nn import functional
 from distrain.config import UserError
 from distrain.networks.deferred import Deferred
 from distrain.networks.memory import own_tensors
-from distrain.optim import Ema, plain_name
+from distrain.optim import Ema, canonical_name
 from distrain.parallel.collective_forward import Lockstep
 from distrain.parallel.comm import World
 from distrain.parallel.state import Shard, TrainingState, group_names, whole
 from distrain.parallel.strategy import (
-    Engine,
+    BuildSpec,
     Numbers,
-    Plan,
+    Strategy,
     buffers_to,
     did_not_take_effect,
     make_optimizer,
@@ -41,18 +41,18 @@ from distrain.parallel.strategy import (
     square_of,
     with_arithmetic,
 )
-from distrain.parallel.unused_parameters import imagine_without_gradient
+from distrain.parallel.unused_parameters import unused_parameters
 from distrain.run.heartbeat import mark
 
 
-class Zero(Engine):
+class ZeROStrategy(Strategy):
     """A DeepSpeedEngine. In stages 1 and 2 every rank computes with whole weights, in stage 3 they are sharded too."""
 
     stage: int
     wrapped: Any
     """The DeepSpeedEngine."""
 
-    def __init__(self, world: World, plan: Plan):
+    def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
         self.stage = int(world.strategy[-1])
         if world.accelerator.state.deepspeed_plugin is None:
@@ -77,19 +77,19 @@ class Zero(Engine):
     # ----------------------------------------------------------------------------------------------------------------
     # Set-up
 
-    def _build(self, plan: Plan) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _build(self, plan: BuildSpec) -> tuple[nn.Module, torch.optim.Optimizer]:
         world = self.world
         if self.stage == 3:
-            deferred = world.together(plan.deferred)
+            deferred = world.run_on_all(plan.deferred)
             model = deferred.model
             buffers_to(model, world.device)
             reached = self._reached_in_first_step(plan, model, self._imagine)
             _partition(deferred, world, initial=plan.initial)
-            optimizer = world.together(lambda: make_optimizer(plan, model))
+            optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
         else:
-            model = world.together(lambda: model_to(plan.model(), world.device))
-            optimizer = world.together(lambda: make_optimizer(plan, model))
+            model = world.run_on_all(lambda: model_to(plan.model(), world.device))
+            optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
             with_arithmetic(world, model)
             reached = self._reached_in_first_step(plan, model, partial(reached_parameters, world))
         # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
@@ -110,7 +110,7 @@ class Zero(Engine):
         return model, optimizer
 
     def _reached_in_first_step(
-        self, plan: Plan, model: nn.Module, reached: Callable[[Plan, nn.Module, int], list[list[str]]]
+        self, plan: BuildSpec, model: nn.Module, reached: Callable[[BuildSpec, nn.Module, int], list[list[str]]]
     ) -> list[str]:
         """Return the parameters to which any rank gives a gradient in the first step, in the order of the first such.
 
@@ -125,9 +125,9 @@ class Zero(Engine):
                 break
         return list(found)
 
-    def _imagine(self, plan: Plan, model: nn.Module, index: int) -> list[list[str]]:
+    def _imagine(self, plan: BuildSpec, model: nn.Module, index: int) -> list[list[str]]:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad][::-1]
-        unused = imagine_without_gradient(model, lambda model: plan.objective(model, index), self.world.device)
+        unused = unused_parameters(model, lambda model: plan.loss_sum(model, index), self.world.device)
         # one that a rank cannot tell of is trained; if no rank uses it after all, `step` says so
         return self.world.gather([name for name in trained if name not in (unused or ())])
 
@@ -205,7 +205,7 @@ class Zero(Engine):
         setattr(zero, name, come)
         zero.overlapping_partition_gradients_reduce_epilogue = end
 
-    def _prepare(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+    def _prepare(self, plan: BuildSpec, optimizer: torch.optim.Optimizer) -> None:
         accelerator = self.world.accelerator
         accelerator.gradient_accumulation_steps = plan.accumulation
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -243,21 +243,21 @@ class Zero(Engine):
         compiled = self.model._compiled_call_impl is not None
         return context if self.stage < 3 or compiled else _thrifty_linear()
 
-    def backward(self, objective: Tensor, share: Tensor) -> None:
-        self._backward(objective, share, last=False)
+    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
+        self._backward(loss_sum, loss_scale, last=False)
 
-    def _backward(self, objective: Tensor, share: Tensor, *, last: bool) -> None:
+    def _backward(self, loss_sum: Tensor, loss_scale: Tensor, *, last: bool) -> None:
         if self.scale is not None:
             # its own scaler changes the scale before it takes it out of the gradients
             self._zero.override_loss_scale(self.scale.scale)
         self.wrapped.set_gradient_accumulation_boundary(last)
-        self.wrapped.backward(objective * share, scale_wrt_gas=False)
+        self.wrapped.backward(loss_sum * loss_scale, scale_wrt_gas=False)
         if self._lockstep is not None:
             self._lockstep.end()
 
-    def step(self, objective: Tensor, share: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
+    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
         world = self.world
-        self._backward(objective, share, last=True)
+        self._backward(loss_sum, loss_scale, last=True)
         mark("optimizer")
         missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
         self._reached.clear()
@@ -265,7 +265,7 @@ class Zero(Engine):
         used = self._used(len(self._trained), missed)
         if self.watched:
             return self._watched_step(loss, flags, used, missed)
-        numbers = world.sum(torch.cat((world.numbers(loss, flags), used)))
+        numbers = world.sum(torch.cat((world.pack_metrics(loss, flags), used)))
         self._check_used(numbers, missed)
         self.wrapped.step()
         overflowed = not self.wrapped.was_step_applied()
@@ -273,7 +273,7 @@ class Zero(Engine):
             self.scale.update(overflowed)
             if overflowed:
                 return None
-        means = world.later(numbers[: -len(used)] / world.world_size)
+        means = world.to_host_async(numbers[: -len(used)] / world.world_size)
         if overflowed:  # unscaled gradients that are not finite: for the loop to report
             return lambda: (float("nan"), means())
         if self.state.ema is not None:
@@ -281,7 +281,7 @@ class Zero(Engine):
         if self.clip_norm is None and self.scale is None:
             return lambda: (0.0, means())
         norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float64, device=world.device)
-        read = world.later(norm.reshape(1))
+        read = world.to_host_async(norm.reshape(1))
         return lambda: (read()[0], means())
 
     def _check_used(self, numbers: Tensor, missed: Sequence[int]) -> None:
@@ -297,7 +297,7 @@ class Zero(Engine):
         """Take the optimizer's step with gradients whose norm is looked at first: DeepSpeed's own comes too late."""
         world = self.world
         square = square_of(self._own_gradients()).to(world.device)
-        numbers = world.sum(torch.cat((square.reshape(1), world.numbers(loss, flags), used)))
+        numbers = world.sum(torch.cat((square.reshape(1), world.pack_metrics(loss, flags), used)))
         self._check_used(numbers, missed)
         norm = numbers[0].sqrt() * (1.0 if self.scale is None else 1.0 / self.scale.scale)
         verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
@@ -305,7 +305,7 @@ class Zero(Engine):
             self.wrapped.step()
         if verdict is None:
             return None
-        read = world.later(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
+        read = world.to_host_async(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
         applied = self.wrapped.was_step_applied()
         assert verdict or not applied, "DeepSpeed took a step that was to be left out"
         if applied and self.state.ema is not None:
@@ -389,7 +389,7 @@ class Zero(Engine):
         values = entry.detach()[offset : offset + numel]
         return Shard(shape, start, values, replicated=False, entry=entry, offset=offset)
 
-    def publish(self) -> None:
+    def sync_compute_weights(self) -> None:
         zero = self._zero
         if self.stage < 3:
             zero.update_lp_params()
@@ -557,7 +557,7 @@ def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
 class _Weights(Mapping[str, Tensor]):
     """A rank's part of the weights that are trained, and its buffers, by plain name: what an average is made of."""
 
-    def __init__(self, engine: Zero):
+    def __init__(self, engine: ZeROStrategy):
         self._engine = engine
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, str] = {}
@@ -567,9 +567,9 @@ class _Weights(Mapping[str, Tensor]):
                 continue
             seen.add(id(tensor))
             if isinstance(tensor, nn.Parameter):
-                self._parameters[plain_name(name)] = tensor
+                self._parameters[canonical_name(name)] = tensor
             else:
-                self._buffers[plain_name(name)] = name
+                self._buffers[canonical_name(name)] = name
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._parameters:

@@ -14,19 +14,19 @@ from distrain.config import Recipe
 from distrain.datasets.base import Batch
 from distrain.networks.calling import Convention
 from distrain.optim import AnySchedule, Loss
-from distrain.parallel import Engine, TrainingState, World
+from distrain.parallel import Strategy, TrainingState, World
 from distrain.parallel.strategy import Numbers
 from distrain.training.callbacks.trace import Trace
 from distrain.training.forward import told_of
-from distrain.training.skipping import Anomalies, Own
+from distrain.training.skipping import Anomalies, LocalStepResult
 
 
 @dataclass
-class Training:
+class TrainContext:
     """What a step needs. `step` counts finished optimizer steps; everything else is fixed during a run."""
 
     recipe: Recipe
-    engine: Engine
+    strategy: Strategy
     call: Convention
     """How the model is called on inputs."""
     loss: Loss
@@ -36,30 +36,30 @@ class Training:
     """Notes what each step does; None, as always but in a proof, notes nothing."""
     anomalies: Anomalies | None = None
     """Knows which steps are left out; None leaves out none."""
-    own: Own | None = None
+    own: LocalStepResult | None = None
     """What this rank has computed in its last attempt at a step."""
 
     @property
     def world(self) -> World:
         """The processes that make the step."""
-        return self.engine.world
+        return self.strategy.world
 
     @property
     def state(self) -> TrainingState:
         """What a checkpoint of this moment would hold."""
-        return self.engine.state
+        return self.strategy.state
 
 
 @dataclass(frozen=True)
-class StepNumbers:
+class PendingMetrics:
     """What a step has to say, on its way to the host: to be read when the next step runs, so that nothing waits."""
 
     step: int
     """Finished optimizer steps."""
     numbers: Numbers
-    loss_scale: float | None = None
+    grad_scale: float | None = None
     """What the loss was multiplied by; None where it is not scaled."""
-    own: Own | None = None
+    own: LocalStepResult | None = None
     """What this rank has computed; None for a step that was known to be left out."""
 
     def read(self) -> tuple[float, float, list[float]]:

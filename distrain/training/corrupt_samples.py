@@ -17,7 +17,7 @@ EVENT = "undecodable"
 _MOST_KEPT = 10_000
 
 
-class Undecodable:
+class CorruptSamples:
     """What all ranks know of such samples. Every method but `note` and `count` is called by all ranks."""
 
     def __init__(self, run: RunDir, world: World, tolerated: int, step: int, history: dict[str, Any] | None = None):
@@ -31,7 +31,7 @@ class Undecodable:
         if isinstance(stored, dict):
             self.known = {split: {int(each): why for each, why in found.items()} for split, found in stored.items()}
         elif tolerated:
-            rows = world.first(lambda: [row for row in run.rows() if row["step"] <= step])
+            rows = world.run_on_rank0(lambda: [row for row in run.rows() if row["step"] <= step])
             for row in rows:
                 if found := row.get("samples" if row["event"] == EVENT else EVENT):
                     known = self.known.setdefault(row.get("split", "train"), {})

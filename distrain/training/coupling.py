@@ -16,7 +16,7 @@ from distrain.optim import Loss
 from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.own import OwnLoss
 from distrain.parallel.strategy import restored
-from distrain.training.context import Training, seed_dropout, to_device
+from distrain.training.context import TrainContext, seed_dropout, to_device
 
 _TOLERANCE = 1e-4
 """Of the difference, relative to the sum; what fp32 rounds away is far below."""
@@ -24,7 +24,7 @@ _SAMPLES = 64
 """Outputs of at most so many samples are looked at."""
 
 
-def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
+def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
     """Return whether the loss of a batch is not the sum of the losses of its halves. All ranks call; all get the same.
 
     Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
@@ -34,18 +34,22 @@ def couples_samples(t: Training, steps: Callable[[], Iterator[list[Batch]]]) -> 
         return False
     found = None
     batches = _some(steps())
-    t.engine.model.eval()
+    t.strategy.model.eval()
     try:
         # what is wrong with a model or a loss, training says; but ranks that wait for each other must all fail
-        with torch.no_grad(), restored(t.engine.model), suppress(*([] if t.world.lockstep else [Exception])):
+        with (
+            torch.no_grad(),
+            restored(t.strategy.model),
+            suppress(*([] if t.world.forward_is_collective else [Exception])),
+        ):
             batches = [to_device(batch, t.world) for batch in batches]
-            parts = [(t.call(t.engine.model, batch["inputs"]), batch["targets"]) for batch in batches]
+            parts = [(t.call(t.strategy.model, batch["inputs"]), batch["targets"]) for batch in batches]
             with suppress(Exception):
                 outputs = _joined([t.loss.taken(output) for output, _ in parts])
                 found = _differs(t, t.loss, outputs, torch.cat([targets for _, targets in parts]))
     finally:
-        t.engine.model.train()
-        t.engine.settle()
+        t.strategy.model.train()
+        t.strategy.reshard()
     ranks = t.world.gather(found)
     return True if any(ranks) else None if None in ranks else False
 
@@ -69,7 +73,7 @@ def _joined(outputs: Sequence[Outputs]) -> Outputs:
     return tuple(torch.cat(each) if each[0].dim() else each[0] for each in zip(*outputs, strict=True))
 
 
-def _differs(t: Training, loss: Loss, outputs: Outputs, targets: Tensor) -> bool:
+def _differs(t: TrainContext, loss: Loss, outputs: Outputs, targets: Tensor) -> bool:
     count = len(targets)
 
     def part(value: Tensor, low: int, high: int) -> Tensor:

@@ -56,16 +56,17 @@ def evaluate(
     Ranks add up sums and counts, one reduction carries them, one division follows. Raises RuntimeError when the samples
     seen are not the data set, each once; what one rank raises, all raise.
 
-    Where the ranks hold parts of the model (`world.lockstep`), a forward pass needs all of them: see `_in_lockstep`.
-    Metrics of generated text need more passes on one rank than on another, so for them all weights are put together on
-    every rank: `whole` returns the context in which the model, if it is sharded, needs no other rank.
+    Where the ranks hold parts of the model (`world.forward_is_collective`), a forward pass needs all of them: see
+    `_in_lockstep`. Metrics of generated text need more passes on one rank than on another, so for them all weights
+    are put together on every rank: `whole` returns the context in which the model, if it is sharded, needs no other
+    rank.
 
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
 
-    Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there are
-    any, and do not count as `samples`.
+    Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there
+    are any, and do not count as `samples`.
     """
     metrics.reset()
     seen, undecodable = _Seen(), dict[int, str]()
@@ -127,13 +128,13 @@ def evaluate(
 
     try:
         with torch.no_grad():
-            if world.lockstep and not metrics.needs_text:
+            if world.forward_is_collective and not metrics.needs_text:
                 _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source), where=where)
-                metric_sums = world.together(metrics.sums)
+                metric_sums = world.run_on_all(metrics.sums)
             else:
-                with whole() if world.lockstep else nullcontext():
+                with whole() if world.forward_is_collective else nullcontext():
                     # no rank waits for another before the sums: one whose sample does not decode must reach the others
-                    metric_sums = world.together(add_up)
+                    metric_sums = world.run_on_all(add_up)
     finally:
         model.train(was_training)
     own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
@@ -146,7 +147,7 @@ def evaluate(
         "samples": int(total[2].item() - total[5].item()),
     }
     if not math.isfinite(values["loss"]):
-        found = world.together(lambda: _look_again(load(), int(first_bad)))
+        found = world.run_on_all(lambda: _look_again(load(), int(first_bad)))
         values["nonfinite"] = _nonfinite(world.gather(found))
     if total[5] > 0:
         lost = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
@@ -186,7 +187,7 @@ def _in_lockstep(
         return to_device(batch, world)
 
     while True:
-        batch = world.together(fetch)
+        batch = world.run_on_all(fetch)
         if stream and len(set(world.gather(batch is None))) == 2:
             raise RuntimeError(
                 "the stream that is evaluated ended on one rank and not on another; it must give every process the "

@@ -21,7 +21,7 @@ from distrain.run.heartbeat import mark
 T = TypeVar("T")
 
 
-class Every:
+class Interval:
     """Says after which steps something is due: each time `period` steps, which may be a fraction, have gone by."""
 
     def __init__(self, duration: Duration | None, horizon: Horizon, what: str):
@@ -114,7 +114,7 @@ _LOOK_EVERY_S = 0.25
 
 
 @dataclass
-class Best:
+class EvalHistory:
     """Which evaluation was best, and how long ago that was. It grows with no number of evaluations.
 
     Only finite numbers are scores: what is NaN or infinite is no improvement and never the best.
@@ -199,7 +199,7 @@ def _pair(value: Any) -> tuple[int, float] | None:
     return step, math.nan if score is None else float(score)
 
 
-class Waited:
+class DataWaitTimer:
     """Measures how long a loop waits for its batches."""
 
     def __init__(self) -> None:

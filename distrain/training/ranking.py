@@ -19,7 +19,7 @@ from distrain.datasets.base import Data, is_stream
 from distrain.fingerprints import compare
 from distrain.metrics import MetricSet, higher_is_better
 from distrain.run.folder import RunDir
-from distrain.training.intervals import Best
+from distrain.training.intervals import EvalHistory
 
 _NO_DATA = ("workers", "prepare", "skip_undecodable")
 """Keys of the data section that change nothing in a split."""
@@ -78,12 +78,12 @@ def _number(row: dict[str, Any], name: str) -> float | None:
 
 def take_up(
     run: RunDir, criterion: Criterion, min_delta: float, resumed: Manifest | None
-) -> tuple[Best, dict[str, float | None], list[str]]:
+) -> tuple[EvalHistory, dict[str, float | None], list[str]]:
     """Rank 0: return the ranking that a run goes on with, scores of its checkpoints, and what a person should know.
 
     `resumed`: the checkpoint that the run goes on from.
     """
-    best = Best(criterion, min_delta)
+    best = EvalHistory(criterion, min_delta)
     if resumed is None:
         return best, {}, []
     then = resumed.evaluation.criterion if resumed.evaluation is not None else None
@@ -92,7 +92,7 @@ def take_up(
             best.load(resumed.history["best"], min_delta)
             return best, {name: score for name, score in resumed.history["scores"].items() if type(score) is float}, []
         except (AttributeError, KeyError, TypeError, ValueError):
-            then, best = None, Best(criterion, min_delta)
+            then, best = None, EvalHistory(criterion, min_delta)
     there = [info for info in list_checkpoints(run.checkpoints) if info.step <= resumed.step]
     manifests = {}
     for info in there:

@@ -29,11 +29,11 @@ from distrain.run.heartbeat import mark, starts_at, take_straggler
 from distrain.run.lease import Lease
 from distrain.training.callbacks.banner import introduction
 from distrain.training.callbacks.trackers import Telemetry, duration
-from distrain.training.context import StepNumbers
+from distrain.training.context import PendingMetrics
 from distrain.training.corrupt_samples import EVENT as UNDECODABLE
-from distrain.training.corrupt_samples import Undecodable
+from distrain.training.corrupt_samples import CorruptSamples
 from distrain.training.evaluation import Interrupted, evaluate
-from distrain.training.intervals import Best, Every, StopRequest, Waited
+from distrain.training.intervals import DataWaitTimer, EvalHistory, Interval, StopRequest
 from distrain.training.ranking import criterion_for, data_since, evaluation_of, scored_split, take_up
 from distrain.training.setup import set_up
 from distrain.training.skipping import Anomaly
@@ -66,23 +66,23 @@ class Session:
         self.data: Data = setup.feed.data
         self.total_steps = setup.feed.total_steps
         history = setup.resumed.history if setup.resumed is not None else None
-        self.undecodable = Undecodable(run, world, recipe.data.skip_undecodable, self.t.step, history)
+        self.undecodable = CorruptSamples(run, world, recipe.data.skip_undecodable, self.t.step, history)
         starts_at(self.t.step)
         self._record_effect()
         self._stepped = False
         self.metrics = build_metrics(recipe, self.data.meta)
         early_stop = recipe.eval.early_stop
         self._data_since = data_since(setup.resumed, setup.inputs.fingerprint)
-        criterion = world.together(lambda: criterion_for(recipe, self.metrics, self.data, self._data_since))
+        criterion = world.run_on_all(lambda: criterion_for(recipe, self.metrics, self.data, self._data_since))
         min_delta = early_stop.min_delta if early_stop is not None else 0.0
         self._ranking = (run, criterion, min_delta)
-        self.best: Best
-        self.best, self._scores, ranking = world.first(lambda: take_up(*self._ranking, setup.resumed))
+        self.best: EvalHistory
+        self.best, self._scores, ranking = world.run_on_rank0(lambda: take_up(*self._ranking, setup.resumed))
         self._values: dict[str, Any] | None = None
         """Of the evaluation of this step."""
         self._warned: set[tuple[str, str]] = set()
         self.stopping = ""
-        self._leave = world.announcement()
+        self._leave = world.store_flag()
         # a run can be stopped between the evaluation that ends it and the end itself
         self.ended_early = self._exhausted()
         self.saver = Saver(
@@ -96,16 +96,16 @@ class Session:
         self.saver.criterion = criterion
         self.saver.scores |= self._scores
         self.saver.rehearse()
-        self._log_every = Every(recipe.log.every, setup.horizon, "log.every")
-        self._eval_every = Every(recipe.eval.every, setup.horizon, "eval.every")
-        self._save_every = Every(recipe.checkpoint.every, setup.horizon, "checkpoint.every")
+        self._log_every = Interval(recipe.log.every, setup.horizon, "log.every")
+        self._eval_every = Interval(recipe.eval.every, setup.horizon, "eval.every")
+        self._save_every = Interval(recipe.checkpoint.every, setup.horizon, "checkpoint.every")
         self._saved_step = self.t.step if setup.resumed is not None else -1
         self._scored_step = self.best.last[0] if self.best.last is not None else -1
         self._logged_step = self.t.step
         self._time_to_save = False
-        self._waited = Waited()
+        self._waited = DataWaitTimer()
         # last of what can fail: a display or tracker that was opened would be left open
-        self.telemetry = world.together(
+        self.telemetry = world.run_on_all(
             lambda: Telemetry.open(
                 run,
                 recipe,
@@ -144,7 +144,7 @@ class Session:
         session: Session | None = None
 
         def parts() -> tuple[nn.Module | None, Loss | None]:
-            return (None, None) if session is None else (session.t.engine.model, session.t.loss)
+            return (None, None) if session is None else (session.t.strategy.model, session.t.loss)
 
         def last_word(error: UserError) -> None:
             if session is not None:
@@ -184,7 +184,7 @@ class Session:
             self._fence()
             append_row(self.run.attempts_path, row)
 
-        self.world.first(note)
+        self.world.run_on_rank0(note)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What is due
@@ -210,7 +210,7 @@ class Session:
             self.evaluate()
             if self._scored_step == self.t.step and self.recipe.checkpoint.keep_best:
                 self._saved_step = -1  # which checkpoints are kept goes by the scores in them
-                set_lr(self.t.engine.optimizer, self.recipe.optim.lr * self.t.schedule(self.t.step - 1))  # as it was
+                set_lr(self.t.strategy.optimizer, self.recipe.optim.lr * self.t.schedule(self.t.step - 1))  # as it was
                 self.save()
 
     def at_end(self) -> bool:
@@ -254,7 +254,7 @@ class Session:
             self.undecodable.count(self.t.step + 1),
         )
 
-    def settle(self, numbers: StepNumbers | None) -> bool:
+    def settle(self, numbers: PendingMetrics | None) -> bool:
         """Read a step's numbers, write its row if one is due, and act on what the ranks agreed.
 
         Returns False where the run went back to a checkpoint: what was read of later steps is then of no use.
@@ -263,7 +263,7 @@ class Session:
             return True
         if not self._stepped:  # now there are gradients and an optimizer's state to tell of
             self._stepped = True
-            self.t.engine.check_state()
+            self.t.strategy.check_state()
             self._record_effect()
         step = numbers.step
         loss, norm, (stops, time_to_save, written, undecodable) = numbers.read()
@@ -273,7 +273,7 @@ class Session:
         if found is not None:
             self._tell(found)
         elif self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
-            self._log(step, loss, norm, numbers.loss_scale)
+            self._log(step, loss, norm, numbers.grad_scale)
         if undecodable > 0:
             self._leave_out(step)
         if stops > 0 and not self.stopping:
@@ -306,15 +306,15 @@ class Session:
     def _go_back(self) -> None:
         """Take up the newest checkpoint again, as the next start would."""
         self._finish_save()
-        checkpoint, _ = self.world.first(lambda: find_newest(self.run.checkpoints))
+        checkpoint, _ = self.world.run_on_rank0(lambda: find_newest(self.run.checkpoints))
         if checkpoint is None:
             raise UserError(f"there is no whole checkpoint in {self.run.checkpoints} to go back to")
-        reader = self.world.together(lambda: Reader(checkpoint, verify=False))
-        self.t.engine.restore(reader)
+        reader = self.world.run_on_all(lambda: Reader(checkpoint, verify=False))
+        self.t.strategy.restore(reader)
         self.anomalies.load(reader.manifest.scalars)
         reader.close()
         step = self.t.step = reader.manifest.step
-        self.best, _, _ = self.world.first(lambda: take_up(*self._ranking, reader.manifest))
+        self.best, _, _ = self.world.run_on_rank0(lambda: take_up(*self._ranking, reader.manifest))
         self._values = None
         self._saved_step = self._scored_step = self._logged_step = step
         self._logged_at, self._went_back, self._time_to_save = time.monotonic(), True, False
@@ -322,14 +322,14 @@ class Session:
 
     def _record_effect(self) -> None:
         model = self.setup.model
-        effect = self.t.engine.effect() | {
+        effect = self.t.strategy.effect() | {
             "parameters": model.parameters,
             "trainable": model.trainable,
             "total_steps": self.total_steps,
         }
-        self.world.first(lambda: self.run.record_effect(effect))
+        self.world.run_on_rank0(lambda: self.run.record_effect(effect))
 
-    def _log(self, step: int, loss: float, norm: float, loss_scale: float | None) -> None:
+    def _log(self, step: int, loss: float, norm: float, grad_scale: float | None) -> None:
         clock = time.monotonic()
         seconds = clock - self._logged_at
         samples = (step - self._logged_step) * self.recipe.batch.global_batch_size
@@ -345,8 +345,8 @@ class Session:
         }
         if self.recipe.optim.clip_norm is not None or self.anomalies.watches:
             row["grad_norm"] = norm
-        if loss_scale is not None:
-            row["loss_scale"] = loss_scale
+        if grad_scale is not None:
+            row["loss_scale"] = grad_scale
         self._logged_at, self._logged_step = clock, step
         self.telemetry.train(row)
         if (slow := take_straggler()) is not None:
@@ -415,13 +415,13 @@ class Session:
 
     def _score(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         began = time.monotonic()
-        engine = self.t.engine
+        strategy = self.t.strategy
         mark("evaluate")
-        engine.align_buffers()
-        with engine.averaged():
+        strategy.broadcast_buffers()
+        with strategy.ema_weights():
             try:
                 values = evaluate(
-                    engine.model,
+                    strategy.model,
                     self.t.call,
                     self.data.splits[split],
                     world=self.world,
@@ -432,7 +432,7 @@ class Session:
                     workers=self.recipe.data.workers,
                     decode=self.data.meta.decode,
                     split=split,
-                    whole=engine.whole,
+                    whole=strategy.whole,
                     stopping=self._asked_to_leave,
                     skip_undecodable=self.recipe.data.skip_undecodable,
                 )
@@ -462,16 +462,16 @@ class Session:
             return
         values = self._values if self._scored_step == self.t.step else None
         mark("save")
-        engine, state = self.t.engine, self.t.engine.state
+        strategy, state = self.t.strategy, self.t.strategy.state
         self._finish_save()
-        if not engine.all_finite():
+        if not strategy.all_finite():
             raise UserError(
                 f"after step {self.t.step} the model has weights that are not finite; they are not saved, and the run "
                 "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
             )
-        engine.align_buffers()
+        strategy.broadcast_buffers()
         self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
-        specs, scalars = self.world.together(lambda: (state.specs(), engine.scalars()))
+        specs, scalars = self.world.run_on_all(lambda: (state.specs(), strategy.scalars()))
         with self._may_fail():
             self.saver.begin(
                 self.t.step,
@@ -479,7 +479,7 @@ class Session:
                 state.pieces(self.world.rank, self.world.world_size),
                 scalars=scalars
                 | self.anomalies.scalars()
-                | {"data": self.data.state, "transformers_config": transformers_config(engine.model)}
+                | {"data": self.data.state, "transformers_config": transformers_config(strategy.model)}
                 | {"inputs": self.setup.inputs.fingerprint, "transformers_files": self.setup.beside},
                 aliases=state.aliases(),
                 recipe=dump_recipe(self.recipe),
@@ -537,7 +537,7 @@ class Session:
             self._fence()
             self.run.mark_preempted(self._saved_step, self.stopping)
 
-        self.world.first(mark)
+        self.world.run_on_rank0(mark)
         self.say(
             f"stopped by {self.stopping} after step {self._saved_step}, which is saved; the same command goes on from "
             "there"
@@ -552,8 +552,8 @@ class Session:
         values: dict[str, Any] = {}
         if "test" in self.data.splits:
             if chosen != self.t.step:
-                reader = self.world.together(lambda: Reader(self._checkpoint(chosen)))
-                self.t.engine.restore(reader)
+                reader = self.world.run_on_all(lambda: Reader(self._checkpoint(chosen)))
+                self.t.strategy.restore(reader)
                 reader.close()
                 self.t.step = chosen
             scored = self._score("test", event="final")
@@ -591,7 +591,7 @@ class Session:
             return exported.notes
 
         mark("finish")
-        for note in self.world.first(write):
+        for note in self.world.run_on_rank0(write):
             self.say(f"export: {note}")
         self.telemetry.summarize(summary)
         return summary
@@ -618,7 +618,7 @@ class Session:
                 f"warning: {self.best.metric} was 0 in each of {self.best.count} evaluations, so none is better than "
                 "another; the earliest is taken for the best"
             )
-        if self.world.first(lambda: self._checkpoint(best[0]).is_dir()):
+        if self.world.run_on_rank0(lambda: self._checkpoint(best[0]).is_dir()):
             return best[0], f"best {self.best.metric}"
         why = "was not kept: checkpoint.keep_best" if not self.recipe.checkpoint.keep_best else "is not there any more"
         return self._saved_step, f"last step; the best, step {best[0]}, {why}"

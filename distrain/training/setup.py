@@ -25,7 +25,7 @@ from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
 from distrain.models import build_model, defer_model
 from distrain.networks.blocks import checkpoint_activations
-from distrain.networks.calling import calling_convention, plain_model
+from distrain.networks.calling import calling_convention, unwrap_model
 from distrain.networks.deferred import Deferred
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary, describe_model
@@ -38,12 +38,12 @@ from distrain.optim import (
     settle_sparse,
     unregistered_layers,
 )
-from distrain.parallel import Plan, World, build_engine, prepare_to_save
+from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import Probed, Where, remembered
 from distrain.training.callbacks.trace import Trace
 from distrain.training.checks import horizon_of, length_warnings
-from distrain.training.context import Training, loss_of, seed_dropout, to_device
+from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.coupling import check_cut, couples_samples, cut_of, in_words, warning
 from distrain.training.forward import check_layers
 from distrain.training.skipping import Anomalies
@@ -51,7 +51,7 @@ from distrain.training.updates import Inputs, take_inputs
 
 
 @dataclass(frozen=True)
-class Feed:
+class DataPipeline:
     """What one rank reads of the data, and in which pieces."""
 
     recipe: Recipe
@@ -84,12 +84,12 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainSetup:
     """All of it. What changes from here on is inside `training`."""
 
-    feed: Feed
+    feed: DataPipeline
     horizon: Horizon
-    training: Training
+    training: TrainContext
     anomalies: Anomalies
     trace: Trace | None
     resumed: Manifest | None
@@ -108,30 +108,30 @@ class Setup:
     """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
 
 
-def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> Setup:
+def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> TrainSetup:
     """Build everything up to the first step. All ranks call.
 
     `fence` is called before anything is written into the run, and raises when this process may write no more.
     """
-    world.first(lambda: prepare_data(recipe))
-    checkpoint, skipped = world.first(lambda: find_newest(run.checkpoints))
-    reader = world.together(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
+    world.run_on_rank0(lambda: prepare_data(recipe))
+    checkpoint, skipped = world.run_on_rank0(lambda: find_newest(run.checkpoints))
+    reader = world.run_on_all(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
     resumed = reader.manifest if reader is not None else None
-    data = world.together(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
+    data = world.run_on_all(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
     transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
     trace = Trace.from_environment(world.rank)
     if trace is not None:
         transforms["train"] = trace.around(transforms["train"])
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
-    updated, accepted = world.first(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
+    updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
     # a proof compares all samples itself, and says why they differ
-    inputs: Inputs = world.first(
+    inputs: Inputs = world.run_on_rank0(
         lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
     )
     probed = probed_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if probed is None else probed.section(recipe.batch)
-    feed = Feed(
+    feed = DataPipeline(
         recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
     )
     cut = cut_of(feed.micro_batch_size, world.world_size)
@@ -149,7 +149,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     anomalies.watch(training)
     if reader is not None:
-        told += training.engine.restore(reader)
+        told += training.strategy.restore(reader)
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
         reader.close()
@@ -163,10 +163,12 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         )
     if couples:
         inputs.fingerprint["cut"] = cut  # in checkpoints from now on
-        world.first(lambda: run.record_inputs(inputs.fingerprint))
+        world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
         if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
             warnings.append(said)
-    return Setup(feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside)
+    return TrainSetup(
+        feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside
+    )
 
 
 def _keep_beside(
@@ -181,7 +183,7 @@ def _keep_beside(
         fence()
         return keep_beside(Path(path), run.path), files_beside(run.path / FOLDER)[0]
 
-    said, names = world.first(keep)
+    said, names = world.run_on_rank0(keep)
     told += said
     return names
 
@@ -191,16 +193,16 @@ def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
     if recipe.batch.micro_batch_size != "auto":
         return None
     where = Where.of(recipe, world.world_size, world.strategy, world.asked.offload)
-    found: Probed | None = world.first(lambda: remembered(run, where))
+    found: Probed | None = world.run_on_rank0(lambda: remembered(run, where))
     return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
 
 
 def _training(
-    feed: Feed, horizon: Horizon, trace: Trace | None, told: list[str], kept: Path, *, resumes: bool
-) -> tuple[Training, ModelSummary]:
+    feed: DataPipeline, horizon: Horizon, trace: Trace | None, told: list[str], kept: Path, *, resumes: bool
+) -> tuple[TrainContext, ModelSummary]:
     """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
-    loss = world.together(lambda: build_loss(recipe, meta))
+    loss = world.run_on_all(lambda: build_loss(recipe, meta))
     summary: ModelSummary | None = None
 
     def fit(model: nn.Module) -> None:
@@ -239,17 +241,17 @@ def _training(
 
     first_step = cache(lambda: next(feed.batches(start_step=0)))
 
-    def objective(model: nn.Module, index: int) -> torch.Tensor:
+    def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
         seed_dropout(world, mix(recipe.seed, "dropout", 0, world.rank, index))  # what is left out at random is as then
         given("the first step", [first_step()[index]])
         batch = to_device(first_step()[index], world)
-        return loss_of(calling_convention(plain_model(model)), loss, model, batch)
+        return loss_of(calling_convention(unwrap_model(model)), loss, model, batch)
 
-    plan = Plan(
+    plan = BuildSpec(
         model=build,
         deferred=defer,
         optimizer=lambda model: build_optimizer(model, recipe.optim),
-        objective=objective,
+        loss_sum=loss_sum,
         micro_batch_size=feed.micro_batch_size,
         accumulation=feed.accumulation,
         clip_norm=recipe.optim.clip_norm,
@@ -258,10 +260,10 @@ def _training(
         carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
         initial=not resumes,
     )
-    engine = build_engine(world, plan)
-    engine.model.train()
+    strategy = build_strategy(world, plan)
+    strategy.model.train()
     if recipe.train.compile:
-        engine.model.compile()
+        strategy.model.compile()
     schedule = resolve_schedule(recipe.schedule, horizon)
     assert summary is not None
-    return Training(recipe, engine, calling_convention(engine.model), loss, schedule, trace=trace), summary
+    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule, trace=trace), summary

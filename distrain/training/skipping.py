@@ -33,7 +33,7 @@ from torch import Tensor
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import dump_recipe
-from distrain.parallel import Engine, World
+from distrain.parallel import Strategy, World
 from distrain.run.folder import RunDir, append_row, now, rows_backwards
 
 _SHOWN = 8  # samples in a message
@@ -41,7 +41,7 @@ _AT_LEAST = 1000  # rows that a start reads
 
 
 @dataclass(frozen=True)
-class Own:
+class LocalStepResult:
     """What this rank has computed in a step, to be looked at if the step turns out to be an anomaly."""
 
     losses: Sequence[Tensor]
@@ -94,9 +94,9 @@ class Anomaly:
 class Stepping(Protocol):
     """What is watched: a training's engine, its step, and what this rank computed last."""
 
-    engine: Engine
+    strategy: Strategy
     step: int
-    own: Own | None
+    own: LocalStepResult | None
 
 
 class Anomalies:
@@ -115,7 +115,7 @@ class Anomalies:
         window = self.section.window
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
-        rows = world.first(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
+        rows = world.run_on_rank0(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
         self._left_out: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
         self._found: dict[int, Anomaly] = {}
         """Those of the guard, until they are settled."""
@@ -156,8 +156,8 @@ class Anomalies:
         """
         if not self.watches:
             return
-        self._asks = "skip" in (self.section.nonfinite, self.section.spike) or t.engine.loss_scale is not None
-        t.engine.watch((lambda loss, norm: self._may_step(t, loss, norm)) if self._asks else None)
+        self._asks = "skip" in (self.section.nonfinite, self.section.spike) or t.strategy.grad_scale is not None
+        t.strategy.watch((lambda loss, norm: self._may_step(t, loss, norm)) if self._asks else None)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The window, which a checkpoint holds
@@ -186,7 +186,7 @@ class Anomalies:
         """Return what is already decided about a step that is left out; None for one that is to be made."""
         return self._left_out.get(step)
 
-    def settle(self, step: int, loss: float, norm: float, own: Own | None) -> Anomaly | None:
+    def settle(self, step: int, loss: float, norm: float, own: LocalStepResult | None) -> Anomaly | None:
         """Return what is to be done about a step whose numbers were read, or None. On disk when it returns."""
         if (found := self._found.pop(step, None)) is not None:
             return found
@@ -202,7 +202,7 @@ class Anomalies:
             self._found[found.step] = found
         return found is None
 
-    def _judged(self, step: int, loss: float, norm: float, own: Own | None) -> Anomaly | None:
+    def _judged(self, step: int, loss: float, norm: float, own: LocalStepResult | None) -> Anomaly | None:
         found = self._judge(step, loss, norm)
         if found is not None:
             return self._record(found, own)
@@ -232,7 +232,7 @@ class Anomalies:
     def _recent(self, step: int) -> int:
         return sum(step - self.section.window < other < step for other in self._left_out)
 
-    def _record(self, found: Anomaly, own: Own | None) -> Anomaly:
+    def _record(self, found: Anomaly, own: LocalStepResult | None) -> Anomaly:
         """Write down what is decided about a step, with what every rank knows of it; then all ranks go by it."""
         mine = (
             ([float(loss) for loss in own.losses], [ids.tolist() for ids in own.ids]) if own is not None else ([], [])
@@ -258,7 +258,7 @@ class Anomalies:
             self._fence()
             append_row(self._path, row)
 
-        self.world.first(write)
+        self.world.run_on_rank0(write)
         if found.action != "stop":
             self._left_out[found.step] = Anomaly(**{**vars(found), "where": "", "known": True})
         return found

@@ -59,7 +59,7 @@ def new_run(folder: Path, name: str, *overrides: str, text: str = RECIPE, proces
 def train_each(strategy: str, run_dirs: list[str], die_after: int | None = None) -> list[tuple[str, str]]:
     """Train each run in this world; returns what each said and raised. Every rank is killed after step `die_after`."""
     from distrain import loop
-    from distrain.parallel import Asked, open_world
+    from distrain.parallel import StrategySpec, open_world
 
     step = loop.train_step
 
@@ -70,7 +70,7 @@ def train_each(strategy: str, run_dirs: list[str], die_after: int | None = None)
         return numbers
 
     loop.train_step = step_and_die
-    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, Asked(strategy))
+    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, StrategySpec(strategy))
     raised: list[str] = []
 
     def go(run_dir: str) -> int:

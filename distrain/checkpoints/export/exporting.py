@@ -20,7 +20,7 @@ from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
 from distrain.checkpoints.export.companion_files import CONFIG, FOLDER, files_beside, kept_beside, run_of
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import BUFFERS, detect, open_foreign
-from distrain.checkpoints.export.sources import OwnTensors, Tensors
+from distrain.checkpoints.export.sources import NativeTensors, Tensors
 from distrain.checkpoints.export.torch_file import write_torch_file
 from distrain.checkpoints.floats import FLOATS
 from distrain.checkpoints.foreign.common import NO_TENSORS, some
@@ -149,7 +149,7 @@ def open_tensors(path: Path | str) -> tuple[Tensors, list[str]]:
     """
     found, format = find_source(path)
     if format is None:
-        return OwnTensors(Reader(found)), []
+        return NativeTensors(Reader(found)), []
     opened = open_foreign(found, format=format, optimizer=False)
     source = opened.__enter__()
     source.verify(name for name in source.names if name.startswith("model/"))
@@ -181,7 +181,7 @@ def _opened(
             notes = [f"left out: {some(gone)}, which are not in {run_of(reader.path) / FOLDER}"] if gone else []
             if values := sorted(reader.manifest.scalars.get("model_state", {})):
                 notes.append(f"not in the file, being no tensors: {some(values)}; load it with strict=False")
-            yield OwnTensors(reader), config, files if config else {}, notes, []
+            yield NativeTensors(reader), config, files if config else {}, notes, []
         return
     with open_foreign(path, format=format, trust=trust) as source:
         if verify:
@@ -258,7 +258,7 @@ def made_by_hooks(tensors: Tensors, *, ema: bool) -> tuple[dict[str, str], set[s
     The first are plain names, the second full ones: those tensors are there under other names.
     """
     made = "exported-ema/" if ema else "exported/"
-    scalars = tensors.reader.manifest.scalars if isinstance(tensors, OwnTensors) else {}
+    scalars = tensors.reader.manifest.scalars if isinstance(tensors, NativeTensors) else {}
     instead = {name.removeprefix(made): name for name in tensors.names if name.startswith(made)}
     return instead, set(scalars.get("model_renamed", []))
 

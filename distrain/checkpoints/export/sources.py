@@ -65,7 +65,7 @@ class Tensors(Protocol):
         ...
 
 
-class OwnTensors:
+class NativeTensors:
     """The tensors of a checkpoint in distrain's own format."""
 
     def __init__(self, reader: Reader):

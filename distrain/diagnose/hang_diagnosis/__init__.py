@@ -28,7 +28,7 @@ from typing import Any
 
 from distrain.config import WatchdogSection
 from distrain.diagnose.hang_diagnosis import evidence, stacks
-from distrain.diagnose.hang_diagnosis.diagnosis import Witness, find_culprit, record
+from distrain.diagnose.hang_diagnosis.diagnosis import RankReport, find_culprit, record
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults
 from distrain.diagnose.hang_diagnosis.stragglers import OWN_WORK, Stragglers
 from distrain.run import heartbeat
@@ -404,12 +404,12 @@ class Watchdog:
                 with suppress(OSError):
                     os.kill(beat.pid, heartbeat.STACK_SIGNAL)
 
-    def _witness(self, rank: int) -> Witness:
+    def _witness(self, rank: int) -> RankReport:
         if rank == self.rank:
-            return Witness(rank, self._beat())
+            return RankReport(rank, self._beat())
         seen = self._seen[rank]
         if not self._is_silent(seen):
-            return Witness(rank, seen.beat)
+            return RankReport(rank, seen.beat)
         beat, state, line = seen.beat, None, None
         if beat is not None and beat.host == self._host and beat.started:
             state = heartbeat.process_state(beat.pid, beat.started) or ""
@@ -417,7 +417,7 @@ class Watchdog:
         with suppress(OSError):
             dumped = stacks.parse_dump(self._stuck_path(rank).read_text(encoding="utf-8", errors="replace"))
             line = stacks.line_to_see(evidence.main_of(dumped))
-        return Witness(rank, beat, seen.silent_s, state, line)
+        return RankReport(rank, beat, seen.silent_s, state, line)
 
     def _end(self, failure: dict[str, Any]) -> None:
         """End this process, and those of this machine that cannot do so themselves."""
@@ -437,7 +437,7 @@ class Watchdog:
         os._exit(1)
 
 
-def _may_still_speak(witness: Witness) -> bool:
+def _may_still_speak(witness: RankReport) -> bool:
     """Whether the stack of a silent rank may still be written: it runs, and its thread that watches does not."""
     return witness.silent_s is not None and witness.line is None and witness.state not in ("", "T", "t", "Z", "X")
 

@@ -12,7 +12,7 @@ from distrain.run.heartbeat import HANG, Heartbeat
 
 
 @dataclass(frozen=True)
-class Witness:
+class RankReport:
     """What is known of a rank when a run hangs."""
 
     rank: int
@@ -40,7 +40,7 @@ class Witness:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Who hangs, and why it is that one."""
 
     ranks: tuple[int, ...]
@@ -51,7 +51,7 @@ class Verdict:
     """The other ranks."""
 
 
-def find_culprit(witnesses: Sequence[Witness]) -> Verdict:
+def find_culprit(witnesses: Sequence[RankReport]) -> Diagnosis:
     """Return who is the cause of a hang.
 
     A rank that is silent, as its process is stopped, has ended, or cannot run Python. Else the one that is behind: who
@@ -92,11 +92,11 @@ _COMPUTES = 0.1
 """Of a core: who waits for a message takes nothing, who computes takes what it gets."""
 
 
-def _verdict(ranks: Sequence[int], reason: str, witnesses: Sequence[Witness]) -> Verdict:
-    return Verdict(tuple(sorted(ranks)), reason, tuple(w.rank for w in witnesses if w.rank not in ranks))
+def _verdict(ranks: Sequence[int], reason: str, witnesses: Sequence[RankReport]) -> Diagnosis:
+    return Diagnosis(tuple(sorted(ranks)), reason, tuple(w.rank for w in witnesses if w.rank not in ranks))
 
 
-def _fewest_collectives(witnesses: Sequence[Witness]) -> list[Witness]:
+def _fewest_collectives(witnesses: Sequence[RankReport]) -> list[RankReport]:
     """Return those that have begun fewer collectives than others in some group; all where none has."""
     counts = {w.rank: w.evidence("collectives") or {} for w in witnesses}
     behind: set[int] = set()
@@ -108,7 +108,7 @@ def _fewest_collectives(witnesses: Sequence[Witness]) -> list[Witness]:
     return [w for w in witnesses if w.rank in behind] if behind else list(witnesses)
 
 
-def _computing(witnesses: Sequence[Witness]) -> list[Witness]:
+def _computing(witnesses: Sequence[RankReport]) -> list[RankReport]:
     return [w for w in witnesses if (w.evidence("cpu") or 0.0) > _COMPUTES]
 
 
@@ -134,7 +134,7 @@ _STATES = {
 }
 
 
-def _silence(witness: Witness) -> str:
+def _silence(witness: RankReport) -> str:
     why = _STATES.get(witness.state) if witness.state is not None else None
     since = f"nothing has come from it for {seconds(witness.silent_s or 0)}"
     if why is not None:
@@ -152,7 +152,7 @@ def seconds(value: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def sentence(verdict: Verdict, witnesses: Sequence[Witness], folder: Path) -> str:
+def sentence(verdict: Diagnosis, witnesses: Sequence[RankReport], folder: Path) -> str:
     """Return the one sentence that says what hangs, where, and for how long."""
     by_rank = {w.rank: w for w in witnesses}
     tail = f"; the stacks of all threads are in {folder}"
@@ -178,7 +178,7 @@ def sentence(verdict: Verdict, witnesses: Sequence[Witness], folder: Path) -> st
     return "; ".join(said) + others + tail
 
 
-def _of_one(witness: Witness) -> str:
+def _of_one(witness: RankReport) -> str:
     who, beat = f"rank {witness.rank} on {witness.host}", witness.beat
     if beat is None:
         return f"{who} has not begun: nothing has come from it since the others did"
@@ -198,7 +198,7 @@ def _of_one(witness: Witness) -> str:
 
 
 def record(
-    verdict: Verdict, witnesses: Sequence[Witness], folder: Path, gpu_faults: Mapping[str, Sequence[str]]
+    verdict: Diagnosis, witnesses: Sequence[RankReport], folder: Path, gpu_faults: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """Return what FAILED.json says of a hang. `gpu_faults`: of each machine, in words."""
     by_rank = {w.rank: w for w in witnesses}

@@ -9,10 +9,10 @@ from distrain.parallel import World
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import Probed
 from distrain.system import memory
-from distrain.training.setup import Setup
+from distrain.training.setup import TrainSetup
 
 
-def introduction(run: RunDir, setup: Setup) -> list[str]:
+def introduction(run: RunDir, setup: TrainSetup) -> list[str]:
     """Return the lines that say what is trained, on what, how a step is put together, and what it goes on from."""
     feed = setup.feed
     recipe, world = feed.recipe, feed.world

@@ -29,7 +29,7 @@ import xxhash
 from torch import Tensor, nn
 
 from distrain.config import user_files
-from distrain.optim import plain_name
+from distrain.optim import canonical_name
 
 _DEPTH = 5
 _ENTRIES = 20_000  # of all that is found: looked at again with each step
@@ -191,7 +191,7 @@ def _of_module(module: nn.Module) -> Iterator[Part]:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         yield from (("", hook, 1, None) for hook in hooks.values() if isinstance(hook, _FUNCTIONS))
     # a deep model is no deeper than a flat one: the bound is for what hangs on a module
-    yield from ((plain_name(name), child, 0, None) for name, child in module.named_children())
+    yield from ((canonical_name(name), child, 0, None) for name, child in module.named_children())
 
 
 def _of_function(function: Any) -> Iterator[Part]:

@@ -42,7 +42,7 @@ from torch.utils.data import get_worker_info
 from distrain.checkpoints.floats import FLOATS, widen
 from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
-from distrain.optim import plain_name
+from distrain.optim import canonical_name
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.callbacks.outside_files import VARIABLE
 
@@ -98,7 +98,7 @@ class Trace:
     def watch(self, batches: Iterator[list[Batch]], session: Session) -> Iterator[list[Batch]]:
         """Yield the same, noting what each step consumes."""
         self._session, t = session, session.t
-        self._names = {id(parameter): plain_name(name) for name, parameter in t.state.model.named_parameters()}
+        self._names = {id(parameter): canonical_name(name) for name, parameter in t.state.model.named_parameters()}
         self._start()
         hook = register_optimizer_step_pre_hook(self._about_to_step)
         try:
@@ -127,7 +127,7 @@ class Trace:
             "state",
             step,
             # an optimizer that is no torch.optim.Optimizer inside calls no hooks
-            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.engine.optimizer.param_groups}),
+            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.strategy.optimizer.param_groups}),
             gradients=self._gradients,
             state=self._state(),
             scalars=session.t.state.scalars(),
@@ -360,7 +360,7 @@ def _norm(raw: np.ndarray, dtype: str) -> float:
 def _batch_norms(model: nn.Module) -> list[str]:
     """Return the names of the layers whose results depend on which samples share a micro-batch."""
     kinds = nn.modules.batchnorm._BatchNorm
-    return [plain_name(name) for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [canonical_name(name) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _drawn_from(seed: int, device: torch.device) -> list[str]:
