@@ -17,7 +17,7 @@ from test_launcher import SCRIPT, typed
 from worlds import free_port, in_world, running_world
 
 import distrain
-from distrain.cli.main import Offload, Strategy
+from distrain.cli.options import Offload, StrategyName
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers import asked_for, configuration_file, join_launcher, work, work_evaluation
@@ -129,7 +129,7 @@ def test_names_that_there_are_not() -> None:
         resolve_strategy(1, [StrategyHint("--strategy", "zero4")])
     with pytest.raises(UserError, match=r"no offload 'optimiser'; expected .*did you mean 'optimizer'"):
         resolve_strategy(1, [StrategyHint("--strategy", "zero3", "optimiser")])
-    assert [*Strategy] == ["auto", *STRATEGIES]
+    assert [*StrategyName] == ["auto", *STRATEGIES]
     assert [*Offload] == [*OFFLOADS]
 
 
