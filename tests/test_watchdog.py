@@ -16,15 +16,15 @@ from runs import write_recipe
 from test_heartbeat import beat, run_in
 from worlds import in_world
 
-from distrain import heartbeat
+from distrain import heartbeat, stacks
 from distrain.config import Duration, RecipeError, WatchdogSection
 from distrain.heartbeat import Heartbeat, mark, stepped
 from distrain.launcher import reported
 from distrain.recipe_file import load_recipe
-from distrain.watchdog import Limits, Watchdog, evidence, stacks
+from distrain.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
+from distrain.watchdog import Limits, Watchdog, evidence
 from distrain.watchdog.autopsy import Verdict, Witness, find_culprit, record, sentence
 from distrain.watchdog.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
-from distrain.watchdog.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 from distrain.watchdog.stragglers import Stragglers, slowest
 
 # --------------------------------------------------------------------------------------------------------------------

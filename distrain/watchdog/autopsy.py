@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.heartbeat import HANG, Heartbeat
-from distrain.watchdog.stacks import Frame, Where
+from distrain.stacks import Frame, Where
 
 
 @dataclass(frozen=True)
