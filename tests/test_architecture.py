@@ -32,7 +32,7 @@ FLOORS = [
         "stacks",
     ],
     ["checkpoint", "consolidate", "datasets", "data", "inputs", "networks", "models", "optim", "metrics", "strategy"],
-    ["watchdog", "telemetry", "loop", "predictions", "inference"],
+    ["watchdog", "offline_runs", "telemetry", "loop", "predictions", "inference"],
     ["probing", "launcher", "slurm", "status", "plan", "report", "doctor", "prove", "project"],
     ["cli_options", "cli_cluster", "cli"],
 ]
