@@ -57,7 +57,8 @@ FAULTS = {
     39: ("an index out of range, also on a GPU", "value, sample and what fits are named, not started again"),
     41: ("hostile text: escapes, forged lines, formulas, emoji codes", "shown escaped everywhere"),
     42: ("very many rows of metrics", "a resume reads their end alone"),
-    43: ("loader processes that cannot hand over a batch", "named at once with what to do; a stop is heeded"),
+    43: ("loader processes that cannot hand over a batch", "named at once with what to do"),
+    44: ("loader processes that are stuck", "named within seconds with line and cure; ends by a limit or a stop"),
 }
 """What each fault is, and what its tests see happen."""
 

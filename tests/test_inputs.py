@@ -28,6 +28,8 @@ from distrain.fingerprints.files import MOST_FILES, listing, walk
 from distrain.fingerprints.items import items_of
 from distrain.prove.legs import CouldNotRun, Leg, Runner
 from distrain.run.folder import RunDir, read_rows
+from distrain.system import bounded_json as bounded
+from distrain.training.updates import noted
 
 REST = """
 batch: {global: 8}
@@ -554,3 +556,27 @@ def test_an_update_of_the_recipe_is_a_row(tmp_path: Path) -> None:
     found = [row["recipe"] for row in updates(run)]
     assert found == [{"optim.lr": {"from": 0.001, "to": rate}} for rate in (0.5, 0.25)]
     assert [row["step"] for row in rows(run) if row["event"] == "update"] == [6, 6]
+
+
+def test_of_many_starts_those_from_the_same_step_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    row = {"event": "update", "step": 7, "recipe": {}, "inputs": ["x"]}
+    starts = [{"step": step} for step in range(500)]
+    looked_at = 0
+    parse = bounded.parse_json
+
+    def counted(raw: bytes) -> Any:
+        nonlocal looked_at
+        looked_at += 1
+        return parse(raw)
+
+    monkeypatch.setattr(bounded, "parse_json", counted)
+    for behind, step, found, most in (
+        ([{"step": 900}], 900, None, 2),
+        ([{"step": 7}, row, {"step": 7}, {"step": 9}], 7, row, 3),
+        ([{"step": 5}, row | {"step": 5}, {"step": 7}], 7, None, 2),
+    ):
+        looked_at = 0
+        run.attempts_path.write_text("".join(json.dumps(each) + "\n" for each in [*starts, *behind]))
+        assert noted(run, step) == found
+        assert looked_at <= most

@@ -106,6 +106,27 @@ def test_a_resume_reads_the_end_alone(run: RunDir, monkeypatch: pytest.MonkeyPat
     assert [row["step"] for row in run.rows()] == list(range(1, last + 3))
 
 
+def test_rows_are_counted_on_from_a_save(run: RunDir) -> None:
+    file = MetricsFile(run)
+    for step in range(1, 9):
+        file.append({"event": "train", "step": step})
+    kept = file.settled(8)["rows"]
+    assert kept == {"count": 8, "bytes": run.metrics_path.stat().st_size}
+    assert "rows" not in file.settled(5), "of a run that has gone back, rows are taken out before that place"
+    for event, step in (("train", 9), ("checkpoint", 8), ("train", 10)):
+        file.append({"event": event, "step": step})
+    file.close()
+    file = MetricsFile(run, resume_step=8, counted=kept)
+    assert (file.kept, file.count) == (8, 9)
+    assert [(row["event"], row["step"]) for row in file.last(2)] == [("train", 8), ("checkpoint", 8)]
+    assert [len(list(file.last(number))) for number in (-1, 0, 9, 99)] == [0, 0, 9, 9]
+    file.close()
+    for wrong in (None, {}, {"count": 8, "bytes": 10**9}, {"count": 8, "bytes": kept["bytes"] - 1}, {"count": -1}):
+        file = MetricsFile(run, resume_step=8, counted=wrong)
+        assert (file.kept, file.count) == (0, 9)
+        file.close()
+
+
 @pytest.mark.parametrize("last", [5, 500, 9_990])
 def test_rows_that_come_late_stay_and_later_ones_go(run: RunDir, last: int) -> None:
     written(run, 10_000)

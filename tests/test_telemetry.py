@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
-from wandb_file import history
+from wandb_file import Service, logged
 from worlds import in_world, running_world
 
 from distrain.config.yaml import load_recipe
@@ -37,21 +39,36 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, MIRRORED.replace("metrics: [accuracy]", "metrics: [accuracy, confusion_matrix]"))
     run = tmp_path / "run"
     train(1, recipe, run, *LONG, stop_after=10)
-    train_until_killed(recipe, run, *LONG)
+    for _ in range(2):
+        train_until_killed(recipe, run, *LONG)  # before anything of it was flushed
     train(1, recipe, run, *LONG)
     rows = list(RunDir(run).rows())
     assert len(rows) > 70
     assert len({(row["event"], row["step"]) for row in rows}) == len(rows)
 
-    (offline,) = (run / "wandb" / "wandb").glob("offline-run-*/*.wandb")
-    logged = history(offline)
-    assert [row["_step"] for row in logged] == list(range(len(rows)))
-    for row, mirrored in zip(rows, logged, strict=True):
+    mirror = logged(run)
+    assert len(list((run / "wandb" / "wandb").glob("offline-run-*"))) > 1, "of each start its own"
+    assert [row["_step"] for row in mirror] == list(range(len(rows)))
+    for row, mirrored in zip(rows, mirror, strict=True):
         assert (mirrored["event"], mirrored["step"]) == (row["event"], row["step"])
         group = row.get("split", row["event"])
         for key, value in row.items():
             if isinstance(value, int | float) and key != "step":
                 assert mirrored[f"{group}/{key}"] == value
+
+    with Service() as service:
+        sync = ["wandb", "sync", str(run / "wandb" / "wandb")]
+        there = {
+            "WANDB_BASE_URL": service.url,
+            "WANDB_API_KEY": "x" * 40,
+            "HOME": str(tmp_path),
+            "WANDB_MODE": "online",
+        }
+        subprocess.run(sync, env=os.environ | there, check=True, capture_output=True, timeout=100)
+        uploaded = [service.rows[line] for line in sorted(service.rows)]
+    assert [(row["_step"], row["event"], row["step"]) for row in uploaded] == [
+        (index, row["event"], row["step"]) for index, row in enumerate(rows)
+    ]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

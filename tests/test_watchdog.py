@@ -18,14 +18,14 @@ from worlds import in_world
 
 from distrain.config import Duration, RecipeError, WatchdogSection
 from distrain.config.yaml import load_recipe
-from distrain.diagnose.hang_diagnosis import Limits, Watchdog, evidence, stacks
+from distrain.diagnose.hang_diagnosis import Limits, Watchdog, evidence
 from distrain.diagnose.hang_diagnosis.diagnosis import Diagnosis, RankReport, find_culprit, record, sentence
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
-from distrain.diagnose.hang_diagnosis.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
 from distrain.launchers import reported
-from distrain.run import heartbeat
+from distrain.run import heartbeat, stacks
 from distrain.run.heartbeat import Heartbeat, mark, stepped
+from distrain.run.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 
 # --------------------------------------------------------------------------------------------------------------------
 # Who hangs

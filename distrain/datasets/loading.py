@@ -13,8 +13,7 @@ import multiprocessing.process
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -26,9 +25,11 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from distrain.config import UserError
+from distrain.datasets import waiting
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
-from distrain.run.heartbeat import listen_in_loader
+from distrain.datasets.waiting import Wait, looked_at
+from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where tensors pass from process to process."""
@@ -37,14 +38,6 @@ _SPARE_FILES = 8
 """Descriptors that sending a batch may need beside those of its tensors, among others to answer who fetches one."""
 
 _CANNOT_TAKE = "the training process cannot take a batch from a loader process"
-
-_waits_since: float | None = None
-
-
-def waited_s() -> float:
-    """Return for how long this process has been waiting for its loader processes, in seconds; 0 if it does not."""
-    since = _waits_since
-    return 0.0 if since is None else time.monotonic() - since
 
 
 @dataclass(frozen=True)
@@ -80,19 +73,28 @@ def load(
     Raises UserError for what went wrong in a loader process, in the words in which it would have been raised here, and
     for processes that cannot start, end early, or cannot hand over a batch. `close()` ends the processes.
     """
+    wait = Wait(workers)
     if workers == 0:
-        made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, places or ())
-        yield from map(_pinned, made) if pin_memory else made
-        return
+        noted = wait.noting(places or ())
+        made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, noted)
+        if pin_memory:
+            made = map(_pinned, made)
+        with looked_at(wait):
+            while True:
+                with wait.for_batch():
+                    batch = next(made, None)
+                if batch is None:
+                    return
+                yield batch
     others = set(multiprocessing.active_children())
-    iterator = _started(batches, places, workers, pin_memory)
-    processes = [each for each in multiprocessing.active_children() if each not in others]
+    iterator = _started(batches, None if places is None else wait.noting(places), workers, pin_memory)
+    processes = wait.processes = [each for each in multiprocessing.active_children() if each not in others]
     # They ignore SIGTERM, and at its end Python waits for all of its processes: one that hangs would keep it for ever.
     kill = Finalize(None, _kill, (processes,), exitpriority=10)
     try:
         while True:
-            with _waiting():
-                item = next(iterator, None)
+            with wait.for_batch(), _explained():
+                item = _taken(iterator, wait, kill)
                 if isinstance(item, Parcel):
                     item = item.open()
             if item is None:
@@ -105,9 +107,29 @@ def load(
         kill()
 
 
+def _taken(iterator: Iterator[Any], wait: Wait, give_up: Callable[[], Any]) -> Any:
+    """Return what comes next, None at the end. What a look at the wait raises ends it, after a call of `give_up`."""
+    pinning = getattr(iterator, "_pin_memory_thread", None)
+    while True:
+        try:
+            return next(iterator, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            # nothing is lost: the next call waits for the same batch
+            if pinning is not None and not pinning.is_alive():
+                raise RuntimeError("the thread that puts batches into pinned memory ended") from error
+        try:
+            wait.look()
+        except BaseException:
+            give_up()
+            raise
+
+
 def _started(
     batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
+    open_loader_notes()
     # Forked processes share the data with this one. They never touch a GPU, so a device that is in use is no matter.
     context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
@@ -119,11 +141,12 @@ def _started(
         pin_memory=pin_memory,
         worker_init_fn=_begin_loading,
         multiprocessing_context=context,
+        timeout=min(waiting.LOOK_EVERY_S, waiting.SAY_AFTER_S / 4),  # then it is looked at, and waited for again
         # A generator of its own: the default one draws from the global random state, which would then depend on this.
         generator=torch.Generator(),
     )
     # PyTorch would have a signal handler raise in whatever line the training process is in when a loader process ends,
-    # be it in the middle of saving. Asked for a batch, it finds out as well, within five seconds.
+    # be it in the middle of saving. Asked for a batch, it finds out as well, within the timeout.
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         iterator = iter(loader)
@@ -174,9 +197,7 @@ def _check_descriptors() -> None:
 
 
 @contextmanager
-def _waiting() -> Iterator[None]:
-    global _waits_since
-    _waits_since = time.monotonic()
+def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -185,8 +206,6 @@ def _waiting() -> Iterator[None]:
         if "Too many open files" in str(error):
             raise UserError(cannot_share(error, _CANNOT_TAKE)) from error
         raise
-    finally:
-        _waits_since = None
 
 
 def _ended(why: str) -> str:

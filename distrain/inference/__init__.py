@@ -14,9 +14,10 @@ from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
-from distrain.data import Transform, build_data, build_transform
+from distrain.data import Transform, build_data, build_eval_loader, build_transform
 from distrain.datasets.base import AnySource, Batch, Data, is_stream, keys_of, warnings_of
-from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.waiting import reading
+from distrain.diagnose.hang_diagnosis import Limits
 from distrain.diagnose.index_errors import given, told_plainly
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.inference.outputs import Predicted, PredictionFile, open_predictions, predicted, target_columns
@@ -25,6 +26,7 @@ from distrain.models import build_model
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import build_loss
 from distrain.parallel import World, load_weights, open_world, with_arithmetic
+from distrain.run import heartbeat
 from distrain.system.output import echo, echo_error
 from distrain.training.context import to_device
 from distrain.training.evaluation import evaluate
@@ -64,9 +66,11 @@ class Trained:
         world.run_on_rank0(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
         with world.run_on_all(lambda: Reader(checkpoint, verify=False)) as reader:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+            _end_waits(recipe)
 
             def build() -> tuple[Data, nn.Module]:
-                data = build_data(recipe, state=reader.manifest.scalars["data"])
+                with reading("the data set"):
+                    data = build_data(recipe, state=reader.manifest.scalars["data"])
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
                 return data, model.to(world.device).eval()
@@ -85,7 +89,8 @@ class Trained:
         def check() -> list[str]:
             if not self.inputs:
                 return []
-            found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
+            with reading("the data set"):
+                found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
             data = [] if split is None else list(found.data)
             if data and not changed_data:
                 lines = [f"the data changed since {self.checkpoint} was trained:", *(f"  {line}" for line in data)]
@@ -101,6 +106,13 @@ class Trained:
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:
     return parse_recipe(text, f"the recipe in {checkpoint}")
+
+
+def _end_waits(recipe: Recipe) -> None:
+    """Let this process wait for data as long as the watchdog of a training run would, unless one looks after it."""
+    if not heartbeat.now().watched:
+        now, limits = heartbeat.begin(), Limits.of(recipe.watchdog)
+        now.limit = lambda: limits.at(now)
 
 
 def _batch_size(recipe: Recipe, world_size: int) -> int:
@@ -129,6 +141,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     source = data.splits[split]
     _tell_warnings(source, world)
     loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
+    heartbeat.mark("evaluate")
     with told_plainly(lambda: (trained.model, loss), _say_last):
         values = evaluate(
             trained.model,
@@ -192,6 +205,7 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
         _tell_warnings(source, trained.world)
         skipped: dict[int, str] = {}
+        heartbeat.mark("evaluate")
         with told_plainly(lambda: (trained.model, None), _say_last):
             count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()

@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -440,12 +441,14 @@ class MetricsFile:
         *,
         resume_step: int | None = None,
         finals: Sequence[int] = (),
+        counted: object = None,
         fence: Callable[[], None] = lambda: None,
     ):
         """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe.
 
-        `finals`: steps of which a `final` row is known to be there; such a row may be of any step. `fence` is called
-        before anything is written, and raises when this process may write no more.
+        `finals`: steps of which a `final` row is known to be there; such a row may be of any step. `counted`: the
+        `rows` of what `settled` returned when the state of `resume_step` was saved. `fence` is called before anything
+        is written, and raises when this process may write no more.
         """
         self._path, self._fence = run.metrics_path, fence
         self.step = self._floor = 0 if resume_step is None else resume_step
@@ -455,15 +458,47 @@ class MetricsFile:
         """The last rows: all of `resume_step` and later ones, and some of before."""
         self._take_over()
         self._cut(resume_step)
+        self._latest = max((row["step"] for row in self.recent), default=0)
         self._file = run.metrics_path.open("ab")
+        self._counted = self._still_there(counted)
+
+    def _still_there(self, counted: object) -> tuple[int, int] | None:
+        """Return (rows, their bytes) of those that were there when the state was saved, or None."""
+        size = self._path.stat().st_size
+        if not size:
+            return 0, 0
+        if not isinstance(counted, dict):
+            return None
+        count, end = counted.get("count"), counted.get("bytes")
+        if type(count) is not int or type(end) is not int or not 0 < count <= end <= size:
+            return None
+        with self._path.open("rb") as file:
+            return (count, end) if os.pread(file.fileno(), 1, end - 1) == b"\n" else None
+
+    @property
+    def kept(self) -> int:
+        """How many rows are the same, and in the same order, as when the state was saved; 0 where that is unknown."""
+        return self._counted[0] if self._counted is not None else 0
 
     @property
     def count(self) -> int:
-        """The number of rows; counting them reads the file, once."""
+        """The number of rows; counting them reads the file once, of counted rows only what follows."""
         if self._count is None:
+            self._count, end = self._counted or (0, 0)
             with self._path.open("rb") as file:
-                self._count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+                file.seek(end)
+                self._count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
         return self._count
+
+    def last(self, number: int) -> Iterator[dict[str, Any]]:
+        """Yield the last `number` rows, the oldest first; reads no others."""
+        if number <= 0:
+            return
+        offsets = (offset for offset, _ in islice(_lines_backwards(self._path), number))
+        with self._path.open("rb") as file:
+            file.seek(0 if number >= self.count else min(offsets))
+            while (line := file.readline(bounded.ROW + 1)).endswith(b"\n"):
+                yield _metrics_row(_row(line, f"{self._path} before byte {file.tell()}"), self._path)
 
     @property
     def finals(self) -> list[int]:
@@ -545,6 +580,7 @@ class MetricsFile:
         self._file.write(line)
         self._file.flush()
         self._seen.add(key)
+        self._latest = max(self._latest, step)
         if count is not None:
             self._count = count + 1
         return True
@@ -556,7 +592,14 @@ class MetricsFile:
         """
         self._floor = step
         self._seen = {key for key in self._seen if key[1] >= step or key[0] == "final"}
-        return {"finals": self.finals, "events": sorted(event for event, at in self._seen if at == step)}
+        found: dict[str, Any] = {
+            "finals": self.finals,
+            "events": sorted(event for event, at in self._seen if at == step),
+        }
+        # of a run that has gone back, rows of later steps lie before what follows
+        if self._latest <= step and not (self._count is None and self._counted is None):
+            found["rows"] = {"count": self.count, "bytes": os.fstat(self._file.fileno()).st_size}
+        return found
 
     def close(self) -> None:
         """Close the file."""

@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -52,7 +52,19 @@ STEP_PHASES = ("data", "sync", "forward", "backward", "optimizer")
 class Now:
     """What this process is doing. Written by the thread that trains, read by another: each write is one attribute."""
 
-    __slots__ = ("board", "marks", "phase", "seconds", "since", "step", "steps", "straggler", "ticks")
+    __slots__ = (
+        "board",
+        "limit",
+        "marks",
+        "phase",
+        "seconds",
+        "since",
+        "step",
+        "steps",
+        "straggler",
+        "ticks",
+        "watched",
+    )
 
     def __init__(self) -> None:
         self.phase = "setup"
@@ -70,6 +82,10 @@ class Now:
         """Spent in each phase since the first step was done."""
         self.straggler: Straggler | None = None
         """A slow rank that was found and not yet told of."""
+        self.limit: Callable[[], float | None] | None = None
+        """Says after how many seconds without progress this process is ended, at what it is doing now; None: never."""
+        self.watched = False
+        """Whether a watchdog ends it then; a wait for data ends by itself otherwise."""
         self.board = _open_board()
         """(step, marks, phase) once more, where other processes of this machine can read them: also when this one is
         stopped."""

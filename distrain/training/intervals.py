@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from distrain.checkpoint import Criterion
 from distrain.config import Duration, Horizon, UserError
-from distrain.datasets.loading import waited_s
+from distrain.datasets.waiting import while_waiting
 from distrain.run.heartbeat import mark
 
 T = TypeVar("T")
@@ -45,7 +44,7 @@ class Interval:
 class StopRequest:
     """Notes SIGTERM, SIGINT, SIGUSR1 and a file that asks for a stop; the loop makes that a decision of all ranks.
 
-    A second SIGINT interrupts. A signal also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
+    A second SIGINT interrupts. A request also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
     `NoBatch`: the loop could not heed it there.
     """
 
@@ -57,7 +56,6 @@ class StopRequest:
         self._watched = watched
         self._looked_at = -math.inf
         self._before: dict[int, Any] = {}
-        self._left = threading.Event()
 
     @property
     def reason(self) -> str | None:
@@ -73,10 +71,11 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._note)
         # a launcher blocks it, so that no process dies of it before it has come here
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        while_waiting.append(self._heed)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._left.set()
+        while_waiting.remove(self._heed)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -86,19 +85,14 @@ class StopRequest:
             raise KeyboardInterrupt
         if self._noted is None:
             self._noted = signal.Signals(number).name
-            threading.Thread(target=self._insist, args=(number,), name="stop", daemon=True).start()
-        elif waited_s() > PATIENCE_S:
+
+    def _heed(self, waited_s: float) -> None:
+        if waited_s > PATIENCE_S and self.reason is not None:
             raise NoBatch(
-                f"{self._noted} asks the run to stop, and its loader processes have given no batch for "
-                f"{waited_s():.0f} s; it stops without one, and resumes from its newest checkpoint. If they hang, see "
+                f"{self.reason} asks the run to stop, and its loader processes have given no batch for "
+                f"{waited_s:.0f} s; it stops without one, and resumes from its newest checkpoint. If they hang, see "
                 "what data.workers=0 does"
             )
-
-    def _insist(self, number: int) -> None:
-        """Signal the main thread again where it waits for loader processes in vain."""
-        while not self._left.wait(PATIENCE_S / 20):
-            if waited_s() > PATIENCE_S:
-                signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 class NoBatch(UserError):

@@ -15,7 +15,7 @@ from distrain.config.yaml import parse_recipe
 from distrain.config.yaml.strict_yaml import dotted, leaves
 from distrain.datasets.base import Data
 from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
-from distrain.run.folder import RunDir, now, read_rows
+from distrain.run.folder import RunDir, now, rows_backwards
 
 EVENT = "update"
 """A row of metrics.jsonl and attempts.jsonl for a start under another recipe, or on other data or code: `recipe` {key:
@@ -66,10 +66,22 @@ def take_inputs(
     if not then and "imported_from" not in resumed.scalars:
         told.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
-    noted = [each for each in read_rows(run.attempts_path) if each.get("event") == EVENT]
-    before = noted[-1] if noted and noted[-1]["step"] == resumed.step else {"recipe": {}, "inputs": []}
+    before = noted(run, resumed.step) or {"recipe": {}, "inputs": []}
     same = all(before.get(key) == row[key] for key in ("recipe", "inputs"))
     return Inputs(found, None if same else {**row, "time": now()}, told)
+
+
+def noted(run: RunDir, step: int) -> dict[str, Any] | None:
+    """Return the newest update on record, where that is one of a start from `step`.
+
+    Looks at no starts before the newest one that went on from an earlier step.
+    """
+    for row in rows_backwards(run.attempts_path):
+        if row.get("event") == EVENT:
+            return row if row["step"] == step else None
+        if row["step"] < step:
+            return None
+    return None
 
 
 def accept(run: RunDir, found: dict[str, Any]) -> None:

@@ -1,25 +1,32 @@
-"""Loader processes that cannot hand over a batch are an error that names the cause, at once."""
+"""Loader processes that cannot hand over a batch, or are stuck, are named with the cause."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
+import re
 import resource
 import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from runs import train_rank, write_recipe
+from runs import cli_rank, train, train_rank, write_recipe
 from worlds import in_world
 
 from distrain.config import UserError
+from distrain.datasets import waiting
 from distrain.datasets.batches import Batches
 from distrain.datasets.loading import load
+from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir
 
 
@@ -115,41 +122,163 @@ def test_full_shared_memory_is_an_error_that_names_it(mib: float) -> None:
         assert found == "4 batches" or "/dev/shm" in found
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Loader processes that are stuck
+
+LOCK = threading.Lock()
+
+
+def sleep_for_ever(batch: dict[str, Any]) -> None:
+    time.sleep(10**6)
+
+
+def take_lock(batch: dict[str, Any]) -> None:
+    with LOCK:
+        pass
+
+
+def stop_itself(batch: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def read_of_a_pipe(batch: dict[str, Any]) -> None:
+    os.read(os.pipe()[0], 1)
+
+
+def compute_for_ever(batch: dict[str, Any]) -> None:
+    while True:
+        pass
+
+
+class StuckAtSix:
+    """Is stuck at the batch of sample 6, which is the second."""
+
+    def __init__(self, how: Any):
+        self.how = how
+
+    def __call__(self, batch: dict[str, Any]) -> None:
+        if 6 in batch["ids"].tolist():
+            self.how(batch)
+
+    def is_met(self) -> bool:
+        """Whether a loader process of this one is stuck there."""
+        pids = [pid for pid, _ in stacks.loaders()]
+        if self.how is stop_itself:
+            return any(heartbeat.process_state(pid, 0) == "T" for pid in pids)
+        found = [stacks.loader_stack(pid) or [] for pid in pids]
+        return any(frame.function == self.how.__name__ for stack in found for frame in stack)
+
+
+@pytest.fixture
+def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix], heartbeat.Now]]:
+    """Have a wait reported as soon as a loader process is stuck."""
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 1000.0)
+    monkeypatch.setattr(waiting, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(waiting, "_reached", Counter())
+
+    def begin(stuck: StuckAtSix) -> heartbeat.Now:
+        def look(waited_s: float) -> None:
+            if stuck.is_met():
+                monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.0)
+
+        monkeypatch.setattr(waiting, "while_waiting", [look])
+        return heartbeat.begin()
+
+    yield begin
+    heartbeat.begin()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (sleep_for_ever, "sleeps or waits, at\n    .*test_loading.py:[0-9]+ in sleep_for_ever: time.sleep"),
+        (take_lock, "sleeps or waits, at\n    .*test_loading.py:[0-9]+ in take_lock: with LOCK"),
+        (read_of_a_pipe, "sleeps or waits, at\n    .*test_loading.py:[0-9]+ in read_of_a_pipe: os.read"),
+        (compute_for_ever, "(computes|sleeps or waits), at\n    .*test_loading.py:[0-9]+ in compute_for_ever: "),
+        (stop_itself, "is stopped, by SIGSTOP: kill -CONT [0-9]+ "),
+    ],
+)
+@pytest.mark.fault(44)
+def test_a_loader_process_that_is_stuck_is_named_with_its_line(
+    how: Any, words: str, once_stuck: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = StuckAtSix(how)
+    once_stuck(stuck).limit = lambda: 0.0 if caplog.records else 1000.0
+    with LOCK, pytest.raises(UserError, match="the section watchdog of the recipe allows") as found:
+        loaded(Source(spoil=stuck))
+    said = capfd.readouterr().err
+    owes = "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7: process [0-9]+ "
+    assert re.match(rf"warning: [0-9.]+ s {owes}{words}", said)
+    assert re.match(rf"[0-9.]+ s {owes}{words}", str(found.value))
+    assert "it ends after 16.7 minutes of this" in said
+    for text in (said, str(found.value)):
+        assert "data.workers=0 shows" in text
+        assert "A fork copies locks" in text
+    assert all("torch/" not in line and "/multiprocessing/" not in line for line in said.splitlines())
+    assert re.search(owes, caplog.text)
+    assert said.count("warning") == 1
+    for process in multiprocessing.active_children():
+        process.join(30)
+        assert not process.is_alive()
+
+
+def test_a_slow_loader_is_reported_and_goes_on(
+    once_stuck: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = multiprocessing.get_context("fork").Semaphore(0)
+    tell = waiting.echo
+
+    def echo(*text: Any, **how: Any) -> None:
+        tell(*text, **how)
+        told.release()
+
+    def take_its_time(batch: dict[str, Any]) -> None:
+        told.acquire()
+
+    monkeypatch.setattr(waiting, "echo", echo)
+    stuck = StuckAtSix(take_its_time)
+    once_stuck(stuck)
+    found = loaded(Source(spoil=stuck))
+    assert [batch["ids"].tolist() for batch in found] == [ids.tolist() for _, ids in PLACES]
+    said = capfd.readouterr().err
+    assert "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7" in said
+    assert "nothing ends this wait but a person" in said
+
+
+def test_a_loader_that_is_always_slow_is_reported_less_and_less(
+    once_stuck: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait, said = waiting.Wait(0), []
+    for number in range(1, 20):
+        with wait.for_batch():
+            wait._waited_s = waiting.SAY_AFTER_S
+            wait.look()
+            wait.look()
+        said += [number] if capfd.readouterr().err else []
+    assert said == [1, 2, 4, 8, 16]
+
+
 class Stuck:
-    """Points of which the tenth can never be read in a loader process."""
+    """Points that cannot be read in a loader process where STUCK is set, and in any after STUCK_AFTER of them."""
 
     classes = ("a", "b")
+    reads = 0
+    """Of this process."""
 
     def __len__(self) -> int:
         return 32
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if torch.utils.data.get_worker_info() is not None:
+        Stuck.reads += 1
+        in_loader = "STUCK" in os.environ and torch.utils.data.get_worker_info() is not None
+        after = os.environ.get("STUCK_AFTER")
+        if in_loader or (after is not None and Stuck.reads > int(after)):
             Path(os.environ["STUCK"]).touch()
             threading.Event().wait()
         return torch.ones(3) * index, index % 2
 
 
-def stop_while_stuck(recipe: str, run: str) -> Any:
-    from distrain.training import intervals as pace
-
-    pace.PATIENCE_S = 1.0
-    os.environ["STUCK"] = str(Path(run).with_name("stuck"))
-
-    def stop() -> None:
-        while not Path(os.environ["STUCK"]).exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
-    return train_rank(recipe, [], run, None, False)
-
-
-@pytest.mark.fault(43)
-def test_a_stop_is_heeded_while_loader_processes_hang(tmp_path: Path) -> None:
-    recipe = write_recipe(
-        tmp_path,
-        """
+RECIPE = """
 name: stuck
 task: classification
 data: {name: "test_loading:Stuck", split: [0.75, 0.25], workers: 1}
@@ -157,11 +286,79 @@ model: {name: mlp, hidden: [2]}
 batch: {global: 4}
 train: {steps: 4}
 eval: {every: null}
-""",
-    )
+"""
+
+
+def stop_while_stuck(recipe: str, run: str) -> Any:
+    from UNKNOWN import pace
+
+    pace.PATIENCE_S, waiting.SAY_AFTER_S = 1.0, 0.2
+    os.environ["STUCK"] = str(Path(run).with_name("stuck"))
+
+    def stop() -> None:
+        log = RunDir(run).log_path(0)
+        while not (log.exists() and "in __getitem__" in log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    return train_rank(recipe, [], run, None, False)
+
+
+@pytest.mark.fault(44)
+def test_a_stop_is_heeded_while_loader_processes_hang(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE)
     (ended,) = in_world(1, stop_while_stuck, str(recipe), str(tmp_path / "run"), launched=False)
     assert ended.status == 1
     assert "SIGTERM asks the run to stop, and its loader processes have given no batch" in ended.err
     failed = RunDir(tmp_path / "run").failed
     assert failed is not None
     assert failed["restart"] is True
+    for said in (ended.err, RunDir(tmp_path / "run").log_path(0).read_text()):
+        assert "without a batch; loader process 0 of 1 owes the batch of the samples" in said
+        assert "in __getitem__: " in said
+        assert "it ends after 30 minutes of this, by the section watchdog of the recipe" in said
+
+
+def while_stuck(variables: dict[str, str], *arguments: str) -> Any:
+    from distrain import inference
+
+    os.environ.update(variables)
+    waiting.SAY_AFTER_S, waiting.LOOK_EVERY_S = 1000.0, 0.1
+
+    def limit(now: heartbeat.Now) -> float:
+        """Have the wait reported as soon as it is in vain, and then ended."""
+        if Path(os.environ["STUCK"]).exists():
+            waiting.SAY_AFTER_S = 0.0
+        return 0.0 if waiting._reached else 1000.0
+
+    inference.Limits = SimpleNamespace(of=lambda section: SimpleNamespace(at=limit))  # type: ignore[attr-defined]
+    return cli_rank(list(arguments))
+
+
+@pytest.mark.fault(44)
+def test_scoring_and_predicting_end_where_data_never_come(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "predicted.csv"
+    train(1, write_recipe(tmp_path, RECIPE), run)
+    loader = "without a batch; loader process 0 of 1 owes the batch of the samples 0, 1, 2, 3: process "
+    here = "this process has been reading the "
+    evaluate, predict = ["evaluate", str(run), "--split", "test"], ["predict", str(run), "train", "-o", str(out)]
+    for number, (arguments, after, words) in enumerate(
+        [
+            (evaluate, None, loader),
+            (evaluate, "0", here + "data set for "),
+            (predict, "2", here + "data set for "),
+            (predict, "30", here + "batch of the samples "),
+        ]
+    ):
+        variables = {"STUCK": str(tmp_path / f"stuck-{number}")} | ({} if after is None else {"STUCK_AFTER": after})
+        (ended,) = in_world(1, while_stuck, variables, *arguments, launched=False)
+        assert ended.status == 1
+        assert ended.err.startswith("warning: "), ended.err
+        warning, error = ended.err.split("error:")
+        for said in (warning, error):
+            assert words in said
+            assert "in __getitem__: " in said
+        assert "Traceback" not in ended.err
+        assert "the section watchdog of the recipe allows 0 s" in error
+        assert not out.exists()

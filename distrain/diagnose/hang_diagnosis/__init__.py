@@ -6,7 +6,6 @@ heartbeat where the rank is. When every rank is silent or has said that nothing 
 that is alive, finds the cause in what the others have written, puts it into FAILED.json and says it in one sentence,
 and all ranks end. No collective has a part in this, nor has the clock of the wall. Imports no torch.
 
-    stacks.py      where threads are, and which line of them a person wants to see
     autopsy.py     which rank is the cause, from what all have written
     stragglers.py  ranks that are slow rather than dead
     gpus.py        what the driver of the GPUs has noted about them
@@ -27,11 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrain.config import WatchdogSection
-from distrain.diagnose.hang_diagnosis import evidence, stacks
+from distrain.diagnose.hang_diagnosis import evidence
 from distrain.diagnose.hang_diagnosis.diagnosis import RankReport, find_culprit, record
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults
 from distrain.diagnose.hang_diagnosis.stragglers import OWN_WORK, Stragglers
-from distrain.run import heartbeat
+from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir, now
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.output import error_text
@@ -134,6 +133,7 @@ class Watchdog:
         self.folder = heartbeat.folder(run)
         self.folder.mkdir(exist_ok=True)
         self.now = heartbeat.begin()
+        self.now.limit, self.now.watched = lambda: self.limits.at(self.now), True
         self._main = threading.get_ident()
         self._main_task = threading.get_native_id()
         self._attempt, self._job, self._host = heartbeat.this_attempt(), heartbeat.this_job(), heartbeat.own_host()
@@ -179,6 +179,7 @@ class Watchdog:
             faulthandler.unregister(heartbeat.STACK_SIGNAL)
         self._stuck.close()
         self._stuck_path(self.rank).unlink(missing_ok=True)
+        self.now.limit, self.now.watched = None, False
         heartbeat.mark("ended")
         self._stalled = None
         self._write()
@@ -355,7 +356,7 @@ class Watchdog:
 
     def _note_stall(self) -> None:
         """Write the stacks of all threads, and keep where this rank is and what else tells it from the others."""
-        loaders = evidence.loader_stacks()
+        loaders = stacks.loader_stacks()
         with suppress(OSError):
             lines = [*stacks.in_words(stacks.stacks())]
             for name, stack in loaders:
@@ -427,7 +428,7 @@ class Watchdog:
                 with suppress(OSError):
                     os.kill(other["pid"], signal.SIGKILL)
         log.error("rank %d ends: nothing has come of it for %.0f s", self.rank, self._idle)
-        for pid, _ in evidence.loaders():
+        for pid, _ in stacks.loaders():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         if self.rank == 0:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrain.diagnose.hang_diagnosis.stacks import Frame, Where
 from distrain.run.heartbeat import HANG, Heartbeat
+from distrain.run.stacks import Frame, Where
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What else tells a rank that hangs from one that waits for it: its loaders, its collectives, what its thread does."""
+"""What else tells a rank that hangs from one that waits for it: its collectives, what its thread does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distrain.diagnose.hang_diagnosis.stacks import PACKAGE, Stack, parse_dump
-from distrain.run import heartbeat
+from distrain.run.stacks import PACKAGE, Stack
 
 T = TypeVar("T")
 
@@ -30,53 +29,6 @@ def within(action: Callable[..., T], seconds: float, *args: Any) -> T | None:
     thread.start()
     thread.join(seconds)
     return found[0] if found else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Loader processes
-
-
-def loaders() -> list[tuple[int, int]]:
-    """Return (process, number of the loader) of the loader processes that this process has."""
-    file = heartbeat.open_loader_notes()
-    if file is None:
-        return []
-    content = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
-    found = []
-    for line in content.splitlines():
-        parts = line.split()
-        if len(parts) == 3 and parts[0] == "loader" and _parent(int(parts[1])) == os.getpid():
-            found.append((int(parts[1]), int(parts[2])))
-    return list(dict.fromkeys(found))
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def loader_stacks(patience_s: float = 0.3) -> list[tuple[str, Stack]]:
-    """Return the name and the stack of each loader process of this process."""
-    file = heartbeat.open_loader_notes()
-    found: list[tuple[str, Stack]] = []
-    for pid, worker in loaders():
-        assert file is not None, "there are notes"
-        assert heartbeat.STACK_SIGNAL is not None, "they listen to it"
-        begin = os.fstat(file).st_size
-        with suppress(OSError):
-            os.kill(pid, heartbeat.STACK_SIGNAL)
-        until, size = time.monotonic() + patience_s, begin
-        while time.monotonic() < until:
-            time.sleep(0.02)
-            before, size = size, os.fstat(file).st_size
-            if size > begin and size == before:
-                break
-        dumped = parse_dump(os.pread(file, size - begin, begin).decode(errors="replace"))
-        if dumped:
-            found.append((f"loader process {worker}", dumped[-1]))
-    return found
 
 
 def main_of(dumped: list[Stack]) -> Stack:

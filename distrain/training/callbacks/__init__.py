@@ -1,6 +1,7 @@
 """What watches a run and writes down what it sees.
 
 banner.py         what a run says of itself before its first step
+offline_runs.py   folders of an offline wandb run, one for each start
 trackers.py       metrics.jsonl, the progress line, wandb and TensorBoard
 trace.py          what each step did, for `distrain prove`
 hidden_state.py   state of the process that no checkpoint holds

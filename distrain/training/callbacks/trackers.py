@@ -27,6 +27,7 @@ from distrain.config import Recipe
 from distrain.run.folder import MetricsFile, RunDir, now
 from distrain.system.output import error_line, one_line
 from distrain.system.terminal import Console, ProgressLine, Table
+from distrain.training.callbacks.offline_runs import OfflineRuns
 
 Row = dict[str, Any]
 log = logging.getLogger("distrain")
@@ -72,13 +73,14 @@ def _numbers(row: Row) -> dict[str, float]:
 class Wandb:
     """Weights & Biases: one run, written by rank 0, the same one after every resume.
 
-    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that it has is not sent
-    again. Offline files of a killed process lack what was not flushed and cannot be added to, so they are written anew.
+    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that the service has is not
+    sent again. Offline, each start writes a folder of its own, with the rows that those of earlier starts lack.
     """
 
     name = "wandb"
 
-    def __init__(self, run: RunDir, recipe: Recipe, config: dict[str, Any]):
+    def __init__(self, run: RunDir, recipe: Recipe, config: dict[str, Any], rows: MetricsFile, marked: Any):
+        """`marked`: what `mark` returned when the state was saved that the run goes on from."""
         import wandb
 
         folder = run.path / "wandb"
@@ -86,33 +88,31 @@ class Wandb:
         id_file = folder / "run-id"
         if not id_file.exists():
             id_file.write_text(hashlib.sha256(f"{run.path}\0{now()}".encode()).hexdigest()[:12])
-        run_id = id_file.read_text().strip()
-        offline = recipe.log.wandb == "offline"
-        if offline:
-            for old in folder.glob(f"wandb/offline-run-*-{run_id}"):
-                shutil.rmtree(old)
+        self._id = id_file.read_text().strip()
+        offline = OfflineRuns(folder, self._id) if recipe.log.wandb == "offline" else None
+        # a checkpoint without the mark was saved while something else was written, or nothing
+        held = offline.cut(rows.kept if marked == self.mark() else 0) if offline is not None else 0
         self._run = wandb.init(
             dir=str(folder),
-            id=run_id,
+            id=self._id,
             name=recipe.name,
             project=recipe.log.project,
-            mode="offline" if offline else "online",
-            resume=None if offline else "allow",
+            mode="online" if offline is None else "offline",
+            resume="allow",  # offline it is a note for the upload
             config=config,
             settings=wandb.Settings(console="off", silent=True, init_timeout=60),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self._next = 0 if offline else self._run.step
+        if offline is not None:
+            offline.begin(Path(self._run.dir).parent, held)
+        self._next = self._run.step if offline is None else held
 
     def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
-        lacks = rows.count - self._next
-        if lacks > len(rows.recent):
-            return None
-        return list(enumerate(rows.recent, rows.count - len(rows.recent)))[len(rows.recent) - max(lacks, 0) :]
+        return enumerate(rows.last(rows.count - self._next), self._next)
 
     def mark(self) -> Any:
-        return None
+        return {"id": self._id}
 
     def write(self, index: int, row: Row) -> None:
         if index >= self._next:
@@ -283,14 +283,14 @@ class Telemetry:
             return cls(None, None, [])
         history = history or {}
         finals = [step for step in history.get("finals", ()) if type(step) is int]
-        rows = MetricsFile(run, resume_step=start_step, finals=finals, fence=fence)
+        rows = MetricsFile(run, resume_step=start_step, finals=finals, counted=history.get("rows"), fence=fence)
         telemetry = cls(rows, Display(total_steps, start_step), [])
         wanted: list[tuple[str, Callable[[], Mirror]]] = []
+        marks = history.get("mirrors") or {}
         if recipe.log.wandb != "off":
-            wanted.append(("wandb", lambda: Wandb(run, recipe, config)))
+            wanted.append(("wandb", lambda: Wandb(run, recipe, config, rows, marks.get("wandb"))))
         if recipe.log.tensorboard:
-            marked = (history.get("mirrors") or {}).get("tensorboard")
-            wanted.append(("tensorboard", lambda: TensorBoard(run, start_step, marked)))
+            wanted.append(("tensorboard", lambda: TensorBoard(run, start_step, marks.get("tensorboard"))))
         for name, build in wanted:
             try:
                 mirror = build()

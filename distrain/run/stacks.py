@@ -8,13 +8,16 @@ import re
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import distrain
+from distrain.run import heartbeat
 
 PACKAGE = str(Path(distrain.__file__).parent) + os.sep
 _SCHEMES = sysconfig.get_paths()
@@ -111,6 +114,15 @@ _COMMAND_LINE = re.compile(r"(typer|click)/|distrain/(cli/\w+|__main__)\.py$")
 
 def _is_command_line(file: str) -> bool:
     return _COMMAND_LINE.match(shortened(file)) is not None
+
+
+def without_machinery(stack: Stack) -> Stack:
+    """Return the innermost lines, down to distrain's own, without those of torch and multiprocessing between them."""
+    own = next((index for index, frame in enumerate(stack) if frame.file.startswith(PACKAGE)), len(stack))
+    return [frame for frame in stack[:own] if not _MACHINERY.search(frame.file)]
+
+
+_MACHINERY = re.compile(r"(site|dist)-packages/torch/|lib/python[0-9.]+/multiprocessing/|^<")
 
 
 def line_to_see(stack: Stack) -> Frame | None:
@@ -249,7 +261,7 @@ def where_is(main: int, loaders: Sequence[tuple[str, Stack]] = ()) -> Where:
                 return where(other, "a thread of the backward pass")
     if any("torch/utils/data/dataloader.py" in shortened(frame.file) for frame in inner(stack)):
         for name, other in loaders:
-            if not _is_idle_loader(other):
+            if not is_idle_loader(other):
                 return where(other, name, waiting=False)
     return where(stack)
 
@@ -263,7 +275,7 @@ def _is_waiting_for_thread(stack: Stack) -> bool:
     return False
 
 
-def _is_idle_loader(stack: Stack) -> bool:
+def is_idle_loader(stack: Stack) -> bool:
     """Whether a loader process waits to be told what to load."""
     for frame in stack:
         if "/multiprocessing/" in frame.file or frame.file.endswith(("/selectors.py", "/threading.py")):
@@ -281,3 +293,55 @@ def in_words(found: dict[int, Stack]) -> Iterator[str]:
             source = frame.source()
             yield f"  {shortened(frame.file)}:{frame.line} in {frame.function}" + (f": {source}" if source else "")
         yield ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loader processes
+
+_asking = threading.Lock()
+
+
+def loaders() -> list[tuple[int, int]]:
+    """Return (process, number of the loader) of the loader processes that this process has."""
+    file = heartbeat.open_loader_notes()
+    if file is None:
+        return []
+    content = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+    found = []
+    for line in content.splitlines():
+        parts = line.split()
+        if len(parts) == 3 and parts[0] == "loader" and _parent(int(parts[1])) == os.getpid():
+            found.append((int(parts[1]), int(parts[2])))
+    return list(dict.fromkeys(found))
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def loader_stack(pid: int, patience_s: float = 0.3) -> Stack | None:
+    """Return the stack of a loader process of this process; None where it does not say it in time."""
+    file = heartbeat.open_loader_notes()
+    if file is None or heartbeat.STACK_SIGNAL is None:
+        return None
+    with _asking:
+        begin = os.fstat(file).st_size
+        with suppress(OSError):
+            os.kill(pid, heartbeat.STACK_SIGNAL)
+        until, size = time.monotonic() + patience_s, begin
+        while time.monotonic() < until:
+            time.sleep(0.02)
+            before, size = size, os.fstat(file).st_size
+            if size > begin and size == before:
+                break
+        dumped = parse_dump(os.pread(file, size - begin, begin).decode(errors="replace"))
+    return dumped[-1] if dumped else None
+
+
+def loader_stacks() -> list[tuple[str, Stack]]:
+    """Return the name and the stack of each loader process of this process that says it."""
+    found = ((f"loader process {worker}", loader_stack(pid)) for pid, worker in loaders())
+    return [(name, stack) for name, stack in found if stack is not None]
