@@ -23,6 +23,7 @@ from distrain.run.heartbeat import read_heartbeat
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import remembered
 from distrain.system.bounded_json import RECORD, parse_json, read_bounded
+from distrain.system.job_environment import JobEnvironment
 
 HUGE = 8 << 30
 
@@ -65,7 +66,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "FAILED.json": (of_run(lambda run: run.failed), None),
     "PREEMPTED": (of_run(lambda run: run.preempted), None),
     "metrics.jsonl": (of_run(lambda run: list(run.rows())), r"metrics\.jsonl:1 "),
-    "lease.json": (of_run(lambda run: check_free(run, Holder.of_this_process({}))), None),
+    "lease.json": (of_run(lambda run: check_free(run, Holder.of_this_process(JobEnvironment()))), None),
     "heartbeat/rank-0.json": (lambda path: read_heartbeat(RunDir(path.parent.parent), 0), None),
     "micro_batch.json": (of_run(lambda run: remembered(run, None)), None),  # type: ignore[arg-type]
     "sweep.json": (lambda path: read_sweep(path.parent), "sweep.json cannot be read"),

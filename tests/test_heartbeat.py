@@ -34,9 +34,9 @@ from distrain.run.heartbeat import (
     starts_at,
     stepped,
     this_attempt,
-    this_job,
     write_heartbeat,
 )
+from distrain.system.job_environment import JobEnvironment
 
 
 def beat(rank: int = 0, **values: Any) -> Heartbeat:
@@ -139,12 +139,12 @@ def test_where_a_rank_is_in_words() -> None:
 
 
 def test_all_ranks_of_a_start_name_it_alike_and_no_other_start_does() -> None:
+    none, job = JobEnvironment(), JobEnvironment(job="17")
     variables = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500", "RANK": "3"}
-    assert this_attempt(variables) == this_attempt(variables | {"RANK": "0"})
-    job = variables | {"SLURM_JOB_ID": "17"}
-    assert this_attempt(job) != this_attempt(job | {"SLURM_RESTART_COUNT": "1"})
-    assert this_attempt(variables) != this_attempt(variables | {"MASTER_PORT": "29501"})
-    assert (this_job(variables), this_job(job), this_job(job | {"SLURM_RESTART_COUNT": "2"})) == (None, "17.0", "17.2")
+    assert this_attempt(none, variables) == this_attempt(none, variables | {"RANK": "0"})
+    assert this_attempt(none, variables) != this_attempt(job, variables)
+    assert this_attempt(job, variables) != this_attempt(replace(job, restart=1), variables)
+    assert this_attempt(none, variables) != this_attempt(none, variables | {"MASTER_PORT": "29501"})
 
 
 def test_processes_are_known_by_their_start() -> None:

@@ -16,6 +16,7 @@ from distrain.config import UserError
 from distrain.run import lease
 from distrain.run.folder import MetricsFile, RunDir, read_rows
 from distrain.run.lease import Holder, Lease, Replaced, check_free, take
+from distrain.system.job_environment import JobEnvironment
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def start(job: str | None = None, restart: int = 0, host: str | None = None) -> Holder:
-    variables = {} if job is None else {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}
-    return replace(Holder.of_this_process(variables), host=host or socket.gethostname())
+    holder = Holder.of_this_process(JobEnvironment(job=job, restart=restart))
+    return replace(holder, host=host or socket.gethostname())
 
 
 def taken(run: RunDir, holder: Holder, step: int = 0, restarts: int | None = None) -> Lease:

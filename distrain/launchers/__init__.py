@@ -9,6 +9,7 @@ reporting.py   what is said of a process that fails, and where
 slurm/         batch jobs
 """
 
+import distrain.launchers.slurm.job_environment  # noqa: F401  registers what is asked of SLURM
 from distrain.launchers.evaluating import start_evaluation, work_evaluation
 from distrain.launchers.local import (
     TYPED,

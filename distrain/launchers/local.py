@@ -17,6 +17,7 @@ from distrain.config import UserError
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
+from distrain.system.job_environment import job_environment
 from distrain.system.memory import oom_kills
 from distrain.system.output import echo_error
 
@@ -157,7 +158,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     arguments = launch_command_parser().parse_args(launch_argv(plan))
     killed_before = oom_kills()
     try:
-        with _passed_on(signal.SIGUSR1), ending_hung(run) if run is not None else nullcontext():
+        with _passed_on(job_environment().notice), ending_hung(run) if run is not None else nullcontext():
             launch_command(arguments)
     except ChildFailedError as error:
         if run is not None and hang_of(run) is not None:

@@ -31,6 +31,7 @@ from distrain.run.folder import Launch, RunDir, effect_in_words
 from distrain.run.lease import Holder, Lease, check_free, take
 from distrain.run.micro_batch import Probed, remember
 from distrain.system.environment import own_start, rank_told, say_ignored
+from distrain.system.job_environment import job_environment
 from distrain.system.output import echo, echo_error, echo_loading, one_line
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def work(
     """
     end_with_launcher()
     # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [job_environment().notice])
     rank = rank_told()
     if "DISTRAIN_TRACE" in os.environ:
         from distrain.training.callbacks.outside_files import note_files

@@ -28,6 +28,7 @@ from typing import Any
 
 from distrain.run.folder import RunDir
 from distrain.system import bounded_json as bounded
+from distrain.system.job_environment import JobEnvironment
 
 PHASES = {
     "setup": "the set-up",
@@ -314,16 +315,10 @@ def read_heartbeats(run: RunDir) -> list[Heartbeat]:
     return [beat for beat in found if beat.attempt == newest.attempt]
 
 
-def this_attempt(variables: Mapping[str, str] = os.environ) -> str:
-    """Return a name that all ranks of this start have in common, from what their launcher set."""
-    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    return "/".join(variables.get(name, "") for name in names)
-
-
-def this_job(variables: Mapping[str, str] = os.environ) -> str | None:
-    """Return the SLURM job of this process with the number of its restarts, or None."""
-    job = variables.get("SLURM_JOB_ID")
-    return f"{job}.{variables.get('SLURM_RESTART_COUNT') or 0}" if job else None
+def this_attempt(job: JobEnvironment, variables: Mapping[str, str] = os.environ) -> str:
+    """Return a name that all ranks of this start have in common, from their job and from what their launcher set."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    return "/".join((job.attempt or "", *(variables.get(name, "") for name in names)))
 
 
 def process_started(pid: int | str = "self") -> int:

@@ -15,13 +15,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from distrain.config import UserError
 from distrain.run.folder import RunDir, append_row, write_atomically
 from distrain.system.bounded_json import read_record
+from distrain.system.job_environment import JobEnvironment, job_environment
 
 RESTARTS = 3
 """How often a job may start again from the same step; DISTRAIN_MAX_RESTARTS replaces it."""
@@ -46,23 +46,22 @@ class Holder:
     host: str
     pid: int
     job: str | None
-    """The SLURM job."""
+    """The scheduler's job."""
     restart: int
-    """How often SLURM has requeued the job."""
+    """How often the scheduler has requeued the job."""
     time: float
     """Seconds since 1970."""
 
     @classmethod
-    def of_this_process(cls, variables: Mapping[str, str] = os.environ) -> Holder:
-        """Describe a start from this process, now."""
-        job, told = variables.get("SLURM_JOB_ID"), variables.get("SLURM_RESTART_COUNT", "")
-        restart = int(told) if told.isdecimal() else 0
+    def of_this_process(cls, job: JobEnvironment | None = None) -> Holder:
+        """Describe a start from this process, now; `job` is the one that it belongs to, by default as it is told."""
+        job = job or job_environment()
         host = socket.gethostname()
-        token = f"{job or host}.{restart}.{os.getpid()}.{secrets.token_hex(4)}"
-        return cls(token, host, os.getpid(), job, restart, time.time())
+        token = f"{job.job or host}.{job.restart}.{os.getpid()}.{secrets.token_hex(4)}"
+        return cls(token, host, os.getpid(), job.job, job.restart, time.time())
 
     def replaces(self, other: Holder) -> bool:
-        """Whether this is a later start of the same job: SLURM starts it again when it has given the other up."""
+        """Whether this is a later start of the same job, which is started again once the other is given up."""
         return self.job is not None and self.job == other.job and self.restart > other.restart
 
     def __str__(self) -> str:
@@ -201,7 +200,7 @@ def _lock(run: RunDir, holder: Holder) -> IO[str] | None:
             who = file.read().strip()
             file.close()
             if other is not None and holder.replaces(other):
-                return None  # of processes that SLURM has given up, and which may not have ended
+                return None  # of processes that the scheduler has given up, and which may not have ended
             raise _in_use(run, who or str(other or "another process")) from None
         file.close()
         locked = None

@@ -16,6 +16,7 @@ from distrain.checkpoint import Criterion
 from distrain.config import Duration, Horizon, UserError
 from distrain.datasets.waiting import while_waiting
 from distrain.run.heartbeat import mark
+from distrain.system.job_environment import job_environment
 
 T = TypeVar("T")
 
@@ -42,19 +43,18 @@ class Interval:
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT, SIGUSR1 and a file that asks for a stop; the loop makes that a decision of all ranks.
+    """Notes SIGTERM, SIGINT, a scheduler's notice and a file that asks for a stop; in the loop all ranks decide on it.
 
     A second SIGINT interrupts. A request also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
     `NoBatch`: the loop could not heed it there.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, watched: Path | None = None) -> None:
         """`watched`: the file; None on the ranks that leave looking for it to another."""
         self._noted: str | None = None
         self._watched = watched
         self._looked_at = -math.inf
+        self._notice = job_environment().notice
         self._before: dict[int, Any] = {}
 
     @property
@@ -67,10 +67,10 @@ class StopRequest:
         return self._noted
 
     def __enter__(self) -> StopRequest:
-        for number in self._SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGINT, self._notice):
             self._before[number] = signal.signal(number, self._note)
         # a launcher blocks it, so that no process dies of it before it has come here
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._notice])
         while_waiting.append(self._heed)
         return self
 

@@ -33,6 +33,7 @@ from distrain.diagnose.hang_diagnosis.stragglers import OWN_WORK, Stragglers
 from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir, now
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
+from distrain.system.job_environment import job_environment
 from distrain.system.output import error_text
 
 __all__ = ["Limits", "Watchdog", "gpu_faults"]
@@ -136,7 +137,8 @@ class Watchdog:
         self.now.limit, self.now.watched = lambda: self.limits.at(self.now), True
         self._main = threading.get_ident()
         self._main_task = threading.get_native_id()
-        self._attempt, self._job, self._host = heartbeat.this_attempt(), heartbeat.this_job(), heartbeat.own_host()
+        job = job_environment()
+        self._attempt, self._job, self._host = heartbeat.this_attempt(job), job.attempt, heartbeat.own_host()
         self._started = heartbeat.process_started()
         self._begun = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
         self._sequence = 0

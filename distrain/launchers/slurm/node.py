@@ -29,17 +29,18 @@ from distrain.launchers import (
     shared_file,
     work,
 )
+from distrain.launchers.slurm.job_environment import read_slurm
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import remember
 from distrain.system.environment import forget_launchers, say_ignored, use_interfaces
+from distrain.system.job_environment import job_environment
 from distrain.system.output import echo
 
 
 def job_name(variables: Mapping[str, str] = os.environ) -> str:
     """Return the job as SLURM's commands take it: 17, or 17_3 for a task of an array."""
-    array, task = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else variables.get("SLURM_JOB_ID", "0")
+    return read_slurm(variables).queue_id or "0"
 
 
 def processes_here(asked: str) -> int:
@@ -65,8 +66,8 @@ def create(
     from distrain.parallel import check_precision
     from distrain.training.checks import check_recipe
 
-    holder = Holder.of_this_process()
-    if holder.restart > 0 and (earlier := run_of_job(holder.job, run_dir)) is not None:
+    job = job_environment()
+    if job.requeued and (earlier := run_of_job(job.job, run_dir)) is not None:
         return earlier
     run, loaded = find_run(target, overrides, run_dir)
     if loaded is None:
@@ -76,7 +77,7 @@ def create(
     check_recipe(loaded.recipe, target)
     check_precision(loaded.recipe.train.precision, asked.strategy)
     if run.exists:
-        check_free(run, holder)
+        check_free(run, Holder.of_this_process(job))
     open_run(run, loaded, Launch.describe(world_size, asked.strategy, asked.offload), update=update)
     if update:
         run.clear_markers()
@@ -166,7 +167,7 @@ def node_rank(nodes: int, variables: Mapping[str, str]) -> int:
     """Return which of the job's nodes this is, as srun told this process; raises UserError when it told nothing."""
     if nodes == 1:
         return 0
-    told = variables.get("SLURM_NODEID", "")
+    told = read_slurm(variables).node or ""
     if not told.isdecimal() or int(told) >= nodes:
         raise UserError(
             f"SLURM_NODEID is {told or 'not set'}, expected a number below the {nodes} nodes; srun sets it: start this "
@@ -180,8 +181,8 @@ def set_environment(
 ) -> None:
     """Set what libraries read: threads for each process, and the network between nodes. What is set already stays."""
     cpus = len(os.sched_getaffinity(0))
-    if (told := variables.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
-        cpus = min(cpus, int(told))  # where SLURM binds nothing, a process sees all CPUs of the node
+    if (told := read_slurm(variables).cpus) is not None:
+        cpus = min(cpus, told)  # where SLURM binds nothing, a process sees all CPUs of the node
     variables.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
     if interface is not None:
         there = [name for _, name in socket.if_nameindex()]
@@ -226,7 +227,7 @@ def can_listen(port: int) -> bool:
 
 def note_taken(run: RunDir, port: int, variables: Mapping[str, str] = os.environ) -> None:
     """Tell the batch script that another port is to be tried."""
-    name = f"port-taken-{job_name(variables)}-{variables.get('SLURM_RESTART_COUNT') or 0}"
+    name = f"port-taken-{job_name(variables)}-{read_slurm(variables).restart}"
     (run.path / "submit").mkdir(exist_ok=True)
     (run.path / "submit" / name).write_text(f"{port}\n")
     echo(f"distrain: port {port} of {socket.gethostname()} was taken; another is tried", error=True)
@@ -248,7 +249,7 @@ def scratch_folder(scratch: str | None, variables: MutableMapping[str, str]) -> 
             "variables in it must be set there"
         )
     own = Path(base) / f"distrain-{os.getuid()}"
-    name = f"{job_name(variables)}-{variables.get('SLURM_NODEID') or 0}"
+    name = f"{job_name(variables)}-{read_slurm(variables).node or 0}"
     temporary = own / f"job-{name}"
     try:
         own.mkdir(parents=True, exist_ok=True, mode=0o700)
