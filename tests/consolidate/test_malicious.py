@@ -138,8 +138,22 @@ def test_a_program_of_too_many_operations(monkeypatch, operation):
     assert read_pickle(b"\x80\x02" + b"N" * 9_000 + b".") is None
 
 
+@pytest.mark.parametrize("name", [b"torch\nSize", b"builtins\nset", b"collections\nOrderedDict"])
+def test_copying_a_long_list_counts_as_reading_it(monkeypatch, name):
+    """A few bytes each would copy what takes many to write."""
+    monkeypatch.setattr(pickles, "_MOST_OPERATIONS", 10_000)
+    long = b"\x80\x02c" + name + b"\nq\x00](" + b"K\x01K\x02\x86" * 1000 + b"eq\x01"
+    assert len(read_pickle(long + b"0h\x00h\x01\x85R.")) in (1, 1000)
+    with pytest.raises(PickleRefused, match="more than 10,000 operations"):
+        read_pickle(long + b"0h\x00h\x01\x85R" * 10 + b".")
+
+
 def test_a_place_in_the_memo_costs_no_memory():
     assert read_pickle(b"\x80\x02K\x07r\xff\xff\xff\xff.") == 7
+
+
+def test_a_mapping_in_one_operation_is_one_value_of_its_list():
+    assert read_pickle(b"\x80\x02](X\x01\x00\x00\x00aK\x01(K\x02NdK\x03e.") == ["a", 1, {2: None}, 3]
 
 
 def test_tuples_of_tuples_are_no_keys():

@@ -1,17 +1,18 @@
-"""Pickles read as data: a machine for the opcodes that calls nothing.
+"""Pickles read as data: Python's Unpickler, restricted to operations that build plain values and call nothing.
 
-A pickle is a program. This one's every operation builds plain values, and where the program would look up or call
-something of Python's, what it names is written down: a `Named` for the thing, a `Made` for the call. The few calls that
-make tensors and mappings in torch's files are then understood by name. What is named must be on a list, because a file
-that names anything else was not written by the trainers that are read here. Without a call there is nothing that a
-malicious file could run.
+A pickle is a program. Where it would look up or call something of Python's, what it names is written down: a `Named`
+for the thing, a `Made` for the call. The few calls that make tensors and mappings in torch's files are then understood
+by name. What is named must be on a list, because a file that names anything else was not written by the trainers that
+are read here. Without a call there is nothing that a malicious file could run.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from distrain.checkpoints.dtypes import BY_TORCH_NAME, DTYPES
@@ -40,6 +41,15 @@ class Made:
     def __getitem__(self, key: str) -> Any:
         """Return an attribute, as the state has it."""
         return self.state[key] if isinstance(self.state, dict) and key in self.state else None
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Drop an item of a mapping of a class that is kept as it was called."""
+
+    def append(self, value: Any) -> None:
+        """Drop an item of such a list."""
+
+    def extend(self, values: list[Any]) -> None:
+        """Drop items of such a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +111,7 @@ _MOST_OPERATIONS = 10_000_000
 """Of one pickle: each may make an object of a hundred bytes, and a tensor takes some forty."""
 _SETTINGS = {"lightning", "lightning_fabric", "pytorch_lightning", "omegaconf"}
 """Packages of which files hold settings and states of trainers, as hyper-parameters and callbacks have them."""
-_MAX_INTEGER = 255  # bytes; a longer one is nobody's number, and slow to handle
+_MAX_INTEGER = 255  # bytes
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> View:
@@ -147,9 +157,25 @@ def _of_type(args: tuple[Any, ...]) -> Any:
     return made(inner)
 
 
-def _mapping(args: tuple[Any, ...]) -> dict[Any, Any]:
+class _Mapping(dict[Any, Any]):
+    """A mapping that a pickle fills: its keys are plain values."""
+
+    def __init__(self, pairs: Any = ()):
+        super().__init__()
+        for key, value in pairs:
+            self[key] = value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # tuples in tuples could take for ever to hash
+        parts = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(part, str | int | float | bytes | bool | Made | Named | None) for part in parts):
+            raise PickleRefused("a mapping has a key that is no plain value")
+        super().__setitem__(key, value)
+
+
+def _mapping(args: tuple[Any, ...]) -> _Mapping:
     pairs = next((arg for arg in args if isinstance(arg, dict | list | tuple)), ())
-    return _fill({}, pairs.items() if isinstance(pairs, dict) else pairs)
+    return _Mapping(pairs.items() if isinstance(pairs, dict) else pairs)
 
 
 def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -169,70 +195,36 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 }
 
 
-def _is_key(value: Any) -> bool:
-    # tuples in tuples could take for ever to hash
-    plain = isinstance(value, str | int | float | bytes | bool | Made | Named | None)
-    return plain or (isinstance(value, tuple) and all(not isinstance(v, tuple) and _is_key(v) for v in value))
+class _Operations(dict[int, Callable[[Any], None]]):
+    """What to do for each operation, handed out so many times and no more."""
+
+    left: int
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            self.spend(0)
+        return dict.__getitem__(self, code)
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise PickleRefused(f"it has more than {_MOST_OPERATIONS:,} operations; no listing of tensors has so many")
 
 
-def _fill(target: dict[Any, Any], pairs: Any) -> dict[Any, Any]:
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not _is_key(pair[0]):
-            raise PickleRefused("a mapping has a key that is no plain value")
-        target[pair[0]] = pair[1]
-    return target
+# the Unpickler in C makes room for any place in the memo, hashes any key, and counts no operations
+class _Unpickler(pickle._Unpickler):
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    readline: Callable[[], bytes]
 
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self.operations = self.dispatch = _Operations(_OPERATIONS)  # type: ignore[misc]
+        self.operations.left = _MOST_OPERATIONS
 
-_MARK = object()
-
-
-@dataclass
-class _Machine:
-    data: bytes
-    position: int = 0
-    stack: list[Any] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
-
-    def take(self, count: int) -> bytes:
-        start, self.position = self.position, self.position + count
-        if count < 0 or self.position > len(self.data):
-            raise PickleRefused("it ends in the middle")
-        return self.data[start : self.position]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def line(self) -> bytes:
-        end = self.data.find(b"\n", self.position)
-        if end < 0:
-            raise PickleRefused("it ends in the middle")
-        return self.take(end + 1 - self.position)[:-1]
-
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise PickleRefused("its operations do not fit together")
-        return value
-
-    def since_mark(self) -> list[Any]:
-        for index in range(len(self.stack) - 1, -1, -1):
-            if self.stack[index] is _MARK:
-                found = self.stack[index + 1 :]
-                del self.stack[index:]
-                return found
-        raise PickleRefused("its operations do not fit together")
-
-    def top(self, kind: type) -> Any:
-        value = self.stack[-1]
-        if not isinstance(value, kind):
-            raise PickleRefused("its operations do not fit together")
-        return value
-
-    # What looks things up, and what would call them
-
-    def named(self, module: Any, name: Any) -> Named:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleRefused("it names something by no text")
+    def find_class(self, module: str, name: str) -> Named:
         # the names of Python 2, which pickles of protocol 2 are written with
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         path = f"{module}.{name}"
@@ -240,26 +232,7 @@ class _Machine:
             raise PickleRefused(f"it names {path[:200]}, which is no part of tensors")
         return Named(path)
 
-    def call(self, function: Any, args: Any) -> Any:
-        if not isinstance(function, Named) or not isinstance(args, tuple):
-            raise PickleRefused("it calls what is no name")
-        known = _CALLS.get(function.path)
-        try:
-            return known(args) if known else Made(function.path, args)
-        except (ValueError, TypeError, IndexError, RecursionError) as error:
-            if isinstance(error, PickleRefused):
-                raise
-            raise PickleRefused(f"it calls {function.path} with other arguments than torch does") from error
-
-    def build(self) -> None:
-        state = self.pop()
-        target = self.stack[-1]
-        if isinstance(target, Made):
-            target.state = state
-        elif not isinstance(target, dict | View):  # attributes of mappings and tensors carry no state of training
-            raise PickleRefused("it gives attributes to a plain value")
-
-    def storage(self, reference: Any) -> Storage:
+    def persistent_load(self, reference: Any) -> Storage:
         if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
             raise PickleRefused("it refers to something that is no storage")
         _, kind, key, _, numel = reference
@@ -269,136 +242,61 @@ class _Machine:
             raise PickleRefused("a storage's key or size is none")
         return Storage(key, _STORAGE_DTYPES[kind.path], numel)
 
+    def call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Named) or not isinstance(args, tuple):
+            raise PickleRefused("it calls what is no name")
+        self.operations.spend(sum(len(arg) for arg in args if isinstance(arg, dict | list)))  # they are copied
+        known = _CALLS.get(function.path)
+        try:
+            self.append(known(args) if known else Made(function.path, args))
+        except (ValueError, TypeError, IndexError, RecursionError) as error:
+            if isinstance(error, PickleRefused):
+                raise
+            raise PickleRefused(f"it calls {function.path} with other arguments than torch does") from error
 
-def _unicode(machine: _Machine, size: int) -> str:
-    return machine.take(size).decode("utf-8", "surrogatepass")
+    def call_with_keywords(self) -> None:
+        self.stack.pop()
+        self.call()
 
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Made):
+            target.state = state
+        elif not isinstance(target, dict | View):  # attributes of mappings and tensors carry no state of training
+            raise PickleRefused("it gives attributes to a plain value")
 
-def _integer(machine: _Machine, size: int) -> int:
-    if size > _MAX_INTEGER:
-        raise PickleRefused(f"it has a number of {size} bytes")
-    return int.from_bytes(machine.take(size), "little", signed=True)
+    def mapping(self) -> None:
+        flat = self.pop_mark()
+        self.append(_Mapping(zip(flat[::2], flat[1::2], strict=True)))
 
-
-def _text_integer(machine: _Machine) -> int | bool:
-    line = machine.line()
-    if line in (b"00", b"01"):
-        return line == b"01"
-    if len(line) > _MAX_INTEGER:
-        raise PickleRefused("it has a number of too many digits")
-    return int(line.rstrip(b"L"))
-
-
-def _memorise(machine: _Machine, index: int) -> None:
-    machine.memo[index] = machine.stack[-1]
-
-
-def _set_items(machine: _Machine, flat: list[Any]) -> None:
-    if len(flat) % 2:
-        raise PickleRefused("a mapping has a key without a value")
-    target = machine.stack[-1]
-    if isinstance(target, Made):  # a mapping of a class that is kept as it was called
-        return
-    _fill(machine.top(dict), zip(flat[::2], flat[1::2], strict=True))
-
-
-def _append(machine: _Machine, values: list[Any]) -> None:
-    target = machine.stack[-1]
-    if isinstance(target, list):
-        target.extend(values)
-    elif not isinstance(target, Made | tuple):
-        raise PickleRefused("its operations do not fit together")
+    def number(self) -> None:
+        line = self.readline()
+        if len(line) > _MAX_INTEGER:
+            raise PickleRefused("it has a number of too many digits")
+        self.append(line == b"01\n" if line in (b"00\n", b"01\n") else int(line.rstrip(b"L\n")))
 
 
-def _tuple(machine: _Machine, size: int) -> None:
-    found = tuple(machine.pop() for _ in range(size))
-    machine.stack.append(found[::-1])
-
-
-def _reduce(machine: _Machine) -> None:
-    args, function = machine.pop(), machine.pop()
-    machine.stack.append(machine.call(function, args))
-
-
-def _new_object(machine: _Machine, with_keywords: bool) -> None:
-    if with_keywords:
-        machine.pop()
-    args, kind = machine.pop(), machine.pop()
-    machine.stack.append(machine.call(kind, args))
-
-
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.pop(), machine.pop()
-    machine.stack.append(machine.named(module, name))
-
-
-_Step = Callable[[_Machine], Any]
-
-
-def _pushes(value: _Step) -> _Step:
-    return lambda m: m.stack.append(value(m))
-
-
-_STEPS: dict[int, _Step] = {
-    ord(key): step
-    for key, step in {
-        "\x80": lambda m: m.take(1),
-        "\x95": lambda m: m.take(8),
-        "(": lambda m: m.stack.append(_MARK),
-        "0": lambda m: m.pop(),
-        "1": lambda m: m.since_mark(),
-        "2": lambda m: m.stack.append(m.stack[-1]),
-        "N": lambda m: m.stack.append(None),
-        "\x88": lambda m: m.stack.append(True),
-        "\x89": lambda m: m.stack.append(False),
-        "}": lambda m: m.stack.append({}),
-        "]": lambda m: m.stack.append([]),
-        ")": lambda m: m.stack.append(()),
-        "\x8f": lambda m: m.stack.append([]),
-        "K": _pushes(lambda m: m.number(1)),
-        "M": _pushes(lambda m: m.number(2)),
-        "J": _pushes(lambda m: int.from_bytes(m.take(4), "little", signed=True)),
-        "I": _pushes(_text_integer),
-        "L": _pushes(_text_integer),
-        "\x8a": _pushes(lambda m: _integer(m, m.number(1))),
-        "\x8b": _pushes(lambda m: _integer(m, m.number(4))),
-        "G": _pushes(lambda m: struct.unpack(">d", m.take(8))[0]),
-        "F": _pushes(lambda m: float(m.line())),
-        "X": _pushes(lambda m: _unicode(m, m.number(4))),
-        "\x8c": _pushes(lambda m: _unicode(m, m.number(1))),
-        "\x8d": _pushes(lambda m: _unicode(m, m.number(8))),
-        "U": _pushes(lambda m: m.take(m.number(1))),
-        "T": _pushes(lambda m: m.take(m.number(4))),
-        "C": _pushes(lambda m: m.take(m.number(1))),
-        "B": _pushes(lambda m: m.take(m.number(4))),
-        "\x8e": _pushes(lambda m: m.take(m.number(8))),
-        "q": lambda m: _memorise(m, m.number(1)),
-        "r": lambda m: _memorise(m, m.number(4)),
-        "\x94": lambda m: _memorise(m, len(m.memo)),
-        "h": _pushes(lambda m: m.memo[m.number(1)]),
-        "j": _pushes(lambda m: m.memo[m.number(4)]),
-        "t": _pushes(lambda m: tuple(m.since_mark())),
-        "l": _pushes(lambda m: m.since_mark()),
-        "d": _pushes(lambda m: _fill({}, list(zip(*[iter(m.since_mark())] * 2, strict=True)))),
-        "\x91": _pushes(lambda m: tuple(m.since_mark())),
-        "\x85": lambda m: _tuple(m, 1),
-        "\x86": lambda m: _tuple(m, 2),
-        "\x87": lambda m: _tuple(m, 3),
-        "a": lambda m: _append(m, [m.pop()]),
-        "e": lambda m: _append(m, m.since_mark()),
-        "\x90": lambda m: _append(m, m.since_mark()),
-        "s": lambda m: _set_items(m, [m.pop(), m.pop()][::-1]),
-        "u": lambda m: _set_items(m, m.since_mark()),
-        "c": _pushes(lambda m: m.named(m.line().decode(), m.line().decode())),
-        "\x93": _stack_global,
-        "R": _reduce,
-        "\x81": lambda m: _new_object(m, with_keywords=False),
-        "\x92": lambda m: _new_object(m, with_keywords=True),
-        "b": lambda m: m.build(),
-        "Q": _pushes(lambda m: m.storage(m.pop())),
-    }.items()
-}  # fmt: skip
-_STOP = ord(".")
+_CODES: dict[int, Any] = pickle._Unpickler.dispatch
+_SAFE = (
+    b"(012NKMJGFXUTCBqrhjtlaesuc.])Q"
+    b"\x80\x95\x88\x89\x8a\x8c\x8d\x8e\x94\x85\x86\x87\x93"
+)  # fmt: skip
+_OPERATIONS: dict[int, Any] = {code: _CODES[code] for code in _SAFE} | {
+    pickle.EMPTY_DICT[0]: lambda unpickler: unpickler.append(_Mapping()),
+    pickle.DICT[0]: _Unpickler.mapping,
+    # a set is read as a list, because what is in it need not be hashed
+    pickle.EMPTY_SET[0]: _CODES[pickle.EMPTY_LIST[0]],
+    pickle.ADDITEMS[0]: _CODES[pickle.APPENDS[0]],
+    pickle.FROZENSET[0]: _CODES[pickle.TUPLE[0]],
+    pickle.INT[0]: _Unpickler.number,
+    pickle.LONG[0]: _Unpickler.number,
+    pickle.REDUCE[0]: _Unpickler.call,
+    pickle.NEWOBJ[0]: _Unpickler.call,
+    pickle.NEWOBJ_EX[0]: _Unpickler.call_with_keywords,
+    pickle.BUILD[0]: _Unpickler.build,
+}
+"""All that a pickle may do. Numbers have at most 255 bytes: a longer one is nobody's number, and slow to handle."""
 
 
 def read_pickle(data: bytes) -> Any:
@@ -407,22 +305,20 @@ def read_pickle(data: bytes) -> Any:
     Raises PickleRefused where it is damaged, uses an operation that torch's files do not, or names something that is no
     part of tensors and of what trainers write beside them.
     """
-    machine = _Machine(data)
     try:
-        for _ in range(_MOST_OPERATIONS):
-            code = data[machine.position]
-            machine.position += 1
-            if code == _STOP:
-                return machine.pop()
-            _STEPS[code](machine)
-        raise PickleRefused(f"it has more than {_MOST_OPERATIONS:,} operations; no listing of tensors has so many")
+        return _Unpickler(data).load()
+    except PickleRefused:
+        raise
     except MemoryError as error:
         raise PickleRefused("it holds more than there is memory for") from error
     except KeyError as error:
-        raise PickleRefused(f"it has an operation or a reference that is not read here ({error})") from error
-    except (IndexError, ValueError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        if isinstance(error, PickleRefused):
-            raise
+        raise PickleRefused(f"it has an operation that is not read here ({error})") from error
+    except EOFError as error:
+        raise PickleRefused("it ends in the middle") from error
+    except (
+        pickle.UnpicklingError, AttributeError, IndexError, ValueError, TypeError, OverflowError, RecursionError,
+        struct.error,
+    ) as error:  # fmt: skip
         raise PickleRefused(f"it is damaged ({error})") from error
 
 
