@@ -14,6 +14,7 @@ from typing import Any
 
 import hanging_parts
 import pytest
+from places import IMPORTABLE
 from runs import rows, write_recipe
 from worlds import running_world
 
@@ -268,7 +269,7 @@ def test_the_launcher_ends_when_a_rank_is_stopped(tmp_path: Path) -> None:
         *settings,
     ]
     variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    variables["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    variables["PYTHONPATH"] = IMPORTABLE
     done = subprocess.run(
         [*map(str, command), "--run-dir", str(tmp_path / "run")],
         capture_output=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import IMPORTABLE
 from runs import TINY, assert_same_run, train, train_rank, write_recipe
 from torch import nn
 from worlds import running_world
@@ -127,11 +128,12 @@ def test_a_process_that_has_lost_its_gpu_tells_once_and_ends(tmp_path: Path) -> 
 @pytest.mark.parametrize("case", ["label", "token"])
 @pytest.mark.parametrize("more", [(), ("train.precision=bf16",), ("train.compile=true",)], ids=str)
 def test_on_a_gpu(tmp_path: Path, case: str, more: tuple[str, ...]) -> None:
-    from test_launcher import SCRIPT, typed
+    from places import SCRIPT
+    from runs import typed
 
     (task, data, args, model), what, fits = CASES[case]
     recipe = write_recipe(tmp_path, RECIPE.format(task=task, data=data, more=args, model=model))
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    path = {"PYTHONPATH": f"{IMPORTABLE}:{Path(__file__).parent}"}
     done = typed("python", SCRIPT, recipe, *more, "--run-dir", tmp_path / "run", folder=tmp_path, **path)
     assert done.returncode == 1
     assert f"the {what}in sample 7" in done.stderr
@@ -220,7 +222,8 @@ def test_operations_are_found_in_errors() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [("train.precision=fp32",), ("train.precision=fp32", "train.compile=true")], ids=str)
 def test_the_same_bits_on_a_gpu(tmp_path: Path, more: tuple[str, ...]) -> None:
-    from test_launcher import SCRIPT, typed
+    from places import SCRIPT
+    from runs import typed
 
     text = TINY.replace("model: {name: mlp, hidden: [16]}", "model: {name: cnn}").replace("precision: fp64, ", "")
     for name in ("one", "other"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
 from runs import rows, train, write_recipe
-from test_evaluation import PAIRS, POINTS, score, write_pairs
 from test_matrix import create, train_in_turn
 from torch import nn
 from worlds import in_world, running_world
@@ -148,7 +148,7 @@ def in_trouble(trouble: str, source: Any, model: nn.Module, metrics: Any) -> Any
 @pytest.mark.parametrize("tests", [1, 5, 97])
 def test_scores_are_those_of_one_process(tmp_path: Path, tests: int) -> None:
     recipe = str(write_recipe(tmp_path, POINTS.format(tests=tests)))
-    (expected,) = in_world(1, score, recipe)
+    (expected,) = in_world(1, evaluate_untrained, recipe)
     for world_size in (2, 3):
         for values in in_world(world_size, score_sharded, recipe, "", True):
             assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -172,7 +172,7 @@ def test_what_one_rank_cannot_do_all_raise(tmp_path: Path, trouble: str, message
 
 def test_streams_end_on_all_ranks_or_are_refused(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path, POINTS.format(tests=21)))
-    (expected,) = in_world(1, score, recipe)
+    (expected,) = in_world(1, evaluate_untrained, recipe)
     for values in in_world(2, score_sharded, recipe, "stream 0"):
         assert values["samples"] == 21
         assert values["confusion_matrix"] == expected["confusion_matrix"]
@@ -200,7 +200,7 @@ def test_a_forward_pass_that_fails_on_one_rank_keeps_no_other_waiting(tmp_path: 
 def test_generated_text_is_scored_as_in_one_process(tmp_path: Path) -> None:
     """Sentences end after different numbers of steps on each rank."""
     recipe = str(write_recipe(tmp_path, PAIRS.format(path=write_pairs(tmp_path), steps=1)))
-    (expected,) = in_world(1, score, recipe)
+    (expected,) = in_world(1, evaluate_untrained, recipe)
     for world_size in (2, 3):
         for values in in_world(world_size, score_sharded, recipe, "", True):
             assert isinstance(values, dict), values

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import USER_CODE
 from runs import TINY, write_recipe
 from torch import nn
 from worlds import _context, free_port
@@ -44,7 +45,7 @@ from distrain.run.folder import RunDir
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.callbacks.trace import changes
 
-WRONG = Path(__file__).parent / "wrong_parts.py"
+WRONG = USER_CODE / "wrong_parts.py"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Starting runs without the time that imports take
@@ -144,7 +145,7 @@ checkpoint: {async: false}
 
 
 def small(folder: Path, text: str = SMALL) -> str:
-    return str(write_recipe(folder, text.replace("own_parts:", f"{Path(__file__).parent / 'own_parts.py'}:")))
+    return str(write_recipe(folder, text.replace("own_parts:", f"{USER_CODE / 'own_parts.py'}:")))
 
 
 def proof_of(recipe: str, *overrides: str, kills: int = 1, steps: int = 12, seed: int = 3, **how: Any) -> Proof:

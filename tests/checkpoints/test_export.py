@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_world
+from places import IMPORTABLE
 
 from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
 from distrain.checkpoints.export import copying, export, find_source
@@ -336,7 +337,7 @@ def test_memory_is_bounded(tmp_path, dtype):
     path = ThreadWorld(2).run(lambda comm: Saver(tmp_path, comm).save(1, specs, ranks[comm.rank], **described))[0].path
     ran = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(path), str(tmp_path / "out.safetensors"), dtype],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": IMPORTABLE},
     )  # fmt: skip
     assert int(ran.stdout) < 48 << 20
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import TINY, checkpoint, cli, losses, rows, train, write_recipe
+from places import IMPORTABLE, ROOT, SCRIPT
+from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
 from worlds import running_world
 
-import distrain
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers import (
@@ -33,9 +33,6 @@ from distrain.launchers import (
 )
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, take
-
-ROOT = Path(distrain.__file__).parent.parent
-SCRIPT = ROOT / "launch" / "train.py"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Plans
@@ -223,20 +220,6 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> 
 # Launchers, as they are typed
 
 
-def typed(*arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in fresh interpreters, with the tools of this one's folder."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [str(argument) for argument in arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment | {"PATH": path} | variables,
-        timeout=180,
-    )
-
-
 MULTI_CPU = ROOT / "accelerate_configs" / "multi_cpu.yaml"
 WRONG = {
     "python": (["python", SCRIPT], ["--processes", "2"], "this run asks for 2 processes, found 1"),
@@ -334,9 +317,8 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
 def test_distrain_train_tells_a_failure_once_and_names_a_killed_rank(tmp_path: Path) -> None:
     text = TINY.replace("model: {name: mlp, hidden: [16]}", 'model: {name: "own_parts:Faulty", width: 64, classes: 10}')
     recipe = write_recipe(tmp_path, text)
-    tests = str(Path(__file__).parent)
     command = [sys.executable, "-m", "distrain", "train", recipe, "--processes", "2"]
-    path = f"{ROOT}:{tests}"
+    path = IMPORTABLE
     done = typed(*command, "--run-dir", tmp_path / "a", folder=tmp_path, PYTHONPATH=path)
     assert done.returncode == 1
     assert done.stderr.count("ArithmeticError: the model broke") == 1

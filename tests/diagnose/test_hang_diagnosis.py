@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from beats import beat, run_in
 from runs import write_recipe
-from test_heartbeat import beat, run_in
 from worlds import in_world
 
 from distrain.config import Duration, RecipeError, WatchdogSection

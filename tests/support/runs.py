@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -188,3 +189,17 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
     assert a.keys() == b.keys()
     worst = {name: float(np.abs(a[name] - b[name]).max()) for name in a}
     assert max(worst.values()) <= tolerance, {name: gap for name, gap in worst.items() if gap > tolerance}
+
+
+def typed(*arguments: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in fresh interpreters, with the tools of this one's folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment | {"PATH": path} | variables,
+        timeout=180,
+    )

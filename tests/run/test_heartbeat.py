@@ -10,9 +10,9 @@ import time
 import timeit
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from beats import beat, run_in
 from runs import TINY, write_recipe
 from worlds import running_world
 
@@ -21,7 +21,6 @@ from distrain.diagnose.hang_diagnosis import Watchdog
 from distrain.run import heartbeat
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import (
-    Heartbeat,
     at_this_moment,
     ending_hung,
     hang_of,
@@ -37,23 +36,6 @@ from distrain.run.heartbeat import (
     write_heartbeat,
 )
 from distrain.system.job_environment import JobEnvironment
-
-
-def beat(rank: int = 0, **values: Any) -> Heartbeat:
-    """Return a heartbeat of this process."""
-    known: dict[str, Any] = {
-        "host": "n1", "pid": os.getpid(), "started": process_started(), "job": None, "attempt": "a", "world_size": 4,
-        "sequence": 1, "time": 1e9, "interval": 5.0, "step": 7, "marks": 3, "phase": "forward", "seconds": 0.5,
-        "idle": 0.0, "steps": 7,
-    }  # fmt: skip
-    return Heartbeat(rank=rank, **known | values)
-
-
-def run_in(folder: Path) -> RunDir:
-    """Return a run folder with a place for heartbeats."""
-    run = RunDir(folder / "run")
-    heartbeat.folder(run).mkdir(parents=True)
-    return run
 
 
 def test_a_mark_costs_less_than_a_microsecond() -> None:

@@ -23,6 +23,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from places import IMPORTABLE
+
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -32,7 +34,7 @@ def _start_server() -> None:
     _context.set_forkserver_preload(["preloaded"])
     before = os.environ.get("PYTHONPATH")
     # Python before 3.13 does not hand its own path on to the server
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [IMPORTABLE, before]))
     try:
         forkserver.ensure_running()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from places import IMPORTABLE
 
 NUMEL = 40 << 20  # 160 MiB in one tensor: far above the bound
 LIMIT = 64 << 20
@@ -93,7 +95,7 @@ def test_memory_is_bounded(format, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": IMPORTABLE},
     )
     assert ran.returncode == 0, ran.stderr
     print(ran.stdout)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import IMPORTABLE
 from runs import captured, last, losses, state, write_recipe
 from safetensors.torch import load_file, save_file
 from test_deferred import SIZES, assert_equals, world_state
@@ -299,7 +300,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, files: str, dtype: 
     size = sum(parameter.numel() * 4 for parameter in model.parameters()) / 2**20
     pretrained.cache_clear()
     program = [sys.executable, "-c", MEMORY, str(tmp_path / "wide"), str(tmp_path / "warm")]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": IMPORTABLE}
+    )
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.split()]
     print(

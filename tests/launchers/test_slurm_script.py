@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch does: with SLURM's commands as tests/stub_slurm.py has them. The real ones: tests/cluster."""
+"""What slurm/train.sbatch does: with SLURM's commands as stub_slurm.py has them. The real ones: tests/cluster."""
 
 from __future__ import annotations
 

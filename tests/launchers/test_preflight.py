@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import TINY, Ended, captured, cli, losses, train, write_recipe
-from test_launcher import SCRIPT, typed
+from places import SCRIPT
+from runs import TINY, Ended, captured, cli, losses, train, typed, write_recipe
 from worlds import free_port, in_world, running_world
 
 import distrain

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils as U
 import torchvision
+from places import IMPORTABLE
 from safetensors.torch import save_file
 from test_models import BART, BERT, GPT2, IMAGES, PAIRS, TEXT, recipe_of
 from torch import Tensor, nn
@@ -755,7 +757,9 @@ print(building / 2**20, peak.most / 2**20)
 @pytest.mark.parametrize("way", ["plain", "initialised last", "scaled last", "rejecting"])
 def test_memory_does_not_grow_with_the_model(way: str) -> None:
     program = [sys.executable, "-c", MEMORY, way]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": IMPORTABLE}
+    )
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.split()]
     print(f"{way}: 400 MiB of weights, the largest 25 MiB; peaks while building and of values: {peaks} MiB")

@@ -13,6 +13,7 @@ import pytest
 import sacrebleu
 import torch
 from checkpoint_state import rewrite_manifest
+from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
 from own_parts import Points
 from runs import Ended, captured, cli, losses, rows, state, train, train_rank, write_recipe
 from safetensors.numpy import load_file
@@ -24,47 +25,10 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.launchers import reported
-from distrain.metrics import build_metrics
 from distrain.models import build_model
-from distrain.networks.calling import calling_convention
-from distrain.optim import build_loss
-from distrain.parallel import open_world
 from distrain.run.folder import RunDir
 from distrain.training import evaluation
-from distrain.training.evaluation import evaluate
 from distrain.training.intervals import EvalHistory
-
-POINTS = """
-name: points
-task: classification
-data: {{name: "own_parts:Points", tests: {tests}}}
-model: {{name: mlp, hidden: [8]}}
-batch: {{global: 6}}
-train: {{steps: 6}}
-eval: {{every: null, batch: 4, metrics: [accuracy, f1_macro, precision, recall, confusion_matrix]}}
-checkpoint: {{async: false}}
-"""
-
-
-def score(recipe: str) -> dict[str, Any]:
-    """Score the recipe's untrained model on its test split, in this world."""
-    parsed = load_recipe(recipe).recipe
-    world = open_world("fp32")
-    data = build_data(parsed)
-    model = build_model(parsed, data.meta)
-    values = evaluate(
-        model,
-        calling_convention(model),
-        data.splits["test"],
-        world=world,
-        loss=build_loss(parsed, data.meta),
-        metrics=build_metrics(parsed, data.meta),
-        batch_size=parsed.eval.batch or 4,
-        decode=data.meta.decode,
-    )
-    assert model.training, "as it was before"
-    world.close()
-    return values
 
 
 @pytest.mark.parametrize("tests", [1, 5, 97])
@@ -77,7 +41,7 @@ def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: in
         logits = model(points.inputs)
     truth, guess = points.targets.numpy(), logits.argmax(1).numpy()
     for world_size in (1, 2, 3):
-        ranks = in_world(world_size, score, str(recipe))
+        ranks = in_world(world_size, evaluate_untrained, str(recipe))
         assert all(rank == ranks[0] for rank in ranks)
         found = ranks[0]
         assert found["samples"] == tests
@@ -99,7 +63,7 @@ def score_with_a_bad_sample(recipe: str) -> Ended:
             raise UserError("sample 7 cannot be read")
 
     evaluation.build_eval_loader = build_bad  # type: ignore[assignment]
-    return captured(lambda: reported(None, int(os.environ["RANK"]), lambda: score(recipe)))
+    return captured(lambda: reported(None, int(os.environ["RANK"]), lambda: evaluate_untrained(recipe)))
 
 
 @pytest.mark.fault(21)
@@ -151,30 +115,6 @@ def test_an_evaluation_that_is_not_of_every_sample_once_is_refused(tmp_path: Pat
 
 # --------------------------------------------------------------------------------------------------------------------
 # Translations
-
-PAIRS = """
-name: pairs
-task: seq2seq
-data: {{name: parallel_text, path: "{path}", split: [0.7, 0.3], source_tokenizer: chars, target_tokenizer: words}}
-model: {{name: seq2seq, kind: gru, d_model: 16, n_layer: 1}}
-optim: {{lr: 1.0e-2}}
-batch: {{global: 12}}
-train: {{steps: {steps}}}
-eval: {{every: null, batch: 3, metrics: [bleu]}}
-checkpoint: {{async: false}}
-"""
-
-
-def write_pairs(folder: Path) -> Path:
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    random = np.random.default_rng(3)
-    lines = []
-    for _ in range(60):
-        chosen = random.integers(0, 10, random.integers(1, 9)).tolist()
-        lines.append(" ".join(str(number) for number in chosen) + "\t" + " ".join(words[number] for number in chosen))
-    path = folder / "pairs.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def test_bleu_is_that_of_sacrebleu_in_any_world(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import IMPORTABLE
 from runs import Ended, captured, cli_rank, rows, train, write_recipe
 from worlds import in_world
 
@@ -43,7 +44,7 @@ def start_in_little_room(recipe: str, run_dir: str, overrides: list[str], room: 
     from distrain.launchers import start
 
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = IMPORTABLE
     return captured(lambda: start(recipe, overrides, run_dir=run_dir, **options))
 
 

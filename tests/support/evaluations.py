@@ -1,0 +1,74 @@
+"""Recipes to evaluate, and the evaluation of an untrained model in this world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distrain.config.yaml import load_recipe
+from distrain.data import build_data
+from distrain.metrics import build_metrics
+from distrain.models import build_model
+from distrain.networks.calling import calling_convention
+from distrain.optim import build_loss
+from distrain.parallel import open_world
+from distrain.training.evaluation import evaluate
+
+POINTS = """
+name: points
+task: classification
+data: {{name: "own_parts:Points", tests: {tests}}}
+model: {{name: mlp, hidden: [8]}}
+batch: {{global: 6}}
+train: {{steps: 6}}
+eval: {{every: null, batch: 4, metrics: [accuracy, f1_macro, precision, recall, confusion_matrix]}}
+checkpoint: {{async: false}}
+"""
+
+
+PAIRS = """
+name: pairs
+task: seq2seq
+data: {{name: parallel_text, path: "{path}", split: [0.7, 0.3], source_tokenizer: chars, target_tokenizer: words}}
+model: {{name: seq2seq, kind: gru, d_model: 16, n_layer: 1}}
+optim: {{lr: 1.0e-2}}
+batch: {{global: 12}}
+train: {{steps: {steps}}}
+eval: {{every: null, batch: 3, metrics: [bleu]}}
+checkpoint: {{async: false}}
+"""
+
+
+def evaluate_untrained(recipe: str) -> dict[str, Any]:
+    """Score the recipe's untrained model on its test split, in this world."""
+    parsed = load_recipe(recipe).recipe
+    world = open_world("fp32")
+    data = build_data(parsed)
+    model = build_model(parsed, data.meta)
+    values = evaluate(
+        model,
+        calling_convention(model),
+        data.splits["test"],
+        world=world,
+        loss=build_loss(parsed, data.meta),
+        metrics=build_metrics(parsed, data.meta),
+        batch_size=parsed.eval.batch or 4,
+        decode=data.meta.decode,
+    )
+    assert model.training, "as it was before"
+    world.close()
+    return values
+
+
+def write_pairs(folder: Path) -> Path:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    random = np.random.default_rng(3)
+    lines = []
+    for _ in range(60):
+        chosen = random.integers(0, 10, random.integers(1, 9)).tolist()
+        lines.append(" ".join(str(number) for number in chosen) + "\t" + " ".join(words[number] for number in chosen))
+    path = folder / "pairs.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
