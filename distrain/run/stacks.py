@@ -271,7 +271,7 @@ def _is_waiting_for_thread(stack: Stack) -> bool:
     for frame in stack:
         if frame.file.endswith("/threading.py") and frame.function in joins:
             continue
-        return bool(stack) and frame is not stack[0] and "distrain/checkpoint/" in frame.file
+        return bool(stack) and frame is not stack[0] and "distrain/checkpoints/" in frame.file
     return False
 
 

@@ -290,9 +290,9 @@ eval: {every: null}
 
 
 def stop_while_stuck(recipe: str, run: str) -> Any:
-    from UNKNOWN import pace
+    from distrain.training import intervals
 
-    pace.PATIENCE_S, waiting.SAY_AFTER_S = 1.0, 0.2
+    intervals.PATIENCE_S, waiting.SAY_AFTER_S = 1.0, 0.2
     os.environ["STUCK"] = str(Path(run).with_name("stuck"))
 
     def stop() -> None:
