@@ -48,6 +48,7 @@ from distrain.checkpoints.format import (
 )
 from distrain.checkpoints.reading import best_first, list_checkpoints, open_plain, read_header
 from distrain.run.heartbeat import mark, progress
+from distrain.system.processes import process_started
 
 _CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
 _LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+")
@@ -129,11 +130,11 @@ def _started(pid: int) -> int | None:
     """Return when process `pid` of this host started, in the kernel's ticks (0: not known); None: it has ended."""
     try:
         os.kill(pid, 0)
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except ProcessLookupError:
         return None
-    except (OSError, ValueError, IndexError):
-        return 0
+    except OSError:
+        return 0  # it is another's, so not that which wrote here
+    return process_started(pid)
 
 
 _HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"

@@ -23,6 +23,7 @@ from distrain.config import UserError
 from distrain.datasets.batches import Place
 from distrain.run import heartbeat, stacks
 from distrain.system.output import echo, echo_error, lines
+from distrain.system.processes import process_state
 
 log = logging.getLogger("distrain")
 log.addHandler(logging.NullHandler())  # what a run has no log for is said on the terminal alone
@@ -135,7 +136,7 @@ class Wait:
         mine = {each.pid for each in self.processes}
         pids = {number: pid for pid, number in stacks.loaders() if pid in mine}
         others = [(number, pid) for number, pid in sorted(pids.items()) if number != worker]
-        stopped = [(number, pid) for number, pid in others if heartbeat.process_state(pid, 0) in ("T", "t")]
+        stopped = [(number, pid) for number, pid in others if process_state(pid, 0) in ("T", "t")]
         return "\n".join(
             [
                 f"{waited} without a batch; loader process {worker} of {self._workers} owes {what}: "
@@ -171,7 +172,7 @@ def _doing(pid: int | None) -> str:
     """Return what a loader process does, from the kernel and its stack."""
     if pid is None:
         return "it has not come to its first sample"
-    state = heartbeat.process_state(pid, 0)
+    state = process_state(pid, 0)
     process = f"process {pid} "
     if state in ("T", "t"):
         return f"{process}is stopped, by {'a debugger' if state == 't' else f'SIGSTOP: kill -CONT {pid} lets it go on'}"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from distrain.system.processes import process_stat
+
 # said by the process itself, before anything else: code between fork and exec is not safe beside other threads
 _COMMAND = """
 import ctypes, signal, sys
@@ -56,17 +58,18 @@ def members(session: int, mark: str) -> list[int]:
 
     Launchers give each rank a session of its own, and ranks start loader processes: the environment is what they share.
     """
+    import psutil
+
     found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+    for pid in psutil.pids():
+        stat = process_stat(pid)
+        if stat is None or stat.state == "Z" or pid == os.getpid():
             continue
-        with contextlib.suppress(OSError):
-            # what follows the command's name, which may hold anything: state, parent, group, session
-            state, _, _, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if state == "Z":
-                continue
-            if int(its_session) == session or mark.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
+        with contextlib.suppress(psutil.Error):
+            if stat.session == session or any(
+                mark in f"{name}={value}" for name, value in psutil.Process(pid).environ().items()
+            ):
+                found.append(pid)
     return found
 
 

@@ -321,23 +321,6 @@ def this_attempt(job: JobEnvironment, variables: Mapping[str, str] = os.environ)
     return "/".join((job.attempt or "", *(variables.get(name, "") for name in names)))
 
 
-def process_started(pid: int | str = "self") -> int:
-    """Return when a process of this machine started, in ticks since the machine did; 0 where that is not known."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def process_state(pid: int, started: int) -> str | None:
-    """Return the letter that the kernel has for the state of a process of this machine; None where it is no more."""
-    try:
-        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return parts[0] if not started or int(parts[19]) == started else None
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Ranks that are slow
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import distrain
 from distrain.run import heartbeat
+from distrain.system.processes import process_stat
 
 PACKAGE = str(Path(distrain.__file__).parent) + os.sep
 _SCHEMES = sysconfig.get_paths()
@@ -310,16 +311,14 @@ def loaders() -> list[tuple[int, int]]:
     found = []
     for line in content.splitlines():
         parts = line.split()
-        if len(parts) == 3 and parts[0] == "loader" and _parent(int(parts[1])) == os.getpid():
+        if len(parts) == 3 and parts[0] == "loader" and _is_own(int(parts[1])):
             found.append((int(parts[1]), int(parts[2])))
     return list(dict.fromkeys(found))
 
 
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
+def _is_own(pid: int) -> bool:
+    found = process_stat(pid)
+    return found is not None and found.parent == os.getpid()
 
 
 def loader_stack(pid: int, patience_s: float = 0.3) -> Stack | None:

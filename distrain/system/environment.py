@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distrain.system.errors import UserError
 from distrain.system.output import echo
+from distrain.system.processes import process_stat
 
 LAUNCHED_BY = "DISTRAIN_LAUNCHER"
 """The environment variable that names the process, by its number, which started this one as one of several."""
@@ -127,7 +128,7 @@ def has_launcher(variables: Mapping[str, str] = os.environ) -> bool:
 
     Where the processes above cannot be seen, whatever speaks of one is believed.
     """
-    if not Path("/proc/self/stat").exists():
+    if process_stat() is None:
         return any(name in variables for name in (LAUNCHED_BY, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
     return variables.get(LAUNCHED_BY, "") in {str(pid) for pid in _ancestors()} or bool(launcher_argv())
 
@@ -152,10 +153,8 @@ def _ancestors() -> Iterator[int]:
     pid = os.getppid()
     while pid > 0:
         yield pid
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            return
+        found = process_stat(pid)
+        pid = found.parent if found else 0
 
 
 def _is_launcher(argv: Sequence[str]) -> bool:

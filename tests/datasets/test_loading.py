@@ -28,6 +28,7 @@ from distrain.datasets.batches import Batches
 from distrain.datasets.loading import load
 from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir
+from distrain.system.processes import process_state
 
 
 class Source:
@@ -164,7 +165,7 @@ class StuckAtSix:
         """Whether a loader process of this one is stuck there."""
         pids = [pid for pid, _ in stacks.loaders()]
         if self.how is stop_itself:
-            return any(heartbeat.process_state(pid, 0) == "T" for pid in pids)
+            return any(process_state(pid, 0) == "T" for pid in pids)
         found = [stacks.loader_stack(pid) or [] for pid in pids]
         return any(frame.function == self.how.__name__ for stack in found for frame in stack)
 

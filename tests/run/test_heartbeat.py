@@ -25,8 +25,6 @@ from distrain.run.heartbeat import (
     ending_hung,
     hang_of,
     mark,
-    process_started,
-    process_state,
     progress,
     read_heartbeat,
     read_heartbeats,
@@ -36,6 +34,7 @@ from distrain.run.heartbeat import (
     write_heartbeat,
 )
 from distrain.system.job_environment import JobEnvironment
+from distrain.system.processes import process_started, process_state
 
 
 def test_a_mark_costs_less_than_a_microsecond() -> None:

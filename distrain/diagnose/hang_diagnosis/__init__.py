@@ -35,6 +35,7 @@ from distrain.run.folder import RunDir, now
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.job_environment import job_environment
 from distrain.system.output import error_text
+from distrain.system.processes import process_started, process_state
 
 __all__ = ["Limits", "Watchdog", "gpu_faults"]
 
@@ -139,7 +140,7 @@ class Watchdog:
         self._main_task = threading.get_native_id()
         job = job_environment()
         self._attempt, self._job, self._host = heartbeat.this_attempt(job), job.attempt, heartbeat.own_host()
-        self._started = heartbeat.process_started()
+        self._started = process_started()
         self._begun = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
         self._sequence = 0
         self._written_at = -float("inf")
@@ -415,7 +416,7 @@ class Watchdog:
             return RankReport(rank, seen.beat)
         beat, state, line = seen.beat, None, None
         if beat is not None and beat.host == self._host and beat.started:
-            state = heartbeat.process_state(beat.pid, beat.started) or ""
+            state = process_state(beat.pid, beat.started) or ""
             beat = heartbeat.at_this_moment(beat) if state else beat
         with suppress(OSError):
             dumped = stacks.parse_dump(self._stuck_path(rank).read_text(encoding="utf-8", errors="replace"))
@@ -426,7 +427,7 @@ class Watchdog:
         """End this process, and those of this machine that cannot do so themselves."""
         for other in failure.get("silent", ()):
             here = other["host"] == self._host and other["started"] and other["rank"] != self.rank
-            if here and heartbeat.process_state(other["pid"], other["started"]) is not None:
+            if here and process_state(other["pid"], other["started"]) is not None:
                 with suppress(OSError):
                     os.kill(other["pid"], signal.SIGKILL)
         log.error("rank %d ends: nothing has come of it for %.0f s", self.rank, self._idle)

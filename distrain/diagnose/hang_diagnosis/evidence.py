@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distrain.run.stacks import PACKAGE, Stack
+from distrain.system.processes import process_stat
 
 T = TypeVar("T")
 
@@ -52,16 +52,12 @@ def main_of(dumped: list[Stack]) -> Stack:
 def cpu_share(task: int, seconds: float = 0.2) -> float | None:
     """Return how much of the time a thread of this process computes; None where that is not known."""
 
-    def used() -> float:
-        parts = Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
-
-    try:
-        before, began = used(), time.monotonic()
-        time.sleep(seconds)
-        return (used() - before) / (time.monotonic() - began)
-    except (OSError, ValueError, IndexError):
+    before, began = process_stat(f"self/task/{task}"), time.monotonic()
+    if before is None:
         return None
+    time.sleep(seconds)
+    after = process_stat(f"self/task/{task}")
+    return None if after is None else (after.computed_s - before.computed_s) / (time.monotonic() - began)
 
 
 def collectives(path: Path) -> dict[str, int]:
