@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
@@ -11,6 +11,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
 	$(BIN)/python scripts/test.py
+
+# the quick tests of the rooms that differ from the main branch
+test-fast: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python scripts/test.py --changed
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,16 +14,12 @@ from runs import train, write_recipe
 
 import distrain
 
-PACKAGE = Path(distrain.__file__).parent
-FLOORS = [
-    ["system", "config", "run"],
-    ["checkpoints", "checkpoint", "datasets", "data", "fingerprints", "networks", "models", "optim", "metrics"],
-    ["parallel", "diagnose", "training", "loop", "inference"],
-    ["autobatch", "launchers", "report", "prove", "project"],
-    ["cli", "__main__"],
-]
-"""The rooms of each floor: a room imports from lower floors, and from those before it on its own."""
+ROOT = Path(distrain.__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import house  # noqa: E402
+from house import FLOORS, imports, room_of, sources  # noqa: E402
 
+PACKAGE = Path(distrain.__file__).parent
 PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 NO_TORCH = [
     "system",
@@ -46,30 +42,11 @@ NO_TORCH = [
 """What a command may import that has nothing to compute."""
 
 
-def room_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Yield (module, line) of every absolute import, also those within functions."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports within distrain are absolute"
-            assert node.module is not None
-            # `from distrain import config` names a room as well
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-
-
-SOURCES = sorted(file for file in PACKAGE.rglob("*.py") if "share" not in file.parts and file.parent.name != "sites")
-
-
 def test_every_room_has_a_place() -> None:
-    assert {room_of(file) for file in SOURCES} - {"__init__"} <= set(PLACE)
+    assert {room_of(file) for file in sources()} - {"__init__"} <= set(PLACE)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_room_imports_only_from_below(file: Path) -> None:
     room = room_of(file)
     for module, line in imports(ast.parse(file.read_text())):
@@ -80,6 +57,27 @@ def test_a_room_imports_only_from_below(file: Path) -> None:
             assert other == room or hasattr(distrain, other), f"{file}:{line} imports {module}, which has no place"
             continue
         assert PLACE[other] < PLACE[room], f"{file}:{line}: {room} may not import {other}"
+
+
+def test_the_drawing_of_the_house_is_that_of_the_imports() -> None:
+    assert house.DRAWING.read_text() == house.drawing(), "python docs/house.py draws it anew"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    modules = {
+        ".".join(("distrain", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+        for file in sources()
+    }
+    graph: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        # what a function imports when it is called, and what only types need, can wait for the other
+        eager = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        graph[module] = set()
+        for name, _ in imports(ast.Module(body=[*eager], type_ignores=[])):
+            known = name if name in modules else name.rpartition(".")[0]
+            if known in modules and known != module:
+                graph[module].add(known)
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_the_rule_can_be_broken() -> None:
@@ -102,7 +100,7 @@ def python(code: str) -> str:
 def test_what_needs_no_torch_imports_none() -> None:
     modules = [
         ".".join(("distrain", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        for file in SOURCES
+        for file in sources()
         if file.name != "__main__.py"
     ]
     names = ", ".join(name for name in modules if without_torch(name.removeprefix("distrain.")))
