@@ -3,7 +3,8 @@
 base.py        what a batch is, what a data set gives, and the registry
 embedded.py    small real data that comes with scikit-learn, for first runs and tests
 images.py      folders of images, and CIFAR and MNIST as they are distributed
-tables.py      CSV and Parquet
+tables.py      CSV and Parquet: rows -> inputs and targets; table_files.py reads them, table_numbers.py has the
+               numbers of a column, table_columns.py what is learnt of columns from the training rows
 text.py        text for language models
 parallel.py    pairs of sentences for translation
 batches.py     from sample numbers to batches; what does not decode

@@ -1,0 +1,259 @@
+"""Which columns of a table are inputs, and what is learnt of each from the training rows, as JSON values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from distrain.config import Task, UserError, close_names
+from distrain.datasets.table_files import Frame, listed
+from distrain.datasets.table_numbers import Moments, Numbers
+
+_RESET_INDEX = re.compile(r"index|level_\d+")
+"""What pandas calls an index that it makes a column."""
+_FEWEST_COUNTED = 10  # rows: among fewer, numbers of a measurement may well be 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recipe says of how columns become inputs and targets: see `table`."""
+
+    missing: Literal["mean", "median", "error"]
+    missing_indicator: bool
+    encode: Literal["one_hot", "index"]
+    max_categories: int
+    standardize_target: bool
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a recipe names."""
+
+    targets: list[str]
+    features: list[str] | None
+    categorical: list[str] | None
+    drop: list[str]
+    id: list[str]
+
+    def inputs(self, frame: Frame) -> list[str]:
+        """Return the names of the input columns, or raise one UserError with every name that does not fit."""
+        problems = []
+        for key, names in vars(self).items():
+            problems += [
+                f"data.{key.replace('targets', 'target')}: {frame.title} has no column {name!r}"
+                + (close_names(name, frame.names) or f"; it has {listed(frame.names)}")
+                for name in names or []
+                if name not in frame.names
+            ]
+        if not self.targets:
+            problems.append("data.target: no column is named")
+        taken = {
+            **dict.fromkeys(self.drop, "data.drop"),
+            **dict.fromkeys(self.id, "data.id"),
+            **dict.fromkeys(self.targets, "data.target"),
+        }
+        problems += [f"data.id: {name!r} is also in data.target" for name in self.id if name in self.targets]
+        for key, names in (("features", self.features or []), ("categorical", self.categorical or [])):
+            problems += [f"data.{key}: {name!r} is also in {taken[name]}" for name in names if name in taken]
+        inputs = [name for name in self.features or self._candidates(frame) if name not in taken]
+        if self.features is not None:
+            outside = [name for name in self.categorical or [] if name not in self.features and name not in taken]
+            problems += [f"data.categorical: {name!r} is not among data.features" for name in outside]
+        if not inputs:
+            problems += ["no column is left for the inputs", *self.unnamed(frame)]
+        if problems:
+            raise UserError("\n".join(problems))
+        return inputs
+
+    def _candidates(self, frame: Frame) -> list[str]:
+        """Return the columns that may be inputs where data.features names none."""
+        return [name for name in frame.names if name not in frame.unnamed or name in (self.categorical or [])]
+
+    def unnamed(self, frame: Frame) -> list[str]:
+        """Return a line for each column that is left out because nobody named it."""
+        if self.features is not None:
+            return []
+        used = [*self._candidates(frame), *self.targets, *self.drop, *self.id]
+        return [
+            f"column {name!r} of {frame.title} is {what}, and is left out; to use it, name it in data.features or "
+            "data.categorical"
+            for name, what in frame.unnamed.items()
+            if name not in used
+        ]
+
+
+def row_numbers(whole: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:
+    """Return a line for each input that numbers the rows, and that the recipe does not ask for."""
+    if columns.features is not None or len(whole) < _FEWEST_COUNTED:
+        return []
+    found = []
+    rows = [count for _, count in whole.files]
+    for each in state["numeric"]:
+        name, reaches = each["name"], abs(each["mean"]) + 4 * each["std"]
+        is_reset = _RESET_INDEX.fullmatch(name) is not None
+        if "base" in each or (reaches < max(rows) / 2 and not is_reset):
+            continue  # without a look at the column again
+        values = whole.parse(name)[0].values
+        if _counts(values) or all(map(_counts, np.split(values, np.cumsum(rows)[:-1]))):
+            what = f"numbers the rows ({values.min():.0f} to {values.max():.0f})"
+        elif is_reset and _is_distinct(values):
+            what = "is called as pandas calls an index, and has another whole number in each row"
+        else:
+            continue
+        found.append(
+            f"column {name!r} of {whole.title} {what}, and a model can learn from it how the rows were sorted; list it "
+            "under data.drop, or, if it is a measurement, the inputs under data.features"
+        )
+    return found
+
+
+def _is_distinct(values: np.ndarray) -> bool:
+    """Whether they are whole numbers, each another one."""
+    return bool((values == np.floor(values)).all()) and len(np.unique(values)) == len(values)
+
+
+def _counts(values: np.ndarray) -> bool:
+    """Whether they are 0, 1, 2, … or 1, 2, 3, …, in any order."""
+    first = float(values.min())
+    return first in (0.0, 1.0) and float(values.max()) - first == len(values) - 1 and _is_distinct(values)
+
+
+def fit(frame: Frame, columns: Columns, options: Options, task: Task, several: bool, positive: Any) -> dict[str, Any]:
+    """Return all that is learnt from the training rows; raises UserError with what does not fit."""
+    numeric: list[dict[str, Any]] = []
+    categorical: list[dict[str, Any]] = []
+    for name in columns.inputs(frame):
+        is_category = frame.parse(name)[1].any() if columns.categorical is None else name in columns.categorical
+        if is_category:
+            categorical.append(_fit_categories(frame, name, options))
+        else:
+            numeric.append(_fit_numbers(frame, name, options))
+    return {
+        "numeric": numeric,
+        "categorical": categorical,
+        "missing": options.missing,
+        "encode": options.encode,
+        "targets": columns.targets,
+        "several_targets": several,
+        **_fit_target(frame, columns.targets, options, task, positive),
+    }
+
+
+def _fit_numbers(frame: Frame, name: str, options: Options) -> dict[str, Any]:
+    numbers = frame.numbers(name, "column")
+    present = numbers.present
+    if not present.any():
+        raise UserError(f"column {name!r} has no value in any training row of {frame.title}; list it under data.drop")
+    moments = numbers.moments()
+    _check_spread(name, moments)
+    median = options.missing == "median"
+    return {
+        "name": name,
+        "mean": moments.mean,
+        "std": moments.std,
+        "fill": float(np.median(numbers.less(moments.base)[present])) if median else moments.mean,
+        "indicator": options.missing_indicator and not present.all(),
+    } | ({"base": moments.base} if moments.base else {})
+
+
+def _check_spread(name: str, moments: Moments) -> None:
+    if not (np.isfinite(moments.mean) and np.isfinite(moments.std)):
+        raise UserError(f"column {name!r} holds numbers that are further apart than float64 can hold; scale them")
+
+
+def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]:
+    labels = frame.labels(name)
+    found = {label for label in labels if label is not None}
+    if options.encode == "one_hot" and len(found) > options.max_categories:
+        raise UserError(
+            f"column {name!r} has {len(found)} different values in {len(labels)} training rows, and one-hot columns "
+            f"are made for at most data.max_categories = {options.max_categories}; list it under data.drop, use "
+            "'encode: index', or raise the limit"
+        )
+    categories: list[str | None] = [*_sorted(found)]
+    if any(label is None for label in labels):
+        categories.append(None)
+    return {"name": name, "categories": categories}
+
+
+def _fit_target(frame: Frame, targets: list[str], options: Options, task: Task, positive: Any) -> dict[str, Any]:
+    if positive is not None and task != "binary":
+        raise UserError(f"data.positive is for task binary, and the recipe's task is {task}")
+    if options.standardize_target and task != "regression":
+        raise UserError(f"data.standardize_target is for task regression, and the recipe's task is {task}")
+    if task == "multilabel":
+        return {"classes": targets}
+    if task == "regression":
+        if not options.standardize_target:
+            return {}
+        columns = target_numbers(frame, targets)
+        moments = [each.moments() for each in columns]
+        for name, each in zip(targets, moments, strict=True):
+            _check_spread(name, each)
+        # along the first dimension of all columns, as ever: another order of summing would give other last bits
+        together = np.stack([each.values for each in columns], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            usual = zip(together.mean(axis=0).tolist(), together.std(axis=0).tolist(), strict=True)
+        fitted = [both if each.usual else (each.mean, each.std) for each, both in zip(moments, usual, strict=True)]
+        state = {
+            "target_mean": [float(each.base + mean) for each, (mean, _) in zip(moments, fitted, strict=True)],
+            "target_std": [std for _, std in fitted],
+        }
+        if any(each.base for each in moments):
+            state |= {"target_base": [each.base for each in moments], "target_offset": [mean for mean, _ in fitted]}
+        return state
+    if len(targets) != 1:
+        raise UserError(f"data.target: task {task} has one target column, and {listed(targets)} are named")
+    classes = _sorted(target_labels(frame, targets[0]))
+    if task == "binary":
+        if len(classes) != 2:
+            raise UserError(
+                f"column {targets[0]!r} has {len(classes)} classes in the training rows ({listed(classes)}), and task "
+                "binary needs 2; for more of them use task: classification"
+            )
+        if positive is not None and str(positive) not in classes:
+            raise UserError(
+                f"data.positive: {str(positive)!r} is not a class of {targets[0]!r}, which has {listed(classes)}"
+            )
+        if str(positive) == classes[0]:
+            classes = classes[::-1]
+    elif len(classes) < 2:
+        raise UserError(
+            f"column {targets[0]!r} has only the class {classes[0]!r} in the training rows of {frame.title}"
+        )
+    return {"classes": classes}
+
+
+def _sorted(labels: Iterable[str]) -> list[str]:
+    """Return different labels sorted: by value where all are numbers, so that '10' follows '9'; else as text."""
+    unique = sorted(set(labels))
+    try:
+        return sorted(unique, key=float)
+    except ValueError:
+        return unique
+
+
+def target_labels(frame: Frame, name: str) -> np.ndarray:
+    """Return the labels of a target column; raises UserError where one is missing."""
+    labels = frame.labels(name)
+    _check_present(frame, name, np.array([label is None for label in labels], dtype=bool))
+    return labels
+
+
+def target_numbers(frame: Frame, names: Sequence[str]) -> list[Numbers]:
+    """Return the target columns; raises UserError where a value is missing."""
+    columns = []
+    for name in names:
+        numbers = frame.numbers(name, "target column")
+        _check_present(frame, name, ~numbers.present)
+        columns.append(numbers)
+    return columns
+
+
+def _check_present(frame: Frame, name: str, absent: np.ndarray) -> None:
+    if absent.any():
+        raise UserError(f"target column {name!r} has no value at {frame.places(absent)}; mend or remove these rows")
