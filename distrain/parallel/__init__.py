@@ -17,6 +17,9 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     collective_forward.py   names the part in which ranks differ, where a forward pass is collective
     unused_parameters.py    which parameters have no gradient
     state.py                the state of training as flat ranges of named tensors
+    shards.py               what a rank holds of a tensor
+    optimizer_state.py      what an optimizer keeps, as a checkpoint holds it
+    stored.py               from the tensors of a checkpoint to those of a model
     contents.py, nested.py  what of a model and an optimizer that state must hold
 """
 
@@ -29,7 +32,8 @@ from distrain.parallel.accelerate_settings import disagreements, strategy_wishes
 from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
 from distrain.parallel.ddp import DDPStrategy
-from distrain.parallel.state import TrainingState, check_fit, fill, load_weights
+from distrain.parallel.state import TrainingState, load_weights
+from distrain.parallel.stored import check_fit, fill
 from distrain.parallel.strategy import FLAGS, BuildSpec, Strategy, with_arithmetic
 from distrain.parallel.strategy_spec import (
     OFFLOADS,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.optim import sparse_layers
 from distrain.parallel.comm import World
-from distrain.parallel.state import Shard, TrainingState, whole
+from distrain.parallel.shards import Shard, whole
+from distrain.parallel.state import TrainingState
 from distrain.parallel.strategy import (
     FLAGS,
     BuildSpec,

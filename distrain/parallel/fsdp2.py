@@ -19,7 +19,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from distrain.networks.blocks import block_classes
 from distrain.parallel.collective_forward import Lockstep
 from distrain.parallel.comm import World
-from distrain.parallel.state import Shard, TrainingState, whole
+from distrain.parallel.shards import Shard, whole
+from distrain.parallel.state import TrainingState
 from distrain.parallel.strategy import (
     BuildSpec,
     Numbers,

@@ -5,25 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from distrain.checkpoint import Piece, Reader, TensorSpec, explain_difference
+from distrain.checkpoint import Piece, Reader, TensorSpec
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
 from distrain.optim import CarryOver, Ema, canonical_name
 from distrain.parallel.contents import (
-    Contents,
     contents,
-    hand_back,
-    modules_with_extra_state,
     separate_buffers,
 )
 from distrain.parallel.nested import (
@@ -34,57 +30,21 @@ from distrain.parallel.nested import (
     equal,
     is_plain,
     names_in,
-    stored_dtype,
-    why_unstorable,
 )
+from distrain.parallel.optimizer_state import (
+    Entry,
+    Kept,
+    group_names,
+    settings_of,
+    shared_memory,
+    state_of,
+    unlike_stated,
+)
+from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
+from distrain.parallel.stored import check_fit, encoded_values, fill, fill_all, read_tensor, specs_of
 
 Carry = Callable[[str, Collection[str]], CarryOver]
 """From the class that left an optimizer's state, and the names in it: what is taken over."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a rank holds of one parameter: a range of its elements in row-major order, maybe empty, maybe all."""
-
-    shape: tuple[int, ...]
-    """Of the full parameter."""
-    start: int
-    """Of the range."""
-    values: Tensor
-    """The range, in the precision that is trained; writing into it is writing the weight."""
-    replicated: bool
-    """Whether every rank holds all of it."""
-    entry: Tensor | None
-    """What the optimizer's state is kept under; None for a parameter that is not trained."""
-    offset: int = 0
-    """Where the range begins in the (flattened, local) tensors of that state."""
-
-
-def whole(parameter: nn.Parameter) -> Shard:
-    """Return the shard of a parameter that every rank holds."""
-    entry = parameter if parameter.requires_grad else None
-    return Shard(tuple(parameter.shape), 0, parameter.detach(), replicated=True, entry=entry)
-
-
-@dataclass(frozen=True)
-class LocalTensor:
-    """What this rank holds of one tensor of the state."""
-
-    role: str
-    """parameter, buffer, optimizer, ema or state."""
-    shape: tuple[int, ...]
-    """Of the full tensor."""
-    start: int
-    """Of the range that is held, in elements."""
-    values: Tensor
-    """The range."""
-    replicated: bool
-    """Whether every rank holds all of it; the ranks then share the writing."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the range."""
-        return self.values.numel() * self.values.element_size()
 
 
 @dataclass
@@ -106,8 +66,8 @@ class TrainingState:
     """Gives the context in which the optimizer's groups hold what it trains."""
 
     def __post_init__(self) -> None:
-        self._built = [_copied(group) for group in self.optimizer.param_groups] if self.optimizer else []
-        self._at_start = {name: spec for name, spec in _specs(self._held_model()).items() if spec.role != "state"}
+        self._built = [settings_of(group) for group in self.optimizer.param_groups] if self.optimizer else []
+        self._at_start = {name: spec for name, spec in specs_of(self._held_model()).items() if spec.role != "state"}
 
     def _groups(self) -> list[list[str]]:
         assert self.optimizer is not None
@@ -132,7 +92,7 @@ class TrainingState:
                 held[f"ema/{name}"] = (
                     LocalTensor("ema", of.shape, of.start, local(average), of.replicated)
                     if of is not None
-                    else _replicated("ema", average)
+                    else replicated("ema", average)
                 )
         return held
 
@@ -153,31 +113,31 @@ class TrainingState:
                     "parameter", shard.shape, shard.start, shard.values, shard.replicated
                 )
             else:
-                held[f"model/{name}"] = _replicated("buffer", tensor.detach())
+                held[f"model/{name}"] = replicated("buffer", tensor.detach())
         for name, tensor in found.tensors.items():
-            held[f"model/{name}"] = _replicated("state", tensor.detach())
-        for name, tensor in _of_values(found)[1].items():
-            held[f"state/{name}"] = _replicated("state", tensor)
+            held[f"model/{name}"] = replicated("state", tensor.detach())
+        for name, tensor in encoded_values(found)[1].items():
+            held[f"state/{name}"] = replicated("state", tensor)
         # exports hold these in the place of the model's own
         for name, tensor in found.changed.items():
-            held[f"exported/{name}"] = _replicated("state", tensor.detach())
+            held[f"exported/{name}"] = replicated("state", tensor.detach())
         if found.changed and self.ema is not None:
             with self.ema.applied():
                 for name, tensor in contents(self.model).changed.items():
-                    held[f"exported-ema/{name}"] = _replicated("state", tensor.detach().clone())
+                    held[f"exported-ema/{name}"] = replicated("state", tensor.detach().clone())
         return held
 
-    def _kept(self, shards: Mapping[str, Shard]) -> _Kept:
+    def _kept(self, shards: Mapping[str, Shard]) -> Kept:
         """Return what the optimizer keeps; raises UserError naming all that a checkpoint cannot hold."""
         assert self.optimizer is not None
-        kept, problems = _Kept(), []
+        kept, problems = Kept(), []
         name_of = type(self.optimizer).__name__
         entries: dict[int, str] = {}
         for name, shard in shards.items():
             if shard.entry is None:
                 continue
             entries[id(shard.entry)] = name
-            of_parameter = _state_of(self.optimizer).get(shard.entry, {})
+            of_parameter = state_of(self.optimizer).get(shard.entry, {})
             if not isinstance(of_parameter, Mapping):
                 problems.append(f"the state of {name} is a {type(of_parameter).__name__}, and not a dict")
                 continue
@@ -185,7 +145,7 @@ class TrainingState:
                 kept.add(name, shard, of_parameter)
             except Unstorable as error:
                 problems.append(f"{error}, in the state of {name}")
-        for key, value in _state_of(self.optimizer).items():
+        for key, value in state_of(self.optimizer).items():
             if isinstance(key, Tensor):
                 if id(key) not in entries:
                     problems.append(f"state under a tensor of shape {tuple(key.shape)} that is none of its parameters")
@@ -221,11 +181,11 @@ class TrainingState:
         Returns a digest of each value that is to be the same on every rank. Raises UserError naming what would be lost.
         """
         self.specs()
-        digests = {name: _digest(value) for name, value in _of_values(contents(self.model))[0].items()}
+        digests = {name: _digest(value) for name, value in encoded_values(contents(self.model))[0].items()}
         digests |= {name: _digest(tensor) for name, tensor in contents(self.model).tensors.items()}
         if self.optimizer is None:
             return digests
-        problems = [*self._unlike_stated(), *self._shared_memory()]
+        problems = [*unlike_stated(self.optimizer, self.stepping), *shared_memory(self.optimizer, self._shards())]
         if problems:
             raise UserError(
                 f"the state of {type(self.optimizer).__name__} cannot be saved and taken back as it is:\n  - "
@@ -235,69 +195,12 @@ class TrainingState:
         for index, (changed, nested) in enumerate(zip(kept.groups, kept.nested_groups, strict=True)):
             group = self.optimizer.param_groups[index]
             digests |= {f"optim group {index}: {key}": _digest(group.get(key)) for key in (*changed, *nested)}
-        state = _state_of(self.optimizer)
+        state = state_of(self.optimizer)
         return digests | {f"optim state: {key}": _digest(state[key]) for key in kept.others}
 
     def _shards(self) -> dict[str, Shard]:
         """Return the shards of all parameters by their first name."""
         return {name: self.shard(parameter) for name, parameter in self.model.named_parameters()}
-
-    def _unlike_stated(self) -> Iterator[str]:
-        """Yield how the optimizer's own state_dict differs from the state that it keeps."""
-        assert self.optimizer is not None
-        cure = "a checkpoint holds optimizer.state and param_groups: keep it there, under the same names"
-        with self.stepping():
-            try:
-                stated = self.optimizer.state_dict()
-            except Exception as error:  # the user's code
-                yield f"its state_dict() failed: {type(error).__name__}: {error}"
-                return
-            index_of = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
-        if not {"state", "param_groups"} <= stated.keys():
-            yield f"its state_dict() has {', '.join(map(str, stated))}, and not state and param_groups; {cure}"
-            return
-        if further := stated.keys() - {"state", "param_groups"}:
-            yield f"its state_dict() has {', '.join(sorted(map(str, further)))} besides state and param_groups; {cure}"
-        for key, value in _state_of(self.optimizer).items():
-            place = index_of.get(id(key)) if isinstance(key, Tensor) else key
-            other = stated["state"].get(place, {})
-            if other is value or place is None or not isinstance(value, Mapping):
-                continue
-            names = value.keys() ^ other.keys()
-            names |= {
-                k for k in value.keys() & other.keys() if other[k] is not value[k] and not equal(other[k], value[k])
-            }
-            if names:
-                yield f"its state_dict() has {', '.join(sorted(map(str, names)))} otherwise than its state; {cure}"
-                return
-
-    def _shared_memory(self) -> Iterator[str]:
-        """Yield the tensors of the optimizer's state that are views of each other or of a parameter."""
-        assert self.optimizer is not None
-        named: list[tuple[str, Tensor]] = []
-        of_entry = {id(shard.entry): name for name, shard in self._shards().items() if shard.entry is not None}
-        for key, value in _state_of(self.optimizer).items():
-            where = of_entry.get(id(key), "a group's parameters") if isinstance(key, Tensor) else str(key)
-            if isinstance(key, Tensor):
-                named.append((f"the parameter {where}", key))
-            _add_tensors(value, f"the state of {where}: ", named)
-        for index, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
-                if key not in ("params", "lr"):
-                    _add_tensors(value, f"group {index}: {key}", named)
-        spans: list[tuple[int, int, str]] = []
-        for name, tensor in named:
-            tensor = local(tensor).detach()
-            if tensor.numel() and not tensor.is_meta and tensor.layout is torch.strided:
-                reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-                start = tensor.data_ptr()
-                spans.append((start, start + (reach + 1) * tensor.element_size(), name))
-        for (_, stop, one), (start, _, other) in pairwise(sorted(spans)):
-            if start < stop:
-                yield (
-                    f"{one} and {other} are in the same memory, which they would not be in a resumed run; .clone() one "
-                    "of them"
-                )
 
     def aliases(self) -> dict[str, str]:
         """Return {alias: name} for tensors of the model that have several names."""
@@ -317,7 +220,7 @@ class TrainingState:
         Raises UserError where parameters or buffers are not those that the model was built with: a resumed run builds
         it as it was at the start.
         """
-        specs = _specs(self.held())
+        specs = specs_of(self.held())
         now = {name: spec for name, spec in specs.items() if name.startswith("model/") and spec.role != "state"}
         if now != self._at_start:
             names = [n for n in sorted(now.keys() | self._at_start.keys()) if now.get(n) != self._at_start.get(n)]
@@ -355,7 +258,7 @@ class TrainingState:
             "optimizer_nested": kept.nested,
             "optimizer_group_nested": kept.nested_groups if any(kept.nested_groups) else [],
             "optimizer_keys": kept.others,
-            "model_state": _of_values(found)[0],
+            "model_state": encoded_values(found)[0],
             "model_renamed": sorted(
                 f"model/{name}" for name in set(found.renamed.values()) if name not in self.model.state_dict()
             )
@@ -405,8 +308,8 @@ class TrainingState:
         """
         held = {name: each for name, each in self.held().items() if each.role != "optimizer"}
         roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
-        check_fit(reader, _specs(held), roles)
-        _fill_all(self.model, reader, {name: (each, name) for name, each in held.items() if each.role in roles})
+        check_fit(reader, specs_of(held), roles)
+        fill_all(self.model, reader, {name: (each, name) for name, each in held.items() if each.role in roles})
         said = self._restore_optimizer(reader)
         if self.ema is None and any(spec.role == "ema" for spec in reader.manifest.specs.values()):
             said.append("the stored average of the weights is left behind: train.ema is null")
@@ -437,10 +340,10 @@ class TrainingState:
         elementwise -= {
             key for name, specs in stored.items() for key, s in specs.items() if s.shape != trained[name].shape
         }
-        entries: dict[int, _Entry] = {}
+        entries: dict[int, Entry] = {}
         for name, shard in trained.items():
             assert shard.entry is not None, name
-            entry = entries.setdefault(id(shard.entry), _Entry(shard.entry))
+            entry = entries.setdefault(id(shard.entry), Entry(shard.entry))
             for old, spec in stored.get(name, {}).items():
                 inside = old in within.get(name, ())
                 if not inside and old not in taken:
@@ -452,7 +355,7 @@ class TrainingState:
                         state[key] = torch.zeros_like(
                             entry.key.detach(), dtype=torch_dtype(spec.dtype), memory_format=torch.preserve_format
                         )
-                    fill(_range(local(state[key]), shard), reader, where, shard.start)
+                    fill(range_of(local(state[key]), shard), reader, where, shard.start)
                     continue
                 value = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
                 fill(value, reader, where)
@@ -480,7 +383,7 @@ class TrainingState:
                     {"state": {**by_index, **others}, "param_groups": optimizer.state_dict()["param_groups"]}
                 )
             for entry in entries.values():
-                entry.make_exact(_state_of(optimizer).get(entry.key, {}))
+                entry.make_exact(state_of(optimizer).get(entry.key, {}))
             self._restore_groups(reader)
         return said
 
@@ -536,181 +439,8 @@ class TrainingState:
         return {key: key for key in stored}, []
 
 
-@dataclass
-class _Kept:
-    """What an optimizer keeps, as a checkpoint holds it."""
-
-    held: dict[str, LocalTensor] = field(default_factory=dict)
-    """All of its tensors."""
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Numbers, texts and None of each parameter."""
-    nested: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Lists, dicts and whatever else there is of each parameter, encoded."""
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    """Numbers, texts and None of each group that are not as they were built."""
-    nested_groups: list[dict[str, Any]] = field(default_factory=list)
-    """The same of other values, encoded."""
-    others: dict[str, Any] = field(default_factory=dict)
-    """What is kept under keys that are no parameters, encoded."""
-
-    def add(self, name: str, shard: Shard, state: Mapping[Any, Any]) -> None:
-        """Add the state of a parameter; raises Unstorable."""
-        assert shard.entry is not None
-        found: dict[str, Tensor] = {}
-        values, nested = {}, {}
-        # sorted: a fresh optimizer and a restored one hold them in different orders
-        for key, value in sorted(state.items(), key=lambda item: str(item[0])):
-            if type(key) is not str:
-                raise Unstorable(f"the key {str(key)[:60]} is a {type(key).__name__}, where text is expected")
-            if is_plain(value):
-                values[key] = value
-            elif isinstance(value, Tensor) and "/" not in key:
-                encode(value, key, found)
-            else:
-                nested[key] = encode(value, key, found, shard.entry.device)
-        for key, value in found.items():
-            self.held[f"optimizer/{name}/{key}"] = _of_state(key, value, shard)
-        if values:
-            self.values[name] = values
-        if nested:
-            self.nested[name] = nested
-
-    def encode(self, into: dict[str, Any], key: str, value: Any, prefix: str, problems: list[str]) -> None:
-        """Encode a value that belongs to no single parameter."""
-        found: dict[str, Tensor] = {}
-        try:
-            encoded = encode(value, key, found)
-            if sharded := [name for name, tensor in found.items() if hasattr(tensor, "to_local")]:
-                raise Unstorable(f"{sharded[0]} is sharded, and belongs to no parameter; use ddp")
-        except Unstorable as error:
-            problems.append(f"{error}, in {prefix.replace('optimizer-group/', 'group ').replace('optimizer-', '')}")
-            return
-        into[key] = encoded
-        self.held |= {f"{prefix}/{name}": _replicated("optimizer", tensor) for name, tensor in found.items()}
-
-
-def _of_state(key: str, value: Tensor, shard: Shard) -> LocalTensor:
-    """Return what this rank holds of a tensor that the optimizer keeps for a parameter; raises Unstorable."""
-    assert shard.entry is not None
-    placements = getattr(value, "placements", None)
-    if value.shape != shard.entry.shape:
-        if placements is not None and not all(each.is_replicate() for each in placements):
-            raise Unstorable(f"{key} is sharded otherwise than its parameter")
-        return _replicated("optimizer", local(value))
-    if placements != getattr(shard.entry, "placements", None):
-        raise Unstorable(f"{key} has its parameter's shape and is not sharded as it is")
-    return LocalTensor("optimizer", shard.shape, shard.start, _range(local(value), shard), shard.replicated)
-
-
-@dataclass
-class _Entry:
-    """The optimizer's state of one of the tensors that it was handed, which may hold several parameters."""
-
-    key: Tensor
-    state: dict[str, Any] = field(default_factory=dict)
-    inner: dict[str, Any] = field(default_factory=dict)
-    """The tensors within lists, dicts and the like."""
-    nested: dict[str, Any] = field(default_factory=dict)
-    """These, encoded."""
-    by: dict[tuple[int, str], str] = field(default_factory=dict)
-    """For each value that is one for all parameters here, one that has it."""
-
-    def take(self, into: dict[str, Any], key: str, value: Any, parameter: str) -> None:
-        """Set a value that holds for the whole tensor; raises UserError where its parameters disagree."""
-        known = (id(into), key)
-        if known in self.by and not _same(into[key], value):
-            raise UserError(
-                f"the optimizer's '{key}' is {_shown(into[key])} for {self.by[known]} and {_shown(value)} for "
-                f"{parameter}, and this strategy keeps one for both; resume with ddp or fsdp2"
-            )
-        into[key], self.by[known] = value, parameter
-
-    def put_together(self) -> None:
-        """Make lists, dicts and the like of what was stored."""
-
-        def inner(name: str, on_host: bool) -> Tensor:
-            value: Tensor = self.inner[name]
-            return value if on_host else value.to(self.key.device)
-
-        self.state |= {key: decode(held, inner) for key, held in self.nested.items()}
-
-    def make_exact(self, loaded: dict[Any, Any]) -> None:
-        """Undo what torch's loader does besides: it casts what is kept in another dtype than the parameter's."""
-        for key in self.state.keys() & loaded.keys():
-            value = self.state[key]
-            if not isinstance(value, Tensor):
-                loaded[key] = value
-            elif isinstance(loaded[key], Tensor) and loaded[key].dtype != value.dtype:
-                loaded[key] = value.to(loaded[key].device)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and one == other
-
-
-def _shown(value: Any) -> str:
-    return str(value.tolist() if isinstance(value, Tensor) else value)
-
-
-def group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Return the names of the parameters in each of the optimizer's groups."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, sharded or not."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _range(values: Tensor, shard: Shard) -> Tensor:
-    """Return a view of the elements of `values` that belong to the shard."""
-    numel = shard.values.numel()
-    if values.numel() == numel:
-        return values
-    return values.view(-1)[shard.offset : shard.offset + numel]
-
-
-def _replicated(role: str, tensor: Tensor) -> LocalTensor:
-    return LocalTensor(role, tuple(tensor.shape), 0, tensor, replicated=True)
-
-
-def _specs(held: dict[str, LocalTensor]) -> dict[str, TensorSpec]:
-    specs = {}
-    for name, each in held.items():
-        if (dtype := stored_dtype(each.values)) is None:
-            raise UserError(f"{name.partition('/')[2]} {why_unstorable(each.values)}")
-        specs[name] = TensorSpec(each.shape, dtype, each.role)
-    return specs
-
-
 def _of_spec(spec: TensorSpec | None) -> str:
     return "absent" if spec is None else f"{spec.role} {spec.dtype} {list(spec.shape)}"
-
-
-def _state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    """Return its state: by the tensors that it was handed, and by keys of its own."""
-    return optimizer.state
-
-
-def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings, as they will be while training changes them."""
-    return {
-        key: copy.deepcopy(value.detach() if isinstance(value, Tensor) else value)
-        for key, value in group.items()
-        if key != "params"
-    }
-
-
-def _of_values(found: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what of a state dict is not a tensor, encoded, and the tensors in it. Raises UserError by name."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        return {name: encode(value, name, tensors) for name, value in found.values.items()}, tensors
-    except Unstorable as error:
-        raise UserError(f"the model's state {error}, which a checkpoint cannot hold") from error
 
 
 def _digest(value: Any) -> str:
@@ -721,106 +451,14 @@ def _digest(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _add_tensors(value: Any, name: str, named: list[tuple[str, Tensor]]) -> None:
-    if isinstance(value, Tensor):
-        named.append((name, value))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _add_tensors(item, f"{name}[{key}]" if name.endswith("]") else f"{name}{key}", named)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _add_tensors(item, f"{name}[{index}]", named)
-
-
-def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]) -> None:
-    """Raise UserError unless the checkpoint's tensors of these roles are exactly those of `specs`."""
-    manifest = reader.manifest
-    # the extra state of modules may have any shape, and was once listed among the buffers
-    other = {name for name, spec in specs.items() if spec.role == "state"}
-    stored = replace(
-        manifest, tensors={n: t for n, t in manifest.tensors.items() if t.spec.role in roles and n not in other}
-    )
-    own = {name: spec for name, spec in specs.items() if spec.role in roles}
-    if problems := explain_difference(stored, own):
-        raise UserError(
-            f"{reader.path} holds another model than the recipe's:\n  "
-            + "\n  ".join(problems)
-            + "\nUse the recipe that wrote it, or another --run-dir to start anew."
-        )
-
-
-def read_tensor(reader: Reader, name: str) -> Tensor:
-    """Return a stored tensor, on the host."""
-    spec = reader.spec(name)
-    flat = torch.empty(spec.numel, dtype=torch_dtype(spec.dtype))
-    reader.read(name, 0, spec.numel, flat.view(torch.uint8).numpy())
-    return flat.reshape(spec.shape)
-
-
-def fill(tensor: Tensor, reader: Reader, name: str, start: int = 0) -> None:
-    """Copy elements of the stored tensor `name`, from `start` on, into `tensor`, on any device."""
-    flat = torch.empty(tensor.numel(), dtype=torch_dtype(reader.spec(name).dtype))
-    reader.read(name, start, tensor.numel(), flat.view(torch.uint8).numpy())
-    with torch.no_grad():
-        tensor.copy_(flat.reshape(tensor.shape))
-
-
 def load_weights(model: nn.Module, reader: Reader, *, averaged: bool) -> None:
     """Fill a model from a checkpoint, with its averaged weights where `averaged`. Raises UserError as `restore`."""
     separate_buffers(model)
     held = TrainingState(model, None, None).held()
-    check_fit(reader, _specs(held), ("parameter", "buffer"))
+    check_fit(reader, specs_of(held), ("parameter", "buffer"))
     wanted = {}
     for name, each in held.items():
         if each.role in ("parameter", "buffer"):
             average = name.replace("model/", "ema/", 1)
             wanted[name] = (each, average if averaged and average in reader.manifest.tensors else name)
-    _fill_all(model, reader, wanted)
-
-
-def _fill_all(model: nn.Module, reader: Reader, wanted: Mapping[str, tuple[LocalTensor, str]]) -> None:
-    """Fill what a model holds, each from the stored tensor that is named, and give it its state besides."""
-
-    def fill_own() -> None:
-        for each, stored in wanted.values():
-            fill(each.values, reader, stored, each.start)
-
-    state = _stored_state(model, reader)
-    fill_own()
-    if state:
-        hand_back(model, state)
-        if state.keys() - modules_with_extra_state(model).keys():
-            fill_own()  # a load_state_dict of the user's own has written into them
-
-
-def _stored_state(model: nn.Module, reader: Reader) -> dict[str, Any]:
-    """Return what is stored of a model besides its own tensors. Raises UserError where it is not what the model has."""
-    found, extra = contents(model), modules_with_extra_state(model)
-    specs = reader.manifest.specs
-    encoded = reader.manifest.scalars.get("model_state", {})
-    tensors = [
-        name.removeprefix("model/")
-        for name, spec in specs.items()
-        if name.startswith("model/") and (spec.role == "state" or name.removeprefix("model/") in extra)
-    ]
-    needed = {name for name, value in {**found.tensors, **found.values}.items() if value is not None}
-    stored = {*tensors, *encoded}
-    if missing := sorted(needed - stored):
-        raise UserError(
-            f"{reader.path} holds no {', '.join(missing[:3])}, which the model keeps besides its parameters and "
-            "buffers; use the model's code that wrote it"
-        )
-    if left := sorted(stored - found.tensors.keys() - found.values.keys() - extra.keys()):
-        raise UserError(
-            f"{reader.path} holds {', '.join(left[:3])}, which the model does not take back; use the model's code that "
-            "wrote it"
-        )
-
-    def placed(name: str) -> Tensor:
-        value, now = read_tensor(reader, f"model/{name}"), found.tensors.get(name)
-        return value if now is None else value.to(now.device)
-
-    state: dict[str, Any] = {name: placed(name) for name in tensors}
-    return state | {
-        name: decode(held, lambda flat, on_host: read_tensor(reader, f"state/{flat}")) for name, held in encoded.items()
-    }
+    fill_all(model, reader, wanted)

@@ -25,7 +25,8 @@ from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
 from distrain.parallel.precision import LossScale
-from distrain.parallel.state import Carry, Shard, TrainingState
+from distrain.parallel.shards import Shard
+from distrain.parallel.state import Carry, TrainingState
 
 FLAGS = 4
 """How many numbers each rank tells the others with every step."""

@@ -26,7 +26,9 @@ from distrain.networks.memory import own_tensors
 from distrain.optim import Ema, canonical_name
 from distrain.parallel.collective_forward import Lockstep
 from distrain.parallel.comm import World
-from distrain.parallel.state import Shard, TrainingState, group_names, whole
+from distrain.parallel.optimizer_state import group_names
+from distrain.parallel.shards import Shard, whole
+from distrain.parallel.state import TrainingState
 from distrain.parallel.strategy import (
     BuildSpec,
     Numbers,
