@@ -21,6 +21,7 @@ if __name__ == "__main__":
     parser.add_argument("--update", action="store_true", help="go on with an existing run under a changed recipe")
     parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
     parser.add_argument("--offload", help="what to keep in the memory of the CPU: none, optimizer, or all")
+    parser.add_argument("--request", help="what distrain has resolved and written into RUN; all else is then in it")
     a = parser.parse_args()
     prepare_streams()
     sys.exit(
@@ -32,5 +33,6 @@ if __name__ == "__main__":
             update=a.update,
             strategy=a.strategy,
             offload=a.offload,
+            request=a.request,
         )
     )

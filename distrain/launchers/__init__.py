@@ -1,7 +1,7 @@
 """From a recipe to running processes.
 
-request.py     finding, making and taking up the run that a command means
-preflight.py   what was asked for, in all the places where that can be, and whether it agrees
+preflight.py   what is around a start: launchers above it, GPUs, the command typed
+request.py     `RunRequest`: what a command asks for, resolved once; making and taking up its run
 local.py       starting the processes of a machine: `launch_argv` says how, `launch` does it
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
@@ -12,25 +12,48 @@ slurm/         batch jobs
 import distrain.launchers.slurm.job_environment  # noqa: F401  registers what is asked of SLURM
 from distrain.launchers.evaluating import start_evaluation, work_evaluation
 from distrain.launchers.local import (
-    TYPED,
     LaunchPlan,
-    check_gpus,
     configuration_file,
     end_with_launcher,
-    gpu_count,
     launch,
     launch_argv,
     shared_file,
     unsaid_failures,
 )
-from distrain.launchers.preflight import asked_for, check_one_owner, join_launcher
+from distrain.launchers.preflight import (
+    TYPED,
+    StartEnvironment,
+    all_of,
+    check_gpus,
+    gpu_count,
+    join_launcher,
+    launcher_environment,
+)
 from distrain.launchers.reporting import reported
-from distrain.launchers.request import check_same_recipe, find_run, open_run, recipe_differences, recipe_text
-from distrain.launchers.worker import probed, start, work
+from distrain.launchers.request import (
+    Options,
+    RunRequest,
+    Target,
+    asked_for,
+    check_one_owner,
+    check_same_recipe,
+    find_run,
+    open_run,
+    read_target,
+    recipe_differences,
+    recipe_text,
+    resolve,
+)
+from distrain.launchers.worker import probed, start, train_here, work, worker_arguments
 
 __all__ = [
     "TYPED",
     "LaunchPlan",
+    "Options",
+    "RunRequest",
+    "StartEnvironment",
+    "Target",
+    "all_of",
     "asked_for",
     "check_gpus",
     "check_one_owner",
@@ -42,15 +65,20 @@ __all__ = [
     "join_launcher",
     "launch",
     "launch_argv",
+    "launcher_environment",
     "open_run",
     "probed",
+    "read_target",
     "recipe_differences",
     "recipe_text",
     "reported",
+    "resolve",
     "shared_file",
     "start",
     "start_evaluation",
+    "train_here",
     "unsaid_failures",
     "work",
     "work_evaluation",
+    "worker_arguments",
 ]

@@ -8,17 +8,10 @@ import os
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
 from distrain.config.yaml import parse_recipe
-from distrain.launchers.local import (
-    LaunchPlan,
-    check_gpus,
-    configuration_file,
-    end_with_launcher,
-    gpu_count,
-    launch,
-    shared_file,
-)
-from distrain.launchers.preflight import check_one_owner, join_launcher
+from distrain.launchers.local import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
+from distrain.launchers.preflight import check_gpus, gpu_count, join_launcher
 from distrain.launchers.reporting import reported
+from distrain.launchers.request import check_one_owner
 from distrain.system.environment import own_start, rank_told, say_ignored
 from distrain.system.output import echo, one_line
 
@@ -45,7 +38,8 @@ def work_evaluation(
     def score() -> None:
         from distrain.parallel import strategy_wishes
 
-        _, configuration = join_launcher(processes)
+        environment = join_launcher(processes)
+        configuration = environment.configuration
         for wish in strategy_wishes(configuration):
             if wish.strategy not in (None, "single", "ddp"):
                 raise UserError(
@@ -54,7 +48,7 @@ def work_evaluation(
                 )
         if (precision := configuration.get("mixed_precision")) is not None:
             recipe = parse_recipe(read_manifest(find_checkpoint(target)).recipe, target)
-            check_one_owner({"mixed_precision": precision}, recipe, 1)
+            check_one_owner({"mixed_precision": precision}, recipe, 1, auto=environment.precision)
         from distrain.inference import evaluate_checkpoint
 
         values = evaluate_checkpoint(target, split, changed_data=changed_data)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import distrain
 from distrain.config import UserError
+from distrain.launchers.preflight import gpu_count
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
@@ -26,8 +27,6 @@ _OUT_OF_MEMORY = (
     "the same), train.activation_checkpointing: true, --strategy fsdp2, which spreads the state over the processes"
 )
 _SIGNAL_HINTS = {"SIGKILL": "; out of memory is the usual reason (see dmesg), or somebody did it"}
-TYPED = "DISTRAIN_COMMAND"
-"""The environment variable that tells processes started here what was typed."""
 
 
 def shared_file(*parts: str) -> Path:
@@ -41,27 +40,6 @@ def shared_file(*parts: str) -> Path:
     if found is None:
         raise UserError(f"{'/'.join(parts)} is not part of this installation of distrain; install it again")
     return found
-
-
-def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
-    """Return the number of NVIDIA GPUs that a process started here may use, without importing torch."""
-    visible = variables.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    try:
-        return len(os.listdir("/proc/driver/nvidia/gpus"))
-    except OSError:
-        return 0
-
-
-def check_gpus(processes: int, gpus: int) -> None:
-    """Raise UserError where so many processes of this machine have too few GPUs; without any they are on the CPU."""
-    if 0 < gpus < processes:
-        raise UserError(
-            f"there are to be {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; "
-            "nothing was written. Start one for each: --processes of `distrain train`, --num_processes of "
-            "`accelerate launch`, --nproc-per-node of `torchrun`; CUDA_VISIBLE_DEVICES= has them on the CPU"
-        )
 
 
 def configuration_file(strategy: str, nodes: int = 1) -> Path:

@@ -1,98 +1,168 @@
-"""What was asked for, in all the places where that can be, and whether it agrees."""
+"""What is around a start, read once in each process before anything is decided: launchers, GPUs, the command typed."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distrain.config import Recipe, UserError
-from distrain.launchers.local import check_gpus
-from distrain.run.folder import RunDir
-from distrain.system.environment import has_launcher, join, launcher_argv, say_ignored
+from distrain.config import UserError
+from distrain.system.environment import Environment, has_launcher, join, launcher_argv, say_ignored
 
 if TYPE_CHECKING:
-    from distrain.parallel import Configuration, StrategySpec
+    from distrain.parallel import Configuration
+
+TYPED = "DISTRAIN_COMMAND"
+"""The environment variable that tells processes which a launcher starts without a request what was typed."""
 
 
-def join_launcher(expected: int | None) -> tuple[int, Configuration]:
-    """Return the size of the world and what its launcher was told, of which the environment is then rid.
+@dataclass(frozen=True)
+class StartEnvironment:
+    """What a request is resolved from besides what was typed."""
 
-    Raises UserError unless the world is the one that was asked for, by `expected` or by the launcher's own words. One
-    that has `of_each_process` set is to be told by each process: nobody else started this one.
+    processes: int
+    """Of all machines."""
+    nodes: int = 1
+    """Machines, each with as many of the processes."""
+    here: int = 1
+    """Processes of this machine; 0 where they are to run on others."""
+    gpus: int = 0
+    """GPUs of this machine that they may use; 0: they are on CPUs."""
+    world: Environment | None = None
+    """What the launcher told this process, one of those that train; None where they are still to be started."""
+    configuration: Configuration = field(default_factory=dict)
+    """What was written for that launcher."""
+    launcher_argv: tuple[str, ...] = ()
+    """The launcher's command line, where it is seen."""
+    precision: str = "fp32"
+    """What `train.precision: auto` means on this machine, as far as the configuration speaks of it."""
+    argv: tuple[str, ...] = ()
+    """The command as typed."""
+
+    def problems(self, expected: int | None) -> list[UserError]:
+        """Return what is wrong with the world when `expected` processes were asked for. Pure."""
+        found = []
+        if self.world is not None:
+            from distrain.parallel import check_world
+
+            count = self.configuration.get("num_processes")
+            configured = (int(count.value), count.place) if count is not None and str(count.value).isdigit() else None
+            try:
+                check_world(self.world, expected, self.launcher_argv, configured)
+            except UserError as error:
+                found.append(error)
+        try:
+            check_gpus(self.here, self.gpus)
+        except UserError as error:
+            found.append(error)
+        return found
+
+
+def gpu_count(variables: Mapping[str, str] = os.environ) -> int:
+    """Return the number of NVIDIA GPUs that a process started here may use, without importing torch."""
+    visible = variables.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return 0
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """Raise UserError where so many processes of this machine have too few GPUs; without any they are on the CPU."""
+    if 0 < gpus < processes:
+        raise UserError(
+            f"there are to be {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}; "
+            "nothing was written. Start one for each: --processes of `distrain train`, --num_processes of "
+            "`accelerate launch`, --nproc-per-node of `torchrun`; CUDA_VISIBLE_DEVICES= has them on the CPU"
+        )
+
+
+def launcher_environment(processes: int, nodes: int = 1) -> StartEnvironment:
+    """Return what is around a command that starts `processes` itself, as many on this machine as on the others."""
+    from distrain.parallel import read_configuration
+
+    configuration = read_configuration([], os.environ)
+    return StartEnvironment(
+        processes,
+        nodes,
+        here=processes // nodes,
+        gpus=gpu_count(),
+        configuration=configuration,
+        precision=auto_precision(configuration),
+        argv=tuple(sys.argv),
+    )
+
+
+def worker_environment() -> StartEnvironment:
+    """Return what is around a process that trains, and rid the environment of what its launcher wrote for Accelerate.
+
+    Raises UserError for a world that cannot be. One that has `of_each_process` set is to be told by each process:
+    nobody else started this one.
     """
-    from distrain.parallel import check_world, read_configuration, take_over
+    from distrain.parallel import read_configuration, take_over
 
     try:
-        environment, ignored = join(os.environ)
+        world, ignored = join(os.environ)
     except UserError as error:
         error.of_each_process = not has_launcher()  # type: ignore[attr-defined]
         raise
     say_ignored(ignored)
     argv = launcher_argv()
     configuration = read_configuration(argv, os.environ)
-    count = configuration.get("num_processes")
-    configured = (int(count.value), count.place) if count is not None and str(count.value).isdigit() else None
-    check_world(environment, expected, argv, configured)
     if (cpu := configuration.get("use_cpu")) is not None and str(cpu.value).lower() == "true":
         os.environ["CUDA_VISIBLE_DEVICES"] = (
             ""  # accelerate tells this to processes that it starts alone, not to several
         )
     import torch
 
-    check_gpus(environment.local_world_size, torch.cuda.device_count())
+    found = StartEnvironment(
+        world.world_size,
+        max(1, world.world_size // world.local_world_size),
+        here=world.local_world_size,
+        gpus=torch.cuda.device_count(),
+        world=world,
+        configuration=configuration,
+        launcher_argv=tuple(argv),
+        precision=auto_precision(configuration),
+        argv=tuple(json.loads(os.environ.get(TYPED, "null")) or sys.argv),
+    )
     take_over(os.environ)
-    return environment.world_size, configuration
+    return found
 
 
-def asked_for(
-    run: RunDir,
-    world_size: int,
-    strategy: str,
-    offload: str | None,
-    configuration: Configuration,
-    *,
-    resumes: bool = False,
-) -> StrategySpec:
-    """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
+def join_launcher(expected: int | None) -> StartEnvironment:
+    """Return what is around a process that trains or evaluates; raises UserError unless `expected` of them are there.
 
-    `resumes`: the run itself was named, so that its launch.json says what this start is to be. Otherwise it is only
-    what the run was started with before, and holds where nothing else is said. Raises UserError where two differ.
+    Without `expected` it is the launcher's own words that count.
     """
-    from distrain.parallel import StrategyHint, resolve_strategy, strategy_wishes
-
-    option = None if strategy == "auto" else strategy
-    wishes = [StrategyHint("--strategy", option), StrategyHint("--offload", None, offload)]
-    earlier = None
-    if option is None and run.launch_path.exists():
-        record = run.launch()
-        earlier = StrategyHint(
-            str(run.launch_path),
-            "ddp" if record.strategy == "single" else record.strategy,
-            record.offload if offload is None else None,
-        )
-    wishes += [earlier] if resumes and earlier is not None else []
-    return resolve_strategy(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
+    found = worker_environment()
+    if problems := found.problems(expected):
+        raise all_of(problems)
+    return found
 
 
-def check_one_owner(
-    configuration: Configuration, recipe: Recipe, world_size: int, origins: Mapping[str, str] | None = None
-) -> None:
-    """Raise UserError with each of the launcher's settings that differs from the recipe, which owns them.
+def auto_precision(configuration: Configuration) -> str:
+    """Return what `train.precision: auto` means on this machine, looked at only where a launcher's setting meets it."""
+    if "mixed_precision" not in configuration:
+        return "fp32"
+    import torch
 
-    `origins`: where each of the recipe's values came from, by its dotted key.
-    """
-    from distrain.parallel import disagreements
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "fp32"
 
-    auto = "fp32"
-    if "mixed_precision" in configuration and recipe.train.precision == "auto":
-        import torch
 
-        auto = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else auto
-    if lines := disagreements(configuration, recipe, world_size, auto=auto, origins=origins):
-        raise UserError(
-            "the launcher's configuration and the recipe disagree; nothing was written.\n  - "
-            + "\n  - ".join(lines)
-            + "\nThe recipe owns batch, accumulation, clipping and arithmetic: take these out of the launcher's "
-            "configuration, or change the recipe."
-        )
+def all_of(problems: list[UserError]) -> UserError:
+    """Return one error of all that is wrong: the only one itself, or several with a number each. Pure."""
+    told = {str(problem): problem for problem in problems}
+    if len(told) == 1:
+        return problems[0]
+    numbered = [f"{number}. " + text.replace("\n", "\n   ") for number, text in enumerate(told, 1)]
+    error = UserError(f"{len(told)} things are wrong with this start; nothing was written.\n" + "\n".join(numbered))
+    error.of_each_process = any(  # type: ignore[attr-defined]
+        getattr(problem, "of_each_process", False) for problem in problems
+    )
+    return error

@@ -1,13 +1,299 @@
-"""Finding, making and taking up the run that a command means."""
+"""`RunRequest`: what a command asks for, resolved once, with everything that is wrong told at once.
+
+`read_target` finds the recipe and the run folder, `resolve` adds the options and what is around the start. Both are
+pure: they read files and write nothing. The request goes into the run folder's launch.json, where the processes that
+train read it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from distrain.config import UserError
-from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, show
+from distrain.config import Recipe, UserError
+from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
+from distrain.launchers.preflight import StartEnvironment, all_of
 from distrain.run.folder import Launch, RunDir
+from distrain.system.output import in_utf8
+
+if TYPE_CHECKING:
+    from distrain.parallel import Configuration, StrategySpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command names: a recipe and its run folder, as far as they can be found."""
+
+    name: str
+    """As typed."""
+    run: RunDir | None
+    """None where it is not known, as the recipe that names it cannot be read."""
+    recipe: LoadedRecipe | None
+    """The recipe, of a run its own; None where it cannot be read."""
+    is_run: bool
+    """Whether a run was named and not a recipe: its recipe is fixed, and its launch.json holds."""
+    update: bool = False
+    """Whether an existing run may be resumed under a changed recipe, data or code."""
+    problems: tuple[UserError, ...] = ()
+
+    @property
+    def given(self) -> LoadedRecipe | None:
+        """The recipe that the command brings; None where it names a run."""
+        return None if self.is_run else self.recipe
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One start of a run, resolved: nothing in it is left open."""
+
+    target: str
+    """The recipe file or run folder, as typed."""
+    folder: str
+    """The run's folder, absolute."""
+    is_run: bool
+    """Whether the target is the run itself: its recipe is fixed."""
+    update: bool
+    """Whether this start may change the recipe, data or code of an existing run."""
+    processes: int
+    """Of all nodes."""
+    nodes: int
+    """Machines, each with as many of the processes."""
+    strategy: str
+    """single, ddp, zero1, zero2, zero3 or fsdp2."""
+    offload: str
+    """What is kept in the memory of the CPU: none, optimizer or all."""
+    argv: tuple[str, ...]
+    """The command as typed."""
+    notes: tuple[str, ...]
+    """What is to be said of it when the run begins."""
+    recipe: LoadedRecipe
+    """The resolved recipe, with where each value came from."""
+
+    @property
+    def run(self) -> RunDir:
+        """The run's folder."""
+        return RunDir(self.folder)
+
+    @property
+    def given(self) -> LoadedRecipe | None:
+        """The recipe that the command brings; None where it names a run."""
+        return None if self.is_run else self.recipe
+
+    @property
+    def spec(self) -> StrategySpec:
+        """The strategy with its offload."""
+        from distrain.parallel import StrategySpec
+
+        return StrategySpec.of(self.strategy, self.offload)
+
+    def launch(self) -> Launch:
+        """Return the record of this start from this process, now, for the run's launch.json."""
+        argv, record = list(self.argv), self.record()
+        return Launch.describe(self.processes, self.strategy, self.offload, argv=argv, request=record)
+
+    @property
+    def id(self) -> str:
+        """A short name of this request: another one has another name."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def record(self) -> dict[str, Any]:
+        """Return what launch.json holds of it: all but the recipe, which is recipe.yaml beside it, in UTF-8."""
+        return {
+            name: [in_utf8(each) for each in value] if isinstance(value, list)
+            else in_utf8(value) if isinstance(value, str)
+            else value
+            for name, value in self._values().items()
+        }  # fmt: skip
+
+    def _values(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "recipe"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_json(self) -> str:
+        """Return it as JSON, which `from_json` reads back as an equal one."""
+        loaded = self.recipe
+        recipe = {
+            "text": dump_recipe(loaded.recipe),
+            "origins": dict(loaded.origins),
+            "folder": str(loaded.folder),
+        }
+        return json.dumps(self._values() | {"recipe": recipe})
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRequest:
+        """Return the request that `to_json` wrote."""
+        values = json.loads(text)
+        recipe = values.pop("recipe")
+        parsed = parse_recipe(recipe["text"], str(values["target"]))
+        return cls._of(values, LoadedRecipe(parsed, recipe["origins"], Path(recipe["folder"])))
+
+    @classmethod
+    def of_run(cls, run: RunDir) -> RunRequest | None:
+        """Return the request in a run's launch.json with the run's recipe; None where launch.json holds none.
+
+        Raises UserError where either cannot be read.
+        """
+        if (record := run.launch().request) is None:
+            return None
+        try:
+            # the folder as it is named here: a path need not be UTF-8
+            return cls._of({**record, "folder": str(run.path)}, load_recipe(run.recipe_path))
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"{run.launch_path} holds a request of another version ({error}); start the run again"
+            ) from error
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any], recipe: LoadedRecipe) -> RunRequest:
+        lists = {name: tuple(values[name]) for name in ("argv", "notes")}
+        return cls(**{**values, **lists}, recipe=recipe)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command says of how its run is to be started; what is None or "auto" is found out."""
+
+    strategy: str = "auto"
+    offload: str | None = None
+    processes: int | None = None
+    """How many processes there must be, where that is said."""
+
+
+def read_target(
+    target: str, overrides: Sequence[str] = (), run_dir: str | None = None, *, update: bool = False
+) -> Target:
+    """Return the recipe and the run folder that a command means, or what is wrong with them. Writes nothing."""
+    try:
+        run, loaded = find_run(target, overrides, run_dir)
+    except UserError as error:
+        return Target(target, RunDir(run_dir) if run_dir else None, None, False, update, (error,))
+    try:
+        return Target(target, run, loaded or load_recipe(run.recipe_path), loaded is None, update)
+    except UserError as error:
+        return Target(target, run, None, True, update, (error,))
+
+
+def resolve(
+    target: Target,
+    options: Options,
+    environment: StartEnvironment,
+    *,
+    check_names: bool = True,
+    check_run: bool = True,
+) -> RunRequest:
+    """Return the request that a command makes; raises UserError with all that is wrong with it. Pure.
+
+    Without `check_names` the recipe's names and arguments are taken to be right, as those of another run of its sweep;
+    without `check_run` what is in the run folder, which is then compared in another way.
+    """
+    from distrain.parallel import check_precision, unused
+    from distrain.training.checks import check_recipe
+
+    problems = list(target.problems)
+    run, loaded, world = target.run, target.recipe, environment.world
+    expected = options.processes
+    spec: StrategySpec | None = None
+    try:
+        if world is not None and expected is None and target.is_run and run is not None:
+            expected = run.launch().processes
+    except UserError as error:
+        problems.append(error)
+    problems += environment.problems(expected)
+    count = environment.processes
+    try:
+        resumes = world is not None and target.is_run
+        spec = asked_for(run, count, options.strategy, options.offload, environment.configuration, resumes=resumes)
+    except UserError as error:
+        problems.append(error)
+    checks: list[Callable[[], None]] = []
+    if loaded is not None:
+        recipe, settings, auto = loaded.recipe, environment.configuration, environment.precision
+        origins = loaded.origins
+        if check_names:
+            checks.append(lambda: check_recipe(recipe, target.name))
+        checks.append(lambda: check_one_owner(settings, recipe, count, origins, auto=auto))
+        if spec is not None:
+            strategy = spec.strategy
+            checks.append(lambda: check_precision(recipe.train.precision, strategy))
+    # of several processes rank 0 writes, and looks
+    if check_run and run is not None and not target.is_run and (world is None or world.rank == 0):
+        folder = run
+        checks.append(lambda: check_folder(folder, loaded, update=target.update))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise all_of(problems)
+    assert run is not None
+    assert loaded is not None
+    assert spec is not None
+    notes = [f"{place} has no part in this run" for place in unused(environment.configuration)]
+    if options.strategy == "ddp" and spec.strategy == "single":
+        notes.append("--strategy ddp in one process is single")
+    return RunRequest(
+        target.name, str(run.path), target.is_run, target.update, count, environment.nodes, spec.strategy, spec.offload,
+        environment.argv, tuple(notes), loaded,
+    )  # fmt: skip
+
+
+def asked_for(
+    run: RunDir | None,
+    world_size: int,
+    strategy: str,
+    offload: str | None,
+    configuration: Configuration,
+    *,
+    resumes: bool = False,
+) -> StrategySpec:
+    """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
+
+    `resumes`: the run itself was named, so that its launch.json says what this start is to be. Otherwise it is only
+    what the run was started with before, and holds where nothing else is said. Raises UserError where two differ.
+    """
+    from distrain.parallel import StrategyHint, resolve_strategy, strategy_wishes
+
+    option = None if strategy == "auto" else strategy
+    wishes = [StrategyHint("--strategy", option), StrategyHint("--offload", None, offload)]
+    earlier = None
+    if option is None and run is not None and run.launch_path.exists():
+        record = run.launch()
+        earlier = StrategyHint(
+            str(run.launch_path),
+            "ddp" if record.strategy == "single" else record.strategy,
+            record.offload if offload is None else None,
+        )
+    wishes += [earlier] if resumes and earlier is not None else []
+    return resolve_strategy(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
+
+
+def check_one_owner(
+    configuration: Configuration,
+    recipe: Recipe,
+    world_size: int,
+    origins: Mapping[str, str] | None = None,
+    *,
+    auto: str = "fp32",
+) -> None:
+    """Raise UserError with each of the launcher's settings that differs from the recipe, which owns them.
+
+    `origins`: where each of the recipe's values came from, by its dotted key. `auto`: what `train.precision: auto`
+    means on this machine.
+    """
+    from distrain.parallel import disagreements
+
+    if lines := disagreements(configuration, recipe, world_size, auto=auto, origins=origins):
+        raise UserError(
+            "the launcher's configuration and the recipe disagree; nothing was written.\n  - "
+            + "\n  - ".join(lines)
+            + "\nThe recipe owns batch, accumulation, clipping and arithmetic: take these out of the launcher's "
+            "configuration, or change the recipe."
+        )
 
 
 def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[RunDir, LoadedRecipe | None]:
@@ -36,21 +322,26 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
 
     With `update` the run gets the recipe, and the next start goes on with data and code that have changed.
     """
-    if loaded is None:
+    if loaded is not None:
+        check_folder(run, loaded, update=update)
+    # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
+    if loaded is not None and (not run.exists or update or not run.metrics_path.exists()):
+        run.create(recipe_text(loaded), launch)
+    else:
         run.write_launch(launch)
-        if update:
-            run.update_path.touch()
-        return
+    if update:
+        run.update_path.touch()
+
+
+def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> None:
+    """Raise UserError where the run of a recipe, None where it cannot be read, cannot be made or taken up here.
+
+    Writes nothing.
+    """
     if not run.exists and run.holds_other_files():
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
-    # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
-    if not run.exists or update or not run.metrics_path.exists():
-        run.create(recipe_text(loaded), launch)
-        if update:
-            run.update_path.touch()
-    else:
+    if loaded is not None and run.exists and not update and run.metrics_path.exists():
         check_same_recipe(run, loaded)
-        run.write_launch(launch)
 
 
 def check_same_recipe(run: RunDir, loaded: LoadedRecipe) -> None:

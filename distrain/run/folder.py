@@ -2,7 +2,7 @@
 
 runs/NAME/
   recipe.yaml        the resolved recipe, each value with where it came from
-  launch.json        how it was started: arguments, versions, git commit, the world and the strategy it expects
+  launch.json        how it was started: arguments, versions, git commit, and the request that its processes read
   effect.json        what took effect: engine, world, precision, the state that each rank holds
   metrics.jsonl      one row for each event, in the order written
   anomalies.jsonl    steps whose loss or gradient was not as usual, and what was decided about them
@@ -89,9 +89,19 @@ class Launch:
     """The machine that the run was started on."""
     offload: str = "none"
     """What is kept in the memory of the CPU: none, optimizer or all."""
+    request: dict[str, Any] | None = None
+    """What was asked for, resolved (see `distrain.launchers.request`); None in folders of earlier versions."""
 
     @classmethod
-    def describe(cls, processes: int, strategy: str, offload: str = "none", *, argv: list[str] | None = None) -> Launch:
+    def describe(
+        cls,
+        processes: int,
+        strategy: str,
+        offload: str = "none",
+        *,
+        argv: list[str] | None = None,
+        request: dict[str, Any] | None = None,
+    ) -> Launch:
         """Describe a start from this process, now; `argv` is the command as typed where it was another process's."""
         from importlib.metadata import PackageNotFoundError, version
 
@@ -101,7 +111,16 @@ class Launch:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        return cls(processes, strategy, argv or list(sys.argv), versions, _git_commit(), socket.gethostname(), offload)
+        return cls(
+            processes,
+            strategy,
+            argv or list(sys.argv),
+            versions,
+            _git_commit(),
+            socket.gethostname(),
+            offload,
+            request,
+        )
 
 
 def _git_commit() -> str | None:

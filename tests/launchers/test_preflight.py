@@ -647,7 +647,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
     for name, value in (world | {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
-    assert join_launcher(4)[0] == 4, "two machines of two"
+    assert join_launcher(4).processes == 4, "two machines of two"
     gpus = 1
     with pytest.raises(
         UserError, match="there are to be 2 processes on this machine, which has 1 GPU; nothing was written"
@@ -655,7 +655,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         join_launcher(None)
     # a configuration for the CPU is meant, also where there are GPUs
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert join_launcher(None)[0] == 4
+    assert join_launcher(None).processes == 4
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 

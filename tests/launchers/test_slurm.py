@@ -29,6 +29,7 @@ from distrain.launchers.slurm.node import (
     node_rank,
     note_taken,
     processes_here,
+    request_of_job,
     scratch_folder,
     set_environment,
 )
@@ -377,6 +378,9 @@ def test_a_submitted_run_is_made_with_all_that_the_job_needs(cluster: dict[str, 
     assert run.path.parent == tmp_path / "runs"
     assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
     assert (run.launch().processes, run.launch().strategy) == (4, "ddp")
+    request = request_of_job(run, 2, 2, "ddp", "none")
+    assert request is not None
+    assert (request.nodes, request.processes, request.update) == (2, 4, False)
     submit_folder = run.path / "submit"
     assert (submit_folder / "train.sbatch").read_text() == prepared.script
     assert json.loads((submit_folder / "plan.json").read_text())["plan"] == prepared.plan.model_dump(mode="json")

@@ -303,7 +303,8 @@ def test_what_is_being_started_is_said_before_what_takes_seconds(
 
     recipe = str(write_recipe(tmp_path))
     monkeypatch.setattr("distrain.launchers.start", noted)
-    monkeypatch.setattr(training, "work", noted)
+    monkeypatch.setattr(training, "begin_worker", lambda: None)
+    monkeypatch.setattr(training, "train_here", noted)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     CliRunner().invoke(app, ["train", recipe], color=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)

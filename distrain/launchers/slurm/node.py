@@ -8,29 +8,34 @@ import os
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distrain.config import UserError
-from distrain.config.yaml import load_recipe
 from distrain.launchers import (
     TYPED,
     LaunchPlan,
-    asked_for,
+    Options,
+    RunRequest,
+    StartEnvironment,
     check_gpus,
-    check_one_owner,
     configuration_file,
-    find_run,
     gpu_count,
     launch,
+    launcher_environment,
     open_run,
     probed,
+    read_target,
+    resolve,
     shared_file,
     work,
+    worker_arguments,
 )
 from distrain.launchers.slurm.job_environment import read_slurm
-from distrain.run.folder import Launch, RunDir
+from distrain.run.folder import RunDir
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import remember
 from distrain.system.environment import forget_launchers, say_ignored, use_interfaces
@@ -63,25 +68,32 @@ def create(
 
     A job that SLURM has started again goes on with its run, whatever has become of the recipe's file.
     """
-    from distrain.parallel import check_precision
-    from distrain.training.checks import check_recipe
-
     job = job_environment()
     if job.requeued and (earlier := run_of_job(job.job, run_dir)) is not None:
         return earlier
-    run, loaded = find_run(target, overrides, run_dir)
-    if loaded is None:
-        return run.path
-    world_size = nodes * processes_here(processes)
-    asked = asked_for(run, world_size, strategy, None if offload == "auto" else offload, {})
-    check_recipe(loaded.recipe, target)
-    check_precision(loaded.recipe.train.precision, asked.strategy)
+    here = processes_here(processes)
+    environment = StartEnvironment(nodes * here, nodes, here, gpu_count(), argv=tuple(sys.argv))
+    options = Options(strategy, None if offload == "auto" else offload)
+    request = resolve(read_target(target, overrides, run_dir, update=update), options, environment)
+    run = request.run
     if run.exists:
         check_free(run, Holder.of_this_process(job))
-    open_run(run, loaded, Launch.describe(world_size, asked.strategy, asked.offload), update=update)
+    # the file UPDATE says it to the first attempt; a requeued job must not say it again
+    open_run(run, request.given, replace(request, update=False).launch(), update=update)
     if update:
         run.clear_markers()
     return run.path
+
+
+def request_of_job(run: RunDir, nodes: int, here: int, strategy: str, offload: str) -> RunRequest | None:
+    """Return the request in a run's folder where it is for a job of this shape.
+
+    None where the folder is of an earlier version, or the run was started in another way since.
+    """
+    found = RunRequest.of_run(run) if run.launch_path.exists() else None
+    if found is None or found.update or (found.nodes, found.processes) != (nodes, nodes * here):
+        return None
+    return found if strategy in ("auto", found.strategy) and offload in ("auto", found.offload) else None
 
 
 def run_of_job(job: str | None, run_dir: str | None) -> Path | None:
@@ -122,38 +134,40 @@ def start_node(
     world_size = nodes * count
     check_gpus(count, gpu_count())
     set_environment(os.environ, count, address, interface)
+    wanted = None if offload == "auto" else offload
+    stored = request_of_job(run, nodes, count, strategy, offload)
     with scratch_folder(scratch, os.environ):
+        if world_size == 1 and stored is not None:
+            return work(str(run.path), request=stored.id)
         if world_size == 1:
-            return work(str(run.path), processes=1, strategy=strategy, offload=None if offload == "auto" else offload)
+            return work(str(run.path), processes=1, strategy=strategy, offload=wanted)
         from accelerate.commands import launch as _launch  # noqa: F401  before the look at the port: it takes seconds
 
-        from distrain.parallel import read_configuration
-
-        configuration = read_configuration([], os.environ)
-        resumes = run.launch_path.exists()
-        wanted = None if offload == "auto" else offload
-        asked = asked_for(run, world_size, strategy, wanted, configuration, resumes=resumes)
-        stored = load_recipe(run.recipe_path)
-        check_one_owner(configuration, stored.recipe, world_size, stored.origins)
+        arguments: tuple[str, ...]
+        if stored is not None:
+            request, arguments = stored, worker_arguments(stored)
+        else:
+            options = Options(strategy, wanted)
+            request = resolve(read_target(str(run.path)), options, launcher_environment(world_size, nodes))
+            arguments = (
+                *(str(run.path), "--processes", str(world_size)),
+                *("--strategy", request.strategy, "--offload", request.offload),
+            )
+            if run.launch_path.exists():
+                os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
         if rank == 0 and nodes > 1 and not can_listen(port):
             note_taken(run, port)
             return 1
         # the processes of the other nodes wait for those of this one
         tries = rank == 0 and run.finished is None
-        if tries and (found := probed(run, stored.recipe, asked, world_size, count)) is not None:
+        if tries and (found := probed(run, request.recipe.recipe, request.spec, world_size, count)) is not None:
             remember(run, found)
-        if run.launch_path.exists():
-            os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
-        arguments = (
-            *(str(run.path), "--processes", str(world_size)),
-            *("--strategy", asked.strategy, "--offload", asked.offload),
-        )
         plan = LaunchPlan(
             shared_file("launch", "train.py"),
             arguments,
             count,
-            configuration_file(asked.strategy, nodes),
-            asked.offload,
+            configuration_file(request.strategy, nodes),
+            request.offload,
             nodes,
             rank,
             address,

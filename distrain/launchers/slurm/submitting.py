@@ -8,19 +8,23 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import distrain
 from distrain.config import UserError
 from distrain.config.yaml import LoadedRecipe, load_recipe
 from distrain.launchers import (
-    asked_for,
-    check_one_owner,
-    find_run,
+    Options,
+    RunRequest,
+    StartEnvironment,
+    Target,
+    all_of,
     open_run,
+    read_target,
     recipe_differences,
     recipe_text,
+    resolve,
     shared_file,
 )
 from distrain.launchers.slurm.plan import Plan, make_plan, seconds_of
@@ -70,6 +74,8 @@ class Prepared:
     script: str
     runs: list[tuple[RunDir, LoadedRecipe]]
     """Each run with its recipe, whose code is in the copy."""
+    requests: list[RunRequest]
+    """What the nodes of its job read, one for each run."""
     snapshot: Snapshot
     package: Snapshot | None
     """distrain itself, where it is copied."""
@@ -98,51 +104,59 @@ def prepare(
 
     `arrays` are values to sweep over, each `key=value,value`. Raises UserError with what is wrong.
     """
-    from distrain.datasets.batch_sizes import batch_shape
-    from distrain.parallel import check_precision
-    from distrain.training.checks import check_recipe
-
     site = load_site(wanted.site) if wanted.site is not None else Site()
     sweep = expand(target, overrides, arrays, run_dir) if arrays else None
     if sweep is not None:
-        found = [(RunDir(each.folder), load_recipe(target, each.overrides)) for each in sweep.runs]
-        folder, named_run = sweep.folder, False
+        targets = [
+            Target(target, RunDir(each.folder), load_recipe(target, each.overrides), False, update)
+            for each in sweep.runs
+        ]
     else:
-        run, loaded = find_run(target, overrides, run_dir)
-        found = [(run, loaded or load_recipe(run.recipe_path))]
-        folder, named_run = run.path, loaded is None
+        targets = [read_target(target, overrides, run_dir, update=update)]
 
     processes = wanted.processes_per_node or wanted.gpus_per_node or 1
-    world_size = wanted.nodes * processes
-    strategies = set()
-    for number, (run, loaded) in enumerate(found):
-        asked = asked_for(run, world_size, wanted.strategy, wanted.offload, {}, resumes=False)
-        strategies.add((asked.strategy, asked.offload))
-        check_precision(loaded.recipe.train.precision, asked.strategy)
-        batch_shape(loaded.recipe.batch, world_size)
-        if number == 0 or sweep is None or sweep.changes_names:
-            check_recipe(loaded.recipe, target)
-        check_one_owner({}, loaded.recipe, world_size, loaded.origins)
+    # this machine trains nothing, so that its GPUs do not count
+    environment = StartEnvironment(wanted.nodes * processes, wanted.nodes, here=0, argv=tuple(sys.argv))
+    options = Options(wanted.strategy, wanted.offload)
+    requests: list[RunRequest] = []
+    problems: list[UserError] = []
+    for number, each in enumerate(targets):
+        check_names = number == 0 or sweep is None or sweep.changes_names
+        try:
+            requests.append(resolve(each, options, environment, check_names=check_names, check_run=False))
+        except UserError as error:
+            problems.append(error)
+            break  # the other runs of a sweep differ in values
+    found = [(each.run, each.recipe) for each in targets if each.run is not None and each.recipe is not None]
+    if len(found) < len(targets):
+        raise all_of(problems)
+    folder, named_run = (sweep.folder, False) if sweep is not None else (found[0][0].path, targets[0].is_run)
+    strategies = {(each.strategy, each.offload) for each in requests} if not problems else {("ddp", "none")}
     if len(strategies) > 1:
-        raise UserError(f"the runs of {folder} go on with strategies that differ; say one with --strategy")
-    ((strategy, offload),) = strategies
+        problems.append(UserError(f"the runs of {folder} go on with strategies that differ; say one with --strategy"))
+    strategy, offload = min(strategies)
 
     code = folder / "submit" / "code"
     keeps_code = named_run and code.is_dir() and not update
     snapshot = Snapshot() if keeps_code else take_snapshot(found[0][1].recipe)
     package = own_package()
-    plan = _plan(
-        wanted,
-        site,
-        folder,
-        [run.path for run, _ in found],
-        name=sweep.name if sweep is not None else found[0][1].recipe.name,
-        strategy=strategy,
-        offload=offload,
-        processes=processes,
-        copies_package=package is not None,
-        packages=[str(code / name) for name in snapshot.packages],
-    )
+    try:
+        plan = _plan(
+            wanted,
+            site,
+            folder,
+            [run.path for run, _ in found],
+            name=sweep.name if sweep is not None else found[0][1].recipe.name,
+            strategy=strategy,
+            offload=offload,
+            processes=processes,
+            copies_package=package is not None,
+            packages=[str(code / name) for name in snapshot.packages],
+        )
+    except UserError as error:
+        problems.append(error)
+    if problems:
+        raise all_of(problems)
     if keeps_code and (earlier := _earlier_plan(folder)) is not None:
         plan = plan.model_copy(update={"python_path": tuple(dict.fromkeys((*plan.python_path, *earlier)))})
     runs = [(run, moved(loaded, snapshot, code)) for run, loaded in found]
@@ -152,7 +166,9 @@ def prepare(
         _check_folder(run, loaded, snapshot, code, update=update)
     if not update and all(run.finished is not None for run, _ in runs):
         raise UserError(f"{folder} is finished; choose another --run-dir to train anew, or --update to go on")
-    return Prepared(plan, render_sbatch(plan), runs, snapshot, package, sweep, update, keeps_code, list(snapshot.notes))
+    return Prepared(
+        plan, render_sbatch(plan), runs, requests, snapshot, package, sweep, update, keeps_code, list(snapshot.notes)
+    )
 
 
 def _plan(
@@ -283,7 +299,9 @@ def submit(prepared: Prepared) -> str:
             prepared.sweep.write()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --run-dir") from error
-    for run, loaded in prepared.runs:
+    for (run, loaded), request in zip(prepared.runs, prepared.requests, strict=True):
+        # the file UPDATE says it to the first attempt; a requeued job must not say it again
+        launch = replace(launch, request=replace(request, update=False).record())
         if not run.exists or recipe_differences(load_recipe(run.recipe_path), loaded):
             run.create(recipe_text(loaded), launch)
         open_run(run, None, launch)
