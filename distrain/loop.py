@@ -18,11 +18,12 @@ from distrain.config.yaml import load_recipe
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import given
 from distrain.optim import set_lr
-from distrain.parallel import FLAGS, World
+from distrain.parallel import StepFlags, World
 from distrain.parallel.strategy import Numbers
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import mark, stepped
 from distrain.run.lease import Lease
+from distrain.training.callbacks.base import Callback
 from distrain.training.context import PendingMetrics, TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
@@ -34,17 +35,18 @@ def train(
     world: World,
     lease: Lease | None = None,
     tell: Callable[[UserError], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train the run's recipe from its newest checkpoint to its end; returns the summary. All ranks call.
 
     Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
     stop saves its state, is marked PREEMPTED, and goes on from there when it is started again. Nothing is published
     once another start has the `lease`. `tell` says what went wrong where this process has lost its GPU,
-    and ends.
+    and ends. `callbacks` are called after those of the recipe.
     """
     recipe = load_recipe(run.recipe_path).recipe
     watched = run.stop_path if world.rank == 0 else None
-    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell) as s:
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell, callbacks) as s:
         if s.t.step == 0 and recipe.eval.every is None:
             s.say("eval.every is null: the model is scored only at the end")
         s.catch_up()
@@ -56,6 +58,7 @@ def train(
             if s.eval_due() or s.save_due() or s.at_end() or not s.reads_late:
                 s.settle(late)
                 late = None
+                s.heed_callbacks()
             # a request to stop comes first: who stops a run may not wait for a score
             if not s.stopping and (s.eval_due() or s.at_end()):
                 s.evaluate()
@@ -67,7 +70,7 @@ def train(
 
 
 def train_step(
-    t: TrainContext, micro_batches: Sequence[Batch], flags: Callable[[], Sequence[float]] = lambda: [0.0] * FLAGS
+    t: TrainContext, micro_batches: Sequence[Batch], flags: Callable[[], StepFlags] = StepFlags
 ) -> PendingMetrics:
     """Make one optimizer step. All ranks call.
 
@@ -98,7 +101,7 @@ def train_step(
     return PendingMetrics(t.step, numbers, grad_scale, t.own)
 
 
-def _leave_out(t: TrainContext, known: Anomaly, flags: Sequence[float]) -> PendingMetrics:
+def _leave_out(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetrics:
     """Count a step without making it; what the ranks tell each other with each step, they tell."""
     means = list(flags)
     read = lambda: means  # noqa: E731
@@ -127,7 +130,7 @@ def _seed(t: TrainContext, index: int) -> int:
 
 
 def _attempt(
-    t: TrainContext, micro_batches: Sequence[Batch], loss_scale: float | Tensor, flags: Callable[[], Sequence[float]]
+    t: TrainContext, micro_batches: Sequence[Batch], loss_scale: float | Tensor, flags: Callable[[], StepFlags]
 ) -> Numbers | None:
     strategy, last = t.strategy, len(micro_batches) - 1
     losses: list[Tensor] = []

@@ -345,10 +345,11 @@ def _make_steps(folder: Path) -> dict[str, int]:
     loaded = load_recipe(folder / "recipe.yaml")
     asked = StrategySpec.of(how["strategy"], how["offload"])
     world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
+    recipe = loaded.recipe.model_copy(update={"callbacks": []})  # they are to see the run alone
     run = RunDir(folder / "run")
     launch = Launch.describe(world.world_size, asked.strategy, asked.offload)
-    world.run_on_rank0(lambda: run.create(dump_recipe(loaded.recipe), launch))
-    with Session.open(run, loaded.recipe, world) as session:
+    world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
+    with Session.open(run, recipe, world) as session:
         steps = session.loader()
         spare: Any = None
         for _ in range(_STEPS):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from distrain.config.agreement import Known, disagreements
@@ -67,8 +67,17 @@ class Recipe(Section):
     """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
     log: LogSection = LogSection()
     """Where the numbers go."""
+    callbacks: list[ComponentField] = []
+    """Code of your own that is called at steps, evaluations and checkpoints: classes by `path/to/file.py:Name`."""
     seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
     """What initialisation, order, augmentation and dropout are computed from."""
+
+    @model_serializer(mode="wrap")
+    def _without_callbacks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.callbacks:
+            values.pop("callbacks", None)  # recipes that are stored without the key stay equal
+        return values
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:

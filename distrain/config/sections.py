@@ -405,7 +405,7 @@ class WatchdogSection(Section):
     setup: Time | None = Duration(30, "minutes")
     """In one part of the set-up, or the first step, which may compile; None waits for ever."""
     step: Time | None = Duration(10, "minutes")
-    """In a part of a step: data loading, a forward or backward pass, the optimizer."""
+    """In a part of a step: data loading, a forward or backward pass, the optimizer; or in a callback."""
     save: Time | None = Duration(30, "minutes")
     """In writing 16 MB of a checkpoint, or in putting it in its place."""
     evaluate: Time | None = Duration(10, "minutes")

@@ -24,6 +24,7 @@ from distrain.system.output import echo, echo_error, echo_loading, one_line
 
 if TYPE_CHECKING:
     from distrain.parallel import StrategySpec
+    from distrain.training.callbacks.base import Callback
 
 
 def start(
@@ -97,12 +98,13 @@ def work(
     strategy: str = "auto",
     offload: str | None = None,
     request: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Train in this process, one of those that a launcher started; returns the exit status. All ranks call.
 
     `request` names what distrain's launcher has resolved and written into the run folder `target`: it is read, and
     only that the world is the one asked for is seen. Otherwise somebody has started launch/train.py by hand, and each
-    process resolves the same request. Nothing is written before that.
+    process resolves the same request. Nothing is written before that. `callbacks` are called after those of the recipe.
     """
     begin_worker()
     rank = rank_told()
@@ -207,7 +209,7 @@ def train_here(request: RunRequest) -> int:
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
                 lost = functools.partial(tell, run, rank, lease=lease)
-                status = reported(run, rank, lambda: train(run, world, lease, lost), lease)
+                status = reported(run, rank, lambda: train(run, world, lease, lost, callbacks), lease)
         finally:
             if lease is not None and world.rank == 0:
                 lease.release(clean=status == 0)

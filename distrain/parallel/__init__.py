@@ -34,7 +34,7 @@ from distrain.parallel.contents import prepare_to_save
 from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.state import TrainingState, load_weights
 from distrain.parallel.stored import check_fit, fill
-from distrain.parallel.strategy import FLAGS, BuildSpec, Strategy, with_arithmetic
+from distrain.parallel.strategy import BuildSpec, StepFlags, Strategy, with_arithmetic
 from distrain.parallel.strategy_spec import (
     OFFLOADS,
     STRATEGIES,
@@ -48,13 +48,13 @@ from distrain.parallel.strategy_spec import (
 from distrain.system.environment import Environment, launcher_argv
 
 __all__ = [
-    "FLAGS",
     "OFFLOADS",
     "STRATEGIES",
     "BuildSpec",
     "Configuration",
     "Environment",
     "SourcedValue",
+    "StepFlags",
     "Strategy",
     "StrategyHint",
     "StrategySpec",

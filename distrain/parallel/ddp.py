@@ -16,9 +16,9 @@ from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.strategy import (
-    FLAGS,
     BuildSpec,
     Numbers,
+    StepFlags,
     Strategy,
     did_not_take_effect,
     make_ema,
@@ -88,7 +88,7 @@ class DDPStrategy(Strategy):
         if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             with restored(model):
                 value = plan.loss_sum(wrapped, 0)
-                self._backward(wrapped, value, torch.ones_like(value), value.detach(), [0.0] * FLAGS)
+                self._backward(wrapped, value, torch.ones_like(value), value.detach(), StepFlags())
         return wrapped
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -216,7 +216,7 @@ class _Carrier(nn.Module):
         super().__init__()
         # in a module of its own in any case: what is prepared already, Accelerate returns without wrapping it in DDP
         self.model = model
-        self.numbers = nn.Parameter(torch.zeros(1 + FLAGS, dtype=dtype)) if dtype is not None else None
+        self.numbers = nn.Parameter(torch.zeros(1 + len(StepFlags._fields), dtype=dtype)) if dtype is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

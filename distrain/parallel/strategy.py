@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -28,8 +28,21 @@ from distrain.parallel.precision import LossScale
 from distrain.parallel.shards import Shard
 from distrain.parallel.state import Carry, TrainingState
 
-FLAGS = 4
-"""How many numbers each rank tells the others with every step."""
+
+class StepFlags(NamedTuple):
+    """What each rank tells the others with every step. All get the means over the ranks."""
+
+    stop: float = 0.0
+    """1: it was asked to stop."""
+    save: float = 0.0
+    """1: a checkpoint is due by the time."""
+    written: float = 0.0
+    """1: its part of the checkpoint under way is written."""
+    corrupt: float = 0.0
+    """Samples of the step that it replaced."""
+    callbacks: float = 0.0
+    """1: a callback failed or asks for something."""
+
 
 Numbers = Callable[[], tuple[float, list[float]]]
 """Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""

@@ -40,6 +40,7 @@ PHASES = {
     "save": "saving",
     "evaluate": "the evaluation",
     "finish": "the end of the run",
+    "callbacks": "a callback",
     "ended": "nothing any more",
 }
 """What a rank can be doing. A step is data, sync, forward, backward, optimizer."""

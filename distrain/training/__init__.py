@@ -12,5 +12,5 @@ ranking.py          what the best checkpoint is the best of
 forward.py          what layers are told of the batch they are called on
 checks.py           what a recipe must be before anything is built from it
 updates.py          what changed since the checkpoint: data, code, recipe
-callbacks/          the banner, trackers, and the trace of a proof
+callbacks/          `Callback`, the banner, trackers, and the trace of a proof
 """

@@ -11,6 +11,7 @@ from distrain.datasets.base import Data, is_stream
 from distrain.metrics import check_metrics
 from distrain.models import check_model
 from distrain.optim import check_loss, check_optimizer, check_schedule
+from distrain.training.callbacks.building import check_callbacks
 
 
 def check_recipe(recipe: Recipe, source: str) -> None:
@@ -22,6 +23,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         *check_optimizer(recipe.optim),
         *check_schedule(recipe.schedule),
         *check_metrics(recipe),
+        *check_callbacks(recipe),
     ]
     if problems:
         raise RecipeError(source, problems)

@@ -14,7 +14,7 @@ from distrain.config import Recipe
 from distrain.datasets.base import Batch
 from distrain.networks.calling import Convention
 from distrain.optim import AnySchedule, Loss
-from distrain.parallel import Strategy, TrainingState, World
+from distrain.parallel import StepFlags, Strategy, TrainingState, World
 from distrain.parallel.strategy import Numbers
 from distrain.training.callbacks.trace import Trace
 from distrain.training.forward import told_of
@@ -62,10 +62,10 @@ class PendingMetrics:
     own: LocalStepResult | None = None
     """What this rank has computed; None for a step that was known to be left out."""
 
-    def read(self) -> tuple[float, float, list[float]]:
+    def read(self) -> tuple[float, float, StepFlags]:
         """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
         norm, (loss, *flags) = self.numbers()
-        return loss, norm, flags
+        return loss, norm, StepFlags(*flags)
 
 
 def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:

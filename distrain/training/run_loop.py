@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ from distrain.diagnose.memory_advice import explained
 from distrain.metrics import build_metrics
 from distrain.models import transformers_config
 from distrain.optim import Loss, set_lr
-from distrain.parallel import World
+from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir, append_row, now, rows_backwards
 from distrain.run.heartbeat import mark, starts_at, take_straggler
 from distrain.run.lease import Lease
 from distrain.training.callbacks.banner import introduction
+from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Requests, SavedCheckpoint, StepMetrics
+from distrain.training.callbacks.building import build_callbacks
+from distrain.training.callbacks.dispatch import Callbacks
 from distrain.training.callbacks.trackers import Telemetry, duration
 from distrain.training.context import PendingMetrics
 from distrain.training.corrupt_samples import EVENT as UNDECODABLE
@@ -53,14 +57,17 @@ class Session:
         world: World,
         stop: StopRequest | None = None,
         lease: Lease | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         """Build everything up to the first step; what can fail fails here, on all ranks together.
 
         `stop` notes what this rank is asked for. Without a `lease` nobody else is expected to write into the run.
+        `callbacks` are called after those of the recipe.
         """
         self.run, self.recipe, self.world, self.stop = run, recipe, world, stop or StopRequest()
         self._fence = lease.check if lease is not None else lambda: None
         self.started = time.monotonic()
+        named = world.run_on_all(lambda: build_callbacks(recipe, callbacks))
         self.setup = setup = set_up(run, recipe, world, self._fence)
         self.t, self.anomalies, self.trace = setup.training, setup.anomalies, setup.trace
         self.data: Data = setup.feed.data
@@ -85,6 +92,10 @@ class Session:
         self._leave = world.store_flag()
         # a run can be stopped between the evaluation that ends it and the end itself
         self.ended_early = self._exhausted()
+        self._named_callbacks = recipe.model_dump(mode="json").get("callbacks", [])
+        self._ended_by_callback = False
+        if named and setup.resumed is not None and setup.resumed.scalars.get("ended") == self._named_callbacks:
+            self.ended_early = self._ended_by_callback = True
         self.saver = Saver(
             run.checkpoints,
             world,
@@ -118,12 +129,15 @@ class Session:
             )
         )
         self._saved_at = self._logged_at = time.monotonic()
-        for line in [*introduction(run, setup), *ranking]:
+        self.callbacks = Callbacks(named, world, self._callback_run, self.telemetry.write, self._act)
+        lines = self.callbacks.load(setup.resumed.scalars) if setup.resumed is not None else []
+        for line in [*introduction(run, setup), *ranking, *lines]:
             self.say(line)
         if setup.resumed is not None:
             self._note_published(setup.resumed)
             self._note_update()
-        elif self.anomalies.goes_back:
+        self.callbacks.start()
+        if setup.resumed is None and self.anomalies.goes_back:
             self.save()
 
     @classmethod
@@ -136,6 +150,7 @@ class Session:
         stop: StopRequest | None = None,
         lease: Lease | None = None,
         tell: Callable[[UserError], None] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Iterator[Session]:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes.
 
@@ -156,12 +171,15 @@ class Session:
         end = last_word if tell is not None else None
         with explained(recipe, world) as attempt:
             with told_plainly(parts, end):
-                session = cls(run, recipe, world, stop, lease)
+                session = cls(run, recipe, world, stop, lease, callbacks)
             attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
                 # inside: what is put in order below needs a device that works
                 with told_plainly(parts, end):
                     yield session
+            except Exception as error:
+                session.callbacks.fail(error, session.t.step)
+                raise
             finally:
                 session.saver.close()
                 session.telemetry.close()
@@ -243,15 +261,16 @@ class Session:
     # ----------------------------------------------------------------------------------------------------------------
     # A step's report
 
-    def flags(self) -> tuple[float, float, float, float]:
+    def flags(self) -> StepFlags:
         """Return what this rank has to tell the others with this step; `settle` gets the mean over the ranks."""
         written = self.saver.in_flight is not None and self.saver.written
         time_to_save = self.world.rank == 0 and self._save_every.elapsed(self._saved_at)
-        return (
-            float(self.stop.reason is not None),
-            float(time_to_save),
-            float(written),
-            self.undecodable.count(self.t.step + 1),
+        return StepFlags(
+            stop=float(self.stop.reason is not None),
+            save=float(time_to_save),
+            written=float(written),
+            corrupt=self.undecodable.count(self.t.step + 1),
+            callbacks=self.callbacks.flag() if self.callbacks else 0.0,
         )
 
     def settle(self, numbers: PendingMetrics | None) -> bool:
@@ -266,7 +285,7 @@ class Session:
             self.t.strategy.check_state()
             self._record_effect()
         step = numbers.step
-        loss, norm, (stops, time_to_save, written, undecodable) = numbers.read()
+        loss, norm, flags = numbers.read()
         if self.trace is not None:
             self.trace.settled(step, loss, norm)
         found = self.anomalies.settle(step, loss, norm, numbers.own)
@@ -274,17 +293,68 @@ class Session:
             self._tell(found)
         elif self._log_every.due(step) or step == self.total_steps or self._log_every.elapsed(self._logged_at):
             self._log(step, loss, norm, numbers.grad_scale)
-        if undecodable > 0:
+        if flags.corrupt > 0:
             self._leave_out(step)
-        if stops > 0 and not self.stopping:
+        if flags.stop > 0 and not self.stopping:
             self.stopping = self.stop.reason or _ELSEWHERE
-        self._time_to_save = time_to_save > 0
-        if written > 1 - 0.5 / self.world.world_size:
+        self._time_to_save = flags.save > 0
+        if flags.written > 1 - 0.5 / self.world.world_size:
             self._finish_save()
-        if found is None or found.action != "rollback" or found.known:
-            return True
-        self._go_back()
-        return False
+        if found is not None and found.action == "rollback" and not found.known:
+            self._go_back()
+            return False
+        if self.callbacks:
+            self.callbacks.step_end(step, self._step_metrics(step, loss, norm, skipped=found is not None))
+            if flags.callbacks > 0:
+                self.callbacks.agree()
+        return True
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Callbacks
+
+    def _callback_run(self) -> CallbackRun:
+        strategy, resumed = self.t.strategy, self.setup.resumed
+        return CallbackRun(
+            recipe=self.recipe,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            strategy=self.world.strategy,
+            folder=self.run.path,
+            device=self.world.device,
+            model=strategy.model,
+            optimizer=strategy.optimizer,
+            horizon=self.setup.horizon,
+            resumed_step=resumed.step if resumed is not None else None,
+            step=lambda: self.t.step,
+            show=self.say,
+        )
+
+    def _step_metrics(self, step: int, loss: float, norm: float, *, skipped: bool) -> StepMetrics:
+        return StepMetrics(
+            loss=loss,
+            grad_norm=norm if self._norm_is_known else None,
+            lr=self.recipe.optim.lr * self.t.schedule(step - 1),
+            samples=step * self.recipe.batch.global_batch_size,
+            epoch=self._epoch(step),
+            skipped=skipped,
+        )
+
+    @property
+    def _norm_is_known(self) -> bool:
+        return self.recipe.optim.clip_norm is not None or self.anomalies.watches
+
+    def heed_callbacks(self) -> None:
+        """Do what callbacks ask for, or raise what failed in one, before an evaluation, a checkpoint or the end."""
+        if self.callbacks and (self.eval_due() or self.save_due() or self.at_end()):
+            self.callbacks.agree()
+
+    def _act(self, asked: Requests) -> None:
+        """Do what callbacks ask for, alike on all ranks."""
+        if asked.finish is not None and not self.ended_early:
+            self.ended_early = self._ended_by_callback = True
+            self.say(f"training ends after step {self.t.step}: {asked.finish}")
+        if asked.stop is not None and not self.stopping:
+            self.stopping = asked.stop
 
     def _tell(self, found: Anomaly) -> None:
         """Say what is done about a step that is an anomaly; where that is to stop, raise it."""
@@ -312,13 +382,15 @@ class Session:
         reader = self.world.run_on_all(lambda: Reader(checkpoint, verify=False))
         self.t.strategy.restore(reader)
         self.anomalies.load(reader.manifest.scalars)
+        lines = self.callbacks.load(reader.manifest.scalars)
         reader.close()
         step = self.t.step = reader.manifest.step
         self.best, _, _ = self.world.run_on_rank0(lambda: take_up(*self._ranking, reader.manifest))
         self._values = None
         self._saved_step = self._scored_step = self._logged_step = step
         self._logged_at, self._went_back, self._time_to_save = time.monotonic(), True, False
-        self.say(f"goes back to {checkpoint.name}")
+        for line in [f"goes back to {checkpoint.name}", *lines]:
+            self.say(line)
 
     def _record_effect(self) -> None:
         model = self.setup.model
@@ -343,7 +415,7 @@ class Session:
             "data_wait": min(self._waited.take() / seconds, 1.0) if seconds else 0.0,
             "time": now(),
         }
-        if self.recipe.optim.clip_norm is not None or self.anomalies.watches:
+        if self._norm_is_known:
             row["grad_norm"] = norm
         if grad_scale is not None:
             row["loss_scale"] = grad_scale
@@ -383,6 +455,7 @@ class Session:
                 f"stopping early: {self.best.metric} has not improved by more than {stop.min_delta:g} in "
                 f"{stop.patience} evaluations"
             )
+        self.callbacks.evaluated(self.split, MappingProxyType(values))
         # evaluation is not training time
         self._logged_at, self._logged_step = time.monotonic(), self.t.step
 
@@ -471,7 +544,10 @@ class Session:
             )
         strategy.broadcast_buffers()
         self._saved_step, self._saved_at, self._time_to_save = self.t.step, time.monotonic(), False
-        specs, scalars = self.world.run_on_all(lambda: (state.specs(), strategy.scalars()))
+        ended = {"ended": self._named_callbacks} if self._ended_by_callback else {}
+        specs, scalars = self.world.run_on_all(
+            lambda: (state.specs(), strategy.scalars() | self.callbacks.state() | ended)
+        )
         with self._may_fail():
             self.saver.begin(
                 self.t.step,
@@ -525,6 +601,7 @@ class Session:
         self.say(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
         for warning in saved.warnings:
             self.say(f"warning: {warning}")
+        self.callbacks.saved(SavedCheckpoint(saved.step, saved.path, saved.nbytes, saved.seconds))
 
     # ----------------------------------------------------------------------------------------------------------------
     # The end
@@ -532,6 +609,7 @@ class Session:
     def preempt(self) -> dict[str, Any]:
         """Leave the run so that the same command goes on from here."""
         self._published(self.saver.finish())
+        self.callbacks.end(Outcome("stopped", self._saved_step, reason=self.stopping))
 
         def mark() -> None:
             self._fence()
@@ -560,6 +638,7 @@ class Session:
             if scored is None:
                 return self.preempt()
             values = scored
+            self.callbacks.evaluated("test", MappingProxyType(values))
             if (problem := self._not_finite("test", values)) is not None:
                 raise UserError(problem)
         summary = {
@@ -586,13 +665,17 @@ class Session:
             exported = export(
                 self._checkpoint(chosen), self.run.export_path, ema=self.recipe.train.ema is not None, overwrite=True
             )
+            return exported.notes
+
+        def mark_finished() -> None:
             self._fence()
             self.run.mark_finished(summary)
-            return exported.notes
 
         mark("finish")
         for note in self.world.run_on_rank0(write):
             self.say(f"export: {note}")
+        self.callbacks.end(Outcome("finished", summary["steps"], summary=MappingProxyType(summary)))
+        self.world.run_on_rank0(mark_finished)
         self.telemetry.summarize(summary)
         return summary
 

@@ -695,7 +695,7 @@ def test_the_dump_is_in_the_sections_order_with_what_a_user_would_write(write):
     loaded = load_recipe(write(), ["checkpoint.every=20 min"])
     text = dump_recipe(loaded.recipe, loaded.origins)
     keys = [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")]
-    assert keys == list(Recipe.model_fields)
+    assert keys == [key for key in Recipe.model_fields if key != "callbacks"], "left away where there are none"
     assert "  split: [0.8, 0.2]  # " in text
     assert "  global: 256  # " in text
     assert "  every: 20 minutes  # command line\n" in text

@@ -58,24 +58,20 @@ def new_run(folder: Path, name: str, *overrides: str, text: str = RECIPE, proces
 
 def train_each(strategy: str, run_dirs: list[str], die_after: int | None = None) -> list[tuple[str, str]]:
     """Train each run in this world; returns what each said and raised. Every rank is killed after step `die_after`."""
-    from distrain import loop
+    from distrain import Callback, loop
     from distrain.parallel import StrategySpec, open_world
 
-    step = loop.train_step
+    class Die(Callback):
+        def on_step_end(self, step: int, metrics: Any) -> None:
+            if die_after is not None and step == die_after + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def step_and_die(t: Any, *rest: Any) -> Any:
-        numbers = step(t, *rest)
-        if die_after is not None and t.step == die_after + 1:
-            os.kill(os.getpid(), signal.SIGKILL)  # when it is made, before it is told
-        return numbers
-
-    loop.train_step = step_and_die
     world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, StrategySpec(strategy))
     raised: list[str] = []
 
     def go(run_dir: str) -> int:
         try:
-            loop.train(RunDir(run_dir), world)
+            loop.train(RunDir(run_dir), world, callbacks=[Die()])
         except UserError as error:
             raised.append(str(error))
         else:

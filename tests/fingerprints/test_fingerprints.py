@@ -470,13 +470,13 @@ def fail_in_step(recipe: str, overrides: list[str], run_dir: str) -> Ended:
     """Begin an update that fails in its first step."""
     from runs import train_rank
 
-    from distrain import loop
+    from distrain import Callback
 
-    def fail(*_: Any) -> Any:
-        raise UserError("no step")
+    class Fail(Callback):
+        def on_start(self, run: Any) -> None:
+            raise UserError("no step")
 
-    loop.train_step = fail
-    return train_rank(recipe, overrides, run_dir, None, True)
+    return train_rank(recipe, overrides, run_dir, None, True, callbacks=[Fail()])
 
 
 @pytest.mark.fault(33)

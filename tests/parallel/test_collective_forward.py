@@ -23,7 +23,7 @@ from distrain.metrics import build_metrics
 from distrain.models import build_model
 from distrain.networks.calling import calling_convention
 from distrain.optim import build_loss
-from distrain.parallel import FLAGS, open_world
+from distrain.parallel import StepFlags, open_world
 from distrain.training.evaluation import evaluate
 
 SOON_S = 60.0
@@ -267,7 +267,7 @@ def uneven_passes(strategy: str) -> list[float]:
         sums.append(engine.model(torch.ones(1, 400)).sum().item())
         engine.reshard()
     objective = engine.wrapped(torch.ones(1, 400)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
+    engine.step(objective, torch.ones(()), objective.detach(), StepFlags())
     world.close()
     return sums
 

@@ -19,9 +19,9 @@ from distrain.checkpoint import LocalCommunicator, Reader, Saver
 from distrain.config import RecipeError, UserError
 from distrain.optim import Ema
 from distrain.parallel import (
-    FLAGS,
     BuildSpec,
     Environment,
+    StepFlags,
     TrainingState,
     build_strategy,
     check_world,
@@ -413,7 +413,7 @@ def prepared() -> tuple[float, bool, list[float]]:
     engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(model.used.weight.grad[0].tolist()))
     # each rank another input: what comes out is the mean gradient of all
     objective = engine.wrapped(torch.full((1, 3), world.rank + 1.0)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), [0.0] * FLAGS)
+    engine.step(objective, torch.ones(()), objective.detach(), StepFlags())
     model.passes += world.rank
     engine.state.ema.update()
     engine.broadcast_buffers()

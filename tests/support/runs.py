@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from worlds import in_world
 
+from distrain import Callback
 from distrain.checkpoint import Reader, difference, list_checkpoints
 from distrain.run.folder import RunDir
 
@@ -83,21 +84,21 @@ def train_rank(
     stop_after: int | None,
     update: bool,
     strategy: str = "auto",
+    callbacks: Sequence[Callback] = (),
 ) -> Ended:
     """Train as `distrain train` does in each process; rank 0 gets SIGTERM after step `stop_after`."""
-    from distrain import loop
     from distrain.launchers import work
 
-    step = loop.train_step
+    class Stop(Callback):
+        def on_start(self, run: Any) -> None:
+            self.rank = run.rank
 
-    def step_and_stop(t: Any, *rest: Any) -> Any:
-        numbers = step(t, *rest)
-        if t.step == stop_after and t.world.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return numbers
+        def on_step_end(self, step: int, metrics: Any) -> None:
+            if step == stop_after and self.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.train_step = step_and_stop
-    return captured(lambda: work(recipe, overrides, run_dir=run_dir, update=update, strategy=strategy))
+    more = [*callbacks, *([Stop()] if stop_after is not None else [])]
+    return captured(lambda: work(recipe, overrides, run_dir=run_dir, update=update, strategy=strategy, callbacks=more))
 
 
 def train(

@@ -78,6 +78,7 @@ class Limits:
             # the first step may compile
             return None if self.setup is None or self.step is None else max(self.setup, self.step)
         by_phase = {"setup": self.setup, "save": self.save, "finish": self.save, "evaluate": self.evaluate}
+        by_phase["callbacks"] = self.step
         return by_phase.get(now.phase)
 
     @property
