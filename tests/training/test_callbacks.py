@@ -388,7 +388,7 @@ def test_importing_the_class_imports_no_torch() -> None:
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp2")])
 def test_the_callbacks_of_the_page_do_what_it_says(tmp_path: Path, world_size: int, strategy: str) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "callbacks.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "callbacks.md").read_text()
     code = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert code is not None
     text = TINY.replace(", ema: 0.9", "").replace("every: 4 steps, keep", "every: 1 steps, keep")
