@@ -120,7 +120,7 @@ def work(
         else:
             leave_to_rank_0(rank, error)
         return 1
-    return train_here(found)
+    return train_here(found, callbacks)
 
 
 def requested(run: RunDir, name: str) -> RunRequest:
@@ -138,8 +138,11 @@ def requested(run: RunDir, name: str) -> RunRequest:
     return found
 
 
-def train_here(request: RunRequest) -> int:
-    """Train what was requested in this process, one of its world; returns the exit status. All ranks call."""
+def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
+    """Train what was requested in this process, one of its world; returns the exit status. All ranks call.
+
+    `callbacks` are called after those of the recipe.
+    """
     run, rank = request.run, rank_told()
     given, update = request.given, request.update
     recipe = request.recipe.recipe
