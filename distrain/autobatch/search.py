@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrain.config import BatchSection, LogSection, Recipe, UserError
 from distrain.config.yaml import dump_recipe
-from distrain.run.micro_batch import Probed, Where, remembered
+from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.system import memory
 from distrain.system.memory import gib
 
@@ -59,7 +59,7 @@ class _Tried:
     """Why it does not fit."""
 
 
-def settled(
+def search_if_needed(
     run: RunDir,
     recipe: Recipe,
     asked: StrategySpec,
@@ -68,14 +68,14 @@ def settled(
     here: int,
     gpus: int,
     say: Callable[[str], None],
-) -> Probed | None:
+) -> CachedMicroBatch | None:
     """Return what is newly found for a start that is about to be made, to be remembered in its run; see `find`.
 
     None where nothing is to be found, or it is remembered from before and still holds.
     """
     if not wanted(recipe, gpus=gpus):
         return None
-    before = remembered(run, Where.of(recipe, processes, asked.strategy, asked.offload))
+    before = cached_micro_batch(run, CacheKey.of(recipe, processes, asked.strategy, asked.offload))
     if before is not None and still_holds(before, gpus=gpus, here=here):
         return None
     return find(recipe, asked, processes=processes, here=here, gpus=gpus, say=say)
@@ -94,7 +94,7 @@ def find(
     here: int,
     gpus: int,
     say: Callable[[str], None],
-) -> Probed | None:
+) -> CachedMicroBatch | None:
     """Return the largest micro-batch that fits, of those with which whole accumulation steps make the global batch.
 
     `processes` are those of the run, `here` of them on this machine. Where these are fewer, each holds more of what is
@@ -124,10 +124,10 @@ def find(
         return None
     if size is None:
         raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].said}")
-    where = Where.of(recipe, processes, asked.strategy, asked.offload)
+    where = CacheKey.of(recipe, processes, asked.strategy, asked.offload)
     found = tries[size]
     tried = tuple((each, done.fits) for each, done in tries.items())
-    return Probed(where, size, hardware(gpus), found.limit, found.peak, tried)
+    return CachedMicroBatch(where, size, hardware(gpus), found.limit, found.peak, tried)
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -147,12 +147,12 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[fitting] if fitting >= 0 else None
 
 
-def still_holds(probed: Probed, *, gpus: int, here: int) -> bool:
+def still_holds(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:
     """Return whether what was found before was found on such hardware, with no more memory than there is now."""
-    if probed.hardware != hardware(gpus):
+    if autobatch.hardware != hardware(gpus):
         return False
     # a limit that is measured is never twice the same to the byte
-    return gpus > 0 or (limit := _cpu_limit()) is None or _share(limit, here) >= 0.9 * probed.limit
+    return gpus > 0 or (limit := _cpu_limit()) is None or _share(limit, here) >= 0.9 * autobatch.limit
 
 
 def hardware(gpus: int) -> str:

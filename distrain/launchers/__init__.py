@@ -44,7 +44,7 @@ from distrain.launchers.request import (
     recipe_text,
     resolve,
 )
-from distrain.launchers.worker import probed, start, train_here, work, worker_arguments
+from distrain.launchers.worker import autobatch, start, train_here, work, worker_arguments
 
 __all__ = [
     "TYPED",
@@ -67,7 +67,7 @@ __all__ = [
     "launch_argv",
     "launcher_environment",
     "open_run",
-    "probed",
+    "autobatch",
     "read_target",
     "recipe_differences",
     "recipe_text",

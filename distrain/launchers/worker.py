@@ -8,7 +8,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distrain.autobatch.search import settled
+from distrain.autobatch.search import search_if_needed
 from distrain.checkpoint import newest_step
 from distrain.config import Recipe, UserError
 from distrain.launchers.local import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
@@ -17,7 +17,7 @@ from distrain.launchers.reporting import leave_to_rank_0, log, log_to, reported,
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
 from distrain.run.folder import RunDir, effect_in_words
 from distrain.run.lease import Holder, Lease, check_free, take
-from distrain.run.micro_batch import Probed, remember
+from distrain.run.micro_batch import CachedMicroBatch, remember
 from distrain.system.environment import own_start, rank_told, say_ignored
 from distrain.system.job_environment import job_environment
 from distrain.system.output import echo, echo_error, echo_loading, one_line
@@ -63,7 +63,7 @@ def start_here(request: RunRequest) -> int:
         run.clear_markers(requeued=holder.restart > 0)
     open_run(run, request.given, request.launch(), update=request.update)
     if request.update or not run.finished:
-        found = probed(run, request.recipe.recipe, request.spec, count, count)
+        found = autobatch(run, request.recipe.recipe, request.spec, count, count)
         if found is not None:
             remember(run, found)
     script, config = shared_file("launch", "train.py"), configuration_file(request.strategy)
@@ -155,12 +155,12 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
         from distrain.loop import train
         from distrain.parallel import open_world
 
-        found: Probed | None = None
+        found: CachedMicroBatch | None = None
         if "RANK" not in os.environ and (update or not run.finished):
             # before this process has anything of a GPU; of several, the launcher does it
             if run.exists:
                 check_free(run, Holder.of_this_process())
-            found = probed(run, recipe, asked, 1, 1)
+            found = autobatch(run, recipe, asked, 1, 1)
         world = open_world(
             recipe.train.precision,
             asked,
@@ -221,8 +221,8 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
     return reported(None, rank, train_in_world) or status
 
 
-def probed(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> Probed | None:
+def autobatch(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> CachedMicroBatch | None:
     """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
-    return settled(
+    return search_if_needed(
         run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))
     )

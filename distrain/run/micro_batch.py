@@ -29,7 +29,7 @@ _DECIDES = {
 
 
 @dataclass(frozen=True)
-class Where:
+class CacheKey:
     """What a size of micro-batch was found for, and holds for."""
 
     processes: int
@@ -40,7 +40,7 @@ class Where:
     """A digest of the parts that decide about memory."""
 
     @classmethod
-    def of(cls, recipe: Recipe, processes: int, strategy: str, offload: str) -> Where:
+    def of(cls, recipe: Recipe, processes: int, strategy: str, offload: str) -> CacheKey:
         """Return it for a start of a recipe."""
         whole = recipe.model_dump(mode="json", by_alias=True)
         parts = {
@@ -52,10 +52,10 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Probed:
+class CachedMicroBatch:
     """A size of micro-batch that was found by trying."""
 
-    where: Where
+    where: CacheKey
     micro_batch_size: int
     """The largest that fits."""
     hardware: str
@@ -81,14 +81,14 @@ class Probed:
         return len(self.tried) == 1 and self.tried[0][1]
 
 
-def remember(run: RunDir, probed: Probed) -> None:
+def remember(run: RunDir, autobatch: CachedMicroBatch) -> None:
     """Rank 0, or the launcher: keep what was found, in place of what was found for the same before."""
-    kept = [other for other in _read(run) if other.where != probed.where]
-    text = json.dumps([asdict(each) for each in (*kept, probed)], indent=2)
+    kept = [other for other in _read(run) if other.where != autobatch.where]
+    text = json.dumps([asdict(each) for each in (*kept, autobatch)], indent=2)
     write_atomically(run.micro_batch_path, text + "\n")
 
 
-def remembered(run: RunDir, where: Where) -> Probed | None:
+def cached_micro_batch(run: RunDir, where: CacheKey) -> CachedMicroBatch | None:
     """Return what was found for such a start, or None."""
     return next((each for each in _read(run) if each.where == where), None)
 
@@ -96,16 +96,18 @@ def remembered(run: RunDir, where: Where) -> Probed | None:
 def hand_on(known: RunDir, run: RunDir) -> None:
     """Have a run go by what was found for others, so that they add up their numbers in one order."""
     for each in _read(known):
-        if remembered(run, each.where) is None:
+        if cached_micro_batch(run, each.where) is None:
             run.path.mkdir(parents=True, exist_ok=True)
             remember(run, each)
 
 
-def _read(run: RunDir) -> list[Probed]:
+def _read(run: RunDir) -> list[CachedMicroBatch]:
     try:
         rows: list[dict[str, Any]] = read_json(run.micro_batch_path)
         return [
-            Probed(**row | {"where": Where(**row["where"]), "tried": tuple((s, f) for s, f in row["tried"])})
+            CachedMicroBatch(
+                **row | {"where": CacheKey(**row["where"]), "tried": tuple((s, f) for s, f in row["tried"])}
+            )
             for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError):

@@ -40,7 +40,7 @@ from distrain.optim import (
 )
 from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
 from distrain.run.folder import RunDir
-from distrain.run.micro_batch import Probed, Where, remembered
+from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.training.callbacks.trace import Trace
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
@@ -62,7 +62,7 @@ class DataPipeline:
     total_steps: int
     micro_batch_size: int
     accumulation: int
-    probed: Probed | None
+    autobatch: CachedMicroBatch | None
     """What `batch.micro: auto` was found to be, where it was tried."""
 
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
@@ -129,10 +129,10 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     inputs: Inputs = world.run_on_rank0(
         lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
     )
-    probed = probed_batch(run, recipe, world)
-    batch: BatchSection = recipe.batch if probed is None else probed.section(recipe.batch)
+    autobatch = cached_batch(run, recipe, world)
+    batch: BatchSection = recipe.batch if autobatch is None else autobatch.section(recipe.batch)
     feed = DataPipeline(
-        recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), probed=probed
+        recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), autobatch=autobatch
     )
     cut = cut_of(feed.micro_batch_size, world.world_size)
     before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None
@@ -188,12 +188,12 @@ def _keep_beside(
     return names
 
 
-def probed_batch(run: RunDir, recipe: Recipe, world: World) -> Probed | None:
+def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch | None:
     """Return what `batch.micro: auto` was found to be for such a start, or None. All ranks call; all get the same."""
     if recipe.batch.micro_batch_size != "auto":
         return None
-    where = Where.of(recipe, world.world_size, world.strategy, world.asked.offload)
-    found: Probed | None = world.run_on_rank0(lambda: remembered(run, where))
+    where = CacheKey.of(recipe, world.world_size, world.strategy, world.asked.offload)
+    found: CachedMicroBatch | None = world.run_on_rank0(lambda: cached_micro_batch(run, where))
     return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
 
 

@@ -20,7 +20,7 @@ from distrain.config import BatchSection
 from distrain.config.yaml import load_recipe
 from distrain.datasets.batch_sizes import accumulation_steps, batch_shape, micro_batch_sizes
 from distrain.run.folder import RunDir
-from distrain.run.micro_batch import Probed, Where, hand_on, remember, remembered
+from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch, hand_on, remember
 from distrain.system import memory
 
 RECIPE = """
@@ -150,16 +150,16 @@ def test_another_launcher_and_another_run_go_by_what_is_known(tmp_path: Path) ->
     recipe = load_recipe(path, ["model.mib=0"]).recipe
     run, other_run = tmp_path / "run", tmp_path / "other"
     run.mkdir()
-    known = Probed(Where.of(recipe, 2, "ddp", "none"), 2, "cpu", 2**34, 2**33, ((4, False), (2, True)))
+    known = CachedMicroBatch(CacheKey.of(recipe, 2, "ddp", "none"), 2, "cpu", 2**34, 2**33, ((4, False), (2, True)))
     remember(RunDir(run), known)
-    assert remembered(RunDir(run), known.where) == known
-    assert remembered(RunDir(run), Where.of(recipe, 4, "ddp", "none")) is None
+    assert cached_micro_batch(RunDir(run), known.where) == known
+    assert cached_micro_batch(RunDir(run), CacheKey.of(recipe, 4, "ddp", "none")) is None
     for change in ("optim.lr=0.1", "train.precision=bf16", "model.mib=1", "batch.global=16"):
         other = load_recipe(path, ["model.mib=0", change]).recipe
-        assert remembered(RunDir(run), Where.of(other, 2, "ddp", "none")) is None, change
+        assert cached_micro_batch(RunDir(run), CacheKey.of(other, 2, "ddp", "none")) is None, change
     for change in ("seed=3", "log.every=2 steps", "train.steps=9", "schedule=cosine"):
         other = load_recipe(path, ["model.mib=0", change]).recipe
-        assert remembered(RunDir(run), Where.of(other, 2, "ddp", "none")) == known, change
+        assert cached_micro_batch(RunDir(run), CacheKey.of(other, 2, "ddp", "none")) == known, change
     # before there is a run: as a proof does with its legs
     hand_on(RunDir(run), RunDir(other_run))
     hand_on(RunDir(run), RunDir(other_run))

@@ -33,7 +33,7 @@ from distrain.run.stacks import Frame, Where, line_to_see, parse_dump, shortened
 OWN = Frame("/home/me/model.py", 12, "forward")
 
 
-def witness(rank: int, place: tuple[int, int] = (4, 3), waits: bool | None = True, **more: Any) -> RankReport:
+def report(rank: int, place: tuple[int, int] = (4, 3), waits: bool | None = True, **more: Any) -> RankReport:
     """Return a rank that has said where it is."""
     where = Where(OWN, waits, "", ("model.py:12 in forward",)).plain() | more
     return RankReport(rank, beat(rank, host=f"n{rank}", step=place[0], marks=place[1], idle=600.0, stalled=where))
@@ -45,63 +45,63 @@ def silent(rank: int, state: str | None = None, line: Frame | None = None, **val
 
 
 CASES: dict[str, tuple[list[RankReport], list[int]]] = {
-    "who does not wait for others": ([witness(0), witness(1, waits=False), witness(2)], [1]),
-    "who is behind": ([witness(0, (4, 4)), witness(1, (4, 3), waits=False), witness(2, (4, 4))], [1]),
-    "who is a step behind": ([witness(0, (5, 1)), witness(1, (4, 5), waits=None), witness(2, (5, 1))], [1]),
+    "who does not wait for others": ([report(0), report(1, waits=False), report(2)], [1]),
+    "who is behind": ([report(0, (4, 4)), report(1, (4, 3), waits=False), report(2, (4, 4))], [1]),
+    "who is a step behind": ([report(0, (5, 1)), report(1, (4, 5), waits=None), report(2, (5, 1))], [1]),
     "who is behind, though others compute too": (
-        [witness(0, (5, 1), waits=False), witness(1, (4, 5), waits=False)], [1],
+        [report(0, (5, 1), waits=False), report(1, (4, 5), waits=False)], [1],
     ),
-    "all that read from one disk": ([witness(rank, waits=False) for rank in range(3)], [0, 1, 2]),
-    "who is silent": ([witness(0, waits=False), silent(1), witness(2)], [1]),
-    "all that are silent": ([witness(0), silent(1), silent(2)], [1, 2]),
-    "who has never begun": ([witness(0), RankReport(1, None, 20.0), witness(2)], [1]),
+    "all that read from one disk": ([report(rank, waits=False) for rank in range(3)], [0, 1, 2]),
+    "who is silent": ([report(0, waits=False), silent(1), report(2)], [1]),
+    "all that are silent": ([report(0), silent(1), silent(2)], [1, 2]),
+    "who has never begun": ([report(0), RankReport(1, None, 20.0), report(2)], [1]),
     "who has gone on from a broadcast and hangs": (
-        [witness(0, (4, 4), waits=False), witness(1), witness(2)], [0],
+        [report(0, (4, 4), waits=False), report(1), report(2)], [0],
     ),
     "whose backward pass never ends, by collectives": (
-        [witness(0, waits=None, collectives={"g": 7}), witness(1, waits=None, collectives={"g": 6})], [1],
+        [report(0, waits=None, collectives={"g": 7}), report(1, waits=None, collectives={"g": 6})], [1],
     ),
     "whose backward pass never ends, by a thread that computes": (
-        [witness(0, waits=None, cpu=0.01), witness(1, waits=None, cpu=0.4), witness(2, waits=None, cpu=0.0)], [1],
+        [report(0, waits=None, cpu=0.01), report(1, waits=None, cpu=0.4), report(2, waits=None, cpu=0.0)], [1],
     ),
-    "whose stack does not tell where the others' do": ([witness(0), witness(1, waits=None), witness(2)], [1]),
-    "nobody, where all wait for each other": ([witness(0), witness(1), witness(2)], []),
+    "whose stack does not tell where the others' do": ([report(0), report(1, waits=None), report(2)], [1]),
+    "nobody, where all wait for each other": ([report(0), report(1), report(2)], []),
     "nobody, where all are in a backward pass": (
-        [witness(rank, waits=None, collectives={"g": 3}, cpu=0.0) for rank in range(3)], [],
+        [report(rank, waits=None, collectives={"g": 3}, cpu=0.0) for rank in range(3)], [],
     ),
-    "who is alone": ([witness(0, waits=True)], [0]),
+    "who is alone": ([report(0, waits=True)], [0]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_culprit_is(case: str) -> None:
-    witnesses, ranks = CASES[case]
-    verdict = find_culprit(witnesses)
-    assert list(verdict.ranks) == ranks
-    assert set(verdict.waiting) == {each.rank for each in witnesses} - set(ranks)
+    reports, ranks = CASES[case]
+    diagnosis = find_culprit(reports)
+    assert list(diagnosis.ranks) == ranks
+    assert set(diagnosis.waiting) == {each.rank for each in reports} - set(ranks)
 
 
-def said(*witnesses: RankReport) -> str:
+def said(*reports: RankReport) -> str:
     """Return the sentence on a run."""
-    return sentence(find_culprit(witnesses), witnesses, Path("/runs/a/heartbeat"))
+    return sentence(find_culprit(reports), reports, Path("/runs/a/heartbeat"))
 
 
 def test_one_sentence_says_it() -> None:
     tail = "; the stacks of all threads are in /runs/a/heartbeat"
-    assert said(witness(0), witness(1, waits=False), witness(2)) == (
+    assert said(report(0), report(1, waits=False), report(2)) == (
         "rank 1 on n1 hangs in the forward pass of step 5, at /home/me/model.py:12 in forward, with no progress for "
         "10 min, and ranks 0 and 2 wait for it" + tail
     )
-    assert said(witness(0), witness(1, waits=False, thread="loader process 3")).startswith(
+    assert said(report(0), report(1, waits=False, thread="loader process 3")).startswith(
         "rank 1 on n1 hangs in the forward pass of step 5, at /home/me/model.py:12 in forward (loader process 3), with"
     )
-    assert said(witness(0)).startswith("rank 0 on n0 hangs in the forward pass of step 5, at /home/me/model.py:12 ")
-    assert "and rank 0 waits for it" in said(witness(0), witness(1, waits=False))
-    both = said(witness(0), witness(1, waits=False), witness(2, waits=False))
+    assert said(report(0)).startswith("rank 0 on n0 hangs in the forward pass of step 5, at /home/me/model.py:12 ")
+    assert "and rank 0 waits for it" in said(report(0), report(1, waits=False))
+    both = said(report(0), report(1, waits=False), report(2, waits=False))
     assert "rank 1 on n1 hangs" in both
     assert "; rank 2 on n2 hangs" in both
     assert both.endswith(", and rank 0 waits for them" + tail)
-    many = said(*(witness(rank, waits=False) for rank in range(20)))
+    many = said(*(report(rank, waits=False) for rank in range(20)))
     assert many.count("hangs in") == 3
     assert "so do ranks 3, 4, 5, 6, 7, 8, 9, 10 and 9 more" in many
 
@@ -115,26 +115,26 @@ def test_the_sentence_on_a_silent_rank_says_what_is_known_of_it() -> None:
         None: "its process is stopped or has ended, its machine is gone, or its thread holds the GIL",
         "R": "its process is stopped or has ended, its machine is gone, or its thread holds the GIL",
     }.items():
-        text = said(witness(0), silent(1, state))
+        text = said(report(0), silent(1, state))
         assert text.startswith("rank 1 on n1 hangs in the forward pass of step 8: ")
         assert words in text
         assert "nothing has come from it for 20 s" in text
-    held = said(witness(0), silent(1, "R", OWN))
+    held = said(report(0), silent(1, "R", OWN))
     assert "at /home/me/model.py:12 in forward: no other thread gets to run Python there (the GIL is held)" in held
-    assert said(witness(0), RankReport(1, None, 20.0)).startswith("rank 1 on an unknown machine has not begun")
+    assert said(report(0), RankReport(1, None, 20.0)).startswith("rank 1 on an unknown machine has not begun")
 
 
 def test_a_wait_without_a_culprit_is_told_as_one() -> None:
-    text = said(witness(0), witness(1))
+    text = said(report(0), report(1))
     assert text.startswith("all ranks (n0, n1) wait for each other in the forward pass of step 5, at ")
     assert "look at the network between them" in text
 
 
 def test_what_is_recorded_names_rank_host_step_phase_and_line() -> None:
-    witnesses = [witness(0), witness(1, waits=False), silent(2, "T")]
+    reports = [report(0), report(1, waits=False), silent(2, "T")]
     folder = Path("/runs/a/heartbeat")
-    verdict = Diagnosis((1,), "busy", (0, 2))
-    found = record(verdict, witnesses, folder, {"n1": ["GPU 0: Xid 79"], "n0": ["GPU 1: Xid 13"]})
+    diagnosis = Diagnosis((1,), "busy", (0, 2))
+    found = record(diagnosis, reports, folder, {"n1": ["GPU 0: Xid 79"], "n0": ["GPU 1: Xid 13"]})
     assert (found["error"], found["rank"], found["host"], found["step"]) == ("Hang", 1, "n1", 4)
     assert (found["phase"], found["file"], found["line"], found["function"]) == (
         "forward", "/home/me/model.py", 12, "forward",
@@ -144,7 +144,7 @@ def test_what_is_recorded_names_rank_host_step_phase_and_line() -> None:
     assert found["message"].endswith(". The driver reports: n1: GPU 0: Xid 79")
     assert [each["rank"] for each in found["silent"]] == [2]
     assert found["silent"][0]["pid"] == os.getpid()
-    none = record(Diagnosis((), "together", (0, 1)), witnesses[:2], folder, {"n0": ["GPU 1: Xid 74"]})
+    none = record(Diagnosis((), "together", (0, 1)), reports[:2], folder, {"n0": ["GPU 1: Xid 74"]})
     assert none["rank"] is None
     assert none["gpu_faults"] == ["n0: GPU 1: Xid 74"]
 
@@ -211,7 +211,7 @@ def test_a_call_to_the_gpu_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert Where.of(where(at_device).plain()) == where(at_device)
     text = "at /home/me/model.py:12 in forward, with no progress for 10 min; it is in a call"
     assert f"{text} to the GPU, which has not ended what was launched last, in the forward pass of step 5" in said(
-        witness(0, device=True)
+        report(0, device=True)
     )
 
 
@@ -343,8 +343,8 @@ def test_a_rank_that_has_not_joined_a_collective_is_known_by_its_recorder(tmp_pa
     assert first.keys() == second.keys()
     assert [(first[group], second[group]) for group in first] == [(2, 1)]
     assert (tmp_path / "collectives-rank-0-gloo.json").exists()
-    witnesses = [witness(0, waits=None, collectives=first), witness(1, waits=None, collectives=second)]
-    assert find_culprit(witnesses).ranks == (1,)
+    reports = [report(0, waits=None, collectives=first), report(1, waits=None, collectives=second)]
+    assert find_culprit(reports).ranks == (1,)
 
 
 def test_a_thread_that_computes_is_told_from_one_that_waits() -> None:

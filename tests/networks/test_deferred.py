@@ -758,7 +758,11 @@ print(building / 2**20, peak.most / 2**20)
 def test_memory_does_not_grow_with_the_model(way: str) -> None:
     program = [sys.executable, "-c", MEMORY, way]
     done = subprocess.run(
-        program, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": IMPORTABLE}
+        program,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{IMPORTABLE}:{Path(__file__).parent}"},
     )
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.split()]

@@ -301,7 +301,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, files: str, dtype: 
     pretrained.cache_clear()
     program = [sys.executable, "-c", MEMORY, str(tmp_path / "wide"), str(tmp_path / "warm")]
     done = subprocess.run(
-        program, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": IMPORTABLE}
+        program,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{IMPORTABLE}:{Path(__file__).parent}"},
     )
     assert done.returncode == 0, done.stderr
     peaks = [float(word) for word in done.stdout.split()]

@@ -6,7 +6,7 @@ heartbeat where the rank is. When every rank is silent or has said that nothing 
 that is alive, finds the cause in what the others have written, puts it into FAILED.json and says it in one sentence,
 and all ranks end. No collective has a part in this, nor has the clock of the wall. Imports no torch.
 
-    autopsy.py     which rank is the cause, from what all have written
+    diagnosis.py   which rank is the cause, from what all have written
     stragglers.py  ranks that are slow rather than dead
     gpus.py        what the driver of the GPUs has noted about them
 """
@@ -384,15 +384,15 @@ class Watchdog:
             return
         if any(not self._is_silent(seen) and seen.beat and not seen.beat.stalled for seen in self._seen.values()):
             return  # that one makes progress, or may take longer: what it does can be what this one waits for
-        witnesses = [self._witness(rank) for rank in range(self.world_size)]
-        mute = [each.beat for each in witnesses if _may_still_speak(each)]
+        reports = [self._report(rank) for rank in range(self.world_size)]
+        mute = [each.beat for each in reports if _may_still_speak(each)]
         if mute and self._decided_for < _DUMP_S:
             if not self._decided_for:
                 self._ask_for_stacks(mute)
             self._decided_for += passed
             return
-        faults = {w.host: w.evidence("gpu_faults") for w in witnesses if w.evidence("gpu_faults")}
-        content = record(find_culprit(witnesses), witnesses, self.folder, faults)
+        faults = {w.host: w.evidence("gpu_faults") for w in reports if w.evidence("gpu_faults")}
+        content = record(find_culprit(reports), reports, self.folder, faults)
         if not self._may_write():
             self._end({})
         with suppress(OSError):
@@ -409,7 +409,7 @@ class Watchdog:
                 with suppress(OSError):
                     os.kill(beat.pid, heartbeat.STACK_SIGNAL)
 
-    def _witness(self, rank: int) -> RankReport:
+    def _report(self, rank: int) -> RankReport:
         if rank == self.rank:
             return RankReport(rank, self._beat())
         seen = self._seen[rank]
@@ -442,9 +442,9 @@ class Watchdog:
         os._exit(1)
 
 
-def _may_still_speak(witness: RankReport) -> bool:
+def _may_still_speak(report: RankReport) -> bool:
     """Whether the stack of a silent rank may still be written: it runs, and its thread that watches does not."""
-    return witness.silent_s is not None and witness.line is None and witness.state not in ("", "T", "t", "Z", "X")
+    return report.silent_s is not None and report.line is None and report.state not in ("", "T", "t", "Z", "X")
 
 
 def _sign(beat: Heartbeat | None) -> tuple[int, int] | None:

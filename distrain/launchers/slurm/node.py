@@ -27,7 +27,7 @@ from distrain.launchers import (
     launch,
     launcher_environment,
     open_run,
-    probed,
+    autobatch,
     read_target,
     resolve,
     shared_file,
@@ -160,7 +160,7 @@ def start_node(
             return 1
         # the processes of the other nodes wait for those of this one
         tries = rank == 0 and run.finished is None
-        if tries and (found := probed(run, request.recipe.recipe, request.spec, world_size, count)) is not None:
+        if tries and (found := autobatch(run, request.recipe.recipe, request.spec, world_size, count)) is not None:
             remember(run, found)
         plan = LaunchPlan(
             shared_file("launch", "train.py"),

@@ -7,7 +7,7 @@ from distrain.config import Recipe
 from distrain.datasets.base import is_stream
 from distrain.parallel import World
 from distrain.run.folder import RunDir
-from distrain.run.micro_batch import Probed
+from distrain.run.micro_batch import CachedMicroBatch
 from distrain.system import memory
 from distrain.training.setup import TrainSetup
 
@@ -24,7 +24,7 @@ def introduction(run: RunDir, setup: TrainSetup) -> list[str]:
     if feed.accumulation > 1:
         per_step += f" x {feed.accumulation} accumulated"
     if recipe.batch.micro_batch_size == "auto":
-        per_step += f" (batch.micro auto: {_why(feed.probed, world)})"
+        per_step += f" (batch.micro auto: {_why(feed.autobatch, world)})"
     return [
         *(f"skipped checkpoint {path.name}: {reason}" for path, reason in setup.skipped),
         f"run {run.path}",
@@ -52,9 +52,9 @@ def _bits(recipe: Recipe, world: World) -> list[str]:
     ]
 
 
-def _why(probed: Probed | None, world: World) -> str:
-    if probed is not None:
-        return probed.in_words()
+def _why(found: CachedMicroBatch | None, world: World) -> str:
+    if found is not None:
+        return found.in_words()
     if world.device.type == "cpu" and not any(limit.set_by_someone for limit in memory.limits()):
         return "global / processes; nothing limits the memory here, so nothing was tried"
     return "global / processes; not tried, which `distrain train` does when it starts the processes itself"
