@@ -8,7 +8,8 @@ from typing import Any
 
 from distrain.run import heartbeat
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import Heartbeat, process_started
+from distrain.run.heartbeat import Heartbeat
+from distrain.system.processes import process_started
 
 
 def beat(rank: int = 0, **values: Any) -> Heartbeat:

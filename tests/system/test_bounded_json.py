@@ -21,7 +21,7 @@ from distrain.parallel import accelerate_config as configuration
 from distrain.run.folder import Launch, RunDir
 from distrain.run.heartbeat import read_heartbeat
 from distrain.run.lease import Holder, check_free
-from distrain.run.micro_batch import remembered
+from distrain.run.micro_batch import cached_micro_batch
 from distrain.system.bounded_json import RECORD, parse_json, read_bounded
 from distrain.system.job_environment import JobEnvironment
 
@@ -68,7 +68,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "metrics.jsonl": (of_run(lambda run: list(run.rows())), r"metrics\.jsonl:1 "),
     "lease.json": (of_run(lambda run: check_free(run, Holder.of_this_process(JobEnvironment()))), None),
     "heartbeat/rank-0.json": (lambda path: read_heartbeat(RunDir(path.parent.parent), 0), None),
-    "micro_batch.json": (of_run(lambda run: remembered(run, None)), None),  # type: ignore[arg-type]
+    "micro_batch.json": (of_run(lambda run: cached_micro_batch(run, None)), None),  # type: ignore[arg-type]
     "sweep.json": (lambda path: read_sweep(path.parent), "sweep.json cannot be read"),
     "index.json": (lambda path: read_index(path.parent), "index.json is not an index of tokens"),
     "tokenizer.json": (lambda path: load_tokenizer(path, eos=False), "is not a Hugging Face tokenizer"),
