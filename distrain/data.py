@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from distrain.config import Recipe, UserError, is_object_spec
+from distrain.config import Recipe, UserError
 from distrain.datasets.base import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
 from distrain.datasets.batch_sizes import accumulation_steps
 from distrain.datasets.batches import Batches, Place, StreamBatches
@@ -30,7 +30,7 @@ from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
 from distrain.datasets.order import SampleOrder
 from distrain.datasets.transforms import Transform
-from distrain.datasets.user import own_data
+from distrain.datasets.user import named_data
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
@@ -140,7 +140,7 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     """
     labels = functools.partial(Labels.of, recipe)
     request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), state, float_dtype(recipe), labels)
-    data = own_data(request) if is_object_spec(recipe.data.name) else find_dataset(recipe.data.name)(request)
+    data = named_data(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
     if recipe.data.skip_undecodable and any(map(is_stream, data.splits.values())):
@@ -168,11 +168,10 @@ def check_data(recipe: Recipe) -> list[str]:
     """Return what is wrong with the data section's name, arguments and transforms, as far as that needs no data."""
     problems = []
     checks: list[Callable[[], Any]] = [
+        lambda: find_dataset(recipe.data, recipe.task),
         lambda: build_transform(recipe, "train"),
         lambda: build_transform(recipe, "eval"),
     ]
-    if not is_object_spec(recipe.data.name):
-        checks.insert(0, lambda: find_dataset(recipe.data.name).check(recipe.data, recipe.task))
     for check in checks:
         try:
             check()

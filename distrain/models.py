@@ -21,7 +21,6 @@ from torch.nn.parameter import is_lazy
 
 from distrain.config import Recipe, UserError, mix
 from distrain.datasets.base import DataMeta
-from distrain.networks import ModelEntry, find, model_names, register
 from distrain.networks.builders import find_builder, torchvision_names
 from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
 from distrain.networks.deferred import SMALL, Deferred, defer
@@ -34,7 +33,6 @@ from distrain.networks.weights import WeightsReport, defer_weights, load_weights
 
 __all__ = [
     "Deferred",
-    "ModelEntry",
     "ModelOutput",
     "ModelSummary",
     "WeightsReport",
@@ -44,12 +42,9 @@ __all__ = [
     "defer_model",
     "describe_model",
     "facts",
-    "find",
     "forward",
     "load_weights",
-    "model_names",
     "num_outputs",
-    "register",
     "tied_names",
     "torchvision_names",
     "transformers_config",

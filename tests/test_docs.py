@@ -24,11 +24,8 @@ from pathlib import Path
 import pytest
 from runs import cli
 
+from distrain.config import registry
 from distrain.config.yaml import json_schema
-from distrain.datasets.base import dataset_names
-from distrain.metrics import metric_names
-from distrain.models import model_names
-from distrain.optim import loss_names, optimizer_names
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -178,11 +175,11 @@ def test_the_tables_of_keys_are_those_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("data.md", dataset_names()),
-        ("metrics.md", metric_names()),
-        ("models.md", dict.fromkeys(model_names())),
-        ("models.md", optimizer_names()),
-        ("models.md", loss_names()),
+        ("data.md", registry.datasets.names()),
+        ("metrics.md", registry.metrics.names()),
+        ("models.md", registry.models.names()),
+        ("models.md", registry.optimizers.names()),
+        ("models.md", registry.losses.names()),
     ],
     ids=["datasets", "metrics", "models", "optimizers", "losses"],
 )

@@ -248,34 +248,10 @@ def schema() -> None:
 @app.command("list")
 def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """Print the names that a recipe may use, each with one line."""
-    for name, summary in _names(kind).items():
+    from distrain.config import registry
+
+    for name, summary in getattr(registry, kind).summaries().items():
         echo(one_line(f"{name:<28} {summary}"))
-
-
-def _names(kind: Kind) -> dict[str, str]:
-    match kind:
-        case Kind.models:
-            from distrain.models import find, model_names
-            from distrain.networks.builders import torchvision_names
-
-            own = {name: entry.summary for name in model_names() if (entry := find(name))}
-            return own | dict.fromkeys(torchvision_names(), "torchvision.models")
-        case Kind.datasets:
-            from distrain.datasets.base import dataset_names
-
-            return dataset_names()
-        case Kind.optimizers:
-            from distrain.optim import optimizer_names
-
-            return optimizer_names()
-        case Kind.losses:
-            from distrain.optim import loss_names
-
-            return loss_names()
-        case Kind.metrics:
-            from distrain.metrics import metric_names
-
-            return metric_names()
 
 
 @app.command()

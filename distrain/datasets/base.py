@@ -1,26 +1,25 @@
-"""What a batch is, what a data set gives, and the registry that finds one by name.
+"""What a batch is, what a data set gives, and how one is found by its name.
 
-To add one, write in any module of this folder a function decorated with `register`. Its first parameter is the
-`DataRequest`; its further parameters are the keys that the recipe's `data` section may hold beside its own. Its first
-docstring line is what `distrain list datasets` prints.
+To add one, write in any module of this folder a function decorated with `datasets.register(NAME, tasks=...)`,
+`datasets` being that of `distrain.config.registry`. Its first parameter is the `DataRequest`; its further parameters
+are the keys that the recipe's `data` section may hold beside its own. Its first docstring line is what
+`distrain list datasets` prints.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
+from distrain.config import DataSection, FoldSplit, Task, UserError, mix
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import Entry, datasets
 from distrain.datasets.labels import Labels
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class SubsetSource:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The registry
+# By name
 
 
 @dataclass(frozen=True)
@@ -239,105 +238,24 @@ class DataRequest:
         return path
 
 
-@dataclass(frozen=True)
-class DatasetEntry:
-    """A registered data set."""
+def find_dataset(section: DataSection, task: Task) -> Entry[Callable[..., Any]]:
+    """Return the data set of a recipe's section; raises UserError with all that is wrong with its name and arguments.
 
-    name: str
-    build: Callable[..., Data]
-    tasks: tuple[Task, ...]
-    """The tasks that it can be used for."""
-
-    @property
-    def summary(self) -> str:
-        """The first line of its docstring."""
-        return (inspect.getdoc(self.build) or "").partition("\n")[0]
-
-    def check(self, section: DataSection, task: Task) -> dict[str, Any]:
-        """Return the arguments for the builder; raises UserError for another task, and for what it does not take."""
-        if task not in self.tasks:
-            raise UserError(
-                f"data set {self.name!r} is for {' or '.join(self.tasks)}, and the recipe's task is {task}; "
-                "change one of them"
-            )
-        return check_arguments(self.build, section.args, f"data set {self.name!r}", DataSection.model_fields)
-
-    def __call__(self, request: DataRequest) -> Data:
-        """Check the task and the arguments of the recipe's section, and build."""
-        return self.build(request, **self.check(request.section, request.task))
-
-
-_ENTRIES: dict[str, DatasetEntry] = {}
-Build = TypeVar("Build", bound=Callable[..., Data])
-
-
-def register(name: str, *, tasks: Sequence[Task]) -> Callable[[Build], Build]:
-    """Make a builder reachable as `data.name`. It is called with a `DataRequest` and the section's further keys."""
-
-    def decorate(build: Build) -> Build:
-        assert name not in _ENTRIES, f"two data sets are named {name!r}"
-        _ENTRIES[name] = DatasetEntry(name, build, tuple(tasks))
-        return build
-
-    return decorate
-
-
-def _load_families() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"distrain.datasets.{module.name}")
-
-
-def dataset_names() -> dict[str, str]:
-    """Return the name and the one-line summary of every data set, sorted."""
-    _load_families()
-    return {name: _ENTRIES[name].summary for name in sorted(_ENTRIES)}
-
-
-def find_dataset(name: str) -> DatasetEntry:
-    """Return the data set of that name, or raise UserError with the close ones."""
-    _load_families()
-    if name not in _ENTRIES:
-        raise UserError(
-            f"no data set {name!r}{close_names(name, _ENTRIES) or '; there are ' + ', '.join(sorted(_ENTRIES))}; "
-            "a data set of your own is named as 'path/to/file.py:name'"
-        )
-    return _ENTRIES[name]
-
-
-def check_arguments(
-    build: Callable[..., Any], args: Mapping[str, Any], what: str, section_keys: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return `args` with each value checked against the annotation of the parameter of `build` that it goes to.
-
-    The first parameter of `build` (the request) is not an argument. Raises one UserError with every problem: an unknown
-    key with the close ones (among the parameters and `section_keys`), a missing one, a value of another type.
+    The arguments of a person's own are checked where it is called, which may be with more of them.
     """
-    parameters = dict(list(inspect.signature(build).parameters.items())[1:])
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = {
-        key: parameter
-        for key, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    hints = typing.get_type_hints(build)
-    problems = []
-    checked = dict(args)
-    for key, value in args.items():
-        if key in named:
-            try:
-                checked[key] = TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
-            except ValidationError as error:
-                reasons = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
-                problems.append(f"data.{key}: {value!r} does not fit: {reasons}")
-        elif not takes_any:
-            takes = f"; it takes {', '.join(named)}" if named else "; it takes no keys of its own"
-            problems.append(f"data.{key}: {what} has no such key{close_names(key, [*named, *section_keys]) or takes}")
-    for key, parameter in named.items():
-        if parameter.default is parameter.empty and key not in args:
-            problems.append(f"data.{key}: {what} needs it, and it was not given")
-    if problems:
-        raise UserError("\n".join(problems))
-    return checked
+    entry = datasets.find(section.name, task)
+    if entry.registered:
+        problems = argument_problems(
+            entry.value,
+            section.args,
+            "data",
+            f"data set {section.name!r}",
+            given=list(inspect.signature(entry.value).parameters)[:1],
+            section_keys=DataSection.model_fields,
+        )
+        if problems:
+            raise UserError("\n".join(problems))
+    return entry
 
 
 # --------------------------------------------------------------------------------------------------------------------

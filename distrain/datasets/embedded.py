@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from distrain.config import UserError, close_names
-from distrain.datasets.base import Data, DataMeta, DataRequest, Source, TensorSource, register, split_indices
+from distrain.config.registry import datasets
+from distrain.datasets.base import Data, DataMeta, DataRequest, Source, TensorSource, split_indices
 from distrain.datasets.images import ImageFiles, image_paths, pixels_from_npy
 from distrain.system.output import error_line
 
 
-@register("digits", tasks=("classification",))
+@datasets.register("digits", tasks=("classification",))
 def digits(request: DataRequest) -> Data:
     """Handwritten digits: 1 797 grey images of 8 × 8 in 10 classes, inputs (1, 8, 8) float32 in [0, 1].
 
@@ -42,7 +43,7 @@ def _digits_reader(dtype: torch.dtype) -> Callable[[Path], Source]:
     return read
 
 
-@register("iris", tasks=("classification",))
+@datasets.register("iris", tasks=("classification",))
 def iris(request: DataRequest, standardize: bool = True) -> Data:
     """Iris: 150 flowers in 3 species, inputs (4,) float32: lengths and widths in cm, standardised."""
     from sklearn.datasets import load_iris
@@ -50,7 +51,7 @@ def iris(request: DataRequest, standardize: bool = True) -> Data:
     return _table(request, load_iris(), standardize)
 
 
-@register("wine", tasks=("classification",))
+@datasets.register("wine", tasks=("classification",))
 def wine(request: DataRequest, standardize: bool = True) -> Data:
     """Wine: 178 wines of 3 growers, inputs (13,) float32: chemical analyses, standardised."""
     from sklearn.datasets import load_wine
@@ -58,7 +59,7 @@ def wine(request: DataRequest, standardize: bool = True) -> Data:
     return _table(request, load_wine(), standardize)
 
 
-@register("breast_cancer", tasks=("binary", "classification"))
+@datasets.register("breast_cancer", tasks=("binary", "classification"))
 def breast_cancer(request: DataRequest, standardize: bool = True) -> Data:
     """Breast cancer: 569 tumours, malignant (0) or benign (1), inputs (30,) float32, standardised."""
     from sklearn.datasets import load_breast_cancer
@@ -66,7 +67,7 @@ def breast_cancer(request: DataRequest, standardize: bool = True) -> Data:
     return _table(request, load_breast_cancer(), standardize)
 
 
-@register("diabetes", tasks=("regression",))
+@datasets.register("diabetes", tasks=("regression",))
 def diabetes(request: DataRequest, standardize: bool = True, standardize_target: bool = False) -> Data:
     """Diabetes: 442 patients, inputs (10,) float32, standardised; the target is the progression in a year, 25 to 346.
 

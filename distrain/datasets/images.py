@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from distrain.config import UserError, close_names
+from distrain.config.registry import datasets
 from distrain.datasets.base import (
     Batch,
     CorruptSample,
@@ -21,7 +22,6 @@ from distrain.datasets.base import (
     DataRequest,
     Source,
     TensorSource,
-    register,
     split_indices,
 )
 from distrain.system.output import error_line, in_utf8, one_line
@@ -210,7 +210,7 @@ def pixels_from_npy(
 # Folders
 
 
-@register("image_folder", tasks=("classification",))
+@datasets.register("image_folder", tasks=("classification",))
 def image_folder(
     request: DataRequest,
     size: int | list[int] | None = None,
@@ -307,7 +307,7 @@ def _class_files(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray
 # Well-known sets, in memory
 
 
-@register("cifar10", tasks=("classification",))
+@datasets.register("cifar10", tasks=("classification",))
 def cifar10(request: DataRequest) -> Data:
     """CIFAR-10: 60 000 colour images of 32 × 32 in 10 classes, from its `cifar-10-batches-py` folder.
 
@@ -318,7 +318,7 @@ def cifar10(request: DataRequest) -> Data:
     return _torchvision_set(request, "CIFAR10", "cifar-10-batches-py", ["data_batch_1", "test_batch", "batches.meta"])
 
 
-@register("cifar100", tasks=("classification",))
+@datasets.register("cifar100", tasks=("classification",))
 def cifar100(request: DataRequest) -> Data:
     """CIFAR-100: 60 000 colour images of 32 × 32 in 100 classes, from its `cifar-100-python` folder.
 
@@ -330,13 +330,13 @@ def cifar100(request: DataRequest) -> Data:
 _IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
-@register("mnist", tasks=("classification",))
+@datasets.register("mnist", tasks=("classification",))
 def mnist(request: DataRequest) -> Data:
     """MNIST: 70 000 grey images of 28 × 28 of handwritten digits, from its `MNIST/raw` folder."""
     return _torchvision_set(request, "MNIST", "MNIST/raw", _IDX_FILES)
 
 
-@register("fashion_mnist", tasks=("classification",))
+@datasets.register("fashion_mnist", tasks=("classification",))
 def fashion_mnist(request: DataRequest) -> Data:
     """Fashion-MNIST: 70 000 grey images of 28 × 28 of clothes in 10 classes, from its `FashionMNIST/raw` folder."""
     return _torchvision_set(request, "FashionMNIST", "FashionMNIST/raw", _IDX_FILES)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distrain.config import Recipe, Task, is_object_spec
+from distrain.config import Recipe, Task
+from distrain.config.registry import losses
 
 IGNORED = -100
 """The target that torch's losses leave out."""
@@ -36,7 +37,7 @@ class Labels:
         """Return what the targets of a split may be. `known`: the classes or tokens that the data set speaks of."""
         loss, task = recipe.loss, recipe.task
         name = "" if loss is None else loss.name.replace("_", "").lower().removesuffix("loss")
-        own = loss is not None and is_object_spec(loss.name)
+        own = loss is not None and losses.spec_of(loss.name) is not None
         args = {} if loss is None else loss.args
         counted = [each for each in (known, recipe.model.args.get(_SIZES.get(task, ""))) if isinstance(each, int)]
         ignored = args.get("ignore_index", IGNORED if task in TOKEN_TASKS else None)

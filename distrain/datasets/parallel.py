@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from distrain.config import UserError
-from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, register, split_indices
+from distrain.config.registry import datasets
+from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, split_indices
 from distrain.datasets.tokens import FileTokenizer
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -20,7 +21,7 @@ _UNKNOWN = 3
 TooLong = Literal["error", "drop", "truncate"]
 
 
-@register("parallel_text", tasks=["seq2seq"])
+@datasets.register("parallel_text", tasks=["seq2seq"])
 def parallel_text(
     request: DataRequest,
     source_tokenizer: str = "words",

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from distrain.config import Task, UserError
-from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource, register
+from distrain.config.registry import datasets
+from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource
 from distrain.datasets.table_columns import Columns, Options, fit, row_numbers, target_labels, target_numbers
 from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
 
@@ -32,7 +33,7 @@ class TableMeta(DataMeta):
     """For each categorical column the number of indices, 0 (unknown) included: the sizes of the embeddings."""
 
 
-@register("table", tasks=["classification", "binary", "multilabel", "regression"])
+@datasets.register("table", tasks=["classification", "binary", "multilabel", "regression"])
 def table(
     request: DataRequest,
     target: str | list[str],

@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from distrain.config import DataSection, FoldSplit, UserError
-from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, register
+from distrain.config.registry import datasets
+from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest
 from distrain.datasets.tokens import (
     INDEX_NAME,
     Tokenizer,
@@ -27,7 +28,7 @@ _DEFAULT_SPLIT = (0.9, 0.1)
 _IN_MEMORY_BYTES = 256 << 20
 
 
-@register("tokens", tasks=["language_modeling"])
+@datasets.register("tokens", tasks=["language_modeling"])
 def tokens(request: DataRequest, seq_len: int, verify: bool = False) -> Data:
     """Token shards made by `distrain data tokenize`, memory-mapped; corpora may be larger than memory.
 
@@ -57,7 +58,7 @@ def tokens(request: DataRequest, seq_len: int, verify: bool = False) -> Data:
     return _data(request, opened, loaded, seq_len, text_bytes / token_count, files)
 
 
-@register("text", tasks=["language_modeling"])
+@datasets.register("text", tasks=["language_modeling"])
 def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos: str | bool = True) -> Data:
     """Plain text files as bytes, memory-mapped, or tokenized at the start with a Hugging Face tokenizer.json.
 
@@ -102,7 +103,7 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
 _NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 
 
-@register("python_source", tasks=["language_modeling"])
+@datasets.register("python_source", tasks=["language_modeling"])
 def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_000_000) -> Data:
     """The running interpreter's own standard library as bytes: a real corpus that needs no download.
 

@@ -15,8 +15,19 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision.transforms.v2 import functional
 
-from distrain.config import DataSection, Task, UserError, close_names, mix, resolve_object
-from distrain.datasets.base import AnySource, Batch, CorruptSample, Data, DataMeta, DataRequest, Source, split_indices
+from distrain.config import DataSection, Task, UserError, close_names, mix
+from distrain.config.arguments import argument_problems, named_parameters, takes
+from distrain.datasets.base import (
+    AnySource,
+    Batch,
+    CorruptSample,
+    Data,
+    DataMeta,
+    DataRequest,
+    Source,
+    find_dataset,
+    split_indices,
+)
 from distrain.datasets.labels import IGNORED, TOKEN_TASKS, Labels
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.system.output import error_line
@@ -28,8 +39,17 @@ _PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_positio
 """What says more of a token: that of a padded one is ignored with it, and 0 is among all such."""
 
 
-def own_data(request: DataRequest) -> Data:
-    """Build the data set of a class or function of the user's, which is called with the section's further keys.
+def named_data(request: DataRequest) -> Data:
+    """Build the data set that a recipe names; raises UserError."""
+    entry = find_dataset(request.section, request.task)
+    if entry.registered:
+        data: Data = entry.value(request, **request.section.args)
+        return data
+    return own_data(request, entry.value)
+
+
+def own_data(request: DataRequest, made: Any) -> Data:
+    """Build the data set of a class or function of the user's, `made`, which is called with the section's further keys.
 
     It is also given `path` where it takes that, and `split` where it takes that: "train" and "test", or the names in
     data.split when that is {train: ..., test: ...}. Otherwise it returns one data set, to be cut by data.split, or a
@@ -44,15 +64,15 @@ def own_data(request: DataRequest) -> Data:
     `DataMeta`, or a dict of its fields), from `classes`, and from the first item. A method `read(path)`, if there,
     returns a Dataset of inputs for prediction.
     """
-    made = _made_splits(request)
-    first = made["train"]
+    splits_made = _made_splits(request, made)
+    first = splits_made["train"]
     meta = _meta(first, request)
 
     def form(split: str) -> _Form:
         return _Form.of(request, meta, split, first.name)
 
     splits: dict[str, AnySource] = {}
-    if list(made) == ["train"] and not first.is_stream:
+    if list(splits_made) == ["train"] and not first.is_stream:
         labels = _labels(first, form("train")) if request.section.stratify else None
         for split, indices in split_indices(len(first.dataset), request.section, request.seed, labels).items():
             splits[split] = OwnSource(first, form(split), mix(request.seed, split), indices)
@@ -60,7 +80,7 @@ def own_data(request: DataRequest) -> Data:
         if isinstance(request.section.split, list) or hasattr(request.section.split, "fold"):
             found = "is a stream" if first.is_stream else "gives its splits itself"
             raise UserError(f"data.split: {request.section.name} {found}, and cannot be cut; take data.split out")
-        for split, each in made.items():
+        for split, each in splits_made.items():
             if each.is_stream:
                 splits[split] = OwnStream(each, form(split))
             else:
@@ -99,10 +119,10 @@ class _Made:
         return iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
 
 
-def _made_splits(request: DataRequest) -> dict[str, _Made]:
+def _made_splits(request: DataRequest, made: Any) -> dict[str, _Made]:
     """Return the user's data sets by split; only `train` where there is a single one."""
     spec, wanted = request.section.name, request.section.split
-    call, takes_split = _factory(request)
+    call, takes_split = _factory(request, made)
     if takes_split:
         names = wanted if isinstance(wanted, dict) else {"train": "train", "test": "test"}
         return {split: _Made(spec, lambda name=name: call(split=name)) for split, name in names.items()}  # type: ignore[misc]
@@ -130,30 +150,22 @@ def _first_then(first: Any, make: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: ready.pop() if ready else make()
 
 
-def _factory(request: DataRequest) -> tuple[Callable[..., Any], bool]:
+def _factory(request: DataRequest, made: Any) -> tuple[Callable[..., Any], bool]:
     """Return the user's function with the recipe's arguments, checked, and whether it takes `split` as well."""
     spec, args = request.section.name, request.section.args
-    made = resolve_object(spec)
     if not callable(made):
         raise UserError(f"{spec} is a {type(made).__name__}; expected a class, or a function that returns a data set")
-    parameters = inspect.signature(made).parameters
-    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    problems = [
-        f"data.{key}: {spec} takes no such argument{close_names(key, [*named, *DataSection.model_fields])}"
-        for key in args
-        if key not in named and not any_key
-    ]
+    problems = argument_problems(
+        made, args, "data", spec, filled=("path", "split"), section_keys=DataSection.model_fields
+    )
+    named, _ = named_parameters(made)
     if request.section.path is not None:
-        if "path" in named or any_key:
+        if takes(made, "path"):
             args["path"] = str(request.base / request.section.path)
         else:
             problems.append(f"data.path: {spec} takes no argument 'path'; add one, or take data.path out")
-    problems += [
-        f"data.{key}: {spec} needs it, and it was not given"
-        for key, parameter in named.items()
-        if parameter.default is parameter.empty and key not in args and key != "split"
-    ]
+    elif "path" in named and named["path"].default is inspect.Parameter.empty:
+        problems.append(f"data.path: {spec} needs it, and it was not given")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.config import Component, Recipe, UserError, close_names, is_object_spec, resolve_object
+from distrain.config import Component, Recipe, UserError, close_names
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import Entry
+from distrain.config.registry import metrics as registry
 from distrain.datasets.base import DataMeta
-from distrain.metrics.catalogue import ENTRIES, Metric, default_metrics, find_entry
+from distrain.metrics.catalogue import Metric, default_metrics, find_entry
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
-from distrain.optim.arguments import argument_problems
 from distrain.optim.losses import NO_TARGET, Outputs, build_loss
 from distrain.run.folder import EVALUATION_KEYS
 
@@ -33,15 +35,9 @@ __all__ = [
     "build_metrics",
     "check_metrics",
     "higher_is_better",
-    "metric_names",
 ]
 
 _PREFIX = "torchmetrics:"
-
-
-def metric_names() -> dict[str, str]:
-    """Return the metrics by name, each with one line. Those of torchmetrics are known by their class names besides."""
-    return {name: ENTRIES[name].summary for name in sorted(ENTRIES)}
 
 
 class MetricSet:
@@ -271,28 +267,35 @@ def _key(component: Component) -> str:
 
 def _metric(component: Component, key: str, setting: Setting) -> Metric:
     name, args = component.name, component.args
-    if entry := find_entry(name):
-        if setting.task not in entry.tasks:
-            fitting = [each for each, other in ENTRIES.items() if setting.task in other.tasks]
-            raise UserError(
-                f"eval.metrics: {name!r} is for {' or '.join(entry.tasks)}, and the task is {setting.task}; there are "
-                f"{', '.join(fitting)}"
-            )
-        given = ("setting", "kind", "average") if "average" in getattr(entry.build, "keywords", {}) else ("setting",)
-        given = (*given, "k") if entry.name == "top_k" and name != "top_k" else given
-        if problems := argument_problems(entry.build, args, "eval.metrics", repr(name), given=given):
+    if name.startswith(_PREFIX):
+        found = _of_torchmetrics(key)
+        if found is None:
+            raise registry.unknown(name)
+        entry, given = found, list[str]()
+    else:
+        entry, given = find_entry(name, setting.task)
+    if entry.registered and "library" not in entry.metadata:
+        if problems := argument_problems(entry.value, args, "eval.metrics", repr(name), given=("setting", *given)):
             raise UserError("\n".join(problems))
-        return entry.build(setting, **args)
+        metric: Metric = entry.value(setting, **args)
+        return metric
     # torchmetrics takes a second to import, and most runs do without it.
-    from distrain.metrics.foreign import find_torchmetrics, own_metric, torchmetric, torchmetrics_names
+    from distrain.metrics.foreign import own_metric
 
-    if not name.startswith(_PREFIX) and is_object_spec(name):
-        return own_metric(resolve_object(name), key, args, setting)
-    found = find_torchmetrics(key)
-    if found is None:
-        choices = torchmetrics_names() if name.startswith(_PREFIX) else [*ENTRIES, *torchmetrics_names()]
-        raise UserError(
-            f"eval.metrics: no metric {name!r}"
-            + (close_names(key, choices) or f"; there are {', '.join(ENTRIES)}, and the classes of torchmetrics")
-        )
-    return torchmetric(found, key, args, setting)
+    return own_metric(entry.value, key, args, setting)
+
+
+def _torchmetrics_names() -> list[str]:
+    from distrain.metrics.foreign import torchmetrics_names
+
+    return torchmetrics_names()
+
+
+def _of_torchmetrics(name: str) -> Entry[Callable[..., Any]] | None:
+    from distrain.metrics.foreign import find_torchmetrics
+
+    found = find_torchmetrics(name)
+    return None if found is None else Entry(name, found, metadata={"library": "torchmetrics"})
+
+
+registry.add_library(_torchmetrics_names, _of_torchmetrics)

@@ -1,6 +1,7 @@
 """The metrics that are known by name.
 
-To add one, decorate a function of the `Setting` (and of the arguments that a recipe may give) that returns a `Metric`.
+To add one, decorate a function of the `Setting` (and of the arguments that a recipe may give) that returns a `Metric`
+with `metrics.register(NAME, tasks=...)`.
 Values are those of scikit-learn, with zero for what divides by zero.
 """
 
@@ -11,12 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from distrain.config import Task, UserError
+from distrain.config.registry import Entry, metrics
 from distrain.metrics.parts import (
     ClassCounts,
     Confusion,
@@ -58,41 +60,19 @@ class Metric:
     """Of the same as `finish`: why the value says nothing on this data; None where it does."""
 
 
-@dataclass(frozen=True)
-class MetricEntry:
-    """A metric's name, and who makes it."""
-
-    name: str
-    build: Callable[..., Metric]
-    tasks: tuple[Task, ...]
-    """The tasks that it can be used for."""
-    summary: str
-
-
-ENTRIES: dict[str, MetricEntry] = {}
-
-
-def metric(
-    name: str, tasks: Sequence[Task] = get_args(Task), summary: str = ""
-) -> Callable[[Callable[..., Metric]], Callable[..., Metric]]:
-    """Make a function that builds a `Metric` reachable as a name in `eval.metrics`."""
-
-    def add(build: Callable[..., Metric]) -> Callable[..., Metric]:
-        assert name not in ENTRIES, f"two metrics are named {name!r}"
-        ENTRIES[name] = MetricEntry(name, build, tuple(tasks), summary or (build.__doc__ or "").partition("\n")[0])
-        return build
-
-    return add
-
-
 _TOP_K = re.compile(r"top_?(\d+)(?:_accuracy)?")
 
 
-def find_entry(name: str) -> MetricEntry | None:
-    """Return the metric of that name, or None. `top_5`, `top5` and `top5_accuracy` are `top_k` with k: 5."""
+def find_entry(name: str, task: Task) -> tuple[Entry[Callable[..., Any]], list[str]]:
+    """Return the metric of that name, and the arguments that the name itself gives; raises UserError.
+
+    `top_5`, `top5` and `top5_accuracy` are `top_k` with k: 5.
+    """
     if match := _TOP_K.fullmatch(name):
-        return replace(ENTRIES["top_k"], build=partial(top_k, k=int(match[1])))
-    return ENTRIES.get(name)
+        entry = metrics.find("top_k", task)
+        return replace(entry, name=name, value=partial(entry.value, k=int(match[1]))), ["k"]
+    entry = metrics.find(name, task)
+    return entry, list(getattr(entry.value, "keywords", ()))
 
 
 def default_metrics(setting: Setting) -> list[str]:
@@ -120,19 +100,19 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
-@metric("accuracy", LABELS)
+@metrics.register("accuracy", tasks=LABELS)
 def accuracy(setting: Setting) -> Metric:
     """Share of samples predicted rightly (for multilabel: with every label right)."""
     return Metric(_share, True, (Correct(),))
 
 
-@metric("token_accuracy", TOKENS)
+@metrics.register("token_accuracy", tasks=TOKENS)
 def token_accuracy(setting: Setting) -> Metric:
     """Share of tokens predicted rightly."""
     return Metric(_share, True, (Correct(),))
 
 
-@metric("top_k", ("classification", *TOKENS))
+@metrics.register("top_k", tasks=("classification", *TOKENS))
 def top_k(setting: Setting, k: int) -> Metric:
     """Share of samples whose class is among the k highest scores; also written top_5."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -140,7 +120,7 @@ def top_k(setting: Setting, k: int) -> Metric:
     return Metric(_share, True, (Correct(k),))
 
 
-@metric("balanced_accuracy", CLASSES)
+@metrics.register("balanced_accuracy", tasks=CLASSES)
 def balanced_accuracy(setting: Setting) -> Metric:
     """Mean over the classes that occur of the share of their samples predicted rightly."""
 
@@ -203,14 +183,14 @@ def _no_positive(is_binary: bool, sums: np.ndarray) -> str | None:
 
 
 for _kind, _what in _KINDS.items():
-    metric(_kind, LABELS, f"{_what}: of the positive class (binary), otherwise the mean over classes.")(
-        partial(_class_score, kind=_kind, average=None)
-    )
+    _summary = f"{_what}: of the positive class (binary), otherwise the mean over classes."
+    metrics.register(_kind, tasks=LABELS, about=_summary)(partial(_class_score, kind=_kind, average=None))
     for _average, _how in _AVERAGES.items():
-        metric(f"{_kind}_{_average}", LABELS, f"{_what}: {_how}.")(partial(_class_score, kind=_kind, average=_average))
+        _build = partial(_class_score, kind=_kind, average=_average)
+        metrics.register(f"{_kind}_{_average}", tasks=LABELS, about=f"{_what}: {_how}.")(_build)
 
 
-@metric("confusion_matrix", LABELS)
+@metrics.register("confusion_matrix", tasks=LABELS)
 def confusion_matrix(setting: Setting) -> Metric:
     """How often each class (row) was predicted as each (column); [[tn, fp], [fn, tp]] for each label."""
 
@@ -252,7 +232,7 @@ def _ranked(score: Callable[..., float], needs_negatives: bool, absent: float | 
     return float(np.mean(values)) if values else math.nan
 
 
-@metric("auroc", LABELS)
+@metrics.register("auroc", tasks=LABELS)
 def auroc(setting: Setting) -> Metric:
     """Area under the ROC curve; the mean of one class against the rest, over the classes that have both."""
 
@@ -269,7 +249,7 @@ def auroc(setting: Setting) -> Metric:
     return Metric(finish, True, rows=True, caveat=caveat)
 
 
-@metric("average_precision", LABELS)
+@metrics.register("average_precision", tasks=LABELS)
 def average_precision(setting: Setting) -> Metric:
     """Area under the precision-recall curve; the mean over the classes that occur, or over all labels."""
 
@@ -293,7 +273,7 @@ def _errors(sums: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     return sums[0], absolute, squared
 
 
-@metric("mae", REGRESSION)
+@metrics.register("mae", tasks=REGRESSION)
 def mae(setting: Setting) -> Metric:
     """Mean absolute error."""
 
@@ -304,7 +284,7 @@ def mae(setting: Setting) -> Metric:
     return Metric(finish, False, (Errors(),))
 
 
-@metric("mse", REGRESSION)
+@metrics.register("mse", tasks=REGRESSION)
 def mse(setting: Setting) -> Metric:
     """Mean squared error."""
 
@@ -315,7 +295,7 @@ def mse(setting: Setting) -> Metric:
     return Metric(finish, False, (Errors(),))
 
 
-@metric("rmse", REGRESSION)
+@metrics.register("rmse", tasks=REGRESSION)
 def rmse(setting: Setting) -> Metric:
     """Root of the mean squared error of each target, and the mean of these."""
 
@@ -326,7 +306,7 @@ def rmse(setting: Setting) -> Metric:
     return Metric(finish, False, (Errors(),))
 
 
-@metric("r2", REGRESSION)
+@metrics.register("r2", tasks=REGRESSION)
 def r2(setting: Setting) -> Metric:
     """Share of the targets' variance that is explained."""
 
@@ -365,7 +345,7 @@ def r2(setting: Setting) -> Metric:
 # Language
 
 
-@metric("perplexity", TOKENS)
+@metrics.register("perplexity", tasks=TOKENS)
 def perplexity(setting: Setting) -> Metric:
     """Exponential of the mean cross entropy of a token, without label smoothing or weights."""
 
@@ -376,7 +356,7 @@ def perplexity(setting: Setting) -> Metric:
     return Metric(finish, False, (TokenEntropy(),))
 
 
-@metric("bits_per_byte", TOKENS)
+@metrics.register("bits_per_byte", tasks=TOKENS)
 def bits_per_byte(setting: Setting) -> Metric:
     """Cross entropy in bits for each byte of text; comparable between tokenizers."""
     bytes_per_token = setting.meta.bytes_per_token if setting.meta is not None else 1.0
@@ -402,7 +382,7 @@ class BleuCounts(TextPart):
         return torch.from_numpy(sums)
 
 
-@metric("bleu", TOKENS)
+@metrics.register("bleu", tasks=TOKENS)
 def bleu(
     setting: Setting,
     lowercase: bool = False,

@@ -15,10 +15,10 @@ import torchmetrics.regression
 import torchmetrics.text
 from torch import Tensor
 
-from distrain.config import UserError, close_names
+from distrain.config import UserError
+from distrain.config.arguments import argument_problems
 from distrain.metrics.catalogue import Metric, plain
 from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
-from distrain.optim.arguments import argument_problems
 
 _MODULES = (torchmetrics.text, torchmetrics.classification, torchmetrics.regression, torchmetrics)
 _TASKS = {"classification": "multiclass", "binary": "binary", "multilabel": "multilabel"}
@@ -52,17 +52,10 @@ def torchmetric(
     parameters = inspect.signature(found).parameters
     known = _known_arguments(setting)
     filled = {key: value for key, value in known.items() if key in parameters and key not in args and value is not None}
-    named = {key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     # Its **kwargs are for synchronising, which is not torchmetrics' task here.
-    if unknown := [key for key in args if key not in named]:
-        takes = sorted(named - {"args", "validate_args"})
-        raise UserError(
-            "\n".join(
-                f"eval.metrics: {name} has no argument {key!r}"
-                + (close_names(key, takes) or f"; it takes {', '.join(takes)}")
-                for key in unknown
-            )
-        )
+    problems = argument_problems(found, args, "eval.metrics", name, filled=known, takes_any=False)
+    if problems:
+        raise UserError("\n".join(problems))
 
     def make() -> torchmetrics.Metric:
         try:

@@ -1,6 +1,7 @@
-"""Networks by name: the registry, and the networks written here.
+"""Networks by name.
 
-    registry.py     `register`, and what is known about a registered network
+    builders.py     who builds a recipe's model, and which arguments that takes
+    annotations.py  what arguments of networks may be
     sequential.py   `sequential`: any layers of torch.nn, listed in the recipe
     basic.py        `mlp`, `cnn`, `rnn`
     attention.py    attention with its cache, positions, and the other parts that `gpt` and `seq2seq` share
@@ -11,15 +12,9 @@
     weights.py      weights to start from, out of a file
     deferred.py     a model without its weights, and its initial weights one at a time
 
-To add one, write in any module of this folder a class or function decorated with `register`. Its parameters are the
-keys that the recipe's `model` section may hold beside its own; one that is named like a fact of the data
-(`num_outputs`, `input_shape`, `vocab_size`, ...: see `networks/facts.py`) takes that fact when the recipe does not
-give it. Its first docstring line is what `distrain list models` prints.
+To add one, write in any module of this folder a class or function decorated with `models.register(NAME, tasks=...)`,
+`models` being that of `distrain.config.registry`. Its parameters are the keys that the recipe's `model` section may
+hold beside its own; one that is named like a fact of the data (`num_outputs`, `input_shape`, `vocab_size`, ...: see
+`networks/facts.py`) takes that fact when the recipe does not give it. Its first docstring line is what
+`distrain list models` prints.
 """
-
-from __future__ import annotations
-
-from distrain.networks import basic, gpt, seq2seq, sequential
-from distrain.networks.registry import ModelEntry, find, model_names, register
-
-__all__ = ["ModelEntry", "basic", "find", "gpt", "model_names", "register", "seq2seq", "sequential"]

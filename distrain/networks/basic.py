@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.networks.registry import PREDICTION, Share, Size, register
+from distrain.config.registry import models
+from distrain.networks.annotations import PREDICTION, Share, Size
 from distrain.networks.sequential import layer_class
 
 
@@ -20,7 +21,7 @@ def activation_layer(name: str) -> nn.Module:
     return layer_class(name, "model.activation")()
 
 
-@register("mlp", tasks=PREDICTION)
+@models.register("mlp", tasks=PREDICTION)
 class Mlp(nn.Module):
     """Fully connected layers over the flattened input, or over a table's numbers and categories.
 
@@ -66,7 +67,7 @@ class Mlp(nn.Module):
         return cast(Tensor, self.layers(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
 
 
-@register("cnn", tasks=PREDICTION)
+@models.register("cnn", tasks=PREDICTION)
 class Cnn(nn.Module):
     """Convolutions over signals (channels, length), images (channels, height, width) or volumes.
 
@@ -161,7 +162,7 @@ class Recurrent(nn.Module):
         return x, ends
 
 
-@register("rnn", tasks=PREDICTION)
+@models.register("rnn", tasks=PREDICTION)
 class Rnn(nn.Module):
     """A recurrent network over sequences of tokens or of vectors, reading out its last states.
 

@@ -7,14 +7,14 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 import torchvision
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from distrain.config import ModelSection, Recipe, UserError, close_names, is_object_spec, resolve_object
-from distrain.networks import find, model_names
+from distrain.config import ModelSection, Recipe, UserError
+from distrain.config.arguments import argument_problems, named_parameters, shown_parameters
+from distrain.config.registry import Entry, models
 from distrain.networks.facts import FACT_NAMES
 
 logger = logging.getLogger(__name__)
@@ -42,79 +42,36 @@ class Builder:
     """Whether it is the user's code."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Arguments that are not passed on, and why."""
-    types: Mapping[str, Any] = field(default_factory=dict)
-    """What the values of arguments must be, where that is checked: for the networks written here."""
 
     def problems(self, args: Mapping[str, Any], known: set[str]) -> list[str]:
         """Return what is wrong with the recipe's arguments when the facts named `known` are filled in."""
-        choices = [*self.parameters, *ModelSection.model_fields]
-        unknown = [] if self.takes_any else [key for key in args if key not in self.parameters]
-        found = [
-            f"model.{key}: {self.refused[key]}"
-            if key in self.refused
-            else f"model.{key}: {self.name} takes no such argument{close_names(key, choices)}; it takes {self.shown()}"
-            for key in unknown
-        ]
-        for key, value in args.items():
-            try:
-                TypeAdapter(self.types.get(key, Any)).validate_python(value, strict=True)
-            except ValidationError as error:
-                reasons = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
-                found.append(f"model.{key}: {value!r} does not fit: {reasons}")
-        empty = inspect.Parameter.empty
-        for key, parameter in self.parameters.items():
-            if parameter.default is empty and key not in args and key not in known:
-                why = "the data do not say it" if key in FACT_NAMES else "it has no default"
-                found.append(f"model.{key}: {self.name} needs this argument, and {why}; write it in the recipe")
-        return found
+        return argument_problems(
+            self.build,
+            args,
+            "model",
+            self.name,
+            filled=known,
+            section_keys=ModelSection.model_fields,
+            parameters=self.parameters,
+            takes_any=self.takes_any,
+            refused=self.refused,
+            missing=dict.fromkeys(FACT_NAMES, "the data do not say it; write it in the recipe"),
+        )
 
     def shown(self) -> str:
-        empty = inspect.Parameter.empty
-        parts = [key if p.default is empty else f"{key}={p.default!r}" for key, p in self.parameters.items()]
-        return ", ".join(parts) or "none"
-
-
-def _named_parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Return the parameters of `target` that can be given by name, and whether it takes any others."""
-    try:
-        every = inspect.signature(target).parameters.values()
-    except ValueError:  # written in C without a signature
-        return {}, True
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: p for p in every if p.kind in kinds}, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in every)
+        return shown_parameters(self.parameters)
 
 
 def find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> Builder:
-    name, task = recipe.model.name, recipe.task
-    if entry := find(name):
-        if task not in entry.tasks:
-            others = ", ".join(other for other in model_names() if task in getattr(find(other), "tasks", ()))
-            raise UserError(
-                f"model.name: {name} is for {', '.join(entry.tasks)}, and the task is {task}; for that there are "
-                f"{others}, or a model of your own"
-            )
-        target = vars(entry.build)["__init__"] if isinstance(entry.build, type) else entry.build
-        types = get_type_hints(target, include_extras=True)
-        return Builder(name, entry.build, *_named_parameters(entry.build), types=types)
-    if is_object_spec(name):
-        target = resolve_object(name)
-        if not callable(target):
-            raise UserError(
-                f"model.name: {name} is {type(target).__name__}, not a class or function that builds a model"
-            )
-        return Builder(name, target, *_named_parameters(target), own=True)
-    if name in torchvision_names():
+    name = recipe.model.name
+    entry = models.find(name, recipe.task)
+    if entry.metadata.get("library") == "torchvision":
         return _torchvision_builder(name, say)
-    choices = [*model_names(), *torchvision_names()]
-    if name in torchvision.models.list_models():
+    if not callable(entry.value):
         raise UserError(
-            f"model.name: {name} of torchvision is for detection, optical flow or quantized inference, which no task "
-            "here trains; wrap it in a class of your own and name that, as path/to/file.py:Class"
+            f"model.name: {name} is {type(entry.value).__name__}, not a class or function that builds a model"
         )
-    raise UserError(
-        f"model.name: no model {name!r}{close_names(name, choices)}; expected {', '.join(model_names())}, any model of "
-        "torchvision.models, transformers:CLASS, path/to/file.py:NAME or package.module:NAME"
-    )
+    return Builder(name, entry.value, *named_parameters(entry.value), own=entry.spec is not None)
 
 
 @functools.cache
@@ -125,14 +82,29 @@ def torchvision_names() -> tuple[str, ...]:
     return tuple(sorted({name for module in modules for name in models.list_models(module=module)}))
 
 
+def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
+    if name in torchvision_names():
+        return Entry(name, torchvision.models.get_model_builder(name), metadata={"library": "torchvision"})
+    if name in torchvision.models.list_models():
+        why = (
+            "of torchvision is for detection, optical flow or quantized inference, which no task here trains; wrap it "
+            "in a class of your own and name that, as path/to/file.py:Class"
+        )
+        return Entry(name, torchvision.models.get_model_builder(name), metadata={"refused": why})
+    return None
+
+
+models.add_library(torchvision_names, _in_torchvision, "torchvision.models")
+
+
 def _torchvision_builder(name: str, say: Callable[[str], None]) -> Builder:
     builder = torchvision.models.get_model_builder(name)
-    outer, _ = _named_parameters(builder)
+    outer, _ = named_parameters(builder)
     parameters = dict(outer)
     kind = inspect.signature(builder).return_annotation
     if "weights_backbone" not in outer:  # models of pixels drop their **kwargs
         # **kwargs goes to the class, where what the builder itself sets has no default
-        inner, _ = _named_parameters(kind)
+        inner, _ = named_parameters(kind)
         empty = inspect.Parameter.empty
         parameters |= {key: p for key, p in inner.items() if key not in outer and p.default is not empty}
         # but for what a builder of vision transformers takes out of **kwargs first

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.config.registry import models
+from distrain.networks.annotations import Share, Size
 from distrain.networks.attention import Block, Cache, check_heads, init_transformer, rotary
-from distrain.networks.registry import Share, Size, register
 
 
-@register("gpt", tasks=("language_modeling",))
+@models.register("gpt", tasks=("language_modeling",))
 class GPT(nn.Module):
     """A decoder-only transformer that predicts the next token (GPT-2's architecture).
 

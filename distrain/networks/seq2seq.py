@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.config.registry import models
+from distrain.networks.annotations import Share, Size
 from distrain.networks.attention import Block, check_heads, sinusoids
 from distrain.networks.basic import Recurrent, token_lengths
-from distrain.networks.registry import Share, Size, register
 
 
 class EncoderDecoder(nn.Module, ABC):
@@ -200,7 +201,7 @@ class TransformerSeq2Seq(EncoderDecoder):
         return cast(Tensor, self.head(self.decoder_norm(x)))
 
 
-@register("seq2seq", tasks=("seq2seq",))
+@models.register("seq2seq", tasks=("seq2seq",))
 def seq2seq(
     vocab_size: int,
     target_vocab_size: int,

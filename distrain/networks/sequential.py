@@ -31,7 +31,7 @@ from torch.nn.modules import container, loss, rnn
 from torch.nn.parameter import is_lazy
 
 from distrain.config import UserError, close_names, is_object_spec, resolve_object
-from distrain.networks.registry import register
+from distrain.config.registry import models
 
 
 class Residual(nn.Sequential):
@@ -231,7 +231,7 @@ def check_layers(layers: Any) -> list[str]:
         return _build_layers(layers)[1]
 
 
-@register("sequential")
+@models.register("sequential")
 def sequential(
     layers: Sequence[Any],
     input_shape: Sequence[int] | None = None,

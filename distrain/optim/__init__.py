@@ -7,18 +7,16 @@ averages.py    the exponential moving average of the weights
 sharding.py    which optimizers give the same result where parameters are cut into pieces
 sparse.py      embeddings with sparse gradients
 families.py    what an optimizer can take over from the state of another
-arguments.py   arguments of a recipe checked against a signature
 """
 
 from distrain.optim.averages import Ema, canonical_name
 from distrain.optim.families import CarryOver, carry_over
-from distrain.optim.losses import Loss, build_loss, check_loss, loss_names
+from distrain.optim.losses import Loss, build_loss, check_loss
 from distrain.optim.optimizers import (
     GroupPlan,
     build_optimizer,
     check_optimizer,
     frozen_names,
-    optimizer_names,
     parameter_plan,
     set_lr,
     unregistered_layers,
@@ -45,9 +43,7 @@ __all__ = [
     "dtensor_problem",
     "frozen_names",
     "is_elementwise",
-    "loss_names",
     "lr_at",
-    "optimizer_names",
     "parameter_plan",
     "resolve_schedule",
     "set_lr",

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.config import OptimSection, UserError, close_names, is_object_spec, resolve_object
-from distrain.optim.arguments import argument_names, argument_problems, squeezed
+from distrain.config import OptimSection, UserError, close_names
+from distrain.config.arguments import argument_problems, takes
+from distrain.config.registry import optimizers, squeezed
 from distrain.optim.averages import canonical_name, unwrapped
 
 _REFUSED = {
@@ -34,44 +35,21 @@ _NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
 # Names
 
 
-def optimizer_names() -> dict[str, str]:
-    """Return the usable optimizers of torch.optim by name, each with the first line of its documentation."""
-    return {
-        squeezed(name): (inspect.getdoc(found) or "").partition("\n")[0]
-        for name, found in sorted(_classes().items(), key=lambda item: item[0].lower())
-        if name not in _REFUSED
-    }
-
-
-def _classes() -> dict[str, type[Optimizer]]:
-    return {
-        name: found
-        for name, found in vars(torch.optim).items()
-        if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
-    }
-
-
 def _find(name: str) -> Callable[..., Optimizer]:
     """Return the class, or the user's own function, that `optim.name` names; raises UserError."""
-    if is_object_spec(name):
-        found = resolve_object(name)
-        if not callable(found) or (inspect.isclass(found) and not issubclass(found, Optimizer)):
-            raise UserError(
-                f"optim.name: {name!r} is {found!r}; expected a subclass of torch.optim.Optimizer, or a function "
-                "(param_groups, lr, ...) that returns one"
-            )
-        return found
-    classes = {squeezed(key): (key, found) for key, found in _classes().items()}
-    if squeezed(name) not in classes:
-        names = optimizer_names()
+    found: Any = optimizers.find(name).value
+    if not callable(found) or (inspect.isclass(found) and not issubclass(found, Optimizer)):
         raise UserError(
-            f"optim.name: torch.optim has no {name!r}"
-            + (close_names(name, names) or f"; it has {', '.join(names)}; your own is 'path/to/file.py:Class'")
+            f"optim.name: {name!r} is {found!r}; expected a subclass of torch.optim.Optimizer, or a function "
+            "(param_groups, lr, ...) that returns one"
         )
-    key, found = classes[squeezed(name)]
-    if key in _REFUSED:
-        raise UserError(f"optim.name: {key} {_REFUSED[key]}")
     return found
+
+
+for _name, _found in vars(torch.optim).items():
+    if inspect.isclass(_found) and issubclass(_found, Optimizer) and _found is not Optimizer:
+        _metadata = {"refused": _REFUSED[_name]} if _name in _REFUSED else {}
+        optimizers.register(squeezed(_name), **_metadata)(_found)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -93,9 +71,9 @@ def check_optimizer(section: OptimSection) -> list[str]:
         given=("params", "param_groups", "lr", "weight_decay"),
         section_keys=OptimSection.model_fields,
     )
-    if not _takes(build, "lr"):
+    if not takes(build, "lr"):
         problems.append(f"optim.name: {what} takes no argument 'lr', which the schedule sets")
-    if not _takes(build, "weight_decay"):
+    if not takes(build, "weight_decay"):
         decays = {"optim.weight_decay": section.weight_decay}
         decays |= {
             f"optim.groups[{at}].weight_decay": group.weight_decay or 0 for at, group in enumerate(section.groups)
@@ -127,7 +105,7 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
     by_name = {alias.names[0]: alias.parameter for alias in aliases}
 
     build = _find(section.name)
-    takes_decay = _takes(build, "weight_decay")
+    takes_decay = takes(build, "weight_decay")
     groups: list[dict[str, Any]] = [
         {"params": [by_name[name] for name in plan.names], "lr_scale": plan.lr_scale}
         | ({"weight_decay": plan.weight_decay} if takes_decay else {})
@@ -153,16 +131,11 @@ def set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _takes(build: Callable[..., Any], argument: str) -> bool:
-    names = argument_names(build)
-    return names is None or argument in names
-
-
 def _construct(
     build: Callable[..., Optimizer], section: OptimSection, groups: list[dict[str, Any]], extra: dict[str, Any]
 ) -> Optimizer:
     args = {key: _as_tuple(value) for key, value in section.args.items()} | extra
-    if _takes(build, "weight_decay"):
+    if takes(build, "weight_decay"):
         args["weight_decay"] = section.weight_decay
     try:
         optimizer = build(groups, lr=section.lr, **args)

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError, resolve_object
-from distrain.optim.arguments import argument_problems
+from distrain.config.arguments import argument_problems
 from distrain.system.output import error_line
 
 _KEYS = {

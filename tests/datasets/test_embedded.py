@@ -11,12 +11,13 @@ from PIL import Image
 from sklearn.datasets import load_diabetes, load_iris
 
 from distrain.config import DataSection, UserError
-from distrain.datasets.base import Data, DataRequest, Source, find_dataset
+from distrain.datasets.base import Data, DataRequest, Source
+from distrain.datasets.user import named_data
 
 
 def build(name: str, task: Any, state: dict | None = None, **keys: Any) -> Data:
     section = DataSection.model_validate({"name": name, **keys})
-    return find_dataset(name)(DataRequest(section, task, 0, state=state))
+    return named_data(DataRequest(section, task, 0, state=state))
 
 
 def everything(source: Any) -> dict[str, Any]:

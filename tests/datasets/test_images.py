@@ -15,14 +15,15 @@ from torchvision.datasets import CIFAR10
 
 from distrain.config import DataSection, Recipe, UserError
 from distrain.data import build_data, build_transform
-from distrain.datasets.base import Data, DataRequest, find_dataset
+from distrain.datasets.base import Data, DataRequest
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.images import decode_image
+from distrain.datasets.user import named_data
 
 
 def build(name: str, path: Path, state: dict | None = None, **keys: Any) -> Data:
     section = DataSection.model_validate({"name": name, "path": str(path), **keys})
-    return find_dataset(name)(DataRequest(section, "classification", 0, state=state))
+    return named_data(DataRequest(section, "classification", 0, state=state))
 
 
 def picture(path: Path, shade: int, size: tuple[int, int] = (8, 6), **options: Any) -> None:
@@ -379,4 +380,4 @@ def test_packed_files_are_not_enough(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unpack the published archive"):
         build("mnist", tmp_path)
     with pytest.raises(UserError, match=r"needs data.path: the folder that holds cifar-100-python, with train, test"):
-        find_dataset("cifar100")(DataRequest(DataSection(name="cifar100"), "classification", 0))
+        named_data(DataRequest(DataSection(name="cifar100"), "classification", 0))

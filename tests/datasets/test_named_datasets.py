@@ -9,17 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrain.config import DataSection, UserError
-from distrain.datasets import base as datasets
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import datasets
 from distrain.datasets.base import (
     DataRequest,
-    DatasetEntry,
     SubsetSource,
     TensorSource,
-    check_arguments,
-    dataset_names,
-    find_dataset,
     split_indices,
 )
+from distrain.datasets.user import named_data
 
 
 def section(**keys: Any) -> DataSection:
@@ -27,16 +25,16 @@ def section(**keys: Any) -> DataSection:
 
 
 def test_every_data_set_has_a_summary_and_is_found() -> None:
-    names = dataset_names()
+    names = datasets.summaries()
     assert {"digits", "iris", "cifar10", "image_folder"} <= set(names)
     for name, summary in names.items():
         assert len(summary) > 20
-        assert find_dataset(name).name == name
+        assert datasets.find(name).name == name
 
 
 def test_a_task_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="'digits' is for classification, and the recipe's task is regression"):
-        find_dataset("digits")(DataRequest(section(name="digits"), "regression", 0))
+        named_data(DataRequest(section(name="digits"), "regression", 0))
 
 
 def builder(request: DataRequest, size: int, mode: Literal["a", "b"] = "a", names: list[str] | None = None) -> Any:
@@ -44,28 +42,18 @@ def builder(request: DataRequest, size: int, mode: Literal["a", "b"] = "a", name
 
 
 def test_arguments_are_checked_all_at_once() -> None:
-    with pytest.raises(UserError) as caught:
-        check_arguments(builder, {"mod": "a", "worker": 3, "mode": "c"}, "data set 'mine'", DataSection.model_fields)
-    lines = str(caught.value).splitlines()
-    assert lines == [
-        "data.mod: data set 'mine' has no such key; did you mean 'mode'?",
-        "data.worker: data set 'mine' has no such key; did you mean 'workers'?",
+    args = {"mod": "a", "worker": 3, "mode": "c", "request": 1}
+    keys = DataSection.model_fields
+    assert argument_problems(builder, args, "data", "data set 'mine'", given=["request"], section_keys=keys) == [
+        "data.mod: data set 'mine' has no argument 'mod'; did you mean 'mode'?",
+        "data.worker: data set 'mine' has no argument 'worker'; did you mean 'workers'?",
         "data.mode: 'c' does not fit: Input should be 'a' or 'b'",
+        "data.request: data set 'mine' is given 'request' by distrain itself; remove it, or rename yours",
         "data.size: data set 'mine' needs it, and it was not given",
     ]
-    with pytest.raises(UserError, match=r"data.size: '3' does not fit: Input should be a valid integer"):
-        check_arguments(builder, {"size": "3"}, "data set 'mine'")
-
-
-def test_arguments_reach_the_builder() -> None:
-    entry = DatasetEntry("mine", builder, ("regression",))
-    request = DataRequest(section(size=3, names=["x"]), "regression", 0)
-    assert entry(request) == (3, "a", ["x"])
-
-
-def test_two_data_sets_cannot_share_a_name() -> None:
-    with pytest.raises(AssertionError):
-        datasets.register("digits", tasks=("classification",))(builder)
+    assert argument_problems(builder, {"size": "3"}, "data", "mine", given=["request"]) == [
+        "data.size: '3' does not fit: Input should be a valid integer"
+    ]
 
 
 def test_a_missing_path_says_what_is_expected(tmp_path: Any) -> None:

@@ -287,7 +287,7 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("Numbers", {"cuont": 3}, "data.cuont: .* takes no such argument; did you mean 'count'"),
+        ("Numbers", {"cuont": 3}, "data.cuont: .* has no argument 'cuont'; did you mean 'count'"),
         ("Numbers", {"worker": 3}, "did you mean 'workers'"),
         ("parts", {"path": "x"}, "takes no argument 'path'"),
         ("odd_items", {}, "data.kind: .* needs it"),

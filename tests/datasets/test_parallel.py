@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataSection, UserError
-from distrain.datasets.base import Data, DataRequest, DatasetEntry, warnings_of
-from distrain.datasets.parallel import parallel_text
-
-ENTRY = DatasetEntry("parallel_text", parallel_text, ("seq2seq",))
+from distrain.datasets.base import Data, DataRequest, warnings_of
+from distrain.datasets.user import named_data
 
 
 def build(base: Path, train: str, test: str, state: dict[str, Any] | None = None, **section: Any) -> Data:
     (base / "train.tsv").write_bytes(train.encode())
     (base / "test.tsv").write_bytes(test.encode())
     section = {"split": {"train": "train.tsv", "test": "test.tsv"}, **section}
-    return ENTRY(DataRequest(DataSection(name="parallel_text", **section), "seq2seq", seed=0, base=base, state=state))
+    return named_data(
+        DataRequest(DataSection(name="parallel_text", **section), "seq2seq", seed=0, base=base, state=state)
+    )
 
 
 def everything(data: Data, split: str) -> dict[str, Any]:

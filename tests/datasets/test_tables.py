@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from distrain.config import DataSection, UserError
-from distrain.datasets.base import Data, DataRequest, DatasetEntry, warnings_of
-from distrain.datasets.tables import table
-
-ENTRY = DatasetEntry("table", table, ("classification", "binary", "multilabel", "regression"))
+from distrain.datasets.base import Data, DataRequest, warnings_of
+from distrain.datasets.user import named_data
 
 
 def build(
@@ -26,7 +24,9 @@ def build(
     dtype: torch.dtype = torch.float32,
     **section: Any,
 ) -> Data:
-    return ENTRY(DataRequest(DataSection(name="table", **section), task, seed=0, base=base, state=state, dtype=dtype))
+    return named_data(
+        DataRequest(DataSection(name="table", **section), task, seed=0, base=base, state=state, dtype=dtype)
+    )
 
 
 def two_files(folder: Path, train: str, test: str) -> dict[str, Any]:

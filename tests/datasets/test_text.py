@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 import distrain.datasets.tokens
 from distrain.config import DataSection, UserError
 from distrain.datasets import text
-from distrain.datasets.base import Data, DataRequest, DatasetEntry
+from distrain.datasets.base import Data, DataRequest
 from distrain.datasets.text import TokenRows
 from distrain.datasets.tokens import open_shards, read_index, tokenize_corpus
-
-BUILDERS = {"tokens": text.tokens, "text": text.text, "python_source": text.python_source}
+from distrain.datasets.user import named_data
 
 
 def build(name: str, base: Path, state: dict[str, Any] | None = None, **section: Any) -> Data:
-    entry = DatasetEntry(name, BUILDERS[name], ("language_modeling",))
-    return entry(DataRequest(DataSection(name=name, **section), "language_modeling", seed=0, base=base, state=state))
+    return named_data(
+        DataRequest(DataSection(name=name, **section), "language_modeling", seed=0, base=base, state=state)
+    )
 
 
 def rows(data: Data, split: str) -> list[list[int]]:

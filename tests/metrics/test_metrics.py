@@ -15,8 +15,9 @@ from sklearn import metrics as sk
 from torch import nn
 
 from distrain.config import Recipe, UserError
+from distrain.config.registry import metrics
 from distrain.datasets.base import DataMeta
-from distrain.metrics import build_metrics, check_metrics, higher_is_better, metric_names
+from distrain.metrics import build_metrics, check_metrics, higher_is_better
 from distrain.run.folder import EVALUATION_KEYS
 
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -522,5 +523,5 @@ def test_a_set_can_be_used_again():
 
 
 def test_every_name_is_explained():
-    assert all(summary.endswith((".", ",")) and len(summary) < 120 for summary in metric_names().values())
-    assert {"accuracy", "f1_macro", "bleu", "top_k"} <= metric_names().keys()
+    assert all(summary.endswith((".", ",")) and len(summary) < 120 for summary in metrics.summaries().values())
+    assert {"accuracy", "f1_macro", "bleu", "top_k"} <= metrics.summaries().keys()

@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from distrain.config import OptimSection, Recipe, UserError
+from distrain.config.registry import models
 from distrain.datasets.base import DataMeta
-from distrain.models import build_model, check_model, defer_model, load_weights, model_names, tied_names
+from distrain.models import build_model, check_model, defer_model, load_weights, tied_names
 from distrain.networks.attention import rotary, sinusoids
 from distrain.networks.builders import torchvision_names
 from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
@@ -200,7 +201,7 @@ def test_sequential_has_plain_names_and_leaves_buffers_alone() -> None:
 
 ERRORS: list[tuple[Any, str, list[str]]] = [
     ("resnt18", "classification", ["no model 'resnt18'", "'resnet18'", "mlp"]),
-    ("gpt", "classification", ["gpt is for language_modeling", "mlp"]),
+    ("gpt", "classification", ["'gpt' is for language_modeling", "mlp"]),
     ({"name": "mlp", "hiden": 3}, "classification", ["model.hiden", "'hidden'"]),
     ({"name": "mlp", "weights_strct": True}, "classification", ["'weights_strict'"]),
     ({"name": "mlp", "activation": "Relu"}, "classification", ["model.activation", "'ReLU'"]),
@@ -962,4 +963,4 @@ def test_what_the_recipe_freezes_is_not_trainable() -> None:
 
 
 def test_names() -> None:
-    assert model_names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential"]
+    assert models.names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential"]

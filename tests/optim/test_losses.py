@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from distrain.config import Recipe, UserError
+from distrain.config.registry import losses
 from distrain.datasets.base import DataMeta
-from distrain.optim import build_loss, check_loss, loss_names
+from distrain.optim import build_loss, check_loss
 
 
 def recipe(task="classification", **sections):
@@ -67,7 +68,7 @@ def _rows(value, index):
     return tuple(each[index] for each in value) if isinstance(value, tuple) else value[index]
 
 
-ELEMENTWISE = [name for name in loss_names() if name != "ctc"]
+ELEMENTWISE = [name for name in losses.names() if name != "ctc"]
 WITH_ARGS = [(name, {}) for name in ELEMENTWISE] + [
     ("cross_entropy", {"weight": [0.1, 0.5, 2.0, 1.0, 0.0], "label_smoothing": 0.1}),
     ("cross_entropy", {"label_smoothing": 0.2, "ignore_index": 2}),
@@ -281,7 +282,9 @@ def test_targets_of_0_and_1_become_the_signs_that_a_loss_takes(name, task):
 
 
 def test_only_bce_takes_probabilities():
-    taking = [name for name in loss_names() if build_loss(recipe("binary", loss=name), DataMeta()).takes_probabilities]
+    taking = [
+        name for name in losses.names() if build_loss(recipe("binary", loss=name), DataMeta()).takes_probabilities
+    ]
     assert taking == ["bce"]
 
 

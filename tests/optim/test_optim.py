@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from worlds import in_world
 
 from distrain.config import Duration, Horizon, OptimSection, OwnScheduleSection, ScheduleSection, UserError
+from distrain.config.registry import optimizers
 from distrain.optim import (
     Ema,
     build_optimizer,
@@ -23,7 +24,6 @@ from distrain.optim import (
     check_schedule,
     frozen_names,
     lr_at,
-    optimizer_names,
     parameter_plan,
     resolve_schedule,
     set_lr,
@@ -45,7 +45,7 @@ class Tied(nn.Module):
 # Optimizers
 
 
-@pytest.mark.parametrize("name", [*optimizer_names(), "AdamW", "SGD", "rms_prop", "RAdam", "adam_w"])
+@pytest.mark.parametrize("name", [*optimizers.names(), "AdamW", "SGD", "rms_prop", "RAdam", "adam_w"])
 def test_every_torch_optimizer_steps(name):
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=False)
@@ -455,7 +455,7 @@ def test_a_schedule_of_ones_own_gives_the_share_at_each_step(own, name, keys, sh
     ("name", "keys", "words"),
     [
         ("falling", {"powr": 2}, "schedule.powr: S has no argument 'powr'; did you mean 'power'?"),
-        ("falling", {"step": 2}, "schedule.step: S has no argument 'step'"),
+        ("falling", {"step": 2}, "schedule.step: S is given 'step' by distrain itself"),
         ("late", {}, "schedule.bad: S needs it, and it was not given"),
         ("one", {}, "schedule.name: S cannot be called as f(step, total_steps): too many positional arguments"),
         ("Class", {}, "schedule.name: S is a class; expected a function (step, total_steps, ...)"),

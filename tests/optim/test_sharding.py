@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from worlds import in_world
 
 from distrain.config import OptimSection
-from distrain.optim import optimizer_names
+from distrain.config.registry import optimizers
 from distrain.optim.sharding import dtensor_problem, is_elementwise, odd_states, sharding_problem
 
 ZERO = ("zero1", "zero2", "zero3")
 WHOLE_MATRICES = ("adafactor", "muon")
 VARIANTS: list[dict[str, Any]] = [
-    *({"name": name} for name in optimizer_names()),
+    *({"name": name} for name in optimizers.names()),
     {"name": "adam", "amsgrad": True},
     {"name": "adamw", "fused": False},
     {"name": "adagrad", "fused": True},

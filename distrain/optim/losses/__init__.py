@@ -18,9 +18,9 @@ shapes.py     whether outputs fit targets
 building.py   losses by name, built from a recipe
 """
 
-from distrain.optim.losses.building import build_loss, check_loss, loss_names
+from distrain.optim.losses.building import build_loss, check_loss
 from distrain.optim.losses.classes import class_dim
 from distrain.optim.losses.interface import NO_TARGET, Loss, Outputs
 from distrain.optim.losses.shapes import fitted
 
-__all__ = ["NO_TARGET", "Loss", "Outputs", "build_loss", "check_loss", "class_dim", "fitted", "loss_names"]
+__all__ = ["NO_TARGET", "Loss", "Outputs", "build_loss", "check_loss", "class_dim", "fitted"]

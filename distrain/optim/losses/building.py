@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Recipe, Task, UserError, close_names, is_object_spec
+from distrain.config import Recipe, Task, UserError
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import losses
 from distrain.datasets.base import DataMeta
-from distrain.optim.arguments import argument_problems, snake, squeezed
 from distrain.optim.losses.classes import ClassLoss, is_of_tokens
 from distrain.optim.losses.elements import CtcLoss, ElementLoss, Rule
 from distrain.optim.losses.interface import Loss
@@ -58,9 +59,21 @@ _DEFAULTS: dict[Task, str] = {
 }
 
 
-def loss_names() -> dict[str, str]:
-    """Return the losses of torch.nn by snake-case name, each with one line."""
-    return {snake(name.removesuffix("Loss")): rule.summary for name, rule in sorted(_RULES.items())}
+def _snake(name: str) -> str:
+    """Return a class name in snake case: 'CrossEntropy' -> 'cross_entropy', 'KLDiv' -> 'kl_div', 'L1' -> 'l1'."""
+    parts = ""
+    for index, letter in enumerate(name):
+        starts = letter.isupper() and index > 0
+        after_lower = starts and (name[index - 1].islower() or name[index - 1].isdigit())
+        before_lower = starts and index + 1 < len(name) and name[index + 1].islower()
+        parts += ("_" if after_lower or (before_lower and name[index - 1].isupper()) else "") + letter.lower()
+    return parts
+
+
+for _name, _rule in _RULES.items():
+    losses.register(_snake(_name.removesuffix("Loss")), about=_rule.summary, rule=_rule)(getattr(nn, _name))
+for _name, _why in _REFUSED.items():
+    losses.register(_snake(_name.removesuffix("Loss")), refused=_why)(getattr(nn, _name, None))
 
 
 def check_loss(recipe: Recipe) -> list[str]:
@@ -77,11 +90,11 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.task]
     args = recipe.loss.args if recipe.loss else {}
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
-    if is_object_spec(name):
-        return own_loss(name, args, dtype)
-    class_name = _class_name(name)
-    build: type[nn.Module] = getattr(nn, class_name)
-    rule = _RULES[class_name]
+    entry = losses.find(_ALIASES.get(losses.fold(name), name))
+    if "rule" not in entry.metadata:
+        return own_loss(name, entry.value, args, dtype)
+    build, rule = entry.value, entry.metadata["rule"]
+    class_name = build.__name__
     per_row = rule.over == "rows"
     if class_name == "KLDivLoss" and args.get("reduction") in ("batchmean", "mean"):
         per_row = args.pop("reduction") == "batchmean"
@@ -127,21 +140,6 @@ def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str,
     else:
         targets = torch.zeros(shape[:-1], dtype=torch.long)
     copy(loss).sum_and_count(outputs, targets)  # the loss itself notes what a model's outputs were
-
-
-def _class_name(name: str) -> str:
-    known = {squeezed(key).removesuffix("loss"): key for key in (*_RULES, *_REFUSED)}
-    wanted = squeezed(name).removesuffix("loss")
-    found = known.get(_ALIASES.get(wanted, wanted))
-    if found is None:
-        names = loss_names()
-        raise UserError(
-            f"loss.name: torch.nn has no loss {name!r}"
-            + (close_names(name, names) or f"; there are {', '.join(names)}; your own is 'path/to/file.py:name'")
-        )
-    if found in _REFUSED:
-        raise UserError(f"loss.name: {found} {_REFUSED[found]}")
-    return found
 
 
 def _weights(key: str, value: Any, expected: int | None, dtype: torch.dtype) -> Tensor:

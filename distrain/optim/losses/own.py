@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.config import UserError, resolve_object
-from distrain.optim.arguments import argument_problems
+from distrain.config import UserError
+from distrain.config.arguments import argument_problems
 from distrain.optim.losses.interface import Loss, Outputs
 from distrain.optim.losses.shapes import wide
 
@@ -77,9 +77,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def own_loss(name: str, args: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Loss:
-    """Return a loss of the user's own; its class makes the tensors that it holds in `dtype`, if it names none."""
-    found = resolve_object(name)
+def own_loss(name: str, found: Any, args: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Loss:
+    """Return the loss that is `found`, of the user's own; its class makes tensors in `dtype` where it names none."""
     if not callable(found):
         raise UserError(f"loss.name: {name!r} is {found!r}; expected a function (outputs, targets), or a class of such")
     is_class = inspect.isclass(found)
