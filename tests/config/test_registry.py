@@ -93,7 +93,11 @@ def write_package(folder: Path, points: dict[str, dict[str, str]], name: str = "
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install a package for one test."""
+    """Install a package for one test, and forget afterwards what it has registered."""
+    for kind in KINDS:
+        table: Registry = getattr(registry, kind)
+        table.names()
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
 
     def write(points: dict[str, dict[str, str]], name: str = "outside", code: str = CODE) -> Path:
         folder = write_package(tmp_path / name, points, name, code)
