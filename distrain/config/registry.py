@@ -187,7 +187,7 @@ class Registry(Generic[T]):
         names = self.names()
         choices = [*names, *self._library_names(), *self.installed()]
         listed = ", ".join([*names, *self.installed()]) + (f", {self.others}" if self.others else "")
-        hint = f"{close_names(name, choices)}; there are {listed or 'none'}"
+        hint = close_names(name, choices) + (f"; there are {listed}" if listed else "")
         own = "your own is 'path/to/file.py:NAME' or 'package.module:NAME'"
         own += f", or what a package offers as {self.group}" if self.group is not None else ""
         return UserError("\n  ".join([f"{self.where}: no {self.kind} {name!r}{hint}; {own}", *self.refused_offers()]))
@@ -303,3 +303,4 @@ metrics: Registry[Callable[..., Any]] = Registry(
 optimizers: Registry[Callable[..., Any]] = Registry(
     "optimizer", "optim.name", "distrain.optimizers", "distrain.optim.optimizers", fold=squeezed
 )
+callbacks: Registry[Callable[..., Any]] = Registry("callback", "callbacks", "distrain.callbacks")

@@ -333,7 +333,7 @@ def test_a_failure_on_one_rank_ends_all_with_the_name_of_the_callback(tmp_path: 
             "callbacks.0.after: found '10 stops', expected a number and a unit",
         ),
         ("mine.py:Nothing", "has no 'Nothing'; did you mean 'Noting'"),
-        ("noting", "'noting' is not 'package.module:name'"),
+        ("noting", "callbacks: no callback 'noting'; your own is 'path/to/file.py:NAME'"),
         ("mine.py:value", "callbacks.0.name: .* is 7; expected a subclass of distrain.Callback"),
         ("mine.py:Plain", "callbacks.0.name: .* is no subclass of distrain.Callback"),
         ("mine.py:Misspelt", "has a method 'on_step_ended', which nothing calls; did you mean 'on_step_end'"),

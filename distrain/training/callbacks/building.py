@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distrain.config import Component, Duration, Recipe, UserError, close_names, resolve_object
-from distrain.optim.arguments import argument_problems
+from distrain.config import Component, Duration, Recipe, UserError, close_names
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import callbacks
 from distrain.system.output import error_line
 from distrain.training.callbacks.base import HOOKS, Callback
 
@@ -51,7 +52,7 @@ def build_callbacks(recipe: Recipe, more: Sequence[Callback] = ()) -> dict[str, 
 def _factory(item: Component, place: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what makes the callback, and its arguments, with durations parsed."""
     where, what = f"callbacks.{place}", repr(item.name)
-    found = resolve_object(item.name)
+    found = callbacks.find(item.name).value
     if not callable(found):
         raise UserError(f"{where}.name: {what} is {found!r}; expected a subclass of distrain.Callback")
     if inspect.isclass(found):
