@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distrain.checkpoints.dtypes import bits_dtype
+from distrain.checkpoints.dtypes import ITEM_SIZES, bits_dtype
 from distrain.checkpoints.floats import FLOATS, widen
 from distrain.checkpoints.format import Manifest, explain_difference
 from distrain.checkpoints.reading import Reader
@@ -77,6 +78,21 @@ def difference(first: Path | str, second: Path | str, verify: bool = True) -> Di
     return Difference(tuple(listing), tuple(item for item in found if item), tuple(notes))
 
 
+def chunks(a: Reader, b: Reader, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first element, bytes in the one, bytes in the other) of a tensor of one size, a little at a time."""
+    numel = a.spec(name).numel
+    for start in range(0, numel, _CHUNK):
+        count = min(_CHUNK, numel - start)
+        yield start, a.read(name, start, count), b.read(name, start, count)
+
+
+def elements(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Return bytes of a tensor as its elements: as numbers where there are such of its dtype, else as bits."""
+    if dtype in FLOATS:
+        return widen(raw, dtype)
+    return raw.view(np.complex128) if ITEM_SIZES[dtype] == 16 else raw.view(bits_dtype(dtype))
+
+
 def _json_differences(where: str, one: Any, other: Any) -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         return [
@@ -95,11 +111,9 @@ def _short(value: Any) -> str:
 def _compare(name: str, manifest: Manifest, a: Reader, b: Reader) -> TensorDifference | None:
     spec = manifest.tensors[name].spec
     differing, max_abs, max_rel = 0, 0.0, 0.0
-    for start in range(0, spec.numel, _CHUNK):
-        count = min(_CHUNK, spec.numel - start)
-        one, other = a.read(name, start, count), b.read(name, start, count)
+    for _, one, other in chunks(a, b, name):
         same = one.view(bits_dtype(spec.dtype)) == other.view(bits_dtype(spec.dtype))
-        unequal = np.flatnonzero(~same.reshape(count, -1).all(1))
+        unequal = np.flatnonzero(~same.reshape(len(one) // ITEM_SIZES[spec.dtype], -1).all(1))
         if not unequal.size:
             continue
         differing += unequal.size

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
-from distrain.checkpoints.dtypes import ITEM_SIZES, bits_dtype
-from distrain.checkpoints.floats import FLOATS, widen
+from distrain.checkpoints.comparing import chunks, elements
 from distrain.prove.legs import Attempt, Leg
 from distrain.prove.traces import Record, Values
 from distrain.run.folder import RunDir
-
-_CHUNK = 1 << 20  # elements compared at a time
 
 ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
@@ -357,19 +354,11 @@ def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
 def element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
     """Return which element of a tensor is the first that differs in two checkpoints, and its values in words."""
     with Reader(one, verify=False) as a, Reader(other, verify=False) as b:
-        spec, its = a.spec(name), b.spec(name)
-        for start in range(0, spec.numel, _CHUNK):
-            count = min(_CHUNK, spec.numel - start)
-            x, y = (_elements(reader.read(name, start, count), s.dtype) for reader, s in ((a, spec), (b, its)))
+        for start, *both in chunks(a, b, name):
+            x, y = (elements(raw, reader.spec(name).dtype) for raw, reader in zip(both, (a, b), strict=True))
             for place in np.flatnonzero(x != y)[:1]:
                 return f"{name}, element {start + int(place)}", (repr(x[place].item()), repr(y[place].item()))
     return name, ("the same values", "the same values, in other bits")
-
-
-def _elements(raw: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype in FLOATS:
-        return widen(raw, dtype)
-    return raw.view(np.complex128) if ITEM_SIZES[dtype] == 16 else raw.view(bits_dtype(dtype))
 
 
 def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from distrain.checkpoint import Reader
+from distrain.checkpoints.comparing import chunks
 from distrain.checkpoints.dtypes import bits_dtype
 from distrain.checkpoints.floats import FLOATS, widen
 from distrain.prove.divergence import Divergence, earliest, element, not_done, shared_checkpoints
 from distrain.prove.legs import Leg
 from distrain.prove.traces import Record, Values
-
-_CHUNK = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,7 @@ def distance(a: Reader, b: Reader, name: str) -> float:
     """
     mine, its = a.spec(name), b.spec(name)
     apart = size = its_size = 0.0
-    for start in range(0, mine.numel, _CHUNK):
-        count = min(_CHUNK, mine.numel - start)
-        one, other = a.read(name, start, count), b.read(name, start, count)
+    for _, one, other in chunks(a, b, name):
         if mine.dtype not in FLOATS or its.dtype not in FLOATS:
             bits = bits_dtype(mine.dtype)
             if mine.dtype != its.dtype or not np.array_equal(one.view(bits), other.view(bits)):
