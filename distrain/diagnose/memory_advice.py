@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from distrain.config import Recipe, UserError
 from distrain.datasets.batch_sizes import micro_batch_sizes
 from distrain.parallel import World
+from distrain.run import heartbeat
 from distrain.system import memory
 from distrain.system.memory import gib
 
@@ -84,42 +86,35 @@ def _first_line(error: BaseException) -> str:
 # When
 
 
-_OUTER = {
-    ("training/run_loop.py", "__init__"): "setting up",
-    ("training/evaluation.py", "evaluate"): "in an evaluation",
-    ("training/run_loop.py", "save"): "saving",
-    ("training/run_loop.py", "finish"): "at the end",
-    ("training/run_loop.py", "_go_back"): "going back to a checkpoint",
+_WORDS = {
+    "setup": "setting up",
+    "data": "reading data",
+    "forward": "in the forward pass",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer's step",
+    "save": "saving",
+    "evaluate": "in an evaluation",
+    "finish": "at the end",
 }
-_INNER = {
-    ("distrain/data.py", ""): "reading data",
-    ("distrain/datasets/", ""): "reading data",
-    ("distrain/networks/", ""): "building the model",
-    ("training/context.py", "loss_of"): "in the forward pass",
-    ("torch/_tensor.py", "backward"): "in the backward pass",
-    ("torch/autograd/", "backward"): "in the backward pass",
-    ("deepspeed/runtime/engine.py", "backward"): "in the backward pass",
-    ("torch/optim/", ""): "in the optimizer's step",
-    ("deepspeed/runtime/engine.py", "step"): "in the optimizer's step",
-    ("distrain/parallel/state.py", "restore"): "reading a checkpoint",
-    ("distrain/checkpoint", ""): "with a checkpoint",
-    ("training/evaluation.py", "forward"): "in the forward pass",
+_SET_UP = {
+    "distrain.data": "reading data",
+    "distrain.datasets": "reading data",
+    "distrain.training.context": "in the forward pass",
+    "distrain.networks": "building the model",
+    "distrain.checkpoints": "reading a checkpoint",
 }
+"""By the module that the set-up, which is one phase, has called first."""
 
 
 def phase(where: TracebackType | None) -> str:
-    """Return in words what was being done, from the functions that an error came through."""
-    outer = inner = ""
-    for frame in traceback.extract_tb(where):
-        for table in (_OUTER, _INNER):
-            for (file, function), words in table.items():
-                if file not in frame.filename or function not in ("", frame.name):
-                    continue
-                if table is _OUTER:
-                    outer = outer or words
-                elif not (words == "building the model" and inner == "in the forward pass"):
-                    inner = words  # the layers that compute are where those that build are
-    return ", ".join(part for part in (outer, inner) if part) or "in a step"
+    """Return in words what was being done when an error came, from the heartbeat and, in the set-up, from its trace."""
+    now = heartbeat.now().phase
+    words = _WORDS.get(now, "in a step")
+    if now != "setup":
+        return words
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(where)]
+    parts = (part for name in modules for room, part in _SET_UP.items() if f"{name}.".startswith(f"{room}."))
+    return ", ".join([words, *islice(parts, 1)])
 
 
 # --------------------------------------------------------------------------------------------------------------------

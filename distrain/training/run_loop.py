@@ -376,6 +376,7 @@ class Session:
     def _go_back(self) -> None:
         """Take up the newest checkpoint again, as the next start would."""
         self._finish_save()
+        mark("setup")
         checkpoint, _ = self.world.run_on_rank0(lambda: find_newest(self.run.checkpoints))
         if checkpoint is None:
             raise UserError(f"there is no whole checkpoint in {self.run.checkpoints} to go back to")

@@ -18,6 +18,7 @@ from distrain.config.yaml import load_recipe
 from distrain.diagnose import memory_advice as out_of_memory
 from distrain.diagnose.memory_advice import advice, is_out_of_memory
 from distrain.launchers import unsaid_failures
+from distrain.run import heartbeat
 from distrain.run.folder import RunDir
 from distrain.system import memory
 
@@ -79,6 +80,29 @@ def test_a_rank_without_memory_is_named(tmp_path: Path, overrides: list[str], wh
     assert failed["restart"] is False
     assert failed["traceback"] is None
     assert err.count("What takes less:") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("now", "module", "words"),
+    [
+        ("setup", "distrain.datasets.tables", "setting up, reading data"),
+        ("setup", "distrain.data", "setting up, reading data"),
+        ("setup", "distrain.database", "setting up"),
+        ("setup", "distrain.networks.recorder", "setting up, building the model"),
+        ("setup", "distrain.checkpoints.reading", "setting up, reading a checkpoint"),
+        ("data", "distrain.networks.recorder", "reading data"),
+        ("evaluate", "distrain.datasets.tables", "in an evaluation"),
+        ("sync", "distrain.loop", "in a step"),
+        ("save", "distrain.checkpoints.writing", "saving"),
+    ],
+)
+def test_what_a_rank_was_doing_is_what_its_heartbeat_says(now: str, module: str, words: str) -> None:
+    heartbeat.begin()
+    heartbeat.mark(now)
+    with pytest.raises(MemoryError) as raised:
+        exec("raise MemoryError", {"__name__": module})
+    assert out_of_memory.phase(raised.tb) == words
+    heartbeat.begin()
 
 
 @pytest.mark.fault(20)
