@@ -89,8 +89,8 @@ def submit(
     ] = False,
 ) -> None:
     """Train on a SLURM cluster. The run goes on over time limits and preemptions until it is finished."""
+    from distrain.launchers import find_launcher
     from distrain.launchers.slurm.submitting import Wanted, announced, prepare
-    from distrain.launchers.slurm.submitting import submit as handed_in
 
     wanted = Wanted(
         nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
@@ -100,7 +100,9 @@ def submit(
     if dry_run:
         echo(prepared.script, end="")
         return
-    for line in announced(prepared, handed_in(prepared)):
+    job = find_launcher("slurm").submit(prepared).job
+    assert job is not None
+    for line in announced(prepared, job):
         echo(one_line(line))
 
 

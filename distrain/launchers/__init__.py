@@ -2,23 +2,29 @@
 
 preflight.py   what is around a start: launchers above it, GPUs, the command typed
 request.py     `RunRequest`: what a command asks for, resolved once; making and taking up its run
-local.py       starting the processes of a machine: `launch_argv` says how, `launch` does it
+launcher.py    `Launcher`: a kind of place where runs are started, with its jobs
+local.py       this machine as one, and starting its processes: `launch_argv` says how, `launch` does it
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
 reporting.py   what is said of a process that fails, and where
-slurm/         batch jobs
+slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` what a job is told
 """
 
-import distrain.launchers.slurm.job_environment  # noqa: F401  registers what is asked of SLURM
+import distrain.launchers.slurm.job_environment
+import distrain.launchers.slurm.launcher  # noqa: F401  both register themselves
 from distrain.launchers.evaluating import start_evaluation, work_evaluation
+from distrain.launchers.launcher import Launcher, Submitted, find_launcher, launcher_of
 from distrain.launchers.local import (
     LaunchPlan,
+    LocalLauncher,
+    autobatch,
     configuration_file,
     end_with_launcher,
     launch,
     launch_argv,
     shared_file,
     unsaid_failures,
+    worker_arguments,
 )
 from distrain.launchers.preflight import (
     TYPED,
@@ -44,14 +50,17 @@ from distrain.launchers.request import (
     recipe_text,
     resolve,
 )
-from distrain.launchers.worker import autobatch, start, train_here, work, worker_arguments
+from distrain.launchers.worker import start, train_here, work
 
 __all__ = [
     "TYPED",
     "LaunchPlan",
+    "Launcher",
+    "LocalLauncher",
     "Options",
     "RunRequest",
     "StartEnvironment",
+    "Submitted",
     "Target",
     "all_of",
     "asked_for",
@@ -61,12 +70,14 @@ __all__ = [
     "check_same_recipe",
     "configuration_file",
     "end_with_launcher",
+    "find_launcher",
     "find_run",
     "gpu_count",
     "join_launcher",
     "launch",
     "launch_argv",
     "launcher_environment",
+    "launcher_of",
     "open_run",
     "read_target",
     "recipe_differences",

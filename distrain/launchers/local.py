@@ -1,4 +1,4 @@
-"""Starting the processes of a machine: `launch_argv` says how, `launch` does it."""
+"""This machine as a `Launcher`, and how a machine's processes are started: `launch_argv` says how, `launch` does it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import distrain
-from distrain.config import UserError
+from distrain.autobatch.search import search_if_needed
+from distrain.config import Recipe, UserError
+from distrain.launchers.launcher import Job, Submitted, register_launcher
 from distrain.launchers.preflight import gpu_count
+from distrain.launchers.request import RunRequest, open_run
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
+from distrain.run.lease import Holder, check_free
+from distrain.run.micro_batch import CachedMicroBatch, remember
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
 from distrain.system.job_environment import job_environment
 from distrain.system.memory import oom_kills
-from distrain.system.output import echo_error
+from distrain.system.output import echo, echo_error, one_line
+
+if TYPE_CHECKING:
+    from distrain.parallel import StrategySpec
 
 _OUT_OF_MEMORY = (
     ": the memory ran out, and the kernel ended it for that. What takes less: a smaller batch.micro (the step stays "
@@ -208,3 +217,55 @@ def end_with_launcher() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
+def worker_arguments(request: RunRequest) -> tuple[str, ...]:
+    """Return what launch/train.py is given where the run folder holds its request. Pure."""
+    return request.folder, "--request", request.id
+
+
+@register_launcher("local")
+class LocalLauncher:
+    """Processes of this machine, which end with the command that started them."""
+
+    name = "local"
+
+    def submit(self, start: RunRequest) -> Submitted:
+        """Start a request's processes and wait for them."""
+        run, count = start.run, start.processes
+        if run.exists and not run.finished:
+            holder = Holder.of_this_process()
+            check_free(run, holder)  # before its recipe may be replaced
+            # a failure of this start must not be taken for an earlier preemption
+            run.clear_markers(requeued=holder.restart > 0)
+        open_run(run, start.given, start.launch(), update=start.update)
+        if start.update or not run.finished:
+            found = autobatch(run, start.recipe.recipe, start.spec, count, count)
+            if found is not None:
+                remember(run, found)
+        script, config = shared_file("launch", "train.py"), configuration_file(start.strategy)
+        status = launch(LaunchPlan(script, worker_arguments(start), count, config, start.offload), run)
+        # a launcher that was signalled calls that a failure, and the run folder knows better
+        return Submitted(status=0 if run.preempted is not None else status)
+
+    def knows(self, folder: Path) -> bool:
+        """Whether a job was submitted: there are none here, only processes."""
+        return False
+
+    def status(self, folders: Sequence[Path]) -> dict[Path, list[Job]] | None:
+        """Return None: this machine has no queue, and a run's folder says how its processes are."""
+        return None
+
+    def cancel(self, folder: Path) -> list[Job]:
+        """Raise UserError, which says how processes of this machine are ended."""
+        raise UserError(
+            f"{folder} was not submitted by `distrain submit`, so its job is not known; `scancel JOB` cancels one, and "
+            f"`distrain stop {folder}` has a run save and end"
+        )
+
+
+def autobatch(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> CachedMicroBatch | None:
+    """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
+    return search_if_needed(
+        run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))
+    )

@@ -8,10 +8,9 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distrain.autobatch.search import search_if_needed
 from distrain.checkpoint import newest_step
-from distrain.config import Recipe, UserError
-from distrain.launchers.local import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
+from distrain.config import UserError
+from distrain.launchers.local import LocalLauncher, autobatch, end_with_launcher
 from distrain.launchers.preflight import gpu_count, join_launcher, launcher_environment, worker_environment
 from distrain.launchers.reporting import leave_to_rank_0, log, log_to, reported, tell
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
@@ -23,7 +22,6 @@ from distrain.system.job_environment import job_environment
 from distrain.system.output import echo, echo_error, echo_loading, one_line
 
 if TYPE_CHECKING:
-    from distrain.parallel import StrategySpec
     from distrain.training.callbacks.base import Callback
 
 
@@ -48,33 +46,9 @@ def start(
     count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
     options = Options(strategy, offload, count)
     if count > 1:
-        return start_here(resolve(found, options, launcher_environment(count)))
+        return LocalLauncher().submit(resolve(found, options, launcher_environment(count))).status
     begin_worker()
     return train_here(resolve(found, options, worker_environment()))
-
-
-def start_here(request: RunRequest) -> int:
-    """Start a request's processes on this machine and wait for them; returns the exit status."""
-    run, count = request.run, request.processes
-    if run.exists and not run.finished:
-        holder = Holder.of_this_process()
-        check_free(run, holder)  # before its recipe may be replaced
-        # a failure of this start must not be taken for an earlier preemption
-        run.clear_markers(requeued=holder.restart > 0)
-    open_run(run, request.given, request.launch(), update=request.update)
-    if request.update or not run.finished:
-        found = autobatch(run, request.recipe.recipe, request.spec, count, count)
-        if found is not None:
-            remember(run, found)
-    script, config = shared_file("launch", "train.py"), configuration_file(request.strategy)
-    status = launch(LaunchPlan(script, worker_arguments(request), count, config, request.offload), run)
-    # a launcher that was signalled calls that a failure, and the run folder knows better
-    return 0 if run.preempted is not None else status
-
-
-def worker_arguments(request: RunRequest) -> tuple[str, ...]:
-    """Return what launch/train.py is given where the run folder holds its request. Pure."""
-    return request.folder, "--request", request.id
 
 
 def begin_worker() -> None:
@@ -219,10 +193,3 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
             world.close()
 
     return reported(None, rank, train_in_world) or status
-
-
-def autobatch(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> CachedMicroBatch | None:
-    """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
-    return search_if_needed(
-        run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))
-    )

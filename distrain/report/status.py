@@ -13,9 +13,10 @@ from typing import Any
 
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.launchers.slurm.queue import Job, cancel
+from distrain.launchers import launcher_of
+from distrain.launchers.launcher import Job, jobs_of_folders
 from distrain.launchers.slurm.sweeps import read_sweep
-from distrain.launchers.slurm.tracking import jobs_for, jobs_of_folders, task_of, was_submitted
+from distrain.launchers.slurm.tracking import task_of
 from distrain.run.folder import RunDir, rows_backwards
 from distrain.run.heartbeat import read_heartbeats
 from distrain.system.terminal import Table
@@ -214,7 +215,7 @@ def statuses(folder: Path) -> list[Status]:
     jobs: dict[Path, list[Job]] = {}
     problem = None
     try:
-        jobs = jobs_of_folders([run.absolute() for run in runs]) or {}
+        jobs = jobs_of_folders([run.absolute() for run in runs])
     except UserError as error:  # the folders tell the most of it
         problem = str(error)
     return [status_of(run, jobs.get(run.absolute(), []), values, problem) for run, values in runs.items()]
@@ -331,7 +332,7 @@ def log_file(folder: Path, rank: int | None = None) -> Path:
         return max(found, key=lambda path: path.stat().st_mtime)
     if run.log_path(0).exists():
         return run.log_path(0)
-    if was_submitted(run.path):
+    if launcher_of(run.path).name != "local":
         raise UserError(f"the job of {run.path} has not said anything yet; `distrain status {run.path}` says how it is")
     raise UserError(f"{run.path} has no log; it was not started yet")
 
@@ -385,21 +386,11 @@ def _start_of_last(file: BufferedReader, lines: int) -> int:
 def cancel_jobs(folder: Path) -> list[str]:
     """Cancel every job of a run or a sweep; returns what to tell. SLURM does not queue them again."""
     folder = folder.absolute()
-    if not was_submitted(folder):
-        raise UserError(
-            f"{folder} was not submitted by `distrain submit`, so its job is not known; `scancel JOB` cancels one, and "
-            f"`distrain stop {folder}` has a run save and end"
-        )
-    jobs = jobs_for(folder)
-    if jobs is None:
-        raise UserError("there is no squeue here, so this machine belongs to no SLURM cluster; log in to one that does")
-    alive = [job for job in jobs if job.alive]
-    if not alive:
-        known = ", ".join(f"{job.id} {job.state}" for job in jobs)
+    cancelled = launcher_of(folder).cancel(folder)
+    if not cancelled:
+        known = ", ".join(f"{job.id} {job.state}" for job in jobs_of_folders([folder])[folder])
         return [f"no job of {folder} is queued or runs" + (f" ({known})" if known else "")]
-    for job in alive:
-        cancel(job.id)
-    said = [f"cancelled job {job.id}, which was {job.state}; it is not queued again" for job in alive]
+    said = [f"cancelled job {job.id}, which was {job.state}; it is not queued again" for job in cancelled]
     return [*said, f"`distrain submit {folder}` goes on from the newest checkpoint"]
 
 
@@ -414,8 +405,7 @@ def stop_run(folder: Path) -> list[str]:
         path = Path(status.run)
         match status.state:
             case "queued":
-                assert status.job is not None
-                cancel(status.job)
+                launcher_of(path).cancel(path)
                 where = f"from step {status.checkpoint}" if status.checkpoint else "from its beginning"
                 said.append(f"{path} was waiting in the queue: job {status.job} is cancelled; it would go on {where}")
             case "starting" | "running" | "hanging" | "ending":

@@ -19,7 +19,6 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers.slurm.queue import Job
 from distrain.launchers.slurm.tracking import note_job
-from distrain.report import status as status_module
 from distrain.report.status import (
     STATES,
     Status,
@@ -47,7 +46,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
     def cancel(number: str) -> None:
         known[number] = Job(number, "CANCELLED")
 
-    monkeypatch.setattr(status_module, "cancel", cancel)
+    monkeypatch.setattr("distrain.launchers.slurm.launcher.cancel", cancel)
     return known
 
 

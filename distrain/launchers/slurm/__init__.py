@@ -6,6 +6,8 @@ sites.py       defaults of a site, from one YAML each
 snapshot.py    the user's code, copied so that a later edit changes nothing that is queued
 sweeps.py      one run for each combination of values
 submitting.py  `submit`: everything checked, written and handed to sbatch
+launcher.py    SLURM as a `Launcher`: submit, status, cancel
+job_environment.py  what SLURM's variables say of a process
 queue.py       SLURM's own commands, and what they say
 node.py        what runs once on each node
 """

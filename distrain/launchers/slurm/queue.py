@@ -7,10 +7,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from distrain.config import UserError
+from distrain.launchers.launcher import Job
 from distrain.launchers.slurm.plan import is_secret
 
 _PASSED = re.compile(
@@ -68,40 +68,6 @@ def sbatch(script: Path) -> str:
     if not number.isdecimal():
         raise UserError(f"sbatch said {out.strip()!r}, expected the number of a job")
     return number
-
-
-@dataclass(frozen=True)
-class Job:
-    """What SLURM says of a job, or of one task of an array."""
-
-    id: str
-    """17, or 17_3."""
-    state: str
-    """PENDING, RUNNING, COMPLETING, COMPLETED, CANCELLED, TIMEOUT, ..."""
-    reason: str = ""
-    """Why it is pending, or where it runs."""
-    elapsed: str = ""
-    left: str = ""
-
-    @property
-    def elapsed_s(self) -> float | None:
-        """Seconds since it was started (the last time), None before and where SLURM does not say."""
-        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", self.elapsed)
-        if match is None:
-            return None
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-    @property
-    def alive(self) -> bool:
-        """Whether it is queued or runs."""
-        return self.state in _ALIVE
-
-
-_ALIVE = (
-    *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING"),
-    *("RESIZING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD"),
-)
 
 
 def jobs_of(numbers: Sequence[str]) -> dict[str, Job] | None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distrain.launchers.slurm.queue import Job, jobs_of
+from distrain.launchers.launcher import Job
+from distrain.launchers.slurm.queue import jobs_of
 from distrain.launchers.slurm.sweeps import read_sweep
 from distrain.run.folder import append_row, now, read_rows
 

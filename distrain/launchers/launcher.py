@@ -1,0 +1,121 @@
+"""`Launcher`: one kind of place where runs are started, this machine or a cluster's queue.
+
+A launcher is one class in a file of its own, registered under its name. `distrain status`, `cancel` and `stop` ask
+launchers and know of no scheduler.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+_ALIVE = (
+    *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING"),
+    *("RESIZING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a queue says of a job, or of one task of an array."""
+
+    id: str
+    """17, or 17_3."""
+    state: str
+    """PENDING, RUNNING, COMPLETING, COMPLETED, CANCELLED, TIMEOUT, ..."""
+    reason: str = ""
+    """Why it is pending, or where it runs."""
+    elapsed: str = ""
+    left: str = ""
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds since it was started (the last time), None before and where the queue does not say."""
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", self.elapsed)
+        if match is None:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is queued or runs."""
+        return self.state in _ALIVE
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of a submission."""
+
+    job: str | None = None
+    """The queue's number of the job; None where the processes were started here, and have ended."""
+    status: int = 0
+    """The exit status of the command: 0 where the job is queued, or all processes have ended well."""
+
+
+class Launcher(Protocol):
+    """One kind of place where runs are started."""
+
+    name: str
+
+    def submit(self, start: Any) -> Submitted:
+        """Start what was asked for, or put it into the queue.
+
+        `start` is a RunRequest where the place is this machine, and otherwise what holds requests with what their job
+        needs besides. Raises UserError where the run is at work already.
+        """
+        ...
+
+    def knows(self, folder: Path) -> bool:
+        """Whether a job of this run or sweep was submitted by this launcher."""
+        ...
+
+    def status(self, folders: Sequence[Path]) -> dict[Path, list[Job]] | None:
+        """Return the latest jobs of runs and sweeps, by folder, oldest first; None where there is no such queue here.
+
+        Raises UserError where the queue does not answer.
+        """
+        ...
+
+    def cancel(self, folder: Path) -> list[Job]:
+        """Cancel every job of a run or sweep that is queued or runs; returns these, as they were.
+
+        Raises UserError where nothing can be cancelled from here.
+        """
+        ...
+
+
+_L = TypeVar("_L", bound=Callable[[], Launcher])
+_LAUNCHERS: dict[str, Launcher] = {}
+
+
+def register_launcher(name: str) -> Callable[[_L], _L]:
+    """Register a class of launchers under its name."""
+
+    def add(kind: _L) -> _L:
+        _LAUNCHERS[name] = kind()
+        return kind
+
+    return add
+
+
+def find_launcher(name: str) -> Launcher:
+    """Return the launcher of that name."""
+    return _LAUNCHERS[name]
+
+
+def launcher_of(folder: Path) -> Launcher:
+    """Return the launcher that a run's or sweep's jobs were submitted by; this machine's where there are none."""
+    return next((each for each in _LAUNCHERS.values() if each.knows(folder)), _LAUNCHERS["local"])
+
+
+def jobs_of_folders(folders: Sequence[Path]) -> dict[Path, list[Job]]:
+    """Return what all queues say of the jobs of runs and sweeps; raises UserError where one does not answer."""
+    jobs: dict[Path, list[Job]] = {folder: [] for folder in folders}
+    for each in _LAUNCHERS.values():
+        for folder, found in (each.status(folders) or {}).items():
+            jobs[folder] += found
+    return jobs
