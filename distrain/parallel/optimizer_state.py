@@ -99,7 +99,7 @@ class Entry:
     def take(self, into: dict[str, Any], key: str, value: Any, parameter: str) -> None:
         """Set a value that holds for the whole tensor; raises UserError where its parameters disagree."""
         known = (id(into), key)
-        if known in self.by and not _same(into[key], value):
+        if known in self.by and not equal(into[key], value):
             raise UserError(
                 f"the optimizer's '{key}' is {_shown(into[key])} for {self.by[known]} and {_shown(value)} for "
                 f"{parameter}, and this strategy keeps one for both; resume with ddp or fsdp2"
@@ -123,12 +123,6 @@ class Entry:
                 loaded[key] = value
             elif isinstance(loaded[key], Tensor) and loaded[key].dtype != value.dtype:
                 loaded[key] = value.to(loaded[key].device)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and one == other
 
 
 def _shown(value: Any) -> str:
