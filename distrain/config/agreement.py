@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.config.durations import Duration
-from distrain.config.sections import LENGTHS, SCHEDULES_WITH, FoldSplit, ScheduleSection
+from distrain.config.schedules import SCHEDULES_WITH
+from distrain.config.sections import LENGTHS, FoldSplit, ScheduleSection
 
 ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}
 
@@ -101,11 +102,11 @@ def _schedule(known: Known) -> Problems:
     name = known("schedule.name")
     if not isinstance(known.sections["schedule"], ScheduleSection):
         return  # what a function of the user's own takes is seen in its signature
-    for key, schedules in SCHEDULES_WITH.items():
-        if known.given(f"schedule.{key}") and name not in schedules:
+    for key, names in SCHEDULES_WITH.items():
+        if known.given(f"schedule.{key}") and name not in names:
             yield (
                 f"schedule.{key}",
-                f"does nothing in schedule {name!r}, only in {' and '.join(schedules)}; take it out",
+                f"does nothing in schedule {name!r}, only in {' and '.join(names)}; take it out",
             )
 
 

@@ -304,3 +304,6 @@ optimizers: Registry[Callable[..., Any]] = Registry(
     "optimizer", "optim.name", "distrain.optimizers", "distrain.optim.optimizers", fold=squeezed
 )
 callbacks: Registry[Callable[..., Any]] = Registry("callback", "callbacks", "distrain.callbacks")
+schedules: Registry[Callable[..., Any]] = Registry(
+    "schedule", "schedule.name", "distrain.schedules", "distrain.config.schedules"
+)

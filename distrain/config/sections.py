@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,8 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from distrain.config.durations import Duration
+from distrain.config.registry import schedules
+from distrain.config.schedules import SCHEDULES_WITH
 from distrain.config.user_files import is_object_spec
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,19 +229,11 @@ class OptimSection(Component):
     """Shell patterns over parameter names that are not trained."""
 
 
-SCHEDULES_WITH = {
-    "final": ("linear", "cosine", "one_cycle", "warmup_stable_decay"),
-    "decay": ("warmup_stable_decay",),
-    "every": ("step",),
-    "gamma": ("step",),
-}
-
-
 class OwnScheduleSection(Component):
-    """A function of your own, which gives the share of the peak at a step. Further keys are its arguments."""
+    """A function, mostly of your own, which gives the share of the peak at a step. Further keys are its arguments."""
 
     name: ComponentName
-    """`path/to/file.py:name` or `package.module:name` of your own."""
+    """`path/to/file.py:name`, `package.module:name`, or a name that an installed package offers."""
     warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
     """A function of your own is multiplied by it."""
 
@@ -269,7 +263,10 @@ class ScheduleSection(Section):
 
 def _kind_of_schedule(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return "<own>" if isinstance(name, str) and (":" in name or name.endswith(".py")) else "<named>"
+    if not isinstance(name, str) or name in get_args(ScheduleSection.model_fields["name"].annotation):
+        return "<named>"
+    is_own = ":" in name or name.endswith(".py") or schedules.built_in(name) or name in schedules.installed()
+    return "<own>" if is_own else "<named>"
 
 
 AnySchedule = Annotated[

@@ -21,17 +21,15 @@ from distrain.optim.optimizers import (
     set_lr,
     unregistered_layers,
 )
-from distrain.optim.schedules import AnySchedule, OwnSchedule, Schedule, check_schedule, lr_at, resolve_schedule
+from distrain.optim.schedules import Schedule, check_schedule, lr_at, resolve_schedule
 from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
 from distrain.optim.sparse import settle_sparse, sparse_layers
 
 __all__ = [
-    "AnySchedule",
     "CarryOver",
     "Ema",
     "GroupPlan",
     "Loss",
-    "OwnSchedule",
     "Schedule",
     "build_loss",
     "build_optimizer",

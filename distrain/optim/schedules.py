@@ -1,50 +1,26 @@
-"""The learning rate as a pure function of the optimizer step.
+"""A recipe's schedule as a function of the step: its durations in steps, its arguments checked.
 
-Steps are counted from 0, and step s uses the rate `optim.lr * share(s)`. With T the steps of the run and W those of
-the warm-up, the warm-up is (s + 1) / W for s < W (as in nanoGPT and torchtitan: the first step already moves, and step
-W - 1 has the peak). What follows starts from the peak at step a = max(W - 1, 0) and has exactly `final` at the last
-step, T - 1, with p = (s - a) / (T - 1 - a):
-
-    constant             1
-    linear               1 - (1 - final) p
-    cosine               final + (1 - final) (1 + cos(pi p)) / 2                       Loshchilov & Hutter 2017
-    step                 gamma ^ floor(s / every), counted from step 0 and not from the end of the warm-up
-    warmup_stable_decay  1, and from step T - 1 - decay on linear to `final`           Hu et al. 2024
-    one_cycle            its own rise: from 1/25 along a cosine to the peak at step R - 1, then along a cosine to
-                         `final`; R is the warm-up where one is given, otherwise 30 % of T   Smith & Topin 2018
-
-These are torch's CosineAnnealingLR(T_max=T-1), LinearLR(total_iters=T-1), StepLR and OneCycleLR. With `final: 0` the
-last step changes nothing, as there. A run that ends with its warm-up stays at the peak.
-
-A function of the user's own is called as f(s, T, **arguments) and gives the share at step s: a number of 0 or more that
-depends on nothing else, as a resumed run asks for any step anew. Where the recipe gives a warm-up, what it gives is
-multiplied by min(1, (s + 1) / W).
+The shapes are in `distrain.config.schedules`. A function of the user's own is called as f(s, T, **arguments) and gives
+the share at step s: a number of 0 or more that depends on nothing else, as a resumed run asks for any step anew. Where
+the recipe gives a warm-up, what it gives is multiplied by min(1, (s + 1) / W).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError, resolve_object
-from distrain.config.arguments import argument_problems
+from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError
+from distrain.config.arguments import argument_problems, named_parameters
+from distrain.config.registry import schedules
 from distrain.system.output import error_line
 
-_KEYS = {
-    "constant": {"warmup"},
-    "linear": {"warmup", "final"},
-    "cosine": {"warmup", "final"},
-    "step": {"warmup", "every", "gamma"},
-    "one_cycle": {"warmup", "final"},
-    "warmup_stable_decay": {"warmup", "final", "decay"},
-}
-_RISE_START = 1 / 25
-"""Where one_cycle starts (torch's div_factor)."""
-_RISE_SHARE = 0.3
-"""The share of the run that one_cycle rises for where no warm-up is given (torch's pct_start)."""
+_ENDLESS = 2**62 + 1
+"""Steps of a run whose length is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +28,12 @@ class Schedule:
     """A schedule whose durations are in optimizer steps. Called with a step, it returns the share of the peak rate."""
 
     name: str
-    warmup: int
-    """Steps of the linear warm-up (the cosine rise, for one_cycle)."""
-    last: int
-    """The last step of the run, T - 1."""
-    start: float
-    """The step from which the rate falls from its peak."""
-    final: float
-    gamma: float
-    every: int
-
-    def __call__(self, step: int) -> float:
-        """Return the share of the peak, 0..1, at `step` (0-based); beyond the last step, that of the last."""
-        name = self.name
-        step = min(step, self.last)
-        if name == "step":
-            return min(1.0, (step + 1) / self.warmup if self.warmup else 1.0) * self.gamma ** (step // self.every)
-        if step < self.warmup and name != "one_cycle":
-            return (step + 1) / self.warmup
-        if step <= self.start:
-            if name != "one_cycle" or self.start <= 0:
-                return 1.0
-            return 1 - (1 - _RISE_START) * (1 + math.cos(math.pi * step / self.start)) / 2
-        if name == "constant":
-            return 1.0
-        progress = (step - self.start) / (self.last - self.start)
-        if progress >= 1:
-            return self.final
-        if name in ("cosine", "one_cycle"):
-            return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
-        return 1 - (1 - self.final) * progress
-
-
-@dataclass(frozen=True, slots=True)
-class OwnSchedule:
-    """A function of the user's own. Called with a step, it returns the share of the peak rate."""
-
-    name: str
     function: Callable[[int, int], Any]
     """Called with the step and the number of steps."""
-    warmup: int
-    """Steps of the linear warm-up."""
     total: int
     """Steps of the run."""
+    warmup: int = 0
+    """Steps of a linear warm-up that the function does not have itself."""
 
     def __call__(self, step: int) -> float:
         """Return the share of the peak at `step` (0-based), 0 or more; beyond the last step, that of the last.
@@ -119,9 +58,6 @@ class OwnSchedule:
         return share * min(1.0, (step + 1) / self.warmup) if self.warmup else share
 
 
-AnySchedule = Schedule | OwnSchedule
-
-
 def check_schedule(section: ScheduleSection | OwnScheduleSection) -> list[str]:
     """Return one line for each key that means nothing to this schedule, and for each that its function lacks."""
     if isinstance(section, OwnScheduleSection):
@@ -130,18 +66,23 @@ def check_schedule(section: ScheduleSection | OwnScheduleSection) -> list[str]:
         except UserError as error:
             return str(error).splitlines()
         return []
-    fields = ScheduleSection.model_fields
+    fields, takes = ScheduleSection.model_fields, _keys(section.name)
     return [
         f"schedule.{key}: {section.name!r} has no use for it (only "
-        f"{' and '.join(repr(name) for name, keys in _KEYS.items() if key in keys)}); remove it"
+        f"{' and '.join(repr(name) for name in schedules.names() if key in _keys(name))}); remove it"
         for key in fields
-        if key != "name" and key not in _KEYS[section.name] and getattr(section, key) != fields[key].default
+        if key != "name" and key not in takes and getattr(section, key) != fields[key].default
     ]
+
+
+def _keys(name: str) -> list[str]:
+    """Return the keys that a schedule takes."""
+    return list(named_parameters(schedules.find(name).value)[0])[2:]
 
 
 def _own_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
     """Return the user's function with the recipe's arguments, which are checked; raises UserError."""
-    found = resolve_object(section.name)
+    found = schedules.find(section.name).value
     if not callable(found) or inspect.isclass(found):
         kind = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"
         raise UserError(f"schedule.name: {section.name!r} is {kind}; expected a function (step, total_steps, ...)")
@@ -156,7 +97,7 @@ def _own_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
     return lambda step, total: found(step, total, **section.args)
 
 
-def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Horizon) -> AnySchedule:
+def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Horizon) -> Schedule:
     """Return the schedule with its durations in steps.
 
     Raises UserError with every problem: keys without a meaning, phases longer than the run, durations that
@@ -174,11 +115,11 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
 
     name = section.name
     total = horizon.total_steps
-    warmup = steps("warmup")
-    decay = steps("decay") if name == "warmup_stable_decay" else 0
-    every = steps("every") if name == "step" else 1
+    keys = ["warmup"] if isinstance(section, OwnScheduleSection) else _keys(name)
+    length = {key: steps(key) for key in ("warmup", "decay", "every") if key in keys}
     if total is None and name not in ("constant", "step"):
         problems.append(f"schedule.name: {name!r} needs to know the length of the run; take 'constant' or 'step'")
+    warmup, decay = length["warmup"], length.get("decay", 0)
     if total is not None and warmup + decay > total:
         phases = f"schedule.warmup is {warmup}" + (f" and schedule.decay {decay}" if decay else "")
         problems.append(f"{phases} steps and the whole run only {total}; shorten the phases or train for longer")
@@ -186,18 +127,12 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
         raise UserError("\n".join(problems))
     if isinstance(section, OwnScheduleSection):
         assert total is not None
-        own = OwnSchedule(name, _own_function(section), warmup, total)
+        own = Schedule(name, _own_function(section), total, warmup)
         own(0), own(total - 1)  # what it cannot give is found before the first step
         return own
-
-    last = total - 1 if total is not None else 2**62
-    start: float = max(warmup - 1, 0)
-    if name == "one_cycle":
-        # Where torch's OneCycleLR has its peak, which need not be a whole step.
-        start = max(warmup - 1 if warmup else _RISE_SHARE * (last + 1) - 1, 0)
-    elif name == "warmup_stable_decay":
-        start = max(start, last - decay)
-    return Schedule(name, warmup, last, start, section.final, section.gamma, every)
+    numbers = {key: getattr(section, key) for key in ("final", "gamma") if key in keys}
+    shape = functools.partial(schedules.find(name).value, **length, **numbers)
+    return Schedule(name, shape, total if total is not None else _ENDLESS)
 
 
 def lr_at(schedule: ScheduleSection | OwnScheduleSection, step: int, horizon: Horizon) -> float:

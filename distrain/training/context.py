@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distrain.config import Recipe
 from distrain.datasets.base import Batch
 from distrain.networks.calling import Convention
-from distrain.optim import AnySchedule, Loss
+from distrain.optim import Loss, Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
 from distrain.parallel.strategy import Numbers
 from distrain.training.callbacks.trace import Trace
@@ -30,7 +30,7 @@ class TrainContext:
     call: Convention
     """How the model is called on inputs."""
     loss: Loss
-    schedule: AnySchedule
+    schedule: Schedule
     step: int = 0
     trace: Trace | None = None
     """Notes what each step does; None, as always but in a proof, notes nothing."""
