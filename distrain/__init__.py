@@ -4,7 +4,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FOUND_IN = {"Callback": "distrain.training.callbacks.base", "Duration": "distrain.config"}
+_FOUND_IN = {
+    "Callback": "distrain.training.callbacks.base",
+    "Duration": "distrain.config",
+    "Tracker": "distrain.training.callbacks.trackers",
+}
 
 
 def __getattr__(name: str) -> Any:

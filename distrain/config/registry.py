@@ -307,3 +307,6 @@ callbacks: Registry[Callable[..., Any]] = Registry("callback", "callbacks", "dis
 schedules: Registry[Callable[..., Any]] = Registry(
     "schedule", "schedule.name", "distrain.schedules", "distrain.config.schedules"
 )
+trackers: Registry[Callable[..., Any]] = Registry(
+    "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.trackers"
+)

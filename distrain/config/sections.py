@@ -427,3 +427,12 @@ class LogSection(Section):
     """The Weights & Biases project."""
     tensorboard: bool = False
     """Whether TensorBoard event files are written."""
+    trackers: list[ComponentField] = []
+    """Trackers of your own, each with its arguments."""
+
+    @model_serializer(mode="wrap")
+    def _without_trackers(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        if not self.trackers:
+            values.pop("trackers", None)  # recipes that are stored without the key stay equal
+        return values

@@ -12,6 +12,7 @@ from distrain.metrics import check_metrics
 from distrain.models import check_model
 from distrain.optim import check_loss, check_optimizer, check_schedule
 from distrain.training.callbacks.building import check_callbacks
+from distrain.training.callbacks.trackers import check_trackers
 
 
 def check_recipe(recipe: Recipe, source: str) -> None:
@@ -24,6 +25,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         *check_schedule(recipe.schedule),
         *check_metrics(recipe),
         *check_callbacks(recipe),
+        *check_trackers(recipe),
     ]
     if problems:
         raise RecipeError(source, problems)

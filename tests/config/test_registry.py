@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from distrain import Callback, Tracker
+
 
 class Net(nn.Module):
     def __init__(self, in_features, num_classes, width: int = 4):
@@ -50,6 +52,30 @@ def constant(outputs, targets):
     return torch.full((len(targets),), 0.25)
 
 
+def fall(step, total_steps, power: float = 1.0):
+    return (1 - step / total_steps) ** power
+
+
+class Rows(Tracker):
+    def __init__(self, start, file: str):
+        self.file = open(start.run.path / file, "w")
+
+    def write(self, index, row):
+        print(index, row["event"], row["step"], file=self.file, flush=True)
+
+
+class Noting(Callback):
+    def __init__(self, file: str):
+        self.file = file
+
+    def on_start(self, run):
+        self.path = run.folder / self.file
+
+    def on_step_end(self, step, metrics):
+        with open(self.path, "a") as file:
+            print(step, metrics.lr, file=file)
+
+
 class Descent(torch.optim.SGD):
     def __init__(self, params, lr, momentum: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum)
@@ -58,7 +84,11 @@ class Descent(torch.optim.SGD):
 
 KINDS = {
     "models": "Net", "datasets": "Points", "losses": "loss", "metrics": "constant", "optimizers": "Descent",
+    "schedules": "fall", "trackers": "Rows", "callbacks": "Noting",
 }  # fmt: skip
+
+BUILT_IN = sorted(KINDS.keys() - {"callbacks"})
+"""Those with names of their own."""
 
 RECIPE = """
 name: outside
@@ -71,7 +101,9 @@ batch: {{global: 8}}
 train: {{steps: 4}}
 eval: {{every: 2 steps, metrics: ["{metrics}", accuracy]}}
 checkpoint: {{every: 2 steps, async: false}}
-log: {{every: 1 steps}}
+schedule: {{name: "{schedules}", power: 2.0}}
+callbacks: [{{name: "{callbacks}", file: lr.txt}}]
+log: {{every: 1 steps, trackers: [{{name: "{trackers}", file: rows.txt}}]}}
 """
 
 Install = Callable[..., Path]
@@ -136,6 +168,10 @@ def test_a_run_of_names_from_outside(tmp_path: Path, by: str) -> None:
     key = names["metrics"].rpartition(":")[2]
     assert [row[key] for row in rows if row["event"] == "final"] == [0.25]
     assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3, 4]
+    kept = (tmp_path / "run" / "rows.txt").read_text().splitlines()
+    assert kept == [f"{index} {row['event']} {row['step']}" for index, row in enumerate(rows)]
+    rates = [float(line.split()[1]) for line in (tmp_path / "run" / "lr.txt").read_text().splitlines()]
+    assert rates == [0.1 * (1 - step / 4) ** 2.0 for step in range(4)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,7 +190,7 @@ def test_entry_points_are_found_and_listed_and_their_packages_stay_closed(instal
         registry.models.find("my-nett")
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_what_is_built_in_is_found_without_looking_at_packages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table: Registry = getattr(registry, kind)
     monkeypatch.setattr(registry, "installed_offers", lambda: pytest.fail("packages were looked at"))
@@ -162,7 +198,7 @@ def test_what_is_built_in_is_found_without_looking_at_packages(kind: str, monkey
         assert table.find(name).spec is None
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_an_unknown_name_says_what_there_is(kind: str) -> None:
     table: Registry = getattr(registry, kind)
     first = table.names()[0]
@@ -176,7 +212,7 @@ def test_an_unknown_name_says_what_there_is(kind: str) -> None:
         table.find(f"{first}x")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("models", "resnet18"), *((kind, None) for kind in sorted(KINDS))])
+@pytest.mark.parametrize(("kind", "name"), [("models", "resnet18"), *((kind, None) for kind in BUILT_IN)])
 def test_a_package_cannot_take_a_name_that_is_built_in(install: Install, kind: str, name: str | None) -> None:
     table: Registry = getattr(registry, kind)
     name = name or table.names()[0]

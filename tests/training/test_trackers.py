@@ -16,8 +16,7 @@ from worlds import in_world, running_world
 
 from distrain.config.yaml import load_recipe
 from distrain.run.folder import Launch, RunDir
-from distrain.training.callbacks import trackers as telemetry
-from distrain.training.callbacks.trackers import Display, Telemetry, duration
+from distrain.training.callbacks.trackers import Display, Telemetry, Tracker, TrackerStart, duration
 
 MIRRORED = TINY.replace("log: {every: 1 steps}", "log: {every: 1 steps, wandb: offline, tensorboard: true}")
 LONG = ["train.steps=60", "checkpoint.every=4 steps"]
@@ -85,13 +84,12 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
 # Trackers that fail
 
 
-class Broken:
+class Broken(Tracker):
     """A tracker that raises where it is told to."""
 
-    name = "tensorboard"
     written: list[int] = []
 
-    def __init__(self, where: str):
+    def __init__(self, start: TrackerStart, where: str):
         self.where = where
         if where == "init":
             raise ConnectionError("no network")
@@ -100,9 +98,6 @@ class Broken:
         if self.where == "log" and row["step"] > 2:
             raise ConnectionError("no network")
         self.written.append(index)
-
-    def missing(self, rows: Any, history: dict[str, Any]) -> None:
-        return None
 
     def mark(self) -> None:
         if self.where == "mark":
@@ -114,8 +109,8 @@ class Broken:
 
 
 def train_with_broken_tracker(recipe: str, run_dir: str, where: str) -> tuple[Ended, list[int]]:
-    telemetry.TensorBoard = lambda run, step, marked: Broken(where)  # type: ignore[assignment, misc]
-    return train_rank(recipe, ["log.tensorboard=true"], run_dir, None, False), Broken.written
+    tracker = f"log.trackers=[{{name: '{__file__}:Broken', where: {where}}}]"
+    return train_rank(recipe, [tracker], run_dir, None, False), Broken.written
 
 
 @pytest.mark.parametrize("where", ["init", "log", "mark", "close"])
@@ -125,8 +120,8 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path: Path, where: str) ->
     assert ended.status == 0
     run = RunDir(tmp_path / "run")
     assert run.finished is not None
-    said = "warning: tensorboard failed and is off for the rest of this run: ConnectionError: no network"
-    assert ended.out.count("tensorboard failed") == 1
+    said = "warning: Broken failed and is off for the rest of this run: ConnectionError: no network"
+    assert ended.out.count("Broken failed") == 1
     assert said in ended.out
     assert said in run.log_path(0).read_text()
     rows = list(run.rows())

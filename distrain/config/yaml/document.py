@@ -19,7 +19,13 @@ _DEFAULT = "default"
 _LARGEST_FILE = 1 << 20
 _COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
 _COMPONENT_LISTS: frozenset[Place] = frozenset(
-    {("callbacks",), ("eval", "metrics"), ("data", "transforms", "train"), ("data", "transforms", "eval")}
+    {
+        ("callbacks",),
+        ("log", "trackers"),
+        ("eval", "metrics"),
+        ("data", "transforms", "train"),
+        ("data", "transforms", "eval"),
+    }
 )
 _PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
 _OWN_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))

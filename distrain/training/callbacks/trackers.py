@@ -8,6 +8,7 @@ on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -19,11 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.live import Live
 
-from distrain.config import Recipe
+from distrain.config import Component, Recipe, UserError
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import trackers
 from distrain.run.folder import MetricsFile, RunDir, now
 from distrain.system.output import error_line, one_line
 from distrain.system.terminal import Console, ProgressLine, Table
@@ -33,26 +36,47 @@ Row = dict[str, Any]
 log = logging.getLogger("distrain")
 
 
-class Mirror(Protocol):
-    """Something that holds the rows of metrics.jsonl in another form."""
+@dataclass(frozen=True)
+class TrackerStart:
+    """What a tracker is made from, on rank 0."""
+
+    run: RunDir
+    """The run folder is `run.path`."""
+    recipe: Recipe
+    config: dict[str, Any]
+    """The resolved recipe and what else describes this attempt, as JSON values."""
+    rows: MetricsFile
+    step: int
+    """Finished optimizer steps that this attempt resumes from."""
+    mark: Any
+    """What `mark` returned when the checkpoint was saved that this attempt resumes from; None: nothing."""
+
+
+class Tracker:
+    """Something that holds the rows of metrics.jsonl in another form. Made, called and closed on rank 0 alone.
+
+    One of your own is a subclass, which is made with a `TrackerStart` and the further keys of its item in
+    `log.trackers`. It gets every row of metrics.jsonl from the first at each attempt, so that it writes what it keeps
+    anew, unless it says with `missing` which rows it lacks. What it raises ends it with a warning, and not the run.
+    """
 
     name: str
+    """What the run calls it."""
 
     def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
         """Return the rows that it lacks, with their indices; None: all of them."""
-        ...
+        return None
 
     def mark(self) -> Any:
-        """Flush, and return what a start needs that goes on from here, as JSON values."""
-        ...
+        """Flush, and return what an attempt needs that resumes from here, as JSON values."""
+        return None
 
     def write(self, index: int, row: Row) -> None:
         """Add the row that is line `index` (from 0) of metrics.jsonl."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Flush and let go."""
-        ...
 
 
 def _numbers(row: Row) -> dict[str, float]:
@@ -70,7 +94,8 @@ def _numbers(row: Row) -> dict[str, float]:
     return flat
 
 
-class Wandb:
+@trackers.register("wandb")
+class Wandb(Tracker):
     """Weights & Biases: one run, written by rank 0, the same one after every resume.
 
     wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that the service has is not
@@ -79,10 +104,10 @@ class Wandb:
 
     name = "wandb"
 
-    def __init__(self, run: RunDir, recipe: Recipe, config: dict[str, Any], rows: MetricsFile, marked: Any):
-        """`marked`: what `mark` returned when the state was saved that the run goes on from."""
+    def __init__(self, start: TrackerStart):
         import wandb
 
+        run, recipe, rows = start.run, start.recipe, start.rows
         folder = run.path / "wandb"
         folder.mkdir(exist_ok=True)
         id_file = folder / "run-id"
@@ -91,7 +116,7 @@ class Wandb:
         self._id = id_file.read_text().strip()
         offline = OfflineRuns(folder, self._id) if recipe.log.wandb == "offline" else None
         # a checkpoint without the mark was saved while something else was written, or nothing
-        held = offline.cut(rows.kept if marked == self.mark() else 0) if offline is not None else 0
+        held = offline.cut(rows.kept if start.mark == self.mark() else 0) if offline is not None else 0
         self._run = wandb.init(
             dir=str(folder),
             id=self._id,
@@ -99,7 +124,7 @@ class Wandb:
             project=recipe.log.project,
             mode="online" if offline is None else "offline",
             resume="allow",  # offline it is a note for the upload
-            config=config,
+            config=start.config,
             settings=wandb.Settings(console="off", silent=True, init_timeout=60),
         )
         self._run.define_metric("step")
@@ -122,7 +147,8 @@ class Wandb:
         self._run.finish()
 
 
-class TensorBoard:
+@trackers.register("tensorboard")
+class TensorBoard(Tracker):
     """TensorBoard event files, one for each start: it cuts off what was written after the checkpoint it goes on from.
 
     Without a checkpoint that says where that is, they are written anew from metrics.jsonl.
@@ -130,12 +156,11 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(self, run: RunDir, step: int, marked: Any):
-        """`marked`: what `mark` returned when the state of `step` was saved."""
+    def __init__(self, start: TrackerStart):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = run.path / "tensorboard"
-        self._goes_on = self._cut(step, marked)
+        self._folder, step = start.run.path / "tensorboard", start.step
+        self._goes_on = self._cut(step, start.mark)
         if not self._goes_on:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._suffix = f".from-{step}.{secrets.token_hex(4)}"
@@ -253,13 +278,56 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
+def named_trackers(recipe: Recipe) -> dict[str, Component]:
+    """Return what a recipe asks for besides metrics.jsonl, by the name that the run has for it.
+
+    Raises UserError where two have the same.
+    """
+    usual = {"wandb": recipe.log.wandb != "off", "tensorboard": recipe.log.tensorboard}
+    items = [Component(name=name) for name, wanted in usual.items() if wanted] + list(recipe.log.trackers)
+    found: dict[str, Component] = {}
+    for item in items:
+        name = item.name.rpartition(":")[2]
+        if name in found:
+            raise UserError(f"log.trackers: {name!r} is there twice; remove one")
+        found[name] = item
+    return found
+
+
+def check_trackers(recipe: Recipe) -> list[str]:
+    """Return one line for each tracker that is none, and for each of its arguments that it does not take or lacks."""
+    problems: list[str] = []
+    try:
+        named = named_trackers(recipe)
+    except UserError as error:
+        return [str(error)]
+    for item in named.values():
+        try:
+            build = trackers.find(item.name).value
+        except UserError as error:
+            problems += str(error).splitlines()
+            continue
+        if not (inspect.isclass(build) and issubclass(build, Tracker)):
+            problems.append(f"log.trackers: {item.name!r} is {build!r}; expected a subclass of {Tracker.__name__}")
+            continue
+        given = list(inspect.signature(build).parameters)[:1]
+        problems += argument_problems(build, item.args, "log.trackers", repr(item.name), given=given)
+    return problems
+
+
+def _made(item: Component, name: str, start: TrackerStart) -> Tracker:
+    made: Tracker = trackers.find(item.name).value(start, **item.args)
+    made.name = name
+    return made
+
+
 @dataclass
 class Telemetry:
     """All of it, on rank 0; on other ranks every call does nothing."""
 
     rows: MetricsFile | None
     display: Display | None
-    mirrors: list[Mirror]
+    mirrors: list[Tracker]
 
     @classmethod
     def open(
@@ -285,15 +353,11 @@ class Telemetry:
         finals = [step for step in history.get("finals", ()) if type(step) is int]
         rows = MetricsFile(run, resume_step=start_step, finals=finals, counted=history.get("rows"), fence=fence)
         telemetry = cls(rows, Display(total_steps, start_step), [])
-        wanted: list[tuple[str, Callable[[], Mirror]]] = []
         marks = history.get("mirrors") or {}
-        if recipe.log.wandb != "off":
-            wanted.append(("wandb", lambda: Wandb(run, recipe, config, rows, marks.get("wandb"))))
-        if recipe.log.tensorboard:
-            wanted.append(("tensorboard", lambda: TensorBoard(run, start_step, marks.get("tensorboard"))))
-        for name, build in wanted:
+        for name, item in named_trackers(recipe).items():
             try:
-                mirror = build()
+                start = TrackerStart(run, recipe, config, rows, start_step, marks.get(name))
+                mirror = _made(item, name, start)
                 missing = mirror.missing(rows, history)
                 for index, row in enumerate(run.rows()) if missing is None else missing:
                     mirror.write(index, row)
