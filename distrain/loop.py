@@ -126,7 +126,7 @@ def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tens
 
 
 def _seed(t: TrainContext, index: int) -> int:
-    return mix(t.recipe.seed, "dropout", t.step, t.world.rank, index)
+    return mix(t.recipe.seed, "dropout", t.step, t.world.mesh.data_rank, index)
 
 
 def _attempt(

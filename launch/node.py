@@ -23,6 +23,7 @@ if __name__ == "__main__":
     parser.add_argument("--processes", default="auto", help="processes on each node; auto: one for each GPU, else one")
     parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
     parser.add_argument("--offload", default="auto", help="what to keep in the memory of the CPU: none, optimizer, all")
+    parser.add_argument("--replicate", default="", help="replicas that fsdp2 makes: a number, or auto: one a machine")
     parser.add_argument("--address", default="", help="where the first node is reached")
     parser.add_argument("--port", type=int, default=0, help="where its launcher listens")
     parser.add_argument("--interface", help="the network interface between nodes")
@@ -34,7 +35,8 @@ if __name__ == "__main__":
     from distrain.system.output import echo_error, prepare_streams
 
     prepare_streams()
-    common = {"nodes": a.nodes, "processes": a.processes, "strategy": a.strategy, "offload": a.offload}
+    common = {"nodes": a.nodes, "processes": a.processes}
+    common |= {"strategy": a.strategy, "offload": a.offload, "replicate": a.replicate}
     try:
         if a.create:
             folder = create(a.target, a.overrides, run_dir=a.run_dir, update=a.update, **common)

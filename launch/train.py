@@ -22,6 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
     parser.add_argument("--offload", help="what to keep in the memory of the CPU: none, optimizer, or all")
     parser.add_argument("--request", help="what distrain has resolved and written into RUN; all else is then in it")
+    parser.add_argument("--replicate", help="replicas that fsdp2 makes: a number, or auto, one for each machine")
     a = parser.parse_args()
     prepare_streams()
     sys.exit(
@@ -33,6 +34,7 @@ if __name__ == "__main__":
             update=a.update,
             strategy=a.strategy,
             offload=a.offload,
+            replicate=a.replicate,
             request=a.request,
         )
     )

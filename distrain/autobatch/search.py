@@ -75,7 +75,7 @@ def search_if_needed(
     """
     if not wanted(recipe, gpus=gpus):
         return None
-    before = cached_micro_batch(run, CacheKey.of(recipe, processes, asked.strategy, asked.offload))
+    before = cached_micro_batch(run, CacheKey.of(recipe, processes, asked.strategy, asked.offload, asked.replicate))
     if before is not None and still_holds(before, gpus=gpus, here=here):
         return None
     return find(recipe, asked, processes=processes, here=here, gpus=gpus, say=say)
@@ -110,7 +110,7 @@ def find(
 
     def fits(size: int) -> bool:
         began = time.monotonic()
-        done = tries[size] = _try(recipe, asked, size, here, gpus)
+        done = tries[size] = _try(recipe, asked, size, processes, here, gpus)
         peak = f", {gib(done.peak)} of {gib(done.limit)} for each process" if done.peak else ""
         result = "fits" if done.fits else "does not fit"
         say(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
@@ -124,7 +124,7 @@ def find(
         return None
     if size is None:
         raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].said}")
-    where = CacheKey.of(recipe, processes, asked.strategy, asked.offload)
+    where = CacheKey.of(recipe, processes, asked.strategy, asked.offload, asked.replicate)
     found = tries[size]
     tried = tuple((each, done.fits) for each, done in tries.items())
     return CachedMicroBatch(where, size, hardware(gpus), found.limit, found.peak, tried)
@@ -184,7 +184,7 @@ def _share(limit: memory.Limit, here: int) -> int:
 # One try
 
 
-def _try(recipe: Recipe, asked: StrategySpec, size: int, here: int, gpus: int) -> _Tried:
+def _try(recipe: Recipe, asked: StrategySpec, size: int, processes: int, here: int, gpus: int) -> _Tried:
     """Try a size in `here` processes; raises CannotProbe where one ends of something else than memory."""
     quiet = recipe.model_copy(
         update={
@@ -200,6 +200,8 @@ def _try(recipe: Recipe, asked: StrategySpec, size: int, here: int, gpus: int) -
         how = {
             "strategy": asked.strategy,
             "offload": asked.offload,
+            # so that a replica is shared out by as many as in the run, or by all that there are here
+            "replicate": max(1, here // (processes // asked.replicate)) if asked.replicate != "auto" else 1,
             # of what counts against the limit, this much may be each process's own
             "data_limit": int(_share(limit, here) * (1 - MARGIN)) if limit is not None and limit.shared else None,
         }
@@ -343,11 +345,11 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
     how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
     loaded = load_recipe(folder / "recipe.yaml")
-    asked = StrategySpec.of(how["strategy"], how["offload"])
+    asked = StrategySpec.of(how["strategy"], how["offload"], how["replicate"])
     world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
     recipe = loaded.recipe.model_copy(update={"callbacks": []})  # they are to see the run alone
     run = RunDir(folder / "run")
-    launch = Launch.describe(world.world_size, asked.strategy, asked.offload)
+    launch = Launch.describe(world.world_size, asked.strategy, asked.offload, asked.replicate)
     world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
     with Session.open(run, recipe, world) as session:
         steps = session.loader()
@@ -370,5 +372,5 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
 def _saved_bytes(session: Any) -> int:
     """Return how much of the state this rank writes into a checkpoint."""
-    held = session.t.strategy.state.held().values()
-    return sum(each.nbytes // (session.world.world_size if each.replicated else 1) for each in held)
+    held, mesh = session.t.strategy.state.held().values(), session.world.mesh
+    return sum(each.nbytes // (mesh.world_size if each.replicated else mesh.replicas) for each in held)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import Json, Offload, Overrides, StrategyName
+from distrain.cli.options import Json, Offload, Overrides, Replicate, StrategyName
 from distrain.system.output import echo, one_line
 
 
@@ -37,6 +37,7 @@ def submit(
     offload: Annotated[
         Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
     ] = None,
+    replicate: Replicate = None,
     run_dir: Annotated[
         str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
     ] = None,
@@ -94,7 +95,7 @@ def submit(
 
     wanted = Wanted(
         nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
-        sbatch or [], strategy.value, offload.value if offload is not None else None, parallel,
+        sbatch or [], strategy.value, offload.value if offload is not None else None, parallel, replicate,
     )  # fmt: skip
     prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
     if dry_run:

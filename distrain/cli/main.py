@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
-from distrain.cli.options import ChangedData, Json, Offload, Overrides, StrategyName
+from distrain.cli.options import ChangedData, Json, Offload, Overrides, Replicate, StrategyName
 from distrain.config import UserError
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
@@ -86,6 +86,7 @@ def train(
             show_default="as the run was started, else none",
         ),
     ] = None,
+    replicate: Replicate = None,
 ) -> None:
     """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
     echo_loading(target, on_terminal=True)
@@ -100,6 +101,7 @@ def train(
             update=update,
             strategy=strategy.value,
             offload=offload.value if offload is not None else None,
+            replicate=replicate,
         )
     )
 
@@ -170,6 +172,9 @@ def prove_recipe(
     strategies: Annotated[
         str, typer.Option(help="Strategies that must agree, such as ddp,zero3.", show_default="the usual one")
     ] = "",
+    replicate: Annotated[
+        str, typer.Option(help="Numbers of replicas with which fsdp2 must agree, such as 1,2.", show_default="1")
+    ] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Decides when runs are interrupted.", show_default="another each time")
     ] = None,
@@ -197,6 +202,7 @@ def prove_recipe(
         processes=processes,
         worlds=worlds,
         strategies=strategies,
+        replicate=replicate,
         seed=seed,
         keep=keep,
         loss_tolerance=loss_tolerance,

@@ -31,6 +31,16 @@ class StrategyName(StrEnum):
     fsdp2 = "fsdp2"
 
 
+Replicate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Replicas that fsdp2 makes, each sharded over its share of the processes; auto: one for each machine.",
+        show_default="as the run was started, else 1",
+    ),
+]
+
+
 class Offload(StrEnum):
     """What can be kept in the memory of the CPU."""
 

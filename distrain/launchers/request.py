@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
@@ -72,6 +72,8 @@ class RunRequest:
     """What is to be said of it when the run begins."""
     recipe: LoadedRecipe
     """The resolved recipe, with where each value came from."""
+    replicate: int | Literal["auto"] = 1
+    """How many replicas of what is sharded there are; auto: one for each machine that the processes are on."""
 
     @property
     def run(self) -> RunDir:
@@ -85,15 +87,15 @@ class RunRequest:
 
     @property
     def spec(self) -> StrategySpec:
-        """The strategy with its offload."""
+        """The strategy with its offload and replicas."""
         from distrain.parallel import StrategySpec
 
-        return StrategySpec.of(self.strategy, self.offload)
+        return StrategySpec.of(self.strategy, self.offload, self.replicate)
 
     def launch(self) -> Launch:
         """Return the record of this start from this process, now, for the run's launch.json."""
         argv, record = list(self.argv), self.record()
-        return Launch.describe(self.processes, self.strategy, self.offload, argv=argv, request=record)
+        return Launch.describe(self.processes, self.strategy, self.offload, self.replicate, argv=argv, request=record)
 
     @property
     def id(self) -> str:
@@ -161,6 +163,7 @@ class Options:
     offload: str | None = None
     processes: int | None = None
     """How many processes there must be, where that is said."""
+    replicate: str | None = None
 
 
 def read_target(
@@ -206,7 +209,11 @@ def resolve(
     count = environment.processes
     try:
         resumes = world is not None and target.is_run
-        spec = asked_for(run, count, options.strategy, options.offload, environment.configuration, resumes=resumes)
+        spec = asked_for(
+            run, count, options.strategy, options.offload, environment.configuration, replicate=options.replicate,
+            resumes=resumes,
+        )  # fmt: skip
+        spec.replicas(count, environment.nodes)
     except UserError as error:
         problems.append(error)
     checks: list[Callable[[], None]] = []
@@ -238,7 +245,7 @@ def resolve(
         notes.append("--strategy ddp in one process is single")
     return RunRequest(
         target.name, str(run.path), target.is_run, target.update, count, environment.nodes, spec.strategy, spec.offload,
-        environment.argv, tuple(notes), loaded,
+        environment.argv, tuple(notes), loaded, spec.replicate,
     )  # fmt: skip
 
 
@@ -249,6 +256,7 @@ def asked_for(
     offload: str | None,
     configuration: Configuration,
     *,
+    replicate: str | None = None,
     resumes: bool = False,
 ) -> StrategySpec:
     """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
@@ -260,6 +268,7 @@ def asked_for(
 
     option = None if strategy == "auto" else strategy
     wishes = [StrategyHint("--strategy", option), StrategyHint("--offload", None, offload)]
+    wishes.append(StrategyHint("--replicate", None, None, replicate))
     earlier = None
     if option is None and run is not None and run.launch_path.exists():
         record = run.launch()
@@ -267,9 +276,10 @@ def asked_for(
             str(run.launch_path),
             "ddp" if record.strategy == "single" else record.strategy,
             record.offload if offload is None else None,
+            str(record.replicate) if replicate is None else None,
         )
     wishes += [earlier] if resumes and earlier is not None else []
-    return resolve_strategy(world_size, [*wishes, *strategy_wishes(configuration)], earlier)
+    return resolve_strategy(world_size, [*wishes, *strategy_wishes(configuration, world_size)], earlier)
 
 
 def check_one_owner(

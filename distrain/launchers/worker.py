@@ -34,6 +34,7 @@ def start(
     update: bool = False,
     strategy: str = "auto",
     offload: str | None = None,
+    replicate: str | None = None,
 ) -> int:
     """Train a recipe or resume a run on this machine; returns the exit status. What `distrain train` does.
 
@@ -44,7 +45,7 @@ def start(
     if not found.problems:
         echo_loading(target, on_terminal=False)
     count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
-    options = Options(strategy, offload, count)
+    options = Options(strategy, offload, count, replicate)
     if count > 1:
         return LocalLauncher().submit(resolve(found, options, launcher_environment(count))).status
     begin_worker()
@@ -71,6 +72,7 @@ def work(
     update: bool = False,
     strategy: str = "auto",
     offload: str | None = None,
+    replicate: str | None = None,
     request: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> int:
@@ -87,7 +89,7 @@ def work(
             found = requested(RunDir(target), request)
         else:
             asked = read_target(target, overrides, run_dir, update=update)
-            found = resolve(asked, Options(strategy, offload, processes), worker_environment())
+            found = resolve(asked, Options(strategy, offload, processes, replicate), worker_environment())
     except UserError as error:
         if rank == 0 or getattr(error, "of_each_process", False):
             echo_error(error)

@@ -163,7 +163,7 @@ def sharding_problem(section: OptimSection, strategy: str) -> str | None:
 def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
     """Return why the recipe's optimizer cannot be used on the shards of FSDP2, found by trying, or None.
 
-    `mesh`: the (one-dimensional) device mesh that a model will be sharded over. All its ranks call; all get the same.
+    `mesh`: the device mesh of all ranks that a model will be sharded over. All ranks call; all get the same.
     """
     from torch.distributed.fsdp import fully_shard  # a second to import, and only sharded models need it
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -188,7 +188,7 @@ def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
         own = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     found: list[Any] = [None] * mesh.size()
-    torch.distributed.all_gather_object(found, own, group=mesh.get_group())
+    torch.distributed.all_gather_object(found, own)
     told = next((each for each in found if each is not None), None)
     if told is None:
         for parameter, shards, before in zip(whole.parameters(), sharded.parameters(), start, strict=True):

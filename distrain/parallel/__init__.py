@@ -7,6 +7,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     strategy_spec.py        the strategy that was asked for, and whether the world is the one that was asked for
     accelerate_config.py    the launcher's own configuration, read where it was written
     accelerate_settings.py  what that asks for, beside the recipe
+    mesh.py                 `Mesh`: who shards, who replicates, and which part of the data each rank reads
     comm.py                 `World`: the processes, and how they agree
     precision.py            the precision of the forward pass, and loss scaling
     determinism.py          `train.deterministic`
@@ -23,8 +24,6 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     contents.py, nested.py  what of a model and an optimizer that state must hold
 """
 
-from torch.distributed.device_mesh import init_device_mesh
-
 from distrain.config import OptimSection, UserError, is_object_spec
 from distrain.optim import dtensor_problem, sharding_problem
 from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
@@ -32,6 +31,7 @@ from distrain.parallel.accelerate_settings import disagreements, strategy_wishes
 from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
 from distrain.parallel.ddp import DDPStrategy
+from distrain.parallel.mesh import Mesh
 from distrain.parallel.state import TrainingState, load_weights
 from distrain.parallel.stored import check_fit, fill
 from distrain.parallel.strategy import BuildSpec, StepFlags, Strategy, with_arithmetic
@@ -53,6 +53,7 @@ __all__ = [
     "BuildSpec",
     "Configuration",
     "Environment",
+    "Mesh",
     "SourcedValue",
     "StepFlags",
     "Strategy",
@@ -110,6 +111,6 @@ def _check_optimizer(world: World, section: OptimSection) -> None:
     problem = world.run_on_all(lambda: sharding_problem(section, world.strategy))
     if problem is None and world.strategy == "fsdp2" and is_object_spec(section.name):
         # of a class of the user's own only trying it tells
-        problem = dtensor_problem(section, init_device_mesh(world.device.type, (world.world_size,)))
+        problem = dtensor_problem(section, world.mesh.device_mesh(world.device.type, world.timeout))
     if problem is not None:
         raise UserError(problem)

@@ -133,6 +133,12 @@ _FILLED_VARIABLES = {
     "FSDP_RESHARD_AFTER_FORWARD": "fsdp_reshard_after_forward",
 }
 """What `accelerate launch` sets in any case: only what is not its default was written by somebody."""
+_SHARDING_VARIABLES = {
+    "FSDP_SHARDING_STRATEGY": ("fsdp_sharding_strategy", "full_shard"),
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": ("parallelism_config_dp_replicate_size", "1"),
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": ("parallelism_config_dp_shard_size", "1"),
+}
+"""The same, with what the default is of each."""
 
 DEFAULTS = ("no", "false", "none", "")
 """How it is spelled that a setting is off."""
@@ -154,6 +160,9 @@ def _from_environment(variables: Mapping[str, str], *, filled: bool) -> dict[str
         found["use_parallelism_config"] = SourcedValue(True, f"environment: {key}")
     for key, name in _FILLED_VARIABLES.items():
         if plain(variables.get(key, "")) not in DEFAULTS:
+            found[name] = SourcedValue(variables[key], f"environment: {key}")
+    for key, (name, default) in _SHARDING_VARIABLES.items():
+        if plain(variables.get(key, "")) not in (*DEFAULTS, default):
             found[name] = SourcedValue(variables[key], f"environment: {key}")
     return found
 

@@ -22,8 +22,11 @@ _NO = ("no", "false")  # without quotes NO is a YAML false
 _STAGE_HINT = "take 1, 2 or 3; to keep the whole state on each process, take accelerate_configs/ddp.yaml"
 
 
-def strategy_wishes(configuration: Configuration) -> list[StrategyHint]:
-    """Return what the launcher's configuration says about the strategy; raises UserError for what there is not here."""
+def strategy_wishes(configuration: Configuration, world_size: int | None = None) -> list[StrategyHint]:
+    """Return what the launcher's configuration says about the strategy, in a world of that size where one is named.
+
+    Raises UserError for what there is not here.
+    """
     if problems := refused(configuration):
         raise UserError(
             "the launcher's configuration asks for what distrain does not do; nothing was written.\n  - "
@@ -42,7 +45,7 @@ def strategy_wishes(configuration: Configuration) -> list[StrategyHint]:
         wishes = [StrategyHint(kind.place, "fsdp2")]
         if offload is not None:
             wishes.append(StrategyHint(offload.place, None, "all" if _true(offload.value) else "none"))
-        return wishes
+        return [*wishes, *_replicas(configuration, world_size)]
     wishes = [
         StrategyHint(stage.place, f"zero{int(stage.value)}")
         for key in ("zero_stage", "deepspeed.zero_optimization.stage")
@@ -56,6 +59,29 @@ def strategy_wishes(configuration: Configuration) -> list[StrategyHint]:
     if not any(wish.strategy for wish in wishes):
         wishes.insert(0, StrategyHint(f"{kind.place} (stage 2 where none is written)", "zero2"))
     return wishes
+
+
+_HYBRID = ("hybrid_shard", "4")
+_SIZES = ("parallelism_config_dp_replicate_size", "parallelism_config_dp_shard_size")
+
+
+def _replicas(configuration: Configuration, world_size: int | None) -> Iterator[StrategyHint]:
+    """Yield what says how many replicas there are of what FSDP shards; raises UserError where that cannot be."""
+    sharding = configuration.get("fsdp_sharding_strategy")
+    if sharding is not None and plain(sharding.value) in _HYBRID:
+        yield StrategyHint(sharding.place, None, None, "auto")
+    replicas, shards = (configuration.get(key) for key in _SIZES)
+    if replicas is not None:
+        yield StrategyHint(replicas.place, None, None, str(replicas.value))
+    # 1 is also what stands there where nobody shards
+    if shards is not None and plain(shards.value) != "1" and world_size is not None:
+        count = int(plain(shards.value)) if plain(shards.value).isdecimal() else 0
+        if count < 1 or world_size % count:
+            raise UserError(
+                f"{shards.place} is {shards.value}, found {world_size} processes, expected a number that divides "
+                "theirs; nothing was written. Take it out, or start others"
+            )
+        yield StrategyHint(shards.place, None, None, str(world_size // count))
 
 
 _OFFLOAD_KEYS = (
@@ -95,9 +121,12 @@ def _refused(configuration: Configuration) -> Iterator[tuple[SourcedValue, str]]
                 yield configuration[key], f"found {device}, expected none or cpu; files on an NVMe disk are not used"
         if (_device(configuration, optimizer), _device(configuration, parameters)) == ("none", "cpu"):
             yield configuration[parameters], f"parameters on the CPU go with the optimizer: set {optimizer}: cpu too"
+    fsdp = kind is not None and plain(kind.value) == "fsdp"
     for key, stated in configuration.items():
         if key.startswith("deepspeed.") and not _known_to_deepspeed(key.removeprefix("deepspeed.")):
             yield stated, f"found {stated.value!r}, which has no counterpart in a recipe; take it out"
+        elif fsdp and (key in _SIZES or (key == "use_parallelism_config" and configuration.keys() & _SIZES)):
+            continue
         elif key in _NOT_HERE and plain(stated.value) not in _NOT_HERE[key][0]:
             yield stated, f"found {stated.value!r}; {_NOT_HERE[key][1]}"
         elif key.startswith("parallelism_config_") and str(stated.value).isdigit() and int(stated.value) > 1:
@@ -112,6 +141,10 @@ _NOT_HERE: dict[str, tuple[tuple[str, ...], str]] = {
     "fsdp_reshard_after_forward": (
         ("true", "full_shard"),
         "weights are freed after each forward pass; take it out, or take zero2, which keeps them",
+    ),
+    "fsdp_sharding_strategy": (
+        (*DEFAULTS, "full_shard", "1", "shard_grad_op", "2", "no_shard", "3", *_HYBRID),
+        "weights are freed after each forward pass; take HYBRID_SHARD, or --replicate auto",
     ),
     "use_parallelism_config": (DEFAULTS, "tensor, context and sequence parallelism are not done; take zero3 or fsdp2"),
 }
@@ -173,7 +206,11 @@ _UNUSED = (
 
 def unused(configuration: Configuration) -> list[str]:
     """Return where settings are written that have no part here: how Accelerate would build, wrap, save and tune."""
-    return [stated.place for key, stated in configuration.items() if key in _UNUSED or _is_tuning(key)]
+    return [
+        stated.place
+        for key, stated in configuration.items()
+        if (key in _UNUSED and plain(stated.value) not in _HYBRID) or _is_tuning(key)
+    ]
 
 
 def _is_tuning(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, and how they agree."""
+"""The processes of a run, and how they agree; who of them holds what is in mesh.py."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from distrain.config import UserError
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
+from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import Arithmetic, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.run.heartbeat import progress
@@ -52,12 +53,17 @@ class World:
     deterministic = False
     """Whether this process was told to compute deterministically."""
 
+    mesh: Mesh
+    """Who shards, who replicates, and which part of the data each rank reads."""
+
     def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: StrategySpec, timeout: timedelta):
         self.accelerator = accelerator
         self.arithmetic = arithmetic
         self.precision = arithmetic.name
         """The recipe's, with `auto` resolved."""
         self.asked = asked
+        self.timeout = timeout
+        """Of every collective but those of `run_on_rank0`."""
         self.strategy = asked.strategy
         """single, ddp, zero1, zero2, zero3 or fsdp2."""
         self.forward_is_collective = asked.strategy in ("zero3", "fsdp2")
@@ -263,6 +269,9 @@ def open_world(
             )
         world = World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
         world.deterministic = told
+        node = (environment.rank - environment.local_rank, environment.local_world_size)
+        nodes = world.gather(node)
+        world.mesh = world.run_on_all(lambda: Mesh.of(asked, world.rank, nodes))
         return world
     except BaseException:
         if dist.is_initialized():  # ending a process without leaving it can abort under gloo

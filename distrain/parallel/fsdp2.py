@@ -1,19 +1,23 @@
-"""FSDP2: every rank holds rows of each parameter, of its gradient, of its optimizer's state and of its average."""
+"""FSDP2: every rank holds rows of each parameter, of its gradient, of its optimizer's state and of its average.
+
+Hybrid, there are several replicas: the ranks of one share out all rows, and gradients are averaged over the replicas
+once they have been reduced within each.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.networks.blocks import block_classes
@@ -73,6 +77,7 @@ class FSDP2Strategy(Strategy):
         self._given: set[Tensor] = set()
         """Those that had a gradient in it, maybe after the zeros: one used twice has it with the last of its uses."""
         self._lockstep = Lockstep(world, model)
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._reduce_all()
 
     def _shard_model(self, model: nn.Module) -> None:
@@ -86,7 +91,8 @@ class FSDP2Strategy(Strategy):
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         settings: dict[str, Any] = {
-            "mesh": init_device_mesh(self.world.device.type, (self.world.world_size,)),
+            # (shards,), or (replicas, shards)
+            "mesh": self.world.mesh.device_mesh(self.world.device.type, self.world.timeout),
             "reshard_after_forward": plugin.reshard_after_forward,
             "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
@@ -99,6 +105,13 @@ class FSDP2Strategy(Strategy):
             fully_shard(unit, **settings)
         # the root's own are needed first in the backward pass
         fully_shard(model, **settings | {"reshard_after_forward": False})
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        # between the replicas, which are mostly machines, once in a step is enough
+        if self.world.mesh.is_hybrid and self.accumulation > 1:
+            for unit in self._units:
+                unit.set_requires_all_reduce(last, recurse=False)
+        return super().micro_batch(last)
 
     def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
@@ -119,8 +132,9 @@ class FSDP2Strategy(Strategy):
         own = [p.grad for p in self._replicated if p.grad is not None]
         self._note_gradients([*gradients, *own])
         used = self._used(len(self._sharded) + len(self._replicated), missed)
-        # the norm and what the ranks tell each other, in one reduction
-        square = square_of(gradients) + (square_of(own) / world.world_size if own else 0.0)
+        # the norm and what the ranks tell each other, in one reduction: over all ranks, so that the replicas of what
+        # is sharded count once together, and so do those of what is not
+        square = square_of(gradients) / world.mesh.replicas + (square_of(own) / world.world_size if own else 0.0)
         numbers = torch.cat((square.to(world.device).reshape(1), world.pack_metrics(loss, flags), used))
         world.sum(numbers)
         if missed:
@@ -211,46 +225,54 @@ class FSDP2Strategy(Strategy):
         return Shard(shape, start, values, replicated=False, entry=entry)
 
     def reshard(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._units:
+            module.reshard()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
+        for module in self._units:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
         try:
             with self._lockstep.paused():
                 yield
         finally:
-            for module in modules:
+            for module in self._units:
                 module.set_reshard_after_forward(module is not self.model, recurse=False)
                 module.reshard()
 
     def check(self) -> None:
         super().check()
+        mesh = self.world.mesh
+        placements: tuple[Placement, ...] = (Replicate(), Sharded(0)) if mesh.is_hybrid else (Sharded(0),)
+        shape = (mesh.replicas, mesh.shards) if mesh.is_hybrid else (mesh.shards,)
         odd = [
             name
             for name, parameter in self.model.named_parameters()
-            if _has_rows(parameter) and not _spans(parameter, self.world.world_size)
+            if _has_rows(parameter)
+            and not (
+                isinstance(parameter, DTensor)
+                and (parameter.placements, parameter.device_mesh.shape) == (placements, shape)
+            )
         ]
         if odd:
-            raise did_not_take_effect("fsdp2", f"{odd[0]} and {len(odd) - 1} others are not sharded over all ranks")
+            where = f"over {mesh.shards} ranks" + (f", in {mesh.replicas} replicas" if mesh.is_hybrid else "")
+            raise did_not_take_effect(
+                str(self.world.asked), f"{odd[0]} and {len(odd) - 1} others are not sharded {where}"
+            )
 
     def effect(self) -> dict[str, Any]:
-        units = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        meshes = {str(p.device_mesh) for p in self.model.parameters() if isinstance(p, DTensor)}
-        return super().effect() | {"engine": "FSDPModule", "units": len(units), "mesh": ", ".join(sorted(meshes))}
+        sharded = [parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)]
+        return super().effect() | {
+            "engine": "FSDPModule",
+            "units": len(self._units),
+            "mesh": ", ".join(sorted({str(parameter.device_mesh) for parameter in sharded})),
+            "placements": ", ".join(sorted({str(parameter.placements) for parameter in sharded})),
+        }
 
     def _offloaded(self) -> str:
         devices = {p.device.type for p in self.model.parameters() if isinstance(p, DTensor)}
         return "all" if devices == {"cpu"} and self.world.device.type != "cpu" else "none"
-
-
-def _spans(parameter: nn.Parameter, world_size: int) -> bool:
-    return isinstance(parameter, DTensor) and parameter.device_mesh.size() == world_size
 
 
 def _multiply(tensors: list[Tensor], factor: Tensor) -> None:

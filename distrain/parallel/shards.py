@@ -44,7 +44,7 @@ class LocalTensor:
     values: Tensor
     """The range."""
     replicated: bool
-    """Whether every rank holds all of it; the ranks then share the writing."""
+    """Whether every rank holds all of it. Otherwise it is a range that each replica of the mesh holds once."""
 
     @property
     def nbytes(self) -> int:

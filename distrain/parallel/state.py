@@ -22,6 +22,7 @@ from distrain.parallel.contents import (
     contents,
     separate_buffers,
 )
+from distrain.parallel.mesh import Mesh
 from distrain.parallel.nested import (
     Unstorable,
     bytes_of,
@@ -276,23 +277,25 @@ class TrainingState:
     # ----------------------------------------------------------------------------------------------------------------
     # To a checkpoint
 
-    def pieces(self, rank: int, world_size: int) -> Iterator[Piece]:
-        """Yield the flat ranges that `rank` writes.
+    def pieces(self, mesh: Mesh) -> Iterator[Piece]:
+        """Yield the flat ranges that a rank writes, which are those of no other rank.
 
-        They are its own of what is sharded, and of what every rank holds an equal share, in bytes, of all that laid
-        end to end.
+        Of what several ranks hold, each writes an equal share, in bytes, of all that laid end to end: of what every
+        rank holds as of the shards of which each replica has one.
         """
         held = self.held()
-        total = sum(each.nbytes for each in held.values() if each.replicated)
-        low, high = (total * r // world_size for r in (rank, rank + 1))
-        offset = 0
+        cuts = {}
+        for everywhere, part, parts in ((True, mesh.rank, mesh.world_size), (False, mesh.replica, mesh.replicas)):
+            total = sum(each.nbytes for each in held.values() if each.replicated == everywhere)
+            cuts[everywhere] = (total * part // parts, total * (part + 1) // parts)
+        offsets = {True: 0, False: 0}
         for name, each in held.items():
-            start, stop = 0, each.values.numel()
-            if each.replicated:
-                size = each.values.element_size()
-                # both neighbours round a cut inside this tensor up to the same element
-                start, stop = (min(max(-(-(cut - offset) // size), 0), stop) for cut in (low, high))
-                offset += each.nbytes
+            size, offset = each.values.element_size(), offsets[each.replicated]
+            # both neighbours round a cut inside this tensor up to the same element
+            start, stop = (
+                min(max(-(-(cut - offset) // size), 0), each.values.numel()) for cut in cuts[each.replicated]
+            )
+            offsets[each.replicated] += each.nbytes
             if stop > start:
                 flat = each.values.reshape(-1)[start:stop]
                 data = bytes_of(flat)

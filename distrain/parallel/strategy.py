@@ -362,6 +362,7 @@ class Strategy(ABC):
             "engine": type(self.wrapped).__name__,
             "optimizer": type(self.state.optimizer).__name__,
             "processes": self.world.world_size,
+            "replicas": self.world.mesh.replicas,
             "device": self.world.device.type,
             "precision": self.world.precision,
             "deterministic": determinism.is_on(),

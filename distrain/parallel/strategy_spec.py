@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from distrain.config import UserError, close_names
+from distrain.run.folder import strategy_in_words
 from distrain.system.environment import Environment
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -28,10 +30,12 @@ class StrategySpec:
     """Whether the optimizer's state, and its step, are on the CPU."""
     offload_parameters: bool = False
     """Whether the parameters are on the CPU but where they are used."""
+    replicate: int | Literal["auto"] = 1
+    """How many whole replicas there are of what is sharded; auto: one for each machine."""
 
     @classmethod
-    def of(cls, strategy: str, offload: str = "none") -> StrategySpec:
-        """Return what these two names stand for; raises UserError where the strategy cannot offload that."""
+    def of(cls, strategy: str, offload: str = "none", replicate: int | str = 1) -> StrategySpec:
+        """Return what these names stand for; raises UserError where the strategy cannot offload or replicate that."""
         offers = {"zero1": OFFLOADS[:2], "zero2": OFFLOADS[:2], "zero3": OFFLOADS, "fsdp2": ("none", "all")}
         for name, kind, choices in ((strategy, "strategy", STRATEGIES), (offload, "offload", OFFLOADS)):
             if name not in choices:
@@ -40,16 +44,43 @@ class StrategySpec:
             raise UserError(
                 f"{strategy} cannot offload {offload!r}, expected {' or '.join(offered)}; " + _OFFLOAD_HINTS[strategy]
             )
-        return cls(strategy, offload != "none", offload == "all")
+        return cls(strategy, offload != "none", offload == "all", _replicate(strategy, str(replicate)))
 
     @property
     def offload(self) -> str:
         """One of OFFLOADS."""
         return "all" if self.offload_parameters else "optimizer" if self.offload_optimizer else "none"
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options of `distrain train` and of launch/train.py that say the same."""
+        return ("--strategy", self.strategy, "--offload", self.offload, "--replicate", str(self.replicate))
+
+    def replicas(self, world_size: int, machines: int | None = None) -> int:
+        """Return how many replicas there are in a world of that size, on so many `machines` where it is auto.
+
+        Raises UserError where the processes cannot be put into so many groups of several.
+        """
+        count = machines if self.replicate == "auto" else self.replicate
+        assert count is not None, "auto is one for each machine"
+        if count == 1:
+            return 1
+        said = f"--replicate {self.replicate}" + (f", of {count} machines," if self.replicate == "auto" else "")
+        if world_size % count:
+            raise UserError(
+                f"{said} asks for {count} replicas, found {_processes(world_size)}, expected a multiple of {count}; "
+                f"nothing was written. {_replicas_that_fit(world_size)}"
+            )
+        if world_size == count:
+            raise UserError(
+                f"{said} asks for {count} replicas, found {_processes(world_size)}, so that each has a whole one and "
+                f"nothing is sharded, which is --strategy ddp; nothing was written. {_replicas_that_fit(world_size)}"
+            )
+        return count
+
     def __str__(self) -> str:
         words = {"none": "", "optimizer": " with offload of the optimizer", "all": " with offload of all"}
-        return self.strategy + words[self.offload]
+        return strategy_in_words(self.strategy, self.replicate) + words[self.offload]
 
 
 _OFFLOAD_HINTS = {
@@ -57,6 +88,23 @@ _OFFLOAD_HINTS = {
     **dict.fromkeys(("zero1", "zero2"), "each process has whole parameters there; zero3 has not: --strategy zero3"),
     "fsdp2": "it moves parameters, gradients and the optimizer's state together: --offload all",
 }
+
+
+def _replicate(strategy: str, said: str) -> int | Literal["auto"]:
+    """Return what --replicate says; raises UserError where it says nothing that can be, under this strategy."""
+    if said != "auto" and not (said.isascii() and said.isdigit() and int(said) > 0):
+        raise UserError(f"--replicate: found {said!r}, expected a whole number from 1, or auto: one for each machine")
+    if strategy != "fsdp2" and said != "1":
+        why = "keeps everything on each process" if strategy in _REPLICATED else "shards over all processes"
+        raise UserError(
+            f"--replicate {said} is for fsdp2, found {strategy}, which {why}; say --strategy fsdp2, or take it out"
+        )
+    return "auto" if said == "auto" else int(said)
+
+
+def _replicas_that_fit(world_size: int) -> str:
+    fitting = [str(count) for count in range(1, world_size) if world_size % count == 0] or ["1"]
+    return f"Say --replicate {' or '.join([', '.join(fitting[:-1]), fitting[-1]] if fitting[:-1] else fitting)}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +117,8 @@ class StrategyHint:
     """One of STRATEGIES; None where it says nothing."""
     offload: str | None = None
     """One of OFFLOADS; None where it says nothing."""
+    replicate: str | None = None
+    """A number of replicas, or auto; None where it says nothing."""
 
 
 def check_precision(precision: str, strategy: str) -> None:
@@ -87,13 +137,15 @@ def resolve_strategy(
 
     `wishes` must agree; `fallback` holds where they say nothing: a run goes on as it was started, unless that was
     single or ddp, which follow from the world. Raises UserError for two that differ, for `single` on several
-    processes, and for what the strategy cannot offload.
+    processes, and for what the strategy cannot offload or replicate in this world.
     """
     strategy = _agreed("strategy", [(wish.place, wish.strategy) for wish in wishes])
     offload = _agreed("offload", [(wish.place, wish.offload) for wish in wishes])
+    replicate = _agreed("number of replicas", [(wish.place, wish.replicate) for wish in wishes])
     if fallback is not None and fallback.strategy not in (None, *_REPLICATED) and strategy in (None, fallback.strategy):
         # who names a strategy without its offload has not asked for that of earlier starts
         offload = fallback.offload if offload is None and strategy is None else offload
+        replicate = fallback.replicate if replicate is None and strategy is None else replicate
         strategy = fallback.strategy
     if strategy == "single" and world_size > 1:
         raise UserError(
@@ -102,7 +154,10 @@ def resolve_strategy(
         )
     if strategy is None or strategy in _REPLICATED:
         strategy = "single" if world_size == 1 else "ddp"
-    return StrategySpec.of(strategy, offload or "none")
+    asked = StrategySpec.of(strategy, offload or "none", 1 if replicate is None else replicate)
+    if asked.replicate != "auto":
+        asked.replicas(world_size)
+    return asked
 
 
 def _agreed(what: str, said: Sequence[tuple[str, str | None]]) -> str | None:

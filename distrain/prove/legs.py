@@ -20,7 +20,7 @@ from distrain.config import UserError
 from distrain.fingerprints import compare
 from distrain.prove.processes import Process, Start, kill_all, members, start_distrain, wait
 from distrain.prove.traces import Record, read_record
-from distrain.run.folder import RunDir
+from distrain.run.folder import RunDir, strategy_in_words
 from distrain.run.micro_batch import hand_on
 
 _HASH_SEED = "PYTHONHASHSEED"
@@ -40,15 +40,19 @@ class Placement:
     processes: int
     strategy: str | None = None
     """As `distrain train --strategy` takes it; None leaves it to `distrain train`."""
+    replicas: int = 1
+    """Of what fsdp2 shards."""
 
     def __str__(self) -> str:
         count = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        return count if self.strategy is None else f"{count}, {self.strategy}"
+        return count if self.strategy is None else f"{count}, {strategy_in_words(self.strategy, self.replicas)}"
 
     @property
     def arguments(self) -> list[str]:
         """The options of `distrain train`."""
-        return ["--processes", str(self.processes), *(["--strategy", self.strategy] if self.strategy else [])]
+        strategy = ["--strategy", self.strategy] if self.strategy else []
+        replicas = ["--replicate", str(self.replicas)] if self.replicas > 1 else []
+        return ["--processes", str(self.processes), *strategy, *replicas]
 
 
 @dataclass(frozen=True)
@@ -381,8 +385,13 @@ class Runner:
 def _check_placement(name: str, placement: Placement, record: Record) -> None:
     """Raise CouldNotRun unless a run took place where it was to."""
     processes, strategy = record.facts["world_size"], record.facts["strategy"]
-    if processes != placement.processes or placement.strategy not in (None, "auto", strategy):
-        raise CouldNotRun(f"{name}: asked for {placement}, and it ran in {Placement(processes, strategy)}")
+    # those of ddp are its processes
+    replicas = record.facts["replicas"] if strategy == "fsdp2" else 1
+    ran = Placement(processes, strategy, replicas)
+    if (processes, replicas) != (placement.processes, placement.replicas) or (
+        placement.strategy not in (None, "auto", strategy)
+    ):
+        raise CouldNotRun(f"{name}: asked for {placement}, and it ran in {ran}")
 
 
 def _tail(output: Path, lines: int = 40) -> str:

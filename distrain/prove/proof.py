@@ -109,6 +109,7 @@ def _leg_as_json(result: LegResult) -> dict[str, Any]:
             {
                 "processes": attempt.placement.processes,
                 "strategy": attempt.record.facts["strategy"],
+                "replicas": attempt.placement.replicas,
                 "start_step": attempt.resumed_at,
                 "interruption": None if attempt.interruption is None else vars(attempt.interruption),
             }
@@ -122,13 +123,18 @@ def _leg_as_json(result: LegResult) -> dict[str, Any]:
     }
 
 
-def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[str]) -> list[Placement]:
+def placements_of(
+    processes: int, worlds: Sequence[int], strategies: Sequence[str], replicate: Sequence[int] = ()
+) -> list[Placement]:
     """Return every placement asked for, the first being the one that all others are compared with.
 
     One process has nobody to spread state over, so it is `single` whatever is named, and comes first; every other
-    strategy goes with every number of processes above one. Raises UserError where a strategy is left without any.
+    strategy goes with every number of processes above one, and fsdp2 with every number of replicas that these can be
+    put into. Raises UserError where a strategy or a number of replicas is left without any.
     """
     counts = list(dict.fromkeys(worlds)) or [processes]
+    if replicate and "fsdp2" not in strategies:
+        raise UserError("--replicate says how many replicas fsdp2 makes; name it with --strategies")
     if not strategies:
         return [Placement(count) for count in counts]
     from distrain.parallel import STRATEGIES  # imports torch: only where there is something to look up
@@ -151,7 +157,21 @@ def placements_of(processes: int, worlds: Sequence[int], strategies: Sequence[st
             "numbers, as with --worlds 2,3"
         )
     alone = [Placement(1, "single")] if 1 in counts or "single" in strategies else []
-    return alone + [Placement(count, strategy) for strategy in spread for count in several]
+    replicas = {
+        count: [n for n in dict.fromkeys(replicate) if n == 1 or (n < count and count % n == 0)] for count in several
+    }
+    for number in replicate:
+        if not any(number in fitting for fitting in replicas.values()):
+            raise UserError(
+                f"--replicate {number}: no number of processes can be put into so many groups of several, found "
+                f"{', '.join(map(str, counts))}; name one, as with --worlds {2 * number}"
+            )
+    return alone + [
+        Placement(count, strategy, number)
+        for strategy in spread
+        for count in several
+        for number in (replicas[count] if replicate and strategy == "fsdp2" else [1])
+    ]
 
 
 def prove(
@@ -163,6 +183,7 @@ def prove(
     processes: int = 1,
     worlds: Sequence[int] = (),
     strategies: Sequence[str] = (),
+    replicate: Sequence[int] = (),
     seed: int | None = None,
     keep: Path | None = None,
     loss_tolerance: float | None = None,
@@ -184,7 +205,7 @@ def prove(
     loaded = load_recipe(source, overrides).recipe
     if steps < FEWEST:
         raise UserError(f"--steps is {steps}; a run that is interrupted and goes on needs at least {FEWEST}")
-    placements = placements_of(processes, worlds, strategies)
+    placements = placements_of(processes, worlds, strategies, replicate)
     if not kills and len(placements) == 1:
         raise UserError("--kills 0 with one placement leaves nothing to compare; add --kills, --worlds or --strategies")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed

@@ -17,7 +17,7 @@ from distrain.launchers import launcher_of
 from distrain.launchers.launcher import Job, jobs_of_folders
 from distrain.launchers.slurm.sweeps import read_sweep
 from distrain.launchers.slurm.tracking import task_of
-from distrain.run.folder import RunDir, rows_backwards
+from distrain.run.folder import RunDir, rows_backwards, strategy_in_words
 from distrain.run.heartbeat import read_heartbeats
 from distrain.system.terminal import Table
 from distrain.training.callbacks.trackers import duration
@@ -63,6 +63,8 @@ class Status:
     """How often it has begun."""
     processes: int | None = None
     strategy: str | None = None
+    replicate: int | str = 1
+    """How many replicas of what is sharded there are; auto: one for each machine."""
     job: str | None = None
     """Its latest SLURM job."""
     job_state: str | None = None
@@ -127,6 +129,7 @@ def status_of(
         starts=len(attempts),
         processes=launch.processes if launch else None,
         strategy=launch.strategy if launch else None,
+        replicate=launch.replicate if launch else 1,
         job=job.id if job else None,
         job_state=job.state if job else None,
         reason=job.reason or None if job else None,
@@ -250,7 +253,7 @@ def in_words(status: Status) -> list[tuple[str, str]]:
     if status.starts > 1:
         said.append(("starts", str(status.starts)))
     if status.processes:
-        said.append(("world", f"{status.processes} x {status.strategy}"))
+        said.append(("world", f"{status.processes} x {strategy_in_words(status.strategy or '?', status.replicate)}"))
     if status.heartbeat_age_s is not None:
         said.append(("alive", f"{duration(status.heartbeat_age_s)} ago"))
     return said

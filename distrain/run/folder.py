@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import distrain
 from distrain.config import UserError
@@ -91,6 +91,8 @@ class Launch:
     """What is kept in the memory of the CPU: none, optimizer or all."""
     request: dict[str, Any] | None = None
     """What was asked for, resolved (see `distrain.launchers.request`); None in folders of earlier versions."""
+    replicate: int | Literal["auto"] = 1
+    """How many replicas of what is sharded there are; auto: one for each machine."""
 
     @classmethod
     def describe(
@@ -98,6 +100,7 @@ class Launch:
         processes: int,
         strategy: str,
         offload: str = "none",
+        replicate: int | Literal["auto"] = 1,
         *,
         argv: list[str] | None = None,
         request: dict[str, Any] | None = None,
@@ -120,6 +123,7 @@ class Launch:
             socket.gethostname(),
             offload,
             request,
+            replicate,
         )
 
 
@@ -430,6 +434,13 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(_plain(row)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def strategy_in_words(strategy: str, replicate: int | str = 1) -> str:
+    """Return a strategy with its replicas, where there are several."""
+    if replicate == 1:
+        return strategy
+    return f"{strategy}, " + ("one replica for each machine" if replicate == "auto" else f"{replicate} replicas")
 
 
 def effect_in_words(effect: dict[str, Any]) -> str:

@@ -38,9 +38,11 @@ class CacheKey:
     offload: str
     recipe: str
     """A digest of the parts that decide about memory."""
+    replicate: int | str = 1
+    """How many replicas share out the processes; auto: one for each machine."""
 
     @classmethod
-    def of(cls, recipe: Recipe, processes: int, strategy: str, offload: str) -> CacheKey:
+    def of(cls, recipe: Recipe, processes: int, strategy: str, offload: str, replicate: int | str = 1) -> CacheKey:
         """Return it for a start of a recipe."""
         whole = recipe.model_dump(mode="json", by_alias=True)
         parts = {
@@ -48,7 +50,7 @@ class CacheKey:
             for key, keys in _DECIDES.items()
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(processes, strategy, offload, digest)
+        return cls(processes, strategy, offload, digest, replicate)
 
 
 @dataclass(frozen=True)

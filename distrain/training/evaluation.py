@@ -79,8 +79,8 @@ def evaluate(
     def load() -> Iterable[Batch]:
         return build_eval_loader(
             source,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=world.mesh.data_rank,
+            world_size=world.mesh.data_size,
             batch_size=batch_size,
             transform=transform,
             workers=workers,

@@ -553,7 +553,7 @@ class Session:
             self.saver.begin(
                 self.t.step,
                 specs,
-                state.pieces(self.world.rank, self.world.world_size),
+                state.pieces(self.world.mesh),
                 scalars=scalars
                 | self.anomalies.scalars()
                 | {"data": self.data.state, "transformers_config": transformers_config(strategy.model)}

@@ -73,8 +73,8 @@ class DataPipeline:
             source,
             SampleOrder(length, self.recipe.seed) if length is not None else None,
             recipe=self.recipe,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
+            rank=self.world.mesh.data_rank,
+            world_size=self.world.mesh.data_size,
             micro_batch_size=self.micro_batch_size,
             start_step=start_step,
             stop_step=self.total_steps,
@@ -132,7 +132,13 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     autobatch = cached_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if autobatch is None else autobatch.section(recipe.batch)
     feed = DataPipeline(
-        recipe, world, data, transforms, horizon.total_steps, *batch_shape(batch, world.world_size), autobatch=autobatch
+        recipe,
+        world,
+        data,
+        transforms,
+        horizon.total_steps,
+        *batch_shape(batch, world.mesh.data_size),
+        autobatch=autobatch,
     )
     cut = cut_of(feed.micro_batch_size, world.world_size)
     before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None
@@ -192,7 +198,7 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
     """Return what `batch.micro: auto` was found to be for such a start, or None. All ranks call; all get the same."""
     if recipe.batch.micro_batch_size != "auto":
         return None
-    where = CacheKey.of(recipe, world.world_size, world.strategy, world.asked.offload)
+    where = CacheKey.of(recipe, world.world_size, world.strategy, world.asked.offload, world.asked.replicate)
     found: CachedMicroBatch | None = world.run_on_rank0(lambda: cached_micro_batch(run, where))
     return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
 
@@ -242,7 +248,9 @@ def _training(
     first_step = cache(lambda: next(feed.batches(start_step=0)))
 
     def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
-        seed_dropout(world, mix(recipe.seed, "dropout", 0, world.rank, index))  # what is left out at random is as then
+        seed_dropout(
+            world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index)
+        )  # what is left out at random is as then
         given("the first step", [first_step()[index]])
         batch = to_device(first_step()[index], world)
         return loss_of(calling_convention(unwrap_model(model)), loss, model, batch)

@@ -103,6 +103,31 @@ def test_a_run_goes_on_as_it_was_started_unless_something_else_is_said() -> None
     assert resolve_strategy(2, [StrategyHint("--strategy", "zero2")], earlier) == StrategySpec("zero2")
     for replicated in ("single", "ddp"):
         assert resolve_strategy(2, [], StrategyHint("launch.json", replicated, "none")) == StrategySpec("ddp")
+    hybrid = StrategyHint("launch.json", "fsdp2", "none", "2")
+    assert resolve_strategy(4, [], hybrid) == StrategySpec("fsdp2", replicate=2)
+    assert resolve_strategy(4, [StrategyHint("--replicate", replicate="auto")], hybrid).replicate == "auto"
+    assert resolve_strategy(4, [StrategyHint("--offload", offload="all")], hybrid).replicate == 2
+    assert resolve_strategy(4, [StrategyHint("--strategy", "fsdp2")], hybrid) == StrategySpec("fsdp2")
+    with pytest.raises(UserError, match=r"found 3 processes, expected a multiple of 2; .*Say --replicate 1"):
+        resolve_strategy(3, [], hybrid)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("replicate", ["1", "2", "auto"])
+def test_only_fsdp2_makes_replicas(strategy: str, replicate: str) -> None:
+    if strategy == "fsdp2" or replicate == "1":
+        asked = StrategySpec.of(strategy, "none", replicate)
+        assert str(asked.replicate) == replicate
+        assert asked.options == ("--strategy", strategy, "--offload", "none", "--replicate", replicate)
+        return
+    with pytest.raises(UserError, match=f"--replicate {replicate} is for fsdp2, found {strategy}, which"):
+        StrategySpec.of(strategy, "none", replicate)
+
+
+@pytest.mark.parametrize("replicate", ["0", "-1", "two", "2.0", "", "Auto", "\u0662"])
+def test_a_number_of_replicas_that_is_none(replicate: str) -> None:
+    with pytest.raises(UserError, match=r"--replicate: found '.*', expected a whole number from 1, or auto"):
+        StrategySpec.of("fsdp2", "none", replicate)
 
 
 OFFERED = {
@@ -198,6 +223,62 @@ def test_the_strategy_of_a_configuration(
     assert wishes_of(tmp_path, content, *flags) == expected
 
 
+def hybrid(config: dict[str, Any], **sizes: int) -> dict[str, Any]:
+    found = FSDP | {"fsdp_config": {"fsdp_version": 2} | config}
+    if sizes:
+        found |= {"use_parallelism_config": True}
+        found["parallelism_config"] = {f"parallelism_config_{name}_size": size for name, size in sizes.items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "replicate"),
+    [
+        (hybrid({"fsdp_sharding_strategy": "HYBRID_SHARD"}), [], "auto"),
+        (hybrid({"sharding_strategy": 4}), [], "auto"),
+        (hybrid({"fsdp_sharding_strategy": "FULL_SHARD"}), [], 1),
+        (hybrid({"fsdp_sharding_strategy": "FULL_SHARD"}), ["--fsdp_sharding_strategy", "HYBRID_SHARD"], "auto"),
+        (hybrid({}, dp_replicate=2, dp_shard=4), [], 2),
+        (hybrid({}, dp_replicate=4), [], 4),
+        (hybrid({}, dp_shard=4), [], 2),
+        (hybrid({}, dp_replicate=1, dp_shard=8), [], 1),
+        (hybrid({}, dp_shard=4), ["--parallelism_config_dp_shard_size", 2], 4),
+    ],
+)
+def test_the_replicas_of_a_configuration(
+    tmp_path: Path, content: dict[str, Any], flags: list[Any], replicate: int | str
+) -> None:
+    argv = accelerate("--config_file", written(tmp_path, content), *flags, "train.py")
+    configuration = read_configuration(argv, {})
+    assert resolve_strategy(8, strategy_wishes(configuration, 8)) == StrategySpec("fsdp2", replicate=replicate)
+    # FULL_SHARD is what stands there in any case
+    said = [place for place in unused(configuration) if "sharding_strategy" in place]
+    assert bool(said) == (content["fsdp_config"].get("fsdp_sharding_strategy") == "FULL_SHARD" and not flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (hybrid({}, dp_replicate=2, dp_shard=2), r"2 .*dp_replicate_size\n  4 .*dp_shard_size"),
+        (
+            hybrid({"fsdp_sharding_strategy": "HYBRID_SHARD"}, dp_replicate=2),
+            r"auto .*sharding_strategy\n  2 .*dp_repl",
+        ),
+        (hybrid({}, dp_shard=3), r"dp_shard_size is 3, found 8 processes, expected a number that divides theirs"),
+        (hybrid({}, dp_replicate=3), r"asks for 3 replicas, found 8 processes"),
+        (hybrid({}, dp_replicate=2, tp=2), r"tp_size: found 2; tensor, context"),
+        (hybrid({}, tp=2), r"use_parallelism_config: found True; tensor, context"),
+        (hybrid({"fsdp_sharding_strategy": "HYBRID_SHARD_ZERO2"}), r"found 'HYBRID_SHARD_ZERO2'; weights are freed"),
+        ({"distributed_type": "MULTI_GPU", "use_parallelism_config": True}, r"use_parallelism_config: found True"),
+    ],
+)
+def test_replicas_of_a_configuration_that_cannot_be(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    configuration = read_configuration(accelerate("--config_file", written(tmp_path, content), "train.py"), {})
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_strategy(8, strategy_wishes(configuration, 8))
+    assert "nothing was written" in str(caught.value)
+
+
 def test_the_file_that_accelerate_config_wrote_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.config import config_args
 
@@ -232,7 +313,14 @@ def test_the_environment_where_there_is_no_file() -> None:
     assert strategy_wishes(read_configuration([], deepspeed))[0].strategy == "zero1"
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}
     assert resolve_strategy(2, strategy_wishes(read_configuration([], fsdp))) == StrategySpec("fsdp2", True, True)
+    sizes = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    fsdp.pop("FSDP_OFFLOAD_PARAMS")
+    for more in (sizes, {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}):
+        asked = resolve_strategy(4, strategy_wishes(read_configuration([], fsdp | more), 4))
+        assert asked.replicate == ("auto" if "FSDP_SHARDING_STRATEGY" in more else 2)
     # what accelerate fills in where nobody said anything
+    filled = {"FSDP_SHARDING_STRATEGY": "FULL_SHARD", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "1"}
+    assert read_configuration([], filled) == {}
     filled = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "FSDP_OFFLOAD_PARAMS": "false"}
     assert read_configuration([], filled) == {}
     said = read_configuration([], {"ACCELERATE_MIXED_PRECISION": "bf16"})
@@ -633,6 +721,21 @@ def test_a_run_that_is_named_says_what_its_start_is_to_be(tmp_path: Path) -> Non
     # by its recipe: then the record is only of an earlier start
     assert asked_for(run, 2, "auto", None, {}) == StrategySpec("zero2", True)
     assert asked_for(run, 2, "auto", None, fsdp2) == StrategySpec("fsdp2")
+
+
+def test_the_replicas_of_a_run_that_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create("", Launch.describe(4, "fsdp2", replicate=2))
+    for resumes in (True, False):
+        assert asked_for(run, 4, "auto", None, {}, resumes=resumes) == StrategySpec("fsdp2", replicate=2)
+        assert asked_for(run, 4, "auto", None, {}, replicate="1", resumes=resumes) == StrategySpec("fsdp2")
+        assert asked_for(run, 4, "ddp", None, {}, resumes=resumes) == StrategySpec("ddp")
+    with pytest.raises(UserError, match=r"--replicate 2 is for fsdp2, found ddp, which keeps everything on each"):
+        asked_for(run, 4, "ddp", None, {}, replicate="2")
+    content = json.loads(run.launch_path.read_text())
+    del content["replicate"]  # as it was written before there were replicas
+    run.launch_path.write_text(json.dumps(content))
+    assert asked_for(run, 4, "auto", None, {}, resumes=True) == StrategySpec("fsdp2")
 
 
 def test_a_run_of_one_process_goes_on_in_several(tmp_path: Path) -> None:

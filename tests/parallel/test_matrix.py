@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from distrain.config.yaml import load_recipe
 from distrain.launchers import open_run
 from distrain.run.folder import Launch, RunDir
 
+if TYPE_CHECKING:
+    from distrain.parallel import StrategySpec
+
 WAYS = [
     ("single", 1),
     ("ddp", 2),
@@ -24,7 +29,9 @@ WAYS = [
     ("zero3", 3),
     ("fsdp2", 2),
     ("fsdp2", 3),
+    ("hsdp", 4),
 ]
+"""hsdp: fsdp2 in two replicas."""
 NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
 
 RECIPE = """
@@ -48,15 +55,24 @@ SETTINGS = {
     "sgd": ("batch.micro=auto", "optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.3"),
 }
 """With accumulation and without: two samples at a time are 6, 3 and 2 micro-batches on 1, 2 and 3 processes."""
+ONE_AT_A_TIME = ("batch.micro=1",)
+"""Where four processes accumulate: three micro-batches each."""
+
+
+def spec(strategy: str) -> StrategySpec:
+    """Return what the name of a way stands for."""
+    from distrain.parallel import StrategySpec
+
+    return StrategySpec("fsdp2", replicate=2) if strategy == "hsdp" else StrategySpec(strategy)
 
 
 def train_in_turn(strategy: str, run_dirs: list[str]) -> None:
     """Train or go on with each of the runs in this world, one after the other."""
     from distrain.config.yaml import load_recipe
     from distrain.loop import train
-    from distrain.parallel import StrategySpec, open_world
+    from distrain.parallel import open_world
 
-    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, StrategySpec(strategy))
+    world = open_world(load_recipe(RunDir(run_dirs[0]).recipe_path).recipe.train.precision, spec(strategy))
 
     def go() -> int:
         for run_dir in run_dirs:
@@ -72,7 +88,8 @@ def train_in_turn(strategy: str, run_dirs: list[str]) -> None:
 def create(run_dir: Path, recipe: Path, overrides: tuple[str, ...], strategy: str, world_size: int) -> None:
     """Make the folder of a run that has not begun."""
     loaded = load_recipe(recipe, list(overrides))
-    open_run(RunDir(run_dir), loaded, Launch.describe(world_size, strategy))
+    asked = spec(strategy)
+    open_run(RunDir(run_dir), loaded, Launch.describe(world_size, asked.strategy, replicate=asked.replicate))
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -83,17 +100,23 @@ def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     runs = {}
     for name, (strategy, world_size) in zip(NAMES, WAYS, strict=True):
         runs[name] = folder / name
-        create(runs[name], recipe, SETTINGS[request.param], strategy, world_size)
+        settings = SETTINGS[request.param]
+        if strategy == "hsdp" and request.param == "adamw":
+            settings = ONE_AT_A_TIME
+        create(runs[name], recipe, settings, strategy, world_size)
         in_world(world_size, train_in_turn, strategy, [str(runs[name])])
     return runs
 
 
-def stopped_copy(run_dir: Path, out: Path, step: int) -> Path:
-    """Return a copy of a finished run as it was after `step`."""
+def stopped_copy(run_dir: Path, out: Path, step: int, micro: int | None = None) -> Path:
+    """Return a copy of a finished run as it was after `step`, to go on with micro-batches of another size."""
     run = RunDir(run_dir)
     shutil.copytree(checkpoint(run_dir, step), checkpoint(out, step))
     for path in (run.recipe_path, run.launch_path):
         shutil.copy(path, out / path.name)
+    if micro is not None:
+        recipe = out / run.recipe_path.name
+        recipe.write_text(re.sub(r"(?m)^  micro: .*$", f"  micro: {micro}", recipe.read_text()))
     rows = [line for line in run.metrics_path.read_text().splitlines() if json.loads(line)["step"] <= step]
     (out / run.metrics_path.name).write_text("".join(f"{line}\n" for line in rows))
     return out
@@ -121,7 +144,8 @@ def test_every_strategy_goes_on_from_every_other(
     straight: dict[str, Path], name: str, way: tuple[str, int], tmp_path: Path
 ) -> None:
     strategy, world_size = way
-    resumed = {source: stopped_copy(run, tmp_path / source, step=3) for source, run in straight.items()}
+    micro = 1 if strategy == "hsdp" else None
+    resumed = {source: stopped_copy(run, tmp_path / source, step=3, micro=micro) for source, run in straight.items()}
     in_world(world_size, train_in_turn, strategy, [str(run) for run in resumed.values()])
     for source, run in resumed.items():
         assert losses(run)[:3] == losses(straight[source])[:3], "they were not trained again"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from runs import captured, checkpoint, cli, last, losses, rows, state, write_recipe
-from test_matrix import NAMES, RECIPE, create, stopped_copy, train_in_turn
+from test_matrix import NAMES, ONE_AT_A_TIME, RECIPE, create, spec, stopped_copy, train_in_turn
 from test_matrix import WAYS as MATRIX
 from torch import Tensor, nn
 from worlds import in_world
@@ -44,9 +44,9 @@ log: {every: 1 steps}
 
 def open_in(strategy: str, precision: str) -> Any:
     """Join this world with a strategy, the environment as a launcher sets it."""
-    from distrain.parallel import StrategySpec, open_world
+    from distrain.parallel import open_world
 
-    return open_world(precision, StrategySpec(strategy))
+    return open_world(precision, spec(strategy))
 
 
 @contextmanager
@@ -423,7 +423,8 @@ def reopened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     in_world(1, train_in_turn, "single", [str(source)], timeout_s=300)
     found = {}
     for name, (strategy, world_size) in zip(NAMES, MATRIX, strict=True):
-        copy, out = stopped_copy(source, folder / name, step=3), folder / f"{name}-again"
+        # two at a time do not fit four processes
+        copy, out = stopped_copy(source, folder / name, 3, 1 if world_size == 4 else None), folder / f"{name}-again"
         found[name] = {
             "ranks": in_world(world_size, reopen, strategy, str(copy), str(out), timeout_s=300),
             "checkpoint": out / "step-00000003",
@@ -452,13 +453,17 @@ def test_every_strategy_s_state_exports_to_the_same_bytes(reopened: dict[str, An
 @pytest.mark.parametrize(("name", "way"), zip(NAMES, MATRIX, strict=True), ids=NAMES)
 def test_what_took_effect_is_what_was_asked_for(reopened: dict[str, Any], name: str, way: tuple[str, int]) -> None:
     strategy, world_size = way
-    sharded = strategy not in ("single", "ddp")
+    hybrid, strategy = strategy == "hsdp", spec(strategy).strategy
+    sharded, copies = strategy not in ("single", "ddp"), 2 if hybrid else 1
     for rank in reopened[name]["ranks"]:
         effect = rank["effect"]
         known = {key: rank["recorded"][key] for key in ("parameters", "trainable", "total_steps")}
         assert known["parameters"] == known["trainable"] > 0
         assert rank["recorded"] == effect | known, "the folder tells the same"
-        assert (effect["strategy"], effect["processes"]) == way
+        assert (effect["strategy"], effect["processes"]) == (strategy, world_size)
+        assert effect["replicas"] == (copies if sharded else world_size)
+        placements = "(Replicate(), Shard(dim=0))" if hybrid else "(Shard(dim=0),)"
+        assert effect.get("placements") == (placements if strategy == "fsdp2" else None)
         engine = {"single": "GPT", "ddp": "DistributedDataParallel", "fsdp2": "FSDPModule"}
         assert effect["engine"] == engine.get(strategy, "DeepSpeedEngine")
         assert rank["engine"] == engine.get(strategy, "DeepSpeedEngine").replace("FSDPModule", "FSDPGPT")
@@ -466,18 +471,18 @@ def test_what_took_effect_is_what_was_asked_for(reopened: dict[str, Any], name: 
         assert rank["dtensors"] == (strategy == "fsdp2")
         assert (strategy == "fsdp2") == ("DeviceMesh" in effect.get("mesh", ""))
         assert (effect["sharded"], effect["offload"], effect["forward"]) == (sharded, "none", "as stored")
-        assert (effect["accumulation"], effect["clip_norm"]) == (12 // 2 // world_size, 0.5)
+        assert (effect["accumulation"], effect["clip_norm"]) == (3 if hybrid else 12 // 2 // world_size, 0.5)
         assert ("deepspeed" in effect["versions"]) == strategy.startswith("zero")
         for kind in ("parameter_bytes", "optimizer_bytes"):
             full, ranks = effect[kind]["full"], effect[kind]["ranks"]
             assert len(ranks) == world_size
             if sharded:
                 # each element once, but for the counters of steps, which every rank has
-                assert sum(ranks) == pytest.approx(full, rel=0.02)
-                assert max(ranks) <= 1.1 * full / world_size
+                assert sum(ranks) == pytest.approx(copies * full, rel=0.02)
+                assert max(ranks) <= 1.1 * copies * full / world_size
             else:
                 assert ranks == [full] * world_size
-        state = 3 * effect["parameter_bytes"]["full"] / (world_size if sharded else 1)
+        state = 3 * effect["parameter_bytes"]["full"] / (world_size // copies if sharded else 1)
         print(f"{name}: {rank['bytes']} bytes of memory for a share of {state:.0f}")
         assert 0.9 * state <= rank["bytes"] <= 1.1 * state
 
@@ -510,6 +515,10 @@ def broken(strategy: str, folder: str) -> dict[str, str]:
             from distrain.parallel import fsdp2
 
             attempt("unsharded", fsdp2, "fully_shard", lambda module, **_: module)
+        elif strategy == "hsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+
+            attempt("flat", type(world.mesh), "device_mesh", lambda _, device, __: init_device_mesh(device, (4,)))
         else:
             config, prepare = accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.prepare
 
@@ -528,9 +537,10 @@ def broken(strategy: str, folder: str) -> dict[str, str]:
 
 BROKEN = {
     "ddp": {"unwrapped": "the model that trains is a _Carrier"},
-    "fsdp2": {"unsharded": "are not sharded over all ranks"},
+    "fsdp2": {"unsharded": "are not sharded over 2 ranks"},
+    "hsdp": {"flat": "fsdp2, 2 replicas was asked for and did not take effect: tokens.weight and 16"},
     "zero2": {
-        "clipping": "DeepSpeed accumulates 3 and clips to 9.0",
+        "clipping": "DeepSpeed accumulates 6 and clips to 9.0",
         "stage": "zero2 was asked for and did not take effect: DeepSpeed runs ZeRO stage 1",
         "fallback": "zero2 was asked for and did not take effect: Accelerate has prepared for MULTI_CPU",
     },
@@ -540,10 +550,10 @@ BROKEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", BROKEN)
 def test_what_did_not_take_effect_is_refused(strategy: str, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, RECIPE)
+    recipe, world_size = write_recipe(tmp_path, RECIPE), 4 if strategy == "hsdp" else 2
     for kind in BROKEN[strategy]:
-        create(tmp_path / f"{strategy}-{kind}", recipe, (), strategy, 2)
-    for said in in_world(2, broken, strategy, str(tmp_path), timeout_s=300):
+        create(tmp_path / f"{strategy}-{kind}", recipe, ONE_AT_A_TIME, strategy, world_size)
+    for said in in_world(world_size, broken, strategy, str(tmp_path), timeout_s=300):
         assert said.keys() == BROKEN[strategy].keys()
         for kind, message in BROKEN[strategy].items():
             assert message in said[kind]

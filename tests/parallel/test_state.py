@@ -26,7 +26,7 @@ from distrain.checkpoints.export import export
 from distrain.config import UserError
 from distrain.models import load_weights as start_from
 from distrain.optim import Ema
-from distrain.parallel import TrainingState, load_weights, prepare_to_save
+from distrain.parallel import Mesh, TrainingState, load_weights, prepare_to_save
 from distrain.parallel.nested import Unstorable, decode, encode, equal, same_bits
 from distrain.run.folder import RunDir
 
@@ -70,7 +70,7 @@ def advance(state: TrainingState, start: int, stop: int) -> TrainingState:
 def save(state: TrainingState, folder: Path) -> Path:
     saver = Saver(folder, LocalCommunicator(), asynchronous=False)
     described = {"scalars": state.scalars(), "aliases": state.aliases(), "recipe": "", "strategy": "single"}
-    return saver.save(2, state.specs(), state.pieces(0, 1), **described).path
+    return saver.save(2, state.specs(), state.pieces(Mesh(0, 1, 1)), **described).path
 
 
 def resumed(state: TrainingState, path: Path) -> TrainingState:
@@ -217,7 +217,7 @@ def test_extra_state_that_was_stored_among_the_buffers_is_handed_back(tmp_path: 
     }
     described = {"scalars": state.scalars(), "aliases": {}, "recipe": "", "strategy": "single"}
     saver = Saver(tmp_path, LocalCommunicator(), asynchronous=False)
-    path = saver.save(2, specs, state.pieces(0, 1), **described).path
+    path = saver.save(2, specs, state.pieces(Mesh(0, 1, 1)), **described).path
     assert resumed(begun(kept_parts.Counted, seed=1), path).model.passes == 2
 
 

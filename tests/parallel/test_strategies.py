@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from runs import Ended, captured, last, losses, state, write_recipe
-from test_matrix import create, stopped_copy
+from test_matrix import create, spec, stopped_copy
 from worlds import in_world
 
 from distrain.checkpoint import Reader
@@ -75,16 +76,21 @@ WAYS = [
     ("zero3", 3),
     ("fsdp2", 2),
     ("fsdp2", 3),
+    ("hsdp", 4),
 ]
+THREE_AT_A_TIME = ("batch.micro=3",)
+"""Where there are four processes."""
 NAMES = [f"{strategy}x{world_size}" for strategy, world_size in WAYS]
 
 
 def train_each(strategy: str, run_dirs: dict[str, str], offloads: tuple[bool, bool] = (False, False)) -> dict[str, str]:
     """Train or go on with each of the runs in this world, one after the other; returns what went wrong, by name."""
     from distrain.loop import train
-    from distrain.parallel import StrategySpec, open_world
+    from distrain.parallel import open_world
 
-    world = open_world("fp32", StrategySpec(strategy, *offloads))
+    offload_optimizer, offload_parameters = offloads
+    asked = replace(spec(strategy), offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
+    world = open_world("fp32", asked)
     wrong: dict[str, str] = {}
 
     def go() -> int:
@@ -135,13 +141,17 @@ class Straight:
 
     def _make(self, way: str) -> None:
         if way not in self.made:
-            strategy, world_size = WAYS[NAMES.index(way)]
+            strategy, _, count = way.rpartition("x")
+            world_size = int(count)
             runs = {}
             for name, (model, overrides) in CASES.items():
+                if way == "ddpx4" and model not in DEPENDS_ON_WORLD:  # there to be compared with
+                    continue
                 recipe = write_recipe(self.folder, RECIPE.replace("MODEL", model), f"{name}.yaml")
                 runs[name] = self.folder / way / name
                 runs[name].parent.mkdir(exist_ok=True)
-                create(runs[name], recipe, overrides, strategy, world_size)
+                micro = THREE_AT_A_TIME if world_size == 4 else ()
+                create(runs[name], recipe, (*overrides, *micro), strategy, world_size)
             self.made[way] = run_all(strategy, world_size, runs)
 
     def wrong(self, way: str, case: str) -> str:
@@ -172,7 +182,7 @@ def assert_agrees(found: Path, expected: Path) -> None:
 def expected(case: str, way: str) -> str:
     """Return the way that a run is compared with."""
     model, _ = CASES[case]
-    return "ddpx3" if model in DEPENDS_ON_WORLD and way.endswith("3") else "ddpx2"
+    return f"ddpx{way[-1]}" if model in DEPENDS_ON_WORLD else "ddpx2"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -188,13 +198,14 @@ def test_every_strategy_trains_as_ddp_does(straight: Straight, way: str, case: s
 
 CHAIN = {
     "singlex1": "fsdp2x3",
-    "ddpx2": "zero3x3",
+    "ddpx2": "hsdpx4",
     "zero1x2": "fsdp2x2",
     "zero2x2": "zero3x2",
     "zero3x2": "fsdp2x3",
     "zero3x3": "zero1x2",
     "fsdp2x2": "zero3x3",
     "fsdp2x3": "zero2x2",
+    "hsdpx4": "zero1x3",
 }
 """From which run each goes on, with every case."""
 
@@ -208,7 +219,8 @@ def test_every_strategy_goes_on_from_another(straight: Straight, name: str, tmp_
         for case, (model, _) in CASES.items()
         if model not in DEPENDS_ON_WORLD and not {(model, name[:5]), (model, CHAIN[name][:5])} & REFUSED.keys()
     ]
-    resumed = {case: stopped_copy(straight.run(CHAIN[name], case), tmp_path / case, step=2) for case in cases}
+    micro = 3 if world_size == 4 else None
+    resumed = {case: stopped_copy(straight.run(CHAIN[name], case), tmp_path / case, 2, micro) for case in cases}
     assert run_all(strategy, world_size, resumed) == {}
     for case, run in resumed.items():
         assert_agrees(run, straight.run("ddpx2", case))
@@ -302,6 +314,7 @@ TRAINED_SOMETIMES = {
     "zero1": ("Routed", "Headed", "Dropped"),
     "zero2": ("Routed", "Headed", "Dropped"),
     "fsdp2": ("Routed", "Growing"),
+    "hsdp": ("Growing",),
 }
 
 
@@ -311,8 +324,9 @@ def sometimes(folder: Path, strategy: str, world_size: int, models: tuple[str, .
     for model in models:
         runs[model] = folder / f"{strategy}-{model}"
         args = (RECIPE.replace("MODEL", model), f"{strategy}-{model}.yaml")
-        # passes are counted by the model: as many micro-batches come before a step on one process as on two
-        micro = ("batch.micro=4",) if model in ("Leaving", "Growing") and world_size == 1 else ()
+        # passes are counted by the model: as many micro-batches come before a step on one process as on several
+        fits = {1: 4, 2: 2, 4: 1}[world_size] if model in ("Leaving", "Growing") or world_size == 4 else 2
+        micro = (f"batch.micro={fits}",)
         create(runs[model], write_recipe(folder, *args), micro, strategy, world_size)
     assert run_all(strategy, world_size, runs) == {}
     return runs
@@ -328,7 +342,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_what_is_used_sometimes_is_trained_as_in_one_process(
     alone: dict[str, Path], strategy: str, tmp_path: Path
 ) -> None:
-    for model, run in sometimes(tmp_path, strategy, 2, TRAINED_SOMETIMES[strategy]).items():
+    world_size = 4 if strategy == "hsdp" else 2
+    for model, run in sometimes(tmp_path, strategy, world_size, TRAINED_SOMETIMES[strategy]).items():
         assert_agrees(run, alone[model])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from distrain.optim import Ema
 from distrain.parallel import (
     BuildSpec,
     Environment,
+    Mesh,
     StepFlags,
     TrainingState,
     build_strategy,
@@ -30,6 +32,7 @@ from distrain.parallel import (
     open_world,
     processes_asked,
 )
+from distrain.parallel.state import Shard, whole
 
 # --------------------------------------------------------------------------------------------------------------------
 # The world that was asked for
@@ -260,7 +263,7 @@ def trained_state(optimizer: str = "AdamW", seed: int = 0, steps: int = 2, **opt
 
 def save(state: TrainingState, folder: Path, ranks: int) -> Path:
     """Save the pieces of all ranks of a world, gathered into one file."""
-    pieces = [piece for rank in range(ranks) for piece in state.pieces(rank, ranks)]
+    pieces = [piece for rank in range(ranks) for piece in state.pieces(Mesh(rank, ranks, ranks))]
     saver = Saver(folder, LocalCommunicator(), asynchronous=False)
     scalars = state.scalars() | {"data": {}}
     return saver.save(
@@ -279,7 +282,7 @@ def test_the_pieces_of_all_ranks_are_the_state(ranks: int) -> None:
     reached = dict.fromkeys(specs, 0)
     sizes = []
     for rank in range(ranks):
-        pieces = list(state.pieces(rank, ranks))
+        pieces = list(state.pieces(Mesh(rank, ranks, ranks)))
         sizes.append(sum(piece.data.nbytes for piece in pieces))
         for piece in pieces:
             assert piece.start == reached[piece.name], "without gaps and overlaps, in order"
@@ -287,6 +290,37 @@ def test_the_pieces_of_all_ranks_are_the_state(ranks: int) -> None:
             reached[piece.name] += piece.data.nbytes // tensor.element_size()
     assert reached == {name: spec.numel for name, spec in specs.items()}
     assert max(sizes) - min(sizes) <= 16, "each writes the same share"
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(4, 1), (4, 2), (6, 2), (6, 3), (12, 4)])
+def test_of_what_replicas_hold_each_writes_a_part(ranks: int, replicas: int) -> None:
+    state = trained_state(width=40)
+    specs = state.specs()
+    shards = ranks // replicas
+    seen = {name: np.zeros(spec.numel, np.int64) for name, spec in specs.items()}
+    sizes: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        low, high = (part * 64 // shards for part in (rank % shards, rank % shards + 1))
+
+        def shard(parameter: torch.nn.Parameter, low: int = low, high: int = high) -> Shard:
+            found = whole(parameter)
+            if parameter.numel() < 64:
+                return found
+            rows = parameter.numel() // 64 + 1
+            start, stop = (min(part * rows, parameter.numel()) for part in (low, high))
+            flat = found.values.reshape(-1)[start:stop]
+            return replace(found, start=start, values=flat, replicated=False, entry=None)
+
+        own = TrainingState(state.model, None, None, shard)
+        assert {held.replicated for held in own.held().values()} == {True, False}
+        pieces = list(own.pieces(Mesh(rank, ranks, replicas)))
+        for piece in pieces:
+            numel = piece.data.nbytes // own.held()[piece.name].values.element_size()
+            seen[piece.name][piece.start : piece.start + numel] += 1
+        sizes.setdefault(rank % shards, []).append(sum(piece.data.nbytes for piece in pieces))
+    assert all((count == 1).all() for name, count in seen.items() if name.startswith("model/"))
+    for alike in sizes.values():
+        assert max(alike) - min(alike) <= 32, "replicas share the writing"
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adadelta", "NAdam"])

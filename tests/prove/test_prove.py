@@ -602,7 +602,7 @@ def test_the_exit_status_says_what_came_of_it(tmp_path: Path, capsys: pytest.Cap
     def command(*overrides: str, **how: Any) -> tuple[int, str, str]:
         options: dict[str, Any] = {
             **dict.fromkeys(("processes", "keep", "loss_tolerance", "state_tolerance")),
-            **dict.fromkeys(("worlds", "strategies"), ""),
+            **dict.fromkeys(("worlds", "strategies", "replicate"), ""),
             "kills": 1,
             "steps": 12,
             "seed": 3,
@@ -660,6 +660,12 @@ def test_placements() -> None:
         Placement(3, "zero3"),
     ]
     assert placements_of(1, [2], ["single", "ddp"]) == [Placement(1, "single"), Placement(2, "ddp")]
+    found = placements_of(1, [2, 4, 6], ["ddp", "fsdp2"], [1, 2, 3])
+    assert [(each.processes, each.replicas) for each in found if each.strategy == "ddp"] == [(2, 1), (4, 1), (6, 1)]
+    hybrid = [(each.processes, each.replicas) for each in found if each.strategy == "fsdp2"]
+    assert hybrid == [(2, 1), (4, 1), (4, 2), (6, 1), (6, 2), (6, 3)]
+    assert str(found[-1]) == "6 processes, fsdp2, 3 replicas"
+    assert found[-1].arguments == ["--processes", "6", "--strategy", "fsdp2", "--replicate", "3"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])

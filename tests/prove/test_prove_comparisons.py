@@ -241,16 +241,20 @@ def test_how_far_tensors_are_apart(tmp_path: Path, one: list[float], other: list
 
 
 @pytest.mark.parametrize(
-    ("worlds", "strategies", "said"),
+    ("worlds", "strategies", "replicate", "said"),
     [
-        ([2], ["zero5"], "no strategy 'zero5'"),
-        ([1, 2], ["single"], "--strategies single is one process"),
-        ([1], ["ddp"], "a strategy spreads state over several processes"),
+        ([2], ["zero5"], [], "no strategy 'zero5'"),
+        ([1, 2], ["single"], [], "--strategies single is one process"),
+        ([1], ["ddp"], [], "a strategy spreads state over several processes"),
+        ([4], ["zero3"], [2], "--replicate says how many replicas fsdp2 makes"),
+        ([2, 3], ["fsdp2"], [2], "--replicate 2: no number of processes can be put .*, found 2, 3; .* --worlds 4"),
     ],
 )
-def test_placements_that_would_be_ignored_are_refused(worlds: list[int], strategies: list[str], said: str) -> None:
+def test_placements_that_would_be_ignored_are_refused(
+    worlds: list[int], strategies: list[str], replicate: list[int], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
-        placements_of(1, worlds, strategies)
+        placements_of(1, worlds, strategies, replicate)
 
 
 def test_processes_and_worlds_are_refused_together(tmp_path: Path) -> None:

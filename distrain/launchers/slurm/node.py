@@ -61,6 +61,7 @@ def create(
     processes: str,
     strategy: str,
     offload: str,
+    replicate: str = "",
     run_dir: str | None = None,
     update: bool = False,
 ) -> Path:
@@ -73,7 +74,7 @@ def create(
         return earlier
     here = processes_here(processes)
     environment = StartEnvironment(nodes * here, nodes, here, gpu_count(), argv=tuple(sys.argv))
-    options = Options(strategy, None if offload == "auto" else offload)
+    options = Options(strategy, None if offload == "auto" else offload, replicate=replicate or None)
     request = resolve(read_target(target, overrides, run_dir, update=update), options, environment)
     run = request.run
     if run.exists:
@@ -85,7 +86,9 @@ def create(
     return run.path
 
 
-def request_of_job(run: RunDir, nodes: int, here: int, strategy: str, offload: str) -> RunRequest | None:
+def request_of_job(
+    run: RunDir, nodes: int, here: int, strategy: str, offload: str, replicate: str = ""
+) -> RunRequest | None:
     """Return the request in a run's folder where it is for a job of this shape.
 
     None where the folder is of an earlier version, or the run was started in another way since.
@@ -93,7 +96,8 @@ def request_of_job(run: RunDir, nodes: int, here: int, strategy: str, offload: s
     found = RunRequest.of_run(run) if run.launch_path.exists() else None
     if found is None or found.update or (found.nodes, found.processes) != (nodes, nodes * here):
         return None
-    return found if strategy in ("auto", found.strategy) and offload in ("auto", found.offload) else None
+    same = strategy in ("auto", found.strategy) and offload in ("auto", found.offload)
+    return found if same and replicate in ("", str(found.replicate)) else None
 
 
 def run_of_job(job: str | None, run_dir: str | None) -> Path | None:
@@ -112,6 +116,7 @@ def start_node(
     processes: str,
     strategy: str = "auto",
     offload: str = "auto",
+    replicate: str = "",
     address: str = "",
     port: int = 0,
     interface: str | None = None,
@@ -135,24 +140,21 @@ def start_node(
     check_gpus(count, gpu_count())
     set_environment(os.environ, count, address, interface)
     wanted = None if offload == "auto" else offload
-    stored = request_of_job(run, nodes, count, strategy, offload)
+    stored = request_of_job(run, nodes, count, strategy, offload, replicate)
     with scratch_folder(scratch, os.environ):
         if world_size == 1 and stored is not None:
             return work(str(run.path), request=stored.id)
         if world_size == 1:
-            return work(str(run.path), processes=1, strategy=strategy, offload=wanted)
+            return work(str(run.path), processes=1, strategy=strategy, offload=wanted, replicate=replicate or None)
         from accelerate.commands import launch as _launch  # noqa: F401  before the look at the port: it takes seconds
 
         arguments: tuple[str, ...]
         if stored is not None:
             request, arguments = stored, worker_arguments(stored)
         else:
-            options = Options(strategy, wanted)
+            options = Options(strategy, wanted, replicate=replicate or None)
             request = resolve(read_target(str(run.path)), options, launcher_environment(world_size, nodes))
-            arguments = (
-                *(str(run.path), "--processes", str(world_size)),
-                *("--strategy", request.strategy, "--offload", request.offload),
-            )
+            arguments = (str(run.path), "--processes", str(world_size), *request.spec.options)
             if run.launch_path.exists():
                 os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
         if rank == 0 and nodes > 1 and not can_listen(port):

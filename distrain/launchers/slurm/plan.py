@@ -267,6 +267,7 @@ class Plan(Frozen):
     """Further options of sbatch."""
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
     offload: Literal["none", "optimizer", "all"] = "none"
+    replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     python: OneLine
     """The Python that runs the launchers."""
     node_script: AbsolutePath

@@ -82,6 +82,7 @@ def _values(plan: Plan) -> dict[str, str | list[str]]:
         "processes": str(plan.processes_per_node),
         "strategy": plan.strategy,
         "offload": plan.offload,
+        "replicate": str(plan.replicate),
         "run_dir": "",
         "update": "",
         "interface": plan.interface or "",

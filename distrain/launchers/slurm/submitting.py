@@ -41,7 +41,7 @@ from distrain.launchers.slurm.snapshot import (
 )
 from distrain.launchers.slurm.sweeps import Sweep, expand
 from distrain.launchers.slurm.tracking import note_job, queued_job
-from distrain.run.folder import Launch, RunDir, now, write_atomically
+from distrain.run.folder import Launch, RunDir, now, strategy_in_words, write_atomically
 from distrain.system.bounded_json import read_json
 
 
@@ -64,6 +64,7 @@ class Wanted:
     strategy: str = "auto"
     offload: str | None = None
     parallel: int | None = None
+    replicate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def prepare(
     processes = wanted.processes_per_node or wanted.gpus_per_node or 1
     # this machine trains nothing, so that its GPUs do not count
     environment = StartEnvironment(wanted.nodes * processes, wanted.nodes, here=0, argv=tuple(sys.argv))
-    options = Options(wanted.strategy, wanted.offload)
+    options = Options(wanted.strategy, wanted.offload, replicate=wanted.replicate)
     requests: list[RunRequest] = []
     problems: list[UserError] = []
     for number, each in enumerate(targets):
@@ -131,10 +132,11 @@ def prepare(
     if len(found) < len(targets):
         raise all_of(problems)
     folder, named_run = (sweep.folder, False) if sweep is not None else (found[0][0].path, targets[0].is_run)
-    strategies = {(each.strategy, each.offload) for each in requests} if not problems else {("ddp", "none")}
+    strategies = {(each.strategy, each.offload, str(each.replicate)) for each in requests}
+    strategies = strategies if not problems else {("ddp", "none", "1")}
     if len(strategies) > 1:
         problems.append(UserError(f"the runs of {folder} go on with strategies that differ; say one with --strategy"))
-    strategy, offload = min(strategies)
+    strategy, offload, replicate = min(strategies)
 
     code = folder / "submit" / "code"
     keeps_code = named_run and code.is_dir() and not update
@@ -149,6 +151,7 @@ def prepare(
             name=sweep.name if sweep is not None else found[0][1].recipe.name,
             strategy=strategy,
             offload=offload,
+            replicate=replicate,
             processes=processes,
             copies_package=package is not None,
             packages=[str(code / name) for name in snapshot.packages],
@@ -180,6 +183,7 @@ def _plan(
     name: str,
     strategy: str,
     offload: str,
+    replicate: str,
     processes: int,
     copies_package: bool,
     packages: Sequence[str],
@@ -221,6 +225,7 @@ def _plan(
         sbatch=(*site.sbatch, *wanted.sbatch),
         strategy=strategy,
         offload=offload,
+        replicate="auto" if replicate == "auto" else int(replicate),
         python=site.python or sys.executable,
         node_script=str(folder / "submit" / "node.py"),
         modules=site.modules,
@@ -278,7 +283,7 @@ def submit(prepared: Prepared) -> str:
                 f"{place} is in the queue already, as job {job.id} ({job.state}); wait for it to end, or "
                 f"`distrain cancel {place}`"
             )
-    launch = Launch.describe(plan.world_size, plan.strategy, plan.offload)
+    launch = Launch.describe(plan.world_size, plan.strategy, plan.offload, plan.replicate)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if prepared.snapshot.files:
@@ -325,7 +330,7 @@ def announced(prepared: Prepared, number: str) -> list[str]:
     offload = "" if plan.offload == "none" else f", offloading {plan.offload}"
     lines = [
         f"job {number}: " + (f"{len(plan.runs)} runs in {plan.folder}" if plan.is_array else plan.folder),
-        f"  nodes  {plan.nodes}, {processes}, {each}; {plan.strategy}{offload}",
+        f"  nodes  {plan.nodes}, {processes}, {each}; {strategy_in_words(plan.strategy, plan.replicate)}{offload}",
         f"  time   {plan.time}; asked to save and stop {plan.notice_s} s before, and queued again",
     ]
     if prepared.keeps_code:

@@ -28,7 +28,7 @@ def introduction(run: RunDir, setup: TrainSetup) -> list[str]:
     return [
         *(f"skipped checkpoint {path.name}: {reason}" for path, reason in setup.skipped),
         f"run {run.path}",
-        f"  world    {world.world_size} x {world.device.type}, {world.strategy}, {world.precision}",
+        f"  world    {world.world_size} x {world.device.type}, {_spread(world)}, {world.precision}",
         f"  data     {recipe.data.name}: {splits}",
         f"  model    {recipe.model.name}: {setup.model}",
         f"  batch    {per_step}; {feed.total_steps:,} steps",
@@ -37,6 +37,11 @@ def introduction(run: RunDir, setup: TrainSetup) -> list[str]:
         *(f"  {told}" for told in setup.told),
         *(f"warning: {each}" for each in setup.warnings),
     ]
+
+
+def _spread(world: World) -> str:
+    mesh = world.mesh
+    return f"{world.strategy} ({mesh.replicas} replicas x {mesh.shards} shards)" if mesh.is_hybrid else world.strategy
 
 
 def _bits(recipe: Recipe, world: World) -> list[str]:

@@ -164,6 +164,7 @@ class Trace:
             pid=os.getpid(),
             world_size=session.world.world_size,
             strategy=session.world.strategy,
+            replicas=session.world.mesh.replicas,
             precision=session.world.precision,
             total_steps=session.total_steps,
             samples=None if is_stream(source) else len(source),
@@ -211,7 +212,7 @@ class Trace:
         found = dict(self._buffers)
         averages = {name.replace("model/", "ema/", 1) for name in buffers}
         specs = state.specs()
-        for piece in state.pieces(world.rank, world.world_size):
+        for piece in state.pieces(world.mesh):
             if piece.name not in buffers | averages:
                 raw = np.frombuffer(piece.data, np.uint8)
                 found[f"{piece.name}@{piece.start}"] = (_hash(raw), _norm(raw, specs[piece.name].dtype))
