@@ -220,7 +220,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
         model=model,
         deferred=lambda: defer(lambda say: model(), say=print),
         optimizer=lambda built: build_optimizer(built, section),
-        objective=lambda built, index: built(torch.ones(2, 5)).sum(),
+        loss_sum=lambda built, index: built(torch.ones(2, 5)).sum(),
         micro_batch_size=2,
         accumulation=1,
         clip_norm=None,
@@ -288,7 +288,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
             model=model,
             deferred=lambda: defer(lambda say: model(), say=print),
             optimizer=lambda built, section=section: build_optimizer(built, section),  # type: ignore[misc]
-            objective=lambda built, index: loss(built, batches[0]),
+            loss_sum=lambda built, index: loss(built, batches[0]),
             micro_batch_size=2,
             accumulation=1,
             clip_norm=1.0,

@@ -251,7 +251,7 @@ def uneven_passes(strategy: str) -> list[float]:
         model=model,
         deferred=lambda: defer(lambda say: model(), say=print),
         optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.0),
-        objective=lambda built, index: built(torch.ones(1, 400)).sum(),
+        loss_sum=lambda built, index: built(torch.ones(1, 400)).sum(),
         micro_batch_size=1,
         accumulation=1,
         clip_norm=None,

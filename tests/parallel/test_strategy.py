@@ -435,7 +435,7 @@ def prepared() -> tuple[float, bool, list[float]]:
             model=lambda: model,
             deferred=lambda: pytest.fail("nothing is sharded"),
             optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
-            objective=lambda model, index: model(torch.ones(2, 3)).sum(),
+            loss_sum=lambda model, index: model(torch.ones(2, 3)).sum(),
             micro_batch_size=2,
             accumulation=1,
             clip_norm=None,
