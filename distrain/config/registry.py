@@ -310,3 +310,4 @@ schedules: Registry[Callable[..., Any]] = Registry(
 trackers: Registry[Callable[..., Any]] = Registry(
     "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.trackers"
 )
+launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")

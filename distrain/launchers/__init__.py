@@ -10,8 +10,7 @@ reporting.py   what is said of a process that fails, and where
 slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` what a job is told
 """
 
-import distrain.launchers.slurm.job_environment
-import distrain.launchers.slurm.launcher  # noqa: F401  both register themselves
+import distrain.launchers.slurm  # noqa: F401  registers itself, and what a process is told of its job
 from distrain.launchers.evaluating import start_evaluation, work_evaluation
 from distrain.launchers.launcher import Launcher, Submitted, find_launcher, launcher_of
 from distrain.launchers.local import (

@@ -1,16 +1,18 @@
 """`Launcher`: one kind of place where runs are started, this machine or a cluster's queue.
 
-A launcher is one class in a file of its own, registered under its name. `distrain status`, `cancel` and `stop` ask
-launchers and know of no scheduler.
+A launcher is one class in a file of its own, registered under its name, or offered by an installed package as
+`distrain.launchers`. `distrain status`, `cancel` and `stop` ask launchers and know of no scheduler.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
+
+from distrain.config.registry import launchers as registry
 
 _ALIVE = (
     *("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING"),
@@ -88,34 +90,26 @@ class Launcher(Protocol):
         ...
 
 
-_L = TypeVar("_L", bound=Callable[[], Launcher])
-_LAUNCHERS: dict[str, Launcher] = {}
-
-
-def register_launcher(name: str) -> Callable[[_L], _L]:
-    """Register a class of launchers under its name."""
-
-    def add(kind: _L) -> _L:
-        _LAUNCHERS[name] = kind()
-        return kind
-
-    return add
-
-
 def find_launcher(name: str) -> Launcher:
-    """Return the launcher of that name."""
-    return _LAUNCHERS[name]
+    """Return the launcher of that name: built in, of an installed package, `file.py:NAME` or `package.module:NAME`."""
+    found: Launcher = registry.find(name).value()
+    return found
+
+
+def all_launchers() -> list[Launcher]:
+    """Return the launchers that are registered, and those that installed packages offer."""
+    return [find_launcher(name) for name in dict.fromkeys((*registry.names(), *registry.installed()))]
 
 
 def launcher_of(folder: Path) -> Launcher:
     """Return the launcher that a run's or sweep's jobs were submitted by; this machine's where there are none."""
-    return next((each for each in _LAUNCHERS.values() if each.knows(folder)), _LAUNCHERS["local"])
+    return next((each for each in all_launchers() if each.knows(folder)), find_launcher("local"))
 
 
 def jobs_of_folders(folders: Sequence[Path]) -> dict[Path, list[Job]]:
     """Return what all queues say of the jobs of runs and sweeps; raises UserError where one does not answer."""
     jobs: dict[Path, list[Job]] = {folder: [] for folder in folders}
-    for each in _LAUNCHERS.values():
+    for each in all_launchers():
         for folder, found in (each.status(folders) or {}).items():
             jobs[folder] += found
     return jobs

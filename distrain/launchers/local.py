@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import distrain
 from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
-from distrain.launchers.launcher import Job, Submitted, register_launcher
+from distrain.config.registry import launchers
+from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.preflight import gpu_count
 from distrain.launchers.request import RunRequest, open_run
 from distrain.run.folder import RunDir
@@ -224,7 +225,7 @@ def worker_arguments(request: RunRequest) -> tuple[str, ...]:
     return request.folder, "--request", request.id
 
 
-@register_launcher("local")
+@launchers.register("local")
 class LocalLauncher:
     """Processes of this machine, which end with the command that started them."""
 

@@ -19,6 +19,7 @@ from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
 from worlds import running_world
 
 from distrain.config import UserError
+from distrain.config.registry import launchers
 from distrain.config.yaml import load_recipe
 from distrain.launchers import (
     LaunchPlan,
@@ -41,8 +42,7 @@ from distrain.launchers import (
     shared_file,
     unsaid_failures,
 )
-from distrain.launchers import launcher as launchers
-from distrain.launchers.launcher import Job, register_launcher
+from distrain.launchers.launcher import Job
 from distrain.report.status import cancel_jobs, statuses
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, take
@@ -444,8 +444,9 @@ class ShedLauncher:
 
 
 def test_a_launcher_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_LAUNCHERS", dict(launchers._LAUNCHERS))
-    register_launcher("shed")(ShedLauncher)
+    assert launchers.names() == ["local", "slurm"]
+    monkeypatch.setattr(launchers, "_entries", dict(launchers._entries))
+    launchers.register("shed")(ShedLauncher)
     run = opened(tmp_path)
     assert launcher_of(run.path).name == "local"
     environment = StartEnvironment(4, 2, here=0)

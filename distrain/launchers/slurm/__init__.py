@@ -11,3 +11,8 @@ job_environment.py  what SLURM's variables say of a process
 queue.py       SLURM's own commands, and what they say
 node.py        what runs once on each node
 """
+
+from distrain.launchers.slurm.job_environment import read_slurm
+from distrain.launchers.slurm.launcher import SlurmLauncher
+
+__all__ = ["SlurmLauncher", "read_slurm"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrain.config import UserError
-from distrain.launchers.launcher import Job, Submitted, register_launcher
+from distrain.config.registry import launchers
+from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.slurm.queue import cancel
 from distrain.launchers.slurm.tracking import jobs_for, jobs_of_folders, was_submitted
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from distrain.launchers.slurm.submitting import Prepared
 
 
-@register_launcher("slurm")
+@launchers.register("slurm")
 class SlurmLauncher:
     """Batch jobs, which SLURM starts when there is room, and again after a preemption or a time limit."""
 
