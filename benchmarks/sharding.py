@@ -128,7 +128,7 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
         peaks.phase = "held"
         time.sleep(0.02)
         peaks.phase = "save"
-        session.save()
+        session.checkpoints.save()
         peaks.phase = ""
         effect = session.t.strategy.effect()
         batches.close()  # type: ignore[attr-defined]

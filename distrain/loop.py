@@ -55,18 +55,18 @@ def train(
             latest = train_step(s.t, micro_batches, s.flags)
             # a step's numbers are read when the next one is under way, so that nothing waits for the device
             late = latest if s.settle(late) else None
-            if s.eval_due() or s.save_due() or s.at_end() or not s.reads_late:
+            if s.evaluator.due() or s.checkpoints.due() or s.at_end() or not s.reads_late:
                 s.settle(late)
                 late = None
                 s.heed_callbacks()
             # a request to stop comes first: who stops a run may not wait for a score
-            if not s.stopping and (s.eval_due() or s.at_end()):
+            if not s.stopping and (s.evaluator.due() or s.at_end()):
                 s.evaluate()
-            if s.save_due() or s.at_end() or s.new_best():
-                s.save()
+            if s.checkpoints.due() or s.at_end() or s.evaluator.new_best():
+                s.checkpoints.save()
             if s.at_end():
                 break
-        return s.finish() if not s.stopping else s.preempt()
+        return s.end()
 
 
 def train_step(

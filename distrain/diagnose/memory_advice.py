@@ -95,6 +95,7 @@ _WORDS = {
     "save": "saving",
     "evaluate": "in an evaluation",
     "finish": "at the end",
+    "callbacks": "in a callback",
 }
 _SET_UP = {
     "distrain.data": "reading data",

@@ -170,6 +170,10 @@ class RunDir:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.checkpoints / f"step-{step:08d}"
+
     @property
     def micro_batch_path(self) -> Path:
         """What `batch.micro: auto` was found to be."""

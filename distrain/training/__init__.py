@@ -2,7 +2,11 @@
 
 context.py          what a step needs, and what comes of one
 setup.py            data, model and optimizer are built, and the checkpoint to resume from is restored
-run_loop.py         what `train` does between its steps: reports, evaluation, saving, the end
+run_loop.py         the state of the loop, and what `train` does between its steps
+loop_state.py       what its parts share
+evaluator.py        when an evaluation is due, what comes of it, and which was best
+saving.py           when a checkpoint is due, what is in it, and rolling back to one
+ending.py           the run is left to be resumed, or its model exported
 evaluation.py       `evaluate`: every sample once
 intervals.py        when things are due, requests to stop, the best so far
 skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes

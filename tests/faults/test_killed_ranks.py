@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import TINY, Ended, assert_same_run, last, rows, train, train_rank, write_recipe
+from torch import nn
 from worlds import running_world
 
+from distrain import Callback
 from distrain.checkpoint import list_checkpoints, verify
 from distrain.run.folder import RunDir
 
@@ -34,37 +37,47 @@ def on_call(count: int, owner: Any, name: str, action: Callable[[], None]) -> No
     setattr(owner, name, counted)
 
 
+class InSeventhStep(Callback):
+    """Does something in the forward or backward pass of the seventh step, or in the second evaluation; on one rank."""
+
+    def __init__(self, rank: int, phase: str, action: Callable[[], None]) -> None:
+        self.rank, self.phase, self.action, self.evaluations = rank, phase, action, 0
+
+    def on_start(self, run: Any) -> None:
+        self.run = run
+        run.model.register_forward_hook(self.forward)
+
+    def due(self, phase: str) -> bool:
+        return phase == self.phase and self.run.rank == self.rank
+
+    def forward(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if module.training and self.run.step == 6:
+            if self.due("forward"):
+                self.action()
+            if self.due("backward"):
+                output.register_hook(lambda gradient: self.action())
+
+    def on_evaluate(self, split: str, values: Any) -> None:
+        self.evaluations += 1
+        if self.evaluations == 2 and self.due("evaluate"):
+            self.action()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_in(phase: str, recipe: str, run_dir: str) -> Ended:
     """Train; in about the seventh step, or at the second save or evaluation, rank 1 is killed in `phase`."""
     import own_parts
 
-    from distrain import loop as step
     from distrain.checkpoints import writing
-    from distrain.training import run_loop as session
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def dies_going_back(*args: Any) -> Any:
-        objective = loss_of(*args)
-        objective.register_hook(lambda gradient: die() if steps() == 6 else None)
-        return objective
-
-    if os.environ["RANK"] == "1":
-        loss_of, steps = step.loss_of, lambda: len(list(RunDir(run_dir).rows()))
-        if phase == "data":
-            on_call(95, own_parts.Points, "__getitem__", die)  # 6 a step, 49 in an evaluation
-        elif phase == "forward":
-            on_call(7, step, "loss_of", die)
-        elif phase == "backward":
-            calls = iter(range(100))
-            steps = lambda: next(calls)  # noqa: E731
-            step.loss_of = dies_going_back
-        elif phase == "save":
-            on_call(3, writing, "_write_file", die)  # the rehearsal writes one as well
-        elif phase == "evaluate":
-            on_call(2, session, "evaluate", die)
-    return train_rank(recipe, [], run_dir, None, False)
+    if os.environ["RANK"] == "1" and phase == "data":
+        on_call(95, own_parts.Points, "__getitem__", die)  # 6 a step, 49 in an evaluation
+    if os.environ["RANK"] == "1" and phase == "save":
+        on_call(3, writing, "_write_file", die)  # the rehearsal writes one as well
+    return train_rank(recipe, [], run_dir, None, False, callbacks=[InSeventhStep(1, phase, die)])
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +111,8 @@ def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
 
 def hanging(recipe: str, run_dir: str) -> Ended:
     """Train; the seventh step never ends."""
-    from distrain import loop as step
-
-    on_call(7, step, "loss_of", lambda: time.sleep(600))
-    return train_rank(recipe, [], run_dir, None, False)
+    sleep = InSeventhStep(int(os.environ["RANK"]), "forward", lambda: time.sleep(600))
+    return train_rank(recipe, [], run_dir, None, False, callbacks=[sleep])
 
 
 @pytest.mark.fault(3)

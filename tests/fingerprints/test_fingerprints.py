@@ -532,7 +532,7 @@ def resume_old(folder: str) -> Ended:
     """Go on from a checkpoint that was written before there were fingerprints."""
     from runs import train_rank
 
-    import distrain.training.run_loop as session
+    import distrain.training.saving as session
 
     recipe = write_recipe(Path(folder), f"name: r\n{table(Path(folder))}\n{REST}")
     begin = session.Saver.begin

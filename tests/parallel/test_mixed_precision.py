@@ -106,7 +106,7 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
                     for held in engine.state.held().values():
                         if held.values.is_floating_point() and held.values.dim():
                             seen["trained"].add(str(held.values.dtype))
-                    session.save()
+                    session.checkpoints.save()
                 found[precision] = {name: sorted(values) for name, values in seen.items()}
                 found[precision]["effect"] = RunDir(run_dir).effect()
         finally:
@@ -256,8 +256,8 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
             if scales is not None:
                 engine.scale.scale, engine.scale.good_steps = scales[t.step], 0
             session.settle(train_step(t, micro_batches, session.flags))
-            if session.save_due():
-                session.save()
+            if session.checkpoints.due():
+                session.checkpoints.save()
     finally:
         engine.step, step.loss_of = take, loss_of
         precision._GROWS_AFTER = 2000
@@ -403,9 +403,9 @@ def reopen(strategy: str, run_dir: str, out: str) -> dict[str, Any]:
                     "dtensors": all(isinstance(parameter, DTensor) for parameter in engine.model.parameters()),
                     "bytes": sum(storages.values()),
                 }
-                session.saver = Saver(Path(out), world, asynchronous=False)
-                session._saved_step = -1
-                session.save()
+                session.checkpoints.saver = Saver(Path(out), world, asynchronous=False)
+                session.checkpoints.step = -1
+                session.checkpoints.save()
         finally:
             world.close()
         return found

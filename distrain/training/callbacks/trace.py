@@ -105,7 +105,7 @@ class Trace:
             while not self._at_end():
                 self._between()
                 if t.step == self.save_at:
-                    session.publish()
+                    session.checkpoints.finish()
                 self._pause(t.step)
                 micro_batches = next(batches, None)
                 if micro_batches is None:
@@ -263,7 +263,7 @@ class Trace:
                 "schedule": session.t.schedule,
                 "data": session.data.splits["train"],
                 "transforms": session.setup.feed.transforms["train"],
-                "metrics": session.metrics,
+                "metrics": session.evaluator.metrics,
                 "evaluated data": {name: each for name, each in session.data.splits.items() if name != "train"},
                 "evaluated transforms": session.setup.feed.transforms["eval"],
             }
