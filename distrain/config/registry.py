@@ -175,10 +175,13 @@ class Registry(Generic[T]):
         """Return `package.module:NAME` or `path/to/file.py:NAME` of what is named, or None where it is built in."""
         if is_object_spec(name):
             return name
-        entry = self.built_in(name)
+        self._load()
+        entry = self._entries.get(self.fold(name))
         if entry is not None:
             return entry.spec
-        offer = self.installed().get(name)
+        # a library, which may take a second to import, is asked only where a package offers that name too
+        offers = installed_offers()[0].get(self.group or "", ())
+        offer = self.installed().get(name) if name in {each.name for each in offers} else None
         return offer.spec if offer is not None else None
 
     def unknown(self, name: str) -> UserError:

@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from distrain.config import Recipe, is_object_spec
+from distrain.config import Recipe, is_object_spec, registry
 from distrain.system.output import one_line
 
 MOST_FILES, MOST_BYTES = 300, 1 << 20
@@ -39,6 +39,24 @@ def named_objects(value: Any) -> Iterator[str]:
             yield from named_objects(item)
     elif isinstance(value, str) and is_object_spec(value):
         yield value
+
+
+def _offered(recipe: Recipe) -> Iterator[str]:
+    """Yield `package.module:name` of what a recipe names by an entry point."""
+    named: list[tuple[registry.Registry[Any], list[Any]]] = [
+        (registry.models, [recipe.model]),
+        (registry.datasets, [recipe.data]),
+        (registry.losses, [recipe.loss] if recipe.loss is not None else []),
+        (registry.optimizers, [recipe.optim]),
+        (registry.schedules, [recipe.schedule]),
+        (registry.metrics, recipe.eval.metrics or []),
+        (registry.callbacks, recipe.callbacks),
+        (registry.trackers, recipe.log.trackers),
+    ]
+    for table, items in named:
+        for item in items:
+            if not is_object_spec(item.name) and (spec := table.spec_of(item.name)) is not None:
+                yield spec
 
 
 @cache
@@ -78,7 +96,7 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
     size = 0
-    for spec in named_objects(values):
+    for spec in [*named_objects(values), *_offered(recipe)]:
         where = spec.rpartition(":")[0]
         if where.endswith(".py"):
             file = Path(os.path.abspath(where))

@@ -171,6 +171,8 @@ def test_a_run_of_names_from_outside(tmp_path: Path, by: str) -> None:
     kept = (tmp_path / "run" / "rows.txt").read_text().splitlines()
     assert kept == [f"{index} {row['event']} {row['step']}" for index, row in enumerate(rows)]
     rates = [float(line.split()[1]) for line in (tmp_path / "run" / "lr.txt").read_text().splitlines()]
+    # the code is known again whatever it is named by: the package is not below site-packages, as an editable one is not
+    assert "outside.py" in json.loads((tmp_path / "run" / "inputs.json").read_text())["code"]
     assert rates == [0.1 * (1 - step / 4) ** 2.0 for step in range(4)]
 
 
