@@ -314,3 +314,6 @@ trackers: Registry[Callable[..., Any]] = Registry(
     "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.trackers"
 )
 launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
+formats: Registry[Callable[..., Any]] = Registry(
+    "format", "--format", "distrain.formats", "distrain.checkpoints.foreign.*"
+)

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs import Ended, train_rank, write_recipe
+from safetensors.numpy import save_file
 from worlds import in_world
 
+from distrain.checkpoints.export.opening import detect, open_foreign
 from distrain.config import UserError, registry
 from distrain.config.registry import Registry, installed_offers
 
@@ -283,3 +286,28 @@ def test_what_is_registered_has_what_was_given_with_it() -> None:
     assert (entry.value, entry.summary, entry.metadata["colour"]) == (Path, "What it is.", "red")
     with pytest.raises(UserError, match="things: no thing 'knwon'; did you mean 'known'"):
         table.find("knwon")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Formats of checkpoints
+
+
+def test_a_format_from_outside_is_opened(install: Install, tmp_path: Path) -> None:
+    code = (
+        "from distrain.checkpoints.foreign import from_safetensors\n\n\n"
+        "def theirs(source, path, *, trust):\n    from_safetensors.open_file(source, path / 'weights.bin')\n"
+    )
+    site = install({"formats": {"theirs": "opening:theirs"}}, "opening", code)
+    (tmp_path / "saved").mkdir()
+    save_file({"layer.weight": np.ones((2, 3), np.float32)}, tmp_path / "saved" / "weights.bin")
+    for name in ("theirs", "opening:theirs", f"{site}/opening.py:theirs"):
+        with open_foreign(tmp_path / "saved", format=name) as source:
+            assert source.spec("model/layer.weight").shape == (2, 3)
+
+
+@pytest.mark.parametrize("length", [128, 384, 640])
+def test_a_safetensors_file_is_known_whatever_its_header_is_long(tmp_path: Path, length: int) -> None:
+    file, header = tmp_path / "model", {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode().ljust(length)
+    file.write_bytes(length.to_bytes(8, "little") + text + bytes(4))
+    assert detect(file) == "safetensors"

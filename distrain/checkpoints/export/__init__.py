@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from distrain.checkpoints.export.exporting import Exported, export, find_source, made_by_hooks, open_tensors
 from distrain.checkpoints.export.importing import Imported, import_checkpoint
-from distrain.checkpoints.export.opening import FORMATS, open_foreign
+from distrain.checkpoints.export.opening import open_foreign
 
 __all__ = [
-    "FORMATS",
     "Exported",
     "Imported",
     "export",

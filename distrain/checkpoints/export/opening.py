@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,29 +13,14 @@ import numpy as np
 
 from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.floats import FLOATS
-from distrain.checkpoints.foreign import (
-    from_accelerate,
-    from_deepspeed,
-    from_distributed,
-    from_safetensors,
-    from_torch,
-)
 from distrain.checkpoints.foreign.common import some
 from distrain.checkpoints.format import CheckpointError, explain
-from distrain.checkpoints.reading import open_plain
 from distrain.config import UserError, close_names
+from distrain.config.registry import formats
 
-FORMATS = {
-    "accelerate": "a folder of Accelerate's save_state, or of Hugging Face's save_pretrained",
-    "deepspeed": "a folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3",
-    "distributed": "a folder of torch.distributed.checkpoint",
-    "safetensors": "a safetensors file, or a folder of such with an index",
-    "torch": "a file of torch.save, as Lightning's .ckpt is",
-}
 COUNTED = "is the optimizer's own count"
 BUFFERS = "taken for buffers"
 MOST_STEPS = 10**18
-_INDEX = ".index.json"
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -52,8 +37,10 @@ def open_foreign(
 ) -> Iterator[Source]:
     """Open a foreign checkpoint, a file or a folder; reads its listings and none of its tensors.
 
-    `format` is one of `FORMATS`; None finds it out. `trust` lets a process of its own run what is in pickles that hold
-    more than tensors. `tied` {alias: name}: a tensor that is the same as another one, which formats that store both
+    `format` is a name in the registry of formats, or `path/to/file.py:NAME` or `package.module:NAME` of a function
+    (source, path, *, trust) that adds to the source; None finds it out. `trust` lets a process of its own run what is
+    in pickles that hold more than tensors. `tied` {alias: name}: a tensor that is the same as another one, which
+    formats that store both
     do not say. `buffers`: patterns of names that are buffers, for formats that do not tell them from parameters.
     `optimizer=False` does not look at an optimizer's state, where the model does not lie in it.
     Raises UserError: what is there is in no known format, damaged, incomplete, or holds what may run.
@@ -62,15 +49,18 @@ def open_foreign(
     if not path.exists():
         raise UserError(f"there is no {path}")
     path = path.resolve()  # the user named it; what it contains may not lead elsewhere
-    found = format or detect(path)
-    if found not in FORMATS:
-        raise UserError(f"no format {found!r}; it is one of {', '.join(FORMATS)}{close_names(found, FORMATS)}")
-    if trust and found in ("safetensors", "distributed"):
-        raise UserError(f"{path}: --trust changes nothing for {FORMATS[found]}: nothing in it is run; leave it out")
-    source = Source(path, FORMATS[found].partition(",")[0], wants_optimizer=optimizer)
+    entry = formats.find(format or detect(path))
+    expected = entry.about or f"what {entry.name} opens"
+    if not callable(entry.value):
+        raise UserError(f"--format: {entry.name!r} is {entry.value!r}; expected a function (source, path, *, trust)")
+    if trust and not entry.metadata.get("pickles", True):
+        raise UserError(f"{path}: --trust changes nothing for {expected}: nothing in it is run; leave it out")
+    if entry.registered and entry.metadata.get("folder", True) and not path.is_dir():
+        raise UserError(f"{path} is a file; expected {expected}")
+    source = Source(path, expected.partition(",")[0], wants_optimizer=optimizer)
     try:
-        with _in_words(path, FORMATS[found]):
-            _fill(source, found, trust)
+        with _in_words(path, expected):
+            entry.value(source, path, trust=trust)
             _tie(source, tied or {})
             _name_buffers(source, buffers)
             source.check()
@@ -113,76 +103,17 @@ def _in_words(path: Path, expected: str) -> Iterator[None]:
 
 
 def _detect(path: Path) -> str:
+    # the more particular formats first: a folder of DeepSpeed's may hold a safetensors file besides
+    known = sorted(formats.entries(), key=lambda entry: entry.metadata.get("order", math.inf))
+    for entry in known:
+        if (found := entry.metadata.get("found")) is not None and found(path):
+            return entry.name
+    expected = "; ".join(entry.about for entry in formats.entries())
     if path.is_file():
-        descriptor = open_plain(path)
-        start = os.pread(descriptor, 9, 0)
-        os.close(descriptor)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-            return "torch"
-        if start[8:] == b"{":
-            return "safetensors"
-        if path.name.endswith(_INDEX):
-            files = from_safetensors.weight_map(path)
-            return "safetensors" if all(name.endswith(".safetensors") for name in files) else "torch"
-        raise UserError(f"{path} is neither a safetensors file nor one of torch.save; expected {_expected()}")
-    if (path / from_distributed.METADATA).exists():
-        return "distributed"
-    if from_deepspeed.is_folder(path):
-        return "deepspeed"
-    if from_accelerate.is_folder(path):
-        return "accelerate"
+        raise UserError(f"{path} is neither a safetensors file nor one of torch.save; expected {expected}")
     inside = sorted(entry.name for entry in path.iterdir())
-    if sum(name.endswith(".safetensors") for name in inside) == 1:
-        return "safetensors"
-    if len(_torch_files(path)) == 1:
-        return "torch"
     shown = f"it holds {', '.join(inside[:5])}" if inside else "it is empty"
-    raise UserError(f"{path} is no checkpoint that is known here: {shown}; expected {_expected()}")
-
-
-def _torch_files(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".pt", ".pth", ".bin"))
-
-
-def _expected() -> str:
-    return "; ".join(FORMATS.values())
-
-
-def _fill(source: Source, format: str, trust: bool) -> None:
-    path = source.path
-    if format in ("accelerate", "deepspeed", "distributed") and not path.is_dir():
-        raise UserError(f"{path} is a file; expected {FORMATS[format]}")
-    match format:
-        case "accelerate":
-            from_accelerate.open_folder(source, path, trust=trust)
-        case "deepspeed":
-            from_deepspeed.open_folder(source, path, trust=trust)
-        case "distributed":
-            source.what = "torch.distributed.checkpoint"
-            from_distributed.open_folder(source, path)
-        case "torch":
-            files = _torch_files(path) if path.is_dir() else [path]
-            if len(files) != 1:
-                raise UserError(f"{path} is a folder with {len(files)} of them; name one, {FORMATS[format]}")
-            if path.name.endswith(_INDEX):
-                from_torch.open_indexed(source, path, trust=trust)
-            else:
-                from_torch.open_file(source, files[0], trust=trust)
-        case "safetensors" if path.name.endswith(_INDEX):
-            from_safetensors.open_indexed(source, path)
-            source.config = from_safetensors.read_config(path.parent)
-        case "safetensors" if path.is_file():
-            from_safetensors.open_file(source, path)
-        case "safetensors":
-            index = path / from_safetensors.INDEX
-            if index.exists():
-                from_safetensors.open_indexed(source, index)
-            else:
-                files = sorted(path.glob("*.safetensors"))
-                if len(files) != 1:
-                    raise UserError(f"{path}: {len(files)} safetensors files and no {index.name}; name one of them")
-                from_safetensors.open_file(source, files[0])
-            source.config = from_safetensors.read_config(path)
+    raise UserError(f"{path} is no checkpoint that is known here: {shown}; expected {expected}")
 
 
 def _tie(source: Source, tied: Mapping[str, str]) -> None:

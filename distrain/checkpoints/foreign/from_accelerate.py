@@ -10,6 +10,7 @@ from distrain.checkpoints.foreign import from_distributed, from_safetensors, fro
 from distrain.checkpoints.foreign.common import TorchFile, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.config import UserError
+from distrain.config.registry import formats
 
 _FSDP = "pytorch_model_fsdp"
 _SAFETENSORS = "model.safetensors"
@@ -20,11 +21,17 @@ _HARMLESS = re.compile(r".*\.(json|txt|model|md|jinja)|\.gitattributes")
 
 def is_folder(folder: Path) -> bool:
     """Whether there is a model in it as Accelerate or Hugging Face's libraries name it."""
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     fixed = {f"{_FSDP}_0", f"{_FSDP}.bin", _SAFETENSORS, from_safetensors.INDEX, _BIN, from_torch.INDEX}
     return bool(names & fixed) or any(name.startswith(f"{_FSDP}_0_rank") for name in names)
 
 
+@formats.register(
+    "accelerate",
+    about="a folder of Accelerate's save_state, or of Hugging Face's save_pretrained",
+    order=2,
+    found=is_folder,
+)
 def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     """Add the model of a folder, and its optimizer where there is one."""
     names = {entry.name for entry in folder.iterdir()}

@@ -19,6 +19,7 @@ from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.format import TensorSpec
 from distrain.checkpoints.reading import open_plain
 from distrain.config import UserError
+from distrain.config.registry import formats
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_optim_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_model_states\.pt")
@@ -39,6 +40,8 @@ _WORLD = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
 
 def is_folder(folder: Path) -> bool:
     """Whether this is a folder of save_checkpoint, or one of its tags."""
+    if not folder.is_dir():
+        return False
     return (folder / "latest").exists() or any(_ours(entry.name) for entry in folder.iterdir())
 
 
@@ -46,6 +49,9 @@ def _ours(name: str) -> bool:
     return bool(_OPTIM.fullmatch(name) or _ZERO3.fullmatch(name) or _MODEL.fullmatch(name))
 
 
+@formats.register(
+    "deepspeed", about="a folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3", order=1, found=is_folder
+)
 def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     """Add the fp32 weights, buffers and optimizer state of a folder, of the tag that `latest` names."""
     tagged = _tagged(folder)

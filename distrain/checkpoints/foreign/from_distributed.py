@@ -19,6 +19,7 @@ from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.reading import open_plain
 from distrain.config import UserError
+from distrain.config.registry import formats
 
 METADATA = ".metadata"
 _KIND = "torch.distributed.checkpoint"
@@ -27,6 +28,20 @@ _BYTES = f"{_KIND}.metadata.BytesStorageMetadata"
 
 _Path = tuple[Any, ...]
 """Keys, texts and numbers, from the outermost mapping inwards."""
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether there is the listing of torch.distributed.checkpoint."""
+    return folder.is_dir() and (folder / METADATA).exists()
+
+
+@formats.register(
+    "distributed", about="a folder of torch.distributed.checkpoint", order=0, found=is_folder, pickles=False
+)
+def open_distributed(source: Source, path: Path, *, trust: bool) -> None:
+    """Add what is in a folder by itself; nothing in it is run."""
+    source.what = "torch.distributed.checkpoint"
+    open_folder(source, path)
 
 
 def open_folder(source: Source, folder: Path) -> None:

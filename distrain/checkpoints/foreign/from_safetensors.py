@@ -11,9 +11,47 @@ from distrain.checkpoints.export.sources import Source, whole
 from distrain.checkpoints.foreign.common import basename, plain_names, read_json
 from distrain.checkpoints.foreign.headers import Header, read_header
 from distrain.checkpoints.format import CheckpointError, TensorSpec
+from distrain.checkpoints.reading import open_plain
 from distrain.config import UserError
+from distrain.config.registry import formats
 
 INDEX = "model.safetensors.index.json"
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether this is a safetensors file, an index of such, or a folder with one of them."""
+    if path.is_dir():
+        return sum(entry.name.endswith(".safetensors") for entry in path.iterdir()) == 1
+    if path.name.endswith(".index.json"):
+        return all(name.endswith(".safetensors") for name in weight_map(path))
+    descriptor = open_plain(path)
+    start = os.pread(descriptor, 9, 0)
+    os.close(descriptor)
+    return start[8:] == b"{" and not start.startswith(b"PK\x03\x04")
+
+
+@formats.register(
+    "safetensors",
+    about="a safetensors file, or a folder of such with an index",
+    order=3,
+    found=is_safetensors,
+    folder=False,
+    pickles=False,
+)
+def open_safetensors(source: Source, path: Path, *, trust: bool) -> None:
+    """Add a file, or what an index or a folder names, with its config.json; nothing in it is run."""
+    if path.is_file() and not path.name.endswith(".index.json"):
+        open_file(source, path)
+        return
+    folder, index = (path, path / INDEX) if path.is_dir() else (path.parent, path)
+    if index.exists():
+        open_indexed(source, index)
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(f"{path}: {len(files)} safetensors files and no {index.name}; name one of them")
+        open_file(source, files[0])
+    source.config = read_config(folder)
 
 
 def open_file(source: Source, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from distrain.checkpoints.export.pickles import View
 from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
+from distrain.checkpoints.reading import open_plain
 from distrain.config import UserError
+from distrain.config.registry import formats
 
 MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
 AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")
@@ -17,6 +20,34 @@ OPTIMIZER = ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "o
 STEP = ("step", "global_step", "global_steps", "iteration", "iter", "num_updates")
 """The usual keys of what trainers save together."""
 INDEX = "pytorch_model.bin.index.json"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".pt", ".pth", ".bin"))
+
+
+def is_torch(path: Path) -> bool:
+    """Whether this is a file of torch.save, an index of such, or a folder with one of them."""
+    if path.is_dir():
+        return len(_files(path)) == 1
+    if path.name.endswith(".index.json"):
+        return True
+    descriptor = open_plain(path)
+    start = os.pread(descriptor, 4, 0)
+    os.close(descriptor)
+    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+@formats.register("torch", about="a file of torch.save, as Lightning's .ckpt is", order=4, found=is_torch, folder=False)
+def open_torch(source: Source, path: Path, *, trust: bool) -> None:
+    """Add a file, the one in a folder, or what an index names."""
+    if path.name.endswith(".index.json"):
+        open_indexed(source, path, trust=trust)
+        return
+    files = _files(path) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise UserError(f"{path} is a folder with {len(files)} files of torch.save; name one of them")
+    open_file(source, files[0], trust=trust)
 
 
 def open_file(source: Source, path: Path, *, trust: bool) -> None:
