@@ -127,7 +127,7 @@ BAD_LINES = [
     ("schedule: {name: cosine, gamma: 0.5}", "F:7: schedule.gamma: does nothing in schedule 'cosine', only in step"),
     (
         "schedule: {name: constant, final: 0}",
-        "F:7: schedule.final: does nothing in schedule 'constant', only in linear",
+        "F:7: schedule.final: does nothing in schedule 'constant', only in cosine and linear",
     ),
     ("schedule: {name: step, final: 0}", "F:7: schedule.final: does nothing in schedule 'step'"),
     ("schedule: {name: cosine, decay: 5%}", "F:7: schedule.decay: does nothing in schedule 'cosine'"),
