@@ -1,161 +1,165 @@
-"""From a divergence to its likely cause, and what to do about it."""
+"""The likely cause of a divergence, and what to do about it."""
 
 from __future__ import annotations
 
-from distrain.prove.divergence import WRITTEN, Divergence
-from distrain.prove.legs import Leg
+from distrain.prove.divergence import WRITTEN_ONLY, Divergence
+from distrain.prove.trial_runs import TrialRun
 
 ROUNDING = 1e-5
-"""Losses and gradients that are closer than this, relative to their size, differ as sums in another order do."""
+"""Losses and gradients with a smaller relative difference differ by rounding, as sums in another order do."""
 
 _DATA = (
-    "draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, or compute what is "
-    "random from the index; keep nothing from one __getitem__ to the next"
+    "draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, or seed a generator "
+    "from the index; keep no state from one __getitem__ to the next"
 )
 _TRANSFORM = (
-    "have it draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, and keep "
-    "nothing from one call to the next"
+    "draw from Python's, NumPy's or PyTorch's global generators, which are seeded for each sample, and keep no state "
+    "from one call to the next"
 )
 _MODEL = (
-    "register what the model remembers with register_buffer (persistent, which is the default), so that checkpoints "
-    "hold it; draw random numbers from the global generators, which are seeded at each step"
+    "register the model's state with register_buffer (persistent, which is the default), so that checkpoints hold it; "
+    "draw random numbers from the global generators, which are seeded at each step"
 )
 _OPTIMIZER = (
-    "keep what the optimizer remembers in self.state[parameter] (tensors or plain values) or in its param_groups: "
-    "these are in checkpoints"
+    "keep the optimizer's state in self.state[parameter] (tensors or plain values) or in its param_groups: checkpoints "
+    "hold these"
 )
-_ARITHMETIC = (
+_DETERMINISM = (
     "set torch.use_deterministic_algorithms(True) in your model's file to have PyTorch name the operation (on a GPU "
-    "with CUBLAS_WORKSPACE_CONFIG=:4096:8), and look for atomics, threads and times in code of your own"
+    "with CUBLAS_WORKSPACE_CONFIG=:4096:8), and look for atomics, threads and timing in your own code"
 )
 
-_ORDER = (
-    "put what comes out of a set into an order of its own (sorted(...)) before anything is computed by it, and take "
-    "zlib.crc32 or hashlib in the place of hash(); PYTHONHASHSEED=0 in the environment of every start hides it only"
+_HASHES = (
+    "sort what comes out of a set (sorted(...)) before computing with it, and use zlib.crc32 or hashlib instead of "
+    "hash(); PYTHONHASHSEED=0 in the environment of every attempt only hides the problem"
 )
-_OUTSIDE = (
-    "compute by nothing that training itself writes outside of its checkpoints: register what the model remembers with "
-    "register_buffer, keep an optimizer's in self.state, and make files that are read before the run begins"
-)
-
-_SEEDS = "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before it is built"
-
-_OF_DONE = (
-    "one of the runs ended before the other, or left out an evaluation or its checkpoints: its data ran out, it "
-    "stopped early, or its files were changed after they were written",
-    "look at the runs with --keep DIR: metrics.jsonl has every evaluation and save, log-rank-0.txt why a run ended",
+_FILES = (
+    "read nothing that training itself writes outside of its checkpoints: register the model's state with "
+    "register_buffer, keep the optimizer's in self.state, and write files that training reads before the run begins"
 )
 
+_SEEDS = "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before the model is built"
 
-def explain(divergence: Divergence, straight: Leg, *, repeats: bool | None, by_hash: bool = False) -> None:
-    """Fill in the likely cause of a divergence between runs in one placement, and what to do.
+_CAUSE_OF_ONE_SIDED = (
+    "one of the runs ended before the other, or lacks an evaluation or checkpoints: its data ran out, it stopped "
+    "early, or its files were changed after they were written",
+    "keep the runs with --keep DIR: metrics.jsonl lists every evaluation and save, log-rank-0.txt says why a run ended",
+)
 
-    `repeats`: whether a second straight run was the same as the first up to there; None where there was none.
-    `by_hash`: whether straight runs are the same exactly where texts are hashed by the same key.
+
+def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | None, by_hash: bool = False) -> None:
+    """Set the cause and advice of a divergence between runs in one topology.
+
+    `repeats`: whether a second baseline run was the same up to the divergence; None without a second run.
+    `by_hash`: whether baseline runs agree exactly when PYTHONHASHSEED does.
     """
     d = divergence
     resumed = d.attempt > 0 and repeats is not False
-    first = relevant(d)
+    first = relevant_suspects(d)
     d.suspects = first + [suspect for suspect in d.suspects if suspect not in first]
     named = first[0][0] if first else None
-    held = f"{named} is no part of a checkpoint, and was another when the step began" if named else ""
+    hidden = f"{named} is in no checkpoint, and differed before the step" if named else ""
     if by_hash:
         d.cause = (
-            "the order in which a set gives texts, or their hash(): Python hashes them by another key in each process "
-            "(PYTHONHASHSEED), and with the same key the runs agree"
+            "the iteration order of a set of strings, or hash() of a string: Python seeds these differently in each "
+            "process (PYTHONHASHSEED), and with the same seed the runs agree"
         )
-        d.advice = _ORDER
-    elif (file := _outside(d)) and not (named and (resumed or is_generator(first[0]))) and not _worker_cause(d):
-        d.cause = f"what is outside of the process was another: {file}, and no checkpoint holds it"
-        d.advice = _OUTSIDE
+        d.advice = _HASHES
+    elif (
+        (file := _changed_file(d))
+        and not (named and (resumed or is_generator(first[0])))
+        and not _loader_process_cause(d)
+    ):
+        d.cause = f"a file differed that no checkpoint holds: {file}"
+        d.advice = _FILES
     elif d.what == "start":
-        d.cause, d.advice = _of_start(d, named)
+        d.cause, d.advice = _cause_at_start(d, named)
     elif d.what == "ids":
-        counts = straight.attempts[0].record.facts["samples"]
+        counts = baseline.attempts[0].trace.facts["samples"]
         d.cause = (
-            "the data set gave its samples in another order, or another number of them than the "
-            f"{counts if counts is not None else 'stream'} of the straight run"
+            "the data set has another order of samples, or another number of them than the "
+            f"{counts if counts is not None else 'stream'} of the baseline run"
         )
-        d.advice = "make the data set the same each time that it is built: sort listings of files, fix every draw"
+        d.advice = "build the same data set each time: sort listings of files, seed every random choice"
     elif d.what == "samples":
-        worker = _worker_cause(d)
-        d.cause = (f"{held}; or {worker}" if held and worker else held or worker) or (
-            "the data set keeps hidden state: what a sample holds depends on what was read before it"
+        worker = _loader_process_cause(d)
+        d.cause = (f"{hidden}; or {worker}" if hidden and worker else hidden or worker) or (
+            "the data set keeps hidden state: a sample depends on which samples were read before it"
             if resumed
-            else "the data set draws random numbers that are not seeded, or reads something that changes"
+            else "the data set draws unseeded random numbers, or reads something that changes"
         )
         d.advice = _DATA
     elif d.what in ("inputs", "targets"):
-        d.cause = held or (
-            "the data set gave the same, so a transform of data.transforms.train has a generator or other state of its "
-            "own"
+        d.cause = hidden or (
+            "the data set returned the same sample, so a transform of data.transforms.train has its own generator or "
+            "other state"
             if resumed
-            else "the data set gave the same, so a transform of data.transforms.train draws random numbers that are "
-            "not seeded"
+            else "the data set returned the same sample, so a transform of data.transforms.train draws unseeded random "
+            "numbers"
         )
         d.advice = _TRANSFORM
     elif d.what == "lr":
-        d.cause = held or "the optimizer changes its own learning rate, which is the schedule's"
+        d.cause = hidden or "the optimizer changes its own learning rate, which the schedule sets"
         d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
     elif d.what in ("loss", "norm", "gradients"):
-        d.cause, d.advice = _of_model(d, held, resumed)
+        d.cause, d.advice = _cause_in_model(d, hidden, resumed)
     elif d.what in ("state", "values"):
-        d.cause, d.advice = _of_update(d, held, resumed)
+        d.cause, d.advice = _cause_in_update(d, hidden, resumed)
     elif d.what == "evaluation":
-        d.cause = held or (
-            "the step itself was the same, so scoring is not a function of the weights: a metric, or the model in "
+        d.cause = hidden or (
+            "the step itself was the same, so evaluation is not a function of the weights: a metric, or the model in "
             "evaluation, draws random numbers or keeps state"
         )
         d.advice = _MODEL
     elif d.what == "done":
-        d.cause, d.advice = _OF_DONE
+        d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
         d.cause = (
-            "the state in memory was the same, and what was saved is not: the file was changed after it was written, "
-            "or what an evaluation or a save changed is no function of the weights"
+            "the state in memory was the same, and the checkpoint is not: its file was changed after it was written, "
+            "or an evaluation or a save changed the state by more than the weights determine"
         )
-        d.advice = "look at the tensors with `distrain checkpoint diff`, and at who else writes there"
+        d.advice = "compare the tensors with `distrain checkpoint diff`, and find out what else writes to the folder"
 
 
-def explain_elsewhere(divergence: Divergence) -> None:
-    """Fill in the likely cause of a divergence between runs in different placements."""
+def add_cause_across_topologies(divergence: Divergence) -> None:
+    """Set the cause and advice of a divergence between runs in different topologies."""
     d = divergence
     if d.what == "ids":
         d.cause = "the data set has another length or order with another number of processes"
-        d.advice = "build the same data set on every rank: let it not cut itself up by rank"
+        d.advice = "build the same data set on every rank: do not shard it by rank"
     elif d.what == "samples":
-        d.cause = "what a sample holds depends on the process that reads it, or on what that has read before"
-        d.advice = "let the data set not look at RANK or torch.utils.data.get_worker_info(); " + _DATA
+        d.cause = "a sample depends on the process that reads it, or on what that process read before"
+        d.advice = "do not read RANK or torch.utils.data.get_worker_info() in the data set; " + _DATA
     elif d.what in ("inputs", "targets"):
         d.cause = (
-            "the data set gave the same, and a transform made another thing of it: it depends on the process, on the "
-            "samples beside it, or on what it did before"
+            "the data set returned the same sample, and a transform changed it differently: it depends on the process, "
+            "on the other samples, or on earlier calls"
         )
         d.advice = _TRANSFORM
     elif d.what == "lr":
         d.cause = "the optimizer's learning rate depends on the number of processes"
         d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
     elif d.what == "done":
-        d.cause, d.advice = _OF_DONE
+        d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
         d.cause = (
-            "samples and learning rates are the same, so the model's loss for a sample depends on the samples beside "
-            "it or on the rank, or rounding grows faster than the tolerance allows"
+            "samples and learning rates are the same, so the loss of a sample depends on the other samples of "
+            "its micro-batch or on the rank, or rounding grows faster than the tolerance allows"
         )
         d.advice = (
-            "try train.precision=fp64: rounding becomes far smaller, any other cause stays; where it is rounding, "
-            "state your own --loss-tolerance and --state-tolerance"
+            "try train.precision=fp64: rounding becomes far smaller, any other cause stays; if it is rounding, set "
+            "your own --loss-tolerance and --state-tolerance"
         )
 
 
 def is_generator(suspect: tuple[str, str, str]) -> bool:
-    """Whether a suspect is a generator of random numbers: it says all of why runs differ."""
+    """Whether a suspect is a random number generator, which is enough to explain a difference."""
     return any("in state" in value for value in suspect[1:])
 
 
-def _outside(d: Divergence) -> str:
-    """Return a file that may make just this another; what is only written is none."""
-    return next((path for path, _, _ in d.files if not path.endswith(WRITTEN)), "") if d.what != "done" else ""
+def _changed_file(d: Divergence) -> str:
+    """Return a changed file that may be the cause, or an empty string; a file that is only written is none."""
+    return next((path for path, _, _ in d.files if not path.endswith(WRITTEN_ONLY)), "") if d.what != "done" else ""
 
 
 _ROOTS = {
@@ -175,62 +179,62 @@ _ROOTS = {
 _ALL_ROOTS = {root for roots in _ROOTS.values() for root in roots}
 
 
-def relevant(d: Divergence) -> list[tuple[str, str, str]]:
-    """Return those of the suspects that may be what makes just this another."""
+def relevant_suspects(d: Divergence) -> list[tuple[str, str, str]]:
+    """Return the suspects that can affect what differs."""
     roots = _ROOTS.get(d.what, ())
-    own = [suspect for suspect in d.suspects if suspect[0].partition(".")[0] in roots]
-    # what belongs to a file, a class or a function is under no root, and may matter to all
-    return own + [suspect for suspect in d.suspects if suspect[0].partition(".")[0] not in _ALL_ROOTS]
+    found = [suspect for suspect in d.suspects if suspect[0].partition(".")[0] in roots]
+    # state of a file, a class or a function has no root, and may affect everything
+    return found + [suspect for suspect in d.suspects if suspect[0].partition(".")[0] not in _ALL_ROOTS]
 
 
-def _of_start(d: Divergence, named: str | None) -> tuple[str, str]:
+def _cause_at_start(d: Divergence, named: str | None) -> tuple[str, str]:
     if d.step == 0 and named:
-        return f"the model is built while {named} is another in each process", _SEEDS
+        return f"the model is built from {named}, which differs in each process", _SEEDS
     if d.step == 0:
         return (
-            "the model is built with random numbers that are not seeded, or from something that changes",
+            "the model is built from unseeded random numbers, or from something that changes",
             _SEEDS,
         )
     if d.subject.startswith("optimizer/"):
-        return "what was loaded into the optimizer is not what it held when it was saved", _OPTIMIZER
+        return "the state loaded into the optimizer is not the state that was saved", _OPTIMIZER
     return (
-        "what was loaded is not what the model held when the step ended: a tensor is changed between the step and its "
-        "save, or while it is loaded",
-        "look at hooks of state_dict and load_state_dict, and at what the model does to its buffers in evaluation",
+        "the state loaded is not the model's state at the end of the step: a tensor was changed between the step and "
+        "its save, or in loading",
+        "check hooks of state_dict and load_state_dict, and whether the model changes its buffers in evaluation",
     )
 
 
-def _of_model(d: Divergence, held: str, resumed: bool) -> tuple[str, str]:
-    if held:
-        return held, _MODEL
+def _cause_in_model(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
+    if hidden:
+        return hidden, _MODEL
     same = "weights and inputs were the same"
     if not resumed:
         if d.gap is not None and d.gap <= ROUNDING:
-            return f"{same}, and the numbers differ as rounding does: arithmetic that is not deterministic", _ARITHMETIC
-        return f"{same}, so the model or the loss draws random numbers that are not seeded", _MODEL
+            return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
+        return f"{same}, so the model or the loss draws unseeded random numbers", _MODEL
     return f"{same}, so the model or the loss keeps state that no checkpoint holds", _MODEL
 
 
-def _of_update(d: Divergence, held: str, resumed: bool) -> tuple[str, str]:
+def _cause_in_update(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
     if d.subject.endswith("(buffer)"):
-        return held or "the model changes a buffer by something that no checkpoint holds", _MODEL
-    if held:
-        return held, _OPTIMIZER
+        return hidden or "the model updates a buffer from state that no checkpoint holds", _MODEL
+    if hidden:
+        return hidden, _OPTIMIZER
     if d.gap is not None and d.gap <= ROUNDING and not resumed:
         return (
-            "gradients were the same, and the numbers differ as rounding does: arithmetic that is not deterministic",
-            (_ARITHMETIC),
+            "gradients were the same, and the difference has the size of rounding: a nondeterministic operation",
+            _DETERMINISM,
         )
     if resumed:
-        return "gradients were the same, so the optimizer steps by state that no checkpoint holds", _OPTIMIZER
-    return "gradients were the same, so the optimizer draws random numbers that are not seeded", _OPTIMIZER
+        return "gradients were the same, so the optimizer uses state that no checkpoint holds", _OPTIMIZER
+    return "gradients were the same, so the optimizer draws unseeded random numbers", _OPTIMIZER
 
 
-def _worker_cause(d: Divergence) -> str:
-    processes = [text.rpartition("loader process ")[2] for text in (d.straight, d.other) if "loader process" in text]
+def _loader_process_cause(d: Divergence) -> str:
+    processes = [text.rpartition("loader process ")[2] for text in (d.baseline, d.other) if "loader process" in text]
     if len(set(processes)) < 2:
         return ""
     return (
-        f"the sample was read by loader process {processes[0]} in the straight run and by {processes[1]} here: the "
-        "data set depends on which one reads (torch.utils.data.get_worker_info, a counter or generator in each)"
+        f"loader process {processes[0]} read the sample in the baseline run and {processes[1]} here: the data set "
+        "depends on the loader process (torch.utils.data.get_worker_info, or a counter or generator in each)"
     )

@@ -1,4 +1,4 @@
-"""What `distrain prove` does: arguments in, exit status out."""
+"""The command `distrain prove`: arguments in, exit status out."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def run(
     keep: Path | None,
     loss_tolerance: float | None,
     state_tolerance: float | None,
-    **how: Any,
+    **options: Any,
 ) -> int:
-    """Prove a recipe and print what came of it; returns the exit status. `how`: further arguments of `prove`."""
+    """Prove a recipe and print the result; returns the exit status. `options`: further arguments of `prove`."""
     # with --json, only that goes to standard output
     console = Console(file=sys.stderr if as_json else sys.stdout)
-    before = signal.signal(signal.SIGTERM, _stop)
+    previous_handler = signal.signal(signal.SIGTERM, _stop)
     try:
         with Report(console) as report:
             proof = prove(
@@ -49,17 +49,17 @@ def run(
                 overrides,
                 kills=kills,
                 steps=steps,
-                processes=_one_of(processes, worlds) or max(gpu_count(), 1),
-                worlds=_listed("--worlds", worlds, _world),
-                strategies=_listed("--strategies", strategies, str),
-                replicate=_listed("--replicate", replicate, _world),
+                processes=_process_count(processes, worlds) or max(gpu_count(), 1),
+                worlds=_parse_list("--worlds", worlds, _world),
+                strategies=_parse_list("--strategies", strategies, str),
+                replicate=_parse_list("--replicate", replicate, _world),
                 seed=seed,
                 keep=keep,
                 loss_tolerance=loss_tolerance,
                 state_tolerance=state_tolerance,
                 say=report.say,
                 done=report.done,
-                **how,
+                **options,
             )
     except UserError as error:
         if as_json:
@@ -70,7 +70,7 @@ def run(
         echo_error("interrupted; nothing is proved")
         return NOT_RUN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
     if as_json:
         print(json.dumps(proof.as_json(), indent=2))
     show(proof, console)
@@ -81,8 +81,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _listed(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
-    """Return the values of a list separated by commas; raises UserError naming what is none."""
+def _parse_list(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
+    """Return the values of a comma-separated list; raises UserError for a value that `read` rejects."""
     values = []
     for part in filter(None, (each.strip() for each in text.split(","))):
         try:
@@ -99,8 +99,8 @@ def _world(text: str) -> int:
     return count
 
 
-def _one_of(processes: int | None, worlds: str) -> int | None:
-    """Return the number of processes; raises UserError where --worlds says how many as well."""
+def _process_count(processes: int | None, worlds: str) -> int | None:
+    """Return the number of processes; raises UserError where --worlds sets it as well."""
     if processes is not None and worlds:
-        raise UserError("--processes and --worlds both say how many processes there are; leave one out")
+        raise UserError("--processes and --worlds both set the number of processes; leave one out")
     return processes

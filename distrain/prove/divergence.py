@@ -1,4 +1,4 @@
-"""Where two runs part: the first step, what, on which ranks, and both values."""
+"""The first difference between two runs: its step, what differs, on which ranks, and both values."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 
 from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
 from distrain.checkpoints.comparing import chunks, elements
-from distrain.prove.legs import Attempt, Leg
-from distrain.prove.traces import Record, Values
+from distrain.prove.traces import AttemptTrace, Values
+from distrain.prove.trial_runs import Attempt, TrialRun
 from distrain.run.folder import RunDir
 
 ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
     "checkpoint", "done",
 )  # fmt: skip
-"""What is compared, causes before their effects; `start` is the state that an attempt starts from, `done` what only one
-of the runs did."""
+"""What is compared, causes before their effects; `start` is the state at the start of an attempt, `done` what only
+one of the runs did."""
 
-WRITTEN = ", which training writes"
-"""What is said of a file that is not read."""
+WRITTEN_ONLY = ", which training writes"
+"""Suffix for a file that training writes and never reads."""
 
-OF_STEPS = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
+COMPARED_EACH_STEP = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
 
-IN_WORDS = {
+DESCRIPTIONS = {
     "start": "the state at the start of an attempt",
     "ids": "the ids of the samples",
     "samples": "a sample, as the data set gives it",
@@ -39,56 +39,57 @@ IN_WORDS = {
     "norm": "the norm of the gradient before clipping",
     "gradients": "the gradient of a tensor",
     "state": "a tensor after the step",
-    "values": "what the optimizer keeps besides tensors",
+    "values": "the optimizer's state besides tensors",
     "evaluation": "an evaluation",
     "checkpoint": "the checkpoint",
-    "done": "what was done",
+    "done": "the work done",
 }
 
 
 @dataclass
 class Divergence:
-    """The first difference between a run and the straight one."""
+    """The first difference between a run and its baseline."""
 
-    leg: str
+    trial: str
+    """Name of the run that differs."""
     step: int
-    """The step (the first is 1) that differs; for `start`, the steps that were done."""
+    """The step (the first is 1) that differs; for `start`, the number of steps done."""
     what: str
     """One of ORDER."""
     subject: str
-    """The tensor, sample or key; empty where `what` says all."""
+    """The tensor, sample or key; empty where `what` is enough."""
     ranks: list[int]
     """The ranks on which it differs."""
-    straight: str
-    """What the straight run had there, on the first of these ranks."""
+    baseline: str
+    """The value in the baseline run, on the first of these ranks."""
     other: str
-    """What this one had."""
+    """The value in this run."""
     attempt: int = 0
-    """Which start of the leg, from 0."""
+    """Index of the attempt, from 0."""
     resumed_at: int = 0
-    """The step that attempt had started at."""
+    """The step that attempt resumed from."""
     gap: float | None = None
-    """How far apart two numbers are, relative to their size."""
+    """Relative difference of two numbers, where numbers differ."""
     suspects: list[tuple[str, str, str]] = field(default_factory=list)
-    """(path, in the straight run, in this one) of what no checkpoint holds and differed when the step began."""
+    """(path, in the baseline run, here) of state that no checkpoint holds and that differed before the step."""
     files: list[tuple[str, str, str]] = field(default_factory=list)
-    """The same of files that the user's code writes and reads, or that were changed between the two runs, as each was
-    found when it was first read."""
+    """(path, in the baseline run, here) of files that the user's code writes and reads, or that were changed between
+    the two runs, as they were when first read."""
     more: list[str] = field(default_factory=list)
-    """Further tensors, samples or lines."""
+    """Further tensors, samples or lines that differ."""
     cause: str = ""
     advice: str = ""
 
     def __str__(self) -> str:
-        what = IN_WORDS[self.what] + (f" ({self.subject})" if self.subject else "")
+        what = DESCRIPTIONS[self.what] + (f" ({self.subject})" if self.subject else "")
         at = f"with {self.step} steps done" if self.what == "start" else f"in step {self.step}"
-        since = f"after the resume at step {self.resumed_at}" if self.attempt else "before any interruption"
+        when = f"after the resume at step {self.resumed_at}" if self.attempt else "before any interruption"
         ranks = f", on rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}" if self.ranks else ""
-        width = max(len("straight run"), len(self.leg))
+        width = max(len("baseline run"), len(self.trial))
         lines = [
-            f"first divergence: {at}, {since}{ranks}: {what}",
-            f"  {'straight run':<{width}}  {self.straight}",
-            f"  {self.leg:<{width}}  {self.other}",
+            f"first divergence: {at}, {when}{ranks}: {what}",
+            f"  {'baseline run':<{width}}  {self.baseline}",
+            f"  {self.trial:<{width}}  {self.other}",
         ]
         lines += [f"  {line}" for line in self.more[:4]]
         if len(self.more) > 4:
@@ -97,15 +98,15 @@ class Divergence:
             lines.append(f"  {'likely cause':<{width}}  {self.cause}")
         indent = " " * (width + 4)
         shown = [*self.suspects[:4], *self.files[:2]]
-        lines += [f"{indent}{path}: {one} in the straight run, {other} here" for path, one, other in shown]
+        lines += [f"{indent}{path}: {one} in the baseline run, {other} here" for path, one, other in shown]
         if self.advice:
             lines.append(f"  {'what to do':<{width}}  {self.advice}")
         return "\n".join(lines)
 
 
 def earliest(found: list[Divergence]) -> Divergence | None:
-    """Return the one that comes first in training; of equals, the cause before its effect."""
-    # what an attempt starts from comes after all of the step that it goes on from
+    """Return the divergence that comes first in training; within a step, the cause before its effect."""
+    # the state at the start of an attempt comes after everything of the step it resumes from
     return min(found, key=lambda d: (d.step, len(ORDER) if d.what == "start" else ORDER.index(d.what)), default=None)
 
 
@@ -113,69 +114,69 @@ def earliest(found: list[Divergence]) -> Divergence | None:
 # To the bit
 
 
-def exact(straight: Leg, other: Leg) -> Divergence | None:
-    """Return the first difference of a run in the same placement; every bit counts, also of steps taken twice."""
-    reference = straight.attempts[0].record
+def compare_exactly(baseline: TrialRun, other: TrialRun) -> Divergence | None:
+    """Return the first difference of a run in the same topology; every bit counts, also in steps taken twice."""
+    reference = baseline.attempts[0].trace
     found = [
         divergence
         for number, attempt in enumerate(other.attempts)
-        if (divergence := _exact_attempt(reference, attempt, number, other.name)) is not None
+        if (divergence := _compare_attempt(reference, attempt, number, other.name)) is not None
     ]
-    found += _evaluations(straight, other)
-    found += _checkpoints(straight, other)
-    found += not_done(straight, other)
+    found += _compare_evaluations(baseline, other)
+    found += _compare_checkpoints(baseline, other)
+    found += one_sided(baseline, other)
     first = earliest(found)
     if first is not None and first.attempt < len(other.attempts):
-        # for an evaluation or a checkpoint, which are of the whole run, what the last attempt held
-        first.suspects = _suspects(reference, other.attempts[first.attempt].record, first)
-        first.files = _files(reference, [attempt.record for attempt in other.attempts[: first.attempt + 1]])
+        # evaluations and checkpoints are of the run: compare the hidden state of its last attempt
+        first.suspects = _suspects(reference, other.attempts[first.attempt].trace, first)
+        first.files = _files(reference, [attempt.trace for attempt in other.attempts[: first.attempt + 1]])
     return first
 
 
-def already_differs(straight: Leg, other: Leg) -> bool:
-    """Whether the last attempt of a run has noted something else than the straight run: more attempts add nothing."""
-    return _exact_attempt(straight.attempts[0].record, other.attempts[-1], 0, other.name) is not None
+def already_differs(baseline: TrialRun, other: TrialRun) -> bool:
+    """Whether the trace of the last attempt differs from the baseline run: more attempts add nothing."""
+    return _compare_attempt(baseline.attempts[0].trace, other.attempts[-1], 0, other.name) is not None
 
 
-def _exact_attempt(reference: Record, attempt: Attempt, number: int, leg: str) -> Divergence | None:
-    record = attempt.record
+def _compare_attempt(reference: AttemptTrace, attempt: Attempt, number: int, trial: str) -> Divergence | None:
+    trace = attempt.trace
 
     def divergence(
         step: int, what: str, differing: dict[int, tuple[str, str, str, float | None, list[str]]]
     ) -> Divergence:
         ranks = sorted(differing)
         subject, one, two, gap, more = differing[ranks[0]]
-        return Divergence(leg, step, what, subject, ranks, one, two, number, record.start_step, gap, more=more)
+        return Divergence(trial, step, what, subject, ranks, one, two, number, trace.start_step, gap, more=more)
 
-    begun = record.start_step
+    start_step = trace.start_step
     differing = {}
-    for rank, start in record.starts.items():
-        then = reference.starts.get(rank) if begun == 0 else reference.steps.get(begun, {}).get(rank)
+    for rank, start in trace.starts.items():
+        then = reference.starts.get(rank) if start_step == 0 else reference.steps.get(start_step, {}).get(rank)
         if then is None or "state" not in then:
             continue
         if gap := _first_tensor(then["state"] | then.get("between", {}), start["state"]):
             differing[rank] = gap
     if differing:
-        return divergence(begun, "start", differing)
-    for step in sorted(record.steps):
-        for what in OF_STEPS:
+        return divergence(start_step, "start", differing)
+    for step in sorted(trace.steps):
+        for what in COMPARED_EACH_STEP:
             differing = {}
-            for rank, noted in record.steps[step].items():
-                if gap := _first_gap(what, reference.steps.get(step, {}).get(rank, {}), noted):
+            for rank, entry in trace.steps[step].items():
+                if gap := _first_mismatch(what, reference.steps.get(step, {}).get(rank, {}), entry):
                     differing[rank] = gap
             if differing:
                 return divergence(step, what, differing)
     return None
 
 
-Gap = tuple[str, str, str, float | None, list[str]]
-"""(subject, in the straight run, in the other, relative distance, further subjects)"""
+Mismatch = tuple[str, str, str, float | None, list[str]]
+"""(subject, value in the baseline run, value in the other, relative difference, further subjects)"""
 
 
-def _first_gap(what: str, one: Values, two: Values) -> Gap | None:
-    """Return how two ranks' notes of a step differ in `what`, if both have it."""
+def _first_mismatch(what: str, one: Values, two: Values) -> Mismatch | None:
+    """Return how the traces of two ranks differ in `what` at a step, if both have it."""
     if what == "values":
-        one, two = ({what: _optimizer_values(noted["scalars"])} if "scalars" in noted else {} for noted in (one, two))
+        one, two = ({what: _optimizer_values(entry["scalars"])} if "scalars" in entry else {} for entry in (one, two))
     if (
         what not in one
         or what not in two
@@ -185,31 +186,31 @@ def _first_gap(what: str, one: Values, two: Values) -> Gap | None:
         return None
     a, b = one[what], two[what]
     if what in ("loss", "norm"):
-        return "", repr(a), repr(b), relative(a, b), []
+        return "", repr(a), repr(b), relative_difference(a, b), []
     if what in ("gradients", "state"):
         return _first_tensor(a, b)
     if what in ("samples", "inputs", "targets"):
         return _first_sample(what, one, two)
     if what == "values":
         keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-        return keys[0], _short(a.get(keys[0], "nothing")), _short(b.get(keys[0], "nothing")), None, keys[1:]
-    return "", _short(a), _short(b), None, []
+        return keys[0], _truncated(a.get(keys[0], "nothing")), _truncated(b.get(keys[0], "nothing")), None, keys[1:]
+    return "", _truncated(a), _truncated(b), None, []
 
 
-def _first_tensor(a: Mapping[str, Any], b: Mapping[str, Any]) -> Gap | None:
+def _first_tensor(a: Mapping[str, Any], b: Mapping[str, Any]) -> Mismatch | None:
     names = [name for name in [*a, *(key for key in b if key not in a)] if _digest(a, name) != _digest(b, name)]
     if not names:
         return None
-    # what trains before what is made of it
+    # weights before their averages and the optimizer's state
     names.sort(key=lambda name: (not name.startswith("model/"), name.startswith("ema/")))
     one, two = a.get(names[0]), b.get(names[0])
-    gap = relative(one[1], two[1]) if one and two else None
-    # what a rank holds a range of is written with where that begins; buffers are whole
+    gap = relative_difference(one[1], two[1]) if one and two else None
+    # a shard's name ends with its offset; buffers are not sharded
     buffer = " (buffer)" if names[0].startswith("model/") and "@" not in names[0] else ""
     return (
         names[0].partition("@")[0] + buffer,
-        _of_tensor(one),
-        _of_tensor(two),
+        _describe_tensor(one),
+        _describe_tensor(two),
         gap,
         [n.partition("@")[0] for n in names[1:]],
     )
@@ -219,13 +220,13 @@ def _digest(tensors: Mapping[str, Any], name: str) -> str | None:
     return tensors[name][0] if name in tensors else None
 
 
-def _of_tensor(noted: Any) -> str:
-    if noted is None:
+def _describe_tensor(entry: Any) -> str:
+    if entry is None:
         return "no such tensor"
-    return f"norm {noted[1]!r} (bits {noted[0]})" if not math.isnan(noted[1]) else f"bits {noted[0]}"
+    return f"norm {entry[1]!r} (bits {entry[0]})" if not math.isnan(entry[1]) else f"bits {entry[0]}"
 
 
-def _first_sample(what: str, one: Values, two: Values) -> Gap:
+def _first_sample(what: str, one: Values, two: Values) -> Mismatch:
     rows = [
         (sample, a, b, *workers)
         for ids, first, second, *workers in zip(
@@ -234,16 +235,18 @@ def _first_sample(what: str, one: Values, two: Values) -> Gap:
         for sample, a, b in zip(ids, first, second, strict=True)
         if a != b
     ]
-    sample, a, b, worker, its_worker = rows[0]
-    said = (
-        ("", "") if worker is None else (f", read by loader process {worker}", f", read by loader process {its_worker}")
+    sample, a, b, worker, other_worker = rows[0]
+    readers = (
+        ("", "")
+        if worker is None
+        else (f", read by loader process {worker}", f", read by loader process {other_worker}")
     )
     more = [f"and {len(rows) - 1} more samples of this step"] if len(rows) > 1 else []
-    return f"sample {sample}", f"bits {a}{said[0]}", f"bits {b}{said[1]}", None, more
+    return f"sample {sample}", f"bits {a}{readers[0]}", f"bits {b}{readers[1]}", None, more
 
 
 def _optimizer_values(scalars: Values) -> Values:
-    """Return an optimizer's values that are no tensors, by parameter and group."""
+    """Return an optimizer's values other than tensors, by parameter and group."""
     values = {
         f"{name}.{key}": value
         for name, held in scalars.get("optimizer_values", {}).items()
@@ -254,10 +257,10 @@ def _optimizer_values(scalars: Values) -> Values:
     return values
 
 
-def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
-    """Yield how the rows of evaluations differ; a run has one for each step, however often it was resumed."""
+def _compare_evaluations(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
+    """Yield how the evaluations of two runs differ; a run has one for each step, however often it was resumed."""
     ours = {
-        (row["step"], row["event"]): row for row in RunDir(straight.run_dir).rows() if row["event"] in ("eval", "final")
+        (row["step"], row["event"]): row for row in RunDir(baseline.run_dir).rows() if row["event"] in ("eval", "final")
     }
     for row in RunDir(other.run_dir).rows():
         mine = ours.get((row["step"], row["event"]))
@@ -268,57 +271,68 @@ def _evaluations(straight: Leg, other: Leg) -> Iterator[Divergence]:
             a, b = mine[keys[0]], row.get(keys[0])
             number = other.attempt_of(row["step"])
             yield Divergence(
-                other.name, row["step"], "evaluation", keys[0], [0], _short(a), _short(b), number,
+                other.name, row["step"], "evaluation", keys[0], [0], _truncated(a), _truncated(b), number,
                 other.attempts[number].resumed_at, more=keys[1:],
             )  # fmt: skip
 
 
-def not_done(straight: Leg, other: Leg) -> Iterator[Divergence]:
-    """Yield what only one of two runs did: the first step, the first evaluation; and that they share no checkpoint.
+def one_sided(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
+    """Yield the first step and the first evaluation that only one of two runs has, and that they share no checkpoint.
 
-    What was not done in both cannot be compared, so without this a run that did less would agree. A step counts as
-    taken where every rank has noted its state.
+    What only one run has cannot be compared, so without this a run that did less would agree. A step counts as taken
+    where every rank recorded its state.
     """
 
     def divergence(step: int, subject: str, one: str, two: str, more: Sequence[str] = ()) -> Divergence:
         number = other.attempt_of(step)
-        begun = other.attempts[number].resumed_at if other.attempts else 0
-        return Divergence(other.name, step, "done", subject, [], one, two, number, begun, more=list(more))
+        start_step = other.attempts[number].resumed_at if other.attempts else 0
+        return Divergence(other.name, step, "done", subject, [], one, two, number, start_step, more=list(more))
 
-    ours, theirs = _steps_taken(straight), _steps_taken(other)
-    if alone := sorted(ours ^ theirs):
-        rest = [f"and {len(alone) - 1} more steps that only one of the runs took"] if len(alone) > 1 else []
+    steps, other_steps = _steps_taken(baseline), _steps_taken(other)
+    if unshared_steps := sorted(steps ^ other_steps):
+        rest = (
+            [f"and {len(unshared_steps) - 1} more steps that only one of the runs took"]
+            if len(unshared_steps) > 1
+            else []
+        )
         held = [
-            f"{len(steps)} steps, {'with' if alone[0] in steps else 'without'} step {alone[0]}"
-            for steps in (ours, theirs)
+            f"{len(taken)} steps, {'with' if unshared_steps[0] in taken else 'without'} step {unshared_steps[0]}"
+            for taken in (steps, other_steps)
         ]
-        yield divergence(alone[0], "a step that only one of the runs took on every rank", held[0], held[1], rest)
-    scored, its = _evaluated(straight), _evaluated(other)
-    if unshared := sorted(scored.keys() ^ its.keys(), key=lambda key: (scored | its)[key]):
-        step = (scored | its)[unshared[0]]
+        yield divergence(
+            unshared_steps[0], "a step that only one of the runs took on every rank", held[0], held[1], rest
+        )
+    evaluated, other_evaluated = _evaluated(baseline), _evaluated(other)
+    if unshared := sorted(
+        evaluated.keys() ^ other_evaluated.keys(), key=lambda key: (evaluated | other_evaluated)[key]
+    ):
+        step = (evaluated | other_evaluated)[unshared[0]]
         rest = [f"and {len(unshared) - 1} more evaluations that only one has"] if len(unshared) > 1 else []
-        said = ["scored after this step" if unshared[0] in each else "not scored" for each in (scored, its)]
-        yield divergence(step, "an evaluation that only one of the runs has", said[0], said[1], rest)
-    if not shared_checkpoints(straight.run_dir, other.run_dir):
-        step = max(ours | theirs, default=0)
-        saved, its_saved = _saved_steps(straight.run_dir), _saved_steps(other.run_dir)
-        yield divergence(step, "no checkpoint that both runs have", saved, its_saved)
+        values = [
+            "evaluated after this step" if unshared[0] in each else "not evaluated"
+            for each in (evaluated, other_evaluated)
+        ]
+        yield divergence(step, "an evaluation that only one of the runs has", values[0], values[1], rest)
+    if not shared_checkpoints(baseline.run_dir, other.run_dir):
+        step = max(steps | other_steps, default=0)
+        saved, other_saved = _saved_steps(baseline.run_dir), _saved_steps(other.run_dir)
+        yield divergence(step, "no checkpoint that both runs have", saved, other_saved)
 
 
-def _steps_taken(leg: Leg) -> set[int]:
+def _steps_taken(trial: TrialRun) -> set[int]:
     return {
         step
-        for attempt in leg.attempts
-        for step, ranks in attempt.record.steps.items()
-        if sum("state" in noted for noted in ranks.values()) == attempt.record.facts["world_size"]
+        for attempt in trial.attempts
+        for step, ranks in attempt.trace.steps.items()
+        if sum("state" in entry for entry in ranks.values()) == attempt.trace.facts["world_size"]
     }
 
 
-def _evaluated(leg: Leg) -> dict[tuple[str, str, int], int]:
-    """Return the steps of a run's evaluations by what they are; the final one may be of any, whichever was best."""
+def _evaluated(trial: TrialRun) -> dict[tuple[str, str, int], int]:
+    """Return the steps of a run's evaluations by (event, split, step), with 0 for the final one, of whichever step."""
     return {
         (row["event"], row["split"], row["step"] if row["event"] == "eval" else 0): row["step"]
-        for row in RunDir(leg.run_dir).rows()
+        for row in RunDir(trial.run_dir).rows()
         if row["event"] in ("eval", "final")
     }
 
@@ -328,9 +342,9 @@ def _saved_steps(run_dir: Path) -> str:
     return f"checkpoints of the steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
 
 
-def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
-    """Yield how the checkpoints of the same steps differ, tensor by tensor, the earliest one that does."""
-    for step, one, two in shared_checkpoints(straight.run_dir, other.run_dir):
+def _compare_checkpoints(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
+    """Yield how the earliest shared checkpoint that differs does, tensor by tensor."""
+    for step, one, two in shared_checkpoints(baseline.run_dir, other.run_dir):
         try:
             found = difference(one, two)
         except CheckpointError as error:
@@ -339,20 +353,22 @@ def _checkpoints(straight: Leg, other: Leg) -> Iterator[Divergence]:
             continue
         lines = [*found.listing, *map(str, found.tensors)]
         number = other.attempt_of(step)
-        begun = other.attempts[number].resumed_at
+        start_step = other.attempts[number].resumed_at
         if not found.tensors:
-            yield Divergence(other.name, step, "checkpoint", "", [], one.name, lines[0], number, begun, more=lines[1:])
+            yield Divergence(
+                other.name, step, "checkpoint", "", [], one.name, lines[0], number, start_step, more=lines[1:]
+            )
             return
         first = found.tensors[0]
-        subject, values = element(one, two, first.name)
+        subject, values = first_differing_element(one, two, first.name)
         yield Divergence(
-            other.name, step, "checkpoint", subject, [], *values, number, begun, first.max_rel, more=lines
+            other.name, step, "checkpoint", subject, [], *values, number, start_step, first.max_rel, more=lines
         )  # fmt: skip
         return
 
 
-def element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
-    """Return which element of a tensor is the first that differs in two checkpoints, and its values in words."""
+def first_differing_element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
+    """Return (name and index, both values) of the first element of a tensor that differs in two checkpoints."""
     with Reader(one, verify=False) as a, Reader(other, verify=False) as b:
         for start, *both in chunks(a, b, name):
             x, y = (elements(raw, reader.spec(name).dtype) for raw, reader in zip(both, (a, b), strict=True))
@@ -362,56 +378,56 @@ def element(one: Path, other: Path, name: str) -> tuple[str, tuple[str, str]]:
 
 
 def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:
-    """Return (step, path, path) of the steps that both runs have saved, in order."""
+    """Return (step, path, path) of the checkpoints that both runs have, in order of steps."""
     ours, theirs = (
         {info.step: info.path for info in list_checkpoints(RunDir(run).checkpoints)} for run in (one, other)
     )
     return [(step, ours[step], theirs[step]) for step in sorted(ours.keys() & theirs.keys())]
 
 
-def _suspects(reference: Record, record: Record, divergence: Divergence) -> list[tuple[str, str, str]]:
-    """Return what no checkpoint holds and was another thing in the two runs when the step began."""
+def _suspects(reference: AttemptTrace, trace: AttemptTrace, divergence: Divergence) -> list[tuple[str, str, str]]:
+    """Return the state that no checkpoint holds and that differed in the two runs before the step."""
     step = divergence.step if divergence.what != "start" else divergence.step + 1
-    after = divergence.what in ("evaluation", "checkpoint")  # which come when the step is done
+    after = divergence.what in ("evaluation", "checkpoint")  # these come after the step
     found = []
     for rank in divergence.ranks[:1] or [0]:
-        before, now = (each.hidden_before(step, rank, after=after) for each in (reference, record))
+        before, now = (each.hidden_before(step, rank, after=after) for each in (reference, trace))
         for path in sorted(before.keys() | now.keys()):
             one, other = before.get(path, "nothing"), now.get(path, "nothing")
             if one != other:
                 found.append((path, one, other))
-        # what changes at every step is likelier to matter than what was set once
+        # what changes at every step is a likelier cause than what was set once
         changes = reference.hidden_changes(step, rank)
         found.sort(key=lambda suspect: -changes.get(suspect[0], 0))
     return found
 
 
-def _files(reference: Record, attempts: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """Return what the user's code keeps in files: those that it writes and reads, or else what may be such."""
+def _files(reference: AttemptTrace, attempts: Sequence[AttemptTrace]) -> list[tuple[str, str, str]]:
+    """Return the files in which the user's code may keep state: those it writes and reads, else those it writes."""
     ours, here = reference.files, attempts[-1].files
-    written = {path for record in (reference, *attempts) for path, (_, wrote) in record.files.items() if wrote}
+    written = {path for trace in (reference, *attempts) for path, (_, wrote) in trace.files.items() if wrote}
     read: list[tuple[str, str, str]] = []
     kept: list[tuple[str, str, str]] = []
     for path in sorted(ours.keys() | here.keys()):
         one, two = (files.get(path, (None, False))[0] for files in (ours, here))
         if {one, two} == {None, "not there"}:
-            continue  # one that a run makes for itself
+            continue  # a file that a run makes for itself
         pair = (one or "not read", two or "not read")
         if path in written and (one or two):
             read.append((f"the file {path}, which training writes and reads", *pair))
         elif one and two and one != two:
-            read.append((f"the file {path}, which something has changed meanwhile", *pair))
+            read.append((f"the file {path}, which something changed between the runs", *pair))
         elif path in written and path in ours and path in here:
-            kept.append((f"the file {path}{WRITTEN}", *pair))
+            kept.append((f"the file {path}{WRITTEN_ONLY}", *pair))
     return sorted(read, key=lambda file: file[1] == file[2]) or kept
 
 
-def relative(a: float, b: float) -> float:
+def relative_difference(a: float, b: float) -> float:
     """Return |a - b| relative to the larger of the two."""
     size = max(abs(a), abs(b))
     return abs(a - b) / size if size else 0.0
 
 
-def _short(value: Any) -> str:
+def _truncated(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,4 +1,4 @@
-"""Processes that are started, interrupted, and never left behind."""
+"""Start processes, interrupt them, and leave none behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Protocol
 
 from distrain.system.processes import process_stat
 
-# said by the process itself, before anything else: code between fork and exec is not safe beside other threads
+# the process does this itself, first: code between fork and exec is not safe beside other threads
 _COMMAND = """
 import ctypes, signal, sys
 if sys.platform == "linux":
@@ -27,7 +27,7 @@ main()
 
 
 class Process(Protocol):
-    """What is needed of a started process, which leads a session of its own."""
+    """A started process that leads its own session."""
 
     pid: int
 
@@ -36,12 +36,12 @@ class Process(Protocol):
         ...
 
 
-Start = Callable[[Sequence[str], Mapping[str, str], Path], Process]
-"""(arguments of `distrain`, environment, file for what it prints) -> the process."""
+StartProcess = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""(arguments of `distrain`, environment, file for its output) -> the process."""
 
 
 def start_distrain(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> Process:
-    """Start `distrain ARGUMENTS`, in a session of its own; it is killed when this process ends, in whatever way."""
+    """Start `distrain ARGUMENTS` in its own session; the kernel kills it when this process ends."""
     with output.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", _COMMAND, *arguments],
@@ -53,10 +53,10 @@ def start_distrain(arguments: Sequence[str], environment: Mapping[str, str], out
         )
 
 
-def members(session: int, mark: str) -> list[int]:
-    """Return the processes of a session, and those elsewhere whose environment holds `mark`.
+def session_processes(session: int, tag: str) -> list[int]:
+    """Return the processes of a session, and those elsewhere whose environment holds `tag`.
 
-    Launchers give each rank a session of its own, and ranks start loader processes: the environment is what they share.
+    Launchers give each rank its own session, and ranks start loader processes: they share the environment.
     """
     import psutil
 
@@ -67,22 +67,22 @@ def members(session: int, mark: str) -> list[int]:
             continue
         with contextlib.suppress(psutil.Error):
             if stat.session == session or any(
-                mark in f"{name}={value}" for name, value in psutil.Process(pid).environ().items()
+                tag in f"{name}={value}" for name, value in psutil.Process(pid).environ().items()
             ):
                 found.append(pid)
     return found
 
 
-def kill_all(process: Process, mark: str) -> None:
-    """SIGKILL a process and everything it started, and wait until nothing of it is left."""
+def kill_all(process: Process, tag: str) -> None:
+    """SIGKILL a process and all processes it started, and wait until none is left."""
     for _ in _until(60):
-        left = members(process.pid, mark)
+        left = session_processes(process.pid, tag)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not left and process.poll() is not None:
             return
-    raise RuntimeError(f"processes {members(process.pid, mark)} are still there a minute after SIGKILL")
+    raise RuntimeError(f"processes {session_processes(process.pid, tag)} still run a minute after SIGKILL")
 
 
 def wait(process: Process, timeout_s: float) -> int | None:

@@ -1,4 +1,4 @@
-"""The proof: legs one after the other, each compared with the straight run as soon as it is done."""
+"""The proof: trial runs one after the other, each compared with its baseline as soon as it ends."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from typing import Any
 
 from distrain.config import Recipe, UserError, close_names
 from distrain.config.yaml import load_recipe
-from distrain.prove.causes import explain, explain_elsewhere, is_generator, relevant
-from distrain.prove.cost import cost_in_words, turned_on
-from distrain.prove.divergence import OF_STEPS, Divergence, already_differs, exact
-from distrain.prove.legs import (
+from distrain.prove.causes import add_cause, add_cause_across_topologies, is_generator, relevant_suspects
+from distrain.prove.cost import determinism_cost, determinism_turned_on
+from distrain.prove.divergence import COMPARED_EACH_STEP, Divergence, already_differs, compare_exactly
+from distrain.prove.processes import StartProcess, start_distrain
+from distrain.prove.tolerance import Agreement, Tolerance, compare_within, tolerance_of
+from distrain.prove.trial_runs import (
     CouldNotRun,
     Interruption,
-    Leg,
-    Placement,
-    Runner,
+    Topology,
+    TrialRun,
+    TrialRunner,
     draw_interruptions,
     resume_between,
 )
-from distrain.prove.processes import Start, start_distrain
-from distrain.prove.tolerance import Agreement, Tolerance, tolerance_of, within
 from distrain.run.folder import RunDir
 
 SAVES = 6
-"""Checkpoints of each run, so that a resume has somewhere to go on from, and what differs is found near its step."""
+"""Checkpoints of each run, so that there is one to resume from, and a difference is found near its step."""
 
-FEWEST = 6
-"""Steps that are needed for two saves, an interruption, and two steps after it."""
+MIN_STEPS = 6
+"""Fewest steps with two saves, an interruption, and two steps after it."""
 
 
 @dataclass
-class LegResult:
-    """A leg and what came of comparing it."""
+class TrialResult:
+    """A trial run and how it compares with another."""
 
-    leg: Leg
-    against: str
-    """The leg that it was compared with; empty for the one that all go back to."""
+    trial: TrialRun
+    reference: str
+    """Name of the run it was compared with; empty for the baseline run that all are compared with."""
     divergence: Divergence | None = None
     agreement: Agreement | None = None
-    """How far it agrees, for another placement; None where it was compared to the bit."""
+    """How closely it agrees, for another topology; None for a comparison to the bit."""
 
 
 @dataclass
 class Proof:
-    """What was run and found."""
+    """The trial runs of a recipe and the result."""
 
     recipe: str
     last_step: int
@@ -59,16 +59,16 @@ class Proof:
     precision: str
     seed: int
     tolerance: Tolerance
-    results: list[LegResult] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
     seconds: float = 0.0
     kept: Path | None = None
-    """The folder with all runs and traces, where it is kept."""
+    """The folder with all runs and traces, if kept."""
     determinism: str = ""
-    """What deterministic operations cost, where the proof has turned them on."""
+    """The cost of deterministic operations, where the proof turned them on; empty otherwise."""
 
     @property
     def divergence(self) -> Divergence | None:
-        """The first difference that was found, or None."""
+        """The first difference, or None."""
         return next((result.divergence for result in self.results if result.divergence is not None), None)
 
     @property
@@ -77,7 +77,7 @@ class Proof:
         return self.divergence is None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it in values that JSON has; infinities and NaN as text."""
+        """Return JSON values for scripts, by the keys of `--json`; infinities and NaN as text."""
         found = self.divergence
         return {
             "proved": self.proved,
@@ -90,54 +90,61 @@ class Proof:
             "seconds": self.seconds,
             "kept": None if self.kept is None else str(self.kept),
             "determinism": self.determinism or None,
-            "legs": [_leg_as_json(result) for result in self.results],
-            "divergence": None if found is None else vars(found) | {"gap": _plain(found.gap)},
+            "legs": [_result_as_json(result) for result in self.results],
+            "divergence": None if found is None else _divergence_as_json(found),
         }
 
 
-def _plain(number: float | None) -> float | str | None:
+def _divergence_as_json(divergence: Divergence) -> dict[str, Any]:
+    # the keys of the first version, which scripts read
+    keys = {"trial": "leg", "baseline": "straight"}
+    values = {keys.get(name, name): value for name, value in vars(divergence).items()}
+    return values | {"gap": _json_number(divergence.gap)}
+
+
+def _json_number(number: float | None) -> float | str | None:
     return number if number is None or math.isfinite(number) else str(number)
 
 
-def _leg_as_json(result: LegResult) -> dict[str, Any]:
+def _result_as_json(result: TrialResult) -> dict[str, Any]:
     agreement = result.agreement
     return {
-        "name": result.leg.name,
-        "against": result.against or None,
-        "seconds": result.leg.seconds,
+        "name": result.trial.name,
+        "against": result.reference or None,
+        "seconds": result.trial.seconds,
         "attempts": [
             {
-                "processes": attempt.placement.processes,
-                "strategy": attempt.record.facts["strategy"],
-                "replicas": attempt.placement.replicas,
+                "processes": attempt.topology.processes,
+                "strategy": attempt.trace.facts["strategy"],
+                "replicas": attempt.topology.replicas,
                 "start_step": attempt.resumed_at,
                 "interruption": None if attempt.interruption is None else vars(attempt.interruption),
             }
-            for attempt in result.leg.attempts
+            for attempt in result.trial.attempts
         ],
         "same": result.divergence is None,
-        "worst_loss": None if agreement is None else _plain(agreement.worst_loss),
-        "worst_tensor": None if agreement is None else _plain(agreement.worst_tensor),
+        "worst_loss": None if agreement is None else _json_number(agreement.worst_loss),
+        "worst_tensor": None if agreement is None else _json_number(agreement.worst_tensor),
         "left_out": None if agreement is None else agreement.noise,
         "depends_on_placement": None if agreement is None else agreement.by_design,
     }
 
 
-def placements_of(
+def topologies_of(
     processes: int, worlds: Sequence[int], strategies: Sequence[str], replicate: Sequence[int] = ()
-) -> list[Placement]:
-    """Return every placement asked for, the first being the one that all others are compared with.
+) -> list[Topology]:
+    """Return every requested topology; all others are compared with the first.
 
-    One process has nobody to spread state over, so it is `single` whatever is named, and comes first; every other
-    strategy goes with every number of processes above one, and fsdp2 with every number of replicas that these can be
-    put into. Raises UserError where a strategy or a number of replicas is left without any.
+    One process has nothing to shard over, so it is `single` whatever `strategies` names, and comes first; every other
+    strategy is combined with every number of processes above one, and fsdp2 with every number of replicas that divides
+    it. Raises UserError for a strategy or a number of replicas left without any.
     """
     counts = list(dict.fromkeys(worlds)) or [processes]
     if replicate and "fsdp2" not in strategies:
-        raise UserError("--replicate says how many replicas fsdp2 makes; name it with --strategies")
+        raise UserError("--replicate sets the number of replicas of fsdp2; name fsdp2 in --strategies")
     if not strategies:
-        return [Placement(count) for count in counts]
-    from distrain.parallel import STRATEGIES  # imports torch: only where there is something to look up
+        return [Topology(count) for count in counts]
+    from distrain.parallel import STRATEGIES  # imports torch: only with --strategies
 
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise UserError(
@@ -148,27 +155,27 @@ def placements_of(
     if several and set(strategies) == {"single"}:
         raise UserError(
             f"--strategies single is one process, and --worlds names {', '.join(map(str, several))} as well; leave one "
-            "of the two out, or name another strategy for several"
+            "of the two out, or name a strategy for several processes"
         )
-    spread = [strategy for strategy in dict.fromkeys(strategies) if strategy != "single"]
-    if spread and not several:
+    sharded = [strategy for strategy in dict.fromkeys(strategies) if strategy != "single"]
+    if sharded and not several:
         raise UserError(
-            f"{', '.join(spread)}: a strategy spreads state over several processes, and there is 1; name their "
-            "numbers, as with --worlds 2,3"
+            f"{', '.join(sharded)}: a strategy needs several processes, found 1; name numbers of processes, "
+            "as in --worlds 2,3"
         )
-    alone = [Placement(1, "single")] if 1 in counts or "single" in strategies else []
+    single = [Topology(1, "single")] if 1 in counts or "single" in strategies else []
     replicas = {
         count: [n for n in dict.fromkeys(replicate) if n == 1 or (n < count and count % n == 0)] for count in several
     }
     for number in replicate:
         if not any(number in fitting for fitting in replicas.values()):
             raise UserError(
-                f"--replicate {number}: no number of processes can be put into so many groups of several, found "
-                f"{', '.join(map(str, counts))}; name one, as with --worlds {2 * number}"
+                f"--replicate {number}: expected a number of processes that it divides into groups of several, found "
+                f"{', '.join(map(str, counts))}; name one, as in --worlds {2 * number}"
             )
-    return alone + [
-        Placement(count, strategy, number)
-        for strategy in spread
+    return single + [
+        Topology(count, strategy, number)
+        for strategy in sharded
         for count in several
         for number in (replicas[count] if replicate and strategy == "fsdp2" else [1])
     ]
@@ -189,36 +196,36 @@ def prove(
     loss_tolerance: float | None = None,
     state_tolerance: float | None = None,
     say: Callable[[str], None] = lambda text: None,
-    done: Callable[[LegResult], None] = lambda result: None,
-    start: Start = start_distrain,
+    done: Callable[[TrialResult], None] = lambda result: None,
+    start: StartProcess = start_distrain,
 ) -> Proof:
-    """Train a recipe's first `steps` steps straight and in other ways, and compare; stops at the first divergence.
+    """Train the first `steps` steps of a recipe in several ways and compare them; stops at the first divergence.
 
-    In the first placement: straight, then with `kills` interruptions. In every further one: straight, compared with the
-    first within a tolerance, then interrupted, compared with its own to the bit. With several placements, one more run
-    goes from one to the next at each interruption. `say` hears which leg begins, `done` gets each that is compared.
-    `keep` is a folder for all that was run, which must not be there or be empty.
+    In the first topology: a baseline run, then one with `kills` interruptions. In every further one: a baseline run,
+    compared with the first within a tolerance, then an interrupted run, compared with its own baseline to the bit. With
+    several topologies, one more run moves from one to the next at each interruption. `say` is called with the name of
+    each run as it begins, `done` with the result of each. `keep` is a folder for all runs, absent or empty.
 
-    Raises CouldNotRun when training itself fails, UserError for a recipe or options that do not fit.
+    Raises CouldNotRun when training itself fails, UserError for an invalid recipe or options.
     """
     source = _recipe_file(recipe)
     loaded = load_recipe(source, overrides).recipe
-    if steps < FEWEST:
-        raise UserError(f"--steps is {steps}; a run that is interrupted and goes on needs at least {FEWEST}")
-    placements = placements_of(processes, worlds, strategies, replicate)
-    if not kills and len(placements) == 1:
-        raise UserError("--kills 0 with one placement leaves nothing to compare; add --kills, --worlds or --strategies")
+    if steps < MIN_STEPS:
+        raise UserError(f"--steps is {steps}; a run that is interrupted and resumed needs at least {MIN_STEPS}")
+    topologies = topologies_of(processes, worlds, strategies, replicate)
+    if not kills and len(topologies) == 1:
+        raise UserError("--kills 0 with one topology leaves nothing to compare; add --kills, --worlds or --strategies")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     save_every = max(1, min(steps, loaded.train.steps or steps) // SAVES)
     began = time.monotonic()
     folder = _folder(keep)
     try:
-        with Runner(
+        with TrialRunner(
             source, [*_settings(save_every), *overrides], folder, last_step=steps, seed=seed, start=start
         ) as runner:
             tolerances = (loss_tolerance, state_tolerance)
-            director = _Director(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
-            proof = director.direct(loaded, placements)
+            prover = _Prover(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
+            proof = prover.run(loaded, topologies)
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -232,7 +239,7 @@ def _recipe_file(recipe: str) -> str:
 
 
 def _settings(save_every: int) -> list[str]:
-    """Return what is set for the proof before the overrides of whoever asks for it, which go before."""
+    """Return the overrides of the proof; the user's own follow and win."""
     return [
         "log.wandb=off",
         "log.tensorboard=false",
@@ -245,157 +252,157 @@ def _folder(keep: Path | None) -> Path:
     if keep is None:
         return Path(tempfile.mkdtemp(prefix="distrain-prove-"))
     if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise UserError(f"--keep {keep} is there already; name a folder that is not, or an empty one")
+        raise UserError(f"--keep {keep} exists already; name a new or an empty folder")
     keep.mkdir(parents=True, exist_ok=True)
     return keep.absolute()
 
 
-class _Director:
-    """Runs the legs and compares each."""
+class _Prover:
+    """Runs the trial runs and compares each."""
 
     def __init__(
-        self, runner: Runner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
-        done: Callable[[LegResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
+        self, runner: TrialRunner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
+        done: Callable[[TrialResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
     ):  # fmt: skip
         self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
         self.say, self.done = say, done
         self.tolerances, self.keeps = tolerances, keeps
         self.proof: Proof
 
-    def direct(self, recipe: Recipe, placements: Sequence[Placement]) -> Proof:
-        first = self.straight(placements[0])
-        facts = first.attempts[0].record.facts
-        tolerance = tolerance_of(first.attempts[0].record, *self.tolerances)
+    def run(self, recipe: Recipe, topologies: Sequence[Topology]) -> Proof:
+        first = self.run_baseline(topologies[0])
+        facts = first.attempts[0].trace.facts
+        tolerance = tolerance_of(first.attempts[0].trace, *self.tolerances)
         self.proof = Proof(recipe.name, first.last_step, facts["total_steps"], facts["precision"], self.seed, tolerance)
-        self.add(LegResult(first, ""))
-        if turned_on(recipe, RunDir(first.run_dir)):
-            self.say("what deterministic operations cost")
-            without = self.runner.without_determinism(placements[0])
-            self.proof.determinism = cost_in_words(RunDir(first.run_dir), RunDir(without.run_dir))
-        if self.kills and not self.broken(first):
+        self.add_result(TrialResult(first, ""))
+        if determinism_turned_on(recipe, RunDir(first.run_dir)):
+            self.say("cost of deterministic operations")
+            without = self.runner.without_determinism(topologies[0])
+            self.proof.determinism = determinism_cost(RunDir(first.run_dir), RunDir(without.run_dir))
+        if self.kills and not self.check_resume(first):
             return self.proof
-        for placement in placements[1:]:
-            other = self.straight(placement)
-            if not self.elsewhere(first, other) or (self.kills and not self.broken(other)):
+        for topology in topologies[1:]:
+            other = self.run_baseline(topology)
+            if not self.check_topology(first, other) or (self.kills and not self.check_resume(other)):
                 return self.proof
-            self.drop(other)
-        if len(placements) > 1 and self.kills:
-            self.moving(first, placements)
+            self.delete_run(other)
+        if len(topologies) > 1 and self.kills:
+            self.check_moving(first, topologies)
         return self.proof
 
-    def add(self, result: LegResult) -> bool:
+    def add_result(self, result: TrialResult) -> bool:
         self.proof.results.append(result)
         self.done(result)
         return result.divergence is None
 
-    def straight(self, placement: Placement, again: str = "", **how: Any) -> Leg:
-        self.say(f"straight{again}, {placement}")
-        return self.runner.run(f"straight{again}, {placement}", [placement], **how)
+    def run_baseline(self, topology: Topology, again: str = "", **how: Any) -> TrialRun:
+        self.say(f"baseline{again}, {topology}")
+        return self.runner.run(f"baseline{again}, {topology}", [topology], **how)
 
-    def broken(self, straight: Leg) -> bool:
-        """Interrupt and resume a run in the placement of another; returns whether they are the same."""
-        placement = straight.placement
-        self.say(f"killed, {placement}")
-        leg = self.interrupted(f"killed, {placement}", straight, [placement], self.kills)
-        divergence = exact(straight, leg)
+    def check_resume(self, baseline: TrialRun) -> bool:
+        """Interrupt and resume a run in the topology of its baseline; returns whether they are the same."""
+        topology = baseline.topology
+        self.say(f"killed, {topology}")
+        trial = self.run_interrupted(f"killed, {topology}", baseline, [topology], self.kills)
+        divergence = compare_exactly(baseline, trial)
         if divergence is not None:
-            repeats, by_hash = self.tried_again(divergence, straight, leg)
-            explain(divergence, straight, repeats=repeats, by_hash=by_hash)
-        self.drop(leg)
-        return self.add(LegResult(leg, straight.name, divergence))
+            repeats, by_hash = self.check_repeats(divergence, baseline, trial)
+            add_cause(divergence, baseline, repeats=repeats, by_hash=by_hash)
+        self.delete_run(trial)
+        return self.add_result(TrialResult(trial, baseline.name, divergence))
 
-    def drop(self, leg: Leg) -> None:
-        """Free the disk of a run that nothing is compared with any more."""
+    def delete_run(self, trial: TrialRun) -> None:
+        """Delete the folder of a run that no later one is compared with, unless runs are kept."""
         if not self.keeps:
-            shutil.rmtree(leg.run_dir, ignore_errors=True)
+            shutil.rmtree(trial.run_dir, ignore_errors=True)
 
-    def tried_again(self, divergence: Divergence, straight: Leg, leg: Leg) -> tuple[bool | None, bool]:
-        """Return whether a straight run repeats, where that is in question, and whether it goes by hashes of texts.
+    def check_repeats(self, divergence: Divergence, baseline: TrialRun, trial: TrialRun) -> tuple[bool | None, bool]:
+        """Return whether a baseline run repeats, None where that is known or unknown, and whether it depends on hashes.
 
-        A straight run with the hash seed of the attempt that differs tells whether a resume is to blame; one with that
-        of the first straight run tells whether nothing but that seed makes the difference.
+        A further baseline run with the hash seed of the attempt that differs tells whether the resume is to blame; one
+        with the hash seed of the first baseline run tells whether that seed alone makes the difference.
         """
         d = divergence
-        begun = d.attempt == 0
-        if d.what not in (*OF_STEPS, "start") or (d.what == "start" and not begun):
+        uninterrupted = d.attempt == 0
+        if d.what not in (*COMPARED_EACH_STEP, "start") or (d.what == "start" and not uninterrupted):
             return None, False
-        # what was remembered and lost, or a generator: it is known why it is another
-        if (found := relevant(d)) and (not begun or is_generator(found[0])):
+        # lost state or a generator: the cause is known
+        if (found := relevant_suspects(d)) and (not uninterrupted or is_generator(found[0])):
             return None, False
-        seed, its_seed = straight.attempts[0].hash_seed, leg.attempts[d.attempt].hash_seed
-        if seed == its_seed:
-            return (None if begun else self.same(straight, d, " again", seed)), False
-        if begun:
-            if not self.same(straight, d, " again", seed):
+        seed, other_seed = baseline.attempts[0].hash_seed, trial.attempts[d.attempt].hash_seed
+        if seed == other_seed:
+            return (None if uninterrupted else self.baseline_repeats(baseline, d, " again", seed)), False
+        if uninterrupted:
+            if not self.baseline_repeats(baseline, d, " again", seed):
                 return False, False
-            # that may be chance, where what is drawn makes a difference now and then
-            return None, not self.same(straight, d, " once more", its_seed)
-        if self.same(straight, d, " again", its_seed):
+            # that may be chance, where random numbers make a difference now and then
+            return None, not self.baseline_repeats(baseline, d, " once more", other_seed)
+        if self.baseline_repeats(baseline, d, " again", other_seed):
             return True, False
-        return False, self.same(straight, d, " once more", seed)
+        return False, self.baseline_repeats(baseline, d, " once more", seed)
 
-    def same(self, straight: Leg, divergence: Divergence, again: str, hash_seed: str) -> bool:
-        """Whether another straight run is the same as the first one up to where another has differed."""
+    def baseline_repeats(self, baseline: TrialRun, divergence: Divergence, again: str, hash_seed: str) -> bool:
+        """Whether another baseline run is the same as the first up to a divergence."""
         # an evaluation of the last step would not take place
-        last_step = min(divergence.step + 1, straight.last_step)
+        last_step = min(divergence.step + 1, baseline.last_step)
         try:
-            other = self.straight(straight.placement, again, last_step=last_step, hash_seed=hash_seed)
+            other = self.run_baseline(baseline.topology, again, last_step=last_step, hash_seed=hash_seed)
         except CouldNotRun:
             return False
-        found = exact(straight, other)
-        self.drop(other)
+        found = compare_exactly(baseline, other)
+        self.delete_run(other)
         return found is None or found.step > divergence.step
 
-    def elsewhere(self, first: Leg, other: Leg) -> bool:
-        """Compare a run in another placement with the first within the tolerance."""
-        agreement = within(first, other, self.proof.tolerance)
+    def check_topology(self, first: TrialRun, other: TrialRun) -> bool:
+        """Compare a run in another topology with the first within the tolerance; returns whether it agrees."""
+        agreement = compare_within(first, other, self.proof.tolerance)
         if agreement.divergence is not None:
-            explain_elsewhere(agreement.divergence)
-        return self.add(LegResult(other, first.name, agreement.divergence, agreement))
+            add_cause_across_topologies(agreement.divergence)
+        return self.add_result(TrialResult(other, first.name, agreement.divergence, agreement))
 
-    def moving(self, first: Leg, placements: Sequence[Placement]) -> bool:
-        """Go from one placement to the next at each interruption, at least once through all of them."""
-        self.say(f"moving through {len(placements)} placements")
-        count = max(self.kills, len(placements) - 1)
-        leg = self.interrupted("moving", first, placements, count)
-        return self.elsewhere(first, leg)
+    def check_moving(self, first: TrialRun, topologies: Sequence[Topology]) -> bool:
+        """Move to the next topology at each interruption, at least once through all; returns whether the run agrees."""
+        self.say(f"moving through {len(topologies)} topologies")
+        count = max(self.kills, len(topologies) - 1)
+        trial = self.run_interrupted("moving", first, topologies, count)
+        return self.check_topology(first, trial)
 
-    def interrupted(self, name: str, straight: Leg, placements: Sequence[Placement], count: int) -> Leg:
-        # one seed gives the same moments to a leg whatever the others are
+    def run_interrupted(self, name: str, baseline: TrialRun, topologies: Sequence[Topology], count: int) -> TrialRun:
+        # a seed draws the same interruptions for a run whatever the other runs are
         draw = random.Random(f"{self.seed} {name}")
         interruptions: list[Interruption] = draw_interruptions(
             count,
-            last_step=straight.last_step,
+            last_step=baseline.last_step,
             save_every=self.save_every,
-            processes=[placement.processes for placement in placements],
+            processes=[topology.processes for topology in topologies],
             draw=draw,
-            saved_before=len(placements) > 1,
+            saved_before=len(topologies) > 1,
         )
-        if len(placements) == 1:
-            facts = straight.attempts[0].record.facts
+        if len(topologies) == 1:
+            facts = baseline.attempts[0].trace.facts
             interruptions = resume_between(
                 interruptions,
-                last_step=straight.last_step,
+                last_step=baseline.last_step,
                 save_every=self.save_every,
                 workers=facts["workers"],
                 micro_batches=facts["micro_batches"],
                 draw=draw,
             )
-        leg = self.runner.run(
-            name, placements, interruptions, step_seconds=straight.step_seconds, save_seconds=straight.save_seconds,
-            enough=lambda leg: len(placements) == 1 and already_differs(straight, leg),
+        trial = self.runner.run(
+            name, topologies, interruptions, step_seconds=baseline.step_seconds, save_seconds=baseline.save_seconds,
+            stop_when=lambda trial: len(topologies) == 1 and already_differs(baseline, trial),
         )  # fmt: skip
-        if len(placements) == 1 and already_differs(straight, leg):
-            return leg
-        went_on = {attempt.placement for attempt in leg.attempts if attempt.resumed_at > 0 and attempt.record.steps}
-        if len(placements) > 1 and (missing := [place for place in placements[1:] if place not in went_on]):
+        if len(topologies) == 1 and already_differs(baseline, trial):
+            return trial
+        resumed_in = {attempt.topology for attempt in trial.attempts if attempt.resumed_at > 0 and attempt.trace.steps}
+        if len(topologies) > 1 and (missing := [topology for topology in topologies[1:] if topology not in resumed_in]):
             raise CouldNotRun(
-                f"{name}: it did not come to go on from a checkpoint in {'; '.join(map(str, missing))}; train more "
+                f"{name}: never resumed from a checkpoint in {'; '.join(map(str, missing))}; train more steps "
                 "with --steps, or try another --seed"
             )
-        if not went_on:
+        if not resumed_in:
             raise CouldNotRun(
-                f"{name}: none of {len(leg.attempts)} starts went on from a checkpoint, so nothing is proved; train "
-                "more with --steps, save more often with checkpoint.every='1 step', or try another --seed"
+                f"{name}: none of {len(trial.attempts)} attempts resumed from a checkpoint, so nothing is proved; "
+                "train more steps with --steps, save more often with checkpoint.every='1 step', or try another --seed"
             )
-        return leg
+        return trial

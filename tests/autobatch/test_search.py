@@ -160,7 +160,7 @@ def test_another_launcher_and_another_run_go_by_what_is_known(tmp_path: Path) ->
     for change in ("seed=3", "log.every=2 steps", "train.steps=9", "schedule=cosine"):
         other = load_recipe(path, ["model.mib=0", change]).recipe
         assert cached_micro_batch(RunDir(run), CacheKey.of(other, 2, "ddp", "none")) == known, change
-    # before there is a run: as a proof does with its legs
+    # before there is a run: as a proof does with its trial runs
     hand_on(RunDir(run), RunDir(other_run))
     hand_on(RunDir(run), RunDir(other_run))
     ended = train(2, path, other_run, "model.mib=0")

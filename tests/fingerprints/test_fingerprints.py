@@ -26,7 +26,7 @@ from distrain.fingerprints import compare, fingerprint
 from distrain.fingerprints.code import code_of
 from distrain.fingerprints.files import MOST_FILES, listing, walk
 from distrain.fingerprints.items import items_of
-from distrain.prove.legs import CouldNotRun, Leg, Runner
+from distrain.prove.trial_runs import CouldNotRun, TrialRun, TrialRunner
 from distrain.run.folder import RunDir, read_rows
 from distrain.system import bounded_json as bounded
 from distrain.training.updates import noted
@@ -453,17 +453,17 @@ def test_a_project_that_was_moved_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_proof_of_what_changes_meanwhile_is_none(tmp_path: Path) -> None:
-    with Runner("recipe.yaml", [], tmp_path, last_step=6) as runner:
+    with TrialRunner("recipe.yaml", [], tmp_path, last_step=6) as runner:
         for number, size in enumerate((1, 1, 2)):
             run = RunDir(tmp_path / str(number))
             run.path.mkdir()
             run.record_inputs({"data": {"files": {"t.csv": [size, "whole-0"]}}})
-            leg = Leg(f"run {number}", run.path)
+            trial = TrialRun(f"run {number}", run.path)
             if size == 1:
-                runner._check_inputs(leg)
+                runner._check_inputs(trial)
                 continue
             with pytest.raises(CouldNotRun, match="run 2: data or code changed while the recipe was proved"):
-                runner._check_inputs(leg)
+                runner._check_inputs(trial)
 
 
 def fail_in_step(recipe: str, overrides: list[str], run_dir: str) -> Ended:

@@ -1,4 +1,4 @@
-"""What `distrain prove` finds: nothing in right recipes, and in wrong ones the step, the thing and the cause."""
+"""`distrain prove` finds nothing in correct recipes, and in wrong ones the step, the subject and the cause."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from worlds import _context, free_port
 from distrain.checkpoint import list_checkpoints
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.prove import CouldNotRun, Divergence, Interruption, Placement, Proof, prove
+from distrain.prove import CouldNotRun, Divergence, Interruption, Proof, Topology, prove
 from distrain.prove.command import run as run_command
-from distrain.prove.cost import turned_on
-from distrain.prove.divergence import exact
-from distrain.prove.legs import draw_interruptions, resume_between
-from distrain.prove.processes import members
-from distrain.prove.proof import placements_of
-from distrain.prove.report import in_words, proved_line
-from distrain.prove.tolerance import Tolerance, within
-from distrain.prove.traces import read_record
+from distrain.prove.cost import determinism_turned_on
+from distrain.prove.divergence import compare_exactly
+from distrain.prove.processes import session_processes
+from distrain.prove.proof import topologies_of
+from distrain.prove.report import proved_line, result_line
+from distrain.prove.tolerance import Tolerance, compare_within
+from distrain.prove.traces import read_trace
+from distrain.prove.trial_runs import draw_interruptions, resume_between
 from distrain.run.folder import RunDir
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.callbacks.trace import changes
@@ -163,28 +163,28 @@ def divergence_of(proof: Proof) -> Divergence:
 
 
 def test_a_right_recipe_is_proved_with_kills(tmp_path: Path) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     recipe = small(tmp_path, TINY.replace("precision: fp64", "precision: fp32").replace("steps: 12,", "steps: 100,"))
     options = ["model.dropout=0.2", "model.norm=batch", "checkpoint.async=true"]
-    proof = proof_of(recipe, *options, kills=3, steps=12, done=lambda result: told.append(in_words(result)))
+    proof = proof_of(recipe, *options, kills=3, steps=12, done=lambda result: lines.append(result_line(result)))
     assert proof.proved
-    straight, killed = proof.results
-    assert straight.leg.last_step == killed.leg.last_step == 12
+    baseline, killed = proof.results
+    assert baseline.trial.last_step == killed.trial.last_step == 12
     assert proof.total_steps == 100, "the schedule is that of the whole recipe"
-    assert sorted(each.how for each in killed.leg.interruptions) == ["kill", "kill", "stop"]
-    assert len(killed.leg.attempts) == 4
-    assert any(attempt.resumed_at > 0 for attempt in killed.leg.attempts)
+    assert sorted(each.how for each in killed.trial.interruptions) == ["kill", "kill", "stop"]
+    assert len(killed.trial.attempts) == 4
+    assert any(attempt.resumed_at > 0 for attempt in killed.trial.attempts)
     # every step's ids, learning rate, loss, gradients and state were there to be compared
     for step in range(1, 13):
-        noted = straight.leg.attempts[0].record.steps[step][0]
+        noted = baseline.trial.attempts[0].trace.steps[step][0]
         assert {"ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "scalars"} <= set(
             noted
         )
         assert any(name.startswith("optimizer/") for name in noted["state"])
         assert any(name.startswith("ema/") for name in noted["state"])
         assert noted["drawn"] == ["torch"], "dropout draws, and nothing else does"
-    assert "SIGTERM" in told[1]
-    assert "the same bits" in told[1]
+    assert "SIGTERM" in lines[1]
+    assert "the same bits" in lines[1]
     assert proved_line(proof).startswith(
         "proved: the first 12 of 100 steps, 3 interruptions; 1 run the same to the bit"
     )
@@ -197,45 +197,45 @@ def with_determinism(arguments: Sequence[str], environment: Mapping[str, str], o
     return forked([*arguments[:at], *on, *arguments[at:]], environment, output)
 
 
-def test_what_deterministic_operations_cost_is_told(tmp_path: Path) -> None:
+def test_the_cost_of_deterministic_operations_is_reported(tmp_path: Path) -> None:
     recipe, keep = small(tmp_path), tmp_path / "kept"
     proof = prove(recipe, ["log.every=1 steps"], kills=1, steps=6, seed=3, keep=keep, start=with_determinism)
     assert proof.proved
     assert re.search(r"costs here: [\d,]+ samples/s with it, [\d,]+ without: [+-]\d+% time a step$", proof.determinism)
     assert proof.as_json()["determinism"] == proof.determinism
     # nobody turned it on but the recipe, or nobody at all
-    straight = RunDir(proof.results[0].leg.run_dir)
-    assert turned_on(load_recipe(recipe).recipe, straight)
+    baseline = RunDir(proof.results[0].trial.run_dir)
+    assert determinism_turned_on(load_recipe(recipe).recipe, baseline)
     for asked in ("true", "false"):
-        assert not turned_on(load_recipe(recipe, [f"train.deterministic={asked}"]).recipe, straight)
-    assert not turned_on(load_recipe(recipe).recipe, RunDir(tmp_path))
+        assert not determinism_turned_on(load_recipe(recipe, [f"train.deterministic={asked}"]).recipe, baseline)
+    assert not determinism_turned_on(load_recipe(recipe).recipe, RunDir(tmp_path))
 
 
-def test_placements_agree_within_the_tolerance(tmp_path: Path) -> None:
+def test_topologies_agree_within_the_tolerance(tmp_path: Path) -> None:
     proof = proof_of(small(tmp_path), "batch.micro=2", kills=2, worlds=[1, 2, 3])
     assert proof.proved, proof.divergence
-    assert [result.leg.name for result in proof.results] == [
-        *("straight, 1 process", "killed, 1 process", "straight, 2 processes", "killed, 2 processes"),
-        *("straight, 3 processes", "killed, 3 processes", "moving"),
+    assert [result.trial.name for result in proof.results] == [
+        *("baseline, 1 process", "killed, 1 process", "baseline, 2 processes", "killed, 2 processes"),
+        *("baseline, 3 processes", "killed, 3 processes", "moving"),
     ]
-    moving = proof.results[-1].leg
-    assert [attempt.placement.processes for attempt in moving.attempts] == [1, 2, 3]
+    moving = proof.results[-1].trial
+    assert [attempt.topology.processes for attempt in moving.attempts] == [1, 2, 3]
     near = [result.agreement for result in proof.results if result.agreement is not None]
     assert len(near) == 3
     assert all(0 < each.worst_loss <= 1e-6 and 0 < each.worst_tensor <= 1e-6 for each in near)
     # the comparison can fail
-    first, other = proof.results[0].leg, proof.results[2].leg
+    first, other = proof.results[0].trial, proof.results[2].trial
     assert not other.run_dir.exists(), "nothing is left behind"
-    assert first.attempts[0].record.facts["precision"] == "fp32"
+    assert first.attempts[0].trace.facts["precision"] == "fp32"
 
 
 def test_a_rank_that_is_killed_alone(tmp_path: Path) -> None:
     proof = proof_of(small(tmp_path), kills=3, worlds=[2], seed=1)
     assert proof.proved, proof.divergence
-    assert sorted(each.how for each in proof.results[1].leg.interruptions) == ["kill", "kill-rank", "stop"]
+    assert sorted(each.how for each in proof.results[1].trial.interruptions) == ["kill", "kill-rank", "stop"]
 
 
-def test_what_depends_on_the_number_of_processes_is_said(tmp_path: Path) -> None:
+def test_the_report_names_what_depends_on_the_number_of_processes(tmp_path: Path) -> None:
     recipe = small(tmp_path, TINY)
     proof = proof_of(recipe, "model.norm=batch", "model.dropout=0.2", kills=0, worlds=[1, 2], steps=6)
     assert proof.proved
@@ -243,10 +243,10 @@ def test_what_depends_on_the_number_of_processes_is_said(tmp_path: Path) -> None
     assert agreement is not None
     assert "batch normalisation (layers.1)" in agreement.by_design
     assert "draws random numbers" in agreement.by_design
-    assert "only as to samples and learning rates" in proved_line(proof)
+    assert "by samples and learning rates only" in proved_line(proof)
 
 
-def test_another_placement_beyond_the_tolerance_is_a_divergence(tmp_path: Path) -> None:
+def test_another_topology_beyond_the_tolerance_is_a_divergence(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     proof = proof_of(recipe, kills=0, worlds=[1, 2], loss_tolerance=0.0)
     found = divergence_of(proof)
@@ -256,7 +256,7 @@ def test_another_placement_beyond_the_tolerance_is_a_divergence(tmp_path: Path) 
     found = divergence_of(proof)
     assert (found.what, found.step) == ("checkpoint", 2)
     assert found.subject.startswith("model/")
-    again = within(proof.results[0].leg, proof.results[1].leg, Tolerance(1e-5, 1e-4, 1e-6))
+    again = compare_within(proof.results[0].trial, proof.results[1].trial, Tolerance(1e-5, 1e-4, 1e-6))
     assert again.divergence is None
 
 
@@ -270,14 +270,14 @@ MODEL, DATA = "model", "data"
     ("key", "name", "what", "resumed", "says"),
     [
         (MODEL, "UnseededModel", "loss", False, "model.noise"),
-        (MODEL, "EntropyModel", "loss", False, "random numbers that are not seeded"),
-        (MODEL, "UnorderedModel", "loss or gradients", False, "arithmetic that is not deterministic"),
+        (MODEL, "EntropyModel", "loss", False, "unseeded random numbers"),
+        (MODEL, "UnorderedModel", "loss or gradients", False, "a nondeterministic operation"),
         (MODEL, "CountingModel", "loss", True, "model.calls"),
         (MODEL, "GlobalModel", "loss", True, "calls (a variable of wrong_parts.py)"),
         (MODEL, "ForgetfulModel", "loss", True, "model.seen (a buffer that is not persistent)"),
         (MODEL, "SeededModel", "loss", True, "model.draws"),
         (DATA, "UnseededData", "samples", False, "data.noise"),
-        (DATA, "CountingData", "samples", True, "data.asked"),
+        (DATA, "CountingData", "samples", True, "data.reads"),
         ("optim.name", "Forgetful", "state", True, "optimizer.velocity"),
     ],
 )
@@ -292,10 +292,10 @@ def test_what_users_do_wrong_is_found_and_named(
     assert says in found.cause, found
     assert found.advice
     assert found.ranks == [0]
-    assert found.straight != found.other
+    assert found.baseline != found.other
     assert (found.attempt > 0) == resumed, found
     if resumed:
-        # weights and inputs are the same when it goes on, so the first step already tells
+        # weights and inputs are the same after the resume, so the first step already differs
         assert found.step == found.resumed_at + 1
         assert f"in step {found.step}, after the resume at step {found.resumed_at}, on rank 0" in str(found)
     elif name != "UnorderedModel":  # which may round to the same now and then
@@ -306,7 +306,7 @@ def test_what_users_do_wrong_is_found_and_named(
 def test_weights_that_start_otherwise(tmp_path: Path) -> None:
     found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:UnseededStart"))
     assert (found.what, found.step, found.subject) == ("start", 0, "model/head.weight")
-    assert "built with random numbers" in found.cause
+    assert "built from unseeded random numbers" in found.cause
     assert "with 0 steps done" in str(found)
 
 
@@ -320,16 +320,16 @@ def test_an_optimizer_that_loads_less_than_it_saved(tmp_path: Path) -> None:
 
 
 def test_random_numbers_that_come_late_are_told_from_state_that_is_lost(tmp_path: Path) -> None:
-    # the interrupted run differs only after its resume, and a second straight run differs as well
+    # the interrupted run differs only after its resume, and a second baseline run differs as well
     seed = next(seed for seed in range(100) if _first_kill(seed).step < 7)
     found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:LateModel", seed=seed))
     assert (found.step, found.attempt) == (10, 1)
-    assert "random numbers that are not seeded" in found.cause
+    assert "unseeded random numbers" in found.cause
 
 
-def test_a_model_may_change_its_buffers_when_it_is_scored(tmp_path: Path) -> None:
+def test_a_model_may_change_its_buffers_in_evaluation(tmp_path: Path) -> None:
     recipe = small(tmp_path)
-    proof = proof_of(recipe, f"model={WRONG}:ScoredModel", "eval.every=2 steps")
+    proof = proof_of(recipe, f"model={WRONG}:CountsCalls", "eval.every=2 steps")
     assert proof.proved, proof.divergence
 
 
@@ -356,7 +356,7 @@ def _draw(seed: int) -> random.Random:
 
 def test_samples_that_depend_on_the_rank(tmp_path: Path) -> None:
     found = divergence_of(proof_of(small(tmp_path), f"data={WRONG}:RankData", kills=0, worlds=[1, 2], steps=6))
-    assert (found.leg, found.what, found.step) == ("straight, 2 processes", "samples", 1)
+    assert (found.trial, found.what, found.step) == ("baseline, 2 processes", "samples", 1)
     assert "RANK" in found.advice
 
 
@@ -369,25 +369,25 @@ def test_a_data_set_of_another_length_each_time(tmp_path: Path) -> None:
 def test_checkpoints_that_were_tampered_with(tmp_path: Path) -> None:
     proof = proof_of(small(tmp_path), keep=tmp_path / "kept")
     assert proof.proved
-    straight, killed = (result.leg for result in proof.results)
+    baseline, killed = (result.trial for result in proof.results)
     checkpoints = list_checkpoints(killed.run_dir / "checkpoints")
     victim = checkpoints[1]
     file = next(victim.path.glob("rank-*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    found = exact(straight, killed)
+    found = compare_exactly(baseline, killed)
     assert found is not None
     assert (found.what, found.step) == ("checkpoint", victim.step)
     assert "does not verify" in found.other
     # whole, with another state: that of another step
     _replace(victim.path, checkpoints[0].path, victim.step)
-    found = exact(straight, killed)
+    found = compare_exactly(baseline, killed)
     assert found is not None
     assert (found.what, found.step) == ("checkpoint", victim.step)
     assert found.subject.startswith("model/layers.0.")
     assert ", element " in found.subject
-    assert float(found.straight) != float(found.other), "both values"
+    assert float(found.baseline) != float(found.other), "both values"
     assert any("elements differ" in line for line in found.more)
 
 
@@ -512,7 +512,7 @@ def test_what_the_users_files_remember_is_found(change: Callable[[Any], Any], pa
     assert all("remembering_parts" in path or " (of the class)" in path for path in changed), changed
 
 
-def test_files_of_the_users_code_are_noted(tmp_path: Path) -> None:
+def test_files_of_the_users_code_are_recorded(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("1")
     code = tmp_path / "noting.py"
     code.write_text(
@@ -533,9 +533,9 @@ def test_files_of_the_users_code_are_noted(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == 0
     (tmp_path / "trace" / "rank-0.jsonl").write_text(json.dumps({"at": "start", "step": 0}) + "\n")
-    record = read_record(tmp_path / "trace")
-    assert record is not None
-    found = {Path(path).name: noted for path, noted in record.files.items()}
+    trace = read_trace(tmp_path / "trace")
+    assert trace is not None
+    found = {Path(path).name: noted for path, noted in trace.files.items()}
     assert found["note.txt"][0].startswith("1 bytes, written at ")
     assert found["note.txt"][1], "by what was put in its place"
     assert found["log.txt"] == (None, True), "what is only added to is not read"
@@ -552,13 +552,18 @@ def _noting(command: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("part", "overrides", "what", "says"),
     [
-        ("model=ScoredInSecret", ["eval.every=3 steps"], "loss", "model.scored (a buffer that is not persistent)"),
+        (
+            "model=CountsEvaluationsInSecret",
+            ["eval.every=3 steps"],
+            "loss",
+            "model.evaluations (a buffer that is not persistent)",
+        ),
         ("model=Ramped", [], "loss", "(a default argument of ramp in wrong_parts.py)"),
         ("optim.name=Slowing", [], "lr or state", "STEPS.0 (a variable of wrong_parts.py)"),
-        ("data=HashedData", [], "samples", "the order in which a set gives texts"),
+        ("data=HashedData", [], "samples", "the iteration order of a set of strings"),
         ("model=Noted", [], "loss", "note.txt, which training writes and reads"),
         ("data=WorkerData", ["data.workers=2", "checkpoint.every=2 steps"], "samples", "get_worker_info"),
-        ("data=CountingData", ["data.workers=1"], "samples", "data.asked"),
+        ("data=CountingData", ["data.workers=1"], "samples", "data.reads"),
     ],
 )
 def test_what_is_remembered_elsewhere_is_named(
@@ -589,14 +594,14 @@ def test_one_resume_is_between_loader_processes(workers: int, count: int, last_s
         assert 1 <= exact_one.step <= last_step - 2
         assert [each for each in moved() if not each.exact] == [d for d in drawn if d in moved()]
         if workers > 1 and micro_batches % workers:
-            assert exact_one.step * micro_batches % workers, "another process reads than in a straight run"
+            assert exact_one.step * micro_batches % workers, "another process reads than in a baseline run"
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def test_the_exit_status_says_what_came_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_is_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = small(tmp_path)
 
     def command(*overrides: str, **how: Any) -> tuple[int, str, str]:
@@ -614,9 +619,9 @@ def test_the_exit_status_says_what_came_of_it(tmp_path: Path, capsys: pytest.Cap
 
     status, out, err = command(as_json=True)
     assert status == 0
-    told = json.loads(out)
-    assert told["proved"] is True
-    assert [len(leg["attempts"]) for leg in told["legs"]] == [1, 2]
+    report = json.loads(out)
+    assert report["proved"] is True
+    assert [len(trial["attempts"]) for trial in report["legs"]] == [1, 2]
     assert "proved: " in err
 
     status, out, err = command(f"model={WRONG}:CountingModel")
@@ -645,22 +650,22 @@ def test_what_cannot_be_run(tmp_path: Path) -> None:
         proof_of(recipe, "optim.lr=1e18")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         proof_of(recipe, keep=tmp_path / "full")
-    with pytest.raises(UserError, match="zero3: a strategy spreads state"):
-        placements_of(1, [1], ["zero3"])
+    with pytest.raises(UserError, match="zero3: a strategy needs several processes"):
+        topologies_of(1, [1], ["zero3"])
 
 
-def test_placements() -> None:
-    assert placements_of(2, [], []) == [Placement(2)]
-    assert placements_of(2, [1, 3], []) == [Placement(1), Placement(3)]
-    assert placements_of(1, [1, 2, 3], ["single", "zero3", "zero3"]) == [
-        Placement(1, "single"),
-        Placement(2, "zero3"),
-        Placement(3, "zero3"),
+def test_topologies() -> None:
+    assert topologies_of(2, [], []) == [Topology(2)]
+    assert topologies_of(2, [1, 3], []) == [Topology(1), Topology(3)]
+    assert topologies_of(1, [1, 2, 3], ["single", "zero3", "zero3"]) == [
+        Topology(1, "single"),
+        Topology(2, "zero3"),
+        Topology(3, "zero3"),
     ]
-    assert placements_of(1, [2], ["single", "ddp"]) == [Placement(1, "single"), Placement(2, "ddp")]
-    found = placements_of(1, [2, 4, 6], ["ddp", "fsdp2"], [1, 2, 3])
+    assert topologies_of(1, [2], ["single", "ddp"]) == [Topology(1, "single"), Topology(2, "ddp")]
+    found = topologies_of(1, [2, 4, 6], ["ddp", "fsdp2"], [1, 2, 3])
     assert [(each.processes, each.replicas) for each in found if each.strategy == "ddp"] == [(2, 1), (4, 1), (6, 1)]
     hybrid = [(each.processes, each.replicas) for each in found if each.strategy == "fsdp2"]
     assert hybrid == [(2, 1), (4, 1), (4, 2), (6, 1), (6, 2), (6, 3)]
@@ -681,7 +686,7 @@ def test_interruptions_are_spread_and_can_be_repeated(count: int) -> None:
     assert drawn(1)[0].saving or count > 30, "the first comes with a save where one is near"
 
 
-def test_an_interruption_leaves_steps_to_go_on_with(tmp_path: Path) -> None:
+def test_an_interruption_leaves_steps_to_resume_for(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     for seed in range(3):
         found = divergence_of(proof_of(recipe, f"model={WRONG}:CountingModel", steps=6, seed=seed))
@@ -694,7 +699,7 @@ def test_an_interruption_leaves_steps_to_go_on_with(tmp_path: Path) -> None:
 
 
 def left_behind(mark: str) -> list[int]:
-    return members(-1, mark)
+    return session_processes(-1, mark)
 
 
 @pytest.mark.slow
@@ -734,9 +739,9 @@ def test_the_command_as_people_type_it(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [leg["name"] for leg in told["legs"]] == ["straight, 2 processes", "killed, 2 processes"]
-    assert told["legs"][1]["attempts"][0]["interruption"]["how"] == "kill"
+    report = json.loads(done.stdout)
+    assert [trial["name"] for trial in report["legs"]] == ["baseline, 2 processes", "killed, 2 processes"]
+    assert report["legs"][1]["attempts"][0]["interruption"]["how"] == "kill"
 
 
 def _until(condition: Callable[[], bool], timeout_s: float) -> None:

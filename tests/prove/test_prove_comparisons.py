@@ -1,4 +1,4 @@
-"""What `distrain prove` makes of two runs, on records and checkpoints made by hand."""
+"""How `distrain prove` compares two runs, on traces and checkpoints made by hand."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from runs import cli, write_recipe
 
 from distrain.checkpoint import LocalCommunicator, Piece, Reader, Saver, TensorSpec, list_checkpoints
 from distrain.config import UserError
-from distrain.prove import Divergence, Leg, Placement
-from distrain.prove.causes import explain
-from distrain.prove.divergence import exact
-from distrain.prove.legs import Attempt
-from distrain.prove.proof import placements_of
-from distrain.prove.tolerance import TOLERANCES, distance, within
-from distrain.prove.traces import Record
+from distrain.prove import Divergence, Topology, TrialRun
+from distrain.prove.causes import add_cause
+from distrain.prove.divergence import compare_exactly
+from distrain.prove.proof import topologies_of
+from distrain.prove.tolerance import TOLERANCES, compare_within, distance
+from distrain.prove.traces import AttemptTrace
+from distrain.prove.trial_runs import Attempt
 
 STEPS = 4
 SAVED = (2, 4)
 
 
-def record(
+def attempt_trace(
     world: int = 1, *, steps: Iterable[int] = range(1, STEPS + 1), start: int = 0, losses: Mapping[int, float] = {},
     samples: Mapping[int, int] = {}, rates: Mapping[int, float] = {}, drawn: Iterable[str] = (),
-) -> Record:  # fmt: skip
-    """Return what the ranks of one attempt noted: step s reads samples 2 s and 2 s + 1, the first half on each rank."""
+) -> AttemptTrace:  # fmt: skip
+    """Return the trace of one attempt: step s reads samples 2 s and 2 s + 1, the first half on each rank."""
     facts = {
         "world_size": world,
         "precision": "fp32",
@@ -39,7 +39,7 @@ def record(
         "hidden": {},
         "state": {},
     }
-    made = Record({rank: dict(facts) for rank in range(world)})
+    made = AttemptTrace({rank: dict(facts) for rank in range(world)})
     for step in steps:
         ids = [samples.get(step, 2 * step), 2 * step + 1]
         for rank, own in enumerate([ids] if world == 1 else [ids[:1], ids[1:]]):
@@ -52,20 +52,20 @@ def record(
     return made
 
 
-def leg(
-    folder: Path, *records: Record, scored: Iterable[int] = (2, 4), final: int | None = 4,
+def trial_run(
+    folder: Path, *traces: AttemptTrace, evaluated: Iterable[int] = (2, 4), final: int | None = 4,
     saved: Mapping[int, Mapping[str, Any]] | None = None,
-) -> Leg:  # fmt: skip
+) -> TrialRun:  # fmt: skip
     """Return a run of these attempts, with its evaluations and its checkpoints: tensors by name, by step."""
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
-    rows = [{"event": "eval", "step": step, "split": "valid", "loss": 1.0} for step in scored]
+    rows = [{"event": "eval", "step": step, "split": "valid", "loss": 1.0} for step in evaluated]
     rows += [] if final is None else [{"event": "final", "step": final, "split": "test", "loss": 1.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step, tensors in ({step: {"weight": np.ones(3)} for step in SAVED} if saved is None else saved).items():
         save(run / "checkpoints", step, {f"model/{name}": np.asarray(values) for name, values in tensors.items()})
-    attempts = [Attempt(Placement(each.facts["world_size"]), each, None) for each in records]
-    return Leg(folder.name, run, attempts)
+    attempts = [Attempt(Topology(each.facts["world_size"]), each, None) for each in traces]
+    return TrialRun(folder.name, run, attempts)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, np.ndarray]) -> None:
@@ -88,61 +88,75 @@ def found_in(divergence: Divergence | None) -> Divergence:
 
 
 def test_runs_that_did_the_same_agree_though_steps_were_taken_twice(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record())
-    assert exact(straight, leg(tmp_path / "killed", record(steps=[1, 2, 3]), record(start=2, steps=[3, 4]))) is None
+    baseline = trial_run(tmp_path / "baseline", attempt_trace())
+    assert (
+        compare_exactly(
+            baseline,
+            trial_run(tmp_path / "killed", attempt_trace(steps=[1, 2, 3]), attempt_trace(start=2, steps=[3, 4])),
+        )
+        is None
+    )
 
 
 def test_a_run_with_fewer_steps_is_a_divergence(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record())
-    short = leg(tmp_path / "short", record(steps=[1]), scored=(), final=None, saved={})
-    found = found_in(exact(straight, short))
+    baseline = trial_run(tmp_path / "baseline", attempt_trace())
+    short = trial_run(tmp_path / "short", attempt_trace(steps=[1]), evaluated=(), final=None, saved={})
+    found = found_in(compare_exactly(baseline, short))
     assert (found.what, found.step) == ("done", 2)
-    assert (found.straight, found.other) == ("4 steps, with step 2", "1 steps, without step 2")
+    assert (found.baseline, found.other) == ("4 steps, with step 2", "1 steps, without step 2")
     assert found.more == ["and 2 more steps that only one of the runs took"]
-    explain(found, straight, repeats=None)
+    add_cause(found, baseline, repeats=None)
     assert "ended before the other" in str(found)
     # whichever of them it is
-    assert found_in(exact(short, straight)).straight == "1 steps, without step 2"
+    assert found_in(compare_exactly(short, baseline)).baseline == "1 steps, without step 2"
 
 
-def test_a_step_counts_where_every_rank_noted_it(tmp_path: Path) -> None:
-    straight, partial = leg(tmp_path / "straight", record(2)), record(2)
+def test_a_step_counts_where_every_rank_recorded_it(tmp_path: Path) -> None:
+    baseline, partial = trial_run(tmp_path / "baseline", attempt_trace(2)), attempt_trace(2)
     del partial.steps[3][1]
-    found = found_in(exact(straight, leg(tmp_path / "partial", partial)))
+    found = found_in(compare_exactly(baseline, trial_run(tmp_path / "partial", partial)))
     assert (found.what, found.step) == ("done", 3)
 
 
-@pytest.mark.parametrize(("scored", "final", "step"), [((2,), 4, 4), ((2, 3, 4), 4, 3), ((2, 4), None, 4)])
-def test_an_evaluation_that_only_one_has(tmp_path: Path, scored: tuple[int, ...], final: int | None, step: int) -> None:
-    straight = leg(tmp_path / "straight", record())
-    found = found_in(exact(straight, leg(tmp_path / "other", record(), scored=scored, final=final)))
+@pytest.mark.parametrize(("evaluated", "final", "step"), [((2,), 4, 4), ((2, 3, 4), 4, 3), ((2, 4), None, 4)])
+def test_an_evaluation_that_only_one_has(
+    tmp_path: Path, evaluated: tuple[int, ...], final: int | None, step: int
+) -> None:
+    baseline = trial_run(tmp_path / "baseline", attempt_trace())
+    found = found_in(
+        compare_exactly(baseline, trial_run(tmp_path / "other", attempt_trace(), evaluated=evaluated, final=final))
+    )
     assert (found.what, found.step) == ("done", step)
     assert "evaluation" in found.subject
-    assert {found.straight, found.other} == {"scored after this step", "not scored"}
+    assert {found.baseline, found.other} == {"evaluated after this step", "not evaluated"}
 
 
 def test_runs_without_a_checkpoint_in_common(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record())
-    found = found_in(exact(straight, leg(tmp_path / "other", record(), saved={3: {"weight": np.ones(3)}})))
+    baseline = trial_run(tmp_path / "baseline", attempt_trace())
+    found = found_in(
+        compare_exactly(baseline, trial_run(tmp_path / "other", attempt_trace(), saved={3: {"weight": np.ones(3)}}))
+    )
     assert (found.what, found.step) == ("done", STEPS)
-    assert (found.straight, found.other) == ("checkpoints of the steps 2, 4", "checkpoints of the steps 3")
+    assert (found.baseline, found.other) == ("checkpoints of the steps 2, 4", "checkpoints of the steps 3")
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Other placements
+# Other topologies
 
 FP32 = TOLERANCES["fp32"]
 OTHER_LOSSES = dict.fromkeys(range(1, STEPS + 1), 3.0)
 
 
-def moved_leg(folder: Path, *, world: int = 2, losses: Mapping[int, float] = OTHER_LOSSES, **what: Any) -> Leg:
-    return leg(folder, record(world, losses=losses, drawn=["torch"], **what))
+def moved_run(folder: Path, *, world: int = 2, losses: Mapping[int, float] = OTHER_LOSSES, **what: Any) -> TrialRun:
+    return trial_run(folder, attempt_trace(world, losses=losses, drawn=["torch"], **what))
 
 
 def test_with_dropout_losses_may_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(drawn=["torch"]))
     saved = {step: {"weight": np.full(3, 2.0)} for step in SAVED}
-    found = within(straight, leg(tmp_path / "other", record(2, losses=OTHER_LOSSES), saved=saved), FP32)
+    found = compare_within(
+        baseline, trial_run(tmp_path / "other", attempt_trace(2, losses=OTHER_LOSSES), saved=saved), FP32
+    )
     assert found.divergence is None
     assert "dropout" in found.by_design
     assert found.worst_tensor == pytest.approx(0.5)
@@ -152,49 +166,53 @@ def test_with_dropout_losses_may_depend_on_the_number_of_processes(tmp_path: Pat
 def test_what_is_read_is_compared_to_the_end_though_losses_depend(
     tmp_path: Path, what: str, changes: dict[str, Any]
 ) -> None:
-    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
-    found = found_in(within(straight, moved_leg(tmp_path / "other", **changes), FP32).divergence)
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(drawn=["torch"]))
+    found = found_in(compare_within(baseline, moved_run(tmp_path / "other", **changes), FP32).divergence)
     assert (found.what, found.step) == (what, 3 if what == "ids" else 4)
 
 
 def test_with_as_many_processes_dropout_excuses_nothing(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record(2, drawn=["torch"]))
-    found = within(straight, moved_leg(tmp_path / "other"), FP32)
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(2, drawn=["torch"]))
+    found = compare_within(baseline, moved_run(tmp_path / "other"), FP32)
     assert (found_in(found.divergence).what, found.by_design) == ("loss", "")
     # nor before a run moves to another number of them, and after it goes back it has inherited what was made there
-    first = record(2, steps=[1, 2], losses={1: 3.0})
-    moving = leg(tmp_path / "moving", first, record(1, start=2, steps=[3, 4], losses=OTHER_LOSSES))
-    assert found_in(within(straight, moving, FP32).divergence).step == 1
-    three = [record(2, steps=[1, 2]), record(1, start=2, steps=[3]), record(2, start=3, steps=[4], losses={4: 3.0})]
-    back = within(straight, leg(tmp_path / "back", *three), FP32)
+    first = attempt_trace(2, steps=[1, 2], losses={1: 3.0})
+    moving = trial_run(tmp_path / "moving", first, attempt_trace(1, start=2, steps=[3, 4], losses=OTHER_LOSSES))
+    assert found_in(compare_within(baseline, moving, FP32).divergence).step == 1
+    three = [
+        attempt_trace(2, steps=[1, 2]),
+        attempt_trace(1, start=2, steps=[3]),
+        attempt_trace(2, start=3, steps=[4], losses={4: 3.0}),
+    ]
+    back = compare_within(baseline, trial_run(tmp_path / "back", *three), FP32)
     assert back.divergence is None
     assert back.by_design
 
 
 def test_a_running_mean_follows_a_bias_that_is_rounding(tmp_path: Path) -> None:
-    one, other = record(2), record(2)
+    one, other = attempt_trace(2), attempt_trace(2)
     for each in (one, other):
         each.facts["batch_norm"] = ["norm"]
     tensors = [{"norm.running_mean": np.full(3, value), "norm.running_var": np.ones(3)} for value in (1.0, 1.01)]
-    legs = [
-        leg(tmp_path / name, each, saved=dict.fromkeys(SAVED, held))
-        for name, each, held in zip(("straight", "other"), (one, other), tensors, strict=True)
+    trials = [
+        trial_run(tmp_path / name, each, saved=dict.fromkeys(SAVED, held))
+        for name, each, held in zip(("baseline", "other"), (one, other), tensors, strict=True)
     ]
-    found = within(*legs, FP32)
+    found = compare_within(*trials, FP32)
     assert found_in(found.divergence).subject.startswith("model/norm.running_mean"), "where no such bias is"
-    one = record(2)
+    one = attempt_trace(2)
     one.facts["batch_norm"] = ["norm"]
     one.steps[1][0]["gradients"]["layer.bias"] = ["bits", 1e-9]
-    legs[0].attempts[0].record = one
-    found = within(*legs, FP32)
+    trials[0].attempts[0].trace = one
+    found = compare_within(*trials, FP32)
     assert found.divergence is None
     assert found.noise == ["layer.bias", "norm.running_mean"]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_never_by_design(tmp_path: Path, loss: float) -> None:
-    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
-    found = within(straight, moved_leg(tmp_path / "other", losses=OTHER_LOSSES | {2: loss}), FP32)
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(drawn=["torch"]))
+    found = compare_within(baseline, moved_run(tmp_path / "other", losses=OTHER_LOSSES | {2: loss}), FP32)
     assert (found_in(found.divergence).what, found_in(found.divergence).step) == ("loss", 2)
     assert found.worst_loss == float("inf")
 
@@ -205,17 +223,17 @@ def test_a_loss_that_is_not_finite_is_never_by_design(tmp_path: Path, loss: floa
 def test_a_tensor_that_is_missing_or_not_finite_is_never_by_design(
     tmp_path: Path, tensors: dict[str, np.ndarray]
 ) -> None:
-    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(drawn=["torch"]))
     saved = {2: {"weight": np.full(3, 2.0)}, 4: tensors}
-    other = leg(tmp_path / "other", record(2, losses=OTHER_LOSSES), saved=saved)
-    found = found_in(within(straight, other, FP32).divergence)
+    other = trial_run(tmp_path / "other", attempt_trace(2, losses=OTHER_LOSSES), saved=saved)
+    found = found_in(compare_within(baseline, other, FP32).divergence)
     assert (found.what, found.step) == ("checkpoint", 4)
 
 
 def test_a_run_elsewhere_with_fewer_steps_is_a_divergence(tmp_path: Path) -> None:
-    straight = leg(tmp_path / "straight", record(drawn=["torch"]))
-    short = leg(tmp_path / "short", record(2, steps=[1]), scored=(), final=None, saved={})
-    assert found_in(within(straight, short, FP32).divergence).what == "done"
+    baseline = trial_run(tmp_path / "baseline", attempt_trace(drawn=["torch"]))
+    short = trial_run(tmp_path / "short", attempt_trace(2, steps=[1]), evaluated=(), final=None, saved={})
+    assert found_in(compare_within(baseline, short, FP32).divergence).what == "done"
 
 
 @pytest.mark.parametrize(
@@ -241,23 +259,23 @@ def test_how_far_tensors_are_apart(tmp_path: Path, one: list[float], other: list
 
 
 @pytest.mark.parametrize(
-    ("worlds", "strategies", "replicate", "said"),
+    ("worlds", "strategies", "replicate", "message"),
     [
         ([2], ["zero5"], [], "no strategy 'zero5'"),
         ([1, 2], ["single"], [], "--strategies single is one process"),
-        ([1], ["ddp"], [], "a strategy spreads state over several processes"),
-        ([4], ["zero3"], [2], "--replicate says how many replicas fsdp2 makes"),
-        ([2, 3], ["fsdp2"], [2], "--replicate 2: no number of processes can be put .*, found 2, 3; .* --worlds 4"),
+        ([1], ["ddp"], [], "a strategy needs several processes"),
+        ([4], ["zero3"], [2], "--replicate sets the number of replicas of fsdp2"),
+        ([2, 3], ["fsdp2"], [2], "--replicate 2: expected a number of processes .*, found 2, 3; .* --worlds 4"),
     ],
 )
-def test_placements_that_would_be_ignored_are_refused(
-    worlds: list[int], strategies: list[str], replicate: list[int], said: str
+def test_topologies_that_would_be_ignored_are_refused(
+    worlds: list[int], strategies: list[str], replicate: list[int], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
-        placements_of(1, worlds, strategies, replicate)
+    with pytest.raises(UserError, match=message):
+        topologies_of(1, worlds, strategies, replicate)
 
 
 def test_processes_and_worlds_are_refused_together(tmp_path: Path) -> None:
     ended = cli("prove", write_recipe(tmp_path), "--processes", 2, "--worlds", "1,2")
     assert ended.status == 2
-    assert "--processes and --worlds both say how many" in ended.err
+    assert "--processes and --worlds both set the number" in ended.err

@@ -1,4 +1,4 @@
-"""What code may remember anywhere, each place changed by a function of its name."""
+"""Every place where code may keep state, each changed by the function of its name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def cached(number: int) -> int:
 
 
 class Model(nn.Module):
-    """Remembers in its class and in a method."""
+    """Keeps state in its class and in a method."""
 
     history: tuple[Any, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Models, data sets, transforms and optimizers that do not go on to the same bits, each in the way its name says."""
+"""Models, data sets, transforms and optimizers that do not resume to the same bits, each in the way its name says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 
 class Linear(nn.Module):
-    """What is right of the models below."""
+    """The correct part of the models below."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Linear(nn.Module):
 
 
 class UnseededModel(Linear):
-    """Draws noise from a generator of its own that nothing seeds."""
+    """Draws noise from its own unseeded generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class UnseededModel(Linear):
 
 
 class EntropyModel(Linear):
-    """Draws noise from the machine, and keeps nothing that could be looked at."""
+    """Draws noise from os.urandom, and keeps no state that could be inspected."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (1 + int.from_bytes(os.urandom(2), "little") / 2**16)
 
 
 class UnseededStart(Linear):
-    """Starts from other weights each time."""
+    """Starts from different weights each time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class UnseededStart(Linear):
 
 
 class CountingModel(Linear):
-    """Warms up by a count of its own, which is no buffer."""
+    """Warms up by its own count, which is no buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CountingModel(Linear):
 
 
 class ForgetfulModel(Linear):
-    """Remembers the mean of what it saw in a buffer that is not persistent."""
+    """Keeps a running mean of its inputs in a buffer that is not persistent."""
 
     seen: Tensor
 
@@ -80,7 +80,7 @@ class ForgetfulModel(Linear):
 
 
 class SeededModel(Linear):
-    """Draws from a generator of its own: the same each time it starts, and so another after a resume."""
+    """Draws from its own generator, seeded at each start, and so differs after a resume."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SeededModel(Linear):
 
 
 class UnorderedModel(Linear):
-    """Adds up in another order each time, as atomic additions on a GPU do."""
+    """Sums in a different order each time, as atomic additions on a GPU do."""
 
     def forward(self, x: Tensor) -> Tensor:
         order = np.random.default_rng().permutation(5)
@@ -102,7 +102,7 @@ class UnorderedModel(Linear):
 
 
 class LateModel(Linear):
-    """Draws noise from the machine from its tenth step on, which is counted in a buffer."""
+    """Draws noise from os.urandom from its tenth step on, counted in a buffer."""
 
     count: Tensor
 
@@ -116,8 +116,8 @@ class LateModel(Linear):
         return super().forward(x) * (1 + (self.count >= 10) * int.from_bytes(os.urandom(2), "little") / 2**16)
 
 
-class ScoredModel(Linear):
-    """Right: it counts evaluations as well in a buffer, and computes by that."""
+class CountsCalls(Linear):
+    """Correct: counts calls in training and evaluation in a persistent buffer, and uses the count."""
 
     count: Tensor
 
@@ -142,18 +142,18 @@ class GlobalModel(Linear):
         return super().forward(x) * (1 + calls / 10)
 
 
-class ScoredInSecret(Linear):
-    """Counts evaluations in a buffer that is not persistent, and computes by that."""
+class CountsEvaluationsInSecret(Linear):
+    """Counts evaluations in a buffer that is not persistent, and uses the count."""
 
-    scored: Tensor
+    evaluations: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("scored", torch.zeros(()), persistent=False)
+        self.register_buffer("evaluations", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.scored += not self.training
-        return super().forward(x) * (1 + self.scored / 100)
+        self.evaluations += not self.training
+        return super().forward(x) * (1 + self.evaluations / 100)
 
 
 def ramp(steps: list[int] = [0]) -> float:  # noqa: B006
@@ -169,7 +169,7 @@ class Ramped(Linear):
 
 
 class Noted(Linear):
-    """Goes by a mean in a file that the run before has left."""
+    """Uses a mean from a file that the previous attempt wrote."""
 
     def forward(self, x: Tensor) -> Tensor:
         note = Path(__file__).with_name("note.txt")
@@ -181,16 +181,16 @@ class Noted(Linear):
 
 
 class HashedData(Points):
-    """Adds what goes by the seed of hashes, as the order of a set of texts does."""
+    """Adds a value that depends on the hash seed, as the iteration order of a set of strings does."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         inputs, target = super().__getitem__(index)
-        # processes that are forked hash alike whatever this says
+        # forked processes hash alike whatever this is
         return inputs + int(os.environ["PYTHONHASHSEED"]) % 1000, target
 
 
 class UnseededData(Points):
-    """Adds noise that nothing seeds."""
+    """Adds unseeded noise."""
 
     def __init__(self, split: str) -> None:
         super().__init__(split)
@@ -202,20 +202,20 @@ class UnseededData(Points):
 
 
 class CountingData(Points):
-    """Makes samples harder the more it was asked for."""
+    """Scales samples by the number of samples read so far."""
 
     def __init__(self, split: str) -> None:
         super().__init__(split)
-        self.asked = 0
+        self.reads = 0
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         inputs, target = super().__getitem__(index)
-        self.asked += 1
-        return inputs * (1 + self.asked / 100), target
+        self.reads += 1
+        return inputs * (1 + self.reads / 100), target
 
 
 class WorkerData(Points):
-    """Gives other samples in each loader process."""
+    """Returns different samples in each loader process."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         inputs, target = super().__getitem__(index)
@@ -224,7 +224,7 @@ class WorkerData(Points):
 
 
 class RankData(Points):
-    """Gives other samples in each training process."""
+    """Returns different samples in each training process."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         inputs, target = super().__getitem__(index)
@@ -232,14 +232,14 @@ class RankData(Points):
 
 
 class GrowingData(Points):
-    """Has another number of samples each time, as a folder that something writes to."""
+    """Has a different number of samples each time, as a folder that is being written to."""
 
     def __init__(self, split: str) -> None:
         super().__init__(split, samples=30 + time.monotonic_ns() // 1000 % 50)
 
 
 class Jitter:
-    """A transform with a generator of its own."""
+    """A transform with its own generator."""
 
     def __init__(self) -> None:
         self.draws = torch.Generator().manual_seed(0)
@@ -249,7 +249,7 @@ class Jitter:
 
 
 class Forgetful(torch.optim.Optimizer):
-    """SGD with momentum that it keeps beside its state."""
+    """SGD with momentum kept outside its state."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -271,7 +271,7 @@ STEPS = [0]
 
 
 class Slowing(torch.optim.SGD):
-    """SGD that steps less and less, by a count in a list of this file."""
+    """SGD with a decaying step, by a count in a list of this file."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
