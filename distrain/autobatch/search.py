@@ -1,11 +1,11 @@
-"""Finding `batch.micro: auto`: the largest micro-batch that fits, by trying, before the run starts.
+"""Searching `batch.micro: auto`: the largest micro-batch that fits, before the run starts.
 
-Each try is made by processes of its own, as many as the run has on this machine, which build the run's own model,
-optimizer and strategy, make two steps, and end: what a try that fails leaves behind, it leaves in them. A size fits
-where a tenth of the memory stays free: of a GPU, of the cgroup, or of the limit of a process.
+Each try runs in its own processes, as many as the run has on this machine: they build the run's model, optimizer and
+strategy, take two steps, and exit, so that a failed try leaves nothing behind. A size fits where a tenth of the memory
+stays free: of a GPU, of the cgroup, or of the limit of a process.
 
-On CPUs it is tried only where somebody has set a limit on memory (a cgroup's, as schedulers and containers have, or
-ulimit's). The memory of the whole machine is no measure, as others take of it what they want.
+On CPUs it searches only under a memory limit (of a cgroup, as schedulers and containers set, or of ulimit). The memory
+of the whole machine is no limit, as other programs use it too.
 """
 
 from __future__ import annotations
@@ -38,57 +38,57 @@ if TYPE_CHECKING:
 
 MARGIN = 0.1
 """The share of the memory that stays free."""
-_STEPS = 2  # the optimizer's state is there from the first one on, so the second takes the most
-_PATIENCE_S = 1800.0  # for one try: a model may be compiled in it
+_STEPS = 2  # the optimizer's state exists after the first, so the second takes the most memory
+_TIMEOUT_S = 1800.0  # for one try: a model may be compiled in it
 
 
-class CannotProbe(Exception):
-    """A try failed of something else than memory; the run itself will say it better."""
+class SearchFailed(Exception):
+    """A try failed for another reason than memory; the run itself reports it better."""
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """How one try went."""
+class _TryResult:
+    """The result of one try."""
 
     fits: bool
     peak: int = 0
-    """Bytes that each process took, at most."""
+    """Peak memory of a process, in bytes."""
     limit: int = 0
-    """Bytes that there are."""
-    said: str = ""
+    """Memory limit of a process, in bytes."""
+    reason: str = ""
     """Why it does not fit."""
 
 
 def search_if_needed(
     run: RunDir,
     recipe: Recipe,
-    asked: StrategySpec,
+    spec: StrategySpec,
     *,
     processes: int,
     here: int,
     gpus: int,
     say: Callable[[str], None],
 ) -> CachedMicroBatch | None:
-    """Return what is newly found for a start that is about to be made, to be remembered in its run; see `find`.
+    """Search for an attempt that is about to start, and return the entry to cache in its run; see `search`.
 
-    None where nothing is to be found, or it is remembered from before and still holds.
+    None where there is nothing to search, or a valid entry is cached.
     """
-    if not wanted(recipe, gpus=gpus):
+    if not needs_search(recipe, gpus=gpus):
         return None
-    before = cached_micro_batch(run, CacheKey.of(recipe, processes, asked.strategy, asked.offload, asked.replicate))
-    if before is not None and still_holds(before, gpus=gpus, here=here):
+    before = cached_micro_batch(run, CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate))
+    if before is not None and is_valid(before, gpus=gpus, here=here):
         return None
-    return find(recipe, asked, processes=processes, here=here, gpus=gpus, say=say)
+    return search(recipe, spec, processes=processes, here=here, gpus=gpus, say=say)
 
 
-def wanted(recipe: Recipe, *, gpus: int) -> bool:
-    """Return whether there is something to find out by trying."""
+def needs_search(recipe: Recipe, *, gpus: int) -> bool:
+    """Return whether the recipe asks for a search and a memory limit exists."""
     return recipe.batch.micro_batch_size == "auto" and (gpus > 0 or _cpu_limit() is not None)
 
 
-def find(
+def search(
     recipe: Recipe,
-    asked: StrategySpec,
+    spec: StrategySpec,
     *,
     processes: int,
     here: int,
@@ -106,11 +106,11 @@ def find(
     sizes = micro_batch_sizes(recipe.batch.global_batch_size, processes)
     if not sizes:
         return None  # which is refused where the run starts
-    tries: dict[int, _Tried] = {}
+    tries: dict[int, _TryResult] = {}
 
     def fits(size: int) -> bool:
         began = time.monotonic()
-        done = tries[size] = _try(recipe, asked, size, processes, here, gpus)
+        done = tries[size] = _try(recipe, spec, size, processes, here, gpus)
         peak = f", {gib(done.peak)} of {gib(done.limit)} for each process" if done.peak else ""
         result = "fits" if done.fits else "does not fit"
         say(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
@@ -119,12 +119,12 @@ def find(
     say(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
     try:
         size = largest(sizes, fits)
-    except CannotProbe as error:
+    except SearchFailed as error:
         say(f"batch.micro auto: not found by trying, and taken as global / processes: {error}")
         return None
     if size is None:
-        raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].said}")
-    where = CacheKey.of(recipe, processes, asked.strategy, asked.offload, asked.replicate)
+        raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].reason}")
+    where = CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate)
     found = tries[size]
     tried = tuple((each, done.fits) for each, done in tries.items())
     return CachedMicroBatch(where, size, hardware(gpus), found.limit, found.peak, tried)
@@ -147,8 +147,8 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[fitting] if fitting >= 0 else None
 
 
-def still_holds(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:
-    """Return whether what was found before was found on such hardware, with no more memory than there is now."""
+def is_valid(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:
+    """Return whether an entry was found on the same hardware, with no more memory than there is now."""
     if autobatch.hardware != hardware(gpus):
         return False
     # a limit that is measured is never twice the same to the byte
@@ -156,7 +156,7 @@ def still_holds(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:
 
 
 def hardware(gpus: int) -> str:
-    """Return what a run is made on here, in words: the models of the GPUs, or cpu."""
+    """Return the hardware of this machine: the models of its GPUs, or cpu."""
     if not gpus:
         return "cpu"
     models = set()
@@ -170,13 +170,13 @@ def hardware(gpus: int) -> str:
 
 
 def _cpu_limit() -> memory.Limit | None:
-    """Return the limit on memory that somebody has set here and that leaves the least, or None."""
+    """Return the memory limit set on this machine that leaves the least free, or None."""
     found = [limit for limit in memory.limits() if limit.set_by_someone]
     return min(found, key=lambda limit: limit.nbytes - limit.used, default=None)
 
 
 def _share(limit: memory.Limit, here: int) -> int:
-    """Return what each of `here` processes may take under a limit, all that is free being theirs."""
+    """Return the bytes that each of `here` processes may use of what a limit leaves free."""
     return (limit.nbytes - limit.used) // here if limit.shared else limit.nbytes
 
 
@@ -184,8 +184,8 @@ def _share(limit: memory.Limit, here: int) -> int:
 # One try
 
 
-def _try(recipe: Recipe, asked: StrategySpec, size: int, processes: int, here: int, gpus: int) -> _Tried:
-    """Try a size in `here` processes; raises CannotProbe where one ends of something else than memory."""
+def _try(recipe: Recipe, spec: StrategySpec, size: int, processes: int, here: int, gpus: int) -> _TryResult:
+    """Try a size in `here` processes; raises SearchFailed where one fails for another reason than memory."""
     quiet = recipe.model_copy(
         update={
             "batch": BatchSection(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=size),
@@ -198,10 +198,10 @@ def _try(recipe: Recipe, asked: StrategySpec, size: int, processes: int, here: i
     try:
         (folder / "recipe.yaml").write_text(dump_recipe(quiet), encoding="utf-8")
         how = {
-            "strategy": asked.strategy,
-            "offload": asked.offload,
+            "strategy": spec.strategy,
+            "offload": spec.offload,
             # so that a replica is shared out by as many as in the run, or by all that there are here
-            "replicate": max(1, here // (processes // asked.replicate)) if asked.replicate != "auto" else 1,
+            "replicate": max(1, here // (processes // spec.replicate)) if spec.replicate != "auto" else 1,
             # of what counts against the limit, this much may be each process's own
             "data_limit": int(_share(limit, here) * (1 - MARGIN)) if limit is not None and limit.shared else None,
         }
@@ -212,7 +212,7 @@ def _try(recipe: Recipe, asked: StrategySpec, size: int, processes: int, here: i
 
 
 def _run(folder: Path, here: int) -> list[int]:
-    """Run the processes of one try; returns their exit codes. When one fails, the others are ended."""
+    """Run the processes of one try; returns their exit codes. When one fails, kills the others."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -233,13 +233,13 @@ def _run(folder: Path, here: int) -> list[int]:
                         stderr=subprocess.STDOUT,
                     )
                 )
-        until = time.monotonic() + _PATIENCE_S
+        until = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < until:
             codes = [process.poll() for process in processes]
             if all(code is not None for code in codes) or any(codes):
                 break
             time.sleep(0.02)
-        # who fails of memory says so before the others find that it has gone
+        # a process out of memory reports it before the others notice that it exited
         time.sleep(0.1)
         return [process.poll() or 0 if process.poll() is not None else -signal.SIGTERM for process in processes]
     finally:
@@ -253,36 +253,38 @@ def _run(folder: Path, here: int) -> list[int]:
 _COMMAND = "import sys; from distrain.autobatch.search import main; main(sys.argv[1])"
 
 
-def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: int) -> _Tried:
-    told = [_told(folder, rank) for rank in range(here)]
-    for each in told:
+def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: int) -> _TryResult:
+    results = [_read_result(folder, rank) for rank in range(here)]
+    for each in results:
         if each is not None and each["does_not_fit"]:
-            return _Tried(False, said=each["said"])
+            return _TryResult(False, reason=each["said"])
     if -signal.SIGKILL in codes:
         rank = codes.index(-signal.SIGKILL)
-        return _Tried(False, said=f"The kernel ended the process of rank {rank}, as it does where memory runs out.")
-    for rank, (each, code) in enumerate(zip(told, codes, strict=True)):
+        return _TryResult(
+            False, reason=f"The kernel killed the process of rank {rank}, as it does when memory runs out."
+        )
+    for rank, (each, code) in enumerate(zip(results, codes, strict=True)):
         if each is None and code == -signal.SIGTERM:
-            continue  # it was ended here, because of another, or took too long
+            continue  # killed here, because another failed, or after the timeout
         if each is None or each["said"]:
             text = each["said"] if each is not None else (folder / f"said-{rank}.txt").read_text(errors="replace")
             line = next((line for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")
-            raise CannotProbe(f"rank {rank}: {line.strip()[:300]}")
-    done = [each for each in told if each is not None]
+            raise SearchFailed(f"rank {rank}: {line.strip()[:300]}")
+    done = [each for each in results if each is not None]
     if len(done) < here:
-        raise CannotProbe(f"a try took longer than {_PATIENCE_S / 60:.0f} min")
+        raise SearchFailed(f"a try took longer than {_TIMEOUT_S / 60:.0f} min")
     peak = max(each["peak"] for each in done)
     if limit is not None:
-        return _Tried(True, peak, _share(limit, here))
+        return _TryResult(True, peak, _share(limit, here))
     total = min(each["total"] for each in done)
     if peak > (1 - MARGIN) * total:
-        return _Tried(
+        return _TryResult(
             False, peak, total, f"It takes {gib(peak)} of the {gib(total)} of a GPU; a tenth is to stay free."
         )
-    return _Tried(True, peak, total)
+    return _TryResult(True, peak, total)
 
 
-def _told(folder: Path, rank: int) -> dict[str, Any] | None:
+def _read_result(folder: Path, rank: int) -> dict[str, Any] | None:
     try:
         return json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -294,9 +296,9 @@ def _told(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def main(place: str) -> None:
-    """Make the first steps of the recipe in a folder, and write there what they took."""
+    """Take the first steps of the recipe in a folder, and write their peak memory there."""
     folder, rank = Path(place), int(os.environ["RANK"])
-    _stay_below(folder)
+    _limit_memory(folder)
     result: dict[str, Any] = {"does_not_fit": False, "said": "", "peak": 0, "total": 0}
     try:
         result |= _make_steps(folder)
@@ -313,11 +315,11 @@ def main(place: str) -> None:
     temporary.write_text(json.dumps(result), encoding="utf-8")
     temporary.replace(folder / f"result-{rank}.json")
     sys.stdout.flush()
-    os._exit(1 if result["said"] else 0)  # at once: nothing of it is wanted any more
+    os._exit(1 if result["said"] else 0)  # at once: there is nothing to clean up
 
 
-def _stay_below(folder: Path) -> None:
-    """Have this process fail, alone and before others do, where it takes more than it may."""
+def _limit_memory(folder: Path) -> None:
+    """Make this process, and no other, fail where it exceeds its share of the memory."""
     if sys.platform == "linux":
         import ctypes
 
@@ -345,11 +347,11 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
     how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
     loaded = load_recipe(folder / "recipe.yaml")
-    asked = StrategySpec.of(how["strategy"], how["offload"], how["replicate"])
-    world = open_world(loaded.recipe.train.precision, asked, deterministic=loaded.recipe.train.deterministic)
+    spec = StrategySpec.of(how["strategy"], how["offload"], how["replicate"])
+    world = open_world(loaded.recipe.train.precision, spec, deterministic=loaded.recipe.train.deterministic)
     recipe = loaded.recipe.model_copy(update={"callbacks": []})  # they are to see the run alone
     run = RunDir(folder / "run")
-    launch = Launch.describe(world.world_size, asked.strategy, asked.offload, asked.replicate)
+    launch = Launch.describe(world.world_size, spec.strategy, spec.offload, spec.replicate)
     world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
     with Session.open(run, recipe, world) as session:
         steps = session.loader()

@@ -23,7 +23,7 @@ from distrain.launchers.request import RunRequest, open_run
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
 from distrain.run.lease import Holder, check_free
-from distrain.run.micro_batch import CachedMicroBatch, remember
+from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
 from distrain.system.job_environment import job_environment
 from distrain.system.memory import oom_kills
@@ -243,7 +243,7 @@ class LocalLauncher:
         if start.update or not run.finished:
             found = autobatch(run, start.recipe.recipe, start.spec, count, count)
             if found is not None:
-                remember(run, found)
+                cache_micro_batch(run, found)
         script, config = shared_file("launch", "train.py"), configuration_file(start.strategy)
         status = launch(LaunchPlan(script, worker_arguments(start), count, config, start.offload), run)
         # a launcher that was signalled calls that a failure, and the run folder knows better

@@ -16,7 +16,7 @@ from distrain.launchers.reporting import leave_to_rank_0, log, log_to, reported,
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
 from distrain.run.folder import RunDir, effect_in_words
 from distrain.run.lease import Holder, Lease, check_free, take
-from distrain.run.micro_batch import CachedMicroBatch, remember
+from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import own_start, rank_told, say_ignored
 from distrain.system.job_environment import job_environment
 from distrain.system.output import echo, echo_error, echo_loading, one_line
@@ -158,7 +158,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
                 run.update_path.unlink(missing_ok=True)
             open_run(run, given, request.launch(), update=update)
             if found is not None:
-                remember(run, found)
+                cache_micro_batch(run, found)
             step = newest_step(run.checkpoints) or 0
             taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
             run.clear_markers(requeued=holder.restart > 0)

@@ -22,7 +22,7 @@ from distrain.fingerprints import compare
 from distrain.prove.processes import Process, StartProcess, kill_all, session_processes, start_distrain, wait
 from distrain.prove.traces import AttemptTrace, read_trace
 from distrain.run.folder import RunDir, strategy_in_words
-from distrain.run.micro_batch import hand_on
+from distrain.run.micro_batch import copy_cache
 
 _HASH_SEED = "PYTHONHASHSEED"
 
@@ -290,7 +290,7 @@ class TrialRunner:
             code = wait(process, float("inf") if interruption is None else _TIMEOUT_S)
             kill_all(process, self._tag)
             self._process = None
-            hand_on(RunDir(trial.run_dir), self._micro_batches)
+            copy_cache(RunDir(trial.run_dir), self._micro_batches)
             if code is None:
                 raise CouldNotRun(
                     f"{name}: {_TIMEOUT_S:.0f} s after {interruption} the run has not exited; its output:\n"
@@ -338,7 +338,7 @@ class TrialRunner:
     def _launch(
         self, run_dir: Path, topology: Topology, request: dict[str, Any], output: Path, hash_seed: str
     ) -> Process:
-        hand_on(self._micro_batches, RunDir(run_dir))
+        copy_cache(self._micro_batches, RunDir(run_dir))
         environment = {
             **os.environ,
             "DISTRAIN_TRACE": json.dumps(request),

@@ -1,7 +1,7 @@
-"""What `batch.micro: auto` was found to be, remembered in the run folder. Imports no torch.
+"""The cache of `batch.micro: auto` in the run folder. Imports no torch.
 
-RUN/micro_batch.json holds one entry for each number of processes, strategy and recipe that was tried. A start under the
-same goes by it, and computes to the same bits; another one is tried anew.
+RUN/micro_batch.json holds one entry for each number of processes, strategy and recipe that was searched. An attempt
+with the same key uses it, and computes the same bits; another key is searched anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distrain.run.folder import RunDir, write_atomically
 from distrain.system import memory
 from distrain.system.bounded_json import read_json
 
-_DECIDES = {
+_MEMORY_SECTIONS = {
     "task": None,
     "data": None,
     "model": None,
@@ -25,29 +25,29 @@ _DECIDES = {
     "batch": None,
     "train": ("precision", "ema", "compile", "activation_checkpointing"),
 }
-"""The parts of a recipe that decide how much memory a step takes."""
+"""The sections and keys of a recipe that determine how much memory a step takes."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a size of micro-batch was found for, and holds for."""
+    """The processes, strategy and recipe for which a micro-batch size was found."""
 
     processes: int
     """Over all machines."""
     strategy: str
     offload: str
     recipe: str
-    """A digest of the parts that decide about memory."""
+    """A digest of the parts that determine the memory of a step."""
     replicate: int | str = 1
     """How many replicas share out the processes; auto: one for each machine."""
 
     @classmethod
     def of(cls, recipe: Recipe, processes: int, strategy: str, offload: str, replicate: int | str = 1) -> CacheKey:
-        """Return it for a start of a recipe."""
-        whole = recipe.model_dump(mode="json", by_alias=True)
+        """Return the key of an attempt of a recipe."""
+        sections = recipe.model_dump(mode="json", by_alias=True)
         parts = {
-            key: whole[key] if keys is None else {name: whole[key][name] for name in keys}
-            for key, keys in _DECIDES.items()
+            key: sections[key] if keys is None else {name: sections[key][name] for name in keys}
+            for key, keys in _MEMORY_SECTIONS.items()
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return cls(processes, strategy, offload, digest, replicate)
@@ -55,52 +55,52 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class CachedMicroBatch:
-    """A size of micro-batch that was found by trying."""
+    """A micro-batch size that a search found."""
 
-    where: CacheKey
+    key: CacheKey
     micro_batch_size: int
     """The largest that fits."""
     hardware: str
-    """What it was tried on."""
+    """GPU models, or cpu."""
     limit: int
-    """The memory that there was to fit into, in bytes, for each process."""
+    """Memory limit of each process, in bytes."""
     peak: int
-    """What each process took with this size, at most, in bytes."""
+    """Peak memory of a process with this size, in bytes."""
     tried: tuple[tuple[int, bool], ...]
-    """Each size that was tried, and whether it fits, in order."""
+    """(size, whether it fits) of each try, in order."""
 
     def section(self, batch: BatchSection) -> BatchSection:
         """Return the recipe's section with the size in place of auto."""
         return BatchSection(global_batch_size=batch.global_batch_size, micro_batch_size=self.micro_batch_size)
 
-    def in_words(self) -> str:
-        """Return why it is this size."""
+    def describe(self) -> str:
+        """Return how the size was found, for the banner."""
         sizes = "1 size" if len(self.tried) == 1 else f"{len(self.tried)} sizes"
-        which = "global / processes, which fits" if self._whole() else "the largest that fits"
+        which = "global / processes, which fits" if self._first_try_fits() else "the largest that fits"
         return f"{which}, by trying {sizes}: {memory.gib(self.peak)} of {memory.gib(self.limit)} for each process"
 
-    def _whole(self) -> bool:
+    def _first_try_fits(self) -> bool:
         return len(self.tried) == 1 and self.tried[0][1]
 
 
-def remember(run: RunDir, autobatch: CachedMicroBatch) -> None:
-    """Rank 0, or the launcher: keep what was found, in place of what was found for the same before."""
-    kept = [other for other in _read(run) if other.where != autobatch.where]
+def cache_micro_batch(run: RunDir, autobatch: CachedMicroBatch) -> None:
+    """Write an entry to the cache, replacing one with the same key; rank 0 or the launcher calls."""
+    kept = [other for other in _read(run) if other.key != autobatch.key]
     text = json.dumps([asdict(each) for each in (*kept, autobatch)], indent=2)
     write_atomically(run.micro_batch_path, text + "\n")
 
 
-def cached_micro_batch(run: RunDir, where: CacheKey) -> CachedMicroBatch | None:
-    """Return what was found for such a start, or None."""
-    return next((each for each in _read(run) if each.where == where), None)
+def cached_micro_batch(run: RunDir, key: CacheKey) -> CachedMicroBatch | None:
+    """Return the cached entry of a key, or None."""
+    return next((each for each in _read(run) if each.key == key), None)
 
 
-def hand_on(known: RunDir, run: RunDir) -> None:
-    """Have a run go by what was found for others, so that they add up their numbers in one order."""
-    for each in _read(known):
-        if cached_micro_batch(run, each.where) is None:
+def copy_cache(source: RunDir, run: RunDir) -> None:
+    """Copy the entries that a run lacks from another run, so that both sum in the same order."""
+    for each in _read(source):
+        if cached_micro_batch(run, each.key) is None:
             run.path.mkdir(parents=True, exist_ok=True)
-            remember(run, each)
+            cache_micro_batch(run, each)
 
 
 def _read(run: RunDir) -> list[CachedMicroBatch]:
@@ -108,7 +108,12 @@ def _read(run: RunDir) -> list[CachedMicroBatch]:
         rows: list[dict[str, Any]] = read_json(run.micro_batch_path)
         return [
             CachedMicroBatch(
-                **row | {"where": CacheKey(**row["where"]), "tried": tuple((s, f) for s, f in row["tried"])}
+                **{name: value for name, value in row.items() if name != "where"}
+                # "where" in files of the first version
+                | {
+                    "key": CacheKey(**(row["key"] if "key" in row else row["where"])),
+                    "tried": tuple((size, fits) for size, fits in row["tried"]),
+                }
             )
             for row in rows
         ]

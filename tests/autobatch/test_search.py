@@ -15,12 +15,12 @@ from places import IMPORTABLE
 from runs import Ended, captured, cli_rank, rows, train, write_recipe
 from worlds import in_world
 
-from distrain.autobatch.search import largest, wanted
+from distrain.autobatch.search import largest, needs_search
 from distrain.config import BatchSection
 from distrain.config.yaml import load_recipe
 from distrain.datasets.batch_sizes import accumulation_steps, batch_shape, micro_batch_sizes
 from distrain.run.folder import RunDir
-from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch, hand_on, remember
+from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cache_micro_batch, cached_micro_batch, copy_cache
 from distrain.system import memory
 
 RECIPE = """
@@ -107,7 +107,7 @@ def test_the_largest_that_fits_is_found_remembered_and_found_anew_elsewhere(tmp_
     ended = start(tmp_path, "train.steps=8", update=True, processes=2)
     assert "batch.micro auto: 4 fits" in ended.out
     assert "8 = 2 x 4 (batch.micro auto: global / processes, which fits, by trying 1 size" in ended.out
-    assert sorted((each["where"]["processes"], each["micro_batch_size"]) for each in kept(tmp_path)) == [(1, 2), (2, 4)]
+    assert sorted((each["key"]["processes"], each["micro_batch_size"]) for each in kept(tmp_path)) == [(1, 2), (2, 4)]
     assert RunDir(tmp_path / "run").finished is not None
 
 
@@ -122,7 +122,7 @@ def test_where_not_even_one_sample_fits_it_says_what_takes_less(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_what_is_wrong_besides_memory_is_said_by_the_run_itself(tmp_path: Path) -> None:
+def test_the_run_itself_reports_errors_other_than_memory(tmp_path: Path) -> None:
     ended = start(
         tmp_path, "model={name: 'own_parts:Faulty', how: raise, at: 1, rank: 0, width: 64, classes: 10}", status=1
     )
@@ -138,8 +138,8 @@ def test_nothing_is_tried_where_nothing_limits_the_memory(tmp_path: Path) -> Non
     if any(limit.set_by_someone for limit in memory.limits()):
         pytest.skip("the memory is limited here")
     recipe = load_recipe(write_recipe(tmp_path, RECIPE)).recipe
-    assert not wanted(recipe, gpus=0)
-    assert wanted(recipe, gpus=1)
+    assert not needs_search(recipe, gpus=0)
+    assert needs_search(recipe, gpus=1)
     ended = train(1, write_recipe(tmp_path, RECIPE), tmp_path / "run", "model.mib=0")
     assert "8 = 1 x 8 (batch.micro auto: global / processes; nothing limits the memory here" in ended[0].out
     assert not (tmp_path / "run" / "micro_batch.json").exists()
@@ -151,8 +151,12 @@ def test_another_launcher_and_another_run_go_by_what_is_known(tmp_path: Path) ->
     run, other_run = tmp_path / "run", tmp_path / "other"
     run.mkdir()
     known = CachedMicroBatch(CacheKey.of(recipe, 2, "ddp", "none"), 2, "cpu", 2**34, 2**33, ((4, False), (2, True)))
-    remember(RunDir(run), known)
-    assert cached_micro_batch(RunDir(run), known.where) == known
+    cache_micro_batch(RunDir(run), known)
+    assert cached_micro_batch(RunDir(run), known.key) == known
+    # a run folder of the first version
+    text = RunDir(run).micro_batch_path.read_text()
+    RunDir(run).micro_batch_path.write_text(text.replace('"key":', '"where":'))
+    assert cached_micro_batch(RunDir(run), known.key) == known
     assert cached_micro_batch(RunDir(run), CacheKey.of(recipe, 4, "ddp", "none")) is None
     for change in ("optim.lr=0.1", "train.precision=bf16", "model.mib=1", "batch.global=16"):
         other = load_recipe(path, ["model.mib=0", change]).recipe
@@ -161,8 +165,8 @@ def test_another_launcher_and_another_run_go_by_what_is_known(tmp_path: Path) ->
         other = load_recipe(path, ["model.mib=0", change]).recipe
         assert cached_micro_batch(RunDir(run), CacheKey.of(other, 2, "ddp", "none")) == known, change
     # before there is a run: as a proof does with its trial runs
-    hand_on(RunDir(run), RunDir(other_run))
-    hand_on(RunDir(run), RunDir(other_run))
+    copy_cache(RunDir(run), RunDir(other_run))
+    copy_cache(RunDir(run), RunDir(other_run))
     ended = train(2, path, other_run, "model.mib=0")
     assert "8 = 2 x 2 x 2 accumulated (batch.micro auto: the largest that fits, by trying 2 sizes" in ended[0].out
     effect = RunDir(other_run).effect()

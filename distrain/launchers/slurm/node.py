@@ -37,7 +37,7 @@ from distrain.launchers import (
 from distrain.launchers.slurm.job_environment import read_slurm
 from distrain.run.folder import RunDir
 from distrain.run.lease import Holder, check_free
-from distrain.run.micro_batch import remember
+from distrain.run.micro_batch import cache_micro_batch
 from distrain.system.environment import forget_launchers, say_ignored, use_interfaces
 from distrain.system.job_environment import job_environment
 from distrain.system.output import echo
@@ -163,7 +163,7 @@ def start_node(
         # the processes of the other nodes wait for those of this one
         tries = rank == 0 and run.finished is None
         if tries and (found := autobatch(run, request.recipe.recipe, request.spec, world_size, count)) is not None:
-            remember(run, found)
+            cache_micro_batch(run, found)
         plan = LaunchPlan(
             shared_file("launch", "train.py"),
             arguments,

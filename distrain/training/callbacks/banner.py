@@ -59,7 +59,7 @@ def _bits(recipe: Recipe, world: World) -> list[str]:
 
 def _why(found: CachedMicroBatch | None, world: World) -> str:
     if found is not None:
-        return found.in_words()
+        return found.describe()
     if world.device.type == "cpu" and not any(limit.set_by_someone for limit in memory.limits()):
         return "global / processes; nothing limits the memory here, so nothing was tried"
     return "global / processes; not tried, which `distrain train` does when it starts the processes itself"
