@@ -1,4 +1,4 @@
-"""Using a trained model: scoring a checkpoint on a split, and predicting a file of inputs."""
+"""Using a trained model: evaluate a checkpoint on a split, and predict a file of inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.diagnose.index_errors import given, told_plainly
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
-from distrain.inference.outputs import Predicted, PredictionFile, open_predictions, predicted, target_columns
+from distrain.inference.outputs import PredictionFile, Predictions, open_predictions, predicted, target_columns
 from distrain.metrics import build_metrics
 from distrain.models import build_model
 from distrain.networks.calling import Convention, calling_convention
@@ -32,12 +32,12 @@ from distrain.training.context import to_device
 from distrain.training.evaluation import evaluate
 
 _NEW_TOKENS = 128
-"""What a language model writes behind a prompt."""
+"""Most tokens that a language model generates after a prompt."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model as it was trained, ready to be used."""
+    """A trained model, ready for evaluation and prediction."""
 
     checkpoint: Path
     recipe: Recipe
@@ -46,13 +46,13 @@ class Trained:
     call: Convention
     world: World
     inputs: dict[str, Any]
-    """What the training depended on, by its fingerprint; empty where the checkpoint does not say."""
+    """Fingerprint of data and code of the training; empty where the checkpoint has none."""
 
     @classmethod
     def load(cls, target: Path | str) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
         # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
-        # run that is still training may publish or retire a checkpoint between two looks
+        # run that is still training may write or delete a checkpoint in between
         checkpoint = find_checkpoint(target)
         world = open_world(_recipe_in(read_manifest(checkpoint).recipe, checkpoint).train.precision)
         try:
@@ -80,7 +80,7 @@ class Trained:
         return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world, inputs)
 
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
-        """Hold data and code against those of the training; returns how the data differ. All ranks call.
+        """Compare data and code with those of the training; returns how the data differ. All ranks call.
 
         Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
         warned of, on standard error: a project goes on changing, and a checkpoint that does not fit it does not load.
@@ -122,7 +122,7 @@ def _batch_size(recipe: Recipe, world_size: int) -> int:
 
 
 def evaluate_checkpoint(target: Path | str, split: str, *, changed_data: bool = False) -> dict[str, Any]:
-    """Return the metrics of a run's or a checkpoint's model on a split, with what was scored. All ranks call.
+    """Return the metrics of a run's or a checkpoint's model on a split, with its checkpoint. All ranks call.
 
     Raises UserError for data that are not those of the training; with `changed_data` the result says how they differ.
     """
@@ -139,10 +139,10 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
     changes = trained.check_inputs(split, changed_data=changed_data)
     source = data.splits[split]
-    _tell_warnings(source, world)
+    _print_warnings(source, world)
     loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
     heartbeat.mark("evaluate")
-    with told_plainly(lambda: (trained.model, loss), _say_last):
+    with told_plainly(lambda: (trained.model, loss), _print_error):
         values = evaluate(
             trained.model,
             trained.call,
@@ -160,17 +160,17 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
     for name, why in nothing.items() if world.rank == 0 else ():
         echo(f"warning: {name} on split '{split}' says nothing: {why}", error=True)
-    scored: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
-    return scored | ({"changed_data": changes} if changes else {}) | values
+    result: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
+    return result | ({"changed_data": changes} if changes else {}) | values
 
 
-def _tell_warnings(source: AnySource, world: World) -> None:
+def _print_warnings(source: AnySource, world: World) -> None:
     if world.rank == 0:
         for each in warnings_of(source):
             echo(f"warning: {each}", error=True)
 
 
-def _say_last(error: UserError) -> None:
+def _print_error(error: UserError) -> None:
     echo_error(error)
 
 
@@ -179,15 +179,15 @@ def _say_last(error: UserError) -> None:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What `predict_file` has written."""
+class PredictionSummary:
+    """What `predict_file` wrote."""
 
     samples: int
     skipped: list[str]
-    """Why each sample that is not among them does not decode."""
+    """Why each skipped sample does not decode."""
 
 
-def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: bool = False) -> Written:
+def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: bool = False) -> PredictionSummary:
     """Write the model's prediction for each sample of `inputs` that decodes to `out`.
 
     `inputs` is a file or folder that the data set can read, or the name of a split. `out` is a .csv or .parquet table,
@@ -203,15 +203,15 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         trained = Trained.load(target)
         source = _source(trained, inputs)
         trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
-        _tell_warnings(source, trained.world)
+        _print_warnings(source, trained.world)
         skipped: dict[int, str] = {}
         heartbeat.mark("evaluate")
-        with told_plainly(lambda: (trained.model, None), _say_last):
+        with told_plainly(lambda: (trained.model, None), _print_error):
             count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()
     finally:
         file.discard()
-    return Written(count, [why for _, why in sorted(skipped.items())])
+    return PredictionSummary(count, [why for _, why in sorted(skipped.items())])
 
 
 def _source(trained: Trained, inputs: str) -> AnySource:
@@ -238,7 +238,7 @@ def _predict(
     file: PredictionFile,
     skipped: dict[int, str],
 ) -> Iterator[int]:
-    """Have `file` take the predictions of each batch, and yield how many; `skipped` gets {id: why} of the others."""
+    """Append the predictions of each batch to `file`, and yield their count; `skipped` gets {id: why} of others."""
     recipe, world, meta = trained.recipe, trained.world, trained.data.meta
     loader = build_eval_loader(
         source,
@@ -261,7 +261,7 @@ def _predict(
             given(what, [batch])
             batch = to_device(batch, world)
             if recipe.task in ("language_modeling", "seq2seq"):
-                found = Predicted({"text": _generated(trained, batch)}, None)
+                found = Predictions({"text": _generated(trained, batch)}, None)
             else:
                 outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
                 meaningless += ids[keep & outputs.isnan().flatten(1).any(1).numpy()].tolist()
@@ -269,7 +269,7 @@ def _predict(
                 found = predicted(recipe.task, outputs, targets, meta, is_probability)
                 if targets is not None and found.columns:
                     found.columns.update(target_columns(recipe.task, targets, meta))
-            file.take({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
+            file.append({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
             yield int(keep.sum())
     if meaningless:
         shown = ", ".join(map(str, meaningless[:8])) + (", …" if len(meaningless) > 8 else "")
@@ -291,16 +291,19 @@ def _generated(trained: Trained, batch: Batch) -> list[str]:
     if isinstance(inputs, dict):
         source = inputs["source"]
         return [decode(row) for row in generate(source, max_new_tokens=2 * source.shape[1] + 8).tolist()]
-    # one by one: what follows a prompt must not follow its padding
+    # one by one: generation must continue the prompt, not its padding
     lengths = batch.get("lengths", torch.full((len(inputs),), inputs.shape[1])).tolist()
     prompts = [inputs[index : index + 1, :length] for index, length in enumerate(lengths)]
-    return [decode(generate(prompt, max_new_tokens=_room(trained.model, prompt))[0].tolist()) for prompt in prompts]
+    return [
+        decode(generate(prompt, max_new_tokens=_max_new_tokens(trained.model, prompt))[0].tolist())
+        for prompt in prompts
+    ]
 
 
-def _room(model: nn.Module, prompt: Tensor) -> int:
-    """Return how many tokens to write behind a prompt (1, tokens): a transformers model ends with its positions."""
+def _max_new_tokens(model: nn.Module, prompt: Tensor) -> int:
+    """Return how many tokens to generate after a prompt (1, tokens): a transformers model has limited positions."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    room = _NEW_TOKENS if positions is None else min(_NEW_TOKENS, positions - prompt.shape[1])
-    if room < 1:
+    tokens = _NEW_TOKENS if positions is None else min(_NEW_TOKENS, positions - prompt.shape[1])
+    if tokens < 1:
         raise UserError(f"a prompt has {prompt.shape[1]} tokens, and the model {positions} positions; shorten it")
-    return room
+    return tokens

@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What is predicted of the samples of a batch, in the terms of the targets."""
+class Predictions:
+    """The predictions for the samples of a batch, in the terms of the targets."""
 
     columns: dict[str, Any]
     """For a table: one value for each sample. Empty for predictions that have dimensions of their own."""
     values: np.ndarray | None
     """(batch, ...) the numbers of classes, 0 and 1, or numbers in the targets' own units; None for text."""
 
-    def keep(self, rows: np.ndarray) -> Predicted:
-        """Return that of the samples for which `rows` (batch,) is true."""
+    def keep(self, rows: np.ndarray) -> Predictions:
+        """Return the predictions for which `rows` (batch,) is true."""
         columns = {
             name: np.asarray(each, dtype=object if name == "text" else None)[rows]
             for name, each in self.columns.items()
         }
-        return Predicted(columns, None if self.values is None else self.values[rows])
+        return Predictions(columns, None if self.values is None else self.values[rows])
 
 
-def predicted(task: Task, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predicted:
+def predicted(task: Task, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predictions:
     """Return what outputs (batch, k), (batch,), or with more dimensions, predict: read as losses and metrics read them.
 
     `targets`, where there are any, tell which dimension is that of the classes. `is_probability`: whether outputs of
@@ -60,11 +60,11 @@ def predicted(task: Task, outputs: Tensor, targets: Tensor | None, meta: DataMet
     if task == "multilabel":
         return _labels(outputs, meta, is_probability)
     if outputs.dim() > 2:
-        return Predicted({}, outputs.numpy())
-    outputs = _in_own_units(outputs.reshape(len(outputs), -1), meta)
+        return Predictions({}, outputs.numpy())
+    outputs = _unstandardized(outputs.reshape(len(outputs), -1), meta)
     if outputs.shape[1] == 1:
-        return Predicted({"prediction": outputs[:, 0].numpy()}, outputs[:, 0].numpy())
-    return Predicted(
+        return Predictions({"prediction": outputs[:, 0].numpy()}, outputs[:, 0].numpy())
+    return Predictions(
         {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}, outputs.numpy()
     )
 
@@ -76,47 +76,47 @@ def _class_dim(outputs: Tensor, targets: Tensor | None, meta: DataMeta) -> int:
     return last if outputs.shape[1] != meta.num_classes == outputs.shape[last] else 1
 
 
-def _classes(outputs: Tensor, meta: DataMeta) -> Predicted:
+def _classes(outputs: Tensor, meta: DataMeta) -> Predictions:
     """Return the classes of outputs (batch, classes, ...)."""
     top = outputs.argmax(dim=1)
     values = top.numpy().astype(np.min_scalar_type(outputs.shape[1] - 1))
     if outputs.dim() > 2:
-        return Predicted({}, values)
+        return Predictions({}, values)
     probabilities = outputs.softmax(dim=1)
     names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
     columns: dict[str, Any] = {
         "prediction": [names[index] for index in top.tolist()],
         "probability": probabilities.gather(1, top[:, None])[:, 0].numpy(),
     }
-    return Predicted(
+    return Predictions(
         columns | {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}, values
     )
 
 
-def _binary(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Predicted:
+def _binary(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Predictions:
     """Return which of two classes outputs (batch,), (batch, 1), or with more dimensions, speak of."""
     probability = outputs if is_probability else outputs.sigmoid()
     if probability.dim() == 2 and probability.shape[1] == 1:
         probability = probability[:, 0]
     values = (probability > 0.5).numpy().astype(np.uint8)
     if probability.dim() > 1:
-        return Predicted({}, values)
+        return Predictions({}, values)
     names = meta.class_names or ("0", "1")
     columns = {"prediction": [names[each] for each in values.tolist()], "probability": probability.numpy()}
-    return Predicted(columns, values)
+    return Predictions(columns, values)
 
 
-def _labels(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Predicted:
+def _labels(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Predictions:
     """Return which labels outputs (batch, labels, ...) are of."""
     probabilities = outputs if is_probability else outputs.sigmoid()
     values = (probabilities > 0.5).numpy()
     if outputs.dim() > 2:
-        return Predicted({}, values.astype(np.uint8))
+        return Predictions({}, values.astype(np.uint8))
     probabilities = probabilities.reshape(len(outputs), -1)
     names = meta.class_names or tuple(str(index) for index in range(probabilities.shape[1]))
     columns = {f"prediction_{name}": values.reshape(len(outputs), -1)[:, i] for i, name in enumerate(names)}
     columns |= {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
-    return Predicted(columns, values.astype(np.uint8))
+    return Predictions(columns, values.astype(np.uint8))
 
 
 def target_columns(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]:
@@ -129,14 +129,14 @@ def target_columns(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]
     targets = targets.reshape(len(targets), -1).double()
     names = meta.class_names if task == "multilabel" else None
     if task == "regression":
-        targets = _in_own_units(targets, meta)
+        targets = _unstandardized(targets, meta)
     if targets.shape[1] == 1:
         return {"target": targets[:, 0].numpy()}
     keys = names or [str(index) for index in range(targets.shape[1])]
     return {f"target_{key}": targets[:, index].numpy() for index, key in enumerate(keys)}
 
 
-def _in_own_units(values: Tensor, meta: DataMeta) -> Tensor:
+def _unstandardized(values: Tensor, meta: DataMeta) -> Tensor:
     """Undo the standardising of targets (batch, k)."""
     if meta.target_std is None or meta.target_mean is None:
         return values
@@ -151,7 +151,7 @@ _FORMS = "a .csv or .parquet table, a .npy array, or FOLDER/ with a file for eac
 
 
 class PredictionFile(ABC):
-    """Takes predictions batch by batch; what stands under its path is whole or not there."""
+    """Collects predictions batch by batch; the file at its path is complete or absent."""
 
     def __init__(self, path: Path):
         """Raises UserError for a path that cannot be written to."""
@@ -159,18 +159,18 @@ class PredictionFile(ABC):
         self._tables: list[pd.DataFrame] = []
 
     @abstractmethod
-    def check(self, batch: Predicted) -> None:
-        """Raise UserError for predictions that it cannot hold."""
+    def check(self, batch: Predictions) -> None:
+        """Raise UserError for predictions that this format cannot hold."""
 
     @abstractmethod
     def write(self) -> None:
-        """Write what was taken."""
+        """Write all appended batches."""
 
     def discard(self) -> None:  # noqa: B027 - most have written nothing before they write all
-        """Leave nothing of what was not written to its end."""
+        """Remove what was not written completely."""
 
-    def take(self, index: Mapping[str, Any], batch: Predicted) -> None:
-        """Take a batch, with the columns that tell its samples apart."""
+    def append(self, index: Mapping[str, Any], batch: Predictions) -> None:
+        """Append a batch, with the columns that identify its samples."""
         import pandas as pd
 
         self.check(batch)
@@ -182,8 +182,8 @@ class PredictionFile(ABC):
         named = {in_utf8(name): _in_utf8(values) for name, values in {**index, **columns}.items()}
         self._tables.append(pd.DataFrame(named))
 
-    def columns(self, batch: Predicted) -> dict[str, Any]:
-        """Return what a table says of a batch."""
+    def columns(self, batch: Predictions) -> dict[str, Any]:
+        """Return the table columns of a batch."""
         return batch.columns
 
     def table(self) -> pd.DataFrame:
@@ -196,14 +196,14 @@ class PredictionFile(ABC):
 class TableFile(PredictionFile):
     """A table; in Parquet a prediction may be an array of numbers."""
 
-    def check(self, batch: Predicted) -> None:
+    def check(self, batch: Predictions) -> None:
         if not batch.columns and self.path.suffix == ".csv":
             raise UserError(
                 f"-o {self.path}: each prediction has the shape {_shape(batch)}, and a cell of a CSV file holds one "
                 "value; write a .npy array, FOLDER/ with a file for each sample, or a .parquet table"
             )
 
-    def columns(self, batch: Predicted) -> dict[str, Any]:
+    def columns(self, batch: Predictions) -> dict[str, Any]:
         if batch.columns:
             return batch.columns
         assert batch.values is not None
@@ -214,18 +214,18 @@ class TableFile(PredictionFile):
 
 
 class ArrayFile(PredictionFile):
-    """One array of all predictions, and beside it a table that says which sample each of its rows is of."""
+    """One array of all predictions, and beside it a table of the sample of each row."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self._arrays: list[np.ndarray] = []
 
-    def check(self, batch: Predicted) -> None:
+    def check(self, batch: Predictions) -> None:
         if batch.values is None:
             raise UserError(f"-o {self.path}: text is written as a .csv or .parquet table")
         if self._arrays and batch.values.shape[1:] != self._arrays[0].shape[1:]:
             raise UserError(
-                f"-o {self.path}: predictions of different shapes, {_shape(Predicted({}, self._arrays[0]))} and "
+                f"-o {self.path}: predictions of different shapes, {_shape(Predictions({}, self._arrays[0]))} and "
                 f"{_shape(batch)}, are no array; write FOLDER/ with a file for each sample"
             )
         self._arrays.append(batch.values)
@@ -238,7 +238,7 @@ class ArrayFile(PredictionFile):
         _write_table(self.table(), self.path.with_suffix(".csv"))
 
 
-class Folder(PredictionFile):
+class PredictionFolder(PredictionFile):
     """A folder with a file for each sample, PNG for maps of classes or .npy, and predictions.csv of which it is."""
 
     def __init__(self, path: Path):
@@ -248,11 +248,11 @@ class Folder(PredictionFile):
         self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         self._count = 0
 
-    def check(self, batch: Predicted) -> None:
+    def check(self, batch: Predictions) -> None:
         if batch.values is None or batch.values.ndim < 2:
             raise UserError(f"-o {self.path}/: each prediction is one value; write a .csv or .parquet table")
 
-    def columns(self, batch: Predicted) -> dict[str, Any]:
+    def columns(self, batch: Predictions) -> dict[str, Any]:
         assert batch.values is not None
         names = []
         for values in batch.values:
@@ -275,12 +275,12 @@ class Folder(PredictionFile):
         self._folder.replace(self.path)
 
     def discard(self) -> None:
-        """Leave nothing of what was not written to its end."""
+        """Remove what was not written completely."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def open_predictions(out: str) -> PredictionFile:
-    """Return where predictions go, by the form of `out`; raises UserError for one that cannot be."""
+    """Return the file for predictions, by the format of `out`; raises UserError for an invalid one."""
     path = Path(out)
     folder = out.endswith("/") or path.is_dir()
     kinds: dict[str, type[PredictionFile]] = {".csv": TableFile, ".parquet": TableFile, ".npy": ArrayFile}
@@ -288,10 +288,10 @@ def open_predictions(out: str) -> PredictionFile:
         raise UserError(f"-o {out}: expected a place in a folder that exists, and not a symbolic link")
     if not folder and path.suffix not in kinds:
         raise UserError(f"-o {out}: predictions are written as {_FORMS}")
-    return Folder(path) if folder else kinds[path.suffix](path)
+    return PredictionFolder(path) if folder else kinds[path.suffix](path)
 
 
-def _shape(batch: Predicted) -> str:
+def _shape(batch: Predictions) -> str:
     assert batch.values is not None
     return " × ".join(map(str, batch.values.shape[1:]))
 

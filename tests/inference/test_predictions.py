@@ -97,7 +97,7 @@ eval: {every: null}
         ("regression", (4, 2), (4, 2), (4, 2)),
     ],
 )
-def test_outputs_of_every_shape_that_a_task_scores(task, outputs, targets, shape) -> None:  # type: ignore[no-untyped-def]
+def test_outputs_of_every_shape_that_a_task_evaluates(task, outputs, targets, shape) -> None:  # type: ignore[no-untyped-def]
     numbers = torch.randn(outputs, generator=torch.Generator().manual_seed(0))
     known = (
         None if targets is None else torch.zeros(targets, dtype=torch.float32 if task == "regression" else torch.int64)
@@ -125,10 +125,10 @@ def test_predictions_of_different_shapes_are_no_array(tmp_path: Path) -> None:
     for width in (5, 6):
         found = predicted("classification", torch.randn(4, 3, width), None, META, is_probability=False)
         if width == 5:
-            file.take({"row": range(4)}, found)
+            file.append({"row": range(4)}, found)
         else:
             with pytest.raises(UserError, match="different shapes, 5 and 6"):
-                file.take({"row": range(4)}, found)
+                file.append({"row": range(4)}, found)
     assert not list(tmp_path.iterdir())
 
 

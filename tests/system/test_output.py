@@ -24,7 +24,7 @@ import distrain
 from distrain.cli.main import app
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.inference.outputs import Predicted, open_predictions
+from distrain.inference.outputs import Predictions, open_predictions
 from distrain.run.folder import RunDir
 from distrain.system.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
 from distrain.system.terminal import Console, ProgressLine, Table
@@ -408,7 +408,7 @@ def test_tables_of_predictions_take_names_of_any_bytes(tmp_path: Path) -> None:
     for name in ("p.parquet", "p.csv"):
         output = open_predictions(str(tmp_path / name))
         texts = np.asarray(["=1", "\udce9"], object)
-        output.take({"file": ["caf\udce9.png", "b"]}, Predicted({"text\udce9": texts}, None))
+        output.append({"file": ["caf\udce9.png", "b"]}, Predictions({"text\udce9": texts}, None))
         output.write()
     table = pd.read_parquet(tmp_path / "p.parquet")
     assert table.to_dict("list") == {"file": [r"caf\xe9.png", "b"], r"text\xe9": ["=1", r"\xe9"]}
