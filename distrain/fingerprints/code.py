@@ -135,7 +135,7 @@ def _modules(root: Path, name: str) -> list[Path]:
 
 
 def _read(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
-    """Return the files that a file imports of its project, each with its root, and the hash of what it says."""
+    """Return the files that a file imports of its project, each with its root, and the hash of its syntax tree."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing it has said so

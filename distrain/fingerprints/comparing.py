@@ -1,4 +1,4 @@
-"""What of two fingerprints differs, in words."""
+"""The differences between two fingerprints, as lines of text."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DRAWN_ANEW = "Splits are drawn anew from what is there now: samples that the mod
 
 @dataclass(frozen=True)
 class Changes:
-    """What is not as it was, a line for each."""
+    """Differences between two fingerprints, one line each."""
 
     data: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
     """Files that the model's section names: weights to start from, a pretrained folder."""
     unsure: tuple[str, ...] = ()
-    """What may have changed: of which too little is known to say."""
+    """Possible changes, where the fingerprint holds too little to tell."""
 
     def __bool__(self) -> bool:
         return bool(self.data or self.code or self.model)
@@ -34,29 +34,29 @@ class Changes:
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return how what a run depends on differs from what it was; what one of the two does not tell is not compared."""
+    """Return how two fingerprints differ; what one of them lacks is not compared."""
     data, unsure = _files(then.get("data"), now.get("data"), "data")
     data += _lengths(then.get("splits"), now.get("splits"))
     data += _items(then.get("items"), now.get("items"))
     loose, more = _files(then.get("folder"), now.get("folder"), "data.path", new_is_change=bool(data))
-    # a resume reads no weights to start from, and what was not there before is rather written by the run than read
+    # a resume reads no initial weights, and a new file was more likely written by the run than read
     model, maybe = _files(then.get("model"), now.get("model"), "weights", gone_is_change=False, new_is_change=False)
     return Changes(
-        tuple(_short(data + loose)),
-        tuple(_short(_code(then.get("code"), now.get("code")))),
-        tuple(_short(model)),
-        tuple(_short(unsure + more + maybe)),
+        tuple(_truncated(data + loose)),
+        tuple(_truncated(_code(then.get("code"), now.get("code")))),
+        tuple(_truncated(model)),
+        tuple(_truncated(unsure + more + maybe)),
     )
 
 
-def _short(lines: list[str]) -> list[str]:
+def _truncated(lines: list[str]) -> list[str]:
     return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
 
 
 def _files(
     then: Any, now: Any, what: str, *, gone_is_change: bool = True, new_is_change: bool = True
 ) -> tuple[list[str], list[str]]:
-    """Return (what has changed, what may have) of two listings of files."""
+    """Return (changes, possible changes) of two listings of files."""
     if then is None or now is None:
         return [], []
     if "files" in then and "files" in now:

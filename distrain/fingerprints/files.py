@@ -1,4 +1,4 @@
-"""Files by name, size and content: enough to know them again, at a cost that has a bound.
+"""Files by name, size and content: enough to recognise them, at a bounded cost.
 
 Up to 500 files are listed one by one, each with a hash: of its whole content where that is small, else of blocks that
 are spread over it. More are listed by folder, with a hash over the names and sizes, and the content of a few of them.
@@ -62,7 +62,7 @@ def placed(files: Iterable[os.PathLike[str]], roots: Mapping[str, str]) -> dict[
 
 
 def listing(files: Mapping[str, str], *, full: bool) -> dict[str, Any]:
-    """Return what is known of files, given by their labels; `full` reads the whole content of each.
+    """Return the listing of files, given by their labels; `full` reads the whole content of each.
 
     Few files: `files` {label: [bytes, hash] or [bytes, hash, seconds since 1970]}, the time where the hash is not of
     the whole content. Many: `folders` {folder: [files, bytes, hash of names and sizes, newest time]} and `sampled`
@@ -72,7 +72,7 @@ def listing(files: Mapping[str, str], *, full: bool) -> dict[str, Any]:
     labels = sorted(files)
     if len(labels) <= MOST_FILES:
         limit = None if full else max(4 * _BLOCK, min(16 << 20, _WHOLE_BYTES // max(1, len(labels))))
-        return {"files": {label: _known(files[label], limit) for label in labels}}
+        return {"files": {label: _file_entry(files[label], limit) for label in labels}}
     chosen = labels[:: -(-len(labels) // _MOST_SAMPLED)]
     stated = len(labels) <= MOST_STATED
     folders: dict[str, list[Any]] = {}
@@ -112,7 +112,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return state.st_size, int(state.st_mtime)
 
 
-def _known(path: str, limit: int | None) -> list[Any]:
+def _file_entry(path: str, limit: int | None) -> list[Any]:
     size, time = _size_and_time(path)
     digest = _hash(path, limit)
     return [size, digest] if digest.startswith("whole-") else [size, digest, time]

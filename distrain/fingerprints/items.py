@@ -1,4 +1,4 @@
-"""A few samples of a data set, so that it is known again where there are no files to know it by."""
+"""A few samples of a data set, to recognise it where no files are known."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _MOST_NUMBERS = 1 << 20
 def items_of(data: Data) -> dict[str, dict[str, Any]]:
     """Return {split: {sample id: what it is}} for the first and the last sample of each split, and two between.
 
-    A sample is as in the first epoch. Left out is one that cannot be read, as training says so where it counts, and one
-    that is another each time that it is asked for.
+    A sample is as in the first epoch. Skips a sample that cannot be read, which training reports where it matters, and
+    one that differs each time it is read.
     """
     from distrain.datasets.base import is_stream
 
@@ -51,7 +51,7 @@ def _item(source: Source, number: int) -> dict[str, Any] | None:
 
 
 def _value(value: Any) -> Any:
-    """Return what a value is: numbers as [shape, hash], and floating-point ones as [shape, size, projection].
+    """Return the fingerprint of a value: numbers as [shape, hash], and floats as [shape, size, projection].
 
     The last bits of a floating-point number may differ from one machine to another. A projection onto fixed directions
     shows other changes than those.
