@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import Json, Offload, Overrides, Replicate, StrategyName
+from distrain.cli.options import AUTO, Json, Offload, Overrides, Replicate, StrategyName
 from distrain.system.output import echo, one_line
 
 
@@ -33,7 +33,7 @@ def submit(
             envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
         ),
     ] = None,
-    strategy: Annotated[StrategyName, typer.Option(help="As for `distrain train`.")] = StrategyName.auto,
+    strategy: Annotated[StrategyName, typer.Option(help="As for `distrain train`.")] = AUTO,
     offload: Annotated[
         Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
     ] = None,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
-from distrain.cli.options import ChangedData, Json, Offload, Overrides, Replicate, StrategyName
+from distrain.cli.options import AUTO, ChangedData, Json, Offload, Overrides, Replicate, StrategyName
 from distrain.config import UserError
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
@@ -78,7 +78,7 @@ def train(
             help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp, or "
             "single in one process."
         ),
-    ] = StrategyName.auto,
+    ] = AUTO,
     offload: Annotated[
         Offload | None,
         typer.Option(

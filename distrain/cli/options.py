@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from distrain.config.strategies import STRATEGIES
+
 ChangedData = Annotated[
     bool,
     typer.Option(
@@ -19,16 +21,10 @@ Overrides = Annotated[
 ]
 
 
-class StrategyName(StrEnum):
-    """How state can be spread over processes."""
+StrategyName = StrEnum("StrategyName", ["auto", *STRATEGIES])  # type: ignore[misc] # its names are known at run time
+"""How state can be spread over processes."""
 
-    auto = "auto"
-    single = "single"
-    ddp = "ddp"
-    zero1 = "zero1"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    fsdp2 = "fsdp2"
+AUTO = StrategyName("auto")
 
 
 Replicate = Annotated[

@@ -24,20 +24,20 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     contents.py, nested.py  what of a model and an optimizer that state must hold
 """
 
+import importlib
+
 from distrain.config import OptimSection, UserError, is_object_spec
+from distrain.config.strategies import OFFLOADS, STRATEGIES
 from distrain.optim import dtensor_problem, sharding_problem
 from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
 from distrain.parallel.accelerate_settings import disagreements, strategy_wishes, unused
 from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
-from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.state import TrainingState, load_weights
 from distrain.parallel.stored import check_fit, fill
 from distrain.parallel.strategy import BuildSpec, StepFlags, Strategy, with_arithmetic
 from distrain.parallel.strategy_spec import (
-    OFFLOADS,
-    STRATEGIES,
     StrategyHint,
     StrategySpec,
     check_precision,
@@ -88,18 +88,8 @@ def build_strategy(world: World, plan: BuildSpec) -> Strategy:
     """
     if plan.section is not None:
         _check_optimizer(world, plan.section)
-    strategy: Strategy
-    if world.strategy in ("single", "ddp"):
-        strategy = DDPStrategy(world, plan)
-    elif world.strategy == "fsdp2":
-        # each of the two takes a second to import, and DeepSpeed may be missing
-        from distrain.parallel.fsdp2 import FSDP2Strategy
-
-        strategy = FSDP2Strategy(world, plan)
-    else:
-        from distrain.parallel.zero import ZeROStrategy
-
-        strategy = ZeROStrategy(world, plan)
+    module, _, name = STRATEGIES[world.strategy].place.partition(":")
+    strategy: Strategy = getattr(importlib.import_module(module), name)(world, plan)
     strategy.check()
     # building the model has run the user's code
     world.run_on_all(world.arithmetic.check_kept)

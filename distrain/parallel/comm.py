@@ -28,6 +28,7 @@ from accelerate import (
 from torch import Tensor
 
 from distrain.config import UserError
+from distrain.config.strategies import STRATEGIES
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
 from distrain.parallel.mesh import Mesh
@@ -66,7 +67,7 @@ class World:
         """Of every collective but those of `run_on_rank0`."""
         self.strategy = asked.strategy
         """single, ddp, zero1, zero2, zero3 or fsdp2."""
-        self.forward_is_collective = asked.strategy in ("zero3", "fsdp2")
+        self.forward_is_collective = STRATEGIES[asked.strategy].forward_is_collective
         """forward() runs collectives, so every rank must call it equally often."""
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
@@ -245,7 +246,8 @@ def open_world(
     # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
     take_over(os.environ)
     os.environ.pop("ACCELERATE_USE_CPU", None)
-    arrange = {"single": _plainly, "ddp": _plainly, "fsdp2": _for_fsdp2}.get(asked.strategy, _for_deepspeed)
+    arrangements = {"plain": _plainly, "fsdp2": _for_fsdp2, "deepspeed": _for_deepspeed}
+    arrange = arrangements[STRATEGIES[asked.strategy].accelerate]
     with warnings.catch_warnings(), _waiting(environment, timeout_s):
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
         accelerator = Accelerator(

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distrain.config import UserError, close_names
+from distrain.config.strategies import OFFLOADS, STRATEGIES
 from distrain.run.folder import strategy_in_words
 from distrain.system.environment import Environment
-
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-"""How state can be spread over processes: not at all, whole on each, by DeepSpeed's stages, by PyTorch's FSDP2."""
-
-OFFLOADS = ("none", "optimizer", "all")
-"""What can be kept in the memory of the CPU: nothing, the optimizer's state, or the parameters as well."""
-
-_REPLICATED = ("single", "ddp")
 
 
 @dataclass(frozen=True)
@@ -36,13 +29,13 @@ class StrategySpec:
     @classmethod
     def of(cls, strategy: str, offload: str = "none", replicate: int | str = 1) -> StrategySpec:
         """Return what these names stand for; raises UserError where the strategy cannot offload or replicate that."""
-        offers = {"zero1": OFFLOADS[:2], "zero2": OFFLOADS[:2], "zero3": OFFLOADS, "fsdp2": ("none", "all")}
-        for name, kind, choices in ((strategy, "strategy", STRATEGIES), (offload, "offload", OFFLOADS)):
+        for name, what, choices in ((strategy, "strategy", tuple(STRATEGIES)), (offload, "offload", OFFLOADS)):
             if name not in choices:
-                raise UserError(f"no {kind} {name!r}; expected one of {', '.join(choices)}{close_names(name, choices)}")
-        if offload not in (offered := offers.get(strategy, ("none",))):
+                raise UserError(f"no {what} {name!r}; expected one of {', '.join(choices)}{close_names(name, choices)}")
+        kind = STRATEGIES[strategy]
+        if offload not in kind.offloads:
             raise UserError(
-                f"{strategy} cannot offload {offload!r}, expected {' or '.join(offered)}; " + _OFFLOAD_HINTS[strategy]
+                f"{strategy} cannot offload {offload!r}, expected {' or '.join(kind.offloads)}; {kind.offload_hint}"
             )
         return cls(strategy, offload != "none", offload == "all", _replicate(strategy, str(replicate)))
 
@@ -83,19 +76,12 @@ class StrategySpec:
         return strategy_in_words(self.strategy, self.replicate) + words[self.offload]
 
 
-_OFFLOAD_HINTS = {
-    **dict.fromkeys(_REPLICATED, "zero3 can, also on one process: --strategy zero3"),
-    **dict.fromkeys(("zero1", "zero2"), "each process has whole parameters there; zero3 has not: --strategy zero3"),
-    "fsdp2": "it moves parameters, gradients and the optimizer's state together: --offload all",
-}
-
-
 def _replicate(strategy: str, said: str) -> int | Literal["auto"]:
     """Return what --replicate says; raises UserError where it says nothing that can be, under this strategy."""
     if said != "auto" and not (said.isascii() and said.isdigit() and int(said) > 0):
         raise UserError(f"--replicate: found {said!r}, expected a whole number from 1, or auto: one for each machine")
-    if strategy != "fsdp2" and said != "1":
-        why = "keeps everything on each process" if strategy in _REPLICATED else "shards over all processes"
+    if not STRATEGIES[strategy].replicates and said != "1":
+        why = "shards over all processes" if STRATEGIES[strategy].shards else "keeps everything on each process"
         raise UserError(
             f"--replicate {said} is for fsdp2, found {strategy}, which {why}; say --strategy fsdp2, or take it out"
         )
@@ -142,7 +128,12 @@ def resolve_strategy(
     strategy = _agreed("strategy", [(wish.place, wish.strategy) for wish in wishes])
     offload = _agreed("offload", [(wish.place, wish.offload) for wish in wishes])
     replicate = _agreed("number of replicas", [(wish.place, wish.replicate) for wish in wishes])
-    if fallback is not None and fallback.strategy not in (None, *_REPLICATED) and strategy in (None, fallback.strategy):
+    if (
+        fallback is not None
+        and fallback.strategy is not None
+        and STRATEGIES[fallback.strategy].shards
+        and strategy in (None, fallback.strategy)
+    ):
         # who names a strategy without its offload has not asked for that of earlier starts
         offload = fallback.offload if offload is None and strategy is None else offload
         replicate = fallback.replicate if replicate is None and strategy is None else replicate
@@ -152,7 +143,7 @@ def resolve_strategy(
             f"the strategy single is one process, found {world_size}; nothing was written. "
             "Start one, or take ddp, which keeps the whole state on each process"
         )
-    if strategy is None or strategy in _REPLICATED:
+    if strategy is None or strategy in ("single", "ddp"):
         strategy = "single" if world_size == 1 else "ddp"
     asked = StrategySpec.of(strategy, offload or "none", 1 if replicate is None else replicate)
     if asked.replicate != "auto":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import Recipe, UserError, close_names
+from distrain.config.strategies import STRATEGIES
 from distrain.config.yaml import load_recipe
 from distrain.prove.causes import add_cause, add_cause_across_topologies, is_generator, relevant_suspects
 from distrain.prove.cost import determinism_cost, determinism_turned_on
@@ -144,8 +145,6 @@ def topologies_of(
         raise UserError("--replicate sets the number of replicas of fsdp2; name fsdp2 in --strategies")
     if not strategies:
         return [Topology(count) for count in counts]
-    from distrain.parallel import STRATEGIES  # imports torch: only with --strategies
-
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise UserError(
             f"--strategies: no strategy {unknown[0]!r}{close_names(unknown[0], STRATEGIES)}; expected some of "

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distrain.config import UserError
+from distrain.config.strategies import strategy_name
 from distrain.system.output import one_line
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -265,7 +266,7 @@ class Plan(Frozen):
     reservation: Reservation | None = None
     sbatch: tuple[SbatchOption, ...] = Field(default=(), strict=False)
     """Further options of sbatch."""
-    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    strategy: Annotated[str, AfterValidator(strategy_name)]
     offload: Literal["none", "optimizer", "all"] = "none"
     replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     python: OneLine
