@@ -226,13 +226,16 @@ def resolve(
         if spec is not None:
             strategy = spec.strategy
             checks.append(lambda: check_precision(recipe.train.precision, strategy))
-    # of several processes rank 0 writes, and looks
-    if check_run and run is not None and not target.is_run and (world is None or world.rank == 0):
-        folder = run
-        checks.append(lambda: check_folder(folder, loaded, update=target.update))
     for check in checks:
         try:
             check()
+        except UserError as error:
+            problems.append(error)
+    # Rank 0 looks for all, which it can tell only in their world: refused alone, it would leave them waiting there.
+    alone = world is None or count == 1 or (world.rank == 0 and bool(problems))
+    if check_run and run is not None and not target.is_run and alone:
+        try:
+            check_folder(run, loaded, update=target.update)
         except UserError as error:
             problems.append(error)
     if problems:
