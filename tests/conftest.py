@@ -19,6 +19,10 @@ from reliability import Reliability
 
 torch.set_num_threads(1)
 
+# a test may run in a process that was told to ignore SIGINT, and what it starts would ignore it as well
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 HAS_GPU = torch.cuda.is_available()
 # tests say what CPUs compute, and several at a time would not fit into a GPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
                 assert mirrored[f"{group}/{key}"] == value
 
     with Service() as service:
-        sync = ["wandb", "sync", str(run / "wandb" / "wandb")]
+        sync = [str(Path(sys.executable).with_name("wandb")), "sync", str(run / "wandb" / "wandb")]
         there = {
             "WANDB_BASE_URL": service.url,
             "WANDB_API_KEY": "x" * 40,
