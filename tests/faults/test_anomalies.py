@@ -143,7 +143,7 @@ def test_all_ranks_act_alike_where_one_has_a_sample_that_is_no_number(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])  # zero1 is zero2's class and way of stepping
 def test_a_run_killed_around_such_a_step_ends_as_an_uninterrupted_one(
     tmp_path: Path, strategy: str, action: str
 ) -> None:
