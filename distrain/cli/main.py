@@ -532,7 +532,3 @@ def main() -> None:
     except UserError as error:
         echo_error(error)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError
+from distrain.config.strategies import STRATEGIES
 from distrain.optim.optimizers import build_optimizer
 
 _SCALES = (1.0, 30.0, 0.03, 1.0)
@@ -128,7 +129,7 @@ def sharding_problem(section: OptimSection, strategy: str) -> str | None:
     matrices may know how to do so with DTensors: `dtensor_problem` tries it in the world itself. Raises UserError where
     the section cannot be built at all.
     """
-    if strategy in ("single", "ddp"):
+    if not STRATEGIES[strategy].shards:
         return None
     optimizer, _ = toy_optimizer(section, toy_shapes(section))
     torchs_own = type(optimizer).__module__.startswith("torch.optim")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from distrain.config import OptimSection
+from distrain.config.strategies import STRATEGIES
 from distrain.optim.optimizers import build_optimizer
 
 
@@ -27,7 +28,7 @@ def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, nor
     layers = list(sparse_layers(model))
     if not layers:
         return None
-    if strategy not in ("single", "ddp"):
+    if STRATEGIES[strategy].shards:
         why = f"{strategy} reduces dense gradients only; single and ddp take sparse ones"
     elif norms:
         why = "clipping and watching for anomalies need the norm of a dense gradient"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distrain.config import UserError
+from distrain.config.strategies import STRATEGIES
 from distrain.parallel.strategy_spec import StrategySpec
 
 
@@ -35,7 +36,7 @@ class Mesh:
         Raises UserError, the same on all ranks, where the ranks cannot be put into rows as they were asked for.
         """
         world_size = len(nodes)
-        if asked.strategy in ("single", "ddp"):
+        if not STRATEGIES[asked.strategy].shards:
             return cls(rank, world_size, world_size)
         if asked.replicate != "auto":
             return cls(rank, world_size, asked.replicas(world_size))

@@ -176,7 +176,7 @@ def topologies_of(
         Topology(count, strategy, number)
         for strategy in sharded
         for count in several
-        for number in (replicas[count] if replicate and strategy == "fsdp2" else [1])
+        for number in (replicas[count] if replicate and STRATEGIES[strategy].replicates else [1])
     ]
 
 

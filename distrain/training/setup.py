@@ -16,6 +16,7 @@ from torch import nn
 from distrain.checkpoint import Manifest, Reader, find_newest
 from distrain.checkpoints.export.companion_files import FOLDER, files_beside, keep_beside
 from distrain.config import BatchSection, Horizon, Recipe, mix
+from distrain.config.strategies import STRATEGIES
 from distrain.data import build_data, build_loader, build_transform
 from distrain.datasets.base import Batch, Data, is_stream, warnings_of
 from distrain.datasets.batch_sizes import batch_shape
@@ -231,7 +232,7 @@ def _training(
             scaled=world.arithmetic.scaled,
         ):
             told.append(said)
-        told.extend(prepare_to_save(model, sharded=world.strategy not in ("single", "ddp")))
+        told.extend(prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards))
         if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
             told.append(said)
 
