@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,10 +117,15 @@ def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_0
     if isinstance(request.section.split, dict):
         raise UserError("data.split: data set 'python_source' is one piece; give fractions such as [0.9, 0.1]")
     library = Path(sysconfig.get_path("stdlib"))
-    names = [path.relative_to(library).as_posix() for path in library.rglob("*.py")]
+    names = []
+    for folder, within, files in os.walk(library):
+        # many thousands of files may be installed beside the library
+        within[:] = [name for name in within if name not in _NOT_SOURCE]
+        inside = Path(folder).relative_to(library)
+        names += [(inside / name).as_posix() for name in files if name.endswith(".py")]
     content = bytearray()
     for name in sorted(names, key=lambda name: xxhash.xxh3_128_digest(name.encode())):
-        if _NOT_SOURCE.isdisjoint(name.split("/")) and not name.startswith("_sysconfigdata"):
+        if not name.startswith("_sysconfigdata"):
             content += (library / name).read_bytes()
             if len(content) >= max_bytes:
                 break
