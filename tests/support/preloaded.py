@@ -6,17 +6,28 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import accelerate  # noqa: F401
-import pandas  # noqa: F401
-import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401
-import torchvision.transforms.v2  # noqa: F401
+import importlib
+import pkgutil
 
-import distrain.inference
-import distrain.launchers
-import distrain.loop
-import distrain.parallel.fsdp2
-import distrain.parallel.zero  # noqa: F401
-from distrain.parallel.comm import quiet_deepspeed
+import distrain.parallel.comm
 
-quiet_deepspeed()
+# what a start imports on its way, each time anew: with ZeRO, DeepSpeed imports torch's compiler and accelerate
+# transformers, which takes longer than the few steps of most tests
+for name in (
+    "accelerate.commands.launch",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.triton_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pandas",
+    "pytest",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torchvision.transforms.v2",
+    "transformers.integrations.deepspeed",
+    *(module.name for module in pkgutil.walk_packages(distrain.__path__, "distrain.")),
+):
+    if name != "distrain.__main__":
+        importlib.import_module(name)
+
+distrain.parallel.comm.quiet_deepspeed()
