@@ -108,6 +108,30 @@ def test_what_needs_no_torch_imports_none() -> None:
     assert python(f"import sys, {names}; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
+NOT_OF_EVERY_RUN = "pandas scipy sklearn torchmetrics torchvision transformers deepspeed wandb tensorboard"
+"""Imported by the runs that use them only: together they take longer than a first run."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "used"),
+    [
+        ("name: t\ntask: classification\ndata: {name: iris}\nmodel: {name: mlp}\n", ""),
+        ("name: t\ntask: classification\ndata: {name: digits}\nmodel: {name: resnet18}\n", "torchvision"),
+    ],
+    ids=["a table", "an image model"],
+)
+def test_a_run_imports_only_the_libraries_it_uses(recipe: str, used: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe + "batch: {global: 16}\ntrain: {epochs: null, steps: 1}\n")
+    out = python(
+        f"import sys; sys.argv = ['distrain', 'train', {str(path)!r}, '--run-dir', {str(tmp_path / 'run')!r}]\n"
+        "from distrain.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"print('imported:', *sorted(set({NOT_OF_EVERY_RUN!r}.split()) & set(sys.modules)))"
+    )
+    assert out.splitlines()[-1].split()[1:] == used.split()
+
+
 def test_help_imports_no_torch_and_nothing_slow() -> None:
     began = time.perf_counter()
     out = python(

@@ -22,11 +22,11 @@ def digits(request: DataRequest) -> Data:
 
     For prediction: an image or a folder of them, light strokes on dark ground, or a .npy of pixels 0..16.
     """
-    from sklearn.datasets import load_digits
+    from distrain.datasets.sklearn_files import load_digits
 
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
-    images = torch.from_numpy(bunch.images[:, None] / 16).to(request.dtype)
+    images = torch.from_numpy(bunch.data.reshape(-1, 1, 8, 8) / 16).to(request.dtype)
     whole = TensorSource(images, torch.from_numpy(labels))
     cut = split_indices(len(whole), request.section, request.seed, labels)
     names = tuple(str(name) for name in bunch.target_names)
@@ -46,7 +46,7 @@ def _digits_reader(dtype: torch.dtype) -> Callable[[Path], Source]:
 @datasets.register("iris", tasks=("classification",))
 def iris(request: DataRequest, standardize: bool = True) -> Data:
     """Iris: 150 flowers in 3 species, inputs (4,) float32: lengths and widths in cm, standardised."""
-    from sklearn.datasets import load_iris
+    from distrain.datasets.sklearn_files import load_iris
 
     return _table(request, load_iris(), standardize)
 
@@ -54,7 +54,7 @@ def iris(request: DataRequest, standardize: bool = True) -> Data:
 @datasets.register("wine", tasks=("classification",))
 def wine(request: DataRequest, standardize: bool = True) -> Data:
     """Wine: 178 wines of 3 growers, inputs (13,) float32: chemical analyses, standardised."""
-    from sklearn.datasets import load_wine
+    from distrain.datasets.sklearn_files import load_wine
 
     return _table(request, load_wine(), standardize)
 
@@ -62,7 +62,7 @@ def wine(request: DataRequest, standardize: bool = True) -> Data:
 @datasets.register("breast_cancer", tasks=("binary", "classification"))
 def breast_cancer(request: DataRequest, standardize: bool = True) -> Data:
     """Breast cancer: 569 tumours, malignant (0) or benign (1), inputs (30,) float32, standardised."""
-    from sklearn.datasets import load_breast_cancer
+    from distrain.datasets.sklearn_files import load_breast_cancer
 
     return _table(request, load_breast_cancer(), standardize)
 
@@ -73,9 +73,9 @@ def diabetes(request: DataRequest, standardize: bool = True, standardize_target:
 
     With `standardize_target` the model sees targets of mean 0 and deviation 1; metrics stay in the target's own units.
     """
-    from sklearn.datasets import load_diabetes
+    from distrain.datasets.sklearn_files import load_diabetes
 
-    return _table(request, load_diabetes(scaled=False), standardize, standardize_target)
+    return _table(request, load_diabetes(), standardize, standardize_target)
 
 
 def _table(request: DataRequest, bunch: Any, standardize: bool, standardize_target: bool = False) -> Data:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
-from torchvision.transforms.v2 import functional
 
 from distrain.config import DataSection, Task, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
@@ -363,6 +362,8 @@ class _Form:
         if isinstance(value, Image.Image):
             if value.mode.startswith("I;16"):  # in the order of bytes of this machine
                 return torch.from_numpy(np.asarray(value).astype(np.uint16))[None]
+            from torchvision.transforms.v2 import functional
+
             return functional.pil_to_tensor(value)
         try:
             tensor = torch.as_tensor(value)

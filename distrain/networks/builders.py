@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from distrain.config import ModelSection, Recipe, UserError
@@ -77,20 +76,23 @@ def find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> Bu
 @functools.cache
 def torchvision_names() -> tuple[str, ...]:
     """Return the models of torchvision that map one tensor to one: of images, of video, and of pixels."""
-    models = torchvision.models
+    from torchvision import models
+
     modules = (models, models.video, models.segmentation)
     return tuple(sorted({name for module in modules for name in models.list_models(module=module)}))
 
 
 def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
+    from torchvision import models as library
+
     if name in torchvision_names():
-        return Entry(name, torchvision.models.get_model_builder(name), metadata={"library": "torchvision"})
-    if name in torchvision.models.list_models():
+        return Entry(name, library.get_model_builder(name), metadata={"library": "torchvision"})
+    if name in library.list_models():
         why = (
             "of torchvision is for detection, optical flow or quantized inference, which no task here trains; wrap it "
             "in a class of your own and name that, as path/to/file.py:Class"
         )
-        return Entry(name, torchvision.models.get_model_builder(name), metadata={"refused": why})
+        return Entry(name, library.get_model_builder(name), metadata={"refused": why})
     return None
 
 
@@ -98,7 +100,9 @@ models.add_library(torchvision_names, _in_torchvision, "torchvision.models")
 
 
 def _torchvision_builder(name: str, say: Callable[[str], None]) -> Builder:
-    builder = torchvision.models.get_model_builder(name)
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(name)
     outer, _ = named_parameters(builder)
     parameters = dict(outer)
     kind = inspect.signature(builder).return_annotation

@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sklearn import datasets as sklearn_datasets
 from sklearn.datasets import load_diabetes, load_iris
 
 from distrain.config import DataSection, UserError
+from distrain.datasets import sklearn_files
 from distrain.datasets.base import Data, DataRequest, Source
 from distrain.datasets.user import named_data
 
@@ -22,6 +24,18 @@ def build(name: str, task: Any, state: dict | None = None, **keys: Any) -> Data:
 
 def everything(source: Any) -> dict[str, Any]:
     return source.fetch(np.arange(len(source)))
+
+
+@pytest.mark.parametrize("name", ["digits", "iris", "wine", "breast_cancer", "diabetes"])
+def test_the_tables_are_those_that_scikit_learn_loads(name: str) -> None:
+    found = getattr(sklearn_files, f"load_{name}")()
+    options = {"scaled": False} if name == "diabetes" else {}
+    expected = getattr(sklearn_datasets, f"load_{name}")(**options)
+    for key in ("data", "target"):
+        assert getattr(found, key).dtype == expected[key].dtype
+        np.testing.assert_array_equal(getattr(found, key), expected[key])
+    assert list(found.feature_names) == list(expected.feature_names)
+    assert list(found.target_names) == list(map(str, expected.get("target_names", [])))
 
 
 def test_digits_are_images_between_0_and_1() -> None:

@@ -10,7 +10,8 @@ import torch
 from torchvision.transforms import v2
 
 from distrain.config import TransformsSection, UserError
-from distrain.datasets.transforms import Transform, transform_names
+from distrain.datasets.transforms import Transform
+from distrain.datasets.transforms.steps import transform_names
 
 
 def build(*items: Any, seed: int = 0) -> Transform:
