@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, and its manifest read strictly."""
+"""The contents of a checkpoint, and the strict reader of its manifest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import xxhash
 
-from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
+from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.config import UserError
 from distrain.system import bounded_json as bounded
 
@@ -35,19 +35,19 @@ _T = TypeVar("_T")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that could not be written or read; the message names the rank, host, file and reason."""
+    """A checkpoint cannot be written or read; the message names the rank, host, file and reason."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a full tensor is, whoever holds it."""
+    """Shape, dtype and role of a full tensor."""
 
     shape: tuple[int, ...]
-    """() for a single number; a 0 in it makes a tensor without elements, which has no pieces."""
+    """() for a single number; a tensor with a 0 in its shape has no elements and no pieces."""
     dtype: str
     """A name of `dtypes.DTYPES`: F64, F32, F16, BF16, I64, BOOL, …"""
     role: str
-    """One of parameter, buffer, optimizer, ema, and state for what a model keeps besides."""
+    """parameter, buffer, optimizer, ema, or state (anything else that a model keeps)."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_SIZES:
@@ -73,9 +73,9 @@ class Piece:
     """A contiguous range of one tensor's elements, with its bytes."""
 
     name: str
-    """The full tensor's plain name: `model/NAME`, `optimizer/NAME/exp_avg`, `ema/NAME`."""
+    """The full tensor's canonical name: `model/NAME`, `optimizer/NAME/exp_avg`, `ema/NAME`."""
     start: int
-    """Its first element, counted in the flattened full tensor."""
+    """Index of its first element in the flattened full tensor."""
     data: memoryview | np.ndarray
     """The elements' bytes: one-dimensional, uint8, contiguous."""
     copied: bool = False
@@ -84,7 +84,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One rank's file as it was written."""
+    """One rank's file as written."""
 
     name: str
     size: int
@@ -103,15 +103,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What decides which checkpoint is the best. Scores by another one are no part of its ranking."""
+    """What ranks checkpoints. Scores by another criterion are not compared."""
 
     metric: str
     higher: bool
-    """Whether the highest is the best."""
+    """Whether higher is better."""
     split: str | None = None
-    """What it is computed on."""
+    """The split that is evaluated."""
     data: str | None = None
-    """A digest of what is in that split."""
+    """A digest of that split's content."""
 
     def __str__(self) -> str:
         where = f" on {self.split}" if self.split else ""
@@ -120,97 +120,82 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the numbers of a checkpoint's evaluation are, and what they are numbers of."""
+    """The metrics of a checkpoint, and the criterion that ranked checkpoints when it was saved."""
 
     criterion: Criterion
-    """What decided when it was saved, whether it was evaluated at that step or not."""
     values: dict[str, float]
-    """The loss and each metric that is one finite number; empty where it was not evaluated."""
+    """The loss and each metric that is one finite number; empty if this step was not evaluated."""
     higher: dict[str, bool]
-    """For metrics whose direction is known: whether the highest is the best."""
+    """For metrics whose direction is known: whether higher is better."""
 
     def score(self, by: Criterion) -> float | None:
-        """Return the score by a criterion, higher being better; None where it is not known."""
+        """Return the score by a criterion, higher being better; None if unknown."""
         same = (self.criterion.split, self.criterion.data) == (by.split, by.data)
         value = self.values.get(by.metric) if same else None
         return None if value is None else value if by.higher else -value
 
-    def described(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that `from_json` reads."""
         return {**vars(self.criterion), "values": self.values, "directions": self.higher}
 
     @classmethod
-    def read(cls, content: dict[str, Any]) -> Evaluation:
-        """Take up what `described` returned; raises CheckpointError."""
-        metric, split, data = content.pop("metric", None), content.pop("split", None), content.pop("data", None)
-        higher, values, directions = (
-            content.pop("higher", None),
-            take(content, "values", dict),
-            content.pop("directions", {}),
-        )
-        if (
-            type(metric) is not str
-            or type(higher) is not bool
-            or not all(type(x) in (str, type(None)) for x in (split, data))
-        ):
-            raise CheckpointError("'evaluation' does not say what its numbers are")
-        numbers = all(type(each) in (int, float) for each in values.values())
-        if (
-            content
-            or not numbers
-            or type(directions) is not dict
-            or not all(type(x) is bool for x in directions.values())
-        ):
-            raise CheckpointError("'evaluation' is not the numbers of one")
-        values = {name: float(each) for name, each in values.items()}
-        return cls(Criterion(metric, higher, split, data), values, directions)
+    def from_json(cls, content: Any) -> Evaluation:
+        """Return the evaluation that `to_json` wrote; raises CheckpointError."""
+        text, numbers = (str, type(None)), {"values": dict, "directions": (dict, type(None))}
+        known = fields(content, "'evaluation'", metric=str, higher=bool, split=text, data=text, **numbers)
+        values, higher = known.pop("values"), known.pop("directions") or {}
+        if {type(each) for each in values.values()} - {int, float} or {type(each) for each in higher.values()} - {bool}:
+            raise CheckpointError(
+                "'evaluation': expected a number for each of its values, and true or false for directions"
+            )
+        return cls(Criterion(**known), {name: float(each) for name, each in values.items()}, higher)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `MANIFEST.json` says, checked."""
+    """The checked content of `MANIFEST.json`."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps taken."""
     created: str
     """UTC, ISO 8601."""
     world_size: int
     strategy: str
     score: float | None
-    """The evaluation that decides which checkpoints are best, higher being better; None when there was none.
+    """What ranks checkpoints, higher being better; None if this step was not evaluated.
 
-    What it is a number of, `evaluation` says; where there is none, that `eval.best` of the recipe names."""
+    `evaluation` names its metric; without one, it is `eval.best` of the recipe."""
     fingerprint: str
     """`fingerprint` of the tensors."""
     recipe: str
     """The resolved recipe's YAML text."""
     scalars: dict[str, Any]
-    """JSON values as the caller gave them: data position, parameter groups, fitted data state, …"""
+    """The caller's JSON values: data position, parameter groups, fitted data state, …"""
     aliases: dict[str, str]
-    """Tied weights: the further name of a tensor -> the name that it is stored under."""
+    """Tied weights: {alias: the name that the tensor is stored under}."""
     files: tuple[FileInfo, ...]
     tensors: dict[str, Tensor]
     evaluation: Evaluation | None = None
-    """None in checkpoints that know a bare score alone, and in imported ones."""
+    """None in older checkpoints, which have a score alone, and in imported ones."""
     history: dict[str, Any] | None = None
-    """What a resume would have to look for in the run's rows, as the session keeps it."""
+    """State of the loop that a resume would otherwise search the run's rows for."""
 
     def score_by(self, criterion: Criterion | None) -> float | None:
-        """Return the score by a criterion (None: the stored one), higher being better; None where it is not known."""
+        """Return the score by a criterion (None: the stored one), higher being better; None if unknown."""
         if self.evaluation is not None and criterion is not None:
             return self.evaluation.score(criterion)
         return self.score if criterion is None or criterion.metric == self.metric else None
 
     @property
     def metric(self) -> str | None:
-        """What `score` is a number of; None where that is not known."""
+        """The metric that `score` is the value of; None if unknown."""
         if self.evaluation is not None:
             return self.evaluation.criterion.metric
         return best_metric(self.recipe).removeprefix("-") if self.recipe else None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The full tensors by name."""
+        """Each full tensor's spec by name."""
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
 
@@ -224,7 +209,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that is published."""
+    """A published save."""
 
     path: Path
     step: int
@@ -233,13 +218,13 @@ class Saved:
     seconds: float
     """From `begin` to the published name, on rank 0."""
     retired: tuple[str, ...]
-    """Names of the older checkpoints that were deleted."""
+    """Names of older checkpoints that were deleted."""
     warnings: tuple[str, ...]
-    """What could not be tidied up afterwards; the save itself is complete."""
+    """What could not be deleted; the save itself is complete."""
 
 
 class Communicator(Protocol):
-    """How the ranks of a save speak to each other: small picklable objects. All ranks call each method."""
+    """Exchanges small picklable objects between the ranks of a save. All ranks call each method."""
 
     @property
     def rank(self) -> int: ...
@@ -270,13 +255,13 @@ class LocalCommunicator:
 def fingerprint(specs: dict[str, TensorSpec]) -> str:
     """Hash the names, shapes and dtypes of the parameters and buffers: equal for equal models."""
     model = [[n, s.shape, s.dtype] for n, s in sorted(specs.items()) if s.role in ("parameter", "buffer")]
-    return xxhash.xxh3_128_hexdigest(canonical(model))
+    return xxhash.xxh3_128_hexdigest(canonical_json(model))
 
 
 def explain_difference(
     manifest: Manifest, specs: dict[str, TensorSpec], here: str = "the checkpoint", there: str = "this run"
 ) -> list[str]:
-    """Say how the checkpoint's tensors differ from `specs`: a line for each of the first 10 of a kind, and counts."""
+    """Return how the checkpoint's tensors differ from `specs`: for each kind the first 10, and how many more."""
     saved = manifest.specs
     changed = sorted(name for name in saved.keys() & specs.keys() if saved[name] != specs[name])
     kinds = {
@@ -296,7 +281,7 @@ def _show(spec: TensorSpec) -> str:
     return f"{spec.role} {spec.dtype} {list(spec.shape)}"
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -305,7 +290,7 @@ def piece_key(name: str, start: int) -> str:
 
 
 def check_json(value: Any, where: str) -> None:
-    """Refuse what JSON would change on its way back, such as tuples and numbers as keys."""
+    """Raise CheckpointError for values that JSON would change, such as tuples and numbers as keys."""
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) is not str:
@@ -329,7 +314,8 @@ _ADVICE = {
 }
 
 
-def explain(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
+    """Return an error as one line; those of the operating system with advice."""
     if not isinstance(error, OSError):
         return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = _ADVICE.get(error.errno or 0, error.strerror or str(error))
@@ -346,11 +332,20 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def take(mapping: dict[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
-    value = mapping.pop(key, None) if isinstance(mapping, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(f"{key!r} is missing or not of the right kind")
-    return value
+def fields(content: Any, what: str, **kinds: Any) -> dict[str, Any]:
+    """Return a JSON object that has these keys, each of its type, and no others; raises CheckpointError.
+
+    A key whose type includes None may be missing.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what}: found {str(content)[:60]!r}, expected a JSON object")
+    if unknown := content.keys() - kinds.keys():
+        raise CheckpointError(f"{what} has keys that version {VERSION} does not know: {', '.join(sorted(unknown))}")
+    found = {key: content.get(key) for key in kinds}
+    for key, kind in kinds.items():
+        if not isinstance(found[key], kind) or (found[key] is True or found[key] is False) != (kind is bool):
+            raise CheckpointError(f"{what}: {key!r} is missing or of the wrong type: {str(found[key])[:60]!r}")
+    return found
 
 
 def best_metric(recipe: str) -> str:
@@ -365,83 +360,67 @@ def best_metric(recipe: str) -> str:
     return best if isinstance(best, str) else "loss"
 
 
-def _texts(mapping: dict[str, Any], what: str) -> dict[str, str]:
-    if not all(isinstance(value, str) for value in mapping.values()):
-        raise CheckpointError(f"{what} are not all text")
-    return mapping
-
-
 def parse_manifest(raw: bytes) -> Manifest:
+    """Return the checked manifest of these bytes; raises CheckpointError."""
     match = _SELF_HASH.match(raw)
     if match is None or xxhash.xxh3_128_hexdigest(b"{" + raw[match.end() :]) != match[1].decode():
         raise CheckpointError("its bytes are not those that were written: its hash does not match")
-    top = parse_json(b"{" + raw[match.end() :])
-    written = (take(top, "format", str), take(top, "version", int))
+    content = parse_json(b"{" + raw[match.end() :])
+    written = (content.pop("format", None), content.pop("version", None))
     if written != ("distrain", VERSION):
         raise CheckpointError(f"it is in format {written}, and this distrain reads version {VERSION} of its own")
-    world_size = take(top, "world_size", int)
-    files: list[FileInfo] = []
-    for item in take(top, "files", list):
-        info = FileInfo(take(item, "name", str), take(item, "size", int), take(item, "xxh3_128", str))
-        if item or info.name != rank_file_name(len(files), world_size) or info.size < 8:
-            raise CheckpointError(f"{info.name!r} is not the name and size of rank {len(files)}'s file")
-        files.append(info)
-    if len(files) != world_size or world_size < 1:
-        raise CheckpointError(f"it lists {len(files)} files for {world_size} ranks")
-    tensors = {}
-    for name, item in take(top, "tensors", dict).items():
-        shape, dtype, role = take(item, "shape", list), take(item, "dtype", str), take(item, "role", str)
-        pieces = take(item, "pieces", list)
-        if item or not all(isinstance(p, list) and len(p) == 3 and all(type(n) is int for n in p) for p in pieces):
-            raise CheckpointError(f"{name!r} is not described as a tensor is")
-        tensors[name] = Tensor(TensorSpec(tuple(shape), dtype, role), tuple((f, s, n) for f, s, n in pieces))
-        check_tiling(name, tensors[name], world_size)
-        if not name.startswith(_PREFIXES[role]):
-            raise CheckpointError(
-                f"{name!r} is said to be of the role {role}, whose names begin with {' or '.join(_PREFIXES[role])}"
-            )
-    aliases = _texts(take(top, "aliases", dict), "aliases")
-    for alias, name in aliases.items():
-        if alias in tensors or name not in tensors:
-            raise CheckpointError(f"{alias!r} is tied to {name!r}, which is not so in its list of tensors")
-    for name in tensors:
+    found = fields(
+        content, "it", step=int, created=str, world_size=int, strategy=str, score=(float, type(None)), fingerprint=str,
+        recipe=str, scalars=dict, aliases=dict, files=list, tensors=dict, evaluation=(dict, type(None)),
+        history=(dict, type(None)),
+    )  # fmt: skip
+    found["files"] = tuple(
+        FileInfo(**fields(each, "a file", name=str, size=int, xxh3_128=str)) for each in found["files"]
+    )
+    found["tensors"] = {name: _parse_tensor(name, each) for name, each in found["tensors"].items()}
+    found["evaluation"] = found["evaluation"] and Evaluation.from_json(found["evaluation"])
+    manifest = Manifest(**found)
+    if problem := _manifest_problem(manifest):
+        raise CheckpointError(problem)
+    return manifest
+
+
+def _parse_tensor(name: str, content: Any) -> Tensor:
+    found = fields(content, repr(name), shape=list, dtype=str, role=str, pieces=list)
+    for piece in found["pieces"]:
+        if not isinstance(piece, list) or [type(number) for number in piece] != [int, int, int]:
+            raise CheckpointError(f"{name!r}: expected pieces [file, start, elements], found {str(piece)[:60]}")
+    spec = TensorSpec(tuple(found["shape"]), found["dtype"], found["role"])
+    if not name.startswith(_PREFIXES[spec.role]):
+        expected = " or ".join(_PREFIXES[spec.role])
+        raise CheckpointError(f"{name!r} has the role {spec.role}, whose names begin with {expected}")
+    return Tensor(spec, tuple(cast("list[tuple[int, int, int]]", map(tuple, found["pieces"]))))
+
+
+def _manifest_problem(manifest: Manifest) -> str | None:
+    """Return how a manifest contradicts itself, or None."""
+    world_size, tensors = manifest.world_size, manifest.tensors
+    if not 0 <= manifest.step < bounded.MOST_STEPS:
+        return f"'step' is {manifest.step}; expected 0 or more, below {bounded.MOST_STEPS:.0e}"
+    if len(manifest.files) != world_size or world_size < 1:
+        return f"it lists {len(manifest.files)} files for {world_size} ranks"
+    for rank, info in enumerate(manifest.files):
+        if info.name != rank_file_name(rank, world_size) or info.size < 8:
+            return f"{info.name!r} of {info.size} bytes is not rank {rank}'s file"
+    for name, tensor in tensors.items():
+        check_tiling(name, tensor, world_size)
         parameter = tensors.get(f"model/{name.removeprefix('optimizer/').rpartition('/')[0]}")
         if name.startswith("optimizer/") and parameter is not None and parameter.spec.role != "parameter":
-            raise CheckpointError(f"{name!r} is of a tensor whose role is {parameter.spec.role}, and not parameter")
-    score = top.pop("score", None)
-    if score is not None and type(score) is not float:
-        raise CheckpointError("'score' is not a number")
-    described = top.pop("evaluation", None)
-    evaluation = Evaluation.read(described) if isinstance(described, dict) else None
-    history = top.pop("history", None)
-    for key, value in (("evaluation", described), ("history", history)):
-        if not isinstance(value, dict | None):
-            raise CheckpointError(f"{key!r} is not of the right kind")
-    step = take(top, "step", int)
-    if not 0 <= step < bounded.MOST_STEPS:
-        raise CheckpointError(f"'step' is {step}, which is no number of steps")
-    manifest = Manifest(
-        step=step,
-        created=take(top, "created", str),
-        world_size=world_size,
-        strategy=take(top, "strategy", str),
-        score=score,
-        fingerprint=take(top, "fingerprint", str),
-        recipe=take(top, "recipe", str),
-        scalars=take(top, "scalars", dict),
-        aliases=aliases,
-        files=tuple(files),
-        tensors=tensors,
-        evaluation=evaluation,
-        history=history,
-    )
-    if evaluation is not None and score != evaluation.score(evaluation.criterion):
-        raise CheckpointError(f"its score is {score}, and {evaluation.criterion} says another number")
-    if top:
-        raise CheckpointError(f"it has keys that version {VERSION} does not know: {', '.join(map(repr, top))}")
+            return f"{name!r} belongs to a tensor with the role {parameter.spec.role}; expected a parameter"
+    for alias, stored in manifest.aliases.items():
+        if not isinstance(stored, str) or alias in tensors or stored not in tensors:
+            return f"{alias!r} is tied to {str(stored)[:60]!r}; expected a tensor that it lists, under another name"
+    evaluation = manifest.evaluation
+    if evaluation is not None and manifest.score != evaluation.score(evaluation.criterion):
+        return f"its score is {manifest.score}, which is not the value of {evaluation.criterion}"
     if manifest.fingerprint != fingerprint(manifest.specs):
-        raise CheckpointError("its fingerprint is not that of the tensors it lists")
-    return manifest
+        return "its fingerprint is not that of the tensors it lists"
+    return None
 
 
 def check_tiling(name: str, tensor: Tensor, world_size: int) -> None:
@@ -457,23 +436,6 @@ def check_tiling(name: str, tensor: Tensor, world_size: int) -> None:
         raise CheckpointError(f"{name!r} has {tensor.spec.numel} elements, and its pieces hold {reached}")
 
 
-def pack_header(header: dict[str, Any]) -> bytes:
-    """Return what a safetensors file begins with: the header and its length, padded so that the data is aligned."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
-
-
 def rank_file_name(rank: int, world_size: int) -> str:
     """Return the name of a rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def keys_by_file(manifest: Manifest) -> list[dict[str, tuple[str, int]]]:
-    """For each file, {key: (dtype, numel)} of the pieces that the manifest places in it, as its header names them."""
-    found: list[dict[str, tuple[str, int]]] = [{} for _ in manifest.files]
-    for name, tensor in manifest.tensors.items():
-        for file, start, numel in tensor.pieces:
-            dtype, shape = in_safetensors(tensor.spec.dtype, (numel,))
-            found[file][piece_key(name, start)] = (dtype, math.prod(shape))
-    return found

@@ -28,24 +28,21 @@ from distrain.checkpoints.format import (
     Tensor,
     TensorSpec,
     best_metric,
-    explain,
-    keys_by_file,
-    parse_json,
+    error_reason,
     parse_manifest,
     piece_key,
-    take,
 )
+from distrain.checkpoints.headers import Header, flat_entry, read_header
 from distrain.config import UserError, close_names
 from distrain.config.yaml.document import read_text
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import progress
 from distrain.system import bounded_json as bounded
 
-Header = dict[str, tuple[str, int, int, int]]
-"""For each piece's key: its dtype, elements, offset in the file in bytes, and bytes."""
+_Entries = dict[str, tuple[str, tuple[int, ...]]]
+"""For each piece's key: the dtype and shape in its file's header."""
 
 _READ_CHUNK = 1 << 20  # stays in the cache between being read and being hashed
-_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
 _PUBLISHED = re.compile(r"step-([0-9]{8,18})")
 
 
@@ -53,26 +50,26 @@ def read_manifest(path: Path | str) -> Manifest:
     """Read and check the manifest of the checkpoint in folder `path`; raises CheckpointError."""
     path = Path(path)
     try:
-        with open(open_plain(path / MANIFEST), "rb") as file:
+        with open(open_descriptor(path / MANIFEST), "rb") as file:
             manifest = parse_manifest(bounded.read_open(file, MAX_MANIFEST))
         match = _PUBLISHED.fullmatch(path.name)
         if match is not None and int(match[1]) != manifest.step:
             raise CheckpointError(
                 f"it is of step {manifest.step}, and its folder has the name of step {int(match[1])}: it was copied or "
-                "renamed; a copy needs a name of another kind"
+                "renamed; give a copy another name than step-…"
             )
         return manifest
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {MANIFEST}: {str(error).removeprefix(f'{MANIFEST}: ')}") from error
 
 
-def open_plain(path: Path, size: int | None = None) -> int:
-    """Open a regular file for reading, no symbolic link; raises CheckpointError when its size is another."""
+def open_descriptor(path: Path, size: int | None = None) -> int:
+    """Open a regular file for reading, no symbolic link, of that size (None: any); raises CheckpointError."""
     try:
         descriptor = bounded.open_regular(path, os.O_NOFOLLOW)
     except OSError as error:
-        kind = "it is a symbolic link" if error.errno == errno.ELOOP else explain(error)
-        raise CheckpointError(f"{path.name}: {kind}") from error
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error_reason(error)
+        raise CheckpointError(f"{path.name}: {reason}") from error
     except ValueError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     if size in (None, found := os.fstat(descriptor).st_size):
@@ -81,34 +78,14 @@ def open_plain(path: Path, size: int | None = None) -> int:
     raise CheckpointError(f"{path.name}: it has {found} bytes, and {size} were written")
 
 
-def read_header(descriptor: int, size: int) -> Header:
-    """Return {key: (dtype, numel, offset in the file, bytes)} of a safetensors file of one-dimensional tensors."""
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    if length > min(size - 8, _MAX_HEADER):
-        raise CheckpointError(f"it is not a safetensors file: its header would have {length} bytes")
-    found, reached = {}, 8 + length
-    for key, item in parse_json(os.pread(descriptor, length, 8)).items():
-        dtype, shape, offsets = take(item, "dtype", str), take(item, "shape", list), take(item, "data_offsets", list)
-        if item or dtype not in ITEM_SIZES or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
-            raise CheckpointError(f"{key!r} is not a piece as distrain writes it")
-        nbytes = shape[0] * ITEM_SIZES[dtype]
-        if offsets != [reached - 8 - length, reached - 8 - length + nbytes]:
-            raise CheckpointError(f"{key!r} does not lie where the one before it ends")
-        found[key] = (dtype, shape[0], reached, nbytes)
-        reached += nbytes
-    if reached != size:
-        raise CheckpointError(f"its header speaks of {reached} bytes, and the file has {size}")
-    return found
-
-
 class Reader:
-    """Ranges of the full tensors of one checkpoint; reads only what is asked for. Not to be shared between threads.
+    """Reads ranges of the full tensors of one checkpoint. Not to be shared between threads.
 
-    Raises CheckpointError, naming the file, when `verify` finds a problem or when a file is not as the manifest says.
-    Close it, or use it in a `with` statement.
+    Raises CheckpointError, naming the file, if `verify` finds a problem or a file differs from the manifest. Close it,
+    or use it in a `with` statement.
     """
 
-    _MOST_OPEN = 256  # files; well below the usual limit of 1024
+    _MAX_OPEN = 256  # files; well below the usual limit of 1024
 
     def __init__(self, path: Path | str, verify: bool = True):
         self.path = Path(path)
@@ -116,7 +93,7 @@ class Reader:
         if problems or manifest is None:
             raise CheckpointError(f"{self.path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
         self.manifest = manifest
-        self._keys = keys_by_file(self.manifest)
+        self._entries = entries_by_file(self.manifest)
         self._headers: dict[int, Header] = {}
         self._open: dict[int, int] = {}
 
@@ -132,7 +109,7 @@ class Reader:
             os.close(self._open.popitem()[1])
 
     def spec(self, name: str) -> TensorSpec:
-        """Return what tensor `name`, which may be an alias, is; raises CheckpointError for an unknown name."""
+        """Return the spec of tensor `name`, which may be an alias; raises CheckpointError for an unknown name."""
         return self._tensor(name).spec
 
     def _tensor(self, name: str) -> Tensor:
@@ -143,13 +120,13 @@ class Reader:
 
     def _file(self, index: int) -> int:
         if index not in self._open:
-            if len(self._open) >= self._MOST_OPEN:
+            if len(self._open) >= self._MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
             info = self.manifest.files[index]
             if index in self._headers:
-                self._open[index] = open_plain(self.path / info.name, info.size)
+                self._open[index] = open_descriptor(self.path / info.name, info.size)
             else:
-                self._open[index], self._headers[index] = open_rank_file(self.path, info, self._keys[index])
+                self._open[index], self._headers[index] = open_rank_file(self.path, info, self._entries[index])
         return self._open[index]
 
     def ranges(self, name: str, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
@@ -192,12 +169,21 @@ class Reader:
             progress()
 
 
-def open_rank_file(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> tuple[int, Header]:
-    """Open a file of the checkpoint whose size and header are as the manifest says; return it and its header."""
-    descriptor = open_plain(folder / info.name, info.size)
+def entries_by_file(manifest: Manifest) -> list[_Entries]:
+    """Return, for each file, what its header must list."""
+    found: list[_Entries] = [{} for _ in manifest.files]
+    for name, tensor in manifest.tensors.items():
+        for file, start, numel in tensor.pieces:
+            found[file][piece_key(name, start)] = flat_entry(tensor.spec.dtype, numel)
+    return found
+
+
+def open_rank_file(folder: Path, info: FileInfo, expected: _Entries) -> tuple[int, Header]:
+    """Return a rank's open file and its header; raises CheckpointError if its size or header differs."""
+    descriptor = open_descriptor(folder / info.name, info.size)
     try:
-        header = read_header(descriptor, info.size)
-        if {key: entry[:2] for key, entry in header.items()} != keys:
+        header, _ = read_header(descriptor, info.size)
+        if {key: entry[:2] for key, entry in header.items()} != expected:
             raise CheckpointError("its header lists other pieces than the manifest")
     except CheckpointError as error:
         os.close(descriptor)
@@ -205,18 +191,27 @@ def open_rank_file(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]
     return descriptor, header
 
 
-def _file_problem(folder: Path, info: FileInfo, keys: dict[str, tuple[str, int]]) -> str | None:
+def hash_file(descriptor: int) -> str:
+    """Return the XXH3-128 of an open file."""
+    digest, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK)), 0
+    while count := os.preadv(descriptor, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
+        progress()
+    return digest.hexdigest()
+
+
+def _file_problem(folder: Path, info: FileInfo, expected: _Entries) -> str | None:
     try:
-        with open(open_rank_file(folder, info, keys)[0], "rb", buffering=0) as file:
-            digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK))
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                progress()
+        descriptor, _ = open_rank_file(folder, info, expected)
+        try:
+            same = hash_file(descriptor) == info.xxh3_128
+        finally:
+            os.close(descriptor)
     except CheckpointError as error:
         return str(error)
     except OSError as error:
-        return f"{info.name}: {explain(error)}"
-    same = digest.hexdigest() == info.xxh3_128
+        return f"{info.name}: {error_reason(error)}"
     return None if same else f"{info.name}: its bytes are not those that were written: its hash does not match"
 
 
@@ -228,34 +223,32 @@ def _examine(path: Path) -> tuple[Manifest | None, list[str]]:
     except CheckpointError as error:
         return None, [str(error).removeprefix(f"{path}: ")]
     except OSError as error:
-        return None, [explain(error)]
+        return None, [error_reason(error)]
     expected = {MANIFEST, *(info.name for info in manifest.files)}
     problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
-        found = pool.map(
-            lambda job: _file_problem(path, *job), zip(manifest.files, keys_by_file(manifest), strict=True)
-        )
+        found = pool.map(lambda *job: _file_problem(path, *job), manifest.files, entries_by_file(manifest))
         return manifest, problems + [problem for problem in found if problem]
 
 
 def verify(path: Path | str) -> list[str]:
-    """Read the whole checkpoint in folder `path` and return what is wrong with it; an empty list when nothing is."""
+    """Read the whole checkpoint in folder `path`; return its problems, none if it is as it was written."""
     return _examine(Path(path))[1]
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a folder is named as published checkpoints are, `step-` and 8 to 18 digits; others have other names."""
+    """Whether a folder is named as published checkpoints are: `step-` and 8 to 18 digits."""
     return _PUBLISHED.fullmatch(name) is not None
 
 
 def list_checkpoints(folder: Path | str) -> list[CheckpointInfo]:
-    """Return the published checkpoints in `folder`, the highest step first; none when there is no folder."""
+    """Return the published checkpoints in `folder`, the highest step first; none if there is no folder."""
     try:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder}: {explain(error)}") from error
+        raise CheckpointError(f"{folder}: {error_reason(error)}") from error
     found = [(entry, match) for entry in entries if (match := _PUBLISHED.fullmatch(entry.name))]
     infos = [CheckpointInfo(Path(entry.path), int(m[1])) for entry, m in found if entry.is_dir(follow_symlinks=False)]
     return sorted(infos, key=lambda info: -info.step)
@@ -264,56 +257,57 @@ def list_checkpoints(folder: Path | str) -> list[CheckpointInfo]:
 def find_newest(folder: Path | str, verify: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return the newest checkpoint in `folder` that verifies, and the newer ones that do not, each with the reason.
 
-    `verify=False` looks at manifests only. Rank 0 calls and broadcasts the choice.
+    `verify=False` reads manifests only. Rank 0 calls and broadcasts the choice.
     """
     skipped: list[tuple[Path, str]] = []
     for info in list_checkpoints(folder):
-        try:
-            problems = []
-            if verify:
-                problems = _examine(info.path)[1]
-            else:
-                read_manifest(info.path)
-        except CheckpointError as error:
-            problems = [str(error)]
-        if not problems:
+        if not (problems := _examine(info.path)[1] if verify else _manifest_problems(info.path)):
             return info.path, skipped
         skipped.append((info.path, "; ".join(problems)))
     return None, skipped
 
 
+def _manifest_problems(path: Path) -> list[str]:
+    try:
+        read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def newest_step(folder: Path | str) -> int | None:
-    """Return the step of the newest checkpoint in `folder` by its manifest alone; None where there is none."""
+    """Return the step of the newest checkpoint in `folder` by its manifest alone; None if there is none."""
     newest, _ = find_newest(folder, verify=False)
     return read_manifest(newest).step if newest is not None else None
 
 
 def find_best(folder: Path | str) -> Path | None:
-    """Return the checkpoint that is the best by the metric that holds now; the earliest of equals, None without any."""
+    """Return the best checkpoint by the run's current metric, the earliest of equals; None if none has a score."""
     best = best_first(list_checkpoints(folder), {}, criterion_of(folder))
     return best[0].path if best else None
 
 
 def criterion_of(folder: Path | str) -> Criterion | None:
-    """Return what decides which of a run's checkpoints is the best; None where they do not say it.
+    """Return what ranks a run's checkpoints; None if neither they nor a recipe state it.
 
-    The metric is that of the run's recipe, which may have been changed since the newest checkpoint was saved.
+    The metric is that of the run's recipe, which may have changed since the newest checkpoint was saved.
     """
     newest = next((each.evaluation for each in _manifests(list_checkpoints(folder)) if each.evaluation), None)
-    wanted = (
-        best_metric(read_text(RunDir(Path(folder).parent).recipe_path)) if RunDir(Path(folder).parent).exists else None
-    )
+    run = RunDir(Path(folder).parent)
+    if not run.exists:
+        return newest.criterion if newest is not None else None
+    best = best_metric(read_text(run.recipe_path))
+    metric = best.removeprefix("-")
     if newest is None:
-        return Criterion(wanted.removeprefix("-"), not wanted.startswith("-")) if wanted is not None else None
-    now = newest.criterion
-    if wanted is None or wanted.removeprefix("-") == now.metric:
-        return now
-    name = wanted.removeprefix("-")
-    return Criterion(name, newest.higher.get(name, name == wanted), now.split, now.data)
+        return Criterion(metric, metric == best)
+    stored = newest.criterion
+    if metric == stored.metric:
+        return stored
+    return Criterion(metric, newest.higher.get(metric, metric == best), stored.split, stored.data)
 
 
 def _manifests(infos: Iterable[CheckpointInfo]) -> Iterator[Manifest]:
-    """Yield the manifests that can be read."""
+    """Yield the readable manifests."""
     for info in infos:
         with suppress(CheckpointError):
             yield read_manifest(info.path)
@@ -325,16 +319,14 @@ def best_first(
     """Sort the checkpoints that have a score by the criterion; `known` remembers these scores by folder name."""
     for info in infos:
         if info.path.name not in known:
-            try:
-                known[info.path.name] = read_manifest(info.path).score_by(criterion)
-            except CheckpointError:  # a damaged one is nobody's best; resuming says what is wrong with it
-                known[info.path.name] = None
+            # a damaged one is nobody's best; resuming reports what is wrong with it
+            known[info.path.name] = next((each.score_by(criterion) for each in _manifests([info])), None)
     scored = [(score, info) for info in infos if (score := known[info.path.name]) is not None]
     return [info for _, info in sorted(scored, key=lambda item: (-item[0], item[1].step))]
 
 
 def checkpoint_folder(run: Path | str) -> Path:
-    """Return the folder of a run's checkpoints; raises UserError where `run` is not one."""
+    """Return the folder of a run's checkpoints; raises UserError if `run` is not a run folder."""
     folder = RunDir(run).checkpoints
     if folder.is_dir():
         return folder
@@ -345,9 +337,9 @@ def checkpoint_folder(run: Path | str) -> Path:
 
 
 def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
-    """Return the checkpoint that a command means: itself, or of a run the one it exported, its best, or its newest.
+    """Return the checkpoint that `target` names: itself, or of a run the one it exported, its best, or its newest.
 
-    Raises UserError where there is none that can be used.
+    Raises UserError if there is no usable one.
     """
     path = Path(target)
     if (path / MANIFEST).exists():

@@ -1,4 +1,4 @@
-"""Write checkpoints: complete or absent."""
+"""Writes checkpoints: complete or absent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES, in_safetensors
+from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
 from distrain.checkpoints.format import (
     MANIFEST,
     MAX_MANIFEST,
@@ -36,17 +36,17 @@ from distrain.checkpoints.format import (
     Saved,
     Tensor,
     TensorSpec,
-    canonical,
+    canonical_json,
     check_json,
     check_tiling,
-    explain,
+    error_reason,
     fingerprint,
-    pack_header,
     parse_manifest,
     piece_key,
     rank_file_name,
 )
-from distrain.checkpoints.reading import best_first, list_checkpoints, open_plain, read_header
+from distrain.checkpoints.headers import flat_entry, pack_header, read_header
+from distrain.checkpoints.reading import best_first, hash_file, list_checkpoints, open_descriptor
 from distrain.run.heartbeat import mark, progress
 from distrain.system.processes import process_started
 
@@ -56,7 +56,7 @@ _DAY = 24 * 60 * 60
 
 
 class _Cancelled(Exception):
-    """The save was given up."""
+    """The save was cancelled."""
 
 
 @dataclass
@@ -66,11 +66,11 @@ class _Flight:
     step: int
     folder: Path
     described: dict[str, Any]
-    """What the manifest says besides files and pieces."""
+    """The manifest besides files and pieces."""
     specs: dict[str, TensorSpec]
     began: float
     score: float | None = None
-    """By the criterion that the best are kept by."""
+    """By `Saver.criterion`."""
     thread: threading.Thread | None = None
     file: FileInfo | None = None
     error: Exception | None = None
@@ -90,15 +90,9 @@ def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[byt
         assert 0 <= piece.start <= spec.numel - numel, f"{piece.name}: {numel} from {piece.start} of {spec.numel}"
         laid.append((-ITEM_SIZES[spec.dtype], piece.name, piece.start, numel, data.cast("B"), piece.copied))
     laid.sort(key=lambda entry: entry[:3])  # wide elements first: each tensor is then aligned to its element
-    header, reached = {}, 0
-    for _, name, start, numel, data, _ in laid:
-        assert piece_key(name, start) not in header, f"{name}: two pieces at {start}"
-        dtype, shape = in_safetensors(specs[name].dtype, (numel,))
-        header[piece_key(name, start)] = {
-            "dtype": dtype, "shape": [math.prod(shape)], "data_offsets": [reached, reached + data.nbytes]
-        }  # fmt: skip
-        reached += data.nbytes
-    return pack_header(header), [(data, copied) for *_, data, copied in laid]
+    entries = {piece_key(name, start): flat_entry(specs[name].dtype, numel) for _, name, start, numel, *_ in laid}
+    assert len(entries) == len(laid), "two pieces of a tensor begin at the same element"
+    return pack_header(entries), [(data, copied) for *_, data, copied in laid]
 
 
 def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: threading.Event) -> FileInfo:
@@ -127,13 +121,13 @@ def sync_folder(path: Path) -> None:
 
 
 def _started(pid: int) -> int | None:
-    """Return when process `pid` of this host started, in the kernel's ticks (0: not known); None: it has ended."""
+    """Return when process `pid` of this host started, in kernel ticks (0: unknown); None if it has ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except OSError:
-        return 0  # it is another's, so not that which wrote here
+        return 0  # another user's process, so not the one that wrote here
     return process_started(pid)
 
 
@@ -141,13 +135,13 @@ _HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"
 
 
 def hidden(kind: str, what: str) -> str:
-    """Return the name that `what` has while it is being written (`tmp`) or deleted (`trash`)."""
+    """Return the name of `what` while it is being written (`tmp`) or deleted (`trash`)."""
     pid = os.getpid()
     return f".{kind}-{what}-{_HOST}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is hidden and nobody is at work on it: its process has ended, or a day has gone by."""
+    """Whether `path` is hidden and abandoned: its process has ended, or nothing in it changed for a day."""
     match = _LEFTOVER.fullmatch(path.name)
     if match is None:
         return False
@@ -159,7 +153,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, where the system can (Linux, most local file systems)."""
+    """Swap two names in one step; False if the system cannot (Linux on most local file systems can)."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -193,22 +187,22 @@ class Saver:
         self._flight: _Flight | None = None
         self._buffer: mmap.mmap | None = None
         self.criterion: Criterion | None = None
-        """By what the best are kept; None: by the scores as they are stored."""
+        """What ranks checkpoints for `keep_best`; None: their stored scores."""
         self.scores: dict[str, float | None] = {}
-        """Scores by that of checkpoints, by the names of their folders, as far as they are known here."""
+        """Known scores by that criterion, by folder name."""
 
     @property
     def in_flight(self) -> int | None:
-        """The step of the save that is begun and not finished."""
+        """The step of the unfinished save."""
         return self._flight.step if self._flight else None
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write: `finish` would wait for other ranks only. Costs nothing."""
+        """Whether this rank has written everything, so that `finish` waits for other ranks only. Costs nothing."""
         return self._flight is None or self._flight.thread is None or not self._flight.thread.is_alive()
 
     def rehearse(self) -> None:
-        """Find out, before any training, that every rank can write into the folder and rank 0 sees what they write."""
+        """Check before training that every rank can write into the folder and rank 0 sees what they write."""
         assert self._flight is None
         folder = self._stage("step-00000000")
         error: Exception | None = None
@@ -246,14 +240,14 @@ class Saver:
         evaluation: Evaluation | None = None,
         history: dict[str, Any] | None = None,
     ) -> Saved | None:
-        """Finish the save before, then start this one; return what that one became (None: there was none).
+        """Finish the previous save and return it (None: there was none), then start this one.
 
-        `specs` lists all the full tensors, the same on every rank; `pieces` are this rank's, and over all ranks they
-        hold each element once. They are asked for after the save before is finished, so a generator may reuse its
-        buffers, and they are all held at once until `begin` returns. An asynchronous save then writes on a thread from
-        a copy of its own and from the pieces that say they are `copied`. A fault of one rank (a full disk, an error in
-        `pieces`) is raised by `finish`, on all of them. `score`: higher is better, and NaN is none; `evaluation` says
-        what it is a number of, and is taken for it where it is given. `history`: JSON values of rank 0's.
+        `specs` lists all full tensors, the same on every rank; `pieces` are this rank's, and over all ranks they hold
+        each element once. They are iterated after the previous save is finished, so a generator may reuse its buffers,
+        and held until `begin` returns. An asynchronous save then writes on a thread, from a copy of its own and from
+        pieces that are `copied`. A fault of one rank (a full disk, an error in `pieces`) is raised by `finish` on all
+        ranks. `score`: higher is better, NaN counts as none; `evaluation` replaces it and names its metric. `history`:
+        rank 0's JSON values.
         """
         before = self.finish()
         folder = self._stage(f"step-{step:08d}")
@@ -262,7 +256,7 @@ class Saver:
             "score": float(score) if score is not None and math.isfinite(score) else None,
         }  # fmt: skip
         if evaluation is not None:
-            described |= {"score": evaluation.score(evaluation.criterion), "evaluation": evaluation.described()}
+            described |= {"score": evaluation.score(evaluation.criterion), "evaluation": evaluation.to_json()}
         if history is not None:
             described["history"] = history
         counts = evaluation.score(self.criterion) if evaluation and self.criterion else described["score"]
@@ -286,9 +280,9 @@ class Saver:
     def save_written(
         self, step: int, specs: dict[str, TensorSpec], write: Callable[[Path], None], **described: Any
     ) -> Saved:
-        """Publish a checkpoint whose only file `write(path)` writes itself, however large it is; in a world of one.
+        """Publish a checkpoint whose only file `write(path)` writes, in a world of one.
 
-        The file holds each tensor of `specs` that has elements as the piece that begins at 0, wide elements first.
+        The file holds each tensor of `specs` that has elements as one piece, wide elements first.
         """
         assert self._flight is None
         assert self.comm.world_size == 1
@@ -297,17 +291,13 @@ class Saver:
             check_json(described["scalars"], "scalars")
             path = folder / rank_file_name(0, 1)
             write(path)
-            digest, size = xxhash.xxh3_128(), 0
-            with open(path, "rb", buffering=0) as file:
-                buffer = memoryview(bytearray(1 << 20))
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
-                    size += count
+            with open(path, "rb") as file:
+                info = FileInfo(path.name, os.fstat(file.fileno()).st_size, hash_file(file.fileno()))
                 os.fsync(file.fileno())
             flight = _Flight(step, folder, {"step": step, "score": None} | described, specs, time.monotonic())
-            return self._publish(flight, [FileInfo(path.name, size, digest.hexdigest())])
+            return self._publish(flight, [info])
         except OSError as error:
-            raise CheckpointError(f"step {step} was not saved to {self.folder}: {explain(error)}") from error
+            raise CheckpointError(f"step {step} was not saved to {self.folder}: {error_reason(error)}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # nothing is left of it once it is published
 
@@ -337,7 +327,7 @@ class Saver:
         return held
 
     def _stage(self, step_name: str) -> Path:
-        """Make the hidden folder that a save is written into; rank 0 makes it, all ranks return it."""
+        """Return the hidden folder that a save is written into; rank 0 makes it."""
         made: tuple[str, str | None] = ("", None)
         if self.comm.rank == 0:
             try:
@@ -345,7 +335,7 @@ class Saver:
                 made = (hidden("tmp", step_name), None)
                 (self.folder / made[0]).mkdir()
             except OSError as error:
-                made = ("", f"rank 0 on {_HOST} cannot write there: {explain(error)}")
+                made = ("", f"rank 0 on {_HOST} cannot write there: {error_reason(error)}")
         name, problem = self.comm.broadcast(made)
         if problem:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {problem}")
@@ -353,14 +343,14 @@ class Saver:
 
     def _gather(self, file: FileInfo | None, error: Exception | None) -> tuple[list[FileInfo | None], list[str]]:
         """Return every rank's file, and the faults of all ranks as text."""
-        reason = error and f"rank {self.comm.rank} on {_HOST}: {explain(error)}"
+        reason = error and f"rank {self.comm.rank} on {_HOST}: {error_reason(error)}"
         if isinstance(error, FileNotFoundError):
             reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
         files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
         return list(files), [reason for reason in reasons if reason]
 
     def finish(self) -> Saved | None:
-        """Wait until every rank has written, publish, retire old ones; return None when nothing was begun."""
+        """Wait until every rank has written, publish, retire old ones; return None if no save was begun."""
         flight = self._flight
         if flight is None:
             return None
@@ -376,7 +366,7 @@ class Saver:
                     saved = self._publish(flight, [info for info in files if info])
             except Exception as caught:  # whatever it is, the other ranks wait for the outcome
                 error = caught
-                problems = [f"rank 0 on {_HOST}: {explain(caught)}"]
+                problems = [f"rank 0 on {_HOST}: {error_reason(caught)}"]
             if problems:
                 shutil.rmtree(flight.folder, ignore_errors=True)
         self._flight = None
@@ -387,7 +377,7 @@ class Saver:
         return saved
 
     def close(self) -> None:
-        """Give up a save that is begun and not finished, without the other ranks; for a run that ends by an error."""
+        """Cancel an unfinished save without the other ranks, when a run ends by an error."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
@@ -411,7 +401,7 @@ class Saver:
                 for name, t in tensors.items()
             },
         }
-        text = canonical(content)
+        text = canonical_json(content)
         text = b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:]
         if len(text) > MAX_MANIFEST:
             raise CheckpointError(
@@ -442,9 +432,9 @@ class Saver:
         return Saved(path, flight.step, nbytes, time.monotonic() - flight.began, tuple(retired), tuple(warnings))
 
     def _retire(self, step: int) -> tuple[list[str], list[str]]:
-        """Delete what need not be kept; return the names of retired checkpoints, and what could not be deleted.
+        """Delete old checkpoints and leftovers; return the names of the retired ones, and what could not be deleted.
 
-        Later steps than the one just saved stay: a run that went back has not made them worthless, and says so itself.
+        Later steps than the one just saved stay: a run that rolled back has not made them worthless.
         """
         infos = [info for info in list_checkpoints(self.folder) if info.step <= step]
         kept = {
@@ -459,7 +449,7 @@ class Saver:
                     retired.append(info.path.name)
                     self.scores.pop(info.path.name, None)
                 except OSError as error:
-                    warnings.append(f"{info.path} could not be retired: {explain(error)}")
+                    warnings.append(f"{info.path} could not be retired: {error_reason(error)}")
         own_trash = f"-{_HOST}-{os.getpid()}-"
         for entry in self.folder.iterdir():
             try:
@@ -467,7 +457,7 @@ class Saver:
                     shutil.rmtree(entry)
                 progress()
             except OSError as error:
-                warnings.append(f"{entry} could not be removed: {explain(error)}")
+                warnings.append(f"{entry} could not be removed: {error_reason(error)}")
         return retired, warnings
 
 
@@ -475,11 +465,12 @@ def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileIn
     """Return every tensor with its pieces, from the headers that the ranks wrote, as rank 0 sees them on disk."""
     placed: dict[str, list[tuple[int, int, int]]] = {name: [] for name in specs}
     for index, info in enumerate(files):
-        descriptor = open_plain(folder / info.name, info.size)
+        descriptor = open_descriptor(folder / info.name, info.size)
         try:
-            for key, (_, numel, _, _) in read_header(descriptor, info.size).items():
+            for key, (_, (numel,), _, _) in read_header(descriptor, info.size)[0].items():
                 name, _, start = key.rpartition("@")
-                placed[name].append((index, int(start), numel // (1 + (DTYPES[specs[name].dtype].pair is not None))))
+                is_pair = DTYPES[specs[name].dtype].pair is not None
+                placed[name].append((index, int(start), numel // 2 if is_pair else numel))
         finally:
             os.close(descriptor)
     tensors = {name: Tensor(specs[name], tuple(sorted(found, key=lambda p: p[1]))) for name, found in placed.items()}

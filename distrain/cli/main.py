@@ -408,7 +408,7 @@ def checkpoint_export(
         trust=trust,
     )  # fmt: skip
     echo(f"wrote {out} from {checkpoint.name}")
-    _say(exported.notes, exported.left)
+    _say(exported.notes, exported.skipped)
 
 
 @checkpoint_app.command("import")
@@ -472,9 +472,9 @@ def checkpoint_import(
         verify=not no_verify,
     )  # fmt: skip
     optimizer_state = f", the state of {done.optimizer}" if done.optimizer else ""
-    echo(f"wrote {done.path} from {done.what}")
+    echo(f"wrote {done.path} from {done.description}")
     echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
-    _say(done.notes, done.left)
+    _say(done.notes, done.skipped)
 
 
 def _say(notes: Sequence[str], left: Sequence[str]) -> None:

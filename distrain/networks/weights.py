@@ -248,16 +248,15 @@ def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
         tensors, notes = open_tensors(path)
     except UserError as error:
         raise UserError(f"model.weights: {error}") from error
-    instead, renamed = made_by_hooks(tensors, ema=False)
     plain = {name: name for name in tensors.names} | tensors.aliases
-    plain = {name: stored for name, stored in plain.items() if name not in renamed}
-    plain |= {f"model/{name}": stored for name, stored in instead.items()}
+    plain = {name: stored for name, stored in plain.items() if name not in tensors.renamed}
+    plain |= {f"model/{name}": stored for name, stored in made_by_hooks(tensors, ema=False).items()}
 
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
         raw = tensors.gather(name, 0, spec.numel)
         raw = raw if raw.flags.writeable else raw.copy()  # torch warns of what it may not write to
-        return torch.from_numpy(raw).view(torch_dtype(tensors.stored_dtype(name))).reshape(spec.shape)
+        return torch.from_numpy(raw).view(torch_dtype(tensors.tensors[name].dtype)).reshape(spec.shape)
 
     found = {
         full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))

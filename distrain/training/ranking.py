@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from distrain.checkpoint import CheckpointError, Criterion, Evaluation, Manifest, list_checkpoints, read_manifest
-from distrain.checkpoints.format import canonical
+from distrain.checkpoints.format import canonical_json
 from distrain.config import Recipe
 from distrain.datasets.base import Data, is_stream
 from distrain.fingerprints import compare
@@ -52,7 +52,7 @@ def criterion_for(recipe: Recipe, metrics: MetricSet, data: Data, since: int = 0
     what["transforms"] = section["transforms"]["eval"]
     source = data.splits.get(split) if split is not None else None
     size = len(source) if source is not None and not is_stream(source) else None
-    digest = xxhash.xxh3_64_hexdigest(canonical([what, recipe.seed, size, since]))
+    digest = xxhash.xxh3_64_hexdigest(canonical_json([what, recipe.seed, size, since]))
     return Criterion(wanted.removeprefix("-"), higher_is_better(wanted, metrics), split, digest)
 
 

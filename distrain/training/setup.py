@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from distrain.checkpoint import Manifest, Reader, find_newest
-from distrain.checkpoints.export.companion_files import FOLDER, files_beside, keep_beside
+from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
 from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.config.strategies import STRATEGIES
 from distrain.data import build_data, build_loader, build_transform
@@ -188,7 +188,7 @@ def _keep_beside(
 
     def keep() -> tuple[list[str], list[str]]:
         fence()
-        return keep_beside(Path(path), run.path), files_beside(run.path / FOLDER)[0]
+        return keep_companions(Path(path), run.path), [*companions_of(run.path / FOLDER)[0]]
 
     said, names = world.run_on_rank0(keep)
     told += said

@@ -208,7 +208,7 @@ def test_no_file_stays_open(tmp_path):
 
 
 def test_reader_opens_few_files_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(Reader, "_MOST_OPEN", 1)
+    monkeypatch.setattr(Reader, "_MAX_OPEN", 1)
     state = make_state(3)
     assert_holds(save_world(tmp_path, 3, 1, state)[0].path, state)
 

@@ -354,5 +354,5 @@ def test_trust_is_refused_where_nothing_runs(checkpoint, tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="--trust changes nothing"):
         export(tmp_path / "a.safetensors", tmp_path / "out.safetensors", trust=True)
-    with pytest.raises(UserError, match="--trust is for what other trainers wrote"):
+    with pytest.raises(UserError, match="--trust is for other trainers"):
         export(checkpoint, tmp_path / "out.safetensors", trust=True)

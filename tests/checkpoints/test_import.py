@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from distrain.checkpoint import Reader, find_newest, verify
 from distrain.checkpoints.export import export, import_checkpoint
-from distrain.checkpoints.export.companion_files import keep_beside
+from distrain.checkpoints.export.companion_files import keep_companions
 from distrain.cli.main import app
 from distrain.config import UserError
 from distrain.networks.weights import load_weights
@@ -59,7 +59,7 @@ def test_a_folder_is_a_file_of_weights(kind, written, tmp_path):
 
 def test_weights_in_a_folder_that_is_none(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(UserError, match=r"model\.weights: .* is no checkpoint that is known here"):
+    with pytest.raises(UserError, match=r"model\.weights: .* is not a checkpoint in a known format"):
         load_weights(foreign_folders.build_model(), tmp_path)
 
 
@@ -134,8 +134,8 @@ def test_steps_and_folders(written, tmp_path):
     for out, match in (
         (tmp_path / "b", "holds files and is not a run"),
         (tmp_path / "b" / "mine", "is a file"),
-        (tmp_path / "c.safetensors", "is no folder of checkpoints"),
-        (tmp_path / "a" / "checkpoints" / "step-00000003", "is no folder of checkpoints"),
+        (tmp_path / "c.safetensors", "is not a run.s folder"),
+        (tmp_path / "a" / "checkpoints" / "step-00000003", "is not a run.s folder"),
     ):
         with pytest.raises(UserError, match=match):
             import_checkpoint(path, out)
@@ -147,7 +147,7 @@ def test_names_that_do_not_hold(written, tmp_path):
         ({"tied": {"head.weight": "embed.wieght"}}, "no tensor 'embed.wieght'.*did you mean 'embed.weight'"),
         ({"tied": {"body.1.weight": "body.1.bias"}}, "are not tied: their elements differ"),
         ({"buffers": ["nothing.*"]}, "matches no tensor"),
-        ({"step": -1}, "is no number of steps"),
+        ({"step": -1}, "expected 0 or more"),
         ({"format": "deepspeed"}, "optim_states"),
     ):
         with pytest.raises(UserError, match=match):
@@ -257,7 +257,7 @@ def test_an_export_says_what_it_leaves_out(tuned, tmp_path):
     # a checkpoint that was taken out of its run
     shutil.copytree(tuned / "checkpoints" / "step-00000003", tmp_path / "else" / "where" / "step-00000003")
     done = export(tmp_path / "else" / "where" / "step-00000003", tmp_path / "out")
-    assert any(note.startswith("left out: ") and "and 4 more" in note for note in done.notes)
+    assert any(note.startswith("skipped: ") and "and 4 more" in note for note in done.notes)
     assert [path.name for path in done.paths] == ["model.safetensors", "config.json"]
     # what somebody has put there is not written over, unless that is asked for
     (tmp_path / "own").mkdir()
@@ -269,11 +269,11 @@ def test_an_export_says_what_it_leaves_out(tuned, tmp_path):
 
 
 def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("distrain.checkpoints.export.companion_files._MOST", 10)
+    monkeypatch.setattr("distrain.checkpoints.export.companion_files._MAX_BYTES", 10)
     (tmp_path / "base").mkdir()
     for name, size in (("tokenizer.json", 20), ("vocab.txt", 3), ("model.safetensors", 5)):
         (tmp_path / "base" / name).write_text("x" * size)
-    (said,) = keep_beside(tmp_path / "base", tmp_path / "run")
+    (said,) = keep_companions(tmp_path / "base", tmp_path / "run")
     assert said.endswith("exports will not have: tokenizer.json")
     assert os.listdir(tmp_path / "run" / "transformers") == ["vocab.txt"]
 

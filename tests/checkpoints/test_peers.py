@@ -201,7 +201,7 @@ def test_torchvisions_own_class_accepts_the_export(tmp_path):
     )
     done = import_checkpoint(tmp_path / "m.pth", tmp_path / "run")
     assert any("module." in note for note in done.notes)
-    assert any("epoch" in what for what in done.left)
+    assert any("epoch" in what for what in done.skipped)
     assert (done.parameters, done.buffers) == (len(list(model.parameters())), len(list(model.buffers())))
     for suffix in ("safetensors", "pt"):
         path = export(done.path, tmp_path / f"out.{suffix}").paths[0]
@@ -221,5 +221,5 @@ def test_folders_of_accelerate_with_deepspeed(written, tmp_path):
     (path / "random_states_0.pkl").write_bytes(pickle.dumps(os.getcwd))  # is not opened
     done = import_checkpoint(path, tmp_path / "run")
     assert re.match(r"DeepSpeed ZeRO-2 of 2 ranks", done.what)
-    assert any("random_states_0.pkl" in what for what in done.left)
+    assert any("random_states_0.pkl" in what for what in done.skipped)
     assert done.step == foreign_folders.STEPS

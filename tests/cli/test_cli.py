@@ -65,7 +65,7 @@ def test_help_names_every_command() -> None:
         (["checkpoint", "ls", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "verify", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "diff", "/tmp", "/tmp"], "/tmp"),
-        (["checkpoint", "export", "/usr", "-o", "x.safetensors"], "/usr is no checkpoint that is known here"),
+        (["checkpoint", "export", "/usr", "-o", "x.safetensors"], "/usr is not a checkpoint in a known format"),
         (["init", "/tmp"], "is there already"),
         (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
     ],

@@ -17,7 +17,7 @@ import xxhash
 
 from distrain.checkpoint import Piece, Saver, TensorSpec
 from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.checkpoints.format import MANIFEST, canonical
+from distrain.checkpoints.format import MANIFEST, canonical_json
 
 DESCRIBED: dict[str, Any] = {
     "scalars": {"groups": [{"lr": 0.1, "betas": [0.9, 0.999]}], "position": 10**15},
@@ -170,5 +170,5 @@ def rewrite_manifest(path: Path, change: Any) -> None:
     content = json.loads((path / MANIFEST).read_bytes())
     del content["xxh3_128"]
     change(content)
-    text = canonical(content)
+    text = canonical_json(content)
     (path / MANIFEST).write_bytes(b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:])

@@ -1,21 +1,25 @@
-"""Between checkpoints and what others read and write. Imports no torch, and holds no model in memory.
+"""Exports checkpoints to the files that others read, and imports theirs. Imports no torch; bounded memory.
 
     export               a checkpoint, distrain's own or a foreign one -> safetensors files or a `.pt`
-    find_source          what a command that exports means
     import_checkpoint    a foreign checkpoint -> one of distrain's own
-    open_tensors         the tensors of any of them
+    find_source          the checkpoint that a command names
+    open_tensors         the tensors of a checkpoint of any format
     open_foreign         where the tensors of a foreign checkpoint lie
 
-Inside: `exporting`, `importing`, `opening` (which format it is), `formats/` (one room for each), `sources` (where
-tensors lie), `copying` (from there into one file), `beside` (what else a model of transformers needs), `torch_file`
-(what `torch.save` writes), `archive` and `pickles` (what it wrote, opened without running anything).
+exporting.py, importing.py
+opening.py          finds out the format, and opens it
+sources.py          where tensors lie
+copying.py          copies them into one file
+companion_files.py  the other files of a transformers model
+torch_file.py       writes what `torch.save` writes
+archive.py          reads what `torch.save` wrote, and pickles.py its pickle, without running code
 """
 
 from __future__ import annotations
 
-from distrain.checkpoints.export.exporting import Exported, export, find_source, made_by_hooks, open_tensors
+from distrain.checkpoints.export.exporting import Exported, export, made_by_hooks
 from distrain.checkpoints.export.importing import Imported, import_checkpoint
-from distrain.checkpoints.export.opening import open_foreign
+from distrain.checkpoints.export.opening import find_source, open_foreign, open_tensors
 
 __all__ = [
     "Exported",

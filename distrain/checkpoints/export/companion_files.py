@@ -1,7 +1,7 @@
-"""What lies beside the weights of a model of Hugging Face's and is needed to use it. Imports no torch.
+"""The files beside a Hugging Face model's weights that are needed to use it. Imports no torch.
 
-Tokenizer, chat template, processor, generation settings: a run keeps a copy of these from its first start, so that its
-exports open as the folder did that it started from, wherever that is by then.
+Tokenizer, chat template, processor, generation settings: a run copies these from the folder that it starts from, so
+that its exports open as that folder did, even when it is gone.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ _PATTERNS = (
     "image_processor*.json", "feature_extractor*.json", "label*.json", "id2label.json",
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".index.json", ".onnx", ".gguf")
-_MOST = 256 << 20
-"""Bytes of all of them: the largest tokenizers have some 40 MiB."""
+_MAX_BYTES = 256 << 20
+"""Of all of them: the largest tokenizers have some 40 MiB."""
 
 
-def files_beside(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of these files in a folder, and of those that are left out as all together are too large."""
-    names = {
-        str(path.relative_to(folder))
+def companions_of(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return {name: file} of these files in a folder, and the names of those that together would be too large."""
+    files = {
+        str(path.relative_to(folder)): path
         for pattern in _PATTERNS
         for path in folder.glob(pattern)
         if path.is_file() and not path.name.endswith(_WEIGHTS)
     }
-    kept: list[str] = []
-    left: list[str] = []
+    kept: dict[str, Path] = {}
     size = 0
-    for name in sorted(names, key=lambda name: ((folder / name).stat().st_size, name)):
-        size += (folder / name).stat().st_size
-        (kept if size <= _MOST else left).append(name)
-    return sorted(kept), sorted(left)
+    for name, path in sorted(files.items(), key=lambda item: (item[1].stat().st_size, item[0])):
+        size += path.stat().st_size
+        if size <= _MAX_BYTES:
+            kept[name] = path
+    return dict(sorted(kept.items())), sorted(files.keys() - kept.keys())
 
 
-def keep_beside(folder: Path, run: Path) -> list[str]:
-    """Copy these files, and config.json, into a run's folder, once; return what a person should know of it.
+def keep_companions(folder: Path, run: Path) -> list[str]:
+    """Copy these files, and config.json, into a run's folder, once; return notes for the user.
 
-    What is there is complete: it gets its name when all of it is copied. Raises UserError.
+    The copy is complete or absent. Raises UserError.
     """
     into = run / FOLDER
     if into.is_dir() or not folder.is_dir():
         return []
-    names, left = files_beside(folder)
+    files, skipped = companions_of(folder)
     part = into.with_name(hidden("tmp", FOLDER))
     try:
         part.mkdir(parents=True)
-        for name in (CONFIG, *names):
+        for name in (CONFIG, *files):
             if (folder / name).is_file():
                 (part / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, part / name)
@@ -65,16 +65,10 @@ def keep_beside(folder: Path, run: Path) -> list[str]:
         raise UserError(f"{into}: files of {folder} cannot be copied there: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    what = f"of {folder}, with more than {_MOST >> 20} MiB together, exports will not have: {', '.join(left)}"
-    return [what] if left else []
-
-
-def kept_beside(checkpoint: Path) -> dict[str, Path]:
-    """Return {name: file} of what the run of a checkpoint has kept, without config.json, which the checkpoint holds."""
-    folder = run_of(checkpoint) / FOLDER
-    return {name: folder / name for name in files_beside(folder)[0]} if folder.is_dir() else {}
+    what = f"of {folder}, with more than {_MAX_BYTES >> 20} MiB together, exports will not have: {', '.join(skipped)}"
+    return [what] if skipped else []
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint lies in."""
+    """Return the folder of the run that holds a checkpoint."""
     return checkpoint.absolute().parent.parent

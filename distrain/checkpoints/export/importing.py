@@ -1,4 +1,4 @@
-"""Turn what others wrote into a checkpoint of distrain's own, with the optimizer's state where the format has it."""
+"""Writes a foreign checkpoint as one of distrain's own, with the optimizer's state if the format has it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.checkpoints.export.companion_files import keep_beside
+from distrain.checkpoints.export.companion_files import keep_companions
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import COUNTED, open_foreign
 from distrain.checkpoints.export.sources import Source
@@ -24,21 +24,20 @@ _KEEP_ALL = 10**9
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote."""
+    """The checkpoint that an import wrote."""
 
     path: Path
-    """The checkpoint."""
-    what: str
-    """The format, in words."""
+    description: str
+    """Of the format."""
     step: int
     parameters: int
     """Tensors that are parameters, without tied aliases."""
     buffers: int
     optimizer: str | None
-    """Class of the optimizer whose state came along; None: there is none."""
+    """Class of the optimizer whose state was imported; None: no state was."""
     notes: tuple[str, ...]
-    """How things were understood."""
-    left: tuple[str, ...]
+    """How the checkpoint was understood."""
+    skipped: tuple[str, ...]
     """What was not imported."""
 
 
@@ -58,11 +57,11 @@ def import_checkpoint(
 ) -> Imported:
     """Write the foreign checkpoint as `out/checkpoints/step-…`; `out` is a run's folder, or a new one that becomes one.
 
-    `step` is the number of optimizer steps done, where the format does not say it; `optimizer` the class that keeps the
-    optimizer's state (AdamW, SGD, …), where it is not known from what is kept; `with_optimizer=False` leaves that state
-    out. `format`, `trust`, `tied` and `buffers` are `open_foreign`'s; `verify=False` does not compare bytes to the
-    checksums that archives of torch hold. The checkpoint is complete or absent, and other checkpoints stay. A run
-    whose recipe builds the same model goes on from it: `distrain train RECIPE --run-dir OUT`. Raises UserError.
+    `step` is the number of optimizer steps taken, if the format does not record it; `optimizer` the class of the
+    optimizer (AdamW, SGD, …), if its state does not show it; `with_optimizer=False` skips that state. `format`,
+    `trust`, `tied` and `buffers` are `open_foreign`'s; `verify=False` skips the checksums that torch's archives hold.
+    The checkpoint is complete or absent, and other checkpoints stay. A run whose recipe builds the same model resumes
+    from it: `distrain train RECIPE --run-dir OUT`. Raises UserError.
     """
     folder, recipe = _target(Path(out))
     with open_foreign(foreign, format=format, trust=trust, tied=tied, buffers=buffers) as source:
@@ -74,17 +73,17 @@ def import_checkpoint(
         done = step if step is not None else source.step
         if done is None:
             done = 0
-            notes.append("how many steps were done is not in it, and is taken for 0; --step N says otherwise")
+            notes.append("it does not record the step, which is taken for 0; --step N sets it")
         if done < 0:
-            raise UserError(f"--step {done} is no number of steps")
+            raise UserError(f"--step {done}: expected 0 or more")
         has_optimizer = any(name.startswith("optimizer/") for name in source.names)
         kind = (optimizer or source.optimizer) if has_optimizer else None
         if optimizer and not has_optimizer:
-            raise UserError(f"{source.path} holds no optimizer's state that --optimizer {optimizer} could name")
+            raise UserError(f"{source.path} holds no optimizer's state; remove --optimizer {optimizer}")
         if has_optimizer and kind is None:
             raise UserError(
-                f"{source.path} holds an optimizer's state, and which class keeps it is not known from it; name it "
-                "with --optimizer (AdamW, SGD, …), or leave the state out with --no-optimizer"
+                f"{source.path} holds an optimizer's state that does not show its class; name the class with "
+                "--optimizer (AdamW, SGD, …), or skip the state with --no-optimizer"
             )
         if (folder / f"step-{done:08d}").exists() and not overwrite:
             raise UserError(f"{folder / f'step-{done:08d}'} exists already; give another --step, or --overwrite it")
@@ -92,19 +91,19 @@ def import_checkpoint(
             source.verify()
         path = _write(source, folder, done, kind, recipe)
         if source.config is not None and source.path.is_dir():
-            notes += keep_beside(source.path, folder.parent)
+            notes += keep_companions(source.path, folder.parent)
         roles = [source.spec(name).role for name in source.names]
         return Imported(
-            path, source.what, done, roles.count("parameter"), roles.count("buffer"), kind, tuple(notes),
-            tuple(source.left),
+            path, source.description, done, roles.count("parameter"), roles.count("buffer"), kind, tuple(notes),
+            tuple(source.skipped),
         )  # fmt: skip
 
 
 def _target(out: Path) -> tuple[Path, str]:
-    """Return the folder of checkpoints, and the recipe of the run that they are of."""
+    """Return the folder of checkpoints, and the recipe of its run."""
     if (out / MANIFEST).exists() or out.suffix in (".safetensors", ".pt", ".pth"):
         raise UserError(
-            f"{out} is no folder of checkpoints; name a run's folder or a new one (`distrain checkpoint export` writes "
+            f"{out} is not a run's folder; expected a run's folder or a new one (`distrain checkpoint export` writes "
             "one file)"
         )
     if out.exists() and not out.is_dir():
@@ -120,7 +119,7 @@ def _drop_optimizer(source: Source) -> None:
         del source.tensors[name]
     source.optimizer_values.clear()
     source.optimizer_groups.clear()
-    source.left.append("the optimizer's state, as asked")
+    source.skipped.append("the optimizer's state, as asked")
 
 
 def _write(source: Source, folder: Path, step: int, optimizer: str | None, recipe: str) -> Path:
@@ -131,7 +130,7 @@ def _write(source: Source, folder: Path, step: int, optimizer: str | None, recip
         raise UserError(f"{folder}: the checkpoint has {nbytes:,} bytes, and the disk has {free:,} left")
     ordered = sorted(specs, key=lambda name: (-ITEM_SIZES[specs[name].dtype], name))
     outputs = {
-        piece_key(name, 0): Output(name, specs[name], source.stored_dtype(name), specs[name].dtype)
+        piece_key(name, 0): Output(name, source.tensors[name], specs[name].dtype)
         for name in ordered
         if specs[name].numel
     }
@@ -140,9 +139,8 @@ def _write(source: Source, folder: Path, step: int, optimizer: str | None, recip
         "optimizer_values": source.optimizer_values if optimizer else {},
         "optimizer_groups": source.optimizer_groups if optimizer else [],
         "optimizer_group_values": [],
-        # what a run computes from its data, it computes anew
-        "data": None,
-        "imported_from": source.what,
+        "data": None,  # a run fits its data state again
+        "imported_from": source.description,
     }
     if source.config is not None:
         scalars["transformers_config"] = source.config
@@ -150,7 +148,7 @@ def _write(source: Source, folder: Path, step: int, optimizer: str | None, recip
     saved = saver.save_written(
         step,
         specs,
-        lambda path: write_safetensors(source, outputs, path, metadata=None, as_flat=True),
+        lambda path: write_safetensors(source, outputs, path, metadata=None, flat=True),
         scalars=scalars,
         aliases=source.aliases,
         recipe=recipe,

@@ -1,4 +1,4 @@
-"""Open a checkpoint that others wrote: which format it is in, and what its tensors are called here."""
+"""Opens a checkpoint of any format: finds out which it is, and gives its tensors their names in distrain."""
 
 from __future__ import annotations
 
@@ -11,21 +11,78 @@ from pathlib import Path
 
 import numpy as np
 
-from distrain.checkpoints.export.sources import Source
+from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
+from distrain.checkpoints.export.sources import Source, flat
 from distrain.checkpoints.floats import FLOATS
-from distrain.checkpoints.foreign.common import some
-from distrain.checkpoints.format import CheckpointError, explain
+from distrain.checkpoints.foreign.common import NO_TENSORS, some
+from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
+from distrain.checkpoints.reading import Reader, find_checkpoint, is_checkpoint_name
 from distrain.config import UserError, close_names
 from distrain.config.registry import formats
+from distrain.run.folder import RunDir
+from distrain.system.bounded_json import MOST_STEPS
 
 COUNTED = "is the optimizer's own count"
-BUFFERS = "taken for buffers"
-MOST_STEPS = 10**18
+_AS_BUFFERS = "taken for buffers"
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
-@contextmanager
+def find_source(target: Path | str, *, best: bool = False, format: str | None = None) -> tuple[Path, str | None]:
+    """Return the checkpoint that `target` names (itself, or one of a run), and its format if it is foreign.
+
+    Raises UserError if it is neither.
+    """
+    path = Path(target)
+    native = (path / MANIFEST).exists() or RunDir(path).checkpoints.is_dir() or not path.exists()
+    if format is None and (native or is_checkpoint_name(path.name)):
+        return find_checkpoint(path, best=best), None
+    if best:
+        raise UserError(f"{path} is not a run of distrain's; --best goes with a run folder")
+    return path, format or detect(path)
+
+
+def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
+    """Return the tensors of a run or of a checkpoint of any format, and notes on how they were understood.
+
+    Only the model is opened, and checked against its hashes first. Raises UserError.
+    """
+    found, format = find_source(path)
+    if format is None:
+        return open_native(found, verify=True), []
+    source = open_foreign(found, format=format, optimizer=False)
+    source.verify(name for name in source.names if name.startswith("model/"))
+    # which tensors are buffers does not matter to a model that knows it
+    notes = [note for note in source.notes if not note.startswith(_AS_BUFFERS)]
+    return source, [*notes, *(what for what in source.skipped if NO_TENSORS in what)]
+
+
+def open_native(path: Path, verify: bool) -> Source:
+    """Open a checkpoint of distrain's own; raises CheckpointError."""
+    source = Source(path, "distrain")
+    with Reader(path, verify) as reader:
+        manifest = reader.manifest
+        source.files = [(path / info.name, info.size) for info in manifest.files]
+        source.aliases = manifest.aliases
+        for name, spec in manifest.specs.items():
+            size = ITEM_SIZES[spec.dtype]
+            runs = [(file, offset, nbytes // size) for file, offset, nbytes in reader.ranges(name, 0, spec.numel)]
+            source.tensors[name] = flat(spec, spec.dtype, runs)
+    source.renamed = set(manifest.scalars.get("model_renamed", []))
+    config = manifest.scalars.get("transformers_config")
+    folder = run_of(path) / FOLDER
+    kept = companions_of(folder)[0]
+    if isinstance(config, str):
+        source.config, source.companions = config, kept
+    expected = manifest.scalars.get("transformers_files")
+    if isinstance(expected, list) and (missing := sorted(set(expected) - kept.keys())):
+        source.notes.append(f"skipped: {some(missing)}, which are not in {folder}")
+    if values := sorted(manifest.scalars.get("model_state", {})):
+        source.notes.append(f"not in the file, because they are not tensors: {some(values)}; load it with strict=False")
+    return source
+
+
 def open_foreign(
     path: Path | str,
     *,
@@ -34,16 +91,15 @@ def open_foreign(
     tied: Mapping[str, str] | None = None,
     buffers: Sequence[str] = (),
     optimizer: bool = True,
-) -> Iterator[Source]:
+) -> Source:
     """Open a foreign checkpoint, a file or a folder; reads its listings and none of its tensors.
 
     `format` is a name in the registry of formats, or `path/to/file.py:NAME` or `package.module:NAME` of a function
-    (source, path, *, trust) that adds to the source; None finds it out. `trust` lets a process of its own run what is
-    in pickles that hold more than tensors. `tied` {alias: name}: a tensor that is the same as another one, which
-    formats that store both
-    do not say. `buffers`: patterns of names that are buffers, for formats that do not tell them from parameters.
-    `optimizer=False` does not look at an optimizer's state, where the model does not lie in it.
-    Raises UserError: what is there is in no known format, damaged, incomplete, or holds what may run.
+    (source, path, *, trust) that adds to the source; None detects it. `trust` lets a process of its own run the code
+    in pickles that hold more than tensors. `tied` {alias: name} names tensors that are the same, for formats that
+    store both. `buffers`: patterns of buffers' names, for formats that do not tell them from parameters.
+    `optimizer=False` skips the optimizer's state. Raises UserError: the format is unknown, or the checkpoint is
+    damaged, incomplete, or holds code.
     """
     path = Path(path)
     if not path.exists():
@@ -54,39 +110,39 @@ def open_foreign(
     if not callable(entry.value):
         raise UserError(f"--format: {entry.name!r} is {entry.value!r}; expected a function (source, path, *, trust)")
     if trust and not entry.metadata.get("pickles", True):
-        raise UserError(f"{path}: --trust changes nothing for {expected}: nothing in it is run; leave it out")
+        raise UserError(f"{path}: --trust changes nothing for {expected}, which runs no code; remove it")
     if entry.registered and entry.metadata.get("folder", True) and not path.is_dir():
         raise UserError(f"{path} is a file; expected {expected}")
     source = Source(path, expected.partition(",")[0], wants_optimizer=optimizer)
     try:
-        with _in_words(path, expected):
+        with _refusing(path, expected):
             entry.value(source, path, trust=trust)
             _tie(source, tied or {})
             _name_buffers(source, buffers)
             source.check()
             if source.step is None:
                 _count_steps(source)
-        yield source
-    except (CheckpointError, OSError) as error:
-        raise UserError(f"{path}: {explain(error)}") from error
-    finally:
+            if source.config is not None and path.is_dir():
+                source.companions = companions_of(path)[0]
+    except BaseException:
         source.close()
+        raise
+    return source
 
 
 def detect(path: Path) -> str:
-    """Return the format of what is at `path`, from what it contains; raises UserError."""
-    try:
-        with _in_words(path, "a checkpoint that is known here"):
-            return _detect(path)
-    except (CheckpointError, OSError) as error:
-        raise UserError(f"{path}: {explain(error)}") from error
+    """Return the format of `path`, from its content; raises UserError."""
+    with _refusing(path, "a known checkpoint format"):
+        return _detect(path)
 
 
 @contextmanager
-def _in_words(path: Path, expected: str) -> Iterator[None]:
-    """Say of a file that it is damaged where what is in it is of other kinds than its format knows."""
+def _refusing(path: Path, expected: str) -> Iterator[None]:
+    """Raise UserError, naming the file, for whatever a damaged or unknown file leads to."""
     try:
         yield
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{path}: {error_reason(error)}") from error
     except UserError:
         raise
     except (
@@ -113,17 +169,16 @@ def _detect(path: Path) -> str:
         raise UserError(f"{path} is neither a safetensors file nor one of torch.save; expected {expected}")
     inside = sorted(entry.name for entry in path.iterdir())
     shown = f"it holds {', '.join(inside[:5])}" if inside else "it is empty"
-    raise UserError(f"{path} is no checkpoint that is known here: {shown}; expected {expected}")
+    raise UserError(f"{path} is not a checkpoint in a known format: {shown}; expected {expected}")
 
 
 def _tie(source: Source, tied: Mapping[str, str]) -> None:
     for alias, name in tied.items():
         one, other = f"model/{alias}", f"model/{name}"
-        for full in (one, other):
-            if full not in source.tensors:
-                plain = full.removeprefix("model/")
-                names = [n.removeprefix("model/") for n in source.names if n.startswith("model/")]
-                raise UserError(f"{source.path} has no tensor {plain!r}{close_names(plain, names)}")
+        names = [name.removeprefix("model/") for name in source.names if name.startswith("model/")]
+        for each in (alias, name):
+            if each not in names:
+                raise UserError(f"{source.path} has no tensor {each!r}{close_names(each, names)}")
         if not _equal(source, one, other):
             raise UserError(f"{alias} and {name} are not tied: their elements differ")
         del source.tensors[one]
@@ -134,7 +189,7 @@ def _tie(source: Source, tied: Mapping[str, str]) -> None:
 
 def _equal(source: Source, one: str, other: str) -> bool:
     spec = source.spec(one)
-    if source.spec(other) != spec or source.stored_dtype(one) != source.stored_dtype(other):
+    if source.spec(other) != spec or source.tensors[one].dtype != source.tensors[other].dtype:
         return False
     return all(
         np.array_equal(source.gather(one, start, count), source.gather(other, start, count))
@@ -144,7 +199,7 @@ def _equal(source: Source, one: str, other: str) -> bool:
 
 
 def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
-    """Give buffers their role: by what the format says, by the patterns, or else by what is usually one."""
+    """Give buffers their role: by the format, by the patterns, or else by their usual names and dtypes."""
     usual, found = [], set(source.buffers or ())
     trained = {name.removeprefix("optimizer/").rpartition("/")[0] for name in source.names if name.startswith("opt")}
     for full in source.names:
@@ -164,11 +219,11 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
         stored = source.tensors[f"model/{plain}"]
         source.tensors[f"model/{plain}"] = replace(stored, spec=replace(stored.spec, role="buffer"))
     if usual:
-        source.notes.append(f"{BUFFERS}, by name or dtype: {some(sorted(usual))}; --buffers names others")
+        source.notes.append(f"{_AS_BUFFERS}, by name or dtype: {some(sorted(usual))}; --buffers names others")
 
 
 def _count_steps(source: Source) -> None:
-    """Take the step from the optimizer's own count, where all parameters agree on it."""
+    """Set the step to the optimizer's own count, if all parameters agree on it."""
     counts = {source.number(name) for name in source.names if name.startswith("optimizer/") and name.endswith("/step")}
     kept = [values["step"] for values in source.optimizer_values.values() if "step" in values]
     if all(isinstance(value, int | float) for value in kept):
@@ -176,6 +231,6 @@ def _count_steps(source: Source) -> None:
     else:
         counts.add(None)
     count = counts.pop() if len(counts) == 1 else None
-    if count is not None and 0 <= count < MOST_STEPS and count == int(count):  # NaN and infinity are below nothing
+    if count is not None and 0 <= count < MOST_STEPS and count == int(count):  # neither NaN nor infinite
         source.step = int(count)
         source.notes.append(f"step {source.step} {COUNTED}")

@@ -1,9 +1,8 @@
-"""Pickles read as data: Python's Unpickler, restricted to operations that build plain values and call nothing.
+"""Reads pickles as data: Python's Unpickler, restricted to operations that build values and call nothing.
 
-A pickle is a program. Where it would look up or call something of Python's, what it names is written down: a `Named`
-for the thing, a `Made` for the call. The few calls that make tensors and mappings in torch's files are then understood
-by name. What is named must be on a list, because a file that names anything else was not written by the trainers that
-are read here. Without a call there is nothing that a malicious file could run.
+A pickle is a program. Where it would look up a Python object, it gets a `Named`; where it would call one, a `Made`. The
+few calls that make tensors and mappings in torch's files are replaced by functions of this module. Names must be on a
+list, because no trainer that is read here writes others. As nothing is called, a malicious file runs no code.
 """
 
 from __future__ import annotations
@@ -20,47 +19,47 @@ from distrain.config import UserError
 
 
 class PickleRefused(UserError):
-    """The pickle names something that is not allowed, or is damaged."""
+    """The pickle names an object that is not allowed, or is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Something of Python's that a pickle names: `torch.float32`, `collections.OrderedDict`."""
+    """A Python object that a pickle names: `torch.float32`, `collections.OrderedDict`."""
 
     path: str
 
 
 @dataclass(eq=False, slots=True)
 class Made:
-    """What a pickle would have made by a call, or as an instance of a class."""
+    """The stand-in for the result of a call, or for an instance of a class."""
 
     kind: str
     args: tuple[Any, ...]
     state: Any = None
 
     def __getitem__(self, key: str) -> Any:
-        """Return an attribute, as the state has it."""
+        """Return an attribute from the state; None if it has none of that name."""
         return self.state[key] if isinstance(self.state, dict) and key in self.state else None
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Drop an item of a mapping of a class that is kept as it was called."""
+        """Drop an item, where it stands in for a mapping."""
 
     def append(self, value: Any) -> None:
-        """Drop an item of such a list."""
+        """Drop an item, where it stands in for a list."""
 
     def extend(self, values: list[Any]) -> None:
-        """Drop items of such a list."""
+        """Drop items, where it stands in for a list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes of a record that tensors are views of."""
+    """A record's bytes, which tensors are views of."""
 
     key: str
     dtype: str | None
-    """As safetensors names it; None: bytes whose tensors say it themselves."""
+    """As safetensors names it; None: untyped bytes, whose tensors have their own dtypes."""
     numel: int
-    """Elements, or bytes where there is no dtype."""
+    """Elements, or bytes if there is no dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class View:
 _NAMES = BY_TORCH_NAME | {
     "double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32", "short": "I16",
 }  # fmt: skip
-"""Dtypes by what torch calls them, with its further names for some."""
+"""Dtypes by torch's names, of which some have several."""
 _STORAGE_DTYPES: dict[str, str | None] = {
     **{f"torch.{known.storage}Storage": name for name, known in DTYPES.items() if known.storage},
     "torch.storage.UntypedStorage": None,
@@ -107,39 +106,38 @@ _HARMLESS = {
     "deepspeed.runtime.config.DeepSpeedConfig",
 }  # fmt: skip
 
-_MOST_OPERATIONS = 10_000_000
+_MAX_OPERATIONS = 10_000_000
 """Of one pickle: each may make an object of a hundred bytes, and a tensor takes some forty."""
 _SETTINGS = {"lightning", "lightning_fabric", "pytorch_lightning", "omegaconf"}
-"""Packages of which files hold settings and states of trainers, as hyper-parameters and callbacks have them."""
+"""Packages whose objects are in files as hyper-parameters and states of callbacks."""
 _MAX_INTEGER = 255  # bytes
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> View:
-    storage, offset, shape, strides, *rest = args
+    storage, offset, shape, strides, _, _, *metadata = *args, None, None, None
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise PickleRefused("a tensor is not a view of a storage with a dtype")
-    if len(rest) > 2 and rest[2]:
-        raise PickleRefused("a tensor is a conjugate or negative view, which is not read here")
-    return _view(storage, storage.dtype, offset, shape, strides)
+    return _view(storage, storage.dtype, offset, shape, strides, metadata[0])
 
 
 def _tensor_v3(args: tuple[Any, ...]) -> View:
-    storage, offset, shape, strides, _, _, dtype, *rest = args
-    if not isinstance(storage, Storage) or not isinstance(dtype, Named):
+    storage, offset, shape, strides, _, _, dtype, *metadata = *args, None
+    if not isinstance(storage, Storage):
         raise PickleRefused("a tensor is not a view of a storage")
-    if rest and rest[0]:
-        raise PickleRefused("a tensor is a conjugate or negative view, which is not read here")
-    return _view(storage, _dtype(dtype), offset, shape, strides)
+    return _view(storage, dtype_of(dtype), offset, shape, strides, metadata[0])
 
 
-def _dtype(named: Any) -> str:
+def dtype_of(named: Any) -> str:
+    """Return the safetensors name of a dtype in a pickle; raises PickleRefused."""
     short = named.path.removeprefix("torch.") if isinstance(named, Named) else ""
     if short not in _NAMES:
         raise PickleRefused(f"{getattr(named, 'path', type(named).__name__)} is not a dtype that is read here")
     return _NAMES[short]
 
 
-def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> View:
+def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any, metadata: Any) -> View:
+    if metadata:
+        raise PickleRefused("a tensor is a conjugate or negative view, which is not read here")
     for value in (shape, strides):
         if not isinstance(value, tuple) or len(value) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in value):
             raise PickleRefused("a tensor's shape or strides are not sizes")
@@ -158,7 +156,7 @@ def _of_type(args: tuple[Any, ...]) -> Any:
 
 
 class _Mapping(dict[Any, Any]):
-    """A mapping that a pickle fills: its keys are plain values."""
+    """A mapping that a pickle fills."""
 
     def __init__(self, pairs: Any = ()):
         super().__init__()
@@ -166,10 +164,10 @@ class _Mapping(dict[Any, Any]):
             self[key] = value
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # tuples in tuples could take for ever to hash
+        # tuples in tuples could take forever to hash
         parts = key if isinstance(key, tuple) else (key,)
         if not all(isinstance(part, str | int | float | bytes | bool | Made | Named | None) for part in parts):
-            raise PickleRefused("a mapping has a key that is no plain value")
+            raise PickleRefused("a mapping has a key that is neither text nor a number")
         super().__setitem__(key, value)
 
 
@@ -196,7 +194,7 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 
 
 class _Operations(dict[int, Callable[[Any], None]]):
-    """What to do for each operation, handed out so many times and no more."""
+    """The function of each operation; counts how many are performed."""
 
     left: int
 
@@ -209,10 +207,10 @@ class _Operations(dict[int, Callable[[Any], None]]):
     def spend(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise PickleRefused(f"it has more than {_MOST_OPERATIONS:,} operations; no listing of tensors has so many")
+            raise PickleRefused(f"it has more than {_MAX_OPERATIONS:,} operations; no listing of tensors has so many")
 
 
-# the Unpickler in C makes room for any place in the memo, hashes any key, and counts no operations
+# the Unpickler in C allocates any place in the memo, hashes any key, and counts no operations
 class _Unpickler(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
@@ -222,10 +220,10 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="bytes")
         self.operations = self.dispatch = _Operations(_OPERATIONS)  # type: ignore[misc]
-        self.operations.left = _MOST_OPERATIONS
+        self.operations.left = _MAX_OPERATIONS
 
     def find_class(self, module: str, name: str) -> Named:
-        # the names of Python 2, which pickles of protocol 2 are written with
+        # Python 2's names, which pickles of protocol 2 have
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         path = f"{module}.{name}"
         if path not in _HARMLESS and path not in _CALLS and module.partition(".")[0] not in _SETTINGS:
@@ -234,18 +232,18 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, reference: Any) -> Storage:
         if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
-            raise PickleRefused("it refers to something that is no storage")
+            raise PickleRefused("it refers to an object that is not a storage")
         _, kind, key, _, numel = reference
         if not isinstance(kind, Named) or kind.path not in _STORAGE_DTYPES:
             raise PickleRefused(f"{getattr(kind, 'path', 'what it names')} is not a storage that is read here")
         if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 2**62:
-            raise PickleRefused("a storage's key or size is none")
+            raise PickleRefused("a storage has no key or size")
         return Storage(key, _STORAGE_DTYPES[kind.path], numel)
 
     def call(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Named) or not isinstance(args, tuple):
-            raise PickleRefused("it calls what is no name")
+            raise PickleRefused("it calls an object instead of a name")
         self.operations.spend(sum(len(arg) for arg in args if isinstance(arg, dict | list)))  # they are copied
         known = _CALLS.get(function.path)
         try:
@@ -264,7 +262,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(target, Made):
             target.state = state
         elif not isinstance(target, dict | View):  # attributes of mappings and tensors carry no state of training
-            raise PickleRefused("it gives attributes to a plain value")
+            raise PickleRefused("it gives attributes to a number, a text or a list")
 
     def mapping(self) -> None:
         flat = self.pop_mark()
@@ -285,7 +283,7 @@ _SAFE = (
 _OPERATIONS: dict[int, Any] = {code: _CODES[code] for code in _SAFE} | {
     pickle.EMPTY_DICT[0]: lambda unpickler: unpickler.append(_Mapping()),
     pickle.DICT[0]: _Unpickler.mapping,
-    # a set is read as a list, because what is in it need not be hashed
+    # a set is read as a list, so that its items are not hashed
     pickle.EMPTY_SET[0]: _CODES[pickle.EMPTY_LIST[0]],
     pickle.ADDITEMS[0]: _CODES[pickle.APPENDS[0]],
     pickle.FROZENSET[0]: _CODES[pickle.TUPLE[0]],
@@ -296,14 +294,14 @@ _OPERATIONS: dict[int, Any] = {code: _CODES[code] for code in _SAFE} | {
     pickle.NEWOBJ_EX[0]: _Unpickler.call_with_keywords,
     pickle.BUILD[0]: _Unpickler.build,
 }
-"""All that a pickle may do. Numbers have at most 255 bytes: a longer one is nobody's number, and slow to handle."""
+"""All that a pickle may do. Numbers have at most 255 bytes: longer ones are slow to handle."""
 
 
 def read_pickle(data: bytes) -> Any:
-    """Return what the pickle in `data` holds, as plain values, `View`, `Storage`, `Named` and `Made`.
+    """Return the content of the pickle in `data` as Python's own types, `View`, `Storage`, `Named` and `Made`.
 
-    Raises PickleRefused where it is damaged, uses an operation that torch's files do not, or names something that is no
-    part of tensors and of what trainers write beside them.
+    Raises PickleRefused if it is damaged, uses an operation that torch's files do not, or names an object that is
+    neither a part of tensors nor of what trainers write beside them.
     """
     try:
         return _Unpickler(data).load()
@@ -320,8 +318,3 @@ def read_pickle(data: bytes) -> Any:
         struct.error,
     ) as error:  # fmt: skip
         raise PickleRefused(f"it is damaged ({error})") from error
-
-
-def dtype_of(value: Any) -> str:
-    """Return the safetensors name of a dtype in a pickle; raises PickleRefused."""
-    return _dtype(value)

@@ -1,8 +1,8 @@
-"""Where the tensors of a checkpoint lie, whatever its format: the one view that exporting and importing have of it.
+"""Where the tensors of a checkpoint lie, whatever its format: what exporting and importing work with.
 
-A room for a format reads listings alone and says in which files, and how, the elements of each full tensor lie: as
-`Block`s. Most tensors are runs of bytes in files, which can be copied as they are; what is strided or cut along another
-dimension than the first is gathered, a bounded part at a time.
+The module of a format reads listings only, and records in which files, and how, the elements of each full tensor lie:
+as `Block`s. Most tensors are runs of bytes in files, which are copied as they are. Strided tensors, and those that are
+cut along another dimension than the first, are gathered, a bounded part at a time.
 """
 
 from __future__ import annotations
@@ -14,91 +14,31 @@ import tempfile
 import threading
 import zlib
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.floats import FLOATS, convert
-from distrain.checkpoints.format import TensorSpec, explain
-from distrain.checkpoints.reading import Reader, open_plain
+from distrain.checkpoints.format import TensorSpec, error_reason
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 
 THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1 << 20
 _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
-"""What copies elements of so many bytes."""
-
-
-class Tensors(Protocol):
-    """Full tensors by name, and where their bytes are."""
-
-    path: Path
-
-    @property
-    def aliases(self) -> dict[str, str]: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-    def spec(self, name: str) -> TensorSpec:
-        """Return what the tensor is."""
-        ...
-
-    def stored_dtype(self, name: str) -> str:
-        """Return what its elements have in the files; the spec's dtype may be wider."""
-        ...
-
-    def runs(self, name: str) -> Iterator[tuple[int, int, int]] | None:
-        """Yield (file, offset in bytes, bytes) in the order of the elements; None where they must be gathered."""
-        ...
-
-    def gather(self, name: str, start: int, numel: int) -> np.ndarray:
-        """Return the bytes (uint8) of elements [start, start + numel), as stored; threads may share it."""
-        ...
-
-    def open(self, file: int) -> int:
-        """Return a descriptor of its own for a file that `runs` names."""
-        ...
-
-
-class NativeTensors:
-    """The tensors of a checkpoint in distrain's own format."""
-
-    def __init__(self, reader: Reader):
-        self.reader = reader
-        self.path = reader.path
-        self.aliases = reader.manifest.aliases
-        self.names = list(reader.manifest.tensors)
-
-    def spec(self, name: str) -> TensorSpec:
-        """Return what the tensor is."""
-        return self.reader.manifest.tensors[name].spec
-
-    def stored_dtype(self, name: str) -> str:
-        """Return the dtype."""
-        return self.spec(name).dtype
-
-    def runs(self, name: str) -> Iterator[tuple[int, int, int]]:
-        """Yield the pieces."""
-        return self.reader.ranges(name, 0, self.spec(name).numel)
-
-    def gather(self, name: str, start: int, numel: int) -> np.ndarray:
-        """Read the range; not by several threads at once."""
-        return self.reader.read(name, start, numel)
-
-    def open(self, file: int) -> int:
-        """Open a rank's file."""
-        info = self.reader.manifest.files[file]
-        return open_plain(self.path / info.name, info.size)
+"""The NumPy dtype that copies elements of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A box of a tensor's grid, strided in one file."""
+    """A box of a tensor's grid, strided within one file."""
 
     file: int
     offset: int
@@ -123,14 +63,14 @@ class Stored:
     dtype: str
     """Of its elements in the files."""
     grid: tuple[int, ...]
-    """What blocks are boxes of: the tensor's shape, or (elements,) where it is cut as a flat one."""
+    """What blocks are boxes of: the tensor's shape, or (elements,) if it is cut as a flat one."""
     blocks: tuple[Block, ...]
     data: bytes | None = None
-    """The elements themselves, of a small tensor that lies in no file."""
+    """The elements of a small tensor that lies in no file."""
 
 
-def whole(spec: TensorSpec, dtype: str, file: int, offset: int, strides: tuple[int, ...] | None = None) -> Stored:
-    """Return a tensor that lies in one file, row by row where no strides are given."""
+def in_one_file(spec: TensorSpec, dtype: str, file: int, offset: int, strides: tuple[int, ...] | None = None) -> Stored:
+    """Return a tensor that lies in one file, row by row if no strides are given."""
     grid = spec.shape or (1,)
     steps = row_major(grid) if strides is None else strides or (1,)
     blocks = (Block(file, offset, grid, steps, (0,) * len(grid)),) if spec.numel else ()
@@ -138,7 +78,7 @@ def whole(spec: TensorSpec, dtype: str, file: int, offset: int, strides: tuple[i
 
 
 def flat(spec: TensorSpec, dtype: str, runs: Sequence[tuple[int, int, int]]) -> Stored:
-    """Return a tensor that lies in runs (file, offset in bytes, elements), one behind the other."""
+    """Return a tensor that lies in consecutive runs (file, offset in bytes, elements)."""
     blocks, reached = [], 0
     for file, offset, numel in runs:
         if numel:
@@ -162,48 +102,47 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass
 class Source:
-    """A foreign checkpoint: what is in it, what becomes of that, and where each tensor lies."""
+    """The tensors of a checkpoint, and whatever else is exported or imported. Use it in a `with` statement."""
 
     path: Path
-    what: str
-    """In words: 'DeepSpeed ZeRO-2 of 4 ranks'."""
+    description: str
+    """Of the format: 'DeepSpeed ZeRO-2 of 4 ranks'."""
     files: list[tuple[Path, int]] = field(default_factory=list)
     """Each file and its size in bytes."""
     tensors: dict[str, Stored] = field(default_factory=dict)
-    """By the names of our checkpoints: `model/NAME`, `optimizer/NAME/KEY`, `ema/NAME`."""
+    """By their names in a checkpoint of distrain: `model/NAME`, `optimizer/NAME/KEY`, `ema/NAME`."""
     aliases: dict[str, str] = field(default_factory=dict)
     checksums: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(file, offset, bytes, CRC-32) of what was read, where the format has one."""
+    """(file, offset, bytes, CRC-32) of tensors, if the format has them."""
     listings: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """The same of pickles that say what there is."""
+    """The same of pickles that list tensors."""
     step: int | None = None
-    """Optimizer steps done; None where the format does not say."""
+    """Optimizer steps taken; None if unknown."""
     optimizer: str | None = None
-    """Class of the optimizer, as far as can be known."""
+    """Class of the optimizer; None if unknown."""
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the optimizer keeps for each parameter that is not a tensor."""
+    """The optimizer's state of each parameter that is not a tensor."""
     optimizer_groups: list[dict[str, Any]] = field(default_factory=list)
     buffers: set[str] | None = None
-    """Plain names of the model's buffers; None where the format does not tell them from parameters."""
+    """Canonical names of the model's buffers; None if the format does not tell them from parameters."""
+    renamed: set[str] = field(default_factory=set)
+    """Full names that hooks of the model's state dict take out; those tensors have other names as well."""
     config: str | None = None
-    """The text of the config.json of transformers that lies beside."""
+    """The text of a transformers model's config.json."""
+    companions: dict[str, Path] = field(default_factory=dict)
+    """{name: file} of the other files that a transformers model needs."""
     notes: list[str] = field(default_factory=list)
-    """How things were understood, for the user."""
-    left: list[str] = field(default_factory=list)
+    """How the checkpoint was understood, for the user."""
+    skipped: list[str] = field(default_factory=list)
     """What is not imported, and why."""
     wants_optimizer: bool = True
-    """Whether an optimizer's state is looked at that lies beside the model."""
+    """Whether to read an optimizer's state that lies beside the model."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._maps: dict[int, mmap.mmap] = {}
         self._places: dict[Path, int] = {}
-        self._owner: Any = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-
-    def keep(self, owner: Any) -> None:
-        """Keep what closes this source when it is let go."""
-        self._owner = owner
 
     def scratch(self) -> Path:
         """Return a folder that is removed when the source is closed."""
@@ -214,7 +153,7 @@ class Source:
     def add_file(self, path: Path) -> int:
         """Return the index of a regular file (no symbolic link); raises UserError."""
         if path not in self._places:
-            descriptor = open_plain(path)
+            descriptor = open_descriptor(path)
             size = os.fstat(descriptor).st_size
             os.close(descriptor)
             self._places[path] = len(self.files)
@@ -222,8 +161,8 @@ class Source:
         return self._places[path]
 
     def open(self, file: int) -> int:
-        """Return a descriptor for the file, which must have the size that it had."""
-        return open_plain(*self.files[file])
+        """Return a descriptor of the file, whose size must not have changed."""
+        return open_descriptor(*self.files[file])
 
     @property
     def names(self) -> Sequence[str]:
@@ -231,24 +170,20 @@ class Source:
         return list(self.tensors)
 
     def spec(self, name: str) -> TensorSpec:
-        """Return what the tensor is."""
+        """Return the tensor's spec, whose dtype may be wider than that in the files."""
         return self.tensors[name].spec
 
-    def stored_dtype(self, name: str) -> str:
-        """Return what its elements have in the files."""
-        return self.tensors[name].dtype
-
-    def runs(self, name: str) -> Iterator[tuple[int, int, int]] | None:
-        """Yield where the elements lie, in order; None where they are not whole runs of bytes in files."""
+    def runs(self, name: str) -> list[tuple[int | None, int, int]] | None:
+        """Return (file, offset in bytes, bytes) in the order of the elements; None if they must be gathered."""
         stored = self.tensors[name]
-        found = None if stored.data is not None else _in_runs(stored)
-        if found is None:
+        if stored.data is not None or not all(_is_run(block, stored.grid) for block in stored.blocks):
             return None
         size = ITEM_SIZES[stored.dtype]
-        return ((block.file, block.offset, block.numel * size) for block in found)
+        ordered = sorted(stored.blocks, key=lambda block: block.place)
+        return [(block.file, block.offset, block.numel * size) for block in ordered]
 
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
-        """Return the bytes of elements [start, start + numel), wherever they lie."""
+        """Return the bytes (uint8) of elements [start, start + numel), as stored; threads may share the source."""
         stored = self.tensors[name]
         size = ITEM_SIZES[stored.dtype]
         if stored.data is not None:
@@ -266,7 +201,7 @@ class Source:
         return out.view(np.uint8)
 
     def _paste(self, block: Block, part: np.ndarray, low: Sequence[int], high: Sequence[int], size: int) -> None:
-        """Copy into `part`, the box [low, high) of the grid, what of it lies in the block."""
+        """Copy the block's elements in the box [low, high) of the grid into `part`, which is that box."""
         ends = [place + count for place, count in zip(block.place, block.shape, strict=True)]
         begin = [max(a, b) for a, b in zip(low, block.place, strict=True)]
         stop = [min(a, b) for a, b in zip(high, ends, strict=True)]
@@ -283,7 +218,7 @@ class Source:
         part[tuple(slice(a - b, c - b) for a, b, c in zip(begin, low, stop, strict=True))] = source
 
     def _map(self, file: int) -> mmap.mmap:
-        # pages of a mapped file are the kernel's to drop: they are no memory of this process's own
+        # the kernel may drop the pages of a mapped file at any time: they are no memory of this process
         with self._lock:
             if file not in self._maps:
                 descriptor = self.open(file)
@@ -294,7 +229,7 @@ class Source:
             return self._maps[file]
 
     def number(self, name: str) -> float | int | None:
-        """Return the value of a tensor of one element; None where it is none."""
+        """Return the value of a tensor of one element; None for any other tensor."""
         stored = self.tensors[name]
         if stored.spec.numel != 1:
             return None
@@ -304,7 +239,7 @@ class Source:
         return int.from_bytes(raw.tobytes(), "little", signed=stored.dtype.startswith("I"))
 
     def check(self) -> None:
-        """Raise UserError unless every tensor's elements are there, each once, within their files."""
+        """Raise UserError unless each element of every tensor is there once, within its file."""
         for name, stored in self.tensors.items():
             size = ITEM_SIZES[stored.dtype]
             for block in stored.blocks:
@@ -319,53 +254,41 @@ class Source:
             assert name in self.tensors, name
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Read what these tensors (None: all) lie in and compare it to the format's own checksums.
+        """Compare what these tensors (None: all) lie in to the format's own checksums.
 
         Raises UserError naming the files.
         """
-        known: dict[int, list[tuple[int, int, int]]] = {}
-        for file, offset, nbytes, crc in self.checksums:
-            known.setdefault(file, []).append((offset, nbytes, crc))
-        jobs: dict[int, set[tuple[int, int, int]]] = {}
-        for spans in known.values():
-            spans.sort()
-        for file, offset, nbytes, crc in self.listings:
-            jobs.setdefault(file, set()).add((offset, nbytes, crc))
+        spans: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for file, *span in sorted(self.checksums):
+            spans[file].append((span[0], span[1], span[2]))
+        jobs = {(file, offset, nbytes, crc) for file, offset, nbytes, crc in self.listings}
         for block in (
             block for name in (self.names if names is None else names) for block in self.tensors[name].blocks
         ):
-            spans = known.get(block.file, [])
-            place = bisect_right(spans, block.offset, key=lambda span: span[0]) - 1
-            if place >= 0 and block.offset < spans[place][0] + spans[place][1]:
-                jobs.setdefault(block.file, set()).add(spans[place])
-        halves = [(file, sorted(spans)[part::THREADS]) for file, spans in jobs.items() for part in range(THREADS)]
+            place = bisect_right(spans[block.file], block.offset, key=lambda span: span[0]) - 1
+            if place >= 0 and block.offset < sum(spans[block.file][place][:2]):
+                jobs.add((block.file, *spans[block.file][place]))
         with ThreadPoolExecutor(THREADS) as pool:
-            bad = {path for path in pool.map(lambda job: self._checked(*job), halves) if path}
+            bad = {path for path in pool.map(lambda job: self._damaged(*job), sorted(jobs)) if path}
         if bad:
             raise UserError(
                 "\n".join(f"{path}: its bytes are not those that were written: a checksum differs" for path in bad)
             )
 
-    def _checked(self, file: int, spans: list[tuple[int, int, int]]) -> Path | None:
-        descriptor, buffer = self.open(file), memoryview(bytearray(_CHUNK))
+    def _damaged(self, file: int, offset: int, nbytes: int, expected: int) -> Path | None:
+        """Return the file if the CRC-32 of the bytes is another."""
+        path = self.files[file][0]
         try:
-            for offset, nbytes, expected in spans:
-                crc, stop = 0, offset + nbytes
-                while offset < stop:
-                    count = os.preadv(descriptor, [buffer[: min(_CHUNK, stop - offset)]], offset)
-                    if not count:
-                        return self.files[file][0]
-                    crc, offset = zlib.crc32(buffer[:count], crc), offset + count
-                if crc != expected:
-                    return self.files[file][0]
+            descriptor = self.open(file)
+            try:
+                return path if crc32_of(descriptor, offset, nbytes) != expected else None
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            raise UserError(f"{self.files[file][0]}: {explain(error)}") from error
-        finally:
-            os.close(descriptor)
-        return None
+            raise UserError(f"{path}: {error_reason(error)}") from error
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close all files, and remove the scratch folder."""
         while self._maps:
             self._maps.popitem()[1].close()
         if self._scratch is not None:
@@ -378,18 +301,23 @@ class Source:
         self.close()
 
 
-def _in_runs(stored: Stored) -> list[Block] | None:
-    """Return the blocks in the order of the elements if each is one run of them, in the file and in the tensor."""
-    for block in stored.blocks:
-        expected = 1
-        for size, stride in zip(block.shape[::-1], block.strides[::-1], strict=True):
-            if size != 1 and stride != expected:
-                return None
-            expected *= size
-        cut = next((axis for axis, size in enumerate(block.shape) if size != 1), 0)
-        if block.shape[cut + 1 :] != stored.grid[cut + 1 :]:
-            return None
-    return sorted(stored.blocks, key=lambda block: block.place)
+def crc32_of(descriptor: int, offset: int, nbytes: int) -> int:
+    """Return the CRC-32 of bytes of an open file, of as many as there are."""
+    crc, buffer = 0, memoryview(bytearray(min(_CHUNK, nbytes)))
+    while nbytes and (count := os.preadv(descriptor, [buffer[:nbytes]], offset)):
+        crc, offset, nbytes = zlib.crc32(buffer[:count], crc), offset + count, nbytes - count
+    return crc
+
+
+def _is_run(block: Block, grid: tuple[int, ...]) -> bool:
+    """Whether a block is one run of elements, in its file and in the tensor."""
+    expected = 1
+    for size, stride in zip(block.shape[::-1], block.strides[::-1], strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    cut = next((axis for axis, size in enumerate(block.shape) if size != 1), 0)
+    return block.shape[cut + 1 :] == grid[cut + 1 :]
 
 
 def _boxes(
@@ -414,7 +342,7 @@ def _boxes(
 
 
 def _tiling_problem(stored: Stored) -> str | None:
-    """Say how the blocks fail to cover the grid, each element once."""
+    """Return how the blocks fail to cover each element of the grid once, or None."""
     blocks = stored.blocks
     for block in blocks:
         if any(p + n > g or n < 1 for p, n, g in zip(block.place, block.shape, stored.grid, strict=True)):

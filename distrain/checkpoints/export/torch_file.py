@@ -1,7 +1,7 @@
-"""Write what `torch.save` writes, without torch and without holding the tensors: a state dict for `torch.load`.
+"""Writes the file that `torch.save` writes of a state dict, without torch and without holding the tensors.
 
-A zip archive of stored records: a pickle that names the tensors, and the bytes of each. The layout is known before the
-first byte is copied, so tensors go straight to their places; the checksums that a zip archive has are taken afterwards.
+It is a zip archive of stored records: a pickle that lists the tensors, and the bytes of each. The layout is known
+before the first byte is copied, so tensors go straight to their places; the archive's checksums come last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from pathlib import Path
 
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export.copying import Output, copy_tensors, new_file
-from distrain.checkpoints.export.sources import THREADS, Tensors, row_major
+from distrain.checkpoints.export.sources import THREADS, Source, crc32_of, row_major
 
 _ALIGNMENT = 64
 _FOLDER = "archive"
 _WIDE = 0xFFFFFFFF
-_CHUNK = 1 << 20
 
 
 @dataclass
@@ -30,19 +28,19 @@ class _Record:
     name: bytes
     nbytes: int
     header: int
-    """Offset of what stands before its bytes."""
+    """Offset of its local header."""
     data: int
     """Offset of its bytes."""
     extra: bytes
     crc: int = 0
 
 
-def write_torch_file(tensors: Tensors, outputs: dict[str, Output], path: Path) -> None:
+def write_torch_file(source: Source, outputs: dict[str, Output], path: Path) -> None:
     """Write the outputs as a new file that `torch.load(weights_only=True)` opens; tied tensors share their memory."""
     keys: dict[str, str] = {}
     for output in outputs.values():
-        keys.setdefault(output.source, str(len(keys)))
-    first = {output.source: output for output in reversed(outputs.values())}
+        keys.setdefault(output.name, str(len(keys)))
+    first = {output.name: output for output in reversed(outputs.values())}
     contents = {
         "data.pkl": _state_dict(outputs, keys),
         ".format_version": b"1",
@@ -52,16 +50,18 @@ def write_torch_file(tensors: Tensors, outputs: dict[str, Output], path: Path) -
     }
     records = _lay_out(
         [(name, len(content)) for name, content in contents.items()]
-        + [(f"data/{key}", first[source].nbytes) for source, key in keys.items()]
+        + [(f"data/{key}", first[name].nbytes) for name, key in keys.items()]
     )
     end = records[-1].data + records[-1].nbytes
     with new_file(path, end) as descriptor:
         for record, content in zip(records, contents.values(), strict=False):
             os.pwrite(descriptor, content, record.data)
         stored = records[len(contents) :]
-        copy_tensors(tensors, [(first[s], r.data) for s, r in zip(keys, stored, strict=True)], descriptor)
+        placed = [(first[name], record.data) for name, record in zip(keys, stored, strict=True)]
+        copy_tensors(source, placed, descriptor)
         with ThreadPoolExecutor(THREADS) as pool:
-            for record, crc in zip(records, pool.map(lambda r: _crc32(descriptor, r), records), strict=True):
+            checksums = pool.map(lambda record: crc32_of(descriptor, record.data, record.nbytes), records)
+            for record, crc in zip(records, checksums, strict=True):
                 record.crc = crc
         for record in records:
             os.pwrite(descriptor, _local_header(record), record.header)
@@ -75,29 +75,24 @@ def _state_dict(outputs: dict[str, Output], keys: dict[str, str]) -> bytes:
     """Return the pickle (protocol 2) of a mapping of names to tensors."""
     parts = [b"\x80\x02}("]
     for name, output in outputs.items():
-        key, numel, dtype = keys[output.source], output.spec.numel, output.dtype
+        key, shape, numel, dtype = keys[output.name], output.stored.spec.shape, output.stored.spec.numel, output.dtype
         known = DTYPES[dtype]
         if known.storage is not None:
-            rebuild, kind, size, tail = (
-                b"_rebuild_tensor_v2",
-                b"ctorch\n%sStorage\n" % known.storage.encode(),
-                numel,
-                b"",
-            )
+            rebuild, kind, size = b"_rebuild_tensor_v2", b"ctorch\n%sStorage\n" % known.storage.encode(), numel
+            tail = b""
         else:
             rebuild, kind, size = b"_rebuild_tensor_v3", b"ctorch.storage\nUntypedStorage\n", numel * known.nbytes
             tail = b"ctorch\n%s\n" % known.torch.encode()
-        shape = output.spec.shape
         strides = row_major(shape) if shape else ()
         parts += [
-            _plain(name), b"ctorch._utils\n%s\n((" % rebuild, _plain("storage"), kind, _plain(key), _plain("cpu"),
-            _plain(size), b"tQ", _plain(0), _plain(shape), _plain(strides), b"\x89ccollections\nOrderedDict\n)R", tail,
-            b"tR",
+            _pickled(name), b"ctorch._utils\n%s\n((" % rebuild,
+            _pickled("storage"), kind, _pickled(key), _pickled("cpu"), _pickled(size), b"tQ",
+            _pickled(0), _pickled(shape), _pickled(strides), b"\x89ccollections\nOrderedDict\n)R", tail, b"tR",
         ]  # fmt: skip
     return b"".join([*parts, b"u."])
 
 
-def _plain(value: str | int | tuple[int, ...]) -> bytes:
+def _pickled(value: str | int | tuple[int, ...]) -> bytes:
     return pickle.dumps(value, 2)[2:-1]  # without the protocol before it and the stop behind it
 
 
@@ -113,16 +108,6 @@ def _lay_out(sizes: Sequence[tuple[str, int]]) -> list[_Record]:
         records.append(_Record(full, nbytes, reached, begin + padding, extra))
         reached = begin + padding + nbytes
     return records
-
-
-def _crc32(descriptor: int, record: _Record) -> int:
-    crc, offset, stop = 0, record.data, record.data + record.nbytes
-    buffer = memoryview(bytearray(min(_CHUNK, record.nbytes)))
-    while offset < stop:
-        count = os.preadv(descriptor, [buffer[: min(len(buffer), stop - offset)]], offset)
-        assert count, "the file has its size from the beginning"
-        crc, offset = zlib.crc32(buffer[:count], crc), offset + count
-    return crc
 
 
 def _local_header(record: _Record) -> bytes:

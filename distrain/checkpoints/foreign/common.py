@@ -1,4 +1,4 @@
-"""What the rooms of all formats share: files of torch.save, names, and plain values."""
+"""What the modules of all formats share: files of torch.save, names, and JSON values."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.export.archive import NoArchive, read_archive
 from distrain.checkpoints.export.pickles import Made, PickleRefused, View
-from distrain.checkpoints.export.sources import Source, Stored, small, whole
+from distrain.checkpoints.export.sources import Source, Stored, in_one_file, small
 from distrain.checkpoints.foreign.trusted import TRUST, open_in_process
-from distrain.checkpoints.format import CheckpointError, TensorSpec, explain, parse_json
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reason, parse_json
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 from distrain.system.bounded_json import read_open
 
 AVERAGE_COUNT = "n_averaged"
-"""What torch's AveragedModel counts beside the averages themselves, which have `module.` in their names."""
-NO_TENSORS = "entries of the state dict that are no tensors"
+"""The counter of torch's AveragedModel, beside the averages, which have `module.` in their names."""
+NO_TENSORS = "entries of the state dict that are not tensors"
 _MAX_TEXT = 64 << 20  # bytes of an index or a configuration
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -33,8 +33,8 @@ class TorchFile:
     def __init__(self, source: Source, path: Path, *, part: tuple[int, int] | None = None, trust: bool = False):
         """Open `path`, or of it the `part` (offset, bytes); raises UserError naming the file.
 
-        `trust`: where it holds more than tensors, or is older than torch's archives, a process of its own may run what
-        is in it; without it that process runs nothing.
+        A file that holds more than tensors, or is older than torch's archives, is opened in a process of its own, which
+        runs the file's code only with `trust`.
         """
         self.source = source
         self.path = path
@@ -44,7 +44,7 @@ class TorchFile:
         descriptor = source.open(self.file)
         try:
             if offset < 0 or nbytes < 0 or offset + nbytes > source.files[self.file][1]:
-                raise UserError("a part of it is said to reach beyond its end")
+                raise UserError("a part of it would reach beyond its end")
             self.archive = read_archive(descriptor, offset, nbytes)
         except PickleRefused as error:
             if part or not trust:
@@ -69,11 +69,11 @@ class TorchFile:
 
     @property
     def root(self) -> Any:
-        """What was saved."""
+        """The saved object."""
         return self.archive.root
 
     def at(self, view: View) -> int:
-        """Return where a tensor's first element lies in the file; its bytes will be verified."""
+        """Return the offset of a tensor's first element in the file, and have its bytes verified."""
         try:
             record = self.archive.record(view)
         except UserError as error:
@@ -84,8 +84,8 @@ class TorchFile:
         return record.offset + view.offset * ITEM_SIZES[view.dtype]
 
     def stored(self, view: View, role: str, dtype: str | None = None) -> Stored:
-        """Return the tensor as it lies in the file; `dtype`: what it is to become."""
-        return whole(
+        """Return the tensor as it lies in the file; `dtype`: the one it is converted to."""
+        return in_one_file(
             TensorSpec(view.shape, dtype or view.dtype, role), view.dtype, self.file, self.at(view), view.strides
         )
 
@@ -134,9 +134,9 @@ def number(value: float | int, role: str = "optimizer") -> Stored:
 
 
 def basename(name: Any, path: Path, what: str) -> str:
-    """Return a file's name that a foreign file gives, if it is a mere name; raises UserError."""
+    """Return the name of a file that a foreign file gives; raises UserError if it may lead elsewhere."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@+=-]*", name):
-        # what is no text may be a tuple of tuples that takes for ever to be written out
+        # what is not text may be tuples of tuples that take forever to print
         found = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
         raise UserError(f"{path}: {what} is {found}, which is not the name of a file beside it")
     return name
@@ -145,33 +145,32 @@ def basename(name: Any, path: Path, what: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError naming it."""
     try:
-        with open(open_plain(path), "rb") as file:
+        with open(open_descriptor(path), "rb") as file:
             return parse_json(read_open(file, _MAX_TEXT))
     except (CheckpointError, ValueError) as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from error
     except OSError as error:
-        raise UserError(f"{path}: {explain(error)}") from error
+        raise UserError(f"{path}: {error_reason(error)}") from error
 
 
-def plain_names(source: Source, names: Iterable[str]) -> dict[str, str]:
-    """Return {name: plain name} without what wrappers put into names, which is said in the notes."""
+def canonical_names(source: Source, names: Iterable[str]) -> dict[str, str]:
+    """Return {name: canonical name} without the parts that wrappers add, which are noted."""
     names = list(names)
-    plain = {name: _WRAPPERS.sub("", name) for name in names}
-    wrapped = any(plain[name] != name for name in names)
-    prefixed = bool(names) and all(name.startswith("module.") for name in plain.values())
-    if prefixed:
-        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
-    if len(set(plain.values())) != len(names):
-        raise UserError(f"{source.path}: names differ only by what wrappers put into them, such as {names[0]!r}")
-    taken = [*(["module."] if prefixed else []), *(["those of torch.compile and FSDP wrappers"] if wrapped else [])]
-    note = f"taken off the names: {' and '.join(taken)}"
-    if taken and note not in source.notes:
+    found = {name: _WRAPPERS.sub("", name) for name in names}
+    removed = ["those of torch.compile and FSDP wrappers"] if any(found[name] != name for name in names) else []
+    if names and all(name.startswith("module.") for name in found.values()):
+        found = {name: short.removeprefix("module.") for name, short in found.items()}
+        removed.insert(0, "module.")
+    if len(set(found.values())) != len(names):
+        raise UserError(f"{source.path}: names differ only by the parts that wrappers add, such as {names[0]!r}")
+    note = f"taken off the names: {' and '.join(removed)}"
+    if removed and note not in source.notes:
         source.notes.append(note)
-    return plain
+    return found
 
 
 def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], prefix: str = "model") -> None:
-    """Add the tensors of a state dict; those that are the same memory become aliases of the first."""
+    """Add the tensors of a state dict; those that share their memory become aliases of the first."""
     if prefix == "ema":
         state = {name: value for name, value in state.items() if name != AVERAGE_COUNT}
     tensors = {name: value for name, value in state.items() if isinstance(value, View)}
@@ -179,11 +178,11 @@ def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], pr
     if not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{file.path}: its tensors go by numbers, not by names; expected a state dict")
     if odd:
-        source.left.append(f"{len(odd)} {NO_TENSORS}: {some(odd)}")
-    plain = plain_names(source, tensors)
+        source.skipped.append(f"{len(odd)} {NO_TENSORS}: {some(odd)}")
+    canonical = canonical_names(source, tensors)
     first: dict[View, str] = {}
     for name, view in tensors.items():
-        full = f"{prefix}/{plain[name]}"
+        full = f"{prefix}/{canonical[name]}"
         # tensors without elements share nothing
         if all(view.shape) and first.setdefault(view, full) != full:
             source.aliases[full] = first[view]
@@ -192,29 +191,29 @@ def add_state_dict(source: Source, file: TorchFile, state: Mapping[Any, Any], pr
 
 
 class Budget:
-    """How many values lists may still have: one that a pickle names again and again is written out each time."""
+    """How many list items may still be read: a list that a pickle refers to repeatedly is read each time."""
 
     def __init__(self, values: int = 100_000):
         self.left = values
 
 
-def plain_value(value: Any, budget: Budget) -> Any:
-    """Return a value that JSON keeps, with lists for tuples; raises TypeError for any other.
+def json_value(value: Any, budget: Budget) -> Any:
+    """Return a value as JSON keeps it, with lists for tuples; raises TypeError for any other type.
 
-    Raises UserError where its lists take more than what the budget has left.
+    Raises UserError if its lists exceed the budget.
     """
     if isinstance(value, tuple | list):
         budget.left -= len(value)
         if budget.left < 0:
             raise UserError("the optimizer's values unfold to more numbers than any optimizer keeps")
-        return [plain_value(item, budget) for item in value]
+        return [json_value(item, budget) for item in value]
     if isinstance(value, str | bool | int | None) or (isinstance(value, float) and value - value == 0):
         return value
     raise TypeError(value.kind if isinstance(value, Made) else type(value).__name__)
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
     """Return the first few names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

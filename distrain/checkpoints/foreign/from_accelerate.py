@@ -20,7 +20,7 @@ _HARMLESS = re.compile(r".*\.(json|txt|model|md|jinja)|\.gitattributes")
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether there is a model in it as Accelerate or Hugging Face's libraries name it."""
+    """Whether it holds a model under a name that Accelerate or Hugging Face's libraries use."""
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     fixed = {f"{_FSDP}_0", f"{_FSDP}.bin", _SAFETENSORS, from_safetensors.INDEX, _BIN, from_torch.INDEX}
     return bool(names & fixed) or any(name.startswith(f"{_FSDP}_0_rank") for name in names)
@@ -33,22 +33,13 @@ def is_folder(folder: Path) -> bool:
     found=is_folder,
 )
 def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
-    """Add the model of a folder, and its optimizer where there is one."""
+    """Add the model of a folder, and its optimizer if there is one."""
     names = {entry.name for entry in folder.iterdir()}
     used = _open_model(source, folder, names, trust)
     if not source.wants_optimizer:
         used |= {"optimizer_0", "optimizer.bin"} & names
     elif "optimizer_0" in names:
-        inner = Source(folder / "optimizer_0", "")
-        inner.files, inner._places, inner.notes = source.files, source._places, source.notes
-        from_distributed.open_folder(inner, folder / "optimizer_0")
-        for name, stored in inner.tensors.items():
-            source.tensors.setdefault(name, stored)
-        source.checksums += inner.checksums
-        source.listings += inner.listings
-        source.optimizer, source.optimizer_groups = inner.optimizer, inner.optimizer_groups
-        source.optimizer_values = inner.optimizer_values
-        source.left += inner.left
+        from_distributed.open_folder(source, folder / "optimizer_0")
         used.add("optimizer_0")
     elif "optimizer.bin" in names:
         file = TorchFile(source, folder / "optimizer.bin", trust=trust)
@@ -57,40 +48,40 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     source.config = from_safetensors.read_config(folder)
     state = sorted(name for name in names if _STATE.fullmatch(name))
     if state:
-        source.left.append(
-            f"random states, schedules and the like, which are computed from the step here: {some(state)}"
+        source.skipped.append(
+            f"random states, schedules and the like, which distrain computes from the step: {some(state)}"
         )
     others = sorted(n for n in names - used - set(state) if not _HARMLESS.fullmatch(n))
     if others:
-        source.left.append(f"other files: {some(others)}")
+        source.skipped.append(f"other files: {some(others)}")
 
 
 def _open_model(source: Source, folder: Path, names: set[str], trust: bool) -> set[str]:
-    """Add the model; return the names of the files that it lies in."""
+    """Add the model; return the names of its files."""
     if several := sorted(name for name in names if re.fullmatch(rf"{_FSDP}_[1-9]\d*(\.bin)?", name)):
         raise UserError(f"{folder}: it holds several models, such as {several[0]}; import one by its own path")
     if f"{_FSDP}_0" in names:
-        source.what = "Accelerate FSDP, sharded"
+        source.description = "Accelerate FSDP, sharded"
         from_distributed.open_folder(source, folder / f"{_FSDP}_0")
         return {f"{_FSDP}_0"}
     if f"{_FSDP}.bin" in names:
-        source.what = "Accelerate FSDP, full"
+        source.description = "Accelerate FSDP, full"
         from_torch.open_file(source, folder / f"{_FSDP}.bin", trust=trust)
         return {f"{_FSDP}.bin"}
     if ranks := sorted(name for name in names if name.startswith(f"{_FSDP}_0_rank")):
         raise UserError(
-            f"{folder}: {ranks[0]} holds what one rank had, and not which part of each tensor that is; save with "
+            f"{folder}: {ranks[0]} holds one rank's shards, without their places in the tensors; save with "
             "state_dict_type SHARDED_STATE_DICT (use_dcp) or FULL_STATE_DICT"
         )
     for index in (from_safetensors.INDEX, from_torch.INDEX):
         if index in names:
-            source.what = "Hugging Face, in several files"
+            source.description = "Hugging Face, in several files"
             if index == from_safetensors.INDEX:
                 from_safetensors.open_indexed(source, folder / index)
             else:
                 from_torch.open_indexed(source, folder / index, trust=trust)
             return {index, *from_safetensors.weight_map(folder / index)}
-    source.what = "Hugging Face"
+    source.description = "Hugging Face"
     if _SAFETENSORS in names:
         from_safetensors.open_file(source, folder / _SAFETENSORS)
         return {_SAFETENSORS, _BIN}

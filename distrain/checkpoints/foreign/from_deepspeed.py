@@ -1,8 +1,8 @@
 """Folders of DeepSpeed's save_checkpoint, for ZeRO-1, 2 and 3.
 
-The fp32 master weights and the optimizer's state lie in flat tensors, a part on each rank. ZeRO-1 and 2 lay the
-parameters of a group end to end, each followed by its alignment padding, and cut that among the ranks; ZeRO-3 cuts each
-parameter among the ranks and lays one rank's parts of all of them end to end, over one or more flat tensors.
+The fp32 master weights and the optimizer's state are flat tensors, of which each rank holds a part. ZeRO-1 and 2 lay
+the parameters of a group end to end, each followed by its alignment padding, and cut that among the ranks. ZeRO-3 cuts
+each parameter among the ranks and lays one rank's parts of all of them end to end, over one or more flat tensors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, cast
 
 from distrain.checkpoints.export.pickles import Made, View
 from distrain.checkpoints.export.sources import Source, Stored, flat
-from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, number, plain_names, some
+from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, canonical_names, number, some
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.format import TensorSpec
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 from distrain.config.registry import formats
 
@@ -39,13 +39,13 @@ _WORLD = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether this is a folder of save_checkpoint, or one of its tags."""
+    """Whether this is a folder of save_checkpoint, or one of its tags' folders."""
     if not folder.is_dir():
         return False
-    return (folder / "latest").exists() or any(_ours(entry.name) for entry in folder.iterdir())
+    return (folder / "latest").exists() or any(_is_deepspeeds(entry.name) for entry in folder.iterdir())
 
 
-def _ours(name: str) -> bool:
+def _is_deepspeeds(name: str) -> bool:
     return bool(_OPTIM.fullmatch(name) or _ZERO3.fullmatch(name) or _MODEL.fullmatch(name))
 
 
@@ -53,7 +53,7 @@ def _ours(name: str) -> bool:
     "deepspeed", about="a folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3", order=1, found=is_folder
 )
 def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
-    """Add the fp32 weights, buffers and optimizer state of a folder, of the tag that `latest` names."""
+    """Add the fp32 weights, buffers and optimizer state of the tag that `latest` names."""
     tagged = _tagged(folder)
     if odd := sorted(entry.name for entry in tagged.iterdir() if _PARALLEL.match(entry.name)):
         raise UserError(f"{tagged / odd[0]}: {_SORTS[odd[0].split('_')[0]]}, which is not read here")
@@ -76,33 +76,30 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     models = _by_rank(tagged, _ZERO3) if stage == 3 else _by_rank(tagged, _MODEL)
     if len(models) != (count if stage == 3 else 1):
         raise UserError(f"{tagged}: found {len(models)} model states for ZeRO-{stage} of {count} ranks")
-    files = [TorchFile(source, path, trust=trust) for path in models]
-    heads = [_mapping(file, file.root) for file in files]
-    head, file = heads[0], files[0]
-    source.what = f"DeepSpeed ZeRO-{stage} of {count} rank{'s' * (count != 1)}"
+    found = _Folder(source, stage, optims, states, [TorchFile(source, path, trust=trust) for path in models])
+    found.add()
+    head, file = found.heads[0], found.files[0]
+    source.description = f"DeepSpeed ZeRO-{stage} of {count} rank{'s' * (count != 1)}"
     if isinstance(head.get("ds_version"), str):
-        source.what += f", by DeepSpeed {head['ds_version'][:20]}"
-    shapes = _shapes(file, head)
-    plain = plain_names(source, _all_names(file, head))
-    _Folder(source, stage, plain, shapes, optims, states, files, heads).add()
+        source.description += f", by DeepSpeed {head['ds_version'][:20]}"
     steps = head.get("global_steps")
     source.step = steps if type(steps) is int and 0 <= steps < 10**18 else None
     rest = [str(key) for key, value in head.items() if key not in _USED and value not in (None, 0, {}, [])]
     if rest:
-        source.left.append(f"{file.path.name}: {some(rest, 12)}")
+        source.skipped.append(f"{file.path.name}: {some(rest, 12)}")
     if isinstance(states[0].get("loss_scaler"), Made):
-        source.left.append("the state of the loss scaler")
-    others = [entry.name for entry in sorted({*tagged.iterdir(), *folder.iterdir()}) if not _ours(entry.name)]
+        source.skipped.append("the state of the loss scaler")
+    others = [entry.name for entry in sorted({*tagged.iterdir(), *folder.iterdir()}) if not _is_deepspeeds(entry.name)]
     others = [name for name in others if name not in _WORLD and folder / name != tagged]
     if others:
-        source.left.append(f"other files: {some(others)}")
+        source.skipped.append(f"other files: {some(others)}")
 
 
 def _tagged(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.exists():
         return folder
-    with open(open_plain(latest), "rb") as file:
+    with open(open_descriptor(latest), "rb") as file:
         tag = file.read(300).decode(errors="replace").strip()
     tagged = folder / basename(tag, latest, "the tag")
     if tagged.is_symlink() or not tagged.is_dir():
@@ -139,7 +136,7 @@ def _stage(file: TorchFile, state: Mapping[Any, Any]) -> int:
     stage = state.get("zero_stage")
     stage = stage.args[0] if isinstance(stage, Made) and stage.args else stage
     if stage not in (1, 2, 3):
-        raise UserError(f"{file.path}: it says no ZeRO stage that is read here (1, 2 or 3)")
+        raise UserError(f"{file.path}: found {str(stage)[:40]!r} as its ZeRO stage, expected 1, 2 or 3")
     return int(stage)
 
 
@@ -160,29 +157,25 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _all_names(file: TorchFile, head: Mapping[Any, Any]) -> list[str]:
-    names = [name for group in _shapes(file, head) for name in group]
-    for key in ("frozen_param_shapes", "module", "shared_params"):
-        names += [name for name in (head.get(key) or {}) if isinstance(name, str)]
-    return list(dict.fromkeys(names))
-
-
 class _Folder:
-    """The listings of one checkpoint, put together."""
+    """The listings of one checkpoint, of all ranks."""
 
     def __init__(
         self,
         source: Source,
         stage: int,
-        plain: dict[str, str],
-        shapes: list[dict[str, tuple[int, ...]]],
         optims: list[TorchFile],
         states: list[dict[Any, Any]],
         files: list[TorchFile],
-        heads: list[dict[Any, Any]],
     ):
-        self.source, self.stage, self.plain, self.shapes = source, stage, plain, shapes
-        self.optims, self.states, self.files, self.heads = optims, states, files, heads
+        self.source, self.stage, self.optims, self.states, self.files = source, stage, optims, states, files
+        self.heads = [_mapping(file, file.root) for file in files]
+        head = self.heads[0]
+        self.shapes = _shapes(files[0], head)
+        names = [name for group in self.shapes for name in group]
+        for key in ("frozen_param_shapes", "module", "shared_params"):
+            names += [name for name in (head.get(key) or {}) if isinstance(name, str)]
+        self.canonical = canonical_names(source, dict.fromkeys(names))
         self.world_size = len(optims)
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
         self.masters = [self._flats(rank, states[rank].get(key)) for rank in range(self.world_size)]
@@ -191,7 +184,7 @@ class _Folder:
         if not isinstance(found, list) or not found or not all(isinstance(view, View) for view in found):
             raise UserError(f"{self.optims[rank].path}: it has no fp32 weights, as ZeRO-{self.stage} keeps them")
         if self.stage < 3 and len(found) != len(self.shapes):
-            raise UserError(f"{self.optims[rank].path}: it has other groups than {self.files[0].path.name}")
+            raise UserError(f"{self.optims[rank].path}: its groups are not those of {self.files[0].path.name}")
         return found
 
     def add(self) -> None:
@@ -199,15 +192,13 @@ class _Folder:
         self._add_buffers_and_frozen()
         for index, shapes in enumerate(self._groups()):
             parts = self._parts("the fp32 weights", [self._of_group(groups, index) for groups in self.masters])
-            found, end = self._cut(shapes, parts, "parameter", index)
-            self._check_end(end, parts)
-            for name, stored in found.items():
+            for name, stored in self._cut(shapes, parts, "parameter", index).items():
                 self._add(name, stored)
         for alias, name in (self.heads[0].get("shared_params") or {}).items():
-            if isinstance(name, str) and f"model/{self.plain.get(name)}" in self.source.tensors:
-                full = f"model/{self.plain[alias]}"
+            if isinstance(name, str) and f"model/{self.canonical.get(name)}" in self.source.tensors:
+                full = f"model/{self.canonical[alias]}"
                 self.source.tensors.pop(full, None)
-                self.source.aliases[full] = f"model/{self.plain[name]}"
+                self.source.aliases[full] = f"model/{self.canonical[name]}"
         self._add_optimizer()
 
     def _add_buffers_and_frozen(self) -> None:
@@ -218,21 +209,19 @@ class _Folder:
         trained = {name for group in self.shapes for name in group}
         shared = head.get("shared_params") or {}
         frozen, fragments = head.get("frozen_param_shapes") or {}, head.get("frozen_param_fragments") or {}
-        self.source.buffers = {self.plain[name] for name in buffers if name in module}
+        self.source.buffers = {self.canonical[name] for name in buffers if name in module}
         for name, view in module.items():
             if not isinstance(view, View) or name in trained or name in shared or name in frozen:
                 continue
             if name in buffers:
                 self._add(name, file.stored(view, "buffer", _widened(view.dtype)))
-            elif self.stage < 3:  # ZeRO-1 keeps frozen parameters nowhere else, and its own converter loses them
+            elif self.stage < 3:  # the only place of ZeRO-1's frozen parameters, which its own converter loses
                 self._add(name, file.stored(view, "parameter", _widened(view.dtype)))
         for name, shape in frozen.items():
-            if not _is_shape(name, shape) or not isinstance(fragments.get(name), View):
-                raise UserError(f"{file.path}: the frozen parameter {str(name)[:80]!r} is not there")
+            view = fragments.get(name)
+            if not _is_shape(name, shape) or not isinstance(view, View) or (self.stage < 3 and view.shape != shape):
+                raise UserError(f"{file.path}: the frozen parameter {str(name)[:80]!r} is missing or of another shape")
             if self.stage < 3:
-                view = fragments[name]
-                if view.shape != shape:
-                    raise UserError(f"{file.path}: the frozen parameter {name!r} is not of its shape")
                 self._add(name, file.stored(view, "parameter", _widened(view.dtype)))
                 continue
             views = [(head.get("frozen_param_fragments") or {}).get(name) for head in self.heads]
@@ -243,20 +232,20 @@ class _Folder:
             self._add(name, flat(spec, parts.dtype, parts.cut(0, spec.numel)))
 
     def _add(self, name: str, stored: Stored) -> None:
-        self.source.tensors[f"model/{self.plain[name]}"] = stored
+        self.source.tensors[f"model/{self.canonical[name]}"] = stored
 
     def _groups(self) -> list[dict[str, tuple[int, ...]]]:
-        """Return the parameters that are laid end to end: those of each group, under ZeRO-3 all of them."""
+        """Return the parameters that lie end to end: those of each group, under ZeRO-3 all of them."""
         if self.stage < 3:
             return self.shapes
         return [{name: shape for group in self.shapes for name, shape in group.items()}]
 
     def _of_group(self, flats: list[Any], index: int) -> list[Any]:
-        """Return the flat tensors of one rank that hold one of `_groups`."""
+        """Return one rank's flat tensors of one of `_groups`."""
         return flats if self.stage == 3 else flats[index : index + 1]
 
     def _parts(self, what: str, ranks: Sequence[Sequence[View]]) -> list[FlatParts]:
-        """Return the flat tensors of each rank as one (ZeRO-3), or those of all ranks."""
+        """Join the flat tensors of each rank (ZeRO-3), or those of all ranks."""
         pairs = [[(file, view) for view in views] for file, views in zip(self.optims, ranks, strict=True)]
         if self.stage == 3:
             return [FlatParts(what, rank) for rank in pairs]
@@ -264,11 +253,8 @@ class _Folder:
 
     def _cut(
         self, shapes: Mapping[str, tuple[int, ...]], parts: Sequence[FlatParts], role: str, group: int = 0
-    ) -> tuple[dict[str, Stored], int]:
-        """Cut the parameters out of flat tensors: one of all ranks, or (ZeRO-3) one for each rank.
-
-        Returns them by name, and how many elements of each flat tensor they take.
-        """
+    ) -> dict[str, Stored]:
+        """Cut the parameters out of flat tensors: one of all ranks, or (ZeRO-3) one for each rank."""
         paddings = self.states[0].get("param_alignment_paddings")
         paddings = paddings[group] if self.stage < 3 and isinstance(paddings, list) and group < len(paddings) else None
         if paddings is not None and (len(paddings) != len(shapes) or not all(_is_size(n) for n in paddings)):
@@ -287,29 +273,24 @@ class _Folder:
                 runs = parts[0].cut(offset, spec.numel)
                 offset += spec.numel + (paddings[place] if paddings else 0)
             found[name] = flat(spec, parts[0].dtype, runs)
-        return found, offset
-
-    def _check_end(self, offset: int, parts: Sequence[FlatParts]) -> None:
         # ZeRO-1 and 2 end a group with an alignment of its own, which the ranks may or may not have saved
         step = 1 if self.stage == 3 else 2 * self.world_size
-        for part in parts:
+        for part in parts if role == "parameter" else ():
             if -(-offset // step) != -(-part.numel // step):
                 raise UserError(
                     f"{self.optims[0].path}: its parameters take {offset:,} elements of {part.what}, and there are "
                     f"{part.numel:,}: the files do not belong together"
                 )
-
-    # The optimizer
+        return found
 
     def _add_optimizer(self) -> None:
-        key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
-        found = [_by_group(state.get(key)) for state in self.states]
-        if any(groups is None for groups in found) or not found[0]:
-            self.source.left.append(
+        state_key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        ranks = [groups for state in self.states if (groups := _by_group(state.get(state_key)))]
+        if len(ranks) < self.world_size:
+            self.source.skipped.append(
                 "the optimizer's state: it is not in the files, or not as torch's optimizers keep it"
             )
             return
-        ranks: list[dict[int, dict[str, Any]]] = [groups for groups in found if groups is not None]
         tensors: dict[tuple[str, str], Stored] = {}
         values: dict[tuple[str, str], Any] = {}
         keys = {index: list(entries) for index, entries in ranks[0].items()}
@@ -317,50 +298,40 @@ class _Folder:
             raise UserError(f"{self.optims[0].path}: the ranks hold different optimizer states")
         for index, shapes in enumerate(self._groups()):
             places = sorted(keys) if self.stage == 3 else [index]
-            for name in dict.fromkeys(name for place in places for name in keys.get(place, ())):
-                views = [[rank.get(place, {}).get(name) for place in places] for rank in ranks]
-                if not isinstance(views[0][0], View) or len(views[0][0].shape) != 1:
-                    self._same_for_all(name, views[0][0], shapes, tensors, values)
-                    continue
-                lean = [self._of_group(groups, index) for groups in self.masters]
-                parts = self._parts(
-                    f"the optimizer's {name}", [_cut_to(*pair) for pair in zip(views, lean, strict=True)]
-                )
-                for parameter, stored in self._cut(shapes, parts, "optimizer", index)[0].items():
-                    tensors[parameter, name] = stored
-        add_by_name(self.source, tensors, values, _param_groups(self.states[0].get(key)))
-
-    def _same_for_all(
-        self,
-        key: str,
-        value: Any,
-        names: Mapping[str, Any],
-        tensors: dict[tuple[str, str], Stored],
-        values: dict[tuple[str, str], Any],
-    ) -> None:
-        """Give every parameter what its flat tensor has once: the count of steps."""
-        for name in names:
-            if isinstance(value, View):
-                tensors[name, key] = self.optims[0].stored(value, "optimizer")
-            elif key == "step" and isinstance(value, int | float):
-                tensors[name, key] = number(value)
-            else:
-                values[name, key] = value
+            for key in dict.fromkeys(key for place in places for key in keys.get(place, ())):
+                views = [[rank.get(place, {}).get(key) for place in places] for rank in ranks]
+                value = views[0][0]
+                if isinstance(value, View) and len(value.shape) == 1:
+                    weights = [self._of_group(groups, index) for groups in self.masters]
+                    cut = [_cut_to(*pair) for pair in zip(views, weights, strict=True)]
+                    found = self._cut(shapes, self._parts(f"the optimizer's {key}", cut), "optimizer", index)
+                    tensors |= {(name, key): stored for name, stored in found.items()}
+                # every parameter gets what its flat tensor has once: the count of steps
+                elif isinstance(value, View):
+                    tensors |= {(name, key): self.optims[0].stored(value, "optimizer") for name in shapes}
+                elif key == "step" and isinstance(value, int | float):
+                    tensors |= {(name, key): number(value) for name in shapes}
+                else:
+                    values |= {(name, key): value for name in shapes}
+        state = self.states[0].get(state_key)
+        settings = state.get("param_groups") if isinstance(state, dict) else None
+        settings = [group for group in settings if isinstance(group, dict)] if isinstance(settings, list) else []
+        add_by_name(self.source, tensors, values, settings)
 
 
 def _widened(dtype: str) -> str:
-    """Return the dtype of fp32 weights for what was kept in fewer bits."""
+    """Return F32 for weights that were kept in 16 bits."""
     return "F32" if dtype in ("F16", "BF16") else dtype
 
 
 def _cut_to(views: Sequence[Any], others: Sequence[View]) -> list[View]:
-    """Return flat tensors of an optimizer's state without the padding that those of the weights lack."""
+    """Cut the flat tensors of an optimizer's state, which may be padded, to the lengths of the weights'."""
     found = []
     if len(views) != len(others):
-        raise UserError("an optimizer's state is cut otherwise than the weights that it belongs to")
+        raise UserError("an optimizer's state is not cut as its weights are")
     for view, other in zip(views, others, strict=True):
         if not isinstance(view, View) or len(view.shape) != 1 or view.shape[0] < other.shape[0]:
-            raise UserError("an optimizer's state has fewer elements than the weights that it belongs to")
+            raise UserError("an optimizer's state has fewer elements than its weights")
         found.append(View(view.storage, view.dtype, view.offset, other.shape, view.strides))
     return found
 
@@ -374,8 +345,3 @@ def _by_group(state: Any) -> dict[int, dict[str, Any]] | None:
     if not isinstance(state, dict) or not all(isinstance(entries, dict) for entries in state.values()):
         return None
     return state if all(type(index) is int for index in state) else None
-
-
-def _param_groups(state: Any) -> list[dict[str, Any]]:
-    groups = state.get("param_groups") if isinstance(state, dict) else None
-    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []

@@ -1,6 +1,6 @@
 """Folders of torch.distributed.checkpoint: `.metadata` and `.distcp` files, as FSDP2, torchtitan and others write them.
 
-`.metadata` is a pickle that says which boxes of each tensor lie where; each box is an archive of torch.save within a
+`.metadata` is a pickle that lists where the boxes of each tensor lie; each box is an archive of torch.save within a
 `.distcp` file.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 from distrain.checkpoints.export.archive import MAX_PICKLE
 from distrain.checkpoints.export.pickles import Made, PickleRefused, View, dtype_of, read_pickle
 from distrain.checkpoints.export.sources import Block, Source, Stored
-from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, plain_names, some
+from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, canonical_names, some
 from distrain.checkpoints.foreign.from_torch import AVERAGE, MODEL, OPTIMIZER, STEP
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.format import CheckpointError, TensorSpec
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 from distrain.config.registry import formats
 
@@ -31,7 +31,7 @@ _Path = tuple[Any, ...]
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether there is the listing of torch.distributed.checkpoint."""
+    """Whether it holds the listing of torch.distributed.checkpoint."""
     return folder.is_dir() and (folder / METADATA).exists()
 
 
@@ -39,13 +39,13 @@ def is_folder(folder: Path) -> bool:
     "distributed", about="a folder of torch.distributed.checkpoint", order=0, found=is_folder, pickles=False
 )
 def open_distributed(source: Source, path: Path, *, trust: bool) -> None:
-    """Add what is in a folder by itself; nothing in it is run."""
-    source.what = "torch.distributed.checkpoint"
+    """Add a folder that is imported by itself; runs no code."""
+    source.description = "torch.distributed.checkpoint"
     open_folder(source, path)
 
 
 def open_folder(source: Source, folder: Path) -> None:
-    """Add model, optimizer, average and step of a folder, by the keys that they were saved under."""
+    """Add model, optimizer, average and step of a folder, found by the keys that they were saved under."""
     listing = _Listing(source, folder)
     top = {path[0] for path in listing.paths.values()}
     if top == {"app"}:  # as PyTorch's own recipes wrap a state
@@ -86,12 +86,12 @@ def open_folder(source: Source, folder: Path) -> None:
         else:
             left.append(name)
     for prefix, found in tensors.items():
-        plain = plain_names(source, found)
-        source.tensors |= {f"{prefix}/{plain[name]}": stored for name, stored in found.items()}
+        canonical = canonical_names(source, found)
+        source.tensors |= {f"{prefix}/{canonical[name]}": stored for name, stored in found.items()}
     if states or values:
         add_by_name(source, states, values, [group for _, group in sorted(groups.items(), key=lambda e: str(e[0]))])
     if left:
-        source.left.append(f"{len(left)} entries of {folder.name}: {some(left)}")
+        source.skipped.append(f"{len(left)} entries of {folder.name}: {some(left)}")
     if not tensors["model"] and not states:
         raise UserError(f"{folder}: found no tensors under {', '.join(MODEL)}; it holds {some(map(str, top), 8)}")
 
@@ -107,16 +107,16 @@ def _parameter(rest: _Path) -> tuple[str, str] | None:
 
 
 class _Listing:
-    """What `.metadata` says, checked."""
+    """The checked content of `.metadata`."""
 
     def __init__(self, source: Source, folder: Path):
         self.source = source
         self.folder = folder
         path = folder / METADATA
         try:
-            with open(open_plain(path), "rb") as file:
+            with open(open_descriptor(path), "rb") as file:
                 if os.fstat(file.fileno()).st_size > MAX_PICKLE:
-                    raise UserError("no listing of tensors is so large")
+                    raise UserError(f"found more than {MAX_PICKLE:,} bytes, expected a listing of tensors")
                 metadata = read_pickle(file.read())
         except (UserError, CheckpointError) as error:
             raise UserError(f"{path}: {str(error).removeprefix(f'{METADATA}: ')}") from error
@@ -130,7 +130,7 @@ class _Listing:
         for index, info in storage.items():
             name, offset = _field(index, "fqn"), _field(index, "offset")
             if not isinstance(name, str) or not isinstance(info, Made) or not isinstance(offset, tuple | None):
-                raise UserError(f"{path}: it does not say where its tensors are as torch does")
+                raise UserError(f"{path}: it does not list the places of its tensors as torch does")
             self.places.setdefault(name, []).append((offset, info))
         planned = metadata["planner_data"]
         self.paths: dict[str, _Path] = {}
@@ -142,7 +142,7 @@ class _Listing:
         self.path = path
 
     def stored(self, name: str, role: str) -> Stored:
-        """Return where the boxes of a tensor lie."""
+        """Return the tensor, with the places of its boxes."""
         item = self.tensors[name]
         shape, chunks = item["size"], item["chunks"]
         properties = item["properties"]
@@ -167,26 +167,14 @@ class _Listing:
                 raise UserError(f"{self.path}: tensor {name!r}: {list(offset)} is not where a part of it begins")
             if not all(sizes[offset]):
                 continue
-            file, view = self._item(name, info)
+            file = self._open(name, info)
+            view = file.root
+            if not isinstance(view, View):
+                raise UserError(f"{file.path}: {name!r} is not a tensor there, as {METADATA} lists it")
             if view.shape != sizes[offset] or view.dtype != dtype:
-                raise UserError(f"{file.path}: tensor {name!r} is not of the shape and dtype that {METADATA} says")
-            at, is_array = file.at(view), spec.shape != ()
-            blocks.append(
-                Block(
-                    file.file,
-                    at,
-                    view.shape if is_array else grid,
-                    view.strides if is_array else (1,),
-                    offset if is_array else (0,),
-                )
-            )
+                raise UserError(f"{file.path}: tensor {name!r} is not of the shape and dtype that {METADATA} lists")
+            blocks.append(Block(file.file, file.at(view), view.shape or grid, view.strides or (1,), offset or (0,)))
         return Stored(spec, dtype, grid, tuple(blocks))
-
-    def _item(self, name: str, info: Made) -> tuple[TorchFile, View]:
-        file = self._open(name, info)
-        if not isinstance(file.root, View):
-            raise UserError(f"{file.path}: {name!r} is not a tensor there, as {METADATA} says")
-        return file, file.root
 
     def _open(self, name: str, info: Made) -> TorchFile:
         relative, offset, length = info["relative_path"], info["offset"], info["length"]
@@ -198,7 +186,7 @@ class _Listing:
         return TorchFile(self.source, file, part=(offset, length))
 
     def value(self, name: str) -> Any:
-        """Return what is not a tensor."""
+        """Return a value that is not a tensor."""
         places = self.places.get(name)
         return self._open(name, places[0][1]).root if places else None
 

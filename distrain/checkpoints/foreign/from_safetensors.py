@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoints.export.sources import Source, whole
-from distrain.checkpoints.foreign.common import basename, plain_names, read_json
-from distrain.checkpoints.foreign.headers import Header, read_header
+from distrain.checkpoints.export.sources import Source, in_one_file
+from distrain.checkpoints.foreign.common import basename, canonical_names, read_json
 from distrain.checkpoints.format import CheckpointError, TensorSpec
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.headers import Header, read_header
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 from distrain.config.registry import formats
 
@@ -19,12 +19,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether this is a safetensors file, an index of such, or a folder with one of them."""
+    """Whether this is a safetensors file, an index of several, or a folder with one."""
     if path.is_dir():
         return sum(entry.name.endswith(".safetensors") for entry in path.iterdir()) == 1
     if path.name.endswith(".index.json"):
         return all(name.endswith(".safetensors") for name in weight_map(path))
-    descriptor = open_plain(path)
+    descriptor = open_descriptor(path)
     start = os.pread(descriptor, 9, 0)
     os.close(descriptor)
     return start[8:] == b"{" and not start.startswith(b"PK\x03\x04")
@@ -32,14 +32,14 @@ def is_safetensors(path: Path) -> bool:
 
 @formats.register(
     "safetensors",
-    about="a safetensors file, or a folder of such with an index",
+    about="a safetensors file, or a folder of them with an index",
     order=3,
     found=is_safetensors,
     folder=False,
     pickles=False,
 )
 def open_safetensors(source: Source, path: Path, *, trust: bool) -> None:
-    """Add a file, or what an index or a folder names, with its config.json; nothing in it is run."""
+    """Add a file, or the files of an index or a folder, with its config.json; runs no code."""
     if path.is_file() and not path.name.endswith(".index.json"):
         open_file(source, path)
         return
@@ -58,14 +58,14 @@ def open_file(source: Source, path: Path) -> None:
     """Add the tensors of one file."""
     listing, metadata = _read(source, path)
     _add(source, {path: listing})
-    for alias, name in metadata.items():  # where safetensors' own save_model puts the further names of tied tensors
+    for alias, name in metadata.items():  # safetensors' save_model puts the other names of tied tensors there
         if name in listing and alias not in listing and alias != "format":
-            plain = plain_names(source, [alias, name])
-            source.aliases[f"model/{plain[alias]}"] = f"model/{plain[name]}"
+            canonical = canonical_names(source, [alias, name])
+            source.aliases[f"model/{canonical[alias]}"] = f"model/{canonical[name]}"
 
 
 def open_indexed(source: Source, index: Path) -> None:
-    """Add the tensors of the files that an index names; each must hold exactly what the index says."""
+    """Add the tensors of an index's files, each of which must hold exactly what the index lists."""
     shards = weight_map(index)
     listings = {}
     for name, expected in shards.items():
@@ -79,7 +79,7 @@ def open_indexed(source: Source, index: Path) -> None:
 
 
 def weight_map(index: Path) -> dict[str, set[str]]:
-    """Return {file: tensors in it} of an index of Hugging Face's; raises UserError where it names odd files."""
+    """Return {file: tensors in it} of a Hugging Face index; raises UserError for names that may lead elsewhere."""
     content = read_json(index)
     mapping = content.get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
@@ -91,7 +91,7 @@ def weight_map(index: Path) -> dict[str, set[str]]:
 
 
 def read_config(folder: Path) -> str | None:
-    """Return the text of the config.json of a model of transformers; None where there is none."""
+    """Return the text of a transformers model's config.json; None if there is none."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -104,17 +104,16 @@ def _read(source: Source, path: Path) -> tuple[Header, dict[str, Any]]:
     descriptor = source.open(file)
     try:
         return read_header(descriptor, source.files[file][1])
-    except (UserError, CheckpointError) as error:
+    except CheckpointError as error:
         raise UserError(f"{path}: {error}") from error
     finally:
         os.close(descriptor)
 
 
 def _add(source: Source, listings: dict[Path, Header]) -> None:
-    names = [name for listing in listings.values() for name in listing]
-    plain = plain_names(source, names)
+    canonical = canonical_names(source, [name for listing in listings.values() for name in listing])
     for path, listing in listings.items():
         file = source.add_file(path)
         for name, (dtype, shape, offset, _) in listing.items():
-            full = f"model/{plain[name]}"
-            source.tensors[full] = whole(TensorSpec(shape, dtype, "parameter"), dtype, file, offset)
+            full = f"model/{canonical[name]}"
+            source.tensors[full] = in_one_file(TensorSpec(shape, dtype, "parameter"), dtype, file, offset)

@@ -10,7 +10,7 @@ from distrain.checkpoints.export.pickles import View
 from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 from distrain.config.registry import formats
 
@@ -18,7 +18,7 @@ MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "ne
 AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")
 OPTIMIZER = ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optimizer_states")
 STEP = ("step", "global_step", "global_steps", "iteration", "iter", "num_updates")
-"""The usual keys of what trainers save together."""
+"""The usual keys under which trainers save these together."""
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -27,12 +27,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def is_torch(path: Path) -> bool:
-    """Whether this is a file of torch.save, an index of such, or a folder with one of them."""
+    """Whether this is a file of torch.save, an index of several, or a folder with one."""
     if path.is_dir():
         return len(_files(path)) == 1
     if path.name.endswith(".index.json"):
         return True
-    descriptor = open_plain(path)
+    descriptor = open_descriptor(path)
     start = os.pread(descriptor, 4, 0)
     os.close(descriptor)
     return start == b"PK\x03\x04" or start[:1] == b"\x80"
@@ -40,7 +40,7 @@ def is_torch(path: Path) -> bool:
 
 @formats.register("torch", about="a file of torch.save, as Lightning's .ckpt is", order=4, found=is_torch, folder=False)
 def open_torch(source: Source, path: Path, *, trust: bool) -> None:
-    """Add a file, the one in a folder, or what an index names."""
+    """Add a file, the one in a folder, or the files of an index."""
     if path.name.endswith(".index.json"):
         open_indexed(source, path, trust=trust)
         return
@@ -51,29 +51,29 @@ def open_torch(source: Source, path: Path, *, trust: bool) -> None:
 
 
 def open_file(source: Source, path: Path, *, trust: bool) -> None:
-    """Add the model in one file, and what lies beside it there: optimizer, average of the weights, step."""
+    """Add the model in one file, and the optimizer, average of the weights, and step that it was saved with."""
     file = TorchFile(source, path, trust=trust)
     state, others = _model(file)
     add_state_dict(source, file, state)
     for key, value in others.items():
         if key in OPTIMIZER and not source.wants_optimizer:
-            source.left.append(f"{path.name}: {key}")
+            source.skipped.append(f"{path.name}: {key}")
         elif key in OPTIMIZER:
             several = value if isinstance(value, list) else [value]
             for one in several[:1]:
                 add_optimizer(source, file, one, f"{path.name}: {key}")
             if len(several) > 1:
-                source.left.append(f"{path.name}: {key}: it holds {len(several)} optimizers, all but the first")
+                source.skipped.append(f"{path.name}: {key}: it holds {len(several)} optimizers, all but the first")
         elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
             add_state_dict(source, file, value, "ema")
         elif key in STEP and type(value) is int and 0 <= value < 10**18:
             source.step = value
         else:
-            source.left.append(f"{path.name}: {key}")
+            source.skipped.append(f"{path.name}: {key}")
 
 
 def open_indexed(source: Source, index: Path, *, trust: bool) -> None:
-    """Add the tensors of the files that an index names; each must hold exactly what the index says."""
+    """Add the tensors of an index's files, each of which must hold exactly what the index lists."""
     from distrain.checkpoints.foreign.from_safetensors import weight_map
 
     for name, expected in weight_map(index).items():
@@ -87,7 +87,7 @@ def open_indexed(source: Source, index: Path, *, trust: bool) -> None:
 
 
 def _model(file: TorchFile) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Return the state dict in a file, and what else was saved with it."""
+    """Return the state dict in a file, and whatever was saved beside it."""
     content = file.root
     others: dict[Any, Any] = {}
     for _ in range(4):

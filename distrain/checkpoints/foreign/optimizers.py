@@ -1,13 +1,13 @@
-"""An optimizer's state as torch keeps it, by parameter."""
+"""The state of a torch optimizer, by parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distrain.checkpoints.export.pickles import View
 from distrain.checkpoints.export.sources import Source, Stored
-from distrain.checkpoints.foreign.common import Budget, TorchFile, plain_names, plain_value, some
+from distrain.checkpoints.foreign.common import Budget, TorchFile, canonical_names, json_value, some
 
 _KEYS = {
     "SGD": {"momentum_buffer"},
@@ -17,21 +17,21 @@ _KEYS = {
     "Adamax": {"step", "exp_avg", "exp_inf"},
     "Lion": {"exp_avg"},
 }
-"""What optimizers of torch keep for a parameter, from which the class is known where a format does not name it."""
+"""The state that torch's optimizers keep for a parameter, which shows the class if a format does not name it."""
 
 
 def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> None:
-    """Add what `torch.optim.Optimizer.state_dict`, or FSDP's by name, keeps for each parameter."""
+    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name."""
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
-        source.left.append(f"{where}: it is not the state of an optimizer as torch writes it")
+        source.skipped.append(f"{where}: it is not a torch optimizer's state dict")
         return
     state, groups = content["state"], content.get("param_groups")
     groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
     names = _names(state, groups)
     if names is None:
-        source.left.append(
-            f"{where}: the optimizer's state goes by numbers, and which parameters they are is not in the file "
-            "(torch writes the names where the optimizer is built from model.named_parameters())"
+        source.skipped.append(
+            f"{where}: the optimizer's state has numbers instead of the parameters' names (torch writes names if the "
+            "optimizer is built from model.named_parameters())"
         )
         return
     tensors: dict[tuple[str, str], Stored] = {}
@@ -52,45 +52,43 @@ def add_by_name(
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add an optimizer's tensors and values by (name of the parameter, key), and the settings of its groups."""
-    plain = plain_names(source, dict.fromkeys(name for name, _ in [*tensors, *values]))
+    canonical = canonical_names(source, dict.fromkeys(name for name, _ in [*tensors, *values]))
     for (name, key), stored in tensors.items():
-        source.tensors[f"optimizer/{plain[name]}/{key}"] = stored
+        source.tensors[f"optimizer/{canonical[name]}/{key}"] = stored
     odd, budget = [], Budget()
     for (name, key), value in values.items():
         try:
-            source.optimizer_values.setdefault(plain[name], {})[key] = plain_value(value, budget)
+            source.optimizer_values.setdefault(canonical[name], {})[key] = json_value(value, budget)
         except TypeError:
             odd.append(f"{name}/{key}")
     if odd:
-        source.left.append(f"values of the optimizer that are neither tensors nor numbers: {some(odd)}")
+        source.skipped.append(f"values of the optimizer that are neither tensors nor numbers: {some(odd)}")
     for group in groups:
         settings = {}
         for key, value in group.items():
             try:
-                settings[str(key)] = plain_value(value, budget)
+                settings[str(key)] = json_value(value, budget)
             except TypeError:
-                odd.append(str(key))
+                continue
         source.optimizer_groups.append(settings)
-    guess(source, {key for _, key in [*tensors, *values]}, groups)
+    _infer_class(source, {key for _, key in [*tensors, *values]}, groups)
 
 
-def guess(source: Source, keys: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Conclude from what is kept for each parameter which class keeps it."""
-    found = set(keys)
-    # exp_avg alone is what Lion keeps, and a part of what AdamW does: the class that keeps the least besides
+def _infer_class(source: Source, found: set[str], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Infer the optimizer's class from the keys of its state."""
+    # exp_avg alone is Lion's state, and a part of AdamW's: the class with the fewest other keys
     fitting = sorted((name for name, known in _KEYS.items() if found and found <= known), key=lambda n: len(_KEYS[n]))
     if "exp_avg_sq" in found and any(group.get("decoupled_weight_decay") is False for group in groups):
         fitting = ["Adam"]
     if source.optimizer is None and fitting:
         source.optimizer = fitting[0]
         source.notes.append(
-            f"the optimizer is taken for {source.optimizer}, which keeps {some(sorted(found))}; --optimizer NAME says "
-            "otherwise"
+            f"the optimizer is taken for {source.optimizer}, which keeps {some(sorted(found))}; --optimizer sets it"
         )
 
 
 def _names(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, str] | None:
-    """Return {key in the state: name of the parameter}, or None where the file does not tell."""
+    """Return {key in the state: name of the parameter}, or None if the file does not hold them."""
     if all(isinstance(key, str) for key in state):
         return {key: key for key in state}
     names: dict[Any, str] = {}

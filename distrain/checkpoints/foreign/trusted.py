@@ -1,8 +1,8 @@
-"""Pickles that only Python itself opens: `torch.load` in a process of its own, which writes plain tensors.
+"""Pickles that only Python itself can open: `torch.load` in a process of its own, which writes their tensors.
 
-Files from before torch's archives (before 1.6) may hold tensors alone as well, but lay them out as only their pickles
-tell: torch opens them with `weights_only`, and runs nothing of theirs. Where a file holds more than tensors and the
-user trusts it, the process runs what is in it. Either way this process reads a safetensors file and a listing.
+Files older than torch's archives (1.6) are opened with `weights_only`, which runs no code. A file that holds more than
+tensors, and that the user trusts, runs its code in that process. This process then reads a safetensors file and a
+listing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 from distrain.checkpoints.export.archive import Archive, Record
 from distrain.checkpoints.export.pickles import Made, Storage, View
-from distrain.checkpoints.foreign.headers import read_header
-from distrain.checkpoints.reading import open_plain
+from distrain.checkpoints.export.sources import row_major
+from distrain.checkpoints.headers import read_header
+from distrain.checkpoints.reading import open_descriptor
 from distrain.config import UserError
 
 _SCRIPT = """
@@ -67,9 +68,9 @@ _CODES = re.compile(r"\x1b\[[0-9;]*m")  # torch makes some of its words bold
 
 
 def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Archive]:
-    """Return the file in `folder` that a process wrote the tensors of `path` to, and what `path` holds.
+    """Have a process of its own write the tensors of `path` to a file in `folder`; return the file, and what it holds.
 
-    Raises UserError where torch cannot open it. Without `trust` nothing of the file runs.
+    Runs the code in `path` only with `trust`. Raises UserError if torch cannot open it.
     """
     place = folder / str(len(list(folder.iterdir())))
     place.mkdir()
@@ -87,7 +88,7 @@ def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Arc
             + ("" if trust else f". {TRUST}")
         )
     tensors = place / "tensors.safetensors"
-    descriptor = open_plain(tensors)
+    descriptor = open_descriptor(tensors)
     try:
         listing = read_header(descriptor, os.fstat(descriptor).st_size)[0]
     finally:
@@ -95,11 +96,7 @@ def open_in_process(path: Path, folder: Path, *, trust: bool) -> tuple[Path, Arc
     records, views = {}, {}
     for key, (dtype, shape, offset, nbytes) in listing.items():
         records[key] = Record(offset, nbytes, -1)  # just written: there is nothing to compare it to
-        strides, step = [], 1
-        for size in shape[::-1]:
-            strides.append(step)
-            step *= size
-        views[key] = View(Storage(key, None, nbytes), dtype, 0, shape, tuple(strides[::-1]))
+        views[key] = View(Storage(key, None, nbytes), dtype, 0, shape, row_major(shape) if shape else ())
     return tensors, Archive(_decode(json.loads((place / "structure.json").read_text()), views), records)
 
 
