@@ -59,3 +59,10 @@ def strategy_name(name: str) -> str:
     if name not in STRATEGIES:
         raise ValueError(f"found {name!r}, expected one of {', '.join(STRATEGIES)}")
     return name
+
+
+def describe_strategy(strategy: str, replicate: int | str = 1) -> str:
+    """Return a strategy with its replicas, where there are several."""
+    if replicate == 1:
+        return strategy
+    return f"{strategy}, " + ("one replica for each machine" if replicate == "auto" else f"{replicate} replicas")

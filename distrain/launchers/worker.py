@@ -14,7 +14,7 @@ from distrain.launchers.local import LocalLauncher, autobatch, end_with_launcher
 from distrain.launchers.preflight import gpu_count, join_launcher, launcher_environment, worker_environment
 from distrain.launchers.reporting import leave_to_rank_0, log, log_to, reported, tell
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
-from distrain.run.folder import RunDir, effect_in_words
+from distrain.run.folder import RunDir, describe_effect
 from distrain.run.lease import Holder, Lease, check_free, take
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import own_start, rank_told, say_ignored
@@ -174,7 +174,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
                     console = Console()
                     show_summary(begun, console)
                     if effect := run.effect():
-                        console.say(f"took effect: {effect_in_words(effect)}")
+                        console.say(f"took effect: {describe_effect(effect)}")
                     console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
                 return
             # each in the folder that it sees

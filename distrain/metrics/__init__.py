@@ -26,7 +26,7 @@ from distrain.datasets.base import DataMeta
 from distrain.metrics.catalogue import Metric, default_metrics, find_entry
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
 from distrain.optim.losses import NO_TARGET, Outputs, build_loss
-from distrain.run.folder import EVALUATION_KEYS
+from distrain.run.metrics_file import EVALUATION_KEYS
 
 __all__ = [
     "Metric",

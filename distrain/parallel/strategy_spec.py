@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distrain.config import UserError, close_names
-from distrain.config.strategies import OFFLOADS, STRATEGIES
-from distrain.run.folder import strategy_in_words
+from distrain.config.strategies import OFFLOADS, STRATEGIES, describe_strategy
 from distrain.system.environment import Environment
 
 
@@ -73,7 +72,7 @@ class StrategySpec:
 
     def __str__(self) -> str:
         words = {"none": "", "optimizer": " with offload of the optimizer", "all": " with offload of all"}
-        return strategy_in_words(self.strategy, self.replicate) + words[self.offload]
+        return describe_strategy(self.strategy, self.replicate) + words[self.offload]
 
 
 def _replicate(strategy: str, said: str) -> int | Literal["auto"]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import UserError
+from distrain.config.strategies import describe_strategy
 from distrain.fingerprints import compare
 from distrain.prove.processes import Process, StartProcess, kill_all, session_processes, start_distrain, wait
 from distrain.prove.traces import AttemptTrace, read_trace
-from distrain.run.folder import RunDir, strategy_in_words
+from distrain.run.folder import RunDir
 from distrain.run.micro_batch import copy_cache
 
 _HASH_SEED = "PYTHONHASHSEED"
@@ -46,7 +47,7 @@ class Topology:
 
     def __str__(self) -> str:
         count = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        return count if self.strategy is None else f"{count}, {strategy_in_words(self.strategy, self.replicas)}"
+        return count if self.strategy is None else f"{count}, {describe_strategy(self.strategy, self.replicas)}"
 
     @property
     def arguments(self) -> list[str]:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import UserError
+from distrain.config.strategies import describe_strategy
 from distrain.config.yaml import load_recipe
 from distrain.launchers import launcher_of
 from distrain.launchers.launcher import Job, jobs_of_folders
 from distrain.launchers.slurm.sweeps import read_sweep
 from distrain.launchers.slurm.tracking import task_of
-from distrain.run.folder import RunDir, rows_backwards, strategy_in_words
+from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
+from distrain.run.json_files import rows_backwards
 from distrain.system.terminal import Table
 from distrain.training.callbacks.trackers import duration
 
@@ -253,7 +255,7 @@ def in_words(status: Status) -> list[tuple[str, str]]:
     if status.starts > 1:
         said.append(("starts", str(status.starts)))
     if status.processes:
-        said.append(("world", f"{status.processes} x {strategy_in_words(status.strategy or '?', status.replicate)}"))
+        said.append(("world", f"{status.processes} x {describe_strategy(status.strategy or '?', status.replicate)}"))
     if status.heartbeat_age_s is not None:
         said.append(("alive", f"{duration(status.heartbeat_age_s)} ago"))
     return said

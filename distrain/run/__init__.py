@@ -1,6 +1,8 @@
 """What a run leaves on the disk. Imports no torch and knows no launcher.
 
-folder.py       the run folder: recipe, metrics.jsonl, marks of how it ended
+folder.py       the run folder: recipe, launch.json, markers of how it ended
+json_files.py   JSON on disk: files replaced atomically, files of rows
+metrics_file.py metrics.jsonl as it is written: each row once
 lease.py        which attempt may write
 heartbeat.py    what each rank does, for whoever looks from outside
 stacks.py       where threads and loader processes are

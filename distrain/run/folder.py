@@ -23,52 +23,19 @@ runs/NAME/
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import distrain
 from distrain.config import UserError
+from distrain.run.json_files import json_safe, metrics_row, read_rows, write_atomically, write_json
 from distrain.system import bounded_json as bounded
-from distrain.system.output import in_utf8
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a crash leaves the old content or the new, never a part of it."""
-    # a folder may be shared by machines whose processes have the same numbers
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-EVALUATION_KEYS = frozenset(
-    (
-        "event",
-        "step",
-        "split",
-        "loss",
-        "samples",
-        "seconds",
-        "time",
-        "undecodable",
-        "nonfinite",
-        "checkpoint",
-        "processes",
-        "changed_data",
-    )
-)
-"""What an evaluation's row in metrics.jsonl and its summary say besides metrics, whose names are others."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +211,7 @@ class RunDir:
 
     def write_launch(self, launch: Launch) -> None:
         """Record a start."""
-        write_atomically(self.launch_path, json.dumps(_plain(launch.__dict__), indent=2) + "\n")
+        write_json(self.launch_path, launch.__dict__)
 
     def launch(self) -> Launch:
         """Return the recorded start; raises UserError where there is none or it cannot be read."""
@@ -257,7 +224,7 @@ class RunDir:
 
     def record_effect(self, effect: dict[str, Any]) -> None:
         """Rank 0: record what took effect, as read back from the objects that train; the last start's is kept."""
-        write_atomically(self.path / "effect.json", json.dumps(_plain(effect), indent=2) + "\n")
+        write_json(self.path / "effect.json", effect)
 
     def effect(self) -> dict[str, Any] | None:
         """Return what took effect in the last start, or None where none has come so far."""
@@ -273,7 +240,7 @@ class RunDir:
 
     def record_inputs(self, inputs: dict[str, Any]) -> None:
         """Rank 0: record what this start depends on besides its recipe."""
-        write_atomically(self.path / "inputs.json", json.dumps(inputs) + "\n")
+        write_json(self.path / "inputs.json", inputs, indent=None)
 
     def inputs(self) -> dict[str, Any] | None:
         """Return what the last start depended on; None where that is not known."""
@@ -317,11 +284,11 @@ class RunDir:
 
     def mark_finished(self, summary: dict[str, Any]) -> None:
         """Rank 0: the run is complete."""
-        write_atomically(self.path / "FINISHED", json.dumps(_plain(summary), indent=2) + "\n")
+        write_json(self.path / "FINISHED", summary)
 
     def mark_preempted(self, step: int, reason: str) -> None:
         """Rank 0: the run has saved its state and stopped before its end; the same command goes on."""
-        write_atomically(self.path / "PREEMPTED", json.dumps({"step": step, "reason": reason}) + "\n")
+        write_json(self.path / "PREEMPTED", {"step": step, "reason": reason}, indent=None)
 
     def mark_failed(self, record: dict[str, Any]) -> bool:
         """Any rank: record why the attempt failed. The first to say so is kept; returns whether this was it."""
@@ -330,7 +297,7 @@ class RunDir:
         except FileExistsError:
             return False
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_plain(record), file, indent=2)
+            json.dump(json_safe(record), file, indent=2)
         return True
 
     def clear_markers(self, *, requeued: bool = False) -> None:
@@ -347,107 +314,10 @@ class RunDir:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl; a last line that a crash cut short is left out."""
         for row in read_rows(self.metrics_path):
-            yield _metrics_row(row, self.metrics_path)
+            yield metrics_row(row, self.metrics_path)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines, none where there is no file; a last line without its end is left out."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        number = 0
-        while (line := file.readline(bounded.ROW + 1)).endswith(b"\n"):
-            number += 1
-            yield _row(line, f"{path}:{number}")
-        if len(line) > bounded.ROW:
-            raise UserError(f"{path}:{number + 1} has more than {bounded.ROW:,} bytes; take that line out of the file")
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = bounded.parse_json(line)
-        if not isinstance(row, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}; take that line out of the file") from error
-    return row
-
-
-def _metrics_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
-    step = row.get("step")
-    if not isinstance(row.get("event"), str) or type(step) is not int or not 0 <= step < bounded.MOST_STEPS:
-        raise UserError(
-            f"{path}: a row says event {str(row.get('event'))[:40]!r} and step {str(step)[:40]}; expected a word and a "
-            "number of steps; take that line out of the file"
-        )
-    return row
-
-
-_BLOCK = 1 << 16
-
-
-def _lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of the lines of a file, the last one first; a last line without its end is left out.
-
-    No more is read than is asked for.
-    """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        position, carry = file.seek(0, os.SEEK_END), b""
-        while position:
-            step = min(position, max(_BLOCK, len(carry)))
-            position -= step
-            data = os.pread(file.fileno(), step, position) + carry
-            *parts, torn = data.split(b"\n")
-            if not parts:
-                carry = data
-            else:
-                end = position + len(data) - len(torn)
-                while len(parts) > 1:
-                    line = parts.pop() + b"\n"
-                    end -= len(line)
-                    yield end, line
-                carry = parts[0] + b"\n"
-            if len(carry) > bounded.ROW:
-                raise UserError(f"{path} has a line of more than {bounded.ROW:,} bytes; take it out of the file")
-        if carry.endswith(b"\n"):
-            yield 0, carry
-
-
-def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines, the last one first, reading no more than is asked for."""
-    for offset, line in _lines_backwards(path):
-        yield _row(line, f"{path} at byte {offset}")
-
-
-def _end_of_rows(path: Path) -> int:
-    """Return the bytes of a file up to the end of its last whole line."""
-    offset, line = next(_lines_backwards(path), (0, b""))
-    return offset + len(line)
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a file of JSON lines, on disk when this returns; what a crash left of a last line is cut off."""
-    with path.open("ab") as file:
-        file.truncate(_end_of_rows(path))
-        file.write(json.dumps(_plain(row)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def strategy_in_words(strategy: str, replicate: int | str = 1) -> str:
-    """Return a strategy with its replicas, where there are several."""
-    if replicate == 1:
-        return strategy
-    return f"{strategy}, " + ("one replica for each machine" if replicate == "auto" else f"{replicate} replicas")
-
-
-def effect_in_words(effect: dict[str, Any]) -> str:
+def describe_effect(effect: dict[str, Any]) -> str:
     """Return what took effect on one line; of values for each rank the least and the greatest."""
 
     def words(value: Any) -> str:
@@ -460,203 +330,3 @@ def effect_in_words(effect: dict[str, Any]) -> str:
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     return ", ".join(f"{name.replace('_', ' ')} {words(value)}" for name, value in effect.items())
-
-
-class MetricsFile:
-    """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed.
-
-    Rows are in the order of their steps, so what a resume has to look at is at the end: it reads backwards until all
-    rows are of steps before the one that it goes on from, however many there are.
-    """
-
-    def __init__(
-        self,
-        run: RunDir,
-        *,
-        resume_step: int | None = None,
-        finals: Sequence[int] = (),
-        counted: object = None,
-        fence: Callable[[], None] = lambda: None,
-    ):
-        """`resume_step`: rows of later steps are taken out, as these are trained again, maybe by a changed recipe.
-
-        `finals`: steps of which a `final` row is known to be there; such a row may be of any step. `counted`: the
-        `rows` of what `settled` returned when the state of `resume_step` was saved. `fence` is called before anything
-        is written, and raises when this process may write no more.
-        """
-        self._path, self._fence = run.metrics_path, fence
-        self.step = self._floor = 0 if resume_step is None else resume_step
-        self._seen = {("final", step) for step in finals}
-        self._count: int | None = None
-        self.recent: list[dict[str, Any]] = []
-        """The last rows: all of `resume_step` and later ones, and some of before."""
-        self._take_over()
-        self._cut(resume_step)
-        self._latest = max((row["step"] for row in self.recent), default=0)
-        self._file = run.metrics_path.open("ab")
-        self._counted = self._still_there(counted)
-
-    def _still_there(self, counted: object) -> tuple[int, int] | None:
-        """Return (rows, their bytes) of those that were there when the state was saved, or None."""
-        size = self._path.stat().st_size
-        if not size:
-            return 0, 0
-        if not isinstance(counted, dict):
-            return None
-        count, end = counted.get("count"), counted.get("bytes")
-        if type(count) is not int or type(end) is not int or not 0 < count <= end <= size:
-            return None
-        with self._path.open("rb") as file:
-            return (count, end) if os.pread(file.fileno(), 1, end - 1) == b"\n" else None
-
-    @property
-    def kept(self) -> int:
-        """How many rows are the same, and in the same order, as when the state was saved; 0 where that is unknown."""
-        return self._counted[0] if self._counted is not None else 0
-
-    @property
-    def count(self) -> int:
-        """The number of rows; counting them reads the file once, of counted rows only what follows."""
-        if self._count is None:
-            self._count, end = self._counted or (0, 0)
-            with self._path.open("rb") as file:
-                file.seek(end)
-                self._count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        return self._count
-
-    def last(self, number: int) -> Iterator[dict[str, Any]]:
-        """Yield the last `number` rows, the oldest first; reads no others."""
-        if number <= 0:
-            return
-        offsets = (offset for offset, _ in islice(_lines_backwards(self._path), number))
-        with self._path.open("rb") as file:
-            file.seek(0 if number >= self.count else min(offsets))
-            while (line := file.readline(bounded.ROW + 1)).endswith(b"\n"):
-                yield _metrics_row(_row(line, f"{self._path} before byte {file.tell()}"), self._path)
-
-    @property
-    def finals(self) -> list[int]:
-        """Steps of `final` rows, as far as they are known."""
-        return sorted(step for event, step in self._seen if event == "final")
-
-    def _cut(self, resume_step: int | None) -> None:
-        """Take out what a crash left of a last line and rows of later steps, and note which rows are there."""
-        kept: list[tuple[int, bytes]] = []
-        first: int | None = None
-        older = 0
-        end = _end_of_rows(self._path)
-        for offset, line in _lines_backwards(self._path):
-            row = _metrics_row(_row(line, f"{self._path} at byte {offset}"), self._path)
-            if resume_step is not None and row["step"] > resume_step:
-                first, older = offset, 0
-                continue
-            if row["step"] >= self._floor or row["event"] == "final":
-                self._seen.add((row["event"], row["step"]))
-            older = 0 if row["step"] >= self._floor else older + len(line)
-            self.recent.append(row)
-            kept.append((offset, line))
-            # a row may come a little later than others of its step
-            if older > _BLOCK:
-                break
-        self.recent.reverse()
-        if not self._path.exists():
-            return
-        self._fence()
-        if first is None:
-            os.truncate(self._path, end)
-            return
-        behind = b"".join(line for offset, line in reversed(kept) if offset > first)
-        if behind:  # between the two steps a crash must lose neither
-            self._beside.write_bytes(b"%d\n" % first + behind)
-            descriptor = os.open(self._beside, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            self._beside.replace(self._moved)
-            self._take_over()
-        else:
-            os.truncate(self._path, first)
-
-    @property
-    def _beside(self) -> Path:
-        return self._path.with_name(f".{self._path.name}.tail.new")
-
-    @property
-    def _moved(self) -> Path:
-        return self._path.with_name(f".{self._path.name}.tail")
-
-    def _take_over(self) -> None:
-        """Put rows that are to follow others in their place; again where a crash came between."""
-        if not self._moved.exists():
-            return
-        self._fence()
-        where, _, rows = self._moved.read_bytes().partition(b"\n")
-        with self._path.open("r+b") as file:
-            file.truncate(int(where))
-            file.seek(0, os.SEEK_END)
-            file.write(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        self._moved.unlink()
-
-    def append(self, row: dict[str, Any]) -> bool:
-        """Write one row, durable against a crash of the process; returns False when it is already there."""
-        event, step = key = (row["event"], row["step"])
-        if event not in _EACH_TIME and (key in self._seen or (step < self._floor and event in _IN_ORDER)):
-            return False
-        line = json.dumps(_plain(row)).encode() + b"\n"
-        if len(line) > bounded.ROW:
-            raise UserError(
-                f"the row {event!r} of step {step} has {len(line):,} bytes, and a line may have {bounded.ROW:,}; take "
-                "the metric that returns so much out of eval.metrics"
-            )
-        count = self.count if self._count is not None else None
-        self._fence()
-        self._file.write(line)
-        self._file.flush()
-        self._seen.add(key)
-        self._latest = max(self._latest, step)
-        if count is not None:
-            self._count = count + 1
-        return True
-
-    def settled(self, step: int) -> dict[str, Any]:
-        """Note that the run saves its state after `step`, and return what a start that goes on from there must know.
-
-        Rows of steps before are not thought of any more.
-        """
-        self._floor = step
-        self._seen = {key for key in self._seen if key[1] >= step or key[0] == "final"}
-        found: dict[str, Any] = {
-            "finals": self.finals,
-            "events": sorted(event for event, at in self._seen if at == step),
-        }
-        # of a run that has gone back, rows of later steps lie before what follows
-        if self._latest <= step and not (self._count is None and self._counted is None):
-            found["rows"] = {"count": self.count, "bytes": os.fstat(self._file.fileno()).st_size}
-        return found
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-_EACH_TIME = ("update",)
-"""Events of a start, of which several may go on from one step."""
-_IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "undecodable")
-"""Events that a run writes once for a step, and again only where it has gone back."""
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` with what JSON cannot hold as text that every reader takes: NaN, infinities, half characters."""
-    if isinstance(value, dict):
-        return {in_utf8(key) if isinstance(key, str) else key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return in_utf8(value) if isinstance(value, str) else value
-
-
-def now() -> float:
-    """Seconds since 1970, for people; durations are measured with a monotonic clock."""
-    return time.time()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -19,7 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from distrain.config import UserError
-from distrain.run.folder import RunDir, append_row, write_atomically
+from distrain.run.folder import RunDir
+from distrain.run.json_files import append_row, write_json
 from distrain.system.bounded_json import read_record
 from distrain.system.job_environment import JobEnvironment, job_environment
 
@@ -140,7 +140,7 @@ def take(
     """
     lock = _lock(run, holder)
     try:
-        write_atomically(run.path / _FILE, json.dumps(asdict(holder)) + "\n")
+        write_json(run.path / _FILE, asdict(holder), indent=None)
         earlier = run.attempts()
         row: dict[str, Any] = {
             **asdict(holder),

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distrain.config import BatchSection, Recipe
-from distrain.run.folder import RunDir, write_atomically
+from distrain.run.folder import RunDir
+from distrain.run.json_files import write_json
 from distrain.system import memory
 from distrain.system.bounded_json import read_json
 
@@ -86,8 +87,7 @@ class CachedMicroBatch:
 def cache_micro_batch(run: RunDir, autobatch: CachedMicroBatch) -> None:
     """Write an entry to the cache, replacing one with the same key; rank 0 or the launcher calls."""
     kept = [other for other in _read(run) if other.key != autobatch.key]
-    text = json.dumps([asdict(each) for each in (*kept, autobatch)], indent=2)
-    write_atomically(run.micro_batch_path, text + "\n")
+    write_json(run.micro_batch_path, [asdict(each) for each in (*kept, autobatch)])
 
 
 def cached_micro_batch(run: RunDir, key: CacheKey) -> CachedMicroBatch | None:

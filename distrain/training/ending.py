@@ -11,8 +11,9 @@ import numpy as np
 
 from distrain.checkpoints.export import export
 from distrain.config import UserError
-from distrain.run.folder import RunDir, rows_backwards
+from distrain.run.folder import RunDir
 from distrain.run.heartbeat import mark
+from distrain.run.json_files import rows_backwards
 from distrain.training.callbacks.base import Outcome
 from distrain.training.evaluator import Evaluator
 from distrain.training.loop_state import LoopState

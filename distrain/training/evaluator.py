@@ -8,7 +8,6 @@ from typing import Any
 
 from distrain.checkpoint import Evaluation, Manifest
 from distrain.metrics import build_metrics
-from distrain.run.folder import now
 from distrain.run.heartbeat import mark
 from distrain.training.callbacks.trackers import duration
 from distrain.training.evaluation import Interrupted, evaluate
@@ -157,7 +156,7 @@ class Evaluator:
         seconds = time.monotonic() - began
         for warning in loop.corrupt.of_split(split, values.get("undecodable", {})):
             loop.say(warning)
-        row = {"event": event, "step": loop.t.step, "split": split, **values, "seconds": seconds, "time": now()}
+        row = {"event": event, "step": loop.t.step, "split": split, **values, "seconds": seconds, "time": time.time()}
         loop.telemetry.write(row)
         if event == "eval":  # the final one is in the summary
             loop.say(f"step {loop.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")

@@ -16,8 +16,9 @@ from distrain.diagnose.index_errors import told_plainly
 from distrain.diagnose.memory_advice import explained
 from distrain.optim import Loss, set_lr
 from distrain.parallel import StepFlags, World
-from distrain.run.folder import RunDir, append_row, now
+from distrain.run.folder import RunDir
 from distrain.run.heartbeat import starts_at
+from distrain.run.json_files import append_row
 from distrain.run.lease import Lease
 from distrain.training.callbacks.banner import introduction
 from distrain.training.callbacks.base import Callback, CallbackRun, Requests
@@ -245,13 +246,13 @@ class Session(LoopState):
             raise UserError(
                 f"{found}; the run stops with its last checkpoint as it was. What to do: {self.anomalies.advice(found)}"
             )
-        self.telemetry.write(found.row() | {"time": now()})
+        self.telemetry.write(found.row() | {"time": time.time()})
         self.say(f"step {found.step} is left out, as was decided before" if found.known else f"{found}; it is left out")
 
     def _note_corrupt(self, step: int) -> None:
         """Note samples of a step that do not decode."""
         found, warnings = self.corrupt.of_step(step)
-        self.telemetry.write({"event": UNDECODABLE, "step": step, "samples": found, "time": now()})
+        self.telemetry.write({"event": UNDECODABLE, "step": step, "samples": found, "time": time.time()})
         for warning in warnings:
             self.say(warning)
 

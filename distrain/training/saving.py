@@ -11,7 +11,6 @@ from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver,
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
 from distrain.models import transformers_config
-from distrain.run.folder import now
 from distrain.run.heartbeat import mark
 from distrain.training.callbacks.base import SavedCheckpoint
 from distrain.training.evaluator import Evaluator
@@ -121,7 +120,7 @@ class Checkpoints:
             if loop.recipe.checkpoint.on_failure == "stop" or loop.at_end():
                 raise
             self.step = -1
-            loop.telemetry.write({"event": "checkpoint_failed", "step": loop.t.step, "time": now()})
+            loop.telemetry.write({"event": "checkpoint_failed", "step": loop.t.step, "time": time.time()})
             loop.say(f"warning: {error}; training goes on without it, as checkpoint.on_failure says")
 
     def publish(self) -> None:
@@ -142,7 +141,7 @@ class Checkpoints:
 
     def _note(self, step: int, nbytes: int, seconds: float | None) -> None:
         self._loop.telemetry.write(
-            {"event": "checkpoint", "step": step, "bytes": nbytes, "seconds": seconds, "time": now()}
+            {"event": "checkpoint", "step": step, "bytes": nbytes, "seconds": seconds, "time": time.time()}
         )
 
     def restore(self, step: int) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from torch import Tensor
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import dump_recipe
 from distrain.parallel import Strategy, World
-from distrain.run.folder import RunDir, append_row, now, rows_backwards
+from distrain.run.folder import RunDir
+from distrain.run.json_files import append_row, rows_backwards
 
 _SHOWN = 8  # samples in a message
 _AT_LEAST = 1000  # rows that a start reads
@@ -250,7 +252,7 @@ class Anomalies:
             "recipe": self._recipe,
             "processes": self.world.world_size,
             "strategy": self.world.strategy,
-            "time": now(),
+            "time": time.time(),
         }
         del row["event"]
 

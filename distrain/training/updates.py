@@ -6,6 +6,7 @@ person has let in with `--update` stays let in, also for a start that goes on fr
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from distrain.config.yaml import parse_recipe
 from distrain.config.yaml.strict_yaml import dotted, leaves
 from distrain.datasets.base import Data
 from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
-from distrain.run.folder import RunDir, now, rows_backwards
+from distrain.run.folder import RunDir
+from distrain.run.json_files import rows_backwards
 
 EVENT = "update"
 """A row of metrics.jsonl and attempts.jsonl for a start under another recipe, or on other data or code: `recipe` {key:
@@ -37,7 +39,7 @@ class Inputs:
 
     def with_change(self, line: str, step: int) -> Inputs:
         """Return these with one more change that was let in, of a run that goes on from `step`."""
-        row = self.update or {"event": EVENT, "step": step, "recipe": {}, "inputs": [], "time": now()}
+        row = self.update or {"event": EVENT, "step": step, "recipe": {}, "inputs": [], "time": time.time()}
         return replace(self, update=row | {"inputs": [*row["inputs"], line]})
 
 
@@ -68,7 +70,7 @@ def take_inputs(
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
     before = noted(run, resumed.step) or {"recipe": {}, "inputs": []}
     same = all(before.get(key) == row[key] for key in ("recipe", "inputs"))
-    return Inputs(found, None if same else {**row, "time": now()}, told)
+    return Inputs(found, None if same else {**row, "time": time.time()}, told)
 
 
 def noted(run: RunDir, step: int) -> dict[str, Any] | None:

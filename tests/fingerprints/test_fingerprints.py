@@ -27,7 +27,8 @@ from distrain.fingerprints.code import code_of
 from distrain.fingerprints.files import MOST_FILES, listing, walk
 from distrain.fingerprints.items import items_of
 from distrain.prove.trial_runs import CouldNotRun, TrialRun, TrialRunner
-from distrain.run.folder import RunDir, read_rows
+from distrain.run.folder import RunDir
+from distrain.run.json_files import read_rows
 from distrain.system import bounded_json as bounded
 from distrain.training.updates import noted
 

@@ -18,7 +18,7 @@ from distrain.config import Recipe, UserError
 from distrain.config.registry import metrics
 from distrain.datasets.base import DataMeta
 from distrain.metrics import build_metrics, check_metrics, higher_is_better
-from distrain.run.folder import EVALUATION_KEYS
+from distrain.run.metrics_file import EVALUATION_KEYS
 
 SETTINGS = settings(max_examples=25, deadline=None)
 

@@ -30,8 +30,9 @@ from distrain.report.status import (
     statuses,
     stop_run,
 )
-from distrain.run.folder import Launch, RunDir, append_row
+from distrain.run.folder import Launch, RunDir
 from distrain.run.heartbeat import Heartbeat, write_heartbeat
+from distrain.run.json_files import append_row
 
 
 @pytest.fixture

@@ -11,15 +11,9 @@ from typing import Any
 import pytest
 
 from distrain.config import UserError
-from distrain.run.folder import (
-    Launch,
-    MetricsFile,
-    RunDir,
-    append_row,
-    effect_in_words,
-    rows_backwards,
-    write_atomically,
-)
+from distrain.run.folder import Launch, RunDir, describe_effect
+from distrain.run.json_files import append_row, rows_backwards, write_atomically
+from distrain.run.metrics_file import MetricsFile
 from distrain.system import bounded_json as bounded
 
 
@@ -39,7 +33,7 @@ def test_a_torn_last_line_is_left_out_and_then_replaced(run: RunDir, torn: str) 
     whole = '{"event": "train", "step": 1}\n{"event": "train", "step": 2}\n'
     run.metrics_path.write_text(whole + torn)
     assert [row["step"] for row in run.rows()] == [1, 2]
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     assert file.count == 2
     assert file.append({"event": "train", "step": 3})
     file.close()
@@ -49,7 +43,7 @@ def test_a_torn_last_line_is_left_out_and_then_replaced(run: RunDir, torn: str) 
 
 def test_a_row_is_written_once(run: RunDir) -> None:
     for _ in range(3):
-        file = MetricsFile(run)
+        file = MetricsFile(run.metrics_path)
         file.append({"event": "train", "step": 1, "loss": 0.5})
         file.append({"event": "eval", "step": 1, "loss": 0.6})
         assert not file.append({"event": "train", "step": 1, "loss": 0.7})
@@ -59,11 +53,11 @@ def test_a_row_is_written_once(run: RunDir) -> None:
 
 
 def test_rows_of_steps_that_are_trained_again_are_taken_out(run: RunDir) -> None:
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     for step in (1, 2, 3):
         file.append({"event": "train", "step": step, "loss": 0.5})
     file.close()
-    file = MetricsFile(run, resume_step=2)
+    file = MetricsFile(run.metrics_path, resume_step=2)
     assert file.count == 2
     assert file.append({"event": "train", "step": 3, "loss": 0.7})
     file.close()
@@ -90,7 +84,7 @@ def test_a_resume_reads_the_end_alone(run: RunDir, monkeypatch: pytest.MonkeyPat
         return parse(raw)
 
     monkeypatch.setattr(bounded, "parse_json", counted)
-    file = MetricsFile(run, resume_step=last)
+    file = MetricsFile(run.metrics_path, resume_step=last)
     assert parsed < 1000, "rows of steps long before are not looked at"
     assert file.count == last
     assert not file.append({"event": "train", "step": last})
@@ -107,7 +101,7 @@ def test_a_resume_reads_the_end_alone(run: RunDir, monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_are_counted_on_from_a_save(run: RunDir) -> None:
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     for step in range(1, 9):
         file.append({"event": "train", "step": step})
     kept = file.settled(8)["rows"]
@@ -116,13 +110,13 @@ def test_rows_are_counted_on_from_a_save(run: RunDir) -> None:
     for event, step in (("train", 9), ("checkpoint", 8), ("train", 10)):
         file.append({"event": event, "step": step})
     file.close()
-    file = MetricsFile(run, resume_step=8, counted=kept)
+    file = MetricsFile(run.metrics_path, resume_step=8, counted=kept)
     assert (file.kept, file.count) == (8, 9)
     assert [(row["event"], row["step"]) for row in file.last(2)] == [("train", 8), ("checkpoint", 8)]
     assert [len(list(file.last(number))) for number in (-1, 0, 9, 99)] == [0, 0, 9, 9]
     file.close()
     for wrong in (None, {}, {"count": 8, "bytes": 10**9}, {"count": 8, "bytes": kept["bytes"] - 1}, {"count": -1}):
-        file = MetricsFile(run, resume_step=8, counted=wrong)
+        file = MetricsFile(run.metrics_path, resume_step=8, counted=wrong)
         assert (file.kept, file.count) == (0, 9)
         file.close()
 
@@ -135,7 +129,7 @@ def test_rows_that_come_late_stay_and_later_ones_go(run: RunDir, last: int) -> N
     final = json.dumps({"event": "final", "step": 3}) + "\n"
     lines[last + 2 : last + 2] = [late, final]  # a save that was finished two steps later
     run.metrics_path.write_text("".join(lines) + '{"torn')
-    file = MetricsFile(run, resume_step=last)
+    file = MetricsFile(run.metrics_path, resume_step=last)
     for event, step in (("checkpoint", last), ("final", 3), ("train", last)):
         assert not file.append({"event": event, "step": step})
     file.close()
@@ -157,7 +151,7 @@ def test_a_crash_while_rows_are_taken_out_loses_none(run: RunDir, moment: str) -
     if moment != "before":
         (run.path / ".metrics.jsonl.tail").write_bytes(b"%d\n" % first + late.encode())
         run.metrics_path.write_bytes(whole[:first] + (late.encode()[:9] if moment == "torn" else b""))
-    MetricsFile(run, resume_step=7).close()
+    MetricsFile(run.metrics_path, resume_step=7).close()
     assert [(row["event"], row["step"]) for row in run.rows()] == [("train", step) for step in range(1, 8)] + [
         ("checkpoint", 7)
     ]
@@ -172,7 +166,7 @@ def test_lines_longer_than_a_block_are_read_backwards(run: RunDir) -> None:
 
 def test_a_row_that_no_reader_would_take_is_not_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "ROW", 1000)
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     with pytest.raises(UserError, match=r"out of eval\.metrics"):
         file.append({"event": "eval", "step": 1, "confusion_matrix": [[0] * 1000]})
     file.close()
@@ -180,7 +174,7 @@ def test_a_row_that_no_reader_would_take_is_not_written(run: RunDir, monkeypatch
 
 
 def test_what_json_cannot_hold_is_text(run: RunDir) -> None:
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     file.append({"event": "eval", "step": 1, "loss": math.nan, "f1": [1.0, math.inf], "more": {"x": -math.inf}})
     file.close()
 
@@ -194,7 +188,7 @@ def test_what_json_cannot_hold_is_text(run: RunDir) -> None:
 
 
 def test_a_row_is_on_its_way_to_disk_at_once(run: RunDir) -> None:
-    file = MetricsFile(run)
+    file = MetricsFile(run.metrics_path)
     file.append({"event": "train", "step": 1})
     assert len(list(run.rows())) == 1, "without closing: a killed process closes nothing"
     file.close()
@@ -334,11 +328,11 @@ def test_what_took_effect_is_kept_of_the_last_start(run: RunDir) -> None:
     }
     run.record_effect(effect)
     assert RunDir(run.path).effect() == effect
-    assert effect_in_words(effect) == (
+    assert describe_effect(effect) == (
         "engine DeepSpeedEngine, strategy zero2, world 2, sharded yes, "
         "parameter bytes full 9,216 ranks 4,096 to 5,120, offload none, versions torch 2.11 deepspeed 0.19"
     )
-    assert "state bytes 7," in effect_in_words({"state_bytes": [7, 7], "sharded": False})
+    assert "state bytes 7," in describe_effect({"state_bytes": [7, 7], "sharded": False})
     (run.path / "effect.json").write_text("{")
     with pytest.raises(UserError, match=r"effect\.json in .* cannot be read.*delete it"):
         run.effect()

@@ -14,8 +14,10 @@ import pytest
 
 from distrain.config import UserError
 from distrain.run import lease
-from distrain.run.folder import MetricsFile, RunDir, read_rows
+from distrain.run.folder import RunDir
+from distrain.run.json_files import read_rows
 from distrain.run.lease import Holder, Lease, Replaced, check_free, take
+from distrain.run.metrics_file import MetricsFile
 from distrain.system.job_environment import JobEnvironment
 
 
@@ -51,7 +53,7 @@ def test_a_start_is_noted(run: RunDir) -> None:
 def test_a_requeued_job_takes_the_run_from_the_start_before_it(run: RunDir) -> None:
     old, new = start("7", 0, host="node1"), start("7", 1, host="node2")
     before = taken(run, old)
-    rows = MetricsFile(run, fence=before.check)
+    rows = MetricsFile(run.metrics_path, fence=before.check)
     assert rows.append({"event": "train", "step": 1})
     after = taken(run, new)
     after.check()

@@ -31,7 +31,7 @@ from distrain.diagnose.hang_diagnosis.diagnosis import RankReport, find_culprit,
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults
 from distrain.diagnose.hang_diagnosis.stragglers import OWN_WORK, Stragglers
 from distrain.run import heartbeat, stacks
-from distrain.run.folder import RunDir, now
+from distrain.run.folder import RunDir
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.job_environment import job_environment
 from distrain.system.output import error_text
@@ -221,7 +221,7 @@ class Watchdog:
             attempt=self._attempt,
             world_size=self.world_size,
             sequence=self._sequence,
-            time=_wall_clock(),
+            time=time.time(),
             interval=self.interval_s,
             step=now.step,
             marks=now.marks,
@@ -449,6 +449,3 @@ def _may_still_speak(report: RankReport) -> bool:
 
 def _sign(beat: Heartbeat | None) -> tuple[int, int] | None:
     return None if beat is None else (beat.pid, beat.sequence)
-
-
-_wall_clock = now

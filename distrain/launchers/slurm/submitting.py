@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import distrain
 from distrain.config import UserError
+from distrain.config.strategies import describe_strategy
 from distrain.config.yaml import LoadedRecipe, load_recipe
 from distrain.launchers import (
     Options,
@@ -41,7 +42,8 @@ from distrain.launchers.slurm.snapshot import (
 )
 from distrain.launchers.slurm.sweeps import Sweep, expand
 from distrain.launchers.slurm.tracking import note_job, queued_job
-from distrain.run.folder import Launch, RunDir, now, strategy_in_words, write_atomically
+from distrain.run.folder import Launch, RunDir
+from distrain.run.json_files import write_atomically, write_json
 from distrain.system.bounded_json import read_json
 
 
@@ -295,11 +297,11 @@ def submit(prepared: Prepared) -> str:
         record = {
             "distrain": distrain.__version__,
             "argv": sys.argv,
-            "time": now(),
+            "time": time.time(),
             "plan": plan.model_dump(mode="json"),
             "code": {name: str(root) for root, name in prepared.snapshot.roots.items()},
         }
-        write_atomically(folder / "plan.json", json.dumps(record, indent=2) + "\n")
+        write_json(folder / "plan.json", record)
         if prepared.sweep is not None:
             prepared.sweep.write()
     except OSError as error:
@@ -330,7 +332,7 @@ def announced(prepared: Prepared, number: str) -> list[str]:
     offload = "" if plan.offload == "none" else f", offloading {plan.offload}"
     lines = [
         f"job {number}: " + (f"{len(plan.runs)} runs in {plan.folder}" if plan.is_array else plan.folder),
-        f"  nodes  {plan.nodes}, {processes}, {each}; {strategy_in_words(plan.strategy, plan.replicate)}{offload}",
+        f"  nodes  {plan.nodes}, {processes}, {each}; {describe_strategy(plan.strategy, plan.replicate)}{offload}",
         f"  time   {plan.time}; asked to save and stop {plan.notice_s} s before, and queued again",
     ]
     if prepared.keeps_code:

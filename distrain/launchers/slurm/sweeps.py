@@ -12,7 +12,7 @@ from typing import Any
 
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.run.folder import write_atomically
+from distrain.run.json_files import write_atomically
 from distrain.system.bounded_json import SUMMARY, read_json
 
 FILE = "sweep.json"

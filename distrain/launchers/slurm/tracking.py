@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from distrain.launchers.launcher import Job
 from distrain.launchers.slurm.queue import jobs_of
 from distrain.launchers.slurm.sweeps import read_sweep
-from distrain.run.folder import append_row, now, read_rows
+from distrain.run.json_files import append_row, read_rows
 
 
 def _record(folder: Path) -> Path:
@@ -18,7 +19,7 @@ def _record(folder: Path) -> Path:
 
 def note_job(folder: Path, number: str, **about: Any) -> None:
     """Note that a job was submitted for a run or a sweep."""
-    append_row(_record(folder), {"job": number, "time": now(), **about})
+    append_row(_record(folder), {"job": number, "time": time.time(), **about})
 
 
 def job_numbers(folder: Path) -> list[str]:

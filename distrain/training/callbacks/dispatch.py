@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +20,6 @@ from distrain.checkpoint import CheckpointError
 from distrain.checkpoints.format import check_json
 from distrain.config import UserError
 from distrain.parallel import World
-from distrain.run.folder import now
 from distrain.run.heartbeat import mark
 from distrain.system.output import error_line
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Requests, SavedCheckpoint, StepMetrics
@@ -112,7 +112,7 @@ class Callbacks:
         values = self._runs[name].take_row()
         if values:
             event = f"callback/{name}" + ("" if hook == "on_step_end" else f"/{hook.removeprefix('on_')}")
-            self._write({"event": event, "step": step, **values, "time": now()})
+            self._write({"event": event, "step": step, **values, "time": time.time()})
 
     # ----------------------------------------------------------------------------------------------------------------
     # What ranks agree on

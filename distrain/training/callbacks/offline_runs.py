@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrain.run.folder import write_atomically
+from distrain.run.json_files import write_atomically
 
 _BLOCK = 1 << 15
 _HEADER = 7

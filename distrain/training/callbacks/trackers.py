@@ -27,7 +27,8 @@ from rich.live import Live
 from distrain.config import Component, Recipe, UserError
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import trackers
-from distrain.run.folder import MetricsFile, RunDir, now
+from distrain.run.folder import RunDir
+from distrain.run.metrics_file import MetricsFile
 from distrain.system.output import error_line, one_line
 from distrain.system.terminal import Console, ProgressLine, Table
 from distrain.training.callbacks.offline_runs import OfflineRuns
@@ -112,7 +113,7 @@ class Wandb(Tracker):
         folder.mkdir(exist_ok=True)
         id_file = folder / "run-id"
         if not id_file.exists():
-            id_file.write_text(hashlib.sha256(f"{run.path}\0{now()}".encode()).hexdigest()[:12])
+            id_file.write_text(hashlib.sha256(f"{run.path}\0{time.time()}".encode()).hexdigest()[:12])
         self._id = id_file.read_text().strip()
         offline = OfflineRuns(folder, self._id) if recipe.log.wandb == "offline" else None
         # a checkpoint without the mark was saved while something else was written, or nothing
@@ -351,7 +352,9 @@ class Telemetry:
             return cls(None, None, [])
         history = history or {}
         finals = [step for step in history.get("finals", ()) if type(step) is int]
-        rows = MetricsFile(run, resume_step=start_step, finals=finals, counted=history.get("rows"), fence=fence)
+        rows = MetricsFile(
+            run.metrics_path, resume_step=start_step, finals=finals, counted=history.get("rows"), fence=fence
+        )
         telemetry = cls(rows, Display(total_steps, start_step), [])
         marks = history.get("mirrors") or {}
         for name, item in named_trackers(recipe).items():

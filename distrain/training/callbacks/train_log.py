@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from distrain.run.folder import now
 from distrain.run.heartbeat import take_straggler
 from distrain.training.callbacks.base import StepMetrics
 from distrain.training.intervals import DataWaitTimer, Interval
@@ -56,7 +55,7 @@ class TrainLog:
             "lr": found.lr,
             "samples_per_s": samples / seconds if seconds else 0.0,
             "data_wait": min(self.waited.take() / seconds, 1.0) if seconds else 0.0,
-            "time": now(),
+            "time": time.time(),
         }
         if found.grad_norm is not None:
             row["grad_norm"] = norm
@@ -65,5 +64,5 @@ class TrainLog:
         self._logged_at, self._logged_step = clock, step
         loop.telemetry.train(row)
         if (slow := take_straggler()) is not None:
-            loop.telemetry.write(slow.row() | {"time": now()})
+            loop.telemetry.write(slow.row() | {"time": time.time()})
             loop.say(f"warning: {slow}")
