@@ -1,17 +1,20 @@
 """Data sets by name.
 
-base.py        what a batch is, what a data set gives, and the registry
-embedded.py    small real data that comes with scikit-learn, for first runs and tests; sklearn_files.py reads its files
-images.py      folders of images, and CIFAR and MNIST as they are distributed
-tables.py      CSV and Parquet: rows -> inputs and targets; table_files.py reads them, table_numbers.py has the
-               numbers of a column, table_columns.py what is learnt of columns from the training rows
-text.py        text for language models
-parallel.py    pairs of sentences for translation
-batches.py     from sample numbers to batches; what does not decode
-user.py        the user's own Dataset or iterable, named in the recipe
-labels.py      what targets may be
-transforms/    what is done to inputs, in whole batches
-randomness.py  random numbers computed from (seed, epoch, sample id)
-loading.py     loader processes: how a batch leaves one, and what is said when none comes
-tokens.py      text as token ids in a file that is mapped into memory
+base.py         batches, data sets and splits
+embedded.py     small real data sets that come with scikit-learn; sklearn_files.py reads their files
+images.py       folders of images; CIFAR and MNIST
+tables.py       CSV and Parquet: rows -> inputs and targets. table_files.py reads the files, table_columns.py fits
+                columns to the training rows, table_numbers.py computes means and deviations
+text.py         text for language models; tokens.py maps token ids from files
+parallel.py     pairs of sentences for translation
+user.py         the user's own Dataset or iterable
+labels.py       the allowed targets
+order.py        the order of samples, computed from the step
+randomness.py   random numbers computed from (seed, epoch, sample id)
+transforms/     transforms of inputs, in whole batches
+batches.py      from sample numbers to batches; corrupt samples
+loading.py      loader processes; waiting.py reports a batch that does not come
+evaluation.py   one pass over a split
+batch_sizes.py  micro-batches and accumulation
+preparing.py    data.prepare
 """

@@ -1,9 +1,8 @@
-"""What a batch is, what a data set gives, and how one is found by its name.
+"""Batches, data sets and their splits, and the look-up of a data set by name.
 
-To add one, write in any module of this folder a function decorated with `datasets.register(NAME, tasks=...)`,
-`datasets` being that of `distrain.config.registry`. Its first parameter is the `DataRequest`; its further parameters
-are the keys that the recipe's `data` section may hold beside its own. Its first docstring line is what
-`distrain list datasets` prints.
+To add one, write in any module of this folder a function decorated with `datasets.register(NAME, tasks=...)` from
+`distrain.config.registry`. Its first parameter is the `DataRequest`; each further parameter is a key of the recipe's
+`data` section. `distrain list datasets` prints the first line of its docstring.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a data set gives
+# Data sets
 
 Batch = dict[str, Any]
 """`inputs`: a tensor (batch, ...) or a dict of them; `targets`: a tensor (batch, ...); `ids`: (batch,) int64."""
@@ -34,7 +33,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class DataMeta:
-    """What models, losses and metrics may take from the data. None: does not apply, or is not known."""
+    """Facts about the data for models, losses and metrics. None: does not apply, or unknown."""
 
     input_shape: tuple[int, ...] | None = None
     """Shape of one sample after the transforms, without the batch dimension."""
@@ -43,14 +42,13 @@ class DataMeta:
     num_targets: int | None = None
     """Numbers predicted for each sample (regression, multilabel)."""
     vocab_size: int | None = None
-    """Different input tokens."""
     target_vocab_size: int | None = None
-    """Different target tokens (seq2seq)."""
+    """Vocabulary of the targets (seq2seq)."""
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | None = None
     tokens_per_sample: int | None = None
-    """Tokens in each sample where all have the same number."""
+    """Tokens in each sample, if all have the same number."""
     bytes_per_token: float | None = None
     """Bytes of text for each token, for bits per byte."""
     feature_names: tuple[str, ...] | None = None
@@ -58,37 +56,34 @@ class DataMeta:
     decode: Callable[[Sequence[int]], str] | None = None
     """Target ids -> text."""
     target_mean: tuple[float, ...] | None = None
-    """What standardised targets must be multiplied with `target_std` and added to, to be in their own units."""
+    """Targets in their own units are `standardised * target_std + target_mean`."""
     target_std: tuple[float, ...] | None = None
     padding: Mapping[str, float] | None = None
-    """By the key of an input, or for `targets`: what sequences of different lengths are filled up with (own data)."""
+    """Padding value by key of an input, or of `targets`, for sequences of different lengths (user data)."""
 
 
 class Source(Protocol):
-    """One split whose samples are reached by number."""
+    """One split with random access."""
 
     def __len__(self) -> int: ...
 
     def fetch(self, ids: np.ndarray) -> Batch:
         """Return the samples `ids` (batch,) int64, each in 0..len-1, in that order; equal ids give equal batches.
 
-        The batch is the caller's to change. A source whose samples differ from epoch to epoch also has
-        `fetch_at(ids, epochs)`, and one whose samples have names of their own `keys(ids)`: see `keys_of`. For a sample
-        that is damaged it raises Undecodable. Images of different sizes are a list in `inputs`, for a transform to make
-        equal.
+        The caller may change the batch. A source whose samples differ between epochs also has `fetch_at(ids, epochs)`,
+        and one with named samples `keys(ids)`: see `keys_of`. Images of different sizes are a list in `inputs`, for a
+        transform to resize. Raises CorruptSample.
         """
         ...
 
 
 class StreamSource(Protocol):
-    """One split that can only be walked from its beginning. A method `set_epoch(int)` is called before each pass."""
+    """One split that can only be iterated. A method `set_epoch(int)`, if present, is called before each pass."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield what `collate` takes of one sample after the other."""
-        ...
+    def __iter__(self) -> Iterator[Any]: ...
 
     def collate(self, samples: list[Any]) -> Batch:
-        """Return samples as one batch, without its `ids`."""
+        """Return samples, as iterated, as one batch without its `ids`."""
         ...
 
 
@@ -96,7 +91,7 @@ AnySource = Source | StreamSource
 
 
 class CorruptSample(UserError):
-    """The sample with this number is damaged; to read it again would not help."""
+    """The sample with this number is corrupt; reading it again would not help."""
 
     def __init__(self, sample: int, message: str):
         super().__init__(message)
@@ -104,43 +99,41 @@ class CorruptSample(UserError):
 
     @staticmethod
     def is_why(error: Exception) -> bool:
-        """Whether an error comes of what was read, and not of reading: a disk that is away may come back."""
+        """Whether an error is due to the content and not to reading it: a disk may come back."""
         return not isinstance(error, MemoryError) and not (isinstance(error, OSError) and error.errno is not None)
 
 
 def warnings_of(source: AnySource) -> tuple[str, ...]:
-    """Return what a person should know of a split or a file that was read, a sentence each."""
+    """Return the warnings of a split or a file, a sentence each."""
     return tuple(getattr(source, "warnings", ()))
 
 
 def is_stream(source: AnySource) -> TypeIs[StreamSource]:
-    """Whether a source can only be walked."""
+    """Whether a source can only be iterated."""
     return not hasattr(source, "fetch")
 
 
 def keys_of(source: AnySource, ids: np.ndarray) -> dict[str, Sequence[Any]]:
-    """Return what a person knows the samples `ids` (n,) by, besides their numbers: by column, n texts or numbers."""
-    keys = getattr(source, "keys", None)
-    return keys(ids) if keys is not None else {}
+    """Return columns that identify the samples `ids` (n,) besides their numbers, such as file names."""
+    return source.keys(ids) if hasattr(source, "keys") else {}
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its splits, what is known about it, and what was fitted on its training split."""
+    """A data set: its splits, its facts, and the state fitted on its training split."""
 
     splits: dict[str, AnySource]
-    """`train`, and `valid` and `test` where there are such."""
+    """`train`, and if present `valid` and `test`."""
     meta: DataMeta
     state: dict[str, Any] = field(default_factory=dict)
-    """JSON values fitted on the training split alone (statistics, vocabularies, class names). Given back to the builder
-    at evaluation and prediction, they are used and never fitted again."""
+    """JSON values fitted on the training split alone (statistics, vocabularies, class names). Evaluation and prediction
+    pass them back to the builder, which then fits nothing."""
     read: Callable[[Path], Source] | None = None
     """Reads a file of inputs for prediction, encoded as the training split was; targets may be absent."""
     files: Sequence[Path] = ()
-    """The files that the splits are read from, by which the data are known again; empty where there are none, or where
-    they are not known."""
+    """The files of the splits, for the fingerprint; empty if there are none or they are unknown."""
     warnings: tuple[str, ...] = ()
-    """What a person should know of how it was read, a sentence each. A source has `warnings` of its own."""
+    """Warnings about the data set, a sentence each. A source has `warnings` of its own."""
 
 
 class TensorSource:
@@ -153,7 +146,7 @@ class TensorSource:
         warnings: tuple[str, ...] = (),
         names: Mapping[str, Sequence[Any]] | None = None,
     ):
-        """`names`: see `keys_of`, of all samples."""
+        """`names`: the columns of `keys_of`, for all samples."""
         self.inputs = inputs
         self.targets = targets
         self.warnings = warnings
@@ -180,7 +173,6 @@ class TensorSource:
         return batch
 
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
-        """Return what the samples are known by; see `keys_of`."""
         return {column: [values[index] for index in ids.tolist()] for column, values in self.names.items()}
 
     def select(self, ids: np.ndarray) -> TensorSource:
@@ -189,31 +181,13 @@ class TensorSource:
         return TensorSource(batch["inputs"], batch.get("targets"), names=self.keys(ids))
 
 
-class SubsetSource:
-    """The samples `indices` (n,) int64 of another source, numbered from 0."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source = source
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def fetch(self, ids: np.ndarray) -> Batch:
-        return {**self.source.fetch(self.indices[ids]), "ids": torch.from_numpy(ids)}
-
-    def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
-        """Return the other source's."""
-        return keys_of(self.source, self.indices[ids])
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # By name
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What a builder is asked for."""
+    """The arguments of every builder."""
 
     section: DataSection
     task: Task
@@ -221,14 +195,14 @@ class DataRequest:
     base: Path = Path()
     """The folder that relative paths start from."""
     state: dict[str, Any] | None = None
-    """Values fitted by an earlier build; given, nothing is fitted again."""
+    """State fitted by an earlier build, to use instead of fitting."""
     dtype: torch.dtype = torch.float32
-    """Of what is computed with: float64 where the run's arithmetic is."""
+    """Of inputs and float targets: float64 with `train.precision: fp64`."""
     labels: Callable[[str, int | None], Labels] = lambda split, known: Labels()
-    """(split, the classes or tokens that the data set speaks of) -> what its targets may be."""
+    """(split, the data set's number of classes or tokens) -> the allowed targets."""
 
     def path(self, expected: str) -> Path:
-        """Return data.path, which must exist. `expected` says what should be there, for the error."""
+        """Return data.path, which must exist; `expected` describes it in the error."""
         name = self.section.name
         if self.section.path is None:
             raise UserError(f"data set {name!r} needs data.path: {expected}")
@@ -237,11 +211,16 @@ class DataRequest:
             raise UserError(f"data.path: there is nothing at {path}; data set {name!r} expects {expected}")
         return path
 
+    def split_paths(self) -> dict[str, Path] | None:
+        """Return the path of each split if data.split names them, otherwise None."""
+        split = self.section.split
+        return {name: self.base / path for name, path in split.items()} if isinstance(split, dict) else None
+
 
 def find_dataset(section: DataSection, task: Task) -> Entry[Callable[..., Any]]:
-    """Return the data set of a recipe's section; raises UserError with all that is wrong with its name and arguments.
+    """Return the data set of a recipe's section; raises UserError with all problems of its name and arguments.
 
-    The arguments of a person's own are checked where it is called, which may be with more of them.
+    Arguments of user code are checked where it is called, with `path` and `split`.
     """
     entry = datasets.find(section.name, task)
     if entry.registered:
@@ -269,20 +248,12 @@ def split_indices(
     labels: np.ndarray | None = None,
     default: Sequence[float] = (0.8, 0.2),
 ) -> dict[str, np.ndarray]:
-    """Return the sample numbers of each split, sorted, int64; every number in 0..length-1 occurs exactly once.
+    """Return the sample numbers of each split, sorted, int64; each number in 0..length-1 occurs exactly once.
 
-    Fractions give the counts by largest remainder, of the whole or, with `data.stratify`, of each class in `labels`
-    (length,). Folds differ by at most one sample. `default` is used where data.split is None. Depends on `seed` alone.
-    Raises UserError for fractions that do not add up to 1, for a split that would be empty, and for folders or files.
+    Fractions give the counts by largest remainder, of all samples or, with `data.stratify`, of each class in `labels`
+    (length,). Folds differ by at most one sample. `default` replaces a data.split of None. Depends on `seed` alone.
+    Raises UserError for an empty split, and if data.split names folders or files.
     """
-    if isinstance(section.split, dict):
-        raise UserError(
-            f"data.split: data set {section.name!r} is one piece; give fractions such as [0.8, 0.2], or {{fold, of}}"
-        )
-    if section.stratify and labels is None:
-        raise UserError(
-            f"data.stratify: the samples of data set {section.name!r} have no classes to keep the shares of"
-        )
     generator = np.random.Generator(np.random.PCG64(mix(seed, "split")))
     shuffled = generator.permutation(length)
     groups = [shuffled]
@@ -291,33 +262,49 @@ def split_indices(
 
     if isinstance(section.split, FoldSplit):
         fold, of = section.split.fold, section.split.of
-        if fold > of:
-            raise UserError(f"data.split: fold {fold} of {of} does not exist; folds are numbered from 1 to {of}")
-        if of > length:
-            raise UserError(f"data.split: {of} folds of {length} samples leave some empty; take at most {length}")
-        # Dealing class after class like cards keeps both the classes and the totals even.
+        check_folds(section.split, length)
+        # dealing class after class like cards keeps both the classes and the totals even
         dealt = np.concatenate(groups)
         held_out = np.arange(length) % of == fold - 1
         return {"train": np.sort(dealt[~held_out]), "test": np.sort(dealt[held_out])}
 
-    fractions = list(section.split or default)
-    names = {1: ["train"], 2: ["train", "test"], 3: ["train", "valid", "test"]}.get(len(fractions))
-    if names is None or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"data.split: {fractions} should be the fractions of [train, test] or [train, valid, test], and add up to 1"
-        )
-    parts: list[list[np.ndarray]] = [[] for _ in names]
-    behind = np.zeros(len(names))  # by how many samples each split is short of its share so far
+    fractions = split_fractions(section, default)
+    parts: list[list[np.ndarray]] = [[] for _ in fractions]
+    behind = np.zeros(len(fractions))  # samples that each split is short of its share so far
     for group in groups:
-        exact = np.array(fractions) * len(group)
+        exact = np.array(list(fractions.values())) * len(group)
         counts = np.floor(exact + 1e-9).astype(np.int64)
-        # Rounded, so that equal remainders are equal and the split that is short is served first.
+        # rounded, so that equal remainders are equal and the split that is short is served first
         order = np.lexsort((-np.round(behind, 9), -np.round(exact - counts, 9)))
         counts[order[: len(group) - counts.sum()]] += 1
         behind += exact - counts
         for part, piece in zip(parts, np.split(group, np.cumsum(counts)[:-1]), strict=True):
             part.append(piece)
-    splits = {name: np.sort(np.concatenate(part)) for name, part in zip(names, parts, strict=True)}
-    if empty := [name for name, indices in splits.items() if not len(indices)]:
-        raise UserError(f"data.split: {fractions} of {length} samples leave {' and '.join(empty)} without a sample")
+    splits = {name: np.sort(np.concatenate(part)) for name, part in zip(fractions, parts, strict=True)}
+    check_split_sizes(fractions, {name: len(indices) for name, indices in splits.items()})
     return splits
+
+
+def split_fractions(section: DataSection, default: Sequence[float]) -> dict[str, float]:
+    """Return the share of each split, which the recipe has checked to sum to 1; raises UserError for named paths."""
+    split = section.split or list(default)
+    if not isinstance(split, list):
+        raise UserError(
+            f"data.split: data set {section.name!r} is one piece; give fractions such as {list(default)}, or "
+            "{fold, of}"
+        )
+    return dict(zip(("train", "test") if len(split) == 2 else ("train", "valid", "test"), split, strict=False))
+
+
+def check_folds(split: FoldSplit, length: int) -> None:
+    if split.of > length:
+        raise UserError(f"data.split: {split.of} folds of {length} samples leave some empty; take at most {length}")
+
+
+def check_split_sizes(fractions: Mapping[str, float], sizes: Mapping[str, int]) -> None:
+    """Raise UserError for a split without samples."""
+    if empty := [name for name, size in sizes.items() if not size]:
+        raise UserError(
+            f"data.split: {list(fractions.values())} of {sum(sizes.values())} samples leave {' and '.join(empty)} "
+            "without a sample"
+        )

@@ -1,4 +1,4 @@
-"""From sample numbers to batches, in the process that trains or in one that loads for it."""
+"""From sample numbers to batches, in the training process or in a loader process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distrain.datasets.base import Batch, CorruptSample, Source, StreamSource
 from distrain.datasets.transforms import Transform
 
 Place = tuple[np.ndarray, np.ndarray]
-"""(epochs, ids) of the samples of one batch, each (batch,) int64. An id of -1 - i is padding that repeats sample i."""
+"""(epochs, ids) of the samples of a batch, each (batch,) int64. The id -1 - i is padding that repeats sample i."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a loader process sends instead of a batch: an exception would arrive wrapped in that process's traceback."""
+    """Sent by a loader process instead of a batch: an exception would arrive wrapped in that process's traceback."""
 
     message: str
 
@@ -28,9 +28,9 @@ class Failure:
 class Batches(Dataset[Any]):
     """The batches of a source by place.
 
-    Up to `tolerated` samples of it may not decode. In the place of one stands the next that does, so a batch is as
-    large as ever, whatever the number of processes; and `undecodable` of the batch is {id: why} of those it replaces.
-    Where `once` is true every sample is to be seen once, and what stands there has the id -1, as padding has.
+    Up to `tolerated` samples may be corrupt. The next sample that is not replaces a corrupt one, so batches keep their
+    size on any number of processes; `undecodable` of the batch is {id: reason} of those replaced. With `once` every
+    sample is seen once, and a replacement has the id -1, as padding has.
     """
 
     def __init__(self, source: Source, transform: Transform | None, tolerated: int = 0, *, once: bool = False):
@@ -39,8 +39,8 @@ class Batches(Dataset[Any]):
         self.tolerated = tolerated
         self.once = once
         self._fetch_at = getattr(source, "fetch_at", None)
-        self._undecodable: dict[int, str] = {}
-        """Those that this process has come upon."""
+        self._corrupt: dict[int, str] = {}
+        """{id: reason} of the corrupt samples that this process has met."""
 
     def batch(self, place: Place) -> Batch:
         epochs, ids = place
@@ -52,26 +52,26 @@ class Batches(Dataset[Any]):
             batch = self.transform(batch, epochs)
         if padded:
             batch["ids"] = torch.from_numpy(np.where(padding, -1, ids))
-        if self._undecodable and (lost := {each: why for each, why in self._undecodable.items() if each in ids}):
-            batch["undecodable"] = lost
+        if self._corrupt and (replaced := {each: why for each, why in self._corrupt.items() if each in ids}):
+            batch["undecodable"] = replaced
             if self.once:
-                batch["ids"] = torch.from_numpy(np.where(padding | np.isin(wanted, list(lost)), -1, ids))
+                batch["ids"] = torch.from_numpy(np.where(padding | np.isin(wanted, list(replaced)), -1, ids))
         return batch
 
     def _fetched(self, wanted: np.ndarray, epochs: np.ndarray) -> Batch:
         while True:
-            ids = np.array([self._substitute(each) for each in wanted.tolist()]) if self._undecodable else wanted
+            ids = np.array([self._substitute(each) for each in wanted.tolist()]) if self._corrupt else wanted
             try:
                 return self.source.fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
             except CorruptSample as error:
                 if self.tolerated == 0:
                     raise
-                self._undecodable[error.sample] = str(error)
-                if len(self._undecodable) > min(self.tolerated, len(self.source) - 1):
-                    raise UserError(too_many(self._undecodable, self.tolerated)) from error
+                self._corrupt[error.sample] = str(error)
+                if len(self._corrupt) > min(self.tolerated, len(self.source) - 1):
+                    raise UserError(too_many(self._corrupt, self.tolerated)) from error
 
     def _substitute(self, sample: int) -> int:
-        while sample in self._undecodable:
+        while sample in self._corrupt:
             sample = (sample + 1) % len(self.source)
         return sample
 
@@ -82,14 +82,16 @@ class Batches(Dataset[Any]):
             return Failure(str(error))
 
 
-def too_many(undecodable: dict[int, str], tolerated: int) -> str:
-    """Return what is said where more samples than the recipe tolerates do not decode: {id: why}."""
-    why = f"{len(undecodable)} samples of a split do not decode, and data.skip_undecodable is {tolerated}"
-    return f"{why}; the last: {list(undecodable.values())[-1]}"
+def too_many(corrupt: dict[int, str], tolerated: int) -> str:
+    """Return the error for more corrupt samples, {id: reason}, than the recipe tolerates."""
+    return (
+        f"{len(corrupt)} samples of a split are corrupt, and data.skip_undecodable is {tolerated}; the last: "
+        f"{list(corrupt.values())[-1]}"
+    )
 
 
 class StreamBatches(IterableDataset[Any]):
-    """The batches of one rank from a stream that is walked in whole; `plan` turns its samples into them."""
+    """The batches of one rank of a stream; `plan` groups its samples."""
 
     def __init__(self, plan: Callable[[], Iterator[tuple[Place, list[Any]]]], source: StreamSource, transform: Any):
         self.plan = plan

@@ -1,8 +1,7 @@
-"""Small real data that comes with scikit-learn: nothing to download, for first runs, examples and tests."""
+"""Small real data sets that come with scikit-learn: nothing to download, for first runs and tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
-from distrain.datasets.base import Data, DataMeta, DataRequest, Source, TensorSource, split_indices
+from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, Source, TensorSource, split_indices
 from distrain.datasets.images import ImageFiles, image_paths, pixels_from_npy
 from distrain.system.output import error_line
 
@@ -29,18 +28,15 @@ def digits(request: DataRequest) -> Data:
     images = torch.from_numpy(bunch.data.reshape(-1, 1, 8, 8) / 16).to(request.dtype)
     whole = TensorSource(images, torch.from_numpy(labels))
     cut = split_indices(len(whole), request.section, request.seed, labels)
-    names = tuple(str(name) for name in bunch.target_names)
+    names = tuple(map(str, bunch.target_names))
     meta = DataMeta(input_shape=(1, 8, 8), num_classes=len(names), class_names=names)
-    return Data({name: whole.select(indices) for name, indices in cut.items()}, meta, {}, _digits_reader(request.dtype))
 
-
-def _digits_reader(dtype: torch.dtype) -> Callable[[Path], Source]:
     def read(path: Path) -> Source:
         if path.suffix == ".npy":
-            return TensorSource(pixels_from_npy(path, (8, 8), "gray", (0, 16)).to(dtype) / 16, None)
+            return TensorSource(pixels_from_npy(path, (8, 8), "gray", (0, 16)).to(request.dtype) / 16, None)
         return ImageFiles(image_paths(path), None, (8, 8), "gray", root=path if path.is_dir() else None)
 
-    return read
+    return Data({name: whole.select(indices) for name, indices in cut.items()}, meta, {}, read)
 
 
 @datasets.register("iris", tasks=("classification",))
@@ -96,24 +92,26 @@ def _table(request: DataRequest, bunch: Any, standardize: bool, standardize_targ
         standardised = (bunch.target - state["target_mean"][0]) / state["target_std"][0]
         targets = torch.from_numpy(standardised).to(request.dtype)
     inputs = _standardized(features, state, request.dtype)
-    splits = {name: TensorSource(inputs[indices], targets[indices]) for name, indices in cut.items()}
-    names = tuple(str(name) for name in bunch.feature_names)
-    classes = () if regression else tuple(str(name) for name in bunch.target_names)
+    splits: dict[str, AnySource] = {
+        name: TensorSource(inputs[indices], targets[indices]) for name, indices in cut.items()
+    }
+    names = tuple(map(str, bunch.feature_names))
+    classes = () if regression else tuple(map(str, bunch.target_names))
     meta = DataMeta(
         input_shape=(len(names),),
         num_classes=len(classes) or None,
         class_names=classes or None,
         num_targets=1 if regression else None,
         feature_names=names,
-        target_mean=tuple(state["target_mean"]) if "target_mean" in state else None,
-        target_std=tuple(state["target_std"]) if "target_std" in state else None,
+        target_mean=tuple(state.get("target_mean", ())) or None,
+        target_std=tuple(state.get("target_std", ())) or None,
     )
-    return Data(dict(splits), meta, state, _reader(names, state, request.dtype))
+    return Data(splits, meta, state, lambda path: _read_rows(path, names, state, request.dtype))
 
 
 def _moments(values: np.ndarray, what: str) -> dict[str, list[float]]:
     deviation = values.std(axis=0)
-    # A column that never changes carries nothing; dividing by 1 leaves it at 0.
+    # a constant column carries no information; dividing by 1 leaves it at 0
     deviation[deviation == 0] = 1
     return {f"{what}_mean": values.mean(axis=0).tolist(), f"{what}_std": deviation.tolist()}
 
@@ -124,24 +122,21 @@ def _standardized(features: np.ndarray, state: dict[str, Any], dtype: torch.dtyp
     return torch.from_numpy(features).to(dtype)
 
 
-def _reader(names: tuple[str, ...], state: dict[str, Any], dtype: torch.dtype) -> Callable[[Path], Source]:
-    def read(path: Path) -> Source:
-        """Read a CSV or Parquet file that has every feature as a column; others are left out."""
-        import pandas as pd
+def _read_rows(path: Path, names: tuple[str, ...], state: dict[str, Any], dtype: torch.dtype) -> Source:
+    """Read a CSV or Parquet file with a column for every feature; ignores other columns."""
+    import pandas as pd
 
-        if path.suffix not in (".csv", ".parquet"):
-            raise UserError(f"{path}: expected a .csv or .parquet file with the columns {', '.join(names)}")
-        try:
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-        except Exception as error:
-            raise UserError(f"{path} cannot be read: {error_line(error)}") from error
-        if missing := [name for name in names if name not in frame.columns]:
-            each = ", ".join(f"{name!r}{close_names(name, map(str, frame.columns))}" for name in missing)
-            raise UserError(f"{path} lacks the columns {each}")
-        values = frame[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise UserError(f"{path}: row {row + 1}, column {names[column]!r} is not a finite number")
-        return TensorSource(_standardized(values, state, dtype), None)
-
-    return read
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: expected a .csv or .parquet file with the columns {', '.join(names)}")
+    try:
+        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error_line(error)}") from error
+    if missing := [name for name in names if name not in frame.columns]:
+        each = ", ".join(f"{name!r}{close_names(name, map(str, frame.columns))}" for name in missing)
+        raise UserError(f"{path} lacks the columns {each}")
+    values = frame[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise UserError(f"{path}: row {row + 1}, column {names[column]!r} is not a finite number")
+    return TensorSource(_standardized(values, state, dtype), None)

@@ -1,4 +1,4 @@
-"""The batches of one pass over a split, each sample once over all ranks."""
+"""The batches of one pass over a split; over all ranks each sample occurs once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distrain.datasets.transforms import Transform
 def check_stream_workers(workers: int) -> None:
     if workers > 1:
         raise UserError(
-            f"data.workers is {workers}, and an iterable data set can only be read by one process; take 1 or 0, or "
-            "write it as a Dataset with __len__ and __getitem__"
+            f"data.workers is {workers}, but only one process can read an iterable data set; set it to 1 or 0, or "
+            "write a Dataset with __len__ and __getitem__"
         )
 
 
 class EvalLoader:
-    """The batches of one rank of one pass over a split; can be iterated again and again."""
+    """The batches of one rank of one pass over a split; can be iterated repeatedly."""
 
     def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None):
         self._make = make
@@ -33,7 +33,7 @@ class EvalLoader:
     def __len__(self) -> int:
         """Batches of this rank, the same on every rank. TypeError for a stream."""
         if self._length is None:
-            raise TypeError("the length of a stream is not known")
+            raise TypeError("a stream has no known length")
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -55,9 +55,8 @@ def build_eval_loader(
     """Return a loader of this rank's share of one pass, in the split's own order.
 
     Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
-    rows that only fill up repeat a sample under the id -1. A sample that does not decode is missing, with its id in the
-    batch's `undecodable`; more of them than `skip_undecodable` are an error. Raises UserError for a split without
-    samples.
+    padding rows repeat a sample under the id -1. A corrupt sample is skipped, with its id in the batch's `undecodable`.
+    Raises UserError for more of them than `skip_undecodable`, and for a split without samples.
     """
     batches: Batches | StreamBatches
     if is_stream(source):
@@ -80,7 +79,7 @@ def build_eval_loader(
 
 
 def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
-    """Return the ids of this rank's batch of the samples from `start`: what is left is dealt out evenly at the end."""
+    """Return the ids of this rank's batch of the samples from `start`; the ranks share the last samples evenly."""
     rows = min(batch_size, -(-(stop - start) // world_size))
     ids = start + rank * rows + np.arange(rows, dtype=np.int64)
     return np.where(ids < stop, ids, -stop)  # -1 - (stop - 1): padding that repeats the last sample

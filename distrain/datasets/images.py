@@ -1,4 +1,4 @@
-"""Images: folders with one folder for each class, and CIFAR and MNIST in the files that they are distributed in."""
+"""Folders of images, one folder for each class, and CIFAR and MNIST from their published files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import (
+    AnySource,
     Batch,
     CorruptSample,
     Data,
@@ -33,7 +34,7 @@ _SIXTEEN_BITS = (0, 65535)
 
 Channels = Literal["rgb", "gray"]
 Range = tuple[float, float]
-"""What is black and what is white in images whose numbers are not bytes."""
+"""(black, white) of images whose values are not bytes."""
 
 
 class ImageFiles:
@@ -48,9 +49,8 @@ class ImageFiles:
         black_to_white: Range | None = None,
         root: Path | None = None,
     ):
-        """`targets` (n,) int64 or None; images are resized to `size` (height, width) where that is not None.
-
-        `black_to_white`: see `decode_image`. Files are known by their paths below `root`.
+        """`targets`: (n,) int64 or None. `size`: (height, width) to resize to, or None. `black_to_white`: see
+        `decode_image`. `root`: the folder that file names in predictions are relative to.
         """
         self.paths = paths
         self.targets = targets
@@ -72,10 +72,8 @@ class ImageFiles:
         return batch
 
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
-        """Return the samples' files; see `keys_of`."""
         paths = [self.paths[number] for number in ids.tolist()]
-        below = [path.relative_to(self.root) if self.root is not None else Path(path.name) for path in paths]
-        return {"file": [path.as_posix() for path in below]}
+        return {"file": [path.name if self.root is None else path.relative_to(self.root).as_posix() for path in paths]}
 
     def _decoded(self, number: int) -> torch.Tensor:
         path = self.paths[number]
@@ -84,37 +82,34 @@ class ImageFiles:
         except UserError as error:
             raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
-            reason = error_line(error)
+            where = f"sample {number}, {path}, cannot be"
             if not CorruptSample.is_why(error):
-                raise UserError(f"sample {number}, {path}, cannot be read: {reason}") from error
+                raise UserError(f"{where} read: {error_line(error)}") from error
             raise CorruptSample(
-                number,
-                f"sample {number}, {path}, cannot be decoded as an image: {reason}; mend the file or take it away",
+                number, f"{where} decoded as an image: {error_line(error)}; repair or remove the file"
             ) from error
 
 
 def decode_image(
     path: Path, size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None
 ) -> torch.Tensor:
-    """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) where given.
+    """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) if given.
 
-    Numbers of more than 8 bits are scaled: from `black_to_white`, or else from the range that the format gives them,
-    which is 0 to 65535 for those of 16 bits. Raises UserError where neither says what is black and white (whole numbers
-    of 32 bits, decimal ones), and for numbers outside.
+    Values of more than 8 bits are scaled from `black_to_white`, by default from 0..65535 for 16 bits. Raises UserError
+    for 32-bit integers and floats without a range, and for values outside the range.
     """
     with Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened)
-        # Pillow clips such numbers at 255, and makes those from 0 to 1 either, instead of scaling them.
+        # Pillow clips such values to 0..255 or truncates them instead of scaling
         if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
             image = Image.fromarray(_bytes(np.asarray(image), black_to_white or _SIXTEEN_BITS, path))
         elif image.mode in ("I", "F"):
             if black_to_white is None:
-                kind = "whole numbers of 32 bits" if image.mode == "I" else "floats of 32 bits"
+                kind = "32-bit integers" if image.mode == "I" else "32-bit floats"
                 least, most = image.getextrema()
                 raise UserError(
-                    f"{path}: mode {image.mode} holds {kind}, here from {least:g} to {most:g}, and nothing says which "
-                    "of them are black and white; give the data set's range, such as data.range: [0, 1] or [0, 65535], "
-                    "or save the images with 8 or 16 bits"
+                    f"{path}: mode {image.mode} holds {kind}, here from {least:g} to {most:g}, with unknown black and "
+                    "white; set data.range, such as [0, 1] or [0, 65535], or save the images with 8 or 16 bits"
                 )
             image = Image.fromarray(_bytes(np.asarray(image), black_to_white, path))
         elif image.mode == "La":
@@ -129,13 +124,13 @@ def decode_image(
 
 
 def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarray:
-    """Return numbers from black to white as 256 equal steps, uint8; raises UserError for others."""
+    """Return numbers from black to white in 256 equal steps, uint8; raises UserError for numbers outside."""
     black, white = black_to_white
     least, most = numbers.min(), numbers.max()
-    if not (black <= least and most <= white):  # nor a NaN
+    if not (black <= least and most <= white):  # also for NaN
         raise UserError(
-            f"{where} holds numbers from {least:g} to {most:g}, and their range is {black:g} to {white:g}; set "
-            "data.range to that of all images, or mend the file"
+            f"{where} holds numbers from {least:g} to {most:g}, expected {black:g} to {white:g}; set data.range to "
+            "that of all images, or repair the file"
         )
     if black_to_white == _SIXTEEN_BITS and numbers.dtype.kind in "iu":
         return (numbers >> 8).astype(np.uint8)
@@ -145,7 +140,7 @@ def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarra
 def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None) -> Any:
     """Return a function that reads inputs for prediction: an image, a folder of images, or a .npy of pixels.
 
-    Those of a .npy are bytes, or whole numbers from 0 to 255, or are scaled from `black_to_white`.
+    The pixels of a .npy are scaled from `black_to_white` if given; otherwise they are integers from 0 to 255.
     """
 
     def read(path: Path) -> Source:
@@ -156,8 +151,8 @@ def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_whit
             return TensorSource(torch.from_numpy(_bytes(pixels.numpy(), black_to_white, path)), None)
         if pixels.is_floating_point() and (pixels.max() <= 1 or bool((pixels != pixels.floor()).any())):
             raise UserError(
-                f"{path} holds {pixels.dtype}, from {pixels.min():g} to {pixels.max():g}; expected whole numbers from "
-                "0 to 255: multiply them and save them as uint8, or give image_folder a data.range"
+                f"{path} holds {pixels.dtype} from {pixels.min():g} to {pixels.max():g}, expected integers from 0 to "
+                "255; scale them and save them as uint8, or give image_folder a data.range"
             )
         return TensorSource(pixels.to(torch.uint8), None)
 
@@ -165,7 +160,7 @@ def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_whit
 
 
 def image_paths(path: Path) -> list[Path]:
-    """Return `path` itself if it is a file, or the images in and below it, sorted; hidden ones are left out."""
+    """Return `path` itself if it is a file, or the images in and below it, sorted, without hidden ones."""
     if not path.exists():
         raise UserError(f"there is nothing at {path}; expected an image or a folder of images")
     if path.is_file():
@@ -176,7 +171,7 @@ def image_paths(path: Path) -> list[Path]:
         named = (name for name in sorted(files) if not name.startswith("."))
         found += [Path(folder, name) for name in named if name.lower().endswith(_SUFFIXES)]
     if not found:
-        raise UserError(f"{path} holds no image; known are files ending in {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path} holds no image; expected files ending in {', '.join(_SUFFIXES)}")
     return found
 
 
@@ -190,19 +185,17 @@ def pixels_from_npy(
         raise UserError(f"{path} cannot be read as a .npy file: {error}") from error
     depth = 3 if channels == "rgb" else 1
     shape = pixels.shape
-    if depth == 1 and pixels.ndim == 2:
+    if pixels.ndim == 2 and depth == 1:
         pixels = pixels[None, None]
-    elif depth == 1 and pixels.ndim == 3:
-        pixels = pixels[:, None]
-    elif depth == 3 and pixels.ndim == 3:
-        pixels = pixels[None]
+    elif pixels.ndim == 3:
+        pixels = pixels[:, None] if depth == 1 else pixels[None]
     if pixels.ndim == 4 and pixels.shape[1] != depth and pixels.shape[-1] == depth:
         pixels = pixels.transpose(0, 3, 1, 2)
     expected = f"(n, {depth}, " + (f"{size[0]}, {size[1]})" if size else "height, width)")
     if pixels.ndim != 4 or pixels.shape[1] != depth or (size is not None and pixels.shape[2:] != size):
         raise UserError(f"{path} holds an array of shape {shape}; expected {expected}")
     if not (np.issubdtype(pixels.dtype, np.number) and pixels.min() >= bounds[0] and pixels.max() <= bounds[1]):
-        raise UserError(f"{path}: expected pixels from {bounds[0]} to {bounds[1]}, and found others ({pixels.dtype})")
+        raise UserError(f"{path}: expected pixels from {bounds[0]} to {bounds[1]}, found others ({pixels.dtype})")
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
@@ -217,28 +210,27 @@ def image_folder(
     channels: Channels = "rgb",
     range: list[int | float] | None = None,
 ) -> Data:
-    """Images in one folder for each class, read when they are needed.
+    """Images in one folder for each class, read on demand.
 
-    `data.path` holds the class folders, cut by `data.split` (by default [0.8, 0.2]); or it holds such folders for the
-    splits, named in `data.split` as {train: ..., test: ...}, or found where they are called train, val or valid, and
-    test. Classes are numbered in the order of the sorted names of the training split's folders. `size`, a number or
-    [height, width], resizes each image when it is read; `channels` is rgb or gray. `range`, [black, white], says what
-    the numbers of images of more than 8 bits mean; without it those of 16 bits are 0 to 65535, and others are refused.
-    Inputs are uint8 until a transform makes them something else, and float32 in [0, 1] in the end.
+    `data.path` holds the class folders, cut by `data.split` (by default [0.8, 0.2]); or it holds such a folder for each
+    split, named in `data.split` as {train: ..., test: ...}, or called train, val or valid, and test. Classes are
+    numbered by the sorted folder names of the training split. `size`, a number or [height, width], resizes each image;
+    `channels` is rgb or gray. `range` is [black, white] for images of more than 8 bits; by default 16-bit images have 0
+    to 65535, and others are refused. Inputs are uint8 until a transform changes them, and finally float32 in [0, 1].
     """
-    black_to_white = _range(range)
-    if isinstance(size, list) and len(size) != 2:
-        raise UserError(f"data.size: found {size}, expected a number or [height, width]")
-    shape = None if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
-    if shape is not None and min(shape) < 1:
-        raise UserError(f"data.size: found {size}, expected at least 1")
+    if range is not None and (len(range) != 2 or not all(map(math.isfinite, range)) or range[0] >= range[1]):
+        raise UserError(f"data.range: found {range}, expected the numbers of black and of white, such as [0, 65535]")
+    black_to_white = None if range is None else (range[0], range[1])
+    if size is not None and (min(sides := [size] if isinstance(size, int) else size, default=0) < 1 or len(sides) > 2):
+        raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
+    shape = None if size is None else (sides[0], sides[-1])
     root = request.path(_CLASS_FOLDERS)
     if not root.is_dir():
         raise UserError(f"data.path: {root} is a file, expected {_CLASS_FOLDERS}")
     folders = _split_folders(root, request.section.split)
     state = request.state or {"class_names": _class_names(folders["train"])}
     names = list(state["class_names"])
-    splits: dict[str, Source] = {}
+    splits: dict[str, AnySource] = {}
     files = {split: _class_files(folder, names) for split, folder in folders.items()}
     if set(files) == {"train"}:
         paths, targets = files["train"]
@@ -250,25 +242,18 @@ def image_folder(
             splits[split] = ImageFiles(*found, shape, channels, black_to_white, folders[split])
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [path for paths, _ in files.values() for path in paths]
-    return Data(dict(splits), meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)
-
-
-def _range(given: list[int | float] | None) -> Range | None:
-    if given is None:
-        return None
-    if len(given) != 2 or not all(map(math.isfinite, given)) or given[0] >= given[1]:
-        raise UserError(f"data.range: found {given}, expected the numbers of black and of white, such as [0, 65535]")
-    return (given[0], given[1])
+    return Data(splits, meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)
 
 
 def _split_folders(root: Path, split: Any) -> dict[str, Path]:
-    """Return the folder of each split; only `train`, which is then to be cut, where the folder is one piece."""
+    """Return the folder of each split; only `train` if the folder is one piece, to be cut."""
     if isinstance(split, dict):
         folders = {name: root / folder for name, folder in split.items()}
         for name, folder in folders.items():
             if not folder.is_dir():
-                there = [path.name for path in root.iterdir() if path.is_dir()]
-                raise UserError(f"data.split: there is no folder {folder} for {name}{close_names(folder.name, there)}")
+                raise UserError(
+                    f"data.split: there is no folder {folder} for {name}{close_names(folder.name, _folders(root))}"
+                )
         return folders
     if split is None and (root / "train").is_dir():
         known = {"val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
@@ -278,25 +263,29 @@ def _split_folders(root: Path, split: Any) -> dict[str, Path]:
     return {"train": root}
 
 
+def _folders(path: Path) -> list[str]:
+    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = _folders(folder)
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "no folder"
         raise UserError(f"{folder} holds {found}; expected {_CLASS_FOLDERS}")
-    if unkept := [name for name in names if in_utf8(name) != name]:
+    if not_utf8 := [name for name in names if in_utf8(name) != name]:
         raise UserError(
-            f"{folder} holds the folder '{one_line(unkept[0])}', whose name is not UTF-8, and checkpoints keep the "
-            "names of classes as text in UTF-8; rename it"
+            f"{folder} holds the folder '{one_line(not_utf8[0])}', whose name is not UTF-8, and checkpoints store "
+            "class names as UTF-8; rename it"
         )
     return names
 
 
 def _class_files(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray]:
-    there = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    there = _folders(folder)
     if unknown := sorted(set(there) - set(names)):
         raise UserError(
-            f"{folder} has a folder {unknown[0]!r}{close_names(unknown[0], names)}, which is no class of the training "
-            f"split; its classes are {', '.join(names[:20])}"
+            f"{folder} has a folder {unknown[0]!r}{close_names(unknown[0], names)}, which is not a class of the "
+            f"training split: {', '.join(names[:20])}"
         )
     by_class = [image_paths(folder / name) if name in there else [] for name in names]
     targets = np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in by_class])
@@ -311,9 +300,9 @@ def _class_files(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray
 def cifar10(request: DataRequest) -> Data:
     """CIFAR-10: 60 000 colour images of 32 × 32 in 10 classes, from its `cifar-10-batches-py` folder.
 
-    Nothing is downloaded. The files are pickles, which can run code when read: torchvision checks the MD5 of each
-    against the published ones first. With fractions or a fold in `data.split`, the training images are cut into train
-    and valid, and the test images stay as they are.
+    Nothing is downloaded. The files are pickles, which can run code: torchvision compares the MD5 of each with the
+    published one first. Fractions or a fold in `data.split` cut the training images into train and valid; the test
+    images stay as they are.
     """
     return _torchvision_set(request, "CIFAR10", "cifar-10-batches-py", ["data_batch_1", "test_batch", "batches.meta"])
 
@@ -322,7 +311,7 @@ def cifar10(request: DataRequest) -> Data:
 def cifar100(request: DataRequest) -> Data:
     """CIFAR-100: 60 000 colour images of 32 × 32 in 100 classes, from its `cifar-100-python` folder.
 
-    As with `cifar10`, the files are pickles that are read only if their MD5 is the published one.
+    As with `cifar10`, the files are pickles, read only if their MD5 is the published one.
     """
     return _torchvision_set(request, "CIFAR100", "cifar-100-python", ["train", "test", "meta"])
 
@@ -346,34 +335,34 @@ def _torchvision_set(request: DataRequest, kind: str, folder: str, files: list[s
     from torchvision import datasets
 
     root = request.path(f"the folder that holds {folder}, with {', '.join(files)} in it")
-    # Whoever points at the inner folder means the same.
+    # the inner folder itself is accepted too
     if not (root / folder).exists() and root.resolve().match(folder):
         root = root.resolve().parents[len(Path(folder).parts) - 1]
     if missing := [str(root / folder / name) for name in files if not (root / folder / name).is_file()]:
         raise UserError(
-            f"data.path: {request.section.name} is not complete in {root}: there is no {', '.join(missing)}; "
-            "unpack the published archive there (nothing is downloaded)"
+            f"data.path: {request.section.name} is incomplete in {root}: there is no {', '.join(missing)}; unpack the "
+            "published archive there (nothing is downloaded)"
         )
     try:
         train, test = (getattr(datasets, kind)(root, train=part, download=False) for part in (True, False))
     except Exception as error:
         raise UserError(f"data.path: {root / folder} cannot be read: {error_line(error)}") from error
-    whole = _in_memory(train)
-    splits: dict[str, Source] = {"train": whole}
+    images = _in_memory(train)
+    splits: dict[str, AnySource] = {"train": images}
     if request.section.split is not None:
-        cut = split_indices(len(whole), request.section, request.seed, np.asarray(train.targets))
+        cut = split_indices(len(images), request.section, request.seed, np.asarray(train.targets))
         if set(cut) != {"train", "test"}:
             raise UserError(
                 f"data.split: {request.section.name} has its own test images; give [train, valid] fractions"
             )
-        splits = {"train": whole.select(cut["train"]), "valid": whole.select(cut["test"])}
+        splits = {"train": images.select(cut["train"]), "valid": images.select(cut["test"])}
     splits["test"] = _in_memory(test)
-    assert isinstance(whole.inputs, torch.Tensor)
-    depth, height, width = whole.inputs.shape[1:]
-    names = tuple(str(name) for name in train.classes)
+    assert isinstance(images.inputs, torch.Tensor)
+    depth, height, width = images.inputs.shape[1:]
+    names = tuple(map(str, train.classes))
     meta = DataMeta(input_shape=(depth, height, width), num_classes=len(names), class_names=names)
     reader = image_reader((height, width), "rgb" if depth == 3 else "gray")
-    return Data(dict(splits), meta, {}, reader, [root / folder / name for name in files])
+    return Data(splits, meta, {}, reader, [root / folder / name for name in files])
 
 
 def _in_memory(dataset: Any) -> TensorSource:

@@ -1,12 +1,13 @@
-"""Loader processes: how a batch leaves one, and what is said when none comes.
+"""Loader processes: how they hand over batches, and errors when they cannot.
 
-A loader process pickles its batch itself, which also puts the tensors into shared memory. Left to the queue's own
-thread, as PyTorch does by default, a batch that cannot be sent is printed as a traceback and lost, and the training
-process waits for it for ever.
+A loader process pickles its batch itself, which also moves the tensors into shared memory. PyTorch leaves that to the
+queue's thread, which prints a traceback and loses a batch that it cannot send, so the training process would wait
+forever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import multiprocessing.process
@@ -14,7 +15,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
@@ -28,37 +28,37 @@ from distrain.config import UserError
 from distrain.datasets import waiting
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
-from distrain.datasets.waiting import Wait, looked_at
+from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where tensors pass from process to process."""
+"""Memory through which tensors pass between processes."""
 
 _SPARE_FILES = 8
-"""Descriptors that sending a batch may need beside those of its tensors, among others to answer who fetches one."""
+"""Descriptors that sending a batch may need besides those of its tensors, such as for the receiver's request."""
 
-_CANNOT_TAKE = "the training process cannot take a batch from a loader process"
+_CANNOT_RECEIVE = "the training process cannot receive a batch from a loader process"
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch as a loader process hands it over."""
+    """A batch from a loader process."""
 
     pickled: bytes
-    """By torch's pickler: tensors are in shared memory, and this refers to them."""
+    """By torch's pickler: it refers to tensors in shared memory."""
 
     def open(self) -> Batch:
-        """Return the batch. Raises UserError where this process cannot take what was sent."""
+        """Return the batch. Raises UserError if this process cannot receive it."""
         try:
             batch: Batch = ForkingPickler.loads(self.pickled)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # who sent it is no longer there to answer
-            raise UserError(_ended(f"its batch cannot be taken ({type(error).__name__})")) from error
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the sender is gone
+            raise UserError(_ended(f"its batch cannot be received ({type(error).__name__})")) from error
         except (OSError, RuntimeError) as error:
-            raise UserError(cannot_share(error, _CANNOT_TAKE)) from error
+            raise UserError(cannot_share(error, _CANNOT_RECEIVE)) from error
         return batch
 
     def pin_memory(self) -> Batch | Failure:
-        """Return the batch in pinned memory. PyTorch's pinning thread calls it, whose exceptions lose their words."""
+        """Return the batch in pinned memory. Called by PyTorch's pinning thread, which loses the text of exceptions."""
         try:
             return _pinned(self.open())
         except UserError as error:
@@ -68,10 +68,10 @@ class Parcel:
 def load(
     batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Yield the batches in order, made by `workers` processes, or here where that is 0.
+    """Yield the batches in order, made by `workers` processes, or in this one if that is 0.
 
-    Raises UserError for what went wrong in a loader process, in the words in which it would have been raised here, and
-    for processes that cannot start, end early, or cannot hand over a batch. `close()` ends the processes.
+    Raises UserError for errors in a loader process, with the text that they would have here, and for processes that
+    cannot start, end early, or cannot hand over a batch. `close()` ends the processes.
     """
     wait = Wait(workers)
     if workers == 0:
@@ -79,7 +79,7 @@ def load(
         made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, noted)
         if pin_memory:
             made = map(_pinned, made)
-        with looked_at(wait):
+        with watched(wait):
             while True:
                 with wait.for_batch():
                     batch = next(made, None)
@@ -89,12 +89,12 @@ def load(
     others = set(multiprocessing.active_children())
     iterator = _started(batches, None if places is None else wait.noting(places), workers, pin_memory)
     processes = wait.processes = [each for each in multiprocessing.active_children() if each not in others]
-    # They ignore SIGTERM, and at its end Python waits for all of its processes: one that hangs would keep it for ever.
+    # they ignore SIGTERM, and Python waits for its processes at exit: one that hangs would keep it forever
     kill = Finalize(None, _kill, (processes,), exitpriority=10)
     try:
         while True:
-            with wait.for_batch(), _explained():
-                item = _taken(iterator, wait, kill)
+            with wait.for_batch(), _user_errors():
+                item = _received(iterator, wait, kill)
                 if isinstance(item, Parcel):
                     item = item.open()
             if item is None:
@@ -103,12 +103,12 @@ def load(
                 raise UserError(item.message)
             yield item
     finally:
-        del iterator  # asks them to end, and waits for some seconds
+        del iterator  # asks them to end, and waits some seconds
         kill()
 
 
-def _taken(iterator: Iterator[Any], wait: Wait, give_up: Callable[[], Any]) -> Any:
-    """Return what comes next, None at the end. What a look at the wait raises ends it, after a call of `give_up`."""
+def _received(iterator: Iterator[Any], wait: Wait, give_up: Callable[[], Any]) -> Any:
+    """Return the next item, None at the end. An exception of `wait.check` ends the wait, after a call of `give_up`."""
     pinning = getattr(iterator, "_pin_memory_thread", None)
     while True:
         try:
@@ -120,7 +120,7 @@ def _taken(iterator: Iterator[Any], wait: Wait, give_up: Callable[[], Any]) -> A
             if pinning is not None and not pinning.is_alive():
                 raise RuntimeError("the thread that puts batches into pinned memory ended") from error
         try:
-            wait.look()
+            wait.check()
         except BaseException:
             give_up()
             raise
@@ -130,28 +130,27 @@ def _started(
     batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
     open_loader_notes()
-    # Forked processes share the data with this one. They never touch a GPU, so a device that is in use is no matter.
+    # forked processes share the data with this one; they never touch a GPU, so one in use does not matter
     context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=places,
         num_workers=workers,
-        collate_fn=_packed,  # type: ignore[arg-type] # of one batch, as the sampler gives places of whole batches
+        collate_fn=_packed,  # type: ignore[arg-type] # gets one batch, as the sampler yields places of batches
         pin_memory=pin_memory,
         worker_init_fn=_begin_loading,
         multiprocessing_context=context,
-        timeout=min(waiting.LOOK_EVERY_S, waiting.SAY_AFTER_S / 4),  # then it is looked at, and waited for again
-        # A generator of its own: the default one draws from the global random state, which would then depend on this.
-        generator=torch.Generator(),
+        timeout=min(waiting.CHECK_EVERY_S, waiting.WARN_AFTER_S / 4),  # then the wait is checked and continued
+        generator=torch.Generator(),  # the default one would draw from the global random state
     )
-    # PyTorch would have a signal handler raise in whatever line the training process is in when a loader process ends,
-    # be it in the middle of saving. Asked for a batch, it finds out as well, within the timeout.
+    # PyTorch's signal handler would raise in any line of the training process when a loader process ends, even in the
+    # middle of saving. The next request for a batch finds out too, within the timeout.
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     try:
         iterator = iter(loader)
     except OSError as error:
-        raise UserError(cannot_share(error, f"data.workers is {workers}, and they cannot start")) from error
+        raise UserError(cannot_share(error, f"data.workers is {workers}, but they cannot start")) from error
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return iterator
@@ -164,8 +163,8 @@ def _kill(processes: list[multiprocessing.process.BaseProcess]) -> None:
 
 
 def _begin_loading(worker: int) -> None:
-    # Schedulers signal every process of a job, and the one that trains decides what a signal means. A loader process
-    # that died of it would end the run before the state is saved. Without its parent it ends by itself.
+    # schedulers signal every process of a job, and the training process decides what a signal means: a loader process
+    # that died of it would end the run before the state is saved; it ends by itself without its parent
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -173,62 +172,58 @@ def _begin_loading(worker: int) -> None:
 
 
 def _packed(batch: Batch | Failure) -> Parcel | Failure:
-    """Return what a loader process puts into the queue: something that the queue cannot fail on."""
+    """Return what a loader process puts into the queue, which the queue can always send."""
     if isinstance(batch, Failure):
         return batch
     try:
         _check_descriptors()
         return Parcel(bytes(ForkingPickler.dumps(batch)))
-    except Exception as error:  # whatever it is, the training process has to hear of it
+    except Exception as error:  # the training process must learn of any error
         worker = get_worker_info()
         name = f"loader process {worker.id}" if worker is not None else "a loader process"
         return Failure(cannot_share(error, f"{name} cannot hand over a batch of {_nbytes(batch) / 2**20:.1f} MiB"))
 
 
 def _check_descriptors() -> None:
-    """Raise OSError where this process has hardly any file descriptors left."""
-    taken: list[int] = []
-    try:
+    """Raise OSError if this process has hardly any file descriptors left."""
+    with contextlib.ExitStack() as stack:
         for _ in range(_SPARE_FILES):
-            taken.append(os.dup(0 if not taken else taken[0]))
-    finally:
-        for each in taken:
-            os.close(each)
+            stack.callback(os.close, os.dup(0))
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise UserError(_ended(str(error))) from error
         if "Too many open files" in str(error):
-            raise UserError(cannot_share(error, _CANNOT_TAKE)) from error
+            raise UserError(cannot_share(error, _CANNOT_RECEIVE)) from error
         raise
 
 
 def _ended(why: str) -> str:
     return (
-        f"a loader process ended: {why}\nit may have been killed for want of memory ({_shared_memory()}); try fewer "
+        f"a loader process ended: {why}\nit may have been killed for lack of memory ({_shared_memory()}); try fewer "
         "data.workers, or 0 to see its own error"
     )
 
 
 def cannot_share(error: Exception, what: str) -> str:
-    """Return what is said where processes cannot share a batch, or cannot start: why, and what to do."""
+    """Return the error for processes that cannot share a batch or start: the reason, and what to do."""
     text, number = " ".join(str(error).split()), getattr(error, "errno", None)
     if number == errno.EMFILE or "Too many open files" in text or "ancdata" in text:
-        cure = "this process may open too few files: raise the limit (ulimit -n), or take fewer data.workers"
+        cure = "this process may open too few files: raise the limit (ulimit -n), or use fewer data.workers"
     elif "shared memory" in text or number == errno.ENOSPC:
         cure = (
-            f"{_shared_memory()}; enlarge it (in a container: --shm-size), take fewer data.workers or a smaller "
+            f"{_shared_memory()}; enlarge it (in a container: --shm-size), use fewer data.workers or a smaller "
             "batch.micro, or data.workers=0, which needs none"
         )
     elif isinstance(error, OSError):
-        cure = "the machine may allow no more processes or memory; take fewer data.workers, or 0"
+        cure = "the machine may allow no more processes or memory; use fewer data.workers, or 0"
     else:
-        cure = "what a Dataset or transform returns must be tensors, numbers and text; data.workers=0 sends nothing"
+        cure = "a Dataset or transform must return tensors, numbers and text; data.workers=0 sends nothing"
     return f"{what}: {type(error).__name__}: {text}\n{cure}"
 
 
@@ -236,7 +231,7 @@ def _shared_memory() -> str:
     try:
         room = os.statvfs(SHARED_MEMORY)
     except OSError as error:
-        return f"the shared memory {SHARED_MEMORY} cannot be looked at: {error.strerror}"
+        return f"the shared memory {SHARED_MEMORY} cannot be read: {error.strerror}"
     free, size = (count * room.f_frsize / 2**20 for count in (room.f_bavail, room.f_blocks))
     return f"the shared memory {SHARED_MEMORY} has {free:,.0f} of {size:,.0f} MiB free"
 

@@ -16,9 +16,9 @@ class SampleOrder:
     """The endless order of samples: position p is place p % length of epoch p // length.
 
     Each epoch is a permutation of its own, computed for any place without the places before it: a Feistel network
-    keyed by (seed, epoch) over h * 2**k numbers, the least of that form that are enough, walked again for the few that
-    fall outside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Nothing is stored, so a position at
-    10**15 costs as much as the first.
+    keyed by (seed, epoch) over the smallest domain of h * 2**k numbers that holds the epoch, applied again to the few
+    results outside the epoch (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Nothing is stored, so
+    position 10**15 costs as much as the first.
     """
 
     length: int
@@ -55,7 +55,7 @@ class SampleOrder:
 
     def _permuted(self, values: np.ndarray, runs: np.ndarray, row: np.ndarray | None) -> np.ndarray:
         """Permute `values` (n,) uint64, each under the key of epoch runs[row[i]] (runs[0] where row is None)."""
-        # Small halves mix little in a round, and rounds cost little there: an epoch is then short.
+        # small halves mix little in a round, and rounds are cheap in a short epoch
         bits = (self.length - 1).bit_length()
         rounds = max(6, 24 - bits)
         keys = stream_of(mix(self.seed, "order"), runs[:, None], np.arange(rounds))
@@ -89,6 +89,6 @@ def _feistel(values: np.ndarray, keys: np.ndarray, row: np.ndarray | None, shift
         mixed *= size
         mixed >>= half
         mixed += high
-        # The sum is below 2 * size; where it is below size, the difference wraps round to something larger.
+        # the sum is below 2 * size; below size, the difference wraps around to a larger number
         high = np.minimum(mixed, mixed - size)
     return (high << np.uint64(shift)) | low

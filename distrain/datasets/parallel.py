@@ -1,4 +1,4 @@
-"""Pairs of sentences, for translation and whatever else turns one text into another."""
+"""Pairs of texts, for translation and similar tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from distrain.config import UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, split_indices
-from distrain.datasets.tokens import FileTokenizer
+from distrain.datasets.tokens import FileTokenizer, text_lines
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _UNKNOWN = 3
@@ -33,22 +33,19 @@ def parallel_text(
 ) -> Data:
     """Lines of `source<TAB>target`, each side as words, as characters or by a Hugging Face tokenizer.json.
 
-    `data.path` is such a file, or `data.split` names the file of each split. The vocabularies of `words` (what stands
-    between white space) and `chars` are those of the training split: what occurs `min_count` times or more, at most
-    `max_vocab` of the most frequent, after `<pad> <bos> <eos> <unk>` as 0 to 3. A tokenizer.json keeps its own numbers;
-    padding and BOS are its own where it has them (BOS is else its padding, as T5 and Marian begin). A pair with more
-    than `max_len` tokens on a side, special ones not counted, is an error, or is dropped or truncated with a warning
-    that says how many (`too_long`).
+    `data.path` is such a file, or `data.split` names the file of each split. The vocabularies of `words` (separated by
+    white space) and `chars` are fitted on the training split: at most the `max_vocab` most frequent tokens that occur
+    `min_count` times or more, after `<pad> <bos> <eos> <unk>` as 0 to 3. A tokenizer.json keeps its own numbers, its
+    own padding and BOS if it has them (otherwise BOS is the padding, as in T5 and Marian). `too_long` decides about a
+    pair with more than `max_len` tokens on a side, without special ones: an error, or drop or truncate with a warning.
 
     `inputs` is {"source": (batch, longest source) int64, ending with EOS, "target": (batch, longest target) int64,
-    beginning with BOS}, filled up with `meta.pad_id`; `targets` (batch, longest target) int64 ends with EOS and is -100
-    where `target` is padding. Outside the training split `references` is the list of the raw target texts.
+    beginning with BOS}, padded with `meta.pad_id`; `targets` (batch, longest target) int64 ends with EOS and is -100 at
+    the padding of `target`. Outside the training split `references` is the list of the raw target texts.
     """
     for key, value in (("min_count", min_count), ("max_vocab", max_vocab), ("max_len", max_len)):
         if value is not None and value < 1:
             raise UserError(f"data.{key} {value} should be at least 1")
-    if request.section.stratify:
-        raise UserError("data.stratify: pairs of sentences have no classes to keep the shares of")
     pairs, files = _read_splits(request)
     specs = {"source": source_tokenizer, "target": target_tokenizer}
     if request.state is None:
@@ -59,8 +56,8 @@ def parallel_text(
     source, target = (_open(specs[side], state[side], request.base, side) for side in ("source", "target"))
     if source.pad_id != target.pad_id:
         raise UserError(
-            f"the source is padded with {source.pad_id} and the target with {target.pad_id}, and a model has one "
-            "padding id; take the same tokenizer.json on both sides"
+            f"the source is padded with {source.pad_id} and the target with {target.pad_id}, but a model has one "
+            "padding id; use the same tokenizer.json on both sides"
         )
     splits = {
         name: _encode(name, split, source, target, max_len, too_long, keep_references=name != "train")
@@ -87,7 +84,7 @@ def parallel_text(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One side's tokens
+# The tokens of one side
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class _Side:
 
 
 def _fit(spec: str, texts: Iterable[str], base: Path, min_count: int, max_vocab: int | None) -> dict[str, Any]:
-    """Return what a side's tokens are, as JSON values."""
+    """Return the vocabulary or the digest of a side's tokenizer, as JSON values."""
     if spec not in ("words", "chars"):
         return {"tokenizer": "file", "digest": FileTokenizer(base / spec).digest}
     counts: Counter[str] = Counter()
@@ -112,7 +109,7 @@ def _fit(spec: str, texts: Iterable[str], base: Path, min_count: int, max_vocab:
         key=lambda each: (-each[1], each[0]),
     )
     if not frequent:
-        raise UserError(f"data.min_count {min_count}: no token of the training split occurs as often")
+        raise UserError(f"data.min_count {min_count}: no token of the training split is as frequent; lower it")
     return {"tokenizer": spec, "vocabulary": [token for token, _ in frequent[:max_vocab]]}
 
 
@@ -120,7 +117,7 @@ def _open(spec: str, state: dict[str, Any], base: Path, side: str) -> _Side:
     if state["tokenizer"] == "file":
         return _open_file(base / spec, state["digest"], side)
     if state["tokenizer"] != spec:
-        raise UserError(f"data.{side}_tokenizer is {spec!r}, and the model was trained with {state['tokenizer']!r}")
+        raise UserError(f"data.{side}_tokenizer is {spec!r}, but the model was trained with {state['tokenizer']!r}")
     tokens = [*_SPECIALS, *state["vocabulary"]]
     numbers = {token: number for number, token in enumerate(tokens) if number >= len(_SPECIALS)}
     split: Callable[[str], Iterable[str]] = str.split if spec == "words" else iter
@@ -168,12 +165,8 @@ class _Pair:
 
 
 def _read_splits(request: DataRequest) -> tuple[dict[str, list[_Pair]], list[Path]]:
-    """Return the pairs of each split, and the files that they are from."""
-    split = request.section.split
-    if isinstance(split, dict):
-        if "train" not in split:
-            raise UserError(f"data.split names {', '.join(split)} and no file for train")
-        files = {name: request.base / path for name, path in split.items()}
+    """Return the pairs of each split, and their files."""
+    if files := request.split_paths():
         return {name: _read_pairs(file) for name, file in files.items()}, list(files.values())
     file = request.path("a text file whose lines are source<TAB>target")
     pairs = _read_pairs(file)
@@ -183,34 +176,16 @@ def _read_splits(request: DataRequest) -> tuple[dict[str, list[_Pair]], list[Pat
 
 def _read_pairs(path: Path) -> list[_Pair]:
     pairs, problems = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         sides = line.split("\t")
         if len(sides) != 2:
-            problems.append(f"{path}:{number} has {len(sides) - 1} tabs, and should be source<TAB>target")
+            problems.append(f"{path}:{number} has {len(sides) - 1} tabs, expected source<TAB>target")
         elif not all(side.strip() for side in sides):
-            problems.append(f"{path}:{number} has nothing as its {'target' if sides[0].strip() else 'source'}")
+            problems.append(f"{path}:{number} has an empty {'target' if sides[0].strip() else 'source'}")
         else:
             pairs.append(_Pair(sides[0], sides[1], f"{path}:{number}"))
     _raise(problems)
     return pairs
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file, ended by LF or CRLF; other line separators of Unicode are text."""
-    if not path.is_file():
-        raise UserError(f"there is no file at {path}")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{number} is not UTF-8 text: {error.reason}") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    if not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise UserError(f"{path} is empty")
-    return lines
 
 
 def _raise(problems: Sequence[str]) -> None:
@@ -221,14 +196,14 @@ def _raise(problems: Sequence[str]) -> None:
 
 def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> PairSource:
     """Read one source text from each line."""
-    lines = _lines(path)
+    lines = text_lines(path)
     problems = [
-        f"{path}:{number} {'is empty' if not line.strip() else 'has a tab'}, and should be one source text"
+        f"{path}:{number} {'is empty' if not line.strip() else 'has a tab'}, expected one source text"
         for number, line in enumerate(lines, start=1)
         if not line.strip() or "\t" in line
     ]
     encoded = side.encode(lines)
-    if too_long != "truncate":  # a prediction is wanted for every line, so none is dropped
+    if too_long != "truncate":  # every line gets a prediction, so none is dropped
         problems += [
             f"{path}:{number} has {len(ids)} tokens, more than data.max_len {max_len}"
             for number, ids in enumerate(encoded, start=1)
@@ -236,8 +211,8 @@ def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> P
         ]
     _raise(problems)
     long = sum(len(ids) > max_len for ids in encoded)
-    said = _of_long(long, f"{len(lines):,} lines of {path}", max_len, "", too_long)
-    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, said)
+    warnings = _length_warning(long, f"{len(lines):,} lines of {path}", max_len, "", too_long)
+    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, warnings)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -260,7 +235,7 @@ class _Ragged:
 
 
 class PairSource:
-    """Encoded pairs, filled up to the longest of each batch; without targets, sources alone."""
+    """Encoded pairs, padded to the longest of each batch; without targets, sources alone."""
 
     def __init__(
         self,
@@ -270,7 +245,7 @@ class PairSource:
         references: Sequence[str] | None,
         warnings: tuple[str, ...] = (),
     ):
-        """`targets` hold no special tokens; `target` says what those are."""
+        """`targets` hold no special tokens; `target` defines those."""
         self.warnings = warnings
         self._sources, self._targets, self._references = sources, targets, references
         self._target = target
@@ -293,17 +268,10 @@ class PairSource:
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int, before: int | None = None, after: int | None = None) -> torch.Tensor:
-    """Return rows as (rows, longest) int64, each behind `before` and ahead of `after` where given."""
-    begin = int(before is not None)
-    width = max(map(len, rows), default=0) + begin + int(after is not None)
-    padded = np.full((len(rows), width), fill, dtype=np.int64)
-    for at, row in enumerate(rows):
-        padded[at, begin : begin + len(row)] = row
-        if after is not None:
-            padded[at, begin + len(row)] = after
-    if before is not None:
-        padded[:, 0] = before
-    return torch.from_numpy(padded)
+    """Return rows as (rows, longest) int64, each between `before` and `after` if given."""
+    head, tail = ([] if each is None else [each] for each in (before, after))
+    tensors = [torch.from_numpy(np.concatenate((head, row, tail)).astype(np.int64)) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 def _encode(
@@ -329,18 +297,18 @@ def _encode(
     kept = range(len(pairs)) if too_long != "drop" else [at for at, length in enumerate(longest) if length <= max_len]
     if not kept:
         raise UserError(
-            f"data.max_len {max_len} leaves the split {name!r} without a pair; the shortest has {min(longest)}"
+            f"data.max_len {max_len} leaves the split {name!r} without a pair; the shortest has {min(longest)} tokens"
         )
     return PairSource(
         _Ragged([[*sources[at][:max_len], source.eos_id] for at in kept]),
         _Ragged([targets[at][:max_len] for at in kept]),
         target,
         [pairs[at].target for at in kept] if keep_references else None,
-        _of_long(len(long), f"{len(pairs):,} pairs of the split {name!r}", max_len, " on a side", too_long),
+        _length_warning(len(long), f"{len(pairs):,} pairs of the split {name!r}", max_len, " on a side", too_long),
     )
 
 
-def _of_long(count: int, of: str, max_len: int, where: str, too_long: TooLong) -> tuple[str, ...]:
-    """Return what is to be said of texts that are too long, a sentence or none."""
+def _length_warning(count: int, of: str, max_len: int, where: str, too_long: TooLong) -> tuple[str, ...]:
+    """Return the warning about texts that are too long, if any."""
     done = "dropped" if too_long == "drop" else "truncated"
     return (f"{count:,} of {of} have more than data.max_len {max_len:,} tokens{where} and are {done}",) if count else ()

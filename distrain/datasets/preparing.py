@@ -1,4 +1,4 @@
-"""data.prepare: a function of the user that makes the data where there are none."""
+"""data.prepare: the user's function that makes missing data."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from distrain.system.output import error_line
 
 
 def prepare_data(recipe: Recipe) -> bool:
-    """Call the recipe's `data.prepare` with data.path if nothing is there; return whether it was called.
+    """Call the recipe's `data.prepare` if data.path does not exist; returns whether it was called.
 
-    One process calls, before any other looks. The function gets a path of the same name in a folder beside, which is
-    renamed when it returns: what an interrupted one leaves is never taken for the data. Of two runs that prepare the
-    same data at once, each in a folder of its own, one is taken.
+    One process calls this before any other reads the data. The function gets a path of the same name in a temporary
+    folder, which is renamed when it returns, so an interrupted call never passes for the data. Two runs that prepare
+    the same data at once use a folder each; one result is kept.
     """
     spec, path = recipe.data.prepare, recipe.data.path
-    if spec is None:
-        return False
-    if path is None:
-        raise UserError("data.prepare needs data.path: it is called with it when nothing is there")
-    target = Path(path)
-    if target.exists():
+    if spec is None or path is None or (target := Path(path)).exists():
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".preparing-{target.name}-", dir=target.parent) as folder:
@@ -35,10 +30,10 @@ def prepare_data(recipe: Recipe) -> bool:
         except Exception as error:
             raise UserError(f"data.prepare: {spec} failed: {error_line(error)}") from error
         if not made.exists():
-            raise UserError(f"data.prepare: {spec} returned, and there is nothing at the path that it was called with")
+            raise UserError(f"data.prepare: {spec} returned without writing to the path that it was called with")
         try:
             os.replace(made, target)
         except OSError:
-            if not target.is_dir():  # another one's, with something in it
+            if not target.is_dir():  # a folder that another run prepared
                 raise
     return True

@@ -1,4 +1,4 @@
-"""Random numbers that are computed from (seed, epoch, sample id), and never from what was drawn before."""
+"""Random numbers computed from (seed, epoch, sample id), never from earlier draws."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def scramble(values: np.ndarray) -> np.ndarray:
-    """Return the uint64 `values` mixed one to one, so that any two inputs give unrelated outputs.
+    """Return a bijective mix of the uint64 `values`: the finaliser of SplitMix64.
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -26,7 +26,7 @@ def stream_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """Return uint64 numbers that depend on `seed` and on every part (integers or arrays of them, broadcast)."""
     state = np.array([seed & (2**64 - 1)], dtype=np.uint64)
     for part in parts:
-        part = np.atleast_1d(part).astype(np.uint64)  # scalars would warn of the overflow that is meant
+        part = np.atleast_1d(part).astype(np.uint64)  # scalars would warn about the intended overflow
         state = scramble(state + (part + np.uint64(1)) * np.uint64(GOLDEN))
     return state
 
@@ -43,7 +43,7 @@ def below(numbers: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
 
 @contextmanager
 def isolated_randomness() -> Iterator[None]:
-    """Restore afterwards the global random state of Python, NumPy and PyTorch's CPU. Other devices are not touched."""
+    """Restore the global random states of Python, NumPy and PyTorch's CPU afterwards; other devices keep theirs."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -54,7 +54,7 @@ def isolated_randomness() -> Iterator[None]:
 
 
 def seed_globally(seed: int) -> None:
-    """Seed the global random state of Python, NumPy and PyTorch's CPU; torch.manual_seed would reseed the GPUs too."""
+    """Seed the global generators of Python, NumPy and PyTorch's CPU; torch.manual_seed would reseed the GPUs too."""
     random.seed(seed)
     np.random.seed(seed & (2**32 - 1))
     torch.default_generator.manual_seed(seed & (2**63 - 1))

@@ -1,4 +1,4 @@
-"""Which columns of a table are inputs, and what is learnt of each from the training rows, as JSON values."""
+"""The input columns of a table, and what is fitted to each on the training rows, as JSON values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from distrain.datasets.table_files import Frame, listed
 from distrain.datasets.table_numbers import Moments, Numbers
 
 _RESET_INDEX = re.compile(r"index|level_\d+")
-"""What pandas calls an index that it makes a column."""
-_FEWEST_COUNTED = 10  # rows: among fewer, numbers of a measurement may well be 1, 2, 3
+"""Names that pandas gives to an index as a column."""
+_FEWEST_COUNTED = 10  # rows: among fewer, a measurement may well be 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a recipe says of how columns become inputs and targets: see `table`."""
+    """How columns become inputs and targets: see `table`."""
 
     missing: Literal["mean", "median", "error"]
     missing_indicator: bool
@@ -40,7 +40,7 @@ class Columns:
     id: list[str]
 
     def inputs(self, frame: Frame) -> list[str]:
-        """Return the names of the input columns, or raise one UserError with every name that does not fit."""
+        """Return the names of the input columns; raises one UserError with every invalid name."""
         problems = []
         for key, names in vars(self).items():
             problems += [
@@ -51,17 +51,17 @@ class Columns:
             ]
         if not self.targets:
             problems.append("data.target: no column is named")
-        taken = {
+        used = {
             **dict.fromkeys(self.drop, "data.drop"),
             **dict.fromkeys(self.id, "data.id"),
             **dict.fromkeys(self.targets, "data.target"),
         }
         problems += [f"data.id: {name!r} is also in data.target" for name in self.id if name in self.targets]
         for key, names in (("features", self.features or []), ("categorical", self.categorical or [])):
-            problems += [f"data.{key}: {name!r} is also in {taken[name]}" for name in names if name in taken]
-        inputs = [name for name in self.features or self._candidates(frame) if name not in taken]
+            problems += [f"data.{key}: {name!r} is also in {used[name]}" for name in names if name in used]
+        inputs = [name for name in self.features or self._candidates(frame) if name not in used]
         if self.features is not None:
-            outside = [name for name in self.categorical or [] if name not in self.features and name not in taken]
+            outside = [name for name in self.categorical or [] if name not in self.features and name not in used]
             problems += [f"data.categorical: {name!r} is not among data.features" for name in outside]
         if not inputs:
             problems += ["no column is left for the inputs", *self.unnamed(frame)]
@@ -70,49 +70,49 @@ class Columns:
         return inputs
 
     def _candidates(self, frame: Frame) -> list[str]:
-        """Return the columns that may be inputs where data.features names none."""
+        """Return the columns that may be inputs without data.features."""
         return [name for name in frame.names if name not in frame.unnamed or name in (self.categorical or [])]
 
     def unnamed(self, frame: Frame) -> list[str]:
-        """Return a line for each column that is left out because nobody named it."""
+        """Return a warning for each column that is skipped because it has no name."""
         if self.features is not None:
             return []
         used = [*self._candidates(frame), *self.targets, *self.drop, *self.id]
         return [
-            f"column {name!r} of {frame.title} is {what}, and is left out; to use it, name it in data.features or "
+            f"column {name!r} of {frame.title} is {what}, and is skipped; to use it, name it in data.features or "
             "data.categorical"
             for name, what in frame.unnamed.items()
             if name not in used
         ]
 
 
-def row_numbers(whole: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:
-    """Return a line for each input that numbers the rows, and that the recipe does not ask for."""
-    if columns.features is not None or len(whole) < _FEWEST_COUNTED:
+def row_numbers(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:
+    """Return a warning for each input that numbers the rows, unless data.features names it."""
+    if columns.features is not None or len(frame) < _FEWEST_COUNTED:
         return []
     found = []
-    rows = [count for _, count in whole.files]
+    rows = [count for _, count in frame.files]
     for each in state["numeric"]:
         name, reaches = each["name"], abs(each["mean"]) + 4 * each["std"]
         is_reset = _RESET_INDEX.fullmatch(name) is not None
         if "base" in each or (reaches < max(rows) / 2 and not is_reset):
-            continue  # without a look at the column again
-        values = whole.parse(name)[0].values
+            continue  # without reading the column again
+        values = frame.parse(name)[0].values
         if _counts(values) or all(map(_counts, np.split(values, np.cumsum(rows)[:-1]))):
             what = f"numbers the rows ({values.min():.0f} to {values.max():.0f})"
         elif is_reset and _is_distinct(values):
-            what = "is called as pandas calls an index, and has another whole number in each row"
+            what = "is named like an index of pandas, and has another integer in each row"
         else:
             continue
         found.append(
-            f"column {name!r} of {whole.title} {what}, and a model can learn from it how the rows were sorted; list it "
-            "under data.drop, or, if it is a measurement, the inputs under data.features"
+            f"column {name!r} of {frame.title} {what}, and a model can learn from it how the rows were sorted; list it "
+            "under data.drop or, if it is a measurement, the inputs under data.features"
         )
     return found
 
 
 def _is_distinct(values: np.ndarray) -> bool:
-    """Whether they are whole numbers, each another one."""
+    """Whether they are distinct integers."""
     return bool((values == np.floor(values)).all()) and len(np.unique(values)) == len(values)
 
 
@@ -123,7 +123,7 @@ def _counts(values: np.ndarray) -> bool:
 
 
 def fit(frame: Frame, columns: Columns, options: Options, task: Task, several: bool, positive: Any) -> dict[str, Any]:
-    """Return all that is learnt from the training rows; raises UserError with what does not fit."""
+    """Return everything fitted to the training rows; raises UserError."""
     numeric: list[dict[str, Any]] = []
     categorical: list[dict[str, Any]] = []
     for name in columns.inputs(frame):
@@ -148,8 +148,7 @@ def _fit_numbers(frame: Frame, name: str, options: Options) -> dict[str, Any]:
     present = numbers.present
     if not present.any():
         raise UserError(f"column {name!r} has no value in any training row of {frame.title}; list it under data.drop")
-    moments = numbers.moments()
-    _check_spread(name, moments)
+    moments = _moments(name, numbers)
     median = options.missing == "median"
     return {
         "name": name,
@@ -160,9 +159,11 @@ def _fit_numbers(frame: Frame, name: str, options: Options) -> dict[str, Any]:
     } | ({"base": moments.base} if moments.base else {})
 
 
-def _check_spread(name: str, moments: Moments) -> None:
+def _moments(name: str, numbers: Numbers) -> Moments:
+    moments = numbers.moments()
     if not (np.isfinite(moments.mean) and np.isfinite(moments.std)):
         raise UserError(f"column {name!r} holds numbers that are further apart than float64 can hold; scale them")
+    return moments
 
 
 def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]:
@@ -170,9 +171,9 @@ def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]
     found = {label for label in labels if label is not None}
     if options.encode == "one_hot" and len(found) > options.max_categories:
         raise UserError(
-            f"column {name!r} has {len(found)} different values in {len(labels)} training rows, and one-hot columns "
-            f"are made for at most data.max_categories = {options.max_categories}; list it under data.drop, use "
-            "'encode: index', or raise the limit"
+            f"column {name!r} has {len(found)} different values in {len(labels)} training rows, more than "
+            f"data.max_categories = {options.max_categories} one-hot columns; list it under data.drop, use 'encode: "
+            "index', or raise the limit"
         )
     categories: list[str | None] = [*_sorted(found)]
     if any(label is None for label in labels):
@@ -181,20 +182,20 @@ def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]
 
 
 def _fit_target(frame: Frame, targets: list[str], options: Options, task: Task, positive: Any) -> dict[str, Any]:
-    if positive is not None and task != "binary":
-        raise UserError(f"data.positive is for task binary, and the recipe's task is {task}")
-    if options.standardize_target and task != "regression":
-        raise UserError(f"data.standardize_target is for task regression, and the recipe's task is {task}")
+    for key, given, needed in (
+        ("positive", positive is not None, "binary"),
+        ("standardize_target", options.standardize_target, "regression"),
+    ):
+        if given and task != needed:
+            raise UserError(f"data.{key} is for task {needed}, and the recipe's task is {task}")
     if task == "multilabel":
         return {"classes": targets}
     if task == "regression":
         if not options.standardize_target:
             return {}
         columns = target_numbers(frame, targets)
-        moments = [each.moments() for each in columns]
-        for name, each in zip(targets, moments, strict=True):
-            _check_spread(name, each)
-        # along the first dimension of all columns, as ever: another order of summing would give other last bits
+        moments = [_moments(name, each) for name, each in zip(targets, columns, strict=True)]
+        # summed over all columns at once: another order of summing would change the last bits of stored states
         together = np.stack([each.values for each in columns], axis=1)
         with np.errstate(over="ignore", invalid="ignore"):
             usual = zip(together.mean(axis=0).tolist(), together.std(axis=0).tolist(), strict=True)
@@ -213,7 +214,7 @@ def _fit_target(frame: Frame, targets: list[str], options: Options, task: Task, 
         if len(classes) != 2:
             raise UserError(
                 f"column {targets[0]!r} has {len(classes)} classes in the training rows ({listed(classes)}), and task "
-                "binary needs 2; for more of them use task: classification"
+                "binary needs 2; use task: classification for more"
             )
         if positive is not None and str(positive) not in classes:
             raise UserError(
@@ -229,7 +230,7 @@ def _fit_target(frame: Frame, targets: list[str], options: Options, task: Task, 
 
 
 def _sorted(labels: Iterable[str]) -> list[str]:
-    """Return different labels sorted: by value where all are numbers, so that '10' follows '9'; else as text."""
+    """Return the distinct labels sorted, by value if all are numbers ('10' follows '9'), otherwise as text."""
     unique = sorted(set(labels))
     try:
         return sorted(unique, key=float)
@@ -238,22 +239,20 @@ def _sorted(labels: Iterable[str]) -> list[str]:
 
 
 def target_labels(frame: Frame, name: str) -> np.ndarray:
-    """Return the labels of a target column; raises UserError where one is missing."""
+    """Return the labels of a target column; raises UserError for missing ones."""
     labels = frame.labels(name)
     _check_present(frame, name, np.array([label is None for label in labels], dtype=bool))
     return labels
 
 
 def target_numbers(frame: Frame, names: Sequence[str]) -> list[Numbers]:
-    """Return the target columns; raises UserError where a value is missing."""
-    columns = []
-    for name in names:
-        numbers = frame.numbers(name, "target column")
+    """Return the target columns; raises UserError for missing values."""
+    columns = [frame.numbers(name, "target column") for name in names]
+    for name, numbers in zip(names, columns, strict=True):
         _check_present(frame, name, ~numbers.present)
-        columns.append(numbers)
     return columns
 
 
 def _check_present(frame: Frame, name: str, absent: np.ndarray) -> None:
     if absent.any():
-        raise UserError(f"target column {name!r} has no value at {frame.places(absent)}; mend or remove these rows")
+        raise UserError(f"target column {name!r} has no value at {frame.places(absent)}; correct or remove these rows")

@@ -1,4 +1,4 @@
-"""The numbers of a column of a table, their mean and their spread, as exactly as float64 can say them."""
+"""The numbers of a table column, and their mean and deviation as exactly as float64 allows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 WHOLE = 2.0**53
-"""Up to here float64 holds every whole number."""
+"""float64 holds every integer up to here."""
 _CLOSE = 1e5
-"""From this many standard deviations on, a mean is far: its own rounding can be seen in what is left without it."""
+"""A mean of this many standard deviations is far from 0: its rounding shows in the centred numbers."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Numbers:
     values: np.ndarray
     """(rows,) float64, NaN where missing."""
     exact: np.ndarray | None = None
-    """(rows,) int64 or uint64, anything where missing: whole numbers of which float64 cannot hold each."""
+    """(rows,) int64 or uint64, arbitrary where missing: integers that float64 cannot hold."""
 
     @property
     def present(self) -> np.ndarray:
@@ -27,23 +27,23 @@ class Numbers:
         return ~np.isnan(self.values)
 
     def less(self, base: float) -> np.ndarray:
-        """Return the numbers less `base`, (rows,) float64, exact where they are close to it."""
+        """Return the numbers minus `base`, (rows,) float64, exact where they are close to it."""
         distances = self.values - float(base)
         if self.exact is None or not isinstance(base, int):
             return distances
-        # unsigned numbers wrap round, and so does the difference back again
+        # unsigned numbers wrap around, and the difference wraps back
         exact = (self.exact - np.array(base).astype(self.exact.dtype)).view(np.int64)
         return np.where(np.abs(distances) < 2.0**62, exact, distances)
 
     def moments(self) -> Moments:
-        """Return mean and standard deviation (of the population) of the numbers present, of which there is one."""
+        """Return mean and population standard deviation of the numbers present, at least one."""
         present = self.present
         values = self.values[present]
         with np.errstate(over="ignore", invalid="ignore"):
             mean, std = float(values.mean()), float(values.std())
         if 1e-140 < std < 1e140 and abs(mean) < _CLOSE * std:
             return Moments(mean, std, usual=True)
-        # What float64 cannot hold of numbers of this size must not be taken for their spread, nor be lost of it.
+        # the rounding of numbers of this size must neither count as their spread nor hide it
         base = float(values[0]) if self.exact is None else int(self.exact[present][0])
         distances = self.less(base)[present]
         if self._is_constant(values, distances):
@@ -54,7 +54,7 @@ class Numbers:
             return Moments(float(scaled.mean()) * size, float(scaled.std()) * size, base)
 
     def _is_constant(self, values: np.ndarray, distances: np.ndarray) -> bool:
-        """Whether the numbers differ by no more than the rounding of numbers of their size."""
+        """Whether the numbers differ by no more than their rounding."""
         spread = float(distances.max()) - float(distances.min())
         if self.exact is not None:
             return spread == 0
@@ -69,15 +69,15 @@ class Moments:
     """Mean and standard deviation of the numbers of a column."""
 
     mean: float
-    """Of the numbers less `base`."""
+    """Of the numbers minus `base`."""
     std: float
-    """1 for a constant column, which is 0 where it keeps its value."""
+    """1 for a constant column, which standardises to 0."""
     base: float = 0.0
-    """A number among them where they are close to each other and far from 0; an int where they are whole."""
+    """One of the numbers if they are close to each other and far from 0, an int if they are integers."""
     usual: bool = False
-    """Whether they are what the plain formulas give."""
+    """Whether the textbook formulas were exact enough."""
 
 
 def beyond_whole(values: np.ndarray) -> bool:
-    """Whether there are numbers so large that float64 does not hold each whole one."""
+    """Whether there are numbers beyond the integers that float64 holds."""
     return bool((np.abs(values) > WHOLE).any())

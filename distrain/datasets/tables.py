@@ -1,8 +1,7 @@
 """Tables: CSV and Parquet files whose columns become features and targets.
 
-A CSV file is read as text, and what a column holds is decided on the training rows alone: numbers where every value
-there is one, categories otherwise. So '01' stays '01' whichever file it comes from, and a file read for prediction
-cannot change how a column is understood.
+A CSV file is read as text. The training rows alone decide the type of a column: numbers if every value is one,
+otherwise categories. So '01' stays '01' in every file, and a file read for prediction changes no column's type.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ MISSING_VALUES = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", 
 
 @dataclass(frozen=True)
 class TableMeta(DataMeta):
-    """What is known of a table with `encode: index`."""
+    """The facts of a table with `encode: index`."""
 
     cardinalities: tuple[int, ...] | None = None
-    """For each categorical column the number of indices, 0 (unknown) included: the sizes of the embeddings."""
+    """Number of indices of each categorical column, with 0 (unknown): the sizes of the embeddings."""
 
 
 @datasets.register("table", tasks=["classification", "binary", "multilabel", "regression"])
@@ -52,31 +51,31 @@ def table(
 ) -> Data:
     """Rows of CSV or Parquet files: numeric columns standardised, categorical ones one-hot or as indices.
 
-    Everything is fitted on the training rows alone. A numeric column becomes (value - mean) / std, by the mean and the
-    standard deviation (of the population) of the values present; a missing value becomes the column's mean or median
-    (`missing`), with a further 0/1 column where `missing_indicator` asks for it and training rows lack values. Missing
-    is a category of its own where training rows lack one; a category not seen in training is unknown: all zeros in
-    one-hot columns, 0 as an index. How many rows have one is a warning, and an error where all rows of a split do.
+    Everything is fitted on the training rows alone. A numeric column becomes (value - mean) / std, by the mean and
+    population standard deviation of the values present; `missing` replaces a missing value by the column's mean or
+    median, and `missing_indicator` adds a 0/1 column if training rows lack values. Missing is a category of its own if
+    training rows lack one. A category not seen in training is unknown: all zeros in one-hot columns, 0 as an index; it
+    is a warning with the number of rows, and an error if it is every row of a split.
 
-    Columns that nobody named (the index of pandas) are inputs only where `features` or `categorical` names them. The
-    column `id` is no input: it names the rows, in predictions.
+    Unnamed columns (the index of pandas) are inputs only if `features` or `categorical` names them. The column `id` is
+    no input: it identifies the rows in predictions.
 
     `inputs` is (batch, columns) float32 or, with `encode: index`, {"numeric": (batch, numeric) float32, "categorical":
-    (batch, categorical) int64}, whose sizes are in `meta.cardinalities`. `targets` by task: classification (batch,)
-    int64, classes sorted (by value where all are numbers); binary (batch,) float32, where 1 is `positive` or else the
-    class sorted last; multilabel (batch, columns) float32 from columns of 0 and 1; regression (batch,) float32, or
-    (batch, columns) where `target` is a list, standardised with `standardize_target`. With `train.precision: fp64` all
-    that is float32 here is float64.
+    (batch, categorical) int64}, with sizes in `meta.cardinalities`. `targets` by task: classification (batch,) int64,
+    classes sorted (by value if all are numbers); binary (batch,) float32, where 1 is `positive` or else the class
+    sorted last; multilabel (batch, columns) float32 from columns of 0 and 1; regression (batch,) float32, or (batch,
+    columns) if `target` is a list, standardised with `standardize_target`. `train.precision: fp64` replaces float32 by
+    float64.
     """
     options = Options(missing, missing_indicator, encode, max_categories, standardize_target)
     reader = TableReader(delimiter, tuple(missing_values))
     targets = [target] if isinstance(target, str) else target
-    whole, frames = split_frames(request, reader, targets)
-    said: list[str] = []
+    rows, frames = split_frames(request, reader, targets)
+    warnings: list[str] = []
     if request.state is None:
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
-        said += columns.unnamed(whole) + row_numbers(whole, columns, state)
+        warnings += columns.unnamed(rows) + row_numbers(rows, columns, state)
     else:
         state = request.state
     encoder = _Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)
@@ -89,28 +88,28 @@ def table(
         return encoder.encode(reader.read(path), str(path), need_target=False)
 
     files = tuple(dict.fromkeys(path for frame in frames.values() for path, _ in frame.files))
-    return Data(dict(splits), _meta(state, request.task), state, read, files, tuple(said))
+    return Data(dict(splits), _meta(state, request.task), state, read, files, tuple(warnings))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Encoding: fitted values and rows -> tensors
+# Encoding: fitted state and rows -> tensors
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Turns rows into tensors, by what was fitted."""
+    """Turns rows into tensors by the fitted state."""
 
     state: dict[str, Any]
     task: Task
     dtype: np.dtype[Any]
     """float32 or float64, of inputs and targets."""
     id: str | None = None
-    """The column that names the rows."""
+    """The column that identifies the rows."""
 
     def encode(self, frame: Frame, what: str, need_target: bool = True, refuse_unknown: bool = False) -> TensorSource:
-        """Return the rows of `what`. `refuse_unknown`: whether a column whose categories are all unknown is an error.
+        """Return the rows of `what`. `refuse_unknown`: whether a column with only unknown categories is an error.
 
-        It is only a warning where a model is used: a file for prediction may be one row, and an older run is resumed.
+        It is a warning when a trained model is used: a file for prediction may be one row, and old runs must resume.
         """
         state = self.state
         columns = [each["name"] for each in [*state["numeric"], *state["categorical"]]]
@@ -123,14 +122,14 @@ class _Encoder:
                 f"{frame.title} lacks {listed(lacking)}, which the training data had; it has {listed(frame.names)}"
             )
         numeric = self._numbers(frame)
-        indices, said = [], []
+        indices, warnings = [], []
         for each in state["categorical"]:
             labels = frame.labels(each["name"])
             indices.append(_category_indices(each["categories"], labels))
             if unknown := _unknown(each, labels, indices[-1], what):
                 if refuse_unknown and len(frame) > 1 and not indices[-1].any():
-                    raise UserError(f"{unknown}; mend the column, or list it under data.drop")
-                said.append(unknown)
+                    raise UserError(f"{unknown}; correct the column, or list it under data.drop")
+                warnings.append(unknown)
         inputs: torch.Tensor | dict[str, torch.Tensor]
         if state["encode"] == "index":
             stacked = np.stack(indices, axis=1) if indices else np.zeros((len(frame), 0), dtype=np.int64)
@@ -146,7 +145,7 @@ class _Encoder:
                 start += width
             inputs = torch.from_numpy(encoded)
         names = {self.id: frame.table.column(self.id).to_pylist()} if self.id in frame.names else {}
-        return TensorSource(inputs, self._targets(frame) if has_target else None, tuple(said), names)
+        return TensorSource(inputs, self._targets(frame) if has_target else None, tuple(warnings), names)
 
     def _numbers(self, frame: Frame) -> np.ndarray:
         """Return the numeric columns, then the indicators, (rows, columns)."""
@@ -156,7 +155,7 @@ class _Encoder:
             absent = ~numbers.present
             if self.state["missing"] == "error" and absent.any():
                 raise UserError(
-                    f"column {each['name']!r} has no value at {frame.places(absent)}; mend these rows, or set "
+                    f"column {each['name']!r} has no value at {frame.places(absent)}; correct these rows, or set "
                     "data.missing to mean or median"
                 )
             values = numbers.less(each["base"]) if "base" in each else numbers.values
@@ -172,8 +171,8 @@ class _Encoder:
         if not (finite := np.isfinite(cast)).all():
             first = values[int(np.flatnonzero(~finite)[0])]
             raise UserError(
-                f"{what} becomes {first:g} at {frame.places(~finite)}, which {self.dtype} cannot hold; mend or remove "
-                "these rows, or scale the column"
+                f"{what} becomes {first:g} at {frame.places(~finite)}, which {self.dtype} cannot hold; correct or "
+                "remove these rows, or scale the column"
             )
         return cast
 
@@ -186,7 +185,7 @@ class _Encoder:
                 first = int(np.flatnonzero(index < 0)[0])
                 raise UserError(
                     f"column {targets[0]!r} holds {labels[first]!r} at {frame.places(index < 0)}, a class that no "
-                    f"training row has; those have {listed(state['classes'])}. With 'stratify: true' every split has "
+                    f"training row has; they have {listed(state['classes'])}. With 'stratify: true' every split has "
                     "every class"
                 )
             return torch.from_numpy(index if self.task == "classification" else index.astype(self.dtype))
@@ -205,7 +204,7 @@ class _Encoder:
 
 
 def _unknown(column: dict[str, Any], labels: np.ndarray, index: np.ndarray, what: str) -> str:
-    """Return what is to be said of a column's categories that no training row has; nothing where there are none."""
+    """Return the warning about a column's categories that no training row has; empty if there are none."""
     rows = np.flatnonzero(index == 0)
     if not len(rows):
         return ""
@@ -220,8 +219,8 @@ def _unknown(column: dict[str, Any], labels: np.ndarray, index: np.ndarray, what
     for label in counts:
         if (number := _number(label)) is not None and number in as_numbers:
             return (
-                f"{text}; {label!r} is here what {as_numbers[number]!r} is there (pandas writes whole numbers as "
-                "decimal ones where some are missing), so write both in one way"
+                f"{text}; {label!r} here is {as_numbers[number]!r} in the training rows (pandas writes integers as "
+                "decimals if some are missing), so write both alike"
             )
     return text
 
@@ -234,7 +233,7 @@ def _number(label: str | None) -> float | None:
 
 
 def _category_indices(categories: Sequence[str | None], labels: np.ndarray) -> np.ndarray:
-    """Return (rows,) int64: 1 and up for `categories` in order, 0 for what is not among them."""
+    """Return (rows,) int64: 1 and up for `categories` in order, 0 for others."""
     numbers = {category: index for index, category in enumerate(categories, start=1)}
     return np.fromiter((numbers.get(label, 0) for label in labels), np.int64, len(labels))
 

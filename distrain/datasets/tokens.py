@@ -2,10 +2,9 @@
 
 `tokenize_corpus` streams text of any size into a folder of
 
-    index.json          what the tokens are: dtype, tokenizer, vocabulary, and for each shard its tokens, the bytes of
-                        text that they stand for, its documents and its hash
+    index.json          dtype, tokenizer, vocabulary, and for each shard its tokens, bytes of text, documents and hash
     tokens-00000.bin …  the tokens, little-endian, nothing else
-    tokenizer.json      the tokenizer, where it is not bytes
+    tokenizer.json      the tokenizer, unless it is bytes
 
 `open_shards` maps such a folder.
 """
@@ -35,6 +34,7 @@ import xxhash
 
 from distrain.config import UserError
 from distrain.system.bounded_json import SUMMARY, read_bounded, read_json
+from distrain.system.processes import umask
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -48,9 +48,9 @@ class Tokenizer(Protocol):
     """Text <-> token numbers."""
 
     name: str
-    """`bytes`, or the name of the file that it was read from."""
+    """`bytes`, or the name of its file."""
     digest: str
-    """A hash of what it is; tokens of tokenizers with different ones do not mix."""
+    """Hash of its content; tokens of different tokenizers do not mix."""
     vocab_size: int
     """One more than the largest token number."""
     eos_id: int | None
@@ -86,7 +86,7 @@ class FileTokenizer:
     USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
     def __init__(self, path: Path, eos: str | bool = True):
-        """`eos`: True looks for the usual names, False is none, text is the token of that name."""
+        """`eos`: True finds a token by the usual names, False means none, text names the token."""
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
         if not path.is_file():
@@ -104,21 +104,17 @@ class FileTokenizer:
         self.name = path.name
         self.digest = xxhash.xxh3_128_hexdigest(content)
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
-        self.eos_id = None
-        if eos is True:
-            self.eos_id = self.first_id(self.USUAL_EOS)
-            if self.eos_id is None:
-                raise UserError(
-                    f"{path} has none of the usual end-of-text tokens ({', '.join(self.USUAL_EOS)}); name its own with "
-                    "eos, or turn the separator off with eos: false"
-                )
-        elif eos is not False:
-            self.eos_id = self.first_id([eos])
-            if self.eos_id is None:
-                raise UserError(f"eos: {path} has no token {eos!r}")
+        self.eos_id = None if eos is False else self.first_id(self.USUAL_EOS if eos is True else [str(eos)])
+        if self.eos_id is None and eos is True:
+            raise UserError(
+                f"{path} has none of the usual end-of-text tokens ({', '.join(self.USUAL_EOS)}); name its own with "
+                "eos, or turn the separator off with eos: false"
+            )
+        if self.eos_id is None and eos is not False:
+            raise UserError(f"eos: {path} has no token {eos!r}")
 
     def first_id(self, names: Iterable[str]) -> int | None:
-        """Return the number of the first of these tokens that there is."""
+        """Return the number of the first of these tokens that exists."""
         return next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -134,7 +130,7 @@ def load_tokenizer(spec: str | Path, eos: str | bool = True) -> Tokenizer:
     if spec != "bytes":
         return FileTokenizer(Path(spec), eos)
     if not isinstance(eos, bool):
-        raise UserError(f"eos: {eos!r} cannot be chosen for bytes; their EOS is 256, or off with eos: false")
+        raise UserError(f"eos: found {eos!r}, expected true (256) or false for bytes")
     tokenizer = ByteTokenizer()
     if not eos:
         tokenizer.eos_id, tokenizer.vocab_size = None, 256
@@ -152,12 +148,12 @@ Documents = Literal["file", "line"]
 
 @dataclass(frozen=True)
 class _Piece:
-    """A document, or a part of a long one."""
+    """A document, or part of a long one."""
 
     text: bytes
     ends_document: bool
     source: str
-    """Where it comes from, for errors."""
+    """Its origin, for errors."""
 
 
 def _pieces(path: Path, documents: Documents, field: str) -> Iterator[_Piece]:
@@ -191,9 +187,14 @@ def _jsonl_pieces(path: Path, file: IO[bytes], field: str) -> Iterator[_Piece]:
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(
-                f"{path}, line {number} should be an object with text under {field!r}; name another with field"
+                f"{path}, line {number}: expected an object with text under {field!r}; name its key with field"
             )
-        yield from _cut([_utf8(text, f"{path}, line {number}")], f"{path}, line {number}")
+        try:
+            yield from _cut([text.encode()], f"{path}, line {number}")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path}, line {number} holds half of a surrogate pair, which is not text: {error}"
+            ) from error
 
 
 def _parquet_pieces(path: Path, field: str) -> Iterator[_Piece]:
@@ -216,13 +217,6 @@ def _parquet_pieces(path: Path, field: str) -> Iterator[_Piece]:
             yield from _cut([text.encode()], f"{path}, row {number}")
 
 
-def _utf8(text: str, source: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{source} holds half of a surrogate pair, which is no text: {error}") from error
-
-
 def _cut(chunks: Iterable[bytes], source: str) -> Iterator[_Piece]:
     """Cut one document, given in chunks, into pieces of at most `_PIECE_BYTES`."""
     rest = b""
@@ -238,7 +232,7 @@ def _cut(chunks: Iterable[bytes], source: str) -> Iterator[_Piece]:
         yield _Piece(rest, True, source)
 
 
-# From the best place to cut, where the two parts have the tokens of the whole, to the worst.
+# from the best place to cut, where the parts have the tokens of the whole, to the worst
 _CUTS = (re.compile(rb"(?<=\S)\n(?=\S)"), re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\s)(?=\S)"))
 
 
@@ -248,7 +242,7 @@ def _good_cut(text: bytes) -> int:
         places = [match.end() for match in pattern.finditer(text, len(text) * 3 // 4) if match.end() < len(text)]
         if places:
             return places[-1]
-    # The last byte belongs to the next piece, with the rest of the UTF-8 sequence that it is in.
+    # the last byte belongs to the next piece, with the rest of its UTF-8 sequence
     end = len(text) - 1
     return next((at for at in range(end, max(end - 4, 1), -1) if text[at] & 0xC0 != 0x80), end)
 
@@ -278,7 +272,7 @@ class Shard:
     file: str
     tokens: int
     bytes: int
-    """Bytes of source text that the tokens stand for."""
+    """Bytes of source text."""
     documents: int
     """Documents that end in it."""
     xxh3_128: str
@@ -287,7 +281,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What index.json says."""
+    """The content of index.json."""
 
     dtype: Literal["uint16", "uint32"]
     tokenizer: str
@@ -323,19 +317,19 @@ def tokenize_corpus(
 ) -> ShardIndex:
     """Tokenize text files into shards in `out_dir`, which must not exist yet, and return its index.
 
-    `paths` are files, or folders of which every file that is not hidden is taken, in the order of their names; `.jsonl`
-    holds a document a line and `.parquet` a document a row, both under `field`; any other file is text, and is one
-    document or, with `documents="line"`, one document a line (blank ones are skipped). `.gz` is unpacked. `tokenizer`
-    is `bytes` or the path of a Hugging Face tokenizer.json. Each document is followed by EOS (`eos`: True takes the
-    usual token, False none, text the token of that name).
+    `paths` are files, or folders whose files, except hidden ones, are read in the order of their names; `.jsonl` holds
+    a document a line and `.parquet` a document a row, both under `field`; any other file is text, and is one document
+    or, with `documents="line"`, one document a line (blank ones are skipped). `.gz` is unpacked. `tokenizer` is `bytes`
+    or the path of a Hugging Face tokenizer.json. EOS follows each document (`eos`: True is the usual token, False none,
+    text names the token).
 
-    Memory is bounded whatever the corpus (but for one line of it): documents longer than 4 MiB are tokenized in pieces
-    cut between lines. A shard ends with the first piece that brings it to `shard_tokens`. The result depends neither on
-    `workers` nor on the machine. `progress` is called with bytes of text done since the last call. The folder appears
-    by one rename after everything in it is on disk.
+    Memory is bounded by the longest line: documents longer than 4 MiB are tokenized in pieces cut between lines. A
+    shard ends with the first piece that brings it to `shard_tokens`. The result depends neither on `workers` nor on the
+    machine. `progress` is called with the bytes of text since the last call. The folder appears by one rename after
+    everything in it is on disk.
 
-    Raises UserError for files that are not there, not readable as what they are, or not UTF-8 (a tokenizer.json needs
-    text; `bytes` takes anything), for a corpus without text, and where `out_dir` exists.
+    Raises UserError for files that are missing, unreadable or not UTF-8 (`bytes` takes anything), for a corpus without
+    text, and if `out_dir` exists.
     """
     if shard_tokens < 1 or workers < 1:
         raise UserError(f"shard_tokens ({shard_tokens}) and workers ({workers}) should be at least 1")
@@ -365,7 +359,7 @@ def tokenize_corpus(
         for path in folder.iterdir():
             _fsync(path)
         _fsync(folder)
-        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for one user only
+        folder.chmod(0o777 & ~umask())  # mkdtemp makes folders for one user only
         folder.rename(out_dir)
         _fsync(out_dir.parent)
     except BaseException:
@@ -375,7 +369,7 @@ def tokenize_corpus(
 
 
 def corpus_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files among `paths` and those in its folders, but for hidden ones, folder by folder by name."""
+    """Return the files among `paths` and those in its folders except hidden ones, folder by folder by name."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -388,12 +382,12 @@ def corpus_files(paths: Iterable[Path]) -> list[Path]:
             raise UserError(f"the folder {path} has no files")
         files += found
     if not files:
-        raise UserError("no file was given to tokenize")
+        raise UserError("found no file to tokenize, expected at least one")
     return files
 
 
 def tokenize_files(files: Iterable[Path], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """Return the tokens of small files, each followed by EOS where there is one, and the bytes of text in them."""
+    """Return the tokens of small files, each followed by EOS if there is one, and their bytes of text."""
     parts: list[np.ndarray] = []
     size = 0
     for unit in _units(itertools.chain.from_iterable(_pieces(path, "file", "text") for path in files)):
@@ -406,7 +400,7 @@ def tokenize_files(files: Iterable[Path], tokenizer: Tokenizer) -> tuple[np.ndar
 
 
 class _ShardWriter:
-    """Writes pieces of tokens into one shard after the other."""
+    """Writes pieces of tokens into consecutive shards."""
 
     def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int):
         self.shards: list[Shard] = []
@@ -430,7 +424,7 @@ class _ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """End the shard that is being written, if any. One without tokens (text that encodes to nothing) is dropped."""
+        """End the current shard, if any; drops one without tokens (text that encodes to nothing)."""
         if self._file is None:
             return
         self._file.close()
@@ -501,25 +495,19 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Return the index of a folder of shards; raises UserError, naming the file, where it is not one."""
+    """Return the index of a folder of shards; raises UserError, naming the file, if it is invalid."""
     path = folder / INDEX_NAME
     if not path.is_file():
         raise UserError(f"there is no {INDEX_NAME} in {folder}; make a folder of tokens with 'distrain data tokenize'")
     try:
         content = read_json(path, SUMMARY)
         if content["format"] != FORMAT:
-            raise UserError(f"{path} is of format {content['format']}, and this version reads {FORMAT}; tokenize again")
+            raise UserError(f"{path} has format {content['format']}, and this version reads {FORMAT}; tokenize again")
         fields = {key: content[key] for key in ("dtype", "tokenizer", "tokenizer_digest", "vocab_size", "eos_id")}
         index = ShardIndex(**fields, shards=tuple(Shard(**shard) for shard in content["shards"]))
         assert index.dtype in ("uint16", "uint32")
@@ -534,9 +522,27 @@ def read_index(folder: Path) -> ShardIndex:
     return index
 
 
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file, ended by LF or CRLF; other line separators of Unicode are text."""
+    if not path.is_file():
+        raise UserError(f"there is no file at {path}")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{number} is not UTF-8 text: {error.reason}") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path} is empty")
+    return lines
+
+
 def open_shards(folder: Path, index: ShardIndex, verify: bool = False) -> list[np.ndarray]:
     """Map the shards of a folder, each (tokens,) uint16 or uint32, after checking their sizes and, with `verify`,
-    their hashes. Raises UserError naming each file that is not as the index says."""
+    their hashes. Raises UserError naming each file that differs from the index."""
     dtype = np.dtype(index.dtype).newbyteorder("<")
     problems = []
     for shard in index.shards:
@@ -547,10 +553,10 @@ def open_shards(folder: Path, index: ShardIndex, verify: bool = False) -> list[n
         elif (size := path.stat().st_size) != expected:
             problems.append(f"{path} has {size} bytes, and {INDEX_NAME} says {expected}")
         elif verify and _hash_file(path) != shard.xxh3_128:
-            problems.append(f"{path} is not what was written: its hash differs from the one in {INDEX_NAME}")
+            problems.append(f"{path} changed after it was written: its hash differs from the one in {INDEX_NAME}")
     if problems:
         raise UserError("\n".join([*problems, "copy the folder again, or tokenize again"]))
-    # A plain array over the map: slicing numpy's memmap class costs several times as much.
+    # a plain array over the map: slicing numpy's memmap class costs several times as much
     return [np.asarray(np.memmap(folder / shard.file, dtype=dtype, mode="r")) for shard in index.shards]
 
 

@@ -1,8 +1,9 @@
-"""The user's own data: a Dataset, or anything that can be iterated, named in the recipe as `path/to/file.py:name`."""
+"""User data: a Dataset or an iterable, named in the recipe as `path/to/file.py:name`."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from distrain.config import DataSection, Task, UserError, close_names, mix
+from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
 from distrain.datasets.base import (
     AnySource,
@@ -35,33 +36,32 @@ _ITEM = "(inputs, targets), or a dict with 'inputs' and 'targets'"
 _SPLITS = ("train", "valid", "test")
 _TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
 _PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_position_ids")
-"""What says more of a token: that of a padded one is ignored with it, and 0 is among all such."""
+"""Keys that describe tokens: the value at a padded token is ignored, so 0 is safe."""
 
 
 def named_data(request: DataRequest) -> Data:
-    """Build the data set that a recipe names; raises UserError."""
+    """Build the recipe's data set; raises UserError."""
     entry = find_dataset(request.section, request.task)
     if entry.registered:
         data: Data = entry.value(request, **request.section.args)
         return data
-    return own_data(request, entry.value)
+    return user_data(request, entry.value)
 
 
-def own_data(request: DataRequest, made: Any) -> Data:
-    """Build the data set of a class or function of the user's, `made`, which is called with the section's further keys.
+def user_data(request: DataRequest, made: Any) -> Data:
+    """Build the data set of the user's class or function `made`, which is called with the section's further keys.
 
-    It is also given `path` where it takes that, and `split` where it takes that: "train" and "test", or the names in
-    data.split when that is {train: ..., test: ...}. Otherwise it returns one data set, to be cut by data.split, or a
-    dict of them by split. A data set is
+    It also gets `path` and `split` if it takes these; `split` is "train" and "test", or the names in data.split if that
+    is {train: ..., test: ...}. Otherwise it returns one data set, to be cut by data.split, or a dict of them by split.
+    A data set is
 
-    - a Dataset: `__len__` and `__getitem__(index)`, which gives (inputs, targets) or {"inputs": ..., "targets": ...};
-      Python's, NumPy's and PyTorch's global random states are seeded from (seed, epoch, sample) before each item;
-    - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if there, is called before a pass.
+    - a Dataset: `__len__` and `__getitem__(index)`, which returns (inputs, targets) or {"inputs": ..., "targets": ...};
+      Python's, NumPy's and PyTorch's global generators are seeded from (seed, epoch, sample) before each item;
+    - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if present, is called before a pass.
 
-    Inputs are tensors, arrays, numbers, PIL images, or dicts of these. Sequences of different lengths are padded, each
-    key by what it is or by `meta.padding`: see `_padding`. What models need to know comes from an attribute `meta` (a
-    `DataMeta`, or a dict of its fields), from `classes`, and from the first item. A method `read(path)`, if there,
-    returns a Dataset of inputs for prediction.
+    Inputs are tensors, arrays, numbers, PIL images, or dicts of these. Sequences of different lengths are padded: see
+    `_padding`. The facts for models come from an attribute `meta` (a `DataMeta`, or a dict of its fields), from
+    `classes`, and from the first item. A method `read(path)`, if present, returns a Dataset of inputs for prediction.
     """
     splits_made = _made_splits(request, made)
     first = splits_made["train"]
@@ -74,22 +74,23 @@ def own_data(request: DataRequest, made: Any) -> Data:
     if list(splits_made) == ["train"] and not first.is_stream:
         labels = _labels(first, form("train")) if request.section.stratify else None
         for split, indices in split_indices(len(first.dataset), request.section, request.seed, labels).items():
-            splits[split] = OwnSource(first, form(split), mix(request.seed, split), indices)
+            splits[split] = UserSource(first, form(split), mix(request.seed, split), indices)
     else:
-        if isinstance(request.section.split, list) or hasattr(request.section.split, "fold"):
+        if isinstance(request.section.split, list | FoldSplit):
             found = "is a stream" if first.is_stream else "gives its splits itself"
-            raise UserError(f"data.split: {request.section.name} {found}, and cannot be cut; take data.split out")
-        for split, each in splits_made.items():
-            if each.is_stream:
-                splits[split] = OwnStream(each, form(split))
-            else:
-                splits[split] = OwnSource(each, form(split), mix(request.seed, split))
+            raise UserError(f"data.split: {request.section.name} {found}, and cannot be cut; remove data.split")
+        splits = {
+            split: UserStream(each, form(split))
+            if each.is_stream
+            else UserSource(each, form(split), mix(request.seed, split))
+            for split, each in splits_made.items()
+        }
 
     def read(path: Path) -> Source:
         inputs = _Made(f"{first.name}.read", lambda: first.dataset.read(path))
         if inputs.is_stream:
-            raise UserError(f"{inputs.name} gives a stream; expected a Dataset with __len__ and __getitem__")
-        return OwnSource(inputs, form("read"), mix(request.seed, "read"))
+            raise UserError(f"{inputs.name} returned a stream, expected a Dataset with __len__ and __getitem__")
+        return UserSource(inputs, form("read"), mix(request.seed, "read"))
 
     return Data(splits, meta, {}, read if hasattr(first.dataset, "read") else None)
 
@@ -99,7 +100,7 @@ def own_data(request: DataRequest, made: Any) -> Data:
 
 
 class _Made:
-    """A data set that the user's code made, and how it is made again."""
+    """A data set of the user's code, and the function that makes it again."""
 
     def __init__(self, name: str, make: Callable[[], Any]):
         self.name = name
@@ -109,48 +110,46 @@ class _Made:
         self.is_stream = isinstance(self.dataset, IterableDataset) or not listed
         if self.is_stream and not hasattr(self.dataset, "__iter__"):
             raise UserError(
-                f"{name} gives a {type(self.dataset).__name__}; expected a Dataset with __len__ and __getitem__, or an "
-                "iterable"
+                f"{name} returned a {type(self.dataset).__name__}, expected a Dataset with __len__ and __getitem__, or "
+                "an iterable"
             )
 
     def walk(self) -> Iterator[Any]:
-        """Start a pass over a stream. A generator is used up by one, so it is made anew."""
+        """Start a pass over a stream. A pass exhausts a generator, so it is made again."""
         return iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
 
 
 def _made_splits(request: DataRequest, made: Any) -> dict[str, _Made]:
-    """Return the user's data sets by split; only `train` where there is a single one."""
+    """Return the user's data sets by split; only `train` for a single one."""
     spec, wanted = request.section.name, request.section.split
     call, takes_split = _factory(request, made)
     if takes_split:
         names = wanted if isinstance(wanted, dict) else {"train": "train", "test": "test"}
         return {split: _Made(spec, lambda name=name: call(split=name)) for split, name in names.items()}  # type: ignore[misc]
     if isinstance(wanted, dict):
+        raise UserError(f"data.split: {spec} takes no argument 'split' for {', '.join(wanted.values())}; add one")
+    made_data = call()
+    if not isinstance(made_data, Mapping):
+        return {"train": _Made(spec, _first_then(made_data, call))}
+    if "train" not in made_data or not set(made_data) <= set(_SPLITS):
         raise UserError(
-            f"data.split: {spec} takes no argument 'split' to be given {', '.join(wanted.values())}; add one"
-        )
-    whole = call()
-    if not isinstance(whole, Mapping):
-        return {"train": _Made(spec, _first_then(whole, call))}
-    if "train" not in whole or not set(whole) <= set(_SPLITS):
-        raise UserError(
-            f"{spec} gives a dict of {', '.join(map(str, whole))}; expected train, and maybe valid and test"
+            f"{spec} returned a dict of {', '.join(map(str, made_data))}, expected train, and maybe valid and test"
         )
     return {
-        split: _Made(spec, _first_then(whole[split], lambda split=split: call()[split]))  # type: ignore[misc]
+        split: _Made(spec, _first_then(made_data[split], lambda split=split: call()[split]))  # type: ignore[misc]
         for split in _SPLITS
-        if split in whole
+        if split in made_data
     }
 
 
 def _first_then(first: Any, make: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that gives `first` at its first call and what `make` gives at later ones."""
+    """Return a function that returns `first` at its first call and calls `make` later."""
     ready = [first]
     return lambda: ready.pop() if ready else make()
 
 
 def _factory(request: DataRequest, made: Any) -> tuple[Callable[..., Any], bool]:
-    """Return the user's function with the recipe's arguments, checked, and whether it takes `split` as well."""
+    """Return the user's function with the recipe's checked arguments, and whether it takes `split`."""
     spec, args = request.section.name, request.section.args
     if not callable(made):
         raise UserError(f"{spec} is a {type(made).__name__}; expected a class, or a function that returns a data set")
@@ -162,7 +161,7 @@ def _factory(request: DataRequest, made: Any) -> tuple[Callable[..., Any], bool]
         if takes(made, "path"):
             args["path"] = str(request.base / request.section.path)
         else:
-            problems.append(f"data.path: {spec} takes no argument 'path'; add one, or take data.path out")
+            problems.append(f"data.path: {spec} takes no argument 'path'; add one, or remove data.path")
     elif "path" in named and named["path"].default is inspect.Parameter.empty:
         problems.append(f"data.path: {spec} needs it, and it was not given")
     if problems:
@@ -174,64 +173,59 @@ def _factory(request: DataRequest, made: Any) -> tuple[Callable[..., Any], bool]
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{spec} failed: {_told(error)}") from error
+            raise UserError(f"{spec} failed: {_error_text(error)}") from error
 
     return call, "split" in named
 
 
-def _told(error: Exception) -> str:
-    """Return what went wrong and the line of the user's code where it did."""
+def _error_text(error: Exception) -> str:
+    """Return the error and the line of the user's code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if frame.filename != __file__] or list(frames)
     return f"{error_line(error)} ({theirs[0].filename}:{theirs[0].lineno})"
 
 
 def _labels(made: _Made, form: _Form) -> np.ndarray:
-    """Return the class of every sample: the Dataset's own list of targets, or those of its items one by one."""
+    """Return the class of every sample: from the Dataset's `targets`, or from its items one by one."""
     listed = getattr(made.dataset, "targets", None)
     if listed is None:
-        source = OwnSource(made, form, 0)
+        source = UserSource(made, form, 0)
         listed = [source.fetch(np.array([number]))["targets"].item() for number in range(len(source))]
     return np.asarray(listed)
 
 
 def _meta(made: _Made, request: DataRequest) -> DataMeta:
-    """Return what the data set says of itself, filled up from its first item."""
+    """Return the facts of the data set's `meta`, completed from its `classes` and first item."""
     task = request.task
-    said = getattr(made.dataset, "meta", None)
-    if isinstance(said, Mapping):
+    given = getattr(made.dataset, "meta", None)
+    if isinstance(given, Mapping):
         known = [each.name for each in fields(DataMeta)]
-        if unknown := [key for key in said if key not in known]:
+        if unknown := [key for key in given if key not in known]:
             raise UserError(f"{made.name}: meta has an unknown key {unknown[0]!r}{close_names(str(unknown[0]), known)}")
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in said.items()
-        }
-        said = DataMeta(**values)
-    _check_padding(made.name, said)
-    meta = said if isinstance(said, DataMeta) else DataMeta()
+        given = DataMeta(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    meta = given if isinstance(given, DataMeta) else DataMeta()
+    padding = meta.padding or {}
+    if not (isinstance(padding, Mapping) and all(isinstance(each, int | float) for each in padding.values())):
+        raise UserError(f"{made.name}: meta's padding is {padding!r}; expected a dict of a number for each key")
     if (classes := getattr(made.dataset, "classes", None)) is not None and meta.class_names is None:
         meta = replace(meta, class_names=tuple(map(str, classes)))
     if meta.num_classes is None and meta.class_names is not None:
         meta = replace(meta, num_classes=len(meta.class_names))
+    form = _Form.of(request, meta, "train", made.name)
     if made.is_stream:
-        stream = OwnStream(made, _Form.of(request, meta, "train", made.name))
-        item = next(iter(stream), None)
-        if item is None:
-            raise UserError(f"{made.name}: the training stream has no samples")
-        batch = stream.collate([item])
+        stream = UserStream(made, form)
+        items = list(itertools.islice(stream, 1))
+        batch = stream.collate(items) if items else None
     else:
-        if len(made.dataset) == 0:
-            raise UserError(f"{made.name}: the training split has no samples")
-        batch = OwnSource(made, _Form.of(request, meta, "train", made.name), 0).fetch(np.zeros(1, np.int64))
+        batch = UserSource(made, form, 0).fetch(np.zeros(1, np.int64)) if len(made.dataset) else None
+    if batch is None:
+        raise UserError(f"{made.name}: the training {'stream' if made.is_stream else 'split'} has no samples")
     inputs, targets = batch["inputs"], batch.get("targets")
     if targets is None:
         raise UserError(f"{made.name}: the first item has inputs and no targets; expected {_ITEM}")
-    # Tokens are sequences of any length; what has a shape of its own is measured.
-    if (
-        meta.input_shape is None
-        and isinstance(inputs, torch.Tensor)
-        and (inputs.is_floating_point() or inputs.ndim > 3)
-    ):
+    # tokens are sequences of any length and have no fixed shape
+    has_shape = isinstance(inputs, torch.Tensor) and (inputs.is_floating_point() or inputs.ndim > 3)
+    if meta.input_shape is None and has_shape:
         meta = replace(meta, input_shape=tuple(inputs.shape[1:]))
     if meta.num_targets is None and task in ("regression", "multilabel"):
         meta = replace(meta, num_targets=targets.shape[1] if targets.ndim > 1 else 1)
@@ -242,8 +236,8 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
 # Sources
 
 
-class OwnSource:
-    """A Dataset of the user's, or the items `indices` of it, one item at a time."""
+class UserSource:
+    """A Dataset of the user, or its items `indices`, read one by one."""
 
     def __init__(self, made: _Made, form: _Form, seed: int, indices: np.ndarray | None = None):
         self.made = made
@@ -258,7 +252,7 @@ class OwnSource:
         return self.fetch_at(ids, np.zeros_like(ids))
 
     def fetch_at(self, ids: np.ndarray, epochs: np.ndarray) -> Batch:
-        """Return the samples `ids` as in `epochs`, both (batch,) int64: a Dataset may augment them anew in each."""
+        """Return the samples `ids` as in `epochs`, both (batch,) int64: a Dataset may augment them in each epoch."""
         samples = []
         numbers = ids if self.indices is None else self.indices[ids]
         with isolated_randomness():
@@ -268,33 +262,26 @@ class OwnSource:
                 try:
                     item = self.made.dataset[number]
                 except Exception as error:
-                    told = f"{self.made.name}: item {number} cannot be read: {_told(error)}"
-                    raise (CorruptSample(sample, told) if CorruptSample.is_why(error) else UserError(told)) from error
+                    text = f"{self.made.name}: item {number} cannot be read: {_error_text(error)}"
+                    raise (CorruptSample(sample, text) if CorruptSample.is_why(error) else UserError(text)) from error
                 samples.append(_pair(item, f"{self.made.name}: item {number}"))
-        batch = collate(samples, self.form)
-        if found := self.form.problem(batch):
-            row, problem = found
-            raise UserError(
-                f"{self.made.name}: item {numbers[row]}, sample {ids[row]} of its split: {problem}; mend the item or "
-                "leave it out"
-            )
+        batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
         return {**batch, "ids": torch.from_numpy(ids)}
 
 
-class OwnStream:
-    """An iterable of the user's."""
+class UserStream:
+    """An iterable of the user."""
 
     def __init__(self, made: _Made, form: _Form):
         self.made = made
         self.form = form
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the user's iterable which pass comes next, if it wants to know."""
         if hasattr(self.made.dataset, "set_epoch"):
             self.made.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, int]]:
-        """Yield (inputs, targets or None, number) of one item after the other."""
+        """Yield (inputs, targets or None, number) of each item."""
         number = 0
         try:
             for item in self.made.walk():
@@ -304,20 +291,14 @@ class OwnStream:
             raise
         except Exception as error:
             where = f"{self.made.name}: item {number} of the stream"
-            raise UserError(f"{where} cannot be read: {_told(error)}") from error
+            raise UserError(f"{where} cannot be read: {_error_text(error)}") from error
 
     def collate(self, samples: list[tuple[Any, Any, int]]) -> Batch:
-        batch = collate(samples, self.form)
-        if found := self.form.problem(batch):
-            row, problem = found
-            raise UserError(
-                f"{self.made.name}: item {samples[row][2]} of the stream: {problem}; mend the item or leave it out"
-            )
-        return batch
+        return collate(samples, self.form, lambda row: f"item {samples[row][2]} of the stream")
 
 
 def _pair(item: Any, name: str) -> tuple[Any, Any]:
-    """Return (inputs, targets or None) of an item; `name` says which for the error."""
+    """Return (inputs, targets or None) of an item; `name` identifies it in the error."""
     if isinstance(item, Mapping) and "inputs" in item and set(item) <= {"inputs", "targets"}:
         return item["inputs"], item.get("targets")
     if isinstance(item, tuple | list) and len(item) in (1, 2):
@@ -332,10 +313,10 @@ def _pair(item: Any, name: str) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Form:
-    """What the items of a split become."""
+    """How the items of a split become batches."""
 
     name: str
-    """Of the data set, for errors."""
+    """The data set's, for errors."""
     task: Task
     pad_id: int | None
     padding: Mapping[str, float]
@@ -350,17 +331,13 @@ class _Form:
         }.get(request.task, meta.num_classes)
         return cls(name, request.task, meta.pad_id, meta.padding or {}, request.dtype, request.labels(split, known))
 
-    def problem(self, batch: Batch) -> tuple[int, str] | None:
-        """Return the row of the first target that is none, and what is wrong with it; None where all are fine."""
-        return self.labels.problem(batch["targets"]) if "targets" in batch else None
-
     def image(self, value: Any) -> torch.Tensor:
-        """Return an input as a tensor: that of `tensor`, and black and white as bytes."""
+        """Return an input as a tensor, black-and-white images as bytes."""
         return self.tensor(value.convert("L") if isinstance(value, Image.Image) and value.mode == "1" else value)
 
     def tensor(self, value: Any) -> torch.Tensor:
         if isinstance(value, Image.Image):
-            if value.mode.startswith("I;16"):  # in the order of bytes of this machine
+            if value.mode.startswith("I;16"):  # astype converts to this machine's byte order
                 return torch.from_numpy(np.asarray(value).astype(np.uint16))[None]
             from torchvision.transforms.v2 import functional
 
@@ -374,11 +351,11 @@ class _Form:
             raise UserError(
                 f"{self.name}: a {found} cannot become a tensor ({error}); expected numbers or arrays"
             ) from error
-        # NumPy's and Python's default of 64 bits is seldom meant, and weights of 32 bits cannot be multiplied with it.
+        # float64 is NumPy's default and rarely intended; float32 weights cannot be multiplied with it
         return tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor
 
     def targets(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return targets in the type of the task: int64 for classes and tokens, floats otherwise."""
+        """Return targets as int64 for classes and tokens, as floats otherwise."""
         if self.task in ("classification", *TOKEN_TASKS):
             if targets.is_floating_point():
                 raise UserError(f"{self.name}: targets are {targets.dtype}; task {self.task} expects whole numbers")
@@ -386,11 +363,11 @@ class _Form:
         return targets.to(self.dtype)
 
 
-def collate(samples: Sequence[tuple[Any, ...]], form: _Form) -> Batch:
-    """Return samples as one batch, without `ids`.
+def collate(samples: Sequence[tuple[Any, ...]], form: _Form, name: Callable[[int], str]) -> Batch:
+    """Return samples as one batch, without `ids`; `name` describes the sample of a row in errors.
 
-    Sequences (one or two dimensions, the first of them time) of different lengths are padded at the end. Images of
-    different sizes become a list, for a transform to make equal.
+    Sequences (one or two dimensions, time first) of different lengths are padded at the end. Images of different sizes
+    become a list, for a transform to resize.
     """
     inputs = [sample[0] for sample in samples]
     batch: Batch = {}
@@ -402,6 +379,8 @@ def collate(samples: Sequence[tuple[Any, ...]], form: _Form) -> Batch:
         batch["inputs"] = tensors if ragged else _joined(tensors, "inputs", form)
     if samples[0][1] is not None:
         batch["targets"] = form.targets(_joined([form.tensor(sample[1]) for sample in samples], "targets", form))
+        if found := form.labels.problem(batch["targets"]):
+            raise UserError(f"{form.name}: {name(found[0])}: {found[1]}; correct or remove the item")
     return batch
 
 
@@ -420,11 +399,10 @@ def _joined(tensors: list[torch.Tensor], key: str, form: _Form) -> torch.Tensor:
 
 
 def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> float:
-    """Return what sequences of different lengths are padded with.
+    """Return the padding value for sequences of different lengths.
 
-    That is what `meta.padding` says of the key. Without it `pad_id` for tokens (0, if no token is 0), 0 for masks,
-    positions, types and floats, and for targets what the loss leaves out. What these do not cover is refused: nothing
-    that pads may be taken for what was measured.
+    It is `meta.padding` of the key; otherwise `pad_id` for tokens (0, if no token is 0), 0 for masks, positions, types
+    and floats, and the target that the loss ignores for targets. All else is refused: padding must never pass for data.
     """
     if key in form.padding:
         return form.padding[key]
@@ -433,14 +411,14 @@ def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> f
         if form.labels.ignored is not None:
             return form.labels.ignored
         raise UserError(
-            f"{what} of one batch have different lengths, and no number stands for none; give targets of one length, "
-            f"set loss.ignore_index where the loss has one, or {give}"
+            f"{what} of one batch have different lengths, and the loss ignores no number; give targets of one length, "
+            f"set loss.ignore_index if the loss has one, or {give}"
         )
     first = tensors[0]
     if first.is_floating_point():
         if key.endswith("mask") and any(bool((each < 0).any()) for each in tensors):
             raise UserError(
-                f"{what} are of different lengths and below 0, as a mask that is added, where 0 leaves a token in; "
+                f"{what} have different lengths and values below 0, like an additive mask, where 0 keeps a token; "
                 f"{give.replace(': 0', ': -10000')}"
             )
         return 0
@@ -455,20 +433,11 @@ def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> f
             return form.pad_id
         if any(bool((each == 0).any()) for each in tensors):
             raise UserError(
-                f"{what} of one batch have different lengths, and 0, which they would be padded with, is among them; "
-                "say what pads them in meta, as {'pad_id': 0}, in a number that stands for nothing else"
+                f"{what} of one batch have different lengths, and their values include 0, the padding; set a padding "
+                "id in meta, as {'pad_id': 0}, that no token has"
             )
         return 0
     raise UserError(
-        f"{what} of one batch have different lengths, and it is not known what pads them ({first.dtype}); {give}, with "
-        "a number that stands for nothing else"
+        f"{what} of one batch have different lengths, and their padding is unknown ({first.dtype}); {give}, with a "
+        "number that no item holds"
     )
-
-
-def _check_padding(name: str, meta: Any) -> None:
-    padding = getattr(meta, "padding", None)
-    if padding is None:
-        return
-    fits = isinstance(padding, Mapping) and all(isinstance(each, int | float) for each in padding.values())
-    if not fits:
-        raise UserError(f"{name}: meta's padding is {padding!r}; expected a dict of a number for each key")

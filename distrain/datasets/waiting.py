@@ -1,7 +1,7 @@
-"""What is said of a batch that does not come: who owes it, where that process is, and what can be done.
+"""Reports about a batch that does not come: which process owes it, where that is, and what to do.
 
-A loader that is slow is as good as one that is fast, so nothing here ends it early. A wait is looked at about every
-second, by the thread that waits where loader processes make the batch, and by another where it is made in this process.
+A slow loader is valid, so only the watchdog's limit ends a wait. A wait is checked about every second: by the waiting
+thread if loader processes make the batch, by another thread if this process does.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from distrain.system.output import echo, echo_error, lines
 from distrain.system.processes import process_state
 
 log = logging.getLogger("distrain")
-log.addHandler(logging.NullHandler())  # what a run has no log for is said on the terminal alone
+log.addHandler(logging.NullHandler())  # without a run's log the terminal alone shows it
 
-SAY_AFTER_S = 10.0
-"""How long a batch is waited for before that is said; said again after three times as long, and so on."""
-LOOK_EVERY_S = 1.0
+WARN_AFTER_S = 10.0
+"""Wait for a batch before the first warning; the next follows after three times as long, and so on."""
+CHECK_EVERY_S = 1.0
 _GROWS = 3
 _LINES, _SAMPLES = 4, 8
 """Lines of a stack and samples of a batch in a message."""
 _STARTLED_S = 1.0
-"""How much later than planned a look may come and still count as a wait in full."""
+"""Delay of a check that still counts as waiting."""
 _LEAVE_S = 10.0
-"""How long a process may take to leave what it is in by itself."""
+"""Time for the main thread to leave its read by itself."""
 
 while_waiting: list[Callable[[float], None]] = []
-"""Called about every second of a wait for loader processes, with its seconds; what one raises ends the wait."""
+"""Called about every second of a wait for loader processes with its seconds; an exception ends the wait."""
 
 _reached: Counter[int] = Counter()
-"""How many waits of this process have lasted for so many messages."""
+"""Waits of this process that reached each number of warnings."""
 
 
 class Wait:
     """The waits of one pass over data, one batch after another."""
 
     def __init__(self, workers: int, what: str = "the next batch"):
-        """`workers` processes make the batches, in turn; this one where that is 0. `what` is waited for, in words."""
+        """`workers` processes make the batches, in turn, or this one if that is 0. `what`: the awaited item."""
         self.processes: Sequence[BaseProcess] = ()
-        """The loader processes, once they have started."""
+        """The loader processes, once started."""
         self.over: str | None = None
-        """Why waiting was given up."""
+        """Reason for ending the wait."""
         self._workers, self._what = workers, what
         self.thread = threading.get_ident()
         """The thread that waits."""
         self._batch: int | None = None
-        """The number of the one that is waited for."""
-        self._said = 0
-        self._waited_s = self._looked_at = 0.0
+        """The number of the awaited one."""
+        self._warnings = 0
+        self._waited_s = self._checked_at = 0.0
         self._life = heartbeat.life(heartbeat.now())
         self._taken = 0
         self._places: deque[Place] = deque()
 
     def noting(self, places: Iterable[Place]) -> Iterator[Place]:
-        """Yield the same, and keep those of which the batch has not come."""
+        """Yield the same places, and keep those whose batch has not come."""
         for place in places:
             self._places.append(place)
             yield place
@@ -75,7 +75,7 @@ class Wait:
     @contextmanager
     def for_batch(self) -> Iterator[None]:
         """Wait for the next batch in this block."""
-        self._said, self._waited_s, self._looked_at = 0, 0.0, time.monotonic()
+        self._warnings, self._waited_s, self._checked_at = 0, 0.0, time.monotonic()
         self._batch = self._taken + 1
         try:
             yield
@@ -85,14 +85,14 @@ class Wait:
         if self._places:
             self._places.popleft()
 
-    def look(self) -> None:
-        """Say what is due of the wait. Raises UserError where nothing may be waited for so long."""
+    def check(self) -> None:
+        """Warn about the wait if due. Raises UserError once it exceeds the watchdog's limit."""
         batch, now, clock = self._batch, heartbeat.now(), time.monotonic()
         if batch is None:
             return
-        # time in which this process was stopped itself is no wait
-        self._waited_s += min(clock - self._looked_at, LOOK_EVERY_S + _STARTLED_S)
-        self._looked_at = clock
+        # time in which this process was stopped itself does not count
+        self._waited_s += min(clock - self._checked_at, CHECK_EVERY_S + _STARTLED_S)
+        self._checked_at = clock
         if not self._workers and (life := heartbeat.life(now)) != self._life:
             self._life, self._waited_s = life, 0.0
         if self._workers:
@@ -101,20 +101,20 @@ class Wait:
         limit = now.limit() if now.limit is not None and not now.watched else None
         if limit is not None and self._waited_s >= limit and not self._is_debugged():
             raise UserError(
-                f"{self._report()}\nnothing is waited for any longer than that: the section watchdog of the recipe "
-                f"allows {_in_words(limit)}\n{self._cure()}"
+                f"{self._report()}\nthe wait ends here: the recipe's watchdog section allows {_duration(limit)}\n"
+                f"{self._advice()}"
             )
-        if self._waited_s < SAY_AFTER_S * _GROWS**self._said:
+        if self._waited_s < WARN_AFTER_S * _GROWS**self._warnings:
             return
-        self._said += 1
-        _reached[self._said] += 1
-        # of a loader that is always slow the 1st, 2nd, 4th, 8th, … such wait is said
-        if _reached[self._said].bit_count() > 1:
+        self._warnings += 1
+        _reached[self._warnings] += 1
+        # a loader that is always slow is reported at the 1st, 2nd, 4th, 8th, … such wait
+        if _reached[self._warnings].bit_count() > 1:
             return
         try:
-            parts = [self._report(), self._cure() if self._said == 1 else "", _end()]
-        except OSError as error:  # what is said must not end what it is about
-            parts = [f"{_in_words(self._waited_s)} without a batch; what is waited for cannot be found out: {error}"]
+            parts = [self._report(), self._advice() if self._warnings == 1 else "", _end()]
+        except OSError as error:  # a failed report must not end the run
+            parts = [f"{_duration(self._waited_s)} without a batch; the cause cannot be read: {error}"]
         if self._batch == batch:
             text = "\n".join(filter(None, parts))
             log.warning("%s", text)
@@ -127,9 +127,9 @@ class Wait:
         return stacks.stack_of(sys._current_frames().get(self.thread))
 
     def _report(self) -> str:
-        """Return who owes the batch, for how long, and what that process does."""
-        waited = _in_words(self._waited_s)
-        what = f"the batch of the samples {_in_short(self._places[0][1])}" if self._places else self._what
+        """Return which process owes the batch, for how long, and what it does."""
+        waited = _duration(self._waited_s)
+        what = f"the batch of the samples {_shortened(self._places[0][1])}" if self._places else self._what
         if not self._workers:
             return f"this process has been reading {what} for {waited}, at{_shown(self._stack())}"
         worker = self._taken % self._workers
@@ -145,23 +145,23 @@ class Wait:
             ]
         )
 
-    def _cure(self) -> str:
+    def _advice(self) -> str:
         if not self._workers:
             return ""
         return (
-            "it may be slow, and then goes on. If it hangs, data.workers=0 shows what it does in the training process. "
-            "A fork copies locks as they are, and connections and open files along with their place: a loader process "
-            "waits for ever for a lock that was taken. Make them in __getitem__, where they are used first"
+            "if it is slow, training continues. If it hangs, data.workers=0 shows it in the training process. A fork "
+            "copies locks, connections and open files in their current state: a loader process waits forever for a "
+            "lock that was held. Open them in __getitem__, at first use"
         )
 
 
 def _end() -> str:
     now = heartbeat.now()
     if now.limit is None:
-        return "nothing ends this wait but a person"
+        return "this wait has no limit"
     if (limit := now.limit()) is None:
-        return "nothing ends this wait but a person: the section watchdog of the recipe has no limit for it"
-    return f"it ends after {_in_words(limit)} of this, by the section watchdog of the recipe"
+        return "this wait has no limit in the recipe's watchdog section"
+    return f"the recipe's watchdog section ends it after {_duration(limit)}"
 
 
 def _who() -> str:
@@ -171,48 +171,48 @@ def _who() -> str:
 def _doing(pid: int | None) -> str:
     """Return what a loader process does, from the kernel and its stack."""
     if pid is None:
-        return "it has not come to its first sample"
+        return "it has not reached its first sample"
     state = process_state(pid, 0)
     process = f"process {pid} "
     if state in ("T", "t"):
-        return f"{process}is stopped, by {'a debugger' if state == 't' else f'SIGSTOP: kill -CONT {pid} lets it go on'}"
+        return f"{process}is stopped, by {'a debugger' if state == 't' else f'SIGSTOP: kill -CONT {pid} continues it'}"
     stack = stacks.loader_stack(pid) or []
     if state == "D":
-        why = "waits in the kernel (state D), as for a disk or for a network mount that is gone"
+        why = "waits in the kernel (state D), as for a disk or a lost network mount"
     elif stack and stacks.is_idle_loader(stack):
-        return f"{process}has made it, and cannot hand it over: another process may hold the queue"
+        return f"{process}has made it but cannot hand it over: another process may hold the queue"
     else:
         why = {"R": "computes", "S": "sleeps or waits"}.get(state or "", "is there")
     return f"{process}{why}{f', at{_shown(stack)}' if stack else ''}"
 
 
 def _shown(stack: stacks.Stack) -> str:
-    """Return the innermost lines of a stack, each on a line."""
+    """Return the innermost frames of a stack, one a line."""
     found = stacks.without_machinery(stack) or stack[:1]
     shown = [f"{frame}{f': {source}' if (source := frame.source()) else ''}" for frame in found[:_LINES]]
     return "".join(f"\n    {each}" for each in shown)
 
 
-def _in_short(ids: np.ndarray) -> str:
+def _shortened(ids: np.ndarray) -> str:
     wanted = list(dict.fromkeys(np.where(ids < 0, -1 - ids, ids).tolist()))
     return ", ".join(map(str, wanted[:_SAMPLES])) + (
         f" and {more} more" if (more := len(wanted) - _SAMPLES) > 0 else ""
     )
 
 
-def _in_words(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} minutes" if seconds >= 120 else f"{seconds:.3g} s"
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Where this process makes the batches
+# Batches made by this process
 
 
 @contextmanager
-def looked_at(wait: Wait) -> Iterator[None]:
-    """While this block runs, have another thread look at the waits of this one, and end one that lasts too long."""
+def watched(wait: Wait) -> Iterator[None]:
+    """While this block runs, another thread checks the waits of this one, and ends one that exceeds the limit."""
     left = threading.Event()
-    threading.Thread(target=_look, args=(wait, left), name="waiting", daemon=True).start()
+    threading.Thread(target=_check_until, args=(wait, left), name="waiting", daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
@@ -225,22 +225,22 @@ def looked_at(wait: Wait) -> Iterator[None]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Have what this block waits for looked at in the same way: it reads `what`, in this process."""
+    """Watch this block, which reads `what` in this process, as one wait."""
     wait = Wait(0, what)
-    with looked_at(wait), wait.for_batch():
+    with watched(wait), wait.for_batch():
         yield
 
 
-def _look(wait: Wait, left: threading.Event) -> None:
-    while not left.wait(min(LOOK_EVERY_S, SAY_AFTER_S / 4)):
+def _check_until(wait: Wait, left: threading.Event) -> None:
+    while not left.wait(min(CHECK_EVERY_S, WARN_AFTER_S / 4)):
         try:
-            wait.look()
+            wait.check()
         except UserError as error:
             _leave(wait, left, str(error))
 
 
 def _leave(wait: Wait, left: threading.Event, why: str) -> None:
-    """End what the main thread is in, as Ctrl-C does; where it cannot be left so, end this process."""
+    """Interrupt the main thread as Ctrl-C does; if that does not end its read, end this process."""
     wait.over = why
     main = threading.main_thread().ident
     if main == wait.thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

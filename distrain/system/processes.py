@@ -47,3 +47,10 @@ def process_state(pid: int, started: int) -> str | None:
     """
     found = process_stat(pid)
     return found.state if found and started in (0, found.started) else None
+
+
+def umask() -> int:
+    """Return the file mode creation mask of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -72,7 +72,7 @@ def test_folders_for_the_splits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*tset for test; did you mean 'test'"):
         build("image_folder", tmp_path, split={"train": "train", "test": "tset"})
     picture(tmp_path / "test" / "bb" / "0.png", 9)
-    with pytest.raises(UserError, match=r"has a folder 'bb'.*no class of the training split; its classes are a, b"):
+    with pytest.raises(UserError, match=r"has a folder 'bb'.*not a class of the training split: a, b"):
         build("image_folder", tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_does_not_decode_is_named(folder: Path, workers: int) -> Non
     broken = source.paths[4]  # type: ignore[union-attr]
     broken.write_bytes(broken.read_bytes()[:40])
     loader = build_eval_loader(source, rank=0, world_size=1, batch_size=2, workers=workers)
-    with pytest.raises(UserError, match=rf"^sample 4, {broken}, cannot be decoded as an image: .*; mend the file"):
+    with pytest.raises(UserError, match=rf"^sample 4, {broken}, cannot be decoded as an image: .*; repair or remove the file"):
         list(loader)
 
 
@@ -219,7 +219,7 @@ def test_numbers_are_scaled_from_the_range_that_is_given(
     found = decode_image(path, None, "gray", (black, white))[0].numpy()
     assert found.tolist() == np.minimum(np.floor(256 * shares), 255).tolist()
     outside = (black, (black + white) / 2)
-    with pytest.raises(UserError, match=rf"{path} holds numbers from .* and their range is .*; set data.range"):
+    with pytest.raises(UserError, match=rf"{path} holds numbers from .*, expected .*; set data.range"):
         decode_image(path, None, "gray", outside)
 
 
@@ -259,11 +259,11 @@ def test_ranges_that_are_none(tmp_path: Path, given: list[float]) -> None:
         (np.array([[0, 7], [255, 1]], np.float64), None, [0, 7, 255, 1]),
         (np.array([[0, 0.5], [1, 0.25]], np.float32), [0, 1], [0, 128, 255, 64]),
         (np.array([[0, 32768], [65535, 1]], np.uint16), [0, 65535], [0, 128, 255, 0]),
-        (np.array([[0, 0.5], [1, 0.25]], np.float32), None, "expected whole numbers from 0 to 255"),
-        (np.array([[0, 1], [1, 0]], np.float32), None, "expected whole numbers from 0 to 255"),
-        (np.array([[0, 1.5], [200, 0]], np.float32), None, "expected whole numbers from 0 to 255"),
+        (np.array([[0, 0.5], [1, 0.25]], np.float32), None, "expected integers from 0 to 255"),
+        (np.array([[0, 1], [1, 0]], np.float32), None, "expected integers from 0 to 255"),
+        (np.array([[0, 1.5], [200, 0]], np.float32), None, "expected integers from 0 to 255"),
         (np.array([[0, np.nan], [200, 0]], np.float32), None, "expected pixels from 0 to 255"),
-        (np.array([[0, 2], [1, 0]], np.float32), [0, 1], "holds numbers from 0 to 2, and their range is 0 to 1"),
+        (np.array([[0, 2], [1, 0]], np.float32), [0, 1], "holds numbers from 0 to 2, expected 0 to 1"),
     ],
 )
 def test_arrays_of_pixels_for_prediction(tmp_path: Path, pixels: np.ndarray, ends: Any, wanted: Any) -> None:
@@ -289,7 +289,7 @@ def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds only 'a'"):
         build("image_folder", tmp_path)
     (tmp_path / "b").mkdir()
-    with pytest.raises(UserError, match=r"b holds no image; known are files ending in .jpg"):
+    with pytest.raises(UserError, match=r"b holds no image; expected files ending in .jpg"):
         build("image_folder", tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_mnist_is_read_from_its_files(tmp_path: Path, name: str, folder: str) ->
     with pytest.raises(UserError, match=r"has its own test images; give \[train, valid\]"):
         build(name, tmp_path, split=[0.6, 0.2, 0.2])
     (raw / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(UserError, match=r"not complete.*there is no .*t10k-labels-idx1-ubyte; unpack"):
+    with pytest.raises(UserError, match=r"incomplete.*there is no .*t10k-labels-idx1-ubyte; unpack"):
         build(name, tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_batches_arrive_as_they_are_made() -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(no_files_left, "ulimit -n"), (unpicklable, "must be tensors"), (with_a_graph, "must be tensors")],
+    [(no_files_left, "ulimit -n"), (unpicklable, "must return tensors"), (with_a_graph, "must be tensors")],
 )
 @pytest.mark.fault(43)
 def test_a_batch_that_cannot_be_sent_is_an_error(spoil: Any, words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -173,14 +173,14 @@ class StuckAtSix:
 @pytest.fixture
 def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix], heartbeat.Now]]:
     """Have a wait reported as soon as a loader process is stuck."""
-    monkeypatch.setattr(waiting, "SAY_AFTER_S", 1000.0)
-    monkeypatch.setattr(waiting, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(waiting, "WARN_AFTER_S", 1000.0)
+    monkeypatch.setattr(waiting, "CHECK_EVERY_S", 0.1)
     monkeypatch.setattr(waiting, "_reached", Counter())
 
     def begin(stuck: StuckAtSix) -> heartbeat.Now:
         def look(waited_s: float) -> None:
             if stuck.is_met():
-                monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.0)
+                monkeypatch.setattr(waiting, "WARN_AFTER_S", 0.0)
 
         monkeypatch.setattr(waiting, "while_waiting", [look])
         return heartbeat.begin()
@@ -205,13 +205,13 @@ def test_a_loader_process_that_is_stuck_is_named_with_its_line(
 ) -> None:
     stuck = StuckAtSix(how)
     once_stuck(stuck).limit = lambda: 0.0 if caplog.records else 1000.0
-    with LOCK, pytest.raises(UserError, match="the section watchdog of the recipe allows") as found:
+    with LOCK, pytest.raises(UserError, match="the recipe's watchdog section allows") as found:
         loaded(Source(spoil=stuck))
     said = capfd.readouterr().err
     owes = "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7: process [0-9]+ "
     assert re.match(rf"warning: [0-9.]+ s {owes}{words}", said)
     assert re.match(rf"[0-9.]+ s {owes}{words}", str(found.value))
-    assert "it ends after 16.7 minutes of this" in said
+    assert "the recipe's watchdog section ends it after 16.7 minutes" in said
     for text in (said, str(found.value)):
         assert "data.workers=0 shows" in text
         assert "A fork copies locks" in text
@@ -243,7 +243,7 @@ def test_a_slow_loader_is_reported_and_goes_on(
     assert [batch["ids"].tolist() for batch in found] == [ids.tolist() for _, ids in PLACES]
     said = capfd.readouterr().err
     assert "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7" in said
-    assert "nothing ends this wait but a person" in said
+    assert "this wait has no limit" in said
 
 
 def test_a_loader_that_is_always_slow_is_reported_less_and_less(
@@ -252,7 +252,7 @@ def test_a_loader_that_is_always_slow_is_reported_less_and_less(
     wait, said = waiting.Wait(0), []
     for number in range(1, 20):
         with wait.for_batch():
-            wait._waited_s = waiting.SAY_AFTER_S
+            wait._waited_s = waiting.WARN_AFTER_S
             wait.look()
             wait.look()
         said += [number] if capfd.readouterr().err else []
@@ -293,7 +293,7 @@ eval: {every: null}
 def stop_while_stuck(recipe: str, run: str) -> Any:
     from distrain.training import intervals
 
-    intervals.PATIENCE_S, waiting.SAY_AFTER_S = 1.0, 0.2
+    intervals.PATIENCE_S, waiting.WARN_AFTER_S = 1.0, 0.2
     os.environ["STUCK"] = str(Path(run).with_name("stuck"))
 
     def stop() -> None:
@@ -318,19 +318,19 @@ def test_a_stop_is_heeded_while_loader_processes_hang(tmp_path: Path) -> None:
     for said in (ended.err, RunDir(tmp_path / "run").log_path(0).read_text()):
         assert "without a batch; loader process 0 of 1 owes the batch of the samples" in said
         assert "in __getitem__: " in said
-        assert "it ends after 30 minutes of this, by the section watchdog of the recipe" in said
+        assert "the recipe's watchdog section ends it after 30 minutes" in said
 
 
 def while_stuck(variables: dict[str, str], *arguments: str) -> Any:
     from distrain import inference
 
     os.environ.update(variables)
-    waiting.SAY_AFTER_S, waiting.LOOK_EVERY_S = 1000.0, 0.1
+    waiting.WARN_AFTER_S, waiting.CHECK_EVERY_S = 1000.0, 0.1
 
     def limit(now: heartbeat.Now) -> float:
         """Have the wait reported as soon as it is in vain, and then ended."""
         if Path(os.environ["STUCK"]).exists():
-            waiting.SAY_AFTER_S = 0.0
+            waiting.WARN_AFTER_S = 0.0
         return 0.0 if waiting._reached else 1000.0
 
     inference.Limits = SimpleNamespace(of=lambda section: SimpleNamespace(at=limit))  # type: ignore[attr-defined]
@@ -361,5 +361,5 @@ def test_scoring_and_predicting_end_where_data_never_come(tmp_path: Path) -> Non
             assert words in said
             assert "in __getitem__: " in said
         assert "Traceback" not in ended.err
-        assert "the section watchdog of the recipe allows 0 s" in error
+        assert "the recipe's watchdog section allows 0 s" in error
         assert not out.exists()

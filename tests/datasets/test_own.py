@@ -169,7 +169,7 @@ def test_splits_of_one_s_own(recipe: Any) -> None:
     assert sizes(build_data(recipe("named", split={"train": "big", "valid": "small"}))) == {"train": 30, "valid": 2}
     with pytest.raises(UserError, match="gives its splits itself, and cannot be cut"):
         build_data(recipe("parts", split=[0.5, 0.5]))
-    with pytest.raises(UserError, match="takes no argument 'split' to be given a, b"):
+    with pytest.raises(UserError, match="takes no argument 'split' for a, b"):
         build_data(recipe("Numbers", split={"train": "a", "test": "b"}))
 
 
@@ -342,12 +342,12 @@ def test_each_key_is_padded_by_what_it_is(recipe: Any, key: str, value: Any, met
 @pytest.mark.parametrize(
     ("key", "value", "meta", "message"),
     [
-        ("speakers", 4, {"pad_id": 1}, r"inputs 'speakers' of one batch .* not known what pads .*{'speakers': 0}"),
-        ("key_padding_mask", False, {"pad_id": 1}, r"not known what pads them \(torch.bool\)"),
-        ("is_real", True, {"pad_id": 1}, "not known what pads them"),
-        ("attention_mask", -1.5, {}, r"below 0, as a mask that is added.*{'attention_mask': -10000}"),
-        ("inputs", 0, {}, r"0, which they would be padded with, is among them; .*{'pad_id': 0}"),
-        ("input_ids", 0, {}, r"0, which they would be padded with, is among them"),
+        ("speakers", 4, {"pad_id": 1}, r"inputs 'speakers' of one batch .* their padding is unknown.*{'speakers': 0}"),
+        ("key_padding_mask", False, {"pad_id": 1}, r"their padding is unknown \(torch.bool\)"),
+        ("is_real", True, {"pad_id": 1}, "their padding is unknown"),
+        ("attention_mask", -1.5, {}, r"values below 0, like an additive mask.*{'attention_mask': -10000}"),
+        ("inputs", 0, {}, r"their values include 0, the padding; .*{'pad_id': 0}"),
+        ("input_ids", 0, {}, r"their values include 0, the padding"),
         ("inputs", 3, {"padding": 5}, "meta's padding is 5; expected a dict of a number for each key"),
         ("inputs", 3, {"paddings": {}}, "unknown key 'paddings'; did you mean 'padding'"),
     ],
@@ -380,7 +380,7 @@ def test_targets_are_padded_with_what_the_loss_leaves_out(
     made = made.model_validate(made.model_dump(by_alias=True) | {"loss": loss})
     source: Any = build_data(made).splits["train"]
     if wanted is None:
-        with pytest.raises(UserError, match=r"targets of one batch have different lengths, and no number stands for"):
+        with pytest.raises(UserError, match=r"targets of one batch have different lengths, and the loss ignores no number"):
             source.fetch(np.array([0, 1]))
         return
     assert source.fetch(np.array([0, 1]))["targets"][0].tolist() == [value, wanted, wanted]
@@ -399,7 +399,7 @@ BAD = [
     ("multilabel", [[0.0, 1.0], [1.0, 1.0], [0.0, float("nan")]], r"a target is nan, expected a finite number$"),
     ("regression", [0.5, 1e6, float("nan")], r"a target is nan, expected a finite number$"),
     ("regression", [0.5, 1e6, float("-inf")], r"a target is -inf, expected a finite number$"),
-    ("language_modeling", [[1, 1], [1, -100], [1, 9]], r"a target is 9, expected 0 to 8, or -100 for none$"),
+    ("language_modeling", [[1, 1], [1, -100], [1, 9]], r"a target is 9, expected 0 to 8, or -100 to ignore it$"),
 ]
 
 
@@ -413,7 +413,7 @@ def test_a_target_that_is_none_is_named(recipe: Any, task: str, targets: list, m
     data = build_data(recipe("listed", task, items=items, meta=meta, classes=classes))
     source: Any = data.splits[split]
     assert source.fetch(np.array([0, 1]))["targets"].shape[0] == 2
-    message = message.replace("$", "; mend the item or leave it out$")
+    message = message.replace("$", "; correct or remove the item$")
     with pytest.raises(UserError, match=r"mine.py:listed: item 2, sample 2 of its split: " + message):
         source.fetch(np.array([1, 2]))
     if task == "classification":

@@ -110,11 +110,11 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
         build(tmp_path, "a\tx\nno tab\n\tx\na\t \n\na\tb\tc\n", "a\tx\n")
     problems = str(caught.value).splitlines()
     assert [problem.split("train.tsv:")[1] for problem in problems] == [
-        "2 has 0 tabs, and should be source<TAB>target",
-        "3 has nothing as its source",
-        "4 has nothing as its target",
-        "5 has 0 tabs, and should be source<TAB>target",
-        "6 has 2 tabs, and should be source<TAB>target",
+        "2 has 0 tabs, expected source<TAB>target",
+        "3 has an empty source",
+        "4 has an empty target",
+        "5 has 0 tabs, expected source<TAB>target",
+        "6 has 2 tabs, expected source<TAB>target",
     ]
     (tmp_path / "latin.tsv").write_bytes(b"a\tx\nb\xe4\ty\n")
     with pytest.raises(UserError, match=r"latin\.tsv:2 is not UTF-8"):

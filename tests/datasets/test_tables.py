@@ -224,7 +224,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2\.csv, row 1 holds 'two'"):
         build(tmp_path, "regression", path="parts", target="a", split=[1.0])
     (folder / "2.csv").write_text("y,b\nx,2\n")
-    with pytest.raises(UserError, match="should have the same columns, and differ in 'a', 'b'"):
+    with pytest.raises(UserError, match="should have the same columns, but differ in 'a', 'b'"):
         build(tmp_path, "regression", path="parts", target="a", split=[1.0])
 
 
@@ -421,14 +421,14 @@ def test_a_column_of_unknown_categories_alone_is_refused(tmp_path: Path, encode:
     split = two_files(tmp_path, "c,y\n10.0,x\n11.0,z\n,z\n", "c,y\n10,x\n11,z\n")
     with pytest.raises(
         UserError,
-        match=r"column 'c': 2 of 2 rows of the split 'test' .*: '10', '11'; '10' is here what '10.0' is there .*drop",
+        match=r"column 'c': 2 of 2 rows of the split 'test' .*: '10', '11'; '10' here is '10.0' in the training rows .*drop",
     ):
         build(tmp_path, target="y", categorical=["c"], encode=encode, **split)
     (tmp_path / "test.csv").write_text("c,y\n10.0,x\n11.0,z\n")
     fitted = build(tmp_path, target="y", categorical=["c"], encode=encode, **split)
     (tmp_path / "test.csv").write_text("c,y\n10,x\n11,z\n")
     again = build(tmp_path, target="y", categorical=["c"], encode=encode, state=fitted.state, **split)
-    assert "2 of 2 rows" in warnings_of(again.splits["test"])[0]  # a run that is there goes on
+    assert "2 of 2 rows" in warnings_of(again.splits["test"])[0]  # an existing run resumes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_columns_that_nobody_named_are_no_inputs(tmp_path: Path, kind: str) -> N
     write(noise(), path)
     data = build(tmp_path, path=path.name, target="label", split=[0.8, 0.2])
     assert data.meta.feature_names == ("u", "v")
-    assert any(name in each and "is left out" in each and str(path) in each for each in data.warnings)
+    assert any(name in each and "is skipped" in each and str(path) in each for each in data.warnings)
     bare = build(tmp_path, path=path.name, target="label", split=[0.8, 0.2], features=["u", "v"])
     assert bare.warnings == ()
     assert torch.equal(everything(bare, "test")["inputs"], everything(data, "test")["inputs"])
@@ -521,8 +521,8 @@ def test_files_of_a_folder_with_and_without_an_index(tmp_path: Path) -> None:
         ("row", lambda n: np.arange(n), "numbers the rows (0 to 27)"),
         ("row", lambda n: np.arange(n) + 1, "numbers the rows (1 to 28)"),
         ("row", lambda n: np.random.default_rng(0).permutation(n), "numbers the rows (0 to 27)"),
-        ("index", lambda n: np.arange(n) * 3 + 7, "is called as pandas calls an index"),
-        ("level_1", lambda n: np.arange(n) * 3 + 7, "is called as pandas calls an index"),
+        ("index", lambda n: np.arange(n) * 3 + 7, "is named like an index of pandas"),
+        ("level_1", lambda n: np.arange(n) * 3 + 7, "is named like an index of pandas"),
         ("index", lambda n: np.arange(n) % 5, None),
         ("year", lambda n: np.arange(n) + 1990, None),
         ("age", lambda n: np.arange(n) % 20, None),

@@ -161,7 +161,7 @@ def test_images_of_different_sizes_are_made_equal(images: torch.Tensor) -> None:
     assert torch.equal(
         cropped[2:], apply(build({"name": "RandomCrop", "size": 6}, "RandomHorizontalFlip"), [mixed[2]], ids=[2])
     )
-    with pytest.raises(UserError, match=r"must have one size in the end, and these are \(3, 10, 6\), \(3, 10, 8\)"):
+    with pytest.raises(UserError, match=r"must end with one size, found \(3, 10, 6\), \(3, 10, 8\)"):
         apply(build(), mixed)
 
 
@@ -226,7 +226,7 @@ def test_what_wants_floats_says_how_to_make_them(images: torch.Tensor) -> None:
 
 
 def test_transforms_are_for_a_single_tensor() -> None:
-    with pytest.raises(UserError, match="the inputs are source, target, and transforms are for a single tensor"):
+    with pytest.raises(UserError, match="found the inputs source, target, expected a single tensor"):
         build("RandomHorizontalFlip")(
             {"inputs": {"source": torch.zeros(1), "target": torch.zeros(1)}, "ids": torch.zeros(1)}, np.zeros(1)
         )

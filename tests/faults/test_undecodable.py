@@ -91,7 +91,7 @@ def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(recipe: Path, 
 def test_one_more_than_is_tolerated_ends_the_run(recipe: Path, tmp_path: Path, world_size: int) -> None:
     ended = train(world_size, recipe, tmp_path / "run", "data.skip_undecodable=2", "train.steps=30", status=1)
     told = "".join(rank.err for rank in ended)
-    assert told.count("3 samples of a split do not decode, and data.skip_undecodable is 2; the last: sample") == 1
+    assert told.count("3 samples of a split are corrupt, and data.skip_undecodable is 2; the last: sample") == 1
     assert RunDir(tmp_path / "run").finished is None
 
 
@@ -113,7 +113,7 @@ def test_processes_that_score_together_tolerate_no_more_than_one_does(recipe: Pa
         *in_world(1, evaluate_rank, str(tmp_path / "run")),
         *in_world(2, evaluate_rank, str(tmp_path / "run")),
     ]:
-        assert said.startswith("4 samples of a split do not decode, and data.skip_undecodable is 3")
+        assert said.startswith("4 samples of a split are corrupt, and data.skip_undecodable is 3")
 
 
 @pytest.mark.fault(21)

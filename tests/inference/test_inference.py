@@ -214,7 +214,7 @@ def test_a_table_in_fp64_and_what_is_said_of_it(tmp_path: Path) -> None:
     said = [line for line in rank.out.splitlines() if line.startswith("warning: ")]
     unknown = "column 'kind': 20 of 40 rows of {} have a category that no training row has, and count as unknown: 'w'"
     assert len(said) == 3
-    assert "is a column without a name, as pandas writes its index, and is left out" in said[0]
+    assert "is a column without a name, as pandas writes its index, and is skipped" in said[0]
     assert unknown.format("the split 'test'") in said[1]
     assert "train is 1 epoch, 40 samples, and the one step that is made of it takes batch.global 64" in said[2]
 

@@ -16,7 +16,7 @@ from distrain.config import Component, UserError, close_names, is_object_spec, m
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
 from distrain.datasets.transforms import Images, Step
 
-_WHOLE = (
+_ON_BATCHES = (
     v2.CenterCrop,
     v2.ConvertImageDtype,
     v2.Grayscale,
@@ -52,7 +52,7 @@ _UNFIT = {
 
 
 def transform_names() -> list[str]:
-    """Return the names of torchvision.transforms.v2 that can be used."""
+    """Return the usable names of torchvision.transforms.v2."""
     return sorted(
         name
         for name, value in vars(v2).items()
@@ -61,7 +61,7 @@ def transform_names() -> list[str]:
 
 
 def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
-    """Return the transform of one item, a function of one sample or of a whole batch, that makes floats of `dtype`."""
+    """Return the transform of one item, a function of one sample or of a batch; `dtype` replaces float32."""
     if is_object_spec(item.name):
         made = resolve_object(item.name)
         args = _arguments(made, item, dtype)
@@ -73,14 +73,14 @@ def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
     if item.name not in names:
         raise UserError(
             f"no transform {item.name!r} in torchvision.transforms.v2{close_names(item.name, names)}; "
-            "one of your own is named as 'path/to/file.py:name'"
+            "name your own as 'path/to/file.py:name'"
         )
     kind: Any = getattr(v2, item.name)
     args = _arguments(kind, item, dtype)
     if kind is v2.ConvertImageDtype:
         args.setdefault("dtype", dtype)
     if kind is v2.Normalize:
-        args.setdefault("inplace", True)  # a batch is fresh memory, and half the time goes into more of it
+        args.setdefault("inplace", True)  # a batch is fresh memory, and allocating more takes half the time
     try:
         return kind(**args)
     except (TypeError, ValueError) as error:
@@ -134,10 +134,10 @@ def build_step(item: Component, dtype: torch.dtype, seed: int, index: int) -> St
 
 
 def _step(transform: Callable[[Any], Any], seed: int) -> Step:
-    # Subclasses may do anything, so only the classes themselves count.
+    # subclasses may do anything, so only the exact classes count
     kind = type(transform)
-    if kind in _WHOLE:
-        return functools.partial(_whole, transform)
+    if kind in _ON_BATCHES:
+        return functools.partial(_at_once, transform)
     if isinstance(transform, (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)):
         return functools.partial(_flipped, transform, seed)
     if kind is v2.RandomCrop:
@@ -149,7 +149,7 @@ def _step(transform: Callable[[Any], Any], seed: int) -> Step:
 # The steps
 
 
-def _whole(transform: Callable[[Any], Any], images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+def _at_once(transform: Callable[[Any], Any], images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
     return transform(images) if isinstance(images, torch.Tensor) else [transform(image) for image in images]
 
 
@@ -184,20 +184,20 @@ def _flipped(
 
 def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
     height, width = transform.size
-    whole = isinstance(images, torch.Tensor)
-    padded = [_padded(transform, each) for each in ([images] if whole else images)]
+    is_batch = isinstance(images, torch.Tensor)
+    padded = [_padded(transform, each) for each in ([images] if is_batch else images)]
     sizes = np.array([functional.get_size(each) for each in padded])
     if (sizes < (height, width)).any():
         small = " × ".join(map(str, sizes.min(axis=0)))
         raise UserError(f"RandomCrop to {height} × {width} does not fit into {small}; set padding or pad_if_needed")
     tops = below(stream_of(seed, epochs, ids, 0), sizes[:, 0] - height + 1).tolist()
     lefts = below(stream_of(seed, epochs, ids, 1), sizes[:, 1] - width + 1).tolist()
-    if not whole:
+    if not is_batch:
         corners = zip(padded, tops, lefts, strict=True)
         return [functional.crop(image, top, left, height, width) for image, top, left in corners]
     batch = padded[0]
     result = torch.empty((*batch.shape[:-2], height, width), dtype=batch.dtype)
-    # A loop over NumPy views copies a small image in 1 µs; PyTorch's own indexing takes three times that.
+    # a loop over NumPy views copies a small image in 1 µs; PyTorch's indexing takes three times that
     source, target = _bits(batch), _bits(result)
     for row, (top, left) in enumerate(zip(tops, lefts, strict=True)):
         target[row] = source[row, ..., top : top + height, left : left + width]
@@ -217,5 +217,5 @@ def _padded(transform: v2.RandomCrop, images: Any) -> Any:
 
 
 def _bits(images: torch.Tensor) -> np.ndarray:
-    """Return a NumPy view of the tensor; NumPy has no bfloat16, so that is seen as integers."""
+    """Return a NumPy view of the tensor; of bfloat16, which NumPy lacks, as integers."""
     return (images.view(torch.int16) if images.dtype == torch.bfloat16 else images).numpy()
