@@ -5,8 +5,8 @@
     micro_batch_size, accumulation = batch_shape(recipe.batch, world_size)
     for micro_batches in build_loader(data.splits["train"], order, ...):     # one list for each optimizer step
 
-Where a run is in its data is a function of the step: optimizer step s consumes positions [s*G, (s+1)*G) of the endless
-order of samples, G being the global batch size, whatever the number of processes and of loader workers.
+The position in the data is a function of the step: optimizer step s consumes positions [s*G, (s+1)*G) of the endless
+order of samples, with G the global batch size, on any number of processes and loader workers.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def build_loader(
 ) -> Iterator[list[Batch]]:
     """Yield for each optimizer step in [start_step, stop_step) the micro-batches of this rank, in order.
 
-    A step's micro-batches come together because the loss is divided by what all of them count. Micro-batch `a` of rank
-    r of W in step s holds the positions [s*G + (a*W + r)*m, ... + m), with G the recipe's global batch size and m
+    A step's micro-batches come together because the loss is divided by their common count. Micro-batch `a` of rank r of
+    W in step s holds the positions [s*G + (a*W + r)*m, ... + m), with G the recipe's global batch size and m
     `micro_batch_size`; so over all ranks a step consumes [s*G, (s+1)*G), and starting at any step costs the same.
 
-    A stream has no order: its positions are the places in its endless repetition. Every rank walks all of it and keeps
-    what is its own, and starting at a later step walks to there. It is read by at most one loader process.
+    A stream has no order: its positions are those of its endless repetition. Every rank reads all of it and keeps its
+    own share, and a later step is reached by reading up to it. At most one loader process reads it.
 
-    `close()` ends the loader processes. Raises UserError for sizes that do not fit, and with the path and the number of
-    a sample that cannot be read.
+    `close()` ends the loader processes. Raises UserError for sizes that do not divide, and for an unreadable sample
+    with its path and number.
     """
     accumulation = accumulation_steps(recipe.batch.global_batch_size, micro_batch_size, world_size)
     first = start_step * accumulation
-    # Without an end, as far as positions can be numbered.
+    # without an end, as far as int64 numbers positions
     last = 2**62 // (world_size * micro_batch_size) if stop_step is None else stop_step * accumulation
     workers = recipe.data.workers
     batches: Batches | StreamBatches
@@ -78,8 +78,8 @@ def build_loader(
 
         batches = StreamBatches(plan, source, transform)
     else:
-        assert order is not None, "a source that is not a stream needs an order"
-        assert order.length == len(source), "the order is for as many samples as there are"
+        assert order is not None
+        assert order.length == len(source)
         batches = Batches(source, transform, recipe.data.skip_undecodable)
         places = _train_places(order, first, last, rank, world_size, micro_batch_size)
     return _steps(load(batches, places, workers, pin_memory), accumulation)
@@ -101,7 +101,7 @@ def _train_places(
         yield from zip(*order.at_positions((numbers * world_size + rank) * micro_batch_size + within), strict=True)
 
 
-def _walk(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
+def _repeated(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
     """Yield (epoch, place in the epoch, sample) without end."""
     for epoch in itertools.count():
         if hasattr(source, "set_epoch"):
@@ -111,14 +111,14 @@ def _walk(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
             yield epoch, place, sample
         if place < 0:
             raise UserError(
-                f"pass {epoch} over the training stream gave no sample; iterating must start anew each time"
+                f"pass {epoch} over the training stream gave no sample; each iteration must start at the beginning"
             )
 
 
 def _train_stream(
     source: StreamSource, first: int, last: int, rank: int, world_size: int, micro_batch_size: int
 ) -> Iterator[tuple[Place, list[Any]]]:
-    walk = _walk(source)
+    walk = _repeated(source)
     before, after = rank * micro_batch_size, (world_size - 1 - rank) * micro_batch_size
     skip = first * world_size * micro_batch_size
     for _ in range(first, last):
@@ -133,10 +133,10 @@ def _train_stream(
 
 
 def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
-    """Return the data set of a recipe. With `state`, of an earlier build, nothing is fitted to the data again.
+    """Return the data set of a recipe; `state`, of an earlier build, replaces fitting.
 
-    `meta.input_shape` is that after the training transforms. Raises UserError for an unknown name or key, for files
-    that are missing or do not fit, and for transforms that do not fit the samples.
+    `meta.input_shape` is the shape after the training transforms. Raises UserError for unknown names and keys, missing
+    or invalid files, and transforms that do not fit the samples.
     """
     labels = functools.partial(Labels.of, recipe)
     request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), state, float_dtype(recipe), labels)
@@ -146,12 +146,12 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     if recipe.data.skip_undecodable and any(map(is_stream, data.splits.values())):
         raise UserError(
             f"data.skip_undecodable is {recipe.data.skip_undecodable}, and samples of an iterable data set have no "
-            "numbers; leave out what does not decode where it is iterated, in the same way in every process"
+            "numbers; skip corrupt samples in the iterable itself, alike in every process"
         )
     shapes = {}
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
-        # The first sample shows at once whether the transforms fit, long before the first evaluation.
+        # the first sample shows whether the transforms fit, long before the first evaluation
         inputs = _first(source, transform, recipe.data.skip_undecodable)["inputs"]
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             shapes[name] = tuple(inputs.shape[1:])
@@ -160,12 +160,12 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
 
 
 def float_dtype(recipe: Recipe) -> torch.dtype:
-    """Return what a run computes in: float64 with `train.precision: fp64`, else float32."""
+    """Return the dtype of inputs and weights: float64 with `train.precision: fp64`, otherwise float32."""
     return torch.float64 if recipe.train.precision == "fp64" else torch.float32
 
 
 def check_data(recipe: Recipe) -> list[str]:
-    """Return what is wrong with the data section's name, arguments and transforms, as far as that needs no data."""
+    """Return the problems of the data section's name, arguments and transforms that show without the data."""
     problems = []
     checks: list[Callable[[], Any]] = [
         lambda: find_dataset(recipe.data, recipe.task),
@@ -181,7 +181,7 @@ def check_data(recipe: Recipe) -> list[str]:
 
 
 def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform:
-    """Return what is done to the inputs of the training split, or of all others."""
+    """Return the transforms of the training split, or of all others."""
     items = getattr(recipe.data.transforms, kind)
     return Transform(items, recipe.seed, f"data.transforms.{kind}", float_dtype(recipe))
 

@@ -1,26 +1,26 @@
-"""Models: one by name with its initial weights, what it is called with, and what it gives back.
+"""Models by name, with their initial weights; how to call them.
 
 A name is one of `distrain.networks`, any model of torchvision.models, `transformers:CLASS`, or your own class or
-function. Nothing is ever downloaded. The story: `build_model` finds the builder, checks the recipe's arguments against
-its signature, fills in what the data say (`facts`), builds under a seed of its own, and loads `model.weights`.
+function. Nothing is ever downloaded. `build_model` finds the builder, checks the recipe's arguments against its
+signature, adds the facts of the data, builds the model under its own seed, and loads `model.weights`.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from distrain.config import Recipe, UserError, mix
+from distrain.data import float_dtype
 from distrain.datasets.base import DataMeta
+from distrain.datasets.randomness import isolated_randomness, seed_globally
 from distrain.networks.builders import find_builder, torchvision_names
 from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
 from distrain.networks.deferred import SMALL, Deferred, defer
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_model(recipe: Recipe) -> list[str]:
-    """Return what is wrong with the model's name and arguments, as far as that shows without data and building it."""
+    """Return the problems of the model's name and arguments that show without data and without building it."""
     args = recipe.model.args
     try:
         if recipe.model.name.startswith(TRANSFORMERS):
@@ -123,7 +123,7 @@ def _initial(
 ) -> nn.Module:
     """Return the model as its constructor leaves it, in training mode."""
     section, known = recipe.model, facts(recipe.task, meta)
-    dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    dtype = float_dtype(recipe)
     with isolated_seed(mix(recipe.seed, "init")):
         if section.name.startswith(TRANSFORMERS):
             model = build_transformers(section.name, section.args, known, base=base, weights=weights, kept=kept)
@@ -145,8 +145,8 @@ def _build(recipe: Recipe, known: dict[str, Any], say: Callable[[str], None]) ->
         classes = given["num_classes"]
         if isinstance(classes, int) and classes < known["num_classes"]:
             raise UserError(
-                f"model.num_classes: {classes}, and the data have {known['num_classes']} classes; leave it out, and it "
-                "is taken from the data"
+                f"model.num_classes: {classes}, and the data have {known['num_classes']} classes; remove it to "
+                "use the number of the data"
             )
     call = shown(builder.name, (), args)
     try:
@@ -155,7 +155,7 @@ def _build(recipe: Recipe, known: dict[str, Any], say: Callable[[str], None]) ->
         raise
     except Exception as error:
         if builder.own:
-            # the user's own code: its traceback is worth more than a message of ours
+            # the traceback of the user's code says more than our message
             error.add_note(f"while building the recipe's model, {call}")
             raise
         raise UserError(f"model: {call} cannot be built: {error}; it takes {builder.shown()}") from error
@@ -166,28 +166,21 @@ def _build(recipe: Recipe, known: dict[str, Any], say: Callable[[str], None]) ->
 
 @contextmanager
 def isolated_seed(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's CPU generators, and put them back as they were at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    """Seed Python's, NumPy's and PyTorch's CPU generators, and restore their states at the end."""
+    with isolated_randomness():
+        seed_globally(seed)
+        yield
 
 
 def _size_lazy(model: nn.Module, meta: DataMeta, name: str) -> None:
-    """Give lazy parameters their shapes, by a forward pass over a sample of zeros."""
+    """Give lazy parameters their shapes by a forward pass over zeros."""
     lazy = [key for key, parameter in model.named_parameters() if is_lazy(parameter)]
     if not lazy:
         return
     if meta.input_shape is None:
         raise UserError(
-            f"model.name: {name} has lazy parameters, such as {lazy[0]!r}, and the data do not say the shape of a "
-            "sample; give their sizes"
+            f"model.name: {name} has lazy parameters, such as {lazy[0]!r}, and the shape of a sample is unknown; "
+            "give their sizes"
         )
     dtype = torch.get_default_dtype() if meta.vocab_size is None else torch.int64
     with torch.no_grad():

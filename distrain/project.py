@@ -1,4 +1,4 @@
-"""`distrain init`: a small project of one's own, a model, a data set and a recipe, which train at once."""
+"""`distrain init`: a small project with a model, a data set and a recipe, ready to train."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Spirals(Dataset):
         return self.points[index], int(self.targets[index])
 '''
 
-_RECIPE = """# distrain train recipe.yaml            trains this; the same command goes on after a stop
+_RECIPE = """# distrain train recipe.yaml            trains this; the same command resumes after a stop
 # distrain show recipe.yaml             prints every value, with where it comes from
 # distrain list models                  (datasets, optimizers, losses, metrics): the names that can stand here
 name: spirals
@@ -72,18 +72,12 @@ seed: 0
 def create_project(folder: Path) -> list[Path]:
     """Write the project's files into `folder`, which must be absent or empty; returns their paths."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not an empty folder; name one that is new")
+        raise UserError(f"{folder} exists and is not an empty folder; name a new one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, text in (
-            ("model.py", _MODEL),
-            ("data.py", _DATA),
-            ("recipe.yaml", _RECIPE),
-            (".gitignore", "/runs/\n"),
-        ):
+        texts = {"model.py": _MODEL, "data.py": _DATA, "recipe.yaml": _RECIPE, ".gitignore": "/runs/\n"}
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-            paths.append(folder / name)
     except OSError as error:
         raise UserError(f"cannot write the project to {folder}: {error.strerror or error}") from error
-    return paths
+    return [folder / name for name in texts]

@@ -202,7 +202,10 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
         known = [each.name for each in fields(DataMeta)]
         if unknown := [key for key in given if key not in known]:
             raise UserError(f"{made.name}: meta has an unknown key {unknown[0]!r}{close_names(str(unknown[0]), known)}")
-        given = DataMeta(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+        }
+        given = DataMeta(**values)
     meta = given if isinstance(given, DataMeta) else DataMeta()
     padding = meta.padding or {}
     if not (isinstance(padding, Mapping) and all(isinstance(each, int | float) for each in padding.values())):

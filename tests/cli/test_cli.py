@@ -66,7 +66,7 @@ def test_help_names_every_command() -> None:
         (["checkpoint", "verify", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "diff", "/tmp", "/tmp"], "/tmp"),
         (["checkpoint", "export", "/usr", "-o", "x.safetensors"], "/usr is not a checkpoint in a known format"),
-        (["init", "/tmp"], "is there already"),
+        (["init", "/tmp"], "is not an empty folder"),
         (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
     ],
 )

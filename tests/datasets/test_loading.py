@@ -80,7 +80,7 @@ def test_batches_arrive_as_they_are_made() -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(no_files_left, "ulimit -n"), (unpicklable, "must return tensors"), (with_a_graph, "must be tensors")],
+    [(no_files_left, "ulimit -n"), (unpicklable, "must return tensors"), (with_a_graph, "must return tensors")],
 )
 @pytest.mark.fault(43)
 def test_a_batch_that_cannot_be_sent_is_an_error(spoil: Any, words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -253,8 +253,8 @@ def test_a_loader_that_is_always_slow_is_reported_less_and_less(
     for number in range(1, 20):
         with wait.for_batch():
             wait._waited_s = waiting.WARN_AFTER_S
-            wait.look()
-            wait.look()
+            wait.check()
+            wait.check()
         said += [number] if capfd.readouterr().err else []
     assert said == [1, 2, 4, 8, 16]
 
