@@ -340,7 +340,7 @@ def test_a_stream_gives_the_same_samples_whatever_the_world(world_size: int, wor
 
 
 def test_a_stream_is_read_by_one_process_and_must_start_anew() -> None:
-    with pytest.raises(UserError, match=r"data.workers is 2.*take 1 or 0"):
+    with pytest.raises(UserError, match=r"data.workers is 2.*set it to 1 or 0"):
         global_batches(Stream(), None, 1, 2, 0)
     with pytest.raises(UserError, match="gave no sample"):
         global_batches(Stream(0, growing=False), None, 1, 0, 0)

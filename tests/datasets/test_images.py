@@ -133,7 +133,9 @@ def test_a_file_that_does_not_decode_is_named(folder: Path, workers: int) -> Non
     broken = source.paths[4]  # type: ignore[union-attr]
     broken.write_bytes(broken.read_bytes()[:40])
     loader = build_eval_loader(source, rank=0, world_size=1, batch_size=2, workers=workers)
-    with pytest.raises(UserError, match=rf"^sample 4, {broken}, cannot be decoded as an image: .*; repair or remove the file"):
+    with pytest.raises(
+        UserError, match=rf"^sample 4, {broken}, cannot be decoded as an image: .*; repair or remove the file"
+    ):
         list(loader)
 
 

@@ -380,7 +380,9 @@ def test_targets_are_padded_with_what_the_loss_leaves_out(
     made = made.model_validate(made.model_dump(by_alias=True) | {"loss": loss})
     source: Any = build_data(made).splits["train"]
     if wanted is None:
-        with pytest.raises(UserError, match=r"targets of one batch have different lengths, and the loss ignores no number"):
+        with pytest.raises(
+            UserError, match=r"targets of one batch have different lengths, and the loss ignores no number"
+        ):
             source.fetch(np.array([0, 1]))
         return
     assert source.fetch(np.array([0, 1]))["targets"][0].tolist() == [value, wanted, wanted]

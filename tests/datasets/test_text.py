@@ -177,7 +177,11 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     assert bytes(batch["inputs"][1].tolist()).decode() == "def é("
     assert batch["inputs"][0].tolist() == [ord("x")] + [0] * 6
     assert "targets" not in batch
-    for content, message in ((b"", "is empty"), (b"a\n\nb", "prompts.txt:2 is empty"), (b"a\n\xff", "prompts.txt:2 is not UTF-8")):
+    for content, message in (
+        (b"", "is empty"),
+        (b"a\n\nb", "prompts.txt:2 is empty"),
+        (b"a\n\xff", "prompts.txt:2 is not UTF-8"),
+    ):
         (tmp_path / "prompts.txt").write_bytes(content)
         with pytest.raises(UserError, match=message):
             data.read(tmp_path / "prompts.txt")

@@ -1,8 +1,7 @@
-"""What is done to inputs, in whole batches, as a function of (seed, epoch, sample id) alone.
+"""Transforms of inputs, in whole batches, as a function of (seed, epoch, sample id) alone.
 
 transform.py  the transforms of a recipe, in order
-steps.py      each of them: torchvision's or the user's; torchvision takes seconds to import,
-              which only recipes with transforms wait for
+steps.py      each transform, torchvision's or the user's; only recipes with transforms import torchvision
 """
 
 from distrain.datasets.transforms.transform import Images, Step, Transform

@@ -1,4 +1,4 @@
-"""The steps of a recipe's transforms: torchvision's own, or the user's, on whole batches or on one sample at a time."""
+"""The transforms of torchvision and of the user, on whole batches or sample by sample."""
 
 from __future__ import annotations
 

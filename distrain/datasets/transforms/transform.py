@@ -1,8 +1,8 @@
-"""The transforms of a recipe, one after the other, on whole batches.
+"""The transforms of a recipe, in order, on whole batches.
 
-Every transform is named as in torchvision.transforms.v2. Those that treat all samples alike run once on the whole
-batch. Flips and crops draw their parameters for the whole batch at once. All others run on one sample after the other,
-with the random state seeded for each. So a sample looks the same whatever batch, process or loader process it is in.
+Names are those of torchvision.transforms.v2. Transforms that treat all samples alike run once on the whole batch. Flips
+and crops draw their parameters for the whole batch at once. All others run sample by sample, with the random state
+seeded for each. So a sample looks the same in every batch, process and loader process.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from distrain.datasets.base import Batch
 from distrain.system.output import error_line
 
 Images = torch.Tensor | list[Any]
-"""A tensor (batch, channels, height, width), or one entry for each sample while they differ in size."""
+"""A tensor (batch, channels, height, width), or a list of samples while they differ in size."""
 Step = Callable[[Images, np.ndarray, np.ndarray], Images]
 """(images, epochs (batch,), ids (batch,)) -> images."""
 
 
 class Transform:
-    """A sequence of transforms of a batch's inputs. Images that are still uint8 in the end become floats in [0, 1]."""
+    """A sequence of transforms of a batch's inputs. Images that remain uint8 become floats in [0, 1]."""
 
     def __init__(self, items: Sequence[Component], seed: int, where: str, dtype: torch.dtype = torch.float32):
-        """Build from the recipe's items. `where` names their key; raises one UserError with every problem.
+        """Build the recipe's items, which are at the key `where`; raises one UserError with every problem.
 
-        `dtype` is what the run computes in: float64 in the place of every float32, also of those that items name.
+        `dtype`: the run's, float32 or float64; replaces every float32, also in the items.
         """
         self.where = where
         self.dtype = dtype
@@ -52,7 +52,7 @@ class Transform:
         if not self._steps and isinstance(images, (torch.Tensor, dict)) and not _is_uint8_image(images):
             return batch
         if isinstance(images, dict):
-            raise UserError(f"{self.where}: the inputs are {', '.join(images)}, and transforms are for a single tensor")
+            raise UserError(f"{self.where}: found the inputs {', '.join(images)}, expected a single tensor")
         ids = batch["ids"].numpy()
         for name, step in zip(self.names, self._steps, strict=True):
             try:
@@ -67,12 +67,12 @@ class Transform:
                 raise UserError(f"{self.where}: {name} failed on inputs {shapes}: {error_line(error)}{hint}") from error
         if not isinstance(images, torch.Tensor):
             raise UserError(
-                f"{self.where}: the samples of a batch must have one size in the end, and these are {_shapes(images)}; "
-                "add Resize or RandomResizedCrop, or give the data set a `size`"
+                f"{self.where}: the samples of a batch must end with one size, found {_shapes(images)}; add Resize or "
+                "RandomResizedCrop, or give the data set a `size`"
             )
         if _is_uint8_image(images):
             images = images.to(self.dtype).mul_(1 / 255)
-        # torchvision may wrap a tensor in a class of its own, which every later operation would pay for
+        # torchvision may wrap a tensor in its own class, which would slow every later operation
         batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
         return batch
 
@@ -89,10 +89,7 @@ def _shapes(images: Any) -> str:
 
 
 def _stacked(images: Images) -> Images:
-    """Return the samples as one tensor where they are tensors of one shape."""
-    if isinstance(images, torch.Tensor):
+    """Return the samples as one tensor if they are tensors of one shape."""
+    if isinstance(images, torch.Tensor) or not all(isinstance(image, torch.Tensor) for image in images):
         return images
-    first = images[0]
-    if all(isinstance(image, torch.Tensor) and image.shape == first.shape for image in images):
-        return torch.stack(images)
-    return images
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
