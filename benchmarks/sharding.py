@@ -117,9 +117,9 @@ def train(strategy: str, offload: str, run_dir: str, recipe: str) -> dict[str, A
     world.sum(torch.zeros(1 << 16))
     peaks = Peaks()
     peaks.phase = "build"
-    with Session.open(run, load_recipe(run.recipe_path).recipe, world) as session:
+    with Session.open(run, load_recipe(run.recipe_path).recipe, world, built_in=()) as session:
         peaks.phase = "step"
-        batches = session.loader()
+        batches = session.batches()
         for micro_batches in batches:
             numbers = train_step(session.t, micro_batches)
             numbers.read()

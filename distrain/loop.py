@@ -36,36 +36,31 @@ def train(
     lease: Lease | None = None,
     tell: Callable[[UserError], None] | None = None,
     callbacks: Sequence[Callback] = (),
+    built_in: Sequence[Callback] | None = None,
 ) -> dict[str, Any]:
     """Train the run's recipe from its newest checkpoint to its end; returns the summary. All ranks call.
 
+    Each step is taken, and its metrics are delivered: to callbacks, of which logging, trackers, early stopping and the
+    trace of a proof are some. Then the model is evaluated and its state saved, where that is due. A rollback changes
+    which batches come next.
+
     Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
-    stop saves its state, is marked PREEMPTED, and goes on from there when it is started again. Nothing is published
-    once another start has the `lease`. `tell` says what went wrong where this process has lost its GPU,
-    and ends. `callbacks` are called after those of the recipe.
+    stop saves its state, is marked PREEMPTED, and is resumed by the same command. Nothing is published once another
+    attempt has the `lease`. `tell` says what went wrong where this process has lost its GPU, and ends. `callbacks` are
+    called after those of the recipe; `built_in` replaces `built_in_callbacks(recipe)`, which come before.
     """
     recipe = load_recipe(run.recipe_path).recipe
     watched = run.stop_path if world.rank == 0 else None
-    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell, callbacks) as s:
-        if s.t.step == 0 and recipe.eval.every is None:
-            s.say("eval.every is null: the model is scored only at the end")
-        s.catch_up()
-        late = None
-        for micro_batches in s.loader():
-            latest = train_step(s.t, micro_batches, s.flags)
-            # a step's numbers are read when the next one is under way, so that nothing waits for the device
-            late = latest if s.settle(late) else None
-            if s.evaluator.due() or s.checkpoints.due() or s.at_end() or not s.reads_late:
-                s.settle(late)
-                late = None
-                s.heed_callbacks()
-            # a request to stop comes first: who stops a run may not wait for a score
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell, callbacks, built_in) as s:
+        s.evaluate_if_missed()
+        for micro_batches in s.batches():
+            taken = train_step(s.t, micro_batches, s.flags)
+            s.deliver_metrics(taken)
+            # a request to stop comes first: who stops a run may not wait for an evaluation
             if not s.stopping and (s.evaluator.due() or s.at_end()):
-                s.evaluate()
-            if s.checkpoints.due() or s.at_end() or s.evaluator.new_best():
+                s.evaluator.evaluate()
+            if s.checkpoints.due() or s.evaluator.found_best() or s.at_end():
                 s.checkpoints.save()
-            if s.at_end():
-                break
         return s.end()
 
 
@@ -93,11 +88,8 @@ def train_step(
         put_buffers_back()
     if not t.strategy.moved:
         put_buffers_back()
-    seed = _seed(t, len(micro_batches) - 1)
     t.step += 1
     stepped(t.step)
-    if t.trace is not None:
-        t.trace.stepped(seed)
     return PendingMetrics(t.step, numbers, grad_scale, t.own)
 
 
@@ -107,12 +99,8 @@ def _leave_out(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetr
     read = lambda: means  # noqa: E731
     if t.world.world_size > 1:
         read = t.world.to_host_async(t.world.sum(t.world.pack_metrics(torch.zeros(()), flags))[1:] / t.world.world_size)
-    seed = _seed(t, 0)
     t.step += 1
     stepped(t.step)
-    if t.trace is not None:
-        seed_dropout(t.world, seed)
-        t.trace.stepped(seed)
     return PendingMetrics(t.step, lambda: (known.norm, [known.loss, *read()]), t.strategy.grad_scale)
 
 

@@ -353,8 +353,8 @@ def _make_steps(folder: Path) -> dict[str, int]:
     run = RunDir(folder / "run")
     launch = Launch.describe(world.world_size, spec.strategy, spec.offload, spec.replicate)
     world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
-    with Session.open(run, recipe, world) as session:
-        steps = session.loader()
+    with Session.open(run, recipe, world, built_in=()) as session:
+        steps = session.batches()
         spare: Any = None
         for _ in range(_STEPS):
             if (micro_batches := next(steps, None)) is None:

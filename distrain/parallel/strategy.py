@@ -38,8 +38,6 @@ class StepFlags(NamedTuple):
     """1: a checkpoint is due by the time."""
     written: float = 0.0
     """1: its part of the checkpoint under way is written."""
-    corrupt: float = 0.0
-    """Samples of the step that it replaced."""
     callbacks: float = 0.0
     """1: a callback failed or asks for something."""
 

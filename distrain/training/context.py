@@ -16,7 +16,6 @@ from distrain.networks.calling import Convention
 from distrain.optim import Loss, Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
 from distrain.parallel.strategy import Numbers
-from distrain.training.callbacks.trace import Trace
 from distrain.training.forward import told_of
 from distrain.training.skipping import Anomalies, LocalStepResult
 
@@ -32,8 +31,6 @@ class TrainContext:
     loss: Loss
     schedule: Schedule
     step: int = 0
-    trace: Trace | None = None
-    """Notes what each step does; None, as always but in a proof, notes nothing."""
     anomalies: Anomalies | None = None
     """Knows which steps are left out; None leaves out none."""
     own: LocalStepResult | None = None

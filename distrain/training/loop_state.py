@@ -1,28 +1,61 @@
-"""What the parts of the loop share: one attempt at a run, its step, and whether it is to end."""
+"""What the parts of the loop share: what one attempt at a run is made of, and what changes between its steps."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrain.config import Recipe
 from distrain.datasets.base import Data
 from distrain.parallel import World
 from distrain.run.folder import RunDir
+from distrain.system.output import one_line
 from distrain.training.callbacks.dispatch import Callbacks
-from distrain.training.callbacks.trackers import Telemetry
-from distrain.training.context import TrainContext
-from distrain.training.corrupt_samples import CorruptSamples
-from distrain.training.intervals import StopRequest
+from distrain.training.context import PendingMetrics, TrainContext
+from distrain.training.intervals import EvalHistory, StopRequest
 from distrain.training.setup import TrainSetup
+
+if TYPE_CHECKING:
+    from distrain.training.evaluator import Evaluator
+    from distrain.training.saving import Checkpoints
+
+log = logging.getLogger("distrain")
 
 _ELSEWHERE = "a request on another rank"
 
 
 @dataclass
 class LoopState:
-    """Alike on all ranks, but for `stop`, and `telemetry`, which writes on rank 0 alone."""
+    """What changes between steps, besides the training state; alike on all ranks.
+
+    A resume and a rollback make a new one from a checkpoint, by the same function.
+    """
+
+    evaluations: EvalHistory
+    """Which was best, and how long ago that was."""
+    scores: dict[str, float | None] = field(default_factory=dict)
+    """Of the checkpoints that were there, by their names."""
+    evaluated_step: int = -1
+    """Of the last evaluation; -1: there was none."""
+    evaluation: dict[str, Any] | None = None
+    """The values of that step's evaluation; None where another attempt made it."""
+    saved_step: int = -1
+    """Of the newest checkpoint; -1: there is none of this state."""
+    save_requested: bool = False
+    """Whether ranks have agreed that a checkpoint is due by the time."""
+    pending: PendingMetrics | None = None
+    """Of the last step, where its metrics were not read yet."""
+    stop_reason: str = ""
+    """Why the run is left, to be resumed by the same command."""
+    ended_early: bool = False
+    """Whether training ends before its last step, and the run with it."""
+
+
+@dataclass
+class RunContext:
+    """What one attempt is made of. Fixed from the first step on, but for `state`, and what a step changes in `t`."""
 
     run: RunDir
     recipe: Recipe
@@ -32,19 +65,14 @@ class LoopState:
     fence: Callable[[], None]
     """Called before anything is written into the run; raises when this process may write no more."""
     setup: TrainSetup
-    corrupt: CorruptSamples
+    callbacks: Callbacks
     started: float
     """On this rank's monotonic clock."""
-    telemetry: Telemetry = field(default_factory=lambda: Telemetry(None, None, []))
-    """Says and writes nothing until everything else is built."""
-    callbacks: Callbacks = field(init=False)
-    """Those of the recipe, and more that were given."""
-    stopping: str = ""
-    """Why the run is left, to be resumed by the same command."""
-    ended_early: bool = False
-    """Whether training ends before its last step, and the run with it."""
-    ended_by_callback: bool = False
-    """Whether that is what a callback asked for."""
+    state: LoopState = field(init=False)
+    evaluator: Evaluator = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of the checkpoint that the run resumes from."""
 
     @property
     def t(self) -> TrainContext:
@@ -61,25 +89,25 @@ class LoopState:
         """Optimizer steps of the whole run."""
         return self.setup.feed.total_steps
 
-    def ended_state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps for a start that resumes where callbacks have ended training."""
-        return {"ended": self.recipe.model_dump(mode="json").get("callbacks", [])} if self.ended_by_callback else {}
-
-    def resume_end(self, has_callbacks: bool) -> None:
-        """End training where the checkpoint says that the same callbacks have ended it."""
-        then = self.setup.resumed.scalars.get("ended") if self.setup.resumed is not None else None
-        self.ended_by_callback = has_callbacks and then is not None
-        self.ended_by_callback = self.ended_by_callback and then == self.ended_state()["ended"]
-        self.ended_early = self.ended_early or self.ended_by_callback
+    @property
+    def stopping(self) -> str:
+        """Why the run is left after this step, to be resumed by the same command; empty where it is not."""
+        step, reason = self.callbacks.plan.stop or (self.total_steps, "")
+        return self.state.stop_reason or (reason if step <= self.t.step < self.total_steps else "")
 
     def at_end(self) -> bool:
         """Whether no step follows this one."""
-        return self.t.step >= self.total_steps or bool(self.stopping) or self.ended_early
+        return self.t.step >= self.total_steps or bool(self.stopping) or self.state.ended_early
 
-    def heed_stop(self) -> None:
-        """Leave the run, as some rank was asked to."""
-        self.stopping = self.stopping or self.stop.reason or _ELSEWHERE
+    def stop_as_requested(self) -> None:
+        """Leave the run after this step, as some rank was asked to."""
+        self.state.stop_reason = self.stopping or self.stop.reason or _ELSEWHERE
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics.jsonl, with at least `event` and `step`; on rank 0."""
+        self.callbacks.row(row)
 
     def say(self, text: str) -> None:
-        """Tell the person in front of the terminal, once."""
-        self.telemetry.say(text)
+        """Show a line to the person at the terminal, and put it into the log."""
+        log.info(one_line(text))
+        self.callbacks.message(text)

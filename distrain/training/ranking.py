@@ -1,4 +1,4 @@
-"""Which evaluations a run is compared with when it goes on, and what cannot be known of them any more.
+"""Which evaluations a run is compared with when it resumes, and what cannot be known of them any more.
 
 A checkpoint says what its numbers are numbers of, and how far the ranking had come. Under another metric, direction,
 split or other data a new ranking begins, from the checkpoints that are there and have a number by it. Checkpoints of
@@ -76,12 +76,12 @@ def _number(row: dict[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def take_up(
+def resume_ranking(
     run: RunDir, criterion: Criterion, min_delta: float, resumed: Manifest | None
 ) -> tuple[EvalHistory, dict[str, float | None], list[str]]:
-    """Rank 0: return the ranking that a run goes on with, scores of its checkpoints, and what a person should know.
+    """Rank 0: return the ranking that a run resumes, scores of its checkpoints, and what a person should know.
 
-    `resumed`: the checkpoint that the run goes on from.
+    `resumed`: the checkpoint that the run resumes from.
     """
     best = EvalHistory(criterion, min_delta)
     if resumed is None:

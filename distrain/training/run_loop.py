@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from distrain.checkpoint import Manifest
 from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import told_plainly
@@ -17,29 +18,25 @@ from distrain.diagnose.memory_advice import explained
 from distrain.optim import Loss, set_lr
 from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import starts_at
+from distrain.run.heartbeat import mark, starts_at
 from distrain.run.json_files import append_row
 from distrain.run.lease import Lease
-from distrain.training.callbacks.banner import introduction
-from distrain.training.callbacks.base import Callback, CallbackRun, Requests
+from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Requests, StepMetrics
 from distrain.training.callbacks.building import build_callbacks
+from distrain.training.callbacks.built_in import built_in_callbacks
 from distrain.training.callbacks.dispatch import Callbacks
-from distrain.training.callbacks.trackers import Telemetry
-from distrain.training.callbacks.train_log import TrainLog
 from distrain.training.context import PendingMetrics
-from distrain.training.corrupt_samples import EVENT as UNDECODABLE
-from distrain.training.corrupt_samples import CorruptSamples
 from distrain.training.ending import finish, preempt
 from distrain.training.evaluator import Evaluator
 from distrain.training.intervals import StopRequest
-from distrain.training.loop_state import LoopState
+from distrain.training.loop_state import LoopState, RunContext
 from distrain.training.saving import Checkpoints
 from distrain.training.setup import set_up
 from distrain.training.skipping import Anomaly
 
 
-class Session(LoopState):
-    """The state of the loop, with its evaluator and its checkpoints. All ranks call each method at the same step."""
+class Session(RunContext):
+    """The parts of an attempt, and what they do from step to step. All ranks call each method at the same step."""
 
     def __init__(
         self,
@@ -49,59 +46,25 @@ class Session(LoopState):
         stop: StopRequest | None = None,
         lease: Lease | None = None,
         callbacks: Sequence[Callback] = (),
+        built_in: Sequence[Callback] | None = None,
     ):
-        """Build everything up to the first step; what can fail fails here, on all ranks together.
-
-        `stop` notes what this rank is asked for. Without a `lease` nobody else is expected to write into the run.
-        `callbacks` are called after those of the recipe.
-        """
-        fence = lease.check if lease is not None else lambda: None
+        """Build everything up to the first step; what can fail fails here, on all ranks together. See `open`."""
         started = time.monotonic()
-        named = world.run_on_all(lambda: build_callbacks(recipe, callbacks))
-        setup = set_up(run, recipe, world, fence)
-        resumed = setup.resumed
-        history = resumed.history if resumed is not None else None
-        corrupt = CorruptSamples(run, world, recipe.data.skip_undecodable, setup.training.step, history)
-        super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, corrupt, started)
-        self.anomalies, self.trace = setup.anomalies, setup.trace
+        fence = lease.check if lease is not None else lambda: None
+        mine = built_in_callbacks(recipe) if built_in is None else built_in
+        called = Callbacks(mine, world.run_on_all(lambda: build_callbacks(recipe, callbacks)), recipe, world)
+        setup = set_up(run, recipe, world, fence, called.wrap_transform)
+        super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, called, started)
+        self.outcome: Outcome | None = None
+        self._state_checked = False
         starts_at(self.t.step)
         self._record_effect()
-        self._stepped = self._rolled_back = False
         self.evaluator = Evaluator(self)
-        # a run can be stopped between the evaluation that ends it and the end itself
-        self.ended_early = self.evaluator.exhausted()
-        self.resume_end(bool(named))
-        self.checkpoints = Checkpoints(self, self.evaluator)
-        self.log = TrainLog(self)
-        # last of what can fail: a display or tracker that was opened would be left open
-        self.telemetry = world.run_on_all(
-            lambda: Telemetry.open(
-                run,
-                recipe,
-                rank=world.rank,
-                total_steps=self.total_steps,
-                start_step=self.t.step,
-                config=recipe.model_dump(mode="json", by_alias=True),
-                fence=fence,
-                history=history,
-            )
-        )
-        self.callbacks = Callbacks(named, world, self._callback_run, self.telemetry.write, self._act)
-        self.log.restart()
+        self.state, self.notes = self._state_at(setup.resumed)
+        self.checkpoints = Checkpoints(self)
+        called.attach(self._callback_run, self._act_on)
+        called.load_history((setup.resumed.history if setup.resumed is not None else None) or {})
         self.checkpoints.start_clock()
-
-    def begin(self) -> None:
-        """Say what is trained, give callbacks their state, and save what there must be to roll back to."""
-        resumed = self.setup.resumed
-        lines = self.callbacks.load(resumed.scalars) if resumed is not None else []
-        for line in [*introduction(self.run, self.setup), *self.evaluator.notes, *lines]:
-            self.say(line)
-        if resumed is not None:
-            self.checkpoints.note_published(resumed)
-            self._note_update()
-        self.callbacks.start()
-        if resumed is None and self.anomalies.goes_back:
-            self.checkpoints.save()
 
     @classmethod
     @contextmanager
@@ -114,10 +77,13 @@ class Session(LoopState):
         lease: Lease | None = None,
         tell: Callable[[UserError], None] | None = None,
         callbacks: Sequence[Callback] = (),
+        built_in: Sequence[Callback] | None = None,
     ) -> Iterator[Session]:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes.
 
+        `stop` notes what this rank is asked for. Without a `lease` nobody else is expected to write into the run.
         `tell` says what went wrong where nothing can be put in order, as this process has lost its device.
+        `callbacks` are called after those of the recipe; `built_in` replaces those of `built_in_callbacks`.
         """
         session: Session | None = None
 
@@ -127,33 +93,43 @@ class Session(LoopState):
         def last_word(error: UserError) -> None:
             if session is not None:
                 with suppress(Exception):
-                    session.telemetry.close()
+                    session.callbacks.close(Outcome("failed", session.t.step, reason=str(error)))
             if tell is not None:
                 tell(error)
 
         end = last_word if tell is not None else None
         with explained(recipe, world) as attempt:
             with told_plainly(parts, end):
-                session = cls(run, recipe, world, stop, lease, callbacks)
+                session = cls(run, recipe, world, stop, lease, callbacks, built_in)
             attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
                 # inside: what is put in order below needs a device that works
                 with told_plainly(parts, end):
-                    session.begin()
+                    session._begin()
                     yield session
             except Exception as error:
-                session.callbacks.fail(error, session.t.step)
+                session.outcome = session.callbacks.fail(error, session.t.step)
                 raise
             finally:
                 session.checkpoints.saver.close()
-                session.telemetry.close()
+                session.callbacks.close(session.outcome or Outcome("stopped", session.t.step))
 
-    def _note_update(self) -> None:
-        """Record what this start changes."""
+    def _begin(self) -> None:
+        """Start callbacks, and save what there must be to roll back to or to end with."""
+        resumed = self.setup.resumed
+        self.callbacks.start()
+        if resumed is not None:
+            self.checkpoints.note_published(resumed)
+            self._record_update()
+        if self.setup.anomalies.goes_back or self.at_end():
+            self.checkpoints.save()
+
+    def _record_update(self) -> None:
+        """Record what this attempt changes."""
         row = self.setup.inputs.update
         if row is None:
             return
-        self.telemetry.write(row)
+        self.write_row(row)
 
         def note() -> None:
             self.fence()
@@ -162,6 +138,7 @@ class Session(LoopState):
         self.world.run_on_rank0(note)
 
     def _record_effect(self) -> None:
+        """Record what the strategy has made of the model; and again when there is an optimizer's state to measure."""
         model = self.setup.model
         effect = self.t.strategy.effect() | {
             "parameters": model.parameters,
@@ -173,133 +150,138 @@ class Session(LoopState):
     # ----------------------------------------------------------------------------------------------------------------
     # The steps
 
-    def loader(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step that is left, noting how long the loop waits for them."""
-        while not self.ended_early:
-            self._rolled_back = False
-            batches = self.setup.feed.batches(start_step=self.t.step)
-            if self.trace is not None:
-                self.t.trace, batches = self.trace, self.trace.watch(batches, self)
-            for micro_batches in self.log.waited.during(batches):
-                self.corrupt.note(self.t.step + 1, micro_batches)
+    def batches(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step that is left; after a rollback, of those from its checkpoint on."""
+        while not self.at_end():
+            state, steps = self.state, self.setup.feed.batches(start_step=self.t.step)
+            while self.state is state and not self.at_end():
+                step = self.t.step + 1
+                self.callbacks.step_start(step)
+                mark("data")
+                if (micro_batches := next(steps, None)) is None:
+                    return
+                self.callbacks.batches(step, micro_batches)
                 yield micro_batches
-                if self._rolled_back:
-                    break
-            else:
-                return
-
-    @property
-    def reads_late(self) -> bool:
-        """Whether the host would wait for the device if it read a step's numbers before the next step is under way."""
-        return self.world.device.type != "cpu"
 
     def flags(self) -> StepFlags:
-        """Return what this rank has to tell the others with this step; `settle` gets the mean over the ranks."""
+        """Return what this rank has for the others with this step; `deliver_metrics` gets the mean over the ranks."""
         return StepFlags(
             stop=float(self.stop.reason is not None),
             save=float(self.checkpoints.due_by_time()),
             written=float(self.checkpoints.written()),
-            corrupt=self.corrupt.count(self.t.step + 1),
-            callbacks=self.callbacks.flag() if self.callbacks else 0.0,
+            callbacks=self.callbacks.flag(),
         )
 
-    def settle(self, numbers: PendingMetrics | None) -> bool:
-        """Read a step's numbers, write its row if one is due, and act on what the ranks agreed.
+    def deliver_metrics(self, taken: PendingMetrics) -> None:
+        """Call callbacks of the step just taken, and deliver the metrics of the one before it.
 
-        Returns False where the run was rolled back to a checkpoint: what was read of later steps is then of no use.
+        Its own metrics are delivered at once where the host need not wait for them, or an evaluation, a checkpoint or
+        the end follows; otherwise when the next step is under way, so that nothing waits for the device.
         """
-        if numbers is None:
-            return True
-        if not self._stepped:  # now there are gradients and an optimizer's state to tell of
-            self._stepped = True
+        self.callbacks.step_taken(taken.step)
+        before, self.state.pending = self.state.pending, taken
+        if before is not None:
+            self._deliver(before)
+        if self.world.device.type == "cpu" or self._something_follows():
+            latest, self.state.pending = self.state.pending, None
+            if latest is not None:  # not after a rollback
+                self._deliver(latest)
+        if self.callbacks.asks and self._something_follows():
+            self.callbacks.agree()
+
+    def _something_follows(self) -> bool:
+        return self.evaluator.due() or self.checkpoints.due() or self.at_end()
+
+    def _deliver(self, taken: PendingMetrics) -> None:
+        """Read a step's metrics, give them to callbacks, and act on what the ranks agreed."""
+        if not self._state_checked:  # now there are gradients and an optimizer's state
+            self._state_checked = True
             self.t.strategy.check_state()
             self._record_effect()
-        step = numbers.step
-        loss, norm, flags = numbers.read()
-        if self.trace is not None:
-            self.trace.settled(step, loss, norm)
-        found = self.anomalies.settle(step, loss, norm, numbers.own)
+        loss, norm, flags = taken.read()
+        found = self.setup.anomalies.settle(taken.step, loss, norm, taken.own)
+        rolls_back = found is not None and found.action == "rollback" and not found.known
         if found is not None:
-            self._note_anomaly(found)
-        elif self.log.due(step):
-            self.log.write(step, loss, norm, numbers.grad_scale)
-        if flags.corrupt > 0:
-            self._note_corrupt(step)
+            self._report(found)
+        if not rolls_back:
+            self.callbacks.step_end(taken.step, lambda: self._metrics(taken, loss, norm, skipped=found is not None))
         if flags.stop > 0:
-            self.heed_stop()
-        self.checkpoints.asked = flags.save > 0
+            self.stop_as_requested()
+        self.state.save_requested = flags.save > 0
         if flags.written > 1 - 0.5 / self.world.world_size:
             self.checkpoints.finish()
-        if found is not None and found.action == "rollback" and not found.known:
-            self.roll_back()
-            return False
-        if self.callbacks:
-            self.callbacks.step_end(step, self.log.metrics(step, loss, norm, skipped=found is not None))
-            if flags.callbacks > 0:
-                self.callbacks.agree()
-        return True
+        if rolls_back:
+            self.state = self.roll_back()
+        elif flags.callbacks > 0:
+            self.callbacks.agree()
 
-    def _note_anomaly(self, found: Anomaly) -> None:
-        """Say what is done about a step that is an anomaly; where that is to stop, raise it."""
+    def _metrics(self, taken: PendingMetrics, loss: float, norm: float, *, skipped: bool) -> StepMetrics:
+        recipe, length = self.recipe, self.setup.horizon.samples_per_epoch
+        samples = taken.step * recipe.batch.global_batch_size
+        norm_is_known = recipe.optim.clip_norm is not None or self.setup.anomalies.watches
+        return StepMetrics(
+            loss=loss,
+            grad_norm=norm if norm_is_known else None,
+            lr=recipe.optim.lr * self.t.schedule(taken.step - 1),
+            samples=samples,
+            epoch=samples / length if length else 0.0,
+            skipped=skipped,
+            grad_scale=taken.grad_scale,
+        )
+
+    def _report(self, found: Anomaly) -> None:
+        """Show and write what is done about a step that is an anomaly; where that is to stop, raise it."""
         if found.action == "stop":
             self.checkpoints.finish()  # of an earlier step, when all was well
             raise UserError(
-                f"{found}; the run stops with its last checkpoint as it was. What to do: {self.anomalies.advice(found)}"
+                f"{found}; the run stops with its last checkpoint as it was. What to do: "
+                f"{self.setup.anomalies.advice(found)}"
             )
-        self.telemetry.write(found.row() | {"time": time.time()})
-        self.say(f"step {found.step} is left out, as was decided before" if found.known else f"{found}; it is left out")
-
-    def _note_corrupt(self, step: int) -> None:
-        """Note samples of a step that do not decode."""
-        found, warnings = self.corrupt.of_step(step)
-        self.telemetry.write({"event": UNDECODABLE, "step": step, "samples": found, "time": time.time()})
-        for warning in warnings:
-            self.say(warning)
-
-    def roll_back(self) -> None:
-        """Take up the newest checkpoint again, as the next start would."""
-        name, manifest = self.checkpoints.roll_back()
-        self.anomalies.load(manifest.scalars)
-        lines = self.callbacks.load(manifest.scalars)
-        self.evaluator.back_to(manifest)
-        self.log.restart()
-        self._rolled_back = True
-        for line in [f"goes back to {name}", *lines]:
-            self.say(line)
+        self.write_row(found.row())
+        self.say(
+            f"step {found.step} is skipped, as was decided before" if found.known else f"{found}; the step is skipped"
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Between the steps
+    # Resuming and rolling back
 
-    def catch_up(self) -> None:
-        """Evaluate the model that a run resumes from, where the recipe wanted that and a stop came first."""
-        if self.checkpoints.step == self.t.step and (self.evaluator.due() or (self.at_end() and not self.ended_early)):
-            self.evaluate()
-            if self.evaluator.step == self.t.step and self.recipe.checkpoint.keep_best:
-                # which checkpoints are kept goes by the scores in them
-                set_lr(self.t.strategy.optimizer, self.recipe.optim.lr * self.t.schedule(self.t.step - 1))  # as it was
-                self.checkpoints.save_again()
+    def _state_at(self, manifest: Manifest | None) -> tuple[LoopState, list[str]]:
+        """Return the loop's state at a checkpoint, or before the first step, and what a person should know of it.
 
-    def evaluate(self) -> None:
-        """Evaluate the model, and end training early where the recipe or a callback has it so.
-
-        A request to stop ends it without values; the start that resumes from here begins with it.
+        Callbacks take up their own.
         """
-        found = self.evaluator.evaluate()
-        if found is None:
-            return
-        values, problem = found
-        if problem is not None:
-            self.checkpoints.save()  # it is no fault of the training
-            self.checkpoints.finish()
-            raise UserError(problem)
-        self.evaluator.stop_early()
-        assert self.evaluator.split is not None
-        self.callbacks.evaluated(self.evaluator.split, MappingProxyType(values))
-        self.log.restart()  # evaluation is not training time
+        state, notes = self.evaluator.state_at(manifest)
+        if manifest is not None:
+            notes += self.callbacks.load(manifest.scalars)
+        return replace(state, ended_early=self.callbacks.ended), notes
+
+    def roll_back(self) -> LoopState:
+        """Restore the newest checkpoint, as the next attempt would; returns the loop's state there."""
+        manifest = self.checkpoints.restore_newest()
+        self.setup.anomalies.load(manifest.scalars)
+        state, notes = self._state_at(manifest)
+        for line in [f"rolled back to step-{manifest.step:08d}", *notes]:
+            self.say(line)
+        self.callbacks.rolled_back(manifest.step)
+        # what was asked for stays asked for
+        return replace(state, stop_reason=self.state.stop_reason, ended_early=self.state.ended_early)
+
+    def evaluate_if_missed(self) -> None:
+        """Evaluate the model that a run resumes from, where the recipe wanted that and a stop came first."""
+        step, state = self.t.step, self.state
+        if state.saved_step == step and (self.evaluator.due() or (self.at_end() and not state.ended_early)):
+            self.evaluator.evaluate()
+            if state.evaluated_step == step and self.recipe.checkpoint.keep_best:
+                # which checkpoints are kept goes by the values in them
+                set_lr(self.t.strategy.optimizer, self.recipe.optim.lr * self.t.schedule(step - 1))  # as it was
+                self.checkpoints.save_again()
 
     def end(self) -> dict[str, Any]:
         """Finish the run, or leave it where it is to be stopped; returns the summary."""
-        return preempt(self, self.checkpoints) if self.stopping else finish(self, self.evaluator, self.checkpoints)
+        summary = preempt(self) if self.stopping else finish(self)
+        if summary["finished"]:
+            self.outcome = Outcome("finished", summary["steps"], summary=summary)
+        return summary
 
     # ----------------------------------------------------------------------------------------------------------------
     # Callbacks
@@ -317,19 +299,13 @@ class Session(LoopState):
             optimizer=strategy.optimizer,
             horizon=self.setup.horizon,
             resumed_step=resumed.step if resumed is not None else None,
-            step=lambda: self.t.step,
-            show=self.say,
+            context=self,
         )
 
-    def heed_callbacks(self) -> None:
-        """Do what callbacks ask for, or raise what failed in one, before an evaluation, a checkpoint or the end."""
-        if self.callbacks and (self.evaluator.due() or self.checkpoints.due() or self.at_end()):
-            self.callbacks.agree()
-
-    def _act(self, asked: Requests) -> None:
+    def _act_on(self, asked: Requests) -> None:
         """Do what callbacks ask for, alike on all ranks."""
-        if asked.finish is not None and not self.ended_early:
-            self.ended_early = self.ended_by_callback = True
+        if asked.finish is not None and not self.state.ended_early:
+            self.state.ended_early = True
             self.say(f"training ends after step {self.t.step}: {asked.finish}")
         if asked.stop is not None and not self.stopping:
-            self.stopping = asked.stop
+            self.state.stop_reason = asked.stop

@@ -1,10 +1,11 @@
-"""The checkpoints of one attempt at a run: when they are due, what is in them, and going back to one."""
+"""The checkpoints of one attempt at a run: when they are due, what is in them, and restoring one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver, find_newest
@@ -13,33 +14,28 @@ from distrain.config.yaml import dump_recipe
 from distrain.models import transformers_config
 from distrain.run.heartbeat import mark
 from distrain.training.callbacks.base import SavedCheckpoint
-from distrain.training.evaluator import Evaluator
 from distrain.training.intervals import Interval
-from distrain.training.loop_state import LoopState
+from distrain.training.loop_state import RunContext
 
 
 class Checkpoints:
     """Every method is called by all ranks at the same step."""
 
-    def __init__(self, loop: LoopState, evaluator: Evaluator):
+    def __init__(self, context: RunContext):
         """Try whether checkpoints can be written."""
-        self._loop, self._evaluator, section, resumed = loop, evaluator, loop.recipe.checkpoint, loop.setup.resumed
+        self._context, section, evaluator = context, context.recipe.checkpoint, context.evaluator
         self.saver = Saver(
-            loop.run.checkpoints,
-            loop.world,
+            context.run.checkpoints,
+            context.world,
             keep=section.keep,
             keep_best=section.keep_best,
             asynchronous=section.asynchronous,
-            fence=loop.fence,
+            fence=context.fence,
         )
         self.saver.criterion = evaluator.criterion
-        self.saver.scores |= evaluator.scores
+        self.saver.scores |= context.state.scores
         self.saver.rehearse()
-        self._every = Interval(section.every, loop.setup.horizon, "checkpoint.every")
-        self.step = loop.t.step if resumed is not None else -1
-        """Of the newest; -1: there is none of this state."""
-        self.asked = False
-        """Whether the ranks have agreed that one is due by the time."""
+        self._every = Interval(section.every, context.setup.horizon, "checkpoint.every")
         self._saved_at = time.monotonic()
 
     def start_clock(self) -> None:
@@ -47,13 +43,14 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the recipe wants the state saved after this step."""
-        step, trace = self._loop.t.step, self._loop.setup.trace
-        return self._every.due(step) or self.asked or (trace is not None and trace.save_at == step)
+        """Whether the recipe or a callback wants the state saved after this step, or ranks have agreed on it."""
+        context = self._context
+        step = context.t.step
+        return self._every.due(step) or context.state.save_requested or step in context.callbacks.plan.saves
 
     def due_by_time(self) -> bool:
         """Whether one is due on rank 0's clock."""
-        return self._loop.world.rank == 0 and self._every.elapsed(self._saved_at)
+        return self._context.world.rank == 0 and self._every.elapsed(self._saved_at)
 
     def written(self) -> bool:
         """Whether this rank has written its part of the one under way."""
@@ -61,8 +58,8 @@ class Checkpoints:
 
     def save(self) -> None:
         """Save the state of this step, once."""
-        loop, t, strategy = self._loop, self._loop.t, self._loop.t.strategy
-        if self.step == t.step:
+        context, t, strategy = self._context, self._context.t, self._context.t.strategy
+        if context.state.saved_step == t.step:
             return
         mark("save")
         state = strategy.state
@@ -73,37 +70,37 @@ class Checkpoints:
                 "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
             )
         strategy.broadcast_buffers()
-        self.step, self._saved_at, self.asked = t.step, time.monotonic(), False
-        specs, scalars = loop.world.run_on_all(
-            lambda: (state.specs(), strategy.scalars() | loop.callbacks.state() | loop.ended_state())
+        context.state.saved_step, context.state.save_requested = t.step, False
+        self._saved_at = time.monotonic()
+        specs, scalars = context.world.run_on_all(
+            lambda: (state.specs(), strategy.scalars() | context.callbacks.state())
         )
         with self._may_fail():
             self.saver.begin(
                 t.step,
                 specs,
-                state.pieces(loop.world.mesh),
+                state.pieces(context.world.mesh),
                 scalars=scalars
-                | loop.setup.anomalies.scalars()
-                | {"data": loop.data.state, "transformers_config": transformers_config(strategy.model)}
-                | {"inputs": loop.setup.inputs.fingerprint, "transformers_files": loop.setup.beside},
+                | context.setup.anomalies.scalars()
+                | {"data": context.data.state, "transformers_config": transformers_config(strategy.model)}
+                | {"inputs": context.setup.inputs.fingerprint, "transformers_files": context.setup.beside},
                 aliases=state.aliases(),
-                recipe=dump_recipe(loop.recipe),
-                strategy=loop.world.strategy,
-                evaluation=self._evaluator.of_this_step(),
-                history=self._history() if loop.world.rank == 0 else None,
+                recipe=dump_recipe(context.recipe),
+                strategy=context.world.strategy,
+                evaluation=context.evaluator.of_this_step(),
+                history=self._history() if context.world.rank == 0 else None,
             )
-        if not loop.recipe.checkpoint.asynchronous:
+        if not context.recipe.checkpoint.asynchronous:
             self.finish()
 
     def save_again(self) -> None:
         """Save the state of this step though there is a checkpoint of it, which lacks the evaluation."""
-        self.step = -1
+        self._context.state.saved_step = -1
         self.save()
 
     def _history(self) -> dict[str, Any]:
-        """Rank 0: return what a checkpoint keeps for the start that resumes from it."""
-        loop = self._loop
-        return self._evaluator.state() | loop.corrupt.state() | loop.telemetry.settled(loop.t.step)
+        """Rank 0: return what a checkpoint keeps for the attempt that resumes from it."""
+        return self._context.evaluator.history() | self._context.callbacks.history()
 
     def finish(self) -> None:
         """Wait for the one under way, if there is one, and publish it."""
@@ -112,57 +109,54 @@ class Checkpoints:
 
     @contextmanager
     def _may_fail(self) -> Iterator[None]:
-        """Go on training without the checkpoint, where the recipe says so and a later one will be written."""
-        loop = self._loop
+        """Continue training without the checkpoint, where the recipe says so and a later one will be written."""
+        context = self._context
         try:
             yield
         except CheckpointError as error:
-            if loop.recipe.checkpoint.on_failure == "stop" or loop.at_end():
+            if context.recipe.checkpoint.on_failure == "stop" or context.at_end():
                 raise
-            self.step = -1
-            loop.telemetry.write({"event": "checkpoint_failed", "step": loop.t.step, "time": time.time()})
-            loop.say(f"warning: {error}; training goes on without it, as checkpoint.on_failure says")
+            context.state.saved_step = -1
+            context.write_row({"event": "checkpoint_failed", "step": context.t.step})
+            context.say(f"warning: {error}; training continues without it, as checkpoint.on_failure says")
 
     def publish(self) -> None:
         """Do the same as `finish`; a checkpoint that could not be written is an error in any case."""
         saved: Saved | None = self.saver.finish()
         if saved is None:
             return
-        loop = self._loop
+        context = self._context
         self._note(saved.step, saved.nbytes, saved.seconds)
-        loop.say(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
+        context.say(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
         for warning in saved.warnings:
-            loop.say(f"warning: {warning}")
-        loop.callbacks.saved(SavedCheckpoint(saved.step, saved.path, saved.nbytes, saved.seconds))
+            context.say(f"warning: {warning}")
+        context.callbacks.saved(SavedCheckpoint(saved.step, saved.path, saved.nbytes, saved.seconds))
 
     def note_published(self, manifest: Manifest) -> None:
         """Note a checkpoint that was published, and perhaps not yet noted when the attempt before was killed."""
         self._note(manifest.step, sum(file.size for file in manifest.files), None)
 
     def _note(self, step: int, nbytes: int, seconds: float | None) -> None:
-        self._loop.telemetry.write(
-            {"event": "checkpoint", "step": step, "bytes": nbytes, "seconds": seconds, "time": time.time()}
-        )
+        self._context.write_row({"event": "checkpoint", "step": step, "bytes": nbytes, "seconds": seconds})
 
     def restore(self, step: int) -> None:
-        """Take up the model of a step that is saved, to be evaluated and exported."""
-        t, world = self._loop.t, self._loop.world
-        reader = world.run_on_all(lambda: Reader(self._loop.run.checkpoint(step)))
-        t.strategy.restore(reader)
-        reader.close()
-        t.step = step
+        """Restore the model of a step that is saved, to be evaluated and exported."""
+        self._restore(self._context.run.checkpoint(step), verify=True)
 
-    def roll_back(self) -> tuple[str, Manifest]:
-        """Take up the newest one again, as the next start would; return its name and manifest."""
+    def restore_newest(self) -> Manifest:
+        """Restore the newest one, as the next attempt would; returns its manifest."""
         self.finish()
         mark("setup")
-        loop, t = self._loop, self._loop.t
-        newest, _ = loop.world.run_on_rank0(lambda: find_newest(loop.run.checkpoints))
+        folder = self._context.run.checkpoints
+        newest, _ = self._context.world.run_on_rank0(lambda: find_newest(folder))
         if newest is None:
-            raise UserError(f"there is no whole checkpoint in {loop.run.checkpoints} to go back to")
-        reader = loop.world.run_on_all(lambda: Reader(newest, verify=False))
+            raise UserError(f"found no complete checkpoint in {folder}, expected one to roll back to")
+        return self._restore(newest, verify=False)
+
+    def _restore(self, path: Path, *, verify: bool) -> Manifest:
+        t = self._context.t
+        reader = self._context.world.run_on_all(lambda: Reader(path, verify=verify))
         t.strategy.restore(reader)
         reader.close()
-        self.step = t.step = reader.manifest.step
-        self.asked = False
-        return newest.name, reader.manifest
+        t.step = reader.manifest.step
+        return reader.manifest

@@ -5,6 +5,7 @@ All ranks build it together: what fails on one of them fails on all, before anyt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,7 @@ from distrain.optim import (
 from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
-from distrain.training.callbacks.trace import Trace
+from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.coupling import check_cut, couples_samples, cut_of, in_words, warning
@@ -92,7 +93,6 @@ class TrainSetup:
     horizon: Horizon
     training: TrainContext
     anomalies: Anomalies
-    trace: Trace | None
     resumed: Manifest | None
     """The checkpoint that the run goes on from; None for a run that begins."""
     skipped: list[tuple[Path, str]]
@@ -109,10 +109,17 @@ class TrainSetup:
     """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
 
 
-def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> TrainSetup:
+def set_up(
+    run: RunDir,
+    recipe: Recipe,
+    world: World,
+    fence: Callable[[], None],
+    wrap_transform: Callable[[Transform], Transform] = lambda transform: transform,
+) -> TrainSetup:
     """Build everything up to the first step. All ranks call.
 
     `fence` is called before anything is written into the run, and raises when this process may write no more.
+    `wrap_transform` is given what transforms the training split, and returns what does so.
     """
     world.run_on_rank0(lambda: prepare_data(recipe))
     checkpoint, skipped = world.run_on_rank0(lambda: find_newest(run.checkpoints))
@@ -120,15 +127,13 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
     resumed = reader.manifest if reader is not None else None
     data = world.run_on_all(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
     transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
-    trace = Trace.from_environment(world.rank)
-    if trace is not None:
-        transforms["train"] = trace.around(transforms["train"])
+    transforms["train"] = world.run_on_all(lambda: wrap_transform(transforms["train"]))
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
     updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
     # a proof compares all samples itself, and says why they differ
     inputs: Inputs = world.run_on_rank0(
-        lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=trace is None)
+        lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=VARIABLE not in os.environ)
     )
     autobatch = cached_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if autobatch is None else autobatch.section(recipe.batch)
@@ -152,7 +157,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
             inputs = inputs.with_change(line, resumed.step)
     told = list(inputs.told)
     beside = _keep_beside(run, recipe, world, fence, told)
-    training, model = _training(feed, horizon, trace, told, run.path / FOLDER, resumes=reader is not None)
+    training, model = _training(feed, horizon, told, run.path / FOLDER, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     anomalies.watch(training)
     if reader is not None:
@@ -173,9 +178,7 @@ def set_up(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None])
         world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
         if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
             warnings.append(said)
-    return TrainSetup(
-        feed, horizon, training, anomalies, trace, resumed, skipped, model, told, inputs, warnings, beside
-    )
+    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, told, inputs, warnings, beside)
 
 
 def _keep_beside(
@@ -205,7 +208,7 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
 
 
 def _training(
-    feed: DataPipeline, horizon: Horizon, trace: Trace | None, told: list[str], kept: Path, *, resumes: bool
+    feed: DataPipeline, horizon: Horizon, told: list[str], kept: Path, *, resumes: bool
 ) -> tuple[TrainContext, ModelSummary]:
     """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
@@ -275,4 +278,4 @@ def _training(
         strategy.model.compile()
     schedule = resolve_schedule(recipe.schedule, horizon)
     assert summary is not None
-    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule, trace=trace), summary
+    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule), summary

@@ -61,7 +61,10 @@ def test_what_does_not_decode_is_left_out_alike_in_every_world(recipe: Path, tmp
     train(3, recipe, tmp_path / "three", "batch.micro=2")
     for sample, name in zip((3, 4, 26), DAMAGED["train"], strict=True):
         path = tmp_path / "images" / "train" / name
-        assert said.out.count(f"warning: left out of train: sample {sample}, {path}, cannot be decoded") == 1
+        assert (
+            said.out.count(f"warning: skipped a corrupt sample of train: sample {sample}, {path}, cannot be decoded")
+            == 1
+        )
     expected = left_out(tmp_path / "one")
     assert sum(len(samples) for _, samples in expected) >= 9  # three in each of the three epochs, and more
     assert {each for _, samples in expected for each in samples} == {"3", "4", "26"}

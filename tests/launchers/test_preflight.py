@@ -830,11 +830,11 @@ def test_distrain_train_starts_a_sharded_run_goes_on_with_it_and_shows_it(tmp_pa
     more = ["train", recipe, "--run-dir", run.path, "--update", "--processes", 1]
     ended = cli(*more, "train.steps=6")
     assert ended.status == 0, ended.err
-    assert "written by 2 x zero3; goes on with 1 x zero3" in ended.out
+    assert "written by 2 x zero3; resumes with 1 x zero3" in ended.out
     assert run.launch().offload == "optimizer"
     ended = cli(*more, "train.steps=8", "--strategy", "fsdp2")
     assert ended.status == 0, ended.err
-    assert "written by 1 x zero3; goes on with 1 x fsdp2" in ended.out
+    assert "written by 1 x zero3; resumes with 1 x fsdp2" in ended.out
     assert (run.launch().strategy, run.launch().offload) == ("fsdp2", "none")
     assert len(losses(run.path)) == 8
     shown = cli("train", run.path)

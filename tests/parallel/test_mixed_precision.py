@@ -100,7 +100,7 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
                     layer.register_forward_hook(lambda _m, _i, out, to=seen: to["forward"].add(str(out.dtype)))
                     engine.model.register_forward_hook(lambda _m, _i, out, to=seen: to["outputs"].add(str(out.dtype)))
                     late = None
-                    for micro_batches in session.loader():
+                    for micro_batches in session.batches():
                         late = loop.train_step(session.t, micro_batches, session.flags)
                         session.settle(late)
                     for held in engine.state.held().values():
@@ -251,11 +251,11 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
 
     engine.step, step.loss_of = noted, overflowing
     try:
-        for micro_batches in session.loader():
+        for micro_batches in session.batches():
             before = held_by(engine, "parameter", "optimizer", "ema")
             if scales is not None:
                 engine.scale.scale, engine.scale.good_steps = scales[t.step], 0
-            session.settle(train_step(t, micro_batches, session.flags))
+            session.deliver_metrics(train_step(t, micro_batches, session.flags))
             if session.checkpoints.due():
                 session.checkpoints.save()
     finally:
@@ -404,7 +404,7 @@ def reopen(strategy: str, run_dir: str, out: str) -> dict[str, Any]:
                     "bytes": sum(storages.values()),
                 }
                 session.checkpoints.saver = Saver(Path(out), world, asynchronous=False)
-                session.checkpoints.step = -1
+                session.state.saved_step = -1
                 session.checkpoints.save()
         finally:
             world.close()

@@ -42,7 +42,7 @@ def ids_by_step(recipe: str, variants: list[list[str]], folder: str, starts: lis
         with Session.open(run, loaded.recipe, world) as session:
             for start in starts:
                 session.t.step = start
-                steps = [[batch["ids"].tolist() for batch in micro_batches] for micro_batches in session.loader()]
+                steps = [[batch["ids"].tolist() for batch in micro_batches] for micro_batches in session.batches()]
                 assert all(len(micro_batches) == session.setup.feed.accumulation for micro_batches in steps)
                 found.append([list(chain.from_iterable(micro_batches)) for micro_batches in steps])
     world.close()
@@ -153,9 +153,9 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, recipe, run, stop_after=3)
     said = train(1, recipe, run, stop_after=7)[0].out
-    assert "step-00000004, written by 2 x ddp; goes on with 1 x single" in said
+    assert "step-00000004, written by 2 x ddp; resumes with 1 x single" in said
     said = train(3, recipe, run)[0].out
-    assert "step-00000008, written by 1 x single; goes on with 3 x ddp" in said
+    assert "step-00000008, written by 1 x single; resumes with 3 x ddp" in said
     np.testing.assert_allclose(losses(run), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
     assert_close(run, tmp_path / "whole", 1e-6)
 

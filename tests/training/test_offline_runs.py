@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from row_logs import RowLogs
 from runs import TINY, write_recipe
 from wandb_file import Offline, history, logged, pieces, record
 
@@ -17,7 +18,6 @@ from distrain.config import Recipe
 from distrain.config.yaml import load_recipe
 from distrain.run.folder import Launch, RunDir
 from distrain.training.callbacks.offline_runs import cut
-from distrain.training.callbacks.trackers import Telemetry
 
 
 @pytest.fixture
@@ -105,9 +105,7 @@ def test_the_folders_of_all_starts_hold_every_row_once(
         del saved[max(1, len(saved) - draw.choice([0, 0, 0, 1, 2])) :]
         begun, kept = saved[-1]
         mode = "off" if draw.random() < 0.1 else "offline"
-        telemetry = Telemetry.open(
-            run, recipe[mode], rank=0, total_steps=1000, start_step=begun, config={}, history=kept
-        )
+        logs = RowLogs(run, recipe[mode], begun, kept)
         late: list[tuple[int, str]] = [(begun, "checkpoint")] if begun else []
         if draw.random() < 0.2:
             late.append((begun, "update"))
@@ -119,24 +117,20 @@ def test_the_folders_of_all_starts_hold_every_row_once(
             if step % 5 == 0 and draw.random() < 0.1:  # the run went back to here
                 rows += [(step + 1, "train"), (step + 2, "train")]
             for at, event in rows:
-                telemetry.write({"event": event, "step": at, "drawn": draw.random()})
+                logs.write({"event": event, "step": at, "drawn": draw.random()})
             if step % 5 == 0:
-                saved.append((step, json.loads(json.dumps(telemetry.settled(step)))))
+                saved.append((step, json.loads(json.dumps(logs.saved_at(step)))))
                 late = [(step, "checkpoint")]
-        assert telemetry.rows is not None
-        assert telemetry.display is not None
         if mode == "offline":
-            assert [mirror.name for mirror in telemetry.mirrors] == ["wandb"]
-            telemetry.mirrors[0].close()
+            assert [mirror.name for mirror in logs.trackers.mirrors] == ["wandb"]
+            logs.trackers.mirrors[0].close()
             if draw.random() < 0.7:
                 same_rows(run)
                 package.runs[-1].kill(draw.choice([0, draw.random(), 0.99]))
-        telemetry.mirrors.clear()
-        telemetry.close()
+        logs.trackers.mirrors.clear()
+        logs.close()
     kept_by = saved[-1]
-    Telemetry.open(
-        run, recipe["offline"], rank=0, total_steps=1000, start_step=kept_by[0], config={}, history=kept_by[1]
-    ).close()
+    RowLogs(run, recipe["offline"], kept_by[0], kept_by[1]).close()
     same_rows(run)
 
 
@@ -144,11 +138,11 @@ def test_the_folders_of_all_starts_hold_every_row_once(
 def test_what_is_not_there_is_written_anew(run: RunDir, package: Offline, tmp_path: Path, lost: str) -> None:
     recipe, kept = recipes(tmp_path)["offline"], dict[str, Any]()
     for begun in (0, 10):
-        telemetry = Telemetry.open(run, recipe, rank=0, total_steps=30, start_step=begun, config={}, history=kept)
+        logs = RowLogs(run, recipe, begun, kept)
         for step in range(begun + 1, begun + 11):
-            telemetry.write({"event": "train", "step": step, "drawn": step})
-        kept = telemetry.settled(begun + 10)
-        telemetry.close()
+            logs.write({"event": "train", "step": step, "drawn": step})
+        kept = logs.saved_at(begun + 10)
+        logs.close()
     same_rows(run)
     if lost == "starts.json":
         (run.path / "wandb" / lost).write_text("[1, 2")
@@ -159,7 +153,7 @@ def test_what_is_not_there_is_written_anew(run: RunDir, package: Offline, tmp_pa
     else:
         file = package.runs[-1].file
         file.unlink() if lost == "file" else file.parent.rename(tmp_path / "elsewhere")
-    Telemetry.open(run, recipe, rank=0, total_steps=30, start_step=20, config={}, history=kept).close()
+    RowLogs(run, recipe, 20, kept).close()
     if lost == "id":
         (kept_folder,) = {file.parent for file in run.path.glob("wandb/wandb/*/run-another.wandb")}
         assert [row["_step"] for row in history(kept_folder / "run-another.wandb")] == list(range(20))
@@ -184,16 +178,16 @@ def test_a_start_reads_and_writes_what_its_checkpoint_does_not_hold(
     begun = 0
     for steps in (200, 20_000, 20_100):
         before = read_so_far()
-        telemetry = Telemetry.open(run, recipe, rank=0, total_steps=30_000, start_step=begun, config={}, history=kept)
+        logs = RowLogs(run, recipe, begun, kept)
         work[begun] = read_so_far() - before, len(package.runs[-1].rows)
-        assert [mirror.name for mirror in telemetry.mirrors] == ["wandb", "tensorboard"]
-        mirrors, telemetry.mirrors[1:] = telemetry.mirrors[1], []
+        assert [mirror.name for mirror in logs.trackers.mirrors] == ["wandb", "tensorboard"]
+        mirrors, logs.trackers.mirrors[1:] = logs.trackers.mirrors[1], []
         for step in range(begun + 1, steps + 1):
-            telemetry.write({"event": "train", "step": step, "drawn": step, "text": wide})
-        telemetry.mirrors.append(mirrors)
-        kept = telemetry.settled(steps)
-        telemetry.write({"event": "train", "step": steps + 1, "drawn": 0})
-        telemetry.close()
+            logs.write({"event": "train", "step": step, "drawn": step, "text": wide})
+        logs.trackers.mirrors.append(mirrors)
+        kept = logs.saved_at(steps)
+        logs.write({"event": "train", "step": steps + 1, "drawn": 0})
+        logs.close()
         begun = steps
     assert run.metrics_path.stat().st_size > 8_000_000
     assert package.runs[1].file.stat().st_size > 1_000_000

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from row_logs import RowLogs
 from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
 from wandb_file import Service, logged
 from worlds import in_world, running_world
 
 from distrain.config.yaml import load_recipe
 from distrain.run.folder import Launch, RunDir
-from distrain.training.callbacks.trackers import Display, Telemetry, Tracker, TrackerStart, duration
+from distrain.training.callbacks.trackers import Display, Tracker, TrackerStart, duration
 
 MIRRORED = TINY.replace("log: {every: 1 steps}", "log: {every: 1 steps, wandb: offline, tensorboard: true}")
 LONG = ["train.steps=60", "checkpoint.every=4 steps"]
@@ -181,11 +182,11 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, MIRRORED)).recipe
     run = RunDir(tmp_path / "run")
     run.create("", Launch.describe(2, "ddp"))
-    opened = Telemetry.open(run, recipe, rank=1, total_steps=5, start_step=0, config={})
-    opened.train({"step": 1, "loss": 1.0})
-    opened.write({"event": "eval", "step": 1})
-    opened.say("nothing")
-    opened.close()
+    logs = RowLogs(run, recipe, rank=1)
+    logs.write({"event": "train", "step": 1, "loss": 1.0})
+    logs.write({"event": "eval", "step": 1})
+    logs.callbacks.message("nothing")
+    logs.close()
     assert not run.metrics_path.exists()
     assert not (run.path / "wandb").exists()
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The banner: what a run shows of itself before its first step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from distrain.parallel import World
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch
 from distrain.system import memory
+from distrain.training.callbacks.base import Callback, CallbackRun
 from distrain.training.setup import TrainSetup
 
 
-def introduction(run: RunDir, setup: TrainSetup) -> list[str]:
-    """Return the lines that say what is trained, on what, how a step is put together, and what it goes on from."""
+class Banner(Callback):
+    """Shows the banner."""
+
+    asks = False
+
+    def on_start(self, run: CallbackRun) -> None:
+        """Show it."""
+        for line in [*banner(run.context.run, run.context.setup), *run.context.notes]:
+            run.show(line)
+        if run.step == 0 and run.recipe.eval.every is None:
+            run.show("eval.every is null: the model is evaluated only at the end")
+
+
+def banner(run: RunDir, setup: TrainSetup) -> list[str]:
+    """Return its lines: what is trained, on what, how a step is put together, and which checkpoint is resumed."""
     feed = setup.feed
     recipe, world = feed.recipe, feed.world
     splits = ", ".join(
@@ -66,7 +80,7 @@ def _why(found: CachedMicroBatch | None, world: World) -> str:
 
 
 def resumption(manifest: Manifest, world: World) -> str:
-    """Return the line that says which checkpoint a run goes on from, and what has changed since."""
+    """Return the line that names the checkpoint that a run resumes from, and what has changed since."""
     written_by, now_by = f"{manifest.world_size} x {manifest.strategy}", f"{world.world_size} x {world.strategy}"
-    changed = f", written by {written_by}; goes on with {now_by}" if written_by != now_by else ""
+    changed = f", written by {written_by}; resumes with {now_by}" if written_by != now_by else ""
     return f"  resumes  step-{manifest.step:08d}{changed}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.config import Duration, Horizon, Recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from distrain.training.intervals import EvalHistory
+    from distrain.training.loop_state import RunContext
 
 RESERVED = ("event", "step", "split", "time", "undecodable")
 """Keys of a row that a callback does not choose."""
@@ -34,6 +37,8 @@ class StepMetrics:
     """The same in passes over the training split; 0 for a stream."""
     skipped: bool
     """Whether the step changed nothing, as `anomalies` has it skipped."""
+    grad_scale: float | None = None
+    """What the loss was multiplied by before the backward pass; None where it is not scaled."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Requests:
-    """What the callbacks of one rank asked for."""
+    """What one callback asked for on one rank."""
 
     stop: str | None = None
     """Save and leave the run; the same command resumes it."""
     finish: str | None = None
     """End training here: evaluate, export, finish."""
+    values: tuple[Any, ...] = ()
+    """Given to `gather`, in order."""
+
+
+NOTHING = Requests()
+
+
+@dataclass
+class Plan:
+    """What callbacks have planned for steps to come, alike on all ranks."""
+
+    saves: set[int] = field(default_factory=set)
+    """Steps after which the state is saved, whatever the recipe says."""
+    stop: tuple[int, str] | None = None
+    """After this step all ranks leave the run, and why."""
 
 
 class CallbackRun:
@@ -87,8 +107,7 @@ class CallbackRun:
         optimizer: Any,
         horizon: Horizon,
         resumed_step: int | None,
-        step: Callable[[], int],
-        show: Callable[[str], None],
+        context: RunContext,
     ):
         self.recipe = recipe
         """The resolved recipe."""
@@ -108,15 +127,24 @@ class CallbackRun:
         """Optimizer steps of the whole run."""
         self.resumed_step = resumed_step
         """The step of the checkpoint that this attempt resumed from; None for a new run."""
-        self._horizon, self._step, self._show = horizon, step, show
+        self.context = context
+        """All parts of the run, for the built-in callbacks; what is in it may change with each version."""
+        self._horizon = horizon
         self._row: dict[str, float] = {}
-        self.requests = Requests()
-        """What was asked for and not yet told to the other ranks."""
+        self.requests = NOTHING
+        """What was asked for and is not yet known to the other ranks."""
+        self.summary: dict[str, Any] = {}
+        """What `summarize` was given."""
 
     @property
     def step(self) -> int:
         """Finished optimizer steps. On a GPU, one more than the step whose numbers on_step_end delivers."""
-        return self._step()
+        return self.context.t.step
+
+    @property
+    def evaluations(self) -> EvalHistory:
+        """Of this run so far: the metric that decides, the best and the last (step, value), and how long ago."""
+        return self.context.state.evaluations
 
     def steps(self, duration: Duration | str) -> int:
         """Return a duration in optimizer steps, rounded up; raises ValueError or UserError where it has no meaning."""
@@ -136,12 +164,24 @@ class CallbackRun:
                 raise TypeError(f"{key} is a {type(value).__name__}, expected a number")
             self._row[key] = float(value) if not isinstance(value, int) else value
 
+    def write_row(self, event: str, step: int, **values: Any) -> None:
+        """Write a row of metrics.jsonl with an event of its own, on rank 0; `values` are JSON values, NaN included.
+
+        `distrain status` and reports read the built-in events. A row whose event and step are there already is not
+        written again.
+        """
+        self.context.write_row({"event": event, "step": step, **values})
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Add JSON values to the summary of a finished run, which FINISHED holds. Rank 0's are kept."""
+        self.summary |= values
+
     def show(self, text: str) -> None:
         """Print a line on rank 0's terminal, above the progress, and into its log."""
-        self._show(text)
+        self.context.say(text)
 
     def request_stop(self, reason: str, *, finish: bool = False) -> None:
-        """Have all ranks stop: after this step from on_evaluate, otherwise at most three steps later.
+        """Have all ranks stop: at once from on_start and on_evaluate, otherwise at most three steps later.
 
         The state is saved, and the same command resumes the run. With `finish`, training ends there instead: the model
         is evaluated and exported, and the run is finished. One rank's request is enough.
@@ -149,12 +189,32 @@ class CallbackRun:
         if not isinstance(reason, str) or not reason:
             raise ValueError(f"found the reason {reason!r}, expected a few words")
         old = self.requests
-        self.requests = Requests(old.stop, old.finish or reason) if finish else Requests(old.stop or reason, old.finish)
+        if finish:
+            self.requests = replace(old, finish=old.finish or reason)
+        else:
+            self.requests = replace(old, stop=old.stop or reason)
+
+    def gather(self, value: Any) -> None:
+        """Have on_gather called on all ranks with the values of each, at most three steps later; `value` is pickled."""
+        self.requests = replace(self.requests, values=(*self.requests.values, value))
+
+    def stop_after(self, step: int, reason: str) -> None:
+        """Have all ranks save and leave the run right after `step`. All ranks call alike, before that step."""
+        self.context.callbacks.plan.stop = (step, reason)
+
+    def save_after(self, step: int) -> None:
+        """Have a checkpoint saved after `step`, besides those of the recipe. All ranks call alike, before that step."""
+        self.context.callbacks.plan.saves.add(step)
 
     def take_requests(self) -> Requests:
         """For the loop: return what was asked for since the last call."""
-        found, self.requests = self.requests, Requests()
+        found, self.requests = self.requests, NOTHING
         return found
+
+    def drop_values(self) -> None:
+        """For the loop: forget what was given to `gather` since then."""
+        if self.requests.values:
+            self.requests = replace(self.requests, values=())
 
     def take_row(self) -> dict[str, float]:
         """For the loop: return what was logged since the last call."""
@@ -163,17 +223,43 @@ class CallbackRun:
 
 
 class Callback:
-    """Subclass it, and name the class in the recipe's `callbacks`. Every method may be left out.
+    """Subclass it, and name the class in the recipe's `callbacks`. Define the methods that it needs.
 
-    All ranks call every method at the same step, in the order of the recipe, with equal arguments; each rank has an
-    object of its own. An exception stops the run on all ranks, and names the callback.
+    All ranks call every method but on_row and on_message at the same step, in the order of the recipe, with equal
+    arguments but for the batches; each rank has an object of its own. An exception stops the run on all ranks, and
+    names the callback.
+    A method that is not defined costs a step nothing.
 
     `state_dict()` and `load_state_dict(state)`, where both are defined, keep JSON values in each checkpoint: rank 0's
     are kept, and all ranks get them back, before on_start of a resumed run, and when `anomalies` rolls a run back.
     """
 
+    asks: ClassVar[bool] = True
+    """Whether it may call request_stop or gather, or fail on one rank alone. Where no callback does, ranks need not
+    agree before each evaluation and checkpoint."""
+
+    def wrap_transform(self, transform: Any) -> Any:
+        """Called while the run is built, before on_start; returns what transforms the samples of the training split.
+
+        `transform(batch, epochs)` is a `distrain.data.Transform`; what is returned is pickled to loader processes.
+        """
+        return transform
+
     def on_start(self, run: CallbackRun) -> None:
         """Called once before the first step of an attempt: everything is built, and the checkpoint restored."""
+
+    def on_step_start(self, step: int) -> None:
+        """Called before the samples of a step are waited for."""
+
+    def on_batches(self, step: int, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Called with a step's micro-batches of this rank, as they came to the host, before the step is taken."""
+
+    def on_step_taken(self, step: int) -> None:
+        """Called right after a step was taken. On a GPU its kernels may still run: to read a tensor waits for them."""
+
+    def wants_step_end(self, step: int) -> bool:
+        """Whether on_step_end is to be called for a step; where no callback wants it, no metrics are put together."""
+        return True
 
     def on_step_end(self, step: int, metrics: StepMetrics) -> None:
         """Called for each optimizer step in order, when its numbers have reached the host.
@@ -181,6 +267,15 @@ class Callback:
         On a GPU that is while the next step runs: nothing waits. Before an evaluation or a checkpoint of step s, it
         has been called for all steps up to s.
         """
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Called on rank 0 alone with each row for metrics.jsonl. What it logs is in the row of its next hook."""
+
+    def on_message(self, text: str) -> None:
+        """Called on rank 0 alone with each line for the person at the terminal."""
+
+    def on_gather(self, values: Sequence[Sequence[Any]]) -> None:
+        """Called with what the callback of each rank, in their order, has given to `run.gather`."""
 
     def on_evaluate(self, split: str, values: Mapping[str, Any]) -> None:
         """Called after an evaluation with the loss and metrics by name, before the checkpoint of that step."""
@@ -191,11 +286,20 @@ class Callback:
         What changes in the callback's state here is in the next checkpoint.
         """
 
+    def on_rollback(self, step: int) -> None:
+        """Called when `anomalies` has rolled the run back to the checkpoint of `step`, which is restored."""
+
     def on_end(self, outcome: Outcome) -> None:
         """Called once at the end, before FINISHED or PREEMPTED is written.
 
         Where the run failed, other ranks may be gone: do nothing collective then. An error is then only logged.
         """
 
+    def on_close(self, outcome: Outcome) -> None:
+        """Called last of all, however the run ended, in reverse order: let go of files and processes.
 
-HOOKS = ("on_start", "on_step_end", "on_evaluate", "on_checkpoint", "on_end")
+        It is called also where on_start was not, and does nothing collective. An error is only logged.
+        """
+
+
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))

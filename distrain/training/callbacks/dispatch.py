@@ -1,7 +1,8 @@
 """The callbacks of one attempt at a run: called in order on all ranks, and what they ask for made a decision of all.
 
-`step_end` makes no collective call: a failure or a request is kept, and told to the other ranks with the next step's
-flags. Every other hook is rare: what failed in it is raised on all ranks at once.
+The built-in ones come first, in the order of `built_in.py`, then those of the recipe, then those given to `train`.
+Hooks of a step make no collective call: what fails in a user's callback, and what one asks for, is kept, and all ranks
+learn of it by the flags of the next step. Every other hook is rare: what failed in it is raised on all ranks at once.
 """
 
 from __future__ import annotations
@@ -10,92 +11,209 @@ import inspect
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from distrain.checkpoint import CheckpointError
 from distrain.checkpoints.format import check_json
-from distrain.config import UserError
+from distrain.config import Recipe, UserError
+from distrain.datasets.base import Batch
+from distrain.datasets.transforms import Transform
 from distrain.parallel import World
 from distrain.run.heartbeat import mark
 from distrain.system.output import error_line
-from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Requests, SavedCheckpoint, StepMetrics
+from distrain.training.callbacks.base import (
+    HOOKS,
+    NOTHING,
+    Callback,
+    CallbackRun,
+    Outcome,
+    Plan,
+    Requests,
+    SavedCheckpoint,
+    StepMetrics,
+)
 
 log = logging.getLogger("distrain")
 
 
 class Callbacks:
-    """All ranks call every method at the same step; `step_end`, `fail`, `flag` and `state` speak to no other rank."""
+    """All ranks call every method at the same step. Those of a step, `fail`, `close`, `flag`, `row` and `state` make no
+    collective call."""
 
-    def __init__(
-        self,
-        named: Mapping[str, Callback],
-        world: World,
-        make_run: Callable[[], CallbackRun],
-        write: Callable[[dict[str, Any]], None],
-        act: Callable[[Requests], None],
-    ):
-        """`write` adds a row to metrics.jsonl, on rank 0; `act` is given what some rank asked for, on all of them."""
-        self._named, self._world, self._write, self._act = dict(named), world, write, act
-        self._runs = {name: make_run() for name in self._named}
+    def __init__(self, built_in: Sequence[Callback], named: Mapping[str, Callback], recipe: Recipe, world: World):
+        # no name that a user's can have
+        self._built_in = {f"distrain.{type(each).__name__}": each for each in built_in}
+        self._named, self._world = dict(named), world
+        everyone = {**self._built_in, **self._named}
+        # a hook that a callback does not define costs a step nothing
+        self._own = {hook: _defining(hook, self._built_in) for hook in HOOKS}
+        self._users = {hook: _defining(hook, self._named) for hook in HOOKS}
+        self._wanting = [
+            (name, each.wants_step_end if name in self._built_in else partial(self._wants, name), each.on_step_end)
+            for name, each in everyone.items()
+            if _defines("on_step_end", each)
+        ]
+        self._askers = [name for name, each in everyone.items() if each.asks]
         self._stateful: dict[str, Any] = {name: each for name, each in named.items() if hasattr(each, "state_dict")}
+        self.plan = Plan()
         self._failure: Exception | None = None
-        self._running = False
+        self._running = self._closed = False
+        self._runs: dict[str, CallbackRun] = {}
+        self._recorded = recipe.model_dump(mode="json").get("callbacks", [])
+        self.ended = False
+        """Whether a callback of the user's has ended training, here or before the checkpoint that is resumed from."""
 
-    def __bool__(self) -> bool:
-        return bool(self._named)
+    def attach(self, make_run: Callable[[], CallbackRun], act: Callable[[Requests], None]) -> None:
+        """Give each its view of the run. `act` is called with what some rank asked for, on all of them."""
+        self._runs, self._act = {name: make_run() for name in (*self._built_in, *self._named)}, act
 
     # ----------------------------------------------------------------------------------------------------------------
     # Hooks
 
-    def start(self) -> None:
-        """Call on_start."""
-        self._running = True
-        for name, callback in self._named.items():
-            self._call(name, "on_start", callback.on_start, self._runs[name])
-        self._raise_failure()
+    def wrap_transform(self, transform: Transform) -> Transform:
+        """Return what transforms the samples of the training split."""
+        for each in self._built_in.values():
+            transform = each.wrap_transform(transform)
+        for name, each in self._named.items():
+            try:
+                transform = each.wrap_transform(transform)
+            except Exception as error:
+                raise _named_failure(error, f"callback {name} failed in wrap_transform", each.wrap_transform) from error
+        return transform
 
-    def step_end(self, step: int, metrics: StepMetrics) -> None:
-        """Call on_step_end; what comes of it is agreed on later, see `flag`."""
-        for name, callback in self._named.items():
-            self._call(name, "on_step_end", callback.on_step_end, step, metrics, step=step)
+    def start(self) -> None:
+        """Call on_start, and do what is asked for there."""
+        self._running = True
+        for name, method in self._own["on_start"]:
+            try:
+                method(self._runs[name])
+            except Exception as error:  # of rank 0, which alone opens files
+                self._failure = error
+            self._raise_failure()
+        for name, method in self._users["on_start"]:
+            self._call(name, "on_start", method, self._runs[name])
+        self._raise_failure()
+        if self._askers:
+            self.agree()
+
+    def step_start(self, step: int) -> None:
+        """Call on_step_start."""
+        self._call_all("on_step_start", step, step=step)
+
+    def batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Call on_batches."""
+        self._call_all("on_batches", step, micro_batches, step=step)
+
+    def step_taken(self, step: int) -> None:
+        """Call on_step_taken."""
+        self._call_all("on_step_taken", step, step=step)
+
+    def step_end(self, step: int, metrics: Callable[[], StepMetrics]) -> None:
+        """Call on_step_end where one wants it; what comes of it is agreed on later, see `flag`."""
+        wanted = [(name, method) for name, wants, method in self._wanting if wants(step)]
+        if not wanted:
+            return
+        found = metrics()
+        for name, method in wanted:
+            if name in self._named:
+                self._call(name, "on_step_end", method, step, found, step=step)
+            else:
+                method(step, found)
+
+    def _wants(self, name: str, step: int) -> bool:
+        callback = self._named[name]
+        try:
+            return callback.wants_step_end(step)
+        except Exception as error:
+            where = f"callback {name} failed in wants_step_end of step {step}"
+            self._failure = self._failure or _named_failure(error, where, callback.wants_step_end)
+            return False
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Call on_row with a row for metrics.jsonl, on rank 0."""
+        if self._world.rank != 0:
+            return
+        row = row if "time" in row else {**row, "time": time.time()}
+        for _, method in self._own["on_row"]:
+            method(row)
+        for name, method in self._users["on_row"]:
+            self._call(name, "on_row", method, row)
+
+    def message(self, text: str) -> None:
+        """Call on_message with a line for the person at the terminal, on rank 0."""
+        if self._world.rank != 0:
+            return
+        for _, method in self._own["on_message"]:
+            method(text)
+        for name, method in self._users["on_message"]:
+            self._call(name, "on_message", method, text)
 
     def evaluated(self, split: str, values: Mapping[str, Any]) -> None:
         """Call on_evaluate."""
-        for name, callback in self._named.items():
-            self._call(name, "on_evaluate", callback.on_evaluate, split, values)
-        self.agree()
+        self._call_all("on_evaluate", split, values)
+        if self._askers:
+            self.agree()
 
     def saved(self, saved: SavedCheckpoint) -> None:
         """Call on_checkpoint."""
-        for name, callback in self._named.items():
-            self._call(name, "on_checkpoint", callback.on_checkpoint, saved, step=saved.step)
-        self._raise_failure()
+        self._call_all("on_checkpoint", saved, step=saved.step)
+        if self._askers:
+            self._raise_failure()
+
+    def rolled_back(self, step: int) -> None:
+        """Call on_rollback, without what was given to `gather` in the steps that are made again."""
+        for run in self._runs.values():
+            run.drop_values()
+        self._call_all("on_rollback", step)
 
     def end(self, outcome: Outcome) -> None:
         """Call on_end of a run that is finished or stopped; what is asked for then comes too late."""
         self._running = False
-        for name, callback in self._named.items():
-            self._call(name, "on_end", callback.on_end, outcome)
-        self._raise_failure()
+        self._call_all("on_end", outcome)
+        if self._named:
+            self._raise_failure()
 
-    def fail(self, error: BaseException, step: int) -> None:
+    def fail(self, error: BaseException, step: int) -> Outcome:
         """Call on_end of a run that failed, unless it was called; what goes wrong in it is logged."""
-        if not self._running:
-            return
-        self._running = False
         outcome = Outcome("failed", step, reason=error_line(error))
-        for name, callback in self._named.items():
+        if not self._running:
+            return outcome
+        self._running = False
+        for name, method in (*self._own["on_end"], *self._users["on_end"]):
             try:
-                callback.on_end(outcome)
+                method(outcome)
             except Exception as problem:
                 log.warning("callback %s failed in on_end after the run had failed: %s", name, error_line(problem))
         with suppress(Exception):  # what ended the run matters more
             for name in self._named:
                 self._write_row(name, "on_end", step)
+        return outcome
+
+    def close(self, outcome: Outcome) -> None:
+        """Call on_close, once, the last first; what goes wrong in it is logged."""
+        if self._closed:
+            return
+        self._closed = True
+        for name, method in reversed([*self._own["on_close"], *self._users["on_close"]]):
+            try:
+                method(outcome)
+            except Exception as problem:
+                log.warning("callback %s failed in on_close: %s", name, error_line(problem))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what callbacks add to the summary of the run."""
+        return {key: value for run in self._runs.values() for key, value in run.summary.items()}
+
+    def _call_all(self, hook: str, *args: Any, step: int | None = None) -> None:
+        for _, method in self._own[hook]:
+            method(*args)
+        for name, method in self._users[hook]:
+            self._call(name, hook, method, *args, step=step)
 
     def _call(self, name: str, hook: str, method: Callable[..., None], *args: Any, step: int | None = None) -> None:
         if self._failure is not None:
@@ -106,36 +224,48 @@ class Callbacks:
         except Exception as error:
             where = f"callback {name} failed in {hook}" + ("" if step is None else f" of step {step}")
             self._failure = _named_failure(error, where, method)
-        self._write_row(name, hook, self._runs[name].step if step is None else step)
+        if hook not in ("on_row", "on_message"):  # a row that wrote a row would have no end
+            self._write_row(name, hook, self._runs[name].step if step is None else step)
 
     def _write_row(self, name: str, hook: str, step: int) -> None:
         values = self._runs[name].take_row()
         if values:
             event = f"callback/{name}" + ("" if hook == "on_step_end" else f"/{hook.removeprefix('on_')}")
-            self._write({"event": event, "step": step, **values, "time": time.time()})
+            self.row({"event": event, "step": step, **values})
 
     # ----------------------------------------------------------------------------------------------------------------
     # What ranks agree on
 
+    @property
+    def asks(self) -> bool:
+        """Whether ranks have to agree on anything before an evaluation or a checkpoint; alike on all ranks."""
+        return bool(self._askers)
+
     def flag(self) -> float:
-        """Return whether this rank has something to tell since ranks last agreed, as a number."""
-        return float(self._failure is not None or any(run.requests != Requests() for run in self._runs.values()))
+        """Return 1 where a callback of this rank has failed, or asked for something that the others do not know of."""
+        asked = any(self._runs[name].requests is not NOTHING for name in self._askers)
+        return float(asked or self._failure is not None)
 
     def agree(self) -> None:
-        """Raise on all ranks what failed on one, or act on what was asked for."""
-        if not self._named:
-            return
+        """Raise on all ranks what failed on one; deliver what was gathered, and act on what was asked for."""
         self._raise_failure()
-        mine = [run.take_requests() for run in self._runs.values()]
-        every = [each for rank in self._world.gather(mine) for each in rank]
-        stop = next((each.stop for each in every if each.stop), None)
-        finish = next((each.finish for each in every if each.finish), None)
+        mine = {name: self._runs[name].take_requests() for name in self._askers}
+        ranks: list[dict[str, Requests]] = self._world.gather(mine)
+        for hooks, own in ((self._own, True), (self._users, False)):
+            for name, method in hooks["on_gather"]:
+                values = [rank[name].values for rank in ranks if name in rank]
+                if any(values):
+                    method(values) if own else self._call(name, "on_gather", method, values)
+        if self._users["on_gather"]:
+            self._raise_failure()
+        every = [(name, each) for rank in ranks for name, each in rank.items()]
+        stop = next((each.stop for _, each in every if each.stop), None)
+        finish = next((each.finish for _, each in every if each.finish), None)
+        self.ended = self.ended or any(each.finish for name, each in every if name in self._named)
         if stop or finish:
             self._act(Requests(stop, finish))
 
     def _raise_failure(self) -> None:
-        if not self._named:
-            return
         failure, self._failure = self._failure, None
 
         def check() -> None:
@@ -146,6 +276,20 @@ class Callbacks:
 
     # ----------------------------------------------------------------------------------------------------------------
     # State
+
+    def history(self) -> dict[str, Any]:
+        """Rank 0: return what a checkpoint keeps of the built-in ones, as JSON values."""
+        found: dict[str, Any] = {}
+        for each in self._built_in.values():
+            if hasattr(each, "state_dict"):
+                found |= each.state_dict()
+        return found
+
+    def load_history(self, history: Mapping[str, Any]) -> None:
+        """Give the built-in ones what `history` returned, or what an older version kept; each takes what is its own."""
+        for each in self._built_in.values():
+            if hasattr(each, "load_state_dict"):
+                each.load_state_dict(history)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of them, as JSON values; speaks to no other rank."""
@@ -160,11 +304,14 @@ class Callbacks:
                 check_json(found[name], f"state_dict() of callback {name}")
             except CheckpointError as error:
                 raise UserError(f"{error}; return JSON values alone") from error
-        return {"callbacks": found} if found else {}
+        ended = {"ended": self._recorded} if self.ended else {}
+        return ({"callbacks": found} if found else {}) | ended
 
     def load(self, scalars: Mapping[str, Any]) -> list[str]:
         """Give them back what `state` returned; returns a line for each state that has no callback, or the reverse."""
         stored = scalars.get("callbacks") or {}
+        # changed callbacks may have it go on
+        self.ended = bool(self._named) and scalars.get("ended") == self._recorded
 
         def give() -> None:
             for name, each in self._stateful.items():
@@ -186,6 +333,16 @@ class Callbacks:
             ),
             *(f"warning: no callback takes the state of callback {name} in the checkpoint" for name in unused),
         ]
+
+
+def _defines(hook: str, callback: Callback) -> bool:
+    method = getattr(callback, hook)
+    return getattr(method, "__func__", method) is not getattr(Callback, hook)
+
+
+def _defining(hook: str, callbacks: Mapping[str, Callback]) -> list[tuple[str, Callable[..., Any]]]:
+    """Return the methods of the callbacks that define a hook, by their names."""
+    return [(name, getattr(each, hook)) for name, each in callbacks.items() if _defines(hook, each)]
 
 
 def _named_failure(error: Exception, where: str, method: Callable[..., Any]) -> Exception:

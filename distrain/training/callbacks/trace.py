@@ -28,9 +28,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -38,16 +38,19 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import get_worker_info
+from torch.utils.hooks import RemovableHandle
 
 from distrain.checkpoints.floats import FLOATS, widen
+from distrain.config import mix
 from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
 from distrain.optim import canonical_name
+from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.callbacks.outside_files import VARIABLE
 
 if TYPE_CHECKING:
-    from distrain.training.run_loop import Session
+    pass
 
 STOPPED = "the end of what is proved"
 _CHUNK = 1 << 20  # elements widened at a time
@@ -57,16 +60,17 @@ Digests = dict[str, tuple[str, float]]
 """For each name a digest of its bytes and its 2-norm, NaN where that has no meaning."""
 
 
-class Trace:
+class Trace(Callback):
     """One rank's record of one attempt at a run."""
 
-    def __init__(
-        self, folder: Path, rank: int, *, last_step: int | None, pause_at: int | None, save_at: int | None = None
-    ):
-        self.folder, self.rank = folder, rank
-        self.last_step, self.pause_at, self.save_at = last_step, pause_at, save_at
-        self._file = (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
-        self._session: Session | None = None
+    asks = False
+
+    def __init__(self, folder: Path, *, last_step: int | None, pause_at: int | None, save_at: int | None = None):
+        self.folder, self.last_step, self.pause_at, self.save_at = folder, last_step, pause_at, save_at
+        self._file: TextIO | None = None
+        self._hook: RemovableHandle | None = None
+        self._recorded = False
+        self._micro_batches = 0
         self._names: dict[int, str] = {}
         self._rates: set[float] = set()
         self._gradients: Digests = {}
@@ -75,101 +79,116 @@ class Trace:
         self._of_loaders: dict[int, dict[str, str]] = {}
 
     @classmethod
-    def from_environment(cls, rank: int) -> Trace | None:
+    def from_environment(cls) -> Trace | None:
         """Return the trace that was asked for, or None."""
         text = os.environ.get(VARIABLE)
         if not text:
             return None
         asked = json.loads(text)
-        return cls(Path(asked.pop("folder")), rank, **asked)
+        return cls(Path(asked.pop("folder")), **asked)
 
     def write(self, at: str, step: int, **values: Any) -> None:
         """Add a line, which a killed process has written whole or not at all."""
+        assert self._file is not None, "on_start opens it"
         self._file.write(json.dumps({"at": at, "step": step, **values}) + "\n")
         self._file.flush()
 
     # ----------------------------------------------------------------------------------------------------------------
-    # What the loop tells
+    # Hooks
 
-    def around(self, transform: Transform) -> Transform:
+    def wrap_transform(self, transform: Transform) -> Transform:
         """Return a transform that does the same, and notes the samples as the data set gave them."""
         return _Noting(transform)
 
-    def watch(self, batches: Iterator[list[Batch]], session: Session) -> Iterator[list[Batch]]:
-        """Yield the same, noting what each step consumes."""
-        self._session, t = session, session.t
-        self._names = {id(parameter): canonical_name(name) for name, parameter in t.state.model.named_parameters()}
-        self._start()
-        hook = register_optimizer_step_pre_hook(self._about_to_step)
-        try:
-            while not self._at_end():
-                self._between()
-                if t.step == self.save_at:
-                    session.checkpoints.finish()
-                self._pause(t.step)
-                micro_batches = next(batches, None)
-                if micro_batches is None:
-                    return
-                loaders = self._changed_in_loaders(micro_batches)
-                self.write("batch", t.step + 1, **_of_batches(micro_batches), loaders=loaders)
-                yield micro_batches
-        finally:
-            hook.remove()
+    def on_start(self, run: CallbackRun) -> None:
+        """Have the run stop and save where the proof wants it."""
+        self._run, self._context, self.rank = run, run.context, run.rank
+        self._file = (self.folder / f"rank-{run.rank}.jsonl").open("a", encoding="utf-8")
+        self._names = {
+            id(parameter): canonical_name(name) for name, parameter in self._context.t.state.model.named_parameters()
+        }
+        if self.last_step is not None:
+            run.stop_after(self.last_step, STOPPED)
+        if self.save_at is not None:
+            run.save_after(self.save_at)
+        self._hook = register_optimizer_step_pre_hook(self._about_to_step)
 
-    def stepped(self, seed: int) -> None:
-        """Note the state after a step; `seed` is what its last micro-batch was seeded with."""
-        session = self._session
-        assert session is not None, "steps are taken on batches that are watched"
-        drawn = _drawn_from(seed, session.world.device)
+    def on_step_start(self, step: int) -> None:
+        """Note the state that training starts from, or what has changed since the step before."""
+        done = step - 1
+        if not self._recorded:
+            self._recorded = True
+            self._start()
+        self._between()
+        if done == self.save_at:
+            self._context.checkpoints.finish()
+        self._pause(done)
+
+    def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Note what a step consumes."""
+        self._micro_batches = len(micro_batches)
+        loaders = self._changed_in_loaders(micro_batches)
+        self.write("batch", step, **_of_batches(micro_batches), loaders=loaders)
+
+    def on_step_taken(self, step: int) -> None:
+        """Note the state after a step."""
+        context = self._context
         changed = self._changed()
-        step = session.t.step
         self.write(
             "state",
             step,
             # an optimizer that is no torch.optim.Optimizer inside calls no hooks
-            lr=sorted(self._rates or {float(group["lr"]) for group in session.t.strategy.optimizer.param_groups}),
+            lr=sorted(self._rates or {float(group["lr"]) for group in context.t.strategy.optimizer.param_groups}),
             gradients=self._gradients,
             state=self._state(),
-            scalars=session.t.state.scalars(),
-            drawn=drawn,
+            scalars=context.t.state.scalars(),
+            drawn=self._drawn(step),
             hidden=changed,
             time=time.time(),
         )
         self._rates, self._gradients = set(), {}
-        self._at_end()
 
-    def settled(self, step: int, loss: float, norm: float) -> None:
+    def on_step_end(self, step: int, metrics: StepMetrics) -> None:
         """Note a step's loss and the norm of its gradient, which are read later than the step is taken."""
-        self.write("loss", step, loss=loss, norm=norm)
+        self.write("loss", step, loss=metrics.loss, norm=metrics.grad_norm or 0.0)
+
+    def on_rollback(self, step: int) -> None:
+        """Note the state anew that training resumes from."""
+        self._recorded = False
+
+    def on_close(self, outcome: Outcome) -> None:
+        """Leave the optimizer as it was."""
+        if self._hook is not None:
+            self._hook.remove()
+        if self._file is not None:
+            self._file.close()
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _at_end(self) -> bool:
-        """Whether the last step that is wanted is done; the run is then told to stop."""
-        session = self._session
-        assert session is not None, "watch sets it"
-        if self.last_step is None or not self.last_step <= session.t.step < session.total_steps:
-            return False
-        session.stopping = session.stopping or STOPPED
-        return True
+    def _drawn(self, step: int) -> list[str]:
+        """Return which generators the last micro-batch of a step has drawn from."""
+        t = self._context.t
+        if t.anomalies is not None and t.anomalies.left_out(step) is not None:
+            return []  # it was not made
+        seed = mix(t.recipe.seed, "dropout", step - 1, t.world.mesh.data_rank, self._micro_batches - 1)
+        return _drawn_from(seed, t.world.device)
 
     def _start(self) -> None:
-        session = self._session
-        assert session is not None, "watch sets it"
-        t, source = session.t, session.data.splits["train"]
+        context = self._context
+        t, source = context.t, context.data.splits["train"]
         self._hidden = self._hidden_now()
         self.write(
             "start",
             t.step,
             pid=os.getpid(),
-            world_size=session.world.world_size,
-            strategy=session.world.strategy,
-            replicas=session.world.mesh.replicas,
-            precision=session.world.precision,
-            total_steps=session.total_steps,
+            world_size=context.world.world_size,
+            strategy=context.world.strategy,
+            replicas=context.world.mesh.replicas,
+            precision=context.world.precision,
+            total_steps=context.total_steps,
             samples=None if is_stream(source) else len(source),
-            workers=session.recipe.data.workers,
-            micro_batches=session.setup.feed.accumulation,
+            workers=context.recipe.data.workers,
+            micro_batches=context.setup.feed.accumulation,
             batch_norm=_batch_norms(t.state.model),
             state=self._state(),
             scalars=t.state.scalars(),
@@ -204,9 +223,7 @@ class Trace:
                 self._gradients[name] = _digest_of(parameter.grad)
 
     def _state(self) -> Digests:
-        session = self._session
-        assert session is not None, "watch sets it"
-        state, world = session.t.state, session.world
+        state, world = self._context.t.state, self._context.world
         buffers = {name for name, each in state.held().items() if each.role == "buffer"}
         self._buffers = self._buffers_now()
         found = dict(self._buffers)
@@ -219,21 +236,17 @@ class Trace:
         return found
 
     def _buffers_now(self) -> Digests:
-        session = self._session
-        assert session is not None, "watch sets it"
         # each rank has its own until they are aligned, and rank 0's are then everybody's
-        held = session.t.state.held() if self.rank == 0 else {}
+        held = self._context.t.state.held() if self.rank == 0 else {}
         return {name: _digest_of(each.values) for name, each in held.items() if each.role == "buffer"}
 
     def _between(self) -> None:
         """Note what an evaluation has changed: a save after it holds such buffers, and the next step goes by all."""
-        session = self._session
-        assert session is not None, "watch sets it"
         now, hidden = self._buffers_now(), self._changed()
         changed = {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}
         self._buffers = now
         if changed or hidden:
-            self.write("between", session.t.step, between=changed, hidden_between=hidden)
+            self.write("between", self._context.t.step, between=changed, hidden_between=hidden)
 
     def _changed(self) -> dict[str, tuple[str, str]]:
         """Return (before, now) of what no checkpoint holds and has changed since this was last asked."""
@@ -253,19 +266,19 @@ class Trace:
         return found
 
     def _hidden_now(self) -> dict[str, str]:
-        session = self._session
-        assert session is not None, "watch sets it"
+        context, feed = self._context, self._context.setup.feed
+        splits = context.data.splits
         return hidden_state(
             {
-                "model": session.t.state.model,
-                "optimizer": session.t.state.optimizer,
-                "loss": session.t.loss,
-                "schedule": session.t.schedule,
-                "data": session.data.splits["train"],
-                "transforms": session.setup.feed.transforms["train"],
-                "metrics": session.evaluator.metrics,
-                "evaluated data": {name: each for name, each in session.data.splits.items() if name != "train"},
-                "evaluated transforms": session.setup.feed.transforms["eval"],
+                "model": context.t.state.model,
+                "optimizer": context.t.state.optimizer,
+                "loss": context.t.loss,
+                "schedule": context.t.schedule,
+                "data": splits["train"],
+                "transforms": feed.transforms["train"],
+                "metrics": context.evaluator.metrics,
+                "evaluated data": {name: each for name, each in splits.items() if name != "train"},
+                "evaluated transforms": feed.transforms["eval"],
             }
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
 import os
 import re
 import secrets
@@ -17,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ from distrain.run.folder import RunDir
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.output import error_line, one_line
 from distrain.system.terminal import Console, ProgressLine, Table
+from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
 from distrain.training.callbacks.offline_runs import OfflineRuns
 
 Row = dict[str, Any]
-log = logging.getLogger("distrain")
 
 
 @dataclass(frozen=True)
@@ -322,111 +321,154 @@ def _made(item: Component, name: str, start: TrackerStart) -> Tracker:
     return made
 
 
-@dataclass
-class Telemetry:
-    """All of it, on rank 0; on other ranks every call does nothing."""
+class MetricsLog(Callback):
+    """Writes the rows of metrics.jsonl, on rank 0."""
 
-    rows: MetricsFile | None
-    display: Display | None
-    mirrors: list[Tracker]
+    asks = False
 
-    @classmethod
-    def open(
-        cls,
-        run: RunDir,
-        recipe: Recipe,
-        *,
-        rank: int,
-        total_steps: int,
-        start_step: int,
-        config: dict[str, Any],
-        fence: Callable[[], None] = lambda: None,
-        history: dict[str, Any] | None = None,
-    ) -> Telemetry:
-        """Open what the recipe asks for and bring the mirrors up to date. All ranks call; rank 0 writes.
+    def __init__(self) -> None:
+        self.rows: MetricsFile | None = None
+        self.written: Mapping[str, Any] | None = None
+        """The row that came last, where it was not there already."""
+        self._history: Mapping[str, Any] = {}
 
-        `history`: what `settled` returned when the checkpoint was saved that the run goes on from.
-        `fence` is called before each row, and raises when this process may write no more.
-        """
-        if rank != 0:
-            return cls(None, None, [])
-        history = history or {}
-        finals = [step for step in history.get("finals", ()) if type(step) is int]
-        rows = MetricsFile(
-            run.metrics_path, resume_step=start_step, finals=finals, counted=history.get("rows"), fence=fence
-        )
-        telemetry = cls(rows, Display(total_steps, start_step), [])
-        marks = history.get("mirrors") or {}
-        for name, item in named_trackers(recipe).items():
-            try:
-                start = TrackerStart(run, recipe, config, rows, start_step, marks.get(name))
-                mirror = _made(item, name, start)
-                missing = mirror.missing(rows, history)
-                for index, row in enumerate(run.rows()) if missing is None else missing:
-                    mirror.write(index, row)
-            except Exception as error:
-                telemetry._give_up(name, error)
-            else:
-                telemetry.mirrors.append(mirror)
-        return telemetry
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what is known of the rows that were there when the checkpoint was saved."""
+        self._history = state
 
-    def _give_up(self, name: str, error: Exception) -> None:
-        # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
-        self.say(f"warning: {name} failed and is off for the rest of this run: {error_line(error)}")
+    def state_dict(self) -> dict[str, Any]:
+        """Rank 0: return what a checkpoint keeps for the attempt that resumes from it."""
+        assert self.rows is not None, "on_start opens it"
+        return self.rows.settled(self._run.step)
 
-    def write(self, row: Row) -> None:
-        """Add a row with at least `event` and `step`."""
-        if self.rows is None or not self.rows.append(row):
+    def on_start(self, run: CallbackRun) -> None:
+        """Open the file, without rows of steps that are to be trained again."""
+        self._run = run
+        if run.rank != 0:
             return
-        for mirror in list(self.mirrors):
-            try:
-                mirror.write(self.rows.count - 1, row)  # counted once, and from then on as they are written
-            except Exception as error:
-                self.mirrors.remove(mirror)
-                self._give_up(mirror.name, error)
+        finals = [step for step in self._history.get("finals", ()) if type(step) is int]
+        self.rows = MetricsFile(
+            run.context.run.metrics_path,
+            resume_step=run.step,
+            finals=finals,
+            counted=self._history.get("rows"),
+            fence=run.context.fence,
+        )
 
-    def settled(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint of `step` keeps, on rank 0, for the start that goes on from it."""
-        if self.rows is None:
-            return {}
-        mirrors = {}
-        for mirror in list(self.mirrors):
-            try:
-                mirrors[mirror.name] = mirror.mark()
-            except Exception as error:
-                self.mirrors.remove(mirror)
-                self._give_up(mirror.name, error)
-        return self.rows.settled(step) | {"mirrors": mirrors}
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Append it, unless its event and step are there."""
+        assert self.rows is not None, "on_start opens it"
+        self.written = row if self.rows.append(dict(row)) else None
 
-    def train(self, row: Row) -> None:
-        """Add and show a row of training numbers."""
-        self.write({"event": "train", **row})
-        if self.display is not None:
-            self.display.train(row)
+    def on_close(self, outcome: Outcome) -> None:
+        """Close the file."""
+        if self.rows is not None:
+            self.rows.close()
 
-    def say(self, text: str) -> None:
-        """Tell the person in front of the terminal a line; also in the log of rank 0."""
-        log.info(one_line(text))
+
+class Terminal(Callback):
+    """Shows progress and messages to the person at the terminal, and the summary of a finished run; on rank 0."""
+
+    asks = False
+
+    def __init__(self) -> None:
+        self.display: Display | None = None
+
+    def on_start(self, run: CallbackRun) -> None:
+        """Begin the line of progress."""
+        if run.rank == 0:
+            self.display = Display(run.context.total_steps, run.step)
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Show a row of training numbers."""
+        if self.display is not None and row["event"] == "train":
+            self.display.train(dict(row))
+
+    def on_message(self, text: str) -> None:
+        """Print it above the progress."""
         if self.display is not None:
             self.display.say(text)
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """Show how the finished run went, in place of the progress."""
-        if self.display is not None:
-            self.display.close()
-            show_summary(summary, self.display.console)
+    def on_close(self, outcome: Outcome) -> None:
+        """Show the summary of a finished run in place of the progress, and leave the terminal in order."""
+        if self.display is None:
+            return
+        self.display.close()
+        if outcome.summary is not None:
+            show_summary(dict(outcome.summary), self.display.console)
 
-    def close(self) -> None:
-        """Flush everything."""
-        for mirror in self.mirrors:
+
+class Trackers(Callback):
+    """Mirrors metrics.jsonl in wandb, TensorBoard and those of `log.trackers`, on rank 0.
+
+    Each gets the rows that MetricsLog, which comes before, has written. One that fails is given up with a warning.
+    """
+
+    asks = False
+
+    def __init__(self, log: MetricsLog) -> None:
+        self._log = log
+        self.mirrors: list[Tracker] = []
+        self._history: dict[str, Any] = {}
+        self._count = 0
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up how far each had come when the checkpoint was saved."""
+        self._history = dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank 0: return how far each has come."""
+        marks = {}
+        for mirror in list(self.mirrors):
+            try:
+                marks[mirror.name] = mirror.mark()
+            except Exception as error:
+                self._give_up(mirror.name, error)
+        return {"mirrors": marks}
+
+    def on_start(self, run: CallbackRun) -> None:
+        """Open those that the recipe asks for, and give them the rows that they lack."""
+        self._run, rows = run, self._log.rows
+        if rows is None:
+            return
+        context = run.context
+        marks = self._history.get("mirrors") or {}
+        config = run.recipe.model_dump(mode="json", by_alias=True)
+        for name, item in named_trackers(run.recipe).items():
+            try:
+                start = TrackerStart(context.run, run.recipe, config, rows, run.step, marks.get(name))
+                mirror = _made(item, name, start)
+                missing = mirror.missing(rows, self._history)
+                for index, row in enumerate(context.run.rows()) if missing is None else missing:
+                    mirror.write(index, row)
+            except Exception as error:
+                self._give_up(name, error)
+            else:
+                self.mirrors.append(mirror)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
+        self.mirrors = [each for each in self.mirrors if each.name != name]
+        self._run.show(f"warning: {name} failed and is off for the rest of this run: {error_line(error)}")
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """Give the row to each, where MetricsLog has written it."""
+        rows = self._log.rows
+        if rows is None or self._log.written is not row:
+            return
+        for mirror in list(self.mirrors):
+            try:
+                mirror.write(rows.count - 1, dict(row))  # counted once, and from then on as they are written
+            except Exception as error:
+                self._give_up(mirror.name, error)
+
+    def on_close(self, outcome: Outcome) -> None:
+        """Flush and close each."""
+        for mirror in list(self.mirrors):
             try:
                 mirror.close()
             except Exception as error:
                 self._give_up(mirror.name, error)
-        if self.display is not None:
-            self.display.close()
-        if self.rows is not None:
-            self.rows.close()
 
 
 def show_summary(summary: dict[str, Any], console: Console) -> None:

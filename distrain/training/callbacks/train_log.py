@@ -3,66 +3,73 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distrain.datasets.base import Batch
 from distrain.run.heartbeat import take_straggler
-from distrain.training.callbacks.base import StepMetrics
-from distrain.training.intervals import DataWaitTimer, Interval
-from distrain.training.loop_state import LoopState
+from distrain.training.callbacks.base import Callback, CallbackRun, StepMetrics
+from distrain.training.intervals import Interval
 
 
-class TrainLog:
-    """Rates are over the time since the last row; an evaluation does not count."""
+class TrainLog(Callback):
+    """Writes the `train` rows. Rates are over the time since the last row; an evaluation does not count."""
 
-    def __init__(self, loop: LoopState):
-        self._loop = loop
-        self._every = Interval(loop.recipe.log.every, loop.setup.horizon, "log.every")
-        self._norm_is_known = loop.recipe.optim.clip_norm is not None or loop.setup.anomalies.watches
-        self.waited = DataWaitTimer()
-        self.restart()
+    asks = False
 
-    def restart(self) -> None:
+    def on_start(self, run: CallbackRun) -> None:
         """Count from here."""
-        self._logged_at, self._logged_step = time.monotonic(), self._loop.t.step
+        self._run, horizon = run, run.context.setup.horizon
+        self._every = Interval(run.recipe.log.every, horizon, "log.every")
+        self._waited_s = 0.0
+        self._began_to_wait = time.perf_counter()
+        self._restart()
 
-    def due(self, step: int) -> bool:
+    def _restart(self) -> None:
+        self._logged_at, self._logged_step = time.monotonic(), self._run.step
+
+    def on_step_start(self, step: int) -> None:
+        """Note that the loop waits for its batches."""
+        self._began_to_wait = time.perf_counter()
+
+    def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Note how long it has waited."""
+        self._waited_s += time.perf_counter() - self._began_to_wait
+
+    def wants_step_end(self, step: int) -> bool:
         """Whether a row is due for a step, on this rank's clock."""
-        return self._every.due(step) or step == self._loop.total_steps or self._every.elapsed(self._logged_at)
+        return self._every.due(step) or step == self._run.total_steps or self._every.elapsed(self._logged_at)
 
-    def metrics(self, step: int, loss: float, norm: float, *, skipped: bool = False) -> StepMetrics:
-        """Return the numbers of a step."""
-        loop, length = self._loop, self._loop.setup.horizon.samples_per_epoch
-        samples = step * loop.recipe.batch.global_batch_size
-        return StepMetrics(
-            loss=loss,
-            grad_norm=norm if self._norm_is_known else None,
-            lr=loop.recipe.optim.lr * loop.t.schedule(step - 1),
-            samples=samples,
-            epoch=samples / length if length else 0.0,
-            skipped=skipped,
-        )
-
-    def write(self, step: int, loss: float, norm: float, grad_scale: float | None) -> None:
+    def on_step_end(self, step: int, metrics: StepMetrics) -> None:
         """Write the row of a step, and which rank is slow, if one is."""
-        loop, clock, found = self._loop, time.monotonic(), self.metrics(step, loss, norm)
+        if metrics.skipped:
+            return
+        run, clock = self._run, time.monotonic()
         seconds = clock - self._logged_at
-        samples = (step - self._logged_step) * loop.recipe.batch.global_batch_size
+        samples = (step - self._logged_step) * run.recipe.batch.global_batch_size
         row: dict[str, Any] = {
-            "step": step,
-            "epoch": found.epoch,
-            "samples": found.samples,
-            "loss": loss,
-            "lr": found.lr,
+            "epoch": metrics.epoch,
+            "samples": metrics.samples,
+            "loss": metrics.loss,
+            "lr": metrics.lr,
             "samples_per_s": samples / seconds if seconds else 0.0,
-            "data_wait": min(self.waited.take() / seconds, 1.0) if seconds else 0.0,
+            "data_wait": min(self._waited_s / seconds, 1.0) if seconds else 0.0,
             "time": time.time(),
         }
-        if found.grad_norm is not None:
-            row["grad_norm"] = norm
-        if grad_scale is not None:
-            row["loss_scale"] = grad_scale
-        self._logged_at, self._logged_step = clock, step
-        loop.telemetry.train(row)
+        if metrics.grad_norm is not None:
+            row["grad_norm"] = metrics.grad_norm
+        if metrics.grad_scale is not None:
+            row["loss_scale"] = metrics.grad_scale
+        self._logged_at, self._logged_step, self._waited_s = clock, step, 0.0
+        run.write_row("train", step, **row)
         if (slow := take_straggler()) is not None:
-            loop.telemetry.write(slow.row() | {"time": time.time()})
-            loop.say(f"warning: {slow}")
+            run.context.write_row(slow.row())
+            run.show(f"warning: {slow}")
+
+    def on_evaluate(self, split: str, values: Mapping[str, Any]) -> None:
+        """Count from here: an evaluation is not training time."""
+        self._restart()
+
+    def on_rollback(self, step: int) -> None:
+        """Count from the step that training resumes from."""
+        self._restart()
