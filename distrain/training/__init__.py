@@ -2,19 +2,18 @@
 
 context.py          what a step needs, and what comes of one
 setup.py            data, model and optimizer are built, and the checkpoint to resume from is restored
-run_loop.py         the state of the loop, and what `train` does between its steps
-loop_state.py       what its parts share
+run_loop.py         `Session`: what `train` does between its steps
+loop_state.py       what an attempt is made of, and what changes between its steps
 evaluator.py        when an evaluation is due, what comes of it, and which was best
-saving.py           when a checkpoint is due, what is in it, and rolling back to one
+saving.py           when a checkpoint is due, what is in it, and restoring one
 ending.py           the run is left to be resumed, or its model exported
 evaluation.py       `evaluate`: every sample once
 intervals.py        when things are due, requests to stop, the best so far
 skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes
-corrupt_samples.py  samples that do not decode, noted once each
 coupling.py         losses that couple the samples of a batch, found before step 1
 ranking.py          what the best checkpoint is the best of
 forward.py          what layers are told of the batch they are called on
 checks.py           what a recipe must be before anything is built from it
 updates.py          what changed since the checkpoint: data, code, recipe
-callbacks/          `Callback`, the banner, trackers, and the trace of a proof
+callbacks/          `Callback`, and the built-in ones: logs, trackers, early stopping, the trace of a proof
 """

@@ -355,7 +355,7 @@ def test_training_goes_on_without_a_checkpoint_where_the_recipe_says_so(tmp_path
     ended = in_world(world_size, on_a_full_disk, str(recipe), str(run), "continue")
     assert [rank.status for rank in ended] == [0] * world_size, said(ended)
     assert "the disk is full" in ended[0].out
-    assert "training goes on without it, as checkpoint.on_failure says" in ended[0].out
+    assert "training continues without it, as checkpoint.on_failure says" in ended[0].out
     assert [row["step"] for row in rows(run) if row["event"] == "checkpoint_failed"] == [4, 8]
     assert [info.step for info in list_checkpoints(run / "checkpoints")] == [12]
 

@@ -102,7 +102,7 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
                     late = None
                     for micro_batches in session.batches():
                         late = loop.train_step(session.t, micro_batches, session.flags)
-                        session.settle(late)
+                        session.deliver_metrics(late)
                     for held in engine.state.held().values():
                         if held.values.is_floating_point() and held.values.dim():
                             seen["trained"].add(str(held.values.dtype))
