@@ -39,6 +39,7 @@ FILE_NAME = re.compile(r"# (\S+\.(?:yaml|py|txt|csv|tsv))\n")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r'<img[^>]*\ssrc="([^"]+)"')
 NUMBER = re.compile(r"[+-]?\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?")
+ECHOED = '; echo "exit status $?"'
 RUNS = "/home/you/distrain"
 """The folder that the pages say they are in."""
 
@@ -86,11 +87,16 @@ def plain(line: str, folder: Path) -> str:
 
 
 def run(command: Command, folder: Path) -> tuple[int, str]:
-    """Return the exit status of a command and what it printed."""
-    words = shlex.split(command.line) if not re.search(r"[|&;<>$]", command.line) else []
+    """Return the exit status of a command and what it printed.
+
+    `distrain` and the processes that it starts take no time for their imports; all else is started as it is typed.
+    """
+    line = command.line.removesuffix(ECHOED)
+    words = shlex.split(line) if not re.search(r"[|&;<>$]", line) else []
     if words[:1] == ["distrain"]:
         ended = cli(*words[1:])
-        return ended.status, ended.out + ended.err
+        printed = ended.out + ended.err
+        return (0, f"{printed}exit status {ended.status}\n") if line != command.line else (ended.status, printed)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", command.line],
