@@ -14,7 +14,7 @@ from distrain.system.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, or the folder of a run to go on with")
+    parser.add_argument("target", metavar="RECIPE|RUN", help="a recipe file, or the folder of a run to resume")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
     parser.add_argument("--run-dir", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")

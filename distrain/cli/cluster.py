@@ -15,7 +15,7 @@ from distrain.system.output import echo, one_line
 
 def submit(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
     ],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,

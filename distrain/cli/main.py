@@ -57,7 +57,7 @@ class Documents(StrEnum):
 @app.command()
 def train(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to go on with.")
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
     ],
     overrides: Overrides = None,
     run_dir: Annotated[
@@ -88,7 +88,7 @@ def train(
     ] = None,
     replicate: Replicate = None,
 ) -> None:
-    """Train a recipe. The same command goes on with a run that was stopped, and shows one that is finished."""
+    """Train a recipe. The same command resumes a stopped run, and shows a finished one."""
     echo_loading(target, on_terminal=True)
     from distrain.launchers import start
 

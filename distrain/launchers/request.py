@@ -363,7 +363,7 @@ def check_same_recipe(run: RunDir, loaded: LoadedRecipe) -> None:
         raise UserError(
             f"{run.path} was started with another recipe:\n  "
             + "\n  ".join(differences)
-            + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
+            + "\nChoose another --run-dir for a new run, or --update to continue with the new values."
         )
 
 

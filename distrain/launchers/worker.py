@@ -175,7 +175,9 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
                     show_summary(begun, console)
                     if effect := run.effect():
                         console.say(f"took effect: {describe_effect(effect)}")
-                    console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to go on")
+                    console.say(
+                        f"{run.path} is finished; choose another --run-dir to train anew, or --update to continue"
+                    )
                 return
             # each in the folder that it sees
             lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)

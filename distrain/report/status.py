@@ -417,7 +417,7 @@ def stop_run(folder: Path) -> list[str]:
                 RunDir(path).stop_path.touch()
                 said.append(
                     f"{path}: STOP is written; within a step all ranks agree, save and end, and the job is not queued "
-                    f"again. `distrain {'submit' if status.job else 'train'} {path}` goes on with it"
+                    f"again. `distrain {'submit' if status.job else 'train'} {path}` resumes it"
                 )
             case _:
                 said.append(f"{path} does not run: {status.state}, {STATES[status.state]}")

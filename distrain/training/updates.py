@@ -23,7 +23,9 @@ EVENT = "update"
 """A row of metrics.jsonl and attempts.jsonl for a start under another recipe, or on other data or code: `recipe` {key:
 {from, to}}, `inputs` a line for each change."""
 
-_ADVICE = "Put it back as it was, choose another --run-dir for a new run, or --update to go on with what is there now."
+_ADVICE = (
+    "Put it back as it was, choose another --run-dir for a new run, or --update to continue with what is there now."
+)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_a_sharded_run_goes_on_with_fewer_nodes(
     job = project.submit(run.path, nodes=1)
     done = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert done["JobState"] == "COMPLETED", run.log()
-    assert f"written by 4 x {strategy}; goes on with 2 x {strategy}" in run.log()
+    assert f"written by 4 x {strategy}; resumes with 2 x {strategy}" in run.log()
     assert [(row["step"], row["processes"]) for row in run.attempts()] == [(0, 4), (stopped, 2)]
     run.assert_rows_once()
     # other sums of the same numbers: the same up to rounding

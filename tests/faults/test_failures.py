@@ -328,7 +328,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(tmp_path: Path) -> None:
     for world_size in (2, 1):
         ended = in_world(world_size, two_starts, str(recipe), str(run))
         assert "test accuracy" in ended[0].out
-        assert "is finished; choose another --run-dir to train anew, or --update to go on" in ended[0].out
+        assert "is finished; choose another --run-dir to train anew, or --update to continue" in ended[0].out
         assert all(rank.status == 0 for rank in ended)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 

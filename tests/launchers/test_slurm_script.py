@@ -91,7 +91,7 @@ def test_a_job_that_cannot_be_queued_again_says_how_to_go_on(slurm: StubSlurm) -
     (slurm.folder / "no-requeue").touch()
     status, out = slurm.run(job(slurm, BEGINS + "touch PREEMPTED"))
     assert status == 1
-    assert f"distrain submit {slurm.folder.parent}/run goes on with the run" in out
+    assert f"distrain submit {slurm.folder.parent}/run resumes the run" in out
 
 
 def test_a_stop_that_came_while_the_job_was_queued_starts_nothing(slurm: StubSlurm) -> None:
@@ -314,7 +314,7 @@ def test_by_hand_a_mistake_is_told_and_nothing_is_queued_again(slurm: StubSlurm,
     status, out = slurm.run(BY_HAND, str(recipe), "model.name=mpl")
     assert (status, slurm.requeued()) == (1, [])
     assert "did you mean 'mlp'" in out
-    assert "there is no run to go on with" in out
+    assert "there is no run to resume" in out
     assert not (slurm.folder / "runs").exists()
 
 

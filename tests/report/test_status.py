@@ -334,6 +334,6 @@ def test_a_local_run_is_stopped_too(tmp_path: Path, jobs: dict[str, Job]) -> Non
     run = made(tmp_path / "run")
     attempt(run)
     beat(run)
-    assert f"`distrain train {run.path}` goes on with it" in stop_run(run.path)[0]
+    assert f"`distrain train {run.path}` resumes it" in stop_run(run.path)[0]
     assert run.stop_path.exists()
     assert status_of(run.path, []).state == "running"

@@ -170,7 +170,7 @@ def prepare(
     for run, loaded in runs:
         _check_folder(run, loaded, snapshot, code, update=update)
     if not update and all(run.finished is not None for run, _ in runs):
-        raise UserError(f"{folder} is finished; choose another --run-dir to train anew, or --update to go on")
+        raise UserError(f"{folder} is finished; choose another --run-dir to train anew, or --update to continue")
     return Prepared(
         plan, render_sbatch(plan), runs, requests, snapshot, package, sweep, update, keeps_code, list(snapshot.notes)
     )
@@ -262,12 +262,12 @@ def _check_folder(run: RunDir, loaded: LoadedRecipe, snapshot: Snapshot, code: P
         raise UserError(
             f"{run.path} was started with another recipe:\n  "
             + "\n  ".join(lines)
-            + "\nChoose another --run-dir for a new run, or --update to go on with the new values."
+            + "\nChoose another --run-dir for a new run, or --update to continue with the new values."
         )
     if snapshot.files and code.is_dir() and (changed := differences(code, snapshot)):
         raise UserError(
             f"{run.path} was started with other code, which differs in {', '.join(changed[:10])}. "
-            f"`distrain submit {run.path}` goes on with the code as it was, --update with the code as it is"
+            f"`distrain submit {run.path}` resumes with the code as it was, --update with the code as it is"
         )
 
 
