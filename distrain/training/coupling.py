@@ -115,7 +115,7 @@ def check_cut(then: dict[str, int], now: dict[str, int], name: str) -> None:
         raise UserError(
             f"loss {name} takes the samples of a micro-batch together, and the run was trained with {in_words(then)}; "
             f"{in_words(now)} make another objective of it. Start as many processes with batch.micro="
-            f"{then['micro_batch_size']}, choose another --run-dir for a new run, or --update to resume with the new one"
+            f"{then['micro_batch_size']}, choose another --run-dir for a new run, or --update to use the new one"
         )
 
 
