@@ -34,7 +34,7 @@ def train(
     run: RunDir,
     world: World,
     lease: Lease | None = None,
-    tell: Callable[[UserError], None] | None = None,
+    lost: Callable[[UserError], None] | None = None,
     callbacks: Sequence[Callback] = (),
     built_in: Sequence[Callback] | None = None,
 ) -> dict[str, Any]:
@@ -46,12 +46,12 @@ def train(
 
     Raises UserError for what the user can mend, before the first step wherever that is possible. A run that is asked to
     stop saves its state, is marked PREEMPTED, and is resumed by the same command. Nothing is published once another
-    attempt has the `lease`. `tell` says what went wrong where this process has lost its GPU, and ends. `callbacks` are
+    attempt has the `lease`. `lost` reports what went wrong where this process has lost its GPU. `callbacks` are
     called after those of the recipe; `built_in` replaces `built_in_callbacks(recipe)`, which come before.
     """
     recipe = load_recipe(run.recipe_path).recipe
     watched = run.stop_path if world.rank == 0 else None
-    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, tell, callbacks, built_in) as s:
+    with StopRequest(watched) as stop, Session.open(run, recipe, world, stop, lease, lost, callbacks, built_in) as s:
         s.evaluate_if_missed()
         for micro_batches in s.batches():
             taken = train_step(s.t, micro_batches, s.flags)

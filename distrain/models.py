@@ -8,7 +8,7 @@ signature, adds the facts of the data, builds the model under its own seed, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,20 +75,19 @@ def build_model(
     *,
     base: Path = Path(),
     weights: bool = True,
-    say: Callable[[str], None] = logger.info,
     kept: Path | None = None,
 ) -> nn.Module:
     """Return the recipe's model on the CPU, in training mode, in fp32 (fp64 for train.precision fp64).
 
     Its initial weights depend on the recipe's seed alone, and no random state outside changes. `base`: the folder that
     relative paths start from. `weights`: whether model.weights (or the weights in the `path` of a transformers model)
-    are loaded; without them a checkpoint is expected to follow. `say` gets a line about what was loaded or adapted.
+    are loaded; without them a checkpoint is expected to follow. What was loaded or adapted is logged.
     `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
     """
-    model = _initial(recipe, meta, base, weights, say, kept)
+    model = _initial(recipe, meta, base, weights, kept)
     if weights and recipe.model.weights is not None:
         path = base / recipe.model.weights
-        say(str(load_weights(model, path, strict=recipe.model.weights_strict)))
+        logger.info("%s", load_weights(model, path, strict=recipe.model.weights_strict))
     return model
 
 
@@ -98,29 +97,26 @@ def defer_model(
     *,
     base: Path = Path(),
     weights: bool = True,
-    say: Callable[[str], None] = logger.info,
     small: int = SMALL,
     kept: Path | None = None,
 ) -> Deferred:
     """Return what `build_model` returns without its weights, and the same weights one at a time; see `Deferred`.
 
-    So no process holds the whole. Where the model's own code makes that impossible it is built in full, and `say` gets
-    a line with the reason. `small`: see `defer`.
+    So no process holds the whole. Where the model's own code makes that impossible it is built in full, and the reason
+    is logged. `small`: see `defer`.
     """
     section = recipe.model
 
-    def build(say: Callable[[str], None]) -> nn.Module:
-        return _initial(recipe, meta, base, weights, say, kept)
+    def build() -> nn.Module:
+        return _initial(recipe, meta, base, weights, kept)
 
-    deferred = defer(build, say=say, small=small)
+    deferred = defer(build, small=small)
     if weights and section.weights is not None:
-        say(str(defer_weights(deferred, base / section.weights, strict=section.weights_strict)))
+        logger.info("%s", defer_weights(deferred, base / section.weights, strict=section.weights_strict))
     return deferred
 
 
-def _initial(
-    recipe: Recipe, meta: DataMeta, base: Path, weights: bool, say: Callable[[str], None], kept: Path | None
-) -> nn.Module:
+def _initial(recipe: Recipe, meta: DataMeta, base: Path, weights: bool, kept: Path | None) -> nn.Module:
     """Return the model as its constructor leaves it, in training mode."""
     section, known = recipe.model, facts(recipe.task, meta)
     dtype = float_dtype(recipe)
@@ -128,15 +124,15 @@ def _initial(
         if section.name.startswith(TRANSFORMERS):
             model = build_transformers(section.name, section.args, known, base=base, weights=weights, kept=kept)
         else:
-            model = _build(recipe, known, say)
+            model = _build(recipe, known)
             _size_lazy(model, meta, section.name)
     if any(p.device.type != "cpu" or (p.is_floating_point() and p.dtype != dtype) for p in model.parameters()):
         model = model.to(device="cpu", dtype=dtype)
     return model.train()
 
 
-def _build(recipe: Recipe, known: dict[str, Any], say: Callable[[str], None]) -> nn.Module:
-    builder, given = find_builder(recipe, say), recipe.model.args
+def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:
+    builder, given = find_builder(recipe), recipe.model.args
     problems = builder.problems(given, set(known))
     if problems:
         raise UserError("\n".join(problems))

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def blocked_signals_as_before() -> Iterator[None]:
     while signal.sigpending() - before:
         signal.sigwait(signal.sigpending())
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Take down what a command has set up for lines of the log."""
+    yield
+    if (logs := sys.modules.get("distrain.system.logs")) is not None:
+        logs.reset()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -35,6 +36,8 @@ from distrain.system.memory import gib
 if TYPE_CHECKING:
     from distrain.parallel import StrategySpec
     from distrain.run.folder import RunDir
+
+logger = logging.getLogger(__name__)
 
 MARGIN = 0.1
 """The share of the memory that stays free."""
@@ -67,7 +70,6 @@ def search_if_needed(
     processes: int,
     here: int,
     gpus: int,
-    say: Callable[[str], None],
 ) -> CachedMicroBatch | None:
     """Search for an attempt that is about to start, and return the entry to cache in its run; see `search`.
 
@@ -78,7 +80,7 @@ def search_if_needed(
     before = cached_micro_batch(run, CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate))
     if before is not None and is_valid(before, gpus=gpus, here=here):
         return None
-    return search(recipe, spec, processes=processes, here=here, gpus=gpus, say=say)
+    return search(recipe, spec, processes=processes, here=here, gpus=gpus)
 
 
 def needs_search(recipe: Recipe, *, gpus: int) -> bool:
@@ -93,13 +95,12 @@ def search(
     processes: int,
     here: int,
     gpus: int,
-    say: Callable[[str], None],
 ) -> CachedMicroBatch | None:
     """Return the largest micro-batch that fits, of those with which whole accumulation steps make the global batch.
 
     `processes` are those of the run, `here` of them on this machine. Where these are fewer, each holds more of what is
     sharded than it will in the run, and what fits here fits there. Raises UserError where not even one sample fits;
-    returns None, having said why, where something else is wrong.
+    returns None, having logged why, where something else is wrong.
     """
     from distrain.datasets.batch_sizes import micro_batch_sizes
 
@@ -113,14 +114,14 @@ def search(
         done = tries[size] = _try(recipe, spec, size, processes, here, gpus)
         peak = f", {gib(done.peak)} of {gib(done.limit)} for each process" if done.peak else ""
         result = "fits" if done.fits else "does not fit"
-        say(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
+        logger.info(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
         return done.fits
 
-    say(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
+    logger.info(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
     try:
         size = largest(sizes, fits)
     except SearchFailed as error:
-        say(f"batch.micro auto: not found by trying, and taken as global / processes: {error}")
+        logger.info(f"batch.micro auto: not found by trying, and taken as global / processes: {error}")
         return None
     if size is None:
         raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].reason}")

@@ -18,6 +18,7 @@ import typer
 from distrain.cli import cluster as cli_cluster
 from distrain.cli.options import AUTO, ChangedData, Json, Offload, Overrides, Replicate, StrategyName
 from distrain.config import UserError
+from distrain.system.logs import show_on_terminal
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
 app = typer.Typer(
@@ -527,6 +528,7 @@ def data_tokenize(
 def main() -> None:
     """Run the command line; what the user can mend is printed without a traceback."""
     prepare_streams()
+    show_on_terminal()
     try:
         app()
     except UserError as error:

@@ -22,11 +22,10 @@ import numpy as np
 from distrain.config import UserError
 from distrain.datasets.batches import Place
 from distrain.run import heartbeat, stacks
-from distrain.system.output import echo, echo_error, lines
+from distrain.system.logs import EACH_RANK
 from distrain.system.processes import process_state
 
-log = logging.getLogger("distrain")
-log.addHandler(logging.NullHandler())  # without a run's log the terminal alone shows it
+logger = logging.getLogger(__name__)
 
 WARN_AFTER_S = 10.0
 """Wait for a batch before the first warning; the next follows after three times as long, and so on."""
@@ -117,8 +116,7 @@ class Wait:
             parts = [f"{_duration(self._waited_s)} without a batch; the cause cannot be read: {error}"]
         if self._batch == batch:
             text = "\n".join(filter(None, parts))
-            log.warning("%s", text)
-            echo(f"warning{_who()}: {lines(text, '  ')}", error=True)
+            logger.warning("%s", text, extra=EACH_RANK)
 
     def _is_debugged(self) -> bool:
         return not self._workers and stacks.is_debugged(self._stack())
@@ -162,10 +160,6 @@ def _end() -> str:
     if (limit := now.limit()) is None:
         return "this wait has no limit in the recipe's watchdog section"
     return f"the recipe's watchdog section ends it after {_duration(limit)}"
-
-
-def _who() -> str:
-    return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {os.environ.get('RANK')})"
 
 
 def _doing(pid: int | None) -> str:
@@ -247,6 +241,5 @@ def _leave(wait: Wait, left: threading.Event, why: str) -> None:
         signal.pthread_kill(main, signal.SIGINT)
         if left.wait(_LEAVE_S):
             return
-    log.error("%s", why)
-    echo_error(why, _who())
+    logger.error("%s", why, extra=EACH_RANK)
     os._exit(1)

@@ -69,12 +69,12 @@ def _integers(batch: Batch) -> Batch:
 
 @contextmanager
 def told_plainly(
-    parts: Callable[[], tuple[nn.Module | None, Loss | None]], tell: Callable[[UserError], None] | None = None
+    parts: Callable[[], tuple[nn.Module | None, Loss | None]], lost: Callable[[UserError], None] | None = None
 ) -> Iterator[None]:
     """Raise UserError in place of errors about an index in the data, or an operation without a deterministic form.
 
-    `parts` returns the model and the loss, None before they are there. Where a device is lost, `tell` is called, and
-    the process ends at once with exit status 1; without `tell` DeviceLost is raised.
+    `parts` returns the model and the loss, None before they are there. Where a device is lost, `lost` is called, and
+    the process ends at once with exit status 1; without `lost` DeviceLost is raised.
     """
     try:
         yield
@@ -88,12 +88,12 @@ def told_plainly(
                 "may then differ in its last bits from start to start"
             ) from error
         text = str(error)
-        lost = any(words in text for words in _ON_DEVICE)
-        found = out_of_range(error, *parts()) if lost or _about_an_index(error) else None
-        if lost:
-            said = DeviceLost(found or _unknown(text))
-            said.__cause__ = error
-            _end(said, tell)
+        is_lost = any(words in text for words in _ON_DEVICE)
+        found = out_of_range(error, *parts()) if is_lost or _about_an_index(error) else None
+        if is_lost:
+            failure = DeviceLost(found or _unknown(text))
+            failure.__cause__ = error
+            _end(failure, lost)
         if found is None:
             raise
         raise UserError(found) from error
@@ -118,12 +118,12 @@ def _unknown(text: str) -> str:
     )
 
 
-def _end(said: DeviceLost, tell: Callable[[UserError], None] | None) -> NoReturn:
-    if tell is None:
-        raise said
+def _end(failure: DeviceLost, lost: Callable[[UserError], None] | None) -> NoReturn:
+    if lost is None:
+        raise failure
     # no frame is left before this: what lies in them would be freed on a device that is lost
     try:
-        tell(said)
+        lost(failure)
     finally:
         with suppress(Exception):
             sys.stdout.flush()

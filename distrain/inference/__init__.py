@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import build_loss
 from distrain.parallel import World, load_weights, open_world, with_arithmetic
 from distrain.run import heartbeat
-from distrain.system.output import echo, echo_error
+from distrain.system.logs import EACH_RANK
 from distrain.training.context import to_device
 from distrain.training.evaluation import evaluate
+
+logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 128
 """Most tokens that a language model generates after a prompt."""
@@ -98,7 +101,7 @@ class Trained:
                 lines.append("Put them back as they were, or take them as they are now with --changed-data.")
                 raise UserError("\n".join(lines))
             for line in [*data, *found.code, *(found.unsure if split is not None else ())]:
-                echo(f"warning: since {self.checkpoint.name} was trained: {line}", error=True)
+                logger.warning(f"since {self.checkpoint.name} was trained: {line}")
             return data
 
         return self.world.run_on_rank0(check)
@@ -139,10 +142,11 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
         raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
     changes = trained.check_inputs(split, changed_data=changed_data)
     source = data.splits[split]
-    _print_warnings(source, world)
+    for warning in warnings_of(source):
+        logger.warning(warning)
     loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
     heartbeat.mark("evaluate")
-    with told_plainly(lambda: (trained.model, loss), _print_error):
+    with told_plainly(lambda: (trained.model, loss), _log_error):
         values = evaluate(
             trained.model,
             trained.call,
@@ -158,20 +162,14 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             skip_undecodable=recipe.data.skip_undecodable,
         )
     nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
-    for name, why in nothing.items() if world.rank == 0 else ():
-        echo(f"warning: {name} on split '{split}' says nothing: {why}", error=True)
+    for name, why in nothing.items():
+        logger.warning(f"{name} on split '{split}' says nothing: {why}")
     result: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
     return result | ({"changed_data": changes} if changes else {}) | values
 
 
-def _print_warnings(source: AnySource, world: World) -> None:
-    if world.rank == 0:
-        for each in warnings_of(source):
-            echo(f"warning: {each}", error=True)
-
-
-def _print_error(error: UserError) -> None:
-    echo_error(error)
+def _log_error(error: UserError) -> None:
+    logger.error("%s", error, extra=EACH_RANK)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,10 +201,11 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         trained = Trained.load(target)
         source = _source(trained, inputs)
         trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
-        _print_warnings(source, trained.world)
+        for warning in warnings_of(source):
+            logger.warning(warning)
         skipped: dict[int, str] = {}
         heartbeat.mark("evaluate")
-        with told_plainly(lambda: (trained.model, None), _print_error):
+        with told_plainly(lambda: (trained.model, None), _log_error):
             count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
         file.write()
     finally:
@@ -273,10 +272,9 @@ def _predict(
             yield int(keep.sum())
     if meaningless:
         shown = ", ".join(map(str, meaningless[:8])) + (", …" if len(meaningless) > 8 else "")
-        echo(
-            f"warning: the model gives NaN for {len(meaningless):,} samples, whose predictions mean nothing: the rows "
-            f"{shown}; look for NaN in their inputs",
-            error=True,
+        logger.warning(
+            f"the model gives NaN for {len(meaningless):,} samples, whose predictions mean nothing: the rows "
+            f"{shown}; look for NaN in their inputs"
         )
 
 

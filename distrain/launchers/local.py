@@ -27,7 +27,7 @@ from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
 from distrain.system.job_environment import job_environment
 from distrain.system.memory import oom_kills
-from distrain.system.output import echo, echo_error, one_line
+from distrain.system.output import echo_error
 
 if TYPE_CHECKING:
     from distrain.parallel import StrategySpec
@@ -267,6 +267,4 @@ class LocalLauncher:
 
 def autobatch(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> CachedMicroBatch | None:
     """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
-    return search_if_needed(
-        run, recipe, asked, processes=processes, here=here, gpus=gpu_count(), say=lambda text: echo(one_line(text))
-    )
+    return search_if_needed(run, recipe, asked, processes=processes, here=here, gpus=gpu_count())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 import traceback
@@ -14,24 +13,10 @@ from distrain.config import UserError
 from distrain.run.folder import RunDir
 from distrain.run.lease import Lease
 from distrain.system.environment import under_torch_launcher
-from distrain.system.output import LogFormatter, echo, echo_error, lines
+from distrain.system.logs import EACH_RANK, FILE_ALONE
+from distrain.system.output import lines
 
-log = logging.getLogger("distrain")
-log.addHandler(logging.NullHandler())  # until a run has a folder to log to
-
-
-def log_to(run: RunDir, rank: int) -> None:
-    """Have what this process has to say written into the log of its rank."""
-    handler = logging.FileHandler(run.log_path(rank), encoding="utf-8")
-    handler.setFormatter(LogFormatter())
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for old in list(log.handlers):
-        log.removeHandler(old)
-        old.close()
-    log.addHandler(handler)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(handler)
+logger = logging.getLogger(__name__)
 
 
 def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Lease | None = None) -> int:
@@ -45,17 +30,16 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
         action()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        tell(run, rank, error, lease)
+        report(run, rank, error, lease)
         return 1
 
 
-def tell(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
+def report(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
     """Say why this process fails, as `reported` does."""
     teaches = isinstance(error, UserError)
     text = str(error) if teaches else "".join(traceback.format_exception(error))
     if not teaches and (faults := gpu_faults_behind(error)):
         text += "the driver reports: " + "; ".join(faults) + "\n"
-    log.error("%s", text)
     record = {
         "rank": rank,
         "host": socket.gethostname(),
@@ -71,11 +55,9 @@ def tell(run: RunDir | None, rank: int, error: BaseException, lease: Lease | Non
         try:
             first = not told and run.mark_failed(record)
         except OSError as disk:
-            echo(f"warning: FAILED.json could not be written: {disk}", error=True)
-    if first:
-        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-        echo_error(text if teaches else f"\n{text}", who)
-    elif run is None and not told:
+            logger.warning("FAILED.json could not be written: %s", disk, extra=EACH_RANK)
+    logger.error("%s", text if teaches else f"\n{text}", extra=EACH_RANK if first else FILE_ALONE)
+    if not first and run is None and not told:
         leave_to_rank_0(rank, error)
 
 
@@ -96,4 +78,4 @@ def leave_to_rank_0(rank: int, error: BaseException) -> None:
     """
     if under_torch_launcher():
         time.sleep(30)
-        echo_error(error, f" (rank {rank})")
+        logger.error("%s", error, extra=EACH_RANK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -12,17 +13,20 @@ from distrain.checkpoint import newest_step
 from distrain.config import UserError
 from distrain.launchers.local import LocalLauncher, autobatch, end_with_launcher
 from distrain.launchers.preflight import gpu_count, join_launcher, launcher_environment, worker_environment
-from distrain.launchers.reporting import leave_to_rank_0, log, log_to, reported, tell
+from distrain.launchers.reporting import leave_to_rank_0, report, reported
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.lease import Holder, Lease, check_free, take
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import own_start, rank_told, say_ignored
 from distrain.system.job_environment import job_environment
-from distrain.system.output import echo, echo_error, echo_loading, one_line
+from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
+from distrain.system.output import echo_loading
 
 if TYPE_CHECKING:
     from distrain.training.callbacks.base import Callback
+
+logger = logging.getLogger(__name__)
 
 
 def start(
@@ -40,6 +44,7 @@ def start(
 
     Raises UserError with all that is wrong, before anything is written.
     """
+    show_on_terminal(converses=True)
     say_ignored(own_start(os.environ, processes))
     found = read_target(target, overrides, run_dir, update=update)
     if not found.problems:
@@ -54,6 +59,7 @@ def start(
 
 def begin_worker() -> None:
     """Do what comes first in a process that trains."""
+    show_on_terminal(converses=True)
     end_with_launcher()
     # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
     signal.pthread_sigmask(signal.SIG_BLOCK, [job_environment().notice])
@@ -92,7 +98,7 @@ def work(
             found = resolve(asked, Options(strategy, offload, processes, replicate), worker_environment())
     except UserError as error:
         if rank == 0 or getattr(error, "of_each_process", False):
-            echo_error(error)
+            logger.error("%s", error, extra=EACH_RANK)
         else:
             leave_to_rank_0(rank, error)
         return 1
@@ -182,14 +188,13 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
             # each in the folder that it sees
             lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
             world.run_on_all(lambda: mine.check_seen(world.rank))
-            log_to(run, world.rank)
-            for note in request.notes if world.rank == 0 else []:
-                echo(one_line(note))
-                log.info(one_line(note))
+            write_to_file(run.log_path(world.rank), world.rank)
+            for note in request.notes if world.rank == 0 else ():
+                logger.info("%s", note)
             # inside: the rank that fails must say so before leaving makes the others fail as well
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
-                lost = functools.partial(tell, run, rank, lease=lease)
+                lost = functools.partial(report, run, rank, lease=lease)
                 status = reported(run, rank, lambda: train(run, world, lease, lost, callbacks), lease)
         finally:
             if lease is not None and world.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distrain.config import UserError, close_names
+
+logger = logging.getLogger(__name__)
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _WORTH = 0.1
@@ -98,16 +101,16 @@ def _parameters(modules: list[nn.Module]) -> set[int]:
 # Computing activations again
 
 
-def checkpoint_activations(model: nn.Module, setting: bool | str) -> str | None:
-    """Have each block keep its inputs alone, and compute the rest again in the backward pass; returns what was done.
+def checkpoint_activations(model: nn.Module, setting: bool | str) -> None:
+    """Have each block keep its inputs alone, and compute the rest again in the backward pass.
 
-    `setting` is the recipe's `train.activation_checkpointing`: False does nothing and returns None, True takes the
+    `setting` is the recipe's `train.activation_checkpointing`: False does nothing, True takes the
     model's blocks, a name the instances of that class. Losses, gradients and buffers are the same to the bit, as random
     numbers and buffers are put back to what they were. Names do not change. Call it before the model is sharded,
     wrapped or compiled. Raises UserError where there is no such class, or no repeated block at all.
     """
     if setting is False:
-        return None
+        return
     classes = block_classes(model, setting if isinstance(setting, str) else None)
     if not classes:
         names = sorted({type(each).__name__ for each in model.modules() if not _is_layer(each)})
@@ -121,7 +124,7 @@ def checkpoint_activations(model: nn.Module, setting: bool | str) -> str | None:
         # shards a model hooks into the call around `forward`, and so stays outside what is computed twice
         block.forward = partial(_recomputed, block, block.__dict__.get("forward"), _Buffers())
     shown = " and ".join(kind.__name__ for kind in classes)
-    return f"activations of {len(blocks)} x {shown} are computed again in the backward pass"
+    logger.info(f"activations of {len(blocks)} x {shown} are computed again in the backward pass")
 
 
 def _recomputed(

@@ -61,11 +61,11 @@ class Builder:
         return shown_parameters(self.parameters)
 
 
-def find_builder(recipe: Recipe, say: Callable[[str], None] = logger.info) -> Builder:
+def find_builder(recipe: Recipe) -> Builder:
     name = recipe.model.name
     entry = models.find(name, recipe.task)
     if entry.metadata.get("library") == "torchvision":
-        return _torchvision_builder(name, say)
+        return _torchvision_builder(name)
     if not callable(entry.value):
         raise UserError(
             f"model.name: {name} is {type(entry.value).__name__}, not a class or function that builds a model"
@@ -99,7 +99,7 @@ def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
 models.add_library(torchvision_names, _in_torchvision, "torchvision.models")
 
 
-def _torchvision_builder(name: str, say: Callable[[str], None]) -> Builder:
+def _torchvision_builder(name: str) -> Builder:
     from torchvision.models import get_model_builder
 
     builder = get_model_builder(name)
@@ -125,7 +125,7 @@ def _torchvision_builder(name: str, say: Callable[[str], None]) -> Builder:
     def build(in_channels: int | None = None, **args: Any) -> nn.Module:
         model: nn.Module = builder(**(fixed | args))
         if in_channels is not None and (layer := _set_in_channels(model, in_channels)):
-            say(f"{name}: its first layer, {layer}, was rebuilt for in_channels {in_channels}")
+            logger.info(f"{name}: its first layer, {layer}, was rebuilt for in_channels {in_channels}")
         return model
 
     return Builder(name, build, parameters, takes_any=False, refused=_REFUSED)

@@ -10,6 +10,7 @@ normal distribution looks at what it has drawn) or at the end, parameter by para
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from distrain.config import UserError
 from distrain.networks.memory import views_of_parameters
 from distrain.networks.recorder import Disguise, Recorder
 from distrain.networks.replay import Diverged, Node, Ref, Slot, content_of, give_back, leading_to, tensors_in
+
+logger = logging.getLogger(__name__)
 
 SMALL = 2**14
 """Elements of a tensor up to which it is not worth deferring: biases, norms, and what constructors compute with."""
@@ -41,7 +44,6 @@ class Deferred:
         model: nn.Module,
         sources: Mapping[str, Tensor | _Recorded],
         build: Callable[[], nn.Module],
-        say: Callable[[str], None],
         full: dict[str, Tensor] | None = None,
     ):
         self.model = model
@@ -50,7 +52,7 @@ class Deferred:
         """Whether the model had to be built in full, so that all of its weights were in memory at once."""
         self._names = [name for name, _ in model.named_parameters()]
         self._sources = dict(sources)
-        self._build, self._say, self._full = build, say, full
+        self._build, self._full = build, full
         self._instead: dict[str, Callable[[], Tensor]] = {}
 
     def replace(self, name: str, read: Callable[[], Tensor]) -> None:
@@ -82,7 +84,7 @@ class Deferred:
                         value = [source.ref.on(content)]
                     except Diverged as error:
                         self.is_full = True
-                        self._say(_in_full(str(error)))
+                        logger.info(_in_full(str(error)))
                 if self.is_full:
                     full = self._parameters() if full is None else full
                     value = [full.pop(name)]
@@ -108,48 +110,54 @@ def _in_full(reason: str) -> str:
     return f"model: built in full on the CPU, because {reason}"
 
 
-def defer(
-    build: Callable[[Callable[[str], None]], nn.Module], *, say: Callable[[str], None], small: int = SMALL
-) -> Deferred:
+def _again(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build once more what was built before, without what is logged then."""
+    rooms = logging.getLogger(__package__)
+    level = rooms.level
+    rooms.setLevel(logging.WARNING)
+    try:
+        return build()
+    finally:
+        rooms.setLevel(level)
+
+
+def defer(build: Callable[[], nn.Module], *, small: int = SMALL) -> Deferred:
     """Return the model that `build` returns, on the CPU, without its weights; see `Deferred`.
 
-    `build` gets a function for lines to say. It must give the same each time: it is called again, and the model is
-    built in full, when something is done in it that no record of operations can repeat, such as writing to a large
-    tensor through NumPy; `say` gets a line with the reason. `small`: elements up to which a tensor is computed with as
+    `build` must give the same each time: it is called again, and the model is built in full, when something is done in
+    it that no record of operations can repeat, such as writing to a large tensor through NumPy; the reason is logged.
+    `small`: elements up to which a tensor is computed with as
     ever; smaller than the largest parameters by far, larger than what constructors compute with.
     """
     recorder = Recorder(small)
-    said: list[str] = []
     failure: str | None = None
     try:
         with recorder, Disguise(recorder):
-            model = build(said.append)
+            model = build()
         sources = _without_weights(model, recorder)
     except Exception as error:
         # an error of the constructor itself comes again, in its own words
         failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     reason = recorder.reason or failure
     if reason is not None:
-        return defer_full(build, reason, say=say)
-    for line in said:
-        say(line)
+        return defer_full(build, reason)
     if (held := _held_bytes(sources)) > _NOTABLE:
-        say(f"model: {held / 2**20:,.0f} MiB of values that its constructor takes from outside PyTorch stay in memory")
-    return Deferred(model, sources, lambda: build(lambda line: None), say)
+        logger.info(
+            f"model: {held / 2**20:,.0f} MiB of values that its constructor takes from outside PyTorch stay in memory"
+        )
+    return Deferred(model, sources, lambda: _again(build))
 
 
-def defer_full(
-    build: Callable[[Callable[[str], None]], nn.Module], reason: str, *, say: Callable[[str], None]
-) -> Deferred:
-    """Return the same as `defer` for a model that has to be built in full, for the `reason` that `say` gets."""
-    model = build(say)
-    say(_in_full(reason))
+def defer_full(build: Callable[[], nn.Module], reason: str) -> Deferred:
+    """Return the same as `defer` for a model that has to be built in full, for a `reason`, which is logged."""
+    model = build()
+    logger.info(_in_full(reason))
     if problems := list(views_of_parameters(model)):
         raise UserError("the model cannot be built without its weights:\n  - " + "\n  - ".join(problems))
     full = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         _to_meta(parameter)
-    return Deferred(model, {}, lambda: build(lambda line: None), say, full)
+    return Deferred(model, {}, lambda: _again(build), full)
 
 
 @torch.no_grad()

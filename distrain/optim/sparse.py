@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,8 @@ from distrain.config import OptimSection
 from distrain.config.strategies import STRATEGIES
 from distrain.optim.optimizers import build_optimizer
 
+logger = logging.getLogger(__name__)
+
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the embeddings of a model whose gradients are sparse, by name."""
@@ -19,15 +22,15 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, norms: bool, scaled: bool) -> str | None:
-    """Have embeddings give dense gradients where sparse ones cannot be taken; returns what is to be said of it.
+def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, norms: bool, scaled: bool) -> None:
+    """Have embeddings give dense gradients where sparse ones cannot be taken; why is logged.
 
     `norms`: whether the norm of the gradient is wanted; `scaled`: whether the loss is scaled. A dense gradient has the
     same values, and takes the memory of the whole embedding.
     """
     layers = list(sparse_layers(model))
     if not layers:
-        return None
+        return
     if STRATEGIES[strategy].shards:
         why = f"{strategy} reduces dense gradients only; single and ddp take sparse ones"
     elif norms:
@@ -37,11 +40,11 @@ def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, nor
     elif not _takes_sparse(section):
         why = f"{section.name} takes no sparse gradients; sgd and adagrad without weight decay do"
     else:
-        return None
+        return
     for _, layer in layers:
         layer.sparse = False  # type: ignore[assignment]
     others = f" and {len(layers) - 1} others" if len(layers) > 1 else ""
-    return f"model: {layers[0][0] or 'the embedding'}{others} with sparse=True gives dense gradients: {why}"
+    logger.info(f"model: {layers[0][0] or 'the embedding'}{others} with sparse=True gives dense gradients: {why}")
 
 
 def _takes_sparse(section: OptimSection) -> bool:

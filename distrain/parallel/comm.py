@@ -36,7 +36,9 @@ from distrain.parallel.precision import Arithmetic, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.run.heartbeat import progress
 from distrain.system.environment import Environment, forget_world, has_launcher
-from distrain.system.output import echo
+from distrain.system.logs import EACH_RANK
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=1)
 """How long ranks wait while rank 0 does something for all of them."""
@@ -285,16 +287,16 @@ def open_world(
 def _waiting(environment: Environment, timeout_s: float) -> Iterator[None]:
     """Say whom this process waits for, where no launcher is there that has started the others too."""
 
-    def say() -> None:
+    def warn() -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        echo(
+        logger.warning(
             f"rank {environment.rank} waits for the {environment.world_size - 1} others at {place}, as RANK, "
             f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say, for up to {timeout_s:g} s; where nobody "
             "started others, unset these",
-            error=True,
+            extra=EACH_RANK,
         )
 
-    timer = threading.Timer(_WORD_AFTER_S, say)
+    timer = threading.Timer(_WORD_AFTER_S, warn)
     timer.daemon = True
     if environment.world_size > 1 and not has_launcher():
         timer.start()
@@ -373,8 +375,8 @@ def quiet_deepspeed() -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.ops
-    from deepspeed.utils import logger
+    from deepspeed.utils import logger as deepspeed_logger
 
-    logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.WARNING)
     # found out by trial compilations otherwise, and asked for by that collective alone
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})

@@ -8,6 +8,7 @@ them in a state dict. What a state dict has besides is held as well: the extra s
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.networks.memory import may_overlap, own_tensors, views_of_parameters
 from distrain.parallel.nested import Unstorable, encode, equal, stored_dtype, why_unstorable
+
+logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"
 
@@ -81,13 +84,13 @@ def _place(tensor: Tensor) -> Any:
     return *where, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
-def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
-    """Make a model one whose checkpoints can be taken back, before anything is trained; returns what is to be said.
+def prepare_to_save(model: nn.Module, *, sharded: bool) -> None:
+    """Make a model one whose checkpoints can be taken back, before anything is trained; what changes in it is logged.
 
     Buffers whose elements share memory get memory of their own. `sharded`: parameters will be cut, or live outside of
     the module. Raises UserError naming all that a checkpoint could not hold or give back, each with what to do.
     """
-    said = separate_buffers(model)
+    separate_buffers(model)
     problems: list[str] = []
     own = own_tensors(model)
     first = {id(tensor): name for name, tensor in reversed(own.items())}
@@ -117,16 +120,14 @@ def prepare_to_save(model: nn.Module, *, sharded: bool) -> list[str]:
     if problems:
         raise UserError("the model has state that a checkpoint could not give back:\n  - " + "\n  - ".join(problems))
     if not sharded and found.changed:
-        said += _try_export(model, found)
-    return said
+        _try_export(model, found)
 
 
-def separate_buffers(model: nn.Module) -> list[str]:
-    """Give buffers whose elements share memory, as after `expand`, memory of their own; returns what is to be said.
+def separate_buffers(model: nn.Module) -> None:
+    """Give buffers whose elements share memory, as after `expand`, memory of their own; large ones are logged.
 
     And those whose elements are in memory the conjugate or the negative of what they stand for.
     """
-    said: list[str] = []
     new: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
@@ -136,12 +137,11 @@ def separate_buffers(model: nn.Module) -> list[str]:
                     new[id(buffer)] = plain.clone(memory_format=torch.contiguous_format)
                     mib = buffer.numel() * buffer.element_size() / 2**20
                     if mib >= 1:
-                        said.append(
+                        logger.info(
                             f"model: buffer {prefix}{'.' * bool(prefix)}{key} was an expanded view and has {mib:,.0f} "
                             "MiB of its own now"
                         )
                 module._buffers[key] = new[id(buffer)]
-    return said
 
 
 def _cure(tensor: Tensor, kind: str) -> str:
@@ -216,8 +216,8 @@ def _shown(value: Any) -> str:
 
 
 @torch.no_grad()
-def _try_export(model: nn.Module, found: Contents) -> list[str]:
-    """See whether `load_state_dict` makes of an export the weights that were exported; says so where it does not."""
+def _try_export(model: nn.Module, found: Contents) -> None:
+    """See whether `load_state_dict` makes of an export the weights that were exported; logged where it does not."""
     own = {name: tensor for name, tensor in found.own.items() if not isinstance(tensor, nn.UninitializedParameter)}
     before = {name: tensor.detach().clone() for name, tensor in own.items()}
     state = {**before, **copy.deepcopy({k: v.detach() for k, v in {**found.changed, **found.tensors}.items()})}
@@ -233,7 +233,8 @@ def _try_export(model: nn.Module, found: Contents) -> list[str]:
     finally:
         for name, tensor in own.items():
             tensor.copy_(before[name])
-    return [f"model: its own load_state_dict does not take back its state_dict ({why})"] if why else []
+    if why:
+        logger.info(f"model: its own load_state_dict does not take back its state_dict ({why})")
 
 
 def hand_back(model: nn.Module, values: Mapping[str, Any]) -> None:

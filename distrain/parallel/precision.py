@@ -19,6 +19,7 @@ torch itself starts with matrix products in fp32 and with cuDNN's convolutions a
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
+
+logger = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Arithmetic
@@ -59,19 +62,18 @@ class Arithmetic:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.autocast, cache_enabled=cache)
 
-    def fit(self, model: nn.Module, device: torch.device) -> list[str]:
-        """Make a model on its device ready for this arithmetic, in place; return what there is to say about it.
+    def fit(self, model: nn.Module, device: torch.device) -> None:
+        """Make a model on its device ready for this arithmetic, in place; how much of it fp8 takes is logged.
 
         Before the optimizer is built and before the model is sharded. The names and the values of parameters stay.
         Raises UserError for fp8 where the model has no layer that could be computed so.
         """
         if self.name == "fp8":
-            return [_with_float8_layers(model)]
-        if self.name == "fp16" and device.type == "cpu":
+            logger.info(_with_float8_layers(model))
+        elif self.name == "fp16" and device.type == "cpu":
             for module in model.modules():
                 if isinstance(module, nn.LSTM):
                     module.register_forward_pre_hook(_with_fp16_inputs)
-        return []
 
     def check_kept(self) -> None:
         """Raise UserError where something has changed torch's switches for products of fp32 tensors since `resolve`."""

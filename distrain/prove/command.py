@@ -57,7 +57,7 @@ def run(
                 keep=keep,
                 loss_tolerance=loss_tolerance,
                 state_tolerance=state_tolerance,
-                say=report.say,
+                begun=report.begun,
                 done=report.done,
                 **options,
             )

@@ -194,7 +194,7 @@ def prove(
     keep: Path | None = None,
     loss_tolerance: float | None = None,
     state_tolerance: float | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    begun: Callable[[str], None] = lambda name: None,
     done: Callable[[TrialResult], None] = lambda result: None,
     start: StartProcess = start_distrain,
 ) -> Proof:
@@ -202,7 +202,7 @@ def prove(
 
     In the first topology: a baseline run, then one with `kills` interruptions. In every further one: a baseline run,
     compared with the first within a tolerance, then an interrupted run, compared with its own baseline to the bit. With
-    several topologies, one more run moves from one to the next at each interruption. `say` is called with the name of
+    several topologies, one more run moves from one to the next at each interruption. `begun` is called with the name of
     each run as it begins, `done` with the result of each. `keep` is a folder for all runs, absent or empty.
 
     Raises CouldNotRun when training itself fails, UserError for an invalid recipe or options.
@@ -223,7 +223,7 @@ def prove(
             source, [*_settings(save_every), *overrides], folder, last_step=steps, seed=seed, start=start
         ) as runner:
             tolerances = (loss_tolerance, state_tolerance)
-            prover = _Prover(runner, kills, seed, save_every, say, done, tolerances, keep is not None)
+            prover = _Prover(runner, kills, seed, save_every, begun, done, tolerances, keep is not None)
             proof = prover.run(loaded, topologies)
     finally:
         if keep is None:
@@ -260,11 +260,11 @@ class _Prover:
     """Runs the trial runs and compares each."""
 
     def __init__(
-        self, runner: TrialRunner, kills: int, seed: int, save_every: int, say: Callable[[str], None],
+        self, runner: TrialRunner, kills: int, seed: int, save_every: int, begun: Callable[[str], None],
         done: Callable[[TrialResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
     ):  # fmt: skip
         self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
-        self.say, self.done = say, done
+        self.begun, self.done = begun, done
         self.tolerances, self.keeps = tolerances, keeps
         self.proof: Proof
 
@@ -275,7 +275,7 @@ class _Prover:
         self.proof = Proof(recipe.name, first.last_step, facts["total_steps"], facts["precision"], self.seed, tolerance)
         self.add_result(TrialResult(first, ""))
         if determinism_turned_on(recipe, RunDir(first.run_dir)):
-            self.say("cost of deterministic operations")
+            self.begun("cost of deterministic operations")
             without = self.runner.without_determinism(topologies[0])
             self.proof.determinism = determinism_cost(RunDir(first.run_dir), RunDir(without.run_dir))
         if self.kills and not self.check_resume(first):
@@ -295,13 +295,13 @@ class _Prover:
         return result.divergence is None
 
     def run_baseline(self, topology: Topology, again: str = "", **how: Any) -> TrialRun:
-        self.say(f"baseline{again}, {topology}")
+        self.begun(f"baseline{again}, {topology}")
         return self.runner.run(f"baseline{again}, {topology}", [topology], **how)
 
     def check_resume(self, baseline: TrialRun) -> bool:
         """Interrupt and resume a run in the topology of its baseline; returns whether they are the same."""
         topology = baseline.topology
-        self.say(f"killed, {topology}")
+        self.begun(f"killed, {topology}")
         trial = self.run_interrupted(f"killed, {topology}", baseline, [topology], self.kills)
         divergence = compare_exactly(baseline, trial)
         if divergence is not None:
@@ -361,7 +361,7 @@ class _Prover:
 
     def check_moving(self, first: TrialRun, topologies: Sequence[Topology]) -> bool:
         """Move to the next topology at each interruption, at least once through all; returns whether the run agrees."""
-        self.say(f"moving through {len(topologies)} topologies")
+        self.begun(f"moving through {len(topologies)} topologies")
         count = max(self.kills, len(topologies) - 1)
         trial = self.run_interrupted("moving", first, topologies, count)
         return self.check_topology(first, trial)

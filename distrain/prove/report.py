@@ -25,7 +25,7 @@ class Report:
         if self._status is not None:
             self._status.stop()
 
-    def say(self, trial: str) -> None:
+    def begun(self, trial: str) -> None:
         """Show which trial run begins."""
         if self._status is not None:
             self._status.update(one_line(trial))

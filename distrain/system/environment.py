@@ -242,7 +242,7 @@ def own_start(variables: MutableMapping[str, str], processes: int | None, comman
         there = [name for name in there if not name.startswith("TORCHELASTIC_")]
     else:
         there += _settings(variables)
-    notes = _take_out(variables, there, say=not launcher)
+    notes = _take_out(variables, there, tells=not launcher)
     return notes + use_interfaces(variables, alone=True)
 
 
@@ -260,7 +260,7 @@ def join(variables: MutableMapping[str, str]) -> tuple[Environment, list[str]]:
         if not above:
             there += [name for name in variables if name.startswith(_AGENT[:2])]
         # who sets all of it for one process has what was meant
-        notes = _take_out(variables, there, say=not (above or environment.launched))
+        notes = _take_out(variables, there, tells=not (above or environment.launched))
         if not above:
             notes += _take_out(variables, _settings(variables))
         return environment, notes + use_interfaces(variables, alone=True)
@@ -296,10 +296,10 @@ def _settings(variables: Mapping[str, str]) -> list[str]:
     return [name for name in variables if name.startswith((*SETTINGS, *_DEVICE))]
 
 
-def _take_out(variables: MutableMapping[str, str], names: Sequence[str], *, say: bool = True) -> list[str]:
+def _take_out(variables: MutableMapping[str, str], names: Sequence[str], *, tells: bool = True) -> list[str]:
     for name in names:
         del variables[name]
-    if not names or not say:
+    if not names or not tells:
         return []
     return [f"ignored {', '.join(sorted(names))} in the environment: no launcher above this process has set them"]
 

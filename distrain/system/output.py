@@ -106,10 +106,10 @@ def error_text(text: object, who: str = "") -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """A record as `TIME LEVEL text`; further lines are indented, so that none of them passes for a record."""
+    """A record as `TIME rank N LEVEL text`; further lines are indented, so that none of them passes for a record."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__(f"%(asctime)s rank {rank} %(levelname)s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         return lines(super().format(record).rstrip("\n"), "    ")

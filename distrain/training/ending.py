@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from itertools import islice
 from types import MappingProxyType
@@ -16,6 +17,8 @@ from distrain.run.heartbeat import mark
 from distrain.run.json_files import rows_backwards
 from distrain.training.callbacks.base import Outcome
 from distrain.training.loop_state import RunContext
+
+logger = logging.getLogger(__name__)
 
 _RATED = 10_000
 """Rows that the rate in the summary is of."""
@@ -32,7 +35,7 @@ def preempt(context: RunContext) -> dict[str, Any]:
         context.run.mark_preempted(step, reason)
 
     context.world.run_on_rank0(mark_preempted)
-    context.say(f"stopped by {reason} after step {step}, which is saved; the same command resumes it")
+    logger.info(f"stopped by {reason} after step {step}, which is saved; the same command resumes it")
     return {"finished": False, "step": step, "reason": reason}
 
 
@@ -84,7 +87,7 @@ def finish(context: RunContext) -> dict[str, Any]:
 
     mark("finish")
     for note in world.run_on_rank0(write):
-        context.say(f"export: {note}")
+        logger.info(f"export: {note}")
     context.callbacks.end(Outcome("finished", summary["steps"], summary=MappingProxyType(summary)))
     world.run_on_rank0(mark_finished)
     return summary

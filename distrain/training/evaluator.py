@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from types import MappingProxyType
@@ -16,6 +17,8 @@ from distrain.training.evaluation import Interrupted, evaluate
 from distrain.training.intervals import Interval
 from distrain.training.loop_state import LoopState, RunContext
 from distrain.training.ranking import criterion_for, data_since, evaluation_of, resume_ranking, scored_split
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -32,16 +35,16 @@ class Evaluator:
         self._leave = world.store_flag()
         self._every = Interval(recipe.eval.every, setup.horizon, "eval.every")
 
-    def state_at(self, manifest: Manifest | None) -> tuple[LoopState, list[str]]:
-        """Return what a checkpoint, or None, says of the loop's state, and what a person should know of it."""
+    def state_at(self, manifest: Manifest | None) -> LoopState:
+        """Return what a checkpoint, or None, says of the loop's state."""
         context, early_stop = self._context, self._context.recipe.eval.early_stop
         min_delta = early_stop.min_delta if early_stop is not None else 0.0
-        evaluations, scores, notes = context.world.run_on_rank0(
+        evaluations, scores = context.world.run_on_rank0(
             lambda: resume_ranking(context.run, self.criterion, min_delta, manifest)
         )
         last = evaluations.last[0] if evaluations.last is not None else -1
         saved = manifest.step if manifest is not None else -1
-        return LoopState(evaluations, scores, evaluated_step=last, saved_step=saved), notes
+        return LoopState(evaluations, scores, evaluated_step=last, saved_step=saved)
 
     def due(self) -> bool:
         """Whether the recipe wants an evaluation after this step."""
@@ -94,14 +97,14 @@ class Evaluator:
                 value = values.get(name)
                 found = f" is {value:.4g}" if isinstance(value, float) else " is not a number throughout"
                 decides = "; no model is the best by it" if name == self.criterion.metric else ""
-                context.say(
-                    f"warning: {name} on split '{split}' after step {step}{found}, which says nothing: {why}{decides}"
+                logger.warning(
+                    f"{name} on split '{split}' after step {step}{found}, which says nothing: {why}{decides}"
                 )
         if math.isfinite(values["loss"]):
             return None
         found = f"the loss on split '{split}' after step {step} is {values['loss']:.6g}: {values['nonfinite']}"
         if context.recipe.anomalies.nonfinite != "stop":
-            context.say(f"warning: {found}; it counts as no improvement, and as no best")
+            logger.warning(f"{found}; it counts as no improvement, and as no best")
             return None
         return (
             f"{found}. The run stops, and its state is saved. What to do: mend these samples or the model and start "
@@ -141,7 +144,7 @@ class Evaluator:
         row = {"event": event, "step": context.t.step, "split": split, **values, "seconds": seconds}
         context.write_row(row)
         if event == "eval":  # the final one is in the summary
-            context.say(f"step {context.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
+            logger.info(f"step {context.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
         return values
 
     def _asked_to_leave(self) -> bool:
@@ -161,8 +164,8 @@ class Evaluator:
                 f"last step; no evaluation has a {evaluations.metric} that is a number and says something",
             )
         if evaluations.count > 1 and evaluations.constant and not best[1] and evaluations.criterion.higher:
-            context.say(
-                f"warning: {evaluations.metric} was 0 in each of {evaluations.count} evaluations, so none is better "
+            logger.warning(
+                f"{evaluations.metric} was 0 in each of {evaluations.count} evaluations, so none is better "
                 "than another; the earliest is taken for the best"
             )
         if context.world.run_on_rank0(lambda: context.run.checkpoint(best[0]).is_dir()):

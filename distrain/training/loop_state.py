@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from distrain.config import Recipe
 from distrain.datasets.base import Data
 from distrain.parallel import World
 from distrain.run.folder import RunDir
-from distrain.system.output import one_line
 from distrain.training.callbacks.dispatch import Callbacks
 from distrain.training.context import PendingMetrics, TrainContext
 from distrain.training.intervals import EvalHistory, StopRequest
@@ -20,8 +18,6 @@ from distrain.training.setup import TrainSetup
 if TYPE_CHECKING:
     from distrain.training.evaluator import Evaluator
     from distrain.training.saving import Checkpoints
-
-log = logging.getLogger("distrain")
 
 _ELSEWHERE = "a request on another rank"
 
@@ -71,8 +67,6 @@ class RunContext:
     state: LoopState = field(init=False)
     evaluator: Evaluator = field(init=False)
     checkpoints: Checkpoints = field(init=False)
-    notes: list[str] = field(default_factory=list)
-    """What a person should know of the checkpoint that the run resumes from."""
 
     @property
     def t(self) -> TrainContext:
@@ -106,8 +100,3 @@ class RunContext:
     def write_row(self, row: dict[str, Any]) -> None:
         """Write a row of metrics.jsonl, with at least `event` and `step`; on rank 0."""
         self.callbacks.row(row)
-
-    def say(self, text: str) -> None:
-        """Show a line to the person at the terminal, and put it into the log."""
-        log.info(one_line(text))
-        self.callbacks.message(text)

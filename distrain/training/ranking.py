@@ -7,6 +7,7 @@ before that knew a bare score: for them the rows of metrics.jsonl are read, once
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ from distrain.fingerprints import compare
 from distrain.metrics import MetricSet, higher_is_better
 from distrain.run.folder import RunDir
 from distrain.training.intervals import EvalHistory
+
+logger = logging.getLogger(__name__)
 
 _NO_DATA = ("workers", "prepare", "skip_undecodable")
 """Keys of the data section that change nothing in a split."""
@@ -78,19 +81,19 @@ def _number(row: dict[str, Any], name: str) -> float | None:
 
 def resume_ranking(
     run: RunDir, criterion: Criterion, min_delta: float, resumed: Manifest | None
-) -> tuple[EvalHistory, dict[str, float | None], list[str]]:
+) -> tuple[EvalHistory, dict[str, float | None]]:
     """Rank 0: return the ranking that a run resumes, scores of its checkpoints, and what a person should know.
 
     `resumed`: the checkpoint that the run resumes from.
     """
     best = EvalHistory(criterion, min_delta)
     if resumed is None:
-        return best, {}, []
+        return best, {}
     then = resumed.evaluation.criterion if resumed.evaluation is not None else None
     if then == criterion and resumed.history is not None:
         try:
             best.load(resumed.history["best"], min_delta)
-            return best, {name: score for name, score in resumed.history["scores"].items() if type(score) is float}, []
+            return best, {name: score for name, score in resumed.history["scores"].items() if type(score) is float}
         except (AttributeError, KeyError, TypeError, ValueError):
             then, best = None, EvalHistory(criterion, min_delta)
     there = [info for info in list_checkpoints(run.checkpoints) if info.step <= resumed.step]
@@ -115,12 +118,11 @@ def resume_ranking(
         if same:  # a run of before checkpoints said it
             for step, score in sorted(rows.items()):
                 best.add(step, score)
-            return best, before, []
-    told = []
+            return best, before
     if not same:
         was = str(then) if then is not None else resumed.metric
         of = "other data" if was == str(criterion) else f"{was}, and is {criterion} from here on"
-        told.append(f"the best was chosen by {of}: a new ranking begins")
+        logger.info(f"the best was chosen by {of}: a new ranking begins")
     ranked = sorted(
         (manifests[name].step, score if criterion.higher else -score)
         for name, score in scores.items()
@@ -136,13 +138,13 @@ def resume_ranking(
         and (manifests[name].score is not None or ((found := manifests[name].evaluation) and found.values))
     )
     if best.best is not None:
-        told.append(f"of the checkpoints that are there, step {best.best[0]} is the best by it ({best.best[1]:.4g})")
+        logger.info(f"of the checkpoints that are there, step {best.best[0]} is the best by it ({best.best[1]:.4g})")
     if unknown:
-        told.append(
-            f"warning: of the checkpoints of steps {', '.join(map(str, unknown))} the {criterion.metric} by which the "
+        logger.warning(
+            f"of the checkpoints of steps {', '.join(map(str, unknown))} the {criterion.metric} by which the "
             "best is chosen now is not known, so none of them is taken for the best"
         )
-    return best, before, told
+    return best, before
 
 
 def _evaluations(run: RunDir, criterion: Criterion, step: int) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ from distrain.training.saving import Checkpoints
 from distrain.training.setup import set_up
 from distrain.training.skipping import Anomaly
 
+logger = logging.getLogger(__name__)
+
 
 class Session(RunContext):
     """The parts of an attempt, and what they do from step to step. All ranks call each method at the same step."""
@@ -60,7 +63,7 @@ class Session(RunContext):
         starts_at(self.t.step)
         self._record_effect()
         self.evaluator = Evaluator(self)
-        self.state, self.notes = self._state_at(setup.resumed)
+        self.state = self._state_at(setup.resumed)
         self.checkpoints = Checkpoints(self)
         called.attach(self._callback_run, self._act_on)
         called.load_history((setup.resumed.history if setup.resumed is not None else None) or {})
@@ -75,14 +78,14 @@ class Session(RunContext):
         world: World,
         stop: StopRequest | None = None,
         lease: Lease | None = None,
-        tell: Callable[[UserError], None] | None = None,
+        lost: Callable[[UserError], None] | None = None,
         callbacks: Sequence[Callback] = (),
         built_in: Sequence[Callback] | None = None,
     ) -> Iterator[Session]:
         """Set up, and put the terminal, trackers and files in order at the end, however it comes.
 
         `stop` notes what this rank is asked for. Without a `lease` nobody else is expected to write into the run.
-        `tell` says what went wrong where nothing can be put in order, as this process has lost its device.
+        `lost` reports what went wrong where nothing can be put in order, as this process has lost its device.
         `callbacks` are called after those of the recipe; `built_in` replaces those of `built_in_callbacks`.
         """
         session: Session | None = None
@@ -94,10 +97,10 @@ class Session(RunContext):
             if session is not None:
                 with suppress(Exception):
                     session.callbacks.close(Outcome("failed", session.t.step, reason=str(error)))
-            if tell is not None:
-                tell(error)
+            if lost is not None:
+                lost(error)
 
-        end = last_word if tell is not None else None
+        end = last_word if lost is not None else None
         with explained(recipe, world) as attempt:
             with told_plainly(parts, end):
                 session = cls(run, recipe, world, stop, lease, callbacks, built_in)
@@ -238,30 +241,26 @@ class Session(RunContext):
                 f"{self.setup.anomalies.advice(found)}"
             )
         self.write_row(found.row())
-        self.say(
+        logger.info(
             f"step {found.step} is skipped, as was decided before" if found.known else f"{found}; the step is skipped"
         )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Resuming and rolling back
 
-    def _state_at(self, manifest: Manifest | None) -> tuple[LoopState, list[str]]:
-        """Return the loop's state at a checkpoint, or before the first step, and what a person should know of it.
-
-        Callbacks take up their own.
-        """
-        state, notes = self.evaluator.state_at(manifest)
+    def _state_at(self, manifest: Manifest | None) -> LoopState:
+        """Return the loop's state at a checkpoint, or before the first step; callbacks take up their own."""
+        state = self.evaluator.state_at(manifest)
         if manifest is not None:
-            notes += self.callbacks.load(manifest.scalars)
-        return replace(state, ended_early=self.callbacks.ended), notes
+            self.callbacks.load(manifest.scalars)
+        return replace(state, ended_early=self.callbacks.ended)
 
     def roll_back(self) -> LoopState:
         """Restore the newest checkpoint, as the next attempt would; returns the loop's state there."""
         manifest = self.checkpoints.restore_newest()
         self.setup.anomalies.load(manifest.scalars)
-        state, notes = self._state_at(manifest)
-        for line in [f"rolled back to step-{manifest.step:08d}", *notes]:
-            self.say(line)
+        logger.info(f"rolled back to step-{manifest.step:08d}")
+        state = self._state_at(manifest)
         self.callbacks.rolled_back(manifest.step)
         # what was asked for stays asked for
         return replace(state, stop_reason=self.state.stop_reason, ended_early=self.state.ended_early)
@@ -306,6 +305,6 @@ class Session(RunContext):
         """Do what callbacks ask for, alike on all ranks."""
         if asked.finish is not None and not self.state.ended_early:
             self.state.ended_early = True
-            self.say(f"training ends after step {self.t.step}: {asked.finish}")
+            logger.info(f"training ends after step {self.t.step}: {asked.finish}")
         if asked.stop is not None and not self.stopping:
             self.state.stop_reason = asked.stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from distrain.run.heartbeat import mark
 from distrain.training.callbacks.base import SavedCheckpoint
 from distrain.training.intervals import Interval
 from distrain.training.loop_state import RunContext
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -118,7 +121,7 @@ class Checkpoints:
                 raise
             context.state.saved_step = -1
             context.write_row({"event": "checkpoint_failed", "step": context.t.step})
-            context.say(f"warning: {error}; training continues without it, as checkpoint.on_failure says")
+            logger.warning(f"{error}; training continues without it, as checkpoint.on_failure says")
 
     def publish(self) -> None:
         """Do the same as `finish`; a checkpoint that could not be written is an error in any case."""
@@ -127,9 +130,9 @@ class Checkpoints:
             return
         context = self._context
         self._note(saved.step, saved.nbytes, saved.seconds)
-        context.say(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
+        logger.info(f"saved {saved.path.name} ({saved.nbytes / 2**20:.1f} MiB in {saved.seconds:.2f} s)")
         for warning in saved.warnings:
-            context.say(f"warning: {warning}")
+            logger.warning(warning)
         context.callbacks.saved(SavedCheckpoint(saved.step, saved.path, saved.nbytes, saved.seconds))
 
     def note_published(self, manifest: Manifest) -> None:

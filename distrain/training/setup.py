@@ -5,6 +5,7 @@ All ranks build it together: what fails on one of them fails on all, before anyt
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ from distrain.training.coupling import check_cut, couples_samples, cut_of, in_wo
 from distrain.training.forward import check_layers
 from distrain.training.skipping import Anomalies
 from distrain.training.updates import Inputs, take_inputs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,6 @@ class TrainSetup:
     """Newer checkpoints that could not be used, and why."""
     model: ModelSummary
     """The size of the model, whole, with what the recipe freezes."""
-    told: list[str]
-    """What a person should know about how it was built."""
     inputs: Inputs
     """What it all depends on besides the recipe."""
     warnings: list[str]
@@ -152,16 +153,16 @@ def set_up(
         if not updated and accepted != cut:
             check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task)
         line = f"loss: {in_words(before)} -> {in_words(cut)}"
-        inputs.told.append(f"updated  {line}")
+        inputs.lines.append(f"updated  {line}")
         if accepted != cut:
             inputs = inputs.with_change(line, resumed.step)
-    told = list(inputs.told)
-    beside = _keep_beside(run, recipe, world, fence, told)
-    training, model = _training(feed, horizon, told, run.path / FOLDER, resumes=reader is not None)
+    beside = _keep_beside(run, recipe, world, fence)
+    training, model = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     anomalies.watch(training)
     if reader is not None:
-        told += training.strategy.restore(reader)
+        for note in training.strategy.restore(reader):
+            logger.info(note)
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
         reader.close()
@@ -176,25 +177,24 @@ def set_up(
     if couples:
         inputs.fingerprint["cut"] = cut  # in checkpoints from now on
         world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
-        if said := warning(training.loss.name, cut, recipe.batch.global_batch_size):
-            warnings.append(said)
-    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, told, inputs, warnings, beside)
+        if found := warning(training.loss.name, cut, recipe.batch.global_batch_size):
+            warnings.append(found)
+    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, inputs, warnings, beside)
 
 
-def _keep_beside(
-    run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None], told: list[str]
-) -> list[str] | None:
+def _keep_beside(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> list[str] | None:
     """Keep what lies beside the weights of a transformers model, for exports; return its names. All ranks call."""
     path = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
     if path is None:
         return None
 
-    def keep() -> tuple[list[str], list[str]]:
+    def keep() -> list[str]:
         fence()
-        return keep_companions(Path(path), run.path), [*companions_of(run.path / FOLDER)[0]]
+        for note in keep_companions(Path(path), run.path):
+            logger.info(note)
+        return [*companions_of(run.path / FOLDER)[0]]
 
-    said, names = world.run_on_rank0(keep)
-    told += said
+    names: list[str] = world.run_on_rank0(keep)
     return names
 
 
@@ -207,9 +207,7 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
     return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
 
 
-def _training(
-    feed: DataPipeline, horizon: Horizon, told: list[str], kept: Path, *, resumes: bool
-) -> tuple[TrainContext, ModelSummary]:
+def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool) -> tuple[TrainContext, ModelSummary]:
     """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
     loss = world.run_on_all(lambda: build_loss(recipe, meta))
@@ -217,15 +215,15 @@ def _training(
 
     def fit(model: nn.Module) -> None:
         nonlocal summary
-        summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one tells of its shards
+        summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
         if lost := unregistered_layers(model):
-            told.append(
-                f"warning: {', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
+            logger.warning(
+                f"{', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         check_layers(model, world)
-        told.extend(world.arithmetic.fit(model, world.device))
-        if said := settle_sparse(
+        world.arithmetic.fit(model, world.device)
+        settle_sparse(
             model,
             recipe.optim,
             world.strategy,
@@ -233,19 +231,17 @@ def _training(
             or recipe.anomalies.leaves_out
             or recipe.anomalies.spike is not None,
             scaled=world.arithmetic.scaled,
-        ):
-            told.append(said)
-        told.extend(prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards))
-        if said := checkpoint_activations(model, recipe.train.activation_checkpointing):
-            told.append(said)
+        )
+        prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
+        checkpoint_activations(model, recipe.train.activation_checkpointing)
 
     def build() -> nn.Module:
-        model = build_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
+        model = build_model(recipe, meta, weights=not resumes, kept=kept)
         fit(model)
         return model
 
     def defer() -> Deferred:
-        deferred = defer_model(recipe, meta, weights=not resumes, say=told.append, kept=kept)
+        deferred = defer_model(recipe, meta, weights=not resumes, kept=kept)
         fit(deferred.model)
         return deferred
 

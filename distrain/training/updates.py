@@ -36,8 +36,8 @@ class Inputs:
     """What is stored in its checkpoints."""
     update: dict[str, Any] | None = None
     """The row of an update that is not recorded yet."""
-    told: list[str] = field(default_factory=list)
-    """What a person should know of it."""
+    lines: list[str] = field(default_factory=list)
+    """The same in words."""
 
     def with_change(self, line: str, step: int) -> Inputs:
         """Return these with one more change that was let in, of a run that goes on from `step`."""
@@ -64,15 +64,15 @@ def take_inputs(
     if lines and not allowed and _changes(run.inputs() or then, found, total_steps=not values):
         raise UserError(_refusal(run, recipe, resumed.step, compare(then, found), lines))
     accept(run, found)
-    told = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
-    told += [f"updated  {line}" for line in lines]
-    told += [f"warning: {line}" for line in compare(then, found).unsure]
+    words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
+    words += [f"updated  {line}" for line in lines]
+    words += [f"warning: {line}" for line in compare(then, found).unsure]
     if not then and "imported_from" not in resumed.scalars:
-        told.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
+        words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
     before = noted(run, resumed.step) or {"recipe": {}, "inputs": []}
     same = all(before.get(key) == row[key] for key in ("recipe", "inputs"))
-    return Inputs(found, None if same else {**row, "time": time.time()}, told)
+    return Inputs(found, None if same else {**row, "time": time.time()}, words)
 
 
 def noted(run: RunDir, step: int) -> dict[str, Any] | None:
@@ -106,9 +106,9 @@ def _changes(then: dict[str, Any], found: dict[str, Any], *, total_steps: bool) 
 def _refusal(run: RunDir, recipe: Recipe, step: int, changes: Changes, lines: list[str]) -> str:
     kinds = {"data": changes.data, "code files": changes.code, "model's files": changes.model}
     changed = " and ".join(kind for kind, found in kinds.items() if found) or "number of steps"
-    told = [f"the {changed} changed since {run.path} was trained to step {step}:", *(f"  {line}" for line in lines)]
-    told += [DRAWN_ANEW] if changes.data and not isinstance(recipe.data.split, dict) else []
-    return "\n".join([*told, _ADVICE])
+    words = [f"the {changed} changed since {run.path} was trained to step {step}:", *(f"  {line}" for line in lines)]
+    words += [DRAWN_ANEW] if changes.data and not isinstance(recipe.data.split, dict) else []
+    return "\n".join([*words, _ADVICE])
 
 
 def _recipe_changes(text: str, recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from logged import logged
 from runs import cli_rank, train, train_rank, write_recipe
 from worlds import in_world
 
@@ -200,14 +202,13 @@ def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix
     ],
 )
 @pytest.mark.fault(44)
-def test_a_loader_process_that_is_stuck_is_named_with_its_line(
-    how: Any, words: str, once_stuck: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_loader_process_that_is_stuck_is_named_with_its_line(how: Any, words: str, once_stuck: Any) -> None:
     stuck = StuckAtSix(how)
-    once_stuck(stuck).limit = lambda: 0.0 if caplog.records else 1000.0
-    with LOCK, pytest.raises(UserError, match="the recipe's watchdog section allows") as found:
-        loaded(Source(spoil=stuck))
-    said = capfd.readouterr().err
+    with logged() as messages:
+        once_stuck(stuck).limit = lambda: 0.0 if messages else 1000.0
+        with LOCK, pytest.raises(UserError, match="the recipe's watchdog section allows") as found:
+            loaded(Source(spoil=stuck))
+    (said,) = messages
     owes = "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7: process [0-9]+ "
     assert re.match(rf"warning: [0-9.]+ s {owes}{words}", said)
     assert re.match(rf"[0-9.]+ s {owes}{words}", str(found.value))
@@ -216,46 +217,41 @@ def test_a_loader_process_that_is_stuck_is_named_with_its_line(
         assert "data.workers=0 shows" in text
         assert "A fork copies locks" in text
     assert all("torch/" not in line and "/multiprocessing/" not in line for line in said.splitlines())
-    assert re.search(owes, caplog.text)
-    assert said.count("warning") == 1
     for process in multiprocessing.active_children():
         process.join(30)
         assert not process.is_alive()
 
 
-def test_a_slow_loader_is_reported_and_goes_on(
-    once_stuck: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slow_loader_is_reported_and_goes_on(once_stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told = multiprocessing.get_context("fork").Semaphore(0)
-    tell = waiting.echo
 
-    def echo(*text: Any, **how: Any) -> None:
-        tell(*text, **how)
-        told.release()
+    class Release(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.release()
 
     def take_its_time(batch: dict[str, Any]) -> None:
         told.acquire()
 
-    monkeypatch.setattr(waiting, "echo", echo)
+    monkeypatch.setattr(waiting.logger, "handlers", [Release()])
     stuck = StuckAtSix(take_its_time)
     once_stuck(stuck)
-    found = loaded(Source(spoil=stuck))
+    with logged() as messages:
+        found = loaded(Source(spoil=stuck))
     assert [batch["ids"].tolist() for batch in found] == [ids.tolist() for _, ids in PLACES]
-    said = capfd.readouterr().err
+    said = messages[0]
     assert "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7" in said
     assert "this wait has no limit" in said
 
 
-def test_a_loader_that_is_always_slow_is_reported_less_and_less(
-    once_stuck: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loader_that_is_always_slow_is_reported_less_and_less(once_stuck: Any) -> None:
     wait, said = waiting.Wait(0), []
     for number in range(1, 20):
         with wait.for_batch():
             wait._waited_s = waiting.WARN_AFTER_S
-            wait.check()
-            wait.check()
-        said += [number] if capfd.readouterr().err else []
+            with logged() as messages:
+                wait.check()
+                wait.check()
+        said += [number] if messages else []
     assert said == [1, 2, 4, 8, 16]
 
 

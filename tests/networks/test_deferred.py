@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils as U
 import torchvision
+from logged import logged
 from places import IMPORTABLE
 from safetensors.torch import save_file
 from test_models import BART, BERT, GPT2, IMAGES, PAIRS, TEXT, recipe_of
@@ -96,21 +97,21 @@ def assert_equals(deferred: Deferred, ordinary: nn.Module) -> None:
 
 def check(make: Callable[[], nn.Module], small: int, *, why_full: str | None = None) -> Deferred:
     """Assert that `make` gives the same with and without its weights, and that they were truly left out."""
-    said: list[str] = []
 
-    def build(say: Callable[[str], None]) -> nn.Module:
+    def build() -> nn.Module:
         with isolated_seed(7):
             return make()
 
     before = world_state()
-    deferred = defer(build, say=said.append, small=small)
+    with logged() as said:
+        deferred = defer(build, small=small)
     assert world_state() == before
     assert deferred.is_full == (why_full is not None), said
     assert len(said) == (why_full is not None)
     if why_full is not None:
         assert said[0].startswith("model: built in full on the CPU, because ")
         assert why_full in said[0]
-    ordinary = build(print)
+    ordinary = build()
     assert_equals(deferred, ordinary)
     if not deferred.is_full:
         aliases = {t.untyped_storage().data_ptr() for t in ordinary.parameters()}
@@ -151,10 +152,15 @@ NETWORKS: list[tuple[Any, DataMeta, str]] = [
 @pytest.mark.parametrize(("model", "meta", "task"), NETWORKS, ids=[str(case[0])[:60] for case in NETWORKS])
 @SIZES
 def test_networks(model: Any, meta: DataMeta, task: str, precision: str, small: int) -> None:
-    recipe, said, expected = recipe_of(model, task, precision=precision), list[str](), list[str]()
-    deferred = defer_model(recipe, meta, say=said.append, small=small)
+    recipe = recipe_of(model, task, precision=precision)
+    with logged() as said:
+        deferred = defer_model(recipe, meta, small=small)
     assert not deferred.is_full
-    assert_equals(deferred, build_model(recipe, meta, say=expected.append))
+    with logged() as expected:
+        ordinary = build_model(recipe, meta)
+    with logged() as again:
+        assert_equals(deferred, ordinary)
+    assert again == []
     assert said == expected
     assert deferred.model.training
 
@@ -577,12 +583,12 @@ def test_what_cannot_be_followed_is_built_in_full(way: Callable[[Any], None], re
 def test_a_full_model_is_let_go_as_it_is_read() -> None:
     held: list[weakref.ref[Tensor]] = []
 
-    def build(say: Callable[[str], None]) -> nn.Module:
+    def build() -> nn.Module:
         model = nn.Sequential(Net(through_numpy), *(nn.Linear(W, H) for _ in range(3)))
         held[:] = [weakref.ref(each.untyped_storage()) for each in model.parameters()]
         return model
 
-    deferred = defer(build, say=lambda line: None, small=0)
+    deferred = defer(build, small=0)
     alive = []
     for _, value in deferred.values():
         del value
@@ -593,20 +599,19 @@ def test_a_full_model_is_let_go_as_it_is_read() -> None:
 def test_what_diverges_later_is_built_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     from distrain.networks import replay
 
-    said: list[str] = []
-
-    def build(say: Callable[[str], None]) -> nn.Module:
+    def build() -> nn.Module:
         with isolated_seed(7):
             return nn.Sequential(nn.Linear(W, H), Net(from_others), nn.Linear(W, H))
 
-    deferred = defer(build, say=said.append, small=0)
+    deferred = defer(build, small=0)
     values = deferred.values()
     first = [next(values) for _ in range(2)]
     monkeypatch.setattr(replay.Ref, "fits", lambda self, t: False)
-    found = dict([*first, *values])
+    with logged() as said:
+        found = dict([*first, *values])
     assert len(said) == 1
     assert "another layout" in said[0]
-    for name, parameter in build(print).named_parameters():
+    for name, parameter in build().named_parameters():
         assert_same(found[name], parameter.detach(), name)
 
 
@@ -621,11 +626,11 @@ def test_what_stays_in_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             self.copied.weight.data.copy_(self.read.detach().t())
 
     monkeypatch.setattr(deferred, "_NOTABLE", 2**20)
-    said: list[str] = []
-    defer(lambda say: Table(), say=said.append)
+    with logged() as said:
+        defer(Table)
     assert said == ["model: 8 MiB of values that its constructor takes from outside PyTorch stay in memory"]
-    said.clear()
-    defer(lambda say: nn.Linear(1000, 1000), say=said.append)
+    with logged() as said:
+        defer(lambda: nn.Linear(1000, 1000))
     assert said == []
 
 
@@ -663,9 +668,10 @@ def test_weights_are_read_one_by_one(tmp_path: Path, suffix: str, precision: str
     else:
         torch.save({"state_dict": saved}, path, _use_new_zipfile_serialization=suffix == ".pt")
     recipe = recipe_of({"name": "resnet18", "weights": path.name}, precision=precision)
-    said, expected = list[str](), list[str]()
-    deferred = defer_model(recipe, IMAGES, base=tmp_path, say=said.append, small=small)
-    ordinary = build_model(recipe, IMAGES, base=tmp_path, say=expected.append)
+    with logged() as said:
+        deferred = defer_model(recipe, IMAGES, base=tmp_path, small=small)
+    with logged() as expected:
+        ordinary = build_model(recipe, IMAGES, base=tmp_path)
     assert said == expected
     assert "loaded 122 tensors" in said[1]
     assert_equals(deferred, ordinary)
@@ -700,9 +706,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         recipe = recipe_of({"name": "mlp", "weights": str(path), "weights_strict": strict})
         outcomes: list[Any] = []
         for way in (build_model, defer_model):
-            said: list[str] = []
             try:
-                outcomes.append((way(recipe, IMAGES, say=said.append), said))
+                with logged() as said:
+                    outcomes.append((way(recipe, IMAGES), said))
             except UserError as error:
                 outcomes.append((None, [str(error)]))
         (ordinary, lines), (deferred, other_lines) = outcomes
@@ -737,14 +743,14 @@ class Net(nn.Module):
             for layer in self.layers[:4]:
                 nn.init.trunc_normal_(layer.weight, std=1.0, a=-1.5, b=1.5)
 
-def build(say):
+def build():
     with isolated_seed(1):
         return Net(sys.argv[1])
 
 torch.set_num_threads(1)
-dict(defer(lambda say: nn.Linear(200, 200), say=print).values())
+dict(defer(lambda: nn.Linear(200, 200)).values())
 with Peak() as peak:
-    deferred = defer(build, say=print)
+    deferred = defer(build)
     building = peak.next_phase()
     for name, value in deferred.values():
         pass

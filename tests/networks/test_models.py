@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from logged import logged
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -307,13 +308,14 @@ def test_every_classifier_of_torchvision_is_known() -> None:
 
 
 def test_torchvision_takes_classes_and_channels_from_the_data() -> None:
-    said: list[str] = []
-    model = build("resnet18", say=said.append)
+    with logged() as said:
+        model = build("resnet18")
     assert forward(model, torch.randn(2, 1, 32, 32)).logits.shape == (2, 10)
     assert "conv1" in said[0]
-    colour = build("resnet18", DataMeta(input_shape=(3, 32, 32), num_classes=4), say=said.append)
+    with logged() as said:
+        colour = build("resnet18", DataMeta(input_shape=(3, 32, 32), num_classes=4))
     assert forward(colour, torch.randn(2, 3, 32, 32)).logits.shape == (2, 4)
-    assert len(said) == 1
+    assert said == []
 
 
 def test_no_parameter_of_googlenet_is_without_gradient() -> None:
@@ -676,8 +678,8 @@ def test_weights_are_loaded(tmp_path: Path, suffix: str, prefix: str) -> None:
         torch.save({"state_dict": saved, "step": 3}, path)
     else:
         save_file(saved, path)
-    said: list[str] = []
-    model = build({"name": "mlp", "weights": path.name}, base=tmp_path, say=said.append)
+    with logged() as said:
+        model = build({"name": "mlp", "weights": path.name}, base=tmp_path)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     taken = [
         *(["module."] if prefix.startswith("module.") else []),
@@ -790,12 +792,12 @@ def test_weights_of_others_are_loaded_without_their_prefix(
 ) -> None:
     state = build_model(recipe_of("mlp", seed=5), IMAGES).state_dict()
     path = write(tmp_path, {prefix + key: tensor for key, tensor in state.items()}, name)
-    said: list[str] = []
-    if deferred:
-        recipe = recipe_of({"name": "mlp", "weights": str(path)})
-        found = dict(defer_model(recipe, IMAGES, say=said.append, small=0).values())
-    else:
-        found = build({"name": "mlp", "weights": str(path)}, say=said.append).state_dict()
+    with logged() as said:
+        if deferred:
+            recipe = recipe_of({"name": "mlp", "weights": str(path)})
+            found = dict(defer_model(recipe, IMAGES, small=0).values())
+        else:
+            found = build({"name": "mlp", "weights": str(path)}).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
     assert f"loaded 6 tensors from {path}; taken off the names: {prefix.partition('module.')[0]}" in said[-1]

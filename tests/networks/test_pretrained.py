@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from logged import logged
 from places import IMPORTABLE
 from runs import captured, last, losses, state, write_recipe
 from safetensors.torch import load_file, save_file
@@ -72,9 +73,9 @@ def save(folder: Path, kind: str, config: dict[str, Any], dtype: torch.dtype = t
 
 def same(folder: Path, kind: str, meta: DataMeta = TEXT, small: int = 0, **recipe: Any) -> tuple[Deferred, nn.Module]:
     asked = recipe_of({"name": f"transformers:AutoModel{kind}", "path": str(folder)}, **recipe)
-    said: list[str] = []
     before = world_state()
-    deferred = defer_model(asked, meta, say=said.append, small=small)
+    with logged() as said:
+        deferred = defer_model(asked, meta, small=small)
     assert world_state() == before
     assert said == []
     assert not deferred.is_full
@@ -213,8 +214,8 @@ def test_what_is_not_in_the_file_depends_on_the_seed(tmp_path: Path) -> None:
 def test_a_file_that_is_read_all_at_once_is_built_in_full(tmp_path: Path) -> None:
     as_one_bin(tmp_path, save(tmp_path, LM, GPT2).state_dict(), old=True)
     recipe = recipe_of({"name": f"transformers:AutoModel{LM}", "path": str(tmp_path)})
-    said: list[str] = []
-    deferred = defer_model(recipe, TEXT, say=said.append, small=0)
+    with logged() as said:
+        deferred = defer_model(recipe, TEXT, small=0)
     assert deferred.is_full
     assert len(said) == 1
     assert "the format before PyTorch 1.6" in said[0]
@@ -273,7 +274,7 @@ torch.set_num_threads(1)
 meta = DataMeta(input_shape=(16,), vocab_size=300, pad_id=0, num_classes=7)
 def open_folder(path):
     recipe = recipe_of({"name": "transformers:AutoModelForSequenceClassification", "path": path})
-    return defer_model(recipe, meta, say=print)
+    return defer_model(recipe, meta)
 dict(open_folder(warm).values())
 with Peak() as peak:
     deferred = open_folder(folder)
@@ -346,10 +347,11 @@ def tune(strategy: str, run_dir: str) -> list[str]:
     os.environ.update(RAM_EFFICIENT)
     world = open_world("fp32", StrategySpec(strategy))
     try:
-        ended = captured(lambda: int(train(RunDir(run_dir), world) is None))
+        with logged() as lines:
+            ended = captured(lambda: int(train(RunDir(run_dir), world) is None))
     finally:
         world.close()
-    return (ended.out + ended.err).splitlines()
+    return [*lines, *(ended.out + ended.err).splitlines()]
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
     world = open_world("fp32", StrategySpec(strategy))
     plan = BuildSpec(
         model=model,
-        deferred=lambda: defer(lambda say: model(), say=print),
+        deferred=lambda: defer(model),
         optimizer=lambda built: build_optimizer(built, section),
         loss_sum=lambda built, index: built(torch.ones(2, 5)).sum(),
         micro_batch_size=2,
@@ -286,7 +286,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
         section = section_of(variant | {"groups": groups, "freeze": ["0.bias"] if variant["name"] == "muon" else []})
         plan = BuildSpec(
             model=model,
-            deferred=lambda: defer(lambda say: model(), say=print),
+            deferred=lambda: defer(model),
             optimizer=lambda built, section=section: build_optimizer(built, section),  # type: ignore[misc]
             loss_sum=lambda built, index: loss(built, batches[0]),
             micro_batch_size=2,

@@ -39,7 +39,7 @@ class RowLogs:
         )
         world: Any = OneProcess(rank)
         self.callbacks = Callbacks([self.log, self.trackers], {}, recipe, world)
-        self.context.say, self.context.write_row = self.callbacks.message, self.callbacks.row
+        self.context.write_row = self.callbacks.row
         self.callbacks.attach(lambda: self._view(recipe, rank), lambda asked: None)
         self.callbacks.load_history(history or {})
         self.callbacks.start()

@@ -34,12 +34,13 @@ from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.job_environment import job_environment
+from distrain.system.logs import FILE_ALONE
 from distrain.system.output import error_text
 from distrain.system.processes import process_started, process_state
 
 __all__ = ["Limits", "Watchdog", "gpu_faults"]
 
-log = logging.getLogger("distrain")
+logger = logging.LoggerAdapter(logging.getLogger(__name__), FILE_ALONE)  # a terminal can hold the thread that hangs
 
 _INTERVAL_S = 5.0
 _OF_A_RANK = re.compile(r"(?P<kind>stacks-|stuck-|collectives-)?rank-(?P<rank>[0-9]+)[.-]")
@@ -246,7 +247,7 @@ class Watchdog:
     def _complain(self, text: str) -> None:
         if not self._complained:
             self._complained = True
-            log.warning(text)
+            logger.warning(text)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Looking
@@ -259,7 +260,7 @@ class Watchdog:
             try:
                 self._look(passed)
             except Exception as error:  # of a thread that nobody waits for it would be lost
-                log.exception("watchdog of rank %d", self.rank)
+                logger.exception("watchdog of rank %d", self.rank)
                 self._complain(f"the watchdog of rank {self.rank} failed: {error}")
 
     def _look(self, passed: float) -> None:
@@ -275,7 +276,7 @@ class Watchdog:
             self._idle = 0.0
         if limit is None or self._idle < limit:
             if self._stalled is not None:
-                log.warning("rank %d goes on, after nothing had come of it for its limit", self.rank)
+                logger.warning("rank %d goes on, after nothing had come of it for its limit", self.rank)
                 self._stalled, self._written_at, self._decided_for = None, -float("inf"), 0.0
             self._seen_by_now(limit, passed)
         elif self._stalled is None:
@@ -397,7 +398,7 @@ class Watchdog:
             self._end({})
         with suppress(OSError):
             if self.run.mark_failed(content):
-                log.error("%s", content["message"])
+                logger.error("%s", content["message"])
                 # not by way of sys.stderr, which the thread that hangs may hold
                 os.write(2, f"{error_text(content['message'])}\n".encode())
         self._end(self.run.failed or content)
@@ -431,7 +432,7 @@ class Watchdog:
             if here and process_state(other["pid"], other["started"]) is not None:
                 with suppress(OSError):
                     os.kill(other["pid"], signal.SIGKILL)
-        log.error("rank %d ends: nothing has come of it for %.0f s", self.rank, self._idle)
+        logger.error("rank %d ends: nothing has come of it for %.0f s", self.rank, self._idle)
         for pid, _ in stacks.loaders():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

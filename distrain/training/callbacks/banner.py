@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from distrain.checkpoint import Manifest
 from distrain.config import Recipe
 from distrain.datasets.base import is_stream
@@ -12,6 +14,8 @@ from distrain.system import memory
 from distrain.training.callbacks.base import Callback, CallbackRun
 from distrain.training.setup import TrainSetup
 
+logger = logging.getLogger(__name__)
+
 
 class Banner(Callback):
     """Shows the banner."""
@@ -20,10 +24,12 @@ class Banner(Callback):
 
     def on_start(self, run: CallbackRun) -> None:
         """Show it."""
-        for line in [*banner(run.context.run, run.context.setup), *run.context.notes]:
-            run.show(line)
+        for line in banner(run.context.run, run.context.setup):
+            logger.info(line)
+        for warning in run.context.setup.warnings:
+            logger.warning(warning)
         if run.step == 0 and run.recipe.eval.every is None:
-            run.show("eval.every is null: the model is evaluated only at the end")
+            logger.info("eval.every is null: the model is evaluated only at the end")
 
 
 def banner(run: RunDir, setup: TrainSetup) -> list[str]:
@@ -48,8 +54,7 @@ def banner(run: RunDir, setup: TrainSetup) -> list[str]:
         f"  batch    {per_step}; {feed.total_steps:,} steps",
         *_bits(recipe, world),
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
-        *(f"  {told}" for told in setup.told),
-        *(f"warning: {each}" for each in setup.warnings),
+        *(f"  {line}" for line in setup.inputs.lines),
     ]
 
 

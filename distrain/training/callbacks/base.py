@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.config import Duration, Horizon, Recipe
+from distrain.system.output import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from distrain.training.intervals import EvalHistory
     from distrain.training.loop_state import RunContext
+
+logger = logging.getLogger(__name__)
 
 RESERVED = ("event", "step", "split", "time", "undecodable")
 """Keys of a row that a callback does not choose."""
@@ -178,7 +182,7 @@ class CallbackRun:
 
     def show(self, text: str) -> None:
         """Print a line on rank 0's terminal, above the progress, and into its log."""
-        self.context.say(text)
+        logger.info("%s", one_line(text))
 
     def request_stop(self, reason: str, *, finish: bool = False) -> None:
         """Have all ranks stop: at once from on_start and on_evaluate, otherwise at most three steps later.
@@ -225,7 +229,7 @@ class CallbackRun:
 class Callback:
     """Subclass it, and name the class in the recipe's `callbacks`. Define the methods that it needs.
 
-    All ranks call every method but on_row and on_message at the same step, in the order of the recipe, with equal
+    All ranks call every method but on_row at the same step, in the order of the recipe, with equal
     arguments but for the batches; each rank has an object of its own. An exception stops the run on all ranks, and
     names the callback.
     A method that is not defined costs a step nothing.
@@ -270,9 +274,6 @@ class Callback:
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Called on rank 0 alone with each row for metrics.jsonl. What it logs is in the row of its next hook."""
-
-    def on_message(self, text: str) -> None:
-        """Called on rank 0 alone with each line for the person at the terminal."""
 
     def on_gather(self, values: Sequence[Sequence[Any]]) -> None:
         """Called with what the callback of each rank, in their order, has given to `run.gather`."""

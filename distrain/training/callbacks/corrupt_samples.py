@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from distrain.config import UserError
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import too_many
 from distrain.training.callbacks.base import Callback, CallbackRun
+
+logger = logging.getLogger(__name__)
 
 EVENT = "undecodable"
 """A row of metrics.jsonl for each step in which samples of the training split were replaced: samples {id: why}."""
@@ -77,7 +80,7 @@ class CorruptSamples(Callback):
         if len(known) > self._tolerated:
             raise UserError(too_many(known, self._tolerated))
         for why in new.values():
-            self._run.show(f"warning: skipped a corrupt sample of {split}: {why}")
+            logger.warning(f"skipped a corrupt sample of {split}: {why}")
         self._summarize()
 
     def _summarize(self) -> None:

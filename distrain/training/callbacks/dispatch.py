@@ -38,7 +38,7 @@ from distrain.training.callbacks.base import (
     StepMetrics,
 )
 
-log = logging.getLogger("distrain")
+logger = logging.getLogger(__name__)
 
 
 class Callbacks:
@@ -144,15 +144,6 @@ class Callbacks:
         for name, method in self._users["on_row"]:
             self._call(name, "on_row", method, row)
 
-    def message(self, text: str) -> None:
-        """Call on_message with a line for the person at the terminal, on rank 0."""
-        if self._world.rank != 0:
-            return
-        for _, method in self._own["on_message"]:
-            method(text)
-        for name, method in self._users["on_message"]:
-            self._call(name, "on_message", method, text)
-
     def evaluated(self, split: str, values: Mapping[str, Any]) -> None:
         """Call on_evaluate."""
         self._call_all("on_evaluate", split, values)
@@ -188,7 +179,7 @@ class Callbacks:
             try:
                 method(outcome)
             except Exception as problem:
-                log.warning("callback %s failed in on_end after the run had failed: %s", name, error_line(problem))
+                logger.warning("callback %s failed in on_end after the run had failed: %s", name, error_line(problem))
         with suppress(Exception):  # what ended the run matters more
             for name in self._named:
                 self._write_row(name, "on_end", step)
@@ -203,7 +194,7 @@ class Callbacks:
             try:
                 method(outcome)
             except Exception as problem:
-                log.warning("callback %s failed in on_close: %s", name, error_line(problem))
+                logger.warning("callback %s failed in on_close: %s", name, error_line(problem))
 
     def summary(self) -> dict[str, Any]:
         """Return what callbacks add to the summary of the run."""
@@ -224,7 +215,7 @@ class Callbacks:
         except Exception as error:
             where = f"callback {name} failed in {hook}" + ("" if step is None else f" of step {step}")
             self._failure = _named_failure(error, where, method)
-        if hook not in ("on_row", "on_message"):  # a row that wrote a row would have no end
+        if hook != "on_row":  # a row that wrote a row would have no end
             self._write_row(name, hook, self._runs[name].step if step is None else step)
 
     def _write_row(self, name: str, hook: str, step: int) -> None:
@@ -307,8 +298,8 @@ class Callbacks:
         ended = {"ended": self._recorded} if self.ended else {}
         return ({"callbacks": found} if found else {}) | ended
 
-    def load(self, scalars: Mapping[str, Any]) -> list[str]:
-        """Give them back what `state` returned; returns a line for each state that has no callback, or the reverse."""
+    def load(self, scalars: Mapping[str, Any]) -> None:
+        """Give them back what `state` returned; warns of each state that has no callback, and the reverse."""
         stored = scalars.get("callbacks") or {}
         # changed callbacks may have it go on
         self.ended = bool(self._named) and scalars.get("ended") == self._recorded
@@ -324,15 +315,12 @@ class Callbacks:
 
         if self._stateful:
             self._world.run_on_all(give)
-        lacking = [name for name in self._stateful if name not in stored]
-        unused = [name for name in stored if name not in self._stateful]
-        return [
-            *(
-                f"warning: the checkpoint has no state of callback {name}, which keeps the one it has"
-                for name in lacking
-            ),
-            *(f"warning: no callback takes the state of callback {name} in the checkpoint" for name in unused),
-        ]
+        for name in self._stateful:
+            if name not in stored:
+                logger.warning(f"the checkpoint has no state of callback {name}, which keeps the one it has")
+        for name in stored:
+            if name not in self._stateful:
+                logger.warning(f"no callback takes the state of callback {name} in the checkpoint")
 
 
 def _defines(hook: str, callback: Callback) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import re
 import secrets
@@ -28,10 +29,13 @@ from distrain.config.arguments import argument_problems
 from distrain.config.registry import trackers
 from distrain.run.folder import RunDir
 from distrain.run.metrics_file import MetricsFile
+from distrain.system.logs import leave_console, show_on_terminal
 from distrain.system.output import error_line, one_line
 from distrain.system.terminal import Console, ProgressLine, Table
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
 from distrain.training.callbacks.offline_runs import OfflineRuns
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -216,6 +220,7 @@ class Display:
         self._numbers: list[str] = []
         self._seen = deque([(self._start, start_step)], maxlen=50)  # when a step was done, of the last rows
         self.console = Console()
+        show_on_terminal(converses=True, console=self.console)  # above the line of progress
         self._live: Live | None = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._line = ProgressLine(start_step, total_steps, self._parts)
@@ -248,15 +253,14 @@ class Display:
             self._last_line = time.monotonic()
             done = row["step"] - self._first
             left = (self._last_line - self._start) / done * (self._total - row["step"]) if done else 0.0
-            self.say(f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}")
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.say(text)
-        sys.stdout.flush()
+            self.console.say(
+                f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}"
+            )
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the terminal in order."""
+        leave_console(self.console)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -367,7 +371,7 @@ class MetricsLog(Callback):
 
 
 class Terminal(Callback):
-    """Shows progress and messages to the person at the terminal, and the summary of a finished run; on rank 0."""
+    """Shows progress, with what is logged above it, and the summary of a finished run; on rank 0."""
 
     asks = False
 
@@ -383,11 +387,6 @@ class Terminal(Callback):
         """Show a row of training numbers."""
         if self.display is not None and row["event"] == "train":
             self.display.train(dict(row))
-
-    def on_message(self, text: str) -> None:
-        """Print it above the progress."""
-        if self.display is not None:
-            self.display.say(text)
 
     def on_close(self, outcome: Outcome) -> None:
         """Show the summary of a finished run in place of the progress, and leave the terminal in order."""
@@ -447,9 +446,9 @@ class Trackers(Callback):
                 self.mirrors.append(mirror)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        # whatever a tracker raises, the run matters more; it is said once, and metrics.jsonl has every row
+        # whatever a tracker raises, the run matters more; it is logged once, and metrics.jsonl has every row
         self.mirrors = [each for each in self.mirrors if each.name != name]
-        self._run.show(f"warning: {name} failed and is off for the rest of this run: {error_line(error)}")
+        logger.warning(f"{name} failed and is off for the rest of this run: {error_line(error)}")
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Give the row to each, where MetricsLog has written it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from distrain.datasets.base import Batch
 from distrain.run.heartbeat import take_straggler
 from distrain.training.callbacks.base import Callback, CallbackRun, StepMetrics
 from distrain.training.intervals import Interval
+
+logger = logging.getLogger(__name__)
 
 
 class TrainLog(Callback):
@@ -64,7 +67,7 @@ class TrainLog(Callback):
         run.write_row("train", step, **row)
         if (slow := take_straggler()) is not None:
             run.context.write_row(slow.row())
-            run.show(f"warning: {slow}")
+            logger.warning(f"{slow}")
 
     def on_evaluate(self, split: str, values: Mapping[str, Any]) -> None:
         """Count from here: an evaluation is not training time."""
