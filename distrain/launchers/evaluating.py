@@ -13,7 +13,6 @@ from distrain.launchers.preflight import check_gpus, gpu_count, join_launcher
 from distrain.launchers.reporting import reported
 from distrain.launchers.request import check_one_owner
 from distrain.system.environment import own_start, rank_told, say_ignored
-from distrain.system.logs import show_on_terminal
 from distrain.system.output import echo, one_line
 
 
@@ -34,7 +33,6 @@ def work_evaluation(
 ) -> int:
     """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
     end_with_launcher()
-    show_on_terminal()
     rank = rank_told()
 
     def score() -> None:

@@ -13,7 +13,7 @@ from distrain.config import UserError
 from distrain.run.folder import RunDir
 from distrain.run.lease import Lease
 from distrain.system.environment import under_torch_launcher
-from distrain.system.logs import EACH_RANK, FILE_ALONE
+from distrain.system.logs import EACH_RANK, FILE_ALONE, show_on_terminal
 from distrain.system.output import lines
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
     of another's failure leaves the telling to that one. Without a run, rank 0 speaks, and whoever has a traceback.
     A start whose `lease` another one has leaves no FAILED.json in what is now that one's run.
     """
+    show_on_terminal()
     try:
         action()
         return 0

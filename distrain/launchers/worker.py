@@ -98,7 +98,7 @@ def work(
             found = resolve(asked, Options(strategy, offload, processes, replicate), worker_environment())
     except UserError as error:
         if rank == 0 or getattr(error, "of_each_process", False):
-            logger.error("%s", error, extra=EACH_RANK)
+            logger.error("%s", error, extra=EACH_RANK if rank else None)
         else:
             leave_to_rank_0(rank, error)
         return 1
