@@ -1,14 +1,17 @@
-"""The recipe: everything that a run is, validated, in plain values. Imports no torch.
+"""The recipe: the validated definition of a run. Imports no torch.
 
-A recipe is one YAML file, which `distrain.config.yaml.load_recipe` reads; here is what may be written in it.
+`distrain.config.yaml.load_recipe` reads a recipe from its YAML file.
 
-errors      `UserError`, `RecipeError`, `close_names`
-durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` turns them into steps
-user_files  `resolve_object`: what a recipe names as `path/to/file.py:name` or `package.module:name`
-sections    each section of a recipe, with one sentence for each key
-agreement   what sections must agree on
 recipe      `Recipe`
-seeds       `mix`: a seed from a seed and what it is for
+sections    the sections of a recipe, with one sentence for each key
+agreement   checks across sections
+durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` converts them to steps
+registry    everything that a recipe names: models, data sets, losses, …
+arguments   checks of a recipe's arguments against signatures
+user_files  `resolve_object`: imports `path/to/file.py:name` or `package.module:name`
+schedules   the learning rate by step
+strategies  the strategies and their abilities
+seeds       `mix`: a seed from a seed and its purpose
 """
 
 from __future__ import annotations

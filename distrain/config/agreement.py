@@ -1,4 +1,4 @@
-"""What no section of a recipe can check alone."""
+"""Checks across the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async
 
 @dataclass(frozen=True)
 class Known:
-    """The parts of a recipe that could be read, so that these are checked even when others could not."""
+    """The valid parts of a recipe, which are checked even if others are invalid."""
 
     sections: Mapping[str, Any]
-    """The values of Recipe's fields that could be read."""
-    unreadable: Collection[str] = field(default_factory=frozenset)
-    """Dotted keys of values that were refused, and are left out of `sections`."""
+    """The valid values of Recipe's fields."""
+    invalid: Collection[str] = field(default_factory=frozenset)
+    """Dotted keys of refused values, which `sections` omits."""
 
     def __call__(self, key: str) -> Any:
-        """Return the value at a dotted key; raises KeyError where it could not be read."""
-        if any(f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.") for bad in self.unreadable):
+        """Return the value at a dotted key; raises KeyError for an invalid one."""
+        if any(f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.") for bad in self.invalid):
             raise KeyError(key)
         section, _, name = key.partition(".")
         value = self.sections[section]
         return getattr(value, ATTRIBUTES.get(name, name)) if name else value
 
     def given(self, key: str) -> bool:
-        """Whether the recipe itself says what is at `section.field`."""
+        """Whether the recipe itself sets `section.field`."""
         section, _, name = key.partition(".")
         return name in self.sections[section].model_fields_set
 
 
 def disagreements(known: Known) -> list[tuple[str, str]]:
-    """Return (dotted key, problem) for each thing that is valid alone and wrong beside the rest of the recipe."""
+    """Return (dotted key, problem) for each value that is valid alone but contradicts the rest of the recipe."""
     problems: list[tuple[str, str]] = []
     for check in _CHECKS:
         try:
             problems += check(known)
         except KeyError:
-            continue  # what the check compares could not be read, and is reported for that
+            continue  # a compared value is invalid, which is reported already
     return problems
 
 
@@ -54,9 +54,9 @@ Problems = Iterator[tuple[str, str]]
 def _length(known: Known) -> Problems:
     given = [unit for unit in LENGTHS if known(f"train.{unit}") is not None]
     if len(given) > 1:
-        yield "train", f"found {' and '.join(given)}, expected one of them; set the others to null or take them out"
+        yield "train", f"found {' and '.join(given)}, expected one of them; set the others to null or remove them"
     if not given:
-        yield "train", "found none of epochs, steps and tokens, expected one: it says how long to train"
+        yield "train", "found none of epochs, steps and tokens, expected one: the length of training"
 
 
 def _batch(known: Known) -> Problems:
@@ -93,21 +93,18 @@ def _stratify(known: Known) -> Problems:
     if not known("data.stratify"):
         return
     if not isinstance(known("data.split"), list | FoldSplit):
-        yield "data.stratify", "found true, but data.split has no fractions or folds to stratify; take it out"
+        yield "data.stratify", "found true, but data.split has no fractions or folds to stratify; remove it"
     if (task := known("task")) not in ("classification", "binary"):
-        yield "data.stratify", f"found true, but task {task} has no single class for each sample; take it out"
+        yield "data.stratify", f"found true, but task {task} has no single class for each sample; remove it"
 
 
 def _schedule(known: Known) -> Problems:
     name = known("schedule.name")
     if not isinstance(known.sections["schedule"], ScheduleSection):
-        return  # what a function of the user's own takes is seen in its signature
+        return  # the signature of a user function is checked where it is called
     for key, names in SCHEDULES_WITH.items():
         if known.given(f"schedule.{key}") and name not in names:
-            yield (
-                f"schedule.{key}",
-                f"does nothing in schedule {name!r}, only in {' and '.join(names)}; take it out",
-            )
+            yield f"schedule.{key}", f"does nothing in schedule {name!r}, only in {' and '.join(names)}; remove it"
 
 
 def _warmup(known: Known) -> Problems:
@@ -116,13 +113,13 @@ def _warmup(known: Known) -> Problems:
         phases["schedule.decay"] = known("schedule.decay")
     amounts = {unit: known(f"train.{unit}") for unit in LENGTHS}
     length = next((Duration(float(amount), unit) for unit, amount in amounts.items() if amount is not None), None)
-    for whole in (Duration(100, "%"), length):
-        found = {key: phase for key, phase in phases.items() if whole and phase.unit == whole.unit}
+    for run in (Duration(100, "%"), length):
+        found = {key: phase for key, phase in phases.items() if run and phase.unit == run.unit}
         total = math.fsum(phase.amount for phase in found.values())
-        # A decay alone may be the whole run; a warm-up may not, as the peak would never be used.
-        if whole and (total > whole.amount or (total == whole.amount and list(found) == ["schedule.warmup"])):
+        # a decay alone may take the entire run; a warm-up may not, as it would never use the peak
+        if run and (total > run.amount or (total == run.amount and list(found) == ["schedule.warmup"])):
             text = " + ".join(f"'{phase}'" for phase in found.values())
-            yield next(iter(found)), f"found {text}, expected less than the whole of training, '{whole}'"
+            yield next(iter(found)), f"found {text}, expected less than the length of training, '{run}'"
 
 
 def _early_stop(known: Known) -> Problems:
@@ -132,28 +129,19 @@ def _early_stop(known: Known) -> Problems:
 
 def _prepare(known: Known) -> Problems:
     if known("data.prepare") is not None and known("data.path") is None:
-        yield "data.prepare", "is called with data.path, which is not given; add data.path or take this out"
+        yield "data.prepare", "is called with data.path, which is not given; add data.path or remove this"
 
 
 def _weights_strict(known: Known) -> Problems:
     if not known("model.weights_strict") and known("model.weights") is None:
-        yield "model.weights_strict", "does nothing without model.weights; add that or take this out"
+        yield "model.weights_strict", "does nothing without model.weights; add that or remove this"
 
 
 def _anomalies(known: Known) -> Problems:
-    spike, leaves_out = known("anomalies.spike"), known("anomalies").leaves_out
-    looks, leaves = (
-        "anomalies.spike: stop, skip or rollback",
-        "anomalies.nonfinite or anomalies.spike: skip or rollback",
-    )
-    idle = {
-        "factor": (spike is None, looks),
-        "most": (not leaves_out, leaves),
-        "window": (spike is None and not leaves_out, looks),
-    }
-    for key, (does_nothing, without) in idle.items():
-        if known.given(f"anomalies.{key}") and does_nothing:
-            yield f"anomalies.{key}", f"does nothing without {without}; add that or take this out"
+    for key in known("anomalies").unused:
+        if known.given(f"anomalies.{key}"):
+            needed = "nonfinite or anomalies.spike: skip" if key == "most" else "spike: stop, skip"
+            yield f"anomalies.{key}", f"does nothing without anomalies.{needed} or rollback; add that or remove this"
 
 
 def _groups(known: Known) -> Problems:
@@ -167,7 +155,7 @@ def _metrics(known: Known) -> Problems:
 def _twice(key: str, items: list[Any]) -> Problems:
     for place, item in enumerate(items):
         if (first := items.index(item)) != place:
-            yield f"{key}.{place}", f"is the same as {key}.{first}; take one of them out"
+            yield f"{key}.{place}", f"is the same as {key}.{first}; remove one of them"
 
 
 _CHECKS: tuple[Callable[[Known], Problems], ...] = (

@@ -31,7 +31,7 @@ Task = Literal["classification", "binary", "multilabel", "regression", "language
 
 
 class Recipe(Section):
-    """What a run is. Two runs of equal recipes on equal worlds are equal."""
+    """The definition of a run. Runs of equal recipes on equal worlds are equal."""
 
     name: Annotated[
         str,
@@ -42,41 +42,41 @@ class Recipe(Section):
     ]
     """The run's name: letters, digits, '.', '_' and '-'; the run folder is runs/NAME."""
     task: Task
-    """What is predicted, which decides the default loss and metrics and how a batch is read."""
+    """The prediction task, which determines the default loss and metrics and the form of a batch."""
     data: Annotated[DataSection, ByName()]
-    """The data set, how it is split and how it is read."""
+    """The data set, its splits and how it is read."""
     model: Annotated[ModelSection, ByName()]
-    """The model, and the weights that it starts from."""
+    """The model and its initial weights."""
     loss: ComponentField | None = None
-    """Any loss of torch.nn by name (cross_entropy or CrossEntropyLoss), or your own; None takes the task's usual."""
+    """Any loss of torch.nn by name (cross_entropy or CrossEntropyLoss), or your own; None is the task's usual one."""
     optim: Annotated[OptimSection, ByName()] = OptimSection()
-    """The optimizer: adamw unless it says otherwise."""
+    """The optimizer, by default adamw."""
     schedule: Annotated[AnySchedule, ByName()] = ScheduleSection()
-    """How the learning rate changes."""
+    """The learning rate schedule."""
     batch: BatchSection
     """Batch sizes."""
     train: TrainSection
-    """How long and in what arithmetic."""
+    """Length and precision of training."""
     eval: EvalSection = EvalSection()
-    """When and how the model is scored."""
+    """When and how the model is evaluated."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """When state is saved and what is kept."""
+    """When checkpoints are saved and which are kept."""
     anomalies: AnomaliesSection = AnomaliesSection()
-    """What is done about a step whose loss or gradient is not finite, or far above what is usual."""
+    """What to do about a step whose loss or gradient norm is NaN, infinite, or spikes."""
     watchdog: WatchdogSection = WatchdogSection()
-    """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
+    """Timeouts without progress after which a rank counts as hung."""
     log: LogSection = LogSection()
-    """Where the numbers go."""
+    """Trackers and how often metrics are logged."""
     callbacks: list[ComponentField] = []
     """Code of your own that is called at steps, evaluations and checkpoints: classes by `path/to/file.py:Name`."""
     seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
-    """What initialisation, order, augmentation and dropout are computed from."""
+    """Determines initialisation, order of samples, augmentation and dropout."""
 
     @model_serializer(mode="wrap")
     def _without_callbacks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if not self.callbacks:
-            values.pop("callbacks", None)  # recipes that are stored without the key stay equal
+            values.pop("callbacks", None)  # recipes stored without the key stay equal
         return values
 
     @model_validator(mode="after")

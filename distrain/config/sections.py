@@ -28,8 +28,8 @@ from distrain.config.user_files import is_object_spec
 # Kinds of values
 
 
-def _whole(value: Any) -> Any:
-    # YAML has `1e6` as a float, and that is how people write a large count.
+def _integral(value: Any) -> Any:
+    # people write large counts as `1e6`, which is a float
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -42,8 +42,8 @@ def _not_zero(duration: Duration) -> Duration:
 def _not_time(duration: Duration) -> Duration:
     if duration.seconds is not None:
         raise ValueError(
-            f"found '{duration}', a time, which only checkpoint.every and log.every can be; "
-            "write it in steps, epochs, samples, tokens or %"
+            f"found '{duration}', but only checkpoint.every and log.every can be a time; write it in steps, epochs, "
+            "samples, tokens or %"
         )
     return duration
 
@@ -91,7 +91,7 @@ ComponentName = Annotated[Text, AfterValidator(_component_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e18)]
 NotNegative = Annotated[float, Field(ge=0, le=1e18)]
-WHOLE = BeforeValidator(_whole)
+WHOLE = BeforeValidator(_integral)
 Count = Annotated[int, Field(ge=1, le=10**12), WHOLE]
 BatchSize = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 Interval = Annotated[Duration, AfterValidator(_not_zero)]
@@ -104,7 +104,7 @@ Time = Annotated[Interval, AfterValidator(_a_time)]
 
 
 class Section(BaseModel):
-    """A mapping of the recipe whose keys are all known."""
+    """A mapping of the recipe with known keys."""
 
     model_config = ConfigDict(
         strict=True,
@@ -118,7 +118,7 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """Something built by name: a bare name, or a mapping of `name` and the arguments that it takes."""
+    """Something built by name: a bare name, or a mapping of `name` and its arguments."""
 
     model_config = ConfigDict(extra="allow")
     name: ComponentName
@@ -126,7 +126,7 @@ class Component(Section):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The arguments besides the keys that the section itself defines."""
+        """The keys besides those of the section itself."""
         return dict(self.model_extra or {})
 
     @model_serializer(mode="wrap")
@@ -147,7 +147,7 @@ class FoldSplit(Section):
 
 
 class TransformsSection(Section):
-    """What is done to the inputs, each item a transform by its torchvision v2 name with its arguments."""
+    """Transforms of the inputs, by their torchvision v2 names with their arguments."""
 
     train: list[ComponentField] = []
     """For the training split; random ones depend on (seed, epoch, sample id) alone."""
@@ -155,7 +155,7 @@ class TransformsSection(Section):
     """For evaluation and prediction."""
 
 
-SplitPlace = Annotated[Text, Field(description="The split's folder or file, or what data of your own is given for it.")]
+SplitPlace = Annotated[Text, Field(description="The split's folder or file, or the argument that your own data gets.")]
 Split = Annotated[
     Annotated[list[Positive], Tag("<fractions>")]
     | Annotated[FoldSplit, Tag("<fold>")]
@@ -174,20 +174,20 @@ class DataSection(Component):
         Field(title="fractions as [0.8, 0.2], {fold: 1, of: 5}, {train: PATH, test: PATH}, or null"),
     ] = None
     """Fractions for [train, test] or [train, valid, test]; {fold, of}; or the folder or file of each split.
-    None: as the data set comes."""
+    None: the data set's default."""
     stratify: bool = False
     """Keep the share of each class the same in every split of fractions or folds."""
     transforms: TransformsSection = TransformsSection()
-    """What is done to the inputs."""
+    """Transforms of the inputs."""
     workers: Annotated[int, Field(ge=0, le=256), WHOLE] = 0
     """Loader processes for each training process; 0 loads in the training process itself."""
     skip_undecodable: Annotated[int, Field(ge=0), WHOLE] = 0
-    """Different samples of a split that may not decode: they are left out and counted. One more is an error."""
+    """The number of corrupt samples of a split that are skipped and counted. One more is an error."""
     fingerprint: Literal["auto", "full", "off"] = "auto"
-    """How the data are known again when a run is resumed or scored: auto by the names and sizes of files and by what is
-    cheap to read of them, full by all their content; off does not look."""
+    """How a resume or an evaluation recognises the data: auto by the names, sizes and a cheap sample of the files, full
+    by their entire content; off does not check."""
     prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
-    """`path/to/file.py:name` of a function that is called once, by rank 0, with `path` when nothing is there yet."""
+    """`path/to/file.py:name` of a function that rank 0 calls with `path` if nothing exists there."""
 
 
 class ModelSection(Component):
@@ -196,7 +196,7 @@ class ModelSection(Component):
     weights: Text | None = None
     """A local .safetensors or .pt state dict to start from, relative to the recipe's folder."""
     weights_strict: bool = True
-    """Whether `weights` must hold exactly the model's tensors; otherwise what matches is loaded, the rest is named."""
+    """Whether `weights` must hold exactly the model's tensors; otherwise matching ones are loaded, the rest listed."""
 
 
 class GroupSection(Section):
@@ -205,7 +205,7 @@ class GroupSection(Section):
     params: Text
     """A shell pattern over parameter names, such as 'encoder.*'."""
     lr_scale: NotNegative = 1.0
-    """What the learning rate is multiplied by."""
+    """Factor of the learning rate."""
     weight_decay: NotNegative | None = None
     """The weight decay of these parameters; None keeps optim.weight_decay."""
 
@@ -218,24 +218,24 @@ class OptimSection(Component):
     lr: Positive = 1e-3
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0
-    """Weight decay, off for what no_decay lists."""
+    """Weight decay of all parameters but those of no_decay."""
     no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias", "embedding"]
     """Kinds of parameters that are never decayed."""
     clip_norm: Positive | None = None
     """Largest norm of the whole gradient; None does not clip."""
     groups: list[GroupSection] = []
-    """Overrides by parameter name; the first that matches holds."""
+    """Overrides by parameter name; the first match applies."""
     freeze: list[Text] = []
     """Shell patterns over parameter names that are not trained."""
 
 
 class OwnScheduleSection(Component):
-    """A function, mostly of your own, which gives the share of the peak at a step. Further keys are its arguments."""
+    """A function, usually your own, that returns the share of the peak at a step. Further keys are its arguments."""
 
     name: ComponentName
     """`path/to/file.py:name`, `package.module:name`, or a name that an installed package offers."""
     warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
-    """A function of your own is multiplied by it."""
+    """Linear rise from 0, by which the function's share is multiplied."""
 
 
 class ScheduleSection(Section):
@@ -246,16 +246,16 @@ class ScheduleSection(Section):
     warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
     """Linear rise from 0 to the peak."""
     final: Share = 0.0
-    """What is left of the peak at the end (linear, cosine, one_cycle, warmup_stable_decay)."""
+    """Share of the peak at the end (linear, cosine, one_cycle, warmup_stable_decay)."""
     decay: TrainingInterval = Duration(10, "%")
     """Length of the last phase (warmup_stable_decay)."""
     every: TrainingInterval = Duration(30, "%")
     """How often the rate falls (step)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What it is multiplied by each time (step)."""
+    """Factor of each fall (step)."""
 
     @model_serializer(mode="wrap")
-    def _what_applies(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         return {
             key: value for key, value in handler(self).items() if self.name in SCHEDULES_WITH.get(key, (self.name,))
         }
@@ -278,20 +278,20 @@ AnySchedule = Annotated[
 class BatchSection(Section):
     """Batch sizes in samples. Accumulation follows: global / (micro * processes)."""
 
-    # Not `alias`: type checkers would then want BatchSection(global=...), which is not Python.
+    # not `alias`: type checkers would want BatchSection(global=...), which is not Python
     global_batch_size: BatchSize = Field(validation_alias="global", serialization_alias="global")
     """Samples in one optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: BatchSize | Literal["auto"] = Field(
         default="auto", validation_alias="micro", serialization_alias="micro"
     )
-    """Samples in one forward pass of one process; auto takes the most that fits, global / processes at best."""
+    """Samples in one forward pass of one process; auto finds the largest that fits, at most global / processes."""
 
 
 LENGTHS = ("epochs", "steps", "tokens")
 
 
 class TrainSection(Section):
-    """How long and in what arithmetic. Exactly one of epochs, steps and tokens."""
+    """Length and precision of training. Exactly one of epochs, steps and tokens."""
 
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the training split."""
@@ -300,18 +300,18 @@ class TrainSection(Section):
     tokens: Annotated[int, Field(ge=1, le=10**18), WHOLE] | None = None
     """Tokens, for samples of a fixed length."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8", "fp64"] = "auto"
-    """Arithmetic of the forward pass: auto is bf16 on GPUs that have it and fp32 elsewhere. Weights, the optimizer's
-    state and the reductions of gradients are fp32 with each (fp64 with fp64)."""
+    """Precision of the forward pass: auto is bf16 on GPUs that support it and fp32 elsewhere. Weights, optimizer state
+    and gradient reductions are always fp32 (fp64 with fp64)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
     deterministic: bool | Literal["auto"] = "auto"
-    """Whether only operations that give the same bits each time are used, for slower steps on GPUs, and others are
-    errors. On CPUs the bits are the same in any case. auto is true in `distrain prove` and false elsewhere."""
+    """Whether only deterministic operations are allowed, which slows steps on GPUs; CPUs are always deterministic. auto
+    is true in `distrain prove` and false elsewhere."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
     activation_checkpointing: bool | Text = False
-    """Whether each block of the model keeps only its inputs and computes the rest again in the backward pass: less
-    memory for about a third more time, and the same numbers. The name of a class makes its instances the blocks."""
+    """Whether each block of the model keeps only its inputs and recomputes its activations in the backward pass: less
+    memory for about a third more time, and the same numbers. A class name makes its instances the blocks."""
 
     @property
     def length(self) -> Duration:
@@ -332,10 +332,10 @@ class EarlyStopSection(Section):
 
 
 class EvalSection(Section):
-    """When and how the model is scored: on the split `valid` where there is one, otherwise on `test`."""
+    """When and how the model is evaluated: on the split `valid` if there is one, otherwise on `test`."""
 
     every: TrainingInterval | None = Duration(1, "epochs")
-    """How often; None scores only at the end."""
+    """How often; None evaluates only at the end."""
     metrics: list[ComponentField] | None = None
     """Metrics by name beside the loss; None takes the usual ones of the task."""
     best: Text | None = None
@@ -347,60 +347,62 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    """When state is saved and what is kept."""
+    """When checkpoints are saved and which are kept."""
 
     every: Interval | None = Duration(10, "%")
     """How often, in training or in time; None saves only at the end."""
     keep: Count = 3
-    """How many of the newest are kept."""
+    """How many of the newest to keep."""
     keep_best: Annotated[int, Field(ge=0, le=10**12), WHOLE] = 1
-    """How many of the best by eval.best are kept besides."""
+    """How many of the best by eval.best to keep besides."""
     asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
-    """Whether files are written while training goes on."""
+    """Whether files are written while training continues."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """What to do when a checkpoint cannot be written, as on a full disk; the one at the end of a start must be."""
+    """What to do when a checkpoint cannot be written, as on a full disk; the last one of an attempt must succeed."""
 
 
 OnAnomaly = Literal["stop", "skip", "rollback"]
 
 
 class AnomaliesSection(Section):
-    """What is done about a step whose loss or gradient is not finite, or far above what is usual.
+    """What to do about a step whose loss or gradient norm is NaN, infinite, or spikes.
 
-    `stop` ends the run with its last checkpoint as it was. `skip` leaves the step out: its samples are consumed, and
-    the model and the optimizer stay as they were. `rollback` goes back to the newest checkpoint, and leaves the step
-    out when it comes again.
+    `stop` ends the run with its last checkpoint unchanged. `skip` consumes the step's samples and leaves the model and
+    the optimizer unchanged. `rollback` returns to the newest checkpoint, and then skips the step.
     """
 
     nonfinite: OnAnomaly = "stop"
-    """Where the loss or the norm of the gradient is NaN or infinite."""
+    """If the loss or gradient norm is NaN or infinite."""
     spike: OnAnomaly | None = None
-    """Where one of them is more than `factor` times its median over `window` steps; None does not look."""
+    """If one of them exceeds `factor` times its median over `window` steps; None does not check."""
     factor: Annotated[float, Field(gt=1, le=1e18)] = 10.0
-    """How far above the median is a spike."""
+    """The multiple of the median that is a spike."""
     window: Annotated[int, Field(ge=2, le=10**4), WHOLE] = 50
-    """Steps that the median is of; also steps of which `most` may be left out."""
+    """Steps of the median, and of the limit `most`."""
     most: Annotated[int, Field(ge=1, le=10**4), WHOLE] = 5
-    """How many of `window` steps in a row may be left out; one more stops the run."""
+    """How many of `window` consecutive steps may be skipped; one more stops the run."""
 
     @property
-    def leaves_out(self) -> bool:
-        """Whether there can be a step that is left out."""
+    def skips(self) -> bool:
+        """Whether a step can be skipped."""
         return bool({self.nonfinite, self.spike} & {"skip", "rollback"})
 
+    @property
+    def unused(self) -> list[str]:
+        """The keys that have no effect."""
+        unused = ([] if self.skips else ["most"]) + ([] if self.spike is not None else ["factor"])
+        return [*unused, "window"] if len(unused) == 2 else unused
+
     @model_serializer(mode="wrap")
-    def _what_applies(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        idle = [] if self.leaves_out else ["most"]
-        idle += [] if self.spike is not None else ["factor"]
-        idle += ["window"] if len(idle) == 2 else []
-        return {key: value for key, value in handler(self).items() if key not in idle}
+    def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.unused}
 
 
 class WatchdogSection(Section):
-    """How long nothing may come of a process before the run is ended, and what it hangs on is said."""
+    """Timeouts without progress after which a rank counts as hung; the run aborts and names the rank."""
 
     setup: Time | None = Duration(30, "minutes")
-    """In one part of the set-up, or the first step, which may compile; None waits for ever."""
+    """In one part of the set-up, or the first step, which may compile; None waits forever."""
     step: Time | None = Duration(10, "minutes")
     """In a part of a step: data loading, a forward or backward pass, the optimizer; or in a callback."""
     save: Time | None = Duration(30, "minutes")
@@ -410,17 +412,17 @@ class WatchdogSection(Section):
 
     @property
     def collectives_s(self) -> float:
-        """How long ranks may wait for each other, in seconds: longer than any limit here, which then speaks first."""
+        """Timeout of collectives in seconds: longer than every limit here, so that the limit reports first."""
         limits = [each.seconds for each in (self.setup, self.step, self.save, self.evaluate) if each is not None]
         longest = max((each for each in limits if each is not None), default=0.0)
         return longest + 300.0 if len(limits) == 4 else max(longest + 300.0, 24 * 3600.0)
 
 
 class LogSection(Section):
-    """Where the numbers go besides metrics.jsonl."""
+    """Trackers besides metrics.jsonl."""
 
     every: Interval = Duration(10, "steps")
-    """How often a row of training numbers is written."""
+    """How often a row of training metrics is written."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: not at all, to local files, or to the service."""
     project: Text = "distrain"
@@ -434,5 +436,5 @@ class LogSection(Section):
     def _without_trackers(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         values = handler(self)
         if not self.trackers:
-            values.pop("trackers", None)  # recipes that are stored without the key stay equal
+            values.pop("trackers", None)  # recipes stored without the key stay equal
         return values

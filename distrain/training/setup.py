@@ -227,9 +227,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
             model,
             recipe.optim,
             world.strategy,
-            norms=recipe.optim.clip_norm is not None
-            or recipe.anomalies.leaves_out
-            or recipe.anomalies.spike is not None,
+            norms=recipe.optim.clip_norm is not None or recipe.anomalies.skips or recipe.anomalies.spike is not None,
             scaled=world.arithmetic.scaled,
         )
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)

@@ -143,7 +143,7 @@ class Anomalies:
     @property
     def watches(self) -> bool:
         """Whether the recipe asks for more than to stop where a number that is read anyway is not finite."""
-        return self.section.leaves_out or self.section.spike is not None
+        return self.section.skips or self.section.spike is not None
 
     @property
     def goes_back(self) -> bool:
@@ -267,7 +267,7 @@ class Anomalies:
 
     def advice(self, found: Anomaly) -> str:
         """Return what a person can do about a step that stops the run."""
-        if (recent := self._recent(found.step)) >= self.section.most and self.section.leaves_out:
+        if (recent := self._recent(found.step)) >= self.section.most and self.section.skips:
             return (
                 f"it is not left out, as {recent} of the {self.section.window} steps before it already are: "
                 "anomalies.most"

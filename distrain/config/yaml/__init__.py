@@ -1,8 +1,8 @@
-"""Recipe files: strict YAML in, a validated `Recipe` with the origin of every value out, and back. Imports no torch.
+"""Recipe files: strict YAML to a validated `Recipe` with the origin of every value, and back. Imports no torch.
 
 strict_yaml  text -> values with their lines, and values -> text
-document     a file and overrides as one tree; relative paths made absolute
-validation   tree -> `Recipe`, or every problem at once; `json_schema`
+document     a file and overrides as one tree, with absolute paths
+validation   tree -> `Recipe`, or all problems at once; `json_schema`
 loading      `load_recipe`, `parse_recipe`, `dump_recipe`, `show`
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,14 +30,14 @@ _COMPONENT_LISTS: frozenset[Place] = frozenset(
     }
 )
 _PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
-_OWN_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
-"""Paths for what distrain brings along; code of the user's own is given what stands there."""
-_NO_UTF8 = "not UTF-8, and a recipe keeps text in UTF-8 alone; rename the file or folder that is called so"
+_SPLIT_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
+"""Paths for built-in data sets; user code gets the value as it is."""
+_NO_UTF8 = "not UTF-8, and a recipe is UTF-8 text; rename the file or folder"
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a recipe file; raises RecipeError when there is none."""
+    """Return the text of a recipe file; raises RecipeError."""
 
     def refuse(problem: str) -> RecipeError:
         return RecipeError(str(file), [problem])
@@ -49,7 +51,7 @@ def read_text(file: Path) -> str:
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from error
     if len(content) > _LARGEST_FILE:
-        raise refuse("is larger than 1 MiB, which no recipe is")
+        raise refuse("is larger than 1 MiB; expected a recipe")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,7 +60,7 @@ def read_text(file: Path) -> str:
 
 
 def read_tree(text: str, source: str) -> Tree:
-    """Return the mapping that a recipe's text holds; raises RecipeError, naming `source`, when it is none."""
+    """Return the mapping in a recipe's text; raises RecipeError, naming `source`."""
 
     def refuse(problem: str, line: int | None = None) -> RecipeError:
         return RecipeError(source, [f"{source}:{line}: {problem}" if line else problem])
@@ -67,7 +69,7 @@ def read_tree(text: str, source: str) -> Tree:
         tree = Tree.parse(text)
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise refuse(f"found a control character (U+{ord(text[error.position]):04X}); take it out", line) from error
+        raise refuse(f"found a control character (U+{ord(text[error.position]):04X}); remove it", line) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise refuse(syntax_problem(error), mark.line + 1 if mark else None) from error
@@ -95,7 +97,7 @@ class Document:
         self.origins[()] = source
 
     def override(self, text: str) -> None:
-        """Put what one `dotted.key=value` says into the tree, or note what is wrong with it."""
+        """Apply one `dotted.key=value` to the tree, or note its problem."""
         try:
             place, tree = self._read_override(text)
         except ValueError as error:
@@ -120,13 +122,13 @@ class Document:
         except yaml.MarkedYAMLError as error:
             raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
         except yaml.reader.ReaderError as error:
-            raise ValueError(f"{key}: {written!r} holds a control character; take it out") from error
+            raise ValueError(f"{key}: {written!r} holds a control character; remove it") from error
         holder, place = self._reach(key, re.findall(r"[^.\[\]]+", key))
         holder[place[-1]] = tree.value
         return place, tree
 
     def _reach(self, key: str, parts: Sequence[str]) -> tuple[Any, Place]:
-        """Return the mapping or list that holds the last of `parts`, made where it is not there yet, and its place."""
+        """Return the mapping or list that holds the last of `parts`, created if missing, and its place."""
         holder: Any = self.value
         place: Place = ()
         for number, part in enumerate(parts):
@@ -152,43 +154,37 @@ class Document:
             holder, place = child, inner
         raise AssertionError("a key has at least one part")
 
-    def settle(self, folder: Path) -> None:
-        """Write bare names as mappings and relative paths as absolute ones."""
+    def resolve(self, folder: Path) -> None:
+        """Replace bare names by mappings and relative paths by absolute ones."""
         for place, text in list(_texts(self.value)):
             if _is_component(place):
                 _put(self.value, place, {"name": text})
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
             base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
-            named_path = place in _OWN_PATHS or text.startswith(("./", "../"))
-            if text and (place in _PATHS or (named_path and not self._goes_to_own_code(place))):
-                # a path by its key, or by how it begins: no name begins so, and only a component knows its own keys
+            looks_like_path = place in _SPLIT_PATHS or text.startswith(("./", "../"))
+            if text and (place in _PATHS or (looks_like_path and not self._goes_to_user_code(place))):
+                # no name begins like a path, and only a component knows its own keys
                 _put(self.value, place, _absolute(text, base))
             elif place == ("data", "prepare") or (place[-1] == "name" and _is_component(place[:-1])):
                 file, _, name = text.rpartition(":")
                 if file.endswith(".py") and is_object_spec(text):
                     _put(self.value, place, f"{_absolute(file, base)}:{name}")
-        self._refuse_what_is_not_utf8()
-
-    def _refuse_what_is_not_utf8(self) -> None:
-        """Note each path that became one of bytes which a recipe, being text, cannot hold."""
         for place, text in _texts(self.value):
             if in_utf8(text) != text:
                 self.problems.append((place, f"'{one_line(text)}' is {_NO_UTF8}"))
 
-    def _goes_to_own_code(self, place: Place) -> bool:
-        """Whether the value at `place` is an argument of the user's own class or function, which gets it as it is."""
-        for end in range(len(place) - 1, 0, -1):
-            if _is_component(place[:end]):
-                holder: Any = self.value
-                for step in place[:end]:
-                    holder = holder[step]
-                name = holder.get("name") if isinstance(holder, dict) else None
-                return isinstance(name, str) and is_object_spec(name)
-        return False
+    def _goes_to_user_code(self, place: Place) -> bool:
+        """Whether the value at `place` is an argument of the user's class or function, which gets it as it is."""
+        inner = next((place[:end] for end in range(len(place) - 1, 0, -1) if _is_component(place[:end])), None)
+        if inner is None:
+            return False
+        holder: Any = functools.reduce(operator.getitem, inner, self.value)
+        name = holder.get("name") if isinstance(holder, dict) else None
+        return isinstance(name, str) and is_object_spec(name)
 
     def origin(self, place: Place) -> str:
-        """Return where the value at `place` of the finished recipe came from."""
+        """Return the origin of the value at `place` of the validated recipe."""
         inside = {origin for known, origin in self.origins.items() if known[: len(place)] == place}
         return COMMAND_LINE if COMMAND_LINE in inside else self.origins.get(place, _DEFAULT)
 
@@ -196,7 +192,7 @@ class Document:
         """Return the error that lists `problems`, each with its place in the file, in the file's order."""
         lines = [((1, 0), f"{COMMAND_LINE}: {problem}") for problem in self.refused]
         for place, problem in problems:
-            # What is missing has no place of its own: the section it is missing from is what the user can go to.
+            # a missing key has no place of its own: name its section
             near = next(place[:end] for end in range(len(place), -1, -1) if place[:end] in self.origins)
             origin = self.origins[near]
             line = origin.rpartition(":")[2] if near else ""
@@ -218,6 +214,4 @@ def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
 
 
 def _put(tree: Any, place: Place, value: Any) -> None:
-    for step in place[:-1]:
-        tree = tree[step]
-    tree[place[-1]] = value
+    functools.reduce(operator.getitem, place[:-1], tree)[place[-1]] = value

@@ -1,4 +1,4 @@
-"""Reading, writing and showing whole recipes."""
+"""Load, dump and show recipes."""
 
 from __future__ import annotations
 
@@ -29,34 +29,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     """Read, override and validate the recipe at `path`.
 
     Each of `overrides` is `dotted.key=value`, the value written as in the file: `optim.lr=3e-4`,
-    `data.split=[0.7,0.3]`, `model.layers.2.p=0.1`, `optim.clip_norm=null`. It replaces all that the key held; of two
-    for one key the later holds. Relative paths in the file are resolved against its folder, those in overrides against
-    the current one.
+    `data.split=[0.7,0.3]`, `model.layers.2.p=0.1`, `optim.clip_norm=null`. It replaces the entire value of the key; the
+    last of several wins. Relative paths in the file start from its folder, those in overrides from the current one.
 
-    Raises RecipeError, listing every problem with its place.
+    Raises RecipeError with every problem and its place.
     """
     file = Path(path)
     document = Document(str(path), read_tree(read_text(file), str(path)))
     for override in overrides:
         document.override(override)
-    document.settle(file.parent)
+    document.resolve(file.parent)
     recipe = validate(document)
     origins = {dotted(place): document.origin(place) for place, _ in leaves(recipe.model_dump(mode="json"))}
     return LoadedRecipe(recipe, origins, Path(os.path.abspath(file.parent)))
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe that `text`, written by `dump_recipe`, holds; `source` names it in the RecipeError.
-
-    Paths are absolute in such a text; relative ones would be of the current folder.
-    """
+    """Return the recipe in `text`, written by `dump_recipe` with absolute paths; `source` names it in errors."""
     document = Document(source, read_tree(text, source))
-    document.settle(Path.cwd())
+    document.resolve(Path.cwd())
     return validate(document)
 
 
 def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str:
-    """Return the whole recipe as YAML that reads back as an equal one; with `origins`, each line ends in its own."""
+    """Return the recipe as YAML that loads as an equal one; with `origins`, each line ends with its origin."""
     text = to_yaml(recipe.model_dump(mode="json"))
     if origins is None:
         return text

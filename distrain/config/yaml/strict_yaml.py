@@ -1,4 +1,4 @@
-"""YAML as recipes have it: every value with its line, nothing read as what it does not look like."""
+"""Strict YAML for recipes: every value with its line, and no surprising types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 Place = tuple[str | int, ...]
-"""Where a value is in a tree of mappings and lists: ("eval", "metrics", 0)."""
+"""The path of a value in a tree of mappings and lists: ("eval", "metrics", 0)."""
 
 _DEEPEST = 64
 _WORDS = {"": None, "~": None} | {
@@ -25,8 +25,8 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SYNTAX_HINTS = {
     r"'\t'": "there is a tab; indent with spaces",
-    "found another document": "a recipe is one document; take the '---' out",
-    "mapping values are not allowed": "there is a ': ' too many, or the line before is indented differently",
+    "found another document": "a recipe is one document; remove the '---'",
+    "mapping values are not allowed": "there is an extra ': ', or the line before is indented differently",
     "expected alphabetic or numeric character": "text beginning with * or & needs quotes",
     "expected <block end>": "the indentation does not match the lines above",
     "that cannot start any token": "quote text that begins with this character",
@@ -34,10 +34,10 @@ _SYNTAX_HINTS = {
 
 
 def scalar(text: str) -> Any:
-    """Return what unquoted `text` stands for; raises ValueError for what a recipe cannot hold.
+    """Return the value of unquoted `text`; raises ValueError for what a recipe cannot hold.
 
-    YAML 1.1 would read `1e-4` as text, `off` as false, `010` as 8 and `1:30` as 90. Here numbers are what Python calls
-    numbers in base ten, only true and false are booleans, and all else is text.
+    YAML 1.1 would read `1e-4` as text, `off` as false, `010` as 8 and `1:30` as 90. Here numbers are Python's decimal
+    numbers, only true and false are booleans, and all else is text.
     """
     if text in _WORDS:
         return _WORDS[text]
@@ -57,7 +57,7 @@ def scalar(text: str) -> Any:
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes, marking those which hold what a recipe has no use for."""
+    """Composes nodes, and notes the problem of those that a recipe cannot hold."""
 
     depth = 0
 
@@ -74,23 +74,23 @@ class _Composer(yaml.SafeLoader):
             node: Any = yaml.ScalarNode("", "", mark, mark)
         else:
             if event.anchor is not None:
-                problem = f"found the anchor &{event.anchor}; take it out, as recipes have no aliases"
+                problem = f"found the anchor &{event.anchor}; remove it, as recipes have no aliases"
             elif event.tag is not None:
-                problem = f"found the tag {event.tag}; take it out, or quote text beginning with '!'"
+                problem = f"found the tag {event.tag}; remove it, or quote text beginning with '!'"
             self.depth += 1
             if self.depth > _DEEPEST:
                 raise yaml.MarkedYAMLError(problem=f"nested more than {_DEEPEST} deep", problem_mark=event.start_mark)
             node = super().compose_node(parent, index)
             self.depth -= 1
         if isinstance(node.value, str) and _SURROGATE.search(node.value):
-            problem = "found the escape of half a character, expected whole ones"
+            problem = "found the escape of half a surrogate pair, expected full characters"
         node.problem = problem
         return node
 
 
 @dataclass
 class Tree:
-    """What a YAML text holds, the line of every value, and what is wrong with it."""
+    """The value of a YAML text, the line of every part, and its problems."""
 
     value: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> Tree:
-        """Parse one document; raises yaml.YAMLError for what is not YAML."""
+        """Parse one document; raises yaml.YAMLError."""
         loader = _Composer(text)
         try:
             node = loader.get_single_node()
@@ -138,7 +138,7 @@ class Tree:
             inner = (*place, key)
             if key in mapping:
                 lines = f"on lines {key_lines[key]} and {line}" if key_lines[key] != line else f"on line {line}"
-                self.problems.append((inner, f"given twice, {lines}; take one of them out"))
+                self.problems.append((inner, f"given twice, {lines}; remove one of them"))
                 continue
             key_lines[key] = line
             mapping[key] = self._value(value_node, inner)
@@ -162,14 +162,14 @@ class Tree:
 
 
 def syntax_problem(error: yaml.MarkedYAMLError) -> str:
-    """Return what PyYAML found, with what to do about it."""
+    """Return PyYAML's problem, with advice."""
     problem = error.problem or str(error)
     hints = [hint for words, hint in _SYNTAX_HINTS.items() if words in problem]
     return f"is not YAML: {problem}" + (f"; {hints[0]}" if hints else "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Values as text
+# To text
 
 
 def dotted(place: Place) -> str:
@@ -177,7 +177,7 @@ def dotted(place: Place) -> str:
 
 
 def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Yield what a recipe's keys hold: single values and lists of them."""
+    """Yield the values of a recipe's keys: single values and lists of them."""
     if value and (isinstance(value, dict) or (isinstance(value, list) and not _is_flat(value))):
         for step, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, (*place, step))
@@ -200,7 +200,7 @@ def found_text(value: Any) -> str:
 
 
 class _Writer(yaml.SafeDumper):
-    """Writes what both this module and YAML 1.1 read back: one line for a value, a block for a mapping."""
+    """Writes YAML that this module and YAML 1.1 read alike: one line for a value, a block for a mapping."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

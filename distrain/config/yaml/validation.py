@@ -1,4 +1,4 @@
-"""A tree of values as a `Recipe`, or everything that is wrong with it, in a recipe's words."""
+"""A tree of values as a `Recipe`, or all its problems, in the terms of a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distrain.config.yaml.strict_yaml import Place, dotted, found_text, scalar
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a recipe, with a sentence about every key, as editors use it."""
+    """Return the JSON Schema (draft 2020-12) of a recipe for editors, with a sentence about every key."""
     schema = Recipe.model_json_schema(schema_generator=_SchemaGenerator)
     for section in schema["$defs"].values():
         section.pop("title", None)
@@ -26,34 +26,34 @@ def json_schema() -> dict[str, Any]:
 
 class _SchemaGenerator(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
-        return False  # keys are their own titles; the titles that remain say what is expected
+        return False  # the titles that remain describe the expected value
 
     def encode_default(self, dft: Any) -> Any:
         return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
 
 
 def validate(document: Document) -> Recipe:
-    """Return the recipe that a document holds; raises RecipeError with everything that is wrong with it."""
+    """Return the recipe of a document; raises RecipeError with all its problems."""
     problems = list(document.problems)
-    unreadable = {place for place, _ in problems if place}
+    invalid = {place for place, _ in problems if place}
     try:
         recipe = Recipe.model_validate(document.value, by_alias=True, by_name=False)
         if not problems and not document.refused:
             return recipe
     except ValidationError as error:
-        explain = _Explainer(json_schema())
-        explained: dict[Place, str] = {}
+        describe = _ErrorText(json_schema())
+        described: dict[Place, str] = {}
         for item in error.errors():
-            if item["type"] != "disagreement":  # found again below, together with those that it hid
-                explained.setdefault(*explain(item))  # the first: each form of a value that can take several complains
-        meant = {(*place[:-1], key) for place, text in explained.items() for key in _suggested(text)}
-        for place, problem in explained.items():
+            if item["type"] != "disagreement":  # found again below, with those that it hides
+                described.setdefault(*describe(item))  # the first: each allowed form of a value reports an error
+        meant = {(*place[:-1], key) for place, text in described.items() for key in _suggested(text)}
+        for place, problem in described.items():
             if place in meant and problem.startswith("is missing"):
-                continue  # it is there under a name with a typing error
-            if not any(place[: len(bad)] == bad for bad in unreadable):
+                continue  # present under a misspelt name
+            if not any(place[: len(bad)] == bad for bad in invalid):
                 problems.append((place, problem))
-        unreadable |= {place for place, _ in problems if place}
-    known = Known(_readable(document.value, unreadable), {dotted(place) for place in unreadable})
+        invalid |= {place for place, _ in problems if place}
+    known = Known(_valid_sections(document.value, invalid), {dotted(place) for place in invalid})
     problems += [(_place(key), problem) for key, problem in disagreements(known)]
     raise document.error(problems)
 
@@ -66,11 +66,11 @@ def _suggested(problem: str) -> list[str]:
     return re.findall("'([^']*)'", problem.partition("did you mean")[2]) if problem.startswith("unknown key") else []
 
 
-def _readable(tree: dict[str, Any], unreadable: set[Place]) -> dict[str, Any]:
-    """Return the sections that can be validated once what is unreadable is out of them."""
+def _valid_sections(tree: dict[str, Any], invalid: set[Place]) -> dict[str, Any]:
+    """Return the sections that are valid without their invalid values."""
     tree = copy.deepcopy(tree)
-    for place in unreadable:
-        # All of `section.key` goes with a part of it: what is left could be taken for something else.
+    for place in invalid:
+        # all of `section.key` goes with an invalid part, as the rest could mean something else
         section = str(place[0])
         holder = tree.get(section) if place[1:] else tree
         if isinstance(holder, dict):
@@ -85,23 +85,23 @@ def _readable(tree: dict[str, Any], unreadable: set[Place]) -> dict[str, Any]:
         try:
             sections[name] = adapter.validate_python(tree[name], by_alias=True, by_name=False)
         except ValidationError:
-            continue  # a key that it cannot do without is among the unreadable ones
+            continue  # a required key is among the invalid ones
     return sections
 
 
-class _Explainer:
-    """Says what pydantic found in the words of a recipe."""
+class _ErrorText:
+    """Describes pydantic's errors in the terms of a recipe."""
 
     def __init__(self, schema: dict[str, Any]):
         self.schema = schema
 
     def __call__(self, error: Any) -> tuple[Place, str]:
-        """Return the place of one of pydantic's errors and what to say of it."""
+        """Return the place and the description of one of pydantic's errors."""
         place: Place = ()
         schema = self.schema
         for step in error["loc"]:
             if isinstance(step, str) and step.startswith("<"):
-                continue  # which form of data.split it was taken for
+                continue  # the form of data.split that pydantic chose
             inner = self._at(schema, step)
             if inner is None:
                 break
@@ -126,7 +126,7 @@ class _Explainer:
 
     def _unknown(self, key: str, place: Place, keys: Sequence[str]) -> str:
         if "." in key:
-            return f"unknown key {key!r}; a dotted key is for the command line, here write a mapping for each '.'"
+            return f"unknown key {key!r}; dotted keys are for the command line; write a mapping for each '.'"
         for alias, attribute in ATTRIBUTES.items():
             if key == attribute and alias in keys:
                 return f"unknown key {key!r}; did you mean {alias!r}?"
@@ -185,7 +185,7 @@ class _Explainer:
             return f"a mapping of {', '.join(self._keys(schema))}"
         if kind in ("integer", "number"):
             signs = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-            # An upper bound that nobody meets is not worth reading, unless it is what was exceeded.
+            # a very large upper bound is shown only if it is exceeded
             bounds = [
                 f"{sign} {schema[key]:.16g}"
                 for key, sign in signs
@@ -211,7 +211,7 @@ class _Explainer:
         except ValueError:
             return ""
         if (meant in (int, float) and wanted & {"integer", "number"}) or (meant is bool and "boolean" in wanted):
-            return "; take the quotes off"
+            return "; remove the quotes"
         if wanted & {"integer", "number"} and re.fullmatch(r"[-+]?0+[1-9][0-9]*", value):
-            return "; take the leading zero off"
+            return "; remove the leading zero"
         return ""
