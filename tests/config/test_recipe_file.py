@@ -142,7 +142,7 @@ BAD_LINES = [
     ),
     ("schedule: {warmup: 10 min}", "F:7: schedule.warmup: found '10 minutes', but only checkpoint.every and"),
     ("schedule: {warmup: null}", "F:7: schedule.warmup: found a NoneType, expected a number and a unit"),
-    ("eval: {every: 20 min}", "F:10: eval.every: found '20 minutes', a time"),
+    ("eval: {every: 20 min}", "F:10: eval.every: found '20 minutes', but only checkpoint.every"),
     ("eval: {every: 200}", "F:10: eval.every: found 200, expected a number and a unit, as in '200 steps'"),
     ("eval: {every: 2 epoks}", "eval.every: found '2 epoks', expected a number and a unit"),
     ("eval: {every: 0 steps}", "F:10: eval.every: found '0 steps', expected more than zero"),

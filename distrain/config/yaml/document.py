@@ -179,7 +179,7 @@ class Document:
         inner = next((place[:end] for end in range(len(place) - 1, 0, -1) if _is_component(place[:end])), None)
         if inner is None:
             return False
-        holder: Any = functools.reduce(operator.getitem, inner, self.value)
+        holder = _get(self.value, inner)
         name = holder.get("name") if isinstance(holder, dict) else None
         return isinstance(name, str) and is_object_spec(name)
 
@@ -213,5 +213,9 @@ def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
             yield from _texts(item, (*place, step))
 
 
+def _get(tree: Any, place: Place) -> Any:
+    return functools.reduce(operator.getitem, place, tree)
+
+
 def _put(tree: Any, place: Place, value: Any) -> None:
-    functools.reduce(operator.getitem, place[:-1], tree)[place[-1]] = value
+    _get(tree, place[:-1])[place[-1]] = value
