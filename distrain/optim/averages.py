@@ -16,7 +16,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile's and the data-parallel wrappers."""
+    """Return the model inside the wrappers of torch.compile and data parallelism."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -27,27 +27,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def canonical_name(name: str) -> str:
-    """Return a tensor's name without the parts that torch.compile and other wrappers inside the model put into it."""
+    """Return a tensor's name without the parts that wrappers inside the model, such as torch.compile's, add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 class Ema:
     """An exponential moving average of the weights: `average = decay * average + (1 - decay) * weights` at each step.
 
-    It starts as a copy of the weights, so it is biased towards nothing but the start, and needs no correction. Averages
-    are fp32 (fp64 for fp64 weights) whatever the weights are, complex ones likewise; other tensors are copied. Buffers
-    that a state dict would not hold are left out, and tied weights are held once. Build it when the model is on its
-    device and sharded; averages are sharded as the weights are.
+    It starts as a copy of the weights, so it needs no bias correction. Averages are fp32 (fp64 for fp64 weights),
+    complex ones likewise; tensors of other dtypes are copied. Non-persistent buffers are skipped, and tied weights are
+    held once. Build it when the model is on its device and sharded; averages are sharded as the weights are.
 
-    `model` may be a mapping of plain names to tensors instead, where the weights live outside the module (ZeRO-3); the
-    mapping is read anew at each update.
+    `model` may be a mapping of canonical names to tensors, if the weights live outside the module (ZeRO-3); it is read
+    again at each update.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float):
         assert 0 < decay < 1, decay
         self.decay = decay
         self._model = unwrapped(model) if isinstance(model, nn.Module) else None
-        # The dictionaries that hold the tensors and not the tensors: a module may replace a buffer by assignment.
+        # the dictionaries that hold the tensors: a module may replace a buffer by assignment
         self._slots = (
             _slots(unwrapped(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
         )
@@ -58,21 +57,19 @@ class Ema:
         self._other = [name for name in self._averages if name not in averaged]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averages by plain name; they are the live ones, so writing into them loads an average."""
+        """Return the live averages by canonical name; writing into them loads an average."""
         return dict(self._averages)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy averages in. Raises UserError, changing nothing, unless names and shapes are those of the model."""
-        problems = [
-            f"average {name!r} is missing{close_names(name, tensors)}" for name in self._averages if name not in tensors
-        ]
+        problems = []
+        for name, average in self._averages.items():
+            if name not in tensors:
+                problems.append(f"average {name!r} is missing{close_names(name, tensors)}")
+            elif (shape := tuple(tensors[name].shape)) != tuple(average.shape):
+                problems.append(f"average {name!r} has shape {shape}, and the model's tensor {tuple(average.shape)}")
         problems += [
             f"average {name!r} is of no tensor of this model" for name in tensors if name not in self._averages
-        ]
-        problems += [
-            f"average {name!r} has shape {tuple(tensors[name].shape)}, and the model's tensor {tuple(average.shape)}"
-            for name, average in self._averages.items()
-            if name in tensors and tensors[name].shape != average.shape
         ]
         if problems:
             raise UserError("\n".join(problems))
@@ -81,8 +78,8 @@ class Ema:
                 average.copy_(tensors[name])
 
     @torch.no_grad()
-    def update(self, model: nn.Module | Mapping[str, Tensor] | None = None) -> None:
-        """Take the weights as they are now into the average. `model`, for readers, is the one given at the start."""
+    def update(self) -> None:
+        """Average the current weights in."""
         averages = [_local(self._averages[name]) for name in self._floating]
         weights = [
             weight if weight.dtype == average.dtype else weight.to(average.dtype)
@@ -104,8 +101,8 @@ class Ema:
             _local(self._averages[average]).copy_(value)
 
     @contextmanager
-    def applied(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Give the model its averages, and afterwards its own weights again, to the bit."""
+    def applied(self) -> Iterator[None]:
+        """Give the model its averages, and afterwards its own weights back, bit for bit."""
         self._reshard()
         live = self._live(self._slots)
         with torch.no_grad():
@@ -119,7 +116,7 @@ class Ema:
                 _copy(self._live(self._slots), own)
 
     def _reshard(self) -> None:
-        # After a forward pass without a backward one, FSDP2 may hold whole weights, and would use them again.
+        # after a forward pass without a backward pass, FSDP2 may hold unsharded weights, and would use them again
         if self._model is None or not dist.is_initialized():
             return
         from torch.distributed.fsdp import FSDPModule  # a second to import, and only sharded models need it
@@ -133,7 +130,7 @@ class Ema:
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
-    """Return, for each tensor of a state dict by plain name, the dictionary that holds it and its key there."""
+    """Return, for each tensor of a state dict by canonical name, the dictionary that holds it and its key there."""
     slots: dict[str, tuple[Any, str]] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -156,7 +153,7 @@ def _wide_copy(tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    # A sharded tensor's own part: the average is elementwise, and needs nothing from the other ranks.
+    # a sharded tensor's local part: averaging is elementwise
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

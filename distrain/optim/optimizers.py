@@ -19,14 +19,14 @@ from distrain.config.registry import optimizers, squeezed
 from distrain.optim.averages import canonical_name, unwrapped
 
 _REFUSED = {
-    "LBFGS": "evaluates the loss several times in a step (a closure), and a step here sees its samples once; "
-    "take 'adamw' or 'sgd'",
-    "SparseAdam": "takes sparse gradients alone, which are neither clipped nor reduced over processes as others are; "
-    "take 'adam', or 'adagrad' for rare features",
+    "LBFGS": "evaluates the loss several times in a step (a closure), and here a step reads its samples once; "
+    "use 'adamw' or 'sgd'",
+    "SparseAdam": "takes sparse gradients only, which are neither clipped nor reduced over processes as others are; "
+    "use 'adam', or 'adagrad' for rare features",
 }
 _ADAPTIVE_FUSED = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose fused step gives an element the same bits wherever it lies in a tensor or a shard. SGD's on CPUs
-does not (it contracts multiply-adds in whole vectors and not at a tensor's end) and is no faster than its loop."""
+does not (it contracts multiply-adds in full vectors and not at a tensor's end) and is no faster than its loop."""
 
 _NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
 
@@ -36,7 +36,7 @@ _NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
 
 
 def _find(name: str) -> Callable[..., Optimizer]:
-    """Return the class, or the user's own function, that `optim.name` names; raises UserError."""
+    """Return the class, or the user's function, that `optim.name` names; raises UserError."""
     found: Any = optimizers.find(name).value
     if not callable(found) or (inspect.isclass(found) and not issubclass(found, Optimizer)):
         raise UserError(
@@ -89,20 +89,19 @@ def check_optimizer(section: OptimSection) -> list[str]:
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
-    """Return the optimizer of a model, and stop the parameters in `optim.freeze` from being trained.
+    """Freeze the parameters in `optim.freeze`, and return the optimizer of a model.
 
-    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. Adam and AdamW take their fused
-    step where the recipe does not say otherwise: one kernel for all parameters, with the same bits at any sharding.
-    Raises UserError with every problem of the section.
+    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. Adam and AdamW are fused unless
+    the recipe states otherwise: one kernel for all parameters, with the same bits at any sharding. Raises UserError
+    with every problem of the section.
     """
     if problems := check_optimizer(section):
         raise UserError("\n".join(problems))
     plans, frozen = _plan(model, section)
     aliases = _aliases(model)
-    for alias in aliases:
-        if alias.names[0] in frozen:
-            alias.parameter.requires_grad_(False)
     by_name = {alias.names[0]: alias.parameter for alias in aliases}
+    for name in frozen:
+        by_name[name].requires_grad_(False)
 
     build = _find(section.name)
     takes_decay = takes(build, "weight_decay")
@@ -123,10 +122,7 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """Write the learning rate of this step into the optimizer's groups, each times its `lr_scale`.
-
-    Works on whatever passes `param_groups` on, as Accelerate's wrapper does.
-    """
+    """Set the learning rate of the optimizer's groups, each times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
@@ -158,41 +154,41 @@ def _as_tuple(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Parameters that are trained alike."""
+    """Parameters with the same settings."""
 
     names: tuple[str, ...]
-    """Their plain names, in the model's order."""
+    """Canonical names, in the model's order."""
     lr_scale: float
-    """What the learning rate is multiplied by."""
+    """Factor of the learning rate."""
     weight_decay: float
     numel: int
-    """How many numbers they hold."""
+    """Elements of all of them."""
 
 
 @dataclass(frozen=True)
 class _Alias:
     parameter: nn.Parameter
     names: tuple[str, ...]
-    """Its plain names: several where weights are tied."""
+    """Canonical names: several if weights are tied."""
     kinds: frozenset[str]
-    """Which of norm, bias and embedding it is."""
+    """Those of norm, bias and embedding that it is."""
 
 
 def parameter_plan(model: nn.Module, section: OptimSection) -> list[GroupPlan]:
     """Return the groups that `build_optimizer` makes, changing nothing. Frozen parameters are in none.
 
-    Never decayed, whatever `optim.groups` says, is what `optim.no_decay` lists: `norm`, the parameters of normalisation
-    layers (torch's, and any class named like one, such as RMSNorm or LayerNorm2d); `bias`, any parameter whose own name
-    contains "bias"; `embedding`, the weight of nn.Embedding or nn.EmbeddingBag, and so of a head that is tied to one.
-    A pattern matches a tied parameter by any of its names; the first of `optim.groups` that matches holds. Groups come
-    in the order of their first parameters, and do not depend on wrappers. Raises UserError, naming the close ones, for
-    patterns that match nothing, for those that earlier ones leave nothing to, and when nothing is left to train.
+    The kinds in `optim.no_decay` are never decayed, whatever `optim.groups` states: `norm`, the parameters of
+    normalisation layers (torch's, and any class named like one, such as RMSNorm or LayerNorm2d); `bias`, any parameter
+    whose own name contains "bias"; `embedding`, the weight of nn.Embedding or nn.EmbeddingBag, and of a head that is
+    tied to one. A pattern matches a tied parameter by any of its names; the first match in `optim.groups` applies.
+    Groups are in the order of their first parameters. Raises UserError for patterns that match nothing, naming close
+    ones, for patterns whose matches are all in earlier groups, and if no parameter is left to train.
     """
     return _plan(model, section)[0]
 
 
 def frozen_names(model: nn.Module, section: OptimSection) -> list[str]:
-    """Return the names of the parameters that are not trained: by `optim.freeze`, or frozen already."""
+    """Return the names of the frozen parameters: by `optim.freeze`, or by the model itself."""
     return sorted(_plan(model, section)[1])
 
 
@@ -218,7 +214,7 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
             problems.append(f"{where}: {_nothing(aliases, group.params)}")
         elif not free:
             problems.append(
-                f"{where}: all that {group.params!r} matches is frozen or in an earlier group; "
+                f"{where}: every match of {group.params!r} is frozen or in an earlier group; "
                 "put narrower patterns first, or remove it"
             )
         rule_of |= {alias.names[0]: at for alias in free}
@@ -244,29 +240,23 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
 def _without_parameters(model: nn.Module) -> str:
     advice = "layers in a plain list need nn.ModuleList, and tensors to be trained nn.Parameter"
     if lost := unregistered_layers(model):
-        advice = (
-            f"{', '.join(lost)}: layers in a plain list or dict belong to no model; put them into nn.ModuleList or "
-        )
-        advice += "nn.ModuleDict"
+        advice = f"{', '.join(lost)}: put layers in a plain list or dict into nn.ModuleList or nn.ModuleDict"
     return f"model: {type(unwrapped(model)).__name__} has no parameters, so there is nothing to train. {advice}"
 
 
 def _nothing_to_train(model: nn.Module, aliases: Sequence[_Alias]) -> str:
-    own = [alias for alias in aliases if not alias.parameter.requires_grad]
-    if len(own) == len(aliases):
+    frozen = sum(not alias.parameter.requires_grad for alias in aliases)
+    if frozen == len(aliases):
         return (
-            f"model: all {len(aliases)} parameters of {type(unwrapped(model)).__name__} are frozen by the model itself "
+            f"model: all {frozen} parameters of {type(unwrapped(model)).__name__} are frozen by the model itself "
             "(requires_grad is False), so nothing is left to train"
         )
-    rest = f", with {len(own)} that the model itself has frozen" if own else ""
+    rest = f", with {frozen} that the model itself has frozen" if frozen else ""
     return f"optim.freeze: all {len(aliases)} parameters are frozen{rest}, so nothing is left to train"
 
 
 def unregistered_layers(model: nn.Module) -> list[str]:
-    """Return where a model keeps layers with parameters that it does not have as its own: in plain lists and dicts.
-
-    Nothing trains, moves or saves these.
-    """
+    """Return where a model has layers in plain lists and dicts: it does not register them, so nothing trains them."""
     model = unwrapped(model)
     known = {id(parameter) for parameter in model.parameters()}
     found = []
@@ -285,10 +275,9 @@ def _aliases(model: nn.Module) -> list[_Alias]:
     """Return every parameter once, in the model's order, with all its names and kinds."""
     model = unwrapped(model)
     kinds: dict[int, set[str]] = {}
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
     for module in model.modules():
-        is_norm = isinstance(
-            module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-        ) or _NORM_CLASS.search(type(module).__name__)
+        is_norm = isinstance(module, norms) or _NORM_CLASS.search(type(module).__name__)
         for name, parameter in module.named_parameters(recurse=False):
             found = kinds.setdefault(id(parameter), set())
             if is_norm:
@@ -297,12 +286,10 @@ def _aliases(model: nn.Module) -> list[_Alias]:
                 found.add("bias")
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 found.add("embedding")
-    names: dict[int, list[str]] = {}
-    parameters: dict[int, nn.Parameter] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(canonical_name(name))
-        parameters[id(parameter)] = parameter
-    return [_Alias(parameters[key], tuple(names[key]), frozenset(kinds[key])) for key in names]
+        names.setdefault(parameter, []).append(canonical_name(name))
+    return [_Alias(each, tuple(found), frozenset(kinds[id(each)])) for each, found in names.items()]
 
 
 def _matching(aliases: Sequence[_Alias], pattern: str) -> list[_Alias]:

@@ -1,8 +1,8 @@
-"""A recipe's schedule as a function of the step: its durations in steps, its arguments checked.
+"""A recipe's schedule as a function of the step: durations in steps, arguments checked.
 
-The shapes are in `distrain.config.schedules`. A function of the user's own is called as f(s, T, **arguments) and gives
-the share at step s: a number of 0 or more that depends on nothing else, as a resumed run asks for any step anew. Where
-the recipe gives a warm-up, what it gives is multiplied by min(1, (s + 1) / W).
+The shapes are in `distrain.config.schedules`. A user's function is called as f(s, T, **arguments) and returns the share
+at step s: a number of 0 or more that depends on nothing else, because a resumed run asks for any step again. If the
+recipe has a warm-up, its result is multiplied by min(1, (s + 1) / W).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from distrain.config.registry import schedules
 from distrain.system.output import error_line
 
 _ENDLESS = 2**62 + 1
-"""Steps of a run whose length is not known."""
+"""Steps of a run of unknown length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A schedule whose durations are in optimizer steps. Called with a step, it returns the share of the peak rate."""
+    """A schedule whose durations are in optimizer steps; calling it returns the share of the peak learning rate."""
 
     name: str
     function: Callable[[int, int], Any]
@@ -33,42 +33,42 @@ class Schedule:
     total: int
     """Steps of the run."""
     warmup: int = 0
-    """Steps of a linear warm-up that the function does not have itself."""
+    """Steps of a linear warm-up before the function's own."""
 
     def __call__(self, step: int) -> float:
         """Return the share of the peak at `step` (0-based), 0 or more; beyond the last step, that of the last.
 
-        Raises UserError, naming the step, where the function fails or gives anything else.
+        Raises UserError, naming the step, if the function fails or returns anything else.
         """
         step = min(step, self.total - 1)
+        where = f"at step {step} of {self.total}"
         try:
-            given = self.function(step, self.total)
+            returned = self.function(step, self.total)
         except Exception as error:
-            where = f"schedule: {self.name} failed at step {step} of {self.total}"
-            raise UserError(f"{where}: {error_line(error)}") from error
+            raise UserError(f"schedule: {self.name} failed {where}: {error_line(error)}") from error
         try:
-            share = float(given)
+            share = float(returned)
         except Exception:
             share = math.nan
         if not 0 <= share < math.inf:
             raise UserError(
-                f"schedule: {self.name} gave {given!r} at step {step} of {self.total}, counted from 0; expected the "
-                "share of optim.lr, a finite number of 0 or more"
+                f"schedule: {self.name} returned {returned!r} {where}, counted from 0; expected the share of "
+                "optim.lr, a finite number of 0 or more"
             )
         return share * min(1.0, (step + 1) / self.warmup) if self.warmup else share
 
 
 def check_schedule(section: ScheduleSection | OwnScheduleSection) -> list[str]:
-    """Return one line for each key that means nothing to this schedule, and for each that its function lacks."""
+    """Return one line for each key that this schedule does not take, and for each that its function lacks."""
     if isinstance(section, OwnScheduleSection):
         try:
-            _own_function(section)
+            _user_function(section)
         except UserError as error:
             return str(error).splitlines()
         return []
     fields, takes = ScheduleSection.model_fields, _keys(section.name)
     return [
-        f"schedule.{key}: {section.name!r} has no use for it (only "
+        f"schedule.{key}: {section.name!r} does not take it (only "
         f"{' and '.join(repr(name) for name in schedules.names() if key in _keys(name))}); remove it"
         for key in fields
         if key != "name" and key not in takes and getattr(section, key) != fields[key].default
@@ -76,11 +76,11 @@ def check_schedule(section: ScheduleSection | OwnScheduleSection) -> list[str]:
 
 
 def _keys(name: str) -> list[str]:
-    """Return the keys that a schedule takes."""
+    """Return the keys that a built-in schedule takes."""
     return list(named_parameters(schedules.find(name).value)[0])[2:]
 
 
-def _own_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
+def _user_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
     """Return the user's function with the recipe's arguments, which are checked; raises UserError."""
     found = schedules.find(section.name).value
     if not callable(found) or inspect.isclass(found):
@@ -100,8 +100,8 @@ def _own_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
 def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Horizon) -> Schedule:
     """Return the schedule with its durations in steps.
 
-    Raises UserError with every problem: keys without a meaning, phases longer than the run, durations that
-    `horizon` cannot turn into steps; and where a function of the user's own gives no share at the first or last step.
+    Raises UserError with every problem: keys that it does not take, phases longer than the run, durations that
+    `horizon` cannot convert to steps, and a user's function that returns no share at the first or last step.
     """
     problems = check_schedule(section)
 
@@ -127,17 +127,14 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
         raise UserError("\n".join(problems))
     if isinstance(section, OwnScheduleSection):
         assert total is not None
-        own = Schedule(name, _own_function(section), total, warmup)
-        own(0), own(total - 1)  # what it cannot give is found before the first step
-        return own
+        schedule = Schedule(name, _user_function(section), total, warmup)
+        schedule(0), schedule(total - 1)  # a failure shows before the first step
+        return schedule
     numbers = {key: getattr(section, key) for key in ("final", "gamma") if key in keys}
     shape = functools.partial(schedules.find(name).value, **length, **numbers)
     return Schedule(name, shape, total if total is not None else _ENDLESS)
 
 
 def lr_at(schedule: ScheduleSection | OwnScheduleSection, step: int, horizon: Horizon) -> float:
-    """Return the share of the peak learning rate, 0..1, at the optimizer step `step` (0-based).
-
-    A loop resolves the schedule once with `resolve_schedule` and calls the result; this is the same in one call.
-    """
+    """Return the share of the peak learning rate, 0..1, at the optimizer step `step` (0-based): both in one call."""
     return resolve_schedule(schedule, horizon)(step)

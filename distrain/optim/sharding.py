@@ -1,9 +1,8 @@
-"""Which optimizers give the same result where parameters are cut into pieces, found by trying.
+"""Which optimizers give the same result on shards of the parameters, found by trying.
 
-ZeRO hands an optimizer flat pieces of all parameters laid end to end, and FSDP2 hands it DTensors, of which each rank
-holds some rows. An optimizer that treats each number by itself does not notice. One that looks at whole matrices, or
-at all numbers together, computes something else on flat pieces without a word. Here it is tried on small parameters
-before a run starts.
+ZeRO gives an optimizer flat pieces of all parameters laid end to end; FSDP2 gives it DTensors, of which each rank holds
+some rows. An elementwise optimizer is not affected. One that uses whole matrices, or all elements together, silently
+computes something else on flat pieces. It is tried on small parameters before a run starts.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from distrain.config.strategies import STRATEGIES
 from distrain.optim.optimizers import build_optimizer
 
 _SCALES = (1.0, 30.0, 0.03, 1.0)
-"""What the gradients of each step are multiplied by: some optimizers act on large ones alone."""
+"""Factor of each step's gradients: some optimizers treat only large ones specially."""
 _TOLERANCE = 1e-9
-"""Largest difference, as a share of how far the numbers have moved; in fp64 rounding is far below."""
+"""Largest difference relative to the update; in fp64 rounding is far below."""
+
+ATTEMPT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What optimizers raise where they cannot take a step; NotImplementedError is a RuntimeError."""
 
 
 class _Parameters(nn.Module):
@@ -39,11 +41,11 @@ def toy_optimizer(section: OptimSection, shapes: list[tuple[int, ...]]) -> tuple
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     model = _Parameters(values)
-    return build_optimizer(model, _anywhere(section)), list(model.parameters())
+    return build_optimizer(model, without_names(section)), list(model.parameters())
 
 
 def toy_steps(optimizer: Optimizer, parameters: list[nn.Parameter], count: int = 1) -> None:
-    """Make steps with gradients that depend on nothing but the shapes."""
+    """Take steps with gradients that depend on the shapes only."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         for parameter in parameters:
@@ -52,7 +54,7 @@ def toy_steps(optimizer: Optimizer, parameters: list[nn.Parameter], count: int =
 
 
 def toy_shapes(section: OptimSection) -> list[tuple[int, ...]]:
-    """Return the shapes of a matrix and a vector, or of matrices alone for an optimizer that takes no vectors."""
+    """Return the shapes of a matrix and a vector, or of matrices for an optimizer that takes no vectors."""
     shapes: list[tuple[int, ...]] = [(6, 5), (4,)]
     try:
         toy_optimizer(section, shapes)
@@ -61,8 +63,8 @@ def toy_shapes(section: OptimSection) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _anywhere(section: OptimSection) -> OptimSection:
-    """Return the section without what names parameters, with as much weight decay as any of them gets."""
+def without_names(section: OptimSection) -> OptimSection:
+    """Return the section without the names of parameters, with the largest weight decay of any of them."""
     decays = [section.weight_decay, *(group.weight_decay or 0.0 for group in section.groups)]
     return section.model_copy(update={"groups": [], "freeze": [], "no_decay": [], "weight_decay": max(decays)})
 
@@ -74,8 +76,8 @@ def _anywhere(section: OptimSection) -> OptimSection:
 def is_elementwise(section: OptimSection) -> bool:
     """Return whether the recipe's optimizer gives the same result on flat pieces of its parameters as on whole ones.
 
-    Each piece has an optimizer of its own, as each rank has: what looks at all numbers together, such as the norm of
-    the whole gradient, is found as well. Raises UserError where the section cannot be built at all.
+    Each piece has its own optimizer, as on each rank, so an optimizer that uses all elements together, such as the norm
+    of the whole gradient, is found too. Raises UserError if the optimizer cannot be built at all.
     """
     shapes = toy_shapes(section)
     optimizer, parameters = toy_optimizer(section, shapes)
@@ -85,7 +87,7 @@ def is_elementwise(section: OptimSection) -> bool:
     pieces = [start[low:high].clone() for low, high in itertools.pairwise(cuts)]
     models = [_Parameters([piece]) for piece in pieces]
     try:
-        optimizers = [build_optimizer(model, _anywhere(section)) for model in models]
+        optimizers = [build_optimizer(model, without_names(section)) for model in models]
     except UserError:
         return False
     generator = torch.Generator().manual_seed(1)
@@ -101,7 +103,7 @@ def is_elementwise(section: OptimSection) -> bool:
             piece.grad = gradient[low:high].clone()
             try:
                 each.step()
-            except (RuntimeError, ValueError, IndexError, TypeError):
+            except ATTEMPT_ERRORS:
                 return False
     whole = torch.cat([parameter.detach().flatten() for parameter in parameters])
     cut = torch.cat([parameter.detach() for model in models for parameter in model.parameters()])
@@ -109,9 +111,9 @@ def is_elementwise(section: OptimSection) -> bool:
 
 
 def odd_states(section: OptimSection) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an optimizer's state that are neither of their parameter's shape nor single numbers.
+    """Return {name: shape for a parameter (6, 5)} of state that has neither its parameter's shape nor one element.
 
-    By name, each with the shape it has for a parameter (6, 5). Raises UserError as `is_elementwise`.
+    Raises UserError if the optimizer cannot be built at all.
     """
     optimizer, parameters = toy_optimizer(section, toy_shapes(section))
     toy_steps(optimizer, parameters, 2)
@@ -123,11 +125,11 @@ def odd_states(section: OptimSection) -> dict[str, tuple[int, ...]]:
 
 
 def sharding_problem(section: OptimSection, strategy: str) -> str | None:
-    """Return why the recipe's optimizer cannot be used under a strategy, or None where nothing speaks against it.
+    """Return why the recipe's optimizer cannot be used under a strategy, or None.
 
-    `strategy`: single, ddp, zero1, zero2, zero3 or fsdp2. Under fsdp2 a class of the user's own that looks at whole
-    matrices may know how to do so with DTensors: `dtensor_problem` tries it in the world itself. Raises UserError where
-    the section cannot be built at all.
+    `strategy`: single, ddp, zero1, zero2, zero3 or fsdp2. Under fsdp2 a user's class that uses whole matrices may
+    support DTensors: `dtensor_problem` tries it in the world itself. Raises UserError if the optimizer cannot be built
+    at all.
     """
     if not STRATEGIES[strategy].shards:
         return None
@@ -139,20 +141,20 @@ def sharding_problem(section: OptimSection, strategy: str) -> str | None:
         if not torchs_own or is_elementwise(section):
             return None
         return (
-            f"optim.name: {section.name} looks at whole matrices, and torch's cannot do that with the shards of fsdp2; "
+            f"optim.name: {section.name} uses whole matrices, which torch's cannot do with the shards of fsdp2; "
             "use ddp, or adamw"
         )
     if not is_elementwise(section):
         return (
-            f"optim.name: {section.name} looks at whole matrices, or at all numbers together, and {strategy} gives it "
-            "flat pieces, on which it computes something else; use ddp"
+            f"optim.name: {section.name} uses whole matrices, or all elements together, and {strategy} gives it flat "
+            "pieces, on which it computes something else; use ddp"
             + (", or adamw" if torchs_own else " or fsdp2, or adamw")
         )
     if odd := odd_states(section):
         shown = ", ".join(f"{key} {shape}" for key, shape in odd.items())
         return (
-            f"optim.name: {section.name} keeps state that is not of its parameter's shape (for (6, 5): {shown}), which "
-            f"cannot be put together again from the flat pieces of {strategy}; use ddp or fsdp2, or adamw"
+            f"optim.name: {section.name} has state that is not of its parameter's shape (for (6, 5): {shown}), which "
+            f"cannot be rebuilt from the flat pieces of {strategy}; use ddp or fsdp2, or adamw"
         )
     return None
 
@@ -164,7 +166,7 @@ def sharding_problem(section: OptimSection, strategy: str) -> str | None:
 def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
     """Return why the recipe's optimizer cannot be used on the shards of FSDP2, found by trying, or None.
 
-    `mesh`: the device mesh of all ranks that a model will be sharded over. All ranks call; all get the same.
+    `mesh`: the device mesh that the model will be sharded over. All ranks call; all get the same.
     """
     from torch.distributed.fsdp import fully_shard  # a second to import, and only sharded models need it
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -175,8 +177,8 @@ def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
     start = [torch.randn(shape, generator=generator, dtype=torch.float64).to(mesh.device_type) for shape in shapes]
     whole, sharded = _Parameters(start), _Parameters(start)
     fully_shard(sharded, mesh=mesh)
-    optimizers = [build_optimizer(model, _anywhere(section)) for model in (whole, sharded)]
-    own = None
+    optimizers = [build_optimizer(model, without_names(section)) for model in (whole, sharded)]
+    problem = None
     try:
         for scale in _SCALES:
             for parameter, shards in zip(whole.parameters(), sharded.parameters(), strict=True):
@@ -186,15 +188,15 @@ def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
                 shards.grad = distribute_tensor(parameter.grad, mesh, shards.placements)
             for optimizer in optimizers:
                 optimizer.step()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
-        own = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    found: list[Any] = [None] * mesh.size()
-    torch.distributed.all_gather_object(found, own)
-    told = next((each for each in found if each is not None), None)
-    if told is None:
+    except ATTEMPT_ERRORS as error:
+        problem = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    problems: list[Any] = [None] * mesh.size()
+    torch.distributed.all_gather_object(problems, problem)
+    problem = next((each for each in problems if each is not None), None)
+    if problem is None:
         for parameter, shards, before in zip(whole.parameters(), sharded.parameters(), start, strict=True):
             assert isinstance(shards, DTensor)
             moved = (parameter - before).norm()
             if not (parameter - shards.full_tensor()).norm() <= _TOLERANCE * moved:
-                told = "computes something else than on whole parameters"
-    return told and f"optim.name: on the shards of fsdp2 {section.name} {told}; use ddp, or adamw"
+                problem = "computes something else than on whole parameters"
+    return problem and f"optim.name: on the shards of fsdp2 {section.name} {problem}; use ddp, or adamw"

@@ -1,4 +1,4 @@
-"""Embeddings with sparse gradients: where they can stay so, and where dense ones take their place."""
+"""Embeddings with sparse gradients: where they may stay sparse, and where they are made dense."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from distrain.config import OptimSection
 from distrain.config.strategies import STRATEGIES
 from distrain.optim.optimizers import build_optimizer
+from distrain.optim.sharding import ATTEMPT_ERRORS, without_names
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, norms: bool, scaled: bool) -> None:
-    """Have embeddings give dense gradients where sparse ones cannot be taken; why is logged.
+def make_dense(model: nn.Module, section: OptimSection, strategy: str, *, norms: bool, scaled: bool) -> None:
+    """Have embeddings give dense gradients if sparse ones cannot be used, and log why.
 
-    `norms`: whether the norm of the gradient is wanted; `scaled`: whether the loss is scaled. A dense gradient has the
+    `norms`: whether the norm of the gradient is needed; `scaled`: whether the loss is scaled. A dense gradient has the
     same values, and takes the memory of the whole embedding.
     """
     layers = list(sparse_layers(model))
@@ -34,7 +35,7 @@ def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, nor
     if STRATEGIES[strategy].shards:
         why = f"{strategy} reduces dense gradients only; single and ddp take sparse ones"
     elif norms:
-        why = "clipping and watching for anomalies need the norm of a dense gradient"
+        why = "clipping and the detection of anomalies need the norm of a dense gradient"
     elif scaled:
         why = "the scaled loss of fp16 needs dense gradients"
     elif not _takes_sparse(section):
@@ -48,16 +49,16 @@ def settle_sparse(model: nn.Module, section: OptimSection, strategy: str, *, nor
 
 
 def _takes_sparse(section: OptimSection) -> bool:
-    """Return whether the recipe's optimizer makes a step with a sparse gradient, found by trying."""
+    """Return whether the recipe's optimizer takes a step with a sparse gradient, found by trying."""
     embedding = nn.Embedding(3, 2, sparse=True)
-    decays = [section.weight_decay, *(group.weight_decay or 0.0 for group in section.groups)]
-    decay = 0.0 if "embedding" in section.no_decay else max(decays)
-    alone = section.model_copy(update={"groups": [], "freeze": [], "weight_decay": decay, "no_decay": []})
+    alone = without_names(section)
+    if "embedding" in section.no_decay:
+        alone = alone.model_copy(update={"weight_decay": 0.0})
     optimizer = build_optimizer(embedding, alone)
     embedding(torch.tensor([1])).sum().backward()
     try:
         optimizer.step()
         optimizer.step()
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError):
+    except ATTEMPT_ERRORS:
         return False
     return True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Piece, Reader, TensorSpec
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
-from distrain.optim import CarryOver, Ema, canonical_name
+from distrain.optim import Ema, StateMigration, canonical_name
 from distrain.parallel.contents import (
     contents,
     separate_buffers,
@@ -44,7 +44,7 @@ from distrain.parallel.optimizer_state import (
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
 from distrain.parallel.stored import check_fit, encoded_values, fill, fill_all, read_tensor, specs_of
 
-Carry = Callable[[str, Collection[str]], CarryOver]
+Carry = Callable[[str, Collection[str]], StateMigration]
 """From the class that left an optimizer's state, and the names in it: what is taken over."""
 
 
@@ -351,7 +351,7 @@ class TrainingState:
                 inside = old in within.get(name, ())
                 if not inside and old not in taken:
                     continue
-                where, key = f"optimizer/{name}/{old}", old if inside else taken[old]
+                where, key = f"optimizer/{name}/{old}", old
                 state = entry.inner if inside else entry.state
                 if old in elementwise:
                     if key not in state:
@@ -365,10 +365,10 @@ class TrainingState:
                 entry.take(state, key, value, name)
             for old, plain in values.get(name, {}).items():
                 if old in taken:
-                    entry.take(entry.state, taken[old], plain, name)
+                    entry.take(entry.state, old, plain, name)
             for old, held in nested.get(name, {}).items():
                 if old in taken:
-                    entry.take(entry.nested, taken[old], held, name)
+                    entry.take(entry.nested, old, held, name)
         for entry in entries.values():
             entry.put_together()
         others = {
@@ -426,20 +426,20 @@ class TrainingState:
                 if key not in group or not equal(group[key], value):
                     group[key] = value if key in changed else copy.deepcopy(value)
 
-    def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[dict[str, str], list[str]]:
-        """Return the new name of each stored one that is taken over, and what is to be said."""
+    def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[set[str], list[str]]:
+        """Return the names in the stored state that are kept, and notes for the user."""
         if self.carry is not None:
             try:
                 carried = self.carry(was, stored)
             except UserError as error:
                 raise UserError(f"{reader.path}: {error}") from error
-            return carried.keys, list(carried.said)
+            return set(carried.keys), list(carried.notes)
         if was != (now := type(self.optimizer).__name__):
             raise UserError(
                 f"{reader.path} holds the state of {was}, the recipe asks for {now}; "
                 "use the same optimizer, or start a new run with model.weights set to the exported model"
             )
-        return {key: key for key in stored}, []
+        return stored, []
 
 
 def _of_spec(spec: TensorSpec | None) -> str:

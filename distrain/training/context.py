@@ -69,7 +69,7 @@ def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Ten
     """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
     with told_of(model, len(batch["targets"])):
         outputs = call(model, batch["inputs"])
-    loss_sum, count = loss.sum_and_count(loss.taken(outputs), batch["targets"])
+    loss_sum, count = loss.sum_and_count(loss.select(outputs), batch["targets"])
     if outputs.aux_loss is not None:
         loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
     return loss_sum

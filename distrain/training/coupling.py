@@ -14,7 +14,7 @@ from distrain.config import UserError, mix
 from distrain.datasets.base import Batch
 from distrain.optim import Loss
 from distrain.optim.losses.interface import Outputs
-from distrain.optim.losses.own import OwnLoss
+from distrain.optim.losses.user import UserLoss
 from distrain.parallel.strategy import restored
 from distrain.training.context import TrainContext, seed_dropout, to_device
 
@@ -30,7 +30,7 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
     Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
     that layers that look across the batch have no part in it. Nothing is left changed. None where the trial fails.
     """
-    if not isinstance(t.loss, OwnLoss):
+    if not isinstance(t.loss, UserLoss):
         return False
     found = None
     batches = _some(steps())
@@ -45,7 +45,7 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
             batches = [to_device(batch, t.world) for batch in batches]
             parts = [(t.call(t.strategy.model, batch["inputs"]), batch["targets"]) for batch in batches]
             with suppress(Exception):
-                outputs = _joined([t.loss.taken(output) for output, _ in parts])
+                outputs = _joined([t.loss.select(output) for output, _ in parts])
                 found = _differs(t, t.loss, outputs, torch.cat([targets for _, targets in parts]))
     finally:
         t.strategy.model.train()

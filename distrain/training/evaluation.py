@@ -109,7 +109,7 @@ def evaluate(
             undecodable.update(lost)
             seen.leave_out(np.array(list(lost)))
         keep = (ids >= 0).to(world.device, non_blocking=True)
-        loss_sum, counted = loss.sum_and_count(loss.taken(outputs), batch["targets"], keep)
+        loss_sum, counted = loss.sum_and_count(loss.select(outputs), batch["targets"], keep)
         loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
         # which batch it was is read at the end alone, so that nothing waits for the device
         first_bad.masked_fill_(~loss_sum.isfinite() & (first_bad < 0), batches)

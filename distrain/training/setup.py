@@ -35,10 +35,10 @@ from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
     build_loss,
     build_optimizer,
-    carry_over,
     frozen_names,
+    make_dense,
+    plan_migration,
     resolve_schedule,
-    settle_sparse,
     unregistered_layers,
 )
 from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
@@ -223,7 +223,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
             )
         check_layers(model, world)
         world.arithmetic.fit(model, world.device)
-        settle_sparse(
+        make_dense(
             model,
             recipe.optim,
             world.strategy,
@@ -263,7 +263,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
         clip_norm=recipe.optim.clip_norm,
         ema=recipe.train.ema,
         section=recipe.optim,
-        carry=lambda stored_class, keys: carry_over(stored_class, keys, recipe.optim),
+        carry=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
         initial=not resumes,
     )
     strategy = build_strategy(world, plan)

@@ -333,7 +333,7 @@ def test_own_losses(tmp_path):
         ({"name": "cross_entropy", "label_smoothing": 3.0}, ["label_smoothing"]),
         ({"name": "cross_entropy", "weight": "heavy"}, ["loss.weight", "list of numbers"]),
         ({"name": "huber", "delta": -1}, ["huber"]),
-        ("linear_cross_entropy", ["belong into the model"]),
+        ("linear_cross_entropy", ["belong in the model"]),
         ({"name": "mse", "reduction": "sum", "x": 1}, ["loss.reduction", "loss.x"]),
     ],
 )

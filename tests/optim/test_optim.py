@@ -234,10 +234,10 @@ class Listed(nn.Module):
         ),
         (
             Listed([nn.Linear(1, 1)]),
-            "model: Listed has no parameters, so there is nothing to train. layers: layers in a",
+            "model: Listed has no parameters, so there is nothing to train. layers: put layers in a",
         ),
-        (Listed({"a": nn.Linear(1, 1)}), "layers: layers in a plain list or dict belong to no model; put them into"),
-        (nn.Sequential(Listed((nn.Linear(1, 1),))), "0.layers: layers in a plain list"),
+        (Listed({"a": nn.Linear(1, 1)}), "layers: put layers in a plain list or dict into nn.ModuleList"),
+        (nn.Sequential(Listed((nn.Linear(1, 1),))), "0.layers: put layers in a plain list"),
     ],
 )
 def test_a_model_without_parameters_is_called_that(model, words, keys):
@@ -471,9 +471,13 @@ def test_a_schedule_of_ones_own_is_checked_with_the_recipe(own, name, keys, word
 @pytest.mark.parametrize(
     ("name", "keys", "words"),
     [
-        ("late", {"bad": "nan"}, "gave nan at step 3 of 4, counted from 0; expected the share of optim.lr, a finite"),
-        ("late", {"bad": "inf"}, "gave inf at step 3 of 4"),
-        ("late", {"bad": -1}, "gave -1.0 at step 3 of 4"),
+        (
+            "late",
+            {"bad": "nan"},
+            "returned nan at step 3 of 4, counted from 0; expected the share of optim.lr, a finite",
+        ),
+        ("late", {"bad": "inf"}, "returned inf at step 3 of 4"),
+        ("late", {"bad": -1}, "returned -1.0 at step 3 of 4"),
         ("late", {"bad": "x"}, "failed at step 3 of 4: ValueError: could not convert"),
         ("fails", {}, r"failed at step 0 of 4: KeyError: 'x\x1b'"),
         ("half", {"warmup": "5 steps"}, "schedule.warmup is 5 steps and the whole run only 4"),
@@ -488,7 +492,7 @@ def test_what_is_no_share_is_found_before_the_first_step(own, name, keys, words)
 def test_what_is_no_share_later_names_the_step(own):
     share = resolve_schedule(own("middle"), horizon(4))
     assert [share(0), share(1), share(3)] == [1, 1, 1]
-    with pytest.raises(UserError, match="middle gave nan at step 2 of 4"):
+    with pytest.raises(UserError, match="middle returned nan at step 2 of 4"):
         share(2)
 
 
@@ -518,7 +522,7 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
                 parameter.add_(torch.randn_like(parameter))
             model[1].num_batches_tracked += 1
             model[1].running_mean = model[1].running_mean + 1  # replaced, not written into
-        ema.update(model)
+        ema.update()
         for name, tensor in model.state_dict().items():
             expected[name] = expected[name] * 0.9 + tensor.double() * 0.1
         expected["1.num_batches_tracked"] = torch.tensor(step + 1.0).double()
@@ -530,7 +534,7 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     averages = {name: tensor.clone() for name, tensor in found.items()}
-    with ema.applied(model):
+    with ema.applied():
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, averages[name].to(tensor.dtype))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -541,7 +545,7 @@ def test_ema_of_equal_weights_does_not_move():
     model = nn.Linear(5, 5)
     ema = Ema(model, 0.999)
     for _ in range(10):
-        ema.update(model)
+        ema.update()
     assert torch.equal(ema.tensors()["weight"], model.weight)
 
 
@@ -601,7 +605,7 @@ def sharded_average():
             model(inputs).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            ema.update(model)
+            ema.update()
     for (name, average), (_, expected) in zip(
         averages[0].tensors().items(), averages[1].tensors().items(), strict=True
     ):
@@ -610,7 +614,7 @@ def sharded_average():
         # Forward passes before, inside and after: whole weights that FSDP2 holds on to must not be used again.
         own = sharded(inputs)
         for _ in range(2):
-            with averages[0].applied(sharded), averages[1].applied(whole):
+            with averages[0].applied(), averages[1].applied(whole):
                 torch.testing.assert_close(sharded(inputs), whole(inputs))
                 assert not torch.allclose(sharded(inputs), own)
             assert torch.equal(sharded(inputs), own)

@@ -126,7 +126,7 @@ def test_torch_s_optimizers_on_flat_pieces(variant: dict[str, Any]) -> None:
             assert problem is None
         else:
             assert problem is not None
-            assert problem.startswith(f"optim.name: {variant['name']} looks at whole matrices")
+            assert problem.startswith(f"optim.name: {variant['name']} uses whole matrices")
             assert f"{strategy} gives it flat pieces" in problem
             assert problem.endswith("; use ddp, or adamw")
     assert sharding_problem(section, "ddp") is sharding_problem(section, "single") is None
@@ -196,8 +196,7 @@ def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
 
 def test_what_is_refused_under_fsdp2_is_said() -> None:
     assert sharding_problem(section_of({"name": "muon"}), "fsdp2") == (
-        "optim.name: muon looks at whole matrices, and torch's cannot do that with the shards of fsdp2; use ddp, or "
-        "adamw"
+        "optim.name: muon uses whole matrices, which torch's cannot do with the shards of fsdp2; use ddp, or adamw"
     )
     assert sharding_problem(section_of({"name": "sgd", "fused": True}), "fsdp2") == (
         "optim.fused: torch has no fused sgd for the shards of fsdp2; remove it"

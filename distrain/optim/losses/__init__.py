@@ -1,19 +1,18 @@
 """Losses by name, as sums and counts.
 
-A loss here returns the sum of what it measured and the count that the sum is over. One division of the global sum by
-the global count gives exactly what the torch class gives with reduction="mean" on all the data at once, however the
-data is cut into batches, micro-batches and ranks. The count is known from the targets alone, so a training step can add
-it up over ranks before it goes backward.
+A loss returns a sum and the count that it is over. The global sum divided by the global count is exactly what the torch
+class returns with reduction="mean" on all the data at once, however the data is cut into batches, micro-batches and
+ranks. The count depends on the targets alone, so a training step sums it over ranks before the backward pass.
 
-What the count is over, after torch's own means:
+What is counted, as in torch's means:
     classes   cross entropy, NLL: the targets that are not `ignore_index`, each with the weight of its class
-    elements  the numbers in the targets (MSE, BCE, ...)
-    rows      the samples (margins over classes, triplets, CTC, a loss of your own)
+    elements  the elements of the targets (MSE, BCE, ...)
+    rows      the samples (margins over classes, triplets, CTC, a user's loss)
 
 interface.py  `Loss`
 classes.py    cross entropy and NLL
 elements.py   the other losses of torch.nn
-own.py        losses of the user's own
+user.py       users' losses
 shapes.py     whether outputs fit targets
 building.py   losses by name, built from a recipe
 """

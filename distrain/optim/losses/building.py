@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
@@ -17,7 +18,7 @@ from distrain.datasets.base import DataMeta
 from distrain.optim.losses.classes import ClassLoss, is_of_tokens
 from distrain.optim.losses.elements import CtcLoss, ElementLoss, Rule
 from distrain.optim.losses.interface import Loss
-from distrain.optim.losses.own import own_loss
+from distrain.optim.losses.user import user_loss
 
 _RULES: dict[str, Rule] = {
     "CrossEntropyLoss": Rule("classes", "Log-softmax and negative log-likelihood of the target class.", 1, True),
@@ -42,9 +43,9 @@ _RULES: dict[str, Rule] = {
     "CTCLoss": Rule("rows", "Alignment-free sequences; outputs (batch, time, classes), targets filled up with -100."),
 }
 _REFUSED = {
-    "LinearCrossEntropyLoss": "has weights of its own, and weights belong into the model; take 'cross_entropy'",
-    "AdaptiveLogSoftmaxWithLoss": "has weights of its own, and weights belong into the model; take 'cross_entropy'",
-    "TripletMarginWithDistanceLoss": "takes a function, which a recipe cannot hold; take 'triplet_margin', or wrap it "
+    "LinearCrossEntropyLoss": "has weights, which belong in the model; use 'cross_entropy'",
+    "AdaptiveLogSoftmaxWithLoss": "has weights, which belong in the model; use 'cross_entropy'",
+    "TripletMarginWithDistanceLoss": "takes a function, which a recipe cannot hold; use 'triplet_margin', or wrap it "
     "in a loss of your own",
 }
 _ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewithlogits"}
@@ -61,13 +62,7 @@ _DEFAULTS: dict[Task, str] = {
 
 def _snake(name: str) -> str:
     """Return a class name in snake case: 'CrossEntropy' -> 'cross_entropy', 'KLDiv' -> 'kl_div', 'L1' -> 'l1'."""
-    parts = ""
-    for index, letter in enumerate(name):
-        starts = letter.isupper() and index > 0
-        after_lower = starts and (name[index - 1].islower() or name[index - 1].isdigit())
-        before_lower = starts and index + 1 < len(name) and name[index + 1].islower()
-        parts += ("_" if after_lower or (before_lower and name[index - 1].isupper()) else "") + letter.lower()
-    return parts
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 for _name, _rule in _RULES.items():
@@ -86,13 +81,13 @@ def check_loss(recipe: Recipe) -> list[str]:
 
 
 def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
-    """Return the recipe's loss, or the task's usual one. Raises UserError with every problem of its arguments."""
+    """Return the recipe's loss, or the task's default. Raises UserError with every problem of its arguments."""
     name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.task]
     args = recipe.loss.args if recipe.loss else {}
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     entry = losses.find(_ALIASES.get(losses.fold(name), name))
     if "rule" not in entry.metadata:
-        return own_loss(name, entry.value, args, dtype)
+        return user_loss(name, entry.value, args, dtype)
     build, rule = entry.value, entry.metadata["rule"]
     class_name = build.__name__
     per_row = rule.over == "rows"
@@ -119,7 +114,8 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
         if class_name == "CTCLoss":
             return CtcLoss(name, partial(build, **args))
         if rule.over == "classes":
-            loss: Loss = ClassLoss(name, partial(build, **_without(args, "ignore_index")), recipe.task, args)
+            without_index = {key: value for key, value in args.items() if key != "ignore_index"}
+            loss: Loss = ClassLoss(name, partial(build, **without_index), recipe.task, args)
         else:
             loss = ElementLoss(name, partial(build, **args), rule, per_row, recipe.task)
         _try(loss, class_name, rule, recipe.task, args)
@@ -129,7 +125,7 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
 
 
 def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str, Any]) -> None:
-    """Compute the loss of one made-up sample: torch looks at most arguments only then."""
+    """Compute the loss of one artificial sample: torch checks most arguments only then."""
     width = max([len(value) for value in args.values() if isinstance(value, Tensor)], default=2)
     shape = (1, 1, width) if is_of_tokens(task) and rule.over == "classes" else (1, width)
     outputs = [torch.full(shape, 0.5)] * rule.outputs
@@ -139,13 +135,13 @@ def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str,
         targets = torch.full(shape, 0.5)
     else:
         targets = torch.zeros(shape[:-1], dtype=torch.long)
-    copy(loss).sum_and_count(outputs, targets)  # the loss itself notes what a model's outputs were
+    copy(loss).sum_and_count(outputs, targets)  # the loss itself records the number of a model's outputs
 
 
 def _weights(key: str, value: Any, expected: int | None, dtype: torch.dtype) -> Tensor:
     numbers = [value] if isinstance(value, (int, float)) else value
     if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) and each >= 0 for each in numbers):
-        raise UserError(f"loss.{key}: {value!r} should be a list of numbers, zero or more, one for each class")
+        raise UserError(f"loss.{key}: found {value!r}, expected a list of numbers of 0 or more, one for each class")
     if expected is not None and len(numbers) != expected:
         raise UserError(f"loss.{key}: {len(numbers)} numbers for {expected} classes; give one for each")
     return torch.tensor(numbers, dtype=dtype)
@@ -155,7 +151,3 @@ def _classes(task: Task, meta: DataMeta) -> int | None:
     if task == "multilabel":
         return meta.num_targets
     return {"language_modeling": meta.vocab_size, "seq2seq": meta.target_vocab_size}.get(task, meta.num_classes)
-
-
-def _without(args: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in args.items() if name != key}

@@ -17,8 +17,8 @@ from distrain.optim.losses.shapes import along, kept_sum, repeated, single, wide
 class ClassLoss(TorchLoss):
     """CrossEntropyLoss and NLLLoss: of class numbers, or of a probability for each class.
 
-    Outputs are (batch, ..., classes) with targets (batch, ...), read as one row for each target without moving
-    anything, or torch's own (batch, classes, ...); see `class_dim`.
+    Outputs are (batch, ..., classes) with targets (batch, ...), read as one row for each target without a copy, or
+    torch's own (batch, classes, ...); see `class_dim`.
     """
 
     def __init__(self, name: str, build: Callable[..., nn.Module], task: Task, args: Mapping[str, Any]):
@@ -52,10 +52,10 @@ class ClassLoss(TorchLoss):
                 return kept_sum(losses, keep), count
             return self._module(None, logits)(logits, targets), count
         except IndexError as error:
+            classes = logits.shape[min(dim, logits.dim() - 1)]  # flattened or not
             raise UserError(
-                f"loss: a target is not one of the classes 0 to {outputs_classes(logits, dim) - 1} that the model has "
-                f"outputs for ({error}); give the model more classes, or mark what is not to be predicted with "
-                "loss.ignore_index"
+                f"loss: a target is not one of the classes 0 to {classes - 1} that the model has outputs for "
+                f"({error}); give the model more classes, or mark targets that are not predicted with loss.ignore_index"
             ) from error
 
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -77,15 +77,15 @@ class ClassLoss(TorchLoss):
         per_sample = targets.shape[1:].numel()
         if not _is_soft(targets):
             return per_sample
-        # A probability for each class: one target for each place that is not along the classes.
+        # a probability for each class: one target for each position outside the class dimension
         return per_sample // targets.shape[_soft_class_dim(targets.dim(), self._task)]
 
 
 def class_dim(outputs: Tensor, targets: Tensor, task: Task) -> int:
-    """Return the dimension of `outputs` that runs over classes; raises UserError where outputs do not fit targets.
+    """Return the class dimension of `outputs`; raises UserError if outputs do not fit targets.
 
-    The last for (batch, ..., classes), 1 for torch's (batch, classes, ...). Where a shape can be read both ways, tokens
-    (language_modeling, seq2seq) take the last and everything else torch's.
+    The last for (batch, ..., classes), 1 for torch's (batch, classes, ...). If a shape can be read both ways, tokens
+    (language_modeling, seq2seq) take the last and all others torch's.
     """
     last = outputs.dim() - 1
     if outputs.dim() >= 2:
@@ -103,11 +103,6 @@ def class_dim(outputs: Tensor, targets: Tensor, task: Task) -> int:
     )
 
 
-def outputs_classes(outputs: Tensor, dim: int) -> int:
-    """Return how many classes `outputs` has, flattened or not."""
-    return outputs.shape[min(dim, outputs.dim() - 1)]
-
-
 def is_of_tokens(task: Task) -> bool:
     return task in ("language_modeling", "seq2seq")
 
@@ -121,7 +116,7 @@ def _is_soft(targets: Tensor) -> bool:
 
 
 def _class_numbers(targets: Tensor, task: Task) -> Tensor:
-    # Binary targets are floats, and class numbers all the same where the model has two outputs.
+    # binary targets are floats, and class numbers too if the model has two outputs
     if targets.is_floating_point() and not (task == "binary" and targets.dim() == 1):
         raise UserError(
             f"loss: targets are {targets.dtype} of shape {tuple(targets.shape)}; expected the numbers of classes "

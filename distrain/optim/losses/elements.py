@@ -25,7 +25,7 @@ class Rule:
 
 
 _SIGNED = (nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss, nn.CosineEmbeddingLoss)
-"""Losses of targets 1 and -1, which the targets of binary and multilabel, 1 and 0, are turned into."""
+"""Losses of targets 1 and -1, to which the targets of binary and multilabel, 1 and 0, are converted."""
 _OF_PROBABILITIES = (nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
@@ -51,7 +51,7 @@ class ElementLoss(TorchLoss):
             and targets.device.type == "cpu"
             and bool(((targets < 0) | (targets > 1)).any())
         ):
-            # not on a GPU, where looking would make every step wait for the device
+            # not on a GPU, where the check would make every step wait for the device
             raise UserError(
                 f"loss: {self.name} takes targets from 0 to 1, and these are from {targets.min():g} to "
                 f"{targets.max():g}; encode the two classes as 0 and 1"
@@ -100,7 +100,7 @@ class CtcLoss(TorchLoss):
         lengths = real.sum(1)
         times = rest[0] if rest else torch.full_like(lengths, logits.shape[1])
         rows = torch.ones_like(lengths, dtype=torch.bool) if keep is None else keep
-        # Taking log-probabilities once more changes nothing.
+        # the log-softmax of log-probabilities is the same again
         log_probabilities = wide(logits).log_softmax(-1).transpose(0, 1)
         losses = self._module(rows, log_probabilities)(log_probabilities, targets.where(real, 0), times.long(), lengths)
         return kept_sum(losses / lengths.clamp(min=1), rows), self._number(targets, keep)

@@ -1,4 +1,4 @@
-"""What a loss is: a sum and a count."""
+"""The interface of losses: a sum and a count."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from distrain.networks.calling import ModelOutput
 
 Outputs = Tensor | Sequence[Tensor]
-"""What a model returns: one tensor, or several for losses that take several."""
+"""A model's outputs: one tensor, or several for losses that take several."""
 
 NO_TARGET = -100
-"""Where a token is not to be predicted (torch's default ignore_index)."""
+"""The target of a token that is not predicted (torch's default ignore_index)."""
 NEVER = -(2**31)
-"""An ignore_index that no target has: without `ignore_index` in the recipe, a label outside the classes is an error."""
+"""An ignore_index of no target: without `ignore_index` in the recipe, a label outside the classes is an error."""
 
 
 class Loss(ABC):
@@ -25,29 +25,29 @@ class Loss(ABC):
     name: str
     """As in the recipe."""
     count_is_fixed: bool = True
-    """Whether `fixed_count` knows the count from the number of samples; otherwise counts must be summed over ranks."""
+    """Whether the count follows from the number of samples (`fixed_count`); otherwise it is summed over ranks."""
     ignore_index: int = NEVER
     """Integer targets of this value are not counted."""
     is_token_entropy: bool = False
-    """Whether the mean is the plain cross entropy, whose exponential is the perplexity."""
+    """Whether the mean is the cross entropy without weights or smoothing, whose exponential is the perplexity."""
     takes_probabilities: bool = False
     """Whether outputs are probabilities, as of a model that ends in a sigmoid, and not logits."""
     takes_several: bool = False
-    """Whether it takes all that a model returns, where that is a tuple of tensors, or only the first."""
+    """Whether it takes all tensors that a model returns, or only the first."""
 
     classes: int | None = None
-    """How many classes the outputs had that it took last; None where targets are no class numbers."""
+    """Number of classes of the last outputs; None if targets are not class numbers."""
 
-    def taken(self, output: ModelOutput) -> Outputs:
-        """Return what of a model's output this loss takes."""
+    def select(self, output: ModelOutput) -> Outputs:
+        """Return the tensors of a model's output that this loss takes."""
         return (output.logits, *output.others) if self.takes_several and output.others else output.logits
 
     @abstractmethod
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses (0-d, fp32, or fp64 for fp64 outputs) and the count they are over (0-d fp64).
 
-        Rows where `keep` (batch,) bool is False count as if they were not there. Sums are over fp32 or fp64 values even
-        where outputs are bf16. Raises UserError where outputs do not fit the targets; nothing is broadcast.
+        Rows where `keep` (batch,) bool is False are ignored. Sums are over fp32 or fp64 values even if outputs are
+        bf16. Raises UserError if outputs do not fit the targets; nothing is broadcast.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Loss(ABC):
 
 
 class TorchLoss(Loss):
-    """What losses of torch.nn share: the module, on the outputs' device and in their precision."""
+    """A loss of torch.nn, on the outputs' device and in their precision."""
 
     def __init__(self, name: str, build: Callable[..., nn.Module]):
         self.name = name
@@ -82,6 +82,6 @@ class TorchLoss(Loss):
         if self._place != (like.device, like.dtype):
             self._place = (like.device, like.dtype)
             for reduction in self._modules:
-                # made anew: what was rounded for outputs of fp32 would not come back for those of fp64
+                # rebuilt: weights that were rounded for fp32 outputs would stay rounded for fp64 ones
                 self._modules[reduction] = self._build(reduction=reduction).to(*self._place)
         return self._modules["sum" if keep is None else "none"]

@@ -1,4 +1,4 @@
-"""Whether outputs fit targets, and the sums of what is kept."""
+"""Checks that outputs fit targets, and sums of the rows that are kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distrain.optim.losses.interface import Outputs
 
 
 def fitted(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
-    """Return outputs in the shape of the targets: as they are, or (..., 1) without its last dimension. Or UserError.
+    """Return outputs in the shape of the targets: as they are, or (..., 1) without its last dimension.
 
-    Anything else would be broadcast: (n, 1) against (n,) is n * n differences.
+    Raises UserError for any other shape, which would be broadcast: (n, 1) against (n,) is n * n differences.
     """
     if outputs.shape == targets.shape:
         return outputs
@@ -23,7 +23,7 @@ def fitted(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
         return outputs.squeeze(-1)
     raise UserError(
         f"{what} compares outputs and targets one by one, and outputs have shape {tuple(outputs.shape)}, targets "
-        f"{tuple(targets.shape)}; make the model's last layer fit, or take a loss or metric for such outputs"
+        f"{tuple(targets.shape)}; make the model's last layer fit, or use a loss or metric for such outputs"
     )
 
 
@@ -75,5 +75,5 @@ def repeated(keep: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def kept_sum(losses: Tensor, keep: Tensor) -> Tensor:
-    # Not a product: what a padding row has may be infinite.
+    # not a product: a padding row may be infinite
     return losses.where(along(keep, losses), 0.0).sum()

@@ -1,4 +1,4 @@
-"""Losses of the user's own."""
+"""Users' losses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distrain.optim.losses.interface import Loss, Outputs
 from distrain.optim.losses.shapes import wide
 
 
-class OwnLoss(Loss):
-    """A function `(outputs, targets)`, or an object that is called so.
+class UserLoss(Loss):
+    """A function `(outputs, targets)`, or an object that is called like one.
 
-    It returns a loss for each sample or for each element (a sample's loss is then the mean of its own), or the mean
-    over the batch; either is averaged over samples. Or it returns (sum, count), and has an attribute `count`, a
-    function of the targets that returns the same count.
+    It returns a loss for each sample or element (a sample's loss is then the mean over its elements), or the mean over
+    the batch; either is averaged over samples. Or it returns (sum, count), and has an attribute `count`, a function of
+    the targets that returns the same count.
     """
 
     takes_several = True
@@ -35,7 +35,7 @@ class OwnLoss(Loss):
 
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if keep is not None:
-            # The function may mix rows, so those that are padding must not reach it.
+            # the function may mix rows, so padding must not reach it
             outputs = outputs[keep] if isinstance(outputs, Tensor) else tuple(each[keep] for each in outputs)
             targets = targets[keep]
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -68,7 +68,7 @@ class OwnLoss(Loss):
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Have new tensors of floats be of that type, where nothing else is said."""
+    """Set the default dtype of new floating-point tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -77,16 +77,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def own_loss(name: str, found: Any, args: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Loss:
-    """Return the loss that is `found`, of the user's own; its class makes tensors in `dtype` where it names none."""
+def user_loss(name: str, found: Any, args: Mapping[str, Any], dtype: torch.dtype) -> Loss:
+    """Return a user's function or class as a loss; the class makes its tensors in `dtype` by default."""
     if not callable(found):
-        raise UserError(f"loss.name: {name!r} is {found!r}; expected a function (outputs, targets), or a class of such")
+        raise UserError(f"loss.name: {name!r} is {found!r}; expected a function (outputs, targets), or a class")
     is_class = inspect.isclass(found)
     first_two = () if is_class else tuple(list(inspect.signature(found).parameters)[:2])
     if problems := argument_problems(found, args, "loss", repr(name), given=first_two):
         raise UserError("\n".join(problems))
     if not is_class:
-        return OwnLoss(name, partial(found, **args) if args else found)
+        return UserLoss(name, partial(found, **args) if args else found)
     try:
         with default_dtype(dtype):
             made = found(**args)
@@ -94,4 +94,4 @@ def own_loss(name: str, found: Any, args: Mapping[str, Any], dtype: torch.dtype 
         raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
     if not callable(made):
         raise UserError(f"loss.name: objects of {name!r} cannot be called with (outputs, targets)")
-    return OwnLoss(name, made)
+    return UserLoss(name, made)

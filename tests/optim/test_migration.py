@@ -1,4 +1,4 @@
-"""What another optimizer of one family can go on from."""
+"""What an optimizer can use of the state of another of its family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError
-from distrain.optim import build_optimizer, carry_over
+from distrain.optim import build_optimizer, plan_migration
 
 
 def section_of(name: str, **args: Any) -> OptimSection:
@@ -40,77 +40,77 @@ def states(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def changed(old: OptimSection, new: OptimSection) -> tuple[Any, tuple[str, ...]]:
-    """Train with one optimizer and go on with the other; return (the new optimizer, what was said)."""
+    """Train with one optimizer and resume with the other; return (the new optimizer, the notes)."""
     model, optimizer = trained(old, 3)
     stored = states(optimizer)
-    carried = carry_over(type(optimizer).__name__, {key for state in stored for key in state}, new)
-    taken = [{carried.keys[key]: value for key, value in state.items() if key in carried.keys} for state in stored]
-    return trained(new, 2, model, taken)[1], carried.said
+    migration = plan_migration(type(optimizer).__name__, {key for state in stored for key in state}, new)
+    taken = [{key: value for key, value in state.items() if key in migration.keys} for state in stored]
+    return trained(new, 2, model, taken)[1], migration.notes
 
 
 SAME: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
-    ({"name": "adam"}, {"name": "adamw"}, ("optim: AdamW goes on from the state of Adam",)),
-    ({"name": "adamw"}, {"name": "radam"}, ("optim: RAdam goes on from the state of AdamW",)),
-    ({"name": "radam"}, {"name": "adam"}, ("optim: Adam goes on from the state of RAdam",)),
+    ({"name": "adam"}, {"name": "adamw"}, ("optim: AdamW resumes from the state of Adam",)),
+    ({"name": "adamw"}, {"name": "radam"}, ("optim: RAdam resumes from the state of AdamW",)),
+    ({"name": "radam"}, {"name": "adam"}, ("optim: Adam resumes from the state of RAdam",)),
     (
         {"name": "nadam"},
         {"name": "adamw"},
         (
-            "optim: AdamW goes on from the state of NAdam",
-            "optim: the stored mu_product is left behind: AdamW keeps none",
+            "optim: AdamW resumes from the state of NAdam",
+            "optim: the stored mu_product is dropped: AdamW has none",
         ),
     ),
     (
         {"name": "adam", "amsgrad": True},
         {"name": "adam"},
-        ("optim: the stored max_exp_avg_sq is left behind: Adam keeps none without amsgrad",),
+        ("optim: the stored max_exp_avg_sq is dropped: Adam has none without amsgrad",),
     ),
     (
         {"name": "adam", "amsgrad": True},
         {"name": "radam"},
         (
-            "optim: RAdam goes on from the state of Adam",
-            "optim: the stored max_exp_avg_sq is left behind: RAdam keeps none",
+            "optim: RAdam resumes from the state of Adam",
+            "optim: the stored max_exp_avg_sq is dropped: RAdam has none",
         ),
     ),
     (
         {"name": "adamw", "amsgrad": True},
         {"name": "adam", "amsgrad": True},
-        ("optim: Adam goes on from the state of AdamW",),
+        ("optim: Adam resumes from the state of AdamW",),
     ),
     ({"name": "sgd", "momentum": 0.9}, {"name": "sgd", "momentum": 0.8, "nesterov": True}, ()),
     (
         {"name": "sgd", "momentum": 0.9},
         {"name": "sgd"},
-        ("optim: the stored momentum_buffer is left behind: SGD keeps none without momentum",),
+        ("optim: the stored momentum_buffer is dropped: SGD has none without momentum",),
     ),
     (
         {"name": "sgd"},
         {"name": "sgd", "momentum": 0.9},
-        ("optim: momentum_buffer starts from nothing: the run so far was without momentum",),
+        ("optim: momentum_buffer starts anew: the run so far was without momentum",),
     ),
     (
         {"name": "rmsprop", "centered": True},
         {"name": "rmsprop"},
-        ("optim: the stored grad_avg is left behind: RMSprop keeps none without centered",),
+        ("optim: the stored grad_avg is dropped: RMSprop has none without centered",),
     ),
     ({"name": "adam", "fused": False}, {"name": "adam", "fused": True}, ()),
     (
         {"name": "adam"},
         {"name": "adamw", "weight_decay": 0.1},
         (
-            "optim: AdamW goes on from the state of Adam",
-            "optim: Adam and AdamW apply weight_decay in different places; the moments are with it, and will be rid of "
-            "it soon",
+            "optim: AdamW resumes from the state of Adam",
+            "optim: Adam and AdamW apply weight_decay in different places; the stored moments still include it, and "
+            "soon will not",
         ),
     ),
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "said"), SAME)
-def test_one_of_the_family_goes_on(old: dict[str, Any], new: dict[str, Any], said: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("old", "new", "notes"), SAME)
+def test_one_of_the_family_resumes(old: dict[str, Any], new: dict[str, Any], notes: tuple[str, ...]) -> None:
     optimizer, found = changed(section_of(**old), section_of(**new))
-    assert found == said
+    assert found == notes
     for state in states(optimizer):
         assert "step" not in state or state["step"] == 5
         assert set(state) == set(states(trained(section_of(**new), 3)[1])[0])
@@ -140,12 +140,12 @@ def test_adam_s_state_in_adamw_is_adamw_s_own() -> None:
         ({"name": "muon"}, {"name": "sgd", "momentum": 0.9}, "that of Muon, the recipe asks for SGD"),
     ],
 )
-def test_what_cannot_be_taken_over_is_refused(old: dict[str, Any], new: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_used_is_refused(old: dict[str, Any], new: dict[str, Any], message: str) -> None:
     torch.manual_seed(0)
     _, optimizer = trained(section_of(**old), 2, nn.Linear(4, 3, bias=False))
     keys = {key for state in states(optimizer) for key in state}
     with pytest.raises(UserError, match=message):
-        carry_over(type(optimizer).__name__, keys, section_of(**new))
+        plan_migration(type(optimizer).__name__, keys, section_of(**new))
 
 
 class Late(Optimizer):
@@ -167,8 +167,8 @@ class Late(Optimizer):
 
 def test_nothing_of_a_class_of_the_user_s_own_is_dropped() -> None:
     section = section_of(f"{__file__}:Late")
-    carried = carry_over("Late", {"count", "late"}, section)
-    assert carried.keys == {"count": "count", "late": "late"}
-    assert carried.said == ()
+    migration = plan_migration("Late", {"count", "late"}, section)
+    assert migration.keys == {"count", "late"}
+    assert migration.notes == ()
     with pytest.raises(UserError, match="that of Late, the recipe asks for AdamW"):
-        carry_over("Late", {"count"}, section_of("adamw"))
+        plan_migration("Late", {"count"}, section_of("adamw"))

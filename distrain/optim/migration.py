@@ -1,8 +1,8 @@
-"""What an optimizer can take over from the state that another has left.
+"""Optimizer-state migration: what an optimizer can use of the state that another has stored.
 
-Two optimizers are of one family where tensors of the same name mean the same: the moments of Adam are those of AdamW.
-What a new optimizer needs is found by trying it on small parameters. What cannot be taken over is said, and what would
-be missing is an error; nothing is dropped or made up without a word.
+Optimizers of one family have tensors of the same name and meaning: the moments of Adam are those of AdamW. The state
+that the new optimizer needs is found by trying it on small parameters. What cannot be used is noted, and what would be
+missing is an error.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError
-from distrain.optim.sharding import toy_optimizer, toy_shapes, toy_steps
+from distrain.optim.sharding import ATTEMPT_ERRORS, toy_optimizer, toy_shapes, toy_steps
 
 _ADAMS = ("Adam", "AdamW", "NAdam", "RAdam")
-"""All keep `exp_avg` and `exp_avg_sq`, the moments of the gradient, and `step`, which corrects their start."""
+"""All have `exp_avg` and `exp_avg_sq`, the moments of the gradient, and `step`, which corrects their bias."""
 
 _WITHOUT = {
     "max_exp_avg_sq": "amsgrad",
     "momentum_buffer": "momentum",
     "grad_avg": "centered",
 }
-"""What only some settings of an optimizer keep, and the setting: without it the tensor has no meaning."""
+"""Tensors that an optimizer has only with a setting, and the setting."""
 
 _MEANING = {
     "mu_product": "the product of all its momenta so far",
     "max_exp_avg_sq": "the largest second moments since the start",
     "grad_avg": "the mean of the gradients",
 }
-"""What a tensor holds that cannot be made up for in the middle of a run."""
+"""The meaning of tensors that cannot start in the middle of a run."""
 
 
 @dataclass(frozen=True)
-class CarryOver:
+class StateMigration:
     """How stored state becomes that of the recipe's optimizer."""
 
-    keys: dict[str, str]
-    """The name in the new optimizer's state for each stored name that is taken over."""
-    said: tuple[str, ...]
-    """What a person should know: what is left behind, what starts anew, what means something else."""
+    keys: frozenset[str]
+    """The names in the state that are kept."""
+    notes: tuple[str, ...]
+    """For the user: what is dropped, what starts anew, what changes its meaning."""
 
 
-def carry_over(stored_class: str, stored_keys: Collection[str], section: OptimSection) -> CarryOver:
-    """Return what the recipe's optimizer takes over from a state with `stored_keys` that `stored_class` has left.
+def plan_migration(stored_class: str, stored_keys: Collection[str], section: OptimSection) -> StateMigration:
+    """Return what the recipe's optimizer keeps of a state with `stored_keys` that `stored_class` has stored.
 
-    `stored_class` is the name of a class, as a checkpoint holds it; `stored_keys` are the names of all that it kept for
-    any parameter, tensors and numbers. Raises UserError where the state is of another family, or lacks what the new
-    optimizer cannot do without.
+    `stored_class` is the name of a class, as a checkpoint holds it; `stored_keys` are the names of its state of any
+    parameter, tensors and numbers. Raises UserError if the state is of another family, or lacks what the new optimizer
+    needs in the middle of a run.
     """
     stored = set(stored_keys)
     new = _tried(section)
@@ -57,37 +57,37 @@ def carry_over(stored_class: str, stored_keys: Collection[str], section: OptimSe
     if not same and not (new.torchs_own and {stored_class, name} <= set(_ADAMS)):
         others = ", ".join(each for each in _ADAMS if each != stored_class)
         raise UserError(
-            f"the stored state is that of {stored_class}, the recipe asks for {name}, which cannot go on from it; take "
+            f"the stored state is that of {stored_class}, the recipe asks for {name}, which cannot use it; take "
             f"{stored_class}{f' or one of its family ({others})' if stored_class in _ADAMS else ''}, or start a new "
             "run with model.weights set to the exported model"
         )
     missing = sorted(new.keeps - stored)
-    # where nothing is stored, as by SGD without momentum, an optimizer starts as it always does
+    # if nothing is stored, as by SGD without momentum, an optimizer starts as in a new run
     if stored and (lost := [key for key in missing if key not in new.makes]):
         shown = "; ".join(f"{key}, {_MEANING[key]}" if key in _MEANING else key for key in lost)
         raise UserError(
-            f"the stored state of {stored_class} has no {shown}, and {_described(name, lost)} cannot start without in "
-            f"the middle of a run; go on with the settings of the run so far, or start a new run with model.weights "
-            "set to the exported model"
+            f"the stored state of {stored_class} has no {shown}, and {_described(name, lost)} cannot start without it "
+            "in the middle of a run; keep the settings of the run so far, or start a new run with model.weights set to "
+            "the exported model"
         )
-    # of a class of the user's own only its author knows when it keeps what
+    # only the author of a user's class knows when it has which state
     dropped = sorted(key for key in stored - new.keeps if new.torchs_own and (not same or key in _WITHOUT))
-    said = []
+    notes = []
     if not same:
-        said.append(f"optim: {name} goes on from the state of {stored_class}")
+        notes.append(f"optim: {name} resumes from the state of {stored_class}")
     for key in missing:
         why = f": the run so far was without {_WITHOUT[key]}" if key in _WITHOUT else ""
-        said.append(f"optim: {key} starts from nothing{why}")
+        notes.append(f"optim: {key} starts anew{why}")
     for key in dropped:
         setting = f" without {_WITHOUT[key]}" if same else ""
-        said.append(f"optim: the stored {key} is left behind: {name} keeps none{setting}")
+        notes.append(f"optim: the stored {key} is dropped: {name} has none{setting}")
     was_decoupled = {"Adam": False, "AdamW": True}.get(stored_class)
     if not same and section.weight_decay and was_decoupled not in (None, new.decoupled):
-        moments = "without it, and will hold it from now on" if was_decoupled else "with it, and will be rid of it soon"
-        said.append(
-            f"optim: {stored_class} and {name} apply weight_decay in different places; the moments are {moments}"
+        moments = "do not include it yet, and soon will" if was_decoupled else "still include it, and soon will not"
+        notes.append(
+            f"optim: {stored_class} and {name} apply weight_decay in different places; the stored moments {moments}"
         )
-    return CarryOver({key: key for key in sorted(stored - set(dropped))}, tuple(said))
+    return StateMigration(frozenset(stored - set(dropped)), tuple(notes))
 
 
 def _described(name: str, lost: list[str]) -> str:
@@ -102,9 +102,9 @@ class _Tried:
     keeps: set[str]
     """The names in its state of a parameter."""
     makes: set[str]
-    """Those of them that it makes anew where they are missing in the middle of a run."""
+    """Those that it makes anew if they are missing in the middle of a run."""
     decoupled: bool
-    """Whether weight decay goes to the weights and not through the gradients."""
+    """Whether weight decay applies to the weights and not through the gradients."""
 
 
 def _tried(section: OptimSection) -> _Tried:
@@ -120,7 +120,7 @@ def _tried(section: OptimSection) -> _Tried:
             probe.state[parameter].pop(key, None)
         try:
             toy_steps(probe, parameters)
-        except (KeyError, AttributeError, TypeError, AssertionError, IndexError, RuntimeError):
+        except ATTEMPT_ERRORS:
             continue
         makes.add(key)
     kind = type(optimizer)
