@@ -1,11 +1,11 @@
-"""Metrics over sums and counts: every one the same on any number of processes and any cut into batches.
+"""Metrics over sums and counts: the same on any number of processes and for any cut into batches.
 
-    parts.py      one batch as metrics see it, and the sums that they are finished from
-    catalogue.py  the metrics that are known by name
-    foreign.py    metrics of torchmetrics, and the user's own
+    parts.py      one batch as metrics use it, and the sums that they are computed from
+    catalogue.py  the built-in metrics
+    foreign.py    metrics of torchmetrics, and users' metrics
 
-`MetricSet.update` adds a batch on the device without waiting for it. `sums` is one vector that ranks add up, `gather`
-merges what cannot be added, and `compute` divides, once.
+`MetricSet.update` adds a batch on the device without waiting for it. `sums` is one vector that is summed over ranks,
+`gather` merges what cannot be summed, and `compute` divides, once.
 """
 
 from __future__ import annotations
@@ -41,32 +41,33 @@ _PREFIX = "torchmetrics:"
 
 
 class MetricSet:
-    """The metrics of an evaluation, gathered batch by batch."""
+    """The metrics of an evaluation, accumulated batch by batch."""
 
     def __init__(self, metrics: Mapping[str, Metric], setting: Setting):
         self.metrics = dict(metrics)
         self.setting = setting
         parts = dict.fromkeys(part for metric in metrics.values() for part in metric.parts)
-        self._parts = [part for part in parts if isinstance(part, Part) and not isinstance(part, TextPart)]
         self._text_parts = [part for part in parts if isinstance(part, TextPart)]
+        self._batch_parts = [part for part in parts if isinstance(part, Part) and not isinstance(part, TextPart)]
+        self._parts: list[Part | TextPart] = [*self._batch_parts, *self._text_parts]
         self._keeps_rows = any(metric.rows for metric in metrics.values())
         self._keeps_moments = any(metric.moments for metric in metrics.values())
         self.caveats: dict[str, str] = {}
-        """Why values of the last `compute` say nothing: they are NaN, or would be the same for any model."""
+        """Why values of the last `compute` are meaningless: they are NaN, or the same for any model."""
         self.reset()
 
     @property
     def names(self) -> list[str]:
-        """The keys of what `compute` returns (a metric that gives several values adds theirs to its own)."""
+        """The keys of `compute` (a metric of several values adds suffixes to its own)."""
         return list(self.metrics)
 
     @property
     def needs_text(self) -> bool:
-        """Whether some metric compares texts, which `update_text` takes."""
+        """Whether a metric compares texts, which `update_text` takes."""
         return bool(self._text_parts)
 
     def reset(self) -> None:
-        """Begin a new evaluation."""
+        """Start a new evaluation."""
         self._sums: dict[Part | TextPart, Tensor] = {}
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moments = Moments()
@@ -79,13 +80,13 @@ class MetricSet:
         keep: Tensor | None = None,
         loss: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Add a batch. Rows where `keep` (batch,) bool is False are padding and change nothing, whatever they hold.
+        """Add a batch. Rows where `keep` (batch,) bool is False are padding and are ignored.
 
-        `loss` is the sum and count of the recipe's loss over the batch; given, perplexity takes it over where it is the
-        same. Does not wait for the device, but for metrics of torchmetrics and the user's own, where `keep` is given.
+        `loss` is the sum and count of the recipe's loss over the batch, which perplexity uses if it is the same. Waits
+        for the device only for metrics of torchmetrics and users' metrics, if `keep` is given.
         """
         seen = Seen(outputs, targets, keep, self.setting, loss)
-        for part in self._parts:
+        for part in self._batch_parts:
             self._add(part, part.batch(seen))
         if self._keeps_rows:
             self._rows.append((seen.outputs, seen.targets, seen.rows))
@@ -95,7 +96,7 @@ class MetricSet:
     def update_text(
         self, hypotheses: Sequence[str], references: Sequence[str], keep: Sequence[bool] | Tensor | None = None
     ) -> None:
-        """Add generated texts and what they should be, one pair for each row of the batch."""
+        """Add generated texts and their references, one pair for each row of the batch."""
         kept = [True] * len(hypotheses) if keep is None else [bool(each) for each in keep]
         pairs = [pair for *pair, keeps in zip(hypotheses, references, kept, strict=True) if keeps]
         for part in self._text_parts:
@@ -105,20 +106,19 @@ class MetricSet:
         self._sums[part] = self._sums[part] + sums if part in self._sums else sums
 
     def sums(self) -> Tensor:
-        """Return this rank's sums, 1-D float64 on the outputs' device; ranks add theirs up, element by element."""
+        """Return this rank's sums, 1-D float64 on the outputs' device, to be summed over ranks."""
         for text in self._text_parts:
             self._sums.setdefault(text, torch.zeros(text.size, dtype=torch.float64))
-        parts: list[Part | TextPart] = [*self._parts, *self._text_parts]
-        if not parts:
+        if not self._parts:
             return torch.zeros(0, dtype=torch.float64)
-        assert all(part in self._sums for part in parts), "no batch was added"
-        device = self._sums[parts[0]].device
-        return torch.cat([self._sums[part].to(device) for part in parts])
+        assert all(part in self._sums for part in self._parts), "no batch was added"
+        device = self._sums[self._parts[0]].device
+        return torch.cat([self._sums[part].to(device) for part in self._parts])
 
     def gathered(self) -> dict[str, Tensor]:
-        """Return what this rank has that cannot be added up, on the CPU, empty for most metrics.
+        """Return what this rank has that cannot be summed, on the CPU, empty for most metrics.
 
-        Over ranks each is concatenated along dimension 0: `outputs` and `targets` (samples, ...) without padding,
+        It is concatenated over ranks along dimension 0: `outputs` and `targets` (samples, ...) without padding,
         `moments` (1, 4, k).
         """
         found: dict[str, Tensor] = {}
@@ -131,9 +131,9 @@ class MetricSet:
         return found
 
     def gather(self, gather: Callable[[Any], list[Any]]) -> dict[str, Tensor]:
-        """Return what `gathered` gives on all ranks, together; `gather` returns a value of every rank, in their order.
+        """Return `gathered` of all ranks together; `gather` returns a value's counterparts on all ranks, in order.
 
-        All ranks call. Where there is nothing to gather, nothing is sent.
+        All ranks call. Sends nothing if there is nothing to gather.
         """
         if not (self._keeps_rows or self._keeps_moments):
             return {}
@@ -141,16 +141,9 @@ class MetricSet:
         return {key: torch.cat([rank[key] for rank in ranks]) for key in ranks[0]}
 
     def compute(self, sums: Tensor, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Value]:
-        """Return each metric's value from the sums over all ranks and what was gathered from them."""
-        flat = sums.double().cpu().numpy()
-        pieces: dict[Part | TextPart, Any] = {}
-        start = 0
-        parts: list[Part | TextPart] = [*self._parts, *self._text_parts]
-        for part in parts:
-            size = len(self._sums[part])
-            pieces[part] = flat[start : start + size]
-            start += size
-        assert start == len(flat), f"expected {start} sums, found {len(flat)}"
+        """Return each metric's value from the sums over all ranks and the result of `gather`."""
+        sizes = [len(self._sums[part]) for part in self._parts]
+        pieces = dict(zip(self._parts, (each.numpy() for each in sums.double().cpu().split(sizes)), strict=True))
         gathered = gathered or {}
         all_rows = moments = None
         if self._keeps_rows:
@@ -167,7 +160,7 @@ class MetricSet:
             if why is not None:
                 self.caveats[name] = why
             elif not _finite(value):
-                self.caveats[name] = "it is undefined there, or the model's outputs are not finite"
+                self.caveats[name] = "it is undefined there, or the model's outputs are NaN or infinite"
             if isinstance(value, dict):
                 for key, each in value.items():
                     values[_free(f"{name}_{key}", EVALUATION_KEYS | self.metrics.keys() | values.keys())] = each
@@ -183,14 +176,14 @@ def _finite(value: Any) -> bool:
 
 
 def _free(key: str, taken: Set[str]) -> str:
-    """Return the key, with underscores behind it where it is that of something else."""
+    """Return the key, with underscores appended until it is free."""
     while key in taken:
         key += "_"
     return key
 
 
 def higher_is_better(name: str, metrics: MetricSet) -> bool:
-    """Return which way `eval.best` goes; `-NAME` says that lower is better. Raises UserError where it cannot decide."""
+    """Return whether higher is better by `eval.best`; `-NAME` states that lower is. Raises UserError."""
     return _direction(name, metrics.metrics)
 
 
@@ -199,10 +192,10 @@ def _direction(name: str, metrics: Mapping[str, Metric]) -> bool:
     choices = ["loss", *(each for each, metric in metrics.items() if metric.scalar)]
     if key not in choices:
         reason = "is not one number" if key in metrics else "is not computed: it is not in eval.metrics"
-        raise UserError(f"eval.best: {key!r} {reason}{close_names(key, choices) or '; take ' + ' or '.join(choices)}")
+        raise UserError(f"eval.best: {key!r} {reason}{close_names(key, choices) or '; use ' + ' or '.join(choices)}")
     known = False if key == "loss" else metrics[key].higher_is_better
     if name.startswith("-") and known:
-        raise UserError(f"eval.best: {name!r} asks for the lowest {key}, and the highest is the best; write {key!r}")
+        raise UserError(f"eval.best: {name!r} asks for the lowest {key}, and higher is better; write {key!r}")
     return known if known is not None else not name.startswith("-")
 
 
@@ -216,7 +209,7 @@ def check_metrics(recipe: Recipe) -> list[str]:
 
 
 def build_metrics(recipe: Recipe, meta: DataMeta) -> MetricSet:
-    """Return the recipe's metrics, or the task's usual ones. Raises UserError with every problem."""
+    """Return the recipe's metrics, or the task's defaults. Raises UserError with every problem."""
     metrics, problems, setting = _build(recipe, meta)
     if problems:
         raise UserError("\n".join(problems))
@@ -243,9 +236,7 @@ def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], li
             problems.append(f"eval.metrics: {key!r} is there twice (the loss always is); remove one")
             continue
         if key in EVALUATION_KEYS:
-            problems.append(
-                f"eval.metrics: {key!r} is what a row of metrics.jsonl calls something else; rename the metric"
-            )
+            problems.append(f"eval.metrics: {key!r} is another column of metrics.jsonl; rename the metric")
             continue
         try:
             metrics[key] = _metric(component, key, setting)
@@ -279,10 +270,9 @@ def _metric(component: Component, key: str, setting: Setting) -> Metric:
             raise UserError("\n".join(problems))
         metric: Metric = entry.value(setting, **args)
         return metric
-    # torchmetrics takes a second to import, and most runs do without it.
-    from distrain.metrics.foreign import own_metric
+    from distrain.metrics.foreign import user_metric  # torchmetrics takes a second to import
 
-    return own_metric(entry.value, key, args, setting)
+    return user_metric(entry.value, key, args, setting)
 
 
 def _torchmetrics_names() -> list[str]:

@@ -1,8 +1,7 @@
-"""The metrics that are known by name.
+"""The built-in metrics.
 
 To add one, decorate a function of the `Setting` (and of the arguments that a recipe may give) that returns a `Metric`
-with `metrics.register(NAME, tasks=...)`.
-Values are those of scikit-learn, with zero for what divides by zero.
+with `metrics.register(NAME, tasks=...)`. Values are those of scikit-learn, with zero for divisions by zero.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ TOKENS: tuple[Task, ...] = ("language_modeling", "seq2seq")
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what it needs, and how its value follows from that."""
+    """What a metric needs, and how its value is computed from that."""
 
     finish: Callable[..., Value | dict[str, Value]]
-    """Of the parts' sums (1-D float64 arrays) in their order; then of `Seen` for `rows`, of (4, k) for `moments`."""
+    """Takes the parts' sums (1-D float64 arrays) in their order; then `Seen` for `rows`, or (4, k) for `moments`."""
     higher_is_better: bool | None
     parts: tuple[Part | TextPart, ...] = ()
     rows: bool = False
@@ -55,16 +54,16 @@ class Metric:
     moments: bool = False
     """Whether it needs the moments of the targets."""
     scalar: bool = True
-    """Whether its value is one number, which can decide what is best."""
+    """Whether its value is one number, which can rank checkpoints."""
     caveat: Callable[..., str | None] | None = None
-    """Of the same as `finish`: why the value says nothing on this data; None where it does."""
+    """Takes what `finish` takes; returns why the value is meaningless on this data, or None."""
 
 
 _TOP_K = re.compile(r"top_?(\d+)(?:_accuracy)?")
 
 
 def find_entry(name: str, task: Task) -> tuple[Entry[Callable[..., Any]], list[str]]:
-    """Return the metric of that name, and the arguments that the name itself gives; raises UserError.
+    """Return the metric of that name, and the arguments that the name includes; raises UserError.
 
     `top_5`, `top5` and `top5_accuracy` are `top_k` with k: 5.
     """
@@ -76,7 +75,7 @@ def find_entry(name: str, task: Task) -> tuple[Entry[Callable[..., Any]], list[s
 
 
 def default_metrics(setting: Setting) -> list[str]:
-    """Return the usual metrics of a task."""
+    """Return the default metrics of a task."""
     tokens = ["perplexity", "token_accuracy"]
     if setting.meta is not None and setting.meta.bytes_per_token is not None and setting.task == "language_modeling":
         tokens.append("bits_per_byte")
@@ -102,13 +101,13 @@ def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 @metrics.register("accuracy", tasks=LABELS)
 def accuracy(setting: Setting) -> Metric:
-    """Share of samples predicted rightly (for multilabel: with every label right)."""
+    """Share of samples predicted correctly (for multilabel: with every label correct)."""
     return Metric(_share, True, (Correct(),))
 
 
 @metrics.register("token_accuracy", tasks=TOKENS)
 def token_accuracy(setting: Setting) -> Metric:
-    """Share of tokens predicted rightly."""
+    """Share of tokens predicted correctly."""
     return Metric(_share, True, (Correct(),))
 
 
@@ -122,7 +121,7 @@ def top_k(setting: Setting, k: int) -> Metric:
 
 @metrics.register("balanced_accuracy", tasks=CLASSES)
 def balanced_accuracy(setting: Setting) -> Metric:
-    """Mean over the classes that occur of the share of their samples predicted rightly."""
+    """Mean over the classes that occur of the share of their samples predicted correctly."""
 
     def finish(sums: np.ndarray) -> float:
         right, _, there = sums.reshape(3, -1)
@@ -149,7 +148,7 @@ def _averaged(kind: str, average: str, is_multilabel: bool, sums: np.ndarray) ->
     if average == "weighted":
         there = counts[2]
         return float((_per_class(kind, counts) * there).sum() / there.sum()) if there.any() else 0.0
-    # As in scikit-learn, a class that was neither there nor predicted is no part of the mean; a label always is.
+    # as in scikit-learn, the mean skips a class that neither occurs nor is predicted, but never a label
     counts = counts if is_multilabel else counts[:, (counts[1] + counts[2]) > 0]
     return float(_per_class(kind, counts).mean()) if counts.shape[1] else math.nan
 
@@ -170,8 +169,7 @@ _AVERAGES = {
 def _class_score(setting: Setting, kind: str, average: str | None) -> Metric:
     average = average or ("binary" if setting.task == "binary" else "macro")
     finish = partial(_averaged, kind, average, setting.task == "multilabel")
-    # of classes those that do not occur are left out, or are one among others
-    caveat = None
+    caveat = None  # with several classes, those that do not occur are skipped, or are one of many
     if average == "binary" or setting.task == "multilabel":
         caveat = partial(_no_positive, average == "binary")
     return Metric(finish, True, (ClassCounts(),), scalar=average != "per_class", caveat=caveat)
@@ -273,37 +271,25 @@ def _errors(sums: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     return sums[0], absolute, squared
 
 
-@metrics.register("mae", tasks=REGRESSION)
-def mae(setting: Setting) -> Metric:
-    """Mean absolute error."""
-
-    def finish(sums: np.ndarray) -> float:
-        count, absolute, _ = _errors(sums)
-        return float(absolute.mean() / count) if count else math.nan
-
-    return Metric(finish, False, (Errors(),))
+def _mean_error(kind: str, sums: np.ndarray) -> float:
+    count, absolute, squared = _errors(sums)
+    if not count:
+        return math.nan
+    each = {"mae": absolute / count, "mse": squared / count, "rmse": np.sqrt(squared / count)}[kind]
+    return float(each.mean())
 
 
-@metrics.register("mse", tasks=REGRESSION)
-def mse(setting: Setting) -> Metric:
-    """Mean squared error."""
-
-    def finish(sums: np.ndarray) -> float:
-        count, _, squared = _errors(sums)
-        return float(squared.mean() / count) if count else math.nan
-
-    return Metric(finish, False, (Errors(),))
+def _error(setting: Setting, kind: str) -> Metric:
+    return Metric(partial(_mean_error, kind), False, (Errors(),))
 
 
-@metrics.register("rmse", tasks=REGRESSION)
-def rmse(setting: Setting) -> Metric:
-    """Root of the mean squared error of each target, and the mean of these."""
-
-    def finish(sums: np.ndarray) -> float:
-        count, _, squared = _errors(sums)
-        return float(np.sqrt(squared / count).mean()) if count else math.nan
-
-    return Metric(finish, False, (Errors(),))
+_ERRORS = {
+    "mae": "Mean absolute error.",
+    "mse": "Mean squared error.",
+    "rmse": "Root of the mean squared error of each target, and the mean of these.",
+}
+for _kind, _what in _ERRORS.items():
+    metrics.register(_kind, tasks=REGRESSION, about=_what)(partial(_error, kind=_kind))
 
 
 @metrics.register("r2", tasks=REGRESSION)
@@ -320,7 +306,7 @@ def r2(setting: Setting) -> Metric:
     def deviations_of(count: float, spread: np.ndarray) -> np.ndarray:
         first, second = spread.reshape(2, -1)
         deviations = second - first**2 / max(count, 1)
-        # What is left of targets that do not vary is rounding.
+        # of targets that do not vary, only rounding is left
         return np.where(deviations > 1e-13 * second, deviations, 0.0)
 
     def constant(deviations: np.ndarray) -> str | None:
@@ -361,9 +347,7 @@ def bits_per_byte(setting: Setting) -> Metric:
     """Cross entropy in bits for each byte of text; comparable between tokenizers."""
     bytes_per_token = setting.meta.bytes_per_token if setting.meta is not None else 1.0
     if bytes_per_token is None:
-        raise UserError(
-            "eval.metrics: bits_per_byte needs to know the bytes of a token, and this data set does not say"
-        )
+        raise UserError("eval.metrics: bits_per_byte needs the bytes of a token, which this data set does not state")
     return Metric(lambda sums: _share(sums) / math.log(2) / bytes_per_token, False, (TokenEntropy(),))
 
 
@@ -400,7 +384,7 @@ def bleu(
         raise UserError(f"eval.metrics: bleu has no smooth_method {smooth_method!r}; it has {choices}")
     if tokenize is not None and tokenize not in BLEU.TOKENIZERS:
         raise UserError(f"eval.metrics: bleu has no tokenize {tokenize!r}; it has {', '.join(BLEU.TOKENIZERS)}")
-    # Smoothing may change the counts of a sentence, so these are taken without it, and it is applied once, at the end.
+    # smoothing may change a sentence's counts, so it is applied once, at the end
     scorer = BLEU(lowercase, False, tokenize, "none", None, max_ngram_order, effective_order=True)
 
     def finish(sums: np.ndarray) -> float:
@@ -420,10 +404,10 @@ def bleu(
     return Metric(finish, True, (BleuCounts(scorer),))
 
 
-def plain(value: Any) -> Value | dict[str, Value]:
-    """Return what a metric of another library gave as numbers and lists."""
+def to_value(value: Any) -> Value | dict[str, Value]:
+    """Return the result of another library's metric as numbers and lists."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}  # type: ignore[misc]
+        return {str(key): to_value(item) for key, item in value.items()}  # type: ignore[misc]
     if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
+        return [to_value(item) for item in value]
     return value.tolist() if isinstance(value, torch.Tensor) else float(value)

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics, and the user's own."""
+"""Metrics of torchmetrics, and users' metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distrain.config import UserError
 from distrain.config.arguments import argument_problems
-from distrain.metrics.catalogue import Metric, plain
+from distrain.metrics.catalogue import Metric, to_value
 from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
 
 _MODULES = (torchmetrics.text, torchmetrics.classification, torchmetrics.regression, torchmetrics)
@@ -45,14 +45,14 @@ def _is_metric(found: Any) -> bool:
 def torchmetric(
     found: Callable[..., torchmetrics.Metric], name: str, args: Mapping[str, Any], setting: Setting
 ) -> Metric:
-    """Return a metric of torchmetrics: in the sums where all its state adds up, otherwise from all rows.
+    """Return a metric of torchmetrics: from sums if all its state is summed, otherwise from all rows.
 
-    The task, the number of classes, labels or outputs, and ignore_index are filled in where it takes them.
+    The task, the number of classes, labels or outputs, and ignore_index are filled in if it takes them.
     """
     parameters = inspect.signature(found).parameters
     known = _known_arguments(setting)
     filled = {key: value for key, value in known.items() if key in parameters and key not in args and value is not None}
-    # Its **kwargs are for synchronising, which is not torchmetrics' task here.
+    # its **kwargs are for synchronising, which distrain does
     problems = argument_problems(found, args, "eval.metrics", name, filled=known, takes_any=False)
     if problems:
         raise UserError("\n".join(problems))
@@ -62,16 +62,14 @@ def torchmetric(
             made = found(**args, **filled, sync_on_compute=False)
         except (TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
             raise UserError(f"eval.metrics: {name} refuses its arguments or cannot be used here: {error}") from error
-        # Sums in fp32 would depend on how the data is cut into batches.
+        # sums in fp32 would depend on how the data is cut into batches
         return made.set_dtype(torch.float64)
 
-    is_dataless = setting.meta is None and any(key in parameters for key in ("num_classes", "num_labels"))
-    if is_dataless:
-        # Without the data the numbers of classes are not known, and nearly every class asks for one.
+    if setting.meta is None:  # a check without data, where the number of classes is not known
         filled |= {key: 3 for key in ("num_classes", "num_labels") if key in parameters and key not in args}
     metric = make()
     higher = metric.higher_is_better
-    adds_up = all(
+    is_summed = all(
         metric._reductions[state] is torchmetrics.utilities.dim_zero_sum and isinstance(default, Tensor)
         for state, default in metric._defaults.items()
     )
@@ -80,19 +78,19 @@ def torchmetric(
     )
     if is_text and not setting.is_tokens:
         raise UserError(f"eval.metrics: {name} compares texts, and the task is {setting.task}; remove it")
-    if adds_up:
+    if is_summed:
         part = TextStates(metric) if is_text else States(metric)
         return Metric(partial(_from_states, make, part), higher, (part,))
     if is_text or setting.is_tokens:
         raise UserError(
-            f"eval.metrics: {name} needs all predictions at once, which are too many for a task of tokens; take one "
-            "whose state adds up, such as Perplexity or WordErrorRate"
+            f"eval.metrics: {name} needs all predictions at once, which are too many for a task of tokens; use one "
+            "whose state is summed, such as Perplexity or WordErrorRate"
         )
 
     def finish(seen: Seen) -> Value | dict[str, Value]:
-        whole = make()
-        whole.update(*_inputs(seen, whole))
-        return plain(whole.compute())
+        metric = make()
+        metric.update(*_inputs(seen, metric))
+        return to_value(metric.compute())
 
     return Metric(finish, higher, rows=True)
 
@@ -117,7 +115,7 @@ def _known_arguments(setting: Setting) -> dict[str, Any]:
 def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
     """Return predictions and targets as torchmetrics takes them.
 
-    Probabilities and never logits: it would guess from each batch which of them it was given.
+    Probabilities and never logits: it would guess from each batch which of the two they are.
     """
     task = seen.setting.task
     if task == "regression":
@@ -144,7 +142,7 @@ class States(Part):
         if len(kept.targets):
             self.metric.update(*_inputs(kept, self.metric))
             return self.flat()
-        # Only an update shows the states' shapes, so padding is counted and the count thrown away.
+        # only an update shows the states' shapes, so padding is counted and the count discarded
         self.metric.update(*_inputs(Seen(seen.outputs, seen.targets, None, seen.setting), self.metric))
         return torch.zeros_like(self.flat())
 
@@ -179,19 +177,19 @@ def _from_states(make: Callable[[], torchmetrics.Metric], part: States, sums: np
         setattr(metric, name, state if dtype.is_floating_point else state.to(dtype))
         start += shape.numel()
     metric._update_count = 1
-    return plain(metric.compute())
+    return to_value(metric.compute())
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The user's own
+# Users' metrics
 
 
-def own_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting) -> Metric:
-    """Return a metric of the user's own: a class of torchmetrics, or a function `(outputs, targets)`.
+def user_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting) -> Metric:
+    """Return a user's metric: a class of torchmetrics, or a function `(outputs, targets)`.
 
     The function gets the outputs and targets of a batch without padding and returns a value for each sample (batch,) or
-    the mean over the batch, either averaged over samples, or a pair (sum, count). An attribute `higher_is_better` says
-    which way it goes.
+    the mean over the batch, either averaged over samples, or a pair (sum, count). Its attribute `higher_is_better` is
+    optional.
     """
     if _is_metric(found):
         return torchmetric(found, name, args, setting)
@@ -202,7 +200,7 @@ def own_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting)
     first_two = list(inspect.signature(found).parameters)[:2]
     if problems := argument_problems(found, args, "eval.metrics", name, given=first_two):
         raise UserError("\n".join(problems))
-    part = OwnSums(partial(found, **args), name)
+    part = UserSums(partial(found, **args), name)
     return Metric(
         lambda sums: float(sums[0] / sums[1]) if sums[1] else float("nan"),
         getattr(found, "higher_is_better", None),
@@ -210,8 +208,8 @@ def own_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting)
     )
 
 
-class OwnSums(Part):
-    """(sum, count) of a function of the user's own."""
+class UserSums(Part):
+    """(sum, count) of a user's function."""
 
     def __init__(self, function: Callable[..., Any], name: str):
         self._function = function

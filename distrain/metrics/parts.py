@@ -1,7 +1,7 @@
-"""One batch as metrics see it, and the sums that they are finished from.
+"""One batch as metrics use it, and the sums that they are computed from.
 
-A part turns a batch into a vector of numbers that add up over batches and ranks. Metrics name the parts that they need;
-metrics that need the same part share it. Nothing here waits for the device.
+A part reduces a batch to a vector that is summed over batches and ranks. Metrics list the parts that they need, and
+share equal ones. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from distrain.optim.losses import NO_TARGET, Outputs, class_dim, fitted
 
 @dataclass(frozen=True)
 class Setting:
-    """What metrics may depend on besides outputs and targets."""
+    """What metrics depend on besides outputs and targets."""
 
     task: Task
     meta: DataMeta | None
-    """None while only the recipe is checked."""
+    """None if only the recipe is checked."""
     ignore_index: int = NO_TARGET
-    """Integer targets that are not scored."""
+    """Integer targets that are not counted."""
     loss_is_entropy: bool = False
-    """Whether the recipe's loss is the plain cross entropy."""
+    """Whether the recipe's loss is the cross entropy without weights or smoothing."""
     is_probability: bool = False
-    """Whether outputs of binary and multilabel are probabilities, as the recipe's loss takes them, and not logits."""
+    """Whether outputs of binary and multilabel are probabilities, as the recipe's loss takes them, or logits."""
 
     @property
     def is_tokens(self) -> bool:
@@ -47,7 +47,7 @@ class Setting:
 
 
 class Seen:
-    """One batch: the model's outputs, the targets, and which rows are no padding."""
+    """One batch: the model's outputs, the targets, and which rows are not padding."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Seen:
         setting: Setting,
         loss: tuple[Tensor, Tensor] | None = None,
     ):
-        # Of several outputs, the first is what is predicted (the mean, for a mean and a variance).
+        # of several outputs, the first is the prediction (the mean, for a mean and a variance)
         self.outputs = outputs if isinstance(outputs, Tensor) else outputs[0]
         self.targets = targets
         self.keep = keep
@@ -68,7 +68,7 @@ class Seen:
     def scores(self) -> Tensor:
         """(n, classes); (n,) for binary; (n, labels) for multilabel. Each token is one of the n.
 
-        Logits, or probabilities where the setting says so.
+        Logits, or probabilities (`Setting.is_probability`).
         """
         outputs, targets, task = self.outputs, self.targets, self.setting.task
         if task == "binary":
@@ -139,12 +139,12 @@ class Seen:
 
 @lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    # Kept, because copying from the host at every batch would wait for the device.
+    # cached, because copying from the host at every batch would wait for the device
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 class Part(ABC):
-    """Numbers that add up over batches and ranks. Equal parts are computed once."""
+    """Numbers that are summed over batches and ranks. Equal parts are computed once."""
 
     @abstractmethod
     def batch(self, seen: Seen) -> Tensor:
@@ -152,7 +152,7 @@ class Part(ABC):
 
 
 class TextPart(ABC):
-    """Numbers of texts that add up over batches and ranks."""
+    """Numbers of texts that are summed over batches and ranks."""
 
     size: int
     """How many numbers there are."""
@@ -183,7 +183,7 @@ class Correct(Part):
 
 @dataclass(frozen=True)
 class ClassCounts(Part):
-    """(3 * classes): for each class, how often it was predicted rightly, predicted, and there."""
+    """(3 * classes): for each class, how often it is predicted correctly, is predicted, and occurs."""
 
     def batch(self, seen: Seen) -> Tensor:
         predicted, labels, mask = seen.predicted, seen.labels, seen.mask
@@ -203,7 +203,7 @@ class ClassCounts(Part):
 
 @dataclass(frozen=True)
 class Confusion(Part):
-    """(classes * classes): how often each class (row) was predicted as each (column)."""
+    """(classes * classes): how often each class (row) is predicted as each (column)."""
 
     def batch(self, seen: Seen) -> Tensor:
         classes = seen.classes
@@ -211,8 +211,8 @@ class Confusion(Part):
 
 
 def _tally(places: Tensor, size: int) -> Tensor:
-    """Return how often each of 0..size-1 occurs in `places`, which may hold `size` for what does not count."""
-    # Not bincount, which waits for the device to learn its result's size.
+    """Return how often each of 0..size-1 occurs in `places`, where `size` is not counted."""
+    # not bincount, which waits for the device to know its result's size
     counts = torch.zeros(size + 1, dtype=torch.float64, device=places.device)
     return counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.float64))[:size]
 
@@ -232,7 +232,7 @@ class Spread(Part):
     """(2 * k): for each standardised target, the sums of the target and of its square."""
 
     def batch(self, seen: Seen) -> Tensor:
-        # In standardised units, so that a large mean takes no digits away.
+        # in standardised units, so that a large mean costs no precision
         target = seen.targets.double().reshape(len(seen.targets), -1).where(seen.rows[:, None], 0.0)
         return torch.cat([target.sum(0), target.square().sum(0)])
 
@@ -251,10 +251,10 @@ class TokenEntropy(Part):
 
 
 class Moments:
-    """Count, mean and sum of squared deviations of targets without known statistics, in a numerically sound way.
+    """Count, mean and sum of squared deviations of targets without known statistics.
 
-    Merged by Chan, Golub & LeVeque 1979: it keeps every digit however far the values are from zero, which sums of
-    squares do not. For the same reason a mean is held as one of the values and what is to be added to it.
+    Merged by Chan, Golub & LeVeque 1979: unlike sums of squares, precise however far the values are from zero. For the
+    same reason a mean is held as one of the values plus an offset.
     """
 
     def __init__(self) -> None:
@@ -262,7 +262,7 @@ class Moments:
         """(1, 4, k) float64: count, a value, mean less that value, sum of squared deviations from the mean."""
 
     def add(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         _, target = seen.values
         rows = seen.rows[:, None]
         base = target[seen.rows.int().argmax()]
@@ -284,4 +284,4 @@ def merged(a: Tensor, b: Tensor) -> Tensor:
 
 
 Value = float | list[Any]
-"""What a metric is: a number, or a list of such (by class, or a matrix)."""
+"""A metric's value: a number, or a list of numbers (by class, or a matrix)."""

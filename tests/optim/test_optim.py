@@ -614,7 +614,7 @@ def sharded_average():
         # Forward passes before, inside and after: whole weights that FSDP2 holds on to must not be used again.
         own = sharded(inputs)
         for _ in range(2):
-            with averages[0].applied(), averages[1].applied(whole):
+            with averages[0].applied(), averages[1].applied():
                 torch.testing.assert_close(sharded(inputs), whole(inputs))
                 assert not torch.allclose(sharded(inputs), own)
             assert torch.equal(sharded(inputs), own)
