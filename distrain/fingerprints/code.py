@@ -1,7 +1,7 @@
-"""The user's code: the files that a recipe names, and what they import of their own project.
+"""The user's code: the files that a recipe names, and those of the same project that they import.
 
-Imports are read from the text of each file, so that the answer does not depend on what else a process has loaded. What
-is imported under a name that is made while the program runs is not seen.
+Imports are read from the text of each file, so the result does not depend on what a process has imported. Imports by a
+computed name are not found.
 """
 
 from __future__ import annotations
@@ -24,25 +24,21 @@ import xxhash
 from distrain.config import Recipe, is_object_spec, registry
 from distrain.system.output import one_line
 
-MOST_FILES, MOST_BYTES = 300, 1 << 20
-"""Files that are followed, and what is read of them: a package of a person's own may be as large as a library."""
+MAX_FILES, MAX_BYTES = 300, 1 << 20
+"""Files that are followed, and bytes that are parsed: a user's package may be as large as a library."""
 
 
 def named_objects(value: Any) -> Iterator[str]:
     """Yield each `package.module:name` and `path/to/file.py:name` among the values of a recipe, dumped to JSON."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from named_objects(key)
-            yield from named_objects(item)
-    elif isinstance(value, list):
-        for item in value:
+    if isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from named_objects(item)
     elif isinstance(value, str) and is_object_spec(value):
         yield value
 
 
-def _offered(recipe: Recipe) -> Iterator[str]:
-    """Yield `package.module:name` of what a recipe names by an entry point."""
+def _entry_points(recipe: Recipe) -> Iterator[str]:
+    """Yield `package.module:name` of the entry points that a recipe names."""
     named: list[tuple[registry.Registry[Any], list[Any]]] = [
         (registry.models, [recipe.model]),
         (registry.datasets, [recipe.data]),
@@ -64,16 +60,16 @@ def _installed() -> tuple[Path, ...]:
     return tuple(map(Path, {*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()}))
 
 
-def own_module(name: str) -> Path | None:
-    """Return where a top-level module is (its folder, or file), unless it is installed, part of Python, or distrain."""
+def user_module(name: str) -> Path | None:
+    """Return the folder or file of a top-level module, unless it is installed, part of Python, or distrain."""
     if name in sys.builtin_module_names or name in sys.stdlib_module_names or name == "distrain":
         return None
     try:
         spec = importlib.machinery.PathFinder.find_spec(name) or importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # a module that was put together by hand
+    except (ImportError, ValueError, AttributeError):  # a module that was made without an import
         return None
     if spec is None or (spec.origin is None and not spec.submodule_search_locations):
-        return None  # the check of the recipe says so
+        return None  # the check of the recipe reports it
     if spec.origin is None:  # a folder without __init__.py
         found = Path(next(iter(spec.submodule_search_locations or ())))
     else:
@@ -84,28 +80,27 @@ def own_module(name: str) -> Path | None:
 
 
 def code_of(recipe: Recipe) -> dict[str, list[str]]:
-    """Return {file: [hash of its bytes, hash of what it says]} for the code of a recipe, without `data.prepare`.
+    """Return {file: [hash of its bytes, hash of its syntax tree]} for the code of a recipe, without `data.prepare`.
 
-    Files are named from the folder of the file in the recipe, or from the folder that holds the package. What a file
-    says is its syntax tree without docstrings: comments and layout are no part of it. It may differ between versions of
-    Python, in which the bytes are the same. Of more than MOST_BYTES there are only the bytes, and nothing they import.
-    What `data.prepare` has made is known by its own files.
+    Files are named from the folder of the file in the recipe, or from the folder that holds the package. The syntax
+    tree has no docstrings, comments or layout, and may differ between versions of Python. Beyond MAX_BYTES only bytes
+    are hashed, and imports are not followed. The files that `data.prepare` makes have their own fingerprint.
     """
     values = recipe.model_dump(mode="json")
     values["data"].pop("prepare", None)
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
     size = 0
-    for spec in [*named_objects(values), *_offered(recipe)]:
+    for spec in [*named_objects(values), *_entry_points(recipe)]:
         where = spec.rpartition(":")[0]
         if where.endswith(".py"):
             file = Path(os.path.abspath(where))
             waiting = [(file, file.parent)]
-        elif (package := own_module(where.partition(".")[0])) is not None:
+        elif (package := user_module(where.partition(".")[0])) is not None:
             waiting = [(file, package.parent) for file in _modules(package.parent, where)]
         else:
             continue
-        while waiting and len(seen) < MOST_FILES:
+        while waiting and len(seen) < MAX_FILES:
             file, root = waiting.pop(0)
             if str(file) in seen:
                 continue
@@ -115,18 +110,18 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
             except OSError:
                 continue  # where it is imported, that fails
             size += len(text)
-            imported, said = _read(text, file, root) if size <= MOST_BYTES else ([], "")
-            found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), said]
+            imported, tree = _parse(text, file, root) if size <= MAX_BYTES else ([], "")
+            found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), tree]
             waiting += imported
     return found
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:
-    return next(each for n in range(1, MOST_FILES + 2) if (each := name + (f" ({n})" if n > 1 else "")) not in taken)
+    return next(each for n in range(1, MAX_FILES + 2) if (each := name + (f" ({n})" if n > 1 else "")) not in taken)
 
 
 def _modules(root: Path, name: str) -> list[Path]:
-    """Return the files that importing `name` from below `root` runs: those of its packages, and its own."""
+    """Return the files that importing `name` from `root` runs: those of its packages, and its own."""
     found, place = [], root
     for part in name.split("."):
         place /= part
@@ -134,11 +129,11 @@ def _modules(root: Path, name: str) -> list[Path]:
     return found
 
 
-def _read(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
+def _parse(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
     """Return the files that a file imports of its project, each with its root, and the hash of its syntax tree."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # importing it has said so
+            warnings.simplefilter("ignore")  # importing it has shown them
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return [], ""
@@ -159,20 +154,19 @@ def _read(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]],
             case _:
                 continue
         for name in names:
-            imported += _found(name, root, relative=isinstance(node, ast.ImportFrom) and node.level > 0)
+            imported += _resolve(name, root, relative=isinstance(node, ast.ImportFrom) and node.level > 0)
     return imported, xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass"))
 
 
-def _found(name: str, root: Path, *, relative: bool) -> list[tuple[Path, Path]]:
+def _resolve(name: str, root: Path, *, relative: bool) -> list[tuple[Path, Path]]:
+    """Return the files that an import runs, each with its root: of a user's module, or beside the importing file."""
     top = name.partition(".")[0]
-    if relative:
-        return [(file, root) for file in _modules(root, name)]
-    if top in sys.stdlib_module_names or top == "distrain":
+    if not relative and (top in sys.stdlib_module_names or top == "distrain"):
         return []
-    # Python looks beside the file last
-    if (package := own_module(top)) is not None:
-        return [(file, package.parent) for file in _modules(package.parent, name)]
-    if _is_installed(top):
+    package = None if relative else user_module(top)
+    if package is not None:
+        root = package.parent
+    elif not relative and _is_installed(top):  # Python looks beside the file last
         return []
     return [(file, root) for file in _modules(root, name)]
 

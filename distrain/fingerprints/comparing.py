@@ -8,7 +8,7 @@ from typing import Any
 
 from distrain.fingerprints.items import same_item
 
-_MOST_LINES = 10
+_MAX_LINES = 10
 
 DRAWN_ANEW = "Splits are drawn anew from what is there now: samples that the model was trained on may be in the others."
 
@@ -20,26 +20,26 @@ class Changes:
     data: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
-    """Files that the model's section names: weights to start from, a pretrained folder."""
+    """Files that the model's section names: initial weights, a pretrained folder."""
     unsure: tuple[str, ...] = ()
-    """Possible changes, where the fingerprint holds too little to tell."""
+    """Possible changes, which the fingerprint does not decide."""
 
     def __bool__(self) -> bool:
         return bool(self.data or self.code or self.model)
 
     @property
     def lines(self) -> list[str]:
-        """All that has changed."""
+        """All changes."""
         return [*self.data, *self.code, *self.model]
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return how two fingerprints differ; what one of them lacks is not compared."""
+    """Return how two fingerprints differ; keys that are missing in one of them are not compared."""
     data, unsure = _files(then.get("data"), now.get("data"), "data")
     data += _lengths(then.get("splits"), now.get("splits"))
     data += _items(then.get("items"), now.get("items"))
     loose, more = _files(then.get("folder"), now.get("folder"), "data.path", new_is_change=bool(data))
-    # a resume reads no initial weights, and a new file was more likely written by the run than read
+    # a resume reads no initial weights, and a new file was more likely written by the run than read by it
     model, maybe = _files(then.get("model"), now.get("model"), "weights", gone_is_change=False, new_is_change=False)
     return Changes(
         tuple(_truncated(data + loose)),
@@ -50,7 +50,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 
 
 def _truncated(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
+    return lines if len(lines) <= _MAX_LINES else [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more"]
 
 
 def _files(

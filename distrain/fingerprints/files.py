@@ -1,7 +1,7 @@
-"""Files by name, size and content: enough to recognise them, at a bounded cost.
+"""Fingerprints of files by name, size and content, at a bounded cost.
 
-Up to 500 files are listed one by one, each with a hash: of its whole content where that is small, else of blocks that
-are spread over it. More are listed by folder, with a hash over the names and sizes, and the content of a few of them.
+Up to 500 files are listed one by one, each with a hash: of all of a small file, or of blocks spread over a large one.
+More are listed by folder, with a hash of the names and sizes, and of the content of a few files.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import xxhash
 
 from distrain.system.output import one_line
 
-MOST_FILES = 500
+MAX_FILES = 500
 """Files that are listed one by one."""
 
-MOST_STATED = 1_000_000
-"""Files whose size is asked for; of more, the names are taken alone. So many are looked for in a folder."""
+MAX_SIZED = 1_000_000
+"""Files whose sizes are read, beyond which only names are; also the most files that are listed of one folder."""
 
-_MOST_FOLDERS, _MOST_SAMPLED = 200, 32
+_MAX_FOLDERS, _MAX_SAMPLED = 200, 32
 _BLOCK = 1 << 14
-_WHOLE_BYTES = 64 << 20
-"""What is read of all files together, where they are not read in full."""
+_MAX_BYTES = 64 << 20
+"""Bytes that are read of all files together, unless they are read in full."""
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Yield the files in and below a folder by name, without hidden ones, caches of Python's, and folders of runs."""
+    """Yield the files in and below a folder by name, without hidden ones, Python's caches, and run folders."""
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         state = os.stat(place)
@@ -41,40 +41,35 @@ def walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in sorted(names) if not name.startswith("."))
 
 
-def placed(files: Iterable[os.PathLike[str]], roots: Mapping[str, str]) -> dict[str, str]:
-    """Return files by their names below `roots`, each {path: what is put before the names}; the longest root counts."""
-    ordered = sorted(
-        ((root, root.rstrip(os.sep) + os.sep, label) for root, label in roots.items()), key=lambda r: -len(r[0])
-    )
+def labelled(files: Iterable[os.PathLike[str]], roots: Mapping[str, str]) -> dict[str, str]:
+    """Return {label: path}: a file's name below the longest of the `roots` {path: prefix} that holds it."""
+    ordered = [(root, root.rstrip(os.sep) + os.sep, roots[root]) for root in sorted(roots, key=len, reverse=True)]
     found = {}
     for file in files:
-        path = os.path.abspath(file) if not os.path.isabs(file) else os.fspath(file)
-        for root, start, label in ordered:
-            if path == root:
-                found[label + os.path.basename(path)] = path
+        path = os.fspath(file) if os.path.isabs(file) else os.path.abspath(file)
+        label = os.sep.join(path.split(os.sep)[-2:])  # outside all of them, through a link
+        for root, start, prefix in ordered:
+            if path == root or path.startswith(start):
+                label = prefix + (os.path.basename(path) if path == root else path[len(start) :])
                 break
-            if path.startswith(start):
-                found[label + path[len(start) :]] = path
-                break
-        else:  # by way of a link
-            found[os.sep.join(path.split(os.sep)[-2:])] = path
+        found[label] = path
     return found
 
 
 def listing(files: Mapping[str, str], *, full: bool) -> dict[str, Any]:
-    """Return the listing of files, given by their labels; `full` reads the whole content of each.
+    """Return the listing of files, given by their labels; `full` reads all of their content.
 
-    Few files: `files` {label: [bytes, hash] or [bytes, hash, seconds since 1970]}, the time where the hash is not of
-    the whole content. Many: `folders` {folder: [files, bytes, hash of names and sizes, newest time]} and `sampled`
-    {label: hash}.
+    Few files: `files` {label: [bytes, hash] or [bytes, hash, seconds since 1970]}, the time if the hash is not of all
+    of the content. Many: `folders` {folder: [files, bytes, hash of names and sizes, newest time]} and `sampled` {label:
+    hash}.
     """
-    files = {one_line(label): path for label, path in files.items()}  # what is stored, and shown, is plain text
+    files = {one_line(label): path for label, path in files.items()}
     labels = sorted(files)
-    if len(labels) <= MOST_FILES:
-        limit = None if full else max(4 * _BLOCK, min(16 << 20, _WHOLE_BYTES // max(1, len(labels))))
+    if len(labels) <= MAX_FILES:
+        limit = None if full else max(4 * _BLOCK, min(16 << 20, _MAX_BYTES // max(1, len(labels))))
         return {"files": {label: _file_entry(files[label], limit) for label in labels}}
-    chosen = labels[:: -(-len(labels) // _MOST_SAMPLED)]
-    stated = len(labels) <= MOST_STATED
+    chosen = labels[:: -(-len(labels) // _MAX_SAMPLED)]
+    stated = len(labels) <= MAX_SIZED
     folders: dict[str, list[Any]] = {}
     digests: dict[str, xxhash.xxh3_128] = {}
     depth = _depth(labels)
@@ -93,11 +88,8 @@ def listing(files: Mapping[str, str], *, full: bool) -> dict[str, Any]:
 
 
 def _depth(labels: list[str]) -> int:
-    """Return how many folders of each path are told apart."""
-    for depth in (3, 2, 1):
-        if len({_folder(label, depth) for label in labels}) <= _MOST_FOLDERS:
-            return depth
-    return 0
+    """Return how many levels of folders are listed."""
+    return next((n for n in (3, 2, 1) if len({_folder(label, n) for label in labels}) <= _MAX_FOLDERS), 0)
 
 
 def _folder(label: str, depth: int) -> str:
@@ -119,7 +111,7 @@ def _file_entry(path: str, limit: int | None) -> list[Any]:
 
 
 def _hash(path: str, limit: int | None) -> str:
-    """Return the hash of a file: of all of it, or of so many bytes of a larger one, from its begin to its end."""
+    """Return the hash of a file: of all of it, or of `limit` bytes spread over a larger one."""
     digest = xxhash.xxh3_128()
     try:
         with open(path, "rb", buffering=0) as file:

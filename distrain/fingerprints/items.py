@@ -1,4 +1,4 @@
-"""A few samples of a data set, to recognise it where no files are known."""
+"""A few samples of a data set, to recognise it if its files are unknown."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from distrain.datasets.base import Data, Source
 
 _ENOUGH_S = 0.5
-"""No further samples are taken after this time."""
+"""No further samples are read after this time."""
 
-_MOST_NUMBERS = 1 << 20
+_MAX_NUMBERS = 1 << 20
 
 
 def items_of(data: Data) -> dict[str, dict[str, Any]]:
-    """Return {split: {sample id: what it is}} for the first and the last sample of each split, and two between.
+    """Return {split: {sample id: fingerprint}} for the first and the last sample of each split, and two between.
 
-    A sample is as in the first epoch. Skips a sample that cannot be read, which training reports where it matters, and
-    one that differs each time it is read.
+    Samples are those of the first epoch. Skips samples that cannot be read, which training reports, and samples that
+    differ each time they are read.
     """
     from distrain.datasets.base import is_stream
 
@@ -53,15 +53,15 @@ def _item(source: Source, number: int) -> dict[str, Any] | None:
 def _value(value: Any) -> Any:
     """Return the fingerprint of a value: numbers as [shape, hash], and floats as [shape, size, projection].
 
-    The last bits of a floating-point number may differ from one machine to another. A projection onto fixed directions
-    shows other changes than those.
+    The last bits of a floating-point number may differ between machines; a projection onto fixed directions shows only
+    larger changes.
     """
     if isinstance(value, dict):
         return {str(key): _value(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_value(each) for each in value]
     if not hasattr(value, "numpy"):
-        # what other objects are shown as may hold their place in memory
+        # the repr of other objects may contain their address
         shown = repr(value) if isinstance(value, str | bytes | int | float | None) else type(value).__name__
         return xxhash.xxh3_128_hexdigest(shown.encode(errors="surrogatepass"))
     array = (value.float() if str(value.dtype) == "torch.bfloat16" else value).detach().cpu().numpy()
@@ -70,13 +70,13 @@ def _value(value: Any) -> Any:
     flat = parts.astype(np.float64).reshape(-1)
     if array.dtype.kind not in "fc" or not (np.abs(flat) < 1e100).all():
         return [shape, xxhash.xxh3_128_hexdigest(array.tobytes())]
-    flat = flat[:: -(-flat.size // _MOST_NUMBERS) or 1]
+    flat = flat[:: -(-flat.size // _MAX_NUMBERS) or 1]
     direction = np.cos(np.arange(flat.size) * 0.7390851332151607)
     return [shape, float(np.linalg.norm(flat)), float(flat @ direction)]
 
 
 def same_item(one: Any, other: Any) -> bool:
-    """Whether two values of `items_of` are of the same sample."""
+    """Whether two fingerprints of samples are of the same sample."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same_item(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):

@@ -24,7 +24,7 @@ from distrain.data import build_data
 from distrain.datasets.base import Data, DataMeta
 from distrain.fingerprints import compare, fingerprint
 from distrain.fingerprints.code import code_of
-from distrain.fingerprints.files import MOST_FILES, listing, walk
+from distrain.fingerprints.files import MAX_FILES, listing, walk
 from distrain.fingerprints.items import items_of
 from distrain.prove.trial_runs import CouldNotRun, TrialRun, TrialRunner
 from distrain.run.folder import RunDir
@@ -330,7 +330,7 @@ def test_a_file_that_is_read_in_parts(tmp_path: Path) -> None:
 
 
 def test_many_files_are_known_by_folder(tmp_path: Path) -> None:
-    for number in range(MOST_FILES + 100):
+    for number in range(MAX_FILES + 100):
         file = tmp_path / f"c{number % 3}" / f"{number}.x"
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"{number:03}")

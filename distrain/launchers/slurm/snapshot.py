@@ -24,7 +24,7 @@ from typing import Any
 
 from distrain.config import Recipe, UserError, is_object_spec
 from distrain.config.yaml import LoadedRecipe
-from distrain.fingerprints import named_objects, own_module
+from distrain.fingerprints import named_objects, user_module
 
 LARGEST_FILE = 1 << 20
 LARGEST_COPY = 64 << 20
@@ -101,7 +101,7 @@ def _named(recipe: Recipe) -> tuple[list[Path], list[Path]]:
         where = spec.rpartition(":")[0]
         if where.endswith(".py"):
             files.add(Path(os.path.abspath(where)))
-        elif (package := own_module(where.partition(".")[0])) is not None:
+        elif (package := user_module(where.partition(".")[0])) is not None:
             packages.add(package)
     return sorted(files), sorted(packages)
 
