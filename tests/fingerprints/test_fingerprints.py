@@ -290,7 +290,7 @@ def test_code_is_found_by_its_imports(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_of_much_code_the_bytes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distrain.fingerprints.code.MOST_BYTES", 10)
+    monkeypatch.setattr("distrain.fingerprints.code.MAX_BYTES", 10)
     recipe = load_recipe(write_recipe(tmp_path, f"name: r\n{own(tmp_path)}\n{REST}")).recipe
     found = [code_of(recipe)]
     (tmp_path / "net.py").write_text(NET + "# a comment\n")
