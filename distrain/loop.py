@@ -18,8 +18,7 @@ from distrain.config.yaml import load_recipe
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import given
 from distrain.optim import set_lr
-from distrain.parallel import StepFlags, World
-from distrain.parallel.strategy import Numbers
+from distrain.parallel import StepFlags, StepRecord, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import mark, stepped
 from distrain.run.lease import Lease
@@ -67,78 +66,108 @@ def train(
 def train_step(
     t: TrainContext, micro_batches: Sequence[Batch], flags: Callable[[], StepFlags] = StepFlags
 ) -> PendingMetrics:
-    """Make one optimizer step. All ranks call.
+    """Take one optimizer step: all of its mathematics, the same under every strategy. All ranks call.
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
-    on how samples are spread over them nor on how many targets each holds. `flags` returns numbers of this rank, which
-    are averaged over the ranks on the way: what ranks must agree on needs no reduction of its own. A step whose scaled
-    gradient overflows is made again with a smaller scale, from the same samples. A step that is left out changes
-    nothing but the count of steps.
+    on how samples are spread over them nor on how many targets each holds. `flags` returns what this rank tells the
+    others; their means over the ranks come with the loss. A step whose scaled gradient overflows is made again with a
+    smaller scale, from the same samples. A skipped step changes nothing but the count of steps.
     """
-    if t.anomalies is not None and (known := t.anomalies.left_out(t.step + 1)) is not None:
-        return _leave_out(t, known, flags())
+    strategy, world, scaler, anomalies = t.strategy, t.world, t.strategy.scale, t.anomalies
+    if anomalies is not None and (known := anomalies.skipped(t.step + 1)) is not None:
+        return _skip_known(t, known, flags())
     given(f"step {t.step + 1}", micro_batches)
     mark("sync")
-    set_lr(t.strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
+    set_lr(strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     loss_scale = _loss_scale(t, micro_batches)
+    clip_norm, last = t.recipe.optim.clip_norm, len(micro_batches) - 1
+    watched = anomalies is not None and anomalies.watches
+    judge = anomalies if anomalies is not None and anomalies.judges_first else None
     while True:
-        grad_scale, put_buffers_back = t.strategy.grad_scale, t.strategy.remember_buffers()
-        if (numbers := _attempt(t, micro_batches, loss_scale, flags)) is not None:
-            break
-        put_buffers_back()
-    if not t.strategy.moved:
-        put_buffers_back()
+        restore_buffers = strategy.remember_buffers() if judge is not None or scaler is not None else _nothing
+        grad_scale = scaler.scale if scaler is not None else None
+        losses: list[Tensor] = []
+        for index, batch in enumerate(micro_batches):
+            batch = to_device(batch, world)
+            seed_dropout(world, _seed(t, index))
+            with strategy.micro_batch(last=index == last):
+                mark("forward")
+                loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch)
+                loss_scale = _as_scalar(loss_scale, loss_sum)
+                losses.append(loss_sum.detach() * loss_scale)
+                if index == last:
+                    loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
+                    agree = strategy.agree_async(loss, flags())
+                mark("backward")
+                scale = loss_scale if grad_scale is None else loss_scale * grad_scale
+                strategy.backward(loss_sum, scale, last=index == last)
+        mark("optimizer")
+        record = agree()
+        t.local = LocalStepResult(losses, [each["ids"] for each in micro_batches])
+        norm: Tensor | None = None
+        if watched or grad_scale is not None or clip_norm is not None:
+            norm = strategy.grad_norm(record, same_bits=watched)
+            norm = norm if grad_scale is None else norm / grad_scale
+        read, taken = record.to_host_async(world, norm), True
+        if judge is not None or scaler is not None:
+            agreed_loss, agreed_norm, _ = read()  # here alone the host waits for the device
+            if scaler is not None and scaler.overflows(agreed_norm, agreed_loss if judge is not None else None):
+                strategy.skip()
+                restore_buffers()
+                continue
+            taken = judge is None or judge.may_step(t.step + 1, agreed_loss, agreed_norm, t.local)
+        if taken:
+            strategy.apply(_coefficient(norm, clip_norm, grad_scale))
+            if t.state.ema is not None:
+                t.state.ema.update()
+        else:
+            strategy.skip()
+            restore_buffers()
+        if scaler is not None:
+            scaler.end_step(taken=taken)
+        break
     t.step += 1
     stepped(t.step)
-    return PendingMetrics(t.step, numbers, grad_scale, t.own)
+    return PendingMetrics(t.step, read, grad_scale, t.local)
 
 
-def _leave_out(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetrics:
-    """Count a step without making it; what the ranks tell each other with each step, they tell."""
-    means = list(flags)
-    read = lambda: means  # noqa: E731
-    if t.world.world_size > 1:
-        read = t.world.to_host_async(t.world.sum(t.world.pack_metrics(torch.zeros(()), flags))[1:] / t.world.world_size)
+def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
+    """Return what unscales and clips a gradient of this norm (0-d, unscaled); None where there is nothing to do."""
+    if norm is None or (clip_norm is None and grad_scale is None):
+        return None
+    unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
+    return torch.full_like(norm, unscale) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0) * unscale
+
+
+def _skip_known(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetrics:
+    """Count a step without making it; the ranks still agree on their flags."""
+    record = StepRecord.reduce_async(t.world, torch.zeros((), device=t.world.device), flags)()
+    read = record.to_host_async(t.world, None)
     t.step += 1
     stepped(t.step)
-    return PendingMetrics(t.step, lambda: (known.norm, [known.loss, *read()]), t.strategy.grad_scale)
+    return PendingMetrics(t.step, lambda: (known.loss, known.norm, read()[2]), t.strategy.grad_scale)
 
 
 def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tensor:
-    """Return what the sum of losses of a rank is multiplied by."""
-    # ranks' gradients are averaged on the way, and this is to be a sum: hence the world's size above the count
+    """Return what the sum of a rank's losses is multiplied by: 1 / count over all ranks, times their number."""
+    # gradients are averaged over the ranks, and the sum is wanted: hence the world size above the count
     if t.loss.count_is_fixed:
         return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
     counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
     return t.world.world_size / t.world.sum(counts.to(t.world.device, torch.float64))
 
 
+def _as_scalar(value: float | Tensor, loss_sum: Tensor) -> Tensor:
+    """Return the value as a tensor (0-d) like the loss."""
+    if not isinstance(value, Tensor):
+        # a fill: for a copy to a device the host would wait
+        value = torch.full((), value, dtype=loss_sum.dtype, device=loss_sum.device)
+    return value.to(loss_sum.dtype)
+
+
 def _seed(t: TrainContext, index: int) -> int:
     return mix(t.recipe.seed, "dropout", t.step, t.world.mesh.data_rank, index)
 
 
-def _attempt(
-    t: TrainContext, micro_batches: Sequence[Batch], loss_scale: float | Tensor, flags: Callable[[], StepFlags]
-) -> Numbers | None:
-    strategy, last = t.strategy, len(micro_batches) - 1
-    losses: list[Tensor] = []
-    for index, batch in enumerate(micro_batches):
-        batch = to_device(batch, t.world)
-        seed_dropout(t.world, _seed(t, index))
-        with strategy.micro_batch(last=index == last):
-            mark("forward")
-            loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch)
-            # handed to the backward pass: multiplied in, it would be one more operation to go back through
-            if not isinstance(loss_scale, Tensor):
-                # a fill: for a copy to a device the host would wait
-                loss_scale = torch.full((), loss_scale, dtype=loss_sum.dtype, device=loss_sum.device)
-            loss_scale = loss_scale.to(loss_sum.dtype)
-            losses.append(loss_sum.detach() * loss_scale)
-            mark("backward")
-            if index < last:
-                strategy.backward(loss_sum, loss_scale)
-                continue
-            loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
-            t.own = LocalStepResult(losses, [each["ids"] for each in micro_batches])
-            return strategy.step(loss_sum, loss_scale, loss, flags())
-    raise AssertionError("a step has at least one micro-batch")
+def _nothing() -> None:
+    """Restore nothing: the step is taken, whatever comes of it."""

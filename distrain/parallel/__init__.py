@@ -12,6 +12,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     precision.py            the precision of the forward pass, and loss scaling
     determinism.py          `train.deterministic`
     strategy.py             `Strategy`: what every strategy is to the loop
+    step_record.py          `StepRecord`: what the ranks agree on in each step
     ddp.py                  one process, and DistributedDataParallel
     fsdp2.py                FSDP2: rows of each parameter
     zero.py                 ZeRO-1, 2 and 3: equal flat parts
@@ -35,8 +36,9 @@ from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.state import TrainingState, load_weights
+from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.stored import check_fit, fill
-from distrain.parallel.strategy import BuildSpec, StepFlags, Strategy, with_arithmetic
+from distrain.parallel.strategy import BuildSpec, Strategy, with_arithmetic
 from distrain.parallel.strategy_spec import (
     StrategyHint,
     StrategySpec,
@@ -56,6 +58,7 @@ __all__ = [
     "Mesh",
     "SourcedValue",
     "StepFlags",
+    "StepRecord",
     "Strategy",
     "StrategyHint",
     "StrategySpec",

@@ -88,6 +88,20 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def sum_async(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum `values` over all ranks, in place; returns a function that waits for the sum and returns it.
+
+        On a GPU the device waits, and not the host.
+        """
+        work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return values
+
+        return wait
+
     def pack_metrics(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
         """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
         on_gpu = self.device.type == "cuda"
@@ -96,12 +110,13 @@ class World:
         numbers[0] = loss
         return numbers
 
-    def to_host_async(self, values: Tensor) -> Callable[[], list[float]]:
-        """Return a function that reads `values` (k,); called a step later, it does not wait for the device."""
-        if values.device.type == "cpu":
-            return values.tolist
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
+    def to_host_async(self, *values: Tensor) -> Callable[[], list[float]]:
+        """Return a function that reads all `values` (each 1-D); a step later it does not wait for the device."""
+        if values[0].device.type == "cpu":
+            return lambda: [number for each in values for number in each.tolist()]
+        together = torch.cat(values)
+        host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+        host.copy_(together, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
 

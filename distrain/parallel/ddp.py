@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,10 +15,9 @@ from distrain.optim import sparse_layers
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
+from distrain.parallel.step_record import FIELDS, StepFlags, StepRecord
 from distrain.parallel.strategy import (
     BuildSpec,
-    Numbers,
-    StepFlags,
     Strategy,
     did_not_take_effect,
     make_ema,
@@ -30,17 +29,15 @@ from distrain.parallel.strategy import (
     travels,
     with_arithmetic,
 )
-from distrain.run.heartbeat import mark
 
 
 class DDPStrategy(Strategy):
     """Every rank holds the whole state; DDP averages the gradients where there are several.
 
-    Among several processes a first micro-batch is rehearsed forward and backward, after which gradients and buffers
-    are as before, for two reasons. Parameters that get no gradient must be known before wrapping. And DDP lays its
-    buckets out anew after its first backward pass, which changes the order in which more than two ranks are summed:
-    without a rehearsal the first step after a resume would differ in its last bits from the same step of an
-    uninterrupted run.
+    Among several processes a dry run takes a first micro-batch forward and backward and restores gradients and buffers,
+    for two reasons. Parameters that get no gradient must be known before wrapping. And DDP lays out its buckets anew
+    after its first backward pass, which changes the order in which more than two ranks are summed: without a dry run
+    the first step after a resume would differ in its last bits from the same step of an uninterrupted run.
     """
 
     def __init__(self, world: World, plan: BuildSpec):
@@ -57,6 +54,9 @@ class DDPStrategy(Strategy):
         self._all_reached = False
         """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
         self._reached: set[Tensor] = set()
+        self._carrier: _Carrier | None = None
+        self._carried: Tensor | None = None
+        """What goes backward beside the loss, to bring the ranks' numbers with the gradients."""
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
         self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), carry=plan.carry)
@@ -85,10 +85,16 @@ class DDPStrategy(Strategy):
         # their dtypes do not travel with DDP's, and all ranks have the same ones already
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(carrier, frozen)
         wrapped = world.accelerator.prepare_model(carrier)
-        if world.world_size > 2 and isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            return wrapped  # `check` says so
+        self._carrier = carrier
+        if world.world_size > 2:
             with restored(model):
-                value = plan.loss_sum(wrapped, 0)
-                self._backward(wrapped, value, torch.ones_like(value), value.detach(), StepFlags())
+                loss_sum = plan.loss_sum(wrapped, 0)
+                agree = self.agree_async(loss_sum.detach(), StepFlags())
+                self.backward(loss_sum, torch.ones_like(loss_sum), last=True)
+                agree()
+            self._gradients = None
         return wrapped
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -99,66 +105,51 @@ class DDPStrategy(Strategy):
         self._first = last
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
-    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
-        loss_sum.backward(self._scaled(loss_scale))
+    def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        carrier = self._carrier
+        if carrier is None or carrier.numbers is None:
+            return StepRecord.reduce_async(self.world, loss, flags)
+        numbers = self.world.pack_metrics(loss, flags).to(carrier.numbers.dtype)
+        self._carried = torch.dot(carrier.numbers, numbers)
 
-    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
-        means = self._backward(self.wrapped, loss_sum, self._scaled(loss_scale), loss, flags)
-        mark("optimizer")
-        self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
-        gradients: list[Tensor] = []
-        norm = coefficient = None
-        if self.watched or self.scale is not None or self.clip_norm is not None:
-            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-        if self.scale is not None:
-            assert norm is not None
-            norm = norm / self.scale.scale
-            coefficient = self._coefficient(norm)  # of the scale that these gradients have
-        if self.watched and norm is not None and self.world.world_size > 1:
-            dist.broadcast(norm, src=0)  # its last bits may be others on another kind of GPU, and the verdict may not
-        verdict = self._verdict(norm, lambda: means()[0])
-        if verdict:
-            if coefficient is not None:
-                torch._foreach_mul_(gradients, coefficient)
-            elif self.clip_norm is not None:
-                assert norm is not None
-                nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, norm)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if verdict is None:
-            return None
-        if verdict and self.state.ema is not None:
-            self.state.ema.update()
-        if norm is None:
-            return lambda: (0.0, means())
-        read = self.world.to_host_async(norm.reshape(1))
-        return lambda: (read()[0], means())
-
-    def _backward(
-        self, wrapped: nn.Module, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]
-    ) -> Callable[[], list[float]]:
-        """Go backward; returns a function that reads the means of loss and flags."""
-        world = self.world
-        if world.world_size == 1:
-            loss_sum.backward(loss_scale)
-            read = world.to_host_async(loss.reshape(1))
-            return lambda: [*read(), *flags]
-        numbers = world.pack_metrics(loss, flags)
-        carrier = wrapped.module
-        if isinstance(carrier, _Carrier) and carrier.numbers is not None:
-            carried = torch.dot(carrier.numbers, numbers.to(carrier.numbers.dtype))
-            torch.autograd.backward((loss_sum, carried), (loss_scale, torch.ones_like(carried)))
-            self._complete()
+        def arrived() -> StepRecord:
+            assert carrier.numbers is not None
             means, carrier.numbers.grad = carrier.numbers.grad, None
-            assert means is not None
-            return world.to_host_async(means.clone())  # the gradient is a view of DDP's buffer
-        loss_sum.backward(loss_scale)
-        self._complete()
-        return world.to_host_async(world.sum(numbers) / world.world_size)
+            assert means is not None, "the last backward pass has brought it"
+            return StepRecord(means.clone())  # the gradient is a view of DDP's buffer
+
+        return arrived
+
+    def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
+        if self._carried is None:
+            loss_sum.backward(scale)
+        else:
+            carried, self._carried = self._carried, None
+            torch.autograd.backward((loss_sum, carried), (scale, torch.ones_like(carried)))
+        if last:
+            self._complete()
+            self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
+
+    def grad_norm(self, record: StepRecord, *, same_bits: bool) -> Tensor:
+        if self._has_sparse_gradient:
+            raise UserError(
+                "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
+                "have the model compute it with sparse=False"
+            )
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
+        if same_bits and self.world.world_size > 1:
+            dist.broadcast(norm, src=0)  # its last bits may differ on another kind of GPU
+        return norm
+
+    def apply(self, coefficient: Tensor | None) -> None:
+        if coefficient is not None:
+            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+            torch._foreach_mul_(gradients, coefficient)
+        self.optimizer.step()
+        self.skip()
 
     def _complete(self) -> None:
-        """Give DDP what it still waits for on this rank; what no rank has used is left without a gradient.
+        """Give DDP the gradients that it still waits for on this rank; what no rank has used keeps none.
 
         DDP was told that each gradient comes with each step, because that was so with the first batch. A gradient that
         does not come after all is negative zero: a sum is that only where every rank gives it, so the ranks that miss a
@@ -207,8 +198,9 @@ class DDPStrategy(Strategy):
 class _Carrier(nn.Module):
     """A model, beside it a parameter that is never trained: its gradient carries numbers from rank to rank.
 
-    DDP averages gradients over the ranks in a few large reductions. A handful of numbers among them costs nothing,
-    while a reduction of their own costs a small model's step half as much again.
+    DDP averages gradients over the ranks in a few large reductions, and a handful of numbers among them costs nothing.
+    A reduction of their own costs a small model's step a fifth more, also where it runs beside the backward pass:
+    benchmarks/agreement.py saw 1.22 times the time (quartiles 0.94 to 1.55), and 1.28 times where it follows that pass.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None):
@@ -216,7 +208,7 @@ class _Carrier(nn.Module):
         super().__init__()
         # in a module of its own in any case: what is prepared already, Accelerate returns without wrapping it in DDP
         self.model = model
-        self.numbers = nn.Parameter(torch.zeros(1 + len(StepFlags._fields), dtype=dtype)) if dtype is not None else None
+        self.numbers = nn.Parameter(torch.zeros(FIELDS, dtype=dtype)) if dtype is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

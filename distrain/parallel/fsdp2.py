@@ -7,7 +7,7 @@ once they have been reduced within each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -25,9 +25,9 @@ from distrain.parallel.collective_forward import Lockstep
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
+from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.strategy import (
     BuildSpec,
-    Numbers,
     Strategy,
     buffers_to,
     did_not_take_effect,
@@ -37,7 +37,6 @@ from distrain.parallel.strategy import (
     square_of,
     with_arithmetic,
 )
-from distrain.run.heartbeat import mark
 
 
 class FSDP2Strategy(Strategy):
@@ -76,6 +75,10 @@ class FSDP2Strategy(Strategy):
         """The parameters that were given zeros in this micro-batch."""
         self._given: set[Tensor] = set()
         """Those that had a gradient in it, maybe after the zeros: one used twice has it with the last of its uses."""
+        self._not_used: list[int] = []
+        """Of the trained parameters, those that this rank has not used in the step."""
+        self._local_gradients: tuple[list[Tensor], list[Tensor]] = [], []
+        """This rank's part of the gradient: of the parameters that are sharded, and of those that are not."""
         self._lockstep = Lockstep(world, model)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._reduce_all()
@@ -113,55 +116,48 @@ class FSDP2Strategy(Strategy):
                 unit.set_requires_all_reduce(last, recurse=False)
         return super().micro_batch(last)
 
-    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
+    def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        def agree() -> StepRecord:
+            gradients, own = self._local_gradients
+            # over all ranks: so that replicas of what is sharded count once together, and so do those of what is not
+            square = square_of(gradients) / self.world.mesh.replicas
+            square = square + (square_of(own) / self.world.world_size if own else 0.0)
+            trained, missed = (*self._sharded, *self._replicated), self._not_used
+            record = StepRecord.reduce(self.world, loss, flags, square, self._used(len(trained), missed))
+            if missed:
+                assert record.used is not None
+                counts = record.used.tolist()
+                for place in missed:
+                    if not counts[place]:
+                        trained[place].grad = None
+            return record
+
+        return agree
+
+    def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
-        loss_sum.backward(self._scaled(loss_scale))
+        loss_sum.backward(scale)
         self._lockstep.end()
         for parameter in self._filled - self._given:
             self._missed[parameter] = self._missed.get(parameter, 0) + 1
         self._filled.clear()
         self._given.clear()
         self._passes += 1
+        if last:
+            self._not_used = self._complete()
+            sharded = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
+            self._local_gradients = sharded, [p.grad for p in self._replicated if p.grad is not None]
+            self._note_gradients(each for kind in self._local_gradients for each in kind)
 
-    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
-        world = self.world
-        self.backward(loss_sum, loss_scale)
-        mark("optimizer")
-        missed = self._complete()
-        gradients = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
-        own = [p.grad for p in self._replicated if p.grad is not None]
-        self._note_gradients([*gradients, *own])
-        used = self._used(len(self._sharded) + len(self._replicated), missed)
-        # the norm and what the ranks tell each other, in one reduction: over all ranks, so that the replicas of what
-        # is sharded count once together, and so do those of what is not
-        square = square_of(gradients) / world.mesh.replicas + (square_of(own) / world.world_size if own else 0.0)
-        numbers = torch.cat((square.to(world.device).reshape(1), world.pack_metrics(loss, flags), used))
-        world.sum(numbers)
-        if missed:
-            trained, counts = (*self._sharded, *self._replicated), numbers[-len(used) :].tolist()
-            for place in missed:
-                if not counts[place]:
-                    trained[place].grad = None
-        unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
-        norm = numbers[0].sqrt() * unscale
-        coefficient = self._coefficient(norm)
-        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
-        if verdict:
-            if coefficient is not None:
-                _multiply([*gradients, *own], coefficient)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if verdict is None:
-            return None
-        if verdict and self.state.ema is not None:
-            self.state.ema.update()
-        read = world.to_host_async(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
+    def apply(self, coefficient: Tensor | None) -> None:
+        if coefficient is not None:
+            _multiply([each for kind in self._local_gradients for each in kind], coefficient)
+        self.optimizer.step()
+        self.skip()
 
-        def split() -> tuple[float, list[float]]:
-            norm, *means = read()
-            return (norm if self.watched or self.clip_norm is not None or self.scale is not None else 0.0), means
-
-        return split
+    def skip(self) -> None:
+        super().skip()
+        self._local_gradients = [], []
 
     def _complete(self) -> list[int]:
         """Average what is not sharded over the ranks; returns which trained parameters this rank has not used.

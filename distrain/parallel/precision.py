@@ -242,18 +242,47 @@ _LARGEST = torch.finfo(torch.float32).max
 class LossScale:
     """What the loss is multiplied by under fp16, whose smallest numbers are too large for most gradients.
 
-    It starts at 65536, doubles after 2000 steps in a row whose gradients were finite, and halves with each whose were
-    not, which is left out: the rule of torch.amp.GradScaler, here for every strategy, since each has a scaler of its
-    own with other numbers. All ranks call `update` with the same answer, so it is the same on all of them.
+    It starts at 65536, doubles after 2000 steps in a row whose gradients were finite, and halves with each gradient
+    that was not, whose step is made again: the rule of torch.amp.GradScaler, here for every strategy, since each has a
+    scaler of its own with other numbers. All ranks call its methods with the same answers, so it is the same on all.
     """
 
     def __init__(self, scale: float = 65536.0, good_steps: int = 0):
         self.scale = scale
         self.good_steps = good_steps
         """Steps since the scale has last changed."""
+        self.grows_after = _GROWS_AFTER
+        self._before: dict[str, float | int] | None = None
+        """The state at the start of a step whose gradient has overflowed."""
+
+    def overflows(self, norm: float, loss: float | None) -> bool:
+        """Return whether to make the step again with the scale that is now smaller, as its gradient is not finite.
+
+        `norm` is that of the gradient. Where `loss` is given, somebody judges what is not finite at any scale: then
+        False is returned for a loss that is not finite, or a scale that has become too small to be the reason.
+        Otherwise such a scale raises UserError.
+        """
+        if math.isfinite(norm) or (loss is not None and not math.isfinite(loss)):
+            return False
+        self._before = self._before or self.state()
+        try:
+            self.update(True)
+        except UserError:
+            if loss is None:
+                raise
+            return False
+        return True
+
+    def end_step(self, *, taken: bool) -> None:
+        """Count a step that was taken; restore the scale of the start of one that was skipped."""
+        if taken:
+            self.update(False)
+        elif self._before is not None:
+            self.load(self._before)
+        self._before = None
 
     def update(self, overflow: bool) -> None:
-        """Take note of a step: `overflow` says whether its gradients were not all finite, on any rank.
+        """Halve the scale on an `overflow`, on any rank; otherwise count the step, and double it after enough of them.
 
         Raises UserError when the scale has become so small that it cannot be the reason.
         """
@@ -267,7 +296,7 @@ class LossScale:
                 )
             return
         self.good_steps += 1
-        if self.good_steps >= _GROWS_AFTER:
+        if self.good_steps >= self.grows_after:
             self.scale, self.good_steps = (self.scale * 2 if self.scale * 2 <= _LARGEST else self.scale), 0
 
     def state(self) -> dict[str, float | int]:
@@ -275,7 +304,7 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned. Raises UserError for numbers that it never returns."""
+        """Resume from what `state` returned. Raises UserError for numbers that it never returns."""
         scale, good_steps = state.get("scale"), state.get("good_steps")
         if not (
             isinstance(scale, int | float)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import accelerate
 import torch
@@ -27,27 +27,7 @@ from distrain.parallel.contents import modules_with_extra_state, remember_extra_
 from distrain.parallel.precision import LossScale
 from distrain.parallel.shards import Shard
 from distrain.parallel.state import Carry, TrainingState
-
-
-class StepFlags(NamedTuple):
-    """What each rank tells the others with every step. All get the means over the ranks."""
-
-    stop: float = 0.0
-    """1: it was asked to stop."""
-    save: float = 0.0
-    """1: a checkpoint is due by the time."""
-    written: float = 0.0
-    """1: its part of the checkpoint under way is written."""
-    callbacks: float = 0.0
-    """1: a callback failed or asks for something."""
-
-
-Numbers = Callable[[], tuple[float, list[float]]]
-"""Reads the norm of a step's gradient (0 where nothing needed it), and the means of its loss and flags."""
-
-Guard = Callable[[float, float], bool]
-"""Is given a step's loss and the norm of its gradient, before the optimizer moves and the same numbers on all ranks;
-returns, alike on all ranks, whether it may."""
+from distrain.parallel.step_record import StepFlags, StepRecord
 
 
 @dataclass(frozen=True)
@@ -93,17 +73,12 @@ class Strategy(ABC):
         self.world = world
         self.clip_norm = plan.clip_norm
         self.accumulation = plan.accumulation
-        self.scale = LossScale() if world.arithmetic.scaled else None
-        self.watched = False
-        """Whether the norm of the gradient is told of each step, also where nothing else needs it."""
-        self.guard: Guard | None = None
-        self.moved = True
-        """Whether the last step moved the optimizer; otherwise the guard was against it, and nothing has changed."""
-        self._scale_before: dict[str, float | int] | None = None
+        self.scale: LossScale | None = LossScale() if world.arithmetic.scaled else None
         self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
         self._extra: dict[str, nn.Module] = {}
         self._gradients: dict[str, int] | None = None
         """Bytes by dtype."""
+        self._has_sparse_gradient = False
         self._first = True
         self._all_used: Tensor | None = None
 
@@ -123,81 +98,53 @@ class Strategy(ABC):
             share_tensors(list(self.model.buffers()))
 
     @abstractmethod
-    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
-        """Go backward from `loss_scale * loss_sum` (both 0-d) with a micro-batch that is not the last of its step."""
+    def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        """Begin to agree on a step: this rank's `loss` (0-d) and `flags`, and what the strategy adds to them.
+
+        Call it before the backward pass of the last micro-batch, beside which the reduction runs where it can, and the
+        function that it returns after that: the gradient is then whole. Raises UserError where no rank has used a
+        parameter that the strategy cannot pass over.
+        """
 
     @abstractmethod
-    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
-        """Go backward with the last micro-batch and take the optimizer's step, with a gradient averaged over the ranks.
+    def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `scale * loss_sum` (both 0-d); average it over the ranks with the `last` one."""
 
-        On the way the means over the ranks of `loss` (0-d) and of the `flags` are taken. Returns None where the
-        gradient overflowed and nothing was changed but the loss scale: the step is then to be made again. Where the
-        guard is against it, no weight and nothing of the optimizer's state changes, and `moved` is False.
+    def grad_norm(self, record: StepRecord, *, same_bits: bool) -> Tensor:
+        """Return the norm (0-d, on the device) of the whole gradient, of all shards.
+
+        `same_bits`: whether ranks act on it, so that it must be the same on all of them to the last bit.
         """
+        assert record.square is not None, "a strategy that shards nothing has its own"
+        return record.square.sqrt()
 
-    def watch(self, guard: Guard | None) -> None:
-        """Tell the norm of each step's gradient, and ask `guard` before each step, for which the host then waits.
+    @abstractmethod
+    def apply(self, coefficient: Tensor | None) -> None:
+        """Multiply the gradient by `coefficient` (0-d; None leaves it), let the optimizer step, drop the gradient."""
 
-        Under a scaled loss there must be a guard: what is not finite at any scale is then left to it.
-        """
-        assert guard is not None or self.scale is None, "a gradient that overflows cannot be told from an anomaly later"
-        self.watched, self.guard = True, guard
+    def skip(self) -> None:
+        """Drop the gradient, and change neither weights nor the optimizer's state."""
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def _verdict(self, norm: Tensor | None, loss: Callable[[], float]) -> bool | None:
-        """Return whether the optimizer steps, the same on all ranks; None where the step is to be made again.
-
-        `norm` (0-d, unscaled) and `loss` are the same on all ranks. Waits for the device where there is a guard, or the
-        loss is scaled.
-        """
-        if self.guard is None:
-            return None if norm is not None and self._overflowed(norm) else True
-        assert norm is not None, "it is told where there is a guard"
-        value, agreed = norm.item(), loss()
-        if self.scale is not None and math.isfinite(agreed) and not math.isfinite(value):
-            self._scale_before = self._scale_before or self.scale.state()
-            try:
-                self.scale.update(True)
-            except UserError:  # it is not the scale's fault
-                pass
-            else:
-                return None
-        self.moved = self.guard(agreed, value)
-        if self.scale is not None:
-            if self.moved:
-                self.scale.update(False)
-            elif self._scale_before is not None:
-                self.scale.load(self._scale_before)
-        self._scale_before = None
-        return self.moved
+    def remember_buffers(self) -> Callable[[], None]:
+        """Return a function that restores buffers and extra state as they are now: for a step that is not taken."""
+        if self._buffers is None:
+            self._buffers = buffer_slots(self.model)
+            self._extra = modules_with_extra_state(self.model)
+        return _remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
 
     @property
     def grad_scale(self) -> float | None:
         """What the next step's loss is multiplied by; None where it is not scaled."""
         return None if self.scale is None else self.scale.scale
 
-    def remember_buffers(self) -> Callable[[], None]:
-        """Return what gives buffers and extra state back what they hold now, for a step that is made again or left out.
-
-        Nothing is kept where every step is taken.
-        """
-        if self.scale is None and self.guard is None:
-            return lambda: None
-        if self._buffers is None:
-            self._buffers = buffer_slots(self.model)
-            self._extra = modules_with_extra_state(self.model)
-        return _remembering([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
-
     def _note_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Note what this rank holds of a step's gradients, once, to be told in `effect`."""
+        """Record once what this rank holds of a step's gradients, for `effect`."""
         if self._gradients is None:
             self._gradients = {}
             for each in gradients:
-                if each.layout is not torch.strided and (self.watched or self.scale is not None or self.clip_norm):
-                    raise UserError(
-                        "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
-                        "have the model compute it with sparse=False"
-                    )
-                name = str(each.dtype).removeprefix("torch.")
+                self._has_sparse_gradient |= each.layout is not torch.strided
+                name = dtype_name(each.dtype)
                 self._gradients[name] = self._gradients.get(name, 0) + each.numel() * each.element_size()
 
     def _used(self, count: int, missed: Sequence[int]) -> Tensor:
@@ -213,24 +160,6 @@ class Strategy(ABC):
         used = self._all_used.clone()
         used[list(missed)] = 0
         return used
-
-    def _scaled(self, loss_scale: Tensor) -> Tensor:
-        return loss_scale if self.scale is None else loss_scale * self.scale.scale
-
-    def _coefficient(self, norm: Tensor) -> Tensor | None:
-        """Return what gradients of this `norm` (0-d, unscaled) are multiplied by; None where they are left as are."""
-        unscale = 1.0 if self.scale is None else 1.0 / self.scale.scale
-        if self.clip_norm is None:
-            return None if self.scale is None else torch.as_tensor(unscale, device=norm.device)
-        return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) * unscale
-
-    def _overflowed(self, norm: Tensor) -> bool:
-        """Take note of whether a scaled gradient is finite; waits for the device, as any loss scaling does."""
-        if self.scale is None:
-            return False
-        overflow = not math.isfinite(norm.item())
-        self.scale.update(overflow)
-        return overflow
 
     # ----------------------------------------------------------------------------------------------------------------
     # Its state
@@ -517,9 +446,7 @@ def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]
     return [(module._buffers, key) for module in model.modules() for key in module._buffers]
 
 
-def _remembering(
-    slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]
-) -> Callable[[], None]:
+def _remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Return what gives buffers and extra state back what they are now."""
     kept = [(buffers, key, each.clone() if (each := buffers[key]) is not None else None) for buffers, key in slots]
     put_extra_back = remember_extra_state(extra)
@@ -542,7 +469,7 @@ class restored(AbstractContextManager[None]):
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._put_back = _remembering(buffer_slots(model), modules_with_extra_state(model))
+        self._put_back = _remember(buffer_slots(model), modules_with_extra_state(model))
 
     def __exit__(self, *exception: object) -> None:
         self._put_back()

@@ -6,8 +6,9 @@ and the arithmetic of the forward pass is put around the model as under every ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -29,9 +30,9 @@ from distrain.parallel.comm import World
 from distrain.parallel.optimizer_state import group_names
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
+from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.strategy import (
     BuildSpec,
-    Numbers,
     Strategy,
     buffers_to,
     did_not_take_effect,
@@ -44,7 +45,6 @@ from distrain.parallel.strategy import (
     with_arithmetic,
 )
 from distrain.parallel.unused_parameters import unused_parameters
-from distrain.run.heartbeat import mark
 
 
 class ZeROStrategy(Strategy):
@@ -64,11 +64,16 @@ class ZeROStrategy(Strategy):
         self._reached: set[int] = set()
         """Of the trained parameters, those that a micro-batch of this step has used on this rank."""
         self._order: list[nn.Parameter] = []
+        self._coefficient: Tensor | None = None
+        """What the gradients of the step under way are multiplied by."""
+        self._refused = False
+        """Whether DeepSpeed is to drop the gradient instead of stepping."""
         self.model, optimizer = self._build(plan)
         groups = group_names(self.model, optimizer)
         self._prepare(plan, optimizer)
         self._zero: Any = self.wrapped.optimizer
         self._reduce_in_order()
+        self._take_over_clipping()
         self._lockstep = Lockstep(world, self.model) if self.stage == 3 else None
         if self._lockstep is not None:
             self._fetch_in_lockstep(self._lockstep)
@@ -214,7 +219,7 @@ class ZeROStrategy(Strategy):
         config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
         config["gradient_accumulation_steps"] = plan.accumulation
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
-        config["gradient_clipping"] = plan.clip_norm or 0.0
+        config["gradient_clipping"] = 0.0  # `apply` is given the coefficient
         config["zero_optimization"] |= _sizes(self.stage, self.model)
         with _without_broadcast(), _with_own_adagrad(self.stage):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
@@ -245,80 +250,61 @@ class ZeROStrategy(Strategy):
         compiled = self.model._compiled_call_impl is not None
         return context if self.stage < 3 or compiled else _thrifty_linear()
 
-    def backward(self, loss_sum: Tensor, loss_scale: Tensor) -> None:
-        self._backward(loss_sum, loss_scale, last=False)
+    def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        def agree() -> StepRecord:
+            missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
+            self._reached.clear()
+            square, used = square_of(self._own_gradients()), self._used(len(self._trained), missed)
+            record = StepRecord.reduce(self.world, loss, flags, square, used)
+            if missed:
+                assert record.used is not None
+                counts, names = record.used.tolist(), list(self._trained.values())
+                if unused := [names[place] for place in missed if not counts[place]]:
+                    raise no_gradient(unused, self.world)
+            return record
 
-    def _backward(self, loss_sum: Tensor, loss_scale: Tensor, *, last: bool) -> None:
-        if self.scale is not None:
-            # its own scaler changes the scale before it takes it out of the gradients
-            self._zero.override_loss_scale(self.scale.scale)
+        return agree
+
+    def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         self.wrapped.set_gradient_accumulation_boundary(last)
-        self.wrapped.backward(loss_sum * loss_scale, scale_wrt_gas=False)
+        self.wrapped.backward(loss_sum * scale, scale_wrt_gas=False)
         if self._lockstep is not None:
             self._lockstep.end()
+        if last:
+            self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
 
-    def step(self, loss_sum: Tensor, loss_scale: Tensor, loss: Tensor, flags: Sequence[float]) -> Numbers | None:
-        world = self.world
-        self._backward(loss_sum, loss_scale, last=True)
-        mark("optimizer")
-        missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
-        self._reached.clear()
-        self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
-        used = self._used(len(self._trained), missed)
-        if self.watched:
-            return self._watched_step(loss, flags, used, missed)
-        numbers = world.sum(torch.cat((world.pack_metrics(loss, flags), used)))
-        self._check_used(numbers, missed)
+    def apply(self, coefficient: Tensor | None) -> None:
+        self._coefficient = coefficient
         self.wrapped.step()
-        overflowed = not self.wrapped.was_step_applied()
-        if self.scale is not None:
-            self.scale.update(overflowed)
-            if overflowed:
-                return None
-        means = world.to_host_async(numbers[: -len(used)] / world.world_size)
-        if overflowed:  # unscaled gradients that are not finite: for the loop to report
-            return lambda: (float("nan"), means())
-        if self.state.ema is not None:
-            self.state.ema.update()
-        if self.clip_norm is None and self.scale is None:
-            return lambda: (0.0, means())
-        norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), dtype=torch.float64, device=world.device)
-        read = world.to_host_async(norm.reshape(1))
-        return lambda: (read()[0], means())
+        assert self.wrapped.was_step_applied()
 
-    def _check_used(self, numbers: Tensor, missed: Sequence[int]) -> None:
-        """Raise UserError where no rank has used a parameter; waits for the device where this rank has not used one."""
-        if missed:
-            counts, names = numbers[-len(self._trained) :].tolist(), list(self._trained.values())
-            if unused := [names[place] for place in missed if not counts[place]]:
-                raise no_gradient(unused, self.world)
+    def skip(self) -> None:
+        self._refused = True
+        self.wrapped.step()
+        self._refused = False
+        assert not self.wrapped.was_step_applied(), "DeepSpeed took a step that was to be skipped"
 
-    def _watched_step(
-        self, loss: Tensor, flags: Sequence[float], used: Tensor, missed: Sequence[int]
-    ) -> Numbers | None:
-        """Take the optimizer's step with gradients whose norm is looked at first: DeepSpeed's own comes too late."""
-        world = self.world
-        square = square_of(self._own_gradients()).to(world.device)
-        numbers = world.sum(torch.cat((square.reshape(1), world.pack_metrics(loss, flags), used)))
-        self._check_used(numbers, missed)
-        norm = numbers[0].sqrt() * (1.0 if self.scale is None else 1.0 / self.scale.scale)
-        verdict = self._verdict(norm, lambda: (numbers[1] / world.world_size).item())
-        with nullcontext() if verdict else self._refusing():
-            self.wrapped.step()
-        if verdict is None:
-            return None
-        read = world.to_host_async(torch.cat((norm.reshape(1), numbers[1 : -len(used)] / world.world_size)))
-        applied = self.wrapped.was_step_applied()
-        assert verdict or not applied, "DeepSpeed took a step that was to be left out"
-        if applied and self.state.ema is not None:
-            self.state.ema.update()
+    def _take_over_clipping(self) -> None:
+        """Have DeepSpeed multiply gradients by what `apply` is given, and take no norm of its own.
 
-        def split() -> tuple[float, list[float]]:
-            norm, *means = read()
-            # one that overflows in fp32 is infinite to DeepSpeed, which has then left the step out by itself
-            return (norm if applied or not verdict else float("inf")), means
+        Its own norm costs a reduction for each group, and the host waits for it. To a norm that is infinite it answers
+        by dropping the gradient and leaving the rest as it was.
+        """
+        zero = self._zero
 
-        return split
+        def norm() -> float:
+            return math.inf if self._refused else 0.0
+
+        def multiply(which: Any, _norm: Any) -> None:
+            if self._coefficient is not None:
+                for gradient in which if self.stage < 3 else [zero.fp32_partitioned_groups_flat[which].grad]:
+                    gradient.mul_(self._coefficient.to(gradient))
+
+        zero.unscale_and_clip_grads = multiply
+        if self.stage < 3:
+            zero.scaled_global_norm = norm
+        else:
+            zero._get_norm_groups = lambda: [norm()]
 
     def _own_gradients(self) -> list[Tensor]:
         """Return this rank's part of the gradient that the optimizer is about to step with."""
@@ -327,30 +313,6 @@ class ZeROStrategy(Strategy):
             flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
             return [flat.grad for flat in flats if flat.grad is not None]
         return [each for kept in zero.averaged_gradients.values() for each in kept or ()]
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Have DeepSpeed find that the next step's gradient overflows, whatever it is.
-
-        It then lets go of the gradient and leaves the rest as it was, as it would under a scaled loss.
-        """
-        zero = self._zero
-        name = "check_overflow" if self.stage < 3 else "_overflow_check_and_loss_scale_update"
-
-        def overflow(*_: Any, **__: Any) -> bool:
-            zero.overflow = True
-            return True
-
-        checks = self.stage < 3 and zero.check_grad_overflow
-        setattr(zero, name, overflow)
-        if self.stage < 3:
-            zero.check_grad_overflow = True
-        try:
-            yield
-        finally:
-            delattr(zero, name)
-            if self.stage < 3:
-                zero.check_grad_overflow = checks
 
     # ----------------------------------------------------------------------------------------------------------------
     # Its state
@@ -441,11 +403,8 @@ class ZeROStrategy(Strategy):
             raise did_not_take_effect(self.world.strategy, f"DeepSpeed spans {found} of {self.world.world_size} ranks")
 
         engine = self.wrapped
-        if (found := (engine.gradient_accumulation_steps(), engine.gradient_clipping())) != (
-            self.accumulation,
-            self.clip_norm or 0.0,
-        ):
-            asked = f"accumulation {self.accumulation} and optim.clip_norm {self.clip_norm}"
+        if (found := (engine.gradient_accumulation_steps(), engine.gradient_clipping())) != (self.accumulation, 0.0):
+            asked = f"accumulation {self.accumulation} without clipping of DeepSpeed's own"
             raise did_not_take_effect(asked, f"DeepSpeed accumulates {found[0]} and clips to {found[1]}")
 
     def effect(self) -> dict[str, Any]:
@@ -453,7 +412,6 @@ class ZeROStrategy(Strategy):
         effect = super().effect() | {
             "stage": engine.zero_optimization_stage(),
             "accumulation": engine.gradient_accumulation_steps(),
-            "clip_norm": engine.gradient_clipping() or None,
         }
         if self.stage < 3:  # beside those that are trained
             own = sum(group.nbytes for group in self._zero.bit16_groups_flat)

@@ -1,8 +1,9 @@
-"""What a step needs, what comes of one, and what a step and an evaluation do alike to a batch."""
+"""What a step needs, what it returns, and what a step and an evaluation both do to a batch."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from distrain.datasets.base import Batch
 from distrain.networks.calling import Convention
 from distrain.optim import Loss, Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
-from distrain.parallel.strategy import Numbers
 from distrain.training.forward import told_of
 from distrain.training.skipping import Anomalies, LocalStepResult
 
@@ -32,8 +32,8 @@ class TrainContext:
     schedule: Schedule
     step: int = 0
     anomalies: Anomalies | None = None
-    """Knows which steps are left out; None leaves out none."""
-    own: LocalStepResult | None = None
+    """Judges which steps are skipped; None skips none."""
+    local: LocalStepResult | None = None
     """What this rank has computed in its last attempt at a step."""
 
     @property
@@ -49,20 +49,17 @@ class TrainContext:
 
 @dataclass(frozen=True)
 class PendingMetrics:
-    """What a step has to say, on its way to the host: to be read when the next step runs, so that nothing waits."""
+    """Loss, gradient norm and flags, copied to the host asynchronously; read one step later, so that nothing waits."""
 
     step: int
     """Finished optimizer steps."""
-    numbers: Numbers
+    read: Callable[[], tuple[float, float, StepFlags]]
+    """Returns the loss over all ranks, the norm of the gradient before clipping (0 where nothing needs it), and the
+    means of the flags."""
     grad_scale: float | None = None
     """What the loss was multiplied by; None where it is not scaled."""
-    own: LocalStepResult | None = None
-    """What this rank has computed; None for a step that was known to be left out."""
-
-    def read(self) -> tuple[float, float, StepFlags]:
-        """Return the loss over all ranks, the norm of the gradient before clipping (0 unclipped), the flags' means."""
-        norm, (loss, *flags) = self.numbers()
-        return loss, norm, StepFlags(*flags)
+    local: LocalStepResult | None = None
+    """What this rank has computed; None for a step that was known to be skipped."""
 
 
 def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
@@ -76,7 +73,7 @@ def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Ten
 
 
 def to_device(batch: Batch, world: World) -> Batch:
-    """Return the batch on this rank's device; floating inputs and targets in float64 where the arithmetic is."""
+    """Return the batch on this rank's device; floating inputs and targets in float64 under fp64."""
 
     def move(value: Any) -> Any:
         if isinstance(value, dict):

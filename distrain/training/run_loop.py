@@ -124,7 +124,7 @@ class Session(RunContext):
         if resumed is not None:
             self.checkpoints.note_published(resumed)
             self._record_update()
-        if self.setup.anomalies.goes_back or self.at_end():
+        if self.setup.anomalies.rolls_back or self.at_end():
             self.checkpoints.save()
 
     def _record_update(self) -> None:
@@ -202,7 +202,7 @@ class Session(RunContext):
             self.t.strategy.check_state()
             self._record_effect()
         loss, norm, flags = taken.read()
-        found = self.setup.anomalies.settle(taken.step, loss, norm, taken.own)
+        found = self.setup.anomalies.judge_read(taken.step, loss, norm, taken.local)
         rolls_back = found is not None and found.action == "rollback" and not found.known
         if found is not None:
             self._report(found)

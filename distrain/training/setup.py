@@ -159,7 +159,6 @@ def set_up(
     beside = _keep_beside(run, recipe, world, fence)
     training, model = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
-    anomalies.watch(training)
     if reader is not None:
         for note in training.strategy.restore(reader):
             logger.info(note)

@@ -28,13 +28,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import dump_recipe
-from distrain.parallel import Strategy, World
+from distrain.parallel import World
 from distrain.run.folder import RunDir
 from distrain.run.json_files import append_row, rows_backwards
 
@@ -93,14 +93,6 @@ class Anomaly:
         }
 
 
-class Stepping(Protocol):
-    """What is watched: a training's engine, its step, and what this rank computed last."""
-
-    strategy: Strategy
-    step: int
-    own: LocalStepResult | None
-
-
 class Anomalies:
     """Judges the steps of a run, by its recipe and by what is decided already. Every method is called by all ranks."""
 
@@ -118,10 +110,16 @@ class Anomalies:
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
         rows = world.run_on_rank0(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
-        self._left_out: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
+        self._skipped: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
         self._found: dict[int, Anomaly] = {}
-        """Those of the guard, until they are settled."""
-        self._asks = False
+        """Those of `may_step`, until the metrics of their steps are read."""
+        # under a scaled loss the host waits in each step anyway, and an overflow cannot be told from an anomaly later
+        skips = "skip" in (self.section.nonfinite, self.section.spike)
+        self.judges_first = self.watches and (skips or world.arithmetic.scaled)
+        """Whether each step is judged before the optimizer takes it, for which the host waits for the device.
+
+        Otherwise nothing waits: a step is judged when its metrics are read, later than it was taken.
+        """
 
     def _late(self, step: int) -> list[dict[str, Any]]:
         """Return the last rows, in order: some, and all behind them that follow a row of `step` or later."""
@@ -142,24 +140,13 @@ class Anomalies:
 
     @property
     def watches(self) -> bool:
-        """Whether the recipe asks for more than to stop where a number that is read anyway is not finite."""
+        """Whether the recipe asks for more than to stop where a number that is read anyway is NaN or infinite."""
         return self.section.skips or self.section.spike is not None
 
     @property
-    def goes_back(self) -> bool:
-        """Whether there must be a checkpoint to go back to, from the first step on."""
+    def rolls_back(self) -> bool:
+        """Whether there must be a checkpoint to roll back to, from the first step on."""
         return "rollback" in (self.section.nonfinite, self.section.spike)
-
-    def watch(self, t: Stepping) -> None:
-        """Have the engine tell what is judged, and where a step may be skipped, ask before the optimizer moves.
-
-        Otherwise nothing waits: a step is judged when its numbers are read, later than it was taken. Under a scaled
-        loss the host waits in each step anyway.
-        """
-        if not self.watches:
-            return
-        self._asks = "skip" in (self.section.nonfinite, self.section.spike) or t.strategy.grad_scale is not None
-        t.strategy.watch((lambda loss, norm: self._may_step(t, loss, norm)) if self._asks else None)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The window, which a checkpoint holds
@@ -184,30 +171,34 @@ class Anomalies:
     # ----------------------------------------------------------------------------------------------------------------
     # Judging
 
-    def left_out(self, step: int) -> Anomaly | None:
-        """Return what is already decided about a step that is left out; None for one that is to be made."""
-        return self._left_out.get(step)
+    def skipped(self, step: int) -> Anomaly | None:
+        """Return what was decided about a step that is skipped; None for one that is to be made."""
+        return self._skipped.get(step)
 
-    def settle(self, step: int, loss: float, norm: float, own: LocalStepResult | None) -> Anomaly | None:
-        """Return what is to be done about a step whose numbers were read, or None. On disk when it returns."""
-        if (found := self._found.pop(step, None)) is not None:
-            return found
-        if (known := self._left_out.get(step)) is not None:
-            return known
-        if self._asks and math.isfinite(loss) and math.isfinite(norm):
-            return None  # judged before the optimizer moved
-        return self._judged(step, loss, norm, own)
+    def may_step(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> bool:
+        """Return whether to take the step.
 
-    def _may_step(self, t: Stepping, loss: float, norm: float) -> bool:
-        found = self._judged(t.step + 1, loss, norm, t.own)
+        Called on every rank with the same loss and norm of the gradient before the optimizer steps.
+        """
+        found = self._judged(step, loss, norm, local)
         if found is not None:
             self._found[found.step] = found
         return found is None
 
-    def _judged(self, step: int, loss: float, norm: float, own: LocalStepResult | None) -> Anomaly | None:
+    def judge_read(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> Anomaly | None:
+        """Return what to do about a step whose metrics were read, or None. On disk when it returns."""
+        if (found := self._found.pop(step, None)) is not None:
+            return found
+        if (known := self._skipped.get(step)) is not None:
+            return known
+        if self.judges_first and math.isfinite(loss) and math.isfinite(norm):
+            return None  # judged already
+        return self._judged(step, loss, norm, local)
+
+    def _judged(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> Anomaly | None:
         found = self._judge(step, loss, norm)
         if found is not None:
-            return self._record(found, own)
+            return self._record(found, local)
         if self.section.spike is not None:
             self._losses.append(loss)
             self._norms.append(norm)
@@ -232,14 +223,14 @@ class Anomalies:
         return "stop" if action != "stop" and self._recent(step) >= self.section.most else action
 
     def _recent(self, step: int) -> int:
-        return sum(step - self.section.window < other < step for other in self._left_out)
+        return sum(step - self.section.window < other < step for other in self._skipped)
 
-    def _record(self, found: Anomaly, own: LocalStepResult | None) -> Anomaly:
+    def _record(self, found: Anomaly, local: LocalStepResult | None) -> Anomaly:
         """Write down what is decided about a step, with what every rank knows of it; then all ranks go by it."""
-        mine = (
-            ([float(loss) for loss in own.losses], [ids.tolist() for ids in own.ids]) if own is not None else ([], [])
-        )
-        ranks: list[tuple[list[float], list[list[int]]]] = self.world.gather(mine)
+        results: tuple[list[float], list[list[int]]] = ([], [])
+        if local is not None:
+            results = [float(loss) for loss in local.losses], [ids.tolist() for ids in local.ids]
+        ranks: list[tuple[list[float], list[list[int]]]] = self.world.gather(results)
         suspects = _suspects(ranks)
         found = Anomaly(**{**vars(found), "where": _in_words(suspects)})
         row = found.row() | {
@@ -262,7 +253,7 @@ class Anomalies:
 
         self.world.run_on_rank0(write)
         if found.action != "stop":
-            self._left_out[found.step] = Anomaly(**{**vars(found), "where": "", "known": True})
+            self._skipped[found.step] = Anomaly(**{**vars(found), "where": "", "known": True})
         return found
 
     def advice(self, found: Anomaly) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import backward_and_apply
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -265,7 +266,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
     from distrain.config import UserError
     from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer, set_lr
-    from distrain.parallel import BuildSpec, StepFlags, StrategySpec, build_strategy, open_world
+    from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
 
     generator = torch.Generator().manual_seed(3)
     batches = torch.randn(3, 4, 5, generator=generator)
@@ -305,7 +306,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
             set_lr(engine.optimizer, 0.05)
             with engine.micro_batch(last=True):
                 value = loss(engine.wrapped, batch[rows * world.rank : rows * (world.rank + 1)])
-                engine.step(value, torch.tensor(float(world.world_size)), value.detach(), StepFlags())
+                backward_and_apply(engine, value, torch.tensor(float(world.world_size)), clip_norm=1.0)
         with engine.whole():
             weights = torch.cat([parameter.detach().flatten() for parameter in engine.model.parameters()]).tolist()
         found.append((engine.effect()["optimizer"], weights))

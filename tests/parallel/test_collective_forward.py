@@ -12,6 +12,7 @@ import pytest
 import torch
 from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
 from runs import rows, train, write_recipe
+from steps import backward_and_apply
 from test_matrix import create, train_in_turn
 from torch import nn
 from worlds import in_world, running_world
@@ -23,7 +24,7 @@ from distrain.metrics import build_metrics
 from distrain.models import build_model
 from distrain.networks.calling import calling_convention
 from distrain.optim import build_loss
-from distrain.parallel import StepFlags, open_world
+from distrain.parallel import open_world
 from distrain.training.evaluation import evaluate
 
 SOON_S = 60.0
@@ -267,7 +268,7 @@ def uneven_passes(strategy: str) -> list[float]:
         sums.append(engine.model(torch.ones(1, 400)).sum().item())
         engine.reshard()
     objective = engine.wrapped(torch.ones(1, 400)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), StepFlags())
+    backward_and_apply(engine, objective, torch.ones(()))
     world.close()
     return sums
 

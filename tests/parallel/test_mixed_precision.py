@@ -216,51 +216,55 @@ def attempts_of(session: Any, bad: dict[int, int], scales: list[float] | None, g
     `bad`: the number of first attempts at a step that give the last rank an infinite gradient. `scales`: what the loss
     of each step is to be scaled by, instead of what its overflows make of it.
     """
-    from distrain import loop as step
     from distrain.loop import train_step
-    from distrain.parallel import precision
 
     t, engine = session.t, session.t.strategy
     is_last = t.world.rank == t.world.world_size - 1
     attempts: list[dict[str, Any]] = []
     tries: dict[int, int] = {}
-    take, loss_of = engine.step, step.loss_of
-    precision._GROWS_AFTER = grows_after
+    passes = [0]
     before: dict[str, Tensor] = {}
+    engine.scale.grows_after = grows_after
 
-    def noted(*args: Any) -> Any:
-        tries[t.step] = tries.get(t.step, 0) + 1
-        numbers = take(*args)
+    def note(step: int, *, taken: bool) -> None:
         attempts.append(
             {
-                "step": t.step,
-                "taken": numbers is not None,
+                "step": step,
+                "taken": taken,
                 "unchanged": same(before, held_by(engine, "parameter", "optimizer", "ema")),
                 "scale": engine.scale.scale,
                 "good_steps": engine.scale.good_steps,
                 "lr": engine.optimizer.param_groups[0]["lr"],
             }
         )
-        return numbers
 
-    def overflowing(*args: Any) -> Tensor:
-        loss = loss_of(*args)
-        if is_last and tries.get(t.step, 0) < bad.get(t.step, 0):
-            loss.register_hook(lambda gradient: gradient * math.inf)
-        return loss
+    def begin(*_: Any) -> None:
+        if passes[0] == 0:
+            tries[t.step] = tries.get(t.step, 0) + 1
+            if tries[t.step] > 1:
+                note(t.step, taken=False)
+        passes[0] = (passes[0] + 1) % t.strategy.accumulation
 
-    engine.step, step.loss_of = noted, overflowing
-    try:
-        for micro_batches in session.batches():
-            before = held_by(engine, "parameter", "optimizer", "ema")
-            if scales is not None:
-                engine.scale.scale, engine.scale.good_steps = scales[t.step], 0
-            session.deliver_metrics(train_step(t, micro_batches, session.flags))
-            if session.checkpoints.due():
-                session.checkpoints.save()
-    finally:
-        engine.step, step.loss_of = take, loss_of
-        precision._GROWS_AFTER = 2000
+    def overflow(_module: nn.Module, _inputs: Any, outputs: Tensor) -> None:
+        if is_last and tries[t.step] <= bad.get(t.step, 0):
+            outputs.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+    # before those of a strategy, which gather weights
+    handles = [
+        engine.model.register_forward_pre_hook(begin, prepend=True),
+        engine.model.register_forward_hook(overflow),
+    ]
+    for micro_batches in session.batches():
+        before = held_by(engine, "parameter", "optimizer", "ema")
+        if scales is not None:
+            engine.scale.scale, engine.scale.good_steps = scales[t.step], 0
+        numbers = train_step(t, micro_batches, session.flags)
+        note(t.step - 1, taken=True)
+        session.deliver_metrics(numbers)
+        if session.checkpoints.due():
+            session.checkpoints.save()
+    for handle in handles:
+        handle.remove()
     state = {name: value.tolist() for name, value in held_by(engine, "parameter", "optimizer", "ema", "buffer").items()}
     return {"attempts": attempts, "state": state, "effect": engine.effect()}
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from steps import backward_and_apply
 from torch import nn
 from worlds import in_world, running_world
 
@@ -23,7 +24,6 @@ from distrain.parallel import (
     BuildSpec,
     Environment,
     Mesh,
-    StepFlags,
     TrainingState,
     build_strategy,
     check_world,
@@ -447,7 +447,7 @@ def prepared() -> tuple[float, bool, list[float]]:
     engine.optimizer.register_step_pre_hook(lambda *_: gradients.extend(model.used.weight.grad[0].tolist()))
     # each rank another input: what comes out is the mean gradient of all
     objective = engine.wrapped(torch.full((1, 3), world.rank + 1.0)).sum()
-    engine.step(objective, torch.ones(()), objective.detach(), StepFlags())
+    backward_and_apply(engine, objective, torch.ones(()))
     model.passes += world.rank
     engine.state.ema.update()
     engine.broadcast_buffers()

@@ -168,7 +168,7 @@ class Trace(Callback):
     def _drawn(self, step: int) -> list[str]:
         """Return which generators the last micro-batch of a step has drawn from."""
         t = self._context.t
-        if t.anomalies is not None and t.anomalies.left_out(step) is not None:
+        if t.anomalies is not None and t.anomalies.skipped(step) is not None:
             return []  # it was not made
         seed = mix(t.recipe.seed, "dropout", step - 1, t.world.mesh.data_rank, self._micro_batches - 1)
         return _drawn_from(seed, t.world.device)
