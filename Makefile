@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-all test-fast check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
@@ -11,6 +11,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
 	$(BIN)/python scripts/test.py
+
+# every combination too, of which `make test` runs a set that covers them
+test-all: $(VENV)/installed
+	sh scripts/install-slurm.sh --if-possible
+	$(BIN)/python scripts/test.py --all
 
 # the quick tests of the rooms that differ from the main branch
 test-fast: $(VENV)/installed

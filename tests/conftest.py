@@ -41,6 +41,12 @@ def gpus_where_they_are_meant(request: pytest.FixtureRequest, monkeypatch: pytes
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
+@pytest.fixture(scope="session")
+def every_combination(request: pytest.FixtureRequest) -> bool:
+    """Return whether every combination is asked for, and not only a set that covers them."""
+    return request.config.getoption("--all")
+
+
 @pytest.fixture(autouse=True)
 def blocked_signals_as_before() -> Iterator[None]:
     """Give this process back the signals that it blocks where it trains; what it starts would inherit that."""
@@ -60,8 +66,9 @@ def logging_as_before() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that makes the page of faults."""
+    """Add the option that makes the page of faults, and the one for every combination."""
     parser.addoption("--reliability", type=Path, metavar="PAGE", help="put what tests of faults find into this page")
+    parser.addoption("--all", action="store_true", help="test every combination where a covering set stands for them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,8 +76,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Reliability(config.getoption("--reliability")))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none, with the reason."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `more`, unless asked for; skip those marked `gpu` where there is none, with the reason."""
+    if not config.getoption("--all"):
+        more = [item for item in items if "more" in item.keywords]
+        config.hook.pytest_deselected(items=more)
+        items[:] = [item for item in items if "more" not in item.keywords]
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU and this machine has none")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from places import IMPORTABLE, ROOT, SCRIPT
+from places import ROOT, SCRIPT
 from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
 from worlds import running_world
 
@@ -317,29 +317,27 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
             assert losses(run) == losses(tmp_path / "wanted")
         assert "Traceback" not in done.stderr
     # the same command shows it; with --update it trains on, in the processes that are started
-    command = [sys.executable, "-m", "distrain", "train", recipe, "--processes", "2", "--run-dir", run]
-    done = typed(*command, folder=tmp_path, PYTHONPATH=str(ROOT))
-    assert "is finished" in done.stdout
-    done = typed(*command, "train.steps=14", "--update", folder=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    again = ["train", recipe, "--processes", 2, "--run-dir", run]
+    assert "is finished" in cli(*again).out
+    ended = cli(*again, "train.steps=14", "--update")
+    assert ended.status == 0, ended.err
     assert len(losses(run)) == 14
 
 
 @pytest.mark.slow
 @pytest.mark.fault(6)
-def test_distrain_train_tells_a_failure_once_and_names_a_killed_rank(tmp_path: Path) -> None:
+def test_distrain_train_reports_a_failure_once_and_names_a_killed_rank(tmp_path: Path) -> None:
     text = TINY.replace("model: {name: mlp, hidden: [16]}", 'model: {name: "own_parts:Faulty", width: 64, classes: 10}')
     recipe = write_recipe(tmp_path, text)
-    command = [sys.executable, "-m", "distrain", "train", recipe, "--processes", "2"]
-    path = IMPORTABLE
-    done = typed(*command, "--run-dir", tmp_path / "a", folder=tmp_path, PYTHONPATH=path)
-    assert done.returncode == 1
-    assert done.stderr.count("ArithmeticError: the model broke") == 1
-    assert done.stderr.count("error") == 1, done.stderr
-    assert "ChildFailedError" not in done.stderr + done.stdout
-    done = typed(*command, "model.how=kill", "--run-dir", tmp_path / "b", folder=tmp_path, PYTHONPATH=path)
-    assert done.returncode == 1
-    assert "error: rank 1 was ended by SIGKILL" in done.stderr
+    command = ["train", recipe, "--processes", 2]
+    ended = cli(*command, "--run-dir", tmp_path / "a")
+    assert ended.status == 1
+    assert ended.err.count("ArithmeticError: the model broke") == 1
+    assert ended.err.count("error") == 1, ended.err
+    assert "ChildFailedError" not in ended.err + ended.out
+    ended = cli(*command, "model.how=kill", "--run-dir", tmp_path / "b")
+    assert ended.status == 1
+    assert "error: rank 1 was ended by SIGKILL" in ended.err
 
 
 def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path: Path) -> None:

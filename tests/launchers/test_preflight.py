@@ -818,14 +818,13 @@ def test_accelerate_starts_a_run_that_is_spread_as_its_file_says(tmp_path: Path,
 @pytest.mark.slow
 def test_distrain_train_starts_a_sharded_run_goes_on_with_it_and_shows_it(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, SHARDED)
-    command = [sys.executable, "-m", "distrain", "train"]
-    first = [*command, recipe, "--run-dir", "run", "--processes", 2, "--strategy", "zero3", "--offload", "optimizer"]
-    done = typed(*first, folder=tmp_path, PYTHONPATH=str(CONFIGS.parent))
-    assert done.returncode == 0, done.stderr
+    first = [recipe, "--run-dir", tmp_path / "run", "--processes", 2, "--strategy", "zero3", "--offload", "optimizer"]
+    ended = cli("train", *first)
+    assert ended.status == 0, ended.err
     run = RunDir(tmp_path / "run")
     launch = run.launch()
     assert (launch.processes, launch.strategy, launch.offload) == (2, "zero3", "optimizer")
-    assert launch.argv[1:] == [str(argument) for argument in first[3:]], "as typed, not as passed on"
+    assert launch.argv[1:] == ["train", *map(str, first)], "as typed, not as passed on"
     # nothing said: as it was started before, in one process
     more = ["train", recipe, "--run-dir", run.path, "--update", "--processes", 1]
     ended = cli(*more, "train.steps=6")
