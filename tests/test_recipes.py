@@ -80,7 +80,7 @@ def trained(recipes: Path, name: str, world_size: int, run_dir: Path, *overrides
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_valid_and_says_what_it_shows(name: str) -> None:
+def test_a_recipe_is_valid_and_reports_what_it_shows(name: str) -> None:
     file = ROOT / "recipes" / f"{name}.yaml"
     loaded = load_recipe(file)
     check_recipe(loaded.recipe, file.name)

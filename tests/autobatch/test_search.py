@@ -112,7 +112,7 @@ def test_the_largest_that_fits_is_found_remembered_and_found_anew_elsewhere(tmp_
 
 
 @pytest.mark.slow
-def test_where_not_even_one_sample_fits_it_says_what_takes_less(tmp_path: Path) -> None:
+def test_where_not_even_one_sample_fits_it_reports_what_takes_less(tmp_path: Path) -> None:
     ended = start(tmp_path, "model.mib=16384", "batch.global=2", status=1)
     assert "not even a micro-batch of 1 fits" in ended.err
     assert "out of memory on" in ended.err

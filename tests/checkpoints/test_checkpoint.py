@@ -92,7 +92,7 @@ def test_any_range_comes_back_whatever_the_cuts(tmp_path_factory, world_size, se
     shutil.rmtree(folder)
 
 
-def test_manifest_says_what_was_saved(tmp_path):
+def test_manifest_reports_what_was_saved(tmp_path):
     manifest = read_manifest(save(tmp_path, 12, score=0.5))
     assert (manifest.step, manifest.world_size, manifest.strategy, manifest.score) == (12, 1, "ddp", 0.5)
     assert manifest.scalars == DESCRIBED["scalars"]
@@ -736,7 +736,7 @@ def test_folder_that_cannot_be_made(tmp_path):
         local(tmp_path / "file" / "checkpoints").rehearse()
 
 
-def test_rehearsal_leaves_nothing(tmp_path):
+def test_the_dry_run_leaves_nothing_behind(tmp_path):
     ThreadWorld(3).run(lambda comm: Saver(tmp_path / "new", comm).rehearse())
     assert names(tmp_path / "new") == []
 
@@ -802,7 +802,7 @@ def test_a_bare_score_is_of_the_metric_that_its_recipe_names(tmp_path, best):
         set_value("history", 3),
     ],
 )
-def test_a_score_that_is_not_what_its_evaluation_says_is_refused(tmp_path, change):
+def test_a_metric_that_differs_from_its_evaluation_is_refused(tmp_path, change):
     local(tmp_path).save(
         1, SPECS, cut(make_state(0), 1)[0], **DESCRIBED, evaluation=evaluated("accuracy", True, accuracy=0.9, loss=0.5)
     )

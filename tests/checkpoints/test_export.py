@@ -232,7 +232,7 @@ def test_averages_that_are_not_of_the_model(tmp_path, change, match):
     export(path, tmp_path / "out")
 
 
-def test_what_has_no_average_is_said(tmp_path):
+def test_what_has_no_average_is_reported(tmp_path):
     """Without momentum nothing shows whether a parameter was trained or frozen."""
     path, model, _ = averaged_file(tmp_path, lambda content: content["ema"].pop("module.0.bias"), momentum=0)
     done = export(path, tmp_path / "out", ema=True)

@@ -92,7 +92,7 @@ def saved_elsewhere(checkpoint: Path, out: Path) -> None:
     )
 
 
-def test_a_run_goes_on_from_an_import_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_run_resumes_from_an_import_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, RECIPE)
     command("train", recipe, "--run-dir", "straight")
@@ -250,7 +250,7 @@ def test_an_export_has_what_lay_beside_the_weights(tuned, tmp_path):
     assert beside(tmp_path / "again") == beside(tmp_path / "back") == BESIDE
 
 
-def test_an_export_says_what_it_leaves_out(tuned, tmp_path):
+def test_an_export_reports_what_it_omits(tuned, tmp_path):
     done = export(tuned / "checkpoints" / "step-00000003", tmp_path / "gpt.safetensors")
     assert os.listdir(tmp_path) == ["gpt.safetensors"]
     assert any("config.json, added_tokens.json" in note and "and 5 more" in note for note in done.notes)

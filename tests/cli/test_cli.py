@@ -70,7 +70,7 @@ def test_help_names_every_command() -> None:
         (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
     ],
 )
-def test_what_a_user_did_is_said_without_a_traceback(arguments: list[str], said: str) -> None:
+def test_what_a_user_did_is_reported_without_a_traceback(arguments: list[str], said: str) -> None:
     ended = cli(*arguments)
     assert ended.status == 1
     assert ended.err.startswith("error")
@@ -264,7 +264,7 @@ def commands(found: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, Any
         yield " ".join(names), found
 
 
-def test_the_help_of_each_option_says_what_happens_without_it() -> None:
+def test_the_help_of_each_option_reports_what_happens_without_it() -> None:
     told = 0
     for name, command in commands(typer.main.get_command(app)):
         for option in command.params:

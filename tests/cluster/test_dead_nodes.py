@@ -57,7 +57,7 @@ def _switched_off(cluster: Cluster, run: Run, job: str) -> None:
         pytest.param(_switched_off, id="switched-off", marks=pytest.mark.fault(8)),
     ],
 )
-def test_a_run_goes_on_without_a_node(
+def test_a_run_resumes_without_a_dead_node(
     fault: Callable[[Cluster, Run, str], None],
     cluster: Cluster,
     project: Project,

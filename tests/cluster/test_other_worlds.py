@@ -12,7 +12,7 @@ from submitted import Project, Run, Uninterrupted
 
 @pytest.mark.fault(17)
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
-def test_a_sharded_run_goes_on_with_fewer_nodes(
+def test_a_sharded_run_resumes_with_fewer_nodes(
     strategy: str,
     cluster: Cluster,
     project: Project,

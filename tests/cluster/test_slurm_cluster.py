@@ -94,7 +94,7 @@ def test_nothing_is_left_where_the_process_that_started_it_is_killed(tmp_path: P
     wait_until(lambda: not left(), "the end of all its processes", 10)
 
 
-def test_a_machine_that_cannot_run_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_run_it_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import slurm_cluster
 
     monkeypatch.setattr(slurm_cluster.os, "geteuid", lambda: 1000)

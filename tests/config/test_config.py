@@ -174,7 +174,7 @@ def test_a_recipe_that_disagrees_with_itself_cannot_be_made(changes, message):
     assert message in str(caught.value)
 
 
-def test_checks_whose_values_are_unknown_are_left_out():
+def test_checks_whose_values_are_unknown_are_omitted():
     recipe = Recipe.model_validate({**VALUES, "batch": {"global": 8, "micro": 4}})
     sections = {key: getattr(recipe, key) for key in Recipe.model_fields}
     wrong = {**sections, "batch": BatchSection(global_batch_size=9, micro_batch_size=4)}
@@ -311,7 +311,7 @@ def test_objects_of_files_reach_other_processes(folder, name):
         ("import json\n\njson.loads('{')\n", "f", "own_bad.py:3: JSONDecodeError"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_line(folder, code, name, message):
+def test_what_is_wrong_in_a_file_is_reported_with_its_line(folder, code, name, message):
     (folder / "own_bad.py").write_text(code)
     with pytest.raises(UserError) as caught:
         resolve_object(f"{folder}/own_bad.py:{name}")

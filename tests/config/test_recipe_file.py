@@ -184,7 +184,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[line for line, _ in BAD_LINES])
 @pytest.mark.fault(28)
-def test_what_is_wrong_is_said_with_its_place(write, line, message):
+def test_what_is_wrong_is_reported_with_its_place(write, line, message):
     key = re.match("[a-z0-9_.]+", line)[0]
     changed, count = re.subn(rf"^{re.escape(key)}:.*$", lambda _: line, GOOD, flags=re.MULTILINE)
     found = problems(write(changed if count else GOOD + line + "\n"))
@@ -223,7 +223,7 @@ BAD_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES, ids=[text for text, _ in BAD_OVERRIDES])
-def test_a_bad_override_says_what_to_write(write, override, message):
+def test_a_bad_override_reports_what_to_write(write, override, message):
     overrides = (override,)
     if override == "schedule.name=constant":
         overrides = (override, "schedule.final=0.1")

@@ -204,7 +204,7 @@ def test_what_is_built_in_is_found_without_looking_at_packages(kind: str, monkey
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
-def test_an_unknown_name_says_what_there_is(kind: str) -> None:
+def test_an_unknown_name_reports_what_there_is(kind: str) -> None:
     table: Registry = getattr(registry, kind)
     first = table.names()[0]
     with pytest.raises(UserError) as caught:

@@ -89,7 +89,7 @@ def test_tables_can_be_left_as_they_are() -> None:
     assert everything(data.splits["train"])["inputs"][:, 0].max() > 70
 
 
-def test_standardised_targets_can_be_told_in_their_own_units() -> None:
+def test_standardised_targets_can_be_reported_in_their_own_units() -> None:
     data = build("diabetes", "regression", standardize_target=True)
     targets = everything(data.splits["train"])["targets"]
     assert abs(float(targets.mean())) < 1e-5

@@ -222,7 +222,7 @@ def test_a_loader_process_that_is_stuck_is_named_with_its_line(how: Any, words: 
         assert not process.is_alive()
 
 
-def test_a_slow_loader_is_reported_and_goes_on(once_stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_loader_is_reported_and_continues(once_stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told = multiprocessing.get_context("fork").Semaphore(0)
 
     class Release(logging.Handler):

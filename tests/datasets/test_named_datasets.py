@@ -55,7 +55,7 @@ def test_arguments_are_checked_all_at_once() -> None:
     ]
 
 
-def test_a_missing_path_says_what_is_expected(tmp_path: Any) -> None:
+def test_a_missing_path_reports_what_is_expected(tmp_path: Any) -> None:
     with pytest.raises(UserError, match=r"needs data.path: a folder of things"):
         DataRequest(section(), "regression", 0).path("a folder of things")
     with pytest.raises(UserError, match=r"there is nothing at .*gone; data set 'mine' expects a folder"):

@@ -301,7 +301,7 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
         ("Number", {}, "did you mean 'Numbers'"),
     ],
 )
-def test_what_does_not_fit_is_told(recipe: Any, name: str, keys: dict, message: str) -> None:
+def test_what_does_not_fit_is_reported(recipe: Any, name: str, keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_data(recipe(name, **keys))
 
@@ -373,7 +373,7 @@ def test_what_pads_must_be_known(recipe: Any, key: str, value: Any, meta: dict, 
         ("regression", 0.5, None, {"padding": {"targets": 0}}, 0),
     ],
 )
-def test_targets_are_padded_with_what_the_loss_leaves_out(
+def test_targets_are_padded_with_what_the_loss_ignores(
     recipe: Any, task: str, value: Any, loss: Any, meta: dict, wanted: Any
 ) -> None:
     made = recipe("ragged", task, key="", values=value, meta=meta, task_targets=True)

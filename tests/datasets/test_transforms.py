@@ -191,7 +191,7 @@ def test_transforms_of_one_s_own(tmp_path: Path) -> None:
         build({"name": f"{tmp_path / 'own.py'}:brighter", "bye": 2.0})
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         build(
             "RandomHorizontalFlop",
@@ -217,7 +217,7 @@ def test_every_problem_is_told_at_once() -> None:
         assert text in line
 
 
-def test_what_wants_floats_says_how_to_make_them(images: torch.Tensor) -> None:
+def test_what_wants_floats_reports_how_to_make_them(images: torch.Tensor) -> None:
     normalize = {"name": "Normalize", "mean": [0.5], "std": [0.5]}
     with pytest.raises(UserError, match=r"put \{name: ToDtype, dtype: float32, scale: true\} before it"):
         apply(build(normalize), images)

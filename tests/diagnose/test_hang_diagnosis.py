@@ -106,7 +106,7 @@ def test_one_sentence_says_it() -> None:
     assert "so do ranks 3, 4, 5, 6, 7, 8, 9, 10 and 9 more" in many
 
 
-def test_the_sentence_on_a_silent_rank_says_what_is_known_of_it() -> None:
+def test_the_sentence_on_a_silent_rank_reports_what_is_known_of_it() -> None:
     for state, words in {
         "T": "its process is stopped, by SIGSTOP or a debugger",
         "": "its process has ended",
@@ -124,7 +124,7 @@ def test_the_sentence_on_a_silent_rank_says_what_is_known_of_it() -> None:
     assert said(report(0), RankReport(1, None, 20.0)).startswith("rank 1 on an unknown machine has not begun")
 
 
-def test_a_wait_without_a_culprit_is_told_as_one() -> None:
+def test_a_wait_without_a_culprit_is_reported_as_one() -> None:
     text = said(report(0), report(1))
     assert text.startswith("all ranks (n0, n1) wait for each other in the forward pass of step 5, at ")
     assert "look at the network between them" in text
@@ -197,7 +197,7 @@ def tool_file(name: str) -> str:
     return name if name.startswith("/") else f"{SITE}{name}"
 
 
-def test_a_call_to_the_gpu_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_to_the_gpu_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     at_device = stack(f"{SITE}torch/cuda/streams.py", f"{PACKAGE}parallel/comm.py", f"{PACKAGE}training/run_loop.py")
     elsewhere = [
         stack("/usr/lib/python3/queue.py", f"{PACKAGE}loop.py"),
@@ -347,7 +347,7 @@ def test_a_rank_that_has_not_joined_a_collective_is_known_by_its_recorder(tmp_pa
     assert find_culprit(reports).ranks == (1,)
 
 
-def test_a_thread_that_computes_is_told_from_one_that_waits() -> None:
+def test_a_thread_that_computes_is_distinguished_from_one_that_waits() -> None:
     ended = threading.Event()
     tasks: dict[str, int] = {}
 
@@ -514,7 +514,7 @@ def test_a_debugger_holds_the_limit_up(quiet: Watchdog, monkeypatch: pytest.Monk
     assert quiet._stalled is None
 
 
-def test_who_goes_on_is_not_taken_to_hang(quiet: Watchdog) -> None:
+def test_a_run_that_continues_is_not_taken_to_hang(quiet: Watchdog) -> None:
     quiet.limits = Limits(10.0, 10.0, 10.0, 10.0)
     look(quiet, 1.0, 6.0, 6.0)
     assert quiet._stalled is not None
@@ -531,7 +531,7 @@ def test_who_goes_on_is_not_taken_to_hang(quiet: Watchdog) -> None:
     assert quiet.run.failed is None
 
 
-def test_no_heartbeat_on_a_full_disk_is_said_once_and_no_more(
+def test_no_heartbeat_on_a_full_disk_is_reported_once_and_no_more(
     quiet: Watchdog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:

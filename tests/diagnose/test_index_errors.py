@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.mark.fault(39)
 @pytest.mark.parametrize("case", CASES)
-def test_an_index_out_of_range_is_told_with_its_sample(tmp_path: Path, case: str) -> None:
+def test_an_index_out_of_range_is_reported_with_its_sample(tmp_path: Path, case: str) -> None:
     (task, data, more, model), what, fits = CASES[case]
     recipe = write_recipe(tmp_path, RECIPE.format(task=task, data=data, more=more, model=model))
     (ended,) = train(1, recipe, tmp_path / "run", status=1)
@@ -113,7 +113,7 @@ def test_what_a_lost_gpu_was_given_is_looked_through_on_the_host() -> None:
 
 
 @pytest.mark.fault(39)
-def test_a_process_that_has_lost_its_gpu_tells_once_and_ends(tmp_path: Path) -> None:
+def test_a_process_that_has_lost_its_gpu_reports_once_and_ends(tmp_path: Path) -> None:
     model = 'model: {name: "ranged_parts:Chosen", how: assert}'
     recipe = write_recipe(tmp_path, TINY.replace("model: {name: mlp, hidden: [16]}", model))
     with running_world(1, train_rank, str(recipe), [], str(tmp_path / "run"), None, False) as world:

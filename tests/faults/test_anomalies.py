@@ -107,7 +107,7 @@ def assert_finite(run_dir: str | Path) -> None:
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_all_ranks_act_alike_where_one_has_a_sample_that_is_no_number(tmp_path: Path, strategy: str) -> None:
+def test_all_ranks_act_alike_where_one_has_a_nan_sample(tmp_path: Path, strategy: str) -> None:
     expected = steps_with(17)
     assert len(expected) >= 2
     first_step, rank, micro_batch = expected[0]
@@ -146,7 +146,7 @@ def test_all_ranks_act_alike_where_one_has_a_sample_that_is_no_number(tmp_path: 
 @pytest.mark.parametrize(
     ("strategy", "action"), covering(["ddp", "zero2", "zero3", "fsdp2"], ["skip", "rollback"])
 )  # zero1 is zero2's class and way of stepping
-def test_a_run_killed_around_such_a_step_ends_as_an_uninterrupted_one(
+def test_a_run_killed_around_a_nan_step_ends_as_an_uninterrupted_one(
     tmp_path: Path, strategy: str, action: str
 ) -> None:
     whole, run = (new_run(tmp_path, name, f"anomalies.nonfinite={action}") for name in ("whole", "run"))
@@ -169,7 +169,7 @@ def test_a_run_killed_around_such_a_step_ends_as_an_uninterrupted_one(
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_a_step_that_was_left_out_stays_so_when_its_reason_does_not_come_again(tmp_path: Path, action: str) -> None:
+def test_a_skipped_step_stays_skipped_when_its_reason_does_not_recur(tmp_path: Path, action: str) -> None:
     text = RECIPE.replace("bad: [17]", "bad: []").replace("micro: 3", "micro: 6")
     runs = [
         new_run(
@@ -194,7 +194,7 @@ def test_a_step_that_was_left_out_stays_so_when_its_reason_does_not_come_again(t
 
 
 @pytest.mark.fault(19)
-def test_another_world_leaves_out_the_same_steps(tmp_path: Path) -> None:
+def test_another_world_skips_the_same_steps(tmp_path: Path) -> None:
     whole = new_run(tmp_path, "whole", "anomalies.nonfinite=skip", "model=mlp", "train.precision=fp64")
     run = new_run(tmp_path, "run", "anomalies.nonfinite=skip", "model=mlp", "train.precision=fp64")
     in_world(2, train_each, "ddp", [whole])
@@ -209,14 +209,14 @@ def test_another_world_leaves_out_the_same_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(19)
-def test_too_many_steps_left_out_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     run = new_run(tmp_path, "run", "anomalies.nonfinite=skip", "anomalies.most=3", "data.bad=[1, 2, 3, 4, 5, 6, 7, 8]")
     ((_, raised),) = in_world(2, train_each, "ddp", [run])[0]
     assert "as 3 of the 50 steps before it already are: anomalies.most" in raised
     assert [row["action"] for row in written(run)] == ["skip", "skip", "skip", "stop"]
 
 
-def test_a_changed_recipe_judges_later_steps_anew(tmp_path: Path) -> None:
+def test_a_changed_recipe_decides_later_steps_anew(tmp_path: Path) -> None:
     run = new_run(tmp_path, "run", "anomalies.nonfinite=skip")
     first, second = (step for step, _, _ in steps_with(17)[:2])
     killed("ddp", run, second)
@@ -239,7 +239,7 @@ EDGED = RECIPE.replace("Normed", "Edged").replace("bad: [17]", "bad: [17], facto
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
-def test_a_gradient_that_is_no_number_is_found_without_clipping(tmp_path: Path, strategy: str) -> None:
+def test_a_gradient_that_is_nan_or_infinite_is_found_without_clipping(tmp_path: Path, strategy: str) -> None:
     run = new_run(tmp_path, "run", "anomalies.nonfinite=skip", text=EDGED)
     ((_, raised),) = in_world(2, train_each, strategy, [run])[0]
     assert raised == ""
@@ -252,7 +252,7 @@ def test_a_gradient_that_is_no_number_is_found_without_clipping(tmp_path: Path, 
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
-def test_a_scaled_loss_keeps_its_scale_over_a_step_that_is_left_out(tmp_path: Path, strategy: str) -> None:
+def test_a_scaled_loss_keeps_its_scale_over_a_skipped_step(tmp_path: Path, strategy: str) -> None:
     fp16 = ("train.precision=fp16", "model.name='anomalous_parts:Normed'")
     runs = [
         new_run(tmp_path, "skip", "anomalies.nonfinite=skip", *fp16),
@@ -270,7 +270,7 @@ def test_a_scaled_loss_keeps_its_scale_over_a_step_that_is_left_out(tmp_path: Pa
 
 
 @pytest.mark.fault(19)
-def test_a_gradient_that_no_scale_makes_finite_is_left_out(tmp_path: Path) -> None:
+def test_a_step_whose_gradient_no_scale_makes_finite_is_skipped(tmp_path: Path) -> None:
     run = new_run(tmp_path, "run", "anomalies.nonfinite=skip", "train.precision=fp16", text=EDGED)
     ((out, raised),) = in_world(2, train_each, "ddp", [run])[0]
     assert raised == "", out
@@ -284,7 +284,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_left_out(tmp_path: Path) -> No
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize(("strategy", "action"), covering(["ddp", "zero3", "fsdp2"], ["stop", "skip", "rollback"]))
-def test_a_spike_is_found_and_judged_alike_after_a_resume(tmp_path: Path, strategy: str, action: str) -> None:
+def test_a_spike_is_found_and_handled_alike_after_a_resume(tmp_path: Path, strategy: str, action: str) -> None:
     overrides = (f"anomalies.spike={action}", "anomalies.window=4", "anomalies.factor=20", "data.factor='1e4'")
     # without normalisation, which would hide it
     text = RECIPE.replace('"anomalous_parts:Normed"', "mlp, hidden: [8]")

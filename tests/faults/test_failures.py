@@ -37,7 +37,7 @@ def said(ended: list[Any]) -> str:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_an_exception_in_one_rank_ends_all_and_is_told_once(tmp_path: Path, world_size: int) -> None:
+def test_an_exception_in_one_rank_ends_all_and_is_reported_once(tmp_path: Path, world_size: int) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
     # the rehearsals before the first step are forward passes as well
@@ -57,7 +57,7 @@ def test_an_exception_in_one_rank_ends_all_and_is_told_once(tmp_path: Path, worl
     assert list_checkpoints(run / "checkpoints"), "what was saved stays"
 
 
-def test_the_cause_is_told_every_time(tmp_path: Path) -> None:
+def test_the_cause_is_reported_every_time(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     for attempt in range(6):
         ended = train(2, recipe, tmp_path / str(attempt), status=1)
@@ -65,7 +65,7 @@ def test_the_cause_is_told_every_time(tmp_path: Path) -> None:
         assert "error (rank 0)" not in said(ended)
 
 
-def test_a_failure_before_the_first_step_is_told_after_an_earlier_one(tmp_path: Path) -> None:
+def test_a_failure_before_the_first_step_is_reported_after_an_earlier_one(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
     train(2, recipe, run, status=1)
@@ -77,7 +77,7 @@ def test_a_failure_before_the_first_step_is_told_after_an_earlier_one(tmp_path: 
     assert (run / "FAILED.json").read_text() == before
 
 
-def test_a_failed_run_goes_on_when_its_cause_is_gone(tmp_path: Path) -> None:
+def test_a_failed_run_resumes_when_its_cause_is_gone(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     train(2, recipe, tmp_path / "whole", "model.at=1000")
     run = tmp_path / "run"
@@ -91,7 +91,7 @@ def test_a_failed_run_goes_on_when_its_cause_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.fault(19)
-def test_a_loss_that_is_no_number_stops_all_ranks(tmp_path: Path, value: str) -> None:
+def test_a_loss_that_is_nan_or_infinite_stops_all_ranks(tmp_path: Path, value: str) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
     # pass 1 is the rehearsal: pass 6 is step 5
@@ -106,7 +106,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks(tmp_path: Path, value: str) ->
 
 
 @pytest.mark.fault(19)
-def test_a_gradient_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
+def test_a_gradient_that_is_nan_or_infinite_is_never_saved(tmp_path: Path) -> None:
     # the root of nothing has an infinite slope, so the loss of the step is a number and its gradient is not
     text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
     recipe = write_recipe(tmp_path, text)
@@ -117,7 +117,7 @@ def test_a_gradient_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(19)
-def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
+def test_nan_or_infinite_weights_are_never_saved(tmp_path: Path) -> None:
     text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
     recipe = write_recipe(tmp_path, text)
     run = tmp_path / "run"
@@ -127,7 +127,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
     assert last(run) == checkpoint(run, 4)
 
 
-def test_a_user_error_is_told_once_without_a_traceback(tmp_path: Path) -> None:
+def test_a_user_error_is_reported_once_without_a_traceback(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     ended = train(3, recipe, tmp_path / "run", "batch.global=10", "data.name=digit", status=1)
     err = said(ended)
@@ -302,7 +302,7 @@ def rank_killed(recipe: str, run_dir: str) -> None:
 
 
 @pytest.mark.fault(6)
-def test_other_ranks_end_and_say_so_when_one_is_killed(tmp_path: Path) -> None:
+def test_other_ranks_end_and_report_it_when_one_is_killed(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
     with running_world(2, rank_killed, str(recipe), str(run)) as world:
@@ -349,7 +349,7 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_goes_on_without_a_checkpoint_where_the_recipe_says_so(tmp_path: Path, world_size: int) -> None:
+def test_training_continues_without_a_checkpoint_where_the_recipe_allows_it(tmp_path: Path, world_size: int) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
     ended = in_world(world_size, on_a_full_disk, str(recipe), str(run), "continue")

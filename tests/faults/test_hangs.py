@@ -187,7 +187,7 @@ def test_one_process_that_hangs_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(10)
-def test_one_process_whose_code_keeps_the_lock_of_python_says_where_and_ends(tmp_path: Path) -> None:
+def test_one_process_whose_code_keeps_the_lock_of_python_reports_where_and_ends(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
     settings = ["model.where=forward", "model.how=gil", "model.rank=0", "model.at=1"]
     settings += [f"watchdog.setup={LIMIT_S} s"]
@@ -199,7 +199,7 @@ def test_one_process_whose_code_keeps_the_lock_of_python_says_where_and_ends(tmp
 
 
 @pytest.mark.fault(10)
-def test_a_run_that_hung_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_hung_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     hung(tmp_path, 2, "model.where=evaluate", "model.rank=1", "model.at=14")
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     settings = ["model.where=evaluate", "model.rank=1", "model.at=14"]

@@ -106,7 +106,7 @@ def test_what_a_rank_was_doing_is_what_its_heartbeat_says(now: str, module: str,
 
 
 @pytest.mark.fault(20)
-def test_what_to_lower_is_said_with_numbers(tmp_path: Path) -> None:
+def test_what_to_lower_is_reported_with_numbers(tmp_path: Path) -> None:
     _, failed = told(tmp_path, "model.mib=1024", "batch.micro=12")
     assert "batch.micro: 6 (now 12); 2 of them are accumulated then, for the same step" in failed["message"]
     assert "train.activation_checkpointing: true" in failed["message"]
@@ -116,7 +116,7 @@ def test_what_to_lower_is_said_with_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(20)
-def test_an_evaluation_that_takes_too_much_is_told_apart(tmp_path: Path) -> None:
+def test_an_evaluation_that_runs_out_of_memory_is_distinguished_from_training(tmp_path: Path) -> None:
     _, failed = told(tmp_path, "model.mib=1024", "model.when=evaluation", "model.rank=0", "eval.batch=8", world_size=1)
     assert "eval.batch: 4 (now 8); the score stays the same" in failed["message"]
     assert "batch.micro" not in failed["message"]
@@ -128,7 +128,7 @@ def world_of(world_size: int, strategy: str, device: str = "cuda") -> Any:
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_one_process_is_not_told_to_spread_its_state(tmp_path: Path, strategy: str) -> None:
+def test_one_process_is_not_advised_to_shard_its_state(tmp_path: Path, strategy: str) -> None:
     recipe = load_recipe(write_recipe(tmp_path)).recipe
     alone = "\n".join(advice(recipe, world_of(1, strategy), 12, "in the forward pass"))
     assert "processes" not in alone
@@ -140,7 +140,7 @@ def test_one_process_is_not_told_to_spread_its_state(tmp_path: Path, strategy: s
     assert "more processes" in several
 
 
-def test_no_peak_is_told_where_nothing_was_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_peak_is_reported_where_nothing_was_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 8 * gib))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
@@ -175,7 +175,7 @@ def test_what_is_out_of_memory() -> None:
     assert not is_out_of_memory(told_here)
 
 
-def test_a_rank_that_the_kernel_killed_for_memory_is_told_so() -> None:
+def test_a_rank_that_the_kernel_killed_for_memory_is_named() -> None:
     (line,) = unsaid_failures({0: -15, 1: -9}, 1)
     assert line.startswith("rank 1 was ended by SIGKILL: the memory ran out")
     (line,) = unsaid_failures({0: -15, 1: -9}, 0)

@@ -55,7 +55,7 @@ def left_out(run: Path) -> list[tuple[int, list[str]]]:
 
 
 @pytest.mark.fault(21)
-def test_what_does_not_decode_is_left_out_alike_in_every_world(recipe: Path, tmp_path: Path) -> None:
+def test_corrupt_samples_are_skipped_alike_in_every_world(recipe: Path, tmp_path: Path) -> None:
     (said,) = train(1, recipe, tmp_path / "one")
     train(2, recipe, tmp_path / "two", "data.workers=2", strategy="fsdp2")
     train(3, recipe, tmp_path / "three", "batch.micro=2")
@@ -81,7 +81,7 @@ def test_what_does_not_decode_is_left_out_alike_in_every_world(recipe: Path, tmp
 
 
 @pytest.mark.fault(21)
-def test_a_resumed_run_leaves_out_what_the_uninterrupted_one_does(recipe: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_skips_what_the_uninterrupted_one_does(recipe: Path, tmp_path: Path) -> None:
     train(1, recipe, tmp_path / "whole")
     train(1, recipe, tmp_path / "run", stop_after=3)
     train(1, tmp_path / "run", None)
@@ -120,7 +120,7 @@ def test_processes_that_score_together_tolerate_no_more_than_one_does(recipe: Pa
 
 
 @pytest.mark.fault(21)
-def test_a_file_that_is_away_is_never_left_out(recipe: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_never_skipped(recipe: Path, tmp_path: Path) -> None:
     """It may come back, and would then be trained on: a run must not depend on that."""
     source = build_data(load_recipe(recipe).recipe).splits["train"]
     gone = source.paths[20]  # type: ignore[union-attr]

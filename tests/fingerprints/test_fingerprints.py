@@ -441,7 +441,7 @@ def test_every_rank_refuses(tmp_path: Path) -> None:
     assert "code file" not in second.err
 
 
-def test_a_project_that_was_moved_goes_on(tmp_path: Path) -> None:
+def test_a_project_that_was_moved_resumes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     stopped(tmp_path / "a", images(tmp_path / "a"))
     shutil.move(tmp_path / "a", tmp_path / "b")
@@ -523,7 +523,7 @@ def test_changed_code_and_weights(tmp_path: Path) -> None:
     assert "warning: since step-00000012 was trained: code file net.py: changed" in ended.err
 
 
-def test_a_checkpoint_without_a_fingerprint_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_fingerprint_is_resumed_from(tmp_path: Path) -> None:
     ended = in_world(1, resume_old, str(tmp_path))[0]
     assert ended.status == 0, ended.err
     assert "does not say what data and code" in ended.out

@@ -205,7 +205,7 @@ checkpoint: {async: false}
 """
 
 
-def test_a_table_in_fp64_and_what_is_said_of_it(tmp_path: Path) -> None:
+def test_a_table_in_fp64_and_its_report(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     frame = pd.DataFrame({"x": draw.normal(size=40) * 1e-21, "kind": ["u", "v"] * 20, "y": 1e7 + draw.normal(size=40)})
     frame.to_csv(tmp_path / "train.csv")

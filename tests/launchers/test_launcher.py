@@ -65,7 +65,7 @@ def test_the_arguments_of_accelerate_launch() -> None:
         assert offload[offload.index(name) + 1] == value
 
 
-def test_failures_that_nobody_told_are_told_once_for_each_kind() -> None:
+def test_failures_that_no_rank_reported_are_reported_once_for_each_kind() -> None:
     assert unsaid_failures({0: 1, 1: -signal.SIGTERM}) == []
     lines = unsaid_failures({3: -signal.SIGKILL, 0: -signal.SIGKILL, 1: 1, 2: -signal.SIGABRT, 4: 7, 5: -63})
     assert len(lines) == 4
@@ -168,7 +168,7 @@ def test_the_stored_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     assert "command line" in stored.read_text(), "each value says where it came from"
 
 
-def test_update_goes_on_with_the_new_values(tmp_path: Path) -> None:
+def test_update_resumes_with_the_new_values(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run = tmp_path / "run"
     train(1, recipe, run)
@@ -248,7 +248,7 @@ WRONG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", WRONG)
-def test_a_world_other_than_asked_for_is_refused(tmp_path: Path, launcher: str) -> None:
+def test_a_world_other_than_the_requested_is_refused(tmp_path: Path, launcher: str) -> None:
     command, more, message = WRONG[launcher]
     recipe = write_recipe(tmp_path)
     done = typed(*command, recipe, "--run-dir", tmp_path / "run", *more, folder=tmp_path)
@@ -272,7 +272,7 @@ sys.exit(work(sys.argv[1], run_dir=sys.argv[2], processes=3))
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_faster_leaves_the_telling_to_rank_0(tmp_path: Path) -> None:
+def test_a_rank_that_is_faster_leaves_the_report_to_rank_0(tmp_path: Path) -> None:
     script = tmp_path / "late.py"
     script.write_text(LATE.format(root=str(ROOT)))
     done = typed("torchrun", "--nproc-per-node", 2, script, write_recipe(tmp_path), tmp_path / "run", folder=tmp_path)
@@ -371,7 +371,7 @@ def launch_slow(folder: str, script: str) -> int:
 
 
 @pytest.mark.slow
-def test_who_is_stopped_may_save_for_longer_than_half_a_minute(tmp_path: Path) -> None:
+def test_a_stopped_rank_may_save_for_longer_than_half_a_minute(tmp_path: Path) -> None:
     script = tmp_path / "saves.py"
     script.write_text(SAVES)
     with running_world(1, launch_slow, str(tmp_path), str(script), launched=False) as launcher:

@@ -51,7 +51,7 @@ def strategy_of(config: Path) -> str:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_strategy_is_what_is_said_in_one_place(strategy: str, world_size: int) -> None:
+def test_a_strategy_is_stated_in_one_place(strategy: str, world_size: int) -> None:
     if strategy == "single" and world_size > 1:
         with pytest.raises(UserError, match="single is one process, found 3; nothing was written"):
             resolve_strategy(world_size, [StrategyHint("--strategy", strategy)])
@@ -60,7 +60,7 @@ def test_a_strategy_is_what_is_said_in_one_place(strategy: str, world_size: int)
     assert resolve_strategy(world_size, [StrategyHint("--strategy", strategy)]) == StrategySpec(expected)
 
 
-def test_nothing_said_is_one_process_or_ddp() -> None:
+def test_the_default_is_one_process_or_ddp() -> None:
     assert resolve_strategy(1, []) == StrategySpec("single")
     assert resolve_strategy(2, [StrategyHint("--strategy"), StrategyHint("--offload")]) == StrategySpec("ddp")
 
@@ -95,7 +95,7 @@ def test_single_and_ddp_are_the_same_wish_in_worlds_of_different_sizes() -> None
     )
 
 
-def test_a_run_goes_on_as_it_was_started_unless_something_else_is_said() -> None:
+def test_a_run_resumes_as_it_was_started_unless_options_change_it() -> None:
     earlier = StrategyHint("launch.json", "zero2", "optimizer")
     assert resolve_strategy(2, [], earlier) == StrategySpec("zero2", True)
     assert resolve_strategy(1, [StrategyHint("--offload", None, "none")], earlier) == StrategySpec("zero2")
@@ -486,7 +486,7 @@ def test_settings_that_say_the_same_are_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", DIFFERENT)
-def test_a_setting_that_differs_is_told_with_both_values(tmp_path: Path, key: str) -> None:
+def test_a_setting_that_differs_is_reported_with_both_values(tmp_path: Path, key: str) -> None:
     loaded = load_recipe(write_recipe(tmp_path, RECIPE))
     value, own, expected = DIFFERENT[key]
     (line,) = disagreements(stated(EQUAL | {key: value}), loaded.recipe, 2, origins=loaded.origins)
@@ -498,7 +498,7 @@ def test_a_setting_that_differs_is_told_with_both_values(tmp_path: Path, key: st
         assert f"{tmp_path / 'recipe.yaml'}:6" in line
 
 
-def test_all_that_differs_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_differs_is_reported_at_once(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, RECIPE)).recipe
     assert len(disagreements(stated({key: row[0] for key, row in DIFFERENT.items()}), recipe, 2)) == len(DIFFERENT)
 
@@ -686,7 +686,7 @@ def test_several_processes_are_not_single(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_ddp_in_one_process_is_said_to_be_single(tmp_path: Path) -> None:
+def test_ddp_in_one_process_is_reported_to_be_single(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = cli("train", write_recipe(tmp_path), "--run-dir", run, "--processes", 1, "--strategy", "ddp")
     assert ended.status == 0, ended.err
@@ -707,7 +707,7 @@ def recorded(folder: Path, processes: int, strategy: str, offload: str = "none")
     return run
 
 
-def test_a_run_that_is_named_says_what_its_start_is_to_be(tmp_path: Path) -> None:
+def test_a_run_that_is_named_resolves_to_its_recorded_request(tmp_path: Path) -> None:
     run = recorded(tmp_path, 2, "zero2", "optimizer")
     fsdp2 = {
         "distributed_type": SourcedValue("FSDP", "a.yaml: distributed_type"),
@@ -738,7 +738,7 @@ def test_the_replicas_of_a_run_that_is_named(tmp_path: Path) -> None:
     assert asked_for(run, 4, "auto", None, {}, resumes=True) == StrategySpec("fsdp2")
 
 
-def test_a_run_of_one_process_goes_on_in_several(tmp_path: Path) -> None:
+def test_a_run_of_one_process_resumes_in_several(tmp_path: Path) -> None:
     run = recorded(tmp_path, 1, "single")
     assert asked_for(run, 2, "auto", None, {}, resumes=True) == StrategySpec("ddp")
     assert asked_for(run, 2, "zero3", "all", {}) == StrategySpec("zero3", True, True)
@@ -762,7 +762,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_scoring_keeps_the_arithmetic_of_the_recipe_and_needs_no_strategy(tmp_path: Path) -> None:
+def test_evaluation_keeps_the_precision_of_the_recipe_and_needs_no_strategy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(1, write_recipe(tmp_path), run)
     cases = {
@@ -796,7 +796,7 @@ log: {every: 1 steps}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero3_offload", "fsdp2"])
-def test_accelerate_starts_a_run_that_is_spread_as_its_file_says(tmp_path: Path, config: str) -> None:
+def test_accelerate_starts_a_run_sharded_as_its_file_sets(tmp_path: Path, config: str) -> None:
     recipe = write_recipe(tmp_path, SHARDED)
     file = CONFIGS / f"{config}.yaml"
     command = ["accelerate", "launch", "--config_file", file, "--num_processes", 2, "--main_process_port", 0, SCRIPT]
@@ -816,7 +816,7 @@ def test_accelerate_starts_a_run_that_is_spread_as_its_file_says(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_distrain_train_starts_a_sharded_run_goes_on_with_it_and_shows_it(tmp_path: Path) -> None:
+def test_distrain_train_starts_resumes_and_shows_a_sharded_run(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, SHARDED)
     first = [recipe, "--run-dir", tmp_path / "run", "--processes", 2, "--strategy", "zero3", "--offload", "optimizer"]
     ended = cli("train", *first)

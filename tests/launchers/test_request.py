@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[list[str], Options, StartEnvironment, list[str]]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("folder", ["new", "of others", "of another recipe"])
-def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, kind: str, folder: str) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(tmp_path: Path, kind: str, folder: str) -> None:
     overrides, options, environment, said = WRONG[kind]
     recipe, run = str(write_recipe(tmp_path)), RunDir(tmp_path / "run")
     told = list(said)
@@ -174,7 +174,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, kind: str, fol
     assert content(tmp_path) == before
 
 
-def test_one_thing_that_is_wrong_is_told_as_it_is(tmp_path: Path) -> None:
+def test_one_thing_that_is_wrong_is_reported_as_it_is(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path))
     with pytest.raises(UserError, match=r"\Athe strategy single is one process"):
         resolve(read_target(recipe), Options("single"), TWO)

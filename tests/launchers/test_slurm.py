@@ -193,7 +193,7 @@ def test_what_slurm_or_a_shell_would_misread_is_refused(key: str, value: Any) ->
     assert key in str(caught.value) or key in ("notice_s", "gpus_per_node")
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         plan(time="soon", partition="a b", mem="lots")
     for part in ("time: found 'soon', expected a time limit such as", "partition: found 'a b'", "mem: found 'lots'"):
@@ -295,7 +295,7 @@ sbatch: [--nodes=3]
 """
 
 
-def test_everything_wrong_with_a_site_is_told_with_its_line(config: Path) -> None:
+def test_everything_wrong_with_a_site_is_reported_with_its_line(config: Path) -> None:
     (config / "wrong.yaml").write_text(WRONG_SITE)
     with pytest.raises(UserError) as caught:
         load_site("wrong")
@@ -740,7 +740,7 @@ def test_processes_talk_over_the_interface_that_leads_to_the_first_node() -> Non
 
 
 @pytest.mark.fault(25)
-def test_a_port_that_is_taken_is_told_to_the_batch_script(tmp_path: Path) -> None:
+def test_a_taken_port_is_passed_to_the_batch_script(tmp_path: Path) -> None:
     import socket
 
     with socket.create_server(("", 0)) as server:

@@ -412,7 +412,7 @@ def refused(**values: Any) -> list[str]:
         *((letter, f"found {letter!r} in the path") for letter in ",:"),
     ],
 )
-def test_one_wrong_path_is_told_once(part: str, said: str) -> None:
+def test_one_wrong_path_is_reported_once(part: str, said: str) -> None:
     (alone,) = refused(folder=f"/a{part}b/runs")
     assert said in alone
     assert alone.startswith("  - folder: ")
@@ -420,7 +420,7 @@ def test_one_wrong_path_is_told_once(part: str, said: str) -> None:
     assert sweep == alone
 
 
-def test_of_many_wrong_items_the_first_are_told() -> None:
+def test_of_many_wrong_items_the_first_are_reported() -> None:
     lines = refused(runs=[f"/runs/{number}%" for number in range(100)])
     assert [line.partition(": ")[0] for line in lines] == ["  - runs.0", "  - runs.1", "  - runs.2", "  - runs"]
     assert lines[-1] == "  - runs: 97 more like these"

@@ -61,7 +61,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_run_folder_says_how_it_ended(slurm: StubSlurm, end: str) -> None:
+def test_the_run_folder_reports_how_it_ended(slurm: StubSlurm, end: str) -> None:
     does, status, again, said = ENDS[end]
     ended, out = slurm.run(job(slurm, BEGINS + does))
     assert ended == status, out
@@ -87,7 +87,7 @@ def test_a_job_that_was_cancelled_is_not_queued_again(slurm: StubSlurm) -> None:
     assert "the job was cancelled and is not queued again" in out
 
 
-def test_a_job_that_cannot_be_queued_again_says_how_to_go_on(slurm: StubSlurm) -> None:
+def test_a_job_that_cannot_be_requeued_names_the_command_to_resume(slurm: StubSlurm) -> None:
     (slurm.folder / "no-requeue").touch()
     status, out = slurm.run(job(slurm, BEGINS + "touch PREEMPTED"))
     assert status == 1
@@ -192,7 +192,7 @@ def options(step: dict[str, Any]) -> dict[str, str]:
     return dict(zip(given[::2], given[1::2], strict=True))
 
 
-def test_launchers_are_told_where_the_first_one_is(slurm: StubSlurm) -> None:
+def test_launchers_are_given_the_address_of_the_first_one(slurm: StubSlurm) -> None:
     slurm.set_dry()
     slurm.run(job(slurm, ""))
     (step,) = slurm.steps()
@@ -273,7 +273,7 @@ def test_modules_files_and_variables_are_there_before_the_start(slurm: StubSlurm
     assert len(slurm.steps()) == 1
 
 
-def test_a_site_without_modules_is_told(slurm: StubSlurm) -> None:
+def test_a_site_without_modules_is_reported(slurm: StubSlurm) -> None:
     status, out = slurm.run(job(slurm, "", modules=("cuda",)))
     assert status == 1
     assert "there is no command 'module' on node0 to load cuda with" in out
@@ -301,14 +301,14 @@ def test_launchers_are_inside_the_container(slurm: StubSlurm, kind: str) -> None
 # Training
 
 
-def test_by_hand_it_says_how_it_is_used(slurm: StubSlurm) -> None:
+def test_by_hand_it_reports_how_it_is_used(slurm: StubSlurm) -> None:
     status, out = slurm.run(BY_HAND)
     assert status == 1
     assert "sbatch slurm/train.sbatch RECIPE|RUN [KEY=VALUE ...]" in out
 
 
 @pytest.mark.slow
-def test_by_hand_a_mistake_is_told_and_nothing_is_queued_again(slurm: StubSlurm, tmp_path: Path) -> None:
+def test_by_hand_a_mistake_is_reported_and_nothing_is_queued_again(slurm: StubSlurm, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     slurm.variables |= {"DISTRAIN_PYTHON": sys.executable, "DISTRAIN_NODE_SCRIPT": str(ROOT / "launch" / "node.py")}
     status, out = slurm.run(BY_HAND, str(recipe), "model.name=mpl")
@@ -320,7 +320,7 @@ def test_by_hand_a_mistake_is_told_and_nothing_is_queued_again(slurm: StubSlurm,
 
 @pytest.mark.slow
 @pytest.mark.fault(1)
-def test_by_hand_a_run_on_two_nodes_goes_on_after_a_notice_to_the_same_bits(slurm: StubSlurm, tmp_path: Path) -> None:
+def test_by_hand_a_run_on_two_nodes_resumes_after_a_notice_to_the_same_bits(slurm: StubSlurm, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     train(2, recipe, tmp_path / "straight", "train.steps=200", "checkpoint.every=50 steps", "eval.every=50 steps")
     slurm.variables |= {

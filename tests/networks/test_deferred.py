@@ -615,7 +615,7 @@ def test_what_diverges_later_is_built_in_full(monkeypatch: pytest.MonkeyPatch) -
         assert_same(found[name], parameter.detach(), name)
 
 
-def test_what_stays_in_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stays_in_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from distrain.networks import deferred
 
     class Table(nn.Module):

@@ -195,7 +195,7 @@ def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
         assert (sharding_problem(section, "fsdp2") is not None) == (in_words(variant) in refused)
 
 
-def test_what_is_refused_under_fsdp2_is_said() -> None:
+def test_what_is_refused_under_fsdp2_is_reported() -> None:
     assert sharding_problem(section_of({"name": "muon"}), "fsdp2") == (
         "optim.name: muon uses whole matrices, which torch's cannot do with the shards of fsdp2; use ddp, or adamw"
     )

@@ -371,7 +371,7 @@ def test_a_gradient_that_is_never_finite_ends_the_run_on_all_ranks(overflowed: d
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "world_size"), WAYS, ids=IDS)
-def test_the_scale_goes_on_under_every_strategy(
+def test_the_loss_scale_is_resumed_under_every_strategy(
     overflowed: dict[str, Any], strategy: str, world_size: int, tmp_path: Path
 ) -> None:
     copies = [str(stopped_copy(overflowed[source]["run"], tmp_path / source, step=2)) for source in overflowed]

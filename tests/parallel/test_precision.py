@@ -93,7 +93,7 @@ def test_tf32_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve("tf32", GPU)
 
 
-def test_fp8_says_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_reports_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distrain.parallel.precision._has_torchao", lambda: False)
     with pytest.raises(UserError, match=r"(?s)capability 8\.9 .* this is a CPU; and the package torchao.*pip install"):
         resolve("fp8", CPU)
@@ -279,7 +279,7 @@ def test_the_scale_follows_torch_s_own_rule(overflows: list[bool], start: float)
     assert found == trajectory(overflows, start)
 
 
-def test_a_scale_goes_on_from_its_state() -> None:
+def test_a_loss_scale_is_restored_from_its_state() -> None:
     overflows = [True, *[False] * 1500, True, *[False] * 2500]
     straight = LossScale()
     for overflow in overflows:

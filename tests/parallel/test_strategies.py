@@ -212,7 +212,7 @@ CHAIN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
-def test_every_strategy_goes_on_from_another(straight: Straight, name: str, tmp_path: Path) -> None:
+def test_every_strategy_resumes_from_another(straight: Straight, name: str, tmp_path: Path) -> None:
     strategy, world_size = WAYS[NAMES.index(name)]
     cases = [
         case
@@ -241,7 +241,7 @@ MORE_ZERO1 = pytest.param("zero1", marks=pytest.mark.more)
 
 
 @pytest.mark.parametrize("name", [MORE_ZERO1, *(name for name in OFFLOADS if name != "zero1")])
-def test_what_is_offloaded_trains_alike_and_goes_on_with_and_without(
+def test_what_is_offloaded_trains_alike_and_resumes_with_and_without(
     straight: Straight, name: str, tmp_path: Path
 ) -> None:
     strategy, offloads = OFFLOADS[name]
@@ -274,7 +274,7 @@ def work_rank(recipe: str, run_dir: str, strategy: str, overrides: list[str]) ->
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_what_breaks_on_one_rank_ends_all_and_is_told_once(strategy: str, where: str, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_all_and_is_reported_once(strategy: str, where: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Failing"))
     ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [f"model.where={where}"], timeout_s=60)
     said = "".join(ended.err for ended, _ in ranks)
@@ -301,7 +301,7 @@ def test_what_is_used_later_alone_is_handled_or_named(strategy: str, tmp_path: P
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 @pytest.mark.fault(37)
-def test_what_a_later_step_leaves_out_is_named(strategy: str, tmp_path: Path) -> None:
+def test_a_parameter_that_a_later_step_does_not_use_is_named(strategy: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Leaving"))
     ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, [], timeout_s=60)
     said = "".join(ended.err for ended, _ in ranks)
@@ -417,7 +417,7 @@ def test_embeddings_with_sparse_gradients_train_as_in_one_process(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
-def test_a_sparse_gradient_that_no_layer_tells_of_is_named(strategy: str, tmp_path: Path) -> None:
+def test_a_sparse_gradient_that_no_layer_reports_of_is_named(strategy: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Sparse"))
     ranks = in_world(2, work_rank, str(recipe), str(tmp_path / "run"), strategy, ["model.by_hand=true"], timeout_s=60)
     said = "".join(ended.err for ended, _ in ranks)
@@ -448,7 +448,7 @@ def test_layers_that_need_more_than_a_micro_batch_has_are_named(
     assert "Traceback" not in said
 
 
-def test_an_error_of_the_forward_pass_says_how_many_samples_it_had(tmp_path: Path) -> None:
+def test_an_error_of_the_forward_pass_reports_how_many_samples_it_had(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE.replace("MODEL", "Misshapen"))
     ((ended, _),) = in_world(1, work_rank, str(recipe), str(tmp_path / "run"), "single", ["batch.micro=4"])
     assert "Traceback" in ended.err

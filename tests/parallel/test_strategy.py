@@ -55,7 +55,7 @@ def test_half_an_environment_is_refused(missing: str) -> None:
         Environment.read(variables)
 
 
-def test_an_environment_of_no_numbers_is_refused() -> None:
+def test_an_environment_that_is_not_numeric_is_refused() -> None:
     with pytest.raises(UserError, match="expected whole numbers from the launcher, found RANK='one'"):
         Environment.read(LAUNCHED | {"RANK": "one"})
 

@@ -319,7 +319,7 @@ def test_an_optimizer_that_loads_less_than_it_saved(tmp_path: Path) -> None:
     assert "loaded into the optimizer" in found.cause
 
 
-def test_random_numbers_that_come_late_are_told_from_state_that_is_lost(tmp_path: Path) -> None:
+def test_late_random_numbers_are_distinguished_from_lost_state(tmp_path: Path) -> None:
     # the interrupted run differs only after its resume, and a second baseline run differs as well
     seed = next(seed for seed in range(100) if _first_kill(seed).step < 7)
     found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:LateModel", seed=seed))

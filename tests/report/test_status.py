@@ -95,7 +95,7 @@ def one(run: RunDir) -> Status:
     return found
 
 
-def test_a_finished_run_is_told_as_it_is(tmp_path: Path, jobs: dict[str, Job]) -> None:
+def test_a_finished_run_is_reported_as_finished(tmp_path: Path, jobs: dict[str, Job]) -> None:
     train(1, write_recipe(tmp_path), tmp_path / "run")
     found = one(RunDir(tmp_path / "run"))
     assert (found.state, found.step, found.total_steps, found.starts) == ("finished", 12, 12, 1)
@@ -168,7 +168,7 @@ def test_how_a_run_ended(tmp_path: Path, jobs: dict[str, Job]) -> None:
     assert one(run).state == "failed"
 
 
-def test_without_slurm_the_folder_tells_the_most_of_it(
+def test_without_slurm_the_folder_shows_most_of_it(
     tmp_path: Path, jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(tmp_path / "run", "7")
@@ -236,7 +236,7 @@ def test_every_state_is_explained() -> None:
     assert not Status("x", "stopped").alive
 
 
-def test_a_folder_that_holds_no_runs_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_runs_is_reported(tmp_path: Path) -> None:
     assert "holds no runs" in cli("status", tmp_path).out
     ended = cli("status", tmp_path / "none")
     assert ended.status == 1

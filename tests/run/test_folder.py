@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize("torn", ['{"event": "train", "st', '{"event": "train", "step": 3}', "\0\0\0", "{", " "])
-def test_a_torn_last_line_is_left_out_and_then_replaced(run: RunDir, torn: str) -> None:
+def test_a_torn_last_line_is_ignored_and_then_replaced(run: RunDir, torn: str) -> None:
     whole = '{"event": "train", "step": 1}\n{"event": "train", "step": 2}\n'
     run.metrics_path.write_text(whole + torn)
     assert [row["step"] for row in run.rows()] == [1, 2]

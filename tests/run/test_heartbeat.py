@@ -83,7 +83,7 @@ def test_heartbeats_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert not list(heartbeat.folder(run).glob(".*")), "what is written is renamed"
 
 
-def test_heartbeats_of_an_earlier_start_are_left_out(tmp_path: Path) -> None:
+def test_heartbeats_of_an_earlier_attempt_are_ignored(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     for rank in range(4):
         write_heartbeat(run, beat(rank))
@@ -102,7 +102,7 @@ def test_what_is_no_heartbeat_is_none(tmp_path: Path, content: str) -> None:
     assert read_heartbeats(RunDir(tmp_path / "none")) == []
 
 
-def test_a_later_version_may_say_more(tmp_path: Path) -> None:
+def test_unknown_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     write_heartbeat(run, beat(0))
     text = run.heartbeat_path(0).read_text()

@@ -72,7 +72,9 @@ def test_a_requeued_job_takes_the_run_from_the_start_before_it(run: RunDir) -> N
 
 @pytest.mark.parametrize("other", [("7", 1), ("7", 2), ("8", 0), (None, 0)])
 @pytest.mark.fault(32)
-def test_others_are_told_who_is_at_work(run: RunDir, monkeypatch: pytest.MonkeyPatch, other: tuple[str, int]) -> None:
+def test_others_are_shown_who_holds_the_lease(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, other: tuple[str, int]
+) -> None:
     held = taken(run, start("7", 2, host="node1"))
     beating = threading.Event()
 

@@ -158,7 +158,7 @@ def test_a_launch_has_values_of_their_kind(run: RunDir, field: str, value: Any) 
 
 
 @pytest.mark.parametrize(("key", "value"), [("step", -1), ("steps", 1e30), ("exported_step", "8"), ("steps", 10**18)])
-def test_a_marker_with_a_step_that_is_none_says_so(run: RunDir, key: str, value: Any) -> None:
+def test_a_marker_with_an_invalid_step_is_an_error(run: RunDir, key: str, value: Any) -> None:
     (run.path / "FINISHED").write_text(json.dumps({key: value}))
     assert run.finished is not None
     assert f"FINISHED in {run.path} cannot be read: {key} is" in run.finished["error"]

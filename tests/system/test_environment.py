@@ -253,7 +253,7 @@ def with_task(arguments: list[str]) -> Ended:
     return cli_rank(arguments)
 
 
-def test_who_waits_for_processes_that_no_launcher_started_says_so(
+def test_who_waits_for_processes_that_no_launcher_started_reports_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(world, "_WORD_AFTER_S", 0.0)

@@ -33,7 +33,7 @@ JOB = {"SLURM_JOB_ID": "19", "SLURM_NODEID": "1", "SLURM_CPUS_PER_TASK": "8"}
         ),
     ],
 )
-def test_what_a_process_is_told_of_its_job(variables: dict[str, str], job: JobEnvironment) -> None:
+def test_what_a_process_knows_of_its_job(variables: dict[str, str], job: JobEnvironment) -> None:
     assert job_environment(variables) == job
     assert job.attempt == (f"19.{job.restart}" if job.job else None)
     assert job.requeued == (job.restart > 0)

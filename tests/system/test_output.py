@@ -159,7 +159,7 @@ def outside(file: Path) -> Iterator[str]:
             yield f"{file}:{node.lineno} {called}"
 
 
-def test_nothing_is_said_past_the_one_function() -> None:
+def test_nothing_is_printed_past_the_one_function() -> None:
     places = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "launch").glob("*.py")]
     assert len(places) > 100
     free = ("output.py", "terminal.py")
@@ -289,7 +289,7 @@ def test_lines_go_on_between_words_below_their_text(width: int) -> None:
     assert "/folder" * 20 in "".join(shown_at(width, path, terminal=True)), "a path is not cut apart"
 
 
-def test_what_is_being_started_is_said_before_what_takes_seconds(
+def test_what_is_being_started_is_reported_before_what_takes_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from distrain.launchers import start

@@ -368,7 +368,7 @@ def test_a_recipe_without_callbacks_is_stored_as_before_and_one_with_them_whole(
     assert recipe.callbacks[0].name == f"{tmp_path}/mine.py:Total"
 
 
-def test_a_changed_file_of_a_callback_is_told(tmp_path: Path) -> None:
+def test_a_changed_file_of_a_callback_is_reported(tmp_path: Path) -> None:
     recipe, run = recipe_with(tmp_path, "mine.py:Total"), tmp_path / "run"
     train(1, recipe, run, stop_after=5)
     (tmp_path / "mine.py").write_text(MINE + "\nmore = 1\n")

@@ -303,7 +303,7 @@ def test_the_earliest_of_equals_is_best() -> None:
 
 @pytest.mark.parametrize("higher", [True, False])
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_what_is_no_number_is_never_the_best(higher: bool, bad: float) -> None:
+def test_what_is_nan_or_infinite_is_never_the_best(higher: bool, bad: float) -> None:
     best = ranked(higher, [(1, bad), (2, bad)])
     assert best.value() is None
     assert not best.improved()
@@ -399,7 +399,7 @@ def write_holed(folder: Path, task: str, **changes: str) -> Path:
     ],
 )
 @pytest.mark.fault(38)
-def test_an_evaluation_that_is_no_number_is_an_error(
+def test_an_evaluation_that_is_nan_or_infinite_is_an_error(
     tmp_path: Path, world_size: int, task: str, changes: dict[str, str], where: str
 ) -> None:
     recipe, run = write_holed(tmp_path, task, **changes), tmp_path / "run"
@@ -418,7 +418,7 @@ def test_an_evaluation_that_is_no_number_is_an_error(
 
 @pytest.mark.parametrize("patience", [1, 2])
 @pytest.mark.fault(38)
-def test_an_evaluation_that_is_no_number_is_no_improvement(tmp_path: Path, patience: int) -> None:
+def test_an_evaluation_that_is_nan_or_infinite_is_no_improvement(tmp_path: Path, patience: int) -> None:
     recipe, run = write_holed(tmp_path, "classification", inputs='x * float("nan")'), tmp_path / "run"
     said = train(1, recipe, run, "anomalies.nonfinite=skip", f"eval.early_stop.patience={patience}")[0].out
     assert [row["step"] for row in rows(run) if row["event"] == "eval"] == list(range(3, 3 * patience + 4, 3))
@@ -440,7 +440,7 @@ def test_an_evaluation_that_is_no_number_is_no_improvement(tmp_path: Path, patie
     ],
 )
 @pytest.mark.fault(38)
-def test_a_metric_that_says_nothing_there_decides_nothing(
+def test_a_metric_that_reports_nothing_there_decides_nothing(
     tmp_path: Path, task: str, best: str, changes: dict[str, str], why: str
 ) -> None:
     recipe, run = write_holed(tmp_path, task, **changes), tmp_path / "run"
@@ -456,7 +456,7 @@ def test_a_metric_that_says_nothing_there_decides_nothing(
     assert all(math.isfinite(row["loss"]) for row in rows(run) if row["event"] == "eval")
 
 
-def test_a_score_that_is_0_throughout_is_said(tmp_path: Path) -> None:
+def test_a_metric_that_is_0_throughout_is_reported(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path, WAVERING), tmp_path / "run"
     (tmp_path / "own.py").write_text("def never(outputs, targets):\n    return outputs[:, 0] * 0\n")
     said = train(1, recipe, run, f'eval.metrics=["{tmp_path}/own.py:never"]', "eval.best=never")[0].out
@@ -532,7 +532,7 @@ def test_a_metric_that_was_not_computed_is_not_known(tmp_path: Path) -> None:
     assert done["best"]["step"] >= 6
 
 
-def test_a_run_of_before_scores_said_what_they_are(tmp_path: Path) -> None:
+def test_evaluations_of_older_runs_are_read(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, WAVERING)
     for then in ("accuracy", "-loss"):
         run = tmp_path / then

@@ -109,7 +109,7 @@ def test_a_layer_that_is_not_used_changes_nothing(tmp_path: Path) -> None:
         np.testing.assert_allclose(losses(tmp_path / str(world_size)), losses(tmp_path / "1"), rtol=0, atol=1e-10)
 
 
-def test_a_model_that_draws_from_python_and_numpy_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_model_that_draws_from_python_and_numpy_resumes_to_the_same_bits(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, TINY.replace("{name: mlp, hidden: [16]}", "own_parts:Skipper"))
     train(1, recipe, tmp_path / "whole")
     train(1, recipe, tmp_path / "stopped", stop_after=5)
@@ -119,7 +119,7 @@ def test_a_model_that_draws_from_python_and_numpy_goes_on_to_the_same_bits(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
     recipe = write_recipe(tmp_path)
     # random numbers, buffers, and a model of several DDP buckets' worth of order
     options = ["model.hidden=[24, 16]", "model.dropout=0.3", "model.norm=batch", "train.precision=fp32"]
@@ -257,7 +257,7 @@ def test_the_loss_of_the_first_step_is_torchs_own(tmp_path: Path) -> None:
         ({"steps": 1}, 128, 20, ""),
     ],
 )
-def test_one_step_that_is_more_than_the_whole_training_is_said(
+def test_one_step_that_is_more_than_the_whole_training_is_reported(
     length: dict[str, float], batch: int, samples: int, said: str
 ) -> None:
     made = Recipe.model_validate(
@@ -284,7 +284,7 @@ log: {every: 1 steps}
 
 
 @pytest.mark.parametrize("loss", ["pairs", "scaled_by_batch", "Running", "apart"])
-def test_a_loss_that_takes_samples_together_is_told_and_its_cut_kept(tmp_path, loss):
+def test_a_loss_that_takes_samples_together_is_reported_and_its_cut_kept(tmp_path, loss):
     recipe = write_recipe(tmp_path, COUPLED.replace("LOSS", loss))
     (ended,) = train(1, recipe, tmp_path / "run", stop_after=1)
     # the model's BatchNorm, which looks across the batch as well, has no part in it
