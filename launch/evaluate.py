@@ -1,4 +1,4 @@
-"""What a launcher starts, once for each process: score the model of a run or a checkpoint.
+"""What a launcher starts, once for each process: evaluate the model of a run or a checkpoint.
 
 accelerate launch --config_file accelerate_configs/multi_cpu.yaml launch/evaluate.py runs/digits --split test
 """
@@ -11,11 +11,14 @@ from distrain.system.output import prepare_streams
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", metavar="RUN|CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("target", nargs="?", metavar="RUN|CHECKPOINT", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--split", default="test", help="train, valid or test")
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--changed-data", action="store_true", help="score also data that changed since the training")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+    parser.add_argument("--changed-data", action="store_true", help="evaluate also data that changed")
+    parser.add_argument("--request", help="what `distrain evaluate` has resolved, in place of all else")
     a = parser.parse_args()
+    if (a.target is None) == (a.request is None):
+        parser.error("name a run or a checkpoint")
     prepare_streams()
-    sys.exit(work_evaluation(a.target, a.split, processes=a.processes, as_json=a.json, changed_data=a.changed_data))
+    sys.exit(work_evaluation(**vars(a)))

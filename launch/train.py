@@ -25,16 +25,4 @@ if __name__ == "__main__":
     parser.add_argument("--replicate", help="replicas that fsdp2 makes: a number, or auto, one for each machine")
     a = parser.parse_args()
     prepare_streams()
-    sys.exit(
-        work(
-            a.target,
-            a.overrides,
-            run_dir=a.run_dir,
-            processes=a.processes,
-            update=a.update,
-            strategy=a.strategy,
-            offload=a.offload,
-            replicate=a.replicate,
-            request=a.request,
-        )
-    )
+    sys.exit(work(**vars(a)))

@@ -90,7 +90,7 @@ def train(
     replicate: Replicate = None,
 ) -> None:
     """Train a recipe. The same command resumes a stopped run, and shows a finished one."""
-    echo_loading(target, on_terminal=True)
+    echo_loading(on_terminal=True)
     from distrain.launchers import start
 
     raise typer.Exit(

@@ -11,19 +11,18 @@ slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_envir
 """
 
 import distrain.launchers.slurm  # noqa: F401  registers itself, and what a process is told of its job
-from distrain.launchers.evaluating import start_evaluation, work_evaluation
+from distrain.launchers.evaluating import EvaluationRequest, resolve_evaluation, work_evaluation
 from distrain.launchers.launcher import Launcher, Submitted, find_launcher, launcher_of
 from distrain.launchers.local import (
     LaunchPlan,
     LocalLauncher,
-    autobatch,
     configuration_file,
-    end_with_launcher,
     launch,
     launch_argv,
     shared_file,
+    start,
+    start_evaluation,
     unsaid_failures,
-    worker_arguments,
 )
 from distrain.launchers.preflight import (
     TYPED,
@@ -49,10 +48,11 @@ from distrain.launchers.request import (
     recipe_text,
     resolve,
 )
-from distrain.launchers.worker import start, train_here, work
+from distrain.launchers.worker import autobatch, end_with_launcher, train_here, work
 
 __all__ = [
     "TYPED",
+    "EvaluationRequest",
     "LaunchPlan",
     "Launcher",
     "LocalLauncher",
@@ -83,6 +83,7 @@ __all__ = [
     "recipe_text",
     "reported",
     "resolve",
+    "resolve_evaluation",
     "shared_file",
     "start",
     "start_evaluation",
@@ -90,5 +91,4 @@ __all__ = [
     "unsaid_failures",
     "work",
     "work_evaluation",
-    "worker_arguments",
 ]

@@ -1,63 +1,129 @@
-"""`distrain evaluate`, in as many processes as one likes."""
+"""`EvaluationRequest`: what `distrain evaluate` asks for, resolved once; and what each of its processes does."""
 
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
 
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
 from distrain.config.yaml import parse_recipe
-from distrain.launchers.local import LaunchPlan, configuration_file, end_with_launcher, launch, shared_file
-from distrain.launchers.preflight import check_gpus, gpu_count, join_launcher
+from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
 from distrain.launchers.reporting import reported
 from distrain.launchers.request import check_one_owner
-from distrain.system.environment import own_start, rank_told, say_ignored
+from distrain.launchers.worker import end_with_launcher
+from distrain.system.environment import rank_told
 from distrain.system.output import echo, one_line
 
 
-def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, changed_data: bool = False) -> int:
-    """Score a run's or a checkpoint's model in that many processes of this machine; returns the exit status."""
-    say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
-    if processes == 1:
-        return work_evaluation(target, split, processes=1, as_json=as_json, changed_data=changed_data)
-    check_gpus(processes, gpu_count())
-    arguments = [target, "--split", split, "--processes", str(processes), *(["--json"] if as_json else [])]
-    arguments += ["--changed-data"] if changed_data else []
-    script, config = shared_file("launch", "evaluate.py"), configuration_file("ddp")
-    return launch(LaunchPlan(script, tuple(arguments), processes, config))
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation, resolved: which checkpoint, on which split, in how many processes."""
+
+    checkpoint: str
+    """The checkpoint's folder, absolute."""
+    split: str
+    """train, valid or test."""
+    processes: int
+    as_json: bool = False
+    """Whether the metrics are printed as JSON."""
+    changed_data: bool = False
+    """Whether data that changed since the training are evaluated."""
+
+    script: ClassVar[str] = "evaluate.py"
+    """What each process runs, in launch/."""
+    strategy: ClassVar[str] = "ddp"
+    """Each process has the whole model, whatever the run was trained with."""
+    offload: ClassVar[str] = "none"
+
+    @property
+    def worker_arguments(self) -> tuple[str, ...]:
+        """The arguments of the script."""
+        return "--request", json.dumps(asdict(self))
+
+
+def resolve_evaluation(
+    target: str,
+    split: str,
+    processes: int | None,
+    environment: StartEnvironment,
+    *,
+    as_json: bool = False,
+    changed_data: bool = False,
+) -> EvaluationRequest:
+    """Return the request that a command makes; raises UserError with all that is wrong with it. Writes nothing.
+
+    `target` is a run or one of its checkpoints. `processes`: how many there must be, where that is said.
+    """
+    from distrain.parallel import strategy_wishes
+
+    problems, checkpoint = environment.problems(processes), Path()
+    try:
+        checkpoint = find_checkpoint(target)
+        recipe = parse_recipe(read_manifest(checkpoint).recipe, target)
+        if (precision := environment.configuration.get("mixed_precision")) is not None:
+            check_one_owner({"mixed_precision": precision}, recipe, 1, auto=environment.precision)
+        for wish in strategy_wishes(environment.configuration):
+            if wish.strategy not in (None, "single", "ddp"):
+                raise UserError(
+                    f"{wish.place} asks for {wish.strategy}, and an evaluation has the whole model on each process, "
+                    "whatever the run was trained with; start with accelerate_configs/ddp.yaml or multi_cpu.yaml"
+                )
+    except UserError as error:
+        problems.append(error)
+    if problems:
+        raise all_of(problems)
+    return EvaluationRequest(str(checkpoint.absolute()), split, environment.processes, as_json, changed_data)
 
 
 def work_evaluation(
-    target: str, split: str, *, processes: int | None = None, as_json: bool = False, changed_data: bool = False
+    target: str | None,
+    split: str = "test",
+    *,
+    processes: int | None = None,
+    as_json: bool = False,
+    changed_data: bool = False,
+    request: str | None = None,
 ) -> int:
-    """Score in this process, one of those that a launcher started; returns the exit status. All ranks call."""
+    """Evaluate in this process, one of those that a launcher started; returns the exit status. All ranks call.
+
+    `request` is what distrain's launcher has resolved, as JSON. Without it somebody started launch/evaluate.py by hand,
+    and each process resolves the same request.
+    """
     end_with_launcher()
-    rank = rank_told()
 
     def score() -> None:
-        from distrain.parallel import strategy_wishes
+        environment = worker_environment()
+        if request is None:
+            assert target is not None
+            found = resolve_evaluation(
+                target, split, processes, environment, as_json=as_json, changed_data=changed_data
+            )
+        else:
+            found = EvaluationRequest(**json.loads(request))
+            if problems := environment.problems(found.processes):
+                raise all_of(problems)
+        print_evaluation(found)
 
-        environment = join_launcher(processes)
-        configuration = environment.configuration
-        for wish in strategy_wishes(configuration):
-            if wish.strategy not in (None, "single", "ddp"):
-                raise UserError(
-                    f"{wish.place} asks for {wish.strategy}, and scoring has the whole model on each process, whatever "
-                    "the run was trained with; start with accelerate_configs/ddp.yaml or multi_cpu.yaml"
-                )
-        if (precision := configuration.get("mixed_precision")) is not None:
-            recipe = parse_recipe(read_manifest(find_checkpoint(target)).recipe, target)
-            check_one_owner({"mixed_precision": precision}, recipe, 1, auto=environment.precision)
-        from distrain.inference import evaluate_checkpoint
+    return reported(None, rank_told(), score)
 
-        values = evaluate_checkpoint(target, split, changed_data=changed_data)
-        if rank != 0:
-            return
-        if as_json:
-            print(json.dumps(values, indent=2))
-            return
-        for name, value in values.items():
-            echo(one_line(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}"))
 
-    return reported(None, rank, score)
+def evaluate_here(request: EvaluationRequest) -> int:
+    """Evaluate in this process alone; returns the exit status."""
+    return reported(None, 0, lambda: print_evaluation(request))
+
+
+def print_evaluation(request: EvaluationRequest) -> None:
+    """Evaluate in this process, one of its world; rank 0 prints the metrics. All ranks call."""
+    from distrain.inference import evaluate_checkpoint
+
+    values = evaluate_checkpoint(request.checkpoint, request.split, changed_data=request.changed_data)
+    if rank_told() != 0:
+        return
+    if request.as_json:
+        print(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        echo(one_line(f"{name:<20} {f'{value:.6g}' if isinstance(value, float) else value}"))

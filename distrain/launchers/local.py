@@ -5,32 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import distrain
-from distrain.autobatch.search import search_if_needed
-from distrain.config import Recipe, UserError
+from distrain.config import UserError
 from distrain.config.registry import launchers
+from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
 from distrain.launchers.launcher import Job, Submitted
-from distrain.launchers.preflight import gpu_count
-from distrain.launchers.request import RunRequest, open_run
+from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
+from distrain.launchers.request import Options, RunRequest, read_target, resolve
+from distrain.launchers.worker import begin_worker, is_finished, prepare, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
-from distrain.run.lease import Holder, check_free
-from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
-from distrain.system.environment import LAUNCHED_BY, forget_launchers, under_torch_launcher
+from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored
 from distrain.system.job_environment import job_environment
+from distrain.system.logs import show_on_terminal
 from distrain.system.memory import oom_kills
-from distrain.system.output import echo_error
-
-if TYPE_CHECKING:
-    from distrain.parallel import StrategySpec
+from distrain.system.output import echo_error, echo_loading
 
 _OUT_OF_MEMORY = (
     ": the memory ran out, and the kernel ended it for that. What takes less: a smaller batch.micro (the step stays "
@@ -210,44 +206,26 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
     ]
 
 
-def end_with_launcher() -> None:
-    """Have this process killed when its launcher is: alone it would go on, beside those of the next start."""
-    # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
-    if sys.platform == "linux" and under_torch_launcher():
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-
-
-def worker_arguments(request: RunRequest) -> tuple[str, ...]:
-    """Return what launch/train.py is given where the run folder holds its request. Pure."""
-    return request.folder, "--request", request.id
-
-
 @launchers.register("local")
 class LocalLauncher:
     """Processes of this machine, which end with the command that started them."""
 
     name = "local"
 
-    def submit(self, start: RunRequest) -> Submitted:
-        """Start a request's processes and wait for them."""
-        run, count = start.run, start.processes
-        if run.exists and not run.finished:
-            holder = Holder.of_this_process()
-            check_free(run, holder)  # before its recipe may be replaced
-            # a failure of this start must not be taken for an earlier preemption
-            run.clear_markers(requeued=holder.restart > 0)
-        open_run(run, start.given, start.launch(), update=start.update)
-        if start.update or not run.finished:
-            found = autobatch(run, start.recipe.recipe, start.spec, count, count)
-            if found is not None:
-                cache_micro_batch(run, found)
-        script, config = shared_file("launch", "train.py"), configuration_file(start.strategy)
-        status = launch(LaunchPlan(script, worker_arguments(start), count, config, start.offload), run)
+    def submit(self, start: RunRequest | EvaluationRequest) -> Submitted:
+        """Start a request's processes and wait for them; a single one is this process."""
+        count, run = start.processes, None
+        if isinstance(start, RunRequest):
+            if count == 1 or is_finished(start):
+                return Submitted(status=train_here(start) if count == 1 else show_finished(start.run))
+            run = start.run
+            prepare(start)
+        elif count == 1:
+            return Submitted(status=evaluate_here(start))
+        script, config = shared_file("launch", start.script), configuration_file(start.strategy)
+        status = launch(LaunchPlan(script, start.worker_arguments, count, config, start.offload), run)
         # a launcher that was signalled calls that a failure, and the run folder knows better
-        return Submitted(status=0 if run.preempted is not None else status)
+        return Submitted(status=0 if run is not None and run.preempted is not None else status)
 
     def knows(self, folder: Path) -> bool:
         """Whether a job was submitted: there are none here, only processes."""
@@ -265,6 +243,32 @@ class LocalLauncher:
         )
 
 
-def autobatch(run: RunDir, recipe: Recipe, asked: StrategySpec, processes: int, here: int) -> CachedMicroBatch | None:
-    """Return what `batch.micro: auto` is newly found to be for a start that is about to be made; see `probing`."""
-    return search_if_needed(run, recipe, asked, processes=processes, here=here, gpus=gpu_count())
+def start(
+    target: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, update: bool = False, **options: Any
+) -> int:
+    """Train a recipe or resume a run on this machine; returns the exit status. What `distrain train` does.
+
+    `options` are those of `Options`. Raises UserError with all that is wrong, before anything is written.
+    """
+    show_on_terminal(converses=True)
+    asked = Options(**options)
+    say_ignored(own_start(os.environ, asked.processes))
+    named = read_target(target, overrides, run_dir, update=update)
+    if not named.problems:
+        echo_loading(on_terminal=False)
+    count = asked.processes or (1 if asked.strategy == "single" else max(gpu_count(), 1))
+    if count == 1:
+        begin_worker()
+    environment = launcher_environment(count) if count > 1 else worker_environment()
+    return LocalLauncher().submit(resolve(named, replace(asked, processes=count), environment)).status
+
+
+def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, changed_data: bool = False) -> int:
+    """Evaluate a run's or a checkpoint's model on this machine; returns the exit status. What `distrain evaluate` does.
+
+    Raises UserError where it cannot be, before any process is started.
+    """
+    say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
+    environment = launcher_environment(processes) if processes > 1 else worker_environment()
+    request = resolve_evaluation(target, split, processes, environment, as_json=as_json, changed_data=changed_data)
+    return LocalLauncher().submit(request).status

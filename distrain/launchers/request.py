@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.launchers.preflight import StartEnvironment, all_of
 from distrain.run.folder import Launch, RunDir
+from distrain.system.job_environment import job_environment
 from distrain.system.output import in_utf8
 
 if TYPE_CHECKING:
@@ -74,6 +75,14 @@ class RunRequest:
     """The resolved recipe, with where each value came from."""
     replicate: int | Literal["auto"] = 1
     """How many replicas of what is sharded there are; auto: one for each machine that the processes are on."""
+
+    script: ClassVar[str] = "train.py"
+    """What each process runs, in launch/."""
+
+    @property
+    def worker_arguments(self) -> tuple[str, ...]:
+        """Its arguments, once the run folder holds this request."""
+        return self.folder, "--request", self.id
 
     @property
     def run(self) -> RunDir:
@@ -344,6 +353,8 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
         run.write_launch(launch)
     if update:
         run.update_path.touch()
+    elif job_environment().job is None:  # who starts the run again may have changed their mind
+        run.update_path.unlink(missing_ok=True)
 
 
 def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> None:

@@ -1,4 +1,4 @@
-"""`distrain train`: `start` resolves and launches a machine's processes, `work` is what each of them runs."""
+"""What each process of a run does: it reads or resolves the request, joins its world, takes the run and trains."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import functools
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from distrain.autobatch.search import search_if_needed
 from distrain.checkpoint import newest_step
 from distrain.config import UserError
-from distrain.launchers.local import LocalLauncher, autobatch, end_with_launcher
-from distrain.launchers.preflight import gpu_count, join_launcher, launcher_environment, worker_environment
+from distrain.launchers.preflight import gpu_count, join_launcher, worker_environment
 from distrain.launchers.reporting import leave_to_rank_0, report, reported
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.lease import Holder, Lease, check_free, take
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
-from distrain.system.environment import own_start, rank_told, say_ignored
+from distrain.system.environment import rank_told, under_torch_launcher
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
-from distrain.system.output import echo_loading
 
 if TYPE_CHECKING:
     from distrain.training.callbacks.base import Callback
@@ -29,39 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def start(
-    target: str,
-    overrides: Sequence[str] = (),
-    *,
-    run_dir: str | None = None,
-    processes: int | None = None,
-    update: bool = False,
-    strategy: str = "auto",
-    offload: str | None = None,
-    replicate: str | None = None,
-) -> int:
-    """Train a recipe or resume a run on this machine; returns the exit status. What `distrain train` does.
-
-    Raises UserError with all that is wrong, before anything is written.
-    """
-    show_on_terminal(converses=True)
-    say_ignored(own_start(os.environ, processes))
-    found = read_target(target, overrides, run_dir, update=update)
-    if not found.problems:
-        echo_loading(target, on_terminal=False)
-    count = processes or (1 if strategy == "single" else max(gpu_count(), 1))
-    options = Options(strategy, offload, count, replicate)
-    if count > 1:
-        return LocalLauncher().submit(resolve(found, options, launcher_environment(count))).status
-    begin_worker()
-    return train_here(resolve(found, options, worker_environment()))
-
-
 def begin_worker() -> None:
     """Do what comes first in a process that trains."""
     show_on_terminal(converses=True)
     end_with_launcher()
-    # noted from here on, and read by the loop when it runs: a scheduler's notice may come during the imports
+    # blocked until the loop reads it: a scheduler's notice may come during the imports
     signal.pthread_sigmask(signal.SIG_BLOCK, [job_environment().notice])
     if "DISTRAIN_TRACE" in os.environ:
         from distrain.training.callbacks.outside_files import note_files
@@ -69,24 +41,32 @@ def begin_worker() -> None:
         note_files()  # before anything of the user's is imported
 
 
+def end_with_launcher() -> None:
+    """Have this process killed when its launcher is: alone it would go on, beside those of the next attempt."""
+    # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
+    if sys.platform == "linux" and under_torch_launcher():
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+
+
 def work(
     target: str,
     overrides: Sequence[str] = (),
     *,
     run_dir: str | None = None,
-    processes: int | None = None,
     update: bool = False,
-    strategy: str = "auto",
-    offload: str | None = None,
-    replicate: str | None = None,
     request: str | None = None,
     callbacks: Sequence[Callback] = (),
+    **options: Any,
 ) -> int:
     """Train in this process, one of those that a launcher started; returns the exit status. All ranks call.
 
-    `request` names what distrain's launcher has resolved and written into the run folder `target`: it is read, and
-    only that the world is the one asked for is seen. Otherwise somebody has started launch/train.py by hand, and each
-    process resolves the same request. Nothing is written before that. `callbacks` are called after those of the recipe.
+    `request` names the request that distrain's launcher wrote into the run folder `target`: this process reads it, and
+    checks that the world is the requested one. Without it somebody started launch/train.py by hand, and each process
+    resolves the same request from `options`, which are those of `Options`. Nothing is written before that. `callbacks`
+    are called after those of the recipe.
     """
     begin_worker()
     rank = rank_told()
@@ -94,41 +74,62 @@ def work(
         if request is not None:
             found = requested(RunDir(target), request)
         else:
-            asked = read_target(target, overrides, run_dir, update=update)
-            found = resolve(asked, Options(strategy, offload, processes, replicate), worker_environment())
+            named = read_target(target, overrides, run_dir, update=update)
+            found = resolve(named, Options(**options), worker_environment())
     except UserError as error:
         if rank == 0 or getattr(error, "of_each_process", False):
             logger.error("%s", error, extra=EACH_RANK if rank else None)
         else:
             leave_to_rank_0(rank, error)
         return 1
-    return train_here(found, callbacks)
+    return train_here(found, callbacks, opened=request is not None)
 
 
 def requested(run: RunDir, name: str) -> RunRequest:
-    """Return the request that a run's launch.json holds, in the world that it is for.
-
-    Raises UserError for another request than the one of that `name`, and for another world.
-    """
+    """Return the request in a run's launch.json; raises UserError for another `name`, and for another world."""
     found = RunRequest.of_run(run)
     if found is None or found.id != name:
         raise UserError(
-            f"{run.launch_path} does not hold the request {name} that this process was started for: another start of "
-            f"the run has written its own. Wait for that one to end, then start again: distrain train {run.path}"
+            f"{run.launch_path} does not hold the request {name} that this process was started for: another attempt "
+            f"has replaced it. Wait for that one to end, then resume: distrain train {run.path}"
         )
     join_launcher(found.processes)
     return found
 
 
-def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
+def prepare(request: RunRequest, *, search: bool = True, opened: bool = False) -> None:
+    """Open the run, unless it is `opened`, and `search` the size of `batch.micro: auto`, before any process trains.
+
+    One process calls, without a GPU. Raises UserError, with nothing changed, where another attempt is at work.
+    """
+    run, holder = request.run, Holder.of_this_process()
+    if run.exists:
+        check_free(run, holder)  # before its recipe may be replaced
+        if not run.finished:
+            # a failure of this attempt must not be taken for an earlier preemption
+            run.clear_markers(requeued=holder.restart > 0)
+    found = autobatch(request, request.processes) if search else None
+    if not opened:
+        open_run(run, request.given, request.launch(), update=request.update)
+    if found is not None:
+        cache_micro_batch(run, found)
+
+
+def autobatch(request: RunRequest, here: int) -> CachedMicroBatch | None:
+    """Return a newly found size for `batch.micro: auto`, with `here` of the processes on this machine; else None."""
+    count = request.processes
+    return search_if_needed(
+        request.run, request.recipe.recipe, request.spec, processes=count, here=here, gpus=gpu_count()
+    )
+
+
+def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opened: bool = False) -> int:
     """Train what was requested in this process, one of its world; returns the exit status. All ranks call.
 
-    `callbacks` are called after those of the recipe.
+    `opened`: whether the launcher has prepared the run. `callbacks` are called after those of the recipe.
     """
-    run, rank = request.run, rank_told()
-    given, update = request.given, request.update
-    recipe = request.recipe.recipe
-    asked = request.spec
+    run, rank, recipe = request.run, rank_told(), request.recipe.recipe
+    alone = request.processes == 1
     status = 0
 
     def train_in_world() -> None:
@@ -137,53 +138,31 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
         from distrain.loop import train
         from distrain.parallel import open_world
 
-        found: CachedMicroBatch | None = None
-        if "RANK" not in os.environ and (update or not run.finished):
-            # before this process has anything of a GPU; of several, the launcher does it
-            if run.exists:
-                check_free(run, Holder.of_this_process())
-            found = autobatch(run, recipe, asked, 1, 1)
+        if alone and not is_finished(request):
+            prepare(request, opened=opened)
         world = open_world(
             recipe.train.precision,
-            asked,
+            request.spec,
             timeout_s=recipe.watchdog.collectives_s,
             deterministic=recipe.train.deterministic,
         )
-
         lease: Lease | None = None
 
-        def begin() -> dict[str, Any] | Lease:
-            if run.finished and given is not None and not update:
-                check_same_recipe(run, given)
-            if not update and (done := run.finished):
-                return done
-            holder = Holder.of_this_process()
-            if run.exists:
-                check_free(run, holder)  # before its recipe may be replaced
-            if run.exists and not update and holder.job is None:  # who starts the run again may have changed their mind
-                run.update_path.unlink(missing_ok=True)
-            open_run(run, given, request.launch(), update=update)
-            if found is not None:
-                cache_micro_batch(run, found)
-            step = newest_step(run.checkpoints) or 0
-            taken = take(run, holder, step=step, processes=world.world_size, strategy=asked.strategy)
+        def begin() -> Lease | None:
+            if is_finished(request):
+                return None
+            if not (alone or opened):
+                prepare(request, search=False)
+            holder, step = Holder.of_this_process(), newest_step(run.checkpoints) or 0
+            taken = take(run, holder, step=step, processes=world.world_size, strategy=request.strategy)
             run.clear_markers(requeued=holder.restart > 0)
             return taken
 
         try:
             begun = world.run_on_rank0(begin)
-            if not isinstance(begun, Lease):
+            if begun is None:
                 if world.rank == 0:
-                    from distrain.system.terminal import Console
-                    from distrain.training.callbacks.trackers import show_summary
-
-                    console = Console()
-                    show_summary(begun, console)
-                    if effect := run.effect():
-                        console.say(f"took effect: {describe_effect(effect)}")
-                    console.say(
-                        f"{run.path} is finished; choose another --run-dir to train anew, or --update to continue"
-                    )
+                    show_finished(run)
                 return
             # each in the folder that it sees
             lease = mine = begun if world.rank == 0 else Lease(run, begun.holder)
@@ -202,3 +181,21 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = ()) -> int:
             world.close()
 
     return reported(None, rank, train_in_world) or status
+
+
+def is_finished(request: RunRequest) -> bool:
+    """Whether there is nothing to train: the run is finished, and this attempt does not update it."""
+    return not request.update and request.run.finished is not None
+
+
+def show_finished(run: RunDir) -> int:
+    """Print the summary of a finished run, and what took effect in it; returns the exit status."""
+    from distrain.system.terminal import Console
+    from distrain.training.callbacks.trackers import show_summary
+
+    console = Console()
+    show_summary(run.finished or {}, console)
+    if effect := run.effect():
+        console.say(f"took effect: {describe_effect(effect)}")
+    console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to continue")
+    return 0

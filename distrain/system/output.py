@@ -90,13 +90,13 @@ def echo_error(text: object, who: str = "") -> None:
     print(error_text(text, who), file=sys.stderr, flush=True)
 
 
-def echo_loading(target: str, *, on_terminal: bool) -> None:
-    """Say what is being started, before imports that take seconds: for people, so on standard error.
+def echo_loading(*, on_terminal: bool) -> None:
+    """Print that PyTorch is being loaded, before imports that take seconds: for people, so on standard error.
 
     On a terminal it is said at once; in a log, where nobody waits, behind what can be wrong with the recipe alone.
     """
     if sys.stderr.isatty() == on_terminal:
-        echo(f"loading PyTorch to train {one_line(target)}", error=True)
+        echo("loading PyTorch", error=True)
 
 
 def error_text(text: object, who: str = "") -> str:

@@ -32,7 +32,6 @@ from distrain.launchers import (
     resolve,
     shared_file,
     work,
-    worker_arguments,
 )
 from distrain.launchers.slurm.job_environment import read_slurm
 from distrain.run.folder import RunDir
@@ -150,7 +149,7 @@ def start_node(
 
         arguments: tuple[str, ...]
         if stored is not None:
-            request, arguments = stored, worker_arguments(stored)
+            request, arguments = stored, stored.worker_arguments
         else:
             options = Options(strategy, wanted, replicate=replicate or None)
             request = resolve(read_target(str(run.path)), options, launcher_environment(world_size, nodes))
@@ -162,7 +161,7 @@ def start_node(
             return 1
         # the processes of the other nodes wait for those of this one
         tries = rank == 0 and run.finished is None
-        if tries and (found := autobatch(run, request.recipe.recipe, request.spec, world_size, count)) is not None:
+        if tries and (found := autobatch(request, count)) is not None:
             cache_micro_batch(run, found)
         plan = LaunchPlan(
             shared_file("launch", "train.py"),

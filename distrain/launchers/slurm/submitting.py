@@ -311,10 +311,9 @@ def submit(prepared: Prepared) -> str:
         launch = replace(launch, request=replace(request, update=False).record())
         if not run.exists or recipe_differences(load_recipe(run.recipe_path), loaded):
             run.create(recipe_text(loaded), launch)
-        open_run(run, None, launch)
+        open_run(run, None, launch, update=prepared.update)
         if prepared.update:
             run.clear_markers()
-            run.update_path.touch()
         run.stop_path.unlink(missing_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
     number = sbatch(folder / "train.sbatch")
