@@ -108,10 +108,9 @@ def prepare(request: RunRequest, *, search: bool = True, opened: bool = False) -
         if not run.finished:
             # a failure of this attempt must not be taken for an earlier preemption
             run.clear_markers(requeued=holder.restart > 0)
-    found = autobatch(request, request.processes) if search else None
     if not opened:
         open_run(run, request.given, request.launch(), update=request.update)
-    if found is not None:
+    if search and (found := autobatch(request, request.processes)) is not None:
         cache_micro_batch(run, found)
 
 
@@ -150,6 +149,8 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
 
         def begin() -> Lease | None:
             if is_finished(request):
+                if request.given is not None:
+                    check_same_recipe(run, request.given)
                 return None
             if not (alone or opened):
                 prepare(request, search=False)

@@ -201,7 +201,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             # first: it makes the folder a run, which the same command takes up wherever this is interrupted
             write_atomically(self.recipe_path, recipe_text)
-            self.write_launch(launch)
+            write_json(self.launch_path, launch.__dict__)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(

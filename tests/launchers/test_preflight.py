@@ -767,7 +767,7 @@ def test_evaluation_keeps_the_precision_of_the_recipe_and_needs_no_strategy(tmp_
     train(1, write_recipe(tmp_path), run)
     cases = {
         "ACCELERATE_MIXED_PRECISION is bf16; the recipe's train.precision": {"ACCELERATE_MIXED_PRECISION": "bf16"},
-        "asks for zero3, and scoring has the whole model on each process": {
+        "asks for zero3, and an evaluation has the whole model on each process": {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         },

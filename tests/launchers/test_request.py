@@ -13,14 +13,16 @@ from worlds import in_world
 
 from distrain.config import UserError
 from distrain.launchers import (
+    EvaluationRequest,
     Options,
     RunRequest,
     StartEnvironment,
     open_run,
     read_target,
     resolve,
+    resolve_evaluation,
     work,
-    worker_arguments,
+    work_evaluation,
 )
 from distrain.launchers.slurm.node import request_of_job
 from distrain.parallel import SourcedValue
@@ -81,7 +83,7 @@ def test_a_run_folder_holds_its_request(tmp_path: Path) -> None:
     assert replace(found, recipe=request.recipe) == request
     assert found.recipe.recipe == request.recipe.recipe, "recipe.yaml is its recipe"
     assert "recipe" not in json.loads(request.run.launch_path.read_text())["request"]
-    assert worker_arguments(found) == (str(tmp_path / "run"), "--request", request.id)
+    assert found.worker_arguments == (str(tmp_path / "run"), "--request", request.id)
 
 
 def test_a_folder_of_an_earlier_version_holds_none_and_is_read(tmp_path: Path) -> None:
@@ -214,7 +216,10 @@ def test_workers_of_another_request_or_world_write_nothing(tmp_path: Path, world
     request = resolve(read_target(str(write_recipe(tmp_path)), [], str(run.path)), Options(), TWO)
     open_run(run, request.given, request.launch())
     before = content(tmp_path)
-    for name, said in ((request.id, "this run asks for 2 processes, found 1"), ("0" * 12, "another start of the run")):
+    for name, said in (
+        (request.id, "this run asks for 2 processes, found 1"),
+        ("0" * 12, "another attempt has replaced it"),
+    ):
         if world_size == 2 and name == request.id:
             continue
         first, *others = in_world(world_size, worker, str(run.path), name)
@@ -222,3 +227,39 @@ def test_workers_of_another_request_or_world_write_nothing(tmp_path: Path, world
         assert said in first.err
         assert all((rank.status, rank.err) == (1, "") for rank in others)
     assert content(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluations
+
+
+def evaluation_worker(request: str) -> Ended:
+    """Evaluate as a process that distrain's launcher has started."""
+    return captured(lambda: work_evaluation(None, request=request))
+
+
+def test_an_evaluation_is_resolved_once_and_its_workers_read_it(tmp_path: Path) -> None:
+    run, environment = tmp_path / "run", StartEnvironment(2, here=2)
+    train(1, write_recipe(tmp_path), run)
+    before = content(tmp_path)
+    request = resolve_evaluation(str(run), "valid", 2, environment, as_json=True)
+    assert Path(request.checkpoint).parent == run / "checkpoints"
+    again = resolve_evaluation(request.checkpoint, "valid", None, environment, as_json=True)
+    assert again == request, "a run stands for one of its checkpoints"
+    option, text = request.worker_arguments
+    assert EvaluationRequest(**json.loads(text)) == request
+    first, second = in_world(2, evaluation_worker, text)
+    assert (option, first.status, second.status, second.out) == ("--request", 0, 0, ""), first.err
+    values = json.loads(first.out)
+    assert (values["checkpoint"], values["split"], values["processes"]) == (request.checkpoint, "valid", 2)
+    alone, *_ = in_world(1, evaluation_worker, text)
+    assert (alone.status, "this run asks for 2 processes, found 1" in alone.err) == (1, True)
+    assert content(tmp_path) == before
+
+
+def test_all_that_is_wrong_with_an_evaluation_is_told_at_once(tmp_path: Path) -> None:
+    zero = {"distributed_type": SourcedValue("DEEPSPEED", "file: distributed_type")}
+    environment = StartEnvironment(2, here=2, gpus=1, configuration=zero)
+    with pytest.raises(UserError) as caught:
+        resolve_evaluation(str(tmp_path / "none"), "test", 2, environment)
+    assert str(caught.value).startswith("2 things are wrong with this start; nothing was written.")
