@@ -1,14 +1,17 @@
 """Runs the tests: those of the cluster, which mostly wait for SLURM, beside all others, several at a time.
 
     python scripts/test.py [pytest's options]
+    python scripts/test.py --all [pytest's options]
     python scripts/test.py --changed [pytest's options]
 
-The first runs every test. What the others print is shown as it comes, then what those of the cluster printed, and last
-how many tests passed. The second runs the quick ones of the rooms in which files differ from the main branch.
+The first runs the tests that a merge must pass, the second also every combination of which they take a set that covers
+them. What the others print is shown as it comes, then what those of the cluster printed, and last
+how many tests passed. The third runs the quick ones of the rooms in which files differ from the main branch.
 """
 
 from __future__ import annotations
 
+import compileall
 import os
 import signal
 import subprocess
@@ -22,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = "tests/cluster"
 PYTEST = [sys.executable, "-m", "pytest"]
 
-AT_A_TIME = max(2, min(os.cpu_count() or 1, 8))
-"""How many tests run at a time, beside those of the cluster: many are one process, and some wait."""
+AT_A_TIME = min((os.cpu_count() or 1) + 1, 8)
+"""How many tests run at a time, beside those of the cluster: one more than there are cores, for some wait."""
 
 # neighbours share what their file sets up; who is done takes from the end of another's list
 SPREAD = ["-n", str(AT_A_TIME), "--dist", "worksteal"]
@@ -44,14 +47,15 @@ def counts(report: Path) -> Counter[str]:
 
 
 def every_test(options: list[str]) -> int:
-    """Run all of them; returns the exit status, 0 only if all passed."""
+    """Run those of a merge, or more by the options; returns the exit status, 0 only if all passed."""
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder, f"{name}.xml") for name in ("cluster", "others")}
         printed = Path(folder, "cluster.txt")
         pytest = [*PYTEST, "-o", "junit_family=xunit1"]
+        every = [option for option in options if option == "--all"]
         with printed.open("wb") as out:
             beside = subprocess.Popen(
-                [*pytest, CLUSTER, "-p", "no:cacheprovider", f"--junitxml={reports['cluster']}"],
+                [*pytest, CLUSTER, *every, "-p", "no:cacheprovider", f"--junitxml={reports['cluster']}"],
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -100,6 +104,8 @@ def tests_of(files: list[str]) -> list[str]:
 def main() -> int:
     """Run what is asked for; returns the exit status."""
     options = sys.argv[1:]
+    # once, for the hundreds of processes that import it where Python is told to write no bytecode
+    compileall.compile_dir(ROOT / "distrain", quiet=1)
     if "--changed" not in options:
         return every_test(options)
     options.remove("--changed")

@@ -137,6 +137,7 @@ def assert_agrees(found: Path, expected: Path) -> None:
         assert gap <= TOLERANCE * max(np.abs(theirs[name]).max(initial=0.0), 1.0), f"{name}: {gap}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_trains_as_ddp_does(straight: dict[str, Path], name: str) -> None:
     assert_agrees(straight[name], straight["ddpx2"])

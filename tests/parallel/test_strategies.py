@@ -118,7 +118,13 @@ def run_all(
     return ranks[0]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+QUICK = ("ddpx2", "zero2x2", "zero3x2", "fsdp2x2")
+"""One way for each class of strategy: enough while one works on them."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
+)
 def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -240,6 +246,7 @@ MORE_ZERO1 = pytest.param("zero1", marks=pytest.mark.more)
 """Zero1 is zero2's class, and shards the same state: zero2 stands for it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [MORE_ZERO1, *(name for name in OFFLOADS if name != "zero1")])
 def test_what_is_offloaded_trains_alike_and_resumes_with_and_without(
     straight: Straight, name: str, tmp_path: Path
