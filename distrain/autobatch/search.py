@@ -1,11 +1,11 @@
-"""Searching `batch.micro: auto`: the largest micro-batch that fits, before the run starts.
+"""The search for `batch.micro: auto`: the largest micro-batch that fits, before the run starts.
 
 Each try runs in its own processes, as many as the run has on this machine: they build the run's model, optimizer and
-strategy, take two steps, and exit, so that a failed try leaves nothing behind. A size fits where a tenth of the memory
+strategy, take two steps, and exit, so that a failed try leaves nothing behind. A size fits if a tenth of the memory
 stays free: of a GPU, of the cgroup, or of the limit of a process.
 
 On CPUs it searches only under a memory limit (of a cgroup, as schedulers and containers set, or of ulimit). The memory
-of the whole machine is no limit, as other programs use it too.
+of the machine is not a limit, because other programs use it too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,34 +54,12 @@ class SearchFailed(Exception):
 class _TryResult:
     """The result of one try."""
 
-    fits: bool
+    reason: str = ""
+    """Why it does not fit; empty if it does."""
     peak: int = 0
     """Peak memory of a process, in bytes."""
     limit: int = 0
     """Memory limit of a process, in bytes."""
-    reason: str = ""
-    """Why it does not fit."""
-
-
-def search_if_needed(
-    run: RunDir,
-    recipe: Recipe,
-    spec: StrategySpec,
-    *,
-    processes: int,
-    here: int,
-    gpus: int,
-) -> CachedMicroBatch | None:
-    """Search for an attempt that is about to start, and return the entry to cache in its run; see `search`.
-
-    None where there is nothing to search, or a valid entry is cached.
-    """
-    if not needs_search(recipe, gpus=gpus):
-        return None
-    before = cached_micro_batch(run, CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate))
-    if before is not None and is_valid(before, gpus=gpus, here=here):
-        return None
-    return search(recipe, spec, processes=processes, here=here, gpus=gpus)
 
 
 def needs_search(recipe: Recipe, *, gpus: int) -> bool:
@@ -88,34 +67,35 @@ def needs_search(recipe: Recipe, *, gpus: int) -> bool:
     return recipe.batch.micro_batch_size == "auto" and (gpus > 0 or _cpu_limit() is not None)
 
 
-def search(
-    recipe: Recipe,
-    spec: StrategySpec,
-    *,
-    processes: int,
-    here: int,
-    gpus: int,
+def search_if_needed(
+    run: RunDir, recipe: Recipe, spec: StrategySpec, *, processes: int, here: int, gpus: int
 ) -> CachedMicroBatch | None:
     """Return the largest micro-batch that fits, of those with which whole accumulation steps make the global batch.
 
-    `processes` are those of the run, `here` of them on this machine. Where these are fewer, each holds more of what is
-    sharded than it will in the run, and what fits here fits there. Raises UserError where not even one sample fits;
-    returns None, having logged why, where something else is wrong.
+    `processes` are those of the run, `here` of them on this machine. If these are fewer, each holds more of what is
+    sharded than in the run, and what fits here fits there. Returns None if there is nothing to search, if a valid entry
+    is cached, or, after logging why, if something else fails. Raises UserError if not even one sample fits.
     """
     from distrain.datasets.batch_sizes import micro_batch_sizes
 
+    if not needs_search(recipe, gpus=gpus):
+        return None
+    key = CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate)
+    cached = cached_micro_batch(run, key)
+    if cached is not None and is_valid(cached, gpus=gpus, here=here):
+        return None
     sizes = micro_batch_sizes(recipe.batch.global_batch_size, processes)
     if not sizes:
-        return None  # which is refused where the run starts
+        return None  # the start of the run refuses it
     tries: dict[int, _TryResult] = {}
 
     def fits(size: int) -> bool:
         began = time.monotonic()
         done = tries[size] = _try(recipe, spec, size, processes, here, gpus)
         peak = f", {gib(done.peak)} of {gib(done.limit)} for each process" if done.peak else ""
-        result = "fits" if done.fits else "does not fit"
+        result = "does not fit" if done.reason else "fits"
         logger.info(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
-        return done.fits
+        return not done.reason
 
     logger.info(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
     try:
@@ -125,39 +105,32 @@ def search(
         return None
     if size is None:
         raise UserError(f"not even a micro-batch of {sizes[0]} fits.\n{tries[sizes[0]].reason}")
-    where = CacheKey.of(recipe, processes, spec.strategy, spec.offload, spec.replicate)
     found = tries[size]
-    tried = tuple((each, done.fits) for each, done in tries.items())
-    return CachedMicroBatch(where, size, hardware(gpus), found.limit, found.peak, tried)
+    tried = tuple((each, not done.reason) for each, done in tries.items())
+    return CachedMicroBatch(key, size, hardware(gpus), found.limit, found.peak, tried)
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of the ascending `sizes` that fits, None where none does; what is larger takes no less.
+    """Return the largest of the ascending `sizes` that fits, None if none does; larger sizes take no less memory.
 
-    The largest of all is tried first, as it mostly fits; then by halves.
+    Tries the largest first, as it mostly fits; then by bisection.
     """
     if fits(sizes[-1]):
         return sizes[-1]
-    fitting, not_fitting = -1, len(sizes) - 1
-    while not_fitting - fitting > 1:
-        middle = (fitting + not_fitting) // 2
-        if fits(sizes[middle]):
-            fitting = middle
-        else:
-            not_fitting = middle
-    return sizes[fitting] if fitting >= 0 else None
+    count = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
+    return sizes[count - 1] if count else None
 
 
 def is_valid(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:
-    """Return whether an entry was found on the same hardware, with no more memory than there is now."""
+    """Return whether an entry was found on the same hardware, with no more memory than is free now."""
     if autobatch.hardware != hardware(gpus):
         return False
-    # a limit that is measured is never twice the same to the byte
+    # a measured limit varies by some bytes
     return gpus > 0 or (limit := _cpu_limit()) is None or _share(limit, here) >= 0.9 * autobatch.limit
 
 
 def hardware(gpus: int) -> str:
-    """Return the hardware of this machine: the models of its GPUs, or cpu."""
+    """Return the models of this machine's GPUs, or cpu."""
     if not gpus:
         return "cpu"
     models = set()
@@ -186,7 +159,7 @@ def _share(limit: memory.Limit, here: int) -> int:
 
 
 def _try(recipe: Recipe, spec: StrategySpec, size: int, processes: int, here: int, gpus: int) -> _TryResult:
-    """Try a size in `here` processes; raises SearchFailed where one fails for another reason than memory."""
+    """Try a size in `here` processes; raises SearchFailed if one fails for another reason than memory."""
     quiet = recipe.model_copy(
         update={
             "batch": BatchSection(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=size),
@@ -201,9 +174,9 @@ def _try(recipe: Recipe, spec: StrategySpec, size: int, processes: int, here: in
         how = {
             "strategy": spec.strategy,
             "offload": spec.offload,
-            # so that a replica is shared out by as many as in the run, or by all that there are here
+            # so that as many processes share a replica as in the run, or all that are here
             "replicate": max(1, here // (processes // spec.replicate)) if spec.replicate != "auto" else 1,
-            # of what counts against the limit, this much may be each process's own
+            # the private memory of each process, of what counts against the limit
             "data_limit": int(_share(limit, here) * (1 - MARGIN)) if limit is not None and limit.shared else None,
         }
         (folder / "how.json").write_text(json.dumps(how), encoding="utf-8")
@@ -224,13 +197,13 @@ def _run(folder: Path, here: int) -> list[int]:
     processes = []
     try:
         for rank in range(here):
-            with (folder / f"said-{rank}.txt").open("wb") as said:
+            with (folder / f"output-{rank}.txt").open("wb") as output:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-c", _COMMAND, str(folder)],
                         env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
-                        stdout=said,
+                        stdout=output,
                         stderr=subprocess.STDOUT,
                     )
                 )
@@ -240,7 +213,7 @@ def _run(folder: Path, here: int) -> list[int]:
             if all(code is not None for code in codes) or any(codes):
                 break
             time.sleep(0.02)
-        # a process out of memory reports it before the others notice that it exited
+        # a process that is out of memory reports it before the others notice its exit
         time.sleep(0.1)
         return [process.poll() or 0 if process.poll() is not None else -signal.SIGTERM for process in processes]
     finally:
@@ -250,7 +223,7 @@ def _run(folder: Path, here: int) -> list[int]:
             process.wait()
 
 
-# with -c the current folder is where modules are looked for, as for the run itself
+# with -c Python imports modules from the current folder, as in the run itself
 _COMMAND = "import sys; from distrain.autobatch.search import main; main(sys.argv[1])"
 
 
@@ -258,17 +231,15 @@ def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: i
     results = [_read_result(folder, rank) for rank in range(here)]
     for each in results:
         if each is not None and each["does_not_fit"]:
-            return _TryResult(False, reason=each["said"])
+            return _TryResult(each["error"])
     if -signal.SIGKILL in codes:
         rank = codes.index(-signal.SIGKILL)
-        return _TryResult(
-            False, reason=f"The kernel killed the process of rank {rank}, as it does when memory runs out."
-        )
+        return _TryResult(f"The kernel killed the process of rank {rank}, as it does when memory runs out.")
     for rank, (each, code) in enumerate(zip(results, codes, strict=True)):
         if each is None and code == -signal.SIGTERM:
-            continue  # killed here, because another failed, or after the timeout
-        if each is None or each["said"]:
-            text = each["said"] if each is not None else (folder / f"said-{rank}.txt").read_text(errors="replace")
+            continue  # killed by `_run`, because another failed, or after the timeout
+        if each is None or each["error"]:
+            text = each["error"] if each is not None else (folder / f"output-{rank}.txt").read_text(errors="replace")
             line = next((line for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")
             raise SearchFailed(f"rank {rank}: {line.strip()[:300]}")
     done = [each for each in results if each is not None]
@@ -276,13 +247,11 @@ def _outcome(folder: Path, codes: list[int], limit: memory.Limit | None, here: i
         raise SearchFailed(f"a try took longer than {_TIMEOUT_S / 60:.0f} min")
     peak = max(each["peak"] for each in done)
     if limit is not None:
-        return _TryResult(True, peak, _share(limit, here))
+        return _TryResult("", peak, _share(limit, here))
     total = min(each["total"] for each in done)
-    if peak > (1 - MARGIN) * total:
-        return _TryResult(
-            False, peak, total, f"It takes {gib(peak)} of the {gib(total)} of a GPU; a tenth is to stay free."
-        )
-    return _TryResult(True, peak, total)
+    fits = peak <= (1 - MARGIN) * total
+    reason = "" if fits else f"It takes {gib(peak)} of the {gib(total)} of a GPU; a tenth must stay free."
+    return _TryResult(reason, peak, total)
 
 
 def _read_result(folder: Path, rank: int) -> dict[str, Any] | None:
@@ -300,33 +269,33 @@ def main(place: str) -> None:
     """Take the first steps of the recipe in a folder, and write their peak memory there."""
     folder, rank = Path(place), int(os.environ["RANK"])
     _limit_memory(folder)
-    result: dict[str, Any] = {"does_not_fit": False, "said": "", "peak": 0, "total": 0}
+    result: dict[str, Any] = {"does_not_fit": False, "error": "", "peak": 0, "total": 0}
     try:
         result |= _make_steps(folder)
     except Exception as error:
         from distrain.diagnose.memory_advice import is_out_of_memory
         from distrain.training.forward import TooFewValues
 
-        # a micro-batch that is too small for a layer is none to be found, as one that is too large
+        # a micro-batch that is too small for a layer cannot be used, like one that is too large
         if isinstance(error, TooFewValues):
-            result |= {"does_not_fit": True, "said": str(error)}
+            result |= {"does_not_fit": True, "error": str(error)}
         else:
-            result |= {"does_not_fit": is_out_of_memory(error), "said": f"{type(error).__name__}: {error}"}
+            result |= {"does_not_fit": is_out_of_memory(error), "error": f"{type(error).__name__}: {error}"}
     temporary = folder / f".result-{rank}"
     temporary.write_text(json.dumps(result), encoding="utf-8")
     temporary.replace(folder / f"result-{rank}.json")
     sys.stdout.flush()
-    os._exit(1 if result["said"] else 0)  # at once: there is nothing to clean up
+    os._exit(1 if result["error"] else 0)  # at once: there is nothing to clean up
 
 
 def _limit_memory(folder: Path) -> None:
-    """Make this process, and no other, fail where it exceeds its share of the memory."""
+    """Make this process, and no other, fail when it exceeds its share of the memory."""
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-    with contextlib.suppress(OSError):  # the kernel chooses by size then
+    with contextlib.suppress(OSError):  # otherwise the kernel chooses by size
         Path("/proc/self/oom_score_adj").write_text("1000")
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
@@ -350,7 +319,7 @@ def _make_steps(folder: Path) -> dict[str, int]:
     loaded = load_recipe(folder / "recipe.yaml")
     spec = StrategySpec.of(how["strategy"], how["offload"], how["replicate"])
     world = open_world(loaded.recipe.train.precision, spec, deterministic=loaded.recipe.train.deterministic)
-    recipe = loaded.recipe.model_copy(update={"callbacks": []})  # they are to see the run alone
+    recipe = loaded.recipe.model_copy(update={"callbacks": []})  # they are for the run itself
     run = RunDir(folder / "run")
     launch = Launch.describe(world.world_size, spec.strategy, spec.offload, spec.replicate)
     world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
@@ -374,6 +343,6 @@ def _make_steps(folder: Path) -> dict[str, int]:
 
 
 def _saved_bytes(session: Any) -> int:
-    """Return how much of the state this rank writes into a checkpoint."""
+    """Return the bytes of the state that this rank writes into a checkpoint."""
     held, mesh = session.t.strategy.state.held().values(), session.world.mesh
     return sum(each.nbytes // (mesh.world_size if each.replicated else mesh.replicas) for each in held)
