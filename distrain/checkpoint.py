@@ -1,19 +1,16 @@
-"""Save, verify, restore and retain the state of a run. Imports no torch: bytes in, bytes out.
+"""Saves, verifies, restores and retires the checkpoints of a run. Imports no torch: bytes in, bytes out.
 
 A checkpoint is a folder `step-00001000` of one safetensors file for each rank and a `MANIFEST.json`. Every tensor is
 cut into **pieces**, contiguous ranges of its elements in row-major order; the piece of tensor NAME that begins at
-element START is the one-dimensional tensor `NAME@START` of some rank's file. The manifest says for each full tensor its
-shape, dtype, role and pieces, and holds the size and hash of each file and a hash of itself, so that a changed bit
-anywhere is found. There is no pickle in it: opening a checkpoint runs no code.
+element START is the one-dimensional tensor `NAME@START` of a rank's file. The manifest lists each full tensor's shape,
+dtype, role and pieces, each file's size and hash, and its own hash, so that a changed bit anywhere is found. It holds
+no pickle: opening a checkpoint runs no code.
 
 A checkpoint is complete or absent. `Saver` writes into `.tmp-…` beside the published ones and publishes by one rename
-after everything is on disk; what is retired is first renamed to `.trash-…`. The names of both end in host, process id,
-start time of that process and a random token. Rank 0 of a later save removes those left behind by processes of its own
-host that have ended, and those of other hosts once nothing in them has changed for a day. A step that is saved again
-takes the place of the old one in one exchange of names; where the file system has no such call, by two renames.
-
-Inside: `format` (what is in a checkpoint, and its manifest), `reading` (find, verify, read), `writing` (save, publish,
-retire), `comparing` (how two differ), `floats` (elements of one width as another).
+after everything is on disk; a retired one is first renamed to `.trash-…`. The names of both end in host, process id,
+start time of that process and a random token. Rank 0 of a later save removes those of processes of its own host that
+have ended, and those of other hosts in which nothing has changed for a day. A step that is saved again replaces the old
+one by one exchange of names, or by two renames on file systems without that call.
 """
 
 from __future__ import annotations

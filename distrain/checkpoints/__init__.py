@@ -1,11 +1,12 @@
-"""What `distrain.checkpoint` is made of. Imports no torch.
+"""The parts of `distrain.checkpoint`. Imports no torch.
 
-format.py     what is in a checkpoint, and its manifest
+format.py     the contents of a checkpoint, and its manifest
 writing.py    save, publish, retire
 reading.py    find, verify, read
+headers.py    the headers of safetensors files
 comparing.py  how two checkpoints differ
 dtypes.py     every dtype: torch's name, safetensors' name, its size
-floats.py     floating-point numbers of one width as another
-export/       a checkpoint as one file, and files as a checkpoint
-foreign/      the folders and files that others write
+floats.py     floating-point elements of one width to another
+export/       a checkpoint to files, and files to a checkpoint
+foreign/      the formats of other trainers
 """

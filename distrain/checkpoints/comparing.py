@@ -19,14 +19,14 @@ _CHUNK = 1 << 20  # elements compared at a time
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor whose elements differ."""
+    """How the elements of a tensor differ."""
 
     name: str
     differing: int
     """Elements whose bits differ."""
     numel: int
     max_abs: float | None
-    """Largest |a - b|, NaN when one of the two is NaN; None for other than floating-point elements."""
+    """Largest |a - b|, NaN if one of the two is NaN; None if the elements are not floating-point."""
     max_rel: float | None
     """Largest |a - b| / max(|a|, |b|)."""
 
@@ -37,49 +37,43 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What `difference` found."""
+    """How two checkpoints differ."""
 
     listing: tuple[str, ...]
     """How names, shapes, dtypes, aliases, the step and the scalars differ."""
     tensors: tuple[TensorDifference, ...]
     """Tensors of the same name, shape and dtype whose elements differ."""
     notes: tuple[str, ...]
-    """Differences that are no part of the state of training: strategy, world size, recipe, data and code, score."""
+    """Differences outside the training state: strategy, world size, recipe, data and code, score."""
 
     @property
     def identical(self) -> bool:
-        """Whether both hold the same state of training, bit for bit."""
+        """Whether both hold the same training state, bit for bit."""
         return not self.listing and not self.tensors
 
     def lines(self) -> list[str]:
-        """Return what to show a person."""
+        """Return lines for the user."""
         verdict = ["the state of training is identical, bit for bit"] if self.identical else []
         return [*verdict, *self.listing, *map(str, self.tensors), *(f"note: {note}" for note in self.notes)]
 
 
 def difference(first: Path | str, second: Path | str, verify: bool = True) -> Difference:
-    """Compare two checkpoints tensor by tensor; raises CheckpointError when one of them does not verify."""
+    """Compare two checkpoints tensor by tensor, in bounded memory; raises CheckpointError if one does not verify."""
     with Reader(first, verify) as a, Reader(second, verify) as b:
         one, other = a.manifest, b.manifest
         listing = explain_difference(one, other.specs, "the first", "the second")
-        for what in ("step", "aliases"):
-            if getattr(one, what) != getattr(other, what):
-                listing.append(f"{what}: {getattr(one, what)} in the first, {getattr(other, what)} in the second")
+        listing += _field_differences(one, other, "step", "aliases")
         listing += _json_differences("scalars", *({**each.scalars, "inputs": None} for each in (one, other)))
         shared = [name for name, tensor in one.tensors.items() if other.specs.get(name) == tensor.spec]
         found = [_compare(name, one, a, b) for name in shared]
-    notes = [
-        f"{what}: {getattr(one, what)} in the first, {getattr(other, what)} in the second"
-        for what in ("strategy", "world_size", "score")
-        if getattr(one, what) != getattr(other, what)
-    ]
+    notes = _field_differences(one, other, "strategy", "world_size", "score")
     notes += ["inputs: the two differ"] if one.scalars.get("inputs") != other.scalars.get("inputs") else []
     notes += ["recipe: the two differ"] if one.recipe != other.recipe else []
     return Difference(tuple(listing), tuple(item for item in found if item), tuple(notes))
 
 
 def chunks(a: Reader, b: Reader, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (first element, bytes in the one, bytes in the other) of a tensor of one size, a little at a time."""
+    """Yield (first element, bytes in the one, bytes in the other) of a tensor of the same size, in chunks."""
     numel = a.spec(name).numel
     for start in range(0, numel, _CHUNK):
         count = min(_CHUNK, numel - start)
@@ -87,10 +81,14 @@ def chunks(a: Reader, b: Reader, name: str) -> Iterator[tuple[int, np.ndarray, n
 
 
 def elements(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Return bytes of a tensor as its elements: as numbers where there are such of its dtype, else as bits."""
+    """Return bytes of a tensor as its elements: numbers if NumPy can represent them, else bits."""
     if dtype in FLOATS:
         return widen(raw, dtype)
     return raw.view(np.complex128) if ITEM_SIZES[dtype] == 16 else raw.view(bits_dtype(dtype))
+
+
+def _field_differences(one: Manifest, other: Manifest, *names: str) -> list[str]:
+    return [line for name in names for line in _json_differences(name, getattr(one, name), getattr(other, name))]
 
 
 def _json_differences(where: str, one: Any, other: Any) -> list[str]:

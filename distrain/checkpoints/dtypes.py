@@ -1,7 +1,6 @@
-"""Every dtype that is stored: what it is called, and how many bytes an element has. Imports no torch.
+"""The table of stored dtypes: their names and sizes. Imports no torch.
 
-The one table of the project. The side of torch looks a dtype up by the name that torch gives it, so a dtype that an
-installed torch does not have yet, or that a newer one brings, is a name that is not found and not an error on import.
+Code that uses torch looks dtypes up by torch's names, so that importing this does not fail with a torch that lacks one.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ class Dtype(NamedTuple):
     nbytes: int
     """Of one element."""
     torch: str
-    """What torch calls it."""
+    """Torch's name."""
     storage: str | None = None
-    """The class of storage that `torch.save` names; None: untyped bytes, whose tensors say the dtype themselves."""
+    """The class of storage that `torch.save` names; None: untyped bytes, whose tensors have their own dtypes."""
     pair: str | None = None
     """For complex numbers that safetensors has no name for: the dtype of a real and an imaginary part side by side."""
 
@@ -46,21 +45,21 @@ DTYPES = {
     "C64": Dtype(8, "complex64", "ComplexFloat"),
     "C128": Dtype(16, "complex128", "ComplexDouble", pair="F64"),
 }
-"""By the names of safetensors, and by such names where it has none."""
+"""By the names of safetensors, or by similar names if it has none."""
 
 ITEM_SIZES = {name: dtype.nbytes for name, dtype in DTYPES.items()}
 """Bytes of one element."""
 
 BY_TORCH_NAME = {dtype.torch: name for name, dtype in DTYPES.items()}
-"""The dtype that torch calls so."""
+"""{torch's name: safetensors' name}."""
 
 
 def in_safetensors(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return how a safetensors file names a tensor: complex numbers that it has no name for are pairs of real ones."""
+    """Return a tensor's dtype and shape in a safetensors file, which stores some complex numbers as pairs."""
     pair = DTYPES[dtype].pair
     return (dtype, shape) if pair is None else (pair, (*shape, 2))
 
 
 def bits_dtype(dtype: str) -> str:
-    """Return the NumPy dtype of whole numbers in which each element, or each half of a wide one, is its bits."""
+    """Return the unsigned NumPy dtype of an element's bits, or of each half of a 16-byte element."""
     return f"u{min(ITEM_SIZES[dtype], 8)}"

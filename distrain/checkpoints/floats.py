@@ -1,4 +1,4 @@
-"""Floating-point elements as bytes: widened for arithmetic, rounded to another width. BF16 has no dtype in numpy."""
+"""Converts floating-point elements between widths, BF16 included, which NumPy lacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that can be turned into each other."""
+"""The dtypes that can be converted to each other."""
 
 _NATIVE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
@@ -23,7 +23,7 @@ def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
 def convert(raw: np.ndarray, source: str, target: str) -> tuple[np.ndarray, int]:
     """Return the elements of dtype `source` as bytes of dtype `target`, and how many finite ones became infinite.
 
-    Rounds to the nearest, ties to even, as `Tensor.to` of PyTorch does, F64 by way of F32 where the target has 16 bits.
+    Rounds to nearest, ties to even, as PyTorch's `Tensor.to` does: F64 to 16 bits through F32.
     """
     wide = widen(raw, source)
     with np.errstate(over="ignore", invalid="ignore"):
