@@ -50,6 +50,7 @@ def evaluate(
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
     skip_undecodable: int = 0,
+    load_batches: Callable[..., Iterable[Batch]] = build_eval_loader,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
@@ -62,6 +63,8 @@ def evaluate(
     rank.
 
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
+
+    `load_batches` makes the loader of one pass, of which each rank has the same number of batches.
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
 
@@ -77,7 +80,7 @@ def evaluate(
     first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
 
     def load() -> Iterable[Batch]:
-        return build_eval_loader(
+        return load_batches(
             source,
             rank=world.mesh.data_rank,
             world_size=world.mesh.data_size,

@@ -589,14 +589,15 @@ def assert_intact(folder: Path, state: dict[str, np.ndarray], step: int = 1) -> 
 def test_fault_of_one_rank_is_raised_by_all(tmp_path, monkeypatch, asynchronous, broken):
     state = make_state(1)
     save_world(tmp_path, 3, 1, state)
-    write = writing._write_file
+    sync = os.fsync
 
-    def fail(path, *args):
-        if f"rank-{broken:05d}-" in path.name:
-            raise OSError(28, "No space left on device", str(path))
-        return write(path, *args)
+    def fail(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if f"rank-{broken:05d}-" in Path(path).name:
+            raise OSError(28, "No space left on device", path)
+        sync(descriptor)
 
-    monkeypatch.setattr(writing, "_write_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     errors = save_world(tmp_path, 3, 2, make_state(2), asynchronous=asynchronous)
     assert len({str(error) for error in errors}) == 1
     for error in errors:

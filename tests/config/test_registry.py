@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -198,7 +199,8 @@ def test_entry_points_are_found_and_listed_and_their_packages_stay_closed(instal
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_what_is_built_in_is_found_without_looking_at_packages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table: Registry = getattr(registry, kind)
-    monkeypatch.setattr(registry, "installed_offers", lambda: pytest.fail("packages were looked at"))
+    registry.installed_offers.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: pytest.fail("packages were looked at"))
     for name in table.names():
         assert table.find(name).spec is None
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_state import rewrite_manifest
 from PIL import Image
-from runs import Ended, checkpoint, cli, rows, train, write_recipe
+from runs import Ended, checkpoint, cli, last, rows, train, write_recipe
 from worlds import in_world
 
 from distrain.checkpoint import read_manifest
@@ -29,7 +30,6 @@ from distrain.fingerprints.items import items_of
 from distrain.prove.trial_runs import CouldNotRun, TrialRun, TrialRunner
 from distrain.run.folder import RunDir
 from distrain.run.json_files import read_rows
-from distrain.system import bounded_json as bounded
 from distrain.training.updates import noted
 
 REST = """
@@ -533,19 +533,11 @@ def resume_old(folder: str) -> Ended:
     """Go on from a checkpoint that was written before there were fingerprints."""
     from runs import train_rank
 
-    import distrain.training.saving as session
-
-    recipe = write_recipe(Path(folder), f"name: r\n{table(Path(folder))}\n{REST}")
-    begin = session.Saver.begin
-
-    def without(self: Any, *args: Any, scalars: dict[str, Any], **rest: Any) -> Any:
-        return begin(self, *args, scalars={key: value for key, value in scalars.items() if key != "inputs"}, **rest)
-
-    session.Saver.begin = without  # type: ignore[method-assign]
-    train_rank(str(recipe), [], f"{folder}/run", 5, False)
-    Path(folder, "run", "inputs.json").unlink()
-    session.Saver.begin = begin  # type: ignore[method-assign]
-    return train_rank(str(recipe), [], f"{folder}/run", None, False)
+    recipe, run = write_recipe(Path(folder), f"name: r\n{table(Path(folder))}\n{REST}"), Path(folder, "run")
+    train_rank(str(recipe), [], str(run), 5, False)
+    rewrite_manifest(last(run), lambda manifest: manifest["scalars"].pop("inputs"))
+    (run / "inputs.json").unlink()
+    return train_rank(str(recipe), [], str(run), None, False)
 
 
 def test_an_update_of_the_recipe_is_a_row(tmp_path: Path) -> None:
@@ -564,14 +556,14 @@ def test_of_many_starts_those_from_the_same_step_are_looked_at(tmp_path: Path, m
     row = {"event": "update", "step": 7, "recipe": {}, "inputs": ["x"]}
     starts = [{"step": step} for step in range(500)]
     looked_at = 0
-    parse = bounded.parse_json
+    parse = json.loads
 
-    def counted(raw: bytes) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         nonlocal looked_at
         looked_at += 1
-        return parse(raw)
+        return parse(*args, **named)
 
-    monkeypatch.setattr(bounded, "parse_json", counted)
+    monkeypatch.setattr(json, "loads", counted)
     for behind, step, found, most in (
         ([{"step": 900}], 900, None, 2),
         ([{"step": 7}, row, {"step": 7}, {"step": 9}], 7, row, 3),

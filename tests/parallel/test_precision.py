@@ -94,13 +94,13 @@ def test_tf32_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_fp8_reports_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distrain.parallel.precision._has_torchao", lambda: False)
+    monkeypatch.setattr("accelerate.utils.imports.is_torchao_available", lambda: False)
     with pytest.raises(UserError, match=r"(?s)capability 8\.9 .* this is a CPU; and the package torchao.*pip install"):
         resolve("fp8", CPU)
     Card(monkeypatch, (9, 0))
     with pytest.raises(UserError, match=r"fp8 needs the package torchao.*Take bf16"):
         resolve("fp8", GPU)
-    monkeypatch.setattr("distrain.parallel.precision._has_torchao", lambda: True)
+    monkeypatch.setattr("accelerate.utils.imports.is_torchao_available", lambda: True)
     assert resolve("fp8", GPU) == Arithmetic("fp8", torch.bfloat16, torch.float32, scaled=False)
     Card(monkeypatch, (8, 6))
     with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 .*capability 8\.6\. Take bf16"):

@@ -9,6 +9,7 @@ import numpy as np
 
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.metrics import build_metrics
 from distrain.models import build_model
 from distrain.networks.calling import calling_convention
@@ -41,7 +42,7 @@ checkpoint: {{async: false}}
 """
 
 
-def evaluate_untrained(recipe: str) -> dict[str, Any]:
+def evaluate_untrained(recipe: str, load_batches: Any = build_eval_loader) -> dict[str, Any]:
     """Score the recipe's untrained model on its test split, in this world."""
     parsed = load_recipe(recipe).recipe
     world = open_world("fp32")
@@ -56,6 +57,7 @@ def evaluate_untrained(recipe: str) -> dict[str, Any]:
         metrics=build_metrics(parsed, data.meta),
         batch_size=parsed.eval.batch or 4,
         decode=data.meta.decode,
+        load_batches=load_batches,
     )
     assert model.training, "as it was before"
     world.close()

@@ -15,7 +15,7 @@ import torch
 from checkpoint_state import rewrite_manifest
 from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
 from own_parts import Points
-from runs import Ended, captured, cli, losses, rows, state, train, train_rank, write_recipe
+from runs import Ended, captured, cli, losses, rows, state, train, write_recipe
 from safetensors.numpy import load_file
 from sklearn import metrics as sk
 from worlds import in_world
@@ -24,6 +24,7 @@ from distrain.checkpoint import Criterion, find_best, list_checkpoints, read_man
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.launchers import reported
 from distrain.models import build_model
 from distrain.run.folder import RunDir
@@ -53,32 +54,30 @@ def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: in
         assert found["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def score_with_a_bad_sample(recipe: str) -> Ended:
-    """Score in a world whose last rank meets a sample that cannot be read."""
-    build = evaluation.build_eval_loader
+def evaluate_with_a_bad_sample(recipe: str) -> Ended:
+    """Evaluate in a world whose last rank meets a sample that cannot be read."""
 
-    def build_bad(*args: Any, **kwargs: Any) -> Any:
-        yield from build(*args, **kwargs)
+    def load_bad(*args: Any, **kwargs: Any) -> Any:
+        yield from build_eval_loader(*args, **kwargs)
         if kwargs["rank"] == kwargs["world_size"] - 1:
             raise UserError("sample 7 cannot be read")
 
-    evaluation.build_eval_loader = build_bad  # type: ignore[assignment]
-    return captured(lambda: reported(None, int(os.environ["RANK"]), lambda: evaluate_untrained(recipe)))
+    rank = int(os.environ["RANK"])
+    return captured(lambda: reported(None, rank, lambda: evaluate_untrained(recipe, load_bad)))
 
 
 @pytest.mark.fault(21)
 def test_a_sample_that_one_rank_cannot_read_ends_all_with_one_message(tmp_path: Path) -> None:
-    ended = in_world(2, score_with_a_bad_sample, str(write_recipe(tmp_path, POINTS.format(tests=5))))
+    ended = in_world(2, evaluate_with_a_bad_sample, str(write_recipe(tmp_path, POINTS.format(tests=5))))
     assert [rank.status for rank in ended] == [1, 1]
     assert [rank.err for rank in ended] == ["error (rank 0): sample 7 cannot be read\n", ""]
 
 
-def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
-    """Train with an evaluation whose loader repeats or drops samples."""
-    build = evaluation.build_eval_loader
+def spoiled(recipe: str, how: str) -> str:
+    """Evaluate with a loader that repeats or drops samples; returns the error."""
 
-    def build_spoiled(*args: Any, **kwargs: Any) -> Any:
-        for number, batch in enumerate(build(*args, **kwargs)):
+    def load_spoiled(*args: Any, **kwargs: Any) -> Any:
+        for number, batch in enumerate(build_eval_loader(*args, **kwargs)):
             ids = batch["ids"]
             if number == 1 and kwargs["rank"] == 0:
                 if how == "one dropped":
@@ -91,8 +90,11 @@ def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
             if how == "a batch twice" and number == 1:
                 yield batch
 
-    evaluation.build_eval_loader = build_spoiled
-    return train_rank(recipe, [], run_dir, None, False)
+    try:
+        evaluate_untrained(recipe, load_spoiled)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -100,17 +102,12 @@ def spoiled(recipe: str, run_dir: str, how: str) -> Ended:
 )
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_evaluation_that_is_not_of_every_sample_once_is_refused(tmp_path: Path, how: str, world_size: int) -> None:
-    recipe = write_recipe(tmp_path, POINTS.format(tests=97))
-    ended = in_world(world_size, spoiled, str(recipe), str(tmp_path / "run"), how)
-    run = RunDir(tmp_path / "run")
+    errors = in_world(world_size, spoiled, str(write_recipe(tmp_path, POINTS.format(tests=97))), how)
     if how == "nothing":
-        assert run.finished is not None
+        assert errors == [""] * world_size
         return
-    assert [rank.status for rank in ended] == [1] * world_size
-    assert run.finished is None
-    assert run.failed is not None
-    assert "that are not the 97 of the data set, each once; its numbers are not reported" in run.failed["message"]
-    assert not [row for row in rows(run.path) if row["event"] in ("eval", "final")]
+    for error in errors:
+        assert "that are not the 97 of the data set, each once; its numbers are not reported" in error
 
 
 # --------------------------------------------------------------------------------------------------------------------
