@@ -156,3 +156,121 @@ def test_commands_on_checkpoints_import_no_torch(tmp_path: Path) -> None:
     )
     names = f"RUN, OUT = {str(tmp_path / 'run')!r}, {str(tmp_path / 'model.safetensors')!r}\n"
     python(names + script)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What tests replace
+
+REPLACED = {
+    "tests/checkpoints/test_checkpoint.py": {
+        "distrain.checkpoints.writing._exchange": "a file system that cannot exchange two folders",
+    },
+    "tests/datasets/test_loading.py": {
+        "distrain.datasets.waiting._reached": "how often a wait was reported is a count of the whole process",
+        "distrain.datasets.waiting.echo": "a loader process goes on once the report is made",
+        "distrain.datasets.waiting.while_waiting": "a wait is reported once a loader process is seen to be stuck",
+        "distrain.inference.Limits": "the wait ends once it is reported, and not after minutes",
+    },
+    "tests/diagnose/test_hang_diagnosis.py": {
+        "distrain.run.stacks._on_gpu": "a process on a GPU",
+        "distrain.run.stacks.stacks": "stacks of other moments",
+        "distrain.diagnose.hang_diagnosis.time": "a clock that jumps",
+        "distrain.run.heartbeat.write_heartbeat": "a full disk under one file of many",
+        "distrain.diagnose.hang_diagnosis.gpu_faults": "a GPU that has failed",
+    },
+    "tests/launchers/test_launcher.py": {
+        "distrain.config.registry.launchers._entries": "a launcher is registered for one test",
+    },
+    "tests/launchers/test_slurm.py": {
+        "distrain.launchers.slurm.submitting.find_command": "SLURM where there is none",
+        "distrain.launchers.slurm.submitting.sbatch": "SLURM where there is none",
+        "distrain.launchers.slurm.tracking.jobs_of": "SLURM where there is none",
+    },
+    "tests/networks/test_deferred.py": {
+        "distrain.networks.replay.Ref.fits": "a tensor of another version of PyTorch",
+    },
+    "tests/parallel/test_mixed_precision.py": {
+        "distrain.loop.loss_of": "a gradient that overflows on one rank in chosen attempts",
+    },
+    "tests/parallel/test_strategy.py": {
+        "distrain.parallel.comm.Accelerator": "an Accelerator that came up with another world than it was asked for",
+    },
+    "tests/report/test_status.py": {
+        "distrain.launchers.slurm.tracking.jobs_of": "SLURM where there is none",
+        "distrain.launchers.slurm.launcher.cancel": "SLURM where there is none",
+    },
+    "tests/system/test_environment.py": {
+        "distrain.system.environment._above": "processes above this one",
+    },
+    "tests/system/test_job_environment.py": {
+        "distrain.system.job_environment._READERS": "a scheduler is registered for one test",
+    },
+    "tests/system/test_output.py": {
+        "distrain.launchers.start": "what is shown before anything is started",
+        "distrain.launchers.worker.begin_worker": "what is shown before anything is started",
+        "distrain.launchers.worker.train_here": "what is shown before anything is started",
+    },
+}
+"""What tests replace in the package, and what it stands for that cannot be brought about otherwise."""
+
+
+def replaced_in(tree: ast.AST) -> set[str]:
+    """Return the attributes of distrain's modules and classes that a file assigns, by setattr or `=`, but for limits.
+
+    A constant, in capitals, may be made smaller: the same code is reached with less.
+    """
+    named: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "distrain":
+            named |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "distrain":
+                    named[alias.asname or "distrain"] = alias.name if alias.asname else "distrain"
+
+    def dotted(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value) if str(node.value).startswith("distrain.") else ""
+        if isinstance(node, ast.Name):
+            return named.get(node.id, "")
+        inner = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+        return f"{inner}.{node.attr}" if isinstance(node, ast.Attribute) and inner else ""
+
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "setattr" in (getattr(node.func, "attr", ""), getattr(node.func, "id", "")):
+            owner, name = dotted(node.args[0]), node.args[1] if len(node.args) > 1 else None
+            whole = isinstance(node.args[0], ast.Constant) or not isinstance(name, ast.Constant)
+            found.add(owner if whole or not owner else f"{owner}.{name.value}")  # type: ignore[union-attr]
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            found.add(dotted(node))
+    ours = {each for each in found if each and not {"shutil", "os", "sys", "ImageOps"} & set(each.split("."))}
+    return {each for each in ours if not each.rpartition(".")[2].isupper() or each.endswith("._READERS")}
+
+
+def test_no_test_and_no_benchmark_replaces_a_function_of_the_package() -> None:
+    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    assert len(files) > 100
+    for file in files:
+        name = str(file.relative_to(ROOT))
+        more = replaced_in(ast.parse(file.read_text())) - set(REPLACED.get(name, ()))
+        assert not more, (
+            f"{name} replaces {', '.join(sorted(more))}: use a callback, an argument, a user's model or data set, or "
+            "what the operating system does"
+        )
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from distrain import loop\nloop.train_step = f", {"distrain.loop.train_step"}),
+        ("def f(m):\n    import distrain.training.saving as s\n    m.setattr(s.Saver, 'begin', 1)",
+         {"distrain.training.saving.Saver.begin"}),
+        ("m.setattr('distrain.loop.train', f)", {"distrain.loop.train"}),
+        ("from distrain.run import lease\nm.setattr(lease, '_WATCH_S', 1)", set()),
+        ("import os\nfrom distrain.checkpoints import writing\nos.fsync = f\nwriting.shutil.rmtree = f", set()),
+        ("from distrain.config import registry\nregistry.f.g = 1", {"distrain.config.registry.f.g"}),
+    ],
+)  # fmt: skip
+def test_what_is_replaced_is_found(code: str, found: set[str]) -> None:
+    assert replaced_in(ast.parse(code)) == found

@@ -63,6 +63,8 @@ class Callbacks:
         self.plan = Plan()
         self._failure: Exception | None = None
         self._running = self._closed = False
+        self._started: set[str] = set()
+        """Users' callbacks whose on_start was called: rows of before are not for them."""
         self._runs: dict[str, CallbackRun] = {}
         self._recorded = recipe.model_dump(mode="json").get("callbacks", [])
         self.ended = False
@@ -95,8 +97,9 @@ class Callbacks:
             except Exception as error:  # of rank 0, which alone opens files
                 self._failure = error
             self._raise_failure()
-        for name, method in self._users["on_start"]:
-            self._call(name, "on_start", method, self._runs[name])
+        for name, callback in self._named.items():
+            self._call(name, "on_start", callback.on_start, self._runs[name])
+            self._started.add(name)
         self._raise_failure()
         if self._askers:
             self.agree()
@@ -142,7 +145,8 @@ class Callbacks:
         for _, method in self._own["on_row"]:
             method(row)
         for name, method in self._users["on_row"]:
-            self._call(name, "on_row", method, row)
+            if name in self._started:
+                self._call(name, "on_row", method, row)
 
     def evaluated(self, split: str, values: Mapping[str, Any]) -> None:
         """Call on_evaluate."""
