@@ -167,7 +167,6 @@ REPLACED = {
     },
     "tests/datasets/test_loading.py": {
         "distrain.datasets.waiting._reached": "how often a wait was reported is a count of the whole process",
-        "distrain.datasets.waiting.echo": "a loader process goes on once the report is made",
         "distrain.datasets.waiting.while_waiting": "a wait is reported once a loader process is seen to be stuck",
         "distrain.inference.Limits": "the wait ends once it is reported, and not after minutes",
     },
@@ -244,7 +243,8 @@ def replaced_in(tree: ast.AST) -> set[str]:
             found.add(owner if whole or not owner else f"{owner}.{name.value}")  # type: ignore[union-attr]
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
             found.add(dotted(node))
-    ours = {each for each in found if each and not {"shutil", "os", "sys", "ImageOps"} & set(each.split("."))}
+    others = {"shutil", "os", "sys", "ImageOps", "logger"}  # not the package's, though reached through it
+    ours = {each for each in found if each and not others & set(each.split("."))}
     return {each for each in ours if not each.rpartition(".")[2].isupper() or each.endswith("._READERS")}
 
 
