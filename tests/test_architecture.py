@@ -188,9 +188,6 @@ REPLACED = {
     "tests/networks/test_deferred.py": {
         "distrain.networks.replay.Ref.fits": "a tensor of another version of PyTorch",
     },
-    "tests/parallel/test_mixed_precision.py": {
-        "distrain.loop.loss_of": "a gradient that overflows on one rank in chosen attempts",
-    },
     "tests/parallel/test_strategy.py": {
         "distrain.parallel.comm.Accelerator": "an Accelerator that came up with another world than it was asked for",
     },
@@ -206,8 +203,8 @@ REPLACED = {
     },
     "tests/system/test_output.py": {
         "distrain.launchers.start": "what is shown before anything is started",
-        "distrain.launchers.worker.begin_worker": "what is shown before anything is started",
-        "distrain.launchers.worker.train_here": "what is shown before anything is started",
+        "distrain.launchers.local.begin_worker": "what is shown before anything is started",
+        "distrain.launchers.local.train_here": "what is shown before anything is started",
     },
 }
 """What tests replace in the package, and what it stands for that cannot be brought about otherwise."""
