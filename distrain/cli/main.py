@@ -42,6 +42,11 @@ class Kind(StrEnum):
     optimizers = "optimizers"
     losses = "losses"
     metrics = "metrics"
+    schedules = "schedules"
+    callbacks = "callbacks"
+    trackers = "trackers"
+    formats = "formats"
+    launchers = "launchers"
 
 
 class Documents(StrEnum):
@@ -254,10 +259,14 @@ def schema() -> None:
 
 @app.command("list")
 def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """Print the names that a recipe may use, each with one line."""
+    """Print the names that a recipe or an option may use, each with one line."""
     from distrain.config import registry
 
-    for name, summary in getattr(registry, kind).summaries().items():
+    table = getattr(registry, kind)
+    found = table.summaries()
+    if not found:
+        echo(f"no {table.kind} is built in or installed; name your own as path/to/file.py:NAME", error=True)
+    for name, summary in found.items():
         echo(one_line(f"{name:<28} {summary}"))
 
 

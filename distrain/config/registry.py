@@ -315,5 +315,10 @@ trackers: Registry[Callable[..., Any]] = Registry(
 )
 launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
 formats: Registry[Callable[..., Any]] = Registry(
-    "format", "--format", "distrain.formats", "distrain.checkpoints.foreign.*"
+    # exporting first: the formats' modules and its own import each other's room
+    "format",
+    "--format",
+    "distrain.formats",
+    "distrain.checkpoints.export",
+    "distrain.checkpoints.foreign.*",
 )

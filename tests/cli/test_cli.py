@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from worlds import in_world
 
 from distrain.cli.main import Kind, app
+from distrain.config import registry
 from distrain.config.yaml import load_recipe
 
 COMMANDS = [
@@ -292,3 +295,31 @@ def test_export_takes_what_its_help_says(tmp_path: Path, finished: bool) -> None
     steps = [re.findall(r"step-0*(\d+)", text)[-1] for text in taken]
     assert steps[1] == "4", "the least sure, which is the first"
     assert steps[0] == ("4" if finished else "8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_every_kind_is_listed() -> None:
+    tables = {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+    assert {kind.value for kind in Kind} == tables
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in Kind])
+def test_a_list_has_a_line_for_each_name(kind: str) -> None:
+    listed = CliRunner().invoke(app, ["list", kind])
+    assert listed.exit_code == 0, listed.output
+    names = getattr(registry, kind).names()
+    lines = listed.stdout.splitlines()
+    assert [line.split()[0] for line in lines[: len(names)]] == names
+    assert all(line.split(maxsplit=1)[1:] for line in lines), "each with what it is"
+    assert bool(names) or f"no {getattr(registry, kind).kind} is built in" in listed.output
+
+
+def test_lists_that_need_no_torch_import_none() -> None:
+    code = "import sys; from distrain.config import registry; from distrain.cli.main import Kind\n"
+    code += "for kind in ('schedules', 'callbacks', 'trackers', 'formats', 'launchers'):\n"
+    code += "    getattr(registry, kind).summaries(); assert 'torch' not in sys.modules, kind"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
