@@ -40,6 +40,33 @@ _FILES = (
 
 _SEEDS = "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before the model is built"
 
+_LEARNING_RATE = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+
+_SAME_SAMPLE = "the data set returned the same sample, so a transform of data.transforms.train "
+_OWN_RATE = "the optimizer changes its own learning rate, which the schedule sets"
+_EVALUATION = (
+    "the step itself was the same, so evaluation is not a function of the weights: a metric, or the model in "
+    "evaluation, draws random numbers or keeps state"
+)
+_CAUSES = {
+    "samples": (
+        "the data set keeps hidden state: a sample depends on which samples were read before it",
+        "the data set draws unseeded random numbers, or reads something that changes",
+        _DATA,
+    ),
+    **dict.fromkeys(
+        ("inputs", "targets"),
+        (
+            _SAME_SAMPLE + "has its own generator or other state",
+            _SAME_SAMPLE + "draws unseeded random numbers",
+            _TRANSFORM,
+        ),
+    ),
+    "lr": (_OWN_RATE, _OWN_RATE, _LEARNING_RATE),
+    "evaluation": (_EVALUATION, _EVALUATION, _MODEL),
+}
+"""By what differs: the cause after a resume, the cause otherwise, the advice."""
+
 _CAUSE_OF_ONE_SIDED = (
     "one of the runs ended before the other, or lacks an evaluation or checkpoints: its data ran out, it stopped "
     "early, or its files were changed after they were written",
@@ -59,17 +86,14 @@ def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | Non
     d.suspects = first + [suspect for suspect in d.suspects if suspect not in first]
     named = first[0][0] if first else None
     hidden = f"{named} is in no checkpoint, and differed before the step" if named else ""
+    worker = _loader_process_cause(d)
     if by_hash:
         d.cause = (
             "the iteration order of a set of strings, or hash() of a string: Python seeds these differently in each "
             "process (PYTHONHASHSEED), and with the same seed the runs agree"
         )
         d.advice = _HASHES
-    elif (
-        (file := _changed_file(d))
-        and not (named and (resumed or is_generator(first[0])))
-        and not _loader_process_cause(d)
-    ):
+    elif (file := _changed_file(d)) and not (named and (resumed or is_generator(first[0]))) and not worker:
         d.cause = f"a file differed that no checkpoint holds: {file}"
         d.advice = _FILES
     elif d.what == "start":
@@ -81,36 +105,15 @@ def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | Non
             f"{counts if counts is not None else 'stream'} of the baseline run"
         )
         d.advice = "build the same data set each time: sort listings of files, seed every random choice"
-    elif d.what == "samples":
-        worker = _loader_process_cause(d)
-        d.cause = (f"{hidden}; or {worker}" if hidden and worker else hidden or worker) or (
-            "the data set keeps hidden state: a sample depends on which samples were read before it"
-            if resumed
-            else "the data set draws unseeded random numbers, or reads something that changes"
-        )
-        d.advice = _DATA
-    elif d.what in ("inputs", "targets"):
-        d.cause = hidden or (
-            "the data set returned the same sample, so a transform of data.transforms.train has its own generator or "
-            "other state"
-            if resumed
-            else "the data set returned the same sample, so a transform of data.transforms.train draws unseeded random "
-            "numbers"
-        )
-        d.advice = _TRANSFORM
-    elif d.what == "lr":
-        d.cause = hidden or "the optimizer changes its own learning rate, which the schedule sets"
-        d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+    elif d.what in _CAUSES:
+        when_resumed, otherwise, d.advice = _CAUSES[d.what]
+        d.cause = hidden or (when_resumed if resumed else otherwise)
+        if d.what == "samples" and worker:
+            d.cause = f"{hidden}; or {worker}" if hidden else worker
     elif d.what in ("loss", "norm", "gradients"):
         d.cause, d.advice = _cause_in_model(d, hidden, resumed)
     elif d.what in ("state", "values"):
         d.cause, d.advice = _cause_in_update(d, hidden, resumed)
-    elif d.what == "evaluation":
-        d.cause = hidden or (
-            "the step itself was the same, so evaluation is not a function of the weights: a metric, or the model in "
-            "evaluation, draws random numbers or keeps state"
-        )
-        d.advice = _MODEL
     elif d.what == "done":
         d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
@@ -138,7 +141,7 @@ def add_cause_across_topologies(divergence: Divergence) -> None:
         d.advice = _TRANSFORM
     elif d.what == "lr":
         d.cause = "the optimizer's learning rate depends on the number of processes"
-        d.advice = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+        d.advice = _LEARNING_RATE
     elif d.what == "done":
         d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
@@ -191,10 +194,7 @@ def _cause_at_start(d: Divergence, named: str | None) -> tuple[str, str]:
     if d.step == 0 and named:
         return f"the model is built from {named}, which differs in each process", _SEEDS
     if d.step == 0:
-        return (
-            "the model is built from unseeded random numbers, or from something that changes",
-            _SEEDS,
-        )
+        return "the model is built from unseeded random numbers, or from something that changes", _SEEDS
     if d.subject.startswith("optimizer/"):
         return "the state loaded into the optimizer is not the state that was saved", _OPTIMIZER
     return (
@@ -208,11 +208,15 @@ def _cause_in_model(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str
     if hidden:
         return hidden, _MODEL
     same = "weights and inputs were the same"
-    if not resumed:
-        if d.gap is not None and d.gap <= ROUNDING:
-            return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
-        return f"{same}, so the model or the loss draws unseeded random numbers", _MODEL
-    return f"{same}, so the model or the loss keeps state that no checkpoint holds", _MODEL
+    if resumed:
+        return f"{same}, so the model or the loss keeps state that no checkpoint holds", _MODEL
+    if _is_rounding(d):
+        return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
+    return f"{same}, so the model or the loss draws unseeded random numbers", _MODEL
+
+
+def _is_rounding(d: Divergence) -> bool:
+    return d.gap is not None and d.gap <= ROUNDING
 
 
 def _cause_in_update(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
@@ -220,14 +224,12 @@ def _cause_in_update(d: Divergence, hidden: str, resumed: bool) -> tuple[str, st
         return hidden or "the model updates a buffer from state that no checkpoint holds", _MODEL
     if hidden:
         return hidden, _OPTIMIZER
-    if d.gap is not None and d.gap <= ROUNDING and not resumed:
-        return (
-            "gradients were the same, and the difference has the size of rounding: a nondeterministic operation",
-            _DETERMINISM,
-        )
+    same = "gradients were the same"
     if resumed:
-        return "gradients were the same, so the optimizer uses state that no checkpoint holds", _OPTIMIZER
-    return "gradients were the same, so the optimizer draws unseeded random numbers", _OPTIMIZER
+        return f"{same}, so the optimizer uses state that no checkpoint holds", _OPTIMIZER
+    if _is_rounding(d):
+        return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
+    return f"{same}, so the optimizer draws unseeded random numbers", _OPTIMIZER
 
 
 def _loader_process_cause(d: Divergence) -> str:

@@ -39,17 +39,19 @@ def run(
     **options: Any,
 ) -> int:
     """Prove a recipe and print the result; returns the exit status. `options`: further arguments of `prove`."""
-    # with --json, only that goes to standard output
+    # with --json, standard output holds only that
     console = Console(file=sys.stderr if as_json else sys.stdout)
     previous_handler = signal.signal(signal.SIGTERM, _stop)
     try:
+        if processes is not None and worlds:
+            raise UserError("--processes and --worlds both set the number of processes; remove one")
         with Report(console) as report:
             proof = prove(
                 recipe,
                 overrides,
                 kills=kills,
                 steps=steps,
-                processes=_process_count(processes, worlds) or max(gpu_count(), 1),
+                processes=processes or max(gpu_count(), 1),
                 worlds=_parse_list("--worlds", worlds, _world),
                 strategies=_parse_list("--strategies", strategies, str),
                 replicate=_parse_list("--replicate", replicate, _world),
@@ -97,10 +99,3 @@ def _world(text: str) -> int:
     if count < 1:
         raise ValueError(text)
     return count
-
-
-def _process_count(processes: int | None, worlds: str) -> int | None:
-    """Return the number of processes; raises UserError where --worlds sets it as well."""
-    if processes is not None and worlds:
-        raise UserError("--processes and --worlds both set the number of processes; leave one out")
-    return processes

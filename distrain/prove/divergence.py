@@ -13,7 +13,7 @@ import numpy as np
 from distrain.checkpoint import CheckpointError, Difference, Reader, difference, list_checkpoints
 from distrain.checkpoints.comparing import chunks, elements
 from distrain.prove.traces import AttemptTrace, Values
-from distrain.prove.trial_runs import Attempt, TrialRun
+from distrain.prove.trial_runs import TrialRun
 from distrain.run.folder import RunDir
 
 ORDER = (
@@ -104,6 +104,27 @@ class Divergence:
         return "\n".join(lines)
 
 
+def divergence_in(
+    trial: TrialRun,
+    step: int,
+    what: str,
+    subject: str,
+    baseline: str,
+    other: str,
+    *,
+    number: int | None = None,
+    ranks: Sequence[int] = (),
+    gap: float | None = None,
+    more: Sequence[str] = (),
+) -> Divergence:
+    """Return a divergence of a trial run in its attempt `number`, by default the last one that took the step."""
+    number = trial.attempt_of(step) if number is None else number
+    resumed_at = trial.attempts[number].resumed_at if trial.attempts else 0
+    return Divergence(
+        trial.name, step, what, subject, list(ranks), baseline, other, number, resumed_at, gap, more=list(more)
+    )
+
+
 def earliest(found: list[Divergence]) -> Divergence | None:
     """Return the divergence that comes first in training; within a step, the cause before its effect."""
     # the state at the start of an attempt comes after everything of the step it resumes from
@@ -117,11 +138,8 @@ def earliest(found: list[Divergence]) -> Divergence | None:
 def compare_exactly(baseline: TrialRun, other: TrialRun) -> Divergence | None:
     """Return the first difference of a run in the same topology; every bit counts, also in steps taken twice."""
     reference = baseline.attempts[0].trace
-    found = [
-        divergence
-        for number, attempt in enumerate(other.attempts)
-        if (divergence := _compare_attempt(reference, attempt, number, other.name)) is not None
-    ]
+    compared = (_compare_attempt(reference, other, number) for number in range(len(other.attempts)))
+    found = [divergence for divergence in compared if divergence is not None]
     found += _compare_evaluations(baseline, other)
     found += _compare_checkpoints(baseline, other)
     found += one_sided(baseline, other)
@@ -135,21 +153,19 @@ def compare_exactly(baseline: TrialRun, other: TrialRun) -> Divergence | None:
 
 def already_differs(baseline: TrialRun, other: TrialRun) -> bool:
     """Whether the trace of the last attempt differs from the baseline run: more attempts add nothing."""
-    return _compare_attempt(baseline.attempts[0].trace, other.attempts[-1], 0, other.name) is not None
+    return _compare_attempt(baseline.attempts[0].trace, other, len(other.attempts) - 1) is not None
 
 
-def _compare_attempt(reference: AttemptTrace, attempt: Attempt, number: int, trial: str) -> Divergence | None:
-    trace = attempt.trace
+def _compare_attempt(reference: AttemptTrace, trial: TrialRun, number: int) -> Divergence | None:
+    trace = trial.attempts[number].trace
 
-    def divergence(
-        step: int, what: str, differing: dict[int, tuple[str, str, str, float | None, list[str]]]
-    ) -> Divergence:
+    def divergence(step: int, what: str, differing: dict[int, Mismatch]) -> Divergence:
         ranks = sorted(differing)
         subject, one, two, gap, more = differing[ranks[0]]
-        return Divergence(trial, step, what, subject, ranks, one, two, number, trace.start_step, gap, more=more)
+        return divergence_in(trial, step, what, subject, one, two, number=number, ranks=ranks, gap=gap, more=more)
 
     start_step = trace.start_step
-    differing = {}
+    differing: dict[int, Mismatch] = {}
     for rank, start in trace.starts.items():
         then = reference.starts.get(rank) if start_step == 0 else reference.steps.get(start_step, {}).get(rank)
         if then is None or "state" not in then:
@@ -177,14 +193,11 @@ def _first_mismatch(what: str, one: Values, two: Values) -> Mismatch | None:
     """Return how the traces of two ranks differ in `what` at a step, if both have it."""
     if what == "values":
         one, two = ({what: _optimizer_values(entry["scalars"])} if "scalars" in entry else {} for entry in (one, two))
-    if (
-        what not in one
-        or what not in two
-        or one[what] == two[what]
-        or (one[what] != one[what] and two[what] != two[what])
-    ):
+    if what not in one or what not in two:
         return None
     a, b = one[what], two[what]
+    if a == b or (a != a and b != b):
+        return None
     if what in ("loss", "norm"):
         return "", repr(a), repr(b), relative_difference(a, b), []
     if what in ("gradients", "state"):
@@ -236,13 +249,11 @@ def _first_sample(what: str, one: Values, two: Values) -> Mismatch:
         if a != b
     ]
     sample, a, b, worker, other_worker = rows[0]
-    readers = (
-        ("", "")
-        if worker is None
-        else (f", read by loader process {worker}", f", read by loader process {other_worker}")
+    one_reader, two_reader = (
+        "" if worker is None else f", read by loader process {number}" for number in (worker, other_worker)
     )
     more = [f"and {len(rows) - 1} more samples of this step"] if len(rows) > 1 else []
-    return f"sample {sample}", f"bits {a}{readers[0]}", f"bits {b}{readers[1]}", None, more
+    return f"sample {sample}", f"bits {a}{one_reader}", f"bits {b}{two_reader}", None, more
 
 
 def _optimizer_values(scalars: Values) -> Values:
@@ -268,12 +279,8 @@ def _compare_evaluations(baseline: TrialRun, other: TrialRun) -> Iterator[Diverg
             continue
         keys = [key for key in mine if key not in ("time", "seconds") and mine[key] != row.get(key)]
         if keys:
-            a, b = mine[keys[0]], row.get(keys[0])
-            number = other.attempt_of(row["step"])
-            yield Divergence(
-                other.name, row["step"], "evaluation", keys[0], [0], _truncated(a), _truncated(b), number,
-                other.attempts[number].resumed_at, more=keys[1:],
-            )  # fmt: skip
+            values = _truncated(mine[keys[0]]), _truncated(row.get(keys[0]))
+            yield divergence_in(other, row["step"], "evaluation", keys[0], *values, ranks=[0], more=keys[1:])
 
 
 def one_sided(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
@@ -283,40 +290,31 @@ def one_sided(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
     where every rank recorded its state.
     """
 
-    def divergence(step: int, subject: str, one: str, two: str, more: Sequence[str] = ()) -> Divergence:
-        number = other.attempt_of(step)
-        start_step = other.attempts[number].resumed_at if other.attempts else 0
-        return Divergence(other.name, step, "done", subject, [], one, two, number, start_step, more=list(more))
-
     steps, other_steps = _steps_taken(baseline), _steps_taken(other)
     if unshared_steps := sorted(steps ^ other_steps):
-        rest = (
-            [f"and {len(unshared_steps) - 1} more steps that only one of the runs took"]
-            if len(unshared_steps) > 1
-            else []
-        )
-        held = [
-            f"{len(taken)} steps, {'with' if unshared_steps[0] in taken else 'without'} step {unshared_steps[0]}"
+        first, *further = unshared_steps
+        values = [
+            f"{len(taken)} steps, {'with' if first in taken else 'without'} step {first}"
             for taken in (steps, other_steps)
         ]
-        yield divergence(
-            unshared_steps[0], "a step that only one of the runs took on every rank", held[0], held[1], rest
+        rest = [f"and {len(further)} more steps that only one of the runs took"] if further else []
+        yield divergence_in(
+            other, first, "done", "a step that only one of the runs took on every rank", *values, more=rest
         )
     evaluated, other_evaluated = _evaluated(baseline), _evaluated(other)
-    if unshared := sorted(
-        evaluated.keys() ^ other_evaluated.keys(), key=lambda key: (evaluated | other_evaluated)[key]
-    ):
-        step = (evaluated | other_evaluated)[unshared[0]]
-        rest = [f"and {len(unshared) - 1} more evaluations that only one has"] if len(unshared) > 1 else []
+    every = evaluated | other_evaluated
+    if unshared := sorted(evaluated.keys() ^ other_evaluated.keys(), key=lambda key: every[key]):
         values = [
             "evaluated after this step" if unshared[0] in each else "not evaluated"
             for each in (evaluated, other_evaluated)
         ]
-        yield divergence(step, "an evaluation that only one of the runs has", values[0], values[1], rest)
+        rest = [f"and {len(unshared) - 1} more evaluations that only one has"] if len(unshared) > 1 else []
+        subject = "an evaluation that only one of the runs has"
+        yield divergence_in(other, every[unshared[0]], "done", subject, *values, more=rest)
     if not shared_checkpoints(baseline.run_dir, other.run_dir):
+        saved = [_saved_steps(run.run_dir) for run in (baseline, other)]
         step = max(steps | other_steps, default=0)
-        saved, other_saved = _saved_steps(baseline.run_dir), _saved_steps(other.run_dir)
-        yield divergence(step, "no checkpoint that both runs have", saved, other_saved)
+        yield divergence_in(other, step, "done", "no checkpoint that both runs have", *saved)
 
 
 def _steps_taken(trial: TrialRun) -> set[int]:
@@ -352,18 +350,12 @@ def _compare_checkpoints(baseline: TrialRun, other: TrialRun) -> Iterator[Diverg
         if found.identical:
             continue
         lines = [*found.listing, *map(str, found.tensors)]
-        number = other.attempt_of(step)
-        start_step = other.attempts[number].resumed_at
-        if not found.tensors:
-            yield Divergence(
-                other.name, step, "checkpoint", "", [], one.name, lines[0], number, start_step, more=lines[1:]
-            )
-            return
-        first = found.tensors[0]
-        subject, values = first_differing_element(one, two, first.name)
-        yield Divergence(
-            other.name, step, "checkpoint", subject, [], *values, number, start_step, first.max_rel, more=lines
-        )  # fmt: skip
+        if found.tensors:
+            first = found.tensors[0]
+            subject, values = first_differing_element(one, two, first.name)
+            yield divergence_in(other, step, "checkpoint", subject, *values, gap=first.max_rel, more=lines)
+        else:
+            yield divergence_in(other, step, "checkpoint", "", one.name, lines[0], more=lines[1:])
         return
 
 
@@ -390,16 +382,15 @@ def _suspects(reference: AttemptTrace, trace: AttemptTrace, divergence: Divergen
     step = divergence.step if divergence.what != "start" else divergence.step + 1
     after = divergence.what in ("evaluation", "checkpoint")  # these come after the step
     found = []
-    for rank in divergence.ranks[:1] or [0]:
-        before, now = (each.hidden_before(step, rank, after=after) for each in (reference, trace))
-        for path in sorted(before.keys() | now.keys()):
-            one, other = before.get(path, "nothing"), now.get(path, "nothing")
-            if one != other:
-                found.append((path, one, other))
-        # what changes at every step is a likelier cause than what was set once
-        changes = reference.hidden_changes(step, rank)
-        found.sort(key=lambda suspect: -changes.get(suspect[0], 0))
-    return found
+    rank = divergence.ranks[0] if divergence.ranks else 0
+    ours, theirs = (each.hidden_before(step, rank, after=after) for each in (reference, trace))
+    for path in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(path, "nothing"), theirs.get(path, "nothing")
+        if one != other:
+            found.append((path, one, other))
+    # state that changes at every step is a likelier cause than state that was set once
+    changes = reference.hidden_changes(step, rank)
+    return sorted(found, key=lambda suspect: -changes.get(suspect[0], 0))
 
 
 def _files(reference: AttemptTrace, attempts: Sequence[AttemptTrace]) -> list[tuple[str, str, str]]:

@@ -207,7 +207,8 @@ def prove(
 
     Raises CouldNotRun when training itself fails, UserError for an invalid recipe or options.
     """
-    source = _recipe_file(recipe)
+    stored = Path(recipe) / "recipe.yaml"
+    source = str(stored) if stored.is_file() else recipe
     loaded = load_recipe(source, overrides).recipe
     if steps < MIN_STEPS:
         raise UserError(f"--steps is {steps}; a run that is interrupted and resumed needs at least {MIN_STEPS}")
@@ -219,9 +220,10 @@ def prove(
     began = time.monotonic()
     folder = _folder(keep)
     try:
-        with TrialRunner(
-            source, [*_settings(save_every), *overrides], folder, last_step=steps, seed=seed, start=start
-        ) as runner:
+        settings = ["log.wandb=off", "log.tensorboard=false", f"checkpoint.every={save_every} steps"]
+        # the user's own overrides follow and win
+        overrides = [*settings, "checkpoint.keep=1000000", *overrides]
+        with TrialRunner(source, overrides, folder, last_step=steps, seed=seed, start=start) as runner:
             tolerances = (loss_tolerance, state_tolerance)
             prover = _Prover(runner, kills, seed, save_every, begun, done, tolerances, keep is not None)
             proof = prover.run(loaded, topologies)
@@ -230,21 +232,6 @@ def prove(
             shutil.rmtree(folder, ignore_errors=True)
     proof.seconds, proof.kept = time.monotonic() - began, keep
     return proof
-
-
-def _recipe_file(recipe: str) -> str:
-    inside = Path(recipe) / "recipe.yaml"
-    return str(inside) if Path(recipe).is_dir() and inside.is_file() else recipe
-
-
-def _settings(save_every: int) -> list[str]:
-    """Return the overrides of the proof; the user's own follow and win."""
-    return [
-        "log.wandb=off",
-        "log.tensorboard=false",
-        f"checkpoint.every={save_every} steps",
-        "checkpoint.keep=1000000",
-    ]
 
 
 def _folder(keep: Path | None) -> Path:
@@ -256,17 +243,19 @@ def _folder(keep: Path | None) -> Path:
     return keep.absolute()
 
 
+@dataclass
 class _Prover:
     """Runs the trial runs and compares each."""
 
-    def __init__(
-        self, runner: TrialRunner, kills: int, seed: int, save_every: int, begun: Callable[[str], None],
-        done: Callable[[TrialResult], None], tolerances: tuple[float | None, float | None], keeps: bool,
-    ):  # fmt: skip
-        self.runner, self.kills, self.seed, self.save_every = runner, kills, seed, save_every
-        self.begun, self.done = begun, done
-        self.tolerances, self.keeps = tolerances, keeps
-        self.proof: Proof
+    runner: TrialRunner
+    kills: int
+    seed: int
+    save_every: int
+    begun: Callable[[str], None]
+    done: Callable[[TrialResult], None]
+    tolerances: tuple[float | None, float | None]
+    keeps: bool
+    proof: Proof = field(init=False)
 
     def run(self, recipe: Recipe, topologies: Sequence[Topology]) -> Proof:
         first = self.run_baseline(topologies[0])

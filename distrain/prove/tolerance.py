@@ -6,6 +6,7 @@ losses and tensors agree only within rounding, which grows in training.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ from distrain.checkpoint import Reader
 from distrain.checkpoints.comparing import chunks
 from distrain.checkpoints.dtypes import bits_dtype
 from distrain.checkpoints.floats import FLOATS, widen
-from distrain.prove.divergence import Divergence, earliest, first_differing_element, one_sided, shared_checkpoints
+from distrain.prove.divergence import (
+    Divergence,
+    divergence_in,
+    earliest,
+    first_differing_element,
+    one_sided,
+    shared_checkpoints,
+)
 from distrain.prove.traces import AttemptTrace, Values
 from distrain.prove.trial_runs import TrialRun
 
@@ -78,20 +86,18 @@ def compare_within(baseline: TrialRun, other: TrialRun, tolerance: Tolerance) ->
     worst_loss = worst_tensor = 0.0
     for number, attempt in enumerate(other.attempts):
         for step in sorted(attempt.trace.steps.keys() & reference.steps.keys()):
-            ranks, place = attempt.trace.steps[step], (step, other.name, number)
-            gap, loss = _compare_loss(reference, attempt.trace, tolerance, *place)
+            gap, loss = _compare_loss(reference, tolerance, other, number, step)
             worst_loss = max(worst_loss, gap)
             may_differ = bool(reasons) and moved[number] and math.isfinite(gap)
             excused = excused or (loss is not None and may_differ)
-            first = _compare_data(reference, attempt.trace, *place) or (None if may_differ else loss)
+            first = _compare_data(reference, other, number, step) or (None if may_differ else loss)
             if first is not None:
-                first.ranks = first.ranks or sorted(ranks)
+                first.ranks = sorted(attempt.trace.steps[step])
                 divergences.append(first)
                 break
     for step, one, two in shared_checkpoints(baseline.run_dir, other.run_dir):
-        number = other.attempt_of(step)
-        excuses = bool(reasons) and moved[number]
-        gap, apart, divergence = _compare_checkpoint(step, one, two, tolerance, noise, other, number, excuses)
+        excuses = bool(reasons) and moved[other.attempt_of(step)]
+        gap, apart, divergence = _compare_checkpoint(step, one, two, tolerance, noise, other, excuses)
         worst_tensor = max(worst_tensor, gap)
         excused = excused or apart
         if divergence is not None:
@@ -142,26 +148,18 @@ def noisy_tensors(trace: AttemptTrace, share: float) -> set[str]:
     return noise
 
 
-def _compare_data(
-    reference: AttemptTrace, trace: AttemptTrace, step: int, trial: str, number: int
-) -> Divergence | None:
+def _compare_data(reference: AttemptTrace, trial: TrialRun, number: int, step: int) -> Divergence | None:
     """Return the first difference in the samples and learning rates of a step, which no topology may change."""
+    trace = trial.attempts[number].trace
     ours, theirs = reference.steps[step], trace.steps[step]
-
-    def divergence(what: str, subject: str, one: str, other: str) -> Divergence:
-        return Divergence(trial, step, what, subject, [], one, other, number, trace.start_step)
-
+    divergence = functools.partial(divergence_in, trial, step, number=number)
     # the trace of a killed rank is incomplete
     if len(theirs) == trace.facts["world_size"] and all("ids" in entry for entry in theirs.values()):
         one, other = sorted(_ids(ours)), sorted(_ids(theirs))
         if one != other:
             only, new = (sorted(set(a) - set(b))[:8] for a, b in ((one, other), (other, one)))
-            return divergence(
-                "ids",
-                "",
-                f"{len(one)} samples, {only} only in this run",
-                f"{len(other)} samples, {new} only in this run",
-            )
+            values = [f"{len(ids)} samples, {own} only in this run" for ids, own in ((one, only), (other, new))]
+            return divergence("ids", "", *values)
         for what in ("samples", "inputs", "targets"):
             mine, its = _by_sample(ours, what), _by_sample(theirs, what)
             for sample, found in sorted(its.items()):
@@ -177,13 +175,13 @@ def _compare_data(
 
 
 def _compare_loss(
-    reference: AttemptTrace, trace: AttemptTrace, tolerance: Tolerance, step: int, trial: str, number: int
+    reference: AttemptTrace, tolerance: Tolerance, trial: TrialRun, number: int, step: int
 ) -> tuple[float, Divergence | None]:
     """Return the relative difference of a step's losses, and the divergence where it exceeds the tolerance.
 
     The difference is infinite where a loss is NaN or infinite.
     """
-    ours, theirs = (each.steps[step].get(0, {}) for each in (reference, trace))
+    ours, theirs = (each.steps[step].get(0, {}) for each in (reference, trial.attempts[number].trace))
     if "loss" not in ours or "loss" not in theirs:
         return 0.0, None
     a, b = ours["loss"], theirs["loss"]
@@ -193,7 +191,7 @@ def _compare_loss(
     if gap <= tolerance.loss:
         return gap, None
     subject = f"{gap:.2g} apart, tolerance {tolerance.loss:g}"
-    return gap, Divergence(trial, step, "loss", subject, [], repr(a), repr(b), number, trace.start_step, gap)
+    return gap, divergence_in(trial, step, "loss", subject, repr(a), repr(b), number=number, gap=gap)
 
 
 def _flat(rates: set[tuple[float, ...]]) -> set[float]:
@@ -221,7 +219,6 @@ def _compare_checkpoint(
     tolerance: Tolerance,
     noise: set[str],
     trial: TrialRun,
-    number: int,
     excuses: bool,
 ) -> tuple[float, bool, Divergence | None]:
     """Return the largest relative difference of a tensor in two checkpoints, whether any is excused, the divergence.
@@ -237,7 +234,7 @@ def _compare_checkpoint(
             name = (missing or changed)[0]
             held = [repr(each[name].shape) if name in each else "no such tensor" for each in (specs, its)]
             rest = [*missing, *changed][1:]
-            return math.inf, False, _checkpoint_divergence(step, name, held[0], held[1], trial, number, None, rest)
+            return math.inf, False, divergence_in(trial, step, "checkpoint", name, *held, more=rest)
         for name in specs:
             if name.split("/")[1] in noise:
                 continue
@@ -257,14 +254,7 @@ def _compare_checkpoint(
     more = [f"{each}: {apart:.2g}" for each, apart in far[1:]]
     subject, values = first_differing_element(one, other, name)
     subject = f"{subject}; the tensor is {gap:.2g} of its norm apart, tolerance {tolerance.state:g}"
-    return worst, excused, _checkpoint_divergence(step, subject, *values, trial, number, gap, more)
-
-
-def _checkpoint_divergence(
-    step: int, subject: str, one: str, other: str, trial: TrialRun, number: int, gap: float | None, more: list[str]
-) -> Divergence:
-    start_step = trial.attempts[number].resumed_at
-    return Divergence(trial.name, step, "checkpoint", subject, [], one, other, number, start_step, gap, more=more)
+    return worst, excused, divergence_in(trial, step, "checkpoint", subject, *values, gap=gap, more=more)
 
 
 def distance(a: Reader, b: Reader, name: str) -> float:
