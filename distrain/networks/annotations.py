@@ -1,4 +1,4 @@
-"""What arguments of networks may be, and the tasks that networks are for."""
+"""Types of the networks' arguments, and the tasks of networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Size = Annotated[int, Field(ge=1)]
 """A width, or a number of layers."""
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-"""A share of what is dropped."""
+"""A dropout rate."""
 
 PREDICTION: tuple[Task, ...] = ("classification", "binary", "multilabel", "regression")
 """The tasks that predict a vector for each sample."""

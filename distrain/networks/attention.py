@@ -1,4 +1,4 @@
-"""What transformers here are made of: attention with a cache, blocks, positions."""
+"""Parts of transformers: attention with a cache, blocks, positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cache = dict[str, Tensor]
 
 
 def check_heads(d_model: int, n_head: int) -> None:
-    """Refuse a width that cannot be cut into that many heads."""
+    """Raise UserError for a width that is not a multiple of the heads."""
     if d_model % n_head:
         near = [heads for heads in range(1, d_model + 1) if d_model % heads == 0]
         best = sorted(near, key=lambda heads: abs(heads - n_head))[:2]
@@ -49,10 +49,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return (batch, seq, d_model) for `x` of the same shape.
 
-        `memory` (batch, memory seq, d_model): what is attended to instead of x. `mask`: bool, broadcast to (batch,
-        heads, seq, attended), True where attention may go. `causal`: no position attends to a later one. `rotation`:
-        from `rotary`, for the positions of x. `cache`: filled in place; x's keys and values are added to those in it,
-        while those of a memory are computed once. With a filled cache and `causal`, x is one position.
+        `memory` (batch, memory seq, d_model): attended instead of x. `mask`: bool, broadcast to (batch, heads, seq,
+        attended), True where attention is allowed. `causal`: no position attends to a later one. `rotation`: from
+        `rotary`, for the positions of x. `cache`: updated in place; x's keys and values are appended to it, while those
+        of a memory are computed once. With a filled cache and `causal`, x is one position.
         """
         query = self._heads(self.query(x))
         if rotation is not None:
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention over itself, over a memory if it is built so, and a two-layer network."""
+    """A pre-norm transformer block: self-attention, cross-attention to a memory if `cross`, a two-layer network."""
 
     def __init__(self, d_model: int, n_head: int, dropout: float, bias: bool, *, d_ff: int | None = None, cross: bool):
         super().__init__()
@@ -160,7 +160,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _angles(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    # computed when needed: as a buffer they would be cast to bf16 with the model, which loses whole positions
+    # computed on demand: as a buffer they would be cast to bf16 with the model, which merges positions
     exact = dtype if dtype == torch.float64 else torch.float32
     rates = 10000.0 ** (torch.arange(0, width, 2, device=places.device, dtype=exact) / -width)
     return places[:, None].to(exact) * rates

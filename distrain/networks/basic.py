@@ -72,7 +72,7 @@ class Cnn(nn.Module):
     """Convolutions over signals (channels, length), images (channels, height, width) or volumes.
 
     Each of `channels` is one block: convolution, norm, activation, and pooling by two while every side is at least 2.
-    The mean over what is left of the sides goes to the last linear layer. `kernel`: odd side of the convolutions.
+    The mean over the remaining sides goes to the last linear layer. `kernel`: odd side of the convolutions.
     `pooling`: "max", "avg" or none. `norm`: "batch", "group" (independent of the batch) or none. `activation`: a layer
     of torch.nn. `dropout`: before the last layer.
     """
@@ -123,10 +123,10 @@ class Cnn(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Recurrent layers whose result does not depend on how much padding there is, in one direction or in both.
+    """Recurrent layers in one or both directions, independent of padding, which is at the end.
 
-    The backward direction reads each sequence reversed within its own length: the same as packed sequences, without
-    sending the lengths to the host in every step. Padding is at the end.
+    The backward direction reads each sequence reversed within its own length: equal to packed sequences, without
+    copying the lengths to the host in every step.
     """
 
     def __init__(self, kind: str, width: int, hidden: int, layers: int, dropout: float, bidirectional: bool):
@@ -139,7 +139,7 @@ class Recurrent(nn.Module):
         self.width = hidden * (2 if bidirectional else 1)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the outputs (batch, seq, width) and what each direction has read at its end (batch, width).
+        """Return the outputs (batch, seq, width) and the last output of each direction (batch, width).
 
         `x`: (batch, seq, features). `lengths`: (batch,) int64, at least 1; None: all are of full length.
         """
@@ -164,7 +164,7 @@ class Recurrent(nn.Module):
 
 @models.register("rnn", tasks=PREDICTION)
 class Rnn(nn.Module):
-    """A recurrent network over sequences of tokens or of vectors, reading out its last states.
+    """A recurrent network over sequences of tokens or vectors; its last outputs go to the head.
 
     `kind`: rnn, lstm or gru. `hidden`: width of each direction. `layers`: how many. `embedding`: width of the token
     embeddings. `dropout`: between layers and before the last one. Tokens equal to `pad_id` at the end of a sequence
@@ -211,7 +211,7 @@ class Rnn(nn.Module):
 def token_lengths(tokens: Tensor, pad_id: int | None) -> Tensor | None:
     """Return (batch,) int64, the number of tokens before the padding at the end, at least 1; None: there is none.
 
-    Only what follows the last token that is not `pad_id` is padding: the same id within a sequence is read.
+    Only tokens after the last one that is not `pad_id` are padding: the same id within a sequence is read.
     """
     if pad_id is None:
         return None

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: what is sharded as one unit, and what is computed again instead of being kept."""
+"""The repeated blocks of a model, the units of sharding and of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _WORTH = 0.1
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which they are
+# Finding blocks
 
 
 def block_classes(model: nn.Module, name: str | None = None) -> list[type[nn.Module]]:
-    """Return the classes of a model's repeated blocks, those with the most parameters first; empty where it has none.
+    """Return the classes of a model's repeated blocks, those with the most parameters first; empty if it has none.
 
-    With a `name`, the classes of that name. Otherwise those that the model, or a part of it, lists itself in
-    `_no_split_modules`, as models of transformers do. Otherwise what stands twice or more in a ModuleList, Sequential
-    or ModuleDict and holds most of the parameters: first the class that holds the most, then whatever holds a tenth of
-    the model besides. Single layers of torch.nn are none. Raises UserError for a name that is not in the model.
+    With a `name`, the classes of that name. Otherwise those that the model, or a part of it, lists in
+    `_no_split_modules`, as models of transformers do. Otherwise classes with two or more instances in a ModuleList,
+    Sequential or ModuleDict: the one with the most parameters, then others that add a tenth of the model. Single layers
+    of torch.nn are no blocks. Raises UserError for a name that is not in the model.
     """
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
@@ -50,7 +50,7 @@ def block_classes(model: nn.Module, name: str | None = None) -> list[type[nn.Mod
     }
     listed = {each for module in model.modules() for each in getattr(module, "_no_split_modules", None) or ()}
     own = [kind for kind in by_class if kind.__name__ in listed]
-    # some list the embedding as well, which is not repeated
+    # some list the embedding too, which is not repeated
     in_containers = [kind for kind in own if any(id(each) in repeated for each in by_class[kind])]
     if own:
         return sorted(in_containers or own, key=lambda kind: -len(_parameters(by_class[kind])))
@@ -89,7 +89,7 @@ def blocks_of(model: nn.Module, classes: list[type[nn.Module]]) -> dict[str, nn.
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is one layer of torch's, of which the inputs are all that is kept anyway."""
+    """Whether a module is a single layer of torch, which keeps only its inputs anyway."""
     return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
 
 
@@ -98,16 +98,16 @@ def _parameters(modules: list[nn.Module]) -> set[int]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Computing activations again
+# Activation checkpointing
 
 
 def checkpoint_activations(model: nn.Module, setting: bool | str) -> None:
-    """Have each block keep its inputs alone, and compute the rest again in the backward pass.
+    """Make each block keep only its inputs and recompute its activations in the backward pass.
 
-    `setting` is the recipe's `train.activation_checkpointing`: False does nothing, True takes the
-    model's blocks, a name the instances of that class. Losses, gradients and buffers are the same to the bit, as random
-    numbers and buffers are put back to what they were. Names do not change. Call it before the model is sharded,
-    wrapped or compiled. Raises UserError where there is no such class, or no repeated block at all.
+    `setting` is the recipe's `train.activation_checkpointing`: False does nothing, True selects the model's blocks, a
+    name the instances of that class. Losses, gradients and buffers are the same to the bit, as random states and
+    buffers are restored for the recomputation. Names do not change. Call it before the model is sharded, wrapped or
+    compiled. Raises UserError for an unknown class, and for a model without repeated blocks.
     """
     if setting is False:
         return
@@ -115,22 +115,22 @@ def checkpoint_activations(model: nn.Module, setting: bool | str) -> None:
     if not classes:
         names = sorted({type(each).__name__ for each in model.modules() if not _is_layer(each)})
         raise UserError(
-            f"train.activation_checkpointing: {type(model).__name__} has no blocks that are repeated; name the class "
-            f"whose activations are to be computed again (it has {', '.join(names)}), or set it to false"
+            f"train.activation_checkpointing: {type(model).__name__} has no repeated blocks; name the class whose "
+            f"activations to recompute (it has {', '.join(names)}), or set it to false"
         )
     blocks = blocks_of(model, classes)
     for block in blocks.values():
-        # in the instance's own dictionary: a wrapper around it would change the names of its parameters, and what
-        # shards a model hooks into the call around `forward`, and so stays outside what is computed twice
+        # in the instance's dictionary: a wrapper would change the names of parameters; hooks of sharding run around
+        # `forward`, outside the recomputed part
         block.forward = partial(_recomputed, block, block.__dict__.get("forward"), _Buffers())
     shown = " and ".join(kind.__name__ for kind in classes)
-    logger.info(f"activations of {len(blocks)} x {shown} are computed again in the backward pass")
+    logger.info(f"activations of {len(blocks)} x {shown} are recomputed in the backward pass")
 
 
 def _recomputed(
     block: nn.Module, own: Callable[..., Any] | None, buffers: _Buffers, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a block's `forward`, keeping nothing but its inputs where there will be a backward pass."""
+    """Call a block's `forward`; keep only its inputs if a backward pass will follow."""
 
     def forward(*args: Any) -> Any:
         return own(*args, **kwargs) if own is not None else type(block).forward(block, *args, **kwargs)
@@ -138,53 +138,53 @@ def _recomputed(
     if not torch.is_grad_enabled():
         return forward(*args)
     if torch.compiler.is_compiling():
-        return checkpoint(forward, *args, use_reentrant=False)  # traced: there is nothing to put back
+        return checkpoint(forward, *args, use_reentrant=False)  # traced: there is nothing to restore
     contexts = partial(_contexts, block, buffers)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
 def _contexts(block: nn.Module, buffers: _Buffers) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return what the first computation runs under, and what the second."""
+    """Return the contexts of the first computation and of the recomputation."""
     mode = tuple(module.training for module in block.modules())
     before = buffers.before(block, mode)
-    # torch's own generators are put back by `checkpoint`
+    # `checkpoint` restores torch's own generators
     python, numpy = random.getstate(), np.random.get_state()
 
     @contextmanager
-    def again() -> Iterator[None]:
-        python_now, numpy_now = random.getstate(), np.random.get_state()
+    def recomputing() -> Iterator[None]:
+        current_python, current_numpy = random.getstate(), np.random.get_state()
         random.setstate(python)
         np.random.set_state(numpy)
-        now = {key: holder[name] for key, (holder, name, _) in before.items()}
+        current = {key: holder[name] for key, (holder, name, _) in before.items()}
         for holder, name, value in before.values():
             holder[name] = value
         try:
             yield
         finally:
             for key, (holder, name, _) in before.items():
-                holder[name] = now[key]
-            random.setstate(python_now)
-            np.random.set_state(numpy_now)
+                holder[name] = current[key]
+            random.setstate(current_python)
+            np.random.set_state(current_numpy)
 
-    return (nullcontext() if mode in buffers.moving else buffers.watched(block, mode, before)), again()
+    return (nullcontext() if mode in buffers.moving else buffers.watched(block, mode, before)), recomputing()
 
 
 _Held = Mapping[str, tuple[dict[str, Tensor | None], str, Tensor]]
-"""By a buffer's name: the dictionary that holds it, its key there, and a copy of its value."""
+"""By a buffer's name: its dictionary, its key there, and a copy of its value."""
 
 
 class _Buffers:
-    """Which buffers of a block its forward pass changes, such as the statistics of a batch norm.
+    """The buffers that a block's forward pass changes, such as the statistics of a batch norm.
 
-    The second computation gets them as the first did, in copies, so that they are not brought up to date twice.
+    The recomputation gets copies of their first values, so that they are not updated twice.
     """
 
     def __init__(self) -> None:
         self.moving: dict[tuple[bool, ...], set[str]] = {}
-        """Their names by what of the block is in training mode, known after a forward pass in that mode."""
+        """Their names by the training modes of the block's modules, known after a forward pass in that mode."""
 
     def before(self, block: nn.Module, mode: tuple[bool, ...]) -> _Held:
-        """Return copies of them; of all buffers, while it is not known which they are."""
+        """Return copies of them, or of all buffers while they are unknown."""
         moving = self.moving.get(mode)
         return {
             key: (holder, name, value.clone())
@@ -194,10 +194,10 @@ class _Buffers:
 
     @contextmanager
     def watched(self, block: nn.Module, mode: tuple[bool, ...], before: _Held) -> Iterator[None]:
-        """Find out which they are."""
+        """Find the buffers that this block changes."""
         versions = {key: value._version for key, _, _, value in _buffers(block)}
         yield
-        # a batch norm changes its statistics without counting up their version
+        # a batch norm changes its statistics without incrementing their version
         self.moving[mode] = {
             key
             for key, _, _, value in _buffers(block)

@@ -1,4 +1,4 @@
-"""The builder of a model by its name, and a check of the recipe's arguments against its signature."""
+"""The builder of a model by its name, and the check of the recipe's arguments against its signature."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distrain.networks.facts import FACT_NAMES
 logger = logging.getLogger(__name__)
 
 _NO_DOWNLOAD = "weights are never downloaded; name a local file in model.weights"
-_NO_SECOND_HEAD = "an auxiliary head needs the targets in the forward pass, so it cannot be trained here; leave it out"
+_NO_SECOND_HEAD = "an auxiliary head needs the targets in the forward pass, so it cannot be trained here; remove it"
 _REFUSED = {
     **dict.fromkeys(("pretrained", "pretrained_backbone", "weights_backbone"), _NO_DOWNLOAD),
     **dict.fromkeys(("aux_logits", "aux_loss"), _NO_SECOND_HEAD),
@@ -29,21 +29,21 @@ _OPTIONAL = inspect.Parameter("in_channels", inspect.Parameter.KEYWORD_ONLY, def
 
 @dataclass(frozen=True)
 class Builder:
-    """A way to build a model: of this project, torchvision's, or the user's."""
+    """A model's constructor: built in, torchvision's, or the user's."""
 
     name: str
     build: Callable[..., Any]
     parameters: Mapping[str, inspect.Parameter]
     """Its parameters by name, without *args and **kwargs."""
     takes_any: bool
-    """Whether it takes keys beside its parameters."""
+    """Whether it takes keys besides its parameters."""
     own: bool = False
     """Whether it is the user's code."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Arguments that are not passed on, and why."""
+    """Refused arguments, with reasons."""
 
     def problems(self, args: Mapping[str, Any], known: set[str]) -> list[str]:
-        """Return what is wrong with the recipe's arguments when the facts named `known` are filled in."""
+        """Return the problems of the recipe's arguments, given the facts named `known`."""
         return argument_problems(
             self.build,
             args,
@@ -54,7 +54,7 @@ class Builder:
             parameters=self.parameters,
             takes_any=self.takes_any,
             refused=self.refused,
-            missing=dict.fromkeys(FACT_NAMES, "the data do not say it; write it in the recipe"),
+            missing=dict.fromkeys(FACT_NAMES, "the data do not determine it; set it in the recipe"),
         )
 
     def shown(self) -> str:
@@ -75,7 +75,7 @@ def find_builder(recipe: Recipe) -> Builder:
 
 @functools.cache
 def torchvision_names() -> tuple[str, ...]:
-    """Return the models of torchvision that map one tensor to one: of images, of video, and of pixels."""
+    """Return the models of torchvision that map one tensor to one: images, video, segmentation."""
     from torchvision import models
 
     modules = (models, models.video, models.segmentation)
@@ -90,7 +90,7 @@ def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
     if name in library.list_models():
         why = (
             "of torchvision is for detection, optical flow or quantized inference, which no task here trains; wrap it "
-            "in a class of your own and name that, as path/to/file.py:Class"
+            "in your own class and name that, as path/to/file.py:Class"
         )
         return Entry(name, library.get_model_builder(name), metadata={"refused": why})
     return None
@@ -106,12 +106,12 @@ def _torchvision_builder(name: str) -> Builder:
     outer, _ = named_parameters(builder)
     parameters = dict(outer)
     kind = inspect.signature(builder).return_annotation
-    if "weights_backbone" not in outer:  # models of pixels drop their **kwargs
-        # **kwargs goes to the class, where what the builder itself sets has no default
+    if "weights_backbone" not in outer:  # segmentation models ignore their **kwargs
+        # **kwargs goes to the class, where arguments that the builder sets have no default
         inner, _ = named_parameters(kind)
         empty = inspect.Parameter.empty
         parameters |= {key: p for key, p in inner.items() if key not in outer and p.default is not empty}
-        # but for what a builder of vision transformers takes out of **kwargs first
+        # except image_size, which builders of vision transformers read from **kwargs first
         parameters |= {key: inner[key].replace(default=224) for key in ("image_size",) if key in inner}
     for key in ("weights", "progress", *_REFUSED):
         parameters.pop(key, None)
@@ -119,7 +119,7 @@ def _torchvision_builder(name: str) -> Builder:
     fixed: dict[str, Any] = {"weights": None}
     fixed |= {"weights_backbone": None} if "weights_backbone" in outer else {}
     if name in ("googlenet", "inception_v3"):
-        # a second head would have no gradient, which DistributedDataParallel refuses; the default initialisation warns
+        # DistributedDataParallel refuses a second head without gradient; the default initialisation warns
         fixed |= {"aux_logits": False, "init_weights": True}
 
     def build(in_channels: int | None = None, **args: Any) -> nn.Module:
@@ -132,7 +132,7 @@ def _torchvision_builder(name: str) -> Builder:
 
 
 def _set_in_channels(model: nn.Module, in_channels: int) -> str | None:
-    """Give the first convolution `in_channels`, freshly initialised; return its name, or None where it has so many."""
+    """Rebuild the first convolution for `in_channels`; returns its name, or None if it has so many already."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             if module.in_channels == in_channels:

@@ -1,4 +1,4 @@
-"""How a model is called on a batch's inputs, and what it gives back."""
+"""How a model is called with a batch's inputs, and its output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distrain.networks.huggingface import is_transformers
 
 
 class ModelOutput(NamedTuple):
-    """What a model gives for a batch. A named tuple, which every wrapper of PyTorch and Accelerate can look into."""
+    """A model's output for a batch. A named tuple, which every wrapper of PyTorch and Accelerate can traverse."""
 
     logits: Tensor
     """(batch, outputs), or (batch, seq, vocabulary) where tokens are predicted."""
     aux_loss: Tensor | None = None
     """A mean over the batch, 0-d, that is added to the loss of each sample (such as a router's balance)."""
     others: tuple[Tensor, ...] = ()
-    """What a model that returns a tuple of tensors gives behind the first, for losses that take several."""
+    """The further tensors of a model that returns a tuple, for losses that take several."""
 
 
 Convention = Callable[[nn.Module, Any], ModelOutput]
@@ -42,17 +42,17 @@ _CONVENTIONS: weakref.WeakKeyDictionary[nn.Module, Convention] = weakref.WeakKey
 def calling_convention(model: nn.Module) -> Convention:
     """Return the function that calls `model`, or any wrapper of it, with the inputs of a batch.
 
-    A tensor is passed on as it is. A mapping is passed by name where `forward` takes its keys, otherwise as it is. A
-    model of transformers gets tokens as `input_ids` with an attention mask where it knows a padding id (or its own main
-    input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return
-    a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor
-    is what losses and metrics take unless a loss takes several. Raises UserError where neither way of calling fits.
+    A tensor is passed as it is. A mapping is passed by name if `forward` takes its keys, otherwise as it is. A model of
+    transformers gets tokens as `input_ids` with an attention mask if it has a padding id (or its own main input, such
+    as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return a tensor, a
+    `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor goes to
+    metrics and to losses that take one. Raises UserError if neither way of calling fits.
     """
-    plain = unwrap_model(model)
-    if is_transformers(plain):
-        return _transformers_convention(plain)
-    # of the class, for wrappers put on the instance hide the names
-    signature = inspect.signature(type(plain).forward)
+    unwrapped = unwrap_model(model)
+    if is_transformers(unwrapped):
+        return _transformers_convention(unwrapped)
+    # the class's, as wrappers on the instance hide the names
+    signature = inspect.signature(type(unwrapped).forward)
     by_name: dict[tuple[str, ...], bool] = {}
 
     def call(model: nn.Module, inputs: Any) -> ModelOutput:
@@ -60,7 +60,7 @@ def calling_convention(model: nn.Module) -> Convention:
             keys = tuple(inputs)
             named = by_name.get(keys)
             if named is None:
-                named = by_name[keys] = _takes_names(plain, signature, keys)
+                named = by_name[keys] = _takes_names(unwrapped, signature, keys)
             return _output(model(**inputs) if named else model(inputs))
         return _output(model(inputs))
 
@@ -81,25 +81,27 @@ def _takes_names(model: nn.Module, signature: inspect.Signature, keys: tuple[str
         return False
     takes = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
     raise UserError(
-        f"{type(model).__name__}.forward takes ({takes}), and the inputs of a batch are {', '.join(keys)}; name its "
-        "parameters so, or let it take the one mapping"
+        f"{type(model).__name__}.forward takes ({takes}), and the inputs of a batch are {', '.join(keys)}; rename its "
+        "parameters, or let it take one mapping"
     )
 
 
-def _transformers_convention(plain: Any) -> Convention:
-    takes = set(inspect.signature(type(plain).forward).parameters)
+def _transformers_convention(unwrapped: Any) -> Convention:
+    takes = set(inspect.signature(type(unwrapped).forward).parameters)
     always: dict[str, Any] = {"return_dict": True}
     always |= {"use_cache": False} if "use_cache" in takes else {}
     masks = "attention_mask" in takes
-    pad_id = getattr(plain.config, "pad_token_id", None)
-    coefficient = getattr(plain.config, "router_aux_loss_coef", 1.0)
+    pad_id = getattr(unwrapped.config, "pad_token_id", None)
+    coefficient = getattr(unwrapped.config, "router_aux_loss_coef", 1.0)
 
     def call(model: nn.Module, inputs: Any) -> ModelOutput:
         if not isinstance(inputs, Mapping):
-            named = {plain.main_input_name: inputs}
+            named = {unwrapped.main_input_name: inputs}
         elif inputs.keys() == {"source", "target"}:
             if "decoder_input_ids" not in takes:
-                raise UserError(f"{type(plain).__name__} has no decoder; task seq2seq needs an encoder and a decoder")
+                raise UserError(
+                    f"{type(unwrapped).__name__} has no decoder; task seq2seq needs an encoder and a decoder"
+                )
             named = {"input_ids": inputs["source"], "decoder_input_ids": inputs["target"]}
         else:
             named = dict(inputs)
@@ -133,7 +135,7 @@ def _output(raw: Any) -> ModelOutput:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model itself, without what torch.compile, DistributedDataParallel or DeepSpeed put around it."""
+    """Return the model without the wrappers of torch.compile, DistributedDataParallel and DeepSpeed."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inside = "_orig_mod" if "_orig_mod" in model._modules else "module"

@@ -1,4 +1,4 @@
-"""What the data say of a model: numbers of classes, channels, tokens."""
+"""Facts of the data that a model may need: numbers of classes, channels, tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalitie
 
 
 def num_outputs(task: Task, meta: DataMeta) -> int | None:
-    """Return how many numbers the last layer gives (for each token, where tokens are predicted); None: not known."""
+    """Return the outputs of the last layer (for each token, if tokens are predicted); None: unknown."""
     if task == "classification":
         return meta.num_classes
     if task == "binary":
@@ -27,11 +27,11 @@ def num_outputs(task: Task, meta: DataMeta) -> int | None:
 
 
 def facts(task: Task, meta: DataMeta) -> dict[str, Any]:
-    """Return what is filled in for a model's parameters of these names when the recipe does not give them.
+    """Return the default arguments of a model, by parameter name.
 
-    They are the fields of `meta` that are known; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all of
-    them the size of the last layer; and from the shape of a sample `in_features` (its numbers; of a table with
-    `cardinalities` those beside its categories), `in_channels` and `image_size` (square images), or `seq_len` (tokens).
+    They are the known fields of `meta`; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all the size of
+    the last layer; and from the shape of a sample `in_features` (its numbers; of a table with `cardinalities` the
+    numeric columns), `in_channels` and `image_size` (square images), or `seq_len` (tokens).
     """
     known = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
     known |= dict.fromkeys(_HEAD, num_outputs(task, meta))

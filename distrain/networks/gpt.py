@@ -17,8 +17,8 @@ from distrain.networks.attention import Block, Cache, check_heads, init_transfor
 class GPT(nn.Module):
     """A decoder-only transformer that predicts the next token (GPT-2's architecture).
 
-    `n_layer`, `n_head`, `d_model`: its size; `d_ff`: width within a block, by default 4 * d_model. `seq_len`: the most
-    tokens that it sees. `positions`: "learned" or "rotary". `tied`: whether the output layer is the token embedding.
+    `n_layer`, `n_head`, `d_model`: its size; `d_ff`: width within a block, by default 4 * d_model. `seq_len`: its
+    context length. `positions`: "learned" or "rotary". `tied`: whether the output layer is the token embedding.
     `bias`: of linear layers and norms.
     """
 
@@ -90,9 +90,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return `tokens` (batch, seq) int64, seq at least 1, continued: (batch, seq + new tokens).
 
-        Temperature 0 takes the likeliest token, otherwise tokens are drawn, with `generator` if given. A row that has
-        reached `eos_id` is filled with it, and generation stops when all have. What is seen of a text longer than
-        seq_len is its last seq_len tokens.
+        Temperature 0 selects the likeliest token; otherwise tokens are drawn, with `generator` if given. A row that has
+        reached `eos_id` is padded with it, and generation stops when all have. The context is the last seq_len tokens.
         """
         training = self.training
         self.eval()
@@ -101,7 +100,7 @@ class GPT(nn.Module):
         try:
             for index in range(max_new_tokens):
                 if tokens.shape[1] > self.seq_len:
-                    # every position in the window changes, so nothing that was computed before holds
+                    # every position in the window changes, so the caches are invalid
                     logits = self._logits(tokens[:, -self.seq_len :], 0, None)[:, -1]
                 elif index == 0:
                     logits = self._logits(tokens, 0, caches)[:, -1]

@@ -46,7 +46,7 @@ def transformers_config(model: nn.Module) -> str | None:
 
 
 def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the name and arguments of a transformers model."""
+    """Return the problems of the name and arguments of a transformers model."""
     try:
         kind = _class(name)
     except UserError as error:
@@ -71,9 +71,9 @@ def build_transformers(
 ) -> nn.Module:
     """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
 
-    `known`: what the data say (`networks/facts.py`), for what the configuration leaves open: the vocabulary, the
-    number of labels, and the ids of special tokens. `kept`: a folder whose config.json is taken where that of `path` is
-    no longer there, and the weights follow from elsewhere.
+    `known`: the facts (`networks/facts.py`) for open values of the configuration: the vocabulary, the number of labels,
+    and the ids of special tokens. `kept`: a folder with a config.json to use if that of `path` is gone and the weights
+    come from elsewhere.
     """
     problems = check_transformers(name, args)
     if problems:
@@ -97,8 +97,8 @@ def build_transformers(
         for key in ("bos_token_id", "eos_token_id"):
             token = getattr(config, key, None)
             if vocabularies and key not in given and isinstance(token, int) and token >= max(vocabularies):
-                setattr(config, key, None)  # of the vocabulary that the class was made for
-        with _in_one_piece():
+                setattr(config, key, None)  # the default of another vocabulary
+        with _as_single_process():
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error
@@ -118,10 +118,10 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         for key, fact in _FACTS.items():
-            # of a model of language the labels are tokens, and the names of others stay as they are
+            # a language model's labels are tokens
             if fact in known and not (key == "num_labels" and ("LM" in name or "Generation" in name)):
                 setattr(config, key, known[fact])
-        with _in_one_piece():
+        with _as_single_process():
             if weights:
                 with weights_in_their_files():
                     model = kind.from_pretrained(folder, config=config, local_files_only=True)
@@ -140,25 +140,25 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
 
 
 @contextmanager
-def _in_one_piece() -> Iterator[None]:
-    """Let transformers build as it does in a process alone.
+def _as_single_process() -> Iterator[None]:
+    """Make transformers build as in a single process.
 
-    Under ZeRO-3 it would shard each layer as it is made, with other initial weights than elsewhere. Where Accelerate
-    loads for FSDP on the first rank alone, the others would be left with an empty model.
+    Under ZeRO-3 it would shard each layer as it is made, with other initial weights. If Accelerate loads for FSDP on
+    the first rank only, the others would have an empty model.
     """
     from transformers.integrations import deepspeed
 
-    kept, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_RANK_ALONE, None)
+    kept, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_RANK_ONLY, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
         if loading is not None:
-            os.environ[_FIRST_RANK_ALONE] = loading
+            os.environ[_FIRST_RANK_ONLY] = loading
 
 
-_FIRST_RANK_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_FIRST_RANK_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def _class(name: str) -> Any:
@@ -193,7 +193,7 @@ def _config_problems(kind: Any, given: Any) -> list[str]:
         config_class = _config_class(kind, given.get("model_type"))
     except UserError as error:
         return [str(error)]
-    # a configuration keeps any key that it is given, so a slip would be accepted and do nothing
+    # a configuration accepts any key, so a typing error would do nothing
     default = config_class()
     choices = {*default.to_dict(), *default.attribute_map, "num_labels", "model_type"}
     return [

@@ -1,4 +1,4 @@
-"""Which tensors of a model share memory."""
+"""The tensors of a model, and those that share memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers under all of their names, in the order of a state dict."""
+    """Return the parameters and persistent buffers under all their names, in the order of a state dict."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
@@ -36,7 +36,7 @@ def may_overlap(tensor: Tensor) -> bool:
 
 
 def views_of_parameters(model: nn.Module) -> Iterator[str]:
-    """Yield, in words, the buffers that are views of a parameter: elsewhere, or sharded, they would not be."""
+    """Yield an error for each buffer that is a view of a parameter, which moving or sharding would break."""
     parameters: dict[int, list[tuple[int, int, str]]] = {}
     buffers: list[tuple[int, int, int, str]] = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -54,6 +54,6 @@ def views_of_parameters(model: nn.Module) -> Iterator[str]:
         other = next((each for low, high, each in parameters.get(storage, ()) if low < stop and start < high), None)
         if other is not None:
             yield (
-                f"buffer {name} is a view of parameter {other}, which it would not be on another device or when "
-                "sharded; .clone() it, or take the view in forward()"
+                f"buffer {name} is a view of parameter {other}, which another device or sharding would break; .clone() "
+                "it, or create the view in forward()"
             )

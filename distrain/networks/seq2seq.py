@@ -17,7 +17,7 @@ from distrain.networks.basic import Recurrent, token_lengths
 
 
 class EncoderDecoder(nn.Module, ABC):
-    """What both kinds share: the call, and generation. The logits do not depend on how much padding there is."""
+    """The call and generation of both kinds. The logits are independent of padding."""
 
     def __init__(self, target_vocab_size: int, pad_id: int, bos_id: int, eos_id: int):
         super().__init__()
@@ -26,14 +26,13 @@ class EncoderDecoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, source: Tensor) -> dict[str, Any]:
-        """Return what `decode` needs to know of `source` (batch, source seq) int64, padded at its end."""
+        """Return the state for `decode` of `source` (batch, source seq) int64, padded at its end."""
 
     @abstractmethod
     def decode(self, target: Tensor, state: dict[str, Any]) -> Tensor:
         """Return logits (batch, target seq, vocabulary) for `target` (batch, target seq) int64.
 
-        With `"step"` in the state, the target continues what was decoded with this state before, and the state is
-        brought up to date in place.
+        With `"step"` in the state, the target continues the earlier ones, and the state is updated in place.
         """
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ class EncoderDecoder(nn.Module, ABC):
     def generate(self, source: Tensor, max_new_tokens: int) -> Tensor:
         """Return the likeliest next tokens for `source` (batch, source seq) int64: (batch, at most max_new_tokens).
 
-        The result does not begin with `bos_id`. A row ends with `eos_id` and is filled with `pad_id`.
+        The result does not begin with `bos_id`. A row ends with `eos_id` and is padded with `pad_id`.
         """
         training = self.training
         self.eval()
@@ -230,5 +229,5 @@ def seq2seq(
         )
     given = [key for key, value in (("n_head", n_head), ("d_ff", d_ff)) if value is not None]
     if given:
-        raise UserError(f"model.{given[0]}: kind gru has none; leave it out, or take kind transformer")
+        raise UserError(f"model.{given[0]}: kind gru has none; remove it, or use kind transformer")
     return RecurrentSeq2Seq(vocab_size, target_vocab_size, pad_id, bos_id, eos_id, **sizes)

@@ -71,7 +71,7 @@ class Transpose(nn.Module):
 
 
 class _Outputs:
-    """Passes the outputs of a recurrent layer on, and leaves its states."""
+    """Returns the outputs of a recurrent layer without its states."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, super().forward(x)[0])  # type: ignore[misc]
@@ -115,7 +115,7 @@ _NOT_LAYERS = (
 
 @functools.cache
 def layer_classes() -> dict[str, type[nn.Module]]:
-    """Return what may stand in `layers`, by name: what of torch.nn maps one tensor to one, and the layers above."""
+    """Return the valid `layers` by name: the classes of torch.nn that map one tensor to one, and the layers above."""
     known: dict[str, type[nn.Module]] = {}
     for name, kind in vars(nn).items():
         if isinstance(kind, type) and issubclass(kind, nn.Module):
@@ -137,8 +137,8 @@ def layer_class(name: str, where: str) -> type[nn.Module]:
         return found
     if isinstance(getattr(nn, name, None), type):
         raise UserError(
-            f"{where}: {name} does not map one tensor to one, so it cannot stand in a list of layers; write a class of "
-            "your own that uses it and name that, as path/to/file.py:Class"
+            f"{where}: {name} does not map one tensor to one, so it cannot be in a list of layers; write your own "
+            "class that uses it and name that, as path/to/file.py:Class"
         )
     raise UserError(f"{where}: torch.nn has no layer {name!r}{close_names(name, known)}")
 
@@ -170,7 +170,7 @@ def shown(name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None 
 
 
 def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    # the recurrent layers of torch take (*args, **kwargs) and hand them to their base
+    # torch's recurrent layers pass (*args, **kwargs) to their base
     base = rnn.RNNBase if issubclass(kind, rnn.RNNBase) else kind
     signature = inspect.signature(base)
     hidden = ("mode", "device", "dtype")
@@ -226,7 +226,7 @@ def _build_layers(layers: Any) -> tuple[list[nn.Module], list[str]]:
 
 
 def check_layers(layers: Any) -> list[str]:
-    """Return what is wrong with each of `layers` by itself; takes no memory for their parameters."""
+    """Return the problems of each of `layers`; allocates no parameters."""
     with torch.device("meta"):
         return _build_layers(layers)[1]
 
@@ -247,8 +247,8 @@ def sequential(
         lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise UserError(
-                f"model.layers: the data do not say the shape of a sample, so {lazy[0]!r} cannot be sized; "
-                "give the sizes of every layer in place of the Lazy ones"
+                f"model.layers: the shape of a sample is unknown, so {lazy[0]!r} cannot be sized; give the "
+                "sizes of every layer in place of the Lazy ones"
             )
         return model
     tokens = vocab_size is not None or isinstance(model[0], nn.Embedding | nn.EmbeddingBag)
@@ -267,7 +267,7 @@ def _shape(x: Any) -> str:
 
 
 def _dry_run(model: nn.Sequential, sample: Tensor, layers: Sequence[Any]) -> Tensor:
-    """Pass a sample through every layer, which sizes the Lazy ones; leaves everything else as it was."""
+    """Pass a sample through every layer, which sizes the Lazy ones; changes nothing else."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
     training = model.training
     with torch.no_grad():

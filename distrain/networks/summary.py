@@ -1,4 +1,4 @@
-"""What is said of a model: its parameters, and how many of them are trained."""
+"""A model's parameters, and how many of them are trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelSummary:
 
 
 def describe_model(model: nn.Module, frozen: Collection[str] = ()) -> ModelSummary:
-    """Return the size of `model`. `frozen`: names of parameters that will not be trained, besides those that say so."""
+    """Return the size of `model`. `frozen`: names of parameters that are not trained although they require grad."""
     parameters = list(model.parameters())
     by_dtype: dict[str, int] = {}
     for parameter in parameters:

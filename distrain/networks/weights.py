@@ -1,4 +1,4 @@
-"""Weights to start from, out of a local file or a folder."""
+"""Initial weights from a local file or folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distrain.networks.memory import own_tensors
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What was loaded from a file of weights, and what was not."""
+    """The loaded, missing and unexpected tensors of a file of weights."""
 
     path: Path
     loaded: tuple[str, ...]
@@ -33,7 +33,7 @@ class WeightsReport:
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     """Tensors of another shape: (found, expected)."""
     notes: tuple[str, ...] = ()
-    """How the file was understood, such as what was taken off all of its names."""
+    """How the file was read, such as the prefix removed from all names."""
 
     @property
     def problems(self) -> list[str]:
@@ -74,10 +74,10 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
     """Copy the tensors of a file or a folder into the model, by name; see `stored_tensors` for what these may be.
 
-    What wrappers put into names (`module.`, `_orig_mod.`) is taken off, and any other prefix of all names (`model.`)
-    where all of them are the model's without it. `strict`: the file must hold exactly the model's tensors (one name of
-    tied ones is enough), otherwise UserError; not strict: what agrees in name and shape is loaded and the rest is in
-    the report, and only a file of which nothing fits is an error.
+    The prefixes of wrappers (`module.`, `_orig_mod.`) are removed, and any other common prefix (`model.`) if all names
+    are the model's without it. `strict`: the file must hold exactly the model's tensors (one name of tied ones is
+    enough), otherwise UserError; not strict: tensors that agree in name and shape are loaded, the report lists the
+    rest, and only a file without any is an error.
     """
     expected, found, report = _compare(model, path, strict)
     own, made = _own_first(model, expected, _fitting(expected, found))
@@ -89,9 +89,9 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
 
 @torch.no_grad()
 def defer_weights(deferred: Deferred, path: Path, *, strict: bool = True) -> WeightsReport:
-    """Do the same as `load_weights` for a model without its weights: they are read one by one, when they are asked for.
+    """Like `load_weights` for a model without its weights: each is read on demand, so the file must not change.
 
-    The file must stay as it is until then. Buffers are loaded at once.
+    Buffers are loaded at once.
     """
     expected, found, report = _compare(deferred.model, path, strict)
     names = {id(parameter): name for name, parameter in deferred.model.named_parameters()}
@@ -114,7 +114,7 @@ def _own_first(model: nn.Module, expected: Mapping[str, Tensor], names: Iterable
 
 
 def _give(model: nn.Module, made: dict[str, Tensor]) -> None:
-    """Have a model take what its own hooks and get_extra_state make: a copy of that leads nowhere."""
+    """Load tensors made by hooks and get_extra_state through the model: copying into them has no effect."""
     if made:
         model.load_state_dict({**model.state_dict(), **made})
 
@@ -136,21 +136,21 @@ def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> li
 def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tensor], dict[str, _Stored], WeightsReport]:
     """Return the model's tensors, the file's by the model's names, and how they differ; raises UserError."""
     state = model.state_dict(keep_vars=True)
-    # a hook may leave tensors out that a checkpoint holds all the same
+    # a hook may omit tensors that a checkpoint holds
     known = {**own_tensors(model), **{name: value for name, value in state.items() if isinstance(value, Tensor)}}
     stored, notes = stored_tensors(path)
     prefix = _prefix(stored, known)
     found: dict[str, _Stored] = {}
     for name, tensor in stored.items():
-        plain = _plain(name.removeprefix(prefix), known)
-        if plain in found:
+        canonical = _canonical(name.removeprefix(prefix), known)
+        if canonical in found:
             raise UserError(
-                f"model.weights: {path} has two tensors that are {plain!r} without what wrappers put into names, one "
-                f"of them {name!r}; expected one of each"
+                f"model.weights: {path} has two tensors {canonical!r} without the prefixes of wrappers, one of them "
+                f"{name!r}; expected one of each"
             )
-        found[plain] = tensor
+        found[canonical] = tensor
     if prefix:
-        notes = [*notes, f"taken off the names: {prefix}"]
+        notes = [*notes, f"removed from the names: {prefix}"]
     expected = {name: each for name, each in known.items() if name in state or name in found}
     fitting = _fitting(expected, found)
     aliases = tied_names(model)
@@ -174,7 +174,7 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
 
 
 def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> list[str]:
-    """Return what would help with a file that does not fit: a line, or none."""
+    """Return advice for a file that does not fit: a line, or none."""
     if report.loaded:
         return ["model.weights_strict: false loads what fits"]
     heads = {head for name in stored for head in itertools.accumulate(name.split(".")[:-1], "{}.{}".format)}
@@ -186,20 +186,20 @@ def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapp
     if not names:
         return []
     return [
-        f"{len(names)} of its {len(stored)} tensors fit without {prefix!r} before their names, which is taken off "
-        "where all of them do: write those to a file of their own"
+        f"{len(names)} of its {len(stored)} tensors fit without the prefix {prefix!r}, which is removed only if all "
+        "do: write these to a separate file"
     ]
 
 
 def _fits(name: str, stored: _Stored, prefix: str, expected: Mapping[str, Tensor]) -> bool:
-    plain = _plain(name.removeprefix(prefix), expected) if name.startswith(prefix) else ""
-    return plain in expected and stored.shape == tuple(expected[plain].shape)
+    found = _canonical(name.removeprefix(prefix), expected) if name.startswith(prefix) else ""
+    return found in expected and stored.shape == tuple(expected[found].shape)
 
 
 def _prefix(names: Iterable[str], expected: Mapping[str, Any]) -> str:
-    """Return the prefix without which all names are the model's; empty where they are as they are, or there is none."""
+    """Return the prefix to remove so that all names are the model's; empty if they are already, or there is none."""
     names, prefix = list(names), ""
-    while any(_plain(name.removeprefix(prefix), expected) not in expected for name in names):
+    while any(_canonical(name.removeprefix(prefix), expected) not in expected for name in names):
         heads = {name.removeprefix(prefix).partition(".")[::2] for name in names}
         if len({head for head, _ in heads}) != 1 or not all(rest for _, rest in heads):
             return ""
@@ -207,7 +207,7 @@ def _prefix(names: Iterable[str], expected: Mapping[str, Any]) -> str:
     return prefix
 
 
-def _plain(name: str, expected: Mapping[str, Any]) -> str:
+def _canonical(name: str, expected: Mapping[str, Any]) -> str:
     while name not in expected:
         shorter = name.replace("_orig_mod.", "").removeprefix("module.")
         if shorter == name:
@@ -217,7 +217,7 @@ def _plain(name: str, expected: Mapping[str, Any]) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype of a stored one; raises UserError where the installed torch has none."""
+    """Return torch's dtype of a stored one; raises UserError if the installed torch has none."""
     known = DTYPES.get(name)
     found = getattr(torch, known.torch, None) if known is not None else None
     if not isinstance(found, torch.dtype):
@@ -232,15 +232,14 @@ class _Stored(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns it; to be copied from, not to be written to."""
+    """Returns it, read-only."""
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
-    """Return the tensors of a file or a folder by name, and notes on how it was understood; runs no code from it.
+    """Return the tensors of a file or a folder by name, and notes on how it was read; runs no code from it.
 
-    It is a run, a checkpoint, or anything that `distrain checkpoint import` reads, and is read by the same reader:
-    safetensors files, those of torch.save whatever they are called, an index of several, folders of other trainers.
-    Nothing of the tensors is read yet. Raises UserError.
+    It is a run, a checkpoint, or any source of `distrain checkpoint import`: safetensors files, files of torch.save, an
+    index of several, folders of other trainers. Does not read the tensors yet. Raises UserError.
     """
     if not path.exists():
         raise UserError(f"model.weights: there is no {'file ' if path.suffix else ''}{path}")
@@ -248,19 +247,19 @@ def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
         tensors, notes = open_tensors(path)
     except UserError as error:
         raise UserError(f"model.weights: {error}") from error
-    plain = {name: name for name in tensors.names} | tensors.aliases
-    plain = {name: stored for name, stored in plain.items() if name not in tensors.renamed}
-    plain |= {f"model/{name}": stored for name, stored in made_by_hooks(tensors, ema=False).items()}
+    stored_names = {name: name for name in tensors.names} | tensors.aliases
+    stored_names = {name: stored for name, stored in stored_names.items() if name not in tensors.renamed}
+    stored_names |= {f"model/{name}": stored for name, stored in made_by_hooks(tensors, ema=False).items()}
 
     def read(name: str) -> Tensor:
         spec = tensors.spec(name)
         raw = tensors.gather(name, 0, spec.numel)
-        raw = raw if raw.flags.writeable else raw.copy()  # torch warns of what it may not write to
+        raw = raw if raw.flags.writeable else raw.copy()  # torch warns about read-only arrays
         return torch.from_numpy(raw).view(torch_dtype(tensors.tensors[name].dtype)).reshape(spec.shape)
 
     found = {
         full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
-        for full, name in plain.items()
+        for full, name in stored_names.items()
         if full.startswith("model/")
     }
     if not found:

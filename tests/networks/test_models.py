@@ -685,7 +685,7 @@ def test_weights_are_loaded(tmp_path: Path, suffix: str, prefix: str) -> None:
         *(["module."] if prefix.startswith("module.") else []),
         *(["those of torch.compile and FSDP wrappers"] if "_orig_mod." in prefix else []),
     ]
-    note = f"; taken off the names: {' and '.join(taken)}" if taken else ""
+    note = f"; removed from the names: {' and '.join(taken)}" if taken else ""
     assert said == [f"loaded 6 tensors from {path}{note}"]
     assert not torch.equal(
         build({"name": "mlp", "weights": path.name}, weights=False).state_dict()["layers.0.weight"],
@@ -800,7 +800,7 @@ def test_weights_of_others_are_loaded_without_their_prefix(
             found = build({"name": "mlp", "weights": str(path)}).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
-    assert f"loaded 6 tensors from {path}; taken off the names: {prefix.partition('module.')[0]}" in said[-1]
+    assert f"loaded 6 tensors from {path}; removed from the names: {prefix.partition('module.')[0]}" in said[-1]
 
 
 def test_a_prefix_stays_where_not_all_names_fit_without_it(tmp_path: Path) -> None:
@@ -809,7 +809,7 @@ def test_a_prefix_stays_where_not_all_names_fit_without_it(tmp_path: Path) -> No
     for strict in (True, False):
         with pytest.raises(UserError) as caught:
             load_weights(build("mlp"), path, strict=strict)
-        assert "6 of its 7 tensors fit without 'model.' before their names" in str(caught.value)
+        assert "6 of its 7 tensors fit without the prefix 'model.'" in str(caught.value)
         assert "weights_strict" not in str(caught.value), "it would load nothing"
     # where the model's own names begin so, nothing is taken off
     module = nn.ModuleDict({"model": nn.Linear(2, 2)})

@@ -163,7 +163,7 @@ def canonical_names(source: Source, names: Iterable[str]) -> dict[str, str]:
         removed.insert(0, "module.")
     if len(set(found.values())) != len(names):
         raise UserError(f"{source.path}: names differ only by the parts that wrappers add, such as {names[0]!r}")
-    note = f"taken off the names: {' and '.join(removed)}"
+    note = f"removed from the names: {' and '.join(removed)}"
     if removed and note not in source.notes:
         source.notes.append(note)
     return found
