@@ -220,6 +220,6 @@ def test_folders_of_accelerate_with_deepspeed(written, tmp_path):
     (path / "latest").write_text("pytorch_model")
     (path / "random_states_0.pkl").write_bytes(pickle.dumps(os.getcwd))  # is not opened
     done = import_checkpoint(path, tmp_path / "run")
-    assert re.match(r"DeepSpeed ZeRO-2 of 2 ranks", done.what)
+    assert re.match(r"DeepSpeed ZeRO-2 of 2 ranks", done.description)
     assert any("random_states_0.pkl" in what for what in done.skipped)
     assert done.step == foreign_folders.STEPS
