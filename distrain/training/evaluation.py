@@ -68,7 +68,7 @@ def evaluate(
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
 
-    Up to `skip_undecodable` samples that do not decode are left out: they are {id: why} in `undecodable`, if there
+    Up to `skip_undecodable` corrupt samples are skipped: they are {id: why} in `undecodable`, if there
     are any, and do not count as `samples`.
     """
     metrics.reset()

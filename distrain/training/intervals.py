@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from distrain.checkpoint import Criterion
 from distrain.config import Duration, Horizon, UserError
 from distrain.datasets.waiting import while_waiting
-from distrain.run.heartbeat import mark
 from distrain.system.job_environment import job_environment
-
-T = TypeVar("T")
 
 
 class Interval:
@@ -46,7 +42,7 @@ class StopRequest:
     """Notes SIGTERM, SIGINT, a scheduler's notice and a file that asks for a stop; in the loop all ranks decide on it.
 
     A second SIGINT interrupts. A request also ends a wait for loader processes that give nothing for `PATIENCE_S`, by
-    `NoBatch`: the loop could not heed it there.
+    `NoBatch`: the loop could not act on it there.
     """
 
     def __init__(self, watched: Path | None = None) -> None:
@@ -71,11 +67,11 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._note)
         # a launcher blocks it, so that no process dies of it before it has come here
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._notice])
-        while_waiting.append(self._heed)
+        while_waiting.append(self._give_up_waiting)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while_waiting.remove(self._heed)
+        while_waiting.remove(self._give_up_waiting)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -86,7 +82,7 @@ class StopRequest:
         if self._noted is None:
             self._noted = signal.Signals(number).name
 
-    def _heed(self, waited_s: float) -> None:
+    def _give_up_waiting(self, waited_s: float) -> None:
         if waited_s > PATIENCE_S and self.reason is not None:
             raise NoBatch(
                 f"{self.reason} asks the run to stop, and its loader processes have given no batch for "
@@ -191,28 +187,3 @@ def _pair(value: Any) -> tuple[int, float] | None:
     if type(step) is not int or step < 0:
         raise ValueError(f"{step!r} is no step")
     return step, math.nan if score is None else float(score)
-
-
-class DataWaitTimer:
-    """Measures how long a loop waits for its batches."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    def during(self, items: Iterator[T]) -> Iterator[T]:
-        """Yield the same."""
-        while True:
-            mark("data")
-            began = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                self._seconds += time.perf_counter() - began
-            yield item
-
-    def take(self) -> float:
-        """Return the seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

@@ -1,4 +1,4 @@
-"""What is there before the first step: data, model, optimizer, and the state of the checkpoint that a run goes on from.
+"""Build data, model and optimizer; restore the checkpoint that a run resumes from.
 
 All ranks build it together: what fails on one of them fails on all, before anything is trained.
 """
@@ -97,7 +97,7 @@ class TrainSetup:
     training: TrainContext
     anomalies: Anomalies
     resumed: Manifest | None
-    """The checkpoint that the run goes on from; None for a run that begins."""
+    """The checkpoint that the run resumes from; None for a new run."""
     skipped: list[tuple[Path, str]]
     """Newer checkpoints that could not be used, and why."""
     model: ModelSummary
@@ -245,9 +245,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
     first_step = cache(lambda: next(feed.batches(start_step=0)))
 
     def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
-        seed_dropout(
-            world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index)
-        )  # what is left out at random is as then
+        seed_dropout(world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index))  # dropout is as then
         given("the first step", [first_step()[index]])
         batch = to_device(first_step()[index], world)
         return loss_of(calling_convention(unwrap_model(model)), loss, model, batch)

@@ -1,7 +1,7 @@
-"""What a run depends on, held against the checkpoint that it goes on from: a change is refused, or recorded.
+"""What a run depends on, compared with the checkpoint that it resumes from: a change is refused, or recorded.
 
 A change of the recipe was let in when the run was opened; what changed of data, code and weights is seen here. What a
-person has let in with `--update` stays let in, also for a start that goes on from the same checkpoint once more.
+person has let in with `--update` stays let in, also for an attempt that resumes from the same checkpoint once more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Inputs:
     """The same in words."""
 
     def with_change(self, line: str, step: int) -> Inputs:
-        """Return these with one more change that was let in, of a run that goes on from `step`."""
+        """Return these with one more change that was let in, of a run that resumes from `step`."""
         row = self.update or {"event": EVENT, "step": step, "recipe": {}, "inputs": [], "time": time.time()}
         return replace(self, update=row | {"inputs": [*row["inputs"], line]})
 
@@ -89,7 +89,7 @@ def noted(run: RunDir, step: int) -> dict[str, Any] | None:
 
 
 def accept(run: RunDir, found: dict[str, Any]) -> None:
-    """Record what this start depends on; a later one that finds the same may go on."""
+    """Record what this attempt depends on; a later one that finds the same may resume."""
     run.record_inputs(found)
     run.update_path.unlink(missing_ok=True)
 

@@ -305,7 +305,7 @@ class Callbacks:
     def load(self, scalars: Mapping[str, Any]) -> None:
         """Give them back what `state` returned; warns of each state that has no callback, and the reverse."""
         stored = scalars.get("callbacks") or {}
-        # changed callbacks may have it go on
+        # under changed callbacks it continues
         self.ended = bool(self._named) and scalars.get("ended") == self._recorded
 
         def give() -> None:

@@ -1,6 +1,6 @@
 """The folders that wandb writes offline for one run: one for each start, which together hold every row once.
 
-wandb writes a file anew at each start and cannot go on with one, and what it had not flushed when it was killed is
+wandb writes a file anew at each start and cannot continue one, and what it had not flushed when it was killed is
 lost. So a start cuts the newest file to the rows that stay, and puts what follows them into its own folder. wandb
 uploads the folders of a run in the order of their starts, each behind the one before.
 """

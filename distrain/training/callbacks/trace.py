@@ -3,7 +3,7 @@
 Off unless the environment variable `DISTRAIN_TRACE` asks for it: a JSON object with
 
     folder      where each rank writes `rank-R.jsonl`; it exists
-    last_step   the run stops after this step, with a checkpoint, as if it had been asked to (null: it goes on)
+    last_step   the run stops after this step, with a checkpoint, as if it had been asked to (null: it continues)
     pause_at    rank 0 writes a file `paused` into the folder once this many steps are done, and waits there until there
                 is a file `go` (null: it does not)
     save_at     a checkpoint is published once this many steps are done, whatever the recipe says (null: none is)

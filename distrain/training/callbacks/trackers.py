@@ -153,7 +153,7 @@ class Wandb(Tracker):
 
 @trackers.register("tensorboard")
 class TensorBoard(Tracker):
-    """TensorBoard event files, one for each start: it cuts off what was written after the checkpoint it goes on from.
+    """TensorBoard event files, one for each attempt: it cuts off what was written after the checkpoint it resumes from.
 
     Without a checkpoint that says where that is, they are written anew from metrics.jsonl.
     """
