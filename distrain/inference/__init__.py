@@ -1,4 +1,4 @@
-"""Using a trained model: evaluate a checkpoint on a split, and predict a file of inputs."""
+"""Evaluate a checkpoint on a split, and predict a file of inputs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Trained:
         """Compare data and code with those of the training; returns how the data differ. All ranks call.
 
         Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
-        warned of, on standard error: a project goes on changing, and a checkpoint that does not fit it does not load.
+        a warning on standard error: projects change, and a checkpoint that does not fit does not load.
         """
 
         def check() -> list[str]:

@@ -1,6 +1,6 @@
-"""Files that people and other programs can write, read within bounds: of their size, and of the numbers in them.
+"""Strict, bounded reading of files that people and other programs can write.
 
-A size that cannot be right is told before anything is read, so that a damaged file costs a message and no memory.
+A file that is too large is refused before it is read, so a corrupt one costs no memory.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 RECORD = 16 << 20
-"""Bytes that a file may have which says how something stands: launch.json, a heartbeat, an index."""
+"""Largest size in bytes of a status file: launch.json, a heartbeat, an index."""
 SUMMARY = 256 << 20
-"""Bytes of FINISHED, which holds all metrics, and of other files with a part for each tensor or class."""
+"""Largest size in bytes of FINISHED, which holds all metrics, and of files with a part for each tensor or class."""
 ROW = 64 << 20
-"""Bytes of a line of JSON."""
+"""Largest size in bytes of a line of JSON."""
 MOST_STEPS = 10**18
-"""No step is as high, so that the names of checkpoints have at most 18 digits."""
+"""Steps are below this, so that names of checkpoints have at most 18 digits."""
 
 _SUSPECT = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{19}")
-"""What every number has that is beyond a float or 64 bits (and some text)."""
+"""Matches every number beyond a float or 64 bits (and some text)."""
 
 
 def open_regular(path: Path, flags: int = 0) -> int:
-    """Open a regular file for reading; raises OSError, and ValueError where it is something else."""
-    # O_NONBLOCK: opening a pipe that stands in a file's place must not wait for a writer
+    """Open a regular file for reading; raises OSError, and ValueError for anything else."""
+    # O_NONBLOCK: opening a pipe in a file's place must not wait for a writer
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -39,13 +39,13 @@ def open_regular(path: Path, flags: int = 0) -> int:
 
 
 def read_bounded(path: Path, most: int = RECORD) -> bytes:
-    """Return what a regular file holds; raises OSError, and ValueError where it has more than `most` bytes."""
+    """Return the content of a regular file; raises OSError, and ValueError above `most` bytes."""
     with open(open_regular(path), "rb") as file:
         return read_open(file, most)
 
 
 def read_open(file: Any, most: int) -> bytes:
-    """Return what a binary file holds that is open at its start; raises ValueError above `most` bytes."""
+    """Return the content of a binary file open at its start; raises ValueError above `most` bytes."""
     if (size := os.fstat(file.fileno()).st_size) > most:
         raise ValueError(f"it has {size:,} bytes, and at most {most:,} are expected")
     content: bytes = file.read(most + 1)  # it may have grown since
@@ -55,11 +55,8 @@ def read_open(file: Any, most: int) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Return the value that JSON text holds; raises ValueError.
-
-    Refused besides what is no JSON: keys that are there twice, NaN and infinities, also written as 1e999, and whole
-    numbers beyond 64 bits.
-    """
+    """Return the value of JSON text; raises ValueError, also for duplicate keys, NaN, infinities such as 1e999, and
+    integers beyond 64 bits."""
     numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _whole} if _SUSPECT.search(raw) else {}
     try:
         return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **numbers)
@@ -73,15 +70,12 @@ def read_json(path: Path, most: int = RECORD) -> Any:
 
 
 def read_record(kind: type[_T], path: Path) -> _T:
-    """Return the dataclass whose fields a JSON file holds, each of its type; raises OSError and ValueError."""
+    """Return the dataclass stored in a JSON file, with fields of its types; raises OSError and ValueError."""
     return as_record(kind, read_json(path))
 
 
 def as_record(kind: type[_T], content: Any) -> _T:
-    """Return the dataclass whose fields `content` holds, each of its type; raises ValueError.
-
-    Whole numbers are not negative: nothing that is counted is.
-    """
+    """Return the dataclass with the fields in `content`, of its types, integers not negative; raises ValueError."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     adapter = _ADAPTERS.get(kind)
@@ -89,7 +83,7 @@ def as_record(kind: type[_T], content: Any) -> _T:
         kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
         adapter = _ADAPTERS[kind] = TypeAdapter(kind)
     try:
-        found: _T = adapter.validate_json(json.dumps(content))  # strict in another way than for Python's values
+        found: _T = adapter.validate_json(json.dumps(content))  # strict JSON differs from strict Python
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from error

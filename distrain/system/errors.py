@@ -1,4 +1,4 @@
-"""Errors that teach: each says what was found, what was expected and what to do."""
+"""Errors of users: what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what was found, what was expected and what to do."""
+    """A mistake that the user can correct. The message says what was found, what was expected and what to do."""
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run; `problems` holds one line for each thing that is wrong with it."""
+    """An invalid recipe; `problems` holds one line for each problem."""
 
     def __init__(self, source: str, problems: list[str]):
         self.source = source
@@ -20,7 +20,7 @@ class RecipeError(UserError):
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, list[str]]]:
-        # An exception is pickled with its message alone, which is not what makes this one.
+        # an exception is pickled with its message, which is no argument of this one
         return type(self), (self.source, self.problems)
 
 

@@ -1,7 +1,7 @@
-"""What a cluster's scheduler says of this process: which job, which node, which attempt, how it gives notice.
+"""The scheduler's job of this process: its number, node, attempt and notice signal.
 
-Each scheduler has a reader of its own variables, in its own folder of `distrain.launchers`, registered here under its
-name. Everything else asks `job_environment` and reads no scheduler's variable itself.
+Each scheduler registers a reader of its variables, in its folder of `distrain.launchers`. All other code calls
+`job_environment` and reads no scheduler's variable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class JobEnvironment:
     """The job that this process belongs to. The defaults are a process without a scheduler."""
 
     scheduler: str = "none"
-    """The name of who started the job."""
+    """The scheduler's name."""
     job: str | None = None
     """The job's number, the same in all its attempts; None without a scheduler."""
     queue_id: str | None = None
@@ -25,15 +25,15 @@ class JobEnvironment:
     restart: int = 0
     """How often the scheduler has requeued the job: the number of this attempt, from 0."""
     node: str | None = None
-    """Which of the job's nodes this is, from 0, as the scheduler says it."""
+    """The index of this node in the job, from 0, as the scheduler writes it."""
     cpus: int | None = None
-    """CPUs of this node that are the job's; None where the scheduler does not say."""
+    """The job's CPUs on this node; None: unknown."""
     notice: signal.Signals = signal.SIGUSR1
     """The signal that announces a preemption or the time limit: the run is to save and stop."""
 
     @property
     def requeued(self) -> bool:
-        """Whether the scheduler has started this attempt, and not a person."""
+        """Whether the scheduler, and not a person, started this attempt."""
         return self.restart > 0
 
     @property
@@ -47,7 +47,7 @@ _READERS: dict[str, Reader] = {}
 
 
 def register_job_environment(scheduler: str) -> Callable[[Reader], Reader]:
-    """Register a function that reads a scheduler's variables; it returns None where these name no job of it."""
+    """Register a function that reads a scheduler's variables and returns its job, or None."""
 
     def add(reader: Reader) -> Reader:
         _READERS[scheduler] = reader
@@ -57,6 +57,6 @@ def register_job_environment(scheduler: str) -> Callable[[Reader], Reader]:
 
 
 def job_environment(variables: Mapping[str, str] = os.environ) -> JobEnvironment:
-    """Return the job that this process belongs to, by the first scheduler whose variables name one."""
+    """Return the job of this process, from the first scheduler whose variables name one."""
     found = (reader(variables) for reader in _READERS.values())
     return next((job for job in found if job is not None), JobEnvironment())

@@ -1,4 +1,4 @@
-"""How much memory a process may have, how much it has had, and whom the kernel has killed for it. Imports no torch."""
+"""The memory limits of this process, its peak, and the kernel's out-of-memory kills. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on this process, and how close it has come to it."""
+    """A memory limit of this process, with its current and peak use."""
 
     what: str
     """Such as "the limit of the cgroup"."""
     nbytes: int
     used: int
-    """What counts against it now."""
     peak: int
-    """The most that has, as far as that is known; for what several processes share, of all of them."""
+    """The known peak; of a shared limit, of all its processes."""
     shared: bool
-    """Whether all processes of this machine, or of the cgroup, count against it."""
+    """Whether all processes of the machine or the cgroup share it."""
     set_by_someone: bool = True
     """False for the size of the machine itself."""
 
 
 def limits() -> list[Limit]:
-    """Return every limit on the memory of this process, the one that it has come closest to first."""
+    """Return every memory limit of this process, the one closest to being reached first."""
     status = _numbers("/proc/self/status")
     found = []
     for number, what, now, most in (
@@ -48,15 +47,12 @@ def limits() -> list[Limit]:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has had at once, in bytes, shared pages included."""
+    """Return the peak memory of this process in bytes, with shared pages."""
     return _numbers("/proc/self/status").get("VmHWM", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def oom_kills() -> int | None:
-    """Return how many processes the kernel has killed for want of memory, here so far; None where it does not tell.
-
-    "Here" is this process's cgroup where that counts them, otherwise the machine.
-    """
+    """Return the number of out-of-memory kills in this process's cgroup, or else on the machine; None: unknown."""
     for folder, _ in _cgroup_folders():
         for name in ("memory.events", "memory.oom_control"):
             if (count := _counter(folder / name, "oom_kill")) is not None:
@@ -65,12 +61,12 @@ def oom_kills() -> int | None:
 
 
 def gib(nbytes: float) -> str:
-    """Return bytes as people read them."""
+    """Return bytes as text in GiB or MiB."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the kernel tells
+# The kernel's files
 
 
 def _numbers(path: str) -> dict[str, int]:
@@ -119,7 +115,7 @@ def _cgroup_folders() -> Iterator[tuple[Path, bool]]:
         if (path := own.get(kind == "cgroup2")) is None:
             continue
         root, mount = before.split()[3:5]
-        # a container may have its own cgroup mounted where others have the root of all
+        # a container may mount its own cgroup as the root
         inside = path.removeprefix(root.rstrip("/")).strip("/") if path.startswith(root) else ""
         folder = Path(mount) / inside
         while True:
@@ -136,7 +132,7 @@ def _of_cgroups() -> Iterator[Limit]:
         limit, used, peak = (_number(folder / f"memory.{name}") for name in names)
         if limit is None or limit >= 2**62:
             continue
-        # files that are kept in memory as long as there is room
+        # the page cache is freed on demand
         idle = _counter(folder / "memory.stat", "inactive_file" if new else "total_inactive_file") or 0
-        now = max((used or 0) - idle, 0)
-        yield Limit("the limit of the cgroup", limit, now, max(peak or 0, now), shared=True)
+        in_use = max((used or 0) - idle, 0)
+        yield Limit("the limit of the cgroup", limit, in_use, max(peak or 0, in_use), shared=True)
