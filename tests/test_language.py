@@ -50,6 +50,18 @@ def test_no_public_name_is_a_retired_one() -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_function_takes_a_way_to_say_something() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {argument.arg}; log it, as docs/contributing.md describes"
+        for file in sources()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if argument.arg in ("say", "tell")
+    ]
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )

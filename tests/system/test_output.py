@@ -166,6 +166,27 @@ def test_nothing_is_printed_past_the_one_function() -> None:
     assert [found for file in places if file.name not in free for found in outside(file)] == []
 
 
+PRINTING = {
+    # what a command's result is printed by
+    *("cli", "prove/command.py", "launchers/evaluating.py"),
+    # before a process of a run is there, or when it is gone
+    *("launchers/local.py", "launchers/slurm/node.py", "system/environment.py"),
+    *("system/output.py", "system/logs.py"),
+}
+"""Folders and files of the package that may print; all else logs."""
+
+
+def test_what_a_run_has_to_say_is_logged_and_not_printed() -> None:
+    found = [
+        f"{file}:{node.lineno}: {ast.unparse(node.func)}"
+        for file in PACKAGE.rglob("*.py")
+        if not PRINTING & {file.relative_to(PACKAGE).as_posix(), file.relative_to(PACKAGE).parts[0]}
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "echo", "echo_error")
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_the_rule_can_be_broken(tmp_path: Path) -> None:
     file = tmp_path / "f.py"
     file.write_text(
