@@ -305,7 +305,7 @@ def _waiting(environment: Environment, timeout_s: float) -> Iterator[None]:
     def warn() -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         logger.warning(
-            f"rank {environment.rank} waits for the {environment.world_size - 1} others at {place}, as RANK, "
+            f"this process waits for the {environment.world_size - 1} others at {place}, as RANK, "
             f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment say, for up to {timeout_s:g} s; where nobody "
             "started others, unset these",
             extra=EACH_RANK,

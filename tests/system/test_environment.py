@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import logged
 from runs import TINY, Ended, captured, losses, train, write_recipe
 from worlds import in_world
 
@@ -238,7 +239,9 @@ def test_tasks_that_are_no_world_write_nothing(tmp_path: Path) -> None:
             ended = alone(task, command, *arguments)
             assert ended.status == 1
             assert ended.err.startswith("error: srun has started 2 tasks (SLURM_STEP_NUM_TASKS=2")
-    assert alone(TWO, "work", recipe, run).err.startswith("error: the environment says RANK=1"), "rank 1 tells it too"
+    assert alone(TWO, "work", recipe, run).err.startswith("error (rank 1): the environment says RANK=1"), (
+        "rank 1 tells it too"
+    )
     assert not run.exists()
     for command in (("evaluate", run), ("predict", run, "test", "-o", tmp_path / "a.csv"), ("prove", recipe)):
         ended = in_world(1, with_task, [str(word) for word in command], launched=False)[0]
@@ -253,18 +256,16 @@ def with_task(arguments: list[str]) -> Ended:
     return cli_rank(arguments)
 
 
-def test_who_waits_for_processes_that_no_launcher_started_reports_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_for_processes_that_no_launcher_started_reports_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "_WORD_AFTER_S", 0.0)
     for name, value in NOWHERE.items():
         monkeypatch.setenv(name, value)
-    said, until = "", time.monotonic() + 30
-    with world._waiting(Environment(1, 1, 2, 2, launched=True), 600.0):
-        while not said and time.monotonic() < until:
+    until = time.monotonic() + 30
+    with logged() as lines, world._waiting(Environment(1, 1, 2, 2, launched=True), 600.0):
+        while not lines and time.monotonic() < until:
             time.sleep(0.01)
-            said = capsys.readouterr().err
-    assert "rank 1 waits for the 1 others at 198.51.100.7:29500" in said
-    with world._waiting(Environment(0, 0, 1, 1, launched=True), 600.0):
+    (said,) = lines
+    assert "this process waits for the 1 others at 198.51.100.7:29500" in said
+    with logged() as lines, world._waiting(Environment(0, 0, 1, 1, launched=True), 600.0):
         pass
-    assert capsys.readouterr().err == ""
+    assert lines == []
