@@ -26,7 +26,7 @@ from distrain.metrics import build_metrics
 from distrain.models import build_model
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import build_loss
-from distrain.parallel import World, load_weights, open_world, with_arithmetic
+from distrain.parallel import World, load_weights, open_world, with_mixed_precision
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
 from distrain.training.context import to_device
@@ -80,7 +80,9 @@ class Trained:
 
             data, model = world.run_on_all(build)
             inputs = reader.manifest.scalars.get("inputs") or {}
-        return cls(checkpoint, recipe, data, with_arithmetic(world, model), calling_convention(model), world, inputs)
+        return cls(
+            checkpoint, recipe, data, with_mixed_precision(world, model), calling_convention(model), world, inputs
+        )
 
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
         """Compare data and code with those of the training; returns how the data differ. All ranks call.

@@ -38,7 +38,7 @@ from distrain.parallel.mesh import Mesh
 from distrain.parallel.state import TrainingState, load_weights
 from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.stored import check_fit, fill
-from distrain.parallel.strategy import BuildSpec, Strategy, with_arithmetic
+from distrain.parallel.strategy import BuildSpec, Strategy, with_mixed_precision
 from distrain.parallel.strategy_spec import (
     StrategyHint,
     StrategySpec,
@@ -80,7 +80,7 @@ __all__ = [
     "strategy_wishes",
     "take_over",
     "unused",
-    "with_arithmetic",
+    "with_mixed_precision",
 ]
 
 
@@ -95,7 +95,7 @@ def build_strategy(world: World, plan: BuildSpec) -> Strategy:
     strategy: Strategy = getattr(importlib.import_module(module), name)(world, plan)
     strategy.check()
     # building the model has run the user's code
-    world.run_on_all(world.arithmetic.check_kept)
+    world.run_on_all(world.mixed_precision.check_kept)
     return strategy
 
 

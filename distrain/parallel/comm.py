@@ -32,7 +32,7 @@ from distrain.config.strategies import STRATEGIES
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
 from distrain.parallel.mesh import Mesh
-from distrain.parallel.precision import Arithmetic, resolve
+from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.run.heartbeat import progress
 from distrain.system.environment import Environment, forget_world, has_launcher
@@ -59,10 +59,12 @@ class World:
     mesh: Mesh
     """Who shards, who replicates, and which part of the data each rank reads."""
 
-    def __init__(self, accelerator: Accelerator, arithmetic: Arithmetic, asked: StrategySpec, timeout: timedelta):
+    def __init__(
+        self, accelerator: Accelerator, mixed_precision: MixedPrecision, asked: StrategySpec, timeout: timedelta
+    ):
         self.accelerator = accelerator
-        self.arithmetic = arithmetic
-        self.precision = arithmetic.name
+        self.mixed_precision = mixed_precision
+        self.precision = mixed_precision.name
         """The recipe's, with `auto` resolved."""
         self.asked = asked
         self.timeout = timeout
@@ -268,7 +270,7 @@ def open_world(
     with warnings.catch_warnings(), _waiting(environment, timeout_s):
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
         accelerator = Accelerator(
-            # the arithmetic is put around the model by hand, the same under every strategy
+            # autocast is put around the model by hand, the same under every strategy
             mixed_precision="no",
             # accumulation has one owner: train_step
             gradient_accumulation_steps=1,
@@ -279,14 +281,14 @@ def open_world(
         # without an index, as tensors name it: moving there what is there already would copy it
         accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
     try:
-        arithmetic = resolve(precision, accelerator.device)
+        mixed_precision = resolve(precision, accelerator.device)
         found = accelerator.process_index, accelerator.num_processes
         if found != (environment.rank, environment.world_size):
             raise UserError(
                 f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
                 f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
             )
-        world = World(accelerator, arithmetic, asked, timedelta(seconds=timeout_s))
+        world = World(accelerator, mixed_precision, asked, timedelta(seconds=timeout_s))
         world.deterministic = told
         node = (environment.rank - environment.local_rank, environment.local_world_size)
         nodes = world.gather(node)

@@ -27,7 +27,7 @@ from distrain.parallel.strategy import (
     restored,
     share_tensors,
     travels,
-    with_arithmetic,
+    with_mixed_precision,
 )
 
 
@@ -59,8 +59,8 @@ class DDPStrategy(Strategy):
         """What goes backward beside the loss, to bring the ranks' numbers with the gradients."""
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
-        self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), carry=plan.carry)
-        self.wrapped = with_arithmetic(world, self.model)
+        self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), migrate=plan.migrate)
+        self.wrapped = with_mixed_precision(world, self.model)
         if world.world_size > 1:
             self.wrapped = self._distribute(plan)
 
@@ -199,8 +199,8 @@ class _Carrier(nn.Module):
     """A model, beside it a parameter that is never trained: its gradient carries numbers from rank to rank.
 
     DDP averages gradients over the ranks in a few large reductions, and a handful of numbers among them costs nothing.
-    A reduction of their own costs a small model's step a fifth more, also where it runs beside the backward pass:
-    benchmarks/agreement.py saw 1.22 times the time (quartiles 0.94 to 1.55), and 1.28 times where it follows that pass.
+    A reduction of their own costs a small model's step a quarter more, also where it runs beside the backward pass:
+    1.25 times the time (quartiles 1.01 to 1.57) in benchmarks/agreement.py, and 1.33 times where it follows that pass.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None):

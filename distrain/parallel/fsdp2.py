@@ -1,7 +1,7 @@
 """FSDP2: every rank holds rows of each parameter, of its gradient, of its optimizer's state and of its average.
 
-Hybrid, there are several replicas: the ranks of one share out all rows, and gradients are averaged over the replicas
-once they have been reduced within each.
+Hybrid, there are several replicas: all rows are sharded over the ranks of one, and gradients are averaged over the
+replicas once they have been reduced within each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.networks.blocks import block_classes
-from distrain.parallel.collective_forward import Lockstep
+from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -35,7 +35,7 @@ from distrain.parallel.strategy import (
     make_optimizer,
     sparse_gradient,
     square_of,
-    with_arithmetic,
+    with_mixed_precision,
 )
 
 
@@ -49,7 +49,7 @@ class FSDP2Strategy(Strategy):
         self._shard_model(model)
         _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
         buffers_to(model, world.device)
-        self.model = self.wrapped = with_arithmetic(world, model)
+        self.model = self.wrapped = with_mixed_precision(world, model)
         if plan.initial:
             parameters = dict(model.named_parameters())
 
@@ -66,7 +66,7 @@ class FSDP2Strategy(Strategy):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-        self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, carry=plan.carry)
+        self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, migrate=plan.migrate)
         self._passes = 0
         """The micro-batches of this step that have gone backward."""
         self._missed: dict[Tensor, int] = {}
@@ -79,7 +79,7 @@ class FSDP2Strategy(Strategy):
         """Of the trained parameters, those that this rank has not used in the step."""
         self._local_gradients: tuple[list[Tensor], list[Tensor]] = [], []
         """This rank's part of the gradient: of the parameters that are sharded, and of those that are not."""
-        self._lockstep = Lockstep(world, model)
+        self._gather_order = GatherOrder(world, model)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._reduce_all()
 
@@ -137,7 +137,7 @@ class FSDP2Strategy(Strategy):
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
         loss_sum.backward(scale)
-        self._lockstep.end()
+        self._gather_order.end()
         for parameter in self._filled - self._given:
             self._missed[parameter] = self._missed.get(parameter, 0) + 1
         self._filled.clear()
@@ -190,9 +190,9 @@ class FSDP2Strategy(Strategy):
                         group.unshard = partial(self._gather_unit, group.unshard, f"gathering {name}")
                         group.post_backward = partial(self._reduce_unit, group, group.post_backward)
 
-    def _gather_unit(self, gather: Callable[..., None], told: str, *args: Any, **kwargs: Any) -> None:
+    def _gather_unit(self, gather: Callable[..., None], part: str, *args: Any, **kwargs: Any) -> None:
         # also where it is gathered still: what is left of the pass before must not make another order of this one
-        self._lockstep.come(told)
+        self._gather_order.reach(part)
         gather(*args, **kwargs)
 
     def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:
@@ -225,12 +225,12 @@ class FSDP2Strategy(Strategy):
             module.reshard()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         for module in self._units:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
         try:
-            with self._lockstep.paused():
+            with self._gather_order.paused():
                 yield
         finally:
             for module in self._units:

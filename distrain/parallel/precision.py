@@ -1,4 +1,4 @@
-"""Arithmetic: what a recipe's `train.precision` means, the same under every strategy.
+"""What a recipe's `train.precision` means, the same under every strategy.
 
 Weights, the optimizer's state and the reductions of gradients are fp32 (fp64 for fp64). What differs is the forward
 pass, and the backward pass that follows from it:
@@ -34,12 +34,12 @@ from distrain.config import UserError
 logger = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Arithmetic
+# Mixed precision
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """The arithmetic of a run, with `auto` resolved."""
+class MixedPrecision:
+    """The precision of a run, with `auto` resolved."""
 
     name: str
     """fp32, tf32, bf16, fp16, fp8 or fp64."""
@@ -49,8 +49,8 @@ class Arithmetic:
     """The dtype of weights, of the optimizer's state and of the reductions of gradients."""
     scaled: bool
     """Whether the loss is scaled before the backward pass, with a `LossScale`."""
-    said: str = ""
-    """What a person should know about it on this machine, in a sentence; empty where there is nothing to say."""
+    note: str = ""
+    """What the user should know about it on this machine, in a sentence; may be empty."""
 
     def context(self, device_type: str, *, cache: bool = True) -> AbstractContextManager[Any]:
         """Return what one forward pass runs under.
@@ -63,7 +63,7 @@ class Arithmetic:
         return torch.autocast(device_type, dtype=self.autocast, cache_enabled=cache)
 
     def fit(self, model: nn.Module, device: torch.device) -> None:
-        """Make a model on its device ready for this arithmetic, in place; how much of it fp8 takes is logged.
+        """Make a model on its device ready for this precision, in place; how much of it fp8 takes is logged.
 
         Before the optimizer is built and before the model is sharded. The names and the values of parameters stay.
         Raises UserError for fp8 where the model has no layer that could be computed so.
@@ -87,26 +87,28 @@ class Arithmetic:
             )
 
 
-_FP32 = Arithmetic("fp32", None, torch.float32, scaled=False)
+_FP32 = MixedPrecision("fp32", None, torch.float32, scaled=False)
 
 
-def resolve(precision: str, device: torch.device) -> Arithmetic:
-    """Return the arithmetic that a recipe's `train.precision` means on `device`, and set torch's switches for it.
+def resolve(precision: str, device: torch.device) -> MixedPrecision:
+    """Return what a recipe's `train.precision` means on `device`, and set torch's switches for it.
 
     The switches are those for products of fp32 tensors: they hold for this process, so call it once, first. Raises
     UserError where the device, or what is installed, cannot do what is asked.
     """
-    arithmetic = _resolved(precision, device)
-    _set_float32_products(tf32=arithmetic.name == "tf32")
-    return arithmetic
+    resolved = _resolved(precision, device)
+    _set_float32_products(tf32=resolved.name == "tf32")
+    return resolved
 
 
-def _resolved(precision: str, device: torch.device) -> Arithmetic:
+def _resolved(precision: str, device: torch.device) -> MixedPrecision:
     on_gpu = device.type == "cuda"
     if precision == "auto":
         if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-            return Arithmetic("bf16", torch.bfloat16, torch.float32, scaled=False, said="auto: this GPU has bf16")
-        return Arithmetic("fp32", None, torch.float32, scaled=False, said=f"auto: {_named(device)} has no fast bf16")
+            return MixedPrecision("bf16", torch.bfloat16, torch.float32, scaled=False, note="auto: this GPU has bf16")
+        return MixedPrecision(
+            "fp32", None, torch.float32, scaled=False, note=f"auto: {_named(device)} has no fast bf16"
+        )
     if precision == "fp32":
         return _FP32
     if precision == "tf32":
@@ -115,21 +117,21 @@ def _resolved(precision: str, device: torch.device) -> Arithmetic:
                 f"train.precision: tf32 needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, and this is "
                 f"{_named(device)}; take fp32, which gives at least its accuracy everywhere"
             )
-        return Arithmetic("tf32", None, torch.float32, scaled=False)
+        return MixedPrecision("tf32", None, torch.float32, scaled=False)
     if precision == "bf16":
         fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        said = "" if fast else f"{_named(device)} computes bf16 no faster than fp32, and mostly slower"
-        return Arithmetic("bf16", torch.bfloat16, torch.float32, scaled=False, said=said)
+        note = "" if fast else f"{_named(device)} computes bf16 no faster than fp32, and mostly slower"
+        return MixedPrecision("bf16", torch.bfloat16, torch.float32, scaled=False, note=note)
     if precision == "fp16":
         if not on_gpu and not _cpu_computes(torch.float16):
-            raise UserError("train.precision: fp16: torch has no fp16 arithmetic for this CPU; take bf16 or fp32")
-        said = "" if on_gpu else f"{_named(device)} computes fp16 no faster than fp32, and mostly slower"
-        return Arithmetic("fp16", torch.float16, torch.float32, scaled=True, said=said)
+            raise UserError("train.precision: fp16: torch does not compute fp16 on this CPU; take bf16 or fp32")
+        note = "" if on_gpu else f"{_named(device)} computes fp16 no faster than fp32, and mostly slower"
+        return MixedPrecision("fp16", torch.float16, torch.float32, scaled=True, note=note)
     if precision == "fp8":
         _check_fp8(device)
-        return Arithmetic("fp8", torch.bfloat16, torch.float32, scaled=False)
+        return MixedPrecision("fp8", torch.bfloat16, torch.float32, scaled=False)
     assert precision == "fp64", precision
-    return Arithmetic("fp64", None, torch.float64, scaled=False)
+    return MixedPrecision("fp64", None, torch.float64, scaled=False)
 
 
 def _named(device: torch.device) -> str:

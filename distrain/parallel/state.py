@@ -44,7 +44,7 @@ from distrain.parallel.optimizer_state import (
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
 from distrain.parallel.stored import check_fit, encoded_values, fill, fill_all, read_tensor, specs_of
 
-Carry = Callable[[str, Collection[str]], StateMigration]
+MigrationPlanner = Callable[[str, Collection[str]], StateMigration]
 """From the class that left an optimizer's state, and the names in it: what is taken over."""
 
 
@@ -53,7 +53,7 @@ class TrainingState:
     """What a checkpoint holds: everything that is not computed from the recipe and the step."""
 
     model: nn.Module
-    """Unwrapped: its names are the plain ones."""
+    """Unwrapped, with canonical names."""
     optimizer: torch.optim.Optimizer | None
     """Of torch, unwrapped; None for a model that is only used."""
     ema: Ema | None
@@ -61,7 +61,7 @@ class TrainingState:
     """Tells what this rank holds of a parameter."""
     groups: list[list[str]] | None = None
     """The names of the parameters in the optimizer's groups, where those hold something else in their place."""
-    carry: Carry | None = None
+    migrate: MigrationPlanner | None = None
     """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
     stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Gives the context in which the optimizer's groups hold what it trains."""
@@ -87,9 +87,9 @@ class TrainingState:
         if self.optimizer is not None:
             held |= self._kept(shards).held
         if self.ema is not None:
-            by_plain_name = {canonical_name(name): shard for name, shard in shards.items()}
+            by_name = {canonical_name(name): shard for name, shard in shards.items()}
             for name, average in self.ema.tensors().items():
-                of = by_plain_name.get(name)
+                of = by_name.get(name)
                 held[f"ema/{name}"] = (
                     LocalTensor("ema", of.shape, of.start, local(average), of.replicated)
                     if of is not None
@@ -305,7 +305,7 @@ class TrainingState:
     # From a checkpoint
 
     def restore(self, reader: Reader) -> list[str]:
-        """Fill this rank's part of model, optimizer and average from a checkpoint; returns what is to be said.
+        """Fill this rank's part of model, optimizer and average from a checkpoint; returns notes for the user.
 
         Raises UserError naming all that does not fit. Speaks to no other rank.
         """
@@ -313,10 +313,10 @@ class TrainingState:
         roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
         check_fit(reader, specs_of(held), roles)
         fill_all(self.model, reader, {name: (each, name) for name, each in held.items() if each.role in roles})
-        said = self._restore_optimizer(reader)
+        notes = self._restore_optimizer(reader)
         if self.ema is None and any(spec.role == "ema" for spec in reader.manifest.specs.values()):
-            said.append("the stored average of the weights is left behind: train.ema is null")
-        return said
+            notes.append("the stored average of the weights is not loaded: train.ema is null")
+        return notes
 
     def _restore_optimizer(self, reader: Reader) -> list[str]:
         manifest, optimizer = reader.manifest, self.optimizer
@@ -332,7 +332,7 @@ class TrainingState:
         within = {name: set(names_in(held)) for name, held in nested.items()}
         names = {key for name, keys in stored.items() for key in keys if key not in within.get(name, ())}
         names |= {key for kept in (*values.values(), *nested.values()) for key in kept}
-        taken, said = self._taken(manifest.scalars["optimizer"], names, reader)
+        taken, notes = self._taken(manifest.scalars["optimizer"], names, reader)
         if lost := sorted((stored.keys() | values.keys() | nested.keys()) - trained.keys()):
             raise UserError(
                 f"{reader.path} holds optimizer state for {len(lost)} parameters that this recipe does not train, "
@@ -388,7 +388,7 @@ class TrainingState:
             for entry in entries.values():
                 entry.make_exact(state_of(optimizer).get(entry.key, {}))
             self._restore_groups(reader)
-        return said
+        return notes
 
     def _reads(self, reader: Reader, prefix: str) -> Callable[[str, bool], Tensor]:
         """Return what reads the tensors of an encoded value, and puts them where the trained ones are."""
@@ -428,9 +428,9 @@ class TrainingState:
 
     def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[set[str], list[str]]:
         """Return the names in the stored state that are kept, and notes for the user."""
-        if self.carry is not None:
+        if self.migrate is not None:
             try:
-                carried = self.carry(was, stored)
+                carried = self.migrate(was, stored)
             except UserError as error:
                 raise UserError(f"{reader.path}: {error}") from error
             return set(carried.keys), list(carried.notes)

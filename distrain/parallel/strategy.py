@@ -1,4 +1,4 @@
-"""What every strategy is to the loop: a model and its optimizer among the processes of a world."""
+"""`Strategy`, the protocol: a model and its optimizer among the processes of a world, as primitives of a step."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
 from distrain.parallel.precision import LossScale
 from distrain.parallel.shards import Shard
-from distrain.parallel.state import Carry, TrainingState
+from distrain.parallel.state import MigrationPlanner, TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
 
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What an engine is made from. Its functions are called by all ranks alike."""
+    """What a strategy is built from. All ranks call its functions alike."""
 
     model: Callable[[], nn.Module]
     """Builds the whole model on the CPU."""
@@ -47,24 +47,24 @@ class BuildSpec:
     clip_norm: float | None
     ema: float | None
     section: OptimSection | None = None
-    """The recipe's words for the optimizer, to see whether it can be sharded; None takes it as it is."""
-    carry: Carry | None = None
-    """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
+    """The recipe's section for the optimizer, to check that it can be sharded; None skips the check."""
+    migrate: MigrationPlanner | None = None
+    """Returns what the optimizer loads from the state of another class; None loads that of its own class only."""
     initial: bool = True
-    """Whether the initial weights are wanted; otherwise a checkpoint follows."""
+    """Whether to fill in the initial weights; otherwise a checkpoint follows."""
 
 
 _BUCKET_BYTES = 250 * 2**20
-"""Of the buffers that travel together; what DDP takes."""
+"""Of the buffers that are broadcast together; DDP's own."""
 
 
 class Strategy(ABC):
     """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
 
     model: nn.Module
-    """Its names are the plain ones; it is what evaluates."""
+    """Unwrapped, with canonical names; evaluates."""
     wrapped: nn.Module
-    """What a training step calls."""
+    """What a training step calls; the model, or a wrapper around it."""
     optimizer: Any
     """Has the `param_groups` in which the learning rate is set."""
     state: TrainingState
@@ -73,7 +73,7 @@ class Strategy(ABC):
         self.world = world
         self.clip_norm = plan.clip_norm
         self.accumulation = plan.accumulation
-        self.scale: LossScale | None = LossScale() if world.arithmetic.scaled else None
+        self.scale: LossScale | None = LossScale() if world.mixed_precision.scaled else None
         self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
         self._extra: dict[str, nn.Module] = {}
         self._gradients: dict[str, int] | None = None
@@ -172,23 +172,23 @@ class Strategy(ABC):
         """Have the model compute with the weights as they were just written into the shards."""
 
     def restore(self, reader: Reader) -> list[str]:
-        """Take over a checkpoint; returns what is to be said of it. Raises UserError where it does not fit."""
-        said = self.world.run_on_all(lambda: self.state.restore(reader))
+        """Load a checkpoint; returns notes for the user. Raises UserError where it does not fit."""
+        notes = self.world.run_on_all(lambda: self.state.restore(reader))
         stored = reader.manifest.scalars.get("loss_scale")
         if stored and self.scale is not None:
             self.scale.load(stored)
         elif stored:
-            said.append(f"the stored scale of the loss is not needed under {self.world.precision}")
+            notes.append(f"the stored loss scale is not needed under {self.world.precision}")
         self.sync_compute_weights()
-        return said
+        return notes
 
     def scalars(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the state besides tensors."""
+        """Return what a checkpoint holds besides tensors."""
         scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
         return self.state.scalars() | scaling
 
     def check_state(self) -> None:
-        """Find what a checkpoint would lose: once there is an optimizer's state, after the first step.
+        """Check that a checkpoint would lose nothing: once there is an optimizer's state, after the first step.
 
         Raises UserError naming it, on all ranks alike.
         """
@@ -201,11 +201,11 @@ class Strategy(ABC):
             )
 
     def reshard(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
-        """Let go of weights that a forward pass without a backward one has gathered and left."""
+        """Free weights that a forward pass without a backward pass has gathered."""
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Give the model its averaged weights, where there are any, to be evaluated, and its own back at the end."""
+        """Have the model hold its averaged weights, where there are any, for an evaluation; then its own."""
         if self.state.ema is None:
             yield
         else:
@@ -247,8 +247,8 @@ class Strategy(ABC):
         return bool(self.world.sum(finite).item() == self.world.world_size)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Hold all weights on every rank: for what cannot gather them in step with the other ranks."""
+    def unsharded(self) -> Iterator[None]:
+        """Hold all weights on every rank, so that ranks may call forward() unequally often."""
         yield
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Strategy(ABC):
 
     def check(self) -> None:
         """Raise RuntimeError unless the objects that train are what was asked for."""
-        expected = self.world.arithmetic.weights
+        expected = self.world.mixed_precision.weights
         for name, parameter in self.model.named_parameters():
             found = self.shard(parameter).values.dtype
             if found.is_floating_point and found != expected:
@@ -278,12 +278,12 @@ class Strategy(ABC):
                 own[each.role] += each.nbytes
             if each.role in dtypes:
                 full[each.role] += math.prod(each.shape) * each.values.element_size()
-                if each.values.dim():  # counters of steps are no numbers that are trained
+                if each.values.dim():  # not counters of steps
                     dtypes[each.role].add(dtype_name(each.values.dtype))
         gradients = self._gradients or {}
         ranks = self.world.gather((own["parameter"], own["optimizer"], own["ema"], sum(gradients.values())))
         parameter, optimizer, ema, gradient = (list(each) for each in zip(*ranks, strict=True))
-        autocast = self.world.arithmetic.autocast
+        autocast = self.world.mixed_precision.autocast
         effect: dict[str, Any] = {
             "strategy": self.world.strategy,
             "engine": type(self.wrapped).__name__,
@@ -358,12 +358,12 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 def share_tensors(tensors: list[Tensor]) -> None:
     """Give every rank what rank 0 has in these tensors."""
-    odd = [(tensor, tensor.contiguous()) for tensor in tensors if not travels(tensor)]
-    sent = [tensor for tensor in tensors if travels(tensor)] + [_as_bytes(whole) for _, whole in odd]
+    others = [(tensor, tensor.contiguous()) for tensor in tensors if not travels(tensor)]
+    sent = [tensor for tensor in tensors if travels(tensor)] + [_as_bytes(whole) for _, whole in others]
     if sent:
         assert dist.group.WORLD is not None, "several processes have a group"
         dist._broadcast_coalesced(dist.group.WORLD, sent, _BUCKET_BYTES, 0)
-    for tensor, whole in odd:
+    for tensor, whole in others:
         if whole is not tensor:
             tensor.copy_(whole)
 
@@ -373,20 +373,20 @@ def make_ema(plan: BuildSpec, source: Any) -> Ema | None:
     return Ema(source, plan.ema) if plan.ema is not None else None
 
 
-def with_arithmetic(world: World, model: nn.Module) -> nn.Module:
-    """Have the model compute in this world's arithmetic, with outputs in full precision; returns the same model.
+def with_mixed_precision(world: World, model: nn.Module) -> nn.Module:
+    """Have the model compute in this world's precision, with outputs in full precision; returns the same model.
 
     Put around its forward by hand and alike under every strategy: left to them, DeepSpeed would cast the weights, FSDP2
     what is gathered, and DDP neither, and one recipe would mean three things.
     """
-    if world.arithmetic.autocast is None:
+    if world.mixed_precision.autocast is None:
         return model
     forward = model.forward.__func__ if isinstance(model.forward, MethodType) else None
     inner = model.forward
-    arithmetic, device, lockstep = world.arithmetic, world.device.type, world.forward_is_collective
+    precision, device, cache = world.mixed_precision, world.device.type, not world.forward_is_collective
 
     def compute(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with arithmetic.context(device, cache=not lockstep):
+        with precision.context(device, cache=cache):
             return forward(self, *args, **kwargs) if forward is not None else inner(*args, **kwargs)
 
     model.forward = MethodType(convert_outputs_to_fp32(compute), model)
@@ -447,11 +447,11 @@ def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]
 
 
 def _remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Return what gives buffers and extra state back what they are now."""
+    """Return a function that restores buffers and extra state as they are now."""
     kept = [(buffers, key, each.clone() if (each := buffers[key]) is not None else None) for buffers, key in slots]
-    put_extra_back = remember_extra_state(extra)
+    restore_extra = remember_extra_state(extra)
 
-    def put_back() -> None:
+    def restore() -> None:
         with torch.no_grad():
             for buffers, key, before in kept:
                 now = buffers[key]
@@ -459,27 +459,27 @@ def _remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[
                     now.copy_(before)  # in place, as others may hold the same tensor
                 else:
                     buffers[key] = before
-        put_extra_back()
+        restore_extra()
 
-    return put_back
+    return restore
 
 
 class restored(AbstractContextManager[None]):
-    """Puts a model's buffers, extra state and absent gradients back on leaving."""
+    """Restores a model's buffers and extra state on leaving, and drops its gradients."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._put_back = _remember(buffer_slots(model), modules_with_extra_state(model))
+        self._restore = _remember(buffer_slots(model), modules_with_extra_state(model))
 
     def __exit__(self, *exception: object) -> None:
-        self._put_back()
+        self._restore()
         self._model.zero_grad(set_to_none=True)
 
 
 def reached_parameters(world: World, plan: BuildSpec, model: nn.Module, index: int = 0) -> list[list[str]]:
     """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order."""
 
-    def rehearse() -> list[str]:
+    def dry_run() -> list[str]:
         names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
         reached: list[str] = []
 
@@ -501,7 +501,7 @@ def reached_parameters(world: World, plan: BuildSpec, model: nn.Module, index: i
                 handle.remove()
         return reached
 
-    return world.gather(world.run_on_all(rehearse))
+    return world.gather(world.run_on_all(dry_run))
 
 
 def no_gradient(names: Sequence[str], world: World) -> UserError:

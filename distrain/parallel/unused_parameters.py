@@ -1,4 +1,4 @@
-"""Which parameters a batch reaches, found without the memory that computing would take."""
+"""Which parameters have no gradient, found without the memory that computing would take."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ def unused_parameters(
 ) -> set[str] | None:
     """Return the names of the trained parameters to which no gradient flows from `loss_sum(model)` (0-d).
 
-    Forward and backward pass are gone through with tensors of which only the shapes are there, so the parameters may be
-    on the meta device. What the passes leave in the modules is put back. Returns None where the model cannot be gone
-    through so, as one that looks at values to decide what to compute.
+    Runs forward and backward under FakeTensorMode, so the parameters may be on the meta device, and restores what the
+    passes leave in the modules. Returns None where the model cannot run so, as one that branches on values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and only ZeRO-3 needs it
 
@@ -46,7 +45,7 @@ def unused_parameters(
         with mode:
             value.backward()
         return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    except Exception:  # whatever it is, it comes again where the model really computes
+    except Exception:  # whatever it is, it is raised again where the model really computes
         return None
     finally:
         for module, attributes, parameters, buffers in kept:

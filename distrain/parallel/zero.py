@@ -1,7 +1,7 @@
 """ZeRO-1, 2 and 3 by DeepSpeed: what the optimizer trains is cut into equal flat parts, one for each rank.
 
 DeepSpeed is run in its fp32 mode whatever the precision: it then keeps weights, gradients and their reduction in fp32,
-and the arithmetic of the forward pass is put around the model as under every other strategy.
+and autocast is put around the model as under every other strategy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distrain.config import UserError
 from distrain.networks.deferred import Deferred
 from distrain.networks.memory import own_tensors
 from distrain.optim import Ema, canonical_name
-from distrain.parallel.collective_forward import Lockstep
+from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.optimizer_state import group_names
 from distrain.parallel.shards import Shard, whole
@@ -42,7 +42,7 @@ from distrain.parallel.strategy import (
     reached_parameters,
     sparse_gradient,
     square_of,
-    with_arithmetic,
+    with_mixed_precision,
 )
 from distrain.parallel.unused_parameters import unused_parameters
 
@@ -74,12 +74,12 @@ class ZeROStrategy(Strategy):
         self._zero: Any = self.wrapped.optimizer
         self._reduce_in_order()
         self._take_over_clipping()
-        self._lockstep = Lockstep(world, self.model) if self.stage == 3 else None
-        if self._lockstep is not None:
-            self._fetch_in_lockstep(self._lockstep)
+        self._gather_order = GatherOrder(world, self.model) if self.stage == 3 else None
+        if self._gather_order is not None:
+            self._fetch_in_order(self._gather_order)
         self.optimizer = self._zero.optimizer
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
-        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.carry, self._stepping)
+        self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.migrate, self._stepping)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Set-up
@@ -90,14 +90,14 @@ class ZeROStrategy(Strategy):
             deferred = world.run_on_all(plan.deferred)
             model = deferred.model
             buffers_to(model, world.device)
-            reached = self._reached_in_first_step(plan, model, self._imagine)
+            reached = self._reached_in_first_step(plan, model, self._reached_without_memory)
             _partition(deferred, world, initial=plan.initial)
             optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
-            with_arithmetic(world, model)
+            with_mixed_precision(world, model)
         else:
             model = world.run_on_all(lambda: model_to(plan.model(), world.device))
             optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
-            with_arithmetic(world, model)
+            with_mixed_precision(world, model)
             reached = self._reached_in_first_step(plan, model, partial(reached_parameters, world))
         # DeepSpeed would step them all the same, with gradients of zero: decayed, and with a state that no other
         # strategy has
@@ -121,7 +121,7 @@ class ZeROStrategy(Strategy):
     ) -> list[str]:
         """Return the parameters to which any rank gives a gradient in the first step, in the order of the first such.
 
-        `reached` tells what each rank reaches with one of its micro-batches; not more of them are asked than it takes.
+        `reached` returns what each rank reaches with one of its micro-batches; it is called no more often than needed.
         """
         trained = sum(parameter.requires_grad for parameter in model.parameters())
         found: dict[str, None] = {}
@@ -132,10 +132,10 @@ class ZeROStrategy(Strategy):
                 break
         return list(found)
 
-    def _imagine(self, plan: BuildSpec, model: nn.Module, index: int) -> list[list[str]]:
+    def _reached_without_memory(self, plan: BuildSpec, model: nn.Module, index: int) -> list[list[str]]:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad][::-1]
         unused = unused_parameters(model, lambda model: plan.loss_sum(model, index), self.world.device)
-        # one that a rank cannot tell of is trained; if no rank uses it after all, `step` says so
+        # where the model cannot run so, all count as used; if no rank uses one after all, `agree_async` reports it
         return self.world.gather([name for name in trained if name not in (unused or ())])
 
     def _note_reached(self, parameter: nn.Parameter) -> None:
@@ -143,7 +143,7 @@ class ZeROStrategy(Strategy):
             raise sparse_gradient(self._trained[id(parameter)], self.world.strategy)
         self._reached.add(id(parameter))
 
-    def _fetch_in_lockstep(self, lockstep: Lockstep) -> None:
+    def _fetch_in_order(self, gather_order: GatherOrder) -> None:
         """Note what each module fetches before DeepSpeed does, whose own record of it must be one on all ranks."""
         names = {id(module): name for name, module in self.model.named_modules()}
         waits = {
@@ -156,7 +156,7 @@ class ZeROStrategy(Strategy):
         def noted(direction: str, fetch: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
             def note(module: nn.Module) -> None:
                 if (name := names.get(id(module))) is not None:
-                    lockstep.come(f"{direction} {name}", waits=waits[id(module)])
+                    gather_order.reach(f"{direction} {name}", waits=waits[id(module)])
                 fetch(module)
 
             return note
@@ -191,7 +191,7 @@ class ZeROStrategy(Strategy):
         def come(parameter: nn.Parameter, *group: int) -> None:
             nonlocal done
             place = places[id(parameter)]
-            if place < done:  # for the second time in a backward pass, of which DeepSpeed says what it thinks
+            if place < done:  # for the second time in a backward pass, which DeepSpeed accepts or refuses
                 reduce(parameter, *group)
                 return
             waiting[place] = group
@@ -223,7 +223,7 @@ class ZeROStrategy(Strategy):
         config["zero_optimization"] |= _sizes(self.stage, self.model)
         with _without_broadcast(), _with_own_adagrad(self.stage):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
-        # Accelerate falls back to DDP without a word, and nothing that follows would work
+        # Accelerate silently falls back to DDP, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
             raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
         if (found := self.wrapped.optimizer.optimizer) is not optimizer:
@@ -268,8 +268,8 @@ class ZeROStrategy(Strategy):
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         self.wrapped.set_gradient_accumulation_boundary(last)
         self.wrapped.backward(loss_sum * scale, scale_wrt_gas=False)
-        if self._lockstep is not None:
-            self._lockstep.end()
+        if self._gather_order is not None:
+            self._gather_order.end()
         if last:
             self._note_gradients(each for kept in self._zero.averaged_gradients.values() for each in kept or ())
 
@@ -365,21 +365,21 @@ class ZeROStrategy(Strategy):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         if self.stage < 3:
             yield
             return
-        assert self._lockstep is not None
+        assert self._gather_order is not None
         with (
             deepspeed.zero.GatheredParameters(list(self.model.parameters())),
             self._unhooked(),
-            self._lockstep.paused(),
+            self._gather_order.paused(),
         ):
             yield
 
     @contextmanager
     def _unhooked(self) -> Iterator[None]:
-        """Take out the hooks that let go of each weight after its use, and gather it in step with the other ranks."""
+        """Take out the hooks that gather each weight before its use, with the other ranks, and free it after."""
         offload = self._zero.parameter_offload
         handles = (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook)
         ours = {handle.id for handle in handles}
@@ -427,7 +427,7 @@ class ZeROStrategy(Strategy):
 
 @contextmanager
 def _without_broadcast() -> Iterator[None]:
-    """Make engines that do not send the weights around: all ranks have the same ones already.
+    """Have DeepSpeed broadcast no weights: all ranks have the same ones already.
 
     It sends them as bytes, as which neither 0-d parameters nor those that are not contiguous can be looked at.
     """
@@ -441,7 +441,7 @@ def _without_broadcast() -> Iterator[None]:
 
 @contextmanager
 def _with_own_adagrad(stage: int) -> Iterator[None]:
-    """Make engines that step with the Adagrad that they are given.
+    """Have DeepSpeed step with the Adagrad that it is given.
 
     It has a state from the start, so DeepSpeed makes another one for its flat pieces: of torch's class, with one group,
     and without what was set for the groups. The state is all that is needed of it.
@@ -515,14 +515,14 @@ def _refuse_gradient(name: str, parameter: nn.Parameter) -> None:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """A rank's part of the weights that are trained, and its buffers, by plain name: what an average is made of."""
+    """A rank's part of the weights that are trained, and its buffers, by canonical name: what an average is made of."""
 
-    def __init__(self, engine: ZeROStrategy):
-        self._engine = engine
+    def __init__(self, strategy: ZeROStrategy):
+        self._strategy = strategy
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, str] = {}
         seen: set[int] = set()
-        for name, tensor in own_tensors(engine.model).items():
+        for name, tensor in own_tensors(strategy.model).items():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
@@ -533,8 +533,8 @@ class _Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._parameters:
-            return self._engine.shard(self._parameters[name]).values
-        return self._engine.model.get_buffer(self._buffers[name])
+            return self._strategy.shard(self._parameters[name]).values
+        return self._strategy.model.get_buffer(self._buffers[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._parameters, *self._buffers))

@@ -131,7 +131,7 @@ class Evaluator:
                     workers=recipe.data.workers,
                     decode=context.data.meta.decode,
                     split=split,
-                    whole=strategy.whole,
+                    whole=strategy.unsharded,
                     stopping=self._asked_to_leave,
                     skip_undecodable=recipe.data.skip_undecodable,
                 )

@@ -221,13 +221,13 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         check_layers(model, world)
-        world.arithmetic.fit(model, world.device)
+        world.mixed_precision.fit(model, world.device)
         make_dense(
             model,
             recipe.optim,
             world.strategy,
             norms=recipe.optim.clip_norm is not None or recipe.anomalies.skips or recipe.anomalies.spike is not None,
-            scaled=world.arithmetic.scaled,
+            scaled=world.mixed_precision.scaled,
         )
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
@@ -260,7 +260,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
         clip_norm=recipe.optim.clip_norm,
         ema=recipe.train.ema,
         section=recipe.optim,
-        carry=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
+        migrate=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
         initial=not resumes,
     )
     strategy = build_strategy(world, plan)

@@ -1,8 +1,8 @@
-"""Steps whose loss or gradient is not finite, or far above what is usual: found, written down and left out.
+"""Skipped steps: the loss or gradient norm is NaN, infinite, or spikes.
 
 Every rank judges by the same numbers, so all of them act alike. What is decided about a step is in RUN/anomalies.jsonl,
-on disk, before it takes effect, and every later start goes by it: a run that is killed and resumed leaves out the steps
-that it would have left out without that, on any number of processes. With the window of losses in each checkpoint, the
+on disk, before it takes effect, and every later attempt follows it: a run that is killed and resumed skips the steps
+that it would have skipped otherwise, on any number of processes. With the window of losses in each checkpoint, the
 run stays a function of its recipe and its step.
 
 A row of anomalies.jsonl:
@@ -54,7 +54,7 @@ class LocalStepResult:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A step that is one, and what is done about it."""
+    """A step that is skipped, rolled back, or stops the run, and why."""
 
     step: int
     action: str
@@ -63,13 +63,13 @@ class Anomaly:
     """loss, or norm of the gradient."""
     value: float
     median: float | None
-    """What is usual, where the value is a spike; None where it is not finite."""
+    """Of the steps before, where the value is a spike; None where it is NaN or infinite."""
     loss: float
     norm: float
     where: str = ""
     """Which rank and samples it comes from, as far as is known."""
     known: bool = False
-    """Whether it was left out because an earlier attempt, or an earlier pass, had decided so."""
+    """Whether an earlier attempt, or an earlier pass, had decided to skip it."""
 
     def __str__(self) -> str:
         spike = ""
@@ -80,7 +80,7 @@ class Anomaly:
         )
 
     def row(self) -> dict[str, Any]:
-        """Return what metrics.jsonl says of it."""
+        """Return its row in metrics.jsonl."""
         return {
             "event": "anomaly",
             "step": self.step,
@@ -101,7 +101,7 @@ class Anomalies:
     ):
         """`fence` is called before anything is written, and raises when this process may write no more.
 
-        `step`: the one that the run goes on from. What was decided long before it is not read.
+        `step`: the one that the run resumes from. What was decided long before it is not read.
         """
         self.section, self.world = recipe.anomalies, world
         self._path, self._fence = run.path / "anomalies.jsonl", fence
@@ -115,7 +115,7 @@ class Anomalies:
         """Those of `may_step`, until the metrics of their steps are read."""
         # under a scaled loss the host waits in each step anyway, and an overflow cannot be told from an anomaly later
         skips = "skip" in (self.section.nonfinite, self.section.spike)
-        self.judges_first = self.watches and (skips or world.arithmetic.scaled)
+        self.judges_first = self.watches and (skips or world.mixed_precision.scaled)
         """Whether each step is judged before the optimizer takes it, for which the host waits for the device.
 
         Otherwise nothing waits: a step is judged when its metrics are read, later than it was taken.
@@ -156,7 +156,7 @@ class Anomalies:
         return {} if self.section.spike is None else {"anomalies": [list(self._losses), list(self._norms)]}
 
     def load(self, scalars: dict[str, Any]) -> None:
-        """Go on from what `scalars` returned; from an empty window where the recipe did not look for spikes."""
+        """Resume from what `scalars` returned; from an empty window where the recipe did not look for spikes."""
         self._losses.clear()
         self._norms.clear()
         self._found.clear()
@@ -219,20 +219,20 @@ class Anomalies:
         return None
 
     def _allowed(self, step: int, action: str) -> str:
-        """Return the action, or stop where too many of the steps before it are left out already."""
+        """Return the action, or stop where too many of the steps before it are skipped already."""
         return "stop" if action != "stop" and self._recent(step) >= self.section.most else action
 
     def _recent(self, step: int) -> int:
         return sum(step - self.section.window < other < step for other in self._skipped)
 
     def _record(self, found: Anomaly, local: LocalStepResult | None) -> Anomaly:
-        """Write down what is decided about a step, with what every rank knows of it; then all ranks go by it."""
+        """Write what is decided about a step to disk, with each rank's results; then all ranks follow it."""
         results: tuple[list[float], list[list[int]]] = ([], [])
         if local is not None:
             results = [float(loss) for loss in local.losses], [ids.tolist() for ids in local.ids]
         ranks: list[tuple[list[float], list[list[int]]]] = self.world.gather(results)
         suspects = _suspects(ranks)
-        found = Anomaly(**{**vars(found), "where": _in_words(suspects)})
+        found = Anomaly(**{**vars(found), "where": _where(suspects)})
         row = found.row() | {
             "ranks": [math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses) for losses, _ in ranks],
             "suspects": suspects,
@@ -257,17 +257,17 @@ class Anomalies:
         return found
 
     def advice(self, found: Anomaly) -> str:
-        """Return what a person can do about a step that stops the run."""
+        """Return what the user can do about a step that stops the run."""
         if (recent := self._recent(found.step)) >= self.section.most and self.section.skips:
             return (
-                f"it is not left out, as {recent} of the {self.section.window} steps before it already are: "
+                f"it is not skipped, as {recent} of the {self.section.window} steps before it already are: "
                 "anomalies.most"
             )
         if found.median is not None:
-            return "lower optim.lr, set optim.clip_norm, or look at these samples; anomalies.spike: skip leaves it out"
+            return "lower optim.lr, set optim.clip_norm, or look at these samples; anomalies.spike: skip skips it"
         return (
             "lower optim.lr, set optim.clip_norm, or look at the inputs, for divisions by zero in the model, and for a "
-            "step whose targets are all ignored; anomalies.nonfinite: skip leaves such a step out"
+            "step whose targets are all ignored; anomalies.nonfinite: skip skips such a step"
         )
 
 
@@ -282,7 +282,7 @@ def _suspects(ranks: Sequence[tuple[list[float], list[list[int]]]]) -> list[dict
     return bad or sorted(parts, key=lambda part: -part["loss"])[:1]
 
 
-def _in_words(suspects: Sequence[dict[str, Any]]) -> str:
+def _where(suspects: Sequence[dict[str, Any]]) -> str:
     if not suspects:
         return ""
     if math.isfinite(suspects[0]["loss"]):

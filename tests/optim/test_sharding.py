@@ -307,7 +307,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
             with engine.micro_batch(last=True):
                 value = loss(engine.wrapped, batch[rows * world.rank : rows * (world.rank + 1)])
                 backward_and_apply(engine, value, torch.tensor(float(world.world_size)), clip_norm=1.0)
-        with engine.whole():
+        with engine.unsharded():
             weights = torch.cat([parameter.detach().flatten() for parameter in engine.model.parameters()]).tolist()
         found.append((engine.effect()["optimizer"], weights))
     world.close()

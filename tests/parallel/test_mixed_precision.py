@@ -51,14 +51,14 @@ def open_in(strategy: str, precision: str) -> Any:
 
 @contextmanager
 def session_of(run_dir: str, world: Any) -> Iterator[Any]:
-    """Open a run as `train` does, in the arithmetic of its recipe."""
+    """Open a run as `train` does, in the precision of its recipe."""
     from distrain.config.yaml import load_recipe
     from distrain.parallel.precision import resolve
     from distrain.training.run_loop import Session
 
     recipe = load_recipe(RunDir(run_dir).recipe_path).recipe
-    world.arithmetic = resolve(recipe.train.precision, world.device)
-    world.precision = world.arithmetic.name
+    world.mixed_precision = resolve(recipe.train.precision, world.device)
+    world.precision = world.mixed_precision.name
     with Session.open(RunDir(run_dir), recipe, world) as session:
         yield session
 

@@ -1,4 +1,4 @@
-"""What `train.precision` means: the arithmetic on each machine, and the scale of the loss under fp16."""
+"""What `train.precision` means: what is computed on each machine, and the scale of the loss under fp16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logged import logged
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.parallel.precision import Arithmetic, LossScale, float32_products, resolve
+from distrain.parallel.precision import LossScale, MixedPrecision, float32_products, resolve
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -54,14 +54,14 @@ class Card:
 def test_what_a_cpu_can(precision: str, autocast: torch.dtype | None, weights: torch.dtype, scaled: bool) -> None:
     found = resolve(precision, CPU)
     assert (found.name, found.autocast, found.weights, found.scaled) == (precision, autocast, weights, scaled)
-    assert bool(found.said) == (precision in ("bf16", "fp16"))
+    assert bool(found.note) == (precision in ("bf16", "fp16"))
     assert set(float32_products().values()) == {"ieee"}
 
 
 def test_auto_is_fp32_on_a_cpu() -> None:
     found = resolve("auto", CPU)
     assert (found.name, found.autocast) == ("fp32", None)
-    assert found.said == "auto: a CPU has no fast bf16"
+    assert found.note == "auto: a CPU has no fast bf16"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_gpus_can(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, i
     assert found.name == name
     assert set(float32_products().values()) == {"tf32" if name == "tf32" else "ieee"}
     slow = "Some GPU of compute capability 7.0 computes bf16 no faster than fp32, and mostly slower"
-    assert (found.said == slow) == ((capability, precision) == ((7, 0), "bf16"))
+    assert (found.note == slow) == ((capability, precision) == ((7, 0), "bf16"))
 
 
 def test_tf32_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_fp8_reports_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"fp8 needs the package torchao.*Take bf16"):
         resolve("fp8", GPU)
     monkeypatch.setattr("accelerate.utils.imports.is_torchao_available", lambda: True)
-    assert resolve("fp8", GPU) == Arithmetic("fp8", torch.bfloat16, torch.float32, scaled=False)
+    assert resolve("fp8", GPU) == MixedPrecision("fp8", torch.bfloat16, torch.float32, scaled=False)
     Card(monkeypatch, (8, 6))
     with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 .*capability 8\.6\. Take bf16"):
         resolve("fp8", GPU)
@@ -119,11 +119,11 @@ def test_the_switches_agree_with_the_older_ones(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_switches_that_something_else_sets_are_found() -> None:
-    arithmetic = resolve("fp32", CPU)
-    arithmetic.check_kept()
+    mixed = resolve("fp32", CPU)
+    mixed.check_kept()
     torch.set_float32_matmul_precision("high")
     with pytest.raises(UserError, match=r"train.precision is fp32, .* set torch to: matmul tf32\. Take"):
-        arithmetic.check_kept()
+        mixed.check_kept()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -156,15 +156,15 @@ def test_usual_layers_go_forward_and_backward(precision: str, eps: float) -> Non
     torch.manual_seed(0)
     model = Layers()
     reference = copy.deepcopy(model)
-    arithmetic = resolve(precision, CPU)
+    mixed = resolve(precision, CPU)
     with logged() as said:
-        arithmetic.fit(model, CPU)
+        mixed.fit(model, CPU)
     assert said == []
-    model.to(arithmetic.weights)
+    model.to(mixed.weights)
     tokens = torch.randint(0, 9, (4, 6))
-    with arithmetic.context("cpu"):
+    with mixed.context("cpu"):
         outputs = model(tokens)
-    assert outputs.dtype == (arithmetic.autocast or arithmetic.weights)
+    assert outputs.dtype == (mixed.autocast or mixed.weights)
     expected = reference(tokens)
     outputs.float().square().mean().backward()
     expected.square().mean().backward()
@@ -172,7 +172,7 @@ def test_usual_layers_go_forward_and_backward(precision: str, eps: float) -> Non
     for (name, parameter), (_, other) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert parameter.grad is not None
         assert other.grad is not None
-        assert parameter.grad.dtype == arithmetic.weights, name
+        assert parameter.grad.dtype == mixed.weights, name
         assert (parameter.grad.float() - other.grad).norm() <= 0.02 + 16 * eps * other.grad.norm(), name
 
 
@@ -206,11 +206,11 @@ class Recurrent(nn.Module):
 def test_lstms_in_half_precision(precision: str, packed: bool) -> None:
     torch.manual_seed(0)
     model = Recurrent()
-    arithmetic = resolve(precision, CPU)
+    mixed = resolve(precision, CPU)
     inputs = torch.randn(2, 3, 4)
     expected = model(inputs, packed)
-    arithmetic.fit(model, CPU)
-    with arithmetic.context("cpu"):
+    mixed.fit(model, CPU)
+    with mixed.context("cpu"):
         outputs = model(inputs, packed)
     outputs.float().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -224,19 +224,19 @@ def test_fp8_changes_the_layers_and_not_the_weights() -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     reference = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
-    arithmetic = Arithmetic("fp8", torch.bfloat16, torch.float32, scaled=False)
+    mixed = MixedPrecision("fp8", torch.bfloat16, torch.float32, scaled=False)
     with logged() as said:
-        arithmetic.fit(model, CPU)
+        mixed.fit(model, CPU)
     assert said == ["fp8 in 2 of 4 linear layers; the rest, and all other layers, in bf16"]
     assert list(model.state_dict()) == list(reference.state_dict())
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     inputs = torch.randn(64, 32)
-    with arithmetic.context("cpu"):
+    with mixed.context("cpu"):
         outputs, expected = model(inputs).float(), reference(inputs).float()
     error = (outputs - expected).abs().max() / expected.abs().max()
     assert 0.005 < error < 0.15  # three bits of mantissa
     with pytest.raises(UserError, match="of this model's 2 there are none; take bf16"):
-        arithmetic.fit(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), CPU)
+        mixed.fit(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), CPU)
 
 
 # --------------------------------------------------------------------------------------------------------------------

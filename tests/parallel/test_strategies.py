@@ -383,9 +383,9 @@ def test_what_is_used_sometimes_is_trained_as_in_one_process(
 
 def impatient_rank(*args: Any) -> tuple[Ended, float]:
     """Wait for ranks that use other parts of the model for a second only."""
-    from distrain.parallel import collective_forward as lockstep
+    from distrain.parallel import collective_forward as gather_order
 
-    lockstep._PATIENCE_S = 1.0
+    gather_order._PATIENCE_S = 1.0
     return work_rank(*args)
 
 
