@@ -1,4 +1,4 @@
-"""What a launcher starts, once for each process: train a recipe, or go on with a run.
+"""What a launcher starts, once for each process: train a recipe, or resume a run.
 
 accelerate launch --config_file accelerate_configs/multi_cpu.yaml launch/train.py recipes/digits.yaml
 accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 launch/train.py recipes/digits.yaml
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
     parser.add_argument("--run-dir", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--processes", type=int, help="fail unless there are this many processes")
-    parser.add_argument("--update", action="store_true", help="go on with an existing run under a changed recipe")
+    parser.add_argument("--update", action="store_true", help="resume an existing run under a changed recipe")
     parser.add_argument("--strategy", default="auto", help="single, ddp, zero1, zero2, zero3, fsdp2, or auto")
     parser.add_argument("--offload", help="what to keep in the memory of the CPU: none, optimizer, or all")
     parser.add_argument("--request", help="what distrain has resolved and written into RUN; all else is then in it")

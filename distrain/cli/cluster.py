@@ -81,7 +81,7 @@ def submit(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+            "--update", help="Resume an existing run under a changed recipe, data or code; refused without it."
         ),
     ] = False,
     dry_run: Annotated[
@@ -89,7 +89,7 @@ def submit(
         typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),
     ] = False,
 ) -> None:
-    """Train on a SLURM cluster. The run goes on over time limits and preemptions until it is finished."""
+    """Train on a SLURM cluster. The run resumes after time limits and preemptions until it is finished."""
     from distrain.launchers import find_launcher
     from distrain.launchers.slurm.submitting import Wanted, announced, prepare
 
@@ -130,7 +130,7 @@ def status(
     ] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Say how runs are doing: queue, step, what is left, loss, restarts."""
+    """Show the state of runs: queue, step, time left, loss, restarts."""
     from distrain.report.status import as_json as told
     from distrain.report.status import in_words, statuses, table
     from distrain.run.folder import RunDir
@@ -148,7 +148,7 @@ def status(
         echo(f"{run} holds no runs")
     else:
         if problem := next((each.queue for each in found if each.queue), None):
-            echo(f"what SLURM's queue says is not known: {problem.splitlines()[0]}", error=True)
+            echo(f"the state of SLURM's queue is not known: {problem.splitlines()[0]}", error=True)
         # in a file or a pipe nothing is cut off
         console = Console(width=None if sys.stdout.isatty() else 1000)
         console.print(table(found, run, console.holds))
@@ -157,14 +157,12 @@ def status(
 def logs(
     run: Folder,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run has ended; without it what is there is all.")
+        bool, typer.Option("--follow", "-f", help="Follow until the run has ended; without it, print what is there.")
     ] = False,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help="One process's own log.", show_default="what the job says")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="One process's own log.", show_default="the job's")] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last ones; 0: all.")] = 100,
 ) -> None:
-    """Print what a run has to say."""
+    """Print the log of a run."""
     from distrain.report.status import follow as read_on
     from distrain.report.status import log_file, statuses
 

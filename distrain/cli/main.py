@@ -75,13 +75,13 @@ def train(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Go on with an existing run under a changed recipe, data or code; refused without it."
+            "--update", help="Resume an existing run under a changed recipe, data or code; refused without it."
         ),
     ] = False,
     strategy: Annotated[
         StrategyName,
         typer.Option(
-            help="How state is spread over the processes; auto goes on as a run was started, a new one with ddp, or "
+            help="How state is spread over the processes; auto resumes a run as it was started; a new one has ddp, or "
             "single in one process."
         ),
     ] = AUTO,
@@ -124,12 +124,12 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine; the score is the same for any.")
+        int, typer.Option(min=1, help="Processes on this machine; the metrics are the same for any number.")
     ] = 1,
     changed_data: ChangedData = False,
     as_json: Json = False,
 ) -> None:
-    """Score a model on every sample of a split, each once."""
+    """Evaluate a model on every sample of a split, each once."""
     from distrain.launchers import start_evaluation
 
     raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json, changed_data=changed_data))
@@ -195,7 +195,7 @@ def prove_recipe(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe straight, then with kills and resumes, and compare all of it to the bit."""
+    """Train a recipe without interruption, then with kills and resumes, and compare everything to the bit."""
     own_process("prove", processes)
     from distrain.prove.command import run
 
@@ -433,17 +433,17 @@ def checkpoint_import(
     ],
     out: Annotated[
         Path,
-        typer.Argument(metavar="RUN|DIR", help="A run's folder, whose training then goes on from it, or a new one."),
+        typer.Argument(metavar="RUN|DIR", help="A run's folder, whose training then resumes from it, or a new one."),
     ],
     step: Annotated[
-        int | None, typer.Option(min=0, help="Optimizer steps done.", show_default="as it says itself, else 0")
+        int | None, typer.Option(min=0, help="Optimizer steps done.", show_default="as it records, else 0")
     ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
             metavar="CLASS",
             help="What kept the optimizer's state, such as AdamW or SGD.",
-            show_default="as it says itself",
+            show_default="as it records",
         ),
     ] = None,
     no_optimizer: Annotated[
@@ -452,7 +452,7 @@ def checkpoint_import(
     tied: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.", show_default="as it says itself"
+            metavar="NAME=OTHER", help="NAME is tied to OTHER: the same tensor.", show_default="as it records"
         ),
     ] = None,
     buffers: Annotated[

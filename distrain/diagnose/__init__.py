@@ -1,4 +1,4 @@
-"""What a run says of itself when it goes wrong.
+"""How a run explains what goes wrong.
 
 hang_diagnosis/    which rank hangs, and where
 memory_advice.py   what to lower where the memory does not suffice

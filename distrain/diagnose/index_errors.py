@@ -1,4 +1,4 @@
-"""What a person is told where an operation finds an index out of range, or has no deterministic form.
+"""Reports of indices out of range, and of operations without a deterministic form.
 
 On a CPU the operation raises. On a GPU its kernel asserts: the error comes with some later call, and nothing can be
 computed or read on that device any more, nor freed without ending the process by SIGABRT. So what went into the last
@@ -26,14 +26,14 @@ from distrain.optim import Loss, canonical_name
 from distrain.parallel.determinism import refused_operation
 
 _ON_DEVICE = ("device-side assert", "an illegal memory access", "an illegal instruction", "misaligned address")
-"""What CUDA says of kernels that have failed; the device is of no use to this process then."""
+"""What CUDA reports of kernels that have failed; the device is of no use to this process then."""
 _OUT_OF_RANGE = ("out of range", "out of bounds", "Target ", "device-side assert")
 _INTEGERS = (torch.int64, torch.int32, torch.int16)
 _SHOWN = 5  # samples in a message
 
 
 class DeviceLost(UserError):
-    """A kernel failed, and this process can use its device no more: it can only tell, and end."""
+    """A kernel failed, and this process can use its device no more: it can only report, and end."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _end(failure: DeviceLost, lost: Callable[[UserError], None] | None) -> NoRet
 
 
 def out_of_range(error: BaseException, model: nn.Module | None, loss: Loss | None) -> str | None:
-    """Return what of the batches given last does not fit the model, in words; None where all does."""
+    """Return what of the batches given last does not fit the model, as text; None where all does."""
     rows, name, taken = _table(error, model)
     for given in reversed(_given):
         # targets first: those of the data are known for what they are

@@ -1,4 +1,4 @@
-"""What a person is told when a rank runs out of memory: which, doing what, how much there was, and what takes less."""
+"""Reports of out-of-memory errors: which rank, doing what, how much memory there was, and what needs less."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SIGNS = (
     "std::bad_alloc",
     "Cannot allocate memory",
 )
-"""What torch, and the libraries below it, say in errors that have no class of their own."""
+"""What torch, and the libraries below it, write in errors that have no class of their own."""
 
 
 class OutOfMemory(UserError):
-    """A rank ran out of memory; another start under the same conditions would, too."""
+    """A rank ran out of memory; another attempt under the same conditions would, too."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -108,7 +108,7 @@ _SET_UP = {
 
 
 def phase(where: TracebackType | None) -> str:
-    """Return in words what was being done when an error came, from the heartbeat and, in the set-up, from its trace."""
+    """Return what was being done when an error came, from the heartbeat and, in the set-up, from its trace."""
     now = heartbeat.now().phase
     words = _WORDS.get(now, "in a step")
     if now != "setup":

@@ -3,14 +3,14 @@
 preflight.py   what is around a start: launchers above it, GPUs, the command typed
 request.py     `RunRequest`: what a command asks for, resolved once; making and taking up its run
 launcher.py    `Launcher`: a kind of place where runs are started, with its jobs
-local.py       this machine as one, and starting its processes: `launch_argv` says how, `launch` does it
+local.py       this machine as one, and starting its processes: `launch_argv` and `launch`
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
-reporting.py   what is said of a process that fails, and where
-slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` what a job is told
+reporting.py   reporting why a process failed
+slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` the variables of a job
 """
 
-import distrain.launchers.slurm  # noqa: F401  registers itself, and what a process is told of its job
+import distrain.launchers.slurm  # noqa: F401  registers itself, and its reader of job variables
 from distrain.launchers.evaluating import EvaluationRequest, resolve_evaluation, work_evaluation
 from distrain.launchers.launcher import Launcher, Submitted, find_launcher, launcher_of
 from distrain.launchers.local import (

@@ -55,7 +55,7 @@ def resolve_evaluation(
 ) -> EvaluationRequest:
     """Return the request that a command makes; raises UserError with all that is wrong with it. Writes nothing.
 
-    `target` is a run or one of its checkpoints. `processes`: how many there must be, where that is said.
+    `target` is a run or one of its checkpoints. `processes`: how many there must be; None: any number.
     """
     from distrain.parallel import strategy_wishes
 

@@ -22,7 +22,7 @@ _ALIVE = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a queue says of a job, or of one task of an array."""
+    """The state of a job in a queue, or of one task of an array."""
 
     id: str
     """17, or 17_3."""
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def elapsed_s(self) -> float | None:
-        """Seconds since it was started (the last time), None before and where the queue does not say."""
+        """Seconds since it was started (the last time), None before, and where the queue does not report it."""
         match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", self.elapsed)
         if match is None:
             return None
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a submission."""
+    """The result of a submission."""
 
     job: str | None = None
     """The queue's number of the job; None where the processes were started here, and have ended."""
@@ -64,7 +64,7 @@ class Launcher(Protocol):
     name: str
 
     def submit(self, start: Any) -> Submitted:
-        """Start what was asked for, or put it into the queue.
+        """Start the processes of a request, or queue a job.
 
         `start` is a RunRequest where the place is this machine, and otherwise what holds requests with what their job
         needs besides. Raises UserError where the run is at work already.
@@ -107,7 +107,7 @@ def launcher_of(folder: Path) -> Launcher:
 
 
 def jobs_of_folders(folders: Sequence[Path]) -> dict[Path, list[Job]]:
-    """Return what all queues say of the jobs of runs and sweeps; raises UserError where one does not answer."""
+    """Return the jobs of runs and sweeps in all queues; raises UserError where one does not answer."""
     jobs: dict[Path, list[Job]] = {folder: [] for folder in folders}
     for each in all_launchers():
         for folder, found in (each.status(folders) or {}).items():

@@ -1,4 +1,4 @@
-"""This machine as a `Launcher`, and how a machine's processes are started: `launch_argv` says how, `launch` does it."""
+"""This machine as a `Launcher`, and how a machine's processes are started: `launch_argv` and `launch`."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _meeting(plan: LaunchPlan) -> list[str]:
             *("--num_machines", "1", "--machine_rank", "0"),
             *("--rdzv_backend", "static", "--main_process_port", "0"),
         ]
-    # static, said rather than left to defaults: otherwise rank 0 need not be on the first machine, and announces a
+    # static, explicitly: otherwise rank 0 need not be on the first machine, and announces a
     # host name which others may not be able to resolve
     return [
         *("--num_machines", str(plan.nodes), "--machine_rank", str(plan.node_rank), "--rdzv_backend", "static"),
@@ -123,7 +123,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     Those that are stuck when `run` is recorded to hang are killed.
 
     This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
-    exit code) can be left out: the worker has already said why.
+    exit code) is not shown: the worker has already reported why.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -146,7 +146,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
             launch_command(arguments)
     except ChildFailedError as error:
         if run is not None and hang_of(run) is not None:
-            return 1  # which is said
+            return 1  # which is reported
         killed = None if killed_before is None else (oom_kills() or 0) - killed_before
         for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}, killed):
             echo_error(line)
@@ -186,10 +186,10 @@ def _passed_on(number: signal.Signals) -> Iterator[None]:
 
 
 def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None) -> list[str]:
-    """Return a line for each way in which ranks ended without a word of their own. Pure.
+    """Return a line for each way in which ranks exited without an error message. Pure.
 
-    A process that raised has said why and ended with 1; those which were ended here because of it, by SIGTERM, have
-    nothing to say. `oom_kills`: how many processes the kernel has killed meanwhile, for want of memory; None where that
+    A process that raised has reported why and exited with 1; those terminated because of it, by SIGTERM, are omitted.
+    `oom_kills`: how many processes the kernel has killed meanwhile, for want of memory; None where that
     is not known.
     """
     ranks: dict[str, list[int]] = {}
@@ -197,11 +197,13 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
         if code < 0 and -code != signal.SIGTERM:
             name = signal.Signals(-code).name if -code in [*signal.Signals] else f"signal {-code}"
             hint = _OUT_OF_MEMORY if name == "SIGKILL" and oom_kills else _SIGNAL_HINTS.get(name, "")
-            ranks.setdefault(f"ended by {name}{hint}", []).append(rank)
+            ranks.setdefault(f"{{were}} ended by {name}{hint}", []).append(rank)
         elif code > 1:
-            ranks.setdefault(f"gone with exit code {code}, without a word of why", []).append(rank)
+            ranks.setdefault(f"exited with code {code} without an error message", []).append(rank)
     return [
-        (f"rank {which[0]} was " if len(which) == 1 else f"ranks {', '.join(map(str, which))} were ") + how
+        f"rank {which[0]} {how.replace('{were}', 'was')}"
+        if len(which) == 1
+        else f"ranks {', '.join(map(str, which))} {how.replace('{were}', 'were')}"
         for how, which in ranks.items()
     ]
 
@@ -232,11 +234,11 @@ class LocalLauncher:
         return False
 
     def status(self, folders: Sequence[Path]) -> dict[Path, list[Job]] | None:
-        """Return None: this machine has no queue, and a run's folder says how its processes are."""
+        """Return None: this machine has no queue, and a run's folder holds the state of its processes."""
         return None
 
     def cancel(self, folder: Path) -> list[Job]:
-        """Raise UserError, which says how processes of this machine are ended."""
+        """Raise UserError with how to end processes of this machine."""
         raise UserError(
             f"{folder} was not submitted by `distrain submit`, so its job is not known; `scancel JOB` cancels one, and "
             f"`distrain stop {folder}` has a run save and end"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distrain.parallel import Configuration
 
 TYPED = "DISTRAIN_COMMAND"
-"""The environment variable that tells processes which a launcher starts without a request what was typed."""
+"""The environment variable that holds the command as typed, for processes that a launcher starts without a request."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def launcher_environment(processes: int, nodes: int = 1) -> StartEnvironment:
 def worker_environment() -> StartEnvironment:
     """Return what is around a process that trains, and rid the environment of what its launcher wrote for Accelerate.
 
-    Raises UserError for a world that cannot be. One that has `of_each_process` set is to be told by each process:
+    Raises UserError for a world that cannot be. One that has `of_each_process` set is reported by each process:
     nobody else started this one.
     """
     from distrain.parallel import read_configuration, take_over
@@ -115,9 +115,7 @@ def worker_environment() -> StartEnvironment:
     argv = launcher_argv()
     configuration = read_configuration(argv, os.environ)
     if (cpu := configuration.get("use_cpu")) is not None and str(cpu.value).lower() == "true":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # accelerate tells this to processes that it starts alone, not to several
-        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate sets this for a single process, not for several
     import torch
 
     found = StartEnvironment(
@@ -161,7 +159,7 @@ def all_of(problems: list[UserError]) -> UserError:
     if len(told) == 1:
         return problems[0]
     numbered = [f"{number}. " + text.replace("\n", "\n   ") for number, text in enumerate(told, 1)]
-    error = UserError(f"{len(told)} things are wrong with this start; nothing was written.\n" + "\n".join(numbered))
+    error = UserError(f"{len(told)} things are wrong with this command; nothing was written.\n" + "\n".join(numbered))
     error.of_each_process = any(  # type: ignore[attr-defined]
         getattr(problem, "of_each_process", False) for problem in problems
     )

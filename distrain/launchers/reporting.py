@@ -1,4 +1,4 @@
-"""What is said of a process that fails, and where."""
+"""Reporting why a process failed: on the terminal, in the rank's log, in FAILED.json."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Lease | None = None) -> int:
-    """Run `action`; returns 0, or 1 after saying why it failed: on the terminal, in the rank's log, in FAILED.json.
+    """Run `action`; returns 0, or 1 after reporting why it failed: on the terminal, in the rank's log, in FAILED.json.
 
-    When several ranks fail only the first to record it speaks, so that one cause is one message; a rank that was told
-    of another's failure leaves the telling to that one. Without a run, rank 0 speaks, and whoever has a traceback.
-    A start whose `lease` another one has leaves no FAILED.json in what is now that one's run.
+    When several ranks fail only the first to record it reports, so that one cause is one message; a rank that failed
+    because of another leaves it to that one. Without a run, rank 0 reports, and every rank with a traceback.
+    An attempt whose `lease` was replaced leaves no FAILED.json in what is now another's run.
     """
     show_on_terminal()
     try:
@@ -36,7 +36,7 @@ def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Le
 
 
 def report(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
-    """Say why this process fails, as `reported` does."""
+    """Report why this process failed, as `reported` does."""
     teaches = isinstance(error, UserError)
     text = str(error) if teaches else "".join(traceback.format_exception(error))
     if not teaches and (faults := gpu_faults_behind(error)):
@@ -47,7 +47,7 @@ def report(run: RunDir | None, rank: int, error: BaseException, lease: Lease | N
         "error": type(error).__name__,
         "message": lines(error),
         "traceback": None if teaches else lines(text),
-        # what a person has to mend another start would find again
+        # another attempt would meet again what the user has to mend
         "restart": getattr(error, "restart", not teaches),
     }
     told = getattr(error, "of_another_rank", False)
@@ -73,7 +73,7 @@ def gpu_faults_behind(error: BaseException) -> list[str]:
 
 
 def leave_to_rank_0(rank: int, error: BaseException) -> None:
-    """Let rank 0 say what every rank has found, and say it where that one has not found it.
+    """Let rank 0 report what every rank has found; report it where rank 0 has not.
 
     torch's launchers end all processes as soon as one has left: rank 0 too, before it has come so far.
     """

@@ -1,4 +1,4 @@
-"""`RunRequest`: what a command asks for, resolved once, with everything that is wrong told at once.
+"""`RunRequest`: what a command asks for, resolved once, with all mistakes reported at once.
 
 `read_target` finds the recipe and the run folder, `resolve` adds the options and what is around the start. Both are
 pure: they read files and write nothing. The request goes into the run folder's launch.json, where the processes that
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One start of a run, resolved: nothing in it is left open."""
+    """One attempt at a run, resolved."""
 
     target: str
     """The recipe file or run folder, as typed."""
@@ -58,7 +58,7 @@ class RunRequest:
     is_run: bool
     """Whether the target is the run itself: its recipe is fixed."""
     update: bool
-    """Whether this start may change the recipe, data or code of an existing run."""
+    """Whether this attempt may change the recipe, data or code of an existing run."""
     processes: int
     """Of all nodes."""
     nodes: int
@@ -70,7 +70,7 @@ class RunRequest:
     argv: tuple[str, ...]
     """The command as typed."""
     notes: tuple[str, ...]
-    """What is to be said of it when the run begins."""
+    """Notes to log when the run begins."""
     recipe: LoadedRecipe
     """The resolved recipe, with where each value came from."""
     replicate: int | Literal["auto"] = 1
@@ -102,7 +102,7 @@ class RunRequest:
         return StrategySpec.of(self.strategy, self.offload, self.replicate)
 
     def launch(self) -> Launch:
-        """Return the record of this start from this process, now, for the run's launch.json."""
+        """Return the record of this attempt, made now in this process, for the run's launch.json."""
         argv, record = list(self.argv), self.record()
         return Launch.describe(self.processes, self.strategy, self.offload, self.replicate, argv=argv, request=record)
 
@@ -166,12 +166,12 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command says of how its run is to be started; what is None or "auto" is found out."""
+    """The options of a command that decide how its run is launched; None and "auto" are resolved."""
 
     strategy: str = "auto"
     offload: str | None = None
     processes: int | None = None
-    """How many processes there must be, where that is said."""
+    """How many processes there must be; None: any number."""
     replicate: str | None = None
 
 
@@ -273,8 +273,8 @@ def asked_for(
 ) -> StrategySpec:
     """Return the strategy that the options, the launcher's configuration and the run's launch.json agree on.
 
-    `resumes`: the run itself was named, so that its launch.json says what this start is to be. Otherwise it is only
-    what the run was started with before, and holds where nothing else is said. Raises UserError where two differ.
+    `resumes`: the run itself was named, so that its launch.json is one of the sources that must agree. Otherwise it is
+    a fallback, for where no other source names a strategy. Raises UserError where two differ.
     """
     from distrain.parallel import StrategyHint, resolve_strategy, strategy_wishes
 
@@ -313,7 +313,7 @@ def check_one_owner(
         raise UserError(
             "the launcher's configuration and the recipe disagree; nothing was written.\n  - "
             + "\n  - ".join(lines)
-            + "\nThe recipe owns batch, accumulation, clipping and arithmetic: take these out of the launcher's "
+            + "\nThe recipe owns batch, accumulation, clipping and precision: take these out of the launcher's "
             "configuration, or change the recipe."
         )
 
@@ -332,7 +332,7 @@ def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tupl
         if run_dir is not None or overrides:
             raise UserError(
                 f"{target} is a run, whose recipe is fixed: --run-dir and KEY=VALUE go with a recipe file. "
-                f"To go on with other values: distrain train {run.recipe_path} KEY=VALUE --run-dir {target} --update"
+                f"To resume with other values: distrain train {run.recipe_path} KEY=VALUE --run-dir {target} --update"
             )
         return run, None
     loaded = load_recipe(target, overrides)
@@ -340,9 +340,9 @@ def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tupl
 
 
 def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update: bool = False) -> None:
-    """Create the run, or take up the existing one. Raises UserError when that one has another recipe.
+    """Create the run, or open the existing one. Raises UserError when that one has another recipe.
 
-    With `update` the run gets the recipe, and the next start goes on with data and code that have changed.
+    With `update` the run gets the recipe, and the next attempt accepts changed data and code.
     """
     if loaded is not None:
         check_folder(run, loaded, update=update)
@@ -358,7 +358,7 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
 
 
 def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> None:
-    """Raise UserError where the run of a recipe, None where it cannot be read, cannot be made or taken up here.
+    """Raise UserError where the run of a recipe, None where it cannot be read, cannot be created or opened here.
 
     Writes nothing.
     """

@@ -42,7 +42,7 @@ def begin_worker() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have this process killed when its launcher is: alone it would go on, beside those of the next attempt."""
+    """Have this process killed when its launcher is: orphaned it would continue beside those of the next attempt."""
     # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
     if sys.platform == "linux" and under_torch_launcher():
         import ctypes
@@ -171,7 +171,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
             write_to_file(run.log_path(world.rank), world.rank)
             for note in request.notes if world.rank == 0 else ():
                 logger.info("%s", note)
-            # inside: the rank that fails must say so before leaving makes the others fail as well
+            # inside: the rank that fails must report it before its exit makes the others fail as well
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
                 lost = functools.partial(report, run, rank, lease=lease)

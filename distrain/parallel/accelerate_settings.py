@@ -23,7 +23,7 @@ _STAGE_HINT = "take 1, 2 or 3; to keep the whole state on each process, take acc
 
 
 def strategy_wishes(configuration: Configuration, world_size: int | None = None) -> list[StrategyHint]:
-    """Return what the launcher's configuration says about the strategy, in a world of that size where one is named.
+    """Return what the launcher's configuration asks for, in a world of that size where one is named.
 
     Raises UserError for what there is not here.
     """
@@ -66,7 +66,7 @@ _SIZES = ("parallelism_config_dp_replicate_size", "parallelism_config_dp_shard_s
 
 
 def _replicas(configuration: Configuration, world_size: int | None) -> Iterator[StrategyHint]:
-    """Yield what says how many replicas there are of what FSDP shards; raises UserError where that cannot be."""
+    """Yield how many replicas FSDP is to have; raises UserError where that cannot be."""
     sharding = configuration.get("fsdp_sharding_strategy")
     if sharding is not None and plain(sharding.value) in _HYBRID:
         yield StrategyHint(sharding.place, None, None, "auto")
@@ -135,7 +135,7 @@ def _refused(configuration: Configuration) -> Iterator[tuple[SourcedValue, str]]
 
 _NOT_HERE: dict[str, tuple[tuple[str, ...], str]] = {
     "deepspeed_moe_layer_cls_names": (DEFAULTS, "layers of experts have no sharding of their own here; take it out"),
-    "downcast_bf16": (DEFAULTS, "it is for TPUs; the recipe's train.precision says in which arithmetic a model runs"),
+    "downcast_bf16": (DEFAULTS, "it is for TPUs; the recipe's train.precision says in which precision a model runs"),
     "fsdp_activation_checkpointing_offload": (DEFAULTS, "activations are computed again, not offloaded; take it out"),
     "fsdp_ignored_modules": (DEFAULTS, "every parameter is sharded; take it out"),
     "fsdp_reshard_after_forward": (
@@ -241,7 +241,7 @@ def disagreements(
     auto: str = "fp32",
     origins: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return a line, with both values and both places, for each setting that is not what the recipe says.
+    """Return a line, with both values and both places, for each setting that differs from the recipe.
 
     `auto` is what `train.precision: auto` means on this machine. `origins`: where each of the recipe's values came
     from, by its dotted key. Raises UserError where the recipe's batch does not fit the world.

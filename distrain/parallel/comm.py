@@ -54,7 +54,7 @@ class World:
     """
 
     deterministic = False
-    """Whether this process was told to compute deterministically."""
+    """Whether this process computes deterministically."""
 
     mesh: Mesh
     """Who shards, who replicates, and which part of the data each rank reads."""
@@ -150,7 +150,7 @@ class World:
         return values[0]
 
     def store_flag(self) -> StoreFlag:
-        """Return something that one rank can tell the others while they wait for nobody."""
+        """Return something that one rank can set and the others read without waiting."""
         self._announcements += 1
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
         return StoreFlag(store, f"distrain/announcement/{self._announcements}")
@@ -218,7 +218,7 @@ class StoreFlag:
         self._stated = True
 
     def stated(self) -> bool:
-        """Whether some rank has told it; asks the others' store twice a second at most."""
+        """Whether some rank has set it; asks the others' store twice a second at most."""
         if not self._stated and self._store is not None and time.monotonic() - self._looked_at > self._LOOK_EVERY_S:
             self._looked_at = time.monotonic()
             self._stated = self._store.check([self._key])
@@ -226,7 +226,7 @@ class StoreFlag:
 
 
 def _picklable(error: Exception) -> Exception:
-    """Return `error`, or where it does not come out of pickling as it went in, a RuntimeError that says the same."""
+    """Return `error`, or where it does not come out of pickling as it went in, a RuntimeError with the same text."""
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
@@ -236,7 +236,7 @@ def _picklable(error: Exception) -> Exception:
 
 
 def _of_another_rank(error: Exception) -> Exception:
-    # read where failures are told: the rank that failed has the traceback, and is to be the one that tells
+    # read where failures are reported: the rank that failed has the traceback, and reports it
     error.of_another_rank = True  # type: ignore[attr-defined]
     return error
 
@@ -262,7 +262,7 @@ def open_world(
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if told := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
         determinism.turn_on()
-    # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off without a word
+    # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off silently
     take_over(os.environ)
     os.environ.pop("ACCELERATE_USE_CPU", None)
     arrangements = {"plain": _plainly, "fsdp2": _for_fsdp2, "deepspeed": _for_deepspeed}

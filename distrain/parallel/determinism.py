@@ -1,4 +1,4 @@
-"""The same bits in each start: what torch, cuBLAS, cuDNN and the compiler need for them on a GPU."""
+"""The same bits in each attempt: what torch, cuBLAS, cuDNN and the compiler need for them on a GPU."""
 
 from __future__ import annotations
 

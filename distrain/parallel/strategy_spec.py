@@ -1,4 +1,4 @@
-"""What was asked for: the world, and how state is spread over it."""
+"""`StrategySpec`: the strategy of a run, resolved from what options, files and launchers ask for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distrain.system.environment import Environment
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """The strategy that a run is started with, settled."""
+    """The strategy of a run, resolved."""
 
     strategy: str
     """One of STRATEGIES."""
@@ -45,7 +45,7 @@ class StrategySpec:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options of `distrain train` and of launch/train.py that say the same."""
+        """The options of `distrain train` and of launch/train.py that are equivalent."""
         return ("--strategy", self.strategy, "--offload", self.offload, "--replicate", str(self.replicate))
 
     def replicas(self, world_size: int, machines: int | None = None) -> int:
@@ -94,16 +94,16 @@ def _replicas_that_fit(world_size: int) -> str:
 
 @dataclass(frozen=True)
 class StrategyHint:
-    """What one place says about the strategy."""
+    """What one source asks for."""
 
     place: str
-    """Where it is said: an option, a file, launch.json."""
+    """The source: an option, a file, launch.json."""
     strategy: str | None = None
-    """One of STRATEGIES; None where it says nothing."""
+    """One of STRATEGIES; None where it names none."""
     offload: str | None = None
-    """One of OFFLOADS; None where it says nothing."""
+    """One of OFFLOADS; None where it names none."""
     replicate: str | None = None
-    """A number of replicas, or auto; None where it says nothing."""
+    """A number of replicas, or auto; None where it names none."""
 
 
 def check_precision(precision: str, strategy: str) -> None:
@@ -118,9 +118,9 @@ def check_precision(precision: str, strategy: str) -> None:
 def resolve_strategy(
     world_size: int, wishes: Sequence[StrategyHint], fallback: StrategyHint | None = None
 ) -> StrategySpec:
-    """Return what is to be done in a world of that size, from what all places say.
+    """Return the strategy in a world of that size, from what all sources ask for.
 
-    `wishes` must agree; `fallback` holds where they say nothing: a run goes on as it was started, unless that was
+    `wishes` must agree; `fallback` holds where they name none: a run resumes as it was launched, unless that was
     single or ddp, which follow from the world. Raises UserError for two that differ, for `single` on several
     processes, and for what the strategy cannot offload or replicate in this world.
     """
@@ -133,7 +133,7 @@ def resolve_strategy(
         and STRATEGIES[fallback.strategy].shards
         and strategy in (None, fallback.strategy)
     ):
-        # who names a strategy without its offload has not asked for that of earlier starts
+        # who names a strategy without its offload has not asked for that of earlier attempts
         offload = fallback.offload if offload is None and strategy is None else offload
         replicate = fallback.replicate if replicate is None and strategy is None else replicate
         strategy = fallback.strategy
@@ -156,8 +156,8 @@ def _agreed(what: str, said: Sequence[tuple[str, str | None]]) -> str | None:
     if len({"ddp" if value == "single" else value for _, value in values}) > 1:
         lines = "".join(f"\n  {value:<10} {place}" for place, value in values)
         raise UserError(
-            f"the {what} is said in {len(values)} places that differ; nothing was written.{lines}\n"
-            "Say it once, or the same everywhere; accelerate_configs/ has a file for each strategy."
+            f"the {what} differs between {len(values)} places; nothing was written.{lines}\n"
+            "Set it once, or the same everywhere; accelerate_configs/ has a file for each strategy."
         )
     return next((value for _, value in values), None)
 

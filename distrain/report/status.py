@@ -32,7 +32,7 @@ STATES = {
     "hanging": "runs without getting any further",
     "ending": "its job ends",
     "finished": "complete",
-    "stopped": "has saved its state and stopped; it goes on when it is started again",
+    "stopped": "has saved its state and stopped; the same command resumes it",
     "failed": "ended by an error; see message",
     "gone": "began, and nothing of it is seen any more",
 }
@@ -70,7 +70,7 @@ class Status:
     job: str | None = None
     """Its latest SLURM job."""
     job_state: str | None = None
-    """What SLURM says of it: PENDING, RUNNING, ..."""
+    """Its state in SLURM: PENDING, RUNNING, ..."""
     reason: str | None = None
     """Why it waits in the queue, or where it runs."""
     left: str | None = None
@@ -93,7 +93,7 @@ class Status:
 def status_of(
     folder: Path, jobs: list[Job], values: dict[str, str] | None = None, problem: str | None = None
 ) -> Status:
-    """Return how the run in `folder` is doing. `jobs`: what SLURM says of it; `problem`: why it says nothing."""
+    """Return how the run in `folder` is doing. `jobs`: its jobs in SLURM; `problem`: why they are not known."""
     run = RunDir(folder)
     job = next((each for each in reversed(jobs) if each.alive), jobs[-1] if jobs else None)
     beats = read_heartbeats(run)
@@ -102,7 +102,7 @@ def status_of(
     stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
     state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))
     if state == "running" and job is not None and job.alive and not _begun_by(attempts, job):
-        state = "starting"  # what the folder tells is of the start before
+        state = "starting"  # what the folder holds is of the attempt before
     if state == "running" and stalled is not None:
         state, message = "hanging", f"rank {stalled.rank} on {stalled.host} in {stalled.where()}"
     latest, score = _numbers(run)
@@ -173,7 +173,7 @@ def _why_queued(job: Job) -> str | None:
 
 
 def _begun_by(attempts: list[dict[str, Any]], job: Job) -> bool:
-    """Whether the last start came after SLURM had started the job."""
+    """Whether the last attempt began after SLURM had started the job."""
     if job.elapsed_s is None or not attempts:
         return bool(attempts)
     return float(attempts[-1].get("time", 0)) > time.time() - job.elapsed_s - 5
@@ -221,7 +221,7 @@ def statuses(folder: Path) -> list[Status]:
     problem = None
     try:
         jobs = jobs_of_folders([run.absolute() for run in runs])
-    except UserError as error:  # the folders tell the most of it
+    except UserError as error:  # the folders hold the most of it
         problem = str(error)
     return [status_of(run, jobs.get(run.absolute(), []), values, problem) for run, values in runs.items()]
 
@@ -231,7 +231,7 @@ def statuses(folder: Path) -> list[Status]:
 
 
 def in_words(status: Status) -> list[tuple[str, str]]:
-    """Return what there is to say of a run, name and value."""
+    """Return the lines that describe a run, name and value."""
     of = f" of {status.total_steps:,}" if status.total_steps else ""
     said = [("state", f"{status.state}: {STATES[status.state]}")]
     if status.message:
@@ -264,7 +264,7 @@ def in_words(status: Status) -> list[tuple[str, str]]:
 def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:
     """Return a table of runs; of a sweep with what differs between them.
 
-    Where `holds` says that it is too wide, columns are left out, those first that matter least.
+    Where `holds` says that it is too wide, columns are dropped, those first that matter least.
     """
     keys = list(dict.fromkeys(key for status in found for key in status.values))
     metric = next((status.score["metric"] for status in found if status.score), None)
@@ -318,7 +318,7 @@ def as_json(status: Status) -> dict[str, Any]:
 
 
 def log_file(folder: Path, rank: int | None = None) -> Path:
-    """Return the log of a run: one rank's, or what its latest job said; raises UserError where there is none yet."""
+    """Return the log of a run: one rank's, or that of its latest job; raises UserError where there is none yet."""
     run = RunDir(folder)
     if rank is not None:
         path = run.log_path(rank)
@@ -338,12 +338,12 @@ def log_file(folder: Path, rank: int | None = None) -> Path:
     if run.log_path(0).exists():
         return run.log_path(0)
     if launcher_of(run.path).name != "local":
-        raise UserError(f"the job of {run.path} has not said anything yet; `distrain status {run.path}` says how it is")
+        raise UserError(f"the job of {run.path} has printed nothing yet; `distrain status {run.path}` shows its state")
     raise UserError(f"{run.path} has no log; it was not started yet")
 
 
 def follow(path: Path, lines: int, ended: Callable[[], bool] | None) -> Iterator[str]:
-    """Yield the last `lines` lines of a file (0: all), then what is added until `ended` says that nothing more comes.
+    """Yield the last `lines` lines of a file (0: all), then what is added until `ended` returns True.
 
     Without `ended` what is there is all.
     """
@@ -389,18 +389,18 @@ def _start_of_last(file: BufferedReader, lines: int) -> int:
 
 
 def cancel_jobs(folder: Path) -> list[str]:
-    """Cancel every job of a run or a sweep; returns what to tell. SLURM does not queue them again."""
+    """Cancel every job of a run or a sweep; returns the lines to print. SLURM does not queue them again."""
     folder = folder.absolute()
     cancelled = launcher_of(folder).cancel(folder)
     if not cancelled:
         known = ", ".join(f"{job.id} {job.state}" for job in jobs_of_folders([folder])[folder])
         return [f"no job of {folder} is queued or runs" + (f" ({known})" if known else "")]
     said = [f"cancelled job {job.id}, which was {job.state}; it is not queued again" for job in cancelled]
-    return [*said, f"`distrain submit {folder}` goes on from the newest checkpoint"]
+    return [*said, f"`distrain submit {folder}` resumes from the newest checkpoint"]
 
 
 def stop_run(folder: Path) -> list[str]:
-    """Ask a run, or each run of a sweep, to save and end; returns what to tell, and what will happen."""
+    """Ask a run, or each run of a sweep, to save and end; returns the lines to print."""
     folder = folder.absolute()
     found = statuses(folder)
     if not RunDir(folder).exists and read_sweep(folder) is None:
@@ -412,7 +412,7 @@ def stop_run(folder: Path) -> list[str]:
             case "queued":
                 launcher_of(path).cancel(path)
                 where = f"from step {status.checkpoint}" if status.checkpoint else "from its beginning"
-                said.append(f"{path} was waiting in the queue: job {status.job} is cancelled; it would go on {where}")
+                said.append(f"{path} was waiting in the queue: job {status.job} is cancelled; it would resume {where}")
             case "starting" | "running" | "hanging" | "ending":
                 RunDir(path).stop_path.touch()
                 said.append(

@@ -6,16 +6,16 @@ runs/NAME/
   effect.json        what took effect: engine, world, precision, the state that each rank holds
   metrics.jsonl      one row for each event, in the order written
   anomalies.jsonl    steps whose loss or gradient was not as usual, and what was decided about them
-  log-rank-0.txt     what each rank has to say
+  log-rank-0.txt     the log of each rank
   micro_batch.json   what `batch.micro: auto` was found to be (see `distrain.run.micro_batch`)
   checkpoints/       see `distrain.checkpoint`
   export/            the trained model as one file
   transformers/      what lay beside the weights of a transformers model
   FINISHED | PREEMPTED | FAILED.json
   STOP               a person asks the run to save and end
-  inputs.json        what the last start depended on besides its recipe (see `distrain.fingerprints`)
-  UPDATE             a person lets the next start go on with what has changed
-  attempts.jsonl     one row for each start, and for each update
+  inputs.json        what the last attempt depended on besides its recipe (see `distrain.fingerprints`)
+  UPDATE             the user allows the next attempt to use what has changed
+  attempts.jsonl     one row for each attempt, and for each update
   lease.json         which start may write (see `distrain.run.lease`); .in-use is locked by it for as long as it lives
   heartbeat/         what each rank is doing
 """
@@ -152,7 +152,7 @@ class RunDir:
         return self.path / "export" / "model.safetensors"
 
     def log_path(self, rank: int) -> Path:
-        """What one rank has to say."""
+        """The log of one rank."""
         return self.path / f"log-rank-{rank}.txt"
 
     def heartbeat_path(self, rank: int) -> Path:
@@ -166,16 +166,16 @@ class RunDir:
 
     @property
     def attempts_path(self) -> Path:
-        """One row for each start, and one with `event: update` for each start that changed something."""
+        """One row for each attempt, and one with `event: update` for each attempt that changed something."""
         return self.path / "attempts.jsonl"
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Return the rows of starts, in order."""
+        """Return the rows of attempts, in order."""
         return [row for row in read_rows(self.attempts_path) if "event" not in row]
 
     @property
     def update_path(self) -> Path:
-        """A file by which a person lets the next start go on with changed data or code."""
+        """A file by which the user allows the next attempt to use changed data or code."""
         return self.path / "UPDATE"
 
     @property
@@ -199,7 +199,7 @@ class RunDir:
         """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # first: it makes the folder a run, which the same command takes up wherever this is interrupted
+            # first: it makes the folder a run, which the same command resumes wherever this is interrupted
             write_atomically(self.recipe_path, recipe_text)
             write_json(self.launch_path, launch.__dict__)
             self.checkpoints.mkdir(exist_ok=True)
@@ -223,11 +223,11 @@ class RunDir:
             raise UserError(f"{self.launch_path} cannot be read: {error}; delete it and start the run again") from error
 
     def record_effect(self, effect: dict[str, Any]) -> None:
-        """Rank 0: record what took effect, as read back from the objects that train; the last start's is kept."""
+        """Rank 0: record what took effect, as read back from the objects that train; replaces the record before."""
         write_json(self.path / "effect.json", effect)
 
     def effect(self) -> dict[str, Any] | None:
-        """Return what took effect in the last start, or None where none has come so far."""
+        """Return what took effect in the last attempt; None before that."""
         try:
             found = bounded.read_json(self.path / "effect.json", bounded.SUMMARY)
             if not isinstance(found, dict) or not isinstance(found.get("total_steps"), int | None):
@@ -239,11 +239,11 @@ class RunDir:
             raise UserError(f"effect.json in {self.path} cannot be read: {error}; delete it") from error
 
     def record_inputs(self, inputs: dict[str, Any]) -> None:
-        """Rank 0: record what this start depends on besides its recipe."""
+        """Rank 0: record what this attempt depends on besides its recipe."""
         write_json(self.path / "inputs.json", inputs, indent=None)
 
     def inputs(self) -> dict[str, Any] | None:
-        """Return what the last start depended on; None where that is not known."""
+        """Return what the last attempt depended on; None where that is unknown."""
         try:
             found = bounded.read_json(self.path / "inputs.json", bounded.SUMMARY)
         except (FileNotFoundError, ValueError):
@@ -287,11 +287,11 @@ class RunDir:
         write_json(self.path / "FINISHED", summary)
 
     def mark_preempted(self, step: int, reason: str) -> None:
-        """Rank 0: the run has saved its state and stopped before its end; the same command goes on."""
+        """Rank 0: the run has saved its state and stopped before its end; the same command resumes it."""
         write_json(self.path / "PREEMPTED", {"step": step, "reason": reason}, indent=None)
 
     def mark_failed(self, record: dict[str, Any]) -> bool:
-        """Any rank: record why the attempt failed. The first to say so is kept; returns whether this was it."""
+        """Any rank: record why the attempt failed. The first record is kept; returns whether this was it."""
         try:
             handle = os.open(self.path / "FAILED.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -312,7 +312,7 @@ class RunDir:
     # Rows of numbers
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of metrics.jsonl; a last line that a crash cut short is left out."""
+        """Yield the rows of metrics.jsonl; a last line that a crash cut short is skipped."""
         for row in read_rows(self.metrics_path):
             yield metrics_row(row, self.metrics_path)
 

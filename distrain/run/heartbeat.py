@@ -1,7 +1,7 @@
 """What each rank is doing: noted by the loop as it goes, and kept in the run folder for whoever looks after the run.
 
     mark("forward")      the loop enters a phase: two attributes change, nothing waits and nothing is written
-    progress()           something long goes on: a chunk of a file was written
+    progress()           a long operation makes progress: a chunk of a file was written
     stepped(step)        an optimizer step is done
 
 A thread (`distrain.diagnose.hang_diagnosis`) writes what was noted into RUN/heartbeat/rank-R.json every few seconds.
@@ -33,7 +33,7 @@ from distrain.system.job_environment import JobEnvironment
 PHASES = {
     "setup": "the set-up",
     "data": "data loading",
-    "sync": "what ranks tell each other before a step",
+    "sync": "the exchange between ranks before a step",
     "forward": "the forward pass",
     "backward": "the backward pass",
     "optimizer": "the optimizer",
@@ -83,7 +83,7 @@ class Now:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """Spent in each phase since the first step was done."""
         self.straggler: Straggler | None = None
-        """A slow rank that was found and not yet told of."""
+        """A slow rank that was found and not yet reported."""
         self.limit: Callable[[], float | None] | None = None
         """Says after how many seconds without progress this process is ended, at what it is doing now; None: never."""
         self.watched = False
@@ -111,7 +111,7 @@ def _open_board() -> memoryview:
 
 
 def board_file() -> int | None:
-    """Return the descriptor of the file in memory that says what this process is doing."""
+    """Return the descriptor of the file in memory with what this process is doing."""
     return _board_file
 
 
@@ -148,7 +148,7 @@ def mark(phase: str) -> None:
 
 
 def progress() -> None:
-    """Note that what this process is doing goes on. From any thread."""
+    """Note progress in what this process is doing. From any thread."""
     _now.ticks += 1
 
 
@@ -166,7 +166,7 @@ def stepped(step: int) -> None:
     now.board[0], now.board[1] = step, 0
     now.ticks += 1
     now.steps += 1
-    if now.steps == 1:  # it may have compiled: its times tell nothing
+    if now.steps == 1:  # it may have compiled: its times are not typical
         now.seconds = dict.fromkeys(PHASES, 0.0)
 
 
@@ -192,7 +192,7 @@ def open_loader_notes() -> int | None:
 
 
 def listen_in_loader(worker: int) -> None:
-    """In a loader process: be ready to say where it is, to the process that it loads for."""
+    """In a loader process: be ready to report its stack to the process that it loads for."""
     if _loader_notes is not None and STACK_SIGNAL is not None:
         os.write(_loader_notes, f"loader {os.getpid()} {worker}\n".encode())
         faulthandler.register(STACK_SIGNAL, file=_loader_notes, all_threads=True)
@@ -215,7 +215,7 @@ class Heartbeat:
     job: str | None
     """The SLURM job, with the number of its restarts behind a dot."""
     attempt: str
-    """The same for all ranks of one start of the run, another for each start."""
+    """The same for all ranks of an attempt, another for each attempt."""
     world_size: int
     sequence: int
     """Counts what this process has written."""
@@ -235,13 +235,13 @@ class Heartbeat:
     steps: int
     """Optimizer steps done by this process."""
     work: dict[str, float] = field(default_factory=dict)
-    """Seconds of its own work by phase, since its first step: what it waited for others there is left out."""
+    """Seconds of its own work by phase, since its first step: without its waits for other ranks."""
     limit: float | None = None
     """Seconds without progress after which it is taken to hang; None never."""
     stalled: dict[str, Any] | None = None
     """Where it hangs or waits, once `idle` is past the limit."""
     board: int | None = None
-    """The descriptor of its file in memory that says what it is doing at this moment."""
+    """The descriptor of its file in memory with what it is doing at this moment."""
     written: float = 0.0
     """When the file was written, by the clock of the file system. Of what was read."""
 
@@ -301,7 +301,7 @@ def read_heartbeat(run: RunDir, rank: int) -> Heartbeat | None:
 
 
 def read_heartbeats(run: RunDir) -> list[Heartbeat]:
-    """Return what every rank of the last start has written, by rank; ranks that have not begun are missing."""
+    """Return what every rank of the last attempt has written, by rank; ranks that have not begun are missing."""
     try:
         names = [path.name for path in folder(run).iterdir()]
     except OSError:
@@ -317,7 +317,7 @@ def read_heartbeats(run: RunDir) -> list[Heartbeat]:
 
 
 def this_attempt(job: JobEnvironment, variables: Mapping[str, str] = os.environ) -> str:
-    """Return a name that all ranks of this start have in common, from their job and from what their launcher set."""
+    """Return a name that all ranks of this attempt have in common, from their job and from what their launcher set."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     return "/".join((job.attempt or "", *(variables.get(name, "") for name in names)))
 

@@ -47,7 +47,7 @@ def json_safe(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines, none where there is no file; a last line without its end is left out."""
+    """Yield the rows of a file of JSON lines, none where there is no file; a last line without its end is skipped."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -85,9 +85,9 @@ BLOCK = 1 << 16
 
 
 def lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of the lines of a file, the last one first; a last line without its end is left out.
+    """Yield (offset, line) of the lines of a file, the last one first; a last line without its end is skipped.
 
-    No more is read than is asked for.
+    Reads no more than is consumed.
     """
     try:
         file = path.open("rb")
@@ -116,7 +116,7 @@ def lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def rows_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines, the last one first, reading no more than is asked for."""
+    """Yield the rows of a file of JSON lines, the last one first, reading no more than is consumed."""
     for offset, line in lines_backwards(path):
         yield parse_row(line, f"{path} at byte {offset}")
 

@@ -1,9 +1,9 @@
-"""Who may write into a run folder: one start at a time, and of a job that runs twice the newer one.
+"""Who may write into a run folder: one attempt at a time, and of a job that runs twice the newer one.
 
-A lock says that another process is at work, but not every file system of a cluster has locks that reach other
-machines, and after a node has failed its processes may go on beside those of the requeued job. So each start also
-leaves its token in the folder, and reads it again before each thing that it publishes: a start whose token was replaced
-publishes nothing more. Imports no torch.
+A lock shows that another process is at work, but not every file system of a cluster has locks that reach other
+machines, and after a node has failed its processes may live on beside those of the requeued job. So each attempt also
+leaves its token in the folder, and reads it again before each thing that it publishes: an attempt whose token was
+replaced publishes nothing more. Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _SEEN_S = 10.0
 
 
 class Replaced(UserError):
-    """This start of a run was replaced by another, and may write nothing more."""
+    """This attempt at a run was replaced by another, and may write nothing more."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The start of a run that may write."""
+    """The attempt at a run that may write."""
 
     token: str
-    """Unlike that of any other start."""
+    """Unlike that of any other attempt."""
     host: str
     pid: int
     job: str | None
@@ -54,14 +54,14 @@ class Holder:
 
     @classmethod
     def of_this_process(cls, job: JobEnvironment | None = None) -> Holder:
-        """Describe a start from this process, now; `job` is the one that it belongs to, by default as it is told."""
+        """Describe an attempt of this process, now; `job` is its job, by default that of the environment."""
         job = job or job_environment()
         host = socket.gethostname()
         token = f"{job.job or host}.{job.restart}.{os.getpid()}.{secrets.token_hex(4)}"
         return cls(token, host, os.getpid(), job.job, job.restart, time.time())
 
     def replaces(self, other: Holder) -> bool:
-        """Whether this is a later start of the same job, which is started again once the other is given up."""
+        """Whether this is a later attempt of the same job, which is requeued once the other is given up."""
         return self.job is not None and self.job == other.job and self.restart > other.restart
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Holder:
 
 
 class Lease:
-    """The right to write into a run, as long as no other start has taken it."""
+    """The right to write into a run, as long as no other attempt has taken it."""
 
     def __init__(self, run: RunDir, holder: Holder, lock: IO[str] | None = None):
         self.run, self.holder, self._lock = run, holder, lock
@@ -79,17 +79,17 @@ class Lease:
         return Lease, (self.run, self.holder)  # the lock stays with the process
 
     def mine(self) -> bool:
-        """Whether this start is still the one that may write."""
+        """Whether this attempt is still the one that may write."""
         found = _holder(self.run)
         return found is not None and found.token == self.holder.token
 
     def check(self) -> None:
-        """Raise Replaced unless this start is still the one that may write."""
+        """Raise Replaced unless this attempt is still the one that may write."""
         if not self.mine():
             found = _holder(self.run)
             by = f"by {found}" if found is not None else "by one that has ended"
             raise Replaced(
-                f"this start of {self.run.path} ({self.holder}) was replaced {by}; it ends and writes nothing more"
+                f"this attempt at {self.run.path} ({self.holder}) was replaced {by}; it ends and writes nothing more"
             )
 
     def check_seen(self, rank: int) -> None:
@@ -104,7 +104,7 @@ class Lease:
             time.sleep(0.05)
 
     def release(self, *, clean: bool) -> None:
-        """Rank 0: let others take the run. After a failure the token stays, for what other ranks have to say of it."""
+        """Rank 0: let others take the run. After a failure the token stays, for what other ranks have to report."""
         if clean and self.mine():
             (self.run.path / _FILE).unlink(missing_ok=True)
         if self._lock is not None:
@@ -119,7 +119,7 @@ def _holder(run: RunDir) -> Holder | None:
         return read_record(Holder, run.path / _FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:  # of another version, or damaged: not this start's, at any rate
+    except ValueError:  # of another version, or damaged: not this attempt's, at any rate
         return None
 
 
@@ -133,10 +133,10 @@ def check_free(run: RunDir, holder: Holder) -> None:
 def take(
     run: RunDir, holder: Holder, *, step: int, processes: int, strategy: str, restarts: int | None = None
 ) -> Lease:
-    """Rank 0: take the run for this start, which goes on from `step`, and note that it began.
+    """Rank 0: take the run for this attempt, which resumes from `step`, and note that it began.
 
-    Raises UserError when another start is at work, and when this job was requeued `restarts` times without getting any
-    further.
+    Raises UserError when another attempt is at work, and when this job was requeued `restarts` times without
+    progress.
     """
     lock = _lock(run, holder)
     try:
@@ -170,8 +170,8 @@ def _check_progress(
         in_vain += 1
     if in_vain > limit:
         message = (
-            f"{run.path} was started {in_vain} times from step {step} by job {holder.job} without coming any "
-            f"further; it is not started again. What went wrong is in {run.path}/log-rank-*.txt; mend it "
+            f"{run.path} was started {in_vain} times from step {step} by job {holder.job} without "
+            f"progress; it is not started again. What went wrong is in {run.path}/log-rank-*.txt; mend it "
             "and submit the run again"
         )
         run.clear_markers(requeued=True)
@@ -225,7 +225,7 @@ def _in_use(run: RunDir, who: str) -> UserError:
 
 
 def _beats(run: RunDir) -> bool:
-    """Whether rank 0 of a start on another machine, whose locks may not reach this one, still writes its heartbeat."""
+    """Whether rank 0 of an attempt on another machine, whose locks may not reach this one, writes its heartbeat."""
     path = run.heartbeat_path(0)
     probe = run.path / f".now.{socket.gethostname()}.{os.getpid()}"
     try:

@@ -29,14 +29,14 @@ EVALUATION_KEYS = frozenset(
         "changed_data",
     )
 )
-"""What an evaluation's row in metrics.jsonl and its summary say besides metrics, whose names are others."""
+"""What an evaluation's row in metrics.jsonl and its summary hold besides metrics, which must have other names."""
 
 
 class MetricsFile:
     """Appends rows to metrics.jsonl, each `(event, step)` once however often a run is killed and resumed.
 
     Rows are in the order of their steps, so what a resume has to look at is at the end: it reads backwards until all
-    rows are of steps before the one that it goes on from, however many there are.
+    rows are of steps before the one that it resumes from, however many there are.
     """
 
     def __init__(
@@ -190,9 +190,9 @@ class MetricsFile:
         return True
 
     def settled(self, step: int) -> dict[str, Any]:
-        """Note that the run saves its state after `step`, and return what a start that goes on from there must know.
+        """Note that the run saves its state after `step`, and return what an attempt that resumes there must know.
 
-        Rows of steps before are not thought of any more.
+        Rows of earlier steps are forgotten.
         """
         self._floor = step
         self._seen = {key for key in self._seen if key[1] >= step or key[0] == "final"}
@@ -211,6 +211,6 @@ class MetricsFile:
 
 
 _EACH_TIME = ("update",)
-"""Events of a start, of which several may go on from one step."""
+"""Events of an attempt; several attempts may resume from one step."""
 _IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "undecodable")
 """Events that a run writes once for a step, and again only where it has gone back."""

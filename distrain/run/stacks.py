@@ -103,7 +103,7 @@ def parse_dump(text: str) -> list[Stack]:
 
 def inner(stack: Stack) -> Stack:
     """Return the part of a stack that distrain has called, with its own lines."""
-    # what the command line has called, and not the command line: its frames say nothing
+    # what the command line has called, and not the command line: its frames are of no interest
     command = next((index for index, frame in enumerate(stack) if _is_command_line(frame.file)), len(stack))
     stack = stack[:command] or stack
     own = [index for index, frame in enumerate(stack) if frame.file.startswith(PACKAGE)]
@@ -151,11 +151,11 @@ def _kind(file: str) -> str:
 _TRANSPARENT = ("torch/_ops.py", "torch/utils/_contextlib.py", "torch/_compile.py", "torch/_dynamo/", "contextlib.py")
 _COLLECTIVE = ("torch/distributed/", "torch/nn/parallel/distributed.py", "deepspeed/comm/", "deepspeed/runtime/comm/")
 _OF_DISTRAIN = ("_share_buffers", "_agree_on_another_order")
-"""Functions of distrain that call a collective which has no Python of its own, or look for what other ranks say."""
+"""Functions of distrain that call a collective which has no Python of its own, or wait for other ranks."""
 
 
 def waits(stack: Stack) -> bool | None:
-    """Whether a thread waits for other ranks, as its innermost lines tell; None where they do not.
+    """Whether a thread waits for other ranks, judged by its innermost lines; None where they leave it open.
 
     A backward pass and waiting for a GPU look the same from Python whether they wait for others or not.
     """
@@ -212,7 +212,7 @@ class Where:
     line: Frame | None
     """The line to look at."""
     waits: bool | None
-    """Whether it waits for other ranks; None where that cannot be told."""
+    """Whether it waits for other ranks; None where that is unknown."""
     thread: str
     """Whose line it is: of the main thread, of another one by name, or of a loader process."""
     stack: tuple[str, ...]
@@ -235,7 +235,7 @@ class Where:
 
 
 def where(stack: Stack, thread: str = "", *, waiting: bool | str | None = "look") -> Where:
-    """Describe a stack; `waiting` overrides what its lines tell."""
+    """Describe a stack; `waiting` overrides the judgement by its lines."""
     found = waits(stack) if waiting == "look" else waiting
     assert not isinstance(found, str)
     return Where(line_to_see(stack), found, thread, tuple(map(str, inner(stack)[:40])), is_at_device(stack))
@@ -277,7 +277,7 @@ def _is_waiting_for_thread(stack: Stack) -> bool:
 
 
 def is_idle_loader(stack: Stack) -> bool:
-    """Whether a loader process waits to be told what to load."""
+    """Whether a loader process is idle, without a batch to load."""
     for frame in stack:
         if "/multiprocessing/" in frame.file or frame.file.endswith(("/selectors.py", "/threading.py")):
             continue
@@ -322,7 +322,7 @@ def _is_own(pid: int) -> bool:
 
 
 def loader_stack(pid: int, patience_s: float = 0.3) -> Stack | None:
-    """Return the stack of a loader process of this process; None where it does not say it in time."""
+    """Return the stack of a loader process of this process; None where it does not answer in time."""
     file = heartbeat.open_loader_notes()
     if file is None or heartbeat.STACK_SIGNAL is None:
         return None
@@ -341,6 +341,6 @@ def loader_stack(pid: int, patience_s: float = 0.3) -> Stack | None:
 
 
 def loader_stacks() -> list[tuple[str, Stack]]:
-    """Return the name and the stack of each loader process of this process that says it."""
+    """Return the name and the stack of each loader process of this process that answers."""
     found = ((f"loader process {worker}", loader_stack(pid)) for pid, worker in loaders())
     return [(name, stack) for name, stack in found if stack is not None]

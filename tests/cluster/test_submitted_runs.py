@@ -116,7 +116,7 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
     assert [row["step"] for row in run.attempts()] == [0, 0, 0]
     failed = json.loads((run.path / "FAILED.json").read_text())
     assert failed["restart"] is False
-    assert "without coming any further" in failed["message"]
+    assert "without progress" in failed["message"]
     assert "the disk is on fire" in run.log()
     cluster.wait_for_no_processes()
 
@@ -127,7 +127,7 @@ def test_a_job_that_is_cancelled_while_it_starts_is_not_queued_again(
 ) -> None:
     run = Run(tmp_path / "run")
     job = project.submit("--run-dir", run.path, nodes=1)
-    wait_until(lambda: "start 1" in run.log(), "the batch script", 30)
+    wait_until(lambda: "attempt 1" in run.log(), "the batch script", 30)
     cluster.run("scancel", job)
     cluster.wait_for_nodes(30)
     found = cluster.job(job)

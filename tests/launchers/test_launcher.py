@@ -71,7 +71,7 @@ def test_failures_that_no_rank_reported_are_reported_once_for_each_kind() -> Non
     assert len(lines) == 4
     assert lines[0].startswith("ranks 0, 3 were ended by SIGKILL; out of memory")
     assert lines[1] == "rank 2 was ended by SIGABRT"
-    assert lines[2] == "rank 4 was gone with exit code 7, without a word of why"
+    assert lines[2] == "rank 4 exited with code 7 without an error message"
     assert lines[3] == "rank 5 was ended by signal 63"
 
 

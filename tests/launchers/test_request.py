@@ -172,7 +172,7 @@ def test_everything_that_is_wrong_is_reported_at_once(tmp_path: Path, kind: str,
     message = str(caught.value)
     for words in told:
         assert message.count(words) == 1, (words, message)
-    assert " things are wrong with this start; nothing was written.\n1. " in message
+    assert " things are wrong with this command; nothing was written.\n1. " in message
     assert content(tmp_path) == before
 
 
@@ -262,4 +262,4 @@ def test_all_that_is_wrong_with_an_evaluation_is_told_at_once(tmp_path: Path) ->
     environment = StartEnvironment(2, here=2, gpus=1, configuration=zero)
     with pytest.raises(UserError) as caught:
         resolve_evaluation(str(tmp_path / "none"), "test", 2, environment)
-    assert str(caught.value).startswith("2 things are wrong with this start; nothing was written.")
+    assert str(caught.value).startswith("2 things are wrong with this command; nothing was written.")

@@ -47,7 +47,7 @@ ENDS = {
     "finished": ("touch FINISHED", 0, False, "finished: "),
     "preempted": ("touch PREEMPTED", 0, True, "the run has saved and stopped; queueing job 17 again"),
     "stopped": ("touch PREEMPTED STOP", 0, False, "stopped as "),
-    "hopeless": ("""echo '{"restart": false}' > FAILED.json; exit 1""", 1, False, "what another start would not mend"),
+    "hopeless": ("""echo '{"restart": false}' > FAILED.json; exit 1""", 1, False, "another attempt would fail as well"),
     "mendable": ("""echo '{"restart": true}' > FAILED.json; exit 1""", 0, True, "what may not happen again"),
     "quoted": (
         r"""echo '{"message": "\"restart\": false", "restart": true}' > FAILED.json; exit 1""",

@@ -249,7 +249,7 @@ def test_a_folder_that_holds_no_runs_is_reported(tmp_path: Path) -> None:
 
 def test_logs_are_the_jobs_and_a_ranks_own(tmp_path: Path, jobs: dict[str, Job], sweep: Path) -> None:
     run = made(tmp_path / "run", "7")
-    with pytest.raises(UserError, match="has not said anything yet"):
+    with pytest.raises(UserError, match="has printed nothing yet"):
         log_file(run.path)
     run.log_path(0).write_text("rank 0\n")
     assert log_file(run.path) == run.log_path(0)

@@ -118,7 +118,7 @@ def test_the_lock_stays_with_rank_0(run: RunDir) -> None:
 def test_a_job_that_comes_no_further_is_given_up(run: RunDir) -> None:
     for restart in range(4):
         taken(run, start("7", restart), step=8, restarts=3).release(clean=False)
-    with pytest.raises(UserError, match="was started 4 times from step 8 by job 7 without coming any further"):
+    with pytest.raises(UserError, match="was started 4 times from step 8 by job 7 without progress"):
         taken(run, start("7", 4), step=8, restarts=3)
     # what a person starts, and what came further, is another matter
     taken(run, start("7", 5), step=9, restarts=3).release(clean=False)

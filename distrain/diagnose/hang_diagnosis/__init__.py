@@ -1,9 +1,9 @@
-"""Looks after a rank while it trains: writes its heartbeat, and says which rank a run hangs on before it ends it.
+"""Looks after a rank while it trains: writes its heartbeat, and names the rank on which a run hangs before aborting.
 
-Each rank has a thread that writes what the rank is doing (`distrain.run.heartbeat`) and notices when nothing comes of
-it for longer than the recipe allows. It then writes the stacks of all threads into RUN/heartbeat, and into its
-heartbeat where the rank is. When every rank is silent or has said that nothing comes of it, one of them, the first
-that is alive, finds the cause in what the others have written, puts it into FAILED.json and says it in one sentence,
+Each rank has a thread that writes what the rank is doing (`distrain.run.heartbeat`) and notices when it makes no
+progress for longer than the recipe allows. It then writes the stacks of all threads into RUN/heartbeat, and into its
+heartbeat where the rank is. When every rank is silent or has reported a stall, one of them, the first
+that is alive, finds the cause in what the others have written, writes it to FAILED.json and reports it in one sentence,
 and all ranks end. No collective has a part in this, nor has the clock of the wall. Imports no torch.
 
     diagnosis.py   which rank is the cause, from what all have written
@@ -125,7 +125,7 @@ class Watchdog:
     ):
         """Start looking after the calling thread.
 
-        `may_write` says whether the run is still this start's, which then alone may say how it ended.
+        `may_write` returns whether the run is still this attempt's, which alone may record how it ended.
         """
         self.run, self.limits, self.rank, self.world_size = run, limits, rank, world_size
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -168,7 +168,7 @@ class Watchdog:
     @classmethod
     @contextmanager
     def over(cls, run: RunDir, section: WatchdogSection, **placed: Any) -> Iterator[Watchdog]:
-        """Look after this process while the block runs; `placed` says which of the run's it is, see `__init__`."""
+        """Look after this process while the block runs; `placed` are the further arguments of `__init__`."""
         watchdog = cls(run, Limits.of(section), **placed)
         try:
             yield watchdog
@@ -196,7 +196,7 @@ class Watchdog:
         return self.folder / f"stuck-rank-{rank}.txt"
 
     def _tidy(self) -> None:
-        """Take away what earlier starts left that nobody of this one replaces."""
+        """Remove what earlier attempts left and this one does not replace."""
         with suppress(OSError):
             for path in list(self.folder.iterdir()):
                 match = _OF_A_RANK.match(path.name)
@@ -241,7 +241,7 @@ class Watchdog:
         self._written_at = time.monotonic()
         try:
             heartbeat.write_heartbeat(self.run, self._beat())
-        except OSError as error:  # training goes on: a full disk is for those to tell who must write
+        except OSError as error:  # training continues: whoever must write reports a full disk
             self._complain(f"the heartbeat of rank {self.rank} cannot be written: {error}")
 
     def _complain(self, text: str) -> None:
@@ -276,7 +276,7 @@ class Watchdog:
             self._idle = 0.0
         if limit is None or self._idle < limit:
             if self._stalled is not None:
-                logger.warning("rank %d goes on, after nothing had come of it for its limit", self.rank)
+                logger.warning("rank %d makes progress again, after none for longer than its limit", self.rank)
                 self._stalled, self._written_at, self._decided_for = None, -float("inf"), 0.0
             self._seen_by_now(limit, passed)
         elif self._stalled is None:
@@ -314,7 +314,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             return
         wait = max(limit - self._idle, 0.0) + self.poll_s + (_LOOK_S if looking else _LATE_S)
-        if self.world_size == 1:  # nor is there anybody to say it
+        if self.world_size == 1:  # nor is there anybody to report it
             faulthandler.dump_traceback_later(wait, exit=True, file=2)
         elif alone:
             faulthandler.dump_traceback_later(wait + 10.0, exit=True, file=self._stuck)
@@ -348,7 +348,7 @@ class Watchdog:
         return seen.silent_s >= self.silence_s or (seen.beat is not None and seen.beat.phase == "ended")
 
     def _compare(self) -> None:
-        """Find out now and then whether a rank is slow; the loop tells of it."""
+        """Look now and then for a slow rank; the loop reports it."""
         if time.monotonic() - self._compared_at < max(3 * self.interval_s, 0.05 * self.world_size):
             return
         self._compared_at = time.monotonic()
@@ -360,7 +360,7 @@ class Watchdog:
     # A stall
 
     def _note_stall(self) -> None:
-        """Write the stacks of all threads, and keep where this rank is and what else tells it from the others."""
+        """Write the stacks of all threads, and keep where this rank is, with further evidence."""
         loaders = stacks.loader_stacks()
         with suppress(OSError):
             lines = [*stacks.in_words(stacks.stacks())]
@@ -432,7 +432,7 @@ class Watchdog:
             if here and process_state(other["pid"], other["started"]) is not None:
                 with suppress(OSError):
                     os.kill(other["pid"], signal.SIGKILL)
-        logger.error("rank %d ends: nothing has come of it for %.0f s", self.rank, self._idle)
+        logger.error("rank %d aborts: no progress for %.0f s", self.rank, self._idle)
         for pid, _ in stacks.loaders():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

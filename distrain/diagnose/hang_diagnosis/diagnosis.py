@@ -46,7 +46,7 @@ class Diagnosis:
     ranks: tuple[int, ...]
     """The ranks that are the cause; none where all wait for each other."""
     reason: str
-    """What tells them from the others."""
+    """What sets them apart from the others."""
     waiting: tuple[int, ...] = field(default=())
     """The other ranks."""
 
@@ -56,7 +56,7 @@ def find_culprit(reports: Sequence[RankReport]) -> Diagnosis:
 
     A rank that is silent, as its process is stopped, has ended, or cannot run Python. Else the one that is behind: who
     waits for it in a collective has entered more phases. Of those that are equally far the ones that do not wait for
-    others; where their stacks do not tell, the one that has begun fewer collectives, or whose thread computes.
+    others; where their stacks leave it open, the one that has begun fewer collectives, or whose thread computes.
     """
     silent = [w.rank for w in reports if w.silent_s is not None]
     if silent:
@@ -72,7 +72,7 @@ def find_culprit(reports: Sequence[RankReport]) -> Diagnosis:
     if len(last) < len(known):
         ahead = [w for w in known if w not in last and w.where is not None and w.where.waits is False]
         surely_waiting = all(w.where is not None and w.where.waits for w in last)
-        # it waits for others and is behind them, as where a rank that broadcasts has gone on: look at that one
+        # it waits for others and is behind them, as where a rank that broadcasts has continued: look at that one
         if surely_waiting and ahead:
             return _diagnosis([w.rank for w in ahead], "busy", reports)
         unsure = [w for w in last if w.where is None or w.where.waits is None] or last
@@ -153,7 +153,7 @@ def seconds(value: float) -> str:
 
 
 def sentence(diagnosis: Diagnosis, reports: Sequence[RankReport], folder: Path) -> str:
-    """Return the one sentence that says what hangs, where, and for how long."""
+    """Return one sentence: what hangs, where, and for how long."""
     by_rank = {w.rank: w for w in reports}
     tail = f"; the stacks of all threads are in {folder}"
     if not diagnosis.ranks:
@@ -202,7 +202,7 @@ def _of_one(report: RankReport) -> str:
 def record(
     diagnosis: Diagnosis, reports: Sequence[RankReport], folder: Path, gpu_faults: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """Return what FAILED.json says of a hang. `gpu_faults`: of each machine, in words."""
+    """Return the content of FAILED.json for a hang. `gpu_faults`: lines of each machine."""
     by_rank = {w.rank: w for w in reports}
     message = sentence(diagnosis, reports, folder)
     # a machine with other ranks may be what a wait among all comes from

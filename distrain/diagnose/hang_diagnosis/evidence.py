@@ -1,4 +1,4 @@
-"""What else tells a rank that hangs from one that waits for it: its collectives, what its thread does."""
+"""Further evidence for which rank hangs and which waits for it: its collectives, what its thread does."""
 
 from __future__ import annotations
 

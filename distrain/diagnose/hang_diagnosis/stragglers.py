@@ -69,7 +69,7 @@ class Stragglers:
         self._named: dict[tuple[int, str], float] = {}
 
     def look(self, beats: Sequence[Heartbeat]) -> Straggler | None:
-        """Return a rank to name, given what all have written; None while there is nothing new to tell."""
+        """Return a rank to name, given all heartbeats; None while there is nothing new to report."""
         if not self._before or {beat.rank for beat in beats} != self._before.keys():
             self._before = {beat.rank: beat for beat in beats if beat.steps}
             return None

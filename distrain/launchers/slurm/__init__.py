@@ -1,4 +1,4 @@
-"""Runs on a SLURM cluster: from a recipe to a queued job, what runs on its nodes, and what its queue says.
+"""Runs on a SLURM cluster: from a recipe to a queued job, what runs on its nodes, and its queue.
 
 plan.py        `Plan`: all that a batch script is made from, each value checked
 rendering.py   `render_sbatch`: a plan as a batch script, from slurm/train.sbatch
@@ -7,8 +7,8 @@ snapshot.py    the user's code, copied so that a later edit changes nothing that
 sweeps.py      one run for each combination of values
 submitting.py  `submit`: everything checked, written and handed to sbatch
 launcher.py    SLURM as a `Launcher`: submit, status, cancel
-job_environment.py  what SLURM's variables say of a process
-queue.py       SLURM's own commands, and what they say
+job_environment.py  what SLURM's variables tell of a process
+queue.py       SLURM's own commands, and their output
 node.py        what runs once on each node
 """
 

@@ -1,4 +1,4 @@
-"""What runs once on each node of a job: the launcher of the node's processes, told where the others are."""
+"""What runs once on each node of a job: the launcher of that node's processes, with the address of the others."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def create(
     run_dir: str | None = None,
     update: bool = False,
 ) -> Path:
-    """Make the run that a recipe and overrides say, or take it up; returns its folder.
+    """Create the run of a recipe and overrides, or open the existing one; returns its folder.
 
-    A job that SLURM has started again goes on with its run, whatever has become of the recipe's file.
+    A requeued job resumes its run, whatever has become of the recipe's file.
     """
     job = job_environment()
     if job.requeued and (earlier := run_of_job(job.job, run_dir)) is not None:
@@ -78,7 +78,7 @@ def create(
     run = request.run
     if run.exists:
         check_free(run, Holder.of_this_process(job))
-    # the file UPDATE says it to the first attempt; a requeued job must not say it again
+    # the file UPDATE tells the first attempt; a requeued job must not update again
     open_run(run, request.given, replace(request, update=False).launch(), update=update)
     if update:
         run.clear_markers()
@@ -124,7 +124,7 @@ def start_node(
     """Start this node's processes of a run and wait for them; returns the exit status. Every node calls.
 
     `address` and `port` say where the first node's launcher is reached; how many processes there are in all is
-    `nodes` times `processes`. How the run has ended is said by its folder, as launchers end in many ways.
+    `nodes` times `processes`. The run's folder records how it ended, as launchers end in many ways.
     """
     run = RunDir(folder)
     if not run.exists:
@@ -179,7 +179,7 @@ def start_node(
 
 
 def node_rank(nodes: int, variables: Mapping[str, str]) -> int:
-    """Return which of the job's nodes this is, as srun told this process; raises UserError when it told nothing."""
+    """Return which of the job's nodes this is, by srun's variables; raises UserError without them."""
     if nodes == 1:
         return 0
     told = read_slurm(variables).node or ""

@@ -256,7 +256,7 @@ class Plan(Frozen):
     mem: Memory | None = None
     """Memory of each node."""
     time: TimeLimit
-    """The time limit; a run that has more to do goes on in another job."""
+    """The time limit; a run that has more to do resumes in another job."""
     notice_s: Annotated[int, Field(ge=5, le=65_535)] = 120
     """How long before the time limit the run is asked to save and stop."""
     partition: Partition | None = None

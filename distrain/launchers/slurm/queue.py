@@ -1,4 +1,4 @@
-"""SLURM's own commands, and what they say of a job."""
+"""SLURM's own commands, and the states of jobs in their output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def find_command(name: str) -> str | None:
 
 
 def run_command(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run one of SLURM's commands; returns what it prints. Raises UserError with what it says of a failure."""
+    """Run one of SLURM's commands; returns what it prints. Raises UserError with its error message."""
     if find_command(arguments[0]) is None:
         raise UserError(
             f"there is no {arguments[0]} here, so this machine belongs to no SLURM cluster; log in to one that does"
@@ -66,7 +66,7 @@ def sbatch(script: Path) -> str:
     out = run_command("sbatch", "--parsable", "--export=ALL", str(script), environment=passed_on(os.environ))
     number = out.strip().splitlines()[-1].partition(";")[0] if out.strip() else ""
     if not number.isdecimal():
-        raise UserError(f"sbatch said {out.strip()!r}, expected the number of a job")
+        raise UserError(f"sbatch printed {out.strip()!r}, expected the number of a job")
     return number
 
 

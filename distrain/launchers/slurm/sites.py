@@ -52,12 +52,12 @@ def _scratch(value: str) -> str:
 
 
 class Site(Frozen):
-    """Defaults for the jobs of a cluster; every value can be left out."""
+    """Defaults for the jobs of a cluster; every value is optional."""
 
     description: OneLine = ""
     """One line for `distrain sites`."""
     partition: Partition | None = None
-    """The partition; SLURM's default where it is left out."""
+    """The partition; by default SLURM's."""
     account: Account | None = None
     """The account that pays."""
     qos: Qos | None = None
@@ -71,7 +71,7 @@ class Site(Frozen):
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """How GPUs are asked for: gres on clusters that know no other way."""
     cpus_per_gpu: Count | None = None
-    """CPUs to ask for with each GPU, unless --cpus-per-task says it."""
+    """CPUs to ask for with each GPU, unless --cpus-per-task is given."""
     mem: Memory | None = None
     """Memory of each node, such as 64G; 0 is all of it."""
     time: TimeLimit | None = None
@@ -83,13 +83,13 @@ class Site(Frozen):
     modules: Annotated[tuple[Module, ...], Field(strict=False)] = ()
     """Modules to load, in this order."""
     sources: Annotated[tuple[Annotated[str, AfterValidator(_source)], ...], Field(strict=False)] = ()
-    """Files of shell commands that are read before the start: where a site needs more than the other values say."""
+    """Files of shell commands that are read before the start: for what the other values cannot express."""
     environment: dict[VariableName, VariableValue] = {}
     """Environment variables, as they are written."""
     python: OneLine | None = None
-    """The Python to run; the one that runs `distrain submit` where it is left out."""
+    """The Python to run; by default the one that runs `distrain submit`."""
     interface: Interface | None = None
-    """The network interface between nodes, such as ib0; found out for gloo, and left to NCCL, where it is left out."""
+    """The network interface between nodes, such as ib0; by default detected for gloo and left to NCCL."""
     scratch: Annotated[str, AfterValidator(_scratch)] | None = None
     """A folder of each node's own for temporary files, such as /scratch or $SLURM_TMPDIR."""
     container: Container | None = None

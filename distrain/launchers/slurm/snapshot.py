@@ -50,7 +50,7 @@ class Snapshot:
     roots: dict[Path, str] = field(default_factory=dict)
     """Folders whose files are copied, and the name of each in the copy."""
     notes: list[str] = field(default_factory=list)
-    """What was left out, for the user to know."""
+    """What was skipped, for the user."""
     packages: tuple[str, ...] = ()
     """The copied folders in which Python is to look for packages."""
 

@@ -137,7 +137,7 @@ def prepare(
     strategies = {(each.strategy, each.offload, str(each.replicate)) for each in requests}
     strategies = strategies if not problems else {("ddp", "none", "1")}
     if len(strategies) > 1:
-        problems.append(UserError(f"the runs of {folder} go on with strategies that differ; say one with --strategy"))
+        problems.append(UserError(f"the runs of {folder} resume with different strategies; name one with --strategy"))
     strategy, offload, replicate = min(strategies)
 
     code = folder / "submit" / "code"
@@ -192,7 +192,7 @@ def _plan(
 ) -> Plan:
     time = wanted.time or site.time
     if time is None:
-        raise UserError("how long may the job run? Say --time, such as 4:00:00; what is left then goes on in the next")
+        raise UserError("no time limit is set; give --time, such as 4:00:00. What is left then resumes in another job")
     cpus = wanted.cpus_per_task
     if cpus is None:
         cpus = (site.cpus_per_gpu or 0) * wanted.gpus_per_node if wanted.gpus_per_node else processes
@@ -307,7 +307,7 @@ def submit(prepared: Prepared) -> str:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --run-dir") from error
     for (run, loaded), request in zip(prepared.runs, prepared.requests, strict=True):
-        # the file UPDATE says it to the first attempt; a requeued job must not say it again
+        # the file UPDATE tells the first attempt; a requeued job must not update again
         launch = replace(launch, request=replace(request, update=False).record())
         if not run.exists or recipe_differences(load_recipe(run.recipe_path), loaded):
             run.create(recipe_text(loaded), launch)
@@ -322,7 +322,7 @@ def submit(prepared: Prepared) -> str:
 
 
 def announced(prepared: Prepared, number: str) -> list[str]:
-    """Return the lines that tell what was submitted, and how to follow it."""
+    """Return the lines that describe what was submitted, and how to follow it."""
     plan = prepared.plan
     log = log_pattern(plan).replace("%A", number).replace("%j", number).replace("%a", "TASK")
     device = f"{plan.gpus_per_node} GPU{'s' * (plan.gpus_per_node > 1)}" if plan.gpus_per_node else "CPUs"

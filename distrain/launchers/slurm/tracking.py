@@ -1,4 +1,4 @@
-"""Which jobs belong to a run, and what SLURM says of them."""
+"""Which jobs belong to a run, and their states in SLURM."""
 
 from __future__ import annotations
 
