@@ -4,6 +4,7 @@ format.py     the contents of a checkpoint, and its manifest
 writing.py    save, publish, retire
 reading.py    find, verify, read
 headers.py    the headers of safetensors files
+sources.py    where the tensors of a checkpoint of any format lie
 comparing.py  how two checkpoints differ
 dtypes.py     every dtype: torch's name, safetensors' name, its size
 floats.py     floating-point elements of one width to another

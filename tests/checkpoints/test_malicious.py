@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from distrain.checkpoints.export import export, import_checkpoint, open_foreign, pickles
-from distrain.checkpoints.export.pickles import PickleRefused, read_pickle
+from distrain.checkpoints.foreign.pickles import PickleRefused, read_pickle
 from distrain.config import UserError
 
 

@@ -8,11 +8,9 @@
 
 exporting.py, importing.py
 opening.py          finds out the format, and opens it
-sources.py          where tensors lie
 copying.py          copies them into one file
 companion_files.py  the other files of a transformers model
 torch_file.py       writes what `torch.save` writes
-archive.py          reads what `torch.save` wrote, and pickles.py its pickle, without running code
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
-from distrain.checkpoints.export.sources import THREADS, Source, Stored
 from distrain.checkpoints.floats import convert
 from distrain.checkpoints.headers import pack_header
+from distrain.checkpoints.sources import THREADS, Source, Stored
 from distrain.config import UserError
 from distrain.run.heartbeat import progress
 

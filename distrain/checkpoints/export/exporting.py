@@ -19,12 +19,12 @@ from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
 from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import open_foreign, open_native
-from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.export.torch_file import write_torch_file
 from distrain.checkpoints.floats import FLOATS
 from distrain.checkpoints.foreign.common import some
 from distrain.checkpoints.format import MANIFEST, error_reason
 from distrain.checkpoints.reading import is_checkpoint_name
+from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import hidden, is_leftover, sync_folder
 from distrain.config import UserError, close_names
 

@@ -12,8 +12,8 @@ from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.export.companion_files import keep_companions
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import COUNTED, open_foreign
-from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.format import MANIFEST, LocalCommunicator, piece_key
+from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import Saver
 from distrain.config import UserError
 from distrain.run.folder import RunDir

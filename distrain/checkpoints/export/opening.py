@@ -13,11 +13,11 @@ import numpy as np
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
-from distrain.checkpoints.export.sources import Source, flat
 from distrain.checkpoints.floats import FLOATS
 from distrain.checkpoints.foreign.common import NO_TENSORS, some
 from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
 from distrain.checkpoints.reading import Reader, find_checkpoint, is_checkpoint_name
+from distrain.checkpoints.sources import Source, flat
 from distrain.config import UserError, close_names
 from distrain.config.registry import formats
 from distrain.run.folder import RunDir

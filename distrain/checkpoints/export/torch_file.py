@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export.copying import Output, copy_tensors, new_file
-from distrain.checkpoints.export.sources import THREADS, Source, crc32_of, row_major
+from distrain.checkpoints.sources import THREADS, Source, crc32_of, row_major
 
 _ALIGNMENT = 64
 _FOLDER = "archive"

@@ -7,5 +7,6 @@ from_safetensors.py   a safetensors file, or a folder as Hugging Face lays it ou
 from_torch.py         a file of torch.save
 
 common.py             what they share; optimizers.py: the state dict of a torch optimizer
+archive.py            reads what `torch.save` wrote, and pickles.py its pickle, without running code
 trusted.py            pickles that only Python itself can open, in a process of their own
 """

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.checkpoints.export.archive import NoArchive, read_archive
-from distrain.checkpoints.export.pickles import Made, PickleRefused, View
-from distrain.checkpoints.export.sources import Source, Stored, in_one_file, small
+from distrain.checkpoints.foreign.archive import NoArchive, read_archive
+from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View
 from distrain.checkpoints.foreign.trusted import TRUST, open_in_process
 from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reason, parse_json
 from distrain.checkpoints.reading import open_descriptor
+from distrain.checkpoints.sources import Source, Stored, in_one_file, small
 from distrain.config import UserError
 from distrain.system.bounded_json import read_open
 

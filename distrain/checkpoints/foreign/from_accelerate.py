@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.foreign import from_distributed, from_safetensors, from_torch
 from distrain.checkpoints.foreign.common import TorchFile, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
+from distrain.checkpoints.sources import Source
 from distrain.config import UserError
 from distrain.config.registry import formats
 

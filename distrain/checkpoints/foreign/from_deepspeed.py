@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from distrain.checkpoints.export.pickles import Made, View
-from distrain.checkpoints.export.sources import Source, Stored, flat
 from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, canonical_names, number, some
 from distrain.checkpoints.foreign.optimizers import add_by_name
+from distrain.checkpoints.foreign.pickles import Made, View
 from distrain.checkpoints.format import TensorSpec
 from distrain.checkpoints.reading import open_descriptor
+from distrain.checkpoints.sources import Source, Stored, flat
 from distrain.config import UserError
 from distrain.config.registry import formats
 

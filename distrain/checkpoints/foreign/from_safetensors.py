@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoints.export.sources import Source, in_one_file
 from distrain.checkpoints.foreign.common import basename, canonical_names, read_json
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.headers import Header, read_header
 from distrain.checkpoints.reading import open_descriptor
+from distrain.checkpoints.sources import Source, in_one_file
 from distrain.config import UserError
 from distrain.config.registry import formats
 

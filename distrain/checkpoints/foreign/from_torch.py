@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoints.export.pickles import View
-from distrain.checkpoints.export.sources import Source
 from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
+from distrain.checkpoints.foreign.pickles import View
 from distrain.checkpoints.reading import open_descriptor
+from distrain.checkpoints.sources import Source
 from distrain.config import UserError
 from distrain.config.registry import formats
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrain.checkpoints.export.pickles import View
-from distrain.checkpoints.export.sources import Source, Stored
 from distrain.checkpoints.foreign.common import Budget, TorchFile, canonical_names, json_value, some
+from distrain.checkpoints.foreign.pickles import View
+from distrain.checkpoints.sources import Source, Stored
 
 _KEYS = {
     "SGD": {"momentum_buffer"},

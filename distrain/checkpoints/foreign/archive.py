@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.checkpoints.export.pickles import PickleRefused, View, read_pickle
+from distrain.checkpoints.foreign.pickles import PickleRefused, View, read_pickle
 from distrain.config import UserError
 
 MAX_PICKLE = 256 << 20
