@@ -23,23 +23,21 @@ from distrain.datasets.base import DataMeta
 from distrain.datasets.randomness import isolated_randomness, seed_globally
 from distrain.networks.builders import find_builder, torchvision_names
 from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
-from distrain.networks.deferred import SMALL, Deferred, defer
 from distrain.networks.facts import FACT_NAMES, facts, num_outputs
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.huggingface import build_transformers, check_transformers, transformers_config
+from distrain.networks.meta_device import is_building_on_meta
 from distrain.networks.sequential import check_layers, shown
 from distrain.networks.summary import ModelSummary, describe_model
-from distrain.networks.weights import WeightsReport, defer_weights, load_weights, tied_names
+from distrain.networks.weights import WeightsReport, load_weights, tied_names
 
 __all__ = [
-    "Deferred",
     "ModelOutput",
     "ModelSummary",
     "WeightsReport",
     "build_model",
     "calling_convention",
     "check_model",
-    "defer_model",
     "describe_model",
     "facts",
     "forward",
@@ -84,40 +82,6 @@ def build_model(
     are loaded; without them a checkpoint is expected to follow. What was loaded or adapted is logged.
     `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
     """
-    model = _initial(recipe, meta, base, weights, kept)
-    if weights and recipe.model.weights is not None:
-        path = base / recipe.model.weights
-        logger.info("%s", load_weights(model, path, strict=recipe.model.weights_strict))
-    return model
-
-
-def defer_model(
-    recipe: Recipe,
-    meta: DataMeta,
-    *,
-    base: Path = Path(),
-    weights: bool = True,
-    small: int = SMALL,
-    kept: Path | None = None,
-) -> Deferred:
-    """Return what `build_model` returns without its weights, and the same weights one at a time; see `Deferred`.
-
-    So no process holds the whole. Where the model's own code makes that impossible it is built in full, and the reason
-    is logged. `small`: see `defer`.
-    """
-    section = recipe.model
-
-    def build() -> nn.Module:
-        return _initial(recipe, meta, base, weights, kept)
-
-    deferred = defer(build, small=small)
-    if weights and section.weights is not None:
-        logger.info("%s", defer_weights(deferred, base / section.weights, strict=section.weights_strict))
-    return deferred
-
-
-def _initial(recipe: Recipe, meta: DataMeta, base: Path, weights: bool, kept: Path | None) -> nn.Module:
-    """Return the model as its constructor leaves it, in training mode."""
     section, known = recipe.model, facts(recipe.task, meta)
     dtype = float_dtype(recipe)
     with isolated_seed(mix(recipe.seed, "init")):
@@ -126,9 +90,15 @@ def _initial(recipe: Recipe, meta: DataMeta, base: Path, weights: bool, kept: Pa
         else:
             model = _build(recipe, known)
             _size_lazy(model, meta, section.name)
+    # what is on the meta device cannot leave it
+    device = None if is_building_on_meta() else "cpu"
     if any(p.device.type != "cpu" or (p.is_floating_point() and p.dtype != dtype) for p in model.parameters()):
-        model = model.to(device="cpu", dtype=dtype)
-    return model.train()
+        model = model.to(device=device, dtype=dtype)
+    model.train()
+    if weights and recipe.model.weights is not None:
+        path = base / recipe.model.weights
+        logger.info("%s", load_weights(model, path, strict=recipe.model.weights_strict))
+    return model
 
 
 def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:

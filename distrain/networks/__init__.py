@@ -10,7 +10,7 @@
     huggingface.py  models of the transformers library
     blocks.py       a model's repeated blocks, and activation checkpointing
     weights.py      initial weights from a file
-    deferred.py     a model without its weights, and its initial weights one at a time
+    meta_device.py  building a model without its weights, and comparing it with an ordinary build
 
 To add one, write in any module of this folder a class or function decorated with `models.register(NAME, tasks=...)`
 from `distrain.config.registry`. Its parameters are keys of the recipe's `model` section; one named like a fact of the

@@ -19,7 +19,7 @@ from torch import nn
 
 from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.config import UserError, close_names
-from distrain.networks.pretrained import weights_in_their_files
+from distrain.networks.meta_device import is_building_on_meta
 from distrain.system.bounded_json import SUMMARY
 
 PREFIX = "transformers:"
@@ -123,8 +123,7 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
                 setattr(config, key, known[fact])
         with _as_single_process():
             if weights:
-                with weights_in_their_files():
-                    model = kind.from_pretrained(folder, config=config, local_files_only=True)
+                model = kind.from_pretrained(folder, config=config, local_files_only=True)
             else:
                 model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
@@ -144,21 +143,26 @@ def _as_single_process() -> Iterator[None]:
     """Make transformers build as in a single process.
 
     Under ZeRO-3 it would shard each layer as it is made, with other initial weights. If Accelerate loads for FSDP on
-    the first rank only, the others would have an empty model.
+    the first rank only, the others would have an empty model. If parameters go to the meta device as they are loaded,
+    its threads would hold many of them at once.
     """
     from transformers.integrations import deepspeed
 
-    kept, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_RANK_ONLY, None)
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    variables = {name: os.environ.pop(name, None) for name in (_FIRST_RANK_ONLY, _NO_THREADS)}
     deepspeed.unset_hf_deepspeed_config()
+    if is_building_on_meta():
+        os.environ[_NO_THREADS] = "1"
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
-        if loading is not None:
-            os.environ[_FIRST_RANK_ONLY] = loading
+        os.environ.pop(_NO_THREADS, None)
+        os.environ.update({name: value for name, value in variables.items() if value is not None})
 
 
 _FIRST_RANK_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def _class(name: str) -> Any:

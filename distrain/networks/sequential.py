@@ -32,6 +32,7 @@ from torch.nn.parameter import is_lazy
 
 from distrain.config import UserError, close_names, is_object_spec, resolve_object
 from distrain.config.registry import models
+from distrain.networks.meta_device import is_building_on_meta
 
 
 class Residual(nn.Sequential):
@@ -243,8 +244,10 @@ def sequential(
     if problems:
         raise UserError("\n".join(problems))
     model = nn.Sequential(*built)
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if is_building_on_meta() and not lazy:
+        return model  # the process that builds the values too tries the layers
     if input_shape is None:
-        lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise UserError(
                 f"model.layers: the shape of a sample is unknown, so {lazy[0]!r} cannot be sized; give the "

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export import made_by_hooks, open_tensors
 from distrain.config import UserError
-from distrain.networks.deferred import Deferred
 from distrain.networks.memory import own_tensors
 
 
@@ -77,32 +76,14 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     The prefixes of wrappers (`module.`, `_orig_mod.`) are removed, and any other common prefix (`model.`) if all names
     are the model's without it. `strict`: the file must hold exactly the model's tensors (one name of tied ones is
     enough), otherwise UserError; not strict: tensors that agree in name and shape are loaded, the report lists the
-    rest, and only a file without any is an error.
+    rest, and only a file without any is an error. Parameters on the meta device stay there.
     """
     expected, found, report = _compare(model, path, strict)
     own, made = _own_first(model, expected, _fitting(expected, found))
     for name in own:
-        expected[name].copy_(found[name].read())
+        if not expected[name].is_meta:
+            expected[name].copy_(found[name].read())
     _give(model, {name: found[name].read() for name in made})
-    return report
-
-
-@torch.no_grad()
-def defer_weights(deferred: Deferred, path: Path, *, strict: bool = True) -> WeightsReport:
-    """Like `load_weights` for a model without its weights: each is read on demand, so the file must not change.
-
-    Buffers are loaded at once.
-    """
-    expected, found, report = _compare(deferred.model, path, strict)
-    names = {id(parameter): name for name, parameter in deferred.model.named_parameters()}
-    own, made = _own_first(deferred.model, expected, _fitting(expected, found))
-    for name in own:
-        tensor = expected[name]
-        if id(tensor) in names:
-            deferred.replace(names[id(tensor)], _reader(found[name], tensor))
-        else:
-            tensor.copy_(found[name].read())
-    _give(deferred.model, {name: found[name].read() for name in made})
     return report
 
 
@@ -117,16 +98,6 @@ def _give(model: nn.Module, made: dict[str, Tensor]) -> None:
     """Load tensors made by hooks and get_extra_state through the model: copying into them has no effect."""
     if made:
         model.load_state_dict({**model.state_dict(), **made})
-
-
-def _reader(stored: _Stored, parameter: Tensor) -> Callable[[], Tensor]:
-    size, stride, dtype = parameter.size(), parameter.stride(), parameter.dtype
-
-    def read() -> Tensor:
-        with torch.no_grad():
-            return torch.empty_strided(size, stride, dtype=dtype, device="cpu").copy_(stored.read())
-
-    return read
 
 
 def _fitting(expected: Mapping[str, Tensor], found: Mapping[str, _Stored]) -> list[str]:

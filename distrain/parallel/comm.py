@@ -59,6 +59,9 @@ class World:
     mesh: Mesh
     """Who shards, who replicates, and which part of the data each rank reads."""
 
+    sources: Sequence[int]
+    """Of each rank, the first one of its node, which builds models for all of that node."""
+
     def __init__(
         self, accelerator: Accelerator, mixed_precision: MixedPrecision, asked: StrategySpec, timeout: timedelta
     ):
@@ -148,6 +151,14 @@ class World:
         dist.broadcast_object_list(values, src=0, group=group)
         progress()
         return values[0]
+
+    def send(self, values: Tensor, rank: int) -> None:
+        """Send `values` (on the CPU, contiguous) to one rank, which calls `receive`."""
+        dist.send(values, rank, group=self._control)
+
+    def receive(self, values: Tensor, rank: int) -> None:
+        """Fill `values` (on the CPU, contiguous) with what `rank` sends."""
+        dist.recv(values, rank, group=self._control)
 
     def store_flag(self) -> StoreFlag:
         """Return something that one rank can set and the others read without waiting."""
@@ -292,6 +303,8 @@ def open_world(
         world.deterministic = told
         node = (environment.rank - environment.local_rank, environment.local_world_size)
         nodes = world.gather(node)
+        # where a launcher does not number the ranks of a node one after the other, one of them stands for all
+        world.sources = [first if nodes[first][0] == first else 0 for first, _ in nodes]
         world.mesh = world.run_on_all(lambda: Mesh.of(asked, world.rank, nodes))
         return world
     except BaseException:

@@ -23,6 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from distrain.networks.blocks import block_classes
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
+from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -44,23 +45,14 @@ class FSDP2Strategy(Strategy):
 
     def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
-        deferred = world.run_on_all(plan.deferred)
-        model = deferred.model
+        model, values = build_in_shards(world, plan.model)
         self._shard_model(model)
         _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
         buffers_to(model, world.device)
         self.model = self.wrapped = with_mixed_precision(world, model)
         if plan.initial:
-            parameters = dict(model.named_parameters())
-
-            def fill() -> None:
-                with torch.no_grad():
-                    for name, value in deferred.values():
-                        shard = self.shard(parameters[name])
-                        flat = value.detach().reshape(-1)[shard.start : shard.start + shard.values.numel()]
-                        shard.values.copy_(flat.reshape(shard.values.shape))
-
-            world.run_on_all(fill)
+            fill_shards(world, values, {name: self.shard(parameter) for name, parameter in model.named_parameters()})
+        del values
         # on the sharded parameters, so that its state is sharded as they are
         self.optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
-from distrain.networks.deferred import Deferred
 from distrain.optim import Ema, canonical_name, sparse_layers
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
@@ -35,9 +34,7 @@ class BuildSpec:
     """What a strategy is built from. All ranks call its functions alike."""
 
     model: Callable[[], nn.Module]
-    """Builds the whole model on the CPU."""
-    deferred: Callable[[], Deferred]
-    """Builds its structure, and then the values of one parameter at a time: the same ones."""
+    """Builds the whole model on the CPU, or on the meta device where parameters go there; see `build_in_shards`."""
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     """Builds the optimizer, and stops frozen parameters from being trained."""
     loss_sum: Callable[[nn.Module, int], Tensor]

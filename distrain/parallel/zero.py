@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distrain.config import UserError
-from distrain.networks.deferred import Deferred
 from distrain.networks.memory import own_tensors
 from distrain.optim import Ema, canonical_name
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
+from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.optimizer_state import group_names
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -87,11 +87,13 @@ class ZeROStrategy(Strategy):
     def _build(self, plan: BuildSpec) -> tuple[nn.Module, torch.optim.Optimizer]:
         world = self.world
         if self.stage == 3:
-            deferred = world.run_on_all(plan.deferred)
-            model = deferred.model
+            model, values = build_in_shards(world, plan.model)
             buffers_to(model, world.device)
             reached = self._reached_in_first_step(plan, model, self._reached_without_memory)
-            _partition(deferred, world, initial=plan.initial)
+            shards = _partition(model, world)
+            if plan.initial:
+                fill_shards(world, values, shards)
+            del values, shards
             optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
             with_mixed_precision(world, model)
         else:
@@ -341,10 +343,7 @@ class ZeROStrategy(Strategy):
         return {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
 
     def _shard_3(self, parameter: Any) -> Shard:
-        """Each parameter is cut into equal parts, the last one padded."""
-        shape, part = tuple(parameter.ds_shape), parameter.partition_numel()
-        start = min(self.world.rank * part, parameter.ds_numel)
-        numel = min(part, parameter.ds_numel - start)
+        shape, (start, numel) = tuple(parameter.ds_shape), _range_3(parameter, self.world.rank)
         place = self._zero.grad_position.get(self._zero.get_param_id(parameter)) if parameter.requires_grad else None
         if place is None:
             return Shard(shape, start, parameter.ds_tensor.detach()[:numel], replicated=False, entry=None)
@@ -543,9 +542,8 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._parameters) + len(self._buffers)
 
 
-def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
-    """Give the parameters of a model on the meta device their values, one at a time, each cut into the ranks' parts."""
-    model = deferred.model
+def _partition(model: nn.Module, world: World) -> dict[str, Shard]:
+    """Cut parameters on the meta device into the ranks' parts, without values; return this rank's, to be filled."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -560,15 +558,22 @@ def _partition(deferred: Deferred, world: World, *, initial: bool) -> None:
     init = deepspeed.zero.Init(
         module=None, config_dict_or_path=world.accelerator.state.deepspeed_plugin.deepspeed_config
     )
-    values = (
-        deferred.values() if initial else ((name, torch.empty_like(p, device="cpu")) for name, p in list(named.items()))
-    )
-    for name, value in values:
-        old = named.pop(name)
-        new: Any = nn.Parameter(value.detach().to(world.device), requires_grad=old.requires_grad)
+    shards = {}
+    for name, old in named.items():
+        empty_one = torch.empty(old.shape, dtype=old.dtype, device=world.device)
+        new: Any = nn.Parameter(empty_one, requires_grad=old.requires_grad)
+        del empty_one
         init._convert_to_deepspeed_param(new)
         new.partition()
         for module, key in places[id(old)]:
             module._parameters[key] = new
-    if named:
-        raise UserError(f"the model gave no values for {', '.join(sorted(named)[:3])}")
+        start, numel = _range_3(new, world.rank)
+        shards[name] = Shard(tuple(new.ds_shape), start, new.ds_tensor.detach()[:numel], replicated=False, entry=None)
+    return shards
+
+
+def _range_3(parameter: Any, rank: int) -> tuple[int, int]:
+    """Return the start and the length of a rank's part: all are equal, and the last one is padded."""
+    part = parameter.partition_numel()
+    start = min(rank * part, parameter.ds_numel)
+    return start, min(part, parameter.ds_numel - start)

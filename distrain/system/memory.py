@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,3 +139,27 @@ def _of_cgroups() -> Iterator[Limit]:
         idle = _counter(folder / "memory.stat", "inactive_file" if new else "total_inactive_file") or 0
         in_use = max((used or 0) - idle, 0)
         yield Limit("the limit of the cgroup", limit, in_use, max(peak or 0, in_use), shared=True)
+
+
+_FREED = 32 * 2**20
+"""Bytes that are freed before they are given back."""
+
+_freed = 0
+
+
+def give_back(nbytes: int) -> None:
+    """Note that so much was freed, and now and then give what is free back to the operating system.
+
+    The C library keeps a freed block below one that is in use, so a process that lets go of a model piece by piece
+    would stay as large as it was.
+    """
+    global _freed
+    _freed += nbytes
+    if _freed >= _FREED and (trim := _malloc_trim()) is not None:
+        trim(0)
+        _freed = 0
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -26,10 +26,9 @@ from distrain.datasets.order import SampleOrder
 from distrain.datasets.preparing import prepare_data
 from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
-from distrain.models import build_model, defer_model
+from distrain.models import build_model
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.calling import calling_convention, unwrap_model
-from distrain.networks.deferred import Deferred
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
@@ -237,11 +236,6 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
         fit(model)
         return model
 
-    def defer() -> Deferred:
-        deferred = defer_model(recipe, meta, weights=not resumes, kept=kept)
-        fit(deferred.model)
-        return deferred
-
     first_step = cache(lambda: next(feed.batches(start_step=0)))
 
     def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
@@ -252,7 +246,6 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
 
     plan = BuildSpec(
         model=build,
-        deferred=defer,
         optimizer=lambda model: build_optimizer(model, recipe.optim),
         loss_sum=loss_sum,
         micro_batch_size=feed.micro_batch_size,

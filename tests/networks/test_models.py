@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distrain.config import OptimSection, Recipe, UserError
 from distrain.config.registry import models
 from distrain.datasets.base import DataMeta
-from distrain.models import build_model, check_model, defer_model, load_weights, tied_names
+from distrain.models import build_model, check_model, load_weights, tied_names
 from distrain.networks.attention import rotary, sinusoids
 from distrain.networks.builders import torchvision_names
 from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
@@ -774,7 +774,6 @@ def _as_file(folder: Path, state: dict[str, Tensor], name: str) -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize("deferred", [False, True], ids=["whole", "deferred"])
 @pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.body.", "model.module."])
 @pytest.mark.parametrize(
     ("write", "name"),
@@ -788,16 +787,12 @@ def _as_file(folder: Path, state: dict[str, Tensor], name: str) -> Path:
     ],
 )
 def test_weights_of_others_are_loaded_without_their_prefix(
-    tmp_path: Path, write: Callable[..., Path], name: str, prefix: str, deferred: bool
+    tmp_path: Path, write: Callable[..., Path], name: str, prefix: str
 ) -> None:
     state = build_model(recipe_of("mlp", seed=5), IMAGES).state_dict()
     path = write(tmp_path, {prefix + key: tensor for key, tensor in state.items()}, name)
     with logged() as said:
-        if deferred:
-            recipe = recipe_of({"name": "mlp", "weights": str(path)})
-            found = dict(defer_model(recipe, IMAGES, small=0).values())
-        else:
-            found = build({"name": "mlp", "weights": str(path)}).state_dict()
+        found = build({"name": "mlp", "weights": str(path)}).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
     assert f"loaded 6 tensors from {path}; removed from the names: {prefix.partition('module.')[0]}" in said[-1]

@@ -207,7 +207,6 @@ def test_what_is_refused_under_fsdp2_is_reported() -> None:
 def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None:
     """Return why an engine with this optimizer is refused, or None."""
     from distrain.config import UserError
-    from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer
     from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
 
@@ -218,7 +217,6 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
     world = open_world("fp32", StrategySpec(strategy))
     plan = BuildSpec(
         model=model,
-        deferred=lambda: defer(model),
         optimizer=lambda built: build_optimizer(built, section),
         loss_sum=lambda built, index: built(torch.ones(2, 5)).sum(),
         micro_batch_size=2,
@@ -264,7 +262,6 @@ STEPPED = [*VARIANTS, own(OwnAdagrad)]
 def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
     """Return the class that steps, and the weights after three steps, for each optimizer; or why it is refused."""
     from distrain.config import UserError
-    from distrain.networks.deferred import defer
     from distrain.optim import build_optimizer, set_lr
     from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
 
@@ -286,7 +283,6 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
         section = section_of(variant | {"groups": groups, "freeze": ["0.bias"] if variant["name"] == "muon" else []})
         plan = BuildSpec(
             model=model,
-            deferred=lambda: defer(model),
             optimizer=lambda built, section=section: build_optimizer(built, section),  # type: ignore[misc]
             loss_sum=lambda built, index: loss(built, batches[0]),
             micro_batch_size=2,

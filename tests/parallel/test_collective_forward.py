@@ -239,7 +239,6 @@ def test_a_run_of_each_strategy_scores_the_same_text(tmp_path: Path, kind: str) 
 
 def uneven_passes(strategy: str) -> list[float]:
     """Make another number of forward passes on each rank while all weights are held, and one more in step; the sums."""
-    from distrain.networks.deferred import defer
     from distrain.parallel import BuildSpec, StrategySpec, build_strategy
 
     def model() -> torch.nn.Module:
@@ -250,7 +249,6 @@ def uneven_passes(strategy: str) -> list[float]:
     world = open_world("fp32", StrategySpec(strategy))
     plan = BuildSpec(
         model=model,
-        deferred=lambda: defer(model),
         optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.0),
         loss_sum=lambda built, index: built(torch.ones(1, 400)).sum(),
         micro_batch_size=1,

@@ -433,7 +433,6 @@ def prepared() -> tuple[float, bool, list[float]]:
         world,
         BuildSpec(
             model=lambda: model,
-            deferred=lambda: pytest.fail("nothing is sharded"),
             optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
             loss_sum=lambda model, index: model(torch.ones(2, 3)).sum(),
             micro_batch_size=2,
