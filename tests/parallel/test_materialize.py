@@ -85,7 +85,7 @@ def initial(strategy: str, names: list[str], node_size: int) -> dict[str, tuple[
                 except UserError as error:
                     found[name] = (str(error), lines)
                     continue
-            with engine.whole(), torch.no_grad():
+            with engine.unsharded(), torch.no_grad():
                 found[name] = (digests(engine.model), lines)
     finally:
         world.close()
