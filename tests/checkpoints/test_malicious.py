@@ -18,7 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from distrain.checkpoints.export import export, import_checkpoint, open_foreign, pickles
+from distrain.checkpoints.export import export, import_checkpoint, open_foreign
+from distrain.checkpoints.foreign import pickles
 from distrain.checkpoints.foreign.pickles import PickleRefused, read_pickle
 from distrain.config import UserError
 
