@@ -31,7 +31,7 @@ class Console(console.Console):
         super().print(*(Text(lines(each)) if isinstance(each, str) else each for each in objects), **options)
 
     def say(self, text: str) -> None:
-        """Print one line; on a terminal that is too narrow it goes on between words, below its text."""
+        """Print one line; a terminal that is too narrow wraps it between words, below its text."""
         said = one_line(text)
         if self.is_terminal and len(said) > self.width:
             said = "\n".join(_wrapped(said, self.width))
@@ -66,7 +66,7 @@ class Table(table.Table):
         """Said above the table; as a title of Rich's it would be broken to the width of the columns."""
 
     def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
-        options.setdefault("overflow", "fold")  # what does not fit goes on below, and is not cut off
+        options.setdefault("overflow", "fold")  # what does not fit is wrapped, not cut off
         super().add_column(_text(header), *rest, **options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:

@@ -110,7 +110,7 @@ def in_words(cut: dict[str, int]) -> str:
 
 
 def check_cut(then: dict[str, int], now: dict[str, int], name: str) -> None:
-    """Raise UserError where a run would go on with another objective than it had."""
+    """Raise UserError where a resume would change the objective of the run."""
     if then != now:
         raise UserError(
             f"loss {name} takes the samples of a micro-batch together, and the run was trained with {in_words(then)}; "

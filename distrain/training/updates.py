@@ -78,7 +78,7 @@ def take_inputs(
 def noted(run: RunDir, step: int) -> dict[str, Any] | None:
     """Return the newest update on record, where that is one of a start from `step`.
 
-    Looks at no starts before the newest one that went on from an earlier step.
+    Ignores attempts before the newest one that resumed from an earlier step.
     """
     for row in rows_backwards(run.attempts_path):
         if row.get("event") == EVENT:

@@ -38,7 +38,7 @@ FAULTS = {
     20: ("out of memory", "rank, peak and what to lower are named, not started again"),
     21: ("a sample that does not decode", "an error with its path and number; or left out and counted, by the recipe"),
     22: ("no data, too little data, uneven shards", "an error at the start, or exact counts"),
-    23: ("wandb without a network or an account", "training goes on, said once"),
+    23: ("wandb without a network or an account", "training continues, reported once"),
     24: ("the clock jumps", "the order is that of steps, no timeout fires"),
     25: ("the port is taken", "another one is used"),
     26: ("a malicious pickle in a checkpoint's place", "refused, nothing of it runs"),
