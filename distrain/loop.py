@@ -69,7 +69,7 @@ def train_step(
     """Take one optimizer step: all of its mathematics, the same under every strategy. All ranks call.
 
     The gradient is that of `sum of losses / count`, both taken over all micro-batches and ranks, so it depends neither
-    on how samples are spread over them nor on how many targets each holds. `flags` returns what this rank tells the
+    on how samples are spread over them nor on how many targets each holds. `flags` returns what this rank has for the
     others; their means over the ranks come with the loss. A step whose scaled gradient overflows is made again with a
     smaller scale, from the same samples. A skipped step changes nothing but the count of steps.
     """

@@ -31,8 +31,16 @@ RETIRED_PHRASES = [
     r"straight run",
     r"trains? straight",
     r"autopsy",
+    r"left out",
+    r"leaves? out",
+    r"(is|are|was|were|be) told",
+    r"lets? go of",
+    r"rehearse",
+    r"without a word",
+    r"far too large",
+    r"a score",
 ]
-"""What pages said, in words that only this project had."""
+"""What pages and messages said, in words that only this project had."""
 
 
 def public_names() -> Iterator[tuple[Path, str]]:
@@ -58,6 +66,18 @@ def test_no_function_takes_a_way_to_say_something() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         if argument.arg in ("say", "tell")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_message_or_docstring_speaks_in_retired_words(file: Path) -> None:
+    found = [
+        f"{node.lineno}: {phrase}: {node.value[:100]!r}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for phrase in RETIRED_PHRASES
+        if re.search(rf"\b{phrase}\b", node.value, re.I)
     ]
     assert not found, "\n".join(found)
 

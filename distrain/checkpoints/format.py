@@ -176,7 +176,7 @@ class Manifest:
     files: tuple[FileInfo, ...]
     tensors: dict[str, Tensor]
     evaluation: Evaluation | None = None
-    """None in older checkpoints, which have a score alone, and in imported ones."""
+    """None in older checkpoints, which hold the value alone, and in imported ones."""
     history: dict[str, Any] | None = None
     """State of the loop that a resume would otherwise search the run's rows for."""
 

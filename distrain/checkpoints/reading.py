@@ -282,7 +282,7 @@ def newest_step(folder: Path | str) -> int | None:
 
 
 def find_best(folder: Path | str) -> Path | None:
-    """Return the best checkpoint by the run's current metric, the earliest of equals; None if none has a score."""
+    """Return the best checkpoint by the run's current metric, the earliest of equals; None if none has a value."""
     best = best_first(list_checkpoints(folder), {}, criterion_of(folder))
     return best[0].path if best else None
 
@@ -316,7 +316,7 @@ def _manifests(infos: Iterable[CheckpointInfo]) -> Iterator[Manifest]:
 def best_first(
     infos: Iterable[CheckpointInfo], known: dict[str, float | None], criterion: Criterion | None = None
 ) -> list[CheckpointInfo]:
-    """Sort the checkpoints that have a score by the criterion; `known` remembers these scores by folder name."""
+    """Sort the checkpoints that have a value of the metric by the criterion; `known` remembers them by folder name."""
     for info in infos:
         if info.path.name not in known:
             # a damaged one is nobody's best; resuming reports what is wrong with it
@@ -352,7 +352,7 @@ def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
         if found is None:
             criterion = criterion_of(folder)
             by = f" by {criterion.metric}" if criterion is not None else ""
-            raise UserError(f"{path} has no checkpoint with a score{by}; without --best the newest is taken")
+            raise UserError(f"{path} has no checkpoint with an evaluation{by}; without --best the newest is taken")
         return found
     finished = RunDir(path).finished or {}
     exported = folder / Path(finished.get("checkpoint", ".")).name

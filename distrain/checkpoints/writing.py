@@ -164,7 +164,7 @@ class Saver:
 
     The newest `keep` up to the step just saved stay, and the `keep_best` with the highest scores besides. `fence`,
     called by rank 0 just before the publishing rename, raises when this run must not publish any more. All ranks make
-    the same calls in the same order, from the thread that may use `comm`; `rehearse`, `begin` and `finish` raise the
+    the same calls in the same order, from the thread that may use `comm`; `dry_run`, `begin` and `finish` raise the
     same CheckpointError on every rank, and whatever fails, the checkpoints that were there stay as they were.
     """
 
@@ -201,7 +201,7 @@ class Saver:
         """Whether this rank has written everything, so that `finish` waits for other ranks only. Costs nothing."""
         return self._flight is None or self._flight.thread is None or not self._flight.thread.is_alive()
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """Check before training that every rank can write into the folder and rank 0 sees what they write."""
         assert self._flight is None
         folder = self._stage("step-00000000")

@@ -132,7 +132,7 @@ def status(
 ) -> None:
     """Show the state of runs: queue, step, time left, loss, restarts."""
     from distrain.report.status import as_json as told
-    from distrain.report.status import in_words, statuses, table
+    from distrain.report.status import status_rows, statuses, table
     from distrain.run.folder import RunDir
     from distrain.system.terminal import Console
 
@@ -142,7 +142,7 @@ def status(
         typer.echo(json.dumps(told(found[0]) if single else [told(each) for each in found], indent=2))
     elif single:
         echo(one_line(run))
-        for name, value in in_words(found[0]):
+        for name, value in status_rows(found[0]):
             echo(one_line(f"  {name:<9} {value}"))
     elif not found:
         echo(f"{run} holds no runs")

@@ -98,7 +98,7 @@ def _type_hints(build: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _misfit(value: Any, hint: Any, default: Any) -> str | None:
-    """Return why a value of a recipe is not what an annotation says; None where it is, or that cannot be told."""
+    """Return why a value of a recipe is not what an annotation says; None where it is, or that cannot be decided."""
     if value is None and default is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """Objects that a recipe names, from installed packages and from the user's own files.
 
-A file is imported under its plain name where Python itself finds it by that name. Where the name belongs to something
+A file is imported under its own name where Python itself finds it by that name. Where the name belongs to something
 else (`train.py`, `evaluate.py`), it becomes a submodule of this module, and its name holds the file's path: a loader
 process that unpickles an object of it imports it again from nothing but that name.
 """
@@ -72,7 +72,7 @@ def _import_file(file: Path, spec: str) -> Any:
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     importlib.invalidate_caches()
-    # The plain name, when Python finds this very file under it, so that it is one module with what siblings import.
+    # its own name, when Python finds this very file under it, so that it is one module with what siblings import.
     try:
         known = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
     except (ValueError, ImportError):

@@ -414,8 +414,8 @@ def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> f
         if form.labels.ignored is not None:
             return form.labels.ignored
         raise UserError(
-            f"{what} of one batch have different lengths, and the loss ignores no number; give targets of one length, "
-            f"set loss.ignore_index if the loss has one, or {give}"
+            f"{what} of one batch have different lengths, and the loss has no ignore_index; give targets of one "
+            f"length, set loss.ignore_index if the loss has one, or {give}"
         )
     first = tensors[0]
     if first.is_floating_point():

@@ -151,7 +151,7 @@ class DDPStrategy(Strategy):
     def _complete(self) -> None:
         """Give DDP the gradients that it still waits for on this rank; what no rank has used keeps none.
 
-        DDP was told that each gradient comes with each step, because that was so with the first batch. A gradient that
+        DDP assumes that each gradient comes with each step, because that was so with the first batch. A gradient that
         does not come after all is negative zero: a sum is that only where every rank gives it, so the ranks that miss a
         parameter see whether another one has used it without a reduction of their own. Waits for the device if any is
         missed.

@@ -91,7 +91,7 @@ def _build_in_turn(
 def fill_shards(world: World, values: dict[str, Tensor], shards: Mapping[str, Shard]) -> None:
     """Fill the ranks' shards, in the model's order, from the values that the first process of each node has.
 
-    All ranks call, with shards of the same parameters. A value is let go of when it was sent, so memory does not grow
+    All ranks call, with shards of the same parameters. A value is freed when it was sent, so memory does not grow
     on the sources; no other process holds more than its own shards.
     """
     source = world.sources[world.rank]

@@ -58,11 +58,11 @@ class TrainingState:
     """Of torch, unwrapped; None for a model that is only used."""
     ema: Ema | None
     shard: Callable[[nn.Parameter], Shard] = whole
-    """Tells what this rank holds of a parameter."""
+    """Returns what this rank holds of a parameter."""
     groups: list[list[str]] | None = None
     """The names of the parameters in the optimizer's groups, where those hold something else in their place."""
     migrate: MigrationPlanner | None = None
-    """Tells what the optimizer takes over from the state of another; None takes over that of its own class alone."""
+    """Returns what the optimizer takes over from the state of another; None takes over that of its own class alone."""
     stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Gives the context in which the optimizer's groups hold what it trains."""
 

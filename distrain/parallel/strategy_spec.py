@@ -179,7 +179,7 @@ def check_world(
 ) -> None:
     """Raise UserError unless the launcher's world is the one asked for.
 
-    That is said by `expected`, by the launcher's own argv, or by its configuration, with the place there.
+    That is `expected`, or what is asked for by the launcher's own argv, or by its configuration, with the place there.
     """
     found = environment.world_size
     wanted, who = expected, "this run"

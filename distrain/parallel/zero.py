@@ -247,7 +247,7 @@ class ZeROStrategy(Strategy):
     # A step
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """In stage 3 linear layers let go of their gathered weights until the backward pass."""
+        """In stage 3 linear layers free their gathered weights until the backward pass."""
         context = super().micro_batch(last)
         compiled = self.model._compiled_call_impl is not None
         return context if self.stage < 3 or compiled else _thrifty_linear()
@@ -483,7 +483,7 @@ def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
     """Return how much DeepSpeed sends or holds at once, in elements: a sixteenth of the model, at most 200 MB of fp32.
 
     Its own sizes are for large models: buffers of 2 GB on each rank, and in stage 3 no weight of a model of less than a
-    billion would be let go between the forward and the backward pass.
+    billion would be freed between the forward and the backward pass.
     """
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     bucket = min(max(total // 16, 2**18), 50_000_000) // 1024 * 1024
@@ -498,7 +498,7 @@ def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
 
 
 def _give_zeros(parameter: nn.Parameter) -> None:
-    """Give a parameter that was not used a gradient, also where stage 3 has let go of its values."""
+    """Give a parameter that was not used a gradient, also where stage 3 has freed its values."""
     shape, values = getattr(parameter, "ds_shape", parameter.shape), parameter.data
     if values.shape != shape:
         parameter.data = values.new_zeros(()).expand(shape)  # what a gradient is held against

@@ -307,8 +307,8 @@ class _Prover:
     def check_repeats(self, divergence: Divergence, baseline: TrialRun, trial: TrialRun) -> tuple[bool | None, bool]:
         """Return whether a baseline run repeats, None where that is known or unknown, and whether it depends on hashes.
 
-        A further baseline run with the hash seed of the attempt that differs tells whether the resume is to blame; one
-        with the hash seed of the first baseline run tells whether that seed alone makes the difference.
+        A further baseline run with the hash seed of the attempt that differs shows whether the resume is to blame; one
+        with the hash seed of the first baseline run shows whether that seed alone makes the difference.
         """
         d = divergence
         uninterrupted = d.attempt == 0

@@ -69,7 +69,7 @@ def _interruptions(trial: TrialRun) -> str:
 
 
 def show(proof: Proof, console: Console) -> None:
-    """Print a table of the trial runs, and the verdict on one line or the first divergence."""
+    """Print a table of the trial runs, and the result on one line or the first divergence."""
     table = Table(title=f"{proof.recipe}: {_steps_covered(proof)}")
     for column in ("run", "attempts", "compared with", "result"):
         table.add_column(column)

@@ -230,7 +230,7 @@ def statuses(folder: Path) -> list[Status]:
 # As people read it
 
 
-def in_words(status: Status) -> list[tuple[str, str]]:
+def status_rows(status: Status) -> list[tuple[str, str]]:
     """Return the lines that describe a run, name and value."""
     of = f" of {status.total_steps:,}" if status.total_steps else ""
     said = [("state", f"{status.state}: {STATES[status.state]}")]

@@ -285,7 +285,7 @@ def is_idle_loader(stack: Stack) -> bool:
     return True
 
 
-def in_words(found: dict[int, Stack]) -> Iterator[str]:
+def format_stacks(found: dict[int, Stack]) -> Iterator[str]:
     """Yield the lines of a report of all threads' stacks."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, stack in found.items():

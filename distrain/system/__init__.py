@@ -5,6 +5,6 @@ output.py        text on its way out: to the terminal, logs and files
 terminal.py      tables and the progress line
 bounded_json.py  JSON from outside, read strictly and within bounds
 environment.py   the variables that a launcher sets, believed where that launcher is an ancestor
-processes.py     what the kernel tells of a process
+processes.py     what the kernel knows of a process
 memory.py        what this process and its machine have and use
 """

@@ -279,7 +279,7 @@ def join(variables: MutableMapping[str, str]) -> tuple[Environment, list[str]]:
 def forget_launchers(variables: MutableMapping[str, str]) -> list[str]:
     """Take out all that a launcher started here would take for its own options, or its processes for a world.
 
-    Returns a line for what was ignored; of MPI nothing is said, as each of its starters sets dozens.
+    Returns a line for what was ignored; of MPI nothing is reported, as each of its starters sets dozens.
     """
     _take_out(variables, [name for name in variables if name.startswith(_MPI)])
     return _take_out(

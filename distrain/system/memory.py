@@ -150,7 +150,7 @@ _freed = 0
 def give_back(nbytes: int) -> None:
     """Note that so much was freed, and now and then give what is free back to the operating system.
 
-    The C library keeps a freed block below one that is in use, so a process that lets go of a model piece by piece
+    The C library keeps a freed block below one that is in use, so a process that frees a model piece by piece
     would stay as large as it was.
     """
     global _freed

@@ -93,14 +93,14 @@ def echo_error(text: object, who: str = "") -> None:
 def echo_loading(*, on_terminal: bool) -> None:
     """Print that PyTorch is being loaded, before imports that take seconds: for people, so on standard error.
 
-    On a terminal it is said at once; in a log, where nobody waits, behind what can be wrong with the recipe alone.
+    On a terminal it is printed at once; in a log, where nobody waits, behind what can be wrong with the recipe alone.
     """
     if sys.stderr.isatty() == on_terminal:
         echo("loading PyTorch", error=True)
 
 
 def error_text(text: object, who: str = "") -> str:
-    """Return what `echo_error` prints; `who` is said before the colon, as in `error (rank 1): …`."""
+    """Return what `echo_error` prints; `who` stands before the colon, as in `error (rank 1): …`."""
     said = str(text).rstrip("\n")
     return f"error{who}:{'' if said.startswith(chr(10)) else ' '}{lines(said, '  ')}"
 

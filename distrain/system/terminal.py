@@ -63,7 +63,7 @@ class Table(table.Table):
     def __init__(self, *, title: str | None = None, **options: Any):
         super().__init__(**options)
         self.headline = title
-        """Said above the table; as a title of Rich's it would be broken to the width of the columns."""
+        """Printed above the table; as a title of Rich's it would be broken to the width of the columns."""
 
     def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
         options.setdefault("overflow", "fold")  # what does not fit is wrapped, not cut off
@@ -74,7 +74,7 @@ class Table(table.Table):
 
 
 class ProgressLine:
-    """A line that tells how far something is: what matters most comes first, and what does not fit is left out.
+    """A progress line: what matters most comes first, and what does not fit is dropped.
 
     It is laid out for the width that the terminal has at each refresh.
     """

@@ -12,7 +12,7 @@ intervals.py        when things are due, requests to stop, the best so far
 skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes
 coupling.py         losses that couple the samples of a batch, found before step 1
 ranking.py          what the best checkpoint is the best of
-forward.py          what layers are told of the batch they are called on
+forward.py          what layers know of the batch they are called on
 checks.py           what a recipe must be before anything is built from it
 updates.py          what changed since the checkpoint: data, code, recipe
 callbacks/          `Callback`, and the built-in ones: logs, trackers, early stopping, the trace of a proof

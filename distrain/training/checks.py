@@ -42,7 +42,7 @@ def horizon_of(recipe: Recipe, data: Data) -> Horizon:
 
 
 def length_warnings(recipe: Recipe, horizon: Horizon) -> list[str]:
-    """Return what is to be said where one step takes more samples than the whole training is to have."""
+    """Return the problems where one step takes more samples than the whole training is to have."""
     length, batch, epoch = recipe.train.length, horizon.global_batch_size, horizon.samples_per_epoch
     if length.unit == "steps" or not 0 < horizon.exact_steps(length, "train") < 1:
         return []

@@ -103,7 +103,7 @@ def cut_of(micro_batch_size: int, world_size: int) -> dict[str, int]:
     return {"micro_batch_size": micro_batch_size, "processes": world_size}
 
 
-def in_words(cut: dict[str, int]) -> str:
+def describe_cut(cut: dict[str, int]) -> str:
     """Return how the batch is cut, for a person."""
     several = f"{cut['processes']} processes" if cut["processes"] > 1 else "1 process"
     return f"micro-batches of {cut['micro_batch_size']} on {several}"
@@ -113,19 +113,20 @@ def check_cut(then: dict[str, int], now: dict[str, int], name: str) -> None:
     """Raise UserError where a resume would change the objective of the run."""
     if then != now:
         raise UserError(
-            f"loss {name} takes the samples of a micro-batch together, and the run was trained with {in_words(then)}; "
-            f"{in_words(now)} make another objective of it. Start as many processes with batch.micro="
-            f"{then['micro_batch_size']}, choose another --run-dir for a new run, or --update to use the new one"
+            f"loss {name} takes the samples of a micro-batch together, and the run was trained with "
+            f"{describe_cut(then)}; {describe_cut(now)} make another objective of it. Start as many processes with "
+            f"batch.micro={then['micro_batch_size']}, choose another --run-dir for a new run, or --update to use the "
+            "new one"
         )
 
 
 def warning(name: str, cut: dict[str, int], global_batch_size: int) -> str | None:
-    """Return what is to be said of a loss that takes samples together; None where it has those of the whole step."""
+    """Return the warning for a loss that takes samples together; None where it has those of the whole step."""
     if cut["micro_batch_size"] == global_batch_size:
         return None
     return (
         f"loss {name} is no mean over samples: it takes those of a micro-batch together, and sees "
-        f"{cut['micro_batch_size']} of the {global_batch_size} samples of a step at once ({in_words(cut)}), so that "
-        "another batch.micro or number of processes means another objective. For that of the whole batch train in one "
-        f"process with batch.micro={global_batch_size}; otherwise the cut is kept with the run"
+        f"{cut['micro_batch_size']} of the {global_batch_size} samples of a step at once ({describe_cut(cut)}), so "
+        "that another batch.micro or number of processes means another objective. For that of the whole batch train "
+        f"in one process with batch.micro={global_batch_size}; otherwise the cut is kept with the run"
     )

@@ -1,4 +1,4 @@
-"""Scoring a model over every sample of a split, each once."""
+"""Evaluates a model on every sample of a split, each once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distrain.training.context import to_device
 
 
 class Interrupted(UserError):
-    """An evaluation was left before its end, because a rank is asked to stop. All ranks raise it."""
+    """An evaluation ended early, because a rank is asked to stop. All ranks raise it."""
 
 
 IGNORED = -100
@@ -47,7 +47,7 @@ def evaluate(
     workers: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
     split: str = "test",
-    whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    unsharded: Callable[[], AbstractContextManager[Any]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
     skip_undecodable: int = 0,
     load_batches: Callable[..., Iterable[Batch]] = build_eval_loader,
@@ -58,9 +58,8 @@ def evaluate(
     seen are not the data set, each once; what one rank raises, all raise.
 
     Where the ranks hold parts of the model (`world.forward_is_collective`), a forward pass needs all of them: see
-    `_in_lockstep`. Metrics of generated text need more passes on one rank than on another, so for them all weights
-    are put together on every rank: `whole` returns the context in which the model, if it is sharded, needs no other
-    rank.
+    `_pass_together`. Metrics of generated text need more passes on one rank than on another, so for them all weights
+    are gathered on every rank: `unsharded` returns the context in which a sharded model needs no other rank.
 
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
 
@@ -72,12 +71,8 @@ def evaluate(
     are any, and do not count as `samples`.
     """
     metrics.reset()
-    seen, undecodable = _Seen(), dict[int, str]()
-    was_training = model.training
-    model.eval()
-    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches = 0
-    first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
+    tally = _Tally(loss, metrics, world.device)
+    where = f"the evaluation of split '{split}'"
 
     def load() -> Iterable[Batch]:
         return load_batches(
@@ -92,102 +87,108 @@ def evaluate(
             skip_undecodable=skip_undecodable,
         )
 
-    loader = load()
-
-    where = f"the evaluation of split '{split}'"
-
-    def go_on() -> None:
-        mark("evaluate")
-        if stopping():
-            raise Interrupted(f"the evaluation of split '{split}' was left for a request to stop")
+    def batches() -> Iterator[Batch]:
+        loaded = iter(load())
+        while True:
+            mark("evaluate")
+            if stopping():
+                raise Interrupted(f"{where} was left for a request to stop")
+            if (batch := next(loaded, None)) is None:
+                return
+            given(where, [batch])
+            yield to_device(batch, world)
 
     def forward(batch: Batch) -> ModelOutput:
         return call(model, batch["inputs"])
 
-    def count(batch: Batch, outputs: ModelOutput) -> None:
-        nonlocal batches
-        ids = batch["ids"]
-        seen.add(ids.numpy())
-        if lost := batch.get("undecodable"):
-            undecodable.update(lost)
-            seen.leave_out(np.array(list(lost)))
-        keep = (ids >= 0).to(world.device, non_blocking=True)
-        loss_sum, counted = loss.sum_and_count(loss.select(outputs), batch["targets"], keep)
-        loss_sums.add_(torch.stack((loss_sum.double(), counted.double())))
-        # which batch it was is read at the end alone, so that nothing waits for the device
-        first_bad.masked_fill_(~loss_sum.isfinite() & (first_bad < 0), batches)
-        batches += 1
-        metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, counted))
-
-    def add_up() -> Tensor:
-        for batch in loader:
-            go_on()
-            given(where, [batch])
-            batch = to_device(batch, world)
-            count(batch, forward(batch))
+    def pass_alone() -> Tensor:
+        for batch in batches():
+            tally.add(batch, forward(batch))
             if metrics.needs_text:
                 metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
-        return metrics.sums()
+        return tally.sums()
 
+    was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
             if world.forward_is_collective and not metrics.needs_text:
-                _in_lockstep(world, loader, go_on, forward, count, stream=is_stream(source), where=where)
-                metric_sums = world.run_on_all(metrics.sums)
+                _pass_together(world, batches(), forward, tally, stream=is_stream(source))
+                sums = world.run_on_all(tally.sums)
             else:
-                with whole() if world.forward_is_collective else nullcontext():
-                    # no rank waits for another before the sums: one whose sample does not decode must reach the others
-                    metric_sums = world.run_on_all(add_up)
+                with unsharded() if world.forward_is_collective else nullcontext():
+                    # no rank waits for another before the sums: one whose sample is corrupt must reach the others
+                    sums = world.run_on_all(pass_alone)
     finally:
         model.train(was_training)
-    own = torch.tensor(seen.sums(), dtype=torch.float64, device=world.device)
-    total = world.sum(torch.cat((loss_sums, own, metric_sums.to(world.device))))
-    seen.check(total[2:5].tolist(), source, split)
-    gathered = metrics.gather(world.gather)
+    total = world.sum(sums)
+    seen = total[2:6].tolist()
+    tally.seen.check(seen, source, split)
     values: dict[str, Any] = {
         "loss": (total[0] / total[1]).item(),
-        **metrics.compute(total[6:], gathered),
-        "samples": int(total[2].item() - total[5].item()),
+        **metrics.compute(total[6:], metrics.gather(world.gather)),
+        "samples": int(seen[0] - seen[3]),
     }
     if not math.isfinite(values["loss"]):
-        found = world.run_on_all(lambda: _look_again(load(), int(first_bad)))
+        found = world.run_on_all(lambda: _look_again(load(), int(tally.first_nonfinite)))
         values["nonfinite"] = _nonfinite(world.gather(found))
-    if total[5] > 0:
-        lost = dict(sorted(each for part in world.gather(undecodable) for each in part.items()))
-        if len(lost) > skip_undecodable:  # each rank for itself may have met fewer
-            raise UserError(too_many(lost, skip_undecodable))
-        values["undecodable"] = lost
+    if seen[3] > 0:
+        corrupt = dict(sorted(each for part in world.gather(tally.corrupt) for each in part.items()))
+        if len(corrupt) > skip_undecodable:  # each rank for itself may have met fewer
+            raise UserError(too_many(corrupt, skip_undecodable))
+        values["undecodable"] = corrupt
     return values
 
 
-def _in_lockstep(
-    world: World,
-    loader: Iterable[Batch],
-    go_on: Callable[[], None],
-    forward: Callable[[Batch], ModelOutput],
-    count: Callable[[Batch, ModelOutput], None],
-    *,
-    stream: bool,
-    where: str,
-) -> None:
-    """Take every batch through `forward`, in which all ranks wait for each other, and `count`, in which none does.
+class _Tally:
+    """The sums and counts of this rank, and which samples they are of."""
 
-    Before each forward pass the ranks agree that all have a batch, and that all `go_on`. What one of them could not
-    read or count, all raise there, where none is left waiting for it. What fails within the forward pass is raised at
-    once: the others, which are in the middle of a collective, can only learn of it by the end of this process. A
-    stream's length is known by its end alone, so that is agreed upon as well.
+    def __init__(self, loss: Loss, metrics: MetricSet, device: torch.device):
+        self._loss, self._metrics, self._device = loss, metrics, device
+        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._batches = 0
+        self.first_nonfinite = torch.full((), -1, dtype=torch.int64, device=device)
+        """The first batch whose loss is not finite, by its number; read at the end alone, so that nothing waits."""
+        self.seen = _Seen()
+        self.corrupt: dict[int, str] = {}
+        """{id: why} of samples that were skipped."""
+
+    def add(self, batch: Batch, outputs: ModelOutput) -> None:
+        """Add a batch on the device, and what the model returned for it."""
+        ids = batch["ids"]
+        self.seen.add(ids.numpy())
+        if corrupt := batch.get("undecodable"):
+            self.corrupt.update(corrupt)
+            self.seen.skip(np.array(list(corrupt)))
+        keep = (ids >= 0).to(self._device, non_blocking=True)
+        loss_sum, count = self._loss.sum_and_count(self._loss.select(outputs), batch["targets"], keep)
+        self._loss_sums.add_(torch.stack((loss_sum.double(), count.double())))
+        self.first_nonfinite.masked_fill_(~loss_sum.isfinite() & (self.first_nonfinite < 0), self._batches)
+        self._batches += 1
+        self._metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
+
+    def sums(self) -> Tensor:
+        """Return what the ranks add up: (loss, its count, four of `_Seen`, those of the metrics), 1-D float64."""
+        seen = torch.tensor(self.seen.sums(), dtype=torch.float64, device=self._device)
+        return torch.cat((self._loss_sums, seen, self._metrics.sums().to(self._device)))
+
+
+def _pass_together(
+    world: World, batches: Iterator[Batch], forward: Callable[[Batch], ModelOutput], tally: _Tally, *, stream: bool
+) -> None:
+    """Take every batch through `forward`, in which ranks wait for each other, and add it to `tally`.
+
+    Before each forward pass the ranks agree that all have a batch. What one of them could not read or add, all raise
+    there, where none is left waiting for it. What fails within the forward pass is raised at once: the others are in
+    the middle of a collective, and learn of it by the end of this process. The length of a stream is known at its end
+    alone, so ranks agree on that as well.
     """
-    batches = iter(loader)
     failure: Exception | None = None
 
     def fetch() -> Batch | None:
         if failure is not None:
             raise failure
-        go_on()
-        if (batch := next(batches, None)) is None:
-            return None
-        given(where, [batch])
-        return to_device(batch, world)
+        return next(batches, None)
 
     while True:
         batch = world.run_on_all(fetch)
@@ -200,7 +201,7 @@ def _in_lockstep(
             return
         outputs = forward(batch)
         try:
-            count(batch, outputs)
+            tally.add(batch, outputs)
         except Exception as error:
             failure = error
 
@@ -237,7 +238,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None]) -> str:
-    """Return where an evaluation's loss that is not finite comes from, from what every rank has found."""
+    """Return the reason why the loss is not finite, from what every rank has found."""
     found = [each for each in ranks if each is not None]
     if not found:
         return "no sample of it has a target that counts"
@@ -274,21 +275,21 @@ class _Seen:
     def __init__(self) -> None:
         self._count = 0
         self._hash = 0
-        self._left_out = 0
+        self._skipped = 0
 
     def add(self, ids: np.ndarray) -> None:
         ids = ids[ids >= 0]
         self._count += len(ids)
         self._hash = (self._hash + _hash_sum(ids)) % 2**64
 
-    def leave_out(self, ids: np.ndarray) -> None:
+    def skip(self, ids: np.ndarray) -> None:
         """Count samples that are in no batch, and are accounted for."""
         self.add(ids)
-        self._left_out += len(ids)
+        self._skipped += len(ids)
 
     def sums(self) -> list[float]:
         # halves of 32 bits stay exact in float64 when summed over ranks
-        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF), float(self._left_out)]
+        return [float(self._count), float(self._hash >> 32), float(self._hash & 0xFFFFFFFF), float(self._skipped)]
 
     @staticmethod
     def check(total: list[float], source: AnySource, split: str) -> None:

@@ -131,7 +131,7 @@ class Evaluator:
                     workers=recipe.data.workers,
                     decode=context.data.meta.decode,
                     split=split,
-                    whole=strategy.unsharded,
+                    unsharded=strategy.unsharded,
                     stopping=self._asked_to_leave,
                     skip_undecodable=recipe.data.skip_undecodable,
                 )
@@ -144,7 +144,7 @@ class Evaluator:
         row = {"event": event, "step": context.t.step, "split": split, **values, "seconds": seconds}
         context.write_row(row)
         if event == "eval":  # the final one is in the summary
-            logger.info(f"step {context.t.step}  {split}: {in_words(values)}  ({duration(seconds)})")
+            logger.info(f"step {context.t.step}  {split}: {format_values(values)}  ({duration(seconds)})")
         return values
 
     def _asked_to_leave(self) -> bool:
@@ -176,6 +176,6 @@ class Evaluator:
         return saved_step, f"last step; the best, step {best[0]}, {why}"
 
 
-def in_words(values: dict[str, Any]) -> str:
+def format_values(values: dict[str, Any]) -> str:
     """Return an evaluation's single numbers on one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))

@@ -1,4 +1,4 @@
-"""What a person is told when a model's forward pass fails for what a micro-batch is, and not for what the model is."""
+"""The message when a model's forward pass fails for what a micro-batch is, and not for what the model is."""
 
 from __future__ import annotations
 

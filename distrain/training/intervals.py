@@ -149,7 +149,7 @@ class EvalHistory:
         return score - other if self.criterion.higher else other - score
 
     def value(self) -> tuple[int, float] | None:
-        """Return (step, score) of the best evaluation, the earliest of equals; None where none had a score."""
+        """Return (step, score) of the best evaluation, the earliest of equals; None where none had a finite value."""
         return self.best
 
     def improved(self) -> bool:

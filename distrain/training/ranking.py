@@ -148,7 +148,7 @@ def resume_ranking(
 
 
 def _evaluations(run: RunDir, criterion: Criterion, step: int) -> dict[int, float]:
-    """Return {step: value} of the evaluations up to a step, from the rows; NaN where one has no number."""
+    """Return {step: value} of the evaluations up to a step, from the rows; NaN where one has none."""
     found: dict[int, float] = {}
     for row in run.rows():
         # a recipe that was changed may ask for a metric that was not computed before

@@ -37,7 +37,7 @@ class Checkpoints:
         )
         self.saver.criterion = evaluator.criterion
         self.saver.scores |= context.state.scores
-        self.saver.rehearse()
+        self.saver.dry_run()
         self._every = Interval(section.every, context.setup.horizon, "checkpoint.every")
         self._saved_at = time.monotonic()
 

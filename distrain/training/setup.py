@@ -46,7 +46,7 @@ from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_ba
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
-from distrain.training.coupling import check_cut, couples_samples, cut_of, in_words, warning
+from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.forward import check_layers
 from distrain.training.skipping import Anomalies
 from distrain.training.updates import Inputs, take_inputs
@@ -151,7 +151,7 @@ def set_up(
     if resumed is not None and before is not None and before != cut:
         if not updated and accepted != cut:
             check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task)
-        line = f"loss: {in_words(before)} -> {in_words(cut)}"
+        line = f"loss: {describe_cut(before)} -> {describe_cut(cut)}"
         inputs.lines.append(f"updated  {line}")
         if accepted != cut:
             inputs = inputs.with_change(line, resumed.step)

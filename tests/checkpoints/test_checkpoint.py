@@ -155,7 +155,7 @@ def test_begin_finishes_the_save_before(tmp_path):
 def test_processes_save_together(tmp_path):
     def body(comm):
         saver = Saver(tmp_path / "checkpoints", comm)
-        saver.rehearse()
+        saver.dry_run()
         for step in (10, 20):
             saver.begin(step, SPECS, cut(make_state(step), 2)[comm.rank], **DESCRIBED)
             while not saver.written:
@@ -648,7 +648,7 @@ def test_ranks_that_see_different_folders(tmp_path):
     def body(comm):
         saver = Saver(tmp_path / str(comm.rank), comm)
         try:
-            saver.rehearse()
+            saver.dry_run()
         except CheckpointError as error:
             return str(error)
 
@@ -724,7 +724,7 @@ def test_read_only_disk(small_disk):
     state = make_state(1)
     save(small_disk, 1, seed=1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for call in (lambda: local(small_disk).rehearse(), lambda: save(small_disk, 2)):
+    for call in (lambda: local(small_disk).dry_run(), lambda: save(small_disk, 2)):
         with pytest.raises(CheckpointError, match="read-only"):
             call()
     assert_intact(small_disk, state)
@@ -734,11 +734,11 @@ def test_read_only_disk(small_disk):
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="checkpoints cannot be written to"):
-        local(tmp_path / "file" / "checkpoints").rehearse()
+        local(tmp_path / "file" / "checkpoints").dry_run()
 
 
 def test_the_dry_run_leaves_nothing_behind(tmp_path):
-    ThreadWorld(3).run(lambda comm: Saver(tmp_path / "new", comm).rehearse())
+    ThreadWorld(3).run(lambda comm: Saver(tmp_path / "new", comm).dry_run())
     assert names(tmp_path / "new") == []
 
 

@@ -381,7 +381,7 @@ def test_targets_are_padded_with_what_the_loss_ignores(
     source: Any = build_data(made).splits["train"]
     if wanted is None:
         with pytest.raises(
-            UserError, match=r"targets of one batch have different lengths, and the loss ignores no number"
+            UserError, match=r"targets of one batch have different lengths, and the loss has no ignore_index"
         ):
             source.fetch(np.array([0, 1]))
         return

@@ -20,7 +20,7 @@ from distrain.config import Duration, RecipeError, WatchdogSection
 from distrain.config.yaml import load_recipe
 from distrain.diagnose.hang_diagnosis import Limits, Watchdog, evidence
 from distrain.diagnose.hang_diagnosis.diagnosis import Diagnosis, RankReport, find_culprit, record, sentence
-from distrain.diagnose.hang_diagnosis.gpus import gpu_faults, in_words, parse_memory_errors, parse_xids
+from distrain.diagnose.hang_diagnosis.gpus import describe_gpus, gpu_faults, parse_memory_errors, parse_xids
 from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
 from distrain.launchers import reported
 from distrain.run import heartbeat, stacks
@@ -655,12 +655,12 @@ def test_memory_errors_are_read() -> None:
     assert parse_memory_errors("") == {}
 
 
-def test_faults_in_words_are_those_of_this_run() -> None:
-    lines = in_words(parse_xids(DMESG), parse_memory_errors(SMI), since_s=1000)
+def test_described_faults_are_those_of_this_run() -> None:
+    lines = describe_gpus(parse_xids(DMESG), parse_memory_errors(SMI), since_s=1000)
     assert len(lines) == 3
     assert lines[0].startswith("GPU 0000:86:00: Xid 48 (a double-bit error in memory that cannot be corrected)")
     assert lines[2] == "GPU 1 (00000000:86:00.0): 2 uncorrectable memory errors"
-    assert len(in_words(parse_xids(DMESG), {})) == 3
+    assert len(describe_gpus(parse_xids(DMESG), {})) == 3
 
 
 def test_without_a_driver_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -813,7 +813,7 @@ def test_a_prefix_stays_where_not_all_names_fit_without_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_file_that_names_code_is_refused_in_plain_words(tmp_path: Path, old: bool) -> None:
+def test_a_file_that_names_code_is_refused(tmp_path: Path, old: bool) -> None:
     path = tmp_path / "last.ckpt"
     content = _lightning({"a": torch.zeros(2)}) | {"callbacks": Code()}
     torch.save(content, path, _use_new_zipfile_serialization=not old)

@@ -31,7 +31,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def in_words(variant: dict[str, Any]) -> str:
+def variant_name(variant: dict[str, Any]) -> str:
     return "-".join(str(value) if key == "name" else key for key, value in variant.items())
 
 
@@ -39,7 +39,7 @@ def section_of(variant: dict[str, Any]) -> OptimSection:
     return OptimSection(**{"lr": 0.01, "weight_decay": 0.0 if variant["name"] == "rprop" else 0.1, **variant})
 
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=in_words)
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -187,12 +187,12 @@ def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
     assert all(other == first for other in others)
     for section, problem in zip(sections, first, strict=True):
         print(f"{section.name:12} {section.args} {problem}")
-    found = dict(zip([*map(in_words, VARIANTS), *owns], first, strict=True))
+    found = dict(zip([*map(variant_name, VARIANTS), *owns], first, strict=True))
     refused = {name for name, problem in found.items() if problem is not None}
     assert refused == {"adafactor", "muon", "adagrad-fused", "sgd-momentum-fused"}
     # known before a world is there
     for variant, section in zip(VARIANTS, sections, strict=False):
-        assert (sharding_problem(section, "fsdp2") is not None) == (in_words(variant) in refused)
+        assert (sharding_problem(section, "fsdp2") is not None) == (variant_name(variant) in refused)
 
 
 def test_what_is_refused_under_fsdp2_is_reported() -> None:
@@ -325,12 +325,12 @@ def test_every_optimizer_steps_as_in_one_process_or_is_refused(
         assert isinstance(alone, tuple)
         if isinstance(one, str):
             assert one == other
-            assert in_words(variant).partition("-")[0] in one
-            refused.add(in_words(variant))
+            assert variant_name(variant).partition("-")[0] in one
+            refused.add(variant_name(variant))
             continue
         assert one == other
         assert one[0] == alone[0]
-        assert one[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-5), in_words(variant)
+        assert one[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-5), variant_name(variant)
     expected = {
         "ddp": set(),
         "fsdp2": {*WHOLE_MATRICES, "adagrad-fused", "sgd-momentum-fused"},

@@ -78,7 +78,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
             metrics=metrics,
             batch_size=parsed.eval.batch or 4,
             decode=data.meta.decode,
-            whole=whole,
+            unsharded=whole,
         )
 
     try:

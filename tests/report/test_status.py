@@ -24,9 +24,9 @@ from distrain.report.status import (
     Status,
     cancel_jobs,
     follow,
-    in_words,
     log_file,
     status_of,
+    status_rows,
     statuses,
     stop_run,
 )
@@ -104,7 +104,7 @@ def test_a_finished_run_is_reported_as_finished(tmp_path: Path, jobs: dict[str, 
     assert found.score["metric"] == "loss"
     assert found.eta_s is None
     assert isinstance(found.loss, float)
-    assert "finished: complete" in dict(in_words(found))["state"]
+    assert "finished: complete" in dict(status_rows(found))["state"]
 
 
 def test_what_a_run_is_doing(tmp_path: Path, jobs: dict[str, Job]) -> None:
@@ -124,7 +124,7 @@ def test_what_a_run_is_doing(tmp_path: Path, jobs: dict[str, Job]) -> None:
     assert (found.loss, found.score) == (1.6, {"metric": "loss", "value": 1.5, "step": 40})
     assert found.heartbeat_age_s is not None
     assert found.heartbeat_age_s < 5
-    words = dict(in_words(found))
+    words = dict(status_rows(found))
     assert words["step"] == "44 of 100, saved 30"
     assert words["rate"] == "24 samples/s, 28s left"
     assert words["job"] == "7 RUNNING (node[1-2], 9:30 left)"
@@ -180,7 +180,7 @@ def test_without_slurm_the_folder_shows_most_of_it(
 
     monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", refuses)
     assert one(run).state == "running"
-    assert dict(in_words(one(run)))["queue"] == "not known: squeue refused: cannot reach the controller"
+    assert dict(status_rows(one(run)))["queue"] == "not known: squeue refused: cannot reach the controller"
     monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", lambda wanted: None)
     assert (one(run).state, one(run).queue) == ("running", None)
 

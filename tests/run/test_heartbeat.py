@@ -112,7 +112,7 @@ def test_unknown_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     assert found.step == 7
 
 
-def test_where_a_rank_is_in_words() -> None:
+def test_where_a_rank_is() -> None:
     assert beat().where() == "the forward pass of step 8"
     assert beat(phase="evaluate").where() == "the evaluation after step 7"
     assert beat(phase="setup", step=0).where() == "the set-up"

@@ -36,7 +36,7 @@ FAULTS = {
     18: ("ranks see different folders", "refused before the first step"),
     19: ("a loss that is NaN or infinite, or spikes", "all ranks stop, skip or roll back alike; never saved as good"),
     20: ("out of memory", "rank, peak and what to lower are named, not started again"),
-    21: ("a sample that does not decode", "an error with its path and number; or left out and counted, by the recipe"),
+    21: ("a sample that does not decode", "an error with its path and number; or skipped and counted, by the recipe"),
     22: ("no data, too little data, uneven shards", "an error at the start, or exact counts"),
     23: ("wandb without a network or an account", "training continues, reported once"),
     24: ("the clock jumps", "the order is that of steps, no timeout fires"),

@@ -363,7 +363,7 @@ class Watchdog:
         """Write the stacks of all threads, and keep where this rank is, with further evidence."""
         loaders = stacks.loader_stacks()
         with suppress(OSError):
-            lines = [*stacks.in_words(stacks.stacks())]
+            lines = [*stacks.format_stacks(stacks.stacks())]
             for name, stack in loaders:
                 lines += [f"{name}, the innermost line first:", *(f"  {frame}" for frame in stack), ""]
             (self.folder / f"stacks-rank-{self.rank}.txt").write_text("\n".join(lines), encoding="utf-8")

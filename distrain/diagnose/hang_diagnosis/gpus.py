@@ -88,7 +88,7 @@ def parse_memory_errors(csv: str) -> dict[str, int]:
     return found
 
 
-def in_words(xids: list[Xid], memory_errors: Mapping[str, int], *, since_s: float = 0.0) -> list[str]:
+def describe_gpus(xids: list[Xid], memory_errors: Mapping[str, int], *, since_s: float = 0.0) -> list[str]:
     """Return a line for each fault; of Xid errors those that came later than `since_s` after the machine started."""
     lines = [str(xid) for xid in xids if xid.time_s >= since_s]
     lines += [f"GPU {gpu}: {count} uncorrectable memory errors" for gpu, count in memory_errors.items()]
@@ -105,7 +105,7 @@ def gpu_faults(since_s: float | None = None) -> list[str]:
     if since_s is None:
         since_s = time.clock_gettime(time.CLOCK_BOOTTIME) - 24 * 3600
     query = ["nvidia-smi", f"--query-gpu={','.join(MEMORY_QUERY)}", "--format=csv,noheader,nounits"]
-    return in_words(parse_xids(_said(["dmesg"])), parse_memory_errors(_said(query)), since_s=since_s)
+    return describe_gpus(parse_xids(_said(["dmesg"])), parse_memory_errors(_said(query)), since_s=since_s)
 
 
 def _said(command: list[str]) -> str:

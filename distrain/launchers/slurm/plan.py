@@ -20,7 +20,7 @@ from distrain.system.output import one_line
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _SHOWN_ITEMS = 3
-"""How many items of a list are told of one by one."""
+"""How many items of a list a message names one by one."""
 _DAYS = re.compile(r"(\d{1,4})-(\d{1,2})(?::(\d{1,2})(?::(\d{1,2}))?)?")
 _CLOCK = re.compile(r"(?:(\d{1,5}):)?(\d{1,4}):(\d{1,2})|(\d{1,6})")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|_KEY$|^KEY$|JWT|_PAT$|_AUTH$")
@@ -313,7 +313,7 @@ def problems_of(error: ValidationError) -> list[str]:
     """Return what is wrong with values that pydantic refused, a line for each place, in words of ours.
 
     Told once is what stands in several places: that a list of refused items is empty, and a path below a refused
-    folder. Of a list's items the first few are told.
+    folder. Of a list's items the first few are named.
     """
     found: dict[tuple[int | str, ...], Any] = {}
     for item in error.errors():
@@ -321,7 +321,7 @@ def problems_of(error: ValidationError) -> list[str]:
         found.setdefault(place, item)
     refused = found.get(("folder",), {}).get("input")
     lines = []
-    told: dict[tuple[int | str, ...], int] = {}
+    counts: dict[tuple[int | str, ...], int] = {}
     for place, item in found.items():
         value = item["input"]
         if item["type"] == "too_short" and any(other[:-1] == place for other in found):
@@ -330,12 +330,12 @@ def problems_of(error: ValidationError) -> list[str]:
         if inside and place != ("folder",):
             continue
         if isinstance(place[-1] if place else None, int):
-            told[place[:-1]] = told.get(place[:-1], 0) + 1
-            if told[place[:-1]] > _SHOWN_ITEMS:
+            counts[place[:-1]] = counts.get(place[:-1], 0) + 1
+            if counts[place[:-1]] > _SHOWN_ITEMS:
                 continue
         name = ".".join(map(str, place))
         lines.append(f"{name}: {problem_of(item)}" if name else problem_of(item))
-    more = {place: count - _SHOWN_ITEMS for place, count in told.items() if count > _SHOWN_ITEMS}
+    more = {place: count - _SHOWN_ITEMS for place, count in counts.items() if count > _SHOWN_ITEMS}
     return lines + [f"{'.'.join(map(str, place))}: {count} more like these" for place, count in more.items()]
 
 

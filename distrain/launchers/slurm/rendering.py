@@ -26,8 +26,10 @@ def render_sbatch(plan: Plan) -> str:
     assert before.startswith("#!/bin/bash\n")
     values = "\n".join(f"{name}={_quoted(value)}" for name, value in _values(plan).items())
     options = "\n".join(f"#SBATCH {option}" for option in _options(plan))
-    told = f"# `distrain submit` wrote this for {plan.folder}\n# shellcheck disable=SC2016 # no value is expanded\n"
-    return f"#!/bin/bash\n{told}{options}\n\n{values}\n\n{marker}{body}"
+    written_by = (
+        f"# `distrain submit` wrote this for {plan.folder}\n# shellcheck disable=SC2016 # no value is expanded\n"
+    )
+    return f"#!/bin/bash\n{written_by}{options}\n\n{values}\n\n{marker}{body}"
 
 
 def log_pattern(plan: Plan) -> str:
@@ -96,7 +98,7 @@ def _values(plan: Plan) -> dict[str, str | list[str]]:
 
 
 def _container(plan: Plan) -> tuple[list[str], list[str]]:
-    """Return what comes before the command, and what srun is told."""
+    """Return what comes before the command, and the options of srun."""
     if plan.container is None:
         return [], []
     mounts = list(plan.container.mounts)

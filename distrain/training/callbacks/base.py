@@ -159,7 +159,7 @@ class CallbackRun:
         """Add numbers to the row that this hook writes: to metrics.jsonl, wandb and TensorBoard.
 
         All ranks may call; rank 0 writes one row for each callback, hook and step. Raises ValueError or TypeError for a
-        key that rows have already, and for a value that is no number of the host (a tensor: call .item()).
+        key that rows have already, and for a value that is not a number on the host (a tensor: call .item()).
         """
         for key, value in values.items():
             if not isinstance(key, str) or not key or key in RESERVED:
@@ -297,7 +297,7 @@ class Callback:
         """
 
     def on_close(self, outcome: Outcome) -> None:
-        """Called last of all, however the run ended, in reverse order: let go of files and processes.
+        """Called last of all, however the run ended, in reverse order: close files and processes.
 
         It is called also where on_start was not, and does nothing collective. An error is only logged.
         """

@@ -74,7 +74,7 @@ class _Walk:
         if len(self.found) >= _ENTRIES:
             return
         try:
-            words = _in_words(value)
+            words = _as_text(value)
             if words is not None:
                 self.found[path + where] = words
                 return
@@ -84,7 +84,7 @@ class _Walk:
             self._note_files(value)
             ours = _is_ours(type(value).__module__)
             for name, part, deeper, belongs in _parts(value):
-                if ours and (isinstance(part, tuple) or _in_words(part) is not None):
+                if ours and (isinstance(part, tuple) or _as_text(part) is not None):
                     continue  # what distrain notes for itself decides nothing
                 if belongs is not None:
                     self.visit(name, part, 1, belongs)
@@ -301,7 +301,7 @@ _KINDS: list[type] = [
 _ITERATORS = (*_KINDS, *(type(iter(each)) for each in _EMPTY))
 
 
-def _in_words(value: Any) -> str | None:
+def _as_text(value: Any) -> str | None:
     """Return a thing without parts in words that are equal for equal things; None for one that has parts."""
     if isinstance(value, _PLAIN):
         text = repr(value)

@@ -33,7 +33,7 @@ class OfflineRuns:
         """(folder, number of its first row) of those that count, in order."""
 
     def cut(self, rows: int) -> int:
-        """Take out all behind the first `rows` rows; returns how many of these are there, none left out between.
+        """Take out all behind the first `rows` rows; returns how many of these are there, none missing between.
 
         Reads of the newest file what lies behind them, and of older ones nothing.
         """

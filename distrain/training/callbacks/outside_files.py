@@ -1,7 +1,7 @@
 """What a run reads and leaves outside of its processes: files that the user's code opens, for `distrain prove`.
 
 A note in a file, a cache, a counter on the disk: what training writes and reads again is in no checkpoint, and a later
-start finds it as the one before has left it. Python itself tells of each file that is opened (its audit events), in
+start finds it as the one before has left it. Python itself reports each file that is opened (its audit events), in
 this process and in those that it forks.
 """
 

@@ -228,7 +228,7 @@ class Display:
             self._live.start()
 
     def _parts(self) -> list[str]:
-        """Return what the line of progress tells, the most important first."""
+        """Return what the progress line shows, the most important first."""
         (first, begun), (last, done) = self._seen[0], self._seen[-1]
         left = "-:--"
         if done > begun:
