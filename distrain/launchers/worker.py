@@ -105,11 +105,12 @@ def prepare(request: RunRequest, *, search: bool = True, opened: bool = False) -
     run, holder = request.run, Holder.of_this_process()
     if run.exists:
         check_free(run, holder)  # before its recipe may be replaced
-        if not run.finished:
-            # a failure of this attempt must not be taken for an earlier preemption
-            run.clear_markers(requeued=holder.restart > 0)
+    unfinished = run.exists and not run.finished
     if not opened:
         open_run(run, request.given, request.launch(), update=request.update)
+    if unfinished:
+        # a failure of this attempt must not be taken for an earlier preemption
+        run.clear_markers(requeued=holder.restart > 0)
     if search and (found := autobatch(request, request.processes)) is not None:
         cache_micro_batch(run, found)
 

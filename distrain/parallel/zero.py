@@ -311,8 +311,10 @@ class ZeROStrategy(Strategy):
     def _own_gradients(self) -> list[Tensor]:
         """Return this rank's part of the gradient that the optimizer is about to step with."""
         zero = self._zero
-        if self.world.asked.offload_optimizer and self.world.device.type != "cpu":
-            flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        if zero.offload_optimizer if self.stage == 3 else zero.cpu_offload:
+            if (wait := getattr(zero, "_wait_for_offload_copies", None)) is not None:
+                wait()
+            flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
             return [flat.grad for flat in flats if flat.grad is not None]
         return [each for kept in zero.averaged_gradients.values() for each in kept or ()]
 

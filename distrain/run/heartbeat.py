@@ -342,8 +342,8 @@ class Straggler:
 
     @property
     def ratio(self) -> float:
-        """How many times as long as the others it takes."""
-        return self.seconds / self.others if self.others else float("inf")
+        """How many times as long as the others it takes; at most 1000, as less than that share is not measured."""
+        return self.seconds / max(self.others, self.seconds / 1000)
 
     def row(self) -> dict[str, Any]:
         """Return a row for metrics.jsonl."""

@@ -120,10 +120,11 @@ class Session(RunContext):
     def _begin(self) -> None:
         """Start callbacks, and save what there must be to roll back to or to end with."""
         resumed = self.setup.resumed
-        self.callbacks.start()
+        self.callbacks.start_built_in()
         if resumed is not None:
             self.checkpoints.note_published(resumed)
             self._record_update()
+        self.callbacks.start()
         if self.setup.anomalies.rolls_back or self.at_end():
             self.checkpoints.save()
 

@@ -438,7 +438,10 @@ def test_data_is_prepared_once(tmp_path: Path) -> None:
 def test_what_an_interrupted_preparation_leaves_is_not_taken_for_the_data(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PREPARE)
     target = tmp_path / "data"
-    for name, message in (("interrupted", "RuntimeError: the disk is full"), ("idle", "there is nothing at the path")):
+    for name, message in (
+        ("interrupted", "RuntimeError: the disk is full"),
+        ("idle", "returned without writing to the path"),
+    ):
         section = {"name": "digits", "path": str(target), "prepare": f"{tmp_path / 'mine.py'}:{name}"}
         with pytest.raises(UserError, match=message):
             prepare_data(make_recipe(section))

@@ -421,7 +421,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([], Wanted(2, time="10", strategy="single"), "single is one process, found 2"),
         ([], Wanted(2, time="10", strategy="zero3"), "train.precision is fp64"),
         ([], Wanted(2, time="10", strategy="ddp", offload="all"), "ddp cannot offload 'all'"),
-        ([], Wanted(2), "Say --time"),
+        ([], Wanted(2), "give --time"),
         ([], Wanted(1, 2, 3, time="10"), "3 processes on a node with 2 GPUs"),
         ([], Wanted(time="10", sbatch=["--nodes=3"]), "--nodes is set from other values here"),
         ([], Wanted(time="10", site="none"), "no site 'none'"),

@@ -327,8 +327,8 @@ def test_no_parameter_of_googlenet_is_without_gradient() -> None:
 def test_vision_transformers_take_the_size_of_the_data() -> None:
     from distrain.networks.builders import _torchvision_builder
 
-    assert _torchvision_builder("vit_b_16", print).parameters["image_size"].default == 224
-    assert "patch_size" not in _torchvision_builder("vit_b_16", print).parameters
+    assert _torchvision_builder("vit_b_16").parameters["image_size"].default == 224
+    assert "patch_size" not in _torchvision_builder("vit_b_16").parameters
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -927,7 +927,7 @@ def test_damaged_weights_are_refused_or_whole(tmp_path: Path) -> None:
 def test_weights_that_differ_by_wrappers_alone(tmp_path: Path) -> None:
     state = nn.Linear(2, 2).state_dict()
     torch.save(state | {"module.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"two tensors that are 'weight' without .*'module\.weight'; expected one"):
+    with pytest.raises(UserError, match=r"two tensors 'weight' without .*'module\.weight'; expected one"):
         load_weights(nn.Linear(2, 2), tmp_path / "model.pt")
 
 

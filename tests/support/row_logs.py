@@ -42,7 +42,7 @@ class RowLogs:
         self.context.write_row = self.callbacks.row
         self.callbacks.attach(lambda: self._view(recipe, rank), lambda asked: None)
         self.callbacks.load_history(history or {})
-        self.callbacks.start()
+        self.callbacks.start_built_in()
 
     def _view(self, recipe: Recipe, rank: int) -> CallbackRun:
         nothing: Any = None

@@ -397,7 +397,7 @@ def test_what_a_recipe_cannot_keep_is_refused_in_a_sentence(
     _, *problems = str(caught.value).replace(f"{tmp_path}/caf\udce9", "FOLDER").splitlines()
     (problem,) = problems
     told = said.replace("FOLDER", rf"{tmp_path}/caf\xe9")
-    assert f"{told} is not UTF-8, and a recipe keeps text in UTF-8 alone; rename the file or folder" in problem
+    assert f"{told} is not UTF-8, and a recipe is UTF-8 text; rename the file or folder" in problem
 
 
 def test_data_files_may_be_called_anything_and_classes_may_not(tmp_path: Path, latin: Path) -> None:

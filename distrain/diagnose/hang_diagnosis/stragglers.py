@@ -41,7 +41,8 @@ def pace(before: Heartbeat, after: Heartbeat) -> Pace | None:
     steps = after.steps - before.steps
     if (after.pid, after.started, after.attempt) != (before.pid, before.started, before.attempt) or steps < _STEPS:
         return None
-    work = {phase: (after.work.get(phase, 0.0) - before.work.get(phase, 0.0)) / steps for phase in OWN_WORK}
+    # what was waited for within a phase is sampled, and taken off: more than the phase, where the machine is busy
+    work = {phase: max(0.0, after.work.get(phase, 0.0) - before.work.get(phase, 0.0)) / steps for phase in OWN_WORK}
     # of the seconds of a rank's whole time, those of steps alone
     whole = (after.work.get("step", 0.0) - before.work.get("step", 0.0)) / steps
     return Pace(after.host, after.step, whole, work)

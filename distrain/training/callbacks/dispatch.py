@@ -88,8 +88,8 @@ class Callbacks:
                 raise _named_failure(error, f"callback {name} failed in wrap_transform", each.wrap_transform) from error
         return transform
 
-    def start(self) -> None:
-        """Call on_start, and do what is asked for there."""
+    def start_built_in(self) -> None:
+        """Call on_start of the built-in ones, after which rows can be written."""
         self._running = True
         for name, method in self._own["on_start"]:
             try:
@@ -97,6 +97,9 @@ class Callbacks:
             except Exception as error:  # of rank 0, which alone opens files
                 self._failure = error
             self._raise_failure()
+
+    def start(self) -> None:
+        """Call on_start of the others, and do what is asked for there."""
         for name, callback in self._named.items():
             self._call(name, "on_start", callback.on_start, self._runs[name])
             self._started.add(name)
