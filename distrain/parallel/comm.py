@@ -85,7 +85,7 @@ class World:
         self._patient: dist.ProcessGroup | None = None
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
-        self._announcements = 0
+        self._store_flags = 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""
@@ -162,9 +162,9 @@ class World:
 
     def store_flag(self) -> StoreFlag:
         """Return something that one rank can set and the others read without waiting."""
-        self._announcements += 1
+        self._store_flags += 1
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
-        return StoreFlag(store, f"distrain/announcement/{self._announcements}")
+        return StoreFlag(store, f"distrain/flag/{self._store_flags}")
 
     def run_on_rank0(self, action: Callable[[], Any]) -> Any:
         """Rank 0 runs `action`; every rank returns its result, or raises what it raised.
@@ -271,7 +271,7 @@ def open_world(
         asked = StrategySpec("single" if environment.world_size == 1 else "ddp")
     check_precision(precision, asked.strategy)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if told := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
+    if turned_on := determinism.wants_determinism(deterministic, on_cpu=on_cpu):
         determinism.turn_on()
     # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off silently
     take_over(os.environ)
@@ -300,7 +300,7 @@ def open_world(
                 f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
             )
         world = World(accelerator, mixed_precision, asked, timedelta(seconds=timeout_s))
-        world.deterministic = told
+        world.deterministic = turned_on
         node = (environment.rank - environment.local_rank, environment.local_world_size)
         nodes = world.gather(node)
         # where a launcher does not number the ranks of a node one after the other, one of them stands for all

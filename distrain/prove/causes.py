@@ -205,31 +205,24 @@ def _cause_at_start(d: Divergence, named: str | None) -> tuple[str, str]:
 
 
 def _cause_in_model(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
-    if hidden:
-        return hidden, _MODEL
-    same = "weights and inputs were the same"
-    if resumed:
-        return f"{same}, so the model or the loss keeps state that no checkpoint holds", _MODEL
-    if _is_rounding(d):
-        return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
-    return f"{same}, so the model or the loss draws unseeded random numbers", _MODEL
-
-
-def _is_rounding(d: Divergence) -> bool:
-    return d.gap is not None and d.gap <= ROUNDING
+    return _cause_in_code(d, hidden, resumed, "weights and inputs were the same", "the model or the loss", _MODEL)
 
 
 def _cause_in_update(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
     if d.subject.endswith("(buffer)"):
         return hidden or "the model updates a buffer from state that no checkpoint holds", _MODEL
+    return _cause_in_code(d, hidden, resumed, "gradients were the same", "the optimizer", _OPTIMIZER)
+
+
+def _cause_in_code(d: Divergence, hidden: str, resumed: bool, same: str, who: str, advice: str) -> tuple[str, str]:
+    """Return the cause of a difference that `who` made where its inputs were the `same`."""
     if hidden:
-        return hidden, _OPTIMIZER
-    same = "gradients were the same"
+        return hidden, advice
     if resumed:
-        return f"{same}, so the optimizer uses state that no checkpoint holds", _OPTIMIZER
-    if _is_rounding(d):
+        return f"{same}, so {who} keeps state that no checkpoint holds", advice
+    if d.gap is not None and d.gap <= ROUNDING:
         return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
-    return f"{same}, so the optimizer draws unseeded random numbers", _OPTIMIZER
+    return f"{same}, so {who} draws unseeded random numbers", advice
 
 
 def _loader_process_cause(d: Divergence) -> str:
