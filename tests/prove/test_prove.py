@@ -514,8 +514,15 @@ def test_what_the_users_files_remember_is_found(change: Callable[[Any], Any], pa
 
 def test_files_of_the_users_code_are_recorded(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("1")
+    library = tmp_path / "site-packages" / "noting_library.py"
+    library.parent.mkdir()
+    library.write_text(
+        "from pathlib import Path\nhere = Path(__file__).parent\nopen(here / 'cache.txt', 'a+').close()\n"
+        "def read():\n    open(here / 'given.txt', 'a+').close()\n"
+    )
     code = tmp_path / "noting.py"
     code.write_text(
+        f"import sys\nsys.path.append({str(library.parent)!r})\nimport noting_library\nnoting_library.read()\n"
         "import os\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
         "(here / 'note.txt').read_text()\n(here / 'new.tmp').write_text('2')\n"
         "os.replace(here / 'new.tmp', here / 'note.txt')\nopen(here / 'log.txt', 'a').close()\nos.listdir(here)\n"
@@ -541,6 +548,8 @@ def test_files_of_the_users_code_are_recorded(tmp_path: Path) -> None:
     assert found["log.txt"] == (None, True), "what is only added to is not read"
     assert found[tmp_path.name][0].split()[1] == "entries"
     assert "recipe.yaml" not in found, "distrain opened it"
+    assert "given.txt" in found, "a library opened it for the user's code"
+    assert "cache.txt" not in found, "a library opened it when it was imported"
 
 
 def _noting(command: str, folder: str) -> None:

@@ -25,6 +25,7 @@ _MOST = 10_000  # files noted of one process; a data set may have many more
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SYSTEM = ("/dev/", "/proc/", "/sys/")
 _OWN = f"{Path(__file__).parents[2]}{os.sep}"
+_IMPORTING = "<frozen importlib."
 
 
 class _Notes:
@@ -68,11 +69,14 @@ def note_files() -> None:
 
 
 def _of_users(path: str) -> bool:
-    """Whether it is the user's code that opens a file: what stands between that and here are libraries."""
+    """Whether it is the user's code that opens a file: what stands between that and here are libraries.
+
+    What a library does while it is imported is its own, such as PyTorch's compiler, which makes a folder for its cache.
+    """
     if path.startswith(_SYSTEM) or "__pycache__" in path or is_code(path):
         return False
     frame: FrameType | None = sys._getframe(3)
-    while frame is not None and not frame.f_code.co_filename.startswith(_OWN):
+    while frame is not None and not frame.f_code.co_filename.startswith((_OWN, _IMPORTING)):
         if is_users_path(frame.f_code.co_filename):
             return True
         frame = frame.f_back
