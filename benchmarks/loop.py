@@ -1,6 +1,6 @@
 """What a training step costs beside its mathematics: distrain against raw PyTorch, Accelerate, Lightning and Trainer.
 
-    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--save benchmarks/results/loop.md]
+    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--quick] [--save FILE]
 
 The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work:
 batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a
@@ -15,18 +15,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import json
 import logging
 import math
 import os
-import platform
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +29,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from turns import Table, in_processes, options_of
+
+GOALS = {1: 1.2, 2: 1.1}
 PEERS = ("raw", "distrain", "accelerate", "lightning", "trainer")
 WINDOW = 50
 SAMPLES, FEATURES, CLASSES, BATCH = 4096, 64, 10, 32
@@ -260,42 +258,11 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
 # Running them
 
 
-def measure(peer: str, steps: int, world_size: int) -> float:
-    """Return microseconds of a step of one peer in fresh processes."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        workers = []
-        for rank in range(world_size):
-            variables = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "BENCHMARK_FOLDER": folder,
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            if world_size > 1:
-                variables |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-            command = [sys.executable, __file__, "--peer", peer, "--steps", str(steps)]
-            workers.append(
-                subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
-        outputs = [worker.communicate(timeout=600) for worker in workers]
-        for worker, (_, errors) in zip(workers, outputs, strict=True):
-            if worker.returncode != 0:
-                raise SystemExit(f"{peer} failed:\n{errors[-3000:]}")
-        return json.loads(outputs[0][0].strip().splitlines()[-1])["us"]
-
-
 def main() -> None:
     """Measure and print a table; or, with --peer, be one of the measured processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--save", type=Path, help="also write the table here")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.peer:
@@ -311,29 +278,26 @@ def main() -> None:
         print(json.dumps({"us": us}))
         return
     peers = [peer for peer in PEERS if peer != "lightning" or importlib.util.find_spec("lightning")]
-    lines = [
-        f"Time of a step, µs, median (least to most) of {a.rounds} rounds of {a.steps} steps; ratio to raw PyTorch "
-        "within a round.",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {importlib.metadata.version('torch')}, {time.strftime('%Y-%m-%d')}.",
-        "",
-        "| peer | " + " | ".join(f"{n} process{'es' if n > 1 else ''} | ratio" for n in a.processes) + " |",
-        "|---|" + "---|---|" * len(a.processes),
-    ]
-    cells: dict[str, list[str]] = {peer: [] for peer in peers}
+    steps = 200 if a.quick else a.steps
+
+    def measured(peer: str, world_size: int) -> Callable[[], float]:
+        def measure() -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = ["--peer", peer, "--steps", str(steps)]
+                return in_processes(__file__, arguments, world_size=world_size, BENCHMARK_FOLDER=folder)[0]["us"]
+
+        return measure
+
+    table = Table("A training step where only overhead counts", "µs a step")
     for world_size in a.processes:
-        rounds: list[dict[str, float]] = []
-        for _ in range(a.rounds):
-            rounds.append({peer: measure(peer, a.steps, world_size) for peer in peers})
-        for peer in peers:
-            times = [each[peer] for each in rounds]
-            ratio = statistics.median(each[peer] / each["raw"] for each in rounds)
-            cells[peer] += [f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})", f"{ratio:.2f}"]
-    lines += [f"| {peer} | " + " | ".join(row) + " |" for peer, row in cells.items()]
-    print("\n".join(lines))
-    if a.save:
-        a.save.parent.mkdir(parents=True, exist_ok=True)
-        a.save.write_text("\n".join(lines) + "\n")
+        table.measure(
+            {peer: measured(peer, world_size) for peer in peers},
+            base="raw",
+            rounds=1 if a.quick else a.rounds,
+            title=f"{world_size} process{'es' if world_size > 1 else ''}",
+            goals={"distrain": GOALS.get(world_size, 1.1)},
+        )
+    table.save(a.save)
 
 
 if __name__ == "__main__":
