@@ -36,6 +36,7 @@ from distrain.config.sections import (
     Section,
     TrainSection,
     TransformsSection,
+    TuneSection,
     WatchdogSection,
 )
 from distrain.config.seeds import mix
@@ -65,6 +66,7 @@ __all__ = [
     "Task",
     "TrainSection",
     "TransformsSection",
+    "TuneSection",
     "UserError",
     "WatchdogSection",
     "close_names",

@@ -144,6 +144,11 @@ def _anomalies(known: Known) -> Problems:
             yield f"anomalies.{key}", f"does nothing without anomalies.{needed} or rollback; add that or remove this"
 
 
+def _tune(known: Known) -> Problems:
+    if known("train.precision") == "tf32" and known("tune.tf32") is False:
+        yield "tune.tf32", "found false, but train.precision is tf32; take fp32, or remove this"
+
+
 def _groups(known: Known) -> Problems:
     return _twice("optim.groups", [group.params for group in known("optim.groups")])
 
@@ -169,6 +174,7 @@ _CHECKS: tuple[Callable[[Known], Problems], ...] = (
     _prepare,
     _weights_strict,
     _anomalies,
+    _tune,
     _groups,
     _metrics,
 )

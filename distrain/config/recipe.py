@@ -24,6 +24,7 @@ from distrain.config.sections import (
     ScheduleSection,
     Section,
     TrainSection,
+    TuneSection,
     WatchdogSection,
 )
 
@@ -57,6 +58,8 @@ class Recipe(Section):
     """Batch sizes."""
     train: TrainSection
     """Length and precision of training."""
+    tune: TuneSection = TuneSection()
+    """Optimisations of speed, each resolved for the device, the precision and the model."""
     eval: EvalSection = EvalSection()
     """When and how the model is evaluated."""
     checkpoint: CheckpointSection = CheckpointSection()

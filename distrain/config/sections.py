@@ -97,6 +97,7 @@ BatchSize = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 Interval = Annotated[Duration, AfterValidator(_not_zero)]
 TrainingInterval = Annotated[Interval, AfterValidator(_not_time)]
 Time = Annotated[Interval, AfterValidator(_a_time)]
+OnOff = bool | Literal["auto"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -320,6 +321,17 @@ class TrainSection(Section):
             if (amount := getattr(self, unit)) is not None:
                 return Duration(float(amount), unit)
         raise AssertionError("a recipe is validated to have one of them")
+
+
+class TuneSection(Section):
+    """Optimisations of speed. Each is `auto`, true or false; auto takes it where it pays and works.
+
+    What each came to and why is in the banner and in effect.json. A key that is true where it cannot work is refused.
+    """
+
+    tf32: OnOff = "auto"
+    """Products of fp32 tensors in TF32 on tensor cores, ten bits of the mantissa; auto: for what stays fp32 under bf16,
+    fp16 and fp8. Never under fp32 unless it is true."""
 
 
 class EarlyStopSection(Section):

@@ -76,6 +76,7 @@ class Trained:
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
+                world.tune(recipe.tune, model, lenient=True)
                 return data, model.to(world.device).eval()
 
             data, model = world.run_on_all(build)

@@ -25,15 +25,16 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrain.config import UserError
+from distrain.config import TuneSection, UserError
 from distrain.config.strategies import STRATEGIES
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
+from distrain.parallel.tuning import Facts, Tuning, resolve_tuning
 from distrain.run.heartbeat import progress
 from distrain.system.environment import Environment, forget_world, has_launcher
 from distrain.system.logs import EACH_RANK
@@ -55,6 +56,9 @@ class World:
 
     deterministic = False
     """Whether this process computes deterministically."""
+
+    tuning = Tuning()
+    """What the recipe's section `tune` comes to, once the model is built; see `tune`."""
 
     mesh: Mesh
     """Who shards, who replicates, and which part of the data each rank reads."""
@@ -86,6 +90,25 @@ class World:
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
         self._store_flags = 0
+
+    def tune(self, section: TuneSection, model: nn.Module, *, lenient: bool = False) -> None:
+        """Resolve the recipe's section `tune` for this world and a model as it was built, and set torch's switches.
+
+        Raises UserError as `resolve_tuning` does.
+        """
+        self.mixed_precision.check_kept()  # building the model has run the user's code
+        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+        facts = Facts(
+            device=self.device.type,
+            capability=capability,
+            precision=self.precision,
+            autocast=self.mixed_precision.autocast is not None,
+            deterministic=self.deterministic,
+            strategy=self.strategy,
+            model=model,
+        )
+        self.tuning = resolve_tuning(section, facts, lenient=lenient)
+        self.mixed_precision = self.mixed_precision.with_tf32(self.tuning["tf32"])
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""

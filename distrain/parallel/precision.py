@@ -6,14 +6,15 @@ pass, and the backward pass that follows from it:
     name   forward under             products of fp32 tensors   loss is scaled
     fp32   nothing                   fp32                       no
     tf32   nothing                   TF32 on tensor cores       no
-    bf16   autocast to bfloat16      fp32                       no
-    fp16   autocast to float16       fp32                       yes, `LossScale`
-    fp8    autocast to bfloat16,     fp32                       no
+    bf16   autocast to bfloat16      by `tune.tf32`             no
+    fp16   autocast to float16       by `tune.tf32`             yes, `LossScale`
+    fp8    autocast to bfloat16,     by `tune.tf32`             no
            linear layers in float8
     fp64   nothing, weights fp64     fp32                       no
 
 torch itself starts with matrix products in fp32 and with cuDNN's convolutions and recurrent layers in TF32, so its
 "fp32" keeps ten bits of the mantissa in a convolution. Here fp32 is fp32 throughout, and tf32 is asked for by name.
+What stays fp32 beside a narrower forward pass (bf16 has seven bits) is in TF32 on GPUs that have it: `tune.tf32`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import logging
 import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class MixedPrecision:
     """Whether the loss is scaled before the backward pass, with a `LossScale`."""
     note: str = ""
     """What the user should know about it on this machine, in a sentence; may be empty."""
+    tf32: bool = False
+    """Whether products of fp32 tensors are computed in TF32."""
 
     def context(self, device_type: str, *, cache: bool = True) -> AbstractContextManager[Any]:
         """Return what one forward pass runs under.
@@ -77,7 +80,7 @@ class MixedPrecision:
 
     def check_kept(self) -> None:
         """Raise UserError where something has changed torch's switches for products of fp32 tensors since `resolve`."""
-        expected = "tf32" if self.name == "tf32" else "ieee"
+        expected = "tf32" if self.tf32 else "ieee"
         if changed := {where: value for where, value in float32_products().items() if value != expected}:
             found = ", ".join(f"{where} {value}" for where, value in changed.items())
             raise UserError(
@@ -85,6 +88,11 @@ class MixedPrecision:
                 f"has set torch to: {found}. Take torch.set_float32_matmul_precision and torch.backends.*.allow_tf32 "
                 "out of your own code, and write train.precision: tf32 if that is what you want"
             )
+
+    def with_tf32(self, on: bool) -> MixedPrecision:
+        """Return this precision with products of fp32 tensors in TF32 or not, and set torch's switches for it."""
+        _set_float32_products(tf32=on)
+        return replace(self, tf32=on)
 
 
 _FP32 = MixedPrecision("fp32", None, torch.float32, scaled=False)
@@ -97,8 +105,7 @@ def resolve(precision: str, device: torch.device) -> MixedPrecision:
     UserError where the device, or what is installed, cannot do what is asked.
     """
     resolved = _resolved(precision, device)
-    _set_float32_products(tf32=resolved.name == "tf32")
-    return resolved
+    return resolved.with_tf32(resolved.name == "tf32")
 
 
 def _resolved(precision: str, device: torch.device) -> MixedPrecision:

@@ -290,6 +290,7 @@ class Strategy(ABC):
             "device": self.world.device.type,
             "precision": self.world.precision,
             "deterministic": determinism.is_on(),
+            "tune": self.world.tuning.record(),
             "forward": "as stored" if autocast is None else f"autocast to {dtype_name(autocast)}",
             "weights": _listed(dtypes["parameter"]),
             "sharded": any(not each.replicated for each in held),

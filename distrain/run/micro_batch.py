@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distrain.config import BatchSection, Recipe
+from distrain.config import BatchSection, Recipe, TuneSection
 from distrain.run.folder import RunDir
 from distrain.run.json_files import write_json
 from distrain.system import memory
@@ -50,6 +50,8 @@ class CacheKey:
             key: sections[key] if keys is None else {name: sections[key][name] for name in keys}
             for key, keys in _MEMORY_SECTIONS.items()
         }
+        if recipe.tune != TuneSection():  # what was found before there was such a section stays found
+            parts["tune"] = sections["tune"]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return cls(processes, strategy, offload, digest, replicate)
 

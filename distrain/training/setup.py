@@ -220,6 +220,7 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         check_layers(model, world)
+        world.tune(recipe.tune, model)
         world.mixed_precision.fit(model, world.device)
         make_dense(
             model,
