@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.config import UserError
 from distrain.system import bounded_json as bounded
+from distrain.system.errors import UserError
 
 VERSION = 1
 MANIFEST = "MANIFEST.json"

@@ -33,11 +33,10 @@ from distrain.checkpoints.format import (
     piece_key,
 )
 from distrain.checkpoints.headers import Header, flat_entry, read_header
-from distrain.config import UserError, close_names
-from distrain.config.yaml.document import read_text
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import progress
 from distrain.system import bounded_json as bounded
+from distrain.system.errors import UserError, close_names
 
 _Entries = dict[str, tuple[str, tuple[int, ...]]]
 """For each piece's key: the dtype and shape in its file's header."""
@@ -296,6 +295,8 @@ def criterion_of(folder: Path | str) -> Criterion | None:
     run = RunDir(Path(folder).parent)
     if not run.exists:
         return newest.criterion if newest is not None else None
+    from distrain.config.yaml.document import read_text  # with the whole recipe: opening a checkpoint needs none
+
     best = best_metric(read_text(run.recipe_path))
     metric = best.removeprefix("-")
     if newest is None:

@@ -28,7 +28,7 @@ from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.floats import FLOATS, convert
 from distrain.checkpoints.format import TensorSpec, error_reason
 from distrain.checkpoints.reading import open_descriptor
-from distrain.config import UserError
+from distrain.system.errors import UserError
 
 THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 1 << 20

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distrain.config import UserError
 from distrain.config.strategies import describe_strategy
 from distrain.config.yaml import load_recipe
 from distrain.launchers import launcher_of
@@ -21,6 +20,7 @@ from distrain.launchers.slurm.tracking import task_of
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
 from distrain.run.json_files import rows_backwards
+from distrain.system.errors import UserError
 from distrain.system.terminal import Table
 from distrain.training.callbacks.trackers import duration
 

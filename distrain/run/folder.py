@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import distrain
-from distrain.config import UserError
 from distrain.run.json_files import json_safe, metrics_row, read_rows, write_atomically, write_json
 from distrain.system import bounded_json as bounded
+from distrain.system.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distrain.config import UserError
 from distrain.system import bounded_json as bounded
+from distrain.system.errors import UserError
 from distrain.system.output import in_utf8
 
 

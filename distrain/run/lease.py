@@ -17,10 +17,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
-from distrain.config import UserError
 from distrain.run.folder import RunDir
 from distrain.run.json_files import append_row, write_json
 from distrain.system.bounded_json import read_record
+from distrain.system.errors import UserError
 from distrain.system.job_environment import JobEnvironment, job_environment
 
 RESTARTS = 3

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distrain.config import UserError
 from distrain.run.json_files import BLOCK, end_of_rows, json_safe, lines_backwards, metrics_row, parse_row
 from distrain.system import bounded_json as bounded
+from distrain.system.errors import UserError
 
 EVALUATION_KEYS = frozenset(
     (

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from distrain.checkpoints.writing import hidden
-from distrain.config import UserError
+from distrain.system.errors import UserError
 
 FOLDER = "transformers"
 """In the run's folder."""

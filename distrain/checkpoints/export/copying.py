@@ -22,8 +22,8 @@ from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
 from distrain.checkpoints.floats import convert
 from distrain.checkpoints.headers import pack_header
 from distrain.checkpoints.sources import THREADS, Source, Stored
-from distrain.config import UserError
 from distrain.run.heartbeat import progress
+from distrain.system.errors import UserError
 
 BUFFER = 1 << 18  # bytes that a thread converts, or copies without the kernel, at a time: stays in its cache
 JOB = 64 << 20  # bytes that a thread copies before it takes the next job

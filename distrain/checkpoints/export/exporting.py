@@ -26,7 +26,7 @@ from distrain.checkpoints.format import MANIFEST, error_reason
 from distrain.checkpoints.reading import is_checkpoint_name
 from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import hidden, is_leftover, sync_folder
-from distrain.config import UserError, close_names
+from distrain.system.errors import UserError, close_names
 
 _DTYPES = {
     "float64": "F64", "fp64": "F64", "f64": "F64", "float32": "F32", "fp32": "F32", "f32": "F32",

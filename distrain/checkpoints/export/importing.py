@@ -15,8 +15,8 @@ from distrain.checkpoints.export.opening import COUNTED, open_foreign
 from distrain.checkpoints.format import MANIFEST, LocalCommunicator, piece_key
 from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import Saver
-from distrain.config import UserError
 from distrain.run.folder import RunDir
+from distrain.system.errors import UserError
 
 NO_OPTIMIZER = "no optimizer (it was imported without its state)"
 _KEEP_ALL = 10**9

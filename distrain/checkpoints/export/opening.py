@@ -18,10 +18,9 @@ from distrain.checkpoints.foreign.common import NO_TENSORS, some
 from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
 from distrain.checkpoints.reading import Reader, find_checkpoint, is_checkpoint_name
 from distrain.checkpoints.sources import Source, flat
-from distrain.config import UserError, close_names
-from distrain.config.registry import formats
 from distrain.run.folder import RunDir
 from distrain.system.bounded_json import MOST_STEPS
+from distrain.system.errors import UserError, close_names
 
 COUNTED = "is the optimizer's own count"
 _AS_BUFFERS = "taken for buffers"
@@ -101,6 +100,8 @@ def open_foreign(
     `optimizer=False` skips the optimizer's state. Raises UserError: the format is unknown, or the checkpoint is
     damaged, incomplete, or holds code.
     """
+    from distrain.config.registry import formats  # with the whole recipe: opening one's own needs none
+
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}")
@@ -159,6 +160,8 @@ def _refusing(path: Path, expected: str) -> Iterator[None]:
 
 
 def _detect(path: Path) -> str:
+    from distrain.config.registry import formats
+
     # the more particular formats first: a folder of DeepSpeed's may hold a safetensors file besides
     known = sorted(formats.entries(), key=lambda entry: entry.metadata.get("order", math.inf))
     for entry in known:

@@ -16,7 +16,7 @@ from typing import Any
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.foreign.pickles import PickleRefused, View, read_pickle
-from distrain.config import UserError
+from distrain.system.errors import UserError
 
 MAX_PICKLE = 256 << 20
 """Bytes of a pickle: the listing of some million tensors."""

@@ -17,8 +17,8 @@ from distrain.checkpoints.foreign.trusted import TRUST, open_in_process
 from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reason, parse_json
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, Stored, in_one_file, small
-from distrain.config import UserError
 from distrain.system.bounded_json import read_open
+from distrain.system.errors import UserError
 
 AVERAGE_COUNT = "n_averaged"
 """The counter of torch's AveragedModel, beside the averages, which have `module.` in their names."""

@@ -9,8 +9,8 @@ from distrain.checkpoints.foreign import from_distributed, from_safetensors, fro
 from distrain.checkpoints.foreign.common import TorchFile, some
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.sources import Source
-from distrain.config import UserError
 from distrain.config.registry import formats
+from distrain.system.errors import UserError
 
 _FSDP = "pytorch_model_fsdp"
 _SAFETENSORS = "model.safetensors"

@@ -18,8 +18,8 @@ from distrain.checkpoints.foreign.pickles import Made, View
 from distrain.checkpoints.format import TensorSpec
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, Stored, flat
-from distrain.config import UserError
 from distrain.config.registry import formats
+from distrain.system.errors import UserError
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_optim_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_model_states\.pt")

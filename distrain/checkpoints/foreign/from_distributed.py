@@ -18,8 +18,8 @@ from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View, dtyp
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Block, Source, Stored
-from distrain.config import UserError
 from distrain.config.registry import formats
+from distrain.system.errors import UserError
 
 METADATA = ".metadata"
 _KIND = "torch.distributed.checkpoint"

@@ -12,8 +12,8 @@ from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.headers import Header, read_header
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, in_one_file
-from distrain.config import UserError
 from distrain.config.registry import formats
+from distrain.system.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 

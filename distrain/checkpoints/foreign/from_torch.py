@@ -11,8 +11,8 @@ from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.foreign.pickles import View
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source
-from distrain.config import UserError
 from distrain.config.registry import formats
+from distrain.system.errors import UserError
 
 MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
 AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrain.checkpoints.dtypes import BY_TORCH_NAME, DTYPES
-from distrain.config import UserError
+from distrain.system.errors import UserError
 
 
 class PickleRefused(UserError):

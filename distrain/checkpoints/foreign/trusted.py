@@ -20,7 +20,7 @@ from distrain.checkpoints.foreign.pickles import Made, Storage, View
 from distrain.checkpoints.headers import read_header
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import row_major
-from distrain.config import UserError
+from distrain.system.errors import UserError
 
 _SCRIPT = """
 import json, os, sys, torch, safetensors.torch
