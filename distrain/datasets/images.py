@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ _BYTES = (0, 255)
 _SIXTEEN_BITS = (0, 65535)
 
 Channels = Literal["rgb", "gray"]
+Decoder = Literal["pil", "torchvision"]
 Range = tuple[float, float]
 """(black, white) of images whose values are not bytes."""
 
@@ -48,9 +50,10 @@ class ImageFiles:
         channels: Channels,
         black_to_white: Range | None = None,
         root: Path | None = None,
+        decoder: Decoder = "pil",
     ):
-        """`targets`: (n,) int64 or None. `size`: (height, width) to resize to, or None. `black_to_white`: see
-        `decode_image`. `root`: the folder that file names in predictions are relative to.
+        """`targets`: (n,) int64 or None. `size`: (height, width) to resize to, or None. `black_to_white`, `decoder`:
+        see `decode_image`. `root`: the folder that file names in predictions are relative to.
         """
         self.paths = paths
         self.targets = targets
@@ -58,14 +61,21 @@ class ImageFiles:
         self.channels = channels
         self.black_to_white = black_to_white
         self.root = root
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def fetch(self, ids: np.ndarray) -> Batch:
         images = [self._decoded(number) for number in ids.tolist()]
-        same = all(image.shape == images[0].shape for image in images)
-        batch: Batch = {"inputs": torch.stack(images) if same else images}
+        batch: Batch = {}
+        if all(image.shape == images[0].shape for image in images):
+            together = np.empty((len(images), *images[0].shape), np.uint8)
+            for row, image in enumerate(images):  # turns the channels to the front in the same copy
+                together[row] = image
+            batch["inputs"] = torch.from_numpy(together)
+        else:
+            batch["inputs"] = [torch.from_numpy(np.array(image, order="C")) for image in images]
         if self.targets is not None:
             batch["targets"] = torch.from_numpy(self.targets[ids])
         batch["ids"] = torch.from_numpy(ids)
@@ -75,10 +85,10 @@ class ImageFiles:
         paths = [self.paths[number] for number in ids.tolist()]
         return {"file": [path.name if self.root is None else path.relative_to(self.root).as_posix() for path in paths]}
 
-    def _decoded(self, number: int) -> torch.Tensor:
+    def _decoded(self, number: int) -> np.ndarray:
         path = self.paths[number]
         try:
-            return decode_image(path, self.size, self.channels, self.black_to_white)
+            return decode_image(path, self.size, self.channels, self.black_to_white, self.decoder)
         except UserError as error:
             raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
@@ -91,36 +101,77 @@ class ImageFiles:
 
 
 def decode_image(
-    path: Path, size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None
-) -> torch.Tensor:
+    path: Path,
+    size: tuple[int, int] | None,
+    channels: Channels,
+    black_to_white: Range | None = None,
+    decoder: Decoder = "pil",
+) -> np.ndarray:
     """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) if given.
 
-    Values of more than 8 bits are scaled from `black_to_white`, by default from 0..65535 for 16 bits. Raises UserError
-    for 32-bit integers and floats without a range, and for values outside the range.
+    The array may be read-only, with channels last in memory. Values of more than 8 bits are scaled from
+    `black_to_white`, by default from 0..65535 for 16 bits. The `decoder` torchvision reads JPEG files with its
+    `decode_jpeg`, and Pillow all others. Raises UserError for 32-bit integers and floats without a range, and for
+    values outside the range.
     """
-    with Image.open(path) as opened:
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        # Pillow clips such values to 0..255 or truncates them instead of scaling
-        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
-            image = Image.fromarray(_bytes(np.asarray(image), black_to_white or _SIXTEEN_BITS, path))
-        elif image.mode in ("I", "F"):
-            if black_to_white is None:
-                kind = "32-bit integers" if image.mode == "I" else "32-bit floats"
-                least, most = image.getextrema()
-                raise UserError(
-                    f"{path}: mode {image.mode} holds {kind}, here from {least:g} to {most:g}, with unknown black and "
-                    "white; set data.range, such as [0, 1] or [0, 65535], or save the images with 8 or 16 bits"
-                )
-            image = Image.fromarray(_bytes(np.asarray(image), black_to_white, path))
-        elif image.mode == "La":
-            image = image.convert("LA")
-        elif image.mode == "LAB":
-            image = image.convert("RGB")
-        image = image.convert("RGB" if channels == "rgb" else "L")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        pixels = np.array(image)
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    jpeg = _jpeg(path) if decoder == "torchvision" else None
+    if jpeg is not None and channels == "rgb" and size in (None, jpeg.shape[:2]):
+        return jpeg.transpose(2, 0, 1)
+    if jpeg is not None:
+        return pixels_of(Image.fromarray(jpeg), size, channels)
+    with Image.open(path) as image:
+        return pixels_of(image, size, channels, black_to_white, path)
+
+
+def pixels_of(
+    image: Image.Image,
+    size: tuple[int, int] | None,
+    channels: Channels,
+    black_to_white: Range | None = None,
+    path: Path = Path(),
+) -> np.ndarray:
+    """Return the pixels of an image, which may be changed, as `decode_image` does; `path` is for its errors."""
+    ImageOps.exif_transpose(image, in_place=True)  # otherwise it would copy an image that is upright
+    # Pillow clips such values to 0..255 or truncates them instead of scaling
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray(_bytes(np.asarray(image), black_to_white or _SIXTEEN_BITS, path))
+    elif image.mode in ("I", "F"):
+        if black_to_white is None:
+            kind = "32-bit integers" if image.mode == "I" else "32-bit floats"
+            least, most = image.getextrema()
+            raise UserError(
+                f"{path}: mode {image.mode} holds {kind}, here from {least:g} to {most:g}, with unknown black and "
+                "white; set data.range, such as [0, 1] or [0, 65535], or save the images with 8 or 16 bits"
+            )
+        image = Image.fromarray(_bytes(np.asarray(image), black_to_white, path))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode == "LAB":
+        image = image.convert("RGB")
+    mode = "RGB" if channels == "rgb" else "L"
+    if image.mode != mode:  # an image of the same mode would be copied
+        image = image.convert(mode)
+    if size is not None and image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+_JPEG = b"\xff\xd8\xff"
+
+
+def _jpeg(path: Path) -> np.ndarray | None:
+    """Return a JPEG file, decoded by torchvision, as (height, width, 3); None for other files, and broken ones."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    encoded = np.fromfile(path, np.uint8)
+    if encoded[:3].tobytes() != _JPEG:
+        return None
+    try:
+        image = decode_jpeg(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        return None  # Pillow reads some that lack their end, and describes what is wrong with the others
+    return image.permute(1, 2, 0).numpy()
 
 
 def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarray:
@@ -137,7 +188,9 @@ def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarra
     return np.minimum((numbers.astype(np.float64) - black) * (256 / (white - black)), 255).astype(np.uint8)
 
 
-def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None) -> Any:
+def image_reader(
+    size: tuple[int, int] | None, channels: Channels, black_to_white: Range | None = None, decoder: Decoder = "pil"
+) -> Any:
     """Return a function that reads inputs for prediction: an image, a folder of images, or a .npy of pixels.
 
     The pixels of a .npy are scaled from `black_to_white` if given; otherwise they are integers from 0 to 255.
@@ -145,7 +198,8 @@ def image_reader(size: tuple[int, int] | None, channels: Channels, black_to_whit
 
     def read(path: Path) -> Source:
         if path.suffix != ".npy":
-            return ImageFiles(image_paths(path), None, size, channels, black_to_white, path if path.is_dir() else None)
+            root = path if path.is_dir() else None
+            return ImageFiles(image_paths(path), None, size, channels, black_to_white, root, decoder)
         pixels = pixels_from_npy(path, size, channels, _BYTES if black_to_white is None else (-math.inf, math.inf))
         if pixels.dtype != torch.uint8 and black_to_white is not None:
             return TensorSource(torch.from_numpy(_bytes(pixels.numpy(), black_to_white, path)), None)
@@ -209,6 +263,7 @@ def image_folder(
     size: int | list[int] | None = None,
     channels: Channels = "rgb",
     range: list[int | float] | None = None,
+    decoder: Decoder = "pil",
 ) -> Data:
     """Images in one folder for each class, read on demand.
 
@@ -216,8 +271,12 @@ def image_folder(
     split, named in `data.split` as {train: ..., test: ...}, or called train, val or valid, and test. Classes are
     numbered by the sorted folder names of the training split. `size`, a number or [height, width], resizes each image;
     `channels` is rgb or gray. `range` is [black, white] for images of more than 8 bits; by default 16-bit images have 0
-    to 65535, and others are refused. Inputs are uint8 until a transform changes them, and finally float32 in [0, 1].
+    to 65535, and others are refused. `decoder` torchvision reads JPEG files with its `decode_jpeg`, which is faster:
+    where both have libjpeg-turbo, pixels are those of pil. Inputs are uint8 until a transform changes them, and finally
+    float32 in [0, 1].
     """
+    if decoder == "torchvision":
+        _check_jpeg()
     if range is not None and (len(range) != 2 or not all(map(math.isfinite, range)) or range[0] >= range[1]):
         raise UserError(f"data.range: found {range}, expected the numbers of black and of white, such as [0, 65535]")
     black_to_white = None if range is None else (range[0], range[1])
@@ -236,13 +295,28 @@ def image_folder(
         paths, targets = files["train"]
         for split, indices in split_indices(len(paths), request.section, request.seed, targets).items():
             chosen = [paths[index] for index in indices]
-            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white, root)
+            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white, root, decoder)
     else:
         for split, found in files.items():
-            splits[split] = ImageFiles(*found, shape, channels, black_to_white, folders[split])
+            splits[split] = ImageFiles(*found, shape, channels, black_to_white, folders[split], decoder)
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [path for paths, _ in files.values() for path in paths]
-    return Data(splits, meta, {"class_names": names}, image_reader(shape, channels, black_to_white), read)
+    return Data(splits, meta, {"class_names": names}, image_reader(shape, channels, black_to_white, decoder), read)
+
+
+def _check_jpeg() -> None:
+    """Raise UserError where torchvision cannot decode JPEG files."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "JPEG")
+    try:
+        from torchvision.io import decode_jpeg
+
+        decode_jpeg(torch.from_numpy(np.frombuffer(encoded.getvalue(), np.uint8).copy()))
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"data.decoder is torchvision, and the one installed cannot decode JPEG: {error_line(error)}; install a "
+            "torchvision that is built with libjpeg-turbo, or use decoder: pil"
+        ) from error
 
 
 def _split_folders(root: Path, split: Any) -> dict[str, Path]:

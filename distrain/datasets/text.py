@@ -159,24 +159,33 @@ class TokenRows:
         self._span_ends = np.cumsum(lengths)
         # an id of each span plus this is its row number
         self._shifts = np.array([span.start for span in spans], dtype=np.int64) - (self._span_ends - lengths)
+        self._only: np.ndarray | None = None
+        """(places, seq_len + 1): what begins at each place of a single shard; NumPy copies many such rows at once."""
+        if len(shards) == 1:
+            self._only = np.lib.stride_tricks.sliding_window_view(shards[0], seq_len + 1)
 
     def __len__(self) -> int:
         return int(self._span_ends[-1])
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        shift = self._shifts[np.searchsorted(self._span_ends, ids, side="right")]
+        one = len(self._shifts) == 1
+        shift = self._shifts[0] if one else self._shifts[np.searchsorted(self._span_ends, ids, side="right")]
         begins = (ids + shift) * self._seq_len
-        homes = np.searchsorted(self._begins, begins, side="right") - 1
-        offsets = begins - self._begins[homes]
-        tokens = np.empty((len(ids), self._seq_len + 1), self._shards[0].dtype)
-        for row, (home, offset) in enumerate(zip(homes.tolist(), offsets.tolist(), strict=True)):
-            part = self._shards[home][offset : offset + self._seq_len + 1]
-            tokens[row] = part if len(part) == self._seq_len + 1 else self._across(part, home)
+        tokens = self._only[begins] if self._only is not None else self._from_shards(begins)
         return {
             "inputs": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
             "targets": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
             "ids": torch.from_numpy(ids),
         }
+
+    def _from_shards(self, begins: np.ndarray) -> np.ndarray:
+        homes = np.searchsorted(self._begins, begins, side="right") - 1
+        offsets = begins - self._begins[homes]
+        tokens = np.empty((len(begins), self._seq_len + 1), self._shards[0].dtype)
+        for row, (home, offset) in enumerate(zip(homes.tolist(), offsets.tolist(), strict=True)):
+            part = self._shards[home][offset : offset + self._seq_len + 1]
+            tokens[row] = part if len(part) == self._seq_len + 1 else self._across(part, home)
+        return tokens
 
     def _across(self, part: np.ndarray, home: int) -> np.ndarray:
         """Return the row that begins with `part`, the end of the shard `home`, and continues in the next shards."""
