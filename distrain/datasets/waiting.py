@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -40,9 +40,6 @@ _LEAVE_S = 10.0
 
 while_waiting: list[Callable[[float], None]] = []
 """Called about every second of a wait for loader processes with its seconds; an exception ends the wait."""
-
-_reached: Counter[int] = Counter()
-"""Waits of this process that reached each number of warnings."""
 
 
 class Wait:
@@ -106,9 +103,9 @@ class Wait:
         if self._waited_s < WARN_AFTER_S * _GROWS**self._warnings:
             return
         self._warnings += 1
-        _reached[self._warnings] += 1
+        now.long_waits[self._warnings] += 1
         # a loader that is always slow is reported at the 1st, 2nd, 4th, 8th, … such wait
-        if _reached[self._warnings].bit_count() > 1:
+        if now.long_waits[self._warnings].bit_count() > 1:
             return
         try:
             parts = [self._report(), self._advice() if self._warnings == 1 else "", _end()]

@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -57,6 +58,7 @@ class Now:
     __slots__ = (
         "board",
         "limit",
+        "long_waits",
         "marks",
         "phase",
         "seconds",
@@ -86,6 +88,8 @@ class Now:
         """A slow rank that was found and not yet reported."""
         self.limit: Callable[[], float | None] | None = None
         """Says after how many seconds without progress this process is ended, at what it is doing now; None: never."""
+        self.long_waits: Counter[int] = Counter()
+        """How many waits for data have come to their 1st, 2nd, 3rd … warning."""
         self.watched = False
         """Whether a watchdog ends it then; a wait for data ends by itself otherwise."""
         self.board = _open_board()

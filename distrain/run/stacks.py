@@ -241,12 +241,12 @@ def where(stack: Stack, thread: str = "", *, waiting: bool | str | None = "look"
     return Where(line_to_see(stack), found, thread, tuple(map(str, inner(stack)[:40])), is_at_device(stack))
 
 
-def where_is(main: int, loaders: Sequence[tuple[str, Stack]] = ()) -> Where:
+def where_is(main: int, threads: dict[int, Stack], loaders: Sequence[tuple[str, Stack]] = ()) -> Where:
     """Return where this process is: its thread `main`, or what that one waits for within the process.
 
-    `loaders` are the processes that load data for this one, with their stacks.
+    `threads` are the `stacks` of this process. `loaders` are the processes that load data for it, with their stacks.
     """
-    found = stacks()
+    found = dict(threads)
     stack = found.pop(main, [])
     names = {thread.ident: thread for thread in threading.enumerate()}
     if _is_waiting_for_thread(stack):

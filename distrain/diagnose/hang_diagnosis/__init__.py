@@ -367,7 +367,7 @@ class Watchdog:
             for name, stack in loaders:
                 lines += [f"{name}, the innermost line first:", *(f"  {frame}" for frame in stack), ""]
             (self.folder / f"stacks-rank-{self.rank}.txt").write_text("\n".join(lines), encoding="utf-8")
-        where = stacks.where_is(self._main, loaders)
+        where = stacks.where_is(self._main, stacks.stacks(), loaders)
         faults = evidence.within(gpu_faults, 2.0, self._begun) if self.local_rank == 0 else None
         self._stalled = where.plain() | {
             "cpu": evidence.cpu_share(self._main_task),
