@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Ended, train_rank, write_recipe
+from runs import Ended, captured, write_recipe
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
+from warm import warm_children
 from worlds import in_world
 
 from distrain.checkpoints.export.opening import detect, open_foreign
+from distrain.cli.main import Kind, app
 from distrain.config import UserError, registry
 from distrain.config.registry import Registry, installed_offers
+from distrain.config.yaml import load_recipe
+from distrain.launchers import (
+    Options,
+    find_launcher,
+    launcher_environment,
+    launcher_of,
+    open_run,
+    read_target,
+    resolve,
+)
+from distrain.report.status import cancel_jobs, statuses
+from distrain.run.folder import Launch, RunDir
 
 CODE = """
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from torch import nn
 
 from distrain import Callback, Tracker
+from distrain.checkpoints.foreign import from_safetensors
+from distrain.launchers import Submitted, open_run, shared_file
+from distrain.launchers.launcher import Job
 
 
 class Net(nn.Module):
@@ -83,12 +105,42 @@ class Noting(Callback):
 class Descent(torch.optim.SGD):
     def __init__(self, params, lr, momentum: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum)
+
+
+def weights(source, path, *, trust):
+    from_safetensors.open_file(source, path / "weights.bin")
+
+
+class Shed:
+    name = "shed"
+
+    def submit(self, start):
+        open_run(start.run, start.given, start.launch())
+        self.note(start.run.path, "RUNNING")
+        done = subprocess.run([sys.executable, str(shared_file("launch", start.script)), *start.worker_arguments])
+        self.note(start.run.path, "COMPLETED")
+        return Submitted("s1", done.returncode)
+
+    def note(self, folder, state):
+        (folder / "job.txt").write_text(state)
+
+    def knows(self, folder):
+        return (folder / "job.txt").exists()
+
+    def status(self, folders):
+        return {folder: [Job("s1", (folder / "job.txt").read_text())] for folder in folders if self.knows(folder)}
+
+    def cancel(self, folder):
+        (job,) = self.status([folder])[folder]
+        if job.alive:
+            self.note(folder, "CANCELLED")
+        return [job] if job.alive else []
 """
 """One of each kind."""
 
 KINDS = {
     "models": "Net", "datasets": "Points", "losses": "loss", "metrics": "constant", "optimizers": "Descent",
-    "schedules": "fall", "trackers": "Rows", "callbacks": "Noting",
+    "schedules": "fall", "trackers": "Rows", "callbacks": "Noting", "formats": "weights", "launchers": "Shed",
 }  # fmt: skip
 
 BUILT_IN = sorted(KINDS.keys() - {"callbacks"})
@@ -129,11 +181,7 @@ def write_package(folder: Path, points: dict[str, dict[str, str]], name: str = "
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install a package for one test, and forget afterwards what it has registered."""
-    for kind in KINDS:
-        table: Registry = getattr(registry, kind)
-        table.names()
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
+    """Install packages for one test."""
 
     def write(points: dict[str, dict[str, str]], name: str = "outside", code: str = CODE) -> Path:
         folder = write_package(tmp_path / name, points, name, code)
@@ -150,11 +198,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 # A run of nothing but names from outside
 
 
-def train_beside(site: str, recipe: str, run_dir: str) -> Ended:
-    """Train one process where `site` is among the folders of installed packages."""
+def launched(site: str, launcher: str, recipe: str, run_dir: str) -> Ended:
+    """Start a run by a launcher where `site` is among the folders of installed packages."""
     sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = site  # as the processes that it starts have it
     installed_offers.cache_clear()
-    return train_rank(recipe, [], run_dir, None, False)
+    request = resolve(read_target(recipe, run_dir=run_dir), Options(), launcher_environment(1))
+    with warm_children():
+        return captured(lambda: find_launcher(launcher).submit(request).status)
 
 
 @pytest.mark.parametrize("by", ["file", "module", "entry point"])
@@ -166,8 +217,10 @@ def test_a_run_of_names_from_outside(tmp_path: Path, by: str) -> None:
     elif by == "module":
         names = {kind: f"outside:{at}" for kind, at in KINDS.items()}
     recipe = write_recipe(tmp_path, RECIPE.format(**names))
-    (ended,) = in_world(1, train_beside, str(site), str(recipe), str(tmp_path / "run"))
+    run = tmp_path / "run"
+    (ended,) = in_world(1, launched, str(site), names["launchers"], str(recipe), str(run), launched=False)
     assert ended.status == 0, ended.out + ended.err
+    assert (run / "job.txt").read_text() == "COMPLETED"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     key = names["metrics"].rpartition(":")[2]
     assert [row[key] for row in rows if row["event"] == "final"] == [0.25]
@@ -194,6 +247,17 @@ def test_entry_points_are_found_and_listed_and_their_packages_stay_closed(instal
     assert registry.models.spec_of("mlp") is None
     with pytest.raises(UserError, match=r"model\.name: no model 'my-nett'; did you mean 'my-net'"):
         registry.models.find("my-nett")
+
+
+def test_a_package_may_offer_one_of_each_kind(install: Install) -> None:
+    install({kind: {f"my-{kind}": f"outside:{at}"} for kind, at in KINDS.items()})
+    assert sorted(KINDS) == sorted(Kind)
+    for kind, at in KINDS.items():
+        listed = CliRunner().invoke(app, ["list", kind]).output
+        assert f"my-{kind:<25} the installed package outside 1.2 (outside:{at})" in listed
+    assert "outside" not in sys.modules, "a list imports no package"
+    for kind, at in KINDS.items():
+        assert getattr(registry, kind).find(f"my-{kind}").value.__name__ == at
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
@@ -261,17 +325,33 @@ def test_a_broken_package_is_named_and_breaks_no_other(install: Install, tmp_pat
     assert "the installed package odd 1.2: its entry points cannot be read" in str(caught.value)
 
 
-def test_what_a_package_registers_is_called_as_what_is_built_in(install: Install) -> None:
-    code = (
-        "from distrain.config.registry import datasets\n\n\n"
-        "@datasets.register('theirs', tasks=['regression'])\n"
-        "def theirs(request, size: int = 3):\n    'Some numbers.'\n    return request, size\n"
-    )
-    install({"datasets": {"theirs": "registering:theirs"}}, "registering", code)
+REGISTERING = """
+from distrain.config.registry import datasets
+
+
+@datasets.register("theirs", tasks=["regression"])
+def theirs(request, size: int = 3):
+    "Some numbers."
+    return request, size
+"""
+
+
+def find_theirs(site: str) -> list[object]:
+    sys.path.insert(0, site)
+    installed_offers.cache_clear()
     entry = registry.datasets.find("theirs", "regression")
-    assert (entry.registered, entry.summary) == (True, "Some numbers.")
-    with pytest.raises(UserError, match="data set 'theirs' is for regression, and the recipe's task is binary"):
+    try:
         registry.datasets.find("theirs", "binary")
+    except UserError as error:
+        return [entry.registered, entry.summary, str(error)]
+    return []
+
+
+def test_what_a_package_registers_is_called_as_what_is_built_in(tmp_path: Path) -> None:
+    site = write_package(tmp_path, {"datasets": {"theirs": "registering:theirs"}}, "registering", REGISTERING)
+    ((registered, summary, said),) = in_world(1, find_theirs, str(site), launched=False)
+    assert (registered, summary) == (True, "Some numbers.")
+    assert "data set 'theirs' is for regression, and the recipe's task is binary" in said
 
 
 def test_a_name_is_registered_once() -> None:
@@ -295,14 +375,10 @@ def test_what_is_registered_has_what_was_given_with_it() -> None:
 
 
 def test_a_format_from_outside_is_opened(install: Install, tmp_path: Path) -> None:
-    code = (
-        "from distrain.checkpoints.foreign import from_safetensors\n\n\n"
-        "def theirs(source, path, *, trust):\n    from_safetensors.open_file(source, path / 'weights.bin')\n"
-    )
-    site = install({"formats": {"theirs": "opening:theirs"}}, "opening", code)
+    site = install({"formats": {"theirs": "outside:weights"}})
     (tmp_path / "saved").mkdir()
     save_file({"layer.weight": np.ones((2, 3), np.float32)}, tmp_path / "saved" / "weights.bin")
-    for name in ("theirs", "opening:theirs", f"{site}/opening.py:theirs"):
+    for name in ("theirs", "outside:weights", f"{site}/outside.py:weights"):
         with open_foreign(tmp_path / "saved", format=name) as source:
             assert source.spec("model/layer.weight").shape == (2, 3)
 
@@ -313,3 +389,26 @@ def test_a_safetensors_file_is_known_whatever_its_header_is_long(tmp_path: Path,
     text = json.dumps(header).encode().ljust(length)
     file.write_bytes(length.to_bytes(8, "little") + text + bytes(4))
     assert detect(file) == "safetensors"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+@pytest.mark.parametrize("name", ["shed", "outside:Shed", "outside.py:Shed"])
+def test_jobs_of_a_launcher_from_outside_are_shown_and_cancelled(install: Install, tmp_path: Path, name: str) -> None:
+    site = install({"launchers": {"shed": "outside:Shed"}})
+    shed = find_launcher(f"{site}/{name}" if name.endswith(".py:Shed") else name)
+    loaded = load_recipe(write_recipe(tmp_path))
+    run = RunDir(tmp_path / "run")
+    open_run(run, loaded, Launch.describe(1, "single"))
+    assert launcher_of(run.path).name == "local"
+    (run.path / "job.txt").write_text("PENDING")
+    assert launcher_of(run.path).name == "shed", "one that a package offers is asked"
+    (found,) = statuses(run.path)
+    assert (found.state, found.job, found.job_state) == ("queued", "s1", "PENDING")
+    if name == "shed":
+        assert cancel_jobs(run.path)[0] == "cancelled job s1, which was PENDING; it is not queued again"
+    else:
+        assert [job.id for job in shed.cancel(run.path)] == ["s1"]
+    assert cancel_jobs(run.path) == [f"no job of {run.path} is queued or runs (s1 CANCELLED)"]

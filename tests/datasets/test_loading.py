@@ -11,10 +11,8 @@ import resource
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,17 +175,21 @@ def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix
     """Have a wait reported as soon as a loader process is stuck."""
     monkeypatch.setattr(waiting, "WARN_AFTER_S", 1000.0)
     monkeypatch.setattr(waiting, "CHECK_EVERY_S", 0.1)
-    monkeypatch.setattr(waiting, "_reached", Counter())
+    looks: list[Callable[[float], None]] = []
 
     def begin(stuck: StuckAtSix) -> heartbeat.Now:
         def look(waited_s: float) -> None:
             if stuck.is_met():
                 monkeypatch.setattr(waiting, "WARN_AFTER_S", 0.0)
 
-        monkeypatch.setattr(waiting, "while_waiting", [look])
+        looks.append(look)
+        waiting.while_waiting.append(look)
         return heartbeat.begin()
 
+    heartbeat.begin()
     yield begin
+    for look in looks:
+        waiting.while_waiting.remove(look)
     heartbeat.begin()
 
 
@@ -318,18 +320,21 @@ def test_a_stop_is_heeded_while_loader_processes_hang(tmp_path: Path) -> None:
 
 
 def while_stuck(variables: dict[str, str], *arguments: str) -> Any:
-    from distrain import inference
-
+    """Run a command whose wait for data is reported as soon as it is in vain, and then ended."""
     os.environ.update(variables)
     waiting.WARN_AFTER_S, waiting.CHECK_EVERY_S = 1000.0, 0.1
 
-    def limit(now: heartbeat.Now) -> float:
-        """Have the wait reported as soon as it is in vain, and then ended."""
-        if Path(os.environ["STUCK"]).exists():
-            waiting.WARN_AFTER_S = 0.0
-        return 0.0 if waiting._reached else 1000.0
+    def report() -> None:
+        while not Path(os.environ["STUCK"]).exists():
+            time.sleep(0.02)
+        waiting.WARN_AFTER_S = 0.0
 
-    inference.Limits = SimpleNamespace(of=lambda section: SimpleNamespace(at=limit))  # type: ignore[attr-defined]
+    class End(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heartbeat.now().limit = lambda: 0.0
+
+    threading.Thread(target=report, daemon=True).start()
+    waiting.logger.addHandler(End())
     return cli_rank(list(arguments))
 
 

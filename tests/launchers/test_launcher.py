@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from places import ROOT, SCRIPT
@@ -19,31 +17,21 @@ from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
 from worlds import running_world
 
 from distrain.config import UserError
-from distrain.config.registry import launchers
 from distrain.config.yaml import load_recipe
 from distrain.launchers import (
     LaunchPlan,
-    Options,
-    RunRequest,
-    StartEnvironment,
-    Submitted,
     configuration_file,
     find_launcher,
     find_run,
     gpu_count,
     launch,
     launch_argv,
-    launcher_of,
     open_run,
-    read_target,
     recipe_differences,
     recipe_text,
-    resolve,
     shared_file,
     unsaid_failures,
 )
-from distrain.launchers.launcher import Job
-from distrain.report.status import cancel_jobs, statuses
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, take
 
@@ -417,44 +405,6 @@ def _runs(process: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Launchers
-
-
-class ShedLauncher:
-    """A queue of one's own: names of runs in a list."""
-
-    name = "shed"
-    queued: ClassVar[dict[Path, Job]] = {}
-
-    def submit(self, start: RunRequest) -> Submitted:
-        self.queued[start.run.path] = Job("s1", "PENDING")
-        return Submitted(job="s1")
-
-    def knows(self, folder: Path) -> bool:
-        return folder in self.queued
-
-    def status(self, folders: Sequence[Path]) -> dict[Path, list[Job]] | None:
-        return {folder: [self.queued[folder]] for folder in folders if folder in self.queued}
-
-    def cancel(self, folder: Path) -> list[Job]:
-        job = self.queued[folder]
-        self.queued[folder] = replace(job, state="CANCELLED")
-        return [job] if job.alive else []
-
-
-def test_a_launcher_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launchers.names() == ["local", "slurm"]
-    monkeypatch.setattr(launchers, "_entries", dict(launchers._entries))
-    launchers.register("shed")(ShedLauncher)
-    run = opened(tmp_path)
-    assert launcher_of(run.path).name == "local"
-    environment = StartEnvironment(4, 2, here=0)
-    request = resolve(read_target(str(run.path)), Options("ddp"), environment, check_names=False)
-    assert find_launcher("shed").submit(request) == Submitted("s1", 0)
-    assert launcher_of(run.path).name == "shed"
-    (found,) = statuses(run.path)
-    assert (found.state, found.job, found.job_state) == ("queued", "s1", "PENDING")
-    assert cancel_jobs(run.path)[0] == "cancelled job s1, which was PENDING; it is not queued again"
-    assert cancel_jobs(run.path) == [f"no job of {run.path} is queued or runs (s1 CANCELLED)"]
 
 
 def test_this_machine_has_no_queue(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from runs import TINY, cli, write_recipe
+from stub_slurm import StubQueue
 from typer.testing import CliRunner
 
 import distrain
@@ -21,7 +22,7 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.fingerprints.code import code_of
 from distrain.launchers import LaunchPlan, configuration_file, launch_argv
-from distrain.launchers.slurm import queue, submitting
+from distrain.launchers.slurm import queue
 from distrain.launchers.slurm.node import (
     can_listen,
     interface_towards,
@@ -352,17 +353,11 @@ def test_a_site_gives_what_the_command_line_leaves_open(config: Path, tmp_path: 
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Job]:
-    """sbatch takes everything, as jobs 100, 101, ...; the dictionary is what the queue says."""
-    jobs: dict[str, Job] = {}
-    numbers = iter(range(100, 200))
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubQueue:
+    """SLURM's commands, and its queue; sbatch takes everything, as jobs 100, 101, ..."""
+    jobs = StubQueue(tmp_path / "slurm")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submitting, "find_command", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(submitting, "sbatch", lambda script: str(next(numbers)))
-    monkeypatch.setattr(
-        "distrain.launchers.slurm.tracking.jobs_of",
-        lambda wanted: {id: job for id, job in jobs.items() if id.partition("_")[0] in wanted},
-    )
+    monkeypatch.setenv("PATH", f"{jobs.commands}{os.pathsep}{os.environ['PATH']}")
     return jobs
 
 
@@ -372,7 +367,7 @@ def submitted(recipe: Path, *overrides: str, **about: Any) -> tuple[Prepared, st
     return prepared, submit(prepared)
 
 
-def test_a_submitted_run_is_made_with_all_that_the_job_needs(cluster: dict[str, Job], tmp_path: Path) -> None:
+def test_a_submitted_run_is_made_with_all_that_the_job_needs(cluster: StubQueue, tmp_path: Path) -> None:
     prepared, number = submitted(write_recipe(tmp_path), "optim.lr=0.5")
     run = RunDir(prepared.plan.folder)
     assert run.path.parent == tmp_path / "runs"
@@ -436,7 +431,7 @@ def test_what_cannot_train_is_refused_before_it_waits_in_a_queue(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_queued_once(cluster: dict[str, Job], tmp_path: Path) -> None:
+def test_a_run_is_queued_once(cluster: StubQueue, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     prepared, number = submitted(recipe)
     cluster[number] = Job(number, "PENDING", "Priority")
@@ -448,7 +443,7 @@ def test_a_run_is_queued_once(cluster: dict[str, Job], tmp_path: Path) -> None:
     assert [job.id for job in jobs_for(Path(prepared.plan.folder)) or []] == ["100"]
 
 
-def test_another_recipe_for_a_run_that_has_trained_is_refused(cluster: dict[str, Job], tmp_path: Path) -> None:
+def test_another_recipe_for_a_run_that_has_trained_is_refused(cluster: StubQueue, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     prepared, _ = submitted(recipe)
     run = RunDir(prepared.plan.folder)
@@ -469,7 +464,7 @@ def test_another_recipe_for_a_run_that_has_trained_is_refused(cluster: dict[str,
     assert not run.stop_path.exists()
 
 
-def test_a_folder_with_other_files_is_refused(cluster: dict[str, Job], tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(cluster: StubQueue, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files and is not a run"):
@@ -563,7 +558,7 @@ def test_too_much_code_is_none(tmp_path: Path) -> None:
         snapshot_names(tmp_path)
 
 
-def test_a_later_edit_changes_nothing_that_is_queued(cluster: dict[str, Job], project: Path) -> None:
+def test_a_later_edit_changes_nothing_that_is_queued(cluster: StubQueue, project: Path) -> None:
     prepared, _ = submitted(project / "recipe.yaml")
     run = RunDir(prepared.plan.folder)
     code = run.path / "submit" / "code"
@@ -584,7 +579,7 @@ def test_a_later_edit_changes_nothing_that_is_queued(cluster: dict[str, Job], pr
     assert "canary" not in "".join(p.read_text(errors="replace") for p in run.path.rglob("*") if p.is_file())
 
 
-def test_other_code_for_a_run_that_has_trained_is_refused(cluster: dict[str, Job], project: Path) -> None:
+def test_other_code_for_a_run_that_has_trained_is_refused(cluster: StubQueue, project: Path) -> None:
     prepared, _ = submitted(project / "recipe.yaml")
     run = RunDir(prepared.plan.folder)
     copy = run.path / "submit" / "code" / "project" / "helper.py"
@@ -601,7 +596,7 @@ def test_other_code_for_a_run_that_has_trained_is_refused(cluster: dict[str, Job
 
 
 def test_packages_that_are_not_installed_are_copied(
-    cluster: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: StubQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "elsewhere" / "mypackage"
     package.mkdir(parents=True)
@@ -636,7 +631,7 @@ def test_a_copy_is_replaced_whole(project: Path, tmp_path: Path) -> None:
 # Sweeps
 
 
-def test_a_sweep_has_a_run_for_each_combination(cluster: dict[str, Job], tmp_path: Path) -> None:
+def test_a_sweep_has_a_run_for_each_combination(cluster: StubQueue, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     arrays = ["optim.lr=1e-3,3e-4", "model.hidden=[16],[32, 8]"]
     prepared, number = submitted(recipe, arrays=arrays, run_dir=str(tmp_path / "sweep"))
@@ -651,7 +646,7 @@ def test_a_sweep_has_a_run_for_each_combination(cluster: dict[str, Job], tmp_pat
     noted = read_sweep(tmp_path / "sweep")
     assert noted is not None
     assert noted[0]["values"] == {"optim.lr": "1e-3", "model.hidden": "[16]"}
-    cluster |= {f"{number}_{task}": Job(f"{number}_{task}", "RUNNING") for task in range(4)}
+    cluster.update({f"{number}_{task}": Job(f"{number}_{task}", "RUNNING") for task in range(4)})
     assert [job.id for job in jobs_for(prepared.runs[2][0].path) or []] == [f"{number}_2"]
     with pytest.raises(UserError, match="is in the queue already"):
         submitted(recipe, arrays=arrays, run_dir=str(tmp_path / "sweep"))

@@ -520,9 +520,9 @@ def broken(strategy: str, folder: str) -> dict[str, str]:
 
             attempt("unsharded", fsdp2, "fully_shard", lambda module, **_: module)
         elif strategy == "hsdp":
-            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-            attempt("flat", type(world.mesh), "device_mesh", lambda _, device, __: init_device_mesh(device, (4,)))
+            attempt("flat", DeviceMesh, "from_group", lambda _, device, *__, **___: init_device_mesh(device, (4,)))
         else:
             config, prepare = accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.prepare
 

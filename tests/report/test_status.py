@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoint_state import DESCRIBED, SPECS, cut, make_state
 from runs import TINY, cli, train, write_recipe
+from stub_slurm import StubQueue
 from typer.testing import CliRunner
 
 from distrain.checkpoint import LocalCommunicator, Saver
@@ -36,18 +38,10 @@ from distrain.run.json_files import append_row
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
-    """What SLURM's queue says, and which jobs were cancelled."""
-    known: dict[str, Job] = {}
-    monkeypatch.setattr(
-        "distrain.launchers.slurm.tracking.jobs_of",
-        lambda wanted: {id: job for id, job in known.items() if id.partition("_")[0] in wanted},
-    )
-
-    def cancel(number: str) -> None:
-        known[number] = Job(number, "CANCELLED")
-
-    monkeypatch.setattr("distrain.launchers.slurm.launcher.cancel", cancel)
+def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StubQueue:
+    """SLURM's queue, with the commands that ask it and cancel its jobs."""
+    known = StubQueue(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{known.commands}{os.pathsep}{os.environ['PATH']}")
     return known
 
 
@@ -95,7 +89,7 @@ def one(run: RunDir) -> Status:
     return found
 
 
-def test_a_finished_run_is_reported_as_finished(tmp_path: Path, jobs: dict[str, Job]) -> None:
+def test_a_finished_run_is_reported_as_finished(tmp_path: Path, jobs: StubQueue) -> None:
     train(1, write_recipe(tmp_path), tmp_path / "run")
     found = one(RunDir(tmp_path / "run"))
     assert (found.state, found.step, found.total_steps, found.starts) == ("finished", 12, 12, 1)
@@ -107,7 +101,7 @@ def test_a_finished_run_is_reported_as_finished(tmp_path: Path, jobs: dict[str, 
     assert "finished: complete" in dict(status_rows(found))["state"]
 
 
-def test_what_a_run_is_doing(tmp_path: Path, jobs: dict[str, Job]) -> None:
+def test_what_a_run_is_doing(tmp_path: Path, jobs: StubQueue) -> None:
     run = made(tmp_path / "run", "7")
     assert one(run).state == "new"
     jobs["7"] = Job("7", "PENDING", "Priority")
@@ -146,7 +140,7 @@ def test_what_a_run_is_doing(tmp_path: Path, jobs: dict[str, Job]) -> None:
     assert one(run).state == "ending"
 
 
-def test_how_a_run_ended(tmp_path: Path, jobs: dict[str, Job]) -> None:
+def test_how_a_run_ended(tmp_path: Path, jobs: StubQueue) -> None:
     run = made(tmp_path / "run", "7")
     jobs["7"] = Job("7", "FAILED")
     found = one(run)
@@ -169,24 +163,21 @@ def test_how_a_run_ended(tmp_path: Path, jobs: dict[str, Job]) -> None:
 
 
 def test_without_slurm_the_folder_shows_most_of_it(
-    tmp_path: Path, jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, jobs: StubQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(tmp_path / "run", "7")
     trained(run)
     beat(run)
 
-    def refuses(wanted: Any) -> None:
-        raise UserError("squeue refused: cannot reach the controller\nmore")
-
-    monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", refuses)
+    jobs.refuse("squeue: error: cannot reach the controller\nmore\n")
     assert one(run).state == "running"
     assert dict(status_rows(one(run)))["queue"] == "not known: squeue refused: cannot reach the controller"
-    monkeypatch.setattr("distrain.launchers.slurm.tracking.jobs_of", lambda wanted: None)
+    monkeypatch.setenv("PATH", "")
     assert (one(run).state, one(run).queue) == ("running", None)
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, jobs: dict[str, Job]) -> Path:
+def sweep(tmp_path: Path, jobs: StubQueue) -> Path:
     """A sweep of three runs: one finished, one that runs, one queued."""
     folder = tmp_path / "runs" / "sweep"
     rates = ["1e-3", "3e-4", "1e-4"]
@@ -208,11 +199,12 @@ def sweep(tmp_path: Path, jobs: dict[str, Job]) -> Path:
         attempt(run)
         trained(run)
     runs[0].mark_finished({"steps": 100, "best": {"metric": "accuracy", "value": 0.75, "step": 90}})
-    jobs |= {
-        "9_0": Job("9_0", "COMPLETED"),
-        "9_1": Job("9_1", "RUNNING", elapsed="0:30"),
-        "9_2": Job("9_2", "PENDING", "JobArrayTaskLimit"),
-    }
+    for job in (
+        Job("9_0", "COMPLETED"),
+        Job("9_1", "RUNNING", elapsed="0:30"),
+        Job("9_2", "PENDING", "JobArrayTaskLimit"),
+    ):
+        jobs[job.id] = job
     return folder
 
 
@@ -247,7 +239,7 @@ def test_a_folder_that_holds_no_runs_is_reported(tmp_path: Path) -> None:
 # Logs
 
 
-def test_logs_are_the_jobs_and_a_ranks_own(tmp_path: Path, jobs: dict[str, Job], sweep: Path) -> None:
+def test_logs_are_the_jobs_and_a_ranks_own(tmp_path: Path, jobs: StubQueue, sweep: Path) -> None:
     run = made(tmp_path / "run", "7")
     with pytest.raises(UserError, match="has printed nothing yet"):
         log_file(run.path)
@@ -295,7 +287,7 @@ def test_a_log_is_followed_until_the_run_has_ended(tmp_path: Path) -> None:
 # Ending runs
 
 
-def test_a_job_is_cancelled(tmp_path: Path, jobs: dict[str, Job], sweep: Path) -> None:
+def test_a_job_is_cancelled(tmp_path: Path, jobs: StubQueue, sweep: Path) -> None:
     run = made(tmp_path / "run")
     with pytest.raises(UserError, match="was not submitted by `distrain submit`"):
         cancel_jobs(run.path)
@@ -310,7 +302,7 @@ def test_a_job_is_cancelled(tmp_path: Path, jobs: dict[str, Job], sweep: Path) -
     assert jobs["9_0"].state == "COMPLETED"
 
 
-def test_a_run_is_asked_to_stop(tmp_path: Path, jobs: dict[str, Job], sweep: Path) -> None:
+def test_a_run_is_asked_to_stop(tmp_path: Path, jobs: StubQueue, sweep: Path) -> None:
     run = made(tmp_path / "run", "7")
     assert "does not run: new" in stop_run(run.path)[0]
     assert not run.stop_path.exists()
@@ -330,7 +322,7 @@ def test_a_run_is_asked_to_stop(tmp_path: Path, jobs: dict[str, Job], sweep: Pat
         stop_run(tmp_path)
 
 
-def test_a_local_run_is_stopped_too(tmp_path: Path, jobs: dict[str, Job]) -> None:
+def test_a_local_run_is_stopped_too(tmp_path: Path, jobs: StubQueue) -> None:
     run = made(tmp_path / "run")
     attempt(run)
     beat(run)

@@ -1,7 +1,9 @@
-"""SLURM's commands as far as a batch script sees them, for tests of what the script itself does on one machine.
+"""SLURM's commands, for tests of what distrain and its batch script do with them on one machine.
 
-srun starts one process for each node and passes signals on as SLURM's does; scontrol knows the nodes, the job's state
-and requeues; what they were told is noted. The real ones are in tests/cluster.
+`StubSlurm` is what a batch script sees: srun starts one process for each node and passes signals on as SLURM's does;
+scontrol knows the nodes, the job's state and requeues; what they were told is noted. `StubQueue` is what a person sees:
+sbatch takes every script, squeue shows the jobs that a test puts there, scancel cancels them. The real ones are in
+tests/cluster.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from distrain.launchers.launcher import Job
 
 _SRUN = """#!{python}
 import json, os, signal, subprocess, sys
@@ -143,3 +148,54 @@ class StubSlurm:
         file = self.folder / "scontrol.log"
         lines = file.read_text().splitlines() if file.exists() else []
         return [line.partition(" ")[2] for line in lines if line.startswith("requeue")]
+
+
+_COMMANDS = {
+    "sbatch": 'number=$(cat {folder}/next); echo $((number + 1)) > {folder}/next; echo "$number"',
+    "squeue": "if [ -e {folder}/refusal ]; then cat {folder}/refusal >&2; exit 1; fi; cat {folder}/queue",
+    "scancel": 'sed -i "s/^$1|[A-Z]*|/$1|CANCELLED|/" {folder}/queue',
+    "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+}
+
+
+class StubQueue(MutableMapping[str, Job]):
+    """SLURM's queue as jobs by their numbers, with the commands that show and change it in `folder`/bin."""
+
+    def __init__(self, folder: Path):
+        self._queue, self._refusal = folder / "queue", folder / "refusal"
+        self.commands = folder / "bin"
+        self.commands.mkdir(parents=True)
+        self._queue.touch()
+        (folder / "next").write_text("100\n")
+        for name, text in _COMMANDS.items():
+            (self.commands / name).write_text(f"#!/bin/sh\n{text.format(folder=folder)}\n")
+            (self.commands / name).chmod(0o755)
+
+    def refuse(self, error: str) -> None:
+        """Have squeue fail with this text."""
+        self._refusal.write_text(error)
+
+    def _read(self) -> dict[str, Job]:
+        jobs = (Job(*line.split("|")) for line in self._queue.read_text().splitlines())
+        return {job.id: job for job in jobs}
+
+    def _write(self, jobs: dict[str, Job]) -> None:
+        lines = (f"{job.id}|{job.state}|{job.reason}|{job.elapsed}|{job.left}\n" for job in jobs.values())
+        self._queue.write_text("".join(lines))
+
+    def __getitem__(self, number: str) -> Job:
+        return self._read()[number]
+
+    def __setitem__(self, number: str, job: Job) -> None:
+        self._write(self._read() | {number: job})
+
+    def __delitem__(self, number: str) -> None:
+        jobs = self._read()
+        del jobs[number]
+        self._write(jobs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,6 @@ from distrain.system.environment import (
     forget_launchers,
     has_launcher,
     join,
-    launcher_argv,
     own_start,
     rank_told,
     refuse_tasks,
@@ -103,24 +107,62 @@ def test_a_world_made_by_hand_is_believed_and_the_rest_of_an_agent_is_not() -> N
     assert rank_told({"RANK": "x"}) == rank_told({}) == 0
 
 
-def test_a_launcher_above_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_named_in_the_environment_is_believed_while_it_is_there() -> None:
     assert not has_launcher({"TORCHELASTIC_RUN_ID": "1", LAUNCHED_BY: "1234567"})
     launched = {"TORCHELASTIC_RUN_ID": "1", LAUNCHED_BY: str(os.getppid())}
     assert has_launcher(launched)
     assert under_torch_launcher(launched)
     variables = TWO | NOWHERE | launched | {"PET_NNODES": "1"}
     assert join(dict(variables))[1] == []
-    command = ["/usr/bin/python3", "-u", "/venv/bin/torchrun", "--nproc-per-node", "2", "launch/train.py"]
-    monkeypatch.setattr("distrain.system.environment._above", lambda: iter([["bash", "-c", "torchrun x"], command]))
-    assert launcher_argv() == command
-    with pytest.raises(UserError, match=r"a launcher started this process as one of several(.|\n)*launch/train\.py"):
-        own_start(dict(variables), 2)
-    one = ONE | NOWHERE | {"TORCHELASTIC_RUN_ID": "1", "ACCELERATE_USE_FSDP": "true"}
-    assert own_start(one, None) == []
+
+
+BELOW = """
+import json
+from distrain.system.environment import UserError, launcher_argv, own_start
+
+several = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "198.51.100.7", "MASTER_PORT": "29500"}
+one = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "1", "ACCELERATE_USE_FSDP": "true"}
+try:
+    refused = own_start(several, 2)
+except UserError as error:
+    refused = str(error)
+print(json.dumps([launcher_argv(), refused, own_start(one, None), one]))
+"""
+"""Printed by a process of a launcher: the launcher's command line, and what a command does that starts processes."""
+
+
+@pytest.fixture
+def below(tmp_path: Path) -> Callable[..., Any]:
+    """Return what a process prints that `command` starts, with a shell between them."""
+    (tmp_path / "below.py").write_text(BELOW)
+    child = f"{sys.executable} {tmp_path}/below.py; : torchrun x"
+    (tmp_path / "torchrun").write_text(f"import subprocess\nsubprocess.run(['bash', '-c', {child!r}])\n")
+    (tmp_path / "tmux").symlink_to(shutil.which("bash") or "")
+
+    def start(*command: str) -> Any:
+        command = tuple(each.replace("CHILD", child) for each in command)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return start
+
+
+def test_a_launcher_above_is_known_by_its_command_line(below: Callable[..., Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-u", f"{tmp_path}/torchrun", "--nproc-per-node", "2", "launch/train.py"]
+    argv, refused, notes, one = below(*command)
+    assert argv == command
+    assert "a launcher started this process as one of several" in refused
+    assert "launch/train.py" in refused
+    assert notes == []
     assert one == {"TORCHELASTIC_RUN_ID": "1", "ACCELERATE_USE_FSDP": "true"}
-    # a multiplexer that once ran one is none
-    monkeypatch.setattr("distrain.system.environment._above", lambda: iter([["tmux", "new", "torchrun", "x"]]))
-    assert launcher_argv() == []
+
+
+def test_a_multiplexer_that_once_ran_a_launcher_is_none(below: Callable[..., Any], tmp_path: Path) -> None:
+    argv, refused, _, one = below(f"{tmp_path}/tmux", "-c", "CHILD", "torchrun")
+    assert argv == []
+    assert not any("one of several" in line for line in refused)
+    assert one == {}
 
 
 def test_interfaces_that_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:

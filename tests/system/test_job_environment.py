@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from worlds import in_world
 
 import distrain
 from distrain.launchers.slurm.job_environment import read_slurm
 from distrain.run.lease import Holder
-from distrain.system import job_environment as asked
 from distrain.system.job_environment import JobEnvironment, job_environment, register_job_environment
 
 JOB = {"SLURM_JOB_ID": "19", "SLURM_NODEID": "1", "SLURM_CPUS_PER_TASK": "8"}
@@ -50,13 +50,17 @@ def test_a_start_is_of_the_job_that_the_environment_names(monkeypatch: pytest.Mo
     assert read_slurm({"SLURM_NODEID": "3"}).node == "3", "what is there of a job, also without its number"
 
 
-def test_another_scheduler_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked, "_READERS", dict(asked._READERS))
-    register_job_environment("flux")(
-        lambda variables: JobEnvironment("flux", variables["FLUX_JOB_ID"]) if "FLUX_JOB_ID" in variables else None
-    )
-    assert job_environment({"FLUX_JOB_ID": "f7"}).job == "f7"
-    assert job_environment({}) == JobEnvironment()
+def register_flux() -> list[JobEnvironment]:
+    @register_job_environment("flux")
+    def read_flux(variables: Mapping[str, str]) -> JobEnvironment | None:
+        return JobEnvironment("flux", variables["FLUX_JOB_ID"]) if "FLUX_JOB_ID" in variables else None
+
+    return [job_environment(variables) for variables in ({"FLUX_JOB_ID": "f7"}, {}, JOB)]
+
+
+def test_another_scheduler_is_one_function() -> None:
+    (found,) = in_world(1, register_flux, launched=False)
+    assert found == [JobEnvironment("flux", "f7"), JobEnvironment(), read_slurm(JOB)]
 
 
 def test_only_slurms_own_folder_reads_its_variables() -> None:

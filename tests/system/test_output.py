@@ -6,7 +6,10 @@ import ast
 import csv
 import io
 import logging
+import os
+import pty
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +21,8 @@ import pandas as pd
 import pytest
 from rich.live import Live
 from runs import cli, train, write_recipe
-from typer.testing import CliRunner
 
 import distrain
-from distrain.cli.main import app
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.inference.outputs import Predictions, open_predictions
@@ -310,30 +311,36 @@ def test_lines_go_on_between_words_below_their_text(width: int) -> None:
     assert "/folder" * 20 in "".join(shown_at(width, path, terminal=True)), "a path is not cut apart"
 
 
-def test_what_is_being_started_is_reported_before_what_takes_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from distrain.launchers import local as training
-    from distrain.launchers import start
+UNTIL_TORCH = """
+import os, sys
 
-    said: list[tuple[str, str]] = []
+def end(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        os._exit(7)
 
-    def noted(*args: Any, **kwargs: Any) -> int:
-        said.append(tuple(capsys.readouterr()))  # type: ignore[arg-type]
-        return 0
+sys.addaudithook(end)
+from distrain.cli.main import main
+main()
+"""
+"""The command `distrain`, up to where it begins to import PyTorch."""
 
-    recipe = str(write_recipe(tmp_path))
-    monkeypatch.setattr("distrain.launchers.start", noted)
-    monkeypatch.setattr(training, "begin_worker", lambda: None)
-    monkeypatch.setattr(training, "train_here", noted)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    CliRunner().invoke(app, ["train", recipe], color=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    start(recipe, processes=1)
-    with pytest.raises(UserError):
-        start(str(tmp_path / "none.yaml"), processes=1)
-    assert capsys.readouterr().err == "", "where the recipe is at fault, a log has that alone"
-    assert said[-1] == ("", "loading PyTorch\n")
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_being_started_is_reported_before_what_takes_seconds(tmp_path: Path, terminal: bool) -> None:
+    command = [sys.executable, "-c", UNTIL_TORCH, "train", str(write_recipe(tmp_path)), "--processes", "1"]
+    read, write = pty.openpty() if terminal else os.pipe()
+    status = subprocess.run(command, stdout=write, stderr=write, cwd=tmp_path, timeout=60).returncode
+    said = os.read(read, 4096).decode().replace("\r", "")
+    os.close(read)
+    os.close(write)
+    assert (status, said) == (7, "loading PyTorch\n")
+
+
+def test_where_the_recipe_is_at_fault_a_log_has_that_alone(tmp_path: Path) -> None:
+    ended = cli("train", tmp_path / "none.yaml", "--processes", 1)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("error: "), ended.err
+    assert "PyTorch" not in ended.err
 
 
 # --------------------------------------------------------------------------------------------------------------------
