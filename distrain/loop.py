@@ -101,8 +101,9 @@ def train_step(
                 mark("backward")
                 scale = loss_scale if grad_scale is None else loss_scale * grad_scale
                 strategy.backward(loss_sum, scale, last=index == last)
-        mark("optimizer")
+        mark("sync")
         record = agree()
+        mark("optimizer")
         t.local = LocalStepResult(losses, [each["ids"] for each in micro_batches])
         norm: Tensor | None = None
         if watched or grad_scale is not None or clip_norm is not None:

@@ -291,6 +291,17 @@ class BatchSection(Section):
 LENGTHS = ("epochs", "steps", "tokens")
 
 
+class ProfileSection(Section):
+    """Has torch.profiler watch a few steps."""
+
+    at: Count
+    """The first step that is watched, from 1."""
+    steps: Annotated[int, Field(ge=1, le=1000), WHOLE] = 5
+    """How many are watched."""
+    ranks: Literal["first", "all"] = "first"
+    """Whose traces are written: those of rank 0, or of all ranks."""
+
+
 class TrainSection(Section):
     """Length and precision of training. Exactly one of epochs, steps and tokens."""
 
@@ -313,6 +324,15 @@ class TrainSection(Section):
     activation_checkpointing: bool | Text = False
     """Whether each block of the model keeps only its inputs and recomputes its activations in the backward pass: less
     memory for about a third more time, and the same numbers. A class name makes its instances the blocks."""
+    profile: ProfileSection | None = None
+    """Steps that are profiled: RUN/profile/ then has a trace for Perfetto and a table of the dearest operations."""
+
+    @model_serializer(mode="wrap")
+    def _without_profile(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        if self.profile is None:
+            values.pop("profile", None)  # recipes stored without the key stay equal
+        return values
 
     @property
     def length(self) -> Duration:
@@ -443,10 +463,11 @@ class LogSection(Section):
     """Whether TensorBoard event files are written."""
     trackers: list[ComponentField] = []
     """Trackers of your own, each with its arguments."""
+    peak_tflops: Positive | None = None
+    """What one device computes at most in train.precision, in 10^12 operations per second, for the `mfu` of training
+    rows; None is what its data sheet says, for GPUs that distrain knows."""
 
     @model_serializer(mode="wrap")
-    def _without_trackers(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        values = handler(self)
-        if not self.trackers:
-            values.pop("trackers", None)  # recipes stored without the key stay equal
-        return values
+    def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # recipes stored without these keys stay equal
+        return {key: value for key, value in handler(self).items() if value or key not in ("trackers", "peak_tflops")}

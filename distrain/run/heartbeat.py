@@ -34,7 +34,7 @@ from distrain.system.job_environment import JobEnvironment
 PHASES = {
     "setup": "the set-up",
     "data": "data loading",
-    "sync": "the exchange between ranks before a step",
+    "sync": "the exchange between ranks of a step",
     "forward": "the forward pass",
     "backward": "the backward pass",
     "optimizer": "the optimizer",
@@ -58,6 +58,7 @@ class Now:
     __slots__ = (
         "board",
         "limit",
+        "listener",
         "long_waits",
         "marks",
         "phase",
@@ -92,6 +93,8 @@ class Now:
         """How many waits for data have come to their 1st, 2nd, 3rd … warning."""
         self.watched = False
         """Whether a watchdog ends it then; a wait for data ends by itself otherwise."""
+        self.listener: Callable[[str], None] | None = None
+        """Is called with each phase that is entered, by the thread that trains."""
         self.board = _open_board()
         """(step, marks, phase) once more, where other processes of this machine can read them: also when this one is
         stopped."""
@@ -149,6 +152,8 @@ def mark(phase: str) -> None:
     board = now.board
     board[1] = marks
     board[2] = index
+    if now.listener is not None:
+        now.listener(phase)
 
 
 def progress() -> None:

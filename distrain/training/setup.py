@@ -29,6 +29,7 @@ from distrain.diagnose.index_errors import given
 from distrain.models import build_model
 from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.calling import calling_convention, unwrap_model
+from distrain.networks.flops import peak_of, without_storage
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
@@ -105,6 +106,8 @@ class TrainSetup:
     """What it all depends on besides the recipe."""
     warnings: list[str]
     """What a person may want to change: of the data as they were read, and of what the recipe makes of them."""
+    uncounted: nn.Module | None
+    """On rank 0 a copy of the model without storage, where its operations are to be counted."""
     beside: list[str] | None
     """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
 
@@ -156,7 +159,7 @@ def set_up(
         if accepted != cut:
             inputs = inputs.with_change(line, resumed.step)
     beside = _keep_beside(run, recipe, world, fence)
-    training, model = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
+    training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
         for note in training.strategy.restore(reader):
@@ -177,7 +180,7 @@ def set_up(
         world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
         if found := warning(training.loss.name, cut, recipe.batch.global_batch_size):
             warnings.append(found)
-    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, inputs, warnings, beside)
+    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, inputs, warnings, uncounted, beside)
 
 
 def _keep_beside(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> list[str] | None:
@@ -205,14 +208,22 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
     return found if found is not None and (found.hardware == "cpu") == (world.device.type == "cpu") else None
 
 
-def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool) -> tuple[TrainContext, ModelSummary]:
-    """Return what a step needs, and the model's size. Initial weights are loaded unless the run `resumes`."""
+def _training(
+    feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
+) -> tuple[TrainContext, ModelSummary, nn.Module | None]:
+    """Return what a step needs, the model's size, and `TrainSetup.uncounted`.
+
+    Initial weights are loaded unless the run `resumes`.
+    """
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
     loss = world.run_on_all(lambda: build_loss(recipe, meta))
     summary: ModelSummary | None = None
+    uncounted: nn.Module | None = None
+    counts = world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None
 
     def fit(model: nn.Module) -> None:
-        nonlocal summary
+        nonlocal summary, uncounted
+        uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
         summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
         if lost := unregistered_layers(model):
             logger.warning(
@@ -263,4 +274,4 @@ def _training(feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
         strategy.model.compile()
     schedule = resolve_schedule(recipe.schedule, horizon)
     assert summary is not None
-    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule), summary
+    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule), summary, uncounted

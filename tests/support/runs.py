@@ -36,7 +36,10 @@ log: {every: 1 steps}
 """
 """Twelve steps on the digits: warm-up, clipping, an average of the weights, in float64."""
 
-TIMED = ("time", "seconds", "samples_per_s", "data_wait")
+TIMED = (
+    "time", "seconds", "samples_per_s", "data_wait", "step_s", "data_s", "forward_backward_s", "optimizer_s",
+    "agreement_s", "saving_s", "peak_memory_gib", "tokens_per_s", "mfu",
+)  # fmt: skip
 """What differs between two runs that are the same."""
 
 

@@ -7,6 +7,7 @@ from distrain.training.callbacks.banner import Banner
 from distrain.training.callbacks.base import Callback
 from distrain.training.callbacks.corrupt_samples import CorruptSamples
 from distrain.training.callbacks.early_stopping import EarlyStopping
+from distrain.training.callbacks.profiler import Profiler
 from distrain.training.callbacks.trace import Trace
 from distrain.training.callbacks.trackers import MetricsLog, Terminal, Trackers, named_trackers
 from distrain.training.callbacks.train_log import TrainLog
@@ -22,6 +23,7 @@ def built_in_callbacks(recipe: Recipe) -> list[Callback]:
         Trackers(log) if named_trackers(recipe) else None,
         Banner(),
         TrainLog(),
+        Profiler(recipe.train.profile) if recipe.train.profile is not None else None,
         CorruptSamples() if recipe.data.skip_undecodable else None,
         EarlyStopping() if recipe.eval.early_stop is not None else None,
     ]

@@ -240,14 +240,18 @@ class Display:
         """Show a row of training numbers."""
         loss, lr, rate = f"loss {row['loss']:.4g}", f"lr {row['lr']:.3g}", f"{row['samples_per_s']:,.0f} samples/s"
         waiting = f"waiting for data {row['data_wait']:.0%}"
+        more = [f"{row['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in row else []
+        more += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
+        if "reserved_memory_gib" in row:  # of a GPU: there it is what a run may lack
+            more.append(f"{row['peak_memory_gib']:.1f} of {row['reserved_memory_gib']:.1f} GiB")
         if self._live is not None:
-            self._numbers = [loss, rate, lr, waiting]
+            self._numbers = [loss, rate, *more, lr, waiting]
             if row["step"] < self._seen[-1][1]:
                 self._seen.clear()  # the run has gone back
             self._seen.append((time.monotonic(), row["step"]))
             self._line.done = row["step"]
             return
-        numbers = "  ".join([loss, lr, rate, waiting])
+        numbers = "  ".join([loss, lr, rate, *more, waiting])
         # on a log file a line a second says enough
         if time.monotonic() - self._last_line >= 1 or row["step"] == self._total:
             self._last_line = time.monotonic()

@@ -9,8 +9,10 @@ from typing import Any
 
 from distrain.datasets.base import Batch
 from distrain.run.heartbeat import take_straggler
-from distrain.training.callbacks.base import Callback, CallbackRun, StepMetrics
+from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
+from distrain.training.efficiency import Efficiency
 from distrain.training.intervals import Interval
+from distrain.training.step_times import DeviceTimes, HostTimes
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +28,21 @@ class TrainLog(Callback):
         self._every = Interval(run.recipe.log.every, horizon, "log.every")
         self._waited_s = 0.0
         self._began_to_wait = time.perf_counter()
+        self._times = DeviceTimes() if run.device.type == "cuda" else HostTimes()
+        self._efficiency = Efficiency(run)
         self._restart()
 
     def _restart(self) -> None:
         self._logged_at, self._logged_step = time.monotonic(), self._run.step
+        self._times.take()
 
     def on_step_start(self, step: int) -> None:
         """Note that the loop waits for its batches."""
         self._began_to_wait = time.perf_counter()
 
     def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Note how long it has waited."""
+        """Note how long it has waited, and once how much there is to compute."""
+        self._efficiency.count_once(micro_batches)
         self._waited_s += time.perf_counter() - self._began_to_wait
 
     def wants_step_end(self, step: int) -> bool:
@@ -63,6 +69,9 @@ class TrainLog(Callback):
             row["grad_norm"] = metrics.grad_norm
         if metrics.grad_scale is not None:
             row["loss_scale"] = metrics.grad_scale
+        row |= self._efficiency.row(row["samples_per_s"])
+        if steps := step - self._logged_step:
+            row |= {"step_s": seconds / steps, **self._times.take()}
         self._logged_at, self._logged_step, self._waited_s = clock, step, 0.0
         run.write_row("train", step, **row)
         if (slow := take_straggler()) is not None:
@@ -76,3 +85,8 @@ class TrainLog(Callback):
     def on_rollback(self, step: int) -> None:
         """Count from the step that training resumes from."""
         self._restart()
+
+    def on_close(self, outcome: Outcome) -> None:
+        """Measure no more."""
+        if hasattr(self, "_times"):
+            self._times.close()

@@ -1,0 +1,61 @@
+"""How many floating-point operations a model's training takes: counted once, on tensors without storage."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distrain.datasets.base import Batch
+from distrain.system.peak_flops import peak_tflops
+
+logger = logging.getLogger(__name__)
+
+
+def without_storage(model: nn.Module) -> nn.Module | None:
+    """Return a copy of the model with its tensors on the meta device; None where it cannot be copied.
+
+    The copy shares nothing with the model, so that calling it changes nothing there.
+    """
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta: Tensor = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        logger.debug(f"the model cannot be copied, so its operations are not counted: {error}")
+        return None
+
+
+def training_flops(model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> int | None:
+    """Return the floating-point operations of a forward and a backward pass over `batch`; None: cannot be counted.
+
+    `model` is that of `without_storage`. Matrix products, convolutions and attention count, two operations for each
+    multiply-add, as `torch.utils.flop_counter` has them; what activation checkpointing computes again does not.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def to_meta(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: to_meta(item) for key, item in value.items()}
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    try:
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            moved = {key: to_meta(value) for key, value in batch.items()}
+            torch.autograd.backward(loss_sum(model, moved))
+        return counter.get_total_flops() or None
+    except Exception as error:
+        logger.debug(f"the model's operations cannot be counted without computing them: {error}")
+        return None
+
+
+def peak_of(device: torch.device, precision: str, stated: float | None) -> float | None:
+    """Return the TFLOP/s of one device at most: as the recipe states it, or from the table; None: not known."""
+    if stated is not None or device.type != "cuda":
+        return stated
+    return peak_tflops(torch.cuda.get_device_name(device), precision)

@@ -1,0 +1,51 @@
+"""What the hardware makes of a run: tokens and floating-point operations per second, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from distrain.datasets.base import Batch
+from distrain.networks.flops import peak_of, training_flops
+from distrain.system.memory import GIB, peak_bytes
+from distrain.training.callbacks.base import CallbackRun
+from distrain.training.context import loss_of
+
+
+class Efficiency:
+    """Columns of the `train` rows that are known without waiting for the device; this rank's memory."""
+
+    def __init__(self, run: CallbackRun):
+        setup = run.context.setup
+        self._device, self._world_size = run.device, run.world_size
+        self._tokens_per_sample = setup.feed.data.meta.tokens_per_sample
+        self._uncounted = setup.uncounted
+        self._loss, self._call = setup.training.loss, setup.training.call
+        self._peak = peak_of(run.device, run.context.world.precision, run.recipe.log.peak_tflops)
+        self.flops_per_sample: float | None = None
+        """Of a forward and a backward pass; None: not counted."""
+
+    def count_once(self, micro_batches: Sequence[Batch]) -> None:
+        """Count what the first micro-batch takes, where a share of the peak can be given."""
+        model, self._uncounted = self._uncounted, None
+        if model is None:
+            return
+        batch = micro_batches[0]
+        counted = training_flops(model, lambda model, batch: loss_of(self._call, self._loss, model, batch), batch)
+        self.flops_per_sample = counted / len(batch["targets"]) if counted is not None else None
+
+    def row(self, samples_per_s: float) -> dict[str, Any]:
+        """Return tokens_per_s, mfu, peak_memory_gib and reserved_memory_gib, those that are known."""
+        found: dict[str, Any] = {}
+        if self._tokens_per_sample is not None:
+            found["tokens_per_s"] = samples_per_s * self._tokens_per_sample
+        if self.flops_per_sample is not None and self._peak is not None:
+            found["mfu"] = samples_per_s * self.flops_per_sample / (self._world_size * self._peak * 1e12)
+        if self._device.type == "cuda":
+            found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / GIB
+            found["reserved_memory_gib"] = torch.cuda.memory_reserved(self._device) / GIB
+        else:
+            found["peak_memory_gib"] = peak_bytes() / GIB
+        return found
