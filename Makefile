@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-fast check format clean
+.PHONY: demo test test-all test-fast bench bench-gpu check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
@@ -22,6 +22,16 @@ test-fast: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/test.py --changed
+
+# the tables of benchmarks/results/, beside other tools: 20 minutes on 2 cores
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[bench]'
+	$(BIN)/python benchmarks/run.py
+
+# 8 minutes on one CUDA GPU
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[bench]'
+	$(BIN)/python benchmarks/run.py --gpu
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

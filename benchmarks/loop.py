@@ -1,6 +1,6 @@
 """What a training step costs beside its mathematics: distrain against raw PyTorch, Accelerate, Lightning and Trainer.
 
-    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--quick] [--save FILE]
+    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--gpu] [--quick] [--save FILE]
 
 The model is so small (64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the same work:
 batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused AdamW step, a
@@ -35,6 +35,12 @@ GOALS = {1: 1.2, 2: 1.1}
 PEERS = ("raw", "distrain", "accelerate", "lightning", "trainer")
 WINDOW = 50
 SAMPLES, FEATURES, CLASSES, BATCH = 4096, 64, 10, 32
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model() -> Any:
@@ -81,7 +87,8 @@ def run_raw(steps: int, world_size: int, rank: int) -> float:
     if world_size > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = _model()
+    device = _device()
+    model = _model().to(device)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
@@ -90,7 +97,10 @@ def run_raw(steps: int, world_size: int, rank: int) -> float:
     while step < steps:
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))
         for index in order[rank::world_size].split(micro):
-            loss = functional.cross_entropy(wrapped(inputs[index]), targets[index])
+            x, y = inputs[index], targets[index]
+            if device == "cuda":
+                x, y = (each.pin_memory().to(device, non_blocking=True) for each in (x, y))
+            loss = functional.cross_entropy(wrapped(x), y)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -117,11 +127,13 @@ def run_accelerate(steps: int, world_size: int, rank: int) -> float:
     from torch.nn import functional
     from torch.utils.data import DataLoader, TensorDataset
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=_device() == "cpu")
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
-    loader = DataLoader(TensorDataset(*_tensors()), batch_size=BATCH // world_size, shuffle=True)
+    loader = DataLoader(
+        TensorDataset(*_tensors()), batch_size=BATCH // world_size, shuffle=True, pin_memory=_device() == "cuda"
+    )
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     clock, step = Clock(), 0
     while step < steps:
@@ -173,7 +185,7 @@ def run_lightning(steps: int, world_size: int, rank: int) -> float:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_steps=steps,
+            accelerator="auto", devices=world_size, strategy="ddp" if world_size > 1 else "auto", max_steps=steps,
             gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, log_every_n_steps=10,
         )  # fmt: skip
@@ -216,7 +228,7 @@ def run_trainer(steps: int, world_size: int, rank: int) -> float:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH // world_size, learning_rate=1e-3,
             lr_scheduler_type="cosine", max_grad_norm=1.0, logging_steps=10, save_strategy="no", report_to=[],
-            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            disable_tqdm=True, use_cpu=_device() == "cpu", dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Trainer(Net(), arguments, train_dataset=Rows(), callbacks=[Ticks()])
         with contextlib.redirect_stdout(io.StringIO()):
@@ -261,7 +273,7 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
 def main() -> None:
     """Measure and print a table; or, with --peer, be one of the measured processes."""
     parser = options_of(__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1 2; with --gpu 1")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -284,18 +296,19 @@ def main() -> None:
         def measure() -> float:
             with tempfile.TemporaryDirectory() as folder:
                 arguments = ["--peer", peer, "--steps", str(steps)]
-                return in_processes(__file__, arguments, world_size=world_size, BENCHMARK_FOLDER=folder)[0]["us"]
+                found = in_processes(__file__, arguments, world_size=world_size, gpu=a.gpu, BENCHMARK_FOLDER=folder)
+                return found[0]["us"]
 
         return measure
 
     table = Table("A training step where only overhead counts", "µs a step")
-    for world_size in a.processes:
+    for world_size in a.processes or ([1] if a.gpu else [1, 2]):
         table.measure(
             {peer: measured(peer, world_size) for peer in peers},
             base="raw",
             rounds=1 if a.quick else a.rounds,
             title=f"{world_size} process{'es' if world_size > 1 else ''}",
-            goals={"distrain": GOALS.get(world_size, 1.1)},
+            goals={"distrain": 1.15 if a.gpu else GOALS.get(world_size, 1.1)},
         )
     table.save(a.save)
 

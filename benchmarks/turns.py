@@ -34,10 +34,13 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "lightning", "ti
 
 
 def options_of(description: str | None, *, rounds: int = ROUNDS) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has: --rounds, --quick, --save."""
+    """Return a parser with the options that every benchmark has: --rounds, --quick, --save, --gpu."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="how often each subject takes its turn")
     parser.add_argument("--quick", action="store_true", help="sizes that only show that the script runs")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on a CUDA GPU, with the sizes for one; otherwise on the CPU"
+    )
     parser.add_argument("--save", type=Path, help="also write the tables here (Markdown)")
     return parser
 
@@ -73,11 +76,17 @@ def in_turns(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def in_processes(
-    script: str | Path, arguments: Sequence[str], *, world_size: int = 1, timeout_s: float = 900, **variables: str
+    script: str | Path,
+    arguments: Sequence[str],
+    *,
+    world_size: int = 1,
+    gpu: bool = False,
+    timeout_s: float = 900,
+    **variables: str,
 ) -> list[dict[str, Any]]:
     """Run `python script arguments…` in fresh processes that find each other; returns the last line of each, as JSON.
 
-    Each process has one thread. Raises SystemExit with its last lines where one fails.
+    Each process has one thread, and sees no GPU unless `gpu`. Raises SystemExit with its last lines where one fails.
     """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -85,6 +94,8 @@ def in_processes(
     workers = []
     for rank in range(world_size):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
+        if not gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         if world_size > 1:
             environment |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
