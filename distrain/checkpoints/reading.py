@@ -41,6 +41,7 @@ from distrain.system.errors import UserError, close_names
 _Entries = dict[str, tuple[str, tuple[int, ...]]]
 """For each piece's key: the dtype and shape in its file's header."""
 
+OTHER_BYTES = "its bytes are not those that were written: its hash does not match"
 _READ_CHUNK = 1 << 20  # stays in the cache between being read and being hashed
 _PUBLISHED = re.compile(r"step-([0-9]{8,18})")
 
@@ -90,7 +91,7 @@ class Reader:
         self.path = Path(path)
         manifest, problems = _examine(self.path) if verify else (read_manifest(self.path), [])
         if problems or manifest is None:
-            raise CheckpointError(f"{self.path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
+            raise not_verified(self.path, problems)
         self.manifest = manifest
         self._entries = entries_by_file(self.manifest)
         self._headers: dict[int, Header] = {}
@@ -147,6 +148,14 @@ class Reader:
             offset = self._headers[file][piece_key(stored, begin)][2]
             yield file, offset + (low - begin) * size, (high - low) * size
 
+    def listed(self, file: int) -> Iterator[tuple[str, int, int, int]]:
+        """Yield what a file holds: (name, index of the first element, offset in bytes, bytes). Threads may call it."""
+        descriptor, header = open_rank_file(self.path, self.manifest.files[file], self._entries[file])
+        os.close(descriptor)
+        for key, (_, _, offset, nbytes) in header.items():
+            name, _, start = key.rpartition("@")
+            yield name, int(start), offset, nbytes
+
     def read(self, name: str, start: int, numel: int, out: Any = None) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel) of `name`, in `out` when a buffer is given."""
         nbytes = numel * ITEM_SIZES[self.spec(name).dtype]
@@ -200,8 +209,17 @@ def hash_file(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _file_problem(folder: Path, info: FileInfo, expected: _Entries) -> str | None:
+def not_verified(path: Path, problems: Iterable[str]) -> CheckpointError:
+    """Return the error for a checkpoint that has these problems."""
+    return CheckpointError(f"{path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def _file_problem(folder: Path, info: FileInfo, expected: _Entries | None) -> str | None:
+    """Return what is wrong with a file; its size alone is looked at if `expected` is None."""
     try:
+        if expected is None:
+            os.close(open_descriptor(folder / info.name, info.size))
+            return None
         descriptor, _ = open_rank_file(folder, info, expected)
         try:
             same = hash_file(descriptor) == info.xxh3_128
@@ -211,10 +229,15 @@ def _file_problem(folder: Path, info: FileInfo, expected: _Entries) -> str | Non
         return str(error)
     except OSError as error:
         return f"{info.name}: {error_reason(error)}"
-    return None if same else f"{info.name}: its bytes are not those that were written: its hash does not match"
+    return None if same else f"{info.name}: {OTHER_BYTES}"
 
 
-def _examine(path: Path) -> tuple[Manifest | None, list[str]]:
+def file_problems(path: Path) -> list[str]:
+    """Return what is wrong with the manifest, and with which files there are and their sizes."""
+    return _examine(path, contents=False)[1]
+
+
+def _examine(path: Path, contents: bool = True) -> tuple[Manifest | None, list[str]]:
     if not path.is_dir():
         return None, [f"{path} is not a folder" if path.exists() else f"{path} does not exist"]
     try:
@@ -225,8 +248,11 @@ def _examine(path: Path) -> tuple[Manifest | None, list[str]]:
         return None, [error_reason(error)]
     expected = {MANIFEST, *(info.name for info in manifest.files)}
     problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
+    if not contents:
+        found = [_file_problem(path, info, None) for info in manifest.files]
+        return manifest, problems + [problem for problem in found if problem]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
-        found = pool.map(lambda *job: _file_problem(path, *job), manifest.files, entries_by_file(manifest))
+        found = list(pool.map(lambda *job: _file_problem(path, *job), manifest.files, entries_by_file(manifest)))
         return manifest, problems + [problem for problem in found if problem]
 
 

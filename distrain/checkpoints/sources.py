@@ -15,22 +15,25 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.floats import FLOATS, convert
 from distrain.checkpoints.format import TensorSpec, error_reason
 from distrain.checkpoints.reading import open_descriptor
+from distrain.run.heartbeat import progress
 from distrain.system.errors import UserError
 
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _CHUNK = 1 << 20
 _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 """The NumPy dtype that copies elements of so many bytes."""
@@ -53,6 +56,48 @@ class Block:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Bytes of a file, and what they hash to."""
+
+    file: int
+    offset: int
+    nbytes: int
+    digest: int | str
+    """Their CRC-32, or their XXH3-128 in hexadecimal digits."""
+
+    @property
+    def end(self) -> int:
+        """Offset behind the last byte."""
+        return self.offset + self.nbytes
+
+    def covers(self, size: int) -> bool:
+        """Whether these are all the bytes of a file of that size."""
+        return (self.offset, self.nbytes) == (0, size)
+
+    def begin(self) -> Crc32 | xxhash.xxh3_128:
+        """Return what hashes such bytes: its `update` takes them in order."""
+        return Crc32() if isinstance(self.digest, int) else xxhash.xxh3_128()
+
+    def holds(self, hashed: Crc32 | xxhash.xxh3_128) -> bool:
+        """Whether the bytes that were hashed are those that were written."""
+        return self.digest == (hashed.value if isinstance(hashed, Crc32) else hashed.hexdigest())
+
+
+class Crc32:
+    """A running CRC-32."""
+
+    value = 0
+
+    def update(self, data: memoryview) -> None:
+        """Add bytes."""
+        self.value = zlib.crc32(data, self.value)
+
+
+Part = tuple[int, int, str, int]
+"""Consecutive elements in a file: offset in bytes, bytes, the full tensor's name, index of the first element in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +218,21 @@ class Source:
         """Return the tensor's spec, whose dtype may be wider than that in the files."""
         return self.tensors[name].spec
 
-    def runs(self, name: str) -> list[tuple[int | None, int, int]] | None:
-        """Return (file, offset in bytes, bytes) in the order of the elements; None if they must be gathered."""
+    def in_runs(self, name: str) -> bool:
+        """Whether the tensor lies in runs of bytes, so that its elements need not be gathered."""
         stored = self.tensors[name]
-        if stored.data is not None or not all(_is_run(block, stored.grid) for block in stored.blocks):
-            return None
-        size = ITEM_SIZES[stored.dtype]
-        ordered = sorted(stored.blocks, key=lambda block: block.place)
-        return [(block.file, block.offset, block.numel * size) for block in ordered]
+        return stored.data is None and all(_is_run(block, stored.grid) for block in stored.blocks)
+
+    def parts(self, names: Collection[str]) -> dict[int, Callable[[], list[Part]]]:
+        """Return, for each file that these tensors lie in, what lists their parts in the order of the file."""
+        found: dict[int, list[Part]] = defaultdict(list)
+        for name in names:
+            stored, start = self.tensors[name], 0
+            size = ITEM_SIZES[stored.dtype]
+            for block in sorted(stored.blocks, key=lambda block: block.place):
+                found[block.file].append((block.offset, block.numel * size, name, start))
+                start += block.numel
+        return {file: partial(sorted, parts) for file, parts in found.items()}
 
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel), as stored; threads may share the source."""
@@ -253,39 +305,48 @@ class Source:
             assert alias not in self.tensors, alias
             assert name in self.tensors, name
 
-    def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare what these tensors (None: all) lie in to the format's own checksums.
-
-        Raises UserError naming the files.
-        """
+    def checks(self, names: Iterable[str] | None = None) -> list[Check]:
+        """Return the format's own checksums of what these tensors (None: all) lie in, and of its listings."""
         spans: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for file, *span in sorted(self.checksums):
             spans[file].append((span[0], span[1], span[2]))
-        jobs = {(file, offset, nbytes, crc) for file, offset, nbytes, crc in self.listings}
+        found = set(self.listings)
         for block in (
             block for name in (self.names if names is None else names) for block in self.tensors[name].blocks
         ):
             place = bisect_right(spans[block.file], block.offset, key=lambda span: span[0]) - 1
             if place >= 0 and block.offset < sum(spans[block.file][place][:2]):
-                jobs.add((block.file, *spans[block.file][place]))
-        with ThreadPoolExecutor(THREADS) as pool:
-            bad = {path for path in pool.map(lambda job: self._damaged(*job), sorted(jobs)) if path}
-        if bad:
-            raise UserError(
-                "\n".join(f"{path}: its bytes are not those that were written: a checksum differs" for path in bad)
-            )
+                found.add((block.file, *spans[block.file][place]))
+        return [Check(*each) for each in sorted(found)]
 
-    def _damaged(self, file: int, offset: int, nbytes: int, expected: int) -> Path | None:
-        """Return the file if the CRC-32 of the bytes is another."""
-        path = self.files[file][0]
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare what these tensors (None: all) lie in to the checkpoint's own hashes.
+
+        Raises UserError naming the files.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            checks = self.checks(names)
+            if bad := [check for check, same in zip(checks, pool.map(self._holds, checks), strict=True) if not same]:
+                raise self.damage(bad)
+
+    def damage(self, bad: Iterable[Check]) -> UserError:
+        """Return the error for checks that do not hold."""
+        files = sorted({self.files[check.file][0] for check in bad})
+        return UserError(
+            "\n".join(f"{path}: its bytes are not those that were written: a checksum differs" for path in files)
+        )
+
+    def _holds(self, check: Check) -> bool:
         try:
-            descriptor = self.open(file)
+            descriptor = self.open(check.file)
             try:
-                return path if crc32_of(descriptor, offset, nbytes) != expected else None
+                hashed = check.begin()
+                update_from(hashed, descriptor, check.offset, check.nbytes)
+                return check.holds(hashed)
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise UserError(f"{path}: {error_reason(error)}") from error
+            raise UserError(f"{self.files[check.file][0]}: {error_reason(error)}") from error
 
     def close(self) -> None:
         """Close all files, and remove the scratch folder."""
@@ -301,12 +362,13 @@ class Source:
         self.close()
 
 
-def crc32_of(descriptor: int, offset: int, nbytes: int) -> int:
-    """Return the CRC-32 of bytes of an open file, of as many as there are."""
-    crc, buffer = 0, memoryview(bytearray(min(_CHUNK, nbytes)))
+def update_from(hashed: Crc32 | xxhash.xxh3_128, descriptor: int, offset: int, nbytes: int) -> None:
+    """Hash bytes of an open file, as many as there are."""
+    buffer = memoryview(bytearray(min(_CHUNK, nbytes)))
     while nbytes and (count := os.preadv(descriptor, [buffer[:nbytes]], offset)):
-        crc, offset, nbytes = zlib.crc32(buffer[:count], crc), offset + count, nbytes - count
-    return crc
+        hashed.update(buffer[:count])
+        offset, nbytes = offset + count, nbytes - count
+        progress()
 
 
 def _is_run(block: Block, grid: tuple[int, ...]) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -72,25 +74,59 @@ def test_strict_loading_of_a_tied_model(tmp_path):
     assert tensors["head.weight"].data_ptr() == tensors["embed.weight"].data_ptr()
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, None])
-def test_copying_where_the_kernel_cannot(checkpoint, tmp_path, monkeypatch, number):
-    def refuse(*_):
-        if number is None:
-            return 0
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert_exported(safetensors.torch.load_file(export(checkpoint, tmp_path).paths[0]))
-
-
-def test_small_jobs_and_buffers(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "JOB", 24)
-    monkeypatch.setattr(copying, "BUFFER", 16)
+@pytest.mark.parametrize("buffer", [16, 24, 1 << 18])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_small_buffers_and_threads(checkpoint, tmp_path, monkeypatch, buffer, threads):
+    monkeypatch.setattr(copying, "BUFFER", buffer)
+    monkeypatch.setattr(copying, "THREADS", threads)
     expected = safetensors.torch.load_file(export(checkpoint, tmp_path / "one").paths[0])
     assert_exported(expected)
     half = safetensors.torch.load_file(export(checkpoint, tmp_path / "two", dtype="bf16").paths[0])
     for name, tensor in expected.items():
         assert torch.equal(half[name], tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+    assert open_files_of(tmp_path.parent) == []
+
+
+def open_files_of(folder: Path) -> list[str]:
+    """Return what this process has open there."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            links.append(os.readlink(descriptor))
+    return [link for link in links if link.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"shards": 40}, {"ema": True}], ids=str)
+def test_each_byte_is_read_once_and_hashed_as_it_passes(checkpoint, tmp_path, monkeypatch, options):
+    read = []
+    preadv = os.preadv
+
+    def counted(descriptor, buffers, offset):
+        count = preadv(descriptor, buffers, offset)
+        read.append((os.fstat(descriptor).st_ino, offset, count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    export(checkpoint, tmp_path / "out", **options)
+    for file in checkpoint.glob("rank-*"):
+        reached = 0
+        for _, offset, count in sorted(each for each in read if each[0] == file.stat().st_ino):
+            assert offset == reached
+            reached += count
+        assert reached == file.stat().st_size
+
+
+def test_tensors_side_by_side_are_written_at_once(tmp_path, monkeypatch):
+    count = 200
+    specs = {f"model/t{n:03d}": TensorSpec((6,), "F32", "parameter") for n in range(count)}
+    pieces = [Piece(name, 0, np.full(24, n, np.uint8), copied=True) for n, name in enumerate(specs)]
+    path = Saver(tmp_path, LocalCommunicator()).save(1, specs, pieces, **DESCRIBED | {"aliases": {}}).path
+    written = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *call: written.append(call) or pwrite(*call))
+    tensors = safetensors.torch.load_file(export(path, tmp_path / "out").paths[0])
+    assert len(written) == 2  # the header, and all of them
+    assert [int(tensors[f"t{n:03d}"].view(torch.uint8)[0]) for n in range(count)] == list(range(count))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "float16", "fp32", "FP64"])
@@ -240,17 +276,40 @@ def test_what_has_no_average_is_reported(tmp_path):
     assert torch.equal(safetensors.torch.load_file(done.paths[0])["0.bias"], model.state_dict()["0.bias"])
 
 
-def test_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in ("new", "there") for options in ({}, {"dtype": "bf16"}, {"shards": 40}, {"ema": True})]
+    + [("new/model.pt", {}), ("new/model.pt", {"dtype": "bf16"})],
+    ids=str,
+)
+def test_a_changed_byte_anywhere_is_refused_and_nothing_is_left(checkpoint, tmp_path, name, options):
     copy = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, copy)
-    file = copy / "rank-00001-of-00003.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
-    with pytest.raises(UserError, match=r"rank-00001-of-00003\.safetensors: its bytes are not those"):
-        export(copy, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    export(copy, tmp_path / "out", verify=False)
+    there = tmp_path / "there" / "model.safetensors"
+    there.parent.mkdir()
+    there.write_text("mine")
+    for file in sorted(copy.glob("rank-*")):
+        good = file.read_bytes()
+        header = 8 + int.from_bytes(good[:8], "little")
+        for place in (0, 9, header - 1, header, (header + len(good)) // 2, len(good) - 1):
+            raw = bytearray(good)
+            raw[place] ^= 1
+            file.write_bytes(raw)
+            with pytest.raises(UserError, match=re.escape(file.name)):
+                export(copy, tmp_path / name, overwrite=True, **options)
+            assert sorted(each.name for each in tmp_path.iterdir()) == sorted([copy.name, "there"])
+            assert (os.listdir(there.parent), there.read_text()) == (["model.safetensors"], "mine")
+        file.write_bytes(good[:-1])
+        with pytest.raises(UserError, match=f"{len(good) - 1} bytes, and {len(good)} were written"):
+            export(copy, tmp_path / name, overwrite=True, **options)
+        raw = bytearray(good)
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    with pytest.raises(UserError, match="its bytes are not those") as caught:
+        export(copy, tmp_path / name, overwrite=True, **options)
+    assert all(file.name in str(caught.value) for file in copy.glob("rank-*"))
+    export(copy, tmp_path / "new", verify=False, **options)
+    assert open_files_of(tmp_path) == []
 
 
 def test_files_that_are_there_are_kept(checkpoint, tmp_path):
@@ -282,12 +341,13 @@ def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(os, "pwrite", full)
     (tmp_path / "model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="the disk is full"):
         export(checkpoint, tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_text() == "mine"
+    assert open_files_of(tmp_path) == []
 
 
 def test_leftovers_of_killed_exports_are_removed(checkpoint, tmp_path):
@@ -320,6 +380,7 @@ def test_options_that_cannot_be(checkpoint, tmp_path, options, message):
 
 _MEASURE = """
 import sys
+from contextlib import suppress
 from anonymous import Peak
 from distrain.checkpoints.export import copying, export
 with Peak() as peak:

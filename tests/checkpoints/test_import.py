@@ -285,7 +285,7 @@ def test_a_failed_import_leaves_nothing(written, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(UserError, match="the disk is full"):
         import_checkpoint(path, tmp_path / "run", step=2)
     with pytest.raises(UserError, match="the disk is full"):

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,19 +111,33 @@ def export(
             weight_map = {name: path.name for path, group in zip(paths, groups, strict=True) for name in group}
             content = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             index = {_index_path(out): partial(_write_text, json.dumps(content, indent=2))}
+        made = _missing_folders(out.parent)
         present = _make_room(out, overwrite, nbytes, [*beside])
-        write = partial(write_safetensors, metadata={"format": "pt"}) if is_safetensors else write_torch_file
-        tensors = {path: partial(write, source, group) for path, group in zip(paths, groups, strict=True)}
-        writes = tensors | beside | index
-        # shards of another number would be taken for a part of this export
-        _publish(writes, present - writes.keys(), sync)
+        checks = source.checks(name for name in source.names if not name.startswith("optimizer/")) if verify else []
+        writes = beside | index
+
+        def write_tensors(hidden_paths: dict[Path, Path]) -> None:
+            files = {hidden_paths[path]: group for path, group in zip(paths, groups, strict=True)}
+            if is_safetensors:
+                write_safetensors(source, files, metadata={"format": "pt"}, checks=checks)
+            else:
+                write_torch_file(source, groups[0], hidden_paths[out], checks)
+
+        try:
+            # shards of another number would be taken for a part of this export
+            _publish(paths, write_tensors, writes, present - {*paths, *writes}, sync)
+        except BaseException:
+            for folder in made:
+                with suppress(OSError):  # others may have put something there
+                    folder.rmdir()
+            raise
     if is_safetensors and (pairs := [name for name, each in outputs.items() if DTYPES[each.dtype].pair]):
         notes.append(
             f"as pairs of real numbers, for tensor.view(dtype); a .pt file has them as they are: {some(pairs)}"
         )
     if unaveraged:
         notes.append(f"not averaged, and taken as they are: {some(unaveraged)}")
-    return Exported(tuple(writes), nbytes, len(outputs), tuple(notes), tuple(source.skipped))
+    return Exported((*paths, *writes), nbytes, len(outputs), tuple(notes), tuple(source.skipped))
 
 
 def _same(path: Path, file: Path) -> bool:
@@ -137,8 +152,6 @@ def _open(path: Path, verify: bool, format: str | None, trust: bool) -> Source:
             )
         return open_native(path, verify)
     source = open_foreign(path, format=format, trust=trust)
-    if verify:
-        source.verify(name for name in source.names if not name.startswith("optimizer/"))
     if any(name.startswith("optimizer/") for name in source.names):
         source.skipped.append("the optimizer's state")
     return source
@@ -274,19 +287,35 @@ def _make_room(out: Path, overwrite: bool, nbytes: int, beside: Sequence[Path]) 
     return found
 
 
-def _publish(writes: dict[Path, Callable[[Path], object]], stale: set[Path], sync: bool) -> None:
-    """Write each file under a hidden name, rename them all once they are complete, and remove the stale ones."""
-    hidden_paths = {path: path.with_name(hidden("tmp", path.name)) for path in writes}
-    folder = next(iter(writes)).parent
+def _missing_folders(folder: Path) -> list[Path]:
+    """Return the folder and those above it that are not there, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _publish(
+    tensors: Sequence[Path],
+    write_tensors: Callable[[dict[Path, Path]], None],
+    others: dict[Path, Callable[[Path], object]],
+    stale: set[Path],
+    sync: bool,
+) -> None:
+    """Write each file under a hidden name, rename them all once they are complete, and remove the stale ones.
+
+    `write_tensors` is given {path: hidden path} of all.
+    """
+    hidden_paths = {path: path.with_name(hidden("tmp", path.name)) for path in (*tensors, *others)}
+    folder = tensors[0].parent
     try:
-        for path, write in writes.items():
+        write_tensors(hidden_paths)
+        for path, write in others.items():
             path.parent.mkdir(exist_ok=True)
             write(hidden_paths[path])
-            if sync:
-                with open(hidden_paths[path], "rb") as file:
+        if sync:
+            for path in hidden_paths.values():
+                with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        for path in writes:
-            os.rename(hidden_paths[path], path)
+        for path, written in hidden_paths.items():
+            os.rename(written, path)
         for path in stale:
             path.unlink()
         if sync:

@@ -148,7 +148,7 @@ def _write(source: Source, folder: Path, step: int, optimizer: str | None, recip
     saved = saver.save_written(
         step,
         specs,
-        lambda path: write_safetensors(source, outputs, path, metadata=None, flat=True),
+        lambda path: write_safetensors(source, {path: outputs}, metadata=None, flat=True),
         scalars=scalars,
         aliases=source.aliases,
         recipe=recipe,

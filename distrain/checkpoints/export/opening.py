@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
 from distrain.checkpoints.floats import FLOATS
 from distrain.checkpoints.foreign.common import NO_TENSORS, some
 from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
-from distrain.checkpoints.reading import Reader, find_checkpoint, is_checkpoint_name
-from distrain.checkpoints.sources import Source, flat
+from distrain.checkpoints.reading import (
+    OTHER_BYTES,
+    Reader,
+    file_problems,
+    find_checkpoint,
+    is_checkpoint_name,
+    not_verified,
+)
+from distrain.checkpoints.sources import Check, Part, Source, Stored
 from distrain.run.folder import RunDir
 from distrain.system.bounded_json import MOST_STEPS
 from distrain.system.errors import UserError, close_names
@@ -49,7 +57,9 @@ def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
     """
     found, format = find_source(path)
     if format is None:
-        return open_native(found, verify=True), []
+        native = open_native(found, verify=True)
+        native.verify()
+        return native, []
     source = open_foreign(found, format=format, optimizer=False)
     source.verify(name for name in source.names if name.startswith("model/"))
     # which tensors are buffers does not matter to a model that knows it
@@ -57,17 +67,62 @@ def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
     return source, [*notes, *(what for what in source.skipped if NO_TENSORS in what)]
 
 
+class NativeSource(Source):
+    """The tensors of a checkpoint of distrain's own: what lies in a file is listed when the file's turn comes."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "distrain")
+        self._reader = Reader(path, verify=False)
+        self._reading = threading.Lock()
+        manifest = self.manifest = self._reader.manifest
+        self.files = [(path / info.name, info.size) for info in manifest.files]
+        self.aliases = manifest.aliases
+        self.tensors = {
+            name: Stored(tensor.spec, tensor.spec.dtype, (tensor.spec.numel,), ())
+            for name, tensor in manifest.tensors.items()
+        }
+
+    def in_runs(self, name: str) -> bool:
+        """All its tensors do."""
+        return name in self.tensors
+
+    def parts(self, names: Collection[str]) -> dict[int, Callable[[], list[Part]]]:
+        """Return, for each file that these tensors lie in, what lists their parts in the order of the file."""
+        files = {file for name in names for file, _, _ in self.manifest.tensors[name].pieces}
+        return {file: partial(self._parts, file, names) for file in sorted(files)}
+
+    def _parts(self, file: int, names: Collection[str]) -> list[Part]:
+        listed = self._reader.listed(file)
+        return sorted((offset, nbytes, name, start) for name, start, offset, nbytes in listed if name in names)
+
+    def gather(self, name: str, start: int, numel: int) -> np.ndarray:
+        """Return the bytes (uint8) of elements [start, start + numel); threads may share the source."""
+        with self._reading:
+            return self._reader.read(name, start, numel)
+
+    def checks(self, names: Iterable[str] | None = None) -> list[Check]:
+        """Return the hash of each file, whatever the tensors."""
+        return [Check(file, 0, info.size, info.xxh3_128) for file, info in enumerate(self.manifest.files)]
+
+    def damage(self, bad: Iterable[Check]) -> UserError:
+        """Return the error for files whose hashes do not hold."""
+        return not_verified(self.path, [f"{self.files[check.file][0].name}: {OTHER_BYTES}" for check in bad])
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+        super().close()
+
+
 def open_native(path: Path, verify: bool) -> Source:
-    """Open a checkpoint of distrain's own; raises CheckpointError."""
-    source = Source(path, "distrain")
-    with Reader(path, verify) as reader:
-        manifest = reader.manifest
-        source.files = [(path / info.name, info.size) for info in manifest.files]
-        source.aliases = manifest.aliases
-        for name, spec in manifest.specs.items():
-            size = ITEM_SIZES[spec.dtype]
-            runs = [(file, offset, nbytes // size) for file, offset, nbytes in reader.ranges(name, 0, spec.numel)]
-            source.tensors[name] = flat(spec, spec.dtype, runs)
+    """Open a checkpoint of distrain's own; raises CheckpointError.
+
+    `verify` looks at which files there are, and not at their bytes, which `Source.checks` are for.
+    """
+    if verify and (problems := file_problems(path)):
+        raise not_verified(path, problems)
+    source = NativeSource(path)
+    manifest = source.manifest
     source.renamed = set(manifest.scalars.get("model_renamed", []))
     config = manifest.scalars.get("transformers_config")
     folder = run_of(path) / FOLDER

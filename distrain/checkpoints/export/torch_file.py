@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export.copying import Output, copy_tensors, new_file
-from distrain.checkpoints.sources import THREADS, Source, crc32_of, row_major
+from distrain.checkpoints.sources import THREADS, Check, Crc32, Source, row_major, update_from
 
 _ALIGNMENT = 64
 _FOLDER = "archive"
@@ -35,8 +35,11 @@ class _Record:
     crc: int = 0
 
 
-def write_torch_file(source: Source, outputs: dict[str, Output], path: Path) -> None:
-    """Write the outputs as a new file that `torch.load(weights_only=True)` opens; tied tensors share their memory."""
+def write_torch_file(source: Source, outputs: dict[str, Output], path: Path, checks: Sequence[Check] = ()) -> None:
+    """Write the outputs as a new file that `torch.load(weights_only=True)` opens; tied tensors share their memory.
+
+    Raises UserError, with the tensors written, if bytes of the source are not those of the `checks`.
+    """
     keys: dict[str, str] = {}
     for output in outputs.values():
         keys.setdefault(output.name, str(len(keys)))
@@ -57,10 +60,10 @@ def write_torch_file(source: Source, outputs: dict[str, Output], path: Path) -> 
         for record, content in zip(records, contents.values(), strict=False):
             os.pwrite(descriptor, content, record.data)
         stored = records[len(contents) :]
-        placed = [(first[name], record.data) for name, record in zip(keys, stored, strict=True)]
-        copy_tensors(source, placed, descriptor)
+        placed = [(first[name], descriptor, record.data) for name, record in zip(keys, stored, strict=True)]
+        copy_tensors(source, placed, checks)
         with ThreadPoolExecutor(THREADS) as pool:
-            checksums = pool.map(lambda record: crc32_of(descriptor, record.data, record.nbytes), records)
+            checksums = pool.map(lambda record: _crc32(descriptor, record), records)
             for record, crc in zip(records, checksums, strict=True):
                 record.crc = crc
         for record in records:
@@ -69,6 +72,12 @@ def write_torch_file(source: Source, outputs: dict[str, Output], path: Path) -> 
         done = 0
         while done < len(listing):
             done += os.pwrite(descriptor, listing[done:], end + done)
+
+
+def _crc32(descriptor: int, record: _Record) -> int:
+    hashed = Crc32()
+    update_from(hashed, descriptor, record.data, record.nbytes)
+    return hashed.value
 
 
 def _state_dict(outputs: dict[str, Output], keys: dict[str, str]) -> bytes:
