@@ -352,6 +352,16 @@ class TuneSection(Section):
     tf32: OnOff = "auto"
     """Products of fp32 tensors in TF32 on tensor cores, ten bits of the mantissa; auto: for what stays fp32 under bf16,
     fp16 and fp8. Never under fp32 unless it is true."""
+    cast_before_gather: OnOff = "auto"
+    """fsdp2 casts weights before it gathers them (to bf16 or fp16) where the forward pass does nothing else with them:
+    half the traffic and the same bits; auto: with autocast."""
+    cast_before_reduce: OnOff = "auto"
+    """fsdp2 reduces gradients in bf16: half the traffic, for sums of eight bits; auto: never."""
+    prefetch: OnOff = "auto"
+    """fsdp2 gathers a block's weights while the block before computes, for the memory of one more; auto: on GPUs."""
+    reduce_every_micro: OnOff = "auto"
+    """fsdp2 reduces gradients with each accumulated micro-batch, and not with the last of a step alone; auto: where
+    whole fp32 gradients take more than an eighth of a process's memory, or weights are offloaded."""
 
 
 class EarlyStopSection(Section):

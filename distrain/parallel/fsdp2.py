@@ -6,6 +6,8 @@ replicas once they have been reduced within each.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -32,12 +34,16 @@ from distrain.parallel.strategy import (
     Strategy,
     buffers_to,
     did_not_take_effect,
+    dtype_name,
     make_ema,
     make_optimizer,
     sparse_gradient,
     square_of,
     with_mixed_precision,
 )
+from distrain.parallel.unused_parameters import cast_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class FSDP2Strategy(Strategy):
@@ -46,10 +52,12 @@ class FSDP2Strategy(Strategy):
     def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
         model, values = build_in_shards(world, plan.model)
-        self._shard_model(model)
-        _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
         buffers_to(model, world.device)
         self.model = self.wrapped = with_mixed_precision(world, model)
+        self._early = self._cast_early(plan, model)
+        """The parameters that are cast before they are gathered."""
+        self._shard_model(model)
+        _give_memory(model, torch.device("cpu") if world.asked.offload_parameters else world.device, world.device)
         if plan.initial:
             fill_shards(world, values, {name: self.shard(parameter) for name, parameter in model.named_parameters()})
         del values
@@ -60,11 +68,11 @@ class FSDP2Strategy(Strategy):
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, migrate=plan.migrate)
         self._passes = 0
-        """The micro-batches of this step that have gone backward."""
+        """The backward passes of this step that have reduced gradients, each with those that it found there."""
         self._missed: dict[Tensor, int] = {}
-        """How many of them have not used a parameter on this rank."""
+        """How many of them have found none for a parameter on this rank."""
         self._filled: set[Tensor] = set()
-        """The parameters that were given zeros in this micro-batch."""
+        """The parameters that were given zeros in this backward pass."""
         self._given: set[Tensor] = set()
         """Those that had a gradient in it, maybe after the zeros: one used twice has it with the last of its uses."""
         self._not_used: list[int] = []
@@ -73,7 +81,33 @@ class FSDP2Strategy(Strategy):
         """This rank's part of the gradient: of the parameters that are sharded, and of those that are not."""
         self._gather_order = GatherOrder(world, model)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._groups: list[Any] = []
+        """What FSDP2 gathers and reduces together: one for each unit that has parameters of its own."""
         self._reduce_all()
+        self._reducing = self._averaging = True
+        """Whether a backward pass reduces gradients, and averages them over the replicas."""
+        if world.tuning["prefetch"]:
+            for unit, following in itertools.pairwise(self._units):
+                unit.set_modules_to_forward_prefetch([following])
+
+    def _cast_early(self, plan: BuildSpec, model: nn.Module) -> set[str]:
+        """Return the parameters that are gathered in the dtype to which autocast casts them. All ranks call.
+
+        Of these the forward pass uses nothing else, so neither it nor the gradient differs by a bit.
+        """
+        world, dtype = self.world, self.world.mixed_precision.autocast
+        if dtype is None or not world.tuning["cast_before_gather"]:
+            return set()
+        # a part of the model may be used on some ranks alone
+        ranks = world.gather(cast_parameters(model, lambda model: plan.loss_sum(model, 0), world.device, dtype))
+        if any(names is None for names in ranks):
+            if world.rank == 0:
+                logger.info(
+                    f"weights are gathered in fp32: which of them are only cast to {dtype_name(dtype)} is found with "
+                    "tensors that have no values, and the forward pass depends on values"
+                )
+            return set()
+        return set.intersection(*ranks)
 
     def _shard_model(self, model: nn.Module) -> None:
         """Shard as Accelerate's plugin says, but in units of our own.
@@ -82,6 +116,14 @@ class FSDP2Strategy(Strategy):
         that shares a weight between two units.
         """
         plugin = self.world.accelerator.state.fsdp_plugin
+        early = {id(parameter) for name, parameter in model.named_parameters() if name in self._early}
+        policy: dict[str, Any] = {"reduce_dtype": torch.bfloat16} if self.world.tuning["cast_before_reduce"] else {}
+        if early:
+            policy |= {
+                "param_dtype": self.world.mixed_precision.autocast,
+                "param_dtype_override_fn": lambda parameter: None if id(parameter) in early else parameter.dtype,
+                "cast_forward_inputs": False,
+            }
         for parameter in model.parameters():
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
@@ -89,7 +131,7 @@ class FSDP2Strategy(Strategy):
             # (shards,), or (replicas, shards)
             "mesh": self.world.mesh.device_mesh(self.world.device.type, self.world.timeout),
             "reshard_after_forward": plugin.reshard_after_forward,
-            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            "mp_policy": MixedPrecisionPolicy(**policy),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
             if self.world.asked.offload_parameters
             else OffloadPolicy(),
@@ -102,10 +144,14 @@ class FSDP2Strategy(Strategy):
         fully_shard(model, **settings | {"reshard_after_forward": False})
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        reducing = last or self.world.tuning["reduce_every_micro"]
         # between the replicas, which are mostly machines, once in a step is enough
-        if self.world.mesh.is_hybrid and self.accumulation > 1:
+        averaging = last or not self.world.mesh.is_hybrid
+        if (reducing, averaging) != (self._reducing, self._averaging):
+            self._reducing, self._averaging = reducing, averaging
             for unit in self._units:
-                unit.set_requires_all_reduce(last, recurse=False)
+                unit.set_requires_gradient_sync(reducing, recurse=False)
+                unit.set_requires_all_reduce(reducing and averaging, recurse=False)
         return super().micro_batch(last)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
@@ -127,14 +173,14 @@ class FSDP2Strategy(Strategy):
         return agree
 
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
-        # gradients are reduced with every micro-batch: kept whole until the last one, they would not be sharded
         loss_sum.backward(scale)
         self._gather_order.end()
-        for parameter in self._filled - self._given:
-            self._missed[parameter] = self._missed.get(parameter, 0) + 1
-        self._filled.clear()
-        self._given.clear()
-        self._passes += 1
+        if self._reducing:
+            for parameter in self._filled - self._given:
+                self._missed[parameter] = self._missed.get(parameter, 0) + 1
+            self._filled.clear()
+            self._given.clear()
+            self._passes += 1
         if last:
             self._not_used = self._complete()
             sharded = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
@@ -179,6 +225,7 @@ class FSDP2Strategy(Strategy):
                 # older torch has one at most
                 for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                     if group is not None:
+                        self._groups.append(group)
                         group.unshard = partial(self._gather_unit, group.unshard, f"gathering {name}")
                         group.post_backward = partial(self._reduce_unit, group, group.post_backward)
 
@@ -193,7 +240,11 @@ class FSDP2Strategy(Strategy):
             if whole is None or not whole.requires_grad:
                 continue
             if whole.grad is None:
-                whole.grad = torch.zeros_like(whole)
+                if not self._reducing:
+                    continue
+                # newer torch may hold it in another dtype than the parameter
+                dtype = getattr(parameter, "unsharded_grad_dtype", whole.dtype)
+                whole.grad = torch.zeros_like(whole, dtype=dtype)
                 self._filled.add(parameter.sharded_param)
                 continue
             self._given.add(parameter.sharded_param)
@@ -213,6 +264,8 @@ class FSDP2Strategy(Strategy):
         return Shard(shape, start, values, replicated=False, entry=entry)
 
     def reshard(self) -> None:
+        for group in self._groups:
+            group.wait_for_unshard()  # what was gathered ahead and not used, or its next use would be of old weights
         for module in self._units:
             module.reshard()
 
@@ -254,9 +307,20 @@ class FSDP2Strategy(Strategy):
         return super().effect() | {
             "engine": "FSDPModule",
             "units": len(self._units),
+            "gathered_bytes": self._gathered_bytes(),
             "mesh": ", ".join(sorted({str(parameter.device_mesh) for parameter in sharded})),
             "placements": ", ".join(sorted({str(parameter.placements) for parameter in sharded})),
         }
+
+    def _gathered_bytes(self) -> dict[str, int]:
+        """Return the bytes of the whole weights as they are gathered, by dtype."""
+        found: dict[str, int] = {}
+        for group in self._groups:
+            for each in group.fsdp_params:
+                dtype = each.param_dtype or each.orig_dtype
+                name = dtype_name(dtype)
+                found[name] = found.get(name, 0) + each.sharded_param.numel() * dtype.itemsize
+        return found
 
     def _offloaded(self) -> str:
         devices = {p.device.type for p in self.model.parameters() if isinstance(p, DTensor)}

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from distrain.config import TuneSection, UserError
+from distrain.system.memory import gib
 
 
 class Choice(NamedTuple):
@@ -22,6 +24,8 @@ class Choice(NamedTuple):
     why: str
     possible: bool = True
     """Whether it works here; where not, `true` is refused."""
+    required: bool = False
+    """Whether nothing works here without it; where so, `false` is refused."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Facts:
     strategy: str
     model: nn.Module
     """As it was built, before it is sharded; maybe on the meta device."""
+    offloads_weights: bool = False
+    casts_gradients: bool = False
+    """Whether they are to be reduced in bf16."""
+    memory: int = 0
+    """Bytes that a process has, on its GPU or of the CPU's; the least of the ranks. 0: not known."""
 
     def has(self, *kinds: type[nn.Module]) -> bool:
         """Whether the model has a layer of these kinds."""
@@ -76,8 +85,10 @@ def resolve_tuning(section: TuneSection, facts: Facts, *, lenient: bool = False)
     choices, problems = {}, []
     for key, rule in RULES.items():
         asked, choice = getattr(section, key), rule(facts)
-        if asked is False:
+        if asked is False and not choice.required:
             choice = Choice(False, f"tune.{key} is false")
+        elif asked is False and not lenient:
+            problems.append(f"tune.{key} is false, and cannot be: {choice.why}; auto is true there")
         elif asked is True and choice.possible:
             choice = Choice(True, choice.why if choice.on else f"tune.{key} is true")
         elif asked is True and not lenient:
@@ -108,5 +119,60 @@ def _tf32(facts: Facts) -> Choice:
     return Choice(True, f"for what stays fp32 under {facts.precision}")
 
 
-RULES: dict[str, Callable[[Facts], Choice]] = {"tf32": _tf32}
+def _cast_before_gather(facts: Facts) -> Choice:
+    if facts.strategy != "fsdp2":
+        return _no("of fsdp2 alone")
+    if not facts.autocast:
+        return _no(f"under {facts.precision} nothing is cast")
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import, and only sharded models need it
+
+    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+        return _no(f"torch {torch.__version__} gathers all weights of a block in one dtype, 2.15 does not")
+    return Choice(True, "the same bits")
+
+
+def _cast_before_reduce(facts: Facts) -> Choice:
+    if facts.strategy != "fsdp2":
+        return _no("of fsdp2 alone")
+    if facts.precision not in ("bf16", "fp8"):
+        return _no(f"for gradients that are computed in bf16, and train.precision is {facts.precision}")
+    return Choice(False, "its sums have eight bits")
+
+
+def _prefetch(facts: Facts) -> Choice:
+    if facts.strategy != "fsdp2":
+        return _no("of fsdp2 alone")
+    if facts.device != "cuda":
+        return Choice(False, "on a CPU nothing is gathered beside the computing")
+    return Choice(True, "one block ahead")
+
+
+_PART_FOR_GRADIENTS = 8
+"""Whole gradients are kept between micro-batches where they take no more than this part of a process's memory."""
+
+
+def _reduce_every_micro(facts: Facts) -> Choice:
+    if facts.strategy in ("zero2", "zero3"):
+        return Choice(True, f"{facts.strategy} keeps no more than its part of a gradient", required=True)
+    if facts.strategy != "fsdp2":
+        return _no(f"{facts.strategy} has room for whole gradients")
+    if facts.offloads_weights:
+        return Choice(True, "weights are offloaded")
+    if facts.casts_gradients:
+        return Choice(True, "reduced in bf16, gradients are added up in fp32", required=True)
+    if facts.memory == 0:
+        return Choice(True, "the memory of a process is not known")
+    whole = sum(each.numel() * each.element_size() for each in facts.model.parameters() if each.requires_grad)
+    fits = whole * _PART_FOR_GRADIENTS <= facts.memory
+    word = "within" if fits else "more than"
+    return Choice(not fits, f"whole gradients are {gib(whole)}, {word} an eighth of {gib(facts.memory)}")
+
+
+RULES: dict[str, Callable[[Facts], Choice]] = {
+    "tf32": _tf32,
+    "cast_before_gather": _cast_before_gather,
+    "cast_before_reduce": _cast_before_reduce,
+    "prefetch": _prefetch,
+    "reduce_every_micro": _reduce_every_micro,
+}
 """By the keys of `TuneSection`, all of them."""

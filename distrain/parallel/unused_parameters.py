@@ -1,13 +1,18 @@
-"""Which parameters have no gradient, found without the memory that computing would take."""
+"""Which parameters have no gradient, and which are only cast, found without the memory that computing would take."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def unused_parameters(
@@ -18,7 +23,47 @@ def unused_parameters(
     Runs forward and backward under FakeTensorMode, so the parameters may be on the meta device, and restores what the
     passes leave in the modules. Returns None where the model cannot run so, as one that branches on values.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and only ZeRO-3 needs it
+    try:
+        with _without_values(model, device) as mode:
+            value = loss_sum(model)
+            with mode:
+                value.backward()
+            return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    except Exception:  # whatever it is, it is raised again where the model really computes
+        return None
+
+
+def cast_parameters(
+    model: nn.Module, loss_sum: Callable[[nn.Module], Tensor], device: torch.device, dtype: torch.dtype
+) -> set[str] | None:
+    """Return the names of the parameters of which `loss_sum(model)` (0-d) uses nothing but a cast to `dtype`.
+
+    Cast before it is gathered, such a parameter has the same bits where it computes, and its gradient has them too. One
+    that is trained must be cast once: the gradients of several casts are summed in the dtype of what is cast.
+    Runs the forward pass as `unused_parameters` does, and returns None as it does.
+    """
+    uses = _Uses(dtype)
+    try:
+        with _without_values(model, device, uses):
+            uses.watched = {id(parameter) for parameter in model.parameters()}
+            with uses:
+                loss_sum(model)
+            cast = {key for key, count in uses.casts.items() if key not in uses.other}
+            once = {key for key in cast if uses.casts[key] == 1}
+            return {name for name, p in model.named_parameters() if id(p) in (once if p.requires_grad else cast)}
+    except Exception:  # as above
+        return None
+
+
+@contextmanager
+def _without_values(
+    model: nn.Module, device: torch.device, inner_mode: TorchDispatchMode | None = None
+) -> Iterator[FakeTensorMode]:
+    """Give a model stand-ins for its parameters on `device`, with which its forward pass takes no memory.
+
+    `inner_mode` sees what that dispatches.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and only sharding needs it
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     kept = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
@@ -27,7 +72,7 @@ def unused_parameters(
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with mode:
+        with mode, inner_mode or nullcontext():
             return inner(*args, **kwargs)
 
     try:
@@ -41,12 +86,7 @@ def unused_parameters(
                             stand_ins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                         module._parameters[key] = stand_ins[id(parameter)]
         model.forward = forward
-        value = loss_sum(model)
-        with mode:
-            value.backward()
-        return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    except Exception:  # whatever it is, it is raised again where the model really computes
-        return None
+        yield mode
     finally:
         for module, attributes, parameters, buffers in kept:
             vars(module).clear()
@@ -59,3 +99,46 @@ def unused_parameters(
             # what is computed from buffers alone, such as a count of batches, is computed for real
             for buffer, before in values:
                 buffer.copy_(before)
+
+
+_REARRANGED = ("t", "transpose", "permute", "view", "_unsafe_view", "unsqueeze", "squeeze")
+"""Operations of aten that return a view of all elements, each once: their gradients are no sums."""
+
+
+class _Uses(TorchDispatchMode):
+    """Counts how often each of the `watched` tensors, or a rearranged view of it, is cast, and which are used else."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.watched: set[int] = set()
+        """The tensors, by `id`."""
+        self.casts: dict[int, int] = {}
+        self.other: set[int] = set()
+        self._views: dict[int, tuple[int, Tensor]] = {}
+        """Of views, whose they are; they are kept, so that none gets the `id` of another."""
+        self._dtype = dtype
+        self._inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside:  # entered once more, above a mode that dispatches itself
+            return func(*args, **kwargs)
+        self._inside = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._inside = False
+        if func.namespace == "prim":  # what asks for a tensor's device
+            return result
+        name = func.overloadpacket.__name__
+        for used in torch.utils._pytree.tree_leaves((args, kwargs)):
+            whose = self._views[id(used)][0] if id(used) in self._views else id(used)
+            if not isinstance(used, Tensor) or whose not in self.watched:
+                continue
+            if name == "_to_copy" and kwargs.get("dtype") == self._dtype:
+                self.casts[whose] = self.casts.get(whose, 0) + 1
+            elif func.namespace == "aten" and name in _REARRANGED and isinstance(result, Tensor):
+                self._views[id(result)] = whose, result
+            else:
+                self.other.add(whose)
+        return result
