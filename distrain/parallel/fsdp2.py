@@ -317,7 +317,7 @@ class FSDP2Strategy(Strategy):
         found: dict[str, int] = {}
         for group in self._groups:
             for each in group.fsdp_params:
-                dtype = each.param_dtype or each.orig_dtype
+                dtype = each.mp_policy.param_dtype or each.sharded_param.dtype
                 name = dtype_name(dtype)
                 found[name] = found.get(name, 0) + each.sharded_param.numel() * dtype.itemsize
         return found

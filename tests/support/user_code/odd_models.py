@@ -432,3 +432,41 @@ class Failing(Blocks):
 
 def _break(gradient: Tensor) -> None:
     raise ArithmeticError("the model broke")
+
+
+class Wide(Blocks):
+    """Its matrices are so large that ZeRO-3 does not keep them on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(5, 400), nn.Linear(400, 3)
+
+    def block(self) -> nn.Module:
+        return Block(400)
+
+
+class Mixed(Blocks):
+    """Every way in which autocast meets a weight: cast once, cast twice, cast and read, not cast, through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, WIDTH)
+        self.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.recur = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.slide = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.twice = nn.Linear(WIDTH, WIDTH)
+        self.read = nn.Linear(WIDTH, WIDTH)
+        self.turned = nn.Parameter(torch.linspace(-0.3, 0.3, WIDTH * WIDTH).reshape(WIDTH, WIDTH))
+        self.sliced = nn.Parameter(torch.linspace(0.3, -0.3, 2 * WIDTH * WIDTH).reshape(2 * WIDTH, WIDTH))
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.argsort(1)[:, :4] % 3) + self.into(x)[:, None]
+        tokens = tokens + self.attend(tokens, tokens, tokens, need_weights=False)[0]
+        tokens = tokens + self.recur(tokens)[0] + self.slide(tokens.transpose(1, 2)).transpose(1, 2)
+        tokens = tokens + self.twice(torch.tanh(self.twice(tokens))) + self.read(tokens) * self.read.weight.norm()
+        tokens = tokens @ self.turned.t() + tokens @ self.sliced[:WIDTH] + self.frozen(self.frozen(tokens))
+        x = tokens.mean(1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

@@ -1,0 +1,199 @@
+"""What the ranks send each other in a step: the bytes and collectives of each strategy; less of it costs no bit."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import captured, last, state, write_recipe
+from test_matrix import create, spec, stopped_copy, train_in_turn
+from traffic import Case, Collectives, Parameter, by_kind
+from worlds import in_world
+
+from distrain.run.folder import RunDir
+
+RECIPE = """
+name: traffic
+task: classification
+data: {name: "own_parts:Points", samples: 48, tests: 12}
+model: {name: "odd_models:MODEL"}
+optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
+batch: {global: 16, micro: 2}
+train: {steps: 3, precision: bf16}
+eval: {every: null}
+checkpoint: {every: null, async: false}
+"""
+
+Seen = dict[str, Any]
+
+
+def watched(strategy: str, run_dirs: dict[str, str]) -> dict[str, Seen]:
+    """Make the steps of each run in this world; returns what was sent in the last one, and what the run came to."""
+    from distrain.config.yaml import load_recipe
+    from distrain.loop import train_step
+    from distrain.parallel import open_world
+    from distrain.parallel.precision import resolve
+    from distrain.training.run_loop import Session
+
+    found: dict[str, Seen] = {}
+
+    def go() -> int:
+        world = open_world("fp32", spec(strategy))
+        for name, run_dir in run_dirs.items():
+            recipe = load_recipe(RunDir(run_dir).recipe_path).recipe
+            world.mixed_precision = resolve(recipe.train.precision, world.device)
+            world.precision = world.mixed_precision.name
+            with Session.open(RunDir(run_dir), recipe, world) as session:
+                engine = session.t.strategy
+                computed: list[tuple[int, str]] = []
+                for module_name, module in engine.model.named_modules():
+                    if type(module).__name__.removeprefix("FSDP") == "Block":
+                        module.norm.register_forward_pre_hook(
+                            lambda *_, to=computed, of=module_name: to.append((len(counter.calls), of))
+                        )
+                for micro_batches in session.batches():
+                    computed.clear()
+                    with Collectives() as counter:
+                        late = train_step(session.t, micro_batches, session.flags)
+                    session.deliver_metrics(late)
+                digest = hashlib.sha256()
+                for key, held in sorted(engine.state.held().items()):
+                    digest.update(key.encode() + held.values.detach().cpu().numpy().tobytes())
+                found[name] = {
+                    "calls": counter.calls,
+                    "computed": computed,
+                    "bits": digest.hexdigest(),
+                    "weights": [engine.shard(p).values.detach().clone() for p in engine.model.parameters()],
+                    "effect": engine.effect(),
+                }
+        world.close()
+        return 0
+
+    captured(go)
+    return found
+
+
+def run_each(folder: Path, strategy: str, ranks: int, runs: dict[str, tuple[str, tuple[str, ...]]]) -> dict[str, Seen]:
+    """Return what rank 0 saw of runs of (model, overrides), all in one world."""
+    run_dirs = {}
+    for name, (model, overrides) in runs.items():
+        recipe = write_recipe(folder, RECIPE.replace("MODEL", model), f"{model}.yaml")
+        run_dirs[name] = str(folder / name)
+        create(folder / name, recipe, overrides, strategy, ranks)
+    return in_world(ranks, watched, strategy, run_dirs, timeout_s=300)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bytes and collectives
+
+WIDTH = 400
+
+
+def linear(inputs: int, outputs: int) -> list[Parameter]:
+    return [Parameter((outputs, inputs), cast=True), Parameter((outputs,), cast=True)]
+
+
+BLOCK = [Parameter((WIDTH,)), Parameter((WIDTH,)), *linear(WIDTH, 2 * WIDTH), *linear(2 * WIDTH, WIDTH)]
+WIDE = [[*linear(5, WIDTH), *linear(WIDTH, 3)], BLOCK, BLOCK]
+"""The parameters of `odd_models:Wide`."""
+RANKS = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2, "hsdp": 4}
+SLOW = ("zero1", "zero2", "hsdp")
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RANKS]
+)
+def test_a_step_sends_what_theory_says(tmp_path: Path, strategy: str) -> None:
+    ranks = RANKS[strategy]
+    cases, runs = {}, {}
+    for precision, times in itertools.product(("fp32", "bf16"), (1, 4)):
+        name = f"{precision}-{times}"
+        runs[name] = ("Wide", (f"train.precision={precision}", f"batch.global={2 * ranks * times}"))
+        cases[name] = Case(strategy, ranks, WIDE, times, autocast=precision == "bf16")
+    if strategy in ("fsdp2", "hsdp"):
+        kept = ("tune.cast_before_gather=false", "tune.reduce_every_micro=true")
+        runs["as-before"] = ("Wide", (f"batch.global={8 * ranks}", *kept))
+        cases["as-before"] = Case(strategy, ranks, WIDE, 4, autocast=True, casts=False, every_micro=True)
+    for name, seen in run_each(tmp_path, strategy, ranks, runs).items():
+        theory, most = cases[name].theory(), cases[name].counts()
+        found = by_kind(seen["calls"])
+        assert found.keys() == theory.keys(), name
+        for kind, (count, nbytes) in found.items():
+            least_bytes, most_bytes = theory[kind]
+            assert least_bytes <= nbytes <= most_bytes, f"{name}: {kind} of {nbytes} bytes, {theory[kind]} in theory"
+            assert count <= most[kind], f"{name}: {count} of {kind}"
+            if strategy in ("fsdp2", "hsdp"):
+                assert count == most[kind], f"{name}: {count} of {kind}"
+        if strategy in ("fsdp2", "hsdp"):
+            narrow = cases[name].autocast and cases[name].casts
+            assert seen["effect"]["gathered_bytes"] == (
+                {"bfloat16": 2 * sum(p.numel for p in cases[name].parameters if p.cast), "float32": 4 * 4 * WIDTH}
+                if narrow
+                else {"float32": 4 * sum(p.numel for p in cases[name].parameters)}
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bits
+
+MANY = ("batch.global=16",)
+"""Four micro-batches of two ranks."""
+UNCAST = ("tune.cast_before_gather=false",)
+EVERY = ("tune.reduce_every_micro=true",)
+MODELS = ("Mixed", "TiedHead", "Twice")
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_less_traffic_costs_no_bit(tmp_path: Path, strategy: str, ranks: int) -> None:
+    runs = {}
+    for model in MODELS if strategy == "fsdp2" else ("Mixed",):
+        for precision in ("bf16", "fp16") if model == "Mixed" else ("bf16",):
+            for reduces, keys in (("once", ()), ("every", EVERY)):
+                given = (f"train.precision={precision}", *MANY, *keys)
+                runs[f"{model}-{precision}-{reduces}"] = (model, given)
+                runs[f"{model}-{precision}-{reduces}-uncast"] = (model, (*given, *UNCAST))
+    runs["ahead"] = ("Mixed", (*MANY, "tune.prefetch=true"))
+    found = run_each(tmp_path, strategy, ranks, runs)
+    for name in [name for name in found if name.endswith("-uncast")]:
+        cast, uncast = found[name.removesuffix("-uncast")], found[name]
+        assert cast["bits"] == uncast["bits"], name
+        assert cast["effect"]["gathered_bytes"] != uncast["effect"]["gathered_bytes"], name
+    assert found["ahead"]["bits"] == found["Mixed-bf16-once"]["bits"]
+
+
+def test_one_reduction_in_a_step_gives_the_same_mean(tmp_path: Path) -> None:
+    # not AdamW, which makes steps of full length of what is noise
+    keys = ("train.precision=fp32", "optim.name=sgd", "optim.lr=0.1", *MANY)
+    runs = {"once": ("Mixed", keys), "every": ("Mixed", (*keys, *EVERY)), "idle": ("IdleBlock", keys)}
+    runs["idle-every"] = ("IdleBlock", (*keys, *EVERY))
+    found = run_each(tmp_path, "fsdp2", 2, runs)
+    for one, other in (("once", "every"), ("idle", "idle-every")):
+        assert found[one]["bits"] != found[other]["bits"], "the order of sums"
+        torch.testing.assert_close(found[one]["weights"], found[other]["weights"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_is_gathered_ahead(tmp_path: Path) -> None:
+    runs = {"ahead": ("Wide", ("tune.prefetch=true",)), "not": ("Wide", ())}
+    found = run_each(tmp_path, "fsdp2", 2, runs)
+    # what was gathered before each block computed: what is in no block, that block, and ahead of time the next one
+    assert [count for count, _ in found["ahead"]["computed"][:2]] == [3, 3]
+    assert [count for count, _ in found["not"]["computed"][:2]] == [2, 3]
+    assert by_kind(found["ahead"]["calls"]) == by_kind(found["not"]["calls"])
+
+
+def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, RECIPE.replace("MODEL", "Mixed").replace("every: null, async", "every: 1 steps, async")
+    )
+    straight = tmp_path / "straight"
+    create(straight, recipe, (*MANY, "tune.prefetch=true"), "fsdp2", 2)
+    in_world(2, train_in_turn, "fsdp2", [str(straight)], timeout_s=120)
+    resumed = stopped_copy(straight, tmp_path / "resumed", 1)
+    in_world(2, train_in_turn, "fsdp2", [str(resumed)], timeout_s=120)
+    ours, theirs = state(last(resumed)), state(last(straight))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
