@@ -15,6 +15,8 @@ from distrain.run.folder import RunDir
 
 CPU = Facts("cpu", (0, 0), "fp32", autocast=False, deterministic=False, strategy="single", model=nn.Linear(2, 2))
 GPU = replace(CPU, device="cuda", capability=(9, 0), precision="bf16", autocast=True)
+SHARDED = replace(GPU, strategy="fsdp2", memory=8 * 24)
+"""Room for the 24 bytes of the gradients of a linear layer from 2 to 2."""
 
 
 def test_every_key_has_a_rule() -> None:
@@ -39,6 +41,21 @@ def test_each_is_off_by_one_word(key: str) -> None:
         ("tf32", replace(GPU, precision="fp32", autocast=False), False, "train.precision is fp32"),
         ("tf32", replace(GPU, precision="tf32", autocast=False), True, "train.precision is tf32"),
         ("tf32", replace(GPU, precision="fp64", autocast=False), False, "under fp64"),
+        ("cast_before_gather", SHARDED, True, "the same bits"),
+        ("cast_before_gather", replace(SHARDED, precision="fp16"), True, "the same bits"),
+        ("cast_before_gather", replace(SHARDED, precision="fp32", autocast=False), False, "under fp32"),
+        ("cast_before_gather", replace(GPU, strategy="zero3"), False, "of fsdp2 alone"),
+        ("cast_before_reduce", SHARDED, False, "its sums have eight bits"),
+        ("prefetch", SHARDED, True, "one block ahead"),
+        ("prefetch", replace(SHARDED, device="cpu"), False, "on a CPU"),
+        ("prefetch", replace(GPU, strategy="ddp"), False, "of fsdp2 alone"),
+        ("reduce_every_micro", SHARDED, False, "whole gradients are 0.0 MiB, within an eighth of"),
+        ("reduce_every_micro", replace(SHARDED, memory=8 * 24 - 1), True, "whole gradients are 0.0 MiB, more than"),
+        ("reduce_every_micro", replace(SHARDED, memory=0), True, "the memory of a process is not known"),
+        ("reduce_every_micro", replace(SHARDED, offloads_weights=True), True, "weights are offloaded"),
+        ("reduce_every_micro", replace(GPU, strategy="ddp"), False, "ddp has room for whole gradients"),
+        ("reduce_every_micro", replace(GPU, strategy="zero1"), False, "zero1 has room for whole gradients"),
+        ("reduce_every_micro", replace(GPU, strategy="zero2"), True, "zero2 keeps no more than its part"),
     ],
 )
 def test_what_auto_comes_to(key: str, facts: Facts, on: bool, why: str) -> None:
@@ -51,6 +68,11 @@ def test_what_auto_comes_to(key: str, facts: Facts, on: bool, why: str) -> None:
     [
         ("tf32", CPU, "TF32 needs an NVIDIA GPU of compute capability 8.0"),
         ("tf32", replace(GPU, precision="fp64", autocast=False), "under fp64 nothing is computed in fp32"),
+        ("cast_before_gather", replace(GPU, strategy="ddp"), "of fsdp2 alone"),
+        ("cast_before_gather", replace(SHARDED, precision="fp32", autocast=False), "under fp32 nothing is cast"),
+        ("cast_before_reduce", replace(SHARDED, precision="fp16"), "train.precision is fp16"),
+        ("prefetch", replace(GPU, strategy="zero3"), "of fsdp2 alone"),
+        ("reduce_every_micro", replace(GPU, strategy="zero1"), "zero1 has room for whole gradients"),
     ],
 )
 def test_what_cannot_work_is_refused(key: str, facts: Facts, why: str) -> None:
@@ -58,6 +80,20 @@ def test_what_cannot_work_is_refused(key: str, facts: Facts, why: str) -> None:
     with pytest.raises(UserError, match=f"tune.{key} is true, and cannot work here: .*{why}"):
         resolve_tuning(section, facts)
     assert not resolve_tuning(section, facts, lenient=True)[key]
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        (replace(GPU, strategy="zero2"), "zero2 keeps no more than its part of a gradient"),
+        (replace(SHARDED, casts_gradients=True), "reduced in bf16, gradients are added up in fp32"),
+    ],
+)
+def test_what_cannot_be_off_is_refused(facts: Facts, why: str) -> None:
+    section = TuneSection(reduce_every_micro=False)
+    with pytest.raises(UserError, match=f"tune.reduce_every_micro is false, and cannot be: {why}; auto is true there"):
+        resolve_tuning(section, facts)
+    assert resolve_tuning(section, facts, lenient=True)["reduce_every_micro"]
 
 
 def test_tf32_is_there_for_who_asks() -> None:
