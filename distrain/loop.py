@@ -8,6 +8,7 @@ The parts of both are in `training/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -134,10 +135,12 @@ def train_step(
 
 def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
     """Return what unscales and clips a gradient of this norm (0-d, unscaled); None where there is nothing to do."""
-    if norm is None or (clip_norm is None and grad_scale is None):
+    if norm is None:
         return None
-    unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
-    return torch.full_like(norm, unscale) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0) * unscale
+    clip = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    if grad_scale is None:
+        return clip
+    return torch.full_like(norm, 1.0 / grad_scale) if clip is None else clip * (1.0 / grad_scale)
 
 
 def _skip_known(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetrics:
@@ -160,10 +163,13 @@ def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tens
 
 def _as_scalar(value: float | Tensor, loss_sum: Tensor) -> Tensor:
     """Return the value as a tensor (0-d) like the loss."""
-    if not isinstance(value, Tensor):
-        # a fill: for a copy to a device the host would wait
-        value = torch.full((), value, dtype=loss_sum.dtype, device=loss_sum.device)
-    return value.to(loss_sum.dtype)
+    return value.to(loss_sum.dtype) if isinstance(value, Tensor) else _constant(value, loss_sum.dtype, loss_sum.device)
+
+
+@lru_cache(maxsize=8)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor (0-d) that is read alone: the same one in each step."""
+    return torch.full((), value, dtype=dtype, device=device)  # a fill: for a copy to a device the host would wait
 
 
 def _seed(t: TrainContext, index: int) -> int:

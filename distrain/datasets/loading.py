@@ -81,7 +81,7 @@ def load(
             made = map(_pinned, made)
         with watched(wait):
             while True:
-                with wait.for_batch():
+                with wait:
                     batch = next(made, None)
                 if batch is None:
                     return
@@ -93,7 +93,7 @@ def load(
     kill = Finalize(None, _kill, (processes,), exitpriority=10)
     try:
         while True:
-            with wait.for_batch(), _user_errors():
+            with wait, _user_errors():
                 item = _received(iterator, wait, kill)
                 if isinstance(item, Parcel):
                     item = item.open()

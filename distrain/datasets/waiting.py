@@ -43,7 +43,7 @@ while_waiting: list[Callable[[float], None]] = []
 
 
 class Wait:
-    """The waits of one pass over data, one batch after another."""
+    """The waits of one pass over data, one batch after another: `with wait:` for each."""
 
     def __init__(self, workers: int, what: str = "the next batch"):
         """`workers` processes make the batches, in turn, or this one if that is 0. `what`: the awaited item."""
@@ -68,15 +68,16 @@ class Wait:
             self._places.append(place)
             yield place
 
-    @contextmanager
-    def for_batch(self) -> Iterator[None]:
+    def __enter__(self) -> Wait:
         """Wait for the next batch in this block."""
         self._warnings, self._waited_s, self._checked_at = 0, 0.0, time.monotonic()
         self._batch = self._taken + 1
-        try:
-            yield
-        finally:
-            self._batch = None
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._batch = None
+        if error is not None:
+            return
         self._taken += 1
         if self._places:
             self._places.popleft()
@@ -218,7 +219,7 @@ def watched(wait: Wait) -> Iterator[None]:
 def reading(what: str) -> Iterator[None]:
     """Watch this block, which reads `what` in this process, as one wait."""
     wait = Wait(0, what)
-    with watched(wait), wait.for_batch():
+    with watched(wait), wait:
         yield
 
 

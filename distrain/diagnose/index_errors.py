@@ -13,8 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +35,7 @@ class DeviceLost(UserError):
     """A kernel failed, and this process can use its device no more: it can only report, and end."""
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """What went into the model, on the host."""
 
     where: str
@@ -55,12 +53,9 @@ def given(where: str, batches: Sequence[Batch]) -> None:
 
 def _integers(batch: Batch) -> Batch:
     inputs = batch.get("inputs")
-    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-    return {
-        key: value
-        for key, value in (*named.items(), ("targets", batch.get("targets")), ("ids", batch.get("ids")))
-        if isinstance(value, Tensor) and value.dtype in _INTEGERS
-    }
+    named = {**inputs} if isinstance(inputs, dict) else {"inputs": inputs}
+    named["targets"], named["ids"] = batch.get("targets"), batch.get("ids")
+    return {key: value for key, value in named.items() if isinstance(value, Tensor) and value.dtype in _INTEGERS}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from distrain.config import UserError
 from distrain.optim import sparse_layers
@@ -49,6 +52,9 @@ class DDPStrategy(Strategy):
 
         self.model, self.optimizer = world.run_on_all(build)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._one_kind = len({(parameter.device, parameter.dtype) for parameter in self._trained}) == 1
+        self._held: list[Tensor] = []
+        """The gradients of a step, from its last backward pass on: collected once."""
         self._sends_itself = False
         """Whether there are buffers that DDP cannot send."""
         self._all_reached = False
@@ -94,7 +100,7 @@ class DDPStrategy(Strategy):
                 agree = self.agree_async(loss_sum.detach(), StepFlags())
                 self.backward(loss_sum, torch.ones_like(loss_sum), last=True)
                 agree()
-            self._gradients = None
+            self._gradients, self._held = None, []
         return wrapped
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -127,8 +133,13 @@ class DDPStrategy(Strategy):
             carried, self._carried = self._carried, None
             torch.autograd.backward((loss_sum, carried), (scale, torch.ones_like(carried)))
         if last:
-            self._complete()
-            self._note_gradients(parameter.grad for parameter in self._trained if parameter.grad is not None)
+            self._held = self._held_gradients()
+            if self._all_reached:
+                self._complete()
+            self._note_gradients(self._held)
+
+    def _held_gradients(self) -> list[Tensor]:
+        return [gradient for parameter in self._trained if (gradient := parameter.grad) is not None]
 
     def grad_norm(self, record: StepRecord, *, same_bits: bool) -> Tensor:
         if self._has_sparse_gradient:
@@ -136,17 +147,28 @@ class DDPStrategy(Strategy):
                 "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
                 "have the model compute it with sparse=False"
             )
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self._trained if parameter.grad is not None])
+        if self._one_kind and self._held:
+            # the bits of get_total_norm, which would sort the gradients by device and dtype in every step
+            norm = vector_norm(torch.stack(torch._foreach_norm(self._held)))
+        else:
+            norm = get_total_norm(self._held)
         if same_bits and self.world.world_size > 1:
             dist.broadcast(norm, src=0)  # its last bits may differ on another kind of GPU
         return norm
 
     def apply(self, coefficient: Tensor | None) -> None:
         if coefficient is not None:
-            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-            torch._foreach_mul_(gradients, coefficient)
+            torch._foreach_mul_(self._held, coefficient)
         self.optimizer.step()
         self.skip()
+
+    def skip(self) -> None:
+        self._held = []
+        if type(self.optimizer).zero_grad is not Optimizer.zero_grad:
+            super().skip()
+            return
+        for parameter in self._trained:  # as torch's zero_grad does, whose entry in a profile costs more than this
+            parameter.grad = None
 
     def _complete(self) -> None:
         """Give DDP the gradients that it still waits for on this rank; what no rank has used keeps none.
@@ -156,15 +178,11 @@ class DDPStrategy(Strategy):
         parameter see whether another one has used it without a reduction of their own. Waits for the device if any is
         missed.
         """
-        if not self._all_reached:
+        # with accumulation the gradients of earlier micro-batches are there, and are not averaged before this
+        accumulated = self.accumulation > 1
+        if len(self._reached if accumulated else self._held) == len(self._trained):
             return
-        if self.accumulation > 1:
-            # the gradients of earlier micro-batches are there, and are not averaged before this
-            missed = [each for each in self._trained if each not in self._reached]
-        else:
-            missed = [each for each in self._trained if each.grad is None]
-        if not missed:
-            return
+        missed = [each for each in self._trained if (each not in self._reached if accumulated else each.grad is None)]
         if sparse := [
             name for name, layer in sparse_layers(self.model) if any(layer.weight is each for each in missed)
         ]:
@@ -181,6 +199,7 @@ class DDPStrategy(Strategy):
             for parameter, nobody in zip(absent, unused, strict=True):
                 if nobody:
                     parameter.grad = None
+        self._held = self._held_gradients()
 
     def shard(self, parameter: nn.Parameter) -> Shard:
         return whole(parameter)

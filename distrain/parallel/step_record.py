@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ FIELDS = 1 + len(StepFlags._fields)
 """Numbers in `StepRecord.means` of several processes."""
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """The same bits on every rank, on the device."""
 
     means: Tensor

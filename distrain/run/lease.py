@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from distrain.run.folder import RunDir
 from distrain.run.json_files import append_row, write_json
-from distrain.system.bounded_json import read_record
+from distrain.system.bounded_json import as_record, parse_json, read_bounded
 from distrain.system.errors import UserError
 from distrain.system.job_environment import JobEnvironment, job_environment
 
@@ -74,14 +74,21 @@ class Lease:
 
     def __init__(self, run: RunDir, holder: Holder, lock: IO[str] | None = None):
         self.run, self.holder, self._lock = run, holder, lock
+        self._content: bytes | None = None
+        """Of the file when it named this attempt: the same bytes name it again, and a row is written quickly."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lease, (self.run, self.holder)  # the lock stays with the process
 
     def mine(self) -> bool:
         """Whether this attempt is still the one that may write."""
-        found = _holder(self.run)
-        return found is not None and found.token == self.holder.token
+        content = _content(self.run)
+        if content is not None and content != self._content:
+            found = _parsed(content)
+            if found is None or found.token != self.holder.token:
+                return False
+            self._content = content
+        return content is not None
 
     def check(self) -> None:
         """Raise Replaced unless this attempt is still the one that may write."""
@@ -115,10 +122,22 @@ _FILE = "lease.json"
 
 
 def _holder(run: RunDir) -> Holder | None:
+    content = _content(run)
+    return None if content is None else _parsed(content)
+
+
+def _content(run: RunDir) -> bytes | None:
     try:
-        return read_record(Holder, run.path / _FILE)
+        return read_bounded(run.path / _FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:  # no file, or one that is far too large: not this attempt's, at any rate
+        return None
+
+
+def _parsed(content: bytes) -> Holder | None:
+    try:
+        return as_record(Holder, parse_json(content))
     except ValueError:  # of another version, or damaged: not this attempt's, at any rate
         return None
 

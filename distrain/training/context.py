@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +47,7 @@ class TrainContext:
         return self.strategy.state
 
 
-@dataclass(frozen=True)
-class PendingMetrics:
+class PendingMetrics(NamedTuple):
     """Loss, gradient norm and flags, copied to the host asynchronously; read one step later, so that nothing waits."""
 
     step: int

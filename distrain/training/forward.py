@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,19 +22,22 @@ class TooFewValues(UserError):
     """A layer needs more samples than a micro-batch has."""
 
 
-@contextmanager
-def told_of(model: nn.Module, samples: int) -> Iterator[None]:
-    """Raise TooFewValues where a layer has too few numbers to normalise over; tell other errors of the micro-batch."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, UserError | torch.OutOfMemoryError):
-            raise
+class told_of(AbstractContextManager[None]):
+    """Raises TooFewValues where a layer has too few numbers to normalise over; tells other errors of the micro-batch.
+
+    A class, as a generator would cost a small model's step more than its loss function.
+    """
+
+    def __init__(self, model: nn.Module, samples: int):
+        self._model, self._samples = model, samples
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, ValueError | RuntimeError) or isinstance(error, UserError | torch.OutOfMemoryError):
+            return
         if str(error).startswith(_TOO_FEW):
-            raise TooFewValues(_too_few(error, model, samples)) from None
+            raise TooFewValues(_too_few(error, self._model, self._samples)) from None
         # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model
-        error.add_note(f"in the forward pass of a micro-batch of {samples} samples (batch.micro)")
-        raise
+        error.add_note(f"in the forward pass of a micro-batch of {self._samples} samples (batch.micro)")
 
 
 def _too_few(error: Exception, model: nn.Module, samples: int) -> str:

@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -42,8 +42,7 @@ _SHOWN = 8  # samples in a message
 _AT_LEAST = 1000  # rows that a start reads
 
 
-@dataclass(frozen=True)
-class LocalStepResult:
+class LocalStepResult(NamedTuple):
     """What this rank has computed in a step, to be looked at if the step turns out to be an anomaly."""
 
     losses: Sequence[Tensor]

@@ -248,7 +248,7 @@ def test_a_slow_loader_is_reported_and_continues(once_stuck: Any, monkeypatch: p
 def test_a_loader_that_is_always_slow_is_reported_less_and_less(once_stuck: Any) -> None:
     wait, said = waiting.Wait(0), []
     for number in range(1, 20):
-        with wait.for_batch():
+        with wait:
             wait._waited_s = waiting.WARN_AFTER_S
             with logged() as messages:
                 wait.check()

@@ -241,8 +241,12 @@ class Callbacks:
 
     def flag(self) -> float:
         """Return 1 where a callback of this rank has failed, or asked for something that the others do not know of."""
-        asked = any(self._runs[name].requests is not NOTHING for name in self._askers)
-        return float(asked or self._failure is not None)
+        if self._failure is not None:
+            return 1.0
+        for name in self._askers:
+            if self._runs[name].requests is not NOTHING:
+                return 1.0
+        return 0.0
 
     def agree(self) -> None:
         """Raise on all ranks what failed on one; deliver what was gathered, and act on what was asked for."""
