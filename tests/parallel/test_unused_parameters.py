@@ -24,7 +24,8 @@ def loss_of(model: nn.Module) -> Tensor:
     [
         ("into", True),
         ("attend", True),
-        ("recur", False),  # autocast knows no GRU on CPUs
+        ("recur.weight_ih", True),
+        ("recur.weight_hh", False),  # with each time step
         ("slide", True),
         ("turned", True),  # through a view of all of it
         ("frozen", True),  # used twice, and without a gradient
