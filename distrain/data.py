@@ -80,7 +80,7 @@ def build_loader(
     else:
         assert order is not None
         assert order.length == len(source)
-        batches = Batches(source, transform, recipe.data.skip_undecodable)
+        batches = Batches(source, transform, recipe.data.skip_corrupt)
         places = _train_places(order, first, last, rank, world_size, micro_batch_size)
     return _steps(load(batches, places, workers, pin_memory), accumulation)
 
@@ -143,16 +143,16 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     data = named_data(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
-    if recipe.data.skip_undecodable and any(map(is_stream, data.splits.values())):
+    if recipe.data.skip_corrupt and any(map(is_stream, data.splits.values())):
         raise UserError(
-            f"data.skip_undecodable is {recipe.data.skip_undecodable}, and samples of an iterable data set have no "
+            f"data.skip_corrupt is {recipe.data.skip_corrupt}, and samples of an iterable data set have no "
             "numbers; skip corrupt samples in the iterable itself, alike in every process"
         )
     shapes = {}
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
         # the first sample shows whether the transforms fit, long before the first evaluation
-        inputs = _first(source, transform, recipe.data.skip_undecodable)["inputs"]
+        inputs = _first(source, transform, recipe.data.skip_corrupt)["inputs"]
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             shapes[name] = tuple(inputs.shape[1:])
     meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])

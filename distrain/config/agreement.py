@@ -140,7 +140,7 @@ def _weights_strict(known: Known) -> Problems:
 def _anomalies(known: Known) -> Problems:
     for key in known("anomalies").unused:
         if known.given(f"anomalies.{key}"):
-            needed = "nonfinite or anomalies.spike: skip" if key == "most" else "spike: stop, skip"
+            needed = "nonfinite or anomalies.spike: skip" if key == "max_skips" else "spike: stop, skip"
             yield f"anomalies.{key}", f"does nothing without anomalies.{needed} or rollback; add that or remove this"
 
 

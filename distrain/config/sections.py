@@ -182,7 +182,7 @@ class DataSection(Component):
     """Transforms of the inputs."""
     workers: Annotated[int, Field(ge=0, le=256), WHOLE] = 0
     """Loader processes for each training process; 0 loads in the training process itself."""
-    skip_undecodable: Annotated[int, Field(ge=0), WHOLE] = 0
+    skip_corrupt: Annotated[int, Field(ge=0), WHOLE] = 0
     """The number of corrupt samples of a split that are skipped and counted. One more is an error."""
     fingerprint: Literal["auto", "full", "off"] = "auto"
     """How a resume or an evaluation recognises the data: auto by the names, sizes and a cheap sample of the files, full
@@ -420,8 +420,8 @@ class AnomaliesSection(Section):
     factor: Annotated[float, Field(gt=1, le=1e18)] = 10.0
     """The multiple of the median that is a spike."""
     window: Annotated[int, Field(ge=2, le=10**4), WHOLE] = 50
-    """Steps of the median, and of the limit `most`."""
-    most: Annotated[int, Field(ge=1, le=10**4), WHOLE] = 5
+    """Steps of the median, and of the limit `max_skips`."""
+    max_skips: Annotated[int, Field(ge=1, le=10**4), WHOLE] = 5
     """How many of `window` consecutive steps may be skipped; one more stops the run."""
 
     @property
@@ -432,7 +432,7 @@ class AnomaliesSection(Section):
     @property
     def unused(self) -> list[str]:
         """The keys that have no effect."""
-        unused = ([] if self.skips else ["most"]) + ([] if self.spike is not None else ["factor"])
+        unused = ([] if self.skips else ["max_skips"]) + ([] if self.spike is not None else ["factor"])
         return [*unused, "window"] if len(unused) == 2 else unused
 
     @model_serializer(mode="wrap")

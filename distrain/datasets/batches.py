@@ -29,7 +29,7 @@ class Batches(Dataset[Any]):
     """The batches of a source by place.
 
     Up to `tolerated` samples may be corrupt. The next sample that is not replaces a corrupt one, so batches keep their
-    size on any number of processes; `undecodable` of the batch is {id: reason} of those replaced. With `once` every
+    size on any number of processes; `corrupt_samples` of the batch is {id: reason} of those replaced. With `once` every
     sample is seen once, and a replacement has the id -1, as padding has.
     """
 
@@ -53,7 +53,7 @@ class Batches(Dataset[Any]):
         if padded:
             batch["ids"] = torch.from_numpy(np.where(padding, -1, ids))
         if self._corrupt and (replaced := {each: why for each, why in self._corrupt.items() if each in ids}):
-            batch["undecodable"] = replaced
+            batch["corrupt_samples"] = replaced
             if self.once:
                 batch["ids"] = torch.from_numpy(np.where(padding | np.isin(wanted, list(replaced)), -1, ids))
         return batch
@@ -85,7 +85,7 @@ class Batches(Dataset[Any]):
 def too_many(corrupt: dict[int, str], tolerated: int) -> str:
     """Return the error for more corrupt samples, {id: reason}, than the recipe tolerates."""
     return (
-        f"{len(corrupt)} samples of a split are corrupt, and data.skip_undecodable is {tolerated}; the last: "
+        f"{len(corrupt)} samples of a split are corrupt, and data.skip_corrupt is {tolerated}; the last: "
         f"{list(corrupt.values())[-1]}"
     )
 

@@ -50,13 +50,13 @@ def build_eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     split: str = "test",
-    skip_undecodable: int = 0,
+    skip_corrupt: int = 0,
 ) -> EvalLoader:
     """Return a loader of this rank's share of one pass, in the split's own order.
 
     Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
-    padding rows repeat a sample under the id -1. A corrupt sample is skipped, with its id in the batch's `undecodable`.
-    Raises UserError for more of them than `skip_undecodable`, and for a split without samples.
+    padding rows repeat a sample under the id -1. A corrupt sample is skipped, with its id in the batch's
+    `corrupt_samples`. Raises UserError for more of them than `skip_corrupt`, and for a split without samples.
     """
     batches: Batches | StreamBatches
     if is_stream(source):
@@ -69,7 +69,7 @@ def build_eval_loader(
         return EvalLoader(lambda: load(batches, None, workers, pin_memory), None)
     if len(source) == 0:
         raise UserError(f"the split {split!r} has no samples to evaluate")
-    mapped = Batches(source, transform, skip_undecodable, once=True)
+    mapped = Batches(source, transform, skip_corrupt, once=True)
     places = [
         (np.zeros(len(ids), np.int64), ids)
         for start in range(0, len(source), batch_size * world_size)

@@ -162,7 +162,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             workers=recipe.data.workers,
             decode=data.meta.decode,
             split=split,
-            skip_undecodable=recipe.data.skip_undecodable,
+            skip_corrupt=recipe.data.skip_corrupt,
         )
     nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
     for name, why in nothing.items():
@@ -249,13 +249,13 @@ def _predict(
         batch_size=_batch_size(recipe, world_size=1),
         transform=transform,
         split=what,
-        skip_undecodable=0 if is_stream(source) else len(source),
+        skip_corrupt=0 if is_stream(source) else len(source),
     )
     is_probability = build_loss(recipe, meta).takes_probabilities
     meaningless: list[int] = []
     with torch.no_grad():
         for batch in loader:
-            skipped |= batch.get("undecodable", {})
+            skipped |= batch.get("corrupt_samples", {})
             ids = batch["ids"].numpy()
             keep = ids >= 0
             if not keep.any():

@@ -22,7 +22,8 @@ EVALUATION_KEYS = frozenset(
         "samples",
         "seconds",
         "time",
-        "undecodable",
+        "corrupt_samples",
+        "undecodable",  # as it was called
         "nonfinite",
         "checkpoint",
         "processes",
@@ -212,5 +213,5 @@ class MetricsFile:
 
 _EACH_TIME = ("update",)
 """Events of an attempt; several attempts may resume from one step."""
-_IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "undecodable")
+_IN_ORDER = ("train", "eval", "checkpoint", "anomaly", "corrupt_samples", "undecodable")
 """Events that a run writes once for a step, and again only where it has gone back."""

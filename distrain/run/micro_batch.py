@@ -50,6 +50,8 @@ class CacheKey:
             key: sections[key] if keys is None else {name: sections[key][name] for name in keys}
             for key, keys in _MEMORY_SECTIONS.items()
         }
+        # what was found under a key's earlier name stays found
+        parts["data"]["skip_undecodable"] = parts["data"].pop("skip_corrupt")
         if recipe.tune != TuneSection():  # what was found before there was such a section stays found
             parts["tune"] = sections["tune"]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -68,7 +68,7 @@ def finish(context: RunContext) -> dict[str, Any]:
         "test": values,
         "best": {"metric": evaluator.criterion.metric, "step": best[0], "value": best[1]} if best else None,
         "processes": world.world_size,
-        "undecodable": {},
+        "corrupt_samples": {},
         "strategy": world.strategy,
         "precision": world.precision,
         "seconds": time.monotonic() - context.started,

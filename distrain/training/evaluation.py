@@ -49,7 +49,7 @@ def evaluate(
     split: str = "test",
     unsharded: Callable[[], AbstractContextManager[Any]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
-    skip_undecodable: int = 0,
+    skip_corrupt: int = 0,
     load_batches: Callable[..., Iterable[Batch]] = build_eval_loader,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
@@ -67,7 +67,7 @@ def evaluate(
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
 
-    Up to `skip_undecodable` corrupt samples are skipped: they are {id: why} in `undecodable`, if there
+    Up to `skip_corrupt` corrupt samples are skipped: they are {id: why} in `undecodable`, if there
     are any, and do not count as `samples`.
     """
     metrics.reset()
@@ -84,7 +84,7 @@ def evaluate(
             workers=workers,
             pin_memory=world.device.type == "cuda",
             split=split,
-            skip_undecodable=skip_undecodable,
+            skip_corrupt=skip_corrupt,
         )
 
     def batches() -> Iterator[Batch]:
@@ -134,9 +134,9 @@ def evaluate(
         values["nonfinite"] = _nonfinite(world.gather(found))
     if seen[3] > 0:
         corrupt = dict(sorted(each for part in world.gather(tally.corrupt) for each in part.items()))
-        if len(corrupt) > skip_undecodable:  # each rank for itself may have met fewer
-            raise UserError(too_many(corrupt, skip_undecodable))
-        values["undecodable"] = corrupt
+        if len(corrupt) > skip_corrupt:  # each rank for itself may have met fewer
+            raise UserError(too_many(corrupt, skip_corrupt))
+        values["corrupt_samples"] = corrupt
     return values
 
 
@@ -157,7 +157,7 @@ class _Tally:
         """Add a batch on the device, and what the model returned for it."""
         ids = batch["ids"]
         self.seen.add(ids.numpy())
-        if corrupt := batch.get("undecodable"):
+        if corrupt := batch.get("corrupt_samples"):
             self.corrupt.update(corrupt)
             self.seen.skip(np.array(list(corrupt)))
         keep = (ids >= 0).to(self._device, non_blocking=True)

@@ -133,7 +133,7 @@ class Evaluator:
                     split=split,
                     unsharded=strategy.unsharded,
                     stopping=self._asked_to_leave,
-                    skip_undecodable=recipe.data.skip_undecodable,
+                    skip_corrupt=recipe.data.skip_corrupt,
                 )
             except Interrupted:
                 values = None

@@ -24,7 +24,7 @@ from distrain.training.intervals import EvalHistory
 
 logger = logging.getLogger(__name__)
 
-_NO_DATA = ("workers", "prepare", "skip_undecodable")
+_NO_DATA = ("workers", "prepare", "skip_corrupt")
 """Keys of the data section that change nothing in a split."""
 
 

@@ -219,7 +219,7 @@ class Anomalies:
 
     def _allowed(self, step: int, action: str) -> str:
         """Return the action, or stop where too many of the steps before it are skipped already."""
-        return "stop" if action != "stop" and self._recent(step) >= self.section.most else action
+        return "stop" if action != "stop" and self._recent(step) >= self.section.max_skips else action
 
     def _recent(self, step: int) -> int:
         return sum(step - self.section.window < other < step for other in self._skipped)
@@ -257,10 +257,10 @@ class Anomalies:
 
     def advice(self, found: Anomaly) -> str:
         """Return what the user can do about a step that stops the run."""
-        if (recent := self._recent(found.step)) >= self.section.most and self.section.skips:
+        if (recent := self._recent(found.step)) >= self.section.max_skips and self.section.skips:
             return (
                 f"it is not skipped, as {recent} of the {self.section.window} steps before it already are: "
-                "anomalies.most"
+                "anomalies.max_skips"
             )
         if found.median is not None:
             return "lower optim.lr, set optim.clip_norm, or look at these samples; anomalies.spike: skip skips it"

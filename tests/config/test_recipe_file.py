@@ -811,3 +811,35 @@ def test_an_argument_that_begins_like_a_path_is_resolved_against_the_recipe(tmp_
         "tokenizer": str(tmp_path / "recipes" / "tok.json"),
         "labels": [str(tmp_path / "a.csv"), "plain"],
     }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keys that had other names
+
+RENAMED = [("data", "skip_corrupt", "skip_undecodable"), ("anomalies", "max_skips", "most")]
+
+
+def with_keys(section: str, keys: str) -> str:
+    """Return a recipe with further keys, as `a: 1, b: 2`, in `data` or `anomalies`."""
+    text = f"{GOOD}anomalies: {{nonfinite: skip}}\n"
+    return re.sub(rf"^{section}: {{", f"{section}: {{{keys}, ", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("section", "name", "earlier"), RENAMED)
+def test_a_key_is_read_by_its_earlier_name(write, section: str, name: str, earlier: str) -> None:
+    file = write(with_keys(section, f"{earlier}: 3"))
+    line = next(number for number, text in enumerate(file.read_text().splitlines(), 1) if earlier in text)
+    for overrides, value, origin in (
+        ([], "3", f"{file}:{line}"),
+        ([f"{section}.{earlier}=4"], "4", "command line"),
+        ([f"{section}.{name}=5"], "5", "command line"),
+        ([f"{section}.{name}=5", f"{section}.{earlier}=6"], "6", "command line"),
+    ):
+        loaded = load_recipe(file, overrides)
+        assert (f"{section}.{name}", value, origin) in show(loaded)
+        assert earlier not in dump_recipe(loaded.recipe)
+    assert problems(write(with_keys(section, f"{earlier}: 3, {name}: 3"))) == [
+        f"F:{line}: {section}.{earlier}: is the earlier name of '{name}', which is there as well; remove it"
+    ]
+    (said,) = problems(write(with_keys(section, f"{earlier}: x")))
+    assert said.startswith(f"F:{line}: {section}.{name}: found 'x', expected a whole number")

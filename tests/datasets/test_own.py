@@ -246,9 +246,9 @@ def test_streams_are_walked(recipe: Any, name: str) -> None:
     with pytest.raises(UserError, match="has no samples"):
         build_data(recipe(name, count=0))
     with pytest.raises(
-        UserError, match=r"data\.skip_undecodable is 1, and samples of an iterable data set have no numbers"
+        UserError, match=r"data\.skip_corrupt is 1, and samples of an iterable data set have no numbers"
     ):
-        build_data(recipe(name, skip_undecodable=1))
+        build_data(recipe(name, skip_corrupt=1))
 
 
 def test_targets_have_the_type_of_the_task(recipe: Any) -> None:
@@ -274,14 +274,14 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
     ):
         list(loader)
     tolerant = build_eval_loader(
-        data.splits[split], rank=0, world_size=1, batch_size=4, workers=workers, skip_undecodable=1
+        data.splits[split], rank=0, world_size=1, batch_size=4, workers=workers, skip_corrupt=1
     )
     number = data.splits[split].indices.tolist().index(3)  # type: ignore[union-attr]
     for _ in range(2):
         batches = list(tolerant)
         ids = [each for batch in batches for each in batch["ids"].tolist()]
         assert sorted(ids) == sorted({-1, *range(len(data.splits[split]))} - {number})
-        assert [list(batch["undecodable"]) for batch in batches if "undecodable" in batch] == [[number]]
+        assert [list(batch["corrupt_samples"]) for batch in batches if "corrupt_samples" in batch] == [[number]]
 
 
 @pytest.mark.parametrize(

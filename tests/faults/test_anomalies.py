@@ -210,9 +210,11 @@ def test_another_world_skips_the_same_steps(tmp_path: Path) -> None:
 
 @pytest.mark.fault(19)
 def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
-    run = new_run(tmp_path, "run", "anomalies.nonfinite=skip", "anomalies.most=3", "data.bad=[1, 2, 3, 4, 5, 6, 7, 8]")
+    run = new_run(
+        tmp_path, "run", "anomalies.nonfinite=skip", "anomalies.max_skips=3", "data.bad=[1, 2, 3, 4, 5, 6, 7, 8]"
+    )
     ((_, raised),) = in_world(2, train_each, "ddp", [run])[0]
-    assert "as 3 of the 50 steps before it already are: anomalies.most" in raised
+    assert "as 3 of the 50 steps before it already are: anomalies.max_skips" in raised
     assert [row["action"] for row in written(run)] == ["skip", "skip", "skip", "stop"]
 
 

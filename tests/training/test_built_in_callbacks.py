@@ -27,7 +27,7 @@ from distrain.training.callbacks.built_in import built_in_callbacks
 RECIPE = f"""
 name: everything
 task: classification
-data: {{name: "{__file__}:Damaged", skip_undecodable: 3}}
+data: {{name: "{__file__}:Damaged", skip_corrupt: 3}}
 model: {{name: mlp, hidden: [4]}}
 optim: {{lr: 1.0e-6}}
 batch: {{global: 6}}
@@ -84,7 +84,7 @@ EFFECTS: dict[str, Callable[[Path, Ended], bool]] = {
     "Trackers": trackers_wrote,
     "Banner": lambda folder, ended: "  model    mlp" in ended.out,
     "TrainLog": lambda folder, ended: events(folder / "run", "train") > 0,
-    "CorruptSamples": lambda folder, ended: events(folder / "run", "undecodable") > 0,
+    "CorruptSamples": lambda folder, ended: events(folder / "run", "corrupt_samples") > 0,
     "EarlyStopping": lambda folder, ended: (RunDir(folder / "run").finished or {})["steps"] < 12,
 }
 NEEDED_BY = {"MetricsLog": {"Trackers", "TrainLog", "CorruptSamples"}}

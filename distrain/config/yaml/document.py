@@ -33,6 +33,11 @@ _PATHS: frozenset[Place] = frozenset({("data", "path"), ("model", "weights")})
 _SPLIT_PATHS: frozenset[Place] = frozenset(("data", "split", split) for split in ("train", "valid", "test"))
 """Paths for built-in data sets; user code gets the value as it is."""
 _NO_UTF8 = "not UTF-8, and a recipe is UTF-8 text; rename the file or folder"
+_RENAMED: dict[tuple[str, str], str] = {
+    ("data", "skip_undecodable"): "skip_corrupt",
+    ("anomalies", "most"): "max_skips",
+}
+"""Keys by their earlier names, which recipes of earlier runs hold, and their names now."""
 _OVERRIDE_KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[[0-9]+\])*")
 
 
@@ -95,6 +100,24 @@ class Document:
         self.refused: list[str] = []
         self.origins: dict[Place, str] = {place: f"{source}:{line}" for place, line in tree.lines.items()}
         self.origins[()] = source
+        self._rename()
+
+    def _rename(self) -> None:
+        """Give keys their names of now."""
+        for (section, key), name in _RENAMED.items():
+            holder = self.value.get(section)
+            if not isinstance(holder, dict) or key not in holder:
+                continue
+            value = holder.pop(key)
+            if name in holder:
+                self.problems.append(
+                    ((section, key), f"is the earlier name of {name!r}, which is there as well; remove it")
+                )
+                continue
+            holder[name] = value
+            before, now = (section, key), (section, name)
+            self.origins = {_moved(each, before, now): origin for each, origin in self.origins.items()}
+            self.problems = [(_moved(each, before, now), problem) for each, problem in self.problems]
 
     def override(self, text: str) -> None:
         """Apply one `dotted.key=value` to the tree, or note its problem."""
@@ -108,6 +131,7 @@ class Document:
         self.origins[place] = COMMAND_LINE
         self.origins |= {(*place, *inner): COMMAND_LINE for inner in tree.lines}
         self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
+        self._rename()
 
     def _read_override(self, text: str) -> tuple[Place, Tree]:
         if in_utf8(text) != text:
@@ -123,7 +147,10 @@ class Document:
             raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
         except yaml.reader.ReaderError as error:
             raise ValueError(f"{key}: {written!r} holds a control character; remove it") from error
-        holder, place = self._reach(key, re.findall(r"[^.\[\]]+", key))
+        parts = re.findall(r"[^.\[\]]+", key)
+        if len(parts) == 2 and (name := _RENAMED.get((parts[0], parts[1]))) is not None:
+            parts[1] = name
+        holder, place = self._reach(key, parts)
         holder[place[-1]] = tree.value
         return place, tree
 
@@ -199,6 +226,10 @@ class Document:
             order = (1, 0) if origin == COMMAND_LINE else (0, int(line) if line.isdecimal() else 0)
             lines.append((order, f"{origin}: {dotted(place)}: {problem}"))
         return RecipeError(self.source, [line for _, line in sorted(lines, key=lambda line: line[0])])
+
+
+def _moved(place: Place, old: Place, new: Place) -> Place:
+    return (*new, *place[len(old) :]) if place[: len(old)] == old else place
 
 
 def _absolute(path: str, base: Path) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESERVED = ("event", "step", "split", "time", "undecodable")
+RESERVED = ("event", "step", "split", "time", "corrupt_samples", "undecodable")
 """Keys of a row that a callback does not choose."""
 
 

@@ -24,7 +24,7 @@ def built_in_callbacks(recipe: Recipe) -> list[Callback]:
         Banner(),
         TrainLog(),
         Profiler(recipe.train.profile) if recipe.train.profile is not None else None,
-        CorruptSamples() if recipe.data.skip_undecodable else None,
+        CorruptSamples() if recipe.data.skip_corrupt else None,
         EarlyStopping() if recipe.eval.early_stop is not None else None,
     ]
     return [each for each in wanted if each is not None]

@@ -13,14 +13,14 @@ from distrain.training.callbacks.base import Callback, CallbackRun
 
 logger = logging.getLogger(__name__)
 
-EVENT = "undecodable"
+EVENT, _EARLIER = "corrupt_samples", "undecodable"
 """A row of metrics.jsonl for each step in which samples of the training split were replaced: samples {id: why}."""
 
 _MOST_KEPT = 10_000
 
 
 class CorruptSamples(Callback):
-    """Writes down each corrupt sample and warns of it once; more than `data.skip_undecodable` of them stop the run."""
+    """Writes down each corrupt sample and warns of it once; more than `data.skip_corrupt` of them stop the run."""
 
     def __init__(self) -> None:
         self.known: dict[str, dict[int, str]] = {}
@@ -29,7 +29,7 @@ class CorruptSamples(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what a checkpoint keeps of it."""
-        stored = state.get(EVENT)
+        stored = state.get(EVENT, state.get(_EARLIER))
         if isinstance(stored, dict):
             self.known = {split: {int(each): why for each, why in found.items()} for split, found in stored.items()}
             self._loaded = True
@@ -42,14 +42,15 @@ class CorruptSamples(Callback):
 
     def on_start(self, run: CallbackRun) -> None:
         """Read what the rows of the run tell, where its checkpoint does not."""
-        self._run, self._tolerated = run, run.recipe.data.skip_undecodable
+        self._run, self._tolerated = run, run.recipe.data.skip_corrupt
         if not self._loaded:
             context = run.context
             rows: list[dict[str, Any]] = context.world.run_on_rank0(
                 lambda: [row for row in context.run.rows() if row["step"] <= run.step]
             )
             for row in rows:
-                if found := row.get("samples" if row["event"] == EVENT else EVENT):
+                row = {EVENT if key == _EARLIER else key: value for key, value in row.items()}
+                if found := row.get("samples" if row["event"] in (EVENT, _EARLIER) else EVENT):
                     known = self.known.setdefault(row.get("split", "train"), {})
                     known |= {int(each): why for each, why in found.items()}
         self._summarize()
