@@ -2,6 +2,7 @@
 
 format.py     the contents of a checkpoint, and its manifest
 writing.py    save, publish, retire
+hiding.py    names of what is being written or deleted
 reading.py    find, verify, read
 headers.py    the headers of safetensors files
 sources.py    where the tensors of a checkpoint of any format lie

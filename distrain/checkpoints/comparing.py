@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from distrain.checkpoints.dtypes import ITEM_SIZES, bits_dtype
-from distrain.checkpoints.floats import FLOATS, widen
+from distrain.checkpoints.dtypes import FLOATS, ITEM_SIZES, bits_dtype
+from distrain.checkpoints.floats import widen
 from distrain.checkpoints.format import Manifest, explain_difference
 from distrain.checkpoints.reading import Reader
 

@@ -50,6 +50,9 @@ DTYPES = {
 ITEM_SIZES = {name: dtype.nbytes for name, dtype in DTYPES.items()}
 """Bytes of one element."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that can be converted to each other."""
+
 BY_TORCH_NAME = {dtype.torch: name for name, dtype in DTYPES.items()}
 """{torch's name: safetensors' name}."""
 

@@ -6,9 +6,6 @@ from typing import Any
 
 import numpy as np
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that can be converted to each other."""
-
 _NATIVE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 

@@ -8,14 +8,16 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import numpy as np
 import xxhash
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VERSION = 1
 MANIFEST = "MANIFEST.json"

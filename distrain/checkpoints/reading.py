@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
@@ -37,6 +36,9 @@ from distrain.run.folder import RunDir
 from distrain.run.heartbeat import progress
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError, close_names
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _Entries = dict[str, tuple[str, tuple[int, ...]]]
 """For each piece's key: the dtype and shape in its file's header."""
@@ -158,6 +160,8 @@ class Reader:
 
     def read(self, name: str, start: int, numel: int, out: Any = None) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel) of `name`, in `out` when a buffer is given."""
+        import numpy as np  # looking at a checkpoint needs no array
+
         nbytes = numel * ITEM_SIZES[self.spec(name).dtype]
         target = np.empty(nbytes, np.uint8) if out is None or not nbytes else np.frombuffer(out, np.uint8)
         assert target.nbytes == nbytes, f"{name}: a buffer of {target.nbytes} bytes for {nbytes}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import tempfile
 import threading
 import zlib
 from bisect import bisect_right
@@ -21,21 +20,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
-from distrain.checkpoints.dtypes import ITEM_SIZES
-from distrain.checkpoints.floats import FLOATS, convert
+from distrain.checkpoints.dtypes import FLOATS, ITEM_SIZES
 from distrain.checkpoints.format import TensorSpec, error_reason
 from distrain.checkpoints.reading import open_descriptor
 from distrain.run.heartbeat import progress
 from distrain.system.errors import UserError
 
+if TYPE_CHECKING:
+    import tempfile
+
+    import numpy as np
+
+NO_TENSORS = "entries of the state dict that are not tensors"
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _CHUNK = 1 << 20
-_BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+_BITS: dict[int, Any] = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 """The NumPy dtype that copies elements of so many bytes."""
 
 
@@ -192,6 +195,8 @@ class Source:
     def scratch(self) -> Path:
         """Return a folder that is removed when the source is closed."""
         if self._scratch is None:
+            import tempfile
+
             self._scratch = tempfile.TemporaryDirectory(prefix="distrain-")
         return Path(self._scratch.name)
 
@@ -236,6 +241,8 @@ class Source:
 
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel), as stored; threads may share the source."""
+        import numpy as np  # most exports gather nothing
+
         stored = self.tensors[name]
         size = ITEM_SIZES[stored.dtype]
         if stored.data is not None:
@@ -254,6 +261,8 @@ class Source:
 
     def _paste(self, block: Block, part: np.ndarray, low: Sequence[int], high: Sequence[int], size: int) -> None:
         """Copy the block's elements in the box [low, high) of the grid into `part`, which is that box."""
+        import numpy as np
+
         ends = [place + count for place, count in zip(block.place, block.shape, strict=True)]
         begin = [max(a, b) for a, b in zip(low, block.place, strict=True)]
         stop = [min(a, b) for a, b in zip(high, ends, strict=True)]
@@ -287,7 +296,9 @@ class Source:
             return None
         raw = self.gather(name, 0, 1)
         if stored.dtype in FLOATS:
-            return float(convert(raw, stored.dtype, "F64")[0].view(np.float64)[0])
+            from distrain.checkpoints.floats import convert
+
+            return float(convert(raw, stored.dtype, "F64")[0].view("f8")[0])
         return int.from_bytes(raw.tobytes(), "little", signed=stored.dtype.startswith("I"))
 
     def check(self) -> None:
@@ -419,6 +430,8 @@ def _tiling_problem(stored: Stored) -> str | None:
         if any(one.place[0] + one.shape[0] > other.place[0] for one, other in pairwise(ordered)):
             return "parts of it lie over each other"
         return None
+    import numpy as np
+
     low = np.array([block.place for block in ordered])
     high = low + np.array([block.shape for block in ordered])
     for index in range(len(ordered) - 1):

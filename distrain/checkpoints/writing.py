@@ -7,10 +7,7 @@ import ctypes
 import math
 import mmap
 import os
-import re
-import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,13 +43,11 @@ from distrain.checkpoints.format import (
     rank_file_name,
 )
 from distrain.checkpoints.headers import flat_entry, pack_header, read_header
+from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
 from distrain.checkpoints.reading import best_first, hash_file, list_checkpoints, open_descriptor
 from distrain.run.heartbeat import mark, progress
-from distrain.system.processes import process_started
 
 _CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
-_LEFTOVER = re.compile(r"\.(?:tmp|trash)-.+-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<start>[0-9]+)-[0-9a-f]+")
-_DAY = 24 * 60 * 60
 
 
 class _Cancelled(Exception):
@@ -110,46 +105,6 @@ def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: thre
         file.flush()
         os.fsync(file.fileno())
     return FileInfo(path.name, size, digest.hexdigest())
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _started(pid: int) -> int | None:
-    """Return when process `pid` of this host started, in kernel ticks (0: unknown); None if it has ended."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        return 0  # another user's process, so not the one that wrote here
-    return process_started(pid)
-
-
-_HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"
-
-
-def hidden(kind: str, what: str) -> str:
-    """Return the name of `what` while it is being written (`tmp`) or deleted (`trash`)."""
-    pid = os.getpid()
-    return f".{kind}-{what}-{_HOST}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether `path` is hidden and abandoned: its process has ended, or nothing in it changed for a day."""
-    match = _LEFTOVER.fullmatch(path.name)
-    if match is None:
-        return False
-    if match["host"] == _HOST:
-        return _started(int(match["pid"])) != int(match["start"])
-    inside = path.iterdir() if path.is_dir() else ()
-    newest = max(entry.stat(follow_symlinks=False).st_mtime for entry in (path, *inside))
-    return time.time() - newest > _DAY
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -335,7 +290,7 @@ class Saver:
                 made = (hidden("tmp", step_name), None)
                 (self.folder / made[0]).mkdir()
             except OSError as error:
-                made = ("", f"rank 0 on {_HOST} cannot write there: {error_reason(error)}")
+                made = ("", f"rank 0 on {HOST} cannot write there: {error_reason(error)}")
         name, problem = self.comm.broadcast(made)
         if problem:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {problem}")
@@ -343,7 +298,7 @@ class Saver:
 
     def _gather(self, file: FileInfo | None, error: Exception | None) -> tuple[list[FileInfo | None], list[str]]:
         """Return every rank's file, and the faults of all ranks as text."""
-        reason = error and f"rank {self.comm.rank} on {_HOST}: {error_reason(error)}"
+        reason = error and f"rank {self.comm.rank} on {HOST}: {error_reason(error)}"
         if isinstance(error, FileNotFoundError):
             reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
         files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
@@ -366,7 +321,7 @@ class Saver:
                     saved = self._publish(flight, [info for info in files if info])
             except Exception as caught:  # whatever it is, the other ranks wait for the outcome
                 error = caught
-                problems = [f"rank 0 on {_HOST}: {error_reason(caught)}"]
+                problems = [f"rank 0 on {HOST}: {error_reason(caught)}"]
             if problems:
                 shutil.rmtree(flight.folder, ignore_errors=True)
         self._flight = None
@@ -450,7 +405,7 @@ class Saver:
                     self.scores.pop(info.path.name, None)
                 except OSError as error:
                     warnings.append(f"{info.path} could not be retired: {error_reason(error)}")
-        own_trash = f"-{_HOST}-{os.getpid()}-"
+        own_trash = f"-{HOST}-{os.getpid()}-"
         for entry in self.folder.iterdir():
             try:
                 if (entry.name.startswith(".trash-") and own_trash in entry.name) or is_leftover(entry):

@@ -16,8 +16,8 @@ import numpy as np
 
 from distrain.checkpoint import Reader
 from distrain.checkpoints.comparing import chunks
-from distrain.checkpoints.dtypes import bits_dtype
-from distrain.checkpoints.floats import FLOATS, widen
+from distrain.checkpoints.dtypes import FLOATS, bits_dtype
+from distrain.checkpoints.floats import widen
 from distrain.prove.divergence import (
     Divergence,
     divergence_in,

@@ -29,3 +29,10 @@ def close_names(name: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in reversed(list(choices))}  # of equals the first holds
     found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(by_lower[match]) for match in found)}?" if found else ""
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

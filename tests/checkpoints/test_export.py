@@ -353,12 +353,12 @@ def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 def test_leftovers_of_killed_exports_are_removed(checkpoint, tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    from distrain.checkpoints.writing import _HOST
+    from distrain.checkpoints.hiding import HOST
 
-    (tmp_path / f".tmp-model.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
-    (tmp_path / f".tmp-other.safetensors-{_HOST}-{child.pid}-5-ab").write_text("x")
+    (tmp_path / f".tmp-model.safetensors-{HOST}-{child.pid}-5-ab").write_text("x")
+    (tmp_path / f".tmp-other.safetensors-{HOST}-{child.pid}-5-ab").write_text("x")
     export(checkpoint, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [f".tmp-other.safetensors-{_HOST}-{child.pid}-5-ab", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [f".tmp-other.safetensors-{HOST}-{child.pid}-5-ab", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +386,8 @@ from distrain.checkpoints.export import copying, export
 with Peak() as peak:
     export(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)
 print(peak.most)
+if not sys.argv[3]:
+    assert not sys.modules.keys() & {"numpy", "pydantic", "yaml", "torch", "typer", "tempfile"}
 """
 
 

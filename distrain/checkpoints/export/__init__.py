@@ -15,9 +15,13 @@ torch_file.py       writes what `torch.save` writes
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from distrain.checkpoints.export.exporting import Exported, export, made_by_hooks
-from distrain.checkpoints.export.importing import Imported, import_checkpoint
 from distrain.checkpoints.export.opening import find_source, open_foreign, open_tensors
+
+if TYPE_CHECKING:
+    from distrain.checkpoints.export.importing import Imported, import_checkpoint
 
 __all__ = [
     "Exported",
@@ -29,3 +33,12 @@ __all__ = [
     "open_foreign",
     "open_tensors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # when asked for: an export needs nothing of what writes checkpoints
+    if name not in ("Imported", "import_checkpoint"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distrain.checkpoints.export import importing
+
+    return getattr(importing, name)

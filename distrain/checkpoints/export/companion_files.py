@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from distrain.checkpoints.writing import hidden
+from distrain.checkpoints.hiding import hidden
 from distrain.system.errors import UserError
 
 FOLDER = "transformers"

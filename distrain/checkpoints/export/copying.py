@@ -25,7 +25,6 @@ from itertools import accumulate
 from pathlib import Path
 
 from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
-from distrain.checkpoints.floats import convert
 from distrain.checkpoints.headers import pack_header
 from distrain.checkpoints.sources import THREADS, Check, Part, Source, Stored
 from distrain.run.heartbeat import progress
@@ -393,6 +392,8 @@ def _converted(raw: memoryview, output: Output) -> memoryview:
     if output.stored.dtype == output.dtype:
         return raw
     import numpy as np  # most exports convert nothing
+
+    from distrain.checkpoints.floats import convert
 
     rounded, overflowed = convert(np.frombuffer(raw, np.uint8), output.stored.dtype, output.dtype)
     if overflowed:

@@ -16,18 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
+from distrain.checkpoints.dtypes import DTYPES, FLOATS, ITEM_SIZES
 from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import open_foreign, open_native
-from distrain.checkpoints.export.torch_file import write_torch_file
-from distrain.checkpoints.floats import FLOATS
-from distrain.checkpoints.foreign.common import some
 from distrain.checkpoints.format import MANIFEST, error_reason
+from distrain.checkpoints.hiding import hidden, is_leftover, sync_folder
 from distrain.checkpoints.reading import is_checkpoint_name
 from distrain.checkpoints.sources import Source
-from distrain.checkpoints.writing import hidden, is_leftover, sync_folder
-from distrain.system.errors import UserError, close_names
+from distrain.system.errors import UserError, close_names, some
 
 _DTYPES = {
     "float64": "F64", "fp64": "F64", "f64": "F64", "float32": "F32", "fp32": "F32", "f32": "F32",
@@ -121,6 +118,8 @@ def export(
             if is_safetensors:
                 write_safetensors(source, files, metadata={"format": "pt"}, checks=checks)
             else:
+                from distrain.checkpoints.export.torch_file import write_torch_file
+
                 write_torch_file(source, groups[0], hidden_paths[out], checks)
 
         try:

@@ -10,12 +10,10 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from distrain.checkpoints.dtypes import FLOATS
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
-from distrain.checkpoints.floats import FLOATS
-from distrain.checkpoints.foreign.common import NO_TENSORS, some
 from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
 from distrain.checkpoints.reading import (
     OTHER_BYTES,
@@ -25,10 +23,13 @@ from distrain.checkpoints.reading import (
     is_checkpoint_name,
     not_verified,
 )
-from distrain.checkpoints.sources import Check, Part, Source, Stored
+from distrain.checkpoints.sources import NO_TENSORS, Check, Part, Source, Stored
 from distrain.run.folder import RunDir
 from distrain.system.bounded_json import MOST_STEPS
-from distrain.system.errors import UserError, close_names
+from distrain.system.errors import UserError, close_names, some
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COUNTED = "is the optimizer's own count"
 _AS_BUFFERS = "taken for buffers"
@@ -250,7 +251,7 @@ def _equal(source: Source, one: str, other: str) -> bool:
     if source.spec(other) != spec or source.tensors[one].dtype != source.tensors[other].dtype:
         return False
     return all(
-        np.array_equal(source.gather(one, start, count), source.gather(other, start, count))
+        source.gather(one, start, count).data == source.gather(other, start, count).data
         for start in range(0, spec.numel, _CHUNK)
         if (count := min(_CHUNK, spec.numel - start))
     )

@@ -16,13 +16,12 @@ from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View
 from distrain.checkpoints.foreign.trusted import TRUST, open_in_process
 from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reason, parse_json
 from distrain.checkpoints.reading import open_descriptor
-from distrain.checkpoints.sources import Source, Stored, in_one_file, small
+from distrain.checkpoints.sources import NO_TENSORS, Source, Stored, in_one_file, small
 from distrain.system.bounded_json import read_open
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 AVERAGE_COUNT = "n_averaged"
 """The counter of torch's AveragedModel, beside the averages, which have `module.` in their names."""
-NO_TENSORS = "entries of the state dict that are not tensors"
 _MAX_TEXT = 64 << 20  # bytes of an index or a configuration
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -210,10 +209,3 @@ def json_value(value: Any, budget: Budget) -> Any:
     if isinstance(value, str | bool | int | None) or (isinstance(value, float) and value - value == 0):
         return value
     raise TypeError(value.kind if isinstance(value, Made) else type(value).__name__)
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """Return the first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

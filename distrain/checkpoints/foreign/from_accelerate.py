@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from distrain.checkpoints.foreign import from_distributed, from_safetensors, from_torch
-from distrain.checkpoints.foreign.common import TorchFile, some
+from distrain.checkpoints.foreign.common import TorchFile
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.sources import Source
 from distrain.config.registry import formats
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 _FSDP = "pytorch_model_fsdp"
 _SAFETENSORS = "model.safetensors"

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, canonical_names, number, some
+from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, canonical_names, number
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.foreign.pickles import Made, View
 from distrain.checkpoints.format import TensorSpec
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, Stored, flat
 from distrain.config.registry import formats
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_optim_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_([0-9]{1,7})_mp_rank_([0-9]{2,5})_model_states\.pt")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoints.foreign.archive import MAX_PICKLE
-from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, canonical_names, some
+from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, canonical_names
 from distrain.checkpoints.foreign.from_torch import AVERAGE, MODEL, OPTIMIZER, STEP
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View, dtype_of, read_pickle
@@ -19,7 +19,7 @@ from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Block, Source, Stored
 from distrain.config.registry import formats
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 METADATA = ".metadata"
 _KIND = "torch.distributed.checkpoint"

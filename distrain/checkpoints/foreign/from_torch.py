@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename, some
+from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.foreign.pickles import View
 from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source
 from distrain.config.registry import formats
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
 AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")

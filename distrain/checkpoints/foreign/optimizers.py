@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrain.checkpoints.foreign.common import Budget, TorchFile, canonical_names, json_value, some
+from distrain.checkpoints.foreign.common import Budget, TorchFile, canonical_names, json_value
 from distrain.checkpoints.foreign.pickles import View
 from distrain.checkpoints.sources import Source, Stored
+from distrain.system.errors import some
 
 _KEYS = {
     "SGD": {"momentum_buffer"},

@@ -40,7 +40,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import get_worker_info
 from torch.utils.hooks import RemovableHandle
 
-from distrain.checkpoints.floats import FLOATS, widen
+from distrain.checkpoints.dtypes import FLOATS
+from distrain.checkpoints.floats import widen
 from distrain.config import mix
 from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
