@@ -44,7 +44,7 @@ from distrain.checkpoint import (
     read_manifest,
     verify,
 )
-from distrain.checkpoints import writing
+from distrain.checkpoints import hiding, writing
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.floats import convert
 from distrain.checkpoints.format import MANIFEST
@@ -265,13 +265,13 @@ def test_later_steps_stay_and_do_not_count(tmp_path):
 def test_leftovers_of_dead_processes_are_removed(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    host = writing._HOST
+    host = hiding.HOST
     dead = tmp_path / f".tmp-step-00000001-{host}-{child.pid}-5-ab"
     trash = tmp_path / f".trash-step-00000001-{host}-{child.pid}-5-ab"
     elsewhere = tmp_path / ".tmp-step-00000001-other.node-1-5-ab"
     old = tmp_path / ".tmp-step-00000002-other.node-1-5-ab"
     parent = os.getppid()
-    alive = tmp_path / f".tmp-step-00000003-{host}-{parent}-{writing._started(parent)}-ab"
+    alive = tmp_path / f".tmp-step-00000003-{host}-{parent}-{hiding._started(parent)}-ab"
     strange = tmp_path / ".tmp-mine"
     for folder in (dead, trash, elsewhere, old, alive, strange):
         folder.mkdir()
@@ -611,7 +611,7 @@ def test_fault_of_one_rank_is_raised_by_all(tmp_path, monkeypatch, asynchronous,
         assert isinstance(error, CheckpointError)
         for part in (
             "step 2 was not saved",
-            f"rank {broken} on {writing._HOST}",
+            f"rank {broken} on {hiding.HOST}",
             f"rank-{broken:05d}-of",
             "disk is full",
         ):
