@@ -148,15 +148,19 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
             f"data.skip_corrupt is {recipe.data.skip_corrupt}, and samples of an iterable data set have no "
             "numbers; skip corrupt samples in the iterable itself, alike in every process"
         )
-    shapes = {}
+    shapes, byte_images, fixed_shapes = {}, False, False
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
         # the first sample shows whether the transforms fit, long before the first evaluation
         inputs = _first(source, transform, recipe.data.skip_corrupt)["inputs"]
+        if name == "train":
+            byte_images = transform.met_bytes
+            of_one_size = isinstance(getattr(source, "inputs", None), torch.Tensor) or getattr(source, "size", None)
+            fixed_shapes = isinstance(inputs, torch.Tensor) and transform.gives_one_size(bool(of_one_size))
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             shapes[name] = tuple(inputs.shape[1:])
     meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])
-    return dataclasses.replace(data, meta=meta)
+    return dataclasses.replace(data, meta=meta, byte_images=byte_images, fixed_shapes=fixed_shapes)
 
 
 def float_dtype(recipe: Recipe) -> torch.dtype:

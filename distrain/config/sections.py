@@ -349,6 +349,24 @@ class TuneSection(Section):
     What each came to and why is in the banner and in effect.json. A key that is true where it cannot work is refused.
     """
 
+    channels_last: OnOff = "auto"
+    """Images and the weights of Conv2d with the channels last in memory, as tensor cores take them; auto: on a GPU.
+    Under a strategy that shards, the images alone. Checkpoints and exports do not change."""
+    cudnn_benchmark: OnOff = "auto"
+    """cuDNN tries its algorithms with each new shape and keeps the fastest, which takes seconds; auto: on a GPU where
+    shapes are fixed and convolutions are not channels_last in bf16 or fp16, for which its first choice is as fast."""
+    uint8_inputs: OnOff = "auto"
+    """Images are sent to the GPU as bytes, and scaled and normalised there, where data.transforms end so; auto: on a
+    GPU. The same numbers."""
+    copy_stream: OnOff = "auto"
+    """Batches of 1 MiB or more are copied to the GPU on a stream of their own, beside the step before; auto: on a
+    GPU."""
+    fused_optimizer: OnOff = "auto"
+    """The optimizer's step as one kernel for all parameters, where its class has that; auto: Adam and AdamW, and on a
+    GPU SGD. Others take torch's foreach kernels, a few for all parameters."""
+    flash_attention: OnOff = "auto"
+    """Whether scaled_dot_product_attention takes a kernel that holds no matrix of weights; auto: wherever torch has one
+    for its inputs. true: an attention for which it has none is an error."""
     tf32: OnOff = "auto"
     """Products of fp32 tensors in TF32 on tensor cores, ten bits of the mantissa; auto: for what stays fp32 under bf16,
     fp16 and fp8. Never under fp32 unless it is true."""

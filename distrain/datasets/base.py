@@ -134,6 +134,10 @@ class Data:
     """The files of the splits, for the fingerprint; empty if there are none or they are unknown."""
     warnings: tuple[str, ...] = ()
     """Warnings about the data set, a sentence each. A source has `warnings` of its own."""
+    byte_images: bool = False
+    """Whether training inputs are images of bytes (uint8) until their last transforms, which make floats of them."""
+    fixed_shapes: bool = False
+    """Whether all training inputs are known to have one shape after the transforms."""
 
 
 class TensorSource:

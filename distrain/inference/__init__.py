@@ -76,7 +76,8 @@ class Trained:
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
-                world.tune(recipe.tune, model, lenient=True)
+                facts = {"byte_images": data.byte_images, "fixed_shapes": data.fixed_shapes}
+                world.tune(recipe.tune, model, lenient=True, **facts)
                 return data, model.to(world.device).eval()
 
             data, model = world.run_on_all(build)
@@ -84,6 +85,13 @@ class Trained:
         return cls(
             checkpoint, recipe, data, with_mixed_precision(world, model), calling_convention(model), world, inputs
         )
+
+    def transform(self) -> Transform:
+        """Return the transforms of what is evaluated and predicted."""
+        transform = build_transform(self.recipe, "eval")
+        if self.world.tuning["uint8_inputs"]:
+            transform.leave_bytes()
+        return transform
 
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
         """Compare data and code with those of the training; returns how the data differ. All ranks call.
@@ -158,7 +166,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             loss=loss,
             metrics=metrics,
             batch_size=_batch_size(recipe, world.world_size),
-            transform=build_transform(recipe, "eval"),
+            transform=trained.transform(),
             workers=recipe.data.workers,
             decode=data.meta.decode,
             split=split,
@@ -209,7 +217,7 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         skipped: dict[int, str] = {}
         heartbeat.mark("evaluate")
         with told_plainly(lambda: (trained.model, None), _log_error):
-            count = sum(_predict(trained, source, build_transform(trained.recipe, "eval"), inputs, file, skipped))
+            count = sum(_predict(trained, source, trained.transform(), inputs, file, skipped))
         file.write()
     finally:
         file.discard()

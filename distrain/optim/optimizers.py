@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ _REFUSED = {
 _ADAPTIVE_FUSED = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose fused step gives an element the same bits wherever it lies in a tensor or a shard. SGD's on CPUs
 does not (it contracts multiply-adds in full vectors and not at a tensor's end) and is no faster than its loop."""
+
+_STATED = {"fused", "foreach", "differentiable", "capturable"}
+"""Arguments by which a recipe states how an optimizer steps."""
 
 _NORM_CLASS = re.compile(r"norm(act)?(\d+d)?$", re.IGNORECASE)
 
@@ -88,11 +91,26 @@ def check_optimizer(section: OptimSection) -> list[str]:
     return []
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
+def fused_kernel(section: OptimSection, model: nn.Module) -> Literal["exact", "gpu", "own"] | None:
+    """Return what the section's class has for a fused kernel over a model's parameters.
+
+    `exact`: one that gives the same bits at any sharding, on each device. `gpu`: that on a GPU alone. `own`: the
+    section states itself how the optimizer steps. Raises UserError as `parameter_plan` does.
+    """
+    if _STATED & section.args.keys():
+        return "own"
+    build, aliases = _find(section.name), {each.names[0]: each.parameter for each in _aliases(model)}
+    trained = [aliases[name] for plan in parameter_plan(model, section) for name in plan.names]
+    if not all(parameter.is_floating_point() for parameter in trained):
+        return None
+    return "exact" if build in _ADAPTIVE_FUSED else "gpu" if build is torch.optim.SGD else None
+
+
+def build_optimizer(model: nn.Module, section: OptimSection, *, fused: bool | None = None) -> Optimizer:
     """Freeze the parameters in `optim.freeze`, and return the optimizer of a model.
 
-    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. Adam and AdamW are fused unless
-    the recipe states otherwise: one kernel for all parameters, with the same bits at any sharding. Raises UserError
+    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. `fused`: whether one kernel steps
+    all parameters; None: where it gives the same bits at any sharding, as that of Adam and AdamW does. Raises UserError
     with every problem of the section.
     """
     if problems := check_optimizer(section):
@@ -110,15 +128,10 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
         | ({"weight_decay": plan.weight_decay} if takes_decay else {})
         for plan in plans
     ]
-    extra: dict[str, Any] = {}
-    trained = [parameter for group in groups for parameter in group["params"]]
-    if (
-        build in _ADAPTIVE_FUSED
-        and not {"fused", "foreach", "differentiable", "capturable"} & section.args.keys()
-        and all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in trained)
-    ):
-        extra["fused"] = True
-    return _construct(build, section, groups, extra)
+    if fused is None:
+        fused = fused_kernel(section, model) == "exact"
+    # without it torch takes its foreach kernels on a GPU; `fused=False` would turn those off as well
+    return _construct(build, section, groups, {"fused": True} if fused else {})
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

@@ -10,6 +10,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     mesh.py                 `Mesh`: who shards, who replicates, and which part of the data each rank reads
     comm.py                 `World`: the processes, and how they agree
     precision.py            the precision of the forward pass, and loss scaling
+    copying.py              copies of batches to a GPU beside the kernels
     tuning.py               the recipe's section `tune`, resolved for the device, the precision and the model
     determinism.py          `train.deterministic`
     strategy.py             `Strategy`: what every strategy is to the loop

@@ -9,7 +9,7 @@ import pickle
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -31,10 +31,11 @@ from distrain.config import TuneSection, UserError
 from distrain.config.strategies import STRATEGIES
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
+from distrain.parallel.copying import SMALLEST, CopyStream
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
-from distrain.parallel.tuning import Facts, Tuning, resolve_tuning
+from distrain.parallel.tuning import Facts, Tuning, lay_channels_last, resolve_tuning, set_switches
 from distrain.run.heartbeat import progress
 from distrain.system import memory
 from distrain.system.environment import Environment, forget_world, has_launcher
@@ -60,6 +61,9 @@ class World:
 
     tuning = Tuning()
     """What the recipe's section `tune` comes to, once the model is built; see `tune`."""
+
+    copies: CopyStream | None = None
+    """What copies large batches; None where they go in line with the kernels."""
 
     mesh: Mesh
     """Who shards, who replicates, and which part of the data each rank reads."""
@@ -95,14 +99,15 @@ class World:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
         self._store_flags = 0
 
-    def tune(self, section: TuneSection, model: nn.Module, *, lenient: bool = False) -> None:
-        """Resolve the recipe's section `tune` for this world and a model as it was built, and set torch's switches.
+    def tune(self, section: TuneSection, model: nn.Module, *, lenient: bool = False, **facts: Any) -> None:
+        """Resolve the recipe's section `tune` for this world and a model as it was built, and have both follow it.
 
-        Raises UserError as `resolve_tuning` does.
+        `facts` are those of `Facts` that neither knows. Raises UserError as `resolve_tuning` does.
         """
-        self.mixed_precision.check_kept()  # building the model has run the user's code
+        if not lenient:
+            self.mixed_precision.check_kept()  # building the model has run the user's code
         capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
-        facts = Facts(
+        known = Facts(
             device=self.device.type,
             capability=capability,
             precision=self.precision,
@@ -113,9 +118,14 @@ class World:
             offloads_weights=self.asked.offload_parameters,
             memory=self.memory,
             casts_gradients=section.cast_before_reduce is True,
+            **facts,
         )
-        self.tuning = resolve_tuning(section, facts, lenient=lenient)
+        self.tuning = resolve_tuning(section, known, lenient=lenient)
         self.mixed_precision = self.mixed_precision.with_tf32(self.tuning["tf32"])
+        set_switches(section, self.tuning)
+        if self.tuning["channels_last"] and not STRATEGIES[self.strategy].shards:
+            lay_channels_last(model)
+        self.copies = CopyStream(self.device) if self.tuning["copy_stream"] else None
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""
@@ -137,11 +147,28 @@ class World:
 
         return wait
 
+    def pin(self, values: Tensor) -> Tensor:
+        """Return `values` (on the host) in memory from which they go to a GPU while the host continues."""
+        return values.pin_memory() if self.device.type == "cuda" else values
+
+    def to_device(self, values: Tensor) -> Tensor:
+        """Return `values` (on the host, pinned or not) on the device; the host does not wait for it."""
+        return self.pin(values).to(self.device, non_blocking=True)
+
+    @contextmanager
+    def copying(self, values: Iterable[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Copy these tensors to the device in this block, with the function that it gives: see `CopyStream`."""
+        if self.copies is not None:
+            tensors = list(values)
+            if sum(each.nbytes for each in tensors) >= SMALLEST and all(each.is_pinned() for each in tensors):
+                with self.copies.batch() as copy:
+                    yield copy
+                return
+        yield lambda each: each.to(self.device, non_blocking=True)
+
     def pack_metrics(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
         """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
-        on_gpu = self.device.type == "cuda"
-        numbers = torch.tensor((0.0, *flags), dtype=torch.float64, pin_memory=on_gpu)
-        numbers = numbers.to(self.device, non_blocking=True)
+        numbers = self.to_device(torch.tensor((0.0, *flags), dtype=torch.float64))
         numbers[0] = loss
         return numbers
 

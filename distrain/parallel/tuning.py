@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distrain.config import TuneSection, UserError
+from distrain.config.strategies import STRATEGIES
 from distrain.system.memory import gib
 
 
@@ -49,6 +50,12 @@ class Facts:
     """Whether they are to be reduced in bf16."""
     memory: int = 0
     """Bytes that a process has, on its GPU or of the CPU's; the least of the ranks. 0: not known."""
+    byte_images: bool = False
+    """Whether inputs are images of bytes until their last transforms, which scale and normalise them."""
+    fixed_shapes: bool = False
+    """Whether all inputs have one shape."""
+    fused: str | None = None
+    """What `distrain.optim.fused_kernel` returns; None also where there is no optimizer."""
 
     def has(self, *kinds: type[nn.Module]) -> bool:
         """Whether the model has a layer of these kinds."""
@@ -69,11 +76,11 @@ class Tuning:
         """Return what effect.json holds: {key: {on, why}}."""
         return {key: {"on": each.on, "why": each.why} for key, each in self.choices.items()}
 
-    def describe(self) -> str:
-        """Return what is on and what is not, with the reasons, in a line."""
-        on = ", ".join(f"{key} ({each.why})" for key, each in self.choices.items() if each.on)
-        off = ", ".join(f"{key} ({each.why})" for key, each in self.choices.items() if not each.on)
-        return "; ".join(filter(None, (on, off and f"off: {off}")))
+    def describe(self, *, off: bool) -> str:
+        """Return what is on, and with `off` also what is not and why, in a line."""
+        on = ", ".join(key for key, each in self.choices.items() if each.on) or "nothing"
+        others = ", ".join(f"{key} ({each.why})" for key, each in self.choices.items() if not each.on)
+        return f"{on}; off: {others}" if off and others else on
 
 
 def resolve_tuning(section: TuneSection, facts: Facts, *, lenient: bool = False) -> Tuning:
@@ -168,7 +175,69 @@ def _reduce_every_micro(facts: Facts) -> Choice:
     return Choice(not fits, f"whole gradients are {gib(whole)}, {word} an eighth of {gib(facts.memory)}")
 
 
+def _channels_last(facts: Facts) -> Choice:
+    if not facts.has(nn.Conv2d, nn.ConvTranspose2d):
+        return _no("the model has no Conv2d")
+    if facts.device != "cuda":
+        return Choice(False, "for GPUs")
+    if STRATEGIES[facts.strategy].shards:
+        return Choice(True, f"the images alone: {facts.strategy} holds flat weights")
+    return Choice(True, "convolutions on a GPU")
+
+
+def _cudnn_benchmark(facts: Facts) -> Choice:
+    if facts.device != "cuda":
+        return _no("cuDNN needs a GPU")
+    if facts.deterministic:
+        return _no("train.deterministic: the fastest algorithm may be another one in each start")
+    if not facts.has(nn.modules.conv._ConvNd):
+        return _no("the model has no convolution")
+    if not facts.fixed_shapes:
+        return Choice(False, "inputs may have many shapes")
+    if facts.autocast and not facts.has(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d):
+        return Choice(False, f"cuDNN's first choice is as fast for channels_last in {facts.precision}")
+    return Choice(True, "convolutions of one shape")
+
+
+def _uint8_inputs(facts: Facts) -> Choice:
+    if not facts.byte_images:
+        return _no("the inputs are no images of bytes until the last transforms, or a callback wraps these")
+    if facts.device != "cuda":
+        return Choice(False, "for GPUs")
+    return Choice(True, "a quarter of the bytes to copy")
+
+
+def _copy_stream(facts: Facts) -> Choice:
+    if facts.device != "cuda":
+        return _no("a CPU computes where the batch is")
+    return Choice(True, "batches of 1 MiB or more")
+
+
+def _fused_optimizer(facts: Facts) -> Choice:
+    if facts.fused is None:
+        return _no("the optimizer has no fused kernel")
+    if facts.fused == "own":
+        return _no("the recipe's section optim decides")
+    if facts.fused == "exact":
+        return Choice(True, "one kernel for all parameters")
+    if facts.strategy == "fsdp2":
+        return _no("torch fuses this optimizer for no sharded tensors")
+    if facts.device != "cuda":
+        return Choice(False, "no faster on a CPU")
+    return Choice(True, "one kernel for all parameters")
+
+
+def _flash_attention(facts: Facts) -> Choice:
+    return Choice(True, "where torch has a kernel for the inputs")
+
+
 RULES: dict[str, Callable[[Facts], Choice]] = {
+    "channels_last": _channels_last,
+    "cudnn_benchmark": _cudnn_benchmark,
+    "uint8_inputs": _uint8_inputs,
+    "copy_stream": _copy_stream,
+    "fused_optimizer": _fused_optimizer,
+    "flash_attention": _flash_attention,
     "tf32": _tf32,
     "cast_before_gather": _cast_before_gather,
     "cast_before_reduce": _cast_before_reduce,
@@ -176,3 +245,24 @@ RULES: dict[str, Callable[[Facts], Choice]] = {
     "reduce_every_micro": _reduce_every_micro,
 }
 """By the keys of `TuneSection`, all of them."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# What follows
+
+
+def set_switches(section: TuneSection, tuning: Tuning) -> None:
+    """Set torch's switches of this process; where a key is auto, and torch does the same by itself, they stay."""
+    if section.cudnn_benchmark is False or tuning["cudnn_benchmark"]:
+        torch.backends.cudnn.benchmark = tuning["cudnn_benchmark"]
+    if section.flash_attention != "auto":
+        kernels = torch.backends.cuda
+        for enable in (kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp):
+            enable(section.flash_attention)
+        kernels.enable_math_sdp(not section.flash_attention)
+
+
+def lay_channels_last(model: nn.Module) -> None:
+    """Lay out the weights of 2-d convolutions with the channels last, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

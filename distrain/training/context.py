@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distrain.config import Recipe
 from distrain.datasets.base import Batch
+from distrain.datasets.transforms import FINISH
 from distrain.networks.calling import Convention
 from distrain.optim import Loss, Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
@@ -72,17 +73,41 @@ def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Ten
 
 
 def to_device(batch: Batch, world: World) -> Batch:
-    """Return the batch on this rank's device; floating inputs and targets in float64 under fp64."""
+    """Return the batch on this rank's device: floating inputs and targets in float64 under fp64, images as floats.
 
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        dtype = torch.float64 if world.precision == "fp64" and value.is_floating_point() else value.dtype
-        return value.to(world.device, dtype, non_blocking=True)
+    The host does not wait for it where the batch is in pinned memory.
+    """
+    moved = {key: value for key, value in batch.items() if key != FINISH}
+    keys = [key for key in ("inputs", "targets") if key in moved]
+    with world.copying(each for key in keys for each in _tensors(moved[key])) as copy:
+        for key in keys:
+            moved[key] = _with_tensors(copy, moved[key])
+    if world.tuning["channels_last"]:
+        moved["inputs"] = _with_tensors(_channels_last, moved["inputs"])
+    if FINISH in batch:
+        moved["inputs"] = batch[FINISH](moved["inputs"])
+    if world.precision == "fp64":
+        for key in keys:
+            moved[key] = _with_tensors(lambda each: each.double() if each.is_floating_point() else each, moved[key])
+    return moved
 
-    return {key: move(value) if key in ("inputs", "targets") else value for key, value in batch.items()}
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _with_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tensors(change, item) for key, item in value.items()}
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def seed_dropout(world: World, seed: int) -> None:

@@ -34,6 +34,11 @@ class told_of(AbstractContextManager[None]):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, ValueError | RuntimeError) or isinstance(error, UserError | torch.OutOfMemoryError):
             return
+        if str(error).startswith("No available kernel") and not torch.backends.cuda.math_sdp_enabled():
+            raise UserError(
+                "torch has no flash kernel for an attention of this model and its inputs, and tune.flash_attention is "
+                "true; take auto"
+            ) from error
         if str(error).startswith(_TOO_FEW):
             raise TooFewValues(_too_few(error, self._model, self._samples)) from None
         # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from distrain.optim import (
     build_loss,
     build_optimizer,
     frozen_names,
+    fused_kernel,
     make_dense,
     plan_migration,
     resolve_schedule,
@@ -130,7 +131,10 @@ def set_up(
     resumed = reader.manifest if reader is not None else None
     data = world.run_on_all(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
     transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
-    transforms["train"] = world.run_on_all(lambda: wrap_transform(transforms["train"]))
+    bare = transforms["train"]
+    transforms["train"] = world.run_on_all(lambda: wrap_transform(bare))
+    if transforms["train"] is not bare:  # what is around it may look at its floats
+        data = replace(data, byte_images=False)
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
     updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
@@ -231,7 +235,16 @@ def _training(
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         check_layers(model, world)
-        world.tune(recipe.tune, model)
+        world.tune(
+            recipe.tune,
+            model,
+            byte_images=feed.data.byte_images,
+            fixed_shapes=feed.data.fixed_shapes,
+            fused=fused_kernel(recipe.optim, model),
+        )
+        if world.tuning["uint8_inputs"]:
+            for transform in feed.transforms.values():
+                transform.leave_bytes()
         world.mixed_precision.fit(model, world.device)
         make_dense(
             model,
@@ -258,7 +271,7 @@ def _training(
 
     plan = BuildSpec(
         model=build,
-        optimizer=lambda model: build_optimizer(model, recipe.optim),
+        optimizer=lambda model: build_optimizer(model, recipe.optim, fused=world.tuning["fused_optimizer"]),
         loss_sum=loss_sum,
         micro_batch_size=feed.micro_batch_size,
         accumulation=feed.accumulation,

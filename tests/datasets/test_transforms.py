@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from distrain.config import TransformsSection, UserError
-from distrain.datasets.transforms import Transform
+from distrain.datasets.transforms import FINISH, Transform
 from distrain.datasets.transforms.steps import transform_names
 
 
@@ -236,3 +237,73 @@ def test_names_are_those_that_can_be_used() -> None:
     names = transform_names()
     assert {"Resize", "RandomCrop", "RandAugment"} <= set(names)
     assert "CutMix" not in names
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The last transforms, where a batch arrives
+
+SCALED = {"name": "ToDtype", "dtype": "float32", "scale": True}
+NORMALISED = {"name": "Normalize", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CROPPED = [{"name": "RandomCrop", "size": [6, 6]}, {"name": "RandomHorizontalFlip"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("items", "are_bytes"),
+    [
+        ([], True),
+        (CROPPED, True),
+        ([*CROPPED, SCALED], True),
+        ([*CROPPED, SCALED, NORMALISED], True),
+        ([{"name": "ToImage"}, SCALED, NORMALISED, {"name": "ToPureTensor"}], True),
+        ([{"name": "ConvertImageDtype"}, NORMALISED], True),
+        ([{"name": "ToDtype", "dtype": "float32"}, {"name": "Normalize", "mean": [127.5], "std": [50.0]}], True),
+        ([SCALED, NORMALISED, {"name": "Normalize", "mean": [0.1], "std": [0.7]}], True),
+        # what follows has to see floats, so they are made on the host
+        ([SCALED, {"name": "GaussianNoise"}, NORMALISED], False),
+        ([SCALED, *CROPPED], False),
+        ([{"name": "ToDtype", "dtype": "bfloat16", "scale": True}], False),
+    ],
+)
+def test_bytes_become_the_same_floats_later(items: Any, are_bytes: bool, dtype: torch.dtype, images: Any) -> None:
+    section = TransformsSection.model_validate({"train": items}).train
+    whole, parts = (Transform(section, 0, "data.transforms.train", dtype) for _ in range(2))
+    parts.leave_bytes()
+    batch = parts(batch_of(images.clone()), np.zeros(len(images)))
+    assert (FINISH in batch) == parts.met_bytes == are_bytes
+    assert (batch["inputs"].dtype == torch.uint8) == are_bytes
+    wanted = apply(whole, images)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = batch["inputs"].contiguous(memory_format=layout)
+        if are_bytes:
+            found = pickle.loads(pickle.dumps(batch[FINISH]))(found)  # it comes from a loader process
+        assert found.is_contiguous(memory_format=layout)
+        assert torch.equal(found, wanted)
+        assert type(found) is torch.Tensor
+
+
+def test_floats_and_sequences_are_left_alone() -> None:
+    transform = build(NORMALISED)
+    transform.leave_bytes()
+    batch = transform(batch_of(torch.rand(2, 3, 4, 4)), np.zeros(2))
+    assert FINISH not in batch
+    tokens = torch.zeros(4, 7, dtype=torch.uint8)
+    empty = build()
+    empty.leave_bytes()
+    assert FINISH not in empty(batch_of(tokens), np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("items", "before", "one_size"),
+    [
+        ([], True, True),
+        ([], False, False),
+        ([*CROPPED, SCALED, NORMALISED], False, True),
+        ([{"name": "Resize", "size": [8, 8]}, SCALED], False, True),
+        ([{"name": "Resize", "size": 8}, SCALED], True, False),
+        ([{"name": "RandomRotation", "degrees": 9, "expand": True}], True, False),
+        ([{"name": "RandomHorizontalFlip"}], True, True),
+    ],
+)
+def test_whether_images_have_one_size(items: Any, before: bool, one_size: bool) -> None:
+    assert build(*items).gives_one_size(before) is one_size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
-from distrain.datasets.transforms import Images, Step
+from distrain.datasets.transforms import Finish, Images, Step
 
 _ON_BATCHES = (
     v2.CenterCrop,
@@ -29,6 +30,9 @@ _ON_BATCHES = (
     v2.ToImage,
     v2.ToPureTensor,
 )
+_UNCHANGED = (v2.Identity, v2.ToImage, v2.ToPureTensor)
+"""What leaves tensors as they are."""
+_FLOATS = (torch.float32, torch.float64)
 _CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
 _UNFIT = {
     "CutMix": "it mixes samples of a batch, so a sample would depend on its neighbours",
@@ -143,6 +147,30 @@ def _step(transform: Callable[[Any], Any], seed: int) -> Step:
     if kind is v2.RandomCrop:
         return functools.partial(_cropped, transform, seed)
     return functools.partial(_one_by_one, transform, seed)
+
+
+def finish_of(steps: Sequence[Step], dtype: torch.dtype) -> tuple[int, Finish]:
+    """Return from which step on all that is done to images of bytes is a `Finish`, and that one."""
+    finishes = ((start, _as_finish(steps[start:], dtype)) for start in range(len(steps) + 1))
+    return next((start, finish) for start, finish in finishes if finish is not None)
+
+
+def _as_finish(steps: Sequence[Step], dtype: torch.dtype) -> Finish | None:
+    """Return what the steps do to images of bytes, where a `Finish` does that too."""
+    found: Finish | None = None
+    for step in steps:
+        transform: Any = step.args[0] if isinstance(step, functools.partial) and step.func is _at_once else None
+        kind = type(transform)
+        if kind in _UNCHANGED:
+            continue
+        if kind is v2.Normalize and found is not None:
+            by_channel = tuple(map(float, transform.mean)), tuple(map(float, transform.std))
+            found = dataclasses.replace(found, normalised=(*found.normalised, by_channel))
+        elif kind in (v2.ToDtype, v2.ConvertImageDtype) and found is None and transform.dtype in _FLOATS:
+            found = Finish(transform.dtype, scaled=kind is v2.ConvertImageDtype or transform.scale)
+        else:
+            return None
+    return found if found is not None else Finish(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

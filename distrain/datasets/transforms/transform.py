@@ -15,6 +15,7 @@ import torch
 
 from distrain.config import Component, UserError
 from distrain.datasets.base import Batch
+from distrain.datasets.transforms.finishing import FINISH, Finish
 from distrain.system.output import error_line
 
 Images = torch.Tensor | list[Any]
@@ -23,8 +24,20 @@ Step = Callable[[Images, np.ndarray, np.ndarray], Images]
 """(images, epochs (batch,), ids (batch,)) -> images."""
 
 
+_OF_A_SIZE = ("CenterCrop", "RandomCrop", "RandomResizedCrop")
+_KEEP_SIZES = (
+    *("AugMix", "AutoAugment", "ColorJitter", "ConvertImageDtype", "GaussianBlur", "GaussianNoise", "Grayscale"),
+    *("Identity", "Normalize", "RGB", "RandAugment", "RandomErasing", "RandomGrayscale", "RandomHorizontalFlip"),
+    *("RandomVerticalFlip", "ToDtype", "ToImage", "ToPureTensor", "TrivialAugmentWide"),
+)
+
+
 class Transform:
-    """A sequence of transforms of a batch's inputs. Images that remain uint8 become floats in [0, 1]."""
+    """A sequence of transforms of a batch's inputs. Images that remain uint8 become floats in [0, 1].
+
+    With `leave_bytes` images that are uint8 before the last of them, those of a `Finish`, stay so, and the batch has it
+    under `FINISH`: it is called where they are copied to.
+    """
 
     def __init__(self, items: Sequence[Component], seed: int, where: str, dtype: torch.dtype = torch.float32):
         """Build the recipe's items, which are at the key `where`; raises one UserError with every problem.
@@ -34,10 +47,14 @@ class Transform:
         self.where = where
         self.dtype = dtype
         self.names = [item.name for item in items]
+        self._items = items
         self._steps: list[Step] = []
+        self._leaves_bytes = False
+        self.met_bytes = False
+        """Whether the images of the last batch were uint8 before the last transforms."""
         problems = []
         if items:
-            from distrain.datasets.transforms.steps import build_step
+            from distrain.datasets.transforms.steps import build_step, finish_of
         for index, item in enumerate(items):
             try:
                 self._steps.append(build_step(item, dtype, seed, index))
@@ -45,6 +62,21 @@ class Transform:
                 problems.append(f"{where}, item {index + 1}: {error}")
         if problems:
             raise UserError("\n".join(problems))
+        self._first_of_finish, self._finish = finish_of(self._steps, dtype) if items else (0, Finish(dtype))
+
+    def leave_bytes(self) -> None:
+        """Leave the `Finish` of images of bytes to whoever copies a batch to its device; before a loader is made."""
+        self._leaves_bytes = True
+
+    def gives_one_size(self, before: bool) -> bool:
+        """Whether all images are known to have one size afterwards; `before`: whether they have one to begin with."""
+        for item in reversed(self._items):
+            size = item.args.get("size")
+            if item.name in _OF_A_SIZE or (item.name == "Resize" and isinstance(size, list) and len(size) == 2):
+                return True
+            if item.name not in _KEEP_SIZES:
+                return False
+        return before
 
     def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
         """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64."""
@@ -53,8 +85,26 @@ class Transform:
             return batch
         if isinstance(images, dict):
             raise UserError(f"{self.where}: found the inputs {', '.join(images)}, expected a single tensor")
-        ids = batch["ids"].numpy()
-        for name, step in zip(self.names, self._steps, strict=True):
+        ids, cut = batch["ids"].numpy(), self._first_of_finish
+        images = self._through(slice(cut), images, epochs, ids)
+        self.met_bytes = _is_uint8_image(images)
+        if self.met_bytes and self._leaves_bytes:
+            batch[FINISH] = self._finish
+        else:
+            images = self._through(slice(cut, None), images, epochs, ids)
+            if isinstance(images, torch.Tensor) and _is_uint8_image(images):
+                images = Finish(self.dtype)(images)
+        if not isinstance(images, torch.Tensor):
+            raise UserError(
+                f"{self.where}: the samples of a batch must end with one size, found {_shapes(images)}; add Resize or "
+                "RandomResizedCrop, or give the data set a `size`"
+            )
+        # torchvision may wrap a tensor in its own class, which would slow every later operation
+        batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
+        return batch
+
+    def _through(self, which: slice, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+        for name, step in zip(self.names[which], self._steps[which], strict=True):
             try:
                 images = _stacked(step(images, epochs, ids))
             except UserError:
@@ -65,16 +115,7 @@ class Transform:
                 if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and "uint8" in str(error):
                     hint = "; put {name: ToDtype, dtype: float32, scale: true} before it"
                 raise UserError(f"{self.where}: {name} failed on inputs {shapes}: {error_line(error)}{hint}") from error
-        if not isinstance(images, torch.Tensor):
-            raise UserError(
-                f"{self.where}: the samples of a batch must end with one size, found {_shapes(images)}; add Resize or "
-                "RandomResizedCrop, or give the data set a `size`"
-            )
-        if _is_uint8_image(images):
-            images = images.to(self.dtype).mul_(1 / 255)
-        # torchvision may wrap a tensor in its own class, which would slow every later operation
-        batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
-        return batch
+        return images
 
 
 def _is_uint8_image(images: Any) -> bool:

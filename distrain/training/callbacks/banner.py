@@ -52,7 +52,7 @@ def banner(run: RunDir, setup: TrainSetup) -> list[str]:
         f"  data     {recipe.data.name}: {splits}",
         f"  model    {recipe.model.name}: {setup.model}",
         f"  batch    {per_step}; {feed.total_steps:,} steps",
-        *_tune(world),
+        f"  tune     {world.tuning.describe(off=world.device.type != 'cpu')}",
         *_bits(recipe, world),
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),
         *(f"  {line}" for line in setup.inputs.lines),
@@ -62,12 +62,6 @@ def banner(run: RunDir, setup: TrainSetup) -> list[str]:
 def _spread(world: World) -> str:
     mesh = world.mesh
     return f"{world.strategy} ({mesh.replicas} replicas x {mesh.shards} shards)" if mesh.is_hybrid else world.strategy
-
-
-def _tune(world: World) -> list[str]:
-    """Return the line about what makes steps faster; on a CPU only where something does."""
-    is_on = any(each.on for each in world.tuning.choices.values())
-    return [f"  tune     {world.tuning.describe()}"] if is_on or world.device.type != "cpu" else []
 
 
 def _bits(recipe: Recipe, world: World) -> list[str]:
