@@ -7,6 +7,7 @@ The parts of both are in `training/`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -158,7 +159,10 @@ def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tens
     if t.loss.count_is_fixed:
         return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
     counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
-    return t.world.world_size / t.world.sum(counts.to(t.world.device, torch.float64))
+    if t.world.world_size == 1:
+        count = counts.item()  # of targets on the host
+        return 1 / count if count else math.inf
+    return t.world.world_size / t.world.sum(t.world.to_device(counts.double()))
 
 
 def _as_scalar(value: float | Tensor, loss_sum: Tensor) -> Tensor:

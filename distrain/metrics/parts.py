@@ -265,7 +265,8 @@ class Moments:
         """Add a batch."""
         _, target = seen.values
         rows = seen.rows[:, None]
-        base = target[seen.rows.int().argmax()]
+        # by index_select: a number as an index would be read from the device
+        base = target.index_select(0, seen.rows.int().argmax(0, keepdim=True))[0]
         count = rows.sum().double()
         offsets = (target - base).where(rows, 0.0)
         mean = offsets.sum(0) / count.clamp(min=1)

@@ -71,7 +71,7 @@ def evaluate(
     are any, and do not count as `samples`.
     """
     metrics.reset()
-    tally = _Tally(loss, metrics, world.device)
+    tally = _Tally(loss, metrics, world)
     where = f"the evaluation of split '{split}'"
 
     def load() -> Iterable[Batch]:
@@ -143,11 +143,11 @@ def evaluate(
 class _Tally:
     """The sums and counts of this rank, and which samples they are of."""
 
-    def __init__(self, loss: Loss, metrics: MetricSet, device: torch.device):
-        self._loss, self._metrics, self._device = loss, metrics, device
-        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=device)
+    def __init__(self, loss: Loss, metrics: MetricSet, world: World):
+        self._loss, self._metrics, self._world, self._device = loss, metrics, world, world.device
+        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._batches = 0
-        self.first_nonfinite = torch.full((), -1, dtype=torch.int64, device=device)
+        self.first_nonfinite = torch.full((), -1, dtype=torch.int64, device=world.device)
         """The first batch whose loss is not finite, by its number; read at the end alone, so that nothing waits."""
         self.seen = _Seen()
         self.corrupt: dict[int, str] = {}
@@ -160,7 +160,7 @@ class _Tally:
         if corrupt := batch.get("corrupt_samples"):
             self.corrupt.update(corrupt)
             self.seen.skip(np.array(list(corrupt)))
-        keep = (ids >= 0).to(self._device, non_blocking=True)
+        keep = self._world.to_device(ids) >= 0
         loss_sum, count = self._loss.sum_and_count(self._loss.select(outputs), batch["targets"], keep)
         self._loss_sums.add_(torch.stack((loss_sum.double(), count.double())))
         self.first_nonfinite.masked_fill_(~loss_sum.isfinite() & (self.first_nonfinite < 0), self._batches)

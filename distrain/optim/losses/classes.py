@@ -27,6 +27,7 @@ class ClassLoss(TorchLoss):
         super().__init__(name, partial(build, ignore_index=self.ignore_index))
         self._task = task
         self._weight = cast("Tensor | None", args.get("weight"))
+        self._weights: dict[torch.device, Tensor] = {}
         self.classes = len(self._weight) if self._weight is not None else None
         self.count_is_fixed = self.ignore_index == NEVER and self._weight is None
         self.is_token_entropy = (
@@ -65,9 +66,10 @@ class ClassLoss(TorchLoss):
         counted = targets != self.ignore_index
         if self._weight is None:
             return counted.sum(dtype=torch.float64)
-        if self._weight.device != targets.device:
-            self._weight = self._weight.to(targets.device)
-        return (self._weight.double()[targets.where(counted, 0)] * counted).sum()
+        # a copy for each: a step counts targets on the host and on the device, which would wait for each other
+        if targets.device not in self._weights:
+            self._weights[targets.device] = self._weight.to(targets.device, torch.float64)
+        return (self._weights[targets.device][targets.where(counted, 0)] * counted).sum()
 
     def _numbers(self, targets: Tensor, keep: Tensor | None) -> Tensor:
         targets = _class_numbers(targets, self._task)

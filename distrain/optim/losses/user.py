@@ -61,9 +61,11 @@ class UserLoss(Loss):
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         if self._count is None:
             return self._number(targets, keep)
-        return torch.as_tensor(
-            self._count(targets if keep is None else targets[keep]), dtype=torch.float64, device=targets.device
-        )
+        count = self._count(targets if keep is None else targets[keep])
+        if isinstance(count, Tensor):
+            return count.to(targets.device, torch.float64)
+        # a fill: for a copy to a device the host would wait
+        return torch.full((), count, dtype=torch.float64, device=targets.device)
 
 
 @contextmanager
