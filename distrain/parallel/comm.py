@@ -9,7 +9,7 @@ import pickle
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from distrain.config import TuneSection, UserError
 from distrain.config.strategies import STRATEGIES
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
-from distrain.parallel.copying import SMALLEST, CopyStream
+from distrain.parallel.copying import CopyStream
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
@@ -153,18 +153,11 @@ class World:
 
     def to_device(self, values: Tensor) -> Tensor:
         """Return `values` (on the host, pinned or not) on the device; the host does not wait for it."""
-        return self.pin(values).to(self.device, non_blocking=True)
+        return self.put(self.pin(values))
 
-    @contextmanager
-    def copying(self, values: Iterable[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Copy these tensors to the device in this block, with the function that it gives: see `CopyStream`."""
-        if self.copies is not None:
-            tensors = list(values)
-            if sum(each.nbytes for each in tensors) >= SMALLEST and all(each.is_pinned() for each in tensors):
-                with self.copies.batch() as copy:
-                    yield copy
-                return
-        yield lambda each: each.to(self.device, non_blocking=True)
+    def put(self, values: Tensor) -> Tensor:
+        """Return `values` on the device; the host does not wait where they are pinned."""
+        return values.to(self.device, non_blocking=True)
 
     def pack_metrics(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
         """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,11 @@ class CopyStream:
         """For each batch that was copied here, what happens when the kernels are done with it."""
         self._last = False
         """Whether the batch before was copied here."""
+
+    @staticmethod
+    def takes(batch: Sequence[Tensor]) -> bool:
+        """Whether a batch of such tensors is worth it, and can be copied while the host continues."""
+        return sum(each.nbytes for each in batch) >= SMALLEST and all(each.is_pinned() for each in batch)
 
     @contextmanager
     def batch(self) -> Iterator[Callable[[Tensor], Tensor]]:

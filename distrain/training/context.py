@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,15 +78,17 @@ def to_device(batch: Batch, world: World) -> Batch:
 
     The host does not wait for it where the batch is in pinned memory.
     """
-    moved = {key: value for key, value in batch.items() if key != FINISH}
+    moved, copies = dict(batch), world.copies
+    finish = moved.pop(FINISH, None)
     keys = [key for key in ("inputs", "targets") if key in moved]
-    with world.copying(each for key in keys for each in _tensors(moved[key])) as copy:
+    beside = copies is not None and copies.takes([each for key in keys for each in _tensors(moved[key])])
+    with copies.batch() if copies is not None and beside else nullcontext(world.put) as copy:
         for key in keys:
             moved[key] = _with_tensors(copy, moved[key])
     if world.tuning["channels_last"]:
         moved["inputs"] = _with_tensors(_channels_last, moved["inputs"])
-    if FINISH in batch:
-        moved["inputs"] = batch[FINISH](moved["inputs"])
+    if finish is not None:
+        moved["inputs"] = finish(moved["inputs"])
     if world.precision == "fp64":
         for key in keys:
             moved[key] = _with_tensors(lambda each: each.double() if each.is_floating_point() else each, moved[key])
