@@ -43,6 +43,9 @@ from distrain.system.logs import EACH_RANK
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = 1024
+"""Numbers that the first reduction of `World.sum_of_all` carries: to send 8 KB takes as long as to send one."""
+
 _PATIENCE = timedelta(days=1)
 """How long ranks wait while rank 0 does something for all of them."""
 
@@ -240,11 +243,45 @@ class World:
         For work in which ranks can fail alone, so that none waits for another that has already given up. `action` must
         not speak to other ranks.
         """
-        result, own = None, None
-        try:
-            result = action()
-        except Exception as error:
-            own = error
+        result, own = _attempt(action)
+        self._sum_unless_failed(own, torch.zeros(0, dtype=torch.float64))
+        return result
+
+    def sum_of_all(self, action: Callable[[], Tensor], at_once: int = AT_ONCE) -> Tensor:
+        """Every rank runs `action` and returns the sum of what all ranks return; if any fails, all raise as above.
+
+        `action` returns 1-D float64 of one length on all ranks, and must not speak to other ranks. The sum is on the
+        CPU, with the same bits on every rank. One reduction carries all: up to `at_once` numbers and whether a rank
+        has failed, which may not know how many numbers the others have. What is left of more numbers takes another.
+        """
+        # over the control group, so that a rank whose device has failed can tell the others
+        values, own = _attempt(lambda: action().cpu())
+        first = torch.zeros(at_once, dtype=torch.float64)
+        if values is not None:
+            first[: len(values)] = values[:at_once]
+        first = self._sum_unless_failed(own, first)
+        assert values is not None
+        if len(values) <= at_once:
+            return first[: len(values)]
+        rest = values[at_once:].clone()
+        if self.world_size > 1:
+            dist.all_reduce(rest, group=self._control)
+        return torch.cat((first, rest))
+
+    def _sum_unless_failed(self, own: Exception | None, values: Tensor) -> Tensor:
+        """Return the sum over ranks of `values`, float64 on the CPU; raises the first failure, of which `own` is ours.
+
+        All ranks give equally many numbers, a rank that failed any.
+        """
+        if self.world_size == 1:
+            if own is not None:
+                raise own
+            return values
+        together = torch.cat((values, torch.tensor([own is not None], dtype=torch.float64)))
+        dist.all_reduce(together, group=self._control)
+        progress()
+        if not together[-1]:
+            return together[:-1]
         for rank, failure in enumerate(self.gather(own and _picklable(own))):
             if failure is None:
                 continue
@@ -253,7 +290,7 @@ class World:
             if not isinstance(failure, UserError):
                 failure = RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
             raise _of_another_rank(failure)
-        return result
+        raise AssertionError("a rank failed without an error")
 
     def close(self) -> None:
         """Leave the process group in order; ending a process without it can abort under gloo."""
@@ -284,6 +321,13 @@ class StoreFlag:
             self._looked_at = time.monotonic()
             self._stated = self._store.check([self._key])
         return self._stated
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def _picklable(error: Exception) -> Exception:

@@ -114,14 +114,13 @@ def evaluate(
         with torch.no_grad():
             if world.forward_is_collective and not metrics.needs_text:
                 _pass_together(world, batches(), forward, tally, stream=is_stream(source))
-                sums = world.run_on_all(tally.sums)
+                total = world.sum_of_all(tally.sums)
             else:
                 with unsharded() if world.forward_is_collective else nullcontext():
                     # no rank waits for another before the sums: one whose sample is corrupt must reach the others
-                    sums = world.run_on_all(pass_alone)
+                    total = world.sum_of_all(pass_alone)
     finally:
         model.train(was_training)
-    total = world.sum(sums)
     seen = total[2:6].tolist()
     tally.seen.check(seen, source, split)
     values: dict[str, Any] = {
@@ -185,14 +184,17 @@ def _pass_together(
     """
     failure: Exception | None = None
 
-    def fetch() -> Batch | None:
+    def fetch() -> Tensor:
+        nonlocal batch
         if failure is not None:
             raise failure
-        return next(batches, None)
+        batch = next(batches, None)
+        return torch.tensor([batch is None], dtype=torch.float64)
 
     while True:
-        batch = world.run_on_all(fetch)
-        if stream and len(set(world.gather(batch is None))) == 2:
+        batch: Batch | None = None
+        ended = int(world.sum_of_all(fetch, at_once=1))
+        if stream and 0 < ended < world.world_size:
             raise RuntimeError(
                 "the stream that is evaluated ended on one rank and not on another; it must give every process the "
                 "same samples in the same order"

@@ -31,6 +31,7 @@ from distrain.parallel import (
     open_world,
     processes_asked,
 )
+from distrain.parallel.comm import AT_ONCE
 from distrain.parallel.state import Shard, whole
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,6 +152,8 @@ def agree() -> dict[str, Any]:
     found["broadcast"] = world.broadcast(f"from {rank}")
     found["first"] = world.run_on_rank0(lambda: f"by {rank}")
     found["together"] = world.run_on_all(lambda: rank)
+    sizes = [torch.arange(count, dtype=torch.float64) for count in (0, 1, AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE)]
+    found["summed"] = [torch.equal(world.sum_of_all(each.clone), world.world_size * each) for each in sizes]
 
     def attempt(name: str, how: Any) -> None:
         try:
@@ -168,6 +171,7 @@ def agree() -> dict[str, Any]:
     attempt("together fails", lambda: world.run_on_all(lambda: fail(last, KeyError("x"))))
     attempt("first fails oddly", lambda: world.run_on_rank0(lambda: fail(0, Odd("no", "file"))))
     attempt("together fails oddly", lambda: world.run_on_all(lambda: fail(last, Odd("no", "file"))))
+    attempt("sum fails", lambda: world.sum_of_all(lambda: fail(last, KeyError("x")) or torch.ones(5000).double()))
     attempt("recipe", lambda: world.run_on_all(lambda: fail(last, RecipeError("r.yaml", ["no name"]))))
     found["after"] = world.sum(torch.ones(1)).item()
     world.close()
@@ -189,7 +193,12 @@ def test_ranks_agree(world_size: int) -> None:
         assert found["first fails"] == "UserError: no such file"
         assert found["together fails for the user"] == "UserError: no such file"
         own = "KeyError: 'x'"
-        assert found["together fails"] == (own if rank == last else f"RuntimeError: rank {last} failed: {own}")
+        assert found["summed"] == [True] * 5
+        assert (
+            found["sum fails"]
+            == found["together fails"]
+            == (own if rank == last else f"RuntimeError: rank {last} failed: {own}")
+        )
         assert "Odd: no file" in found["first fails oddly"]
         assert "Odd: no file" in found["together fails oddly"]
         assert found["recipe"] == "RecipeError: r.yaml: 1 problem\n  - no name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ checkpoint: {{async: false}}
 """
 
 
-def evaluate_untrained(recipe: str, load_batches: Any = build_eval_loader) -> dict[str, Any]:
-    """Score the recipe's untrained model on its test split, in this world."""
-    parsed = load_recipe(recipe).recipe
+def evaluate_untrained(
+    recipe: str, load_batches: Any = build_eval_loader, overrides: Sequence[str] = (), together: bool = False
+) -> dict[str, Any]:
+    """Score the recipe's untrained model on its test split, in this world.
+
+    `together`: as if a forward pass needed all ranks, as it does where they hold parts of the model.
+    """
+    parsed = load_recipe(recipe, overrides).recipe
     world = open_world("fp32")
+    world.forward_is_collective = together
     data = build_data(parsed)
     model = build_model(parsed, data.meta)
     values = evaluate(

@@ -25,6 +25,7 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.datasets.evaluation import build_eval_loader
+from distrain.diagnose.hang_diagnosis import evidence
 from distrain.launchers import reported
 from distrain.models import build_model
 from distrain.run.folder import RunDir
@@ -108,6 +109,31 @@ def test_an_evaluation_that_is_not_of_every_sample_once_is_refused(tmp_path: Pat
         return
     for error in errors:
         assert "that are not the 97 of the data set, each once; its numbers are not reported" in error
+
+
+def collectives_of_an_evaluation(folder: str, recipe: str, metrics: str, together: bool) -> int:
+    """Return how many collectives this rank takes part in from the first batch on."""
+    before: list[int] = []
+
+    def collectives() -> int:
+        return sum(evidence.collectives(Path(folder) / f"rank-{os.environ['RANK']}").values())
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        before.append(collectives())
+        return build_eval_loader(*args, **kwargs)
+
+    evaluate_untrained(recipe, load, [f"eval.metrics={metrics}"], together)
+    return collectives() - before[0]
+
+
+@pytest.mark.parametrize(
+    "metrics", ["[]", "[accuracy]", "[accuracy, f1_macro, precision, recall, confusion_matrix, balanced_accuracy]"]
+)
+def test_one_reduction_carries_an_evaluation_whatever_its_metrics(tmp_path: Path, metrics: str) -> None:
+    recipe = str(write_recipe(tmp_path, POINTS.format(tests=20)))
+    assert in_world(2, collectives_of_an_evaluation, str(tmp_path), recipe, metrics, False) == [1, 1]
+    # three batches of each rank, and the end: ranks agree on each before the forward pass
+    assert in_world(2, collectives_of_an_evaluation, str(tmp_path), recipe, metrics, True) == [5, 5]
 
 
 # --------------------------------------------------------------------------------------------------------------------
