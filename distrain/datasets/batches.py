@@ -18,6 +18,10 @@ Place = tuple[np.ndarray, np.ndarray]
 """(epochs, ids) of the samples of a batch, each (batch,) int64. The id -1 - i is padding that repeats sample i."""
 
 
+END: Place = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+"""A place without a batch: the end of a pass, for loader processes that stay for the next one."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Sent by a loader process instead of a batch: an exception would arrive wrapped in that process's traceback."""
@@ -75,7 +79,10 @@ class Batches(Dataset[Any]):
             sample = (sample + 1) % len(self.source)
         return sample
 
-    def __getitem__(self, place: Place) -> Batch | Failure:
+    def __getitem__(self, place: Place) -> Batch | Failure | None:
+        if len(place[1]) == 0:
+            self._corrupt.clear()  # a file may have been repaired since
+            return None
         try:
             return self.batch(place)
         except UserError as error:

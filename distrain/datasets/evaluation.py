@@ -11,7 +11,7 @@ import numpy as np
 from distrain.config import UserError
 from distrain.datasets.base import AnySource, Batch, StreamSource, is_stream
 from distrain.datasets.batches import Batches, Place, StreamBatches
-from distrain.datasets.loading import load
+from distrain.datasets.loading import Passes, load
 from distrain.datasets.transforms import Transform
 
 
@@ -26,9 +26,11 @@ def check_stream_workers(workers: int) -> None:
 class EvalLoader:
     """The batches of one rank of one pass over a split; can be iterated repeatedly."""
 
-    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None):
+    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None, passes: Passes | None = None):
+        """`passes`: the loader processes that stay for the next pass, if any do."""
         self._make = make
         self._length = length
+        self._passes = passes
 
     def __len__(self) -> int:
         """Batches of this rank, the same on every rank. TypeError for a stream."""
@@ -38,6 +40,16 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._make()
+
+    def start(self) -> None:
+        """Start the loader processes that stay, if any do, ahead of the first pass."""
+        if self._passes is not None:
+            self._passes.start()
+
+    def close(self) -> None:
+        """End the loader processes that stay."""
+        if self._passes is not None:
+            self._passes.close()
 
 
 def build_eval_loader(
@@ -51,12 +63,15 @@ def build_eval_loader(
     pin_memory: bool = False,
     split: str = "test",
     skip_corrupt: int = 0,
+    keep: bool = False,
 ) -> EvalLoader:
     """Return a loader of this rank's share of one pass, in the split's own order.
 
     Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
     padding rows repeat a sample under the id -1. A corrupt sample is skipped, with its id in the batch's
     `corrupt_samples`. Raises UserError for more of them than `skip_corrupt`, and for a split without samples.
+
+    With `keep` the loader processes stay for the next pass, until `close`; those of a stream never do.
     """
     batches: Batches | StreamBatches
     if is_stream(source):
@@ -69,13 +84,19 @@ def build_eval_loader(
         return EvalLoader(lambda: load(batches, None, workers, pin_memory), None)
     if len(source) == 0:
         raise UserError(f"the split {split!r} has no samples to evaluate")
-    mapped = Batches(source, transform, skip_corrupt, once=True)
     places = [
         (np.zeros(len(ids), np.int64), ids)
         for start in range(0, len(source), batch_size * world_size)
         for ids in [_eval_ids(start, len(source), rank, world_size, batch_size)]
     ]
-    return EvalLoader(lambda: load(mapped, places, workers, pin_memory), len(places))
+
+    def mapped() -> Batches:
+        return Batches(source, transform, skip_corrupt, once=True)
+
+    if keep and workers:
+        passes = Passes(mapped(), places, workers, pin_memory)
+        return EvalLoader(passes.one, len(places), passes)
+    return EvalLoader(lambda: load(mapped(), places, workers, pin_memory), len(places))
 
 
 def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:

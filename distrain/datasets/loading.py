@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import multiprocessing
 import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
@@ -27,9 +28,15 @@ from torch.utils.data import DataLoader, get_worker_info
 from distrain.config import UserError
 from distrain.datasets import waiting
 from distrain.datasets.base import Batch
-from distrain.datasets.batches import Batches, Failure, Place, StreamBatches
+from distrain.datasets.batches import END, Batches, Failure, Place, StreamBatches
 from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
+from distrain.system.logs import EACH_RANK
+
+logger = logging.getLogger(__name__)
+
+PREFETCH = 2
+"""Batches that each loader process makes ahead."""
 
 SHARED_MEMORY = Path("/dev/shm")
 """Memory through which tensors pass between processes."""
@@ -73,38 +80,122 @@ def load(
     Raises UserError for errors in a loader process, with the text that they would have here, and for processes that
     cannot start, end early, or cannot hand over a batch. `close()` ends the processes.
     """
-    wait = Wait(workers)
     if workers == 0:
-        noted = wait.noting(places or ())
-        made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, noted)
-        if pin_memory:
-            made = map(_pinned, made)
-        with watched(wait):
-            while True:
-                with wait:
-                    batch = next(made, None)
-                if batch is None:
-                    return
-                yield batch
-    others = set(multiprocessing.active_children())
-    iterator = _started(batches, None if places is None else wait.noting(places), workers, pin_memory)
-    processes = wait.processes = [each for each in multiprocessing.active_children() if each not in others]
-    # they ignore SIGTERM, and Python waits for its processes at exit: one that hangs would keep it forever
-    kill = Finalize(None, _kill, (processes,), exitpriority=10)
+        yield from _made_here(batches, places, pin_memory)
+        return
+    loader = LoaderProcesses(batches, places, workers, pin_memory)
     try:
-        while True:
-            with wait, _user_errors():
-                item = _received(iterator, wait, kill)
-                if isinstance(item, Parcel):
-                    item = item.open()
-            if item is None:
-                return
-            if isinstance(item, Failure):
-                raise UserError(item.message)
-            yield item
+        while (batch := loader.next()) is not None:
+            yield batch
     finally:
-        del iterator  # asks them to end, and waits some seconds
-        kill()
+        loader.close()
+
+
+def _made_here(batches: Batches | StreamBatches, places: Iterable[Place] | None, pin_memory: bool) -> Iterator[Batch]:
+    wait = Wait(0)
+    noted = wait.noting(places or ())
+    made = batches.batches() if isinstance(batches, StreamBatches) else map(batches.batch, noted)
+    if pin_memory:
+        made = map(_pinned, made)
+    with watched(wait):
+        while True:
+            with wait:
+                batch = next(made, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class LoaderProcesses:
+    """Processes that make batches in turn, until `close`."""
+
+    def __init__(
+        self, batches: Batches | StreamBatches, places: Iterable[Place] | None, workers: int, pin_memory: bool
+    ):
+        self._wait = wait = Wait(workers)
+        others = set(multiprocessing.active_children())
+        noted = None if places is None else wait.noting(places)
+        self._iterator: Iterator[Any] | None = _started(batches, noted, workers, pin_memory)
+        wait.processes = processes = [each for each in multiprocessing.active_children() if each not in others]
+        # they ignore SIGTERM, and Python waits for its processes at exit: one that hangs would keep it forever
+        self._kill = Finalize(None, _kill, (processes,), exitpriority=10)
+
+    def next(self) -> Batch | None:
+        """Return the next batch; None after the last one, and at END. Raises UserError as `load` does."""
+        assert self._iterator is not None
+        with self._wait, _user_errors():
+            item = _received(self._iterator, self._wait, self._kill)
+            if isinstance(item, Parcel):
+                item = item.open()
+        if isinstance(item, Failure):
+            raise UserError(item.message)
+        batch: Batch | None = item
+        return batch
+
+    def are_alive(self) -> bool:
+        """Whether none has ended."""
+        return all(process.is_alive() for process in self._wait.processes)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._iterator = None  # asks them to end, and waits some seconds
+        self._kill()
+
+
+class Passes:
+    """Passes over the same places, one after the other, by loader processes that stay between them.
+
+    Between passes they have nothing to do, and nothing is loaded ahead. A pass that is left early ends them, and so
+    does an error; the next pass starts others.
+    """
+
+    def __init__(self, batches: Batches, places: Sequence[Place], workers: int, pin_memory: bool):
+        self._batches, self._places, self._workers, self._pin_memory = batches, places, workers, pin_memory
+        self._loader: LoaderProcesses | None = None
+        self._complete = True
+
+    def start(self) -> None:
+        """Start the processes, if there are none."""
+        if self._loader is not None and self._complete and not self._loader.are_alive():
+            logger.warning(
+                f"a loader process ended while it was idle: {_shared_memory()}, and memory may be short; others start",
+                extra=EACH_RANK,
+            )
+        if self._loader is None or not self._complete or not self._loader.are_alive():
+            self.close()
+            self._loader = LoaderProcesses(self._batches, self._endless(), self._workers, self._pin_memory)
+
+    def one(self) -> Iterator[Batch]:
+        """Yield the batches of a pass, as `load` does."""
+        self.start()
+        loader, self._complete = self._loader, False
+        assert loader is not None
+        try:
+            for _ in range(self._ahead):
+                loader.next()
+            while (batch := loader.next()) is not None:
+                yield batch
+            self._complete = True
+        finally:
+            if not self._complete:
+                loader.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._loader is not None:
+            self._loader.close()
+        self._loader, self._complete = None, True
+
+    @property
+    def _ahead(self) -> int:
+        return PREFETCH * self._workers
+
+    def _endless(self) -> Iterator[Place]:
+        """Yield the places of all passes, with as many ENDs before each as are asked for ahead of the first batch."""
+        while True:
+            yield from (END for _ in range(self._ahead))
+            yield from self._places
+            yield END
 
 
 def _received(iterator: Iterator[Any], wait: Wait, give_up: Callable[[], Any]) -> Any:
@@ -137,6 +228,7 @@ def _started(
         batch_size=None,
         sampler=places,
         num_workers=workers,
+        prefetch_factor=PREFETCH,
         collate_fn=_packed,  # type: ignore[arg-type] # gets one batch, as the sampler yields places of batches
         pin_memory=pin_memory,
         worker_init_fn=_begin_loading,
@@ -171,9 +263,9 @@ def _begin_loading(worker: int) -> None:
     listen_in_loader(worker)
 
 
-def _packed(batch: Batch | Failure) -> Parcel | Failure:
+def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
     """Return what a loader process puts into the queue, which the queue can always send."""
-    if isinstance(batch, Failure):
+    if batch is None or isinstance(batch, Failure):
         return batch
     try:
         _check_descriptors()

@@ -125,7 +125,8 @@ class Wait:
     def _report(self) -> str:
         """Return which process owes the batch, for how long, and what it does."""
         waited = _duration(self._waited_s)
-        what = f"the batch of the samples {_shortened(self._places[0][1])}" if self._places else self._what
+        ids = self._places[0][1] if self._places else np.zeros(0, np.int64)
+        what = f"the batch of the samples {_shortened(ids)}" if len(ids) else self._what
         if not self._workers:
             return f"this process has been reading {what} for {waited}, at{_shown(self._stack())}"
         worker = self._taken % self._workers

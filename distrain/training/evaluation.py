@@ -67,25 +67,24 @@ def evaluate(
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
 
-    Up to `skip_corrupt` corrupt samples are skipped: they are {id: why} in `undecodable`, if there
+    Up to `skip_corrupt` corrupt samples are skipped: they are {id: why} in `corrupt_samples`, if there
     are any, and do not count as `samples`.
     """
     metrics.reset()
     tally = _Tally(loss, metrics, world)
     where = f"the evaluation of split '{split}'"
 
+    options = pass_options(
+        world,
+        batch_size=batch_size,
+        transform=transform,
+        workers=workers,
+        split=split,
+        skip_corrupt=skip_corrupt,
+    )
+
     def load() -> Iterable[Batch]:
-        return load_batches(
-            source,
-            rank=world.mesh.data_rank,
-            world_size=world.mesh.data_size,
-            batch_size=batch_size,
-            transform=transform,
-            workers=workers,
-            pin_memory=world.device.type == "cuda",
-            split=split,
-            skip_corrupt=skip_corrupt,
-        )
+        return load_batches(source, **options)
 
     def batches() -> Iterator[Batch]:
         loaded = iter(load())
@@ -139,6 +138,13 @@ def evaluate(
     return values
 
 
+def pass_options(world: World, **options: Any) -> dict[str, Any]:
+    """Return the arguments of `build_eval_loader` for this rank; `options` are those that depend on the recipe."""
+    mesh = world.mesh
+    pinned = world.device.type == "cuda"
+    return {"rank": mesh.data_rank, "world_size": mesh.data_size, "pin_memory": pinned, **options}
+
+
 class _Tally:
     """The sums and counts of this rank, and which samples they are of."""
 
@@ -183,6 +189,7 @@ def _pass_together(
     alone, so ranks agree on that as well.
     """
     failure: Exception | None = None
+    batch: Batch | None = None
 
     def fetch() -> Tensor:
         nonlocal batch
@@ -192,7 +199,6 @@ def _pass_together(
         return torch.tensor([batch is None], dtype=torch.float64)
 
     while True:
-        batch: Batch | None = None
         ended = int(world.sum_of_all(fetch, at_once=1))
         if stream and 0 < ended < world.world_size:
             raise RuntimeError(

@@ -10,10 +10,12 @@ from typing import Any
 
 from distrain.checkpoint import Evaluation, Manifest
 from distrain.config import UserError
+from distrain.datasets.base import AnySource
+from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.metrics import build_metrics
 from distrain.run.heartbeat import mark
 from distrain.training.callbacks.trackers import duration
-from distrain.training.evaluation import Interrupted, evaluate
+from distrain.training.evaluation import Interrupted, evaluate, pass_options
 from distrain.training.intervals import Interval
 from distrain.training.loop_state import LoopState, RunContext
 from distrain.training.ranking import criterion_for, data_since, evaluation_of, resume_ranking, scored_split
@@ -33,6 +35,8 @@ class Evaluator:
         self.criterion = world.run_on_all(lambda: criterion_for(recipe, self.metrics, context.data, self._data_since))
         self._warned: set[tuple[str, str]] = set()
         self._leave = world.store_flag()
+        self._loader: EvalLoader | None = None
+        """Of the split that is evaluated during training; its processes stay from one evaluation to the next."""
         self._every = Interval(recipe.eval.every, setup.horizon, "eval.every")
 
     def state_at(self, manifest: Manifest | None) -> LoopState:
@@ -113,7 +117,7 @@ class Evaluator:
 
     def run(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         """Return the loss and metrics of a split, which are written and shown; None where a request to stop came."""
-        context, recipe, strategy = self._context, self._context.recipe, self._context.t.strategy
+        context, strategy = self._context, self._context.t.strategy
         began = time.monotonic()
         mark("evaluate")
         strategy.broadcast_buffers()
@@ -126,14 +130,11 @@ class Evaluator:
                     world=context.world,
                     loss=context.t.loss,
                     metrics=self.metrics,
-                    batch_size=recipe.eval.batch or context.setup.feed.micro_batch_size,
-                    transform=context.setup.feed.transforms["eval"],
-                    workers=recipe.data.workers,
+                    **self._reading(split),
                     decode=context.data.meta.decode,
-                    split=split,
                     unsharded=strategy.unsharded,
                     stopping=self._asked_to_leave,
-                    skip_corrupt=recipe.data.skip_corrupt,
+                    load_batches=self._load,
                 )
             except Interrupted:
                 values = None
@@ -146,6 +147,39 @@ class Evaluator:
         if event == "eval":  # the final one is in the summary
             logger.info(f"step {context.t.step}  {split}: {format_values(values)}  ({duration(seconds)})")
         return values
+
+    def start_loading(self) -> None:
+        """Start the loader processes that stay from one evaluation to the next, if there will be several.
+
+        They are forked beside those of the training data: before the first step, as they keep what memory they share
+        with this process as it is then, and what this process changes later it has to copy.
+        """
+        if self.split is not None and self._context.recipe.eval.every is not None:
+            options = pass_options(self._context.world, **self._reading(self.split))
+            self._load(self._context.data.splits[self.split], **options).start()
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def _reading(self, split: str) -> dict[str, Any]:
+        """Return how a split is read."""
+        recipe, feed = self._context.recipe, self._context.setup.feed
+        return {
+            "batch_size": recipe.eval.batch or feed.micro_batch_size,
+            "transform": feed.transforms["eval"],
+            "workers": recipe.data.workers,
+            "split": split,
+            "skip_corrupt": recipe.data.skip_corrupt,
+        }
+
+    def _load(self, source: AnySource, *, split: str, **options: Any) -> EvalLoader:
+        if split != self.split:
+            return build_eval_loader(source, split=split, **options)
+        if self._loader is None:
+            self._loader = build_eval_loader(source, split=split, **options, keep=True)
+        return self._loader
 
     def _asked_to_leave(self) -> bool:
         if self._context.stop.reason is not None:

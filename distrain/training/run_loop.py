@@ -114,6 +114,7 @@ class Session(RunContext):
                 session.outcome = session.callbacks.fail(error, session.t.step)
                 raise
             finally:
+                session.evaluator.close()
                 session.checkpoints.saver.close()
                 session.callbacks.close(session.outcome or Outcome("stopped", session.t.step))
 
@@ -156,6 +157,8 @@ class Session(RunContext):
 
     def batches(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left; after a rollback, of those from its checkpoint on."""
+        if not self.at_end():
+            self.evaluator.start_loading()
         while not self.at_end():
             state, steps = self.state, self.setup.feed.batches(start_step=self.t.step)
             while self.state is state and not self.at_end():

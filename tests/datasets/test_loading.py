@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from logged import logged
-from runs import cli_rank, train, train_rank, write_recipe
+from runs import cli_rank, rows, train, train_rank, write_recipe
 from worlds import in_world
 
 from distrain.config import UserError
 from distrain.datasets import waiting
+from distrain.datasets.base import CorruptSample
 from distrain.datasets.batches import Batches
+from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.datasets.loading import load
 from distrain.run import heartbeat, stacks
 from distrain.run.folder import RunDir
@@ -121,6 +123,144 @@ def test_full_shared_memory_is_an_error_that_names_it(mib: float) -> None:
         assert "data.workers" in found
     else:  # as many as happen to be under way fit, or not
         assert found == "4 batches" or "/dev/shm" in found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loader processes that stay for the next pass
+
+
+class Marked:
+    """Sixteen samples, of which 5 is corrupt while `broken` exists; a batch holds the process that made it."""
+
+    def __init__(self, broken: Path):
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return 16
+
+    def fetch(self, ids: np.ndarray) -> dict[str, Any]:
+        if 5 in ids.tolist() and self.broken.exists():
+            raise CorruptSample(5, "sample 5 cannot be decoded")
+        return {"inputs": torch.full((len(ids),), os.getpid()), "ids": torch.from_numpy(ids)}
+
+
+def kept(source: Marked, batch_size: int = 3, workers: int = 2, skip: int = 0) -> EvalLoader:
+    options = {"rank": 0, "world_size": 1, "workers": workers, "skip_corrupt": skip, "keep": True}
+    return build_eval_loader(source, batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+def processes_of(batches: list[dict[str, Any]]) -> list[int]:
+    return [int(batch["inputs"][0]) for batch in batches]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_processes_make_every_pass(tmp_path: Path, batch_size: int, workers: int) -> None:
+    loader = kept(Marked(tmp_path / "none"), batch_size, workers)
+    loader.start()
+    started = {each.pid for each in multiprocessing.active_children()}
+    for _ in range(3):
+        batches = list(loader)
+        assert [each for batch in batches for each in batch["ids"].tolist() if each >= 0] == list(range(16))
+        assert set(processes_of(batches)) <= started
+    assert {each.pid for each in multiprocessing.active_children()} == started
+    assert len(started) == workers
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_pass_that_is_left_ends_its_processes_and_the_next_is_whole(tmp_path: Path) -> None:
+    loader = kept(Marked(tmp_path / "none"))
+    first = list(loader)
+    begun = iter(loader)
+    next(begun)
+    del begun
+    assert not multiprocessing.active_children()
+    begun = iter(loader)
+    next(begun)  # and is never ended
+    second = list(loader)
+    assert [batch["ids"].tolist() for batch in second] == [batch["ids"].tolist() for batch in first]
+    assert not set(processes_of(second)) & set(processes_of(first))
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.fault(21)
+def test_corrupt_samples_are_found_anew_in_each_pass(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    loader = kept(Marked(broken), skip=1)
+    found = []
+    for there in (True, True, False, True):
+        broken.touch() if there else broken.unlink()
+        found.append([batch["corrupt_samples"] for batch in loader if "corrupt_samples" in batch])
+    assert found == [[{5: "sample 5 cannot be decoded"}]] * 2 + [[]] + [[{5: "sample 5 cannot be decoded"}]]
+    loader.close()
+    strict = kept(Marked(broken))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^sample 5 cannot be decoded$"):
+            list(strict)
+        assert not multiprocessing.active_children()
+
+
+@pytest.mark.fault(43)
+def test_a_process_that_ends_between_passes_is_replaced(tmp_path: Path) -> None:
+    loader = kept(Marked(tmp_path / "none"))
+    first = list(loader)
+    os.kill(processes_of(first)[0], signal.SIGKILL)
+    for each in multiprocessing.active_children():
+        if each.pid == processes_of(first)[0]:
+            each.join(30)
+    with logged() as messages:
+        second = list(loader)
+    assert [batch["ids"].tolist() for batch in second] == [batch["ids"].tolist() for batch in first]
+    (said,) = messages
+    assert said.startswith("warning: a loader process ended while it was idle")
+    loader.close()
+
+
+class Written:
+    """Points whose test samples write down which process reads them, in the folder READERS."""
+
+    classes = ("a", "b")
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        folder = Path(os.environ["READERS"])
+        (folder / f"{self.split}-{os.getpid()}-{os.getppid()}").touch()  # the process and its parent
+        return torch.ones(3) * index, index % 2
+
+
+KEPT = """
+name: kept
+task: classification
+data: {name: "test_loading:Written", workers: 2}
+model: {name: mlp, hidden: [2]}
+batch: {global: 4}
+train: {steps: 3}
+eval: {every: 1 steps}
+"""
+
+
+def train_and_look(recipe: str, run: str, readers: str) -> tuple[int, int, int]:
+    """Return the status, this process, and how many children are left."""
+    os.environ["READERS"] = readers
+    status = train_rank(recipe, [], run, None, False).status
+    return status, os.getpid(), len(multiprocessing.active_children())
+
+
+def test_three_evaluations_start_one_set_of_loader_processes(tmp_path: Path) -> None:
+    recipe, run, readers = write_recipe(tmp_path, KEPT), tmp_path / "run", tmp_path / "readers"
+    readers.mkdir()
+    ((status, trained, left),) = in_world(1, train_and_look, str(recipe), str(run), str(readers), launched=False)
+    assert (status, left) == (0, 0)
+    assert len([row for row in rows(run) if row["event"] == "eval"]) == 3
+    loaders = [name.split("-")[0] for name in os.listdir(readers) if f"-{trained}" == name[name.rindex("-") :]]
+    assert sorted(loaders) == ["test"] * 2 + ["train"] * 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
