@@ -22,6 +22,7 @@ from logged import logged
 from runs import cli_rank, rows, train, train_rank, write_recipe
 from worlds import in_world
 
+from distrain import Callback
 from distrain.config import UserError
 from distrain.datasets import waiting
 from distrain.datasets.base import CorruptSample
@@ -246,20 +247,39 @@ eval: {every: 1 steps}
 """
 
 
-def train_and_look(recipe: str, run: str, readers: str) -> tuple[int, int, int]:
-    """Return the status, this process, and how many children are left."""
-    os.environ["READERS"] = readers
-    status = train_rank(recipe, [], run, None, False).status
-    return status, os.getpid(), len(multiprocessing.active_children())
+class Broken(Callback):
+    """Fails after a step."""
+
+    def on_step_end(self, step: int, metrics: Any) -> None:
+        if step == 2:
+            raise RuntimeError("no such metric")
 
 
-def test_three_evaluations_start_one_set_of_loader_processes(tmp_path: Path) -> None:
-    recipe, run, readers = write_recipe(tmp_path, KEPT), tmp_path / "run", tmp_path / "readers"
+def train_and_look(recipe: str, folder: str, how: str) -> tuple[int, int]:
+    """Return the status, and how many children are left."""
+    os.environ["READERS"], run = folder, str(Path(folder).with_suffix(".run"))
+    stop_after = 2 if how == "asked to stop" else None
+    ended = train_rank(recipe, [], run, stop_after, False, callbacks=[Broken()] if how == "failed" else [])
+    children = multiprocessing.active_children()
+    for each in children:
+        each.join(30)
+    (Path(folder) / "trained").write_text(str(os.getpid()))
+    return ended.status, sum(each.is_alive() for each in children)
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "evaluations"), [("finished", 0, 3), ("asked to stop", 0, 1), ("failed", 1, 1)]
+)
+def test_evaluations_start_one_set_of_loader_processes_that_ends_with_the_run(
+    tmp_path: Path, how: str, status: int, evaluations: int
+) -> None:
+    recipe, readers = write_recipe(tmp_path, KEPT), tmp_path / "readers"
     readers.mkdir()
-    ((status, trained, left),) = in_world(1, train_and_look, str(recipe), str(run), str(readers), launched=False)
-    assert (status, left) == (0, 0)
-    assert len([row for row in rows(run) if row["event"] == "eval"]) == 3
-    loaders = [name.split("-")[0] for name in os.listdir(readers) if f"-{trained}" == name[name.rindex("-") :]]
+    assert in_world(1, train_and_look, str(recipe), str(readers), how, launched=False) == [(status, 0)]
+    evaluated = [row for row in rows(readers.with_suffix(".run")) if row["event"] == "eval"]
+    assert len(evaluated) == evaluations
+    trained = (readers / "trained").read_text()
+    loaders = [path.name.split("-")[0] for path in readers.iterdir() if path.name.endswith(f"-{trained}")]
     assert sorted(loaders) == ["test"] * 2 + ["train"] * 2
 
 
