@@ -22,7 +22,7 @@ from distrain.diagnose.index_errors import given
 from distrain.optim import set_lr
 from distrain.parallel import StepFlags, StepRecord, World
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import mark, stepped
+from distrain.run.heartbeat import enter_phase, stepped
 from distrain.run.lease import Lease
 from distrain.training.callbacks.base import Callback
 from distrain.training.context import PendingMetrics, TrainContext, loss_of, seed_dropout, to_device
@@ -79,7 +79,7 @@ def train_step(
     if anomalies is not None and (known := anomalies.skipped(t.step + 1)) is not None:
         return _skip_known(t, known, flags())
     given(f"step {t.step + 1}", micro_batches)
-    mark("sync")
+    enter_phase("sync")
     set_lr(strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     loss_scale = _loss_scale(t, micro_batches)
     clip_norm, last = t.recipe.optim.clip_norm, len(micro_batches) - 1
@@ -93,19 +93,19 @@ def train_step(
             batch = to_device(batch, world)
             seed_dropout(world, _seed(t, index))
             with strategy.micro_batch(last=index == last):
-                mark("forward")
+                enter_phase("forward")
                 loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch)
                 loss_scale = _as_scalar(loss_scale, loss_sum)
                 losses.append(loss_sum.detach() * loss_scale)
                 if index == last:
                     loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
                     agree = strategy.agree_async(loss, flags())
-                mark("backward")
+                enter_phase("backward")
                 scale = loss_scale if grad_scale is None else loss_scale * grad_scale
                 strategy.backward(loss_sum, scale, last=index == last)
-        mark("sync")
+        enter_phase("sync")
         record = agree()
-        mark("optimizer")
+        enter_phase("optimizer")
         t.local = LocalStepResult(losses, [each["ids"] for each in micro_batches])
         norm: Tensor | None = None
         if watched or grad_scale is not None or clip_norm is not None:

@@ -45,7 +45,7 @@ from distrain.checkpoints.format import (
 from distrain.checkpoints.headers import flat_entry, pack_header, read_header
 from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
 from distrain.checkpoints.reading import best_first, hash_file, list_checkpoints, open_descriptor
-from distrain.run.heartbeat import mark, progress
+from distrain.run.heartbeat import enter_phase, progress
 
 _CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
 
@@ -309,7 +309,7 @@ class Saver:
         flight = self._flight
         if flight is None:
             return None
-        mark("save")
+        enter_phase("save")
         if flight.thread:
             flight.thread.join()
         files, problems = self._gather(flight.file, flight.error)

@@ -63,7 +63,7 @@ def _integers(batch: Batch) -> Batch:
 
 
 @contextmanager
-def told_plainly(
+def explaining_errors(
     parts: Callable[[], tuple[nn.Module | None, Loss | None]], lost: Callable[[UserError], None] | None = None
 ) -> Iterator[None]:
     """Raise UserError in place of errors about an index in the data, or an operation without a deterministic form.

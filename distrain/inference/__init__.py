@@ -19,7 +19,7 @@ from distrain.data import Transform, build_data, build_eval_loader, build_transf
 from distrain.datasets.base import AnySource, Batch, Data, is_stream, keys_of, warnings_of
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
-from distrain.diagnose.index_errors import given, told_plainly
+from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.inference.outputs import PredictionFile, Predictions, open_predictions, predicted, target_columns
 from distrain.metrics import build_metrics
@@ -156,8 +156,8 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     for warning in warnings_of(source):
         logger.warning(warning)
     loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
-    heartbeat.mark("evaluate")
-    with told_plainly(lambda: (trained.model, loss), _log_error):
+    heartbeat.enter_phase("evaluate")
+    with explaining_errors(lambda: (trained.model, loss), _log_error):
         values = evaluate(
             trained.model,
             trained.call,
@@ -215,8 +215,8 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
         for warning in warnings_of(source):
             logger.warning(warning)
         skipped: dict[int, str] = {}
-        heartbeat.mark("evaluate")
-        with told_plainly(lambda: (trained.model, None), _log_error):
+        heartbeat.enter_phase("evaluate")
+        with explaining_errors(lambda: (trained.model, None), _log_error):
             count = sum(_predict(trained, source, trained.transform(), inputs, file, skipped))
         file.write()
     finally:

@@ -17,7 +17,7 @@ from distrain.launchers.preflight import gpu_count, join_launcher, worker_enviro
 from distrain.launchers.reporting import leave_to_rank_0, report, reported
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
 from distrain.run.folder import RunDir, describe_effect
-from distrain.run.lease import Holder, Lease, check_free, take
+from distrain.run.lease import Holder, Lease, check_free, take_lease
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import rank_told, under_torch_launcher
 from distrain.system.job_environment import job_environment
@@ -156,7 +156,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
             if not (alone or opened):
                 prepare(request, search=False)
             holder, step = Holder.of_this_process(), newest_step(run.checkpoints) or 0
-            taken = take(run, holder, step=step, processes=world.world_size, strategy=request.strategy)
+            taken = take_lease(run, holder, step=step, processes=world.world_size, strategy=request.strategy)
             run.clear_markers(requeued=holder.restart > 0)
             return taken
 

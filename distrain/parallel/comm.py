@@ -300,27 +300,27 @@ class World:
 
 
 class StoreFlag:
-    """A fact that any rank can state and every rank can look up, without a collective."""
+    """A fact that any rank can set and every rank can look up, without a collective."""
 
     _LOOK_EVERY_S = 0.5
 
     def __init__(self, store: dist.Store | None, key: str):
         self._store, self._key = store, key
-        self._stated = False
+        self._is_set = False
         self._looked_at = -math.inf
 
-    def state(self) -> None:
-        """Tell all ranks."""
-        if not self._stated and self._store is not None:
+    def set(self) -> None:
+        """Set the flag on all ranks."""
+        if not self._is_set and self._store is not None:
             self._store.set(self._key, "")
-        self._stated = True
+        self._is_set = True
 
-    def stated(self) -> bool:
+    def is_set(self) -> bool:
         """Whether some rank has set it; asks the others' store twice a second at most."""
-        if not self._stated and self._store is not None and time.monotonic() - self._looked_at > self._LOOK_EVERY_S:
+        if not self._is_set and self._store is not None and time.monotonic() - self._looked_at > self._LOOK_EVERY_S:
             self._looked_at = time.monotonic()
-            self._stated = self._store.check([self._key])
-        return self._stated
+            self._is_set = self._store.check([self._key])
+        return self._is_set
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:

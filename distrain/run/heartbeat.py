@@ -1,6 +1,6 @@
 """What each rank is doing: noted by the loop as it goes, and kept in the run folder for whoever looks after the run.
 
-    mark("forward")      the loop enters a phase: two attributes change, nothing waits and nothing is written
+    enter_phase("forward")      the loop enters a phase: two attributes change, nothing waits and nothing is written
     progress()           a long operation makes progress: a chunk of a file was written
     stepped(step)        an optimizer step is done
 
@@ -142,7 +142,7 @@ def begin() -> Now:
     return _now
 
 
-def mark(phase: str) -> None:
+def enter_phase(phase: str) -> None:
     """Note that a phase is entered, which also ends the one before; less than half a microsecond."""
     now, index, clock = _now, _INDEX[phase], perf_counter()
     now.seconds[now.phase] += clock - now.since

@@ -149,7 +149,7 @@ def check_free(run: RunDir, holder: Holder) -> None:
         lock.close()
 
 
-def take(
+def take_lease(
     run: RunDir, holder: Holder, *, step: int, processes: int, strategy: str, restarts: int | None = None
 ) -> Lease:
     """Rank 0: take the run for this attempt, which resumes from `step`, and note that it began.

@@ -13,7 +13,7 @@ import numpy as np
 from distrain.checkpoints.export import export
 from distrain.config import UserError
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import mark
+from distrain.run.heartbeat import enter_phase
 from distrain.run.json_files import rows_backwards
 from distrain.training.callbacks.base import Outcome
 from distrain.training.loop_state import RunContext
@@ -85,7 +85,7 @@ def finish(context: RunContext) -> dict[str, Any]:
         context.fence()
         run.mark_finished(summary)
 
-    mark("finish")
+    enter_phase("finish")
     for note in world.run_on_rank0(write):
         logger.info(f"export: {note}")
     context.callbacks.end(Outcome("finished", summary["steps"], summary=MappingProxyType(summary)))

@@ -22,7 +22,7 @@ from distrain.metrics import MetricSet
 from distrain.networks.calling import Convention, ModelOutput
 from distrain.optim import Loss
 from distrain.parallel import World
-from distrain.run.heartbeat import mark
+from distrain.run.heartbeat import enter_phase
 from distrain.training.context import to_device
 
 
@@ -89,7 +89,7 @@ def evaluate(
     def batches() -> Iterator[Batch]:
         loaded = iter(load())
         while True:
-            mark("evaluate")
+            enter_phase("evaluate")
             if stopping():
                 raise Interrupted(f"{where} was left for a request to stop")
             if (batch := next(loaded, None)) is None:

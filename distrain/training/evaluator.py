@@ -13,7 +13,7 @@ from distrain.config import UserError
 from distrain.datasets.base import AnySource
 from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.metrics import build_metrics
-from distrain.run.heartbeat import mark
+from distrain.run.heartbeat import enter_phase
 from distrain.training.callbacks.trackers import duration
 from distrain.training.evaluation import Interrupted, evaluate, pass_options
 from distrain.training.intervals import Interval
@@ -119,7 +119,7 @@ class Evaluator:
         """Return the loss and metrics of a split, which are written and shown; None where a request to stop came."""
         context, strategy = self._context, self._context.t.strategy
         began = time.monotonic()
-        mark("evaluate")
+        enter_phase("evaluate")
         strategy.broadcast_buffers()
         with strategy.ema_weights():
             try:
@@ -183,8 +183,8 @@ class Evaluator:
 
     def _asked_to_leave(self) -> bool:
         if self._context.stop.reason is not None:
-            self._leave.state()
-        return self._leave.stated()
+            self._leave.set()
+        return self._leave.is_set()
 
     def chosen(self, saved_step: int) -> tuple[int, str]:
         """Return the step whose model is exported, and why: the best where the recipe names one, else the last."""

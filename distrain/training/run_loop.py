@@ -14,12 +14,12 @@ from torch import nn
 from distrain.checkpoint import Manifest
 from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
-from distrain.diagnose.index_errors import told_plainly
+from distrain.diagnose.index_errors import explaining_errors
 from distrain.diagnose.memory_advice import explained
 from distrain.optim import Loss, set_lr
 from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import mark, starts_at
+from distrain.run.heartbeat import enter_phase, starts_at
 from distrain.run.json_files import append_row
 from distrain.run.lease import Lease
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Requests, StepMetrics
@@ -102,12 +102,12 @@ class Session(RunContext):
 
         end = last_word if lost is not None else None
         with explained(recipe, world) as attempt:
-            with told_plainly(parts, end):
+            with explaining_errors(parts, end):
                 session = cls(run, recipe, world, stop, lease, callbacks, built_in)
             attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
                 # inside: what is put in order below needs a device that works
-                with told_plainly(parts, end):
+                with explaining_errors(parts, end):
                     session._begin()
                     yield session
             except Exception as error:
@@ -164,7 +164,7 @@ class Session(RunContext):
             while self.state is state and not self.at_end():
                 step = self.t.step + 1
                 self.callbacks.step_start(step)
-                mark("data")
+                enter_phase("data")
                 if (micro_batches := next(steps, None)) is None:
                     return
                 self.callbacks.batches(step, micro_batches)

@@ -13,7 +13,7 @@ from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver,
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
 from distrain.models import transformers_config
-from distrain.run.heartbeat import mark
+from distrain.run.heartbeat import enter_phase
 from distrain.training.callbacks.base import SavedCheckpoint
 from distrain.training.intervals import Interval
 from distrain.training.loop_state import RunContext
@@ -64,7 +64,7 @@ class Checkpoints:
         context, t, strategy = self._context, self._context.t, self._context.t.strategy
         if context.state.saved_step == t.step:
             return
-        mark("save")
+        enter_phase("save")
         state = strategy.state
         self.finish()
         if not strategy.all_finite():
@@ -149,7 +149,7 @@ class Checkpoints:
     def restore_newest(self) -> Manifest:
         """Restore the newest one, as the next attempt would; returns its manifest."""
         self.finish()
-        mark("setup")
+        enter_phase("setup")
         folder = self._context.run.checkpoints
         newest, _ = self._context.world.run_on_rank0(lambda: find_newest(folder))
         if newest is None:

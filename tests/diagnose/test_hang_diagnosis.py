@@ -25,7 +25,7 @@ from distrain.diagnose.hang_diagnosis.gpus import describe_gpus, gpu_faults, par
 from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
 from distrain.launchers import reported
 from distrain.run import heartbeat, stacks
-from distrain.run.heartbeat import Heartbeat, mark, stepped
+from distrain.run.heartbeat import Heartbeat, enter_phase, stepped
 from distrain.run.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -420,15 +420,15 @@ def test_a_first_step_may_take_as_long_as_the_set_up() -> None:
     limits = Limits(setup=30.0, step=10.0, save=20.0, evaluate=5.0)
     now = heartbeat.begin()
     assert limits.at(now) == 30
-    mark("forward")
+    enter_phase("forward")
     assert limits.at(now) == 30
     stepped(1)
-    mark("data")
+    enter_phase("data")
     assert limits.at(now) == 10
     for phase, limit in (("evaluate", 5), ("save", 20), ("finish", 20), ("backward", 10), ("setup", 30)):
-        mark(phase)
+        enter_phase(phase)
         assert limits.at(now) == limit
-    mark("ended")
+    enter_phase("ended")
     assert limits.at(now) is None
     assert Limits(None, 10.0, None, None).at(heartbeat.begin()) is None
     assert Limits(None, None, None, None).interval_s == 5
@@ -466,7 +466,7 @@ def look(watchdog: Watchdog, *passed: float) -> float:
 def test_time_without_progress_is_counted(quiet: Watchdog) -> None:
     look(quiet, 1.0)
     assert look(quiet, 1.0, 1.0) == 3
-    mark("data")
+    enter_phase("data")
     assert look(quiet, 1.0) == 0
     assert look(quiet, 1.0) == 1
     heartbeat.progress()
@@ -512,7 +512,7 @@ def test_a_run_that_continues_is_not_taken_to_hang(quiet: Watchdog) -> None:
     assert found is not None
     assert found.stalled is not None
     assert Where.of(found.stalled) is not None
-    mark("data")
+    enter_phase("data")
     look(quiet, 1.0)
     found = heartbeat.read_heartbeat(quiet.run, 0)
     assert found is not None

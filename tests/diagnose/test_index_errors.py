@@ -17,7 +17,7 @@ from worlds import running_world
 
 from distrain.config import UserError
 from distrain.diagnose import index_errors as indices
-from distrain.diagnose.index_errors import DeviceLost, given, told_plainly
+from distrain.diagnose.index_errors import DeviceLost, explaining_errors, given
 from distrain.parallel import determinism
 from distrain.run.folder import RunDir
 
@@ -80,7 +80,7 @@ def batch(ids: list[int], targets: list[int], tokens: list[list[int]] | None = N
 
 
 def told(error: Exception, model: nn.Module | None = None) -> str:
-    with pytest.raises(UserError) as caught, told_plainly(lambda: (model, Loss())):  # type: ignore[arg-type, return-value]
+    with pytest.raises(UserError) as caught, explaining_errors(lambda: (model, Loss())):  # type: ignore[arg-type, return-value]
         raise error
     assert isinstance(caught.value, DeviceLost)
     return str(caught.value)
@@ -108,7 +108,7 @@ def test_what_a_lost_gpu_was_given_is_looked_through_on_the_host() -> None:
     )
     assert "asynchronously" not in text
     # errors of the model's own are left as they are
-    with pytest.raises(IndexError), told_plainly(lambda: (model, Loss())):  # type: ignore[arg-type, return-value]
+    with pytest.raises(IndexError), explaining_errors(lambda: (model, Loss())):  # type: ignore[arg-type, return-value]
         raise IndexError("list index out of range")
 
 

@@ -98,7 +98,7 @@ def test_a_rank_without_memory_is_named(tmp_path: Path, overrides: list[str], wh
 )
 def test_what_a_rank_was_doing_is_what_its_heartbeat_says(now: str, module: str, words: str) -> None:
     heartbeat.begin()
-    heartbeat.mark(now)
+    heartbeat.enter_phase(now)
     with pytest.raises(MemoryError) as raised:
         exec("raise MemoryError", {"__name__": module})
     assert out_of_memory.phase(raised.tb) == words

@@ -33,7 +33,7 @@ from distrain.launchers import (
     unsaid_failures,
 )
 from distrain.run.folder import Launch, RunDir
-from distrain.run.lease import Holder, take
+from distrain.run.lease import Holder, take_lease
 
 # --------------------------------------------------------------------------------------------------------------------
 # Plans
@@ -190,7 +190,7 @@ def test_update_replaces_the_rows_of_steps_that_it_trains_again(tmp_path: Path) 
 
 
 def hold(run: str) -> None:
-    lease = take(RunDir(run), Holder.of_this_process(), step=0, processes=1, strategy="single")
+    lease = take_lease(RunDir(run), Holder.of_this_process(), step=0, processes=1, strategy="single")
     (Path(run) / "held").touch()
     time.sleep(60)
     lease.release(clean=True)

@@ -23,8 +23,8 @@ from distrain.run.folder import RunDir
 from distrain.run.heartbeat import (
     at_this_moment,
     ending_hung,
+    enter_phase,
     hang_of,
-    mark,
     progress,
     read_heartbeat,
     read_heartbeats,
@@ -39,7 +39,7 @@ from distrain.system.processes import process_started, process_state
 
 def test_a_mark_costs_less_than_a_microsecond() -> None:
     heartbeat.begin()
-    assert min(timeit.repeat(lambda: mark("forward"), number=20_000, repeat=5)) / 20_000 < 1e-6
+    assert min(timeit.repeat(lambda: enter_phase("forward"), number=20_000, repeat=5)) / 20_000 < 1e-6
 
 
 def test_what_is_noted() -> None:
@@ -48,25 +48,25 @@ def test_what_is_noted() -> None:
     starts_at(40)
     assert (now.step, now.steps) == (40, 0), "a resumed run"
     for phase in ("data", "sync", "forward", "backward", "optimizer"):
-        mark(phase)
+        enter_phase(phase)
     assert (now.phase, now.marks) == ("optimizer", 5)
     ticks = now.ticks
     progress()
     assert now.ticks == ticks + 1
-    mark("data")
+    enter_phase("data")
     time.sleep(0.02)
     stepped(41)
     assert (now.step, now.marks, now.steps) == (41, 0, 1)
     assert set(now.seconds.values()) == {0.0}, "the first step may have compiled"
-    mark("forward")
+    enter_phase("forward")
     time.sleep(0.02)
-    mark("backward")
+    enter_phase("backward")
     assert 0.02 <= now.seconds["forward"] < 0.5
     assert list(now.board) == [41, 2, list(heartbeat.PHASES).index("backward")]
     with pytest.raises(KeyError):
-        mark("lunch")
+        enter_phase("lunch")
     assert (now.phase, now.marks) == ("backward", 2)
-    mark("optimizer")
+    enter_phase("optimizer")
 
 
 def test_heartbeats_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_processes_are_known_by_their_start() -> None:
 def note_and_stop(folder: str) -> None:
     with Watchdog.over(RunDir(folder), WatchdogSection(), rank=0, world_size=1):
         starts_at(5)
-        mark("data")
-        mark("forward")
+        enter_phase("data")
+        enter_phase("forward")
         os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -16,7 +16,7 @@ from distrain.config import UserError
 from distrain.run import lease
 from distrain.run.folder import RunDir
 from distrain.run.json_files import read_rows
-from distrain.run.lease import Holder, Lease, Replaced, check_free, take
+from distrain.run.lease import Holder, Lease, Replaced, check_free, take_lease
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.job_environment import JobEnvironment
 
@@ -32,7 +32,7 @@ def start(job: str | None = None, restart: int = 0, host: str | None = None) -> 
 
 
 def taken(run: RunDir, holder: Holder, step: int = 0, restarts: int | None = None) -> Lease:
-    return take(run, holder, step=step, processes=2, strategy="ddp", restarts=restarts)
+    return take_lease(run, holder, step=step, processes=2, strategy="ddp", restarts=restarts)
 
 
 def test_a_start_is_noted(run: RunDir) -> None:

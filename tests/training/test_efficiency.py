@@ -148,7 +148,7 @@ class Event:
 
 def enter(*phases: str) -> None:
     for phase in phases:
-        heartbeat.mark(phase)
+        heartbeat.enter_phase(phase)
 
 
 STEP = ("data", "callbacks", "sync", "forward", "backward", "forward", "backward", "sync", "optimizer", "callbacks")
@@ -186,7 +186,7 @@ def test_the_host_counts_each_step_once_and_not_the_first() -> None:
         heartbeat.stepped(step)
     found = times.take()
     assert set(found) == set(PARTS)
-    heartbeat.mark("data")
+    heartbeat.enter_phase("data")
     assert found["forward_backward_s"] <= (now.seconds["forward"] + now.seconds["backward"]) / 2
     assert times.take() == {}
 

@@ -185,7 +185,7 @@ class Watchdog:
         self._stuck.close()
         self._stuck_path(self.rank).unlink(missing_ok=True)
         self.now.limit, self.now.watched = None, False
-        heartbeat.mark("ended")
+        heartbeat.enter_phase("ended")
         self._stalled = None
         self._write()
 

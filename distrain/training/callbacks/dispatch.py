@@ -24,7 +24,7 @@ from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
-from distrain.run.heartbeat import mark
+from distrain.run.heartbeat import enter_phase
 from distrain.system.output import error_line
 from distrain.training.callbacks.base import (
     HOOKS,
@@ -216,7 +216,7 @@ class Callbacks:
     def _call(self, name: str, hook: str, method: Callable[..., None], *args: Any, step: int | None = None) -> None:
         if self._failure is not None:
             return
-        mark("callbacks")
+        enter_phase("callbacks")
         try:
             method(*args)
         except Exception as error:
