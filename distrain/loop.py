@@ -94,7 +94,7 @@ def train_step(
             seed_dropout(world, _seed(t, index))
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
-                loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch)
+                loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch, inside=t.loss_inside)
                 loss_scale = _as_scalar(loss_scale, loss_sum)
                 losses.append(loss_sum.detach() * loss_scale)
                 if index == last:

@@ -302,6 +302,26 @@ class ProfileSection(Section):
     """Whose traces are written: those of rank 0, or of all ranks."""
 
 
+class CompileSection(Section):
+    """How torch.compile is called."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """What is paid for faster kernels: reduce-overhead records CUDA graphs, and max-autotune tries kernels out, for
+    minutes."""
+    fullgraph: bool = False
+    """Whether it is an error that a part cannot be compiled; otherwise that part runs as it is."""
+    dynamic: OnOff = "auto"
+    """Whether code is compiled for sizes that vary; auto does so once a second size comes."""
+    backend: Text = "inductor"
+    """The compiler, by the name that torch knows it by."""
+
+
+AnyCompile = Annotated[
+    Annotated[OnOff, Tag("<word>")] | Annotated[CompileSection, Tag("<mapping>")],
+    Discriminator(lambda value: "<mapping>" if isinstance(value, dict | CompileSection) else "<word>"),
+]
+
+
 class TrainSection(Section):
     """Length and precision of training. Exactly one of epochs, steps and tokens."""
 
@@ -319,8 +339,9 @@ class TrainSection(Section):
     deterministic: bool | Literal["auto"] = "auto"
     """Whether only deterministic operations are allowed, which slows steps on GPUs; CPUs are always deterministic. auto
     is true in `distrain prove` and false elsewhere."""
-    compile: bool = False
-    """Whether the model is compiled with torch.compile."""
+    compile: AnyCompile = False
+    """Whether the model and its loss are compiled together, with torch.compile. auto does so on a GPU that it has a
+    compiler for, and runs what cannot be compiled as it is, with a warning; a mapping says how."""
     activation_checkpointing: bool | Text = False
     """Whether each block of the model keeps only its inputs and recomputes its activations in the backward pass: less
     memory for about a third more time, and the same numbers. A class name makes its instances the blocks."""
@@ -367,6 +388,9 @@ class TuneSection(Section):
     flash_attention: OnOff = "auto"
     """Whether scaled_dot_product_attention takes a kernel that holds no matrix of weights; auto: wherever torch has one
     for its inputs. true: an attention for which it has none is an error."""
+    chunked_loss: OnOff = "auto"
+    """The cross entropy of a language model in chunks of tokens, each with its part of the last layer, so that its
+    logits are never whole; auto: where a micro-batch has more than 2^24 of them and the model's last layer is known."""
     tf32: OnOff = "auto"
     """Products of fp32 tensors in TF32 on tensor cores, ten bits of the mantissa; auto: for what stays fp32 under bf16,
     fp16 and fp8. Never under fp32 unless it is true."""
@@ -401,7 +425,8 @@ class EvalSection(Section):
     best: Text | None = None
     """The metric that decides which checkpoint is best, such as accuracy or -loss; None takes the loss."""
     batch: BatchSize | None = None
-    """Samples in one forward pass of one process; None takes the micro batch size."""
+    """Samples in one forward pass of one process; None takes the micro batch size, or fewer where tune.chunked_loss is
+    on and they would have more than 2^28 logits."""
     early_stop: EarlyStopSection | None = None
     """When to stop early; None trains to the end."""
 

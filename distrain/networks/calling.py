@@ -61,8 +61,8 @@ def calling_convention(model: nn.Module) -> Convention:
             named = by_name.get(keys)
             if named is None:
                 named = by_name[keys] = _takes_names(unwrapped, signature, keys)
-            return _output(model(**inputs) if named else model(inputs))
-        return _output(model(inputs))
+            return model_output(model(**inputs) if named else model(inputs))
+        return model_output(model(inputs))
 
     return call
 
@@ -107,13 +107,14 @@ def _transformers_convention(unwrapped: Any) -> Convention:
             named = dict(inputs)
         if masks and pad_id is not None and "input_ids" in named and "attention_mask" not in named:
             named["attention_mask"] = named["input_ids"] != pad_id
-        output = _output(model(**named, **always))
+        output = model_output(model(**named, **always))
         return output if output.aux_loss is None else output._replace(aux_loss=coefficient * output.aux_loss)
 
     return call
 
 
-def _output(raw: Any) -> ModelOutput:
+def model_output(raw: Any) -> ModelOutput:
+    """Return what a model's forward has returned as a `ModelOutput`; raises UserError where it holds no logits."""
     if isinstance(raw, Tensor):
         return ModelOutput(raw)
     if isinstance(raw, ModelOutput):

@@ -23,6 +23,7 @@ class GPT(nn.Module):
     """
 
     _no_split_modules = ["Block"]  # what FSDP shards as one unit, read by Accelerate
+    output_head = "head"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distrain.config import Recipe, UserError
+from distrain.config import CompileSection, Recipe, UserError
 from distrain.datasets.batch_sizes import batch_shape
 from distrain.parallel.accelerate_config import DEFAULTS, Configuration, SourcedValue, plain
 from distrain.parallel.strategy_spec import StrategyHint
@@ -264,7 +264,7 @@ def _owned(
     clipping = recipe.optim.clip_norm
     own: dict[str, tuple[str, Any]] = {
         "mixed_precision": ("train.precision", _ACCELERATE_PRECISION.get(precision, precision)),
-        "dynamo_backend": ("train.compile", "inductor" if recipe.train.compile else "no"),
+        "dynamo_backend": ("train.compile", _compiler(recipe)),
         "fsdp_activation_checkpointing": (
             "train.activation_checkpointing",
             bool(recipe.train.activation_checkpointing),
@@ -293,6 +293,13 @@ def _owned(
             yield stated, f"optim.{name}", extra.get(name)
         elif key.startswith(("deepspeed.optimizer.", "deepspeed.scheduler.")):
             yield stated, "schedule" if "scheduler" in key else "optim", None
+
+
+def _compiler(recipe: Recipe) -> str:
+    """Return what Accelerate would call the compiler; for auto the one that is taken where any is."""
+    if recipe.train.compile is False:
+        return "no"
+    return recipe.train.compile.backend if isinstance(recipe.train.compile, CompileSection) else "inductor"
 
 
 def _same(stated: Any, value: Any) -> bool:

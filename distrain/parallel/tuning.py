@@ -30,6 +30,21 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Logits:
+    """The logits of a language model, as far as its loss can take them in chunks."""
+
+    head: str = ""
+    """The layer that makes them; empty where it is not known, or was not looked for."""
+    count: int = 0
+    """How many a micro-batch has."""
+    obstacle: str = "the model is not trained here"
+    """Why its loss cannot take them in chunks; empty where it can."""
+
+
+NO_LOGITS = Logits()
+
+
+@dataclass(frozen=True)
 class Facts:
     """What rules go by. The same on every rank."""
 
@@ -56,6 +71,8 @@ class Facts:
     """Whether all inputs have one shape."""
     fused: str | None = None
     """What `distrain.optim.fused_kernel` returns; None also where there is no optimizer."""
+
+    logits: Logits = NO_LOGITS
 
     def has(self, *kinds: type[nn.Module]) -> bool:
         """Whether the model has a layer of these kinds."""
@@ -231,6 +248,19 @@ def _flash_attention(facts: Facts) -> Choice:
     return Choice(True, "where torch has a kernel for the inputs")
 
 
+MANY_LOGITS = 2**24
+"""Of a micro-batch, 64 MiB in fp32: with more of them their chunks are worth it."""
+
+
+def _chunked_loss(facts: Facts) -> Choice:
+    logits = facts.logits
+    if logits.obstacle:
+        return _no(logits.obstacle)
+    if logits.count <= MANY_LOGITS:
+        return Choice(False, f"a micro-batch has few logits ({logits.count:,})")
+    return Choice(True, f"{logits.count:,} logits of a micro-batch, by {logits.head}")
+
+
 RULES: dict[str, Callable[[Facts], Choice]] = {
     "channels_last": _channels_last,
     "cudnn_benchmark": _cudnn_benchmark,
@@ -239,6 +269,7 @@ RULES: dict[str, Callable[[Facts], Choice]] = {
     "fused_optimizer": _fused_optimizer,
     "flash_attention": _flash_attention,
     "tf32": _tf32,
+    "chunked_loss": _chunked_loss,
     "cast_before_gather": _cast_before_gather,
     "cast_before_reduce": _cast_before_reduce,
     "prefetch": _prefetch,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distrain.networks.undisturbed import undisturbed, use_stand_ins
+
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,8 +68,6 @@ def _without_values(
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and only sharding needs it
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    kept = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     inner = model.forward
 
     @functools.wraps(inner)
@@ -75,30 +75,11 @@ def _without_values(
         with mode, inner_mode or nullcontext():
             return inner(*args, **kwargs)
 
-    try:
+    with undisturbed(model):
         with mode:
-            stand_ins: dict[int, nn.Parameter] = {}
-            for module in model.modules():
-                for key, parameter in module._parameters.items():
-                    if parameter is not None:
-                        if id(parameter) not in stand_ins:
-                            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                            stand_ins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                        module._parameters[key] = stand_ins[id(parameter)]
+            use_stand_ins(model, device)
         model.forward = forward
         yield mode
-    finally:
-        for module, attributes, parameters, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            # what is computed from buffers alone, such as a count of batches, is computed for real
-            for buffer, before in values:
-                buffer.copy_(before)
 
 
 _REARRANGED = ("t", "transpose", "permute", "view", "_unsafe_view", "unsqueeze", "squeeze")

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ from distrain.datasets.transforms import FINISH
 from distrain.networks.calling import Convention
 from distrain.optim import Loss, Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
+from distrain.training.compiling import NOTHING, Compiled
 from distrain.training.forward import told_of
+from distrain.training.inner_loss import TARGETS
 from distrain.training.skipping import Anomalies, LocalStepResult
 
 
@@ -32,6 +35,12 @@ class TrainContext:
     """How the model is called on inputs."""
     loss: Loss
     schedule: Schedule
+    logits_per_sample: int = 0
+    """Of a language model whose loss is computed in chunks of them; 0 for others."""
+    loss_inside: bool = False
+    """Whether the model computes its loss itself; see `compute_loss_inside`."""
+    compiled: Compiled = NOTHING
+    """What is compiled, and why."""
     step: int = 0
     anomalies: Anomalies | None = None
     """Judges which steps are skipped; None skips none."""
@@ -63,13 +72,20 @@ class PendingMetrics(NamedTuple):
     """What this rank has computed; None for a step that was known to be skipped."""
 
 
-def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
-    """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted."""
-    with told_of(model, len(batch["targets"])):
-        outputs = call(model, batch["inputs"])
-    loss_sum, count = loss.sum_and_count(loss.select(outputs), batch["targets"])
+def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch, *, inside: bool = False) -> Tensor:
+    """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted.
+
+    `inside`: whether the model computes its loss itself; see `compute_loss_inside`.
+    """
+    targets = batch["targets"]
+    if inside:
+        loss.check_targets(targets)
+    with told_of(model, len(targets)):
+        called: Any = partial(model, **{TARGETS: targets}) if inside else model
+        outputs = call(called, batch["inputs"])
+    loss_sum = outputs.logits if inside else loss.sum_and_count(loss.select(outputs), targets)[0]
     if outputs.aux_loss is not None:
-        loss_sum = loss_sum + outputs.aux_loss * count.to(loss_sum.dtype)
+        loss_sum = loss_sum + outputs.aux_loss * loss.count(targets).to(loss_sum.dtype)
     return loss_sum
 
 

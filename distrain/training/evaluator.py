@@ -167,7 +167,7 @@ class Evaluator:
         """Return how a split is read."""
         recipe, feed = self._context.recipe, self._context.setup.feed
         return {
-            "batch_size": recipe.eval.batch or feed.micro_batch_size,
+            "batch_size": recipe.eval.batch or self._context.setup.eval_batch_size,
             "transform": feed.transforms["eval"],
             "workers": recipe.data.workers,
             "split": split,

@@ -26,6 +26,7 @@ from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, Req
 from distrain.training.callbacks.building import build_callbacks
 from distrain.training.callbacks.built_in import built_in_callbacks
 from distrain.training.callbacks.dispatch import Callbacks
+from distrain.training.compiling import warn_of_failures
 from distrain.training.context import PendingMetrics
 from distrain.training.ending import finish, preempt
 from distrain.training.evaluator import Evaluator
@@ -149,6 +150,7 @@ class Session(RunContext):
             "parameters": model.parameters,
             "trainable": model.trainable,
             "total_steps": self.total_steps,
+            "compile": self.t.compiled.record(),
         }
         self.world.run_on_rank0(lambda: self.run.record_effect(effect))
 
@@ -204,6 +206,7 @@ class Session(RunContext):
         if not self._state_checked:  # now there are gradients and an optimizer's state
             self._state_checked = True
             self.t.strategy.check_state()
+            warn_of_failures(self.t.compiled)
             self._record_effect()
         loss, norm, flags = taken.read()
         found = self.setup.anomalies.judge_read(taken.step, loss, norm, taken.local)

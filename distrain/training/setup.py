@@ -47,9 +47,11 @@ from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
+from distrain.training.compiling import compile_model, resolve_compile
 from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.forward import check_layers
+from distrain.training.inner_loss import compute_loss_inside, logits_of
 from distrain.training.skipping import Anomalies
 from distrain.training.updates import Inputs, take_inputs
 
@@ -111,6 +113,19 @@ class TrainSetup:
     """On rank 0 a copy of the model without storage, where its operations are to be counted."""
     beside: list[str] | None
     """Files that the run has kept of the folder of a transformers model; None where it started from no folder."""
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples in one forward pass of an evaluation, unless the recipe says: as many as in training.
+
+        Fewer where training never holds the logits whole, so that a micro-batch may have more than fit.
+        """
+        micro, each = self.feed.micro_batch_size, self.training.logits_per_sample
+        return min(micro, max(1, EVAL_LOGITS // each)) if each else micro
+
+
+EVAL_LOGITS = 2**28
+"""Of a batch of an evaluation, which holds them whole: 1 GiB in fp32, and as much again for the loss."""
 
 
 def set_up(
@@ -221,12 +236,14 @@ def _training(
     """
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
     loss = world.run_on_all(lambda: build_loss(recipe, meta))
+    compiled = resolve_compile(recipe.train.compile, world.device)
+    inside, logits_per_sample = False, 0
     summary: ModelSummary | None = None
     uncounted: nn.Module | None = None
     counts = world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None
 
     def fit(model: nn.Module) -> None:
-        nonlocal summary, uncounted
+        nonlocal summary, uncounted, inside, logits_per_sample
         uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
         summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
         if lost := unregistered_layers(model):
@@ -235,11 +252,15 @@ def _training(
                 "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
             )
         check_layers(model, world)
+        per_sample = meta.tokens_per_sample
+        tokens = None if per_sample is None else per_sample * feed.micro_batch_size
+        logits = logits_of(recipe, world, loss, model, tokens)
         world.tune(
             recipe.tune,
             model,
             byte_images=feed.data.byte_images,
             fixed_shapes=feed.data.fixed_shapes,
+            logits=logits,
             fused=fused_kernel(recipe.optim, model),
         )
         if world.tuning["uint8_inputs"]:
@@ -255,6 +276,11 @@ def _training(
         )
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
+        chunked = world.tuning["chunked_loss"]
+        inside = compiled.on or chunked
+        logits_per_sample = logits.count // feed.micro_batch_size if chunked else 0
+        if inside:
+            compute_loss_inside(model, loss, logits.head if chunked else "")
 
     def build() -> nn.Module:
         model = build_model(recipe, meta, weights=not resumes, kept=kept)
@@ -267,7 +293,7 @@ def _training(
         seed_dropout(world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index))  # dropout is as then
         given("the first step", [first_step()[index]])
         batch = to_device(first_step()[index], world)
-        return loss_of(calling_convention(unwrap_model(model)), loss, model, batch)
+        return loss_of(calling_convention(unwrap_model(model)), loss, model, batch, inside=inside)
 
     plan = BuildSpec(
         model=build,
@@ -283,8 +309,10 @@ def _training(
     )
     strategy = build_strategy(world, plan)
     strategy.model.train()
-    if recipe.train.compile:
-        strategy.model.compile()
+    if compiled.on:
+        loss.prepare(world.device, world.mixed_precision.weights)
+        world.run_on_all(lambda: compile_model(strategy.model, compiled))
     schedule = resolve_schedule(recipe.schedule, horizon)
     assert summary is not None
-    return TrainContext(recipe, strategy, calling_convention(strategy.model), loss, schedule), summary, uncounted
+    call = calling_convention(strategy.model)
+    return TrainContext(recipe, strategy, call, loss, schedule, logits_per_sample, inside, compiled), summary, uncounted

@@ -19,7 +19,7 @@ from distrain.config.yaml import load_recipe
 from distrain.launchers import open_run
 from distrain.loop import train_step
 from distrain.parallel import open_world
-from distrain.parallel.tuning import RULES, Facts, resolve_tuning, set_switches
+from distrain.parallel.tuning import RULES, Facts, Logits, resolve_tuning, set_switches
 from distrain.run.folder import Launch, RunDir
 from distrain.training.run_loop import Session
 
@@ -47,6 +47,15 @@ def test_each_is_off_by_one_word(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "facts", "on", "why"),
     [
+        ("chunked_loss", CPU, False, "the model is not trained here"),
+        ("chunked_loss", replace(CPU, logits=Logits("head", 2**24, "")), False, "a micro-batch has few logits (16,777"),
+        (
+            "chunked_loss",
+            replace(CPU, logits=Logits("head", 2**25, "")),
+            True,
+            "33,554,432 logits of a micro-batch, by",
+        ),
+        ("chunked_loss", replace(GPU, logits=Logits("", 2**25, "no head")), False, "no head"),
         ("tf32", CPU, False, "TF32 needs an NVIDIA GPU"),
         ("tf32", GPU, True, "for what stays fp32 under bf16"),
         ("tf32", replace(GPU, capability=(7, 5)), False, "TF32 needs an NVIDIA GPU"),
@@ -100,6 +109,7 @@ def test_what_auto_comes_to(key: str, facts: Facts, on: bool, why: str) -> None:
 @pytest.mark.parametrize(
     ("key", "facts", "why"),
     [
+        ("chunked_loss", replace(CPU, logits=Logits("", 2**25, "no head")), "no head"),
         ("tf32", CPU, "TF32 needs an NVIDIA GPU of compute capability 8.0"),
         ("tf32", replace(GPU, precision="fp64", autocast=False), "under fp64 nothing is computed in fp32"),
         ("cast_before_gather", replace(GPU, strategy="ddp"), "of fsdp2 alone"),

@@ -526,6 +526,7 @@ def test_files_of_the_users_code_are_recorded(tmp_path: Path) -> None:
         "import os\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
         "(here / 'note.txt').read_text()\n(here / 'new.tmp').write_text('2')\n"
         "os.replace(here / 'new.tmp', here / 'note.txt')\nopen(here / 'log.txt', 'a').close()\nos.listdir(here)\n"
+        "exec(compile(\"open(here / 'kernel.txt', 'a+').close()\", '/lib/torch/_inductor/codecache.py', 'exec'))\n"
     )
     (tmp_path / "trace").mkdir()
     command = (
@@ -550,6 +551,7 @@ def test_files_of_the_users_code_are_recorded(tmp_path: Path) -> None:
     assert "recipe.yaml" not in found, "distrain opened it"
     assert "given.txt" in found, "a library opened it for the user's code"
     assert "cache.txt" not in found, "a library opened it when it was imported"
+    assert "kernel.txt" not in found, "the compiler opened it for the user's code"
 
 
 def _noting(command: str, folder: str) -> None:

@@ -11,6 +11,7 @@ What is counted, as in torch's means:
 
 interface.py  `Loss`
 classes.py    cross entropy and NLL
+chunked.py    cross entropy of a linear layer's outputs, in chunks of rows
 elements.py   the other losses of torch.nn
 user.py       users' losses
 shapes.py     whether outputs fit targets

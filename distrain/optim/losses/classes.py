@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import Task, UserError
+from distrain.optim.losses.chunked import chunked_cross_entropy
 from distrain.optim.losses.interface import NEVER, NO_TARGET, Outputs, TorchLoss
 from distrain.optim.losses.shapes import along, kept_sum, repeated, single, wide
 
@@ -28,6 +29,7 @@ class ClassLoss(TorchLoss):
         self._task = task
         self._weight = cast("Tensor | None", args.get("weight"))
         self._weights: dict[torch.device, Tensor] = {}
+        self._smoothing = cast(float, args.get("label_smoothing", 0.0))
         self.classes = len(self._weight) if self._weight is not None else None
         self.count_is_fixed = self.ignore_index == NEVER and self._weight is None
         self.is_token_entropy = (
@@ -35,6 +37,7 @@ class ClassLoss(TorchLoss):
             and not args.get("label_smoothing")
             and isinstance(self._modules["sum"], nn.CrossEntropyLoss)
         )
+        self.takes_hidden = task == "language_modeling" and isinstance(self._modules["sum"], nn.CrossEntropyLoss)
 
     def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits = wide(single(outputs, self.name))
@@ -66,10 +69,34 @@ class ClassLoss(TorchLoss):
         counted = targets != self.ignore_index
         if self._weight is None:
             return counted.sum(dtype=torch.float64)
+        return (self._weight_on(targets.device)[targets.where(counted, 0)] * counted).sum()
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        self.classes = len(weight)
+        if targets.shape != hidden.shape[:-1]:
+            raise _misfit((*hidden.shape[:-1], len(weight)), targets)
+        return chunked_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            _class_numbers(targets, self._task),
+            ignore_index=self.ignore_index,
+            class_weights=None if self._weight is None else self._weight_on(hidden.device),
+            label_smoothing=self._smoothing,
+        )
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().prepare(device, dtype)
+        if self._weight is not None:
+            self._weight_on(device)
+            self._weight_on(torch.device("cpu"))
+
+    def _weight_on(self, device: torch.device) -> Tensor:
         # a copy for each: a step counts targets on the host and on the device, which would wait for each other
-        if targets.device not in self._weights:
-            self._weights[targets.device] = self._weight.to(targets.device, torch.float64)
-        return (self._weights[targets.device][targets.where(counted, 0)] * counted).sum()
+        assert self._weight is not None
+        if device not in self._weights:
+            self._weights[device] = self._weight.to(device, torch.float64)
+        return self._weights[device]
 
     def _numbers(self, targets: Tensor, keep: Tensor | None) -> Tensor:
         targets = _class_numbers(targets, self._task)
@@ -99,8 +126,12 @@ def class_dim(outputs: Tensor, targets: Tensor, task: Task) -> int:
             return last
         if fits_second and not is_of_tokens(task):
             return 1
-    raise UserError(
-        f"loss: outputs of shape {tuple(outputs.shape)} do not fit targets of shape {tuple(targets.shape)}; expected "
+    raise _misfit(outputs.shape, targets)
+
+
+def _misfit(shape: Sequence[int], targets: Tensor) -> UserError:
+    return UserError(
+        f"loss: outputs of shape {tuple(shape)} do not fit targets of shape {tuple(targets.shape)}; expected "
         f"outputs {(*targets.shape, 'classes')}".replace("'", "")
     )
 

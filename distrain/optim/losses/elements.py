@@ -46,16 +46,8 @@ class ElementLoss(TorchLoss):
         count = self._number(targets, keep)
         if not self._rule.class_targets:
             targets = targets.to(inputs[0].dtype)
-        if (
-            self._kind in _OF_PROBABILITIES
-            and targets.device.type == "cpu"
-            and bool(((targets < 0) | (targets > 1)).any())
-        ):
-            # not on a GPU, where the check would make every step wait for the device
-            raise UserError(
-                f"loss: {self.name} takes targets from 0 to 1, and these are from {targets.min():g} to "
-                f"{targets.max():g}; encode the two classes as 0 and 1"
-            )
+        if not torch.compiler.is_compiling():
+            self.check_targets(targets)
         if self._signed:
             targets = (targets > 0.5).to(inputs[0].dtype) * 2 - 1
         module = self._module(keep, inputs[0])
@@ -72,6 +64,18 @@ class ElementLoss(TorchLoss):
         else:
             losses = module(*(fitted(each, targets, self.name) for each in inputs), targets)
         return (losses if keep is None else kept_sum(losses, keep)), count
+
+    def check_targets(self, targets: Tensor) -> None:
+        if (
+            self._kind in _OF_PROBABILITIES
+            and targets.device.type == "cpu"
+            and bool(((targets < 0) | (targets > 1)).any())
+        ):
+            # not on a GPU, where the check would make every step wait for the device
+            raise UserError(
+                f"loss: {self.name} takes targets from 0 to 1, and these are from {targets.min():g} to "
+                f"{targets.max():g}; encode the two classes as 0 and 1"
+            )
 
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         return self._number(targets, keep)

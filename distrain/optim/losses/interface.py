@@ -32,6 +32,8 @@ class Loss(ABC):
     """Whether the mean is the cross entropy without weights or smoothing, whose exponential is the perplexity."""
     takes_probabilities: bool = False
     """Whether outputs are probabilities, as of a model that ends in a sigmoid, and not logits."""
+    takes_hidden: bool = False
+    """Whether it can be computed from a linear layer and its inputs, instead of that layer's outputs: `of_hidden`."""
     takes_several: bool = False
     """Whether it takes all tensors that a model returns, or only the first."""
 
@@ -53,6 +55,19 @@ class Loss(ABC):
     @abstractmethod
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the count of `sum_and_count` from the targets alone (0-d fp64)."""
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """Return the sum that `sum_and_count` does for the outputs `hidden @ weight.T + bias`, which are never whole.
+
+        Where `takes_hidden` and the targets are whole numbers, one for each row of `hidden` (..., width).
+        """
+        raise NotImplementedError
+
+    def check_targets(self, targets: Tensor) -> None:  # noqa: B027 - most are checked as they are computed
+        """Raise UserError for targets that the loss does not take; compiled code has no other place for that."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027 - most hold no tensors
+        """Put what it computes with where outputs will be, so that compiled code finds it there from the first call."""
 
     def fixed_count(self, samples: int, targets: Tensor) -> int:
         """Return the count of `samples` samples whose targets have the shape of those of the batch `targets`."""
@@ -77,6 +92,9 @@ class TorchLoss(Loss):
         self._build = build
         self._modules = {reduction: build(reduction=reduction) for reduction in ("sum", "none")}
         self._place: tuple[torch.device, torch.dtype] | None = None
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._module(None, torch.empty(0, dtype=dtype, device=device))
 
     def _module(self, keep: Tensor | None, like: Tensor) -> nn.Module:
         if self._place != (like.device, like.dtype):

@@ -26,6 +26,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SYSTEM = ("/dev/", "/proc/", "/sys/")
 _OWN = f"{Path(__file__).parents[2]}{os.sep}"
 _IMPORTING = "<frozen importlib."
+_COMPILER = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/")
 
 
 class _Notes:
@@ -72,11 +73,15 @@ def _of_users(path: str) -> bool:
     """Whether it is the user's code that opens a file: what stands between that and here are libraries.
 
     What a library does while it is imported is its own, such as PyTorch's compiler, which makes a folder for its cache.
+    And so is what that compiler does where it compiles the user's code on its way through it: what it keeps is known
+    by what it was made of, and changes no number.
     """
     if path.startswith(_SYSTEM) or "__pycache__" in path or is_code(path):
         return False
     frame: FrameType | None = sys._getframe(3)
     while frame is not None and not frame.f_code.co_filename.startswith((_OWN, _IMPORTING)):
+        if any(part in frame.f_code.co_filename for part in _COMPILER):
+            return False
         if is_users_path(frame.f_code.co_filename):
             return True
         frame = frame.f_back
