@@ -1,19 +1,21 @@
-"""How long a sharded checkpoint takes to become one file, and in how much memory, beside what others offer.
+"""How long a sharded checkpoint takes to become one file, and in how much memory, beside `cat` and what others offer.
 
-The model has GPT-2 medium's shapes in fp32 (355 M parameters, 1.4 GB at `--scale 1`) and random numbers, cut over 4
-and over 8 ranks three times: as a checkpoint of distrain; as the folder that `torch.distributed.checkpoint` writes from
-that many processes, each with its rows of every tensor, which is what FSDP2 and Accelerate save; and as DeepSpeed lays
-out ZeRO-2 and ZeRO-3, with both moments of Adam beside the weights. Each tool makes one file of the weights. Every
-command runs as a process of its own, imports included, after the inputs were read once and the disk was synced. Memory
-is the highest resident size and the highest anonymous part of it, which leaves out pages of libraries and files; both
-are sampled every 2 ms. The last column is the time in that of `cp` of the one file.
+    python benchmarks/consolidate.py [--ranks 4] [--scale 1] [--shards 1024] [--rounds 5] [--quick] [--save FILE]
+
+The model has GPT-2 medium's shapes in fp32 (355 M parameters, 1.4 GB at `--scale 1`) and random numbers, cut over a few
+ranks in each way: as a checkpoint of distrain; as the folder that `torch.distributed.checkpoint` writes from that many
+processes, each with its rows of every tensor, which is what FSDP2 and Accelerate save; and as DeepSpeed lays out ZeRO-2
+and ZeRO-3, with both moments of Adam beside the weights. Each tool makes one file of the weights. The limit is `cat` of
+the shards into one file, which hashes nothing. Then distrain alone, with more bytes and with many small shards.
+
+Every command runs as a process of its own, imports included, after the inputs were read once and the disk was synced;
+commands take turns. Nothing waits for the disk unless it says so. Memory is the highest anonymous size, which leaves
+out pages of libraries and files, sampled every 2 ms.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,11 +24,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Table, options_of
 
 from distrain.checkpoint import Piece, Saver, TensorSpec
 
@@ -152,7 +154,8 @@ def write_checkpoint(folder: Path, scale: float, world_size: int) -> Path:
         for name, spec in specs.items():
             row = spec.numel // spec.shape[0]
             start, stop = (spec.shape[0] * r // world_size * row for r in (number, number + 1))
-            pieces.append(Piece(name, start, np.resize(noise, stop - start).view(np.uint8), copied=True))
+            part = noise[: stop - start] if stop - start <= noise.size else np.resize(noise, stop - start)
+            pieces.append(Piece(name, start, part.view(np.uint8), copied=True))
         saver = Saver(folder, Ranks(number, world_size, barrier, slots), asynchronous=False)
         saver.save(1, specs, pieces, scalars={}, aliases={}, recipe="", strategy="fsdp2")
 
@@ -177,126 +180,160 @@ def finish(*processes: subprocess.Popen[bytes]) -> None:
         sys.exit("an input could not be written")
 
 
-def measure(command: list[str], clean: Callable[[], None]) -> tuple[float, float, float]:
-    """Return (seconds, resident MB, anonymous MB) of one run of the command."""
+def measure(command: list[str], clean: Callable[[], None], anonymous: list[float]) -> float:
+    """Return the seconds of one run of the command; adds its highest anonymous memory in MB to the list."""
     clean()
     os.sync()
-    resident = anonymous = 0
+    highest = 0
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     while process.poll() is None:
         try:
             with open(f"/proc/{process.pid}/status") as file:
-                sizes = {
-                    key: int(value.split()[0])
-                    for key, _, value in (line.partition(":") for line in file)
-                    if "kB" in value
-                }
+                found = [int(line.split()[1]) for line in file if line.startswith("RssAnon")]
         except ProcessLookupError:
             break
-        resident, anonymous = max(resident, sizes.get("VmHWM", 0)), max(anonymous, sizes.get("RssAnon", 0))
+        highest = max([highest, *found])
         time.sleep(0.002)
     _, errors = process.communicate()
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{command[:3]} failed:\n{errors.decode()}")
-    return seconds, resident * 1024 / 1e6, anonymous * 1024 / 1e6
+    anonymous.append(highest * 1024 / 1e6)
+    return seconds
 
 
-def table(work: Path, world_size: int, options: argparse.Namespace) -> list[str]:
-    """Write the inputs for that many ranks, measure every command, and return the rows of a Markdown table."""
-    checkpoint = write_checkpoint(work / "ours", options.scale, world_size)
-    one, out, dcp = work / "one.safetensors", work / "out", work / "dcp"
-    zero = {stage: work / f"zero{stage}" for stage in (2, 3)}
-    finish(run(EXPORT.format("sync=False"), checkpoint, one))
-    finish(*(run(WRITE_DCP, one, dcp, rank, world_size) for rank in range(world_size)))
-    for stage, folder in zero.items():
-        finish(run(WRITE_ZERO, one, folder, stage, world_size))
+class Bench:
+    """Commands that take turns at making one file in a folder, and the table of what they took."""
 
-    def clean() -> None:
-        for path in work.glob("out*"):
+    def __init__(self, work: Path, rounds: int, table: Table, goal: float | None):
+        self.work = work
+        self.rounds = rounds
+        self.goal = goal
+        self.table = table
+
+    def clean(self) -> None:
+        """Remove what a command wrote."""
+        for path in self.work.glob("out*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def python(code: str, source: Path, target: str = "out.safetensors") -> list[str]:
-        return [sys.executable, "-c", code, str(source), str(work / target)]
+    def python(self, code: str, source: Path, target: str = "out.safetensors") -> list[str]:
+        """Return a command."""
+        return [sys.executable, "-c", code, str(source), str(self.work / target)]
 
-    fast = EXPORT.format("sync=False")
-    commands = {
-        "`cp` of one file": ["cp", str(one), str(out)],
-        "**distrain's own checkpoint**": None,
-        "distrain, export": python(fast, checkpoint),
-        "distrain, export, waiting for the disk": python(EXPORT.format(""), checkpoint),
-        "distrain, export, not verifying": python(EXPORT.format("verify=False, sync=False"), checkpoint),
-        "distrain, export to bf16": python(EXPORT.format("dtype='bf16', sync=False"), checkpoint),
-        "**FSDP2, `torch.distributed.checkpoint`**": None,
-        "distrain, export ": python(fast, dcp),
-        "distrain, export, not verifying ": python(EXPORT.format("verify=False, sync=False"), dcp),
-        "distrain, import": python(IMPORT, dcp, "out"),
-        "DCP: `dcp_to_torch_save`": python(DCP, dcp),
-        "Accelerate: `merge_fsdp_weights`": python(ACCELERATE, dcp, "out"),
-    }
-    for stage, folder in zero.items():
-        space = " " * stage  # names are keys
+    def cat(self, folder: Path, pattern: str) -> list[str]:
+        """Return the limit."""
+        files = sorted(map(str, folder.glob(pattern)))
+        return ["sh", "-c", f'cat "$@" > {self.work}/out', "cat", *files]
+
+    def run(self, title: str, source: Path, commands: dict[str, list[str]], mergers: tuple[str, ...] = ()) -> None:
+        """Measure the commands, the first of which is the limit, and add their rows."""
+        for path in [path for path in source.rglob("*") if path.is_file()]:
+            with open(path, "rb") as file:
+                while file.read(1 << 24):
+                    pass
+        memory: dict[str, list[float]] = {name: [] for name in commands}
+        base, export = list(commands)[:2]
+        found = self.table.measure(
+            {name: lambda name=name: measure(commands[name], self.clean, memory[name]) for name in commands},  # type: ignore[misc]
+            base=base, rounds=self.rounds, title=title, goals={} if self.goal is None else {export: self.goal},
+        )  # fmt: skip
+        self.clean()
+        for name in mergers:
+            ratio = statistics.median(one / other for one, other in zip(found[name], found[export], strict=True))
+            self.table.note(
+                f"{name}: {ratio:.1f} × {export}; goal ≥ 5: {'holds' if ratio >= 5 else '**does not hold**'}."
+            )
+        highest = ", ".join(f"{name} {max(values):.0f}" for name, values in memory.items())
+        held = "holds" if max(memory[export]) <= 64 * 1.048576 else "**does not hold**"
+        self.table.note(f"Anonymous MB: {highest}; goal of {export} ≤ 64 MiB: {held}.")
+
+
+FAST = EXPORT.format("sync=False")
+
+
+def own(bench: Bench, scale: float, ranks: int, title: str, more: bool) -> Path:
+    """Measure the export of distrain's own checkpoint; return it."""
+    checkpoint = write_checkpoint(bench.work / f"ours-{ranks}", scale, ranks)
+    commands = {"`cat`": bench.cat(checkpoint, "rank-*"), "distrain, export": bench.python(FAST, checkpoint)}
+    if more:
         commands |= {
-            f"**DeepSpeed ZeRO-{stage}**": None,
-            f"distrain, export{space}": python(fast, folder),
-            f"distrain, export, not verifying{space}": python(EXPORT.format("verify=False, sync=False"), folder),
-            f"distrain, import with the optimizer's state{space}": python(IMPORT, folder, "out"),
-            f"DeepSpeed: `zero_to_fp32`{space}": python(DEEPSPEED, folder, "out"),
+            "distrain, export, waiting for the disk": bench.python(EXPORT.format(""), checkpoint),
+            "distrain, export, not verifying": bench.python(EXPORT.format("verify=False, sync=False"), checkpoint),
+            "distrain, export to bf16": bench.python(EXPORT.format("dtype='bf16', sync=False"), checkpoint),
+            "distrain, export in shards of 500 MB": bench.python(
+                EXPORT.format("shards='500MB', sync=False"), checkpoint, "out"
+            ),
         }
-    for path in [path for path in work.rglob("*") if path.is_file()]:
-        with open(path, "rb") as file:
-            while file.read(1 << 24):
-                pass
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name, command in commands.items() if command}
-    for _ in range(options.runs):  # in turn, so that a busy minute of the machine hits them all
-        for name in results:
-            command = commands[name]
-            assert command is not None
-            results[name].append(measure(command, clean))
-    base = statistics.median(seconds for seconds, _, _ in results["`cp` of one file"])
-    lines = [
-        f"## {one.stat().st_size / 1e9:.2f} GB over {world_size} ranks",
-        "",
-        "| | seconds | fastest | resident MB | anonymous MB | × `cp` |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in commands:
-        if name not in results:
-            lines.append(f"| {name} | | | | | |")
-            continue
-        seconds, resident, anonymous = zip(*results[name], strict=True)
-        lines.append(
-            f"| {name.strip()} | {statistics.median(seconds):.2f} | {min(seconds):.2f} "
-            f"| {statistics.median(resident):.0f} | {statistics.median(anonymous):.0f} "
-            f"| {statistics.median(seconds) / base:.1f} |"
+    size = sum(path.stat().st_size for path in checkpoint.glob("rank-*"))
+    bench.run(f"{title}: {size / 1e9:.2f} GB over {ranks} ranks", checkpoint, commands)
+    return checkpoint
+
+
+def peers(bench: Bench, checkpoint: Path, ranks: int, stages: list[int]) -> None:
+    """Measure the mergers of others beside distrain's export of what they merge."""
+    one, dcp = bench.work / "one.safetensors", bench.work / "dcp"
+    finish(run(FAST, checkpoint, one))
+    finish(*(run(WRITE_DCP, one, dcp, rank, ranks) for rank in range(ranks)))
+    bench.run(
+        "FSDP2, `torch.distributed.checkpoint`",
+        dcp,
+        {
+            "`cat`": bench.cat(dcp, "*.distcp"),
+            "distrain, export": bench.python(FAST, dcp),
+            "distrain, import": bench.python(IMPORT, dcp, "out"),
+            "DCP: `dcp_to_torch_save`": bench.python(DCP, dcp),
+            "Accelerate: `merge_fsdp_weights`": bench.python(ACCELERATE, dcp, "out"),
+        },
+        ("DCP: `dcp_to_torch_save`", "Accelerate: `merge_fsdp_weights`"),
+    )
+    shutil.rmtree(dcp)
+    for stage in stages:
+        zero = bench.work / f"zero{stage}"
+        finish(run(WRITE_ZERO, one, zero, stage, ranks))
+        bench.run(
+            f"DeepSpeed ZeRO-{stage}",
+            zero,
+            {
+                "`cat` of the weights": bench.cat(checkpoint, "rank-*"),
+                "distrain, export": bench.python(FAST, zero),
+                "distrain, import with the optimizer's state": bench.python(IMPORT, zero, "out"),
+                "DeepSpeed: `zero_to_fp32`": bench.python(DEEPSPEED, zero, "out"),
+            },
+            ("DeepSpeed: `zero_to_fp32`",),
         )
-    return [*lines, ""]
+        shutil.rmtree(zero)
 
 
 def main() -> None:
     """Measure, print the tables, and write them where `--save` says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="share of GPT-2 medium (1.4 GB)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each command; the median counts")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], help="what the model is cut over")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="what the model is cut over")
+    parser.add_argument("--stages", type=int, nargs="+", default=[3], help="of DeepSpeed's ZeRO")
+    parser.add_argument("--large", type=float, default=3.0, help="share of GPT-2 medium that is exported alone")
+    parser.add_argument("--shards", type=int, default=1024, help="ranks of a checkpoint that is exported alone")
     parser.add_argument("--folder", help="where to work, in a temporary folder that is removed (default: the system's)")
-    parser.add_argument("--save", type=Path, help="a Markdown file to write the tables to")
+    parser.add_argument("--no-peers", action="store_true", help="distrain and `cat` only")
     options = parser.parse_args()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "deepspeed"))
-    lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, median of {options.runs}; {versions}; "
-        f"{time.strftime('%Y-%m-%d')}.",
-        "",
-    ]
-    for world_size in options.ranks:
+    rounds = 1 if options.quick else options.rounds
+    scale, large, shards = (0.05, 0.1, 64) if options.quick else (options.scale, options.large, options.shards)
+    table = Table("consolidate", "seconds", digits=2)
+    for title, part, ranks, more in [
+        *(("distrain's own checkpoint", scale, ranks, True) for ranks in options.ranks),
+        ("Larger", large, options.ranks[0], False),
+        ("Many small shards", scale, shards, False),
+    ]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            lines += table(Path(folder), world_size, options)
-    print("\n".join(lines))
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n".join(lines))
+            bench = Bench(
+                Path(folder), rounds, table, None if options.quick else 0.9
+            )  # of bytes, not of starting Python
+            checkpoint = own(bench, part, ranks, title, more)
+            if more and not options.no_peers:
+                bench.rounds = min(rounds, 3)  # a merger takes so long that a busy second hardly counts
+                peers(bench, checkpoint, ranks, options.stages)
+    table.save(options.save)
 
 
 if __name__ == "__main__":
