@@ -41,10 +41,10 @@ class Schedule:
         Raises UserError, naming the step, if the function fails or returns anything else.
         """
         step = min(step, self.total - 1)
-        where = f"at step {step} of {self.total}"
         try:
             returned = self.function(step, self.total)
         except Exception as error:
+            where = f"at step {step} of {self.total}"
             raise UserError(f"schedule: {self.name} failed {where}: {error_line(error)}") from error
         try:
             share = float(returned)
@@ -52,8 +52,8 @@ class Schedule:
             share = math.nan
         if not 0 <= share < math.inf:
             raise UserError(
-                f"schedule: {self.name} returned {returned!r} {where}, counted from 0; expected the share of "
-                "optim.lr, a finite number of 0 or more"
+                f"schedule: {self.name} returned {returned!r} at step {step} of {self.total}, counted from 0; expected "
+                "the share of optim.lr, a finite number of 0 or more"
             )
         return share * min(1.0, (step + 1) / self.warmup) if self.warmup else share
 

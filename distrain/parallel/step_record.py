@@ -64,7 +64,7 @@ class StepRecord(NamedTuple):
 
     def to_host_async(self, world: World, norm: Tensor | None) -> Callable[[], tuple[float, float, StepFlags]]:
         """Return a function that reads loss, `norm` (0-d; 0.0 for None) and flags; a step later it does not wait."""
-        read = world.to_host_async(self.means, *(() if norm is None else (norm.reshape(1),)))
+        read = world.to_host_async(self.means) if norm is None else world.to_host_async(self.means, norm.reshape(1))
 
         def split() -> tuple[float, float, StepFlags]:
             loss, *others = read()

@@ -114,6 +114,8 @@ class Anomalies:
         """Those of `may_step`, until the metrics of their steps are read."""
         # under a scaled loss the host waits in each step anyway, and an overflow cannot be told from an anomaly later
         skips = "skip" in (self.section.nonfinite, self.section.spike)
+        self.watches = self.section.skips or self.section.spike is not None
+        """Whether the recipe asks for more than to stop where a number that is read anyway is NaN or infinite."""
         self.judges_first = self.watches and (skips or world.mixed_precision.scaled)
         """Whether each step is judged before the optimizer takes it, for which the host waits for the device.
 
@@ -136,11 +138,6 @@ class Anomalies:
     def _brief(row: dict[str, Any]) -> dict[str, Any]:
         numbers = {key: float(row[key]) for key in ("value", "loss", "norm")}  # NaN is text in JSON
         return {key: row[key] for key in ("step", "action", "what", "median")} | numbers
-
-    @property
-    def watches(self) -> bool:
-        """Whether the recipe asks for more than to stop where a number that is read anyway is NaN or infinite."""
-        return self.section.skips or self.section.spike is not None
 
     @property
     def rolls_back(self) -> bool:
