@@ -16,34 +16,38 @@ seeds       `mix`: a seed from a seed and its purpose
 
 from __future__ import annotations
 
-from distrain.config.durations import Duration, Horizon
-from distrain.config.recipe import Recipe, Task
-from distrain.config.sections import (
-    AnomaliesSection,
-    BatchSection,
-    CheckpointSection,
-    CompileSection,
-    Component,
-    DataSection,
-    EarlyStopSection,
-    EvalSection,
-    FoldSplit,
-    GroupSection,
-    LogSection,
-    ModelSection,
-    OptimSection,
-    OwnScheduleSection,
-    ProfileSection,
-    ScheduleSection,
-    Section,
-    TrainSection,
-    TransformsSection,
-    TuneSection,
-    WatchdogSection,
-)
-from distrain.config.seeds import mix
-from distrain.config.user_files import is_object_spec, resolve_object
-from distrain.system.errors import RecipeError, UserError, close_names
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrain.config.durations import Duration, Horizon
+    from distrain.config.recipe import Recipe, Task
+    from distrain.config.sections import (
+        AnomaliesSection,
+        BatchSection,
+        CheckpointSection,
+        CompileSection,
+        Component,
+        DataSection,
+        EarlyStopSection,
+        EvalSection,
+        FoldSplit,
+        GroupSection,
+        LogSection,
+        ModelSection,
+        OptimSection,
+        OwnScheduleSection,
+        ProfileSection,
+        ScheduleSection,
+        Section,
+        TrainSection,
+        TransformsSection,
+        TuneSection,
+        WatchdogSection,
+    )
+    from distrain.config.seeds import mix
+    from distrain.config.user_files import is_object_spec, resolve_object
+    from distrain.system.errors import RecipeError, UserError, close_names
 
 __all__ = [
     "AnomaliesSection",
@@ -78,3 +82,25 @@ __all__ = [
     "mix",
     "resolve_object",
 ]
+
+_FOUND_IN = {
+    "Duration": "distrain.config.durations",
+    "Horizon": "distrain.config.durations",
+    "Recipe": "distrain.config.recipe",
+    "Task": "distrain.config.recipe",
+    "RecipeError": "distrain.system.errors",
+    "UserError": "distrain.system.errors",
+    "close_names": "distrain.system.errors",
+    "is_object_spec": "distrain.config.user_files",
+    "resolve_object": "distrain.config.user_files",
+    "mix": "distrain.config.seeds",
+}
+"""Names that are not sections."""
+
+
+def __getattr__(name: str) -> Any:
+    # when asked for: a command that reads no recipe needs neither pydantic nor the registries
+    if name not in __all__:
+        raise AttributeError(f"module 'distrain.config' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_FOUND_IN.get(name, "distrain.config.sections")), name)
+    return found
