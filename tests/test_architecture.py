@@ -110,21 +110,31 @@ def test_what_needs_no_torch_imports_none() -> None:
     assert python(f"import sys, {names}; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
-NOT_OF_EVERY_RUN = "pandas scipy sklearn torchmetrics torchvision transformers deepspeed wandb tensorboard"
+NOT_OF_HELP = "torch accelerate pandas numpy wandb pydantic yaml distrain.config.sections distrain.launchers"
+"""Imported by commands that read a recipe or train."""
+
+NOT_OF_EVERY_RUN = "pandas scipy sklearn torchmetrics torchvision transformers tokenizers deepspeed wandb tensorboard"
 """Imported by the runs that use them only: together they take longer than a first run."""
 
 
 @pytest.mark.parametrize(
     ("recipe", "used"),
     [
-        ("name: t\ntask: classification\ndata: {name: iris}\nmodel: {name: mlp}\n", ""),
-        ("name: t\ntask: classification\ndata: {name: digits}\nmodel: {name: resnet18}\n", "torchvision"),
+        ("task: classification\ndata: {name: iris}\nmodel: {name: mlp}\n", ""),
+        ("task: classification\ndata: {name: digits}\nmodel: {name: resnet18}\n", "torchvision"),
+        ("task: language_modeling\ndata: {name: text, path: TEXT, seq_len: 8}\nmodel: {name: gpt, n_layer: 1}\n", ""),
+        ("task: regression\ndata: {name: table, path: TABLE, target: y}\nmodel: {name: mlp}\n", "pandas"),
     ],
-    ids=["a table", "an image model"],
+    ids=["rows in memory", "an image model", "a language model", "a table"],
 )
 def test_a_run_imports_only_the_libraries_it_uses(recipe: str, used: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe + "batch: {global: 16}\ntrain: {epochs: null, steps: 1}\n")
+    files = {"TEXT": tmp_path / "text.txt", "TABLE": tmp_path / "table.csv"}
+    files["TEXT"].write_text("a language of few words. " * 100)
+    files["TABLE"].write_text("x,y\n" + "".join(f"{row},{row % 7}.5\n" for row in range(100)))
+    for name, file in files.items():
+        recipe = recipe.replace(name, str(file))
+    path.write_text(f"name: t\n{recipe}batch: {{global: 16}}\ntrain: {{epochs: null, steps: 1}}\n")
     out = python(
         f"import sys; sys.argv = ['distrain', 'train', {str(path)!r}, '--run-dir', {str(tmp_path / 'run')!r}]\n"
         "from distrain.cli.main import main\n"
@@ -140,7 +150,7 @@ def test_help_imports_no_torch_and_nothing_slow() -> None:
         "import sys; sys.argv = ['distrain', '--help']\n"
         "from distrain.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "print(sorted({'torch', 'accelerate', 'pandas', 'numpy', 'wandb'} & set(sys.modules)))"
+        f"print(sorted(set({NOT_OF_HELP!r}.split()) & set(sys.modules)))"
     )
     print(f"distrain --help took {time.perf_counter() - began:.2f} s")
     assert "Usage" in out

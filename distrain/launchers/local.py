@@ -23,6 +23,7 @@ from distrain.launchers.worker import begin_worker, is_finished, prepare, show_f
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored
+from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
 from distrain.system.memory import oom_kills
@@ -125,9 +126,10 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
     exit code) is not shown: the worker has already reported why.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with importing():
+        from accelerate.commands.launch import launch_command, launch_command_parser
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torch's launcher takes PET_* for its options, and hands the rest to its processes
     forget_launchers(os.environ)
@@ -261,8 +263,10 @@ def start(
     count = asked.processes or (1 if asked.strategy == "single" else max(gpu_count(), 1))
     if count == 1:
         begin_worker()
-    environment = launcher_environment(count) if count > 1 else worker_environment()
-    return LocalLauncher().submit(resolve(named, replace(asked, processes=count), environment)).status
+    with importing():
+        environment = launcher_environment(count) if count > 1 else worker_environment()
+        request = resolve(named, replace(asked, processes=count), environment)
+    return LocalLauncher().submit(request).status
 
 
 def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, changed_data: bool = False) -> int:

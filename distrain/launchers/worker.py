@@ -20,6 +20,7 @@ from distrain.run.folder import RunDir, describe_effect
 from distrain.run.lease import Holder, Lease, check_free, take_lease
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.environment import rank_told, under_torch_launcher
+from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
 
@@ -75,7 +76,8 @@ def work(
             found = requested(RunDir(target), request)
         else:
             named = read_target(target, overrides, run_dir, update=update)
-            found = resolve(named, Options(**options), worker_environment())
+            with importing():
+                found = resolve(named, Options(**options), worker_environment())
     except UserError as error:
         if rank == 0 or getattr(error, "of_each_process", False):
             logger.error("%s", error, extra=EACH_RANK if rank else None)
@@ -93,7 +95,8 @@ def requested(run: RunDir, name: str) -> RunRequest:
             f"{run.launch_path} does not hold the request {name} that this process was started for: another attempt "
             f"has replaced it. Wait for that one to end, then resume: distrain train {run.path}"
         )
-    join_launcher(found.processes)
+    with importing():
+        join_launcher(found.processes)
     return found
 
 
@@ -134,9 +137,10 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
 
     def train_in_world() -> None:
         nonlocal status
-        from distrain.diagnose.hang_diagnosis import Watchdog
-        from distrain.loop import train
-        from distrain.parallel import open_world
+        with importing():
+            from distrain.diagnose.hang_diagnosis import Watchdog
+            from distrain.loop import train
+            from distrain.parallel import open_world
 
         if alone and not is_finished(request):
             prepare(request, opened=opened)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import distrain.config
 from distrain.config import (
     BatchSection,
     Component,
@@ -35,6 +36,14 @@ VALUES = {
     "batch": {"global": 8},
     "train": {"steps": 10},
 }
+
+
+def test_every_name_of_the_front_door_is_there() -> None:
+    for name in distrain.config.__all__:
+        assert getattr(distrain.config, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Recip'"):
+        _ = distrain.config.Recip
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Durations
