@@ -6,9 +6,13 @@ import errno
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import xxhash
 
@@ -19,7 +23,10 @@ from distrain.system.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1
+VERSION = 2
+"""Of manifests that list runs of pieces; others are of version 1, which has no such."""
+LISTED_RUN = 8
+"""Pieces that a manifest lists as one run; small worlds write what earlier versions read."""
 MANIFEST = "MANIFEST.json"
 MAX_MANIFEST = bounded.SUMMARY
 """Bytes: some hundred thousand tensors, or a thousand in pieces of a thousand ranks."""
@@ -94,13 +101,61 @@ class FileInfo:
     xxh3_128: str
 
 
+Run = tuple[int, int, int, int]
+"""(file, start, numel, count): `count` pieces of `numel` elements, side by side, one in each file from `file` on."""
+
+
+def add_piece(runs: list[Run], file: int, start: int, numel: int, count: int = 1) -> None:
+    """Add pieces, of which there may be a million, to runs: a tensor that ranks share evenly has one or two."""
+    if runs:
+        first, begin, each, length = runs[-1]
+        if (first + length, begin + each * length, each) == (file, start, numel):
+            runs[-1] = first, begin, each, length + count
+            return
+    runs.append((file, start, numel, count))
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A full tensor in a checkpoint."""
 
     spec: TensorSpec
-    pieces: tuple[tuple[int, int, int], ...]
-    """(file, start, numel) of each piece in order of `start`: they tile the tensor exactly."""
+    runs: tuple[Run, ...]
+    """In order of `start`: their pieces tile the tensor exactly."""
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int, int], ...]:
+        """(file, start, numel) of each piece in order of `start`: as many as there are ranks, or more."""
+        return tuple(self.pieces_from(0))
+
+    def pieces_from(self, start: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the pieces from the one on that holds element `start`."""
+        first = max(0, bisect_right(self.runs, start, key=lambda run: run[1]) - 1)
+        for file, begin, numel, count in islice(self.runs, first, None):
+            for index in range(min(count - 1, max(0, start - begin) // numel), count):
+                yield file + index, begin + index * numel, numel
+
+    def in_file(self, file: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, numel) of the pieces in one file."""
+        ordered, longest = self._by_file
+        for index in range(bisect_left(ordered, (file - longest + 1,)), bisect_left(ordered, (file + 1,))):
+            first, begin, numel, count = ordered[index]
+            if file < first + count:
+                yield begin + (file - first) * numel, numel
+
+    @cached_property
+    def _by_file(self) -> tuple[list[Run], int]:
+        return sorted(self.runs), max((run[3] for run in self.runs), default=0)
+
+    def listed(self) -> list[tuple[int, ...]]:
+        """Return the pieces as a manifest lists them: long runs as one entry."""
+        found: list[tuple[int, ...]] = []
+        for file, start, numel, count in self.runs:
+            if count >= LISTED_RUN:
+                found.append((file, start, numel, count))
+            else:
+                found += [(file + index, start + index * numel, numel) for index in range(count)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -369,8 +424,8 @@ def parse_manifest(raw: bytes) -> Manifest:
         raise CheckpointError("its bytes are not those that were written: its hash does not match")
     content = parse_json(b"{" + raw[match.end() :])
     written = (content.pop("format", None), content.pop("version", None))
-    if written != ("distrain", VERSION):
-        raise CheckpointError(f"it is in format {written}, and this distrain reads version {VERSION} of its own")
+    if written not in (("distrain", 1), ("distrain", VERSION)):
+        raise CheckpointError(f"it is in format {written}, and this distrain reads up to version {VERSION} of its own")
     found = fields(
         content, "it", step=int, created=str, world_size=int, strategy=str, score=(float, type(None)), fingerprint=str,
         recipe=str, scalars=dict, aliases=dict, files=list, tensors=dict, evaluation=(dict, type(None)),
@@ -389,14 +444,16 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 def _parse_tensor(name: str, content: Any) -> Tensor:
     found = fields(content, repr(name), shape=list, dtype=str, role=str, pieces=list)
+    runs: list[Run] = []
     for piece in found["pieces"]:
-        if not isinstance(piece, list) or [type(number) for number in piece] != [int, int, int]:
+        if not isinstance(piece, list) or len(piece) not in (3, 4) or {*map(type, piece)} != {int}:
             raise CheckpointError(f"{name!r}: expected pieces [file, start, elements], found {str(piece)[:60]}")
+        add_piece(runs, *piece)
     spec = TensorSpec(tuple(found["shape"]), found["dtype"], found["role"])
     if not name.startswith(_PREFIXES[spec.role]):
         expected = " or ".join(_PREFIXES[spec.role])
         raise CheckpointError(f"{name!r} has the role {spec.role}, whose names begin with {expected}")
-    return Tensor(spec, tuple(cast("list[tuple[int, int, int]]", map(tuple, found["pieces"]))))
+    return Tensor(spec, tuple(runs))
 
 
 def _manifest_problem(manifest: Manifest) -> str | None:
@@ -428,12 +485,12 @@ def _manifest_problem(manifest: Manifest) -> str | None:
 def check_tiling(name: str, tensor: Tensor, world_size: int) -> None:
     """Raise unless the pieces, in order, cover each element once."""
     reached = 0
-    for file, start, numel in tensor.pieces:
-        if start != reached or numel < 1 or not 0 <= file < world_size:
+    for file, start, numel, count in tensor.runs:
+        if start != reached or numel < 1 or count < 1 or not 0 <= file <= world_size - count:
             kind = "more than once" if start < reached else "not at all"
             low, high = sorted((start, reached))
             raise CheckpointError(f"elements {low} to {high} of {name!r} are there {kind} (a piece of rank {file})")
-        reached += numel
+        reached += numel * count
     if reached != tensor.spec.numel:
         raise CheckpointError(f"{name!r} has {tensor.spec.numel} elements, and its pieces hold {reached}")
 

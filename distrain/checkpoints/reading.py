@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,6 @@ class Reader:
         if problems or manifest is None:
             raise not_verified(self.path, problems)
         self.manifest = manifest
-        self._entries = entries_by_file(self.manifest)
         self._headers: dict[int, Header] = {}
         self._open: dict[int, int] = {}
 
@@ -128,7 +126,9 @@ class Reader:
             if index in self._headers:
                 self._open[index] = open_descriptor(self.path / info.name, info.size)
             else:
-                self._open[index], self._headers[index] = open_rank_file(self.path, info, self._entries[index])
+                self._open[index], self._headers[index] = open_rank_file(
+                    self.path, info, entries_of(self.manifest, index)
+                )
         return self._open[index]
 
     def ranges(self, name: str, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
@@ -140,8 +140,7 @@ class Reader:
         stored = self.manifest.aliases.get(name, name)
         size, stop = ITEM_SIZES[tensor.spec.dtype], start + numel
         assert 0 <= start <= stop <= tensor.spec.numel, f"{name}: [{start}, {stop}) of {tensor.spec.numel}"
-        first = max(0, bisect_right(tensor.pieces, start, key=lambda piece: piece[1]) - 1)
-        for file, begin, count in islice(tensor.pieces, first, None):
+        for file, begin, count in tensor.pieces_from(start):
             low, high = max(start, begin), min(stop, begin + count)
             if low >= high:
                 break
@@ -152,7 +151,7 @@ class Reader:
 
     def listed(self, file: int) -> Iterator[tuple[str, int, int, int]]:
         """Yield what a file holds: (name, index of the first element, offset in bytes, bytes). Threads may call it."""
-        descriptor, header = open_rank_file(self.path, self.manifest.files[file], self._entries[file])
+        descriptor, header = open_rank_file(self.path, self.manifest.files[file], entries_of(self.manifest, file))
         os.close(descriptor)
         for key, (_, _, offset, nbytes) in header.items():
             name, _, start = key.rpartition("@")
@@ -181,13 +180,13 @@ class Reader:
             progress()
 
 
-def entries_by_file(manifest: Manifest) -> list[_Entries]:
-    """Return, for each file, what its header must list."""
-    found: list[_Entries] = [{} for _ in manifest.files]
-    for name, tensor in manifest.tensors.items():
-        for file, start, numel in tensor.pieces:
-            found[file][piece_key(name, start)] = flat_entry(tensor.spec.dtype, numel)
-    return found
+def entries_of(manifest: Manifest, file: int) -> _Entries:
+    """Return what the header of a file must list."""
+    return {
+        piece_key(name, start): flat_entry(tensor.spec.dtype, numel)
+        for name, tensor in manifest.tensors.items()
+        for start, numel in tensor.in_file(file)
+    }
 
 
 def open_rank_file(folder: Path, info: FileInfo, expected: _Entries) -> tuple[int, Header]:
@@ -218,13 +217,14 @@ def not_verified(path: Path, problems: Iterable[str]) -> CheckpointError:
     return CheckpointError(f"{path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
-def _file_problem(folder: Path, info: FileInfo, expected: _Entries | None) -> str | None:
-    """Return what is wrong with a file; its size alone is looked at if `expected` is None."""
+def _file_problem(folder: Path, manifest: Manifest, file: int, contents: bool = True) -> str | None:
+    """Return what is wrong with a file, or with its size alone."""
+    info = manifest.files[file]
     try:
-        if expected is None:
+        if not contents:
             os.close(open_descriptor(folder / info.name, info.size))
             return None
-        descriptor, _ = open_rank_file(folder, info, expected)
+        descriptor, _ = open_rank_file(folder, info, entries_of(manifest, file))
         try:
             same = hash_file(descriptor) == info.xxh3_128
         finally:
@@ -253,10 +253,10 @@ def _examine(path: Path, contents: bool = True) -> tuple[Manifest | None, list[s
     expected = {MANIFEST, *(info.name for info in manifest.files)}
     problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
     if not contents:
-        found = [_file_problem(path, info, None) for info in manifest.files]
+        found = [_file_problem(path, manifest, file, contents=False) for file in range(manifest.world_size)]
         return manifest, problems + [problem for problem in found if problem]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
-        found = list(pool.map(lambda *job: _file_problem(path, *job), manifest.files, entries_by_file(manifest)))
+        found = list(pool.map(partial(_file_problem, path, manifest), range(manifest.world_size)))
         return manifest, problems + [problem for problem in found if problem]
 
 

@@ -21,6 +21,7 @@ import xxhash
 
 from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
 from distrain.checkpoints.format import (
+    LISTED_RUN,
     MANIFEST,
     MAX_MANIFEST,
     VERSION,
@@ -30,9 +31,11 @@ from distrain.checkpoints.format import (
     Evaluation,
     FileInfo,
     Piece,
+    Run,
     Saved,
     Tensor,
     TensorSpec,
+    add_piece,
     canonical_json,
     check_json,
     check_tiling,
@@ -346,13 +349,13 @@ class Saver:
         tensors = _place_pieces(flight.folder, flight.specs, files)
         content = flight.described | {
             "format": "distrain",
-            "version": VERSION,
+            "version": VERSION if any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs) else 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": len(files),
             "fingerprint": fingerprint(flight.specs),
             "files": [asdict(info) for info in files],
             "tensors": {
-                name: {"shape": t.spec.shape, "dtype": t.spec.dtype, "role": t.spec.role, "pieces": t.pieces}
+                name: {"shape": t.spec.shape, "dtype": t.spec.dtype, "role": t.spec.role, "pieces": t.listed()}
                 for name, t in tensors.items()
             },
         }
@@ -418,17 +421,19 @@ class Saver:
 
 def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileInfo]) -> dict[str, Tensor]:
     """Return every tensor with its pieces, from the headers that the ranks wrote, as rank 0 sees them on disk."""
-    placed: dict[str, list[tuple[int, int, int]]] = {name: [] for name in specs}
+    placed: dict[str, list[Run]] = {name: [] for name in specs}
     for index, info in enumerate(files):
         descriptor = open_descriptor(folder / info.name, info.size)
         try:
             for key, (_, (numel,), _, _) in read_header(descriptor, info.size)[0].items():
                 name, _, start = key.rpartition("@")
                 is_pair = DTYPES[specs[name].dtype].pair is not None
-                placed[name].append((index, int(start), numel // 2 if is_pair else numel))
+                add_piece(placed[name], index, int(start), numel // 2 if is_pair else numel)
         finally:
             os.close(descriptor)
-    tensors = {name: Tensor(specs[name], tuple(sorted(found, key=lambda p: p[1]))) for name, found in placed.items()}
+    tensors = {
+        name: Tensor(specs[name], tuple(sorted(found, key=lambda run: run[1]))) for name, found in placed.items()
+    }
     for name, tensor in tensors.items():
         check_tiling(name, tensor, len(files))
     return tensors

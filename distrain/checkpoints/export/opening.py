@@ -89,7 +89,9 @@ class NativeSource(Source):
 
     def parts(self, names: Collection[str]) -> dict[int, Callable[[], list[Part]]]:
         """Return, for each file that these tensors lie in, what lists their parts in the order of the file."""
-        files = {file for name in names for file, _, _ in self.manifest.tensors[name].pieces}
+        files: set[int] = set()
+        for first, _, _, count in {run for name in names for run in self.manifest.tensors[name].runs}:
+            files.update(range(first, first + count))
         return {file: partial(self._parts, file, names) for file in sorted(files)}
 
     def _parts(self, file: int, names: Collection[str]) -> list[Part]:
