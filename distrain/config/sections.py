@@ -371,8 +371,9 @@ class TuneSection(Section):
     """
 
     channels_last: OnOff = "auto"
-    """Images and the weights of Conv2d with the channels last in memory, as tensor cores take them; auto: on a GPU.
-    Under a strategy that shards, the images alone. Checkpoints and exports do not change."""
+    """Images and the weights of Conv2d with the channels last in memory, as tensor cores take them; auto: on a GPU
+    under single and ddp, where the model, tried once, computes with it. Under a strategy that shards, true lays out the
+    images alone. Checkpoints and exports do not change."""
     cudnn_benchmark: OnOff = "auto"
     """cuDNN tries its algorithms with each new shape and keeps the fastest, which takes seconds; auto: on a GPU where
     shapes are fixed and convolutions are not channels_last in bf16 or fp16, for which its first choice is as fast."""

@@ -77,7 +77,7 @@ class Trained:
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
                 facts = {"byte_images": data.byte_images, "fixed_shapes": data.fixed_shapes}
-                world.tune(recipe.tune, model, lenient=True, **facts)
+                world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
                 return data, model.to(world.device).eval()
 
             data, model = world.run_on_all(build)

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from distrain.config import TuneSection, UserError
 from distrain.config.strategies import STRATEGIES
+from distrain.networks.layouts import channels_last_problem, lay_channels_last
 from distrain.parallel import determinism
 from distrain.parallel.accelerate_config import take_over
 from distrain.parallel.copying import CopyStream
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
-from distrain.parallel.tuning import Facts, Tuning, lay_channels_last, resolve_tuning, set_switches
+from distrain.parallel.tuning import Facts, Tuning, resolve_tuning, set_switches
 from distrain.run.heartbeat import progress
 from distrain.system import memory
 from distrain.system.environment import Environment, forget_world, has_launcher
@@ -102,10 +103,19 @@ class World:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
         self._store_flags = 0
 
-    def tune(self, section: TuneSection, model: nn.Module, *, lenient: bool = False, **facts: Any) -> None:
+    def tune(
+        self,
+        section: TuneSection,
+        model: nn.Module,
+        input_shape: tuple[int, ...] | None = None,
+        *,
+        lenient: bool = False,
+        **facts: Any,
+    ) -> None:
         """Resolve the recipe's section `tune` for this world and a model as it was built, and have both follow it.
 
-        `facts` are those of `Facts` that neither knows. Raises UserError as `resolve_tuning` does.
+        `input_shape`: of a sample, where inputs are one tensor. `facts` are those of `Facts` that neither knows. Raises
+        UserError as `resolve_tuning` does.
         """
         if not lenient:
             self.mixed_precision.check_kept()  # building the model has run the user's code
@@ -121,6 +131,9 @@ class World:
             offloads_weights=self.asked.offload_parameters,
             memory=self.memory,
             casts_gradients=section.cast_before_reduce is True,
+            channels_last_problem=self._channels_last_problem(model, input_shape)
+            if input_shape is not None and len(input_shape) == 3 and section.channels_last is not False
+            else None,
             **facts,
         )
         self.tuning = resolve_tuning(section, known, lenient=lenient)
@@ -129,6 +142,11 @@ class World:
         if self.tuning["channels_last"] and not STRATEGIES[self.strategy].shards:
             lay_channels_last(model)
         self.copies = CopyStream(self.device) if self.tuning["copy_stream"] else None
+
+    def _channels_last_problem(self, model: nn.Module, shape: tuple[int, ...]) -> Callable[[], str | None]:
+        return lambda: channels_last_problem(
+            model, shape, self.device, self.mixed_precision.context(self.device.type, cache=False)
+        )
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all ranks of `values`, the same bits on every rank."""

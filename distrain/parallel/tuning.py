@@ -67,6 +67,8 @@ class Facts:
     """Bytes that a process has, on its GPU or of the CPU's; the least of the ranks. 0: not known."""
     byte_images: bool = False
     """Whether inputs are images of bytes until their last transforms, which scale and normalise them."""
+    channels_last_problem: Callable[[], str | None] | None = None
+    """Tries the model on images with the channels last, and returns why it fails; None: there is nothing to try."""
     fixed_shapes: bool = False
     """Whether all inputs have one shape."""
     fused: str | None = None
@@ -198,7 +200,11 @@ def _channels_last(facts: Facts) -> Choice:
     if facts.device != "cuda":
         return Choice(False, "for GPUs")
     if STRATEGIES[facts.strategy].shards:
-        return Choice(True, f"the images alone: {facts.strategy} holds flat weights")
+        return Choice(False, f"{facts.strategy} holds flat weights, and true lays out the images alone")
+    if facts.channels_last_problem is None:
+        return Choice(False, "the inputs are not one tensor of images")
+    if (problem := facts.channels_last_problem()) is not None:
+        return _no(f"tried once, the model fails with it: {problem}")
     return Choice(True, "convolutions on a GPU")
 
 
@@ -290,10 +296,3 @@ def set_switches(section: TuneSection, tuning: Tuning) -> None:
         for enable in (kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp):
             enable(section.flash_attention)
         kernels.enable_math_sdp(not section.flash_attention)
-
-
-def lay_channels_last(model: nn.Module) -> None:
-    """Lay out the weights of 2-d convolutions with the channels last, in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distrain.datasets.base import Batch
+from distrain.datasets.transforms import finished
 from distrain.networks.flops import peak_of, training_flops
 from distrain.system.memory import GIB, peak_bytes
 from distrain.training.callbacks.base import CallbackRun
@@ -32,7 +33,7 @@ class Efficiency:
         model, self._uncounted = self._uncounted, None
         if model is None:
             return
-        batch = micro_batches[0]
+        batch = finished(micro_batches[0])
         counted = training_flops(model, lambda model, batch: loss_of(self._call, self._loss, model, batch), batch)
         self.flops_per_sample = counted / len(batch["targets"]) if counted is not None else None
 

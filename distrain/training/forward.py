@@ -39,6 +39,8 @@ class told_of(AbstractContextManager[None]):
                 "torch has no flash kernel for an attention of this model and its inputs, and tune.flash_attention is "
                 "true; take auto"
             ) from error
+        if str(error).startswith("view size is not compatible"):
+            error.add_note("where channels are last in memory: take flatten or reshape, or tune.channels_last: false")
         if str(error).startswith(_TOO_FEW):
             raise TooFewValues(_too_few(error, self._model, self._samples)) from None
         # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model

@@ -258,6 +258,7 @@ def _training(
         world.tune(
             recipe.tune,
             model,
+            meta.input_shape,
             byte_images=feed.data.byte_images,
             fixed_shapes=feed.data.fixed_shapes,
             logits=logits,

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from distrain.config import TransformsSection, UserError
-from distrain.datasets.transforms import FINISH, Transform
+from distrain.datasets.transforms import FINISH, Transform, finished
 from distrain.datasets.transforms.steps import transform_names
 
 
@@ -273,6 +273,7 @@ def test_bytes_become_the_same_floats_later(items: Any, are_bytes: bool, dtype: 
     assert (FINISH in batch) == parts.met_bytes == are_bytes
     assert (batch["inputs"].dtype == torch.uint8) == are_bytes
     wanted = apply(whole, images)
+    assert torch.equal(finished(batch)["inputs"], wanted)
     for layout in (torch.contiguous_format, torch.channels_last):
         found = batch["inputs"].contiguous(memory_format=layout)
         if are_bytes:

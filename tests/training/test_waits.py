@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import write_recipe
+from places import IMPORTABLE
+from runs import losses, typed, write_recipe
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from distrain.parallel import BuildSpec, StepFlags, StrategySpec, World
 from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision
+from distrain.run.folder import RunDir
 from distrain.training.context import TrainContext, to_device
 from distrain.training.evaluation import _Tally
 
@@ -247,3 +249,82 @@ def test_what_waits_is_found(wait: Callable[[Any, Tensor], Any]) -> None:
         with suppress(NotImplementedError):
             wait(world, torch.ones(3))
     assert len(waits.found + constants.found) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+STRICT = """
+import torch
+
+from distrain import Callback
+
+
+class Strict(Callback):
+    def on_batches(self, step, micro_batches):
+        if step > 2:  # the first ones may bring what is constant
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_taken(self, step):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Pictures:
+    def __init__(self, split):
+        self.images = torch.randint(0, 256, (96, 3, 64, 64), dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        return self.images[number], number % 5
+
+
+def train(recipe, run_dir, *overrides):
+    import sys
+
+    from distrain.launchers import work
+
+    sys.exit(work(recipe, overrides, run_dir=run_dir, callbacks=[Strict()]))
+"""
+ON_GPU = """
+name: strict
+task: classification
+data:
+  name: "{folder}/strict.py:Pictures"
+  workers: 1
+  transforms:
+    train: [{{name: ToDtype, dtype: float32, scale: true}}, {{name: Normalize, mean: [0.5], std: [0.2]}}]
+model:
+  name: sequential
+  layers: [{{Conv2d: [3, 16, 3]}}, {{BatchNorm2d: 16}}, ReLU, {{AdaptiveAvgPool2d: 1}}, Flatten, {{Linear: [16, 5]}}]
+optim: {{name: adamw, clip_norm: 1.0}}
+batch: {{global: 96, micro: 48}}
+train: {{steps: 8, precision: bf16, ema: 0.9}}
+eval: {{every: null}}
+log: {{every: 1 steps}}
+"""
+OVERRIDES = {
+    "images": (),
+    "fp32": ("train.precision=fp32",),
+    "weighted": ("loss={name: cross_entropy, weight: [1, 2, 3, 4, 5]}",),
+    "sgd": ("optim={name: sgd, momentum: 0.9}", "tune.channels_last=false"),
+    "plain": ("tune.uint8_inputs=false", "tune.copy_stream=false"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_in_a_step_the_host_does_not_wait_for_a_gpu(tmp_path: Path, case: str) -> None:
+    (tmp_path / "strict.py").write_text(STRICT)
+    recipe = write_recipe(tmp_path, ON_GPU.format(folder=tmp_path))
+    code = f"import strict; strict.train({str(recipe)!r}, {str(tmp_path / 'run')!r}, *{OVERRIDES[case]!r})"
+    done = typed("python", "-c", code, folder=tmp_path, PYTHONPATH=f"{tmp_path}:{IMPORTABLE}")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 8
+    effect = RunDir(tmp_path / "run").effect()
+    assert effect is not None
+    assert effect["device"] == "cuda"
+    if case == "images":
+        off = {key for key, each in effect["tune"].items() if not each["on"]}
+        assert not off & {"channels_last", "uint8_inputs", "copy_stream", "fused_optimizer", "flash_attention", "tf32"}

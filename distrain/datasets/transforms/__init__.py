@@ -5,7 +5,7 @@ finishing.py  the last ones, which make floats of bytes
 steps.py      each transform, torchvision's or the user's; only recipes with transforms import torchvision
 """
 
-from distrain.datasets.transforms.finishing import FINISH, Finish
+from distrain.datasets.transforms.finishing import FINISH, Finish, finished
 from distrain.datasets.transforms.transform import Images, Step, Transform
 
-__all__ = ["FINISH", "Finish", "Images", "Step", "Transform"]
+__all__ = ["FINISH", "Finish", "Images", "Step", "Transform", "finished"]

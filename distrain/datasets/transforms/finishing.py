@@ -13,8 +13,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from distrain.datasets.base import Batch
+
 FINISH = "finish"
 """The key of a batch whose inputs are bytes: the `Finish` that makes floats of them."""
+
+
+def finished(batch: Batch) -> Batch:
+    """Return a batch whose inputs are floats, where they are bytes with a `Finish` beside them."""
+    return {**batch, "inputs": batch[FINISH](batch["inputs"])} if FINISH in batch else batch
 
 
 @dataclass(frozen=True)
