@@ -11,6 +11,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 HAS_GPU = torch.cuda.is_available()
+# what tests compile is kept for those to come, but not among what the user's own runs have compiled
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/distrain-tests-{os.getuid()}")
 # tests say what CPUs compute, and several at a time would not fit into a GPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

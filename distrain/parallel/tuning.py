@@ -35,8 +35,8 @@ class Logits:
 
     head: str = ""
     """The layer that makes them; empty where it is not known, or was not looked for."""
-    count: int = 0
-    """How many a micro-batch has."""
+    count: int | None = 0
+    """How many a micro-batch has; None where that varies."""
     obstacle: str = "the model is not trained here"
     """Why its loss cannot take them in chunks; empty where it can."""
 
@@ -262,6 +262,8 @@ def _chunked_loss(facts: Facts) -> Choice:
     logits = facts.logits
     if logits.obstacle:
         return _no(logits.obstacle)
+    if logits.count is None:
+        return Choice(True, f"by {logits.head}, for any number of tokens")
     if logits.count <= MANY_LOGITS:
         return Choice(False, f"a micro-batch has few logits ({logits.count:,})")
     return Choice(True, f"{logits.count:,} logits of a micro-batch, by {logits.head}")

@@ -25,7 +25,10 @@ TARGETS = "loss_targets"
 
 
 def logits_of(recipe: Recipe, world: World, loss: Loss, model: nn.Module, tokens: int | None) -> Logits:
-    """Return the logits of a micro-batch of so many tokens, with the layer that makes them where that may matter."""
+    """Return the logits of a micro-batch of so many tokens, with the layer that makes them where that may matter.
+
+    `tokens`: None where their number varies.
+    """
     setting = recipe.tune.chunked_loss
     if setting is False:
         return Logits(obstacle="tune.chunked_loss is false")
@@ -35,12 +38,12 @@ def logits_of(recipe: Recipe, world: World, loss: Loss, model: nn.Module, tokens
         # before they are scaled most of these gradients are too small for it
         return Logits(obstacle=f"under {world.precision} gradients are computed from a scaled loss")
     vocabulary = max((each.out_features for each in model.modules() if isinstance(each, nn.Linear)), default=0)
-    count = (tokens or 0) * vocabulary
-    if setting == "auto" and count <= MANY_LOGITS:
+    count = tokens * vocabulary if tokens is not None else None
+    if setting == "auto" and count is not None and count <= MANY_LOGITS:
         return Logits(count=count, obstacle="")
     head, obstacle = find_head(model)
     classes = model.get_submodule(head).out_features if head else 0
-    return Logits(head, (tokens or 0) * int(classes), obstacle)  # type: ignore[arg-type]
+    return Logits(head, None if tokens is None else tokens * int(classes), obstacle)  # type: ignore[arg-type]
 
 
 def compute_loss_inside(model: nn.Module, loss: Loss, head: str = "") -> None:

@@ -279,7 +279,7 @@ def _training(
         checkpoint_activations(model, recipe.train.activation_checkpointing)
         chunked = world.tuning["chunked_loss"]
         inside = compiled.on or chunked
-        logits_per_sample = logits.count // feed.micro_batch_size if chunked else 0
+        logits_per_sample = (logits.count or 0) // feed.micro_batch_size if chunked else 0
         if inside:
             compute_loss_inside(model, loss, logits.head if chunked else "")
 

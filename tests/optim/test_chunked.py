@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from allocated import Allocated
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distrain.optim.losses.chunked import LARGEST_CHUNK, SMALLEST_CHUNK, chunk_count, chunked_cross_entropy
 
@@ -133,21 +132,6 @@ def test_chunks_are_few_and_none_is_too_large(rows, classes, chunks):
     assert chunk_count(rows, classes) == chunks
     assert rows * classes <= chunks * LARGEST_CHUNK
     assert chunks > 1 or rows * classes <= SMALLEST_CHUNK
-
-
-class Allocated(TorchDispatchMode):
-    """Notes the largest number of elements of the tensors that are made in each dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest: dict[torch.dtype, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor):
-                self.largest[each.dtype] = max(self.largest.get(each.dtype, 0), each.numel())
-        return made
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "fp32"])

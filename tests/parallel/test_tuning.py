@@ -55,6 +55,7 @@ def test_each_is_off_by_one_word(key: str) -> None:
             True,
             "33,554,432 logits of a micro-batch, by",
         ),
+        ("chunked_loss", replace(CPU, logits=Logits("head", None, "")), True, "by head, for any number of tokens"),
         ("chunked_loss", replace(GPU, logits=Logits("", 2**25, "no head")), False, "no head"),
         ("tf32", CPU, False, "TF32 needs an NVIDIA GPU"),
         ("tf32", GPU, True, "for what stays fp32 under bf16"),

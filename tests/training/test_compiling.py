@@ -6,19 +6,22 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from allocated import Allocated
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from distrain.config import CompileSection, Recipe, UserError
+from distrain.config import CompileSection, Recipe, TuneSection, UserError
 from distrain.datasets.base import DataMeta
 from distrain.networks.calling import ModelOutput, calling_convention
 from distrain.networks.gpt import GPT
 from distrain.optim import Loss, build_loss
+from distrain.parallel.tuning import Logits
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.compiling import (
     CACHE,
@@ -31,7 +34,8 @@ from distrain.training.compiling import (
     warn_of_failures,
 )
 from distrain.training.context import loss_of
-from distrain.training.inner_loss import compute_loss_inside
+from distrain.training.inner_loss import compute_loss_inside, logits_of
+from distrain.training.setup import EVAL_LOGITS, TrainSetup
 
 CPU = torch.device("cpu")
 
@@ -140,6 +144,52 @@ def test_the_loss_inside_is_the_loss_outside(case: str, narrow: bool, compiled: 
         assert graphs_and_failures() == (1, []), "what the loss notes for itself compiles nothing anew"
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "fp32"])
+def test_no_tensor_of_a_step_is_as_large_as_the_logits(narrow: bool) -> None:
+    tokens, classes = 512, 2**15
+    loss = loss_named("cross_entropy", "language_modeling")
+    batch = {"inputs": torch.randint(classes, (2, tokens // 2)), "targets": torch.randint(classes, (2, tokens // 2))}
+    largest = {}
+    for head in ("head", ""):
+        model = GPT(classes, tokens // 2, n_layer=1, n_head=1, d_model=2)
+        compute_loss_inside(model, loss, head)
+        if narrow:
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        with Allocated() as allocated:
+            gradients(model, loss, batch, inside=True)
+        largest[head] = allocated.largest[torch.float32]
+    assert largest[""] == tokens * classes
+    assert largest["head"] == tokens * classes // 4
+
+
+def test_an_evaluation_holds_no_more_logits_than_fit() -> None:
+    for micro, each, expected in [(8, 0, 8), (8, EVAL_LOGITS // 4, 4), (8, 2 * EVAL_LOGITS, 1), (2, 5, 2)]:
+        parts = SimpleNamespace(
+            feed=SimpleNamespace(micro_batch_size=micro), training=SimpleNamespace(logits_per_sample=each)
+        )
+        assert TrainSetup.eval_batch_size.fget(parts) == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_logits_are_known_as_far_as_the_lengths_are(micro: int) -> None:
+    model, loss = GPT(2**15, 8, n_layer=1, n_head=1, d_model=2), loss_named("cross_entropy", "language_modeling")
+    world: Any = SimpleNamespace(mixed_precision=SimpleNamespace(scaled=False), precision="fp32")
+    text = recipe("language_modeling")
+
+    def found(tokens: int | None, **tune: Any) -> Logits:
+        asked = text.model_copy(update={"tune": TuneSection.model_validate(tune)})
+        return logits_of(asked, world, loss, model, tokens)
+
+    assert found(micro * 512) == Logits("", micro * 2**24, "") if micro == 1 else Logits("head", micro * 2**24, "")
+    assert found(micro * 8, chunked_loss=True) == Logits("head", micro * 2**18, "")
+    assert found(None) == Logits("head", None, "")
+    assert found(2**20, chunked_loss=False).obstacle == "tune.chunked_loss is false"
+    world.mixed_precision.scaled, world.precision = True, "fp16"
+    assert found(2**20).obstacle == "under fp16 gradients are computed from a scaled loss"
+    nll = logits_of(text, world, loss_named("nll", "language_modeling"), model, 2**20)
+    assert nll.obstacle == "loss nll of task language_modeling is computed from whole logits"
+
+
 def test_a_proof_finds_no_state_in_it() -> None:
     model, loss = GPT(5, 8, n_layer=1, n_head=1, d_model=4), loss_named("cross_entropy", "language_modeling")
     compute_loss_inside(model, loss, "head")
@@ -179,6 +229,7 @@ def test_targets_that_do_not_fit_are_an_error_in_both_ways() -> None:
         gradients(model, loss, batch, inside=True)
 
 
+@pytest.mark.slow
 def test_a_later_attempt_compiles_nothing_anew(fresh: Path) -> None:
     loss, batch = loss_named("mse", "regression"), {"inputs": torch.randn(3, 2), "targets": torch.randn(3, 1)}
     loss.prepare(CPU, torch.float32)
