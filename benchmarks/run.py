@@ -27,7 +27,7 @@ ON_CPU = {
     "saving": 150,
     "consolidate": 180,
     "compile": 120,
-    "traffic": 90,
+    "traffic": 150,
     "images": 60,
     "scale": 90,
 }

@@ -178,6 +178,10 @@ def advice(recipe: Recipe, world: World, micro_batch_size: int | None, where: st
         passes.append(
             f"batch.micro: {lower} (now {micro_batch_size}); {times} of them are accumulated then, for the same step"
         )
+    accumulates = micro_batch_size is not None and micro_batch_size * world.world_size < recipe.batch.global_batch_size
+    sharded = world.strategy == "fsdp2" and world.world_size > 1
+    if sharded and accumulates and not world.tuning["reduce_every_micro"]:
+        passes.append("tune.reduce_every_micro: true, with which no process keeps a whole gradient")
     if not recipe.train.activation_checkpointing:
         passes.append("train.activation_checkpointing: true, for about a third more time")
     # what is there before any batch comes is state; the rest grows with the batch

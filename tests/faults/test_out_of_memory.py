@@ -18,6 +18,7 @@ from distrain.config.yaml import load_recipe
 from distrain.diagnose import memory_advice as out_of_memory
 from distrain.diagnose.memory_advice import advice, is_out_of_memory
 from distrain.launchers import unsaid_failures
+from distrain.parallel.tuning import Tuning
 from distrain.run import heartbeat
 from distrain.run.folder import RunDir
 from distrain.system import memory
@@ -124,7 +125,18 @@ def test_an_evaluation_that_runs_out_of_memory_is_distinguished_from_training(tm
 
 def world_of(world_size: int, strategy: str, device: str = "cuda") -> Any:
     asked = SimpleNamespace(offload="none")
-    return SimpleNamespace(world_size=world_size, strategy=strategy, device=torch.device(device), asked=asked)
+    return SimpleNamespace(
+        world_size=world_size, strategy=strategy, device=torch.device(device), asked=asked, tuning=Tuning()
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "micro", "advised"), [("fsdp2", 6, True), ("fsdp2", 12, False), ("zero3", 6, False)]
+)
+def test_whole_gradients_need_not_be_kept(tmp_path: Path, strategy: str, micro: int, advised: bool) -> None:
+    recipe = load_recipe(write_recipe(tmp_path), ["batch.global=24"]).recipe
+    less = "\n".join(advice(recipe, world_of(2, strategy), micro, "in the backward pass"))
+    assert ("tune.reduce_every_micro: true, with which no process keeps a whole gradient" in less) == advised
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])

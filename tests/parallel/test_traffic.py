@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from odd_models import Blocks
 from runs import captured, last, state, write_recipe
 from test_matrix import create, spec, stopped_copy, train_in_turn
+from torch import Tensor
 from traffic import Case, Collectives, Parameter, by_kind
 from worlds import in_world
 
+from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
+from distrain.parallel.tuning import Choice, Tuning
 from distrain.run.folder import RunDir
 
 RECIPE = """
@@ -35,7 +39,6 @@ def watched(strategy: str, run_dirs: dict[str, str]) -> dict[str, Seen]:
     """Make the steps of each run in this world; returns what was sent in the last one, and what the run came to."""
     from distrain.config.yaml import load_recipe
     from distrain.loop import train_step
-    from distrain.parallel import open_world
     from distrain.parallel.precision import resolve
     from distrain.training.run_loop import Session
 
@@ -197,3 +200,56 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
     ours, theirs = state(last(resumed)), state(last(straight))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_gradients_are_reduced_in_bf16_where_that_is_asked_for(tmp_path: Path) -> None:
+    runs = {"fp32": ("Wide", (*MANY, *EVERY)), "bf16": ("Wide", (*MANY, "tune.cast_before_reduce=true"))}
+    found = run_each(tmp_path, "fsdp2", 2, runs)
+    fp32, bf16 = (by_kind(found[name]["calls"])["reduce_scatter"] for name in ("fp32", "bf16"))
+    assert bf16 == (fp32[0], fp32[1] // 2), "with each micro-batch too: they are added up in fp32"
+    assert found["bf16"]["effect"]["gradients"] == "float32"
+    assert found["bf16"]["bits"] != found["fp32"]["bits"]
+    for ours, theirs in zip(found["bf16"]["weights"], found["fp32"]["weights"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-2)  # of three steps of 0.01 at most
+
+
+class Skipping(Blocks):
+    """Leaves a block out where it does not train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](self.into(x))
+        return self.head(self.blocks[1](x) if self.training else x)
+
+
+def ahead_of_a_change() -> tuple[list[float], list[float]]:
+    """Gather a block ahead and not use it, make its weights zero, and use it; returns the outputs without and with."""
+    world = open_world("fp32", StrategySpec("fsdp2"))
+    world.tuning = Tuning({"prefetch": Choice(True, "for this test")})
+    engine = build_strategy(
+        world,
+        BuildSpec(
+            model=Skipping,
+            optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.1),
+            loss_sum=lambda built, index: built(torch.ones(1, 5)).sum(),
+            micro_batch_size=1,
+            accumulation=1,
+            clip_norm=None,
+            ema=None,
+        ),
+    )
+    with torch.no_grad():
+        engine.model.eval()
+        without = engine.model(torch.ones(1, 5))
+        engine.reshard()
+        for parameter in engine.model.blocks[1].parameters():
+            engine.shard(parameter).values.zero_()
+        engine.model.train()
+        found = engine.model(torch.ones(1, 5))
+        engine.reshard()
+    world.close()
+    return without[0].tolist(), found[0].tolist()
+
+
+def test_what_was_gathered_ahead_and_not_used_is_not_used_later() -> None:
+    for without, found in in_world(2, ahead_of_a_change, timeout_s=60):
+        assert found == without
