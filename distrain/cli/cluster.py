@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from distrain.cli.options import AUTO, Json, Offload, Overrides, Replicate, StrategyName
+from distrain.cli.options import (
+    AUTO,
+    Json,
+    OffloadTo,
+    Overrides,
+    RecipeOrRun,
+    Replicate,
+    RunFolder,
+    Strategy,
+    Update,
+)
 from distrain.system.output import echo, one_line
 
 
+def _by_site(help: str) -> Any:
+    return typer.Option(help=help, show_default="the site's, else SLURM's")
+
+
 def submit(
-    target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
-    ],
+    target: RecipeOrRun,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on CPUs.")] = 0,
@@ -33,14 +45,10 @@ def submit(
             envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
         ),
     ] = None,
-    strategy: Annotated[StrategyName, typer.Option(help="As for `distrain train`.")] = AUTO,
-    offload: Annotated[
-        Offload | None, typer.Option(help="As for `distrain train`.", show_default="as the run was started, else none")
-    ] = None,
+    strategy: Strategy = AUTO,
+    offload: OffloadTo = None,
     replicate: Replicate = None,
-    run_dir: Annotated[
-        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
-    ] = None,
+    run_dir: RunFolder = None,
     array: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,16 +64,10 @@ def submit(
     cpus_per_task: Annotated[
         int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
     ] = None,
-    mem: Annotated[
-        str | None, typer.Option(help="Memory of each node, such as 64G.", show_default="the site's, else SLURM's")
-    ] = None,
-    partition: Annotated[
-        str | None, typer.Option(help="The partition.", show_default="the site's, else SLURM's")
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="The account.", show_default="the site's, else SLURM's")] = None,
-    qos: Annotated[
-        str | None, typer.Option(help="The quality of service.", show_default="the site's, else SLURM's")
-    ] = None,
+    mem: Annotated[str | None, _by_site("Memory of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, _by_site("The partition.")] = None,
+    account: Annotated[str | None, _by_site("The account.")] = None,
+    qos: Annotated[str | None, _by_site("The quality of service.")] = None,
     notice: Annotated[
         int | None,
         typer.Option(
@@ -78,12 +80,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
     ] = None,
-    update: Annotated[
-        bool,
-        typer.Option(
-            "--update", help="Resume an existing run under a changed recipe, data or code; refused without it."
-        ),
-    ] = False,
+    update: Update = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),

@@ -16,7 +16,18 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
-from distrain.cli.options import AUTO, ChangedData, Json, Offload, Overrides, Replicate, StrategyName
+from distrain.cli.options import (
+    AUTO,
+    ChangedData,
+    Json,
+    OffloadTo,
+    Overrides,
+    RecipeOrRun,
+    Replicate,
+    RunFolder,
+    Strategy,
+    Update,
+)
 from distrain.config import UserError
 from distrain.system.logs import show_on_terminal
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
@@ -62,36 +73,15 @@ class Documents(StrEnum):
 
 @app.command()
 def train(
-    target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
-    ],
+    target: RecipeOrRun,
     overrides: Overrides = None,
-    run_dir: Annotated[
-        str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")
-    ] = None,
+    run_dir: RunFolder = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine.", show_default="one for each GPU, else 1")
     ] = None,
-    update: Annotated[
-        bool,
-        typer.Option(
-            "--update", help="Resume an existing run under a changed recipe, data or code; refused without it."
-        ),
-    ] = False,
-    strategy: Annotated[
-        StrategyName,
-        typer.Option(
-            help="How state is spread over the processes; auto resumes a run as it was started; a new one has ddp, or "
-            "single in one process."
-        ),
-    ] = AUTO,
-    offload: Annotated[
-        Offload | None,
-        typer.Option(
-            help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.",
-            show_default="as the run was started, else none",
-        ),
-    ] = None,
+    update: Update = False,
+    strategy: Strategy = AUTO,
+    offload: OffloadTo = None,
     replicate: Replicate = None,
 ) -> None:
     """Train a recipe. The same command resumes a stopped run, and shows a finished one."""

@@ -16,8 +16,16 @@ ChangedData = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]
+RecipeOrRun = Annotated[
+    str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+RunFolder = Annotated[str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")]
+Update = Annotated[
+    bool,
+    typer.Option("--update", help="Resume an existing run under a changed recipe, data or code; refused without it."),
 ]
 
 
@@ -43,3 +51,19 @@ class Offload(StrEnum):
     none = "none"
     optimizer = "optimizer"
     all = "all"
+
+
+Strategy = Annotated[
+    StrategyName,
+    typer.Option(
+        help="How state is spread over the processes; auto resumes a run as it was started; a new one has ddp, or "
+        "single in one process."
+    ),
+]
+OffloadTo = Annotated[
+    Offload | None,
+    typer.Option(
+        help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.",
+        show_default="as the run was started, else none",
+    ),
+]

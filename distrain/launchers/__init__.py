@@ -39,6 +39,7 @@ from distrain.launchers.request import (
     RunRequest,
     Target,
     asked_for,
+    autobatch,
     check_one_owner,
     check_same_recipe,
     find_run,
@@ -48,7 +49,7 @@ from distrain.launchers.request import (
     recipe_text,
     resolve,
 )
-from distrain.launchers.worker import autobatch, end_with_launcher, train_here, work
+from distrain.launchers.worker import end_with_launcher, train_here, work
 
 __all__ = [
     "TYPED",

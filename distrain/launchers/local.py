@@ -18,8 +18,8 @@ from distrain.config.registry import launchers
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
 from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
-from distrain.launchers.request import Options, RunRequest, read_target, resolve
-from distrain.launchers.worker import begin_worker, is_finished, prepare, show_finished, train_here
+from distrain.launchers.request import Options, RunRequest, prepare, read_target, resolve
+from distrain.launchers.worker import begin_worker, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
 from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored
@@ -210,26 +210,28 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
     ]
 
 
+def _plan(request: RunRequest | EvaluationRequest) -> LaunchPlan:
+    script, config = shared_file("launch", request.script), configuration_file(request.strategy)
+    return LaunchPlan(script, request.worker_arguments, request.processes, config, request.offload)
+
+
 @launchers.register("local")
 class LocalLauncher:
     """Processes of this machine, which end with the command that started them."""
 
     name = "local"
 
-    def submit(self, start: RunRequest | EvaluationRequest) -> Submitted:
+    def submit(self, start: RunRequest) -> Submitted:
         """Start a request's processes and wait for them; a single one is this process."""
-        count, run = start.processes, None
-        if isinstance(start, RunRequest):
-            if count == 1 or is_finished(start):
-                return Submitted(status=train_here(start) if count == 1 else show_finished(start.run))
-            run = start.run
-            prepare(start)
-        elif count == 1:
-            return Submitted(status=evaluate_here(start))
-        script, config = shared_file("launch", start.script), configuration_file(start.strategy)
-        status = launch(LaunchPlan(script, start.worker_arguments, count, config, start.offload), run)
+        run = start.run
+        if start.is_finished:
+            return Submitted(status=show_finished(run))
+        if start.processes == 1:
+            return Submitted(status=train_here(start))
+        prepare(start)
+        status = launch(_plan(start), run)
         # a launcher that was signalled calls that a failure, and the run folder knows better
-        return Submitted(status=0 if run is not None and run.preempted is not None else status)
+        return Submitted(status=0 if run.preempted is not None else status)
 
     def knows(self, folder: Path) -> bool:
         """Whether a job was submitted: there are none here, only processes."""
@@ -277,4 +279,4 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, 
     say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     environment = launcher_environment(processes) if processes > 1 else worker_environment()
     request = resolve_evaluation(target, split, processes, environment, as_json=as_json, changed_data=changed_data)
-    return LocalLauncher().submit(request).status
+    return evaluate_here(request) if processes == 1 else launch(_plan(request))

@@ -14,10 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
-from distrain.launchers.preflight import StartEnvironment, all_of
+from distrain.launchers.preflight import StartEnvironment, all_of, gpu_count
 from distrain.run.folder import Launch, RunDir
+from distrain.run.lease import Holder, check_free
+from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.job_environment import job_environment
 from distrain.system.output import in_utf8
 
@@ -93,6 +96,11 @@ class RunRequest:
     def given(self) -> LoadedRecipe | None:
         """The recipe that the command brings; None where it names a run."""
         return None if self.is_run else self.recipe
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to train: the run is finished, and this attempt does not update it."""
+        return not self.update and self.run.finished is not None
 
     @property
     def spec(self) -> StrategySpec:
@@ -355,6 +363,32 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
         run.update_path.touch()
     elif job_environment().job is None:  # who starts the run again may have changed their mind
         run.update_path.unlink(missing_ok=True)
+
+
+def prepare(request: RunRequest, *, search: bool = True, opened: bool = False) -> None:
+    """Open the run, unless it is `opened`, and `search` the size of `batch.micro: auto`, before any process trains.
+
+    One process calls, without a GPU. Raises UserError, with nothing changed, where another attempt is at work.
+    """
+    run, holder = request.run, Holder.of_this_process()
+    if run.exists:
+        check_free(run, holder)  # before its recipe may be replaced
+    unfinished = run.exists and not run.finished
+    if not opened:
+        open_run(run, request.given, request.launch(), update=request.update)
+    if unfinished:
+        # a failure of this attempt must not be taken for an earlier preemption
+        run.clear_markers(requeued=holder.restart > 0)
+    if search and (found := autobatch(request, request.processes)) is not None:
+        cache_micro_batch(run, found)
+
+
+def autobatch(request: RunRequest, here: int) -> CachedMicroBatch | None:
+    """Return a newly found size for `batch.micro: auto`, with `here` of the processes on this machine; else None."""
+    count = request.processes
+    return search_if_needed(
+        request.run, request.recipe.recipe, request.spec, processes=count, here=here, gpus=gpu_count()
+    )
 
 
 def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> None:

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distrain.autobatch.search import search_if_needed
 from distrain.checkpoint import newest_step
 from distrain.config import UserError
-from distrain.launchers.preflight import gpu_count, join_launcher, worker_environment
+from distrain.launchers.preflight import join_launcher, worker_environment
 from distrain.launchers.reporting import leave_to_rank_0, report, reported
-from distrain.launchers.request import Options, RunRequest, check_same_recipe, open_run, read_target, resolve
+from distrain.launchers.request import Options, RunRequest, check_same_recipe, prepare, read_target, resolve
 from distrain.run.folder import RunDir, describe_effect
-from distrain.run.lease import Holder, Lease, check_free, take_lease
-from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
+from distrain.run.lease import Holder, Lease, take_lease
 from distrain.system.environment import rank_told, under_torch_launcher
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
@@ -100,32 +98,6 @@ def requested(run: RunDir, name: str) -> RunRequest:
     return found
 
 
-def prepare(request: RunRequest, *, search: bool = True, opened: bool = False) -> None:
-    """Open the run, unless it is `opened`, and `search` the size of `batch.micro: auto`, before any process trains.
-
-    One process calls, without a GPU. Raises UserError, with nothing changed, where another attempt is at work.
-    """
-    run, holder = request.run, Holder.of_this_process()
-    if run.exists:
-        check_free(run, holder)  # before its recipe may be replaced
-    unfinished = run.exists and not run.finished
-    if not opened:
-        open_run(run, request.given, request.launch(), update=request.update)
-    if unfinished:
-        # a failure of this attempt must not be taken for an earlier preemption
-        run.clear_markers(requeued=holder.restart > 0)
-    if search and (found := autobatch(request, request.processes)) is not None:
-        cache_micro_batch(run, found)
-
-
-def autobatch(request: RunRequest, here: int) -> CachedMicroBatch | None:
-    """Return a newly found size for `batch.micro: auto`, with `here` of the processes on this machine; else None."""
-    count = request.processes
-    return search_if_needed(
-        request.run, request.recipe.recipe, request.spec, processes=count, here=here, gpus=gpu_count()
-    )
-
-
 def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opened: bool = False) -> int:
     """Train what was requested in this process, one of its world; returns the exit status. All ranks call.
 
@@ -142,7 +114,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
             from distrain.loop import train
             from distrain.parallel import open_world
 
-        if alone and not is_finished(request):
+        if alone and not request.is_finished:
             prepare(request, opened=opened)
         world = open_world(
             recipe.train.precision,
@@ -153,7 +125,7 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
         lease: Lease | None = None
 
         def begin() -> Lease | None:
-            if is_finished(request):
+            if request.is_finished:
                 if request.given is not None:
                     check_same_recipe(run, request.given)
                 return None
@@ -187,11 +159,6 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
             world.close()
 
     return reported(None, rank, train_in_world) or status
-
-
-def is_finished(request: RunRequest) -> bool:
-    """Whether there is nothing to train: the run is finished, and this attempt does not update it."""
-    return not request.update and request.run.finished is not None
 
 
 def show_finished(run: RunDir) -> int:

@@ -10,11 +10,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT, SCRIPT
 from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
-from worlds import running_world
+from worlds import in_world, running_world
 
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
@@ -412,3 +413,48 @@ def test_this_machine_has_no_queue(tmp_path: Path) -> None:
     assert local.status([tmp_path]) is None
     with pytest.raises(UserError, match=f"distrain stop {tmp_path}` has a run save and end"):
         local.cancel(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From a command to training
+
+
+def files_entered(recipe: str, run_dir: str) -> list[str]:
+    """Train in this process; returns the files that the recipe, the run or its request enters until training begins.
+
+    A file counts each time that one of its functions is given one of them after a function of another file was. Those
+    of a request itself, of the run folder's files and of `distrain.system` are not on the way.
+    """
+    from distrain.launchers import RunRequest, Target, start
+
+    package, entered = f"{ROOT}/distrain/", [""]
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(package) or entered[-1] == "loop.py":
+            return
+        file = code.co_filename.removeprefix(package)
+        given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+        if file.startswith("system/") or file in ("run/folder.py", "run/json_files.py"):
+            return
+        if given and code.co_varnames[0] == "self" and isinstance(given[0], RunRequest):
+            return
+        if any(
+            isinstance(each, RunRequest | RunDir | Target) or (type(each) is str and each == recipe) for each in given
+        ):
+            entered.extend([file] if file != entered[-1] else [])
+
+    sys.setprofile(note)
+    try:
+        assert start(recipe, run_dir=run_dir, processes=1) == 0
+    finally:
+        sys.setprofile(None)
+    return entered[1:]
+
+
+def test_a_recipe_comes_to_training_by_few_files(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    (entered,) = in_world(1, files_entered, str(recipe), str(tmp_path / "run"), launched=False)
+    assert entered[:2] == ["launchers/local.py", "launchers/request.py"]
+    assert entered[-1] == "loop.py"
+    assert len(entered) <= 18, entered
