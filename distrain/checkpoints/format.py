@@ -7,7 +7,7 @@ import json
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import xxhash
 
+from distrain.checkpoints.arena import Bytes, Source
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
@@ -63,7 +64,8 @@ class TensorSpec:
             raise CheckpointError(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_SIZES)}")
         if self.role not in ROLES:
             raise CheckpointError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
-        if any(type(size) is not int or size < 0 for size in self.shape) or self.nbytes >= 2**63:
+        # called for each tensor: no generator
+        if (self.shape and ({*map(type, self.shape)} != {int} or min(self.shape) < 0)) or self.nbytes >= 2**63:
             raise CheckpointError(f"{self.shape!r} is not a tensor's shape")
 
     @property
@@ -85,10 +87,15 @@ class Piece:
     """The full tensor's canonical name: `model/NAME`, `optimizer/NAME/exp_avg`, `ema/NAME`."""
     start: int
     """Index of its first element in the flattened full tensor."""
-    data: memoryview | np.ndarray
-    """The elements' bytes: one-dimensional, uint8, contiguous."""
+    data: memoryview | np.ndarray | Source
+    """The elements' bytes: one-dimensional, uint8, contiguous; or what knows where they are."""
     copied: bool = False
     """Whether the memory stays unchanged until the save is finished, so that it need not be copied."""
+
+    @property
+    def source(self) -> Source:
+        """The elements, wherever they are."""
+        return Bytes(self.data) if isinstance(self.data, memoryview | np.ndarray) else self.data
 
 
 @dataclass(frozen=True)
@@ -342,6 +349,31 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+"""Returns a text as JSON writes it."""
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return f"[{','.join(map(str, numbers))}]"
+
+
+def manifest_text(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """Return the text of a manifest, which begins with its hash, of its `content` besides the tensors."""
+    # as `canonical_json` would, and several times as fast where there are many
+    listed = ",".join(
+        f'{quoted(name)}:{{"dtype":"{each.spec.dtype}","pieces":[{",".join(map(_listed, each.listed()))}],'
+        f'"role":"{each.spec.role}","shape":{_listed(each.spec.shape)}}}'
+        for name, each in sorted(tensors.items())
+    )
+    parts = [
+        canonical_json({key: value for key, value in content.items() if key < "tensors"})[1:-1],
+        f'"tensors":{{{listed}}}'.encode(),
+        canonical_json({key: value for key, value in content.items() if key > "tensors"})[1:-1],
+    ]
+    text = b",".join(part for part in parts if part) + b"}"
+    return b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(b"{" + text).encode() + text
+
+
 def piece_key(name: str, start: int) -> str:
     return f"{name}@{start}"
 
@@ -355,7 +387,8 @@ def check_json(value: Any, where: str) -> None:
             check_json(item, f"{where}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            check_json(item, f"{where}[{index}]")
+            if type(item) is not str:  # which names of parameters are
+                check_json(item, f"{where}[{index}]")
     elif type(value) not in (str, int, float, bool, type(None)) or (type(value) is float and not math.isfinite(value)):
         raise CheckpointError(f"{where} is {value!r}, a {type(value).__name__}, which JSON does not keep as it is")
 
@@ -387,6 +420,17 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError("it is not a JSON object")
     return value
+
+
+def has_exactly(content: Any, kinds: dict[str, Any]) -> bool:
+    """Whether a JSON object has these keys, each of its type, and no others."""
+    if type(content) is not dict or len(content) != len(kinds):
+        return False
+    # called for each tensor: a generator would take several times as long
+    for key, kind in kinds.items():  # noqa: SIM110
+        if type(content.get(key)) is not kind:
+            return False
+    return True
 
 
 def fields(content: Any, what: str, **kinds: Any) -> dict[str, Any]:
@@ -442,11 +486,14 @@ def parse_manifest(raw: bytes) -> Manifest:
     return manifest
 
 
+_TENSOR: dict[str, Any] = {"shape": list, "dtype": str, "role": str, "pieces": list}
+
+
 def _parse_tensor(name: str, content: Any) -> Tensor:
-    found = fields(content, repr(name), shape=list, dtype=str, role=str, pieces=list)
+    found = content if has_exactly(content, _TENSOR) else fields(content, repr(name), **_TENSOR)
     runs: list[Run] = []
     for piece in found["pieces"]:
-        if not isinstance(piece, list) or len(piece) not in (3, 4) or {*map(type, piece)} != {int}:
+        if type(piece) is not list or len(piece) not in (3, 4) or {*map(type, piece)} != {int}:
             raise CheckpointError(f"{name!r}: expected pieces [file, start, elements], found {str(piece)[:60]}")
         add_piece(runs, *piece)
     spec = TensorSpec(tuple(found["shape"]), found["dtype"], found["role"])

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
-from distrain.checkpoints.format import CheckpointError, fields, parse_json
+from distrain.checkpoints.format import CheckpointError, fields, has_exactly, parse_json, quoted
 
 _MAX_HEADER = 100_000_000  # the safetensors library has the same limit
+
+_ENTRY: dict[str, Any] = {"dtype": str, "shape": list, "data_offsets": list}
 
 Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 """For each tensor: dtype, shape, offset in the file in bytes, bytes."""
@@ -25,12 +27,14 @@ def flat_entry(dtype: str, numel: int) -> tuple[str, tuple[int]]:
 
 def pack_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
     """Return the header of {name: (dtype, shape)}, laid end to end, with its length, padded to align the data."""
-    content: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    # written by hand: json takes several times as long, for as many dicts as there are tensors
+    items = [] if metadata is None else [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * ITEM_SIZES[dtype]
-        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(content, separators=(",", ":")).encode()
+        sizes = ",".join(map(str, shape))
+        items.append(f'{quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
+    text = f"{{{','.join(items)}}}".encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 
@@ -49,11 +53,14 @@ def read_header(descriptor: int, size: int) -> tuple[Header, dict[str, Any]]:
     metadata = content.pop("__metadata__", None) or {}
     found: Header = {}
     for name, item in content.items():
-        dtype, shape, offsets = fields(item, f"tensor {name!r}", dtype=str, shape=list, data_offsets=list).values()
+        if not has_exactly(item, _ENTRY):
+            fields(item, f"tensor {name!r}", **_ENTRY)
+        dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
         if dtype not in ITEM_SIZES:
             raise CheckpointError(f"tensor {name!r} has the dtype {dtype[:20]!r}, which is not read here")
-        sizes = len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**62 for n in [*shape, *offsets])
-        if not sizes or len(offsets) != 2:
+        numbers = [*shape, *offsets]
+        are_sizes = {*map(type, numbers)} == {int} and min(numbers) >= 0 and max(numbers) < 2**62
+        if not are_sizes or len(shape) > 64 or len(offsets) != 2:
             raise CheckpointError(f"tensor {name!r} has a shape or offsets that are not sizes")
         begin, end = offsets
         if end - begin != math.prod(shape) * ITEM_SIZES[dtype] or 8 + length + end > size:

@@ -34,6 +34,7 @@ from distrain.checkpoints.headers import Header, flat_entry, read_header
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import progress
 from distrain.system import bounded_json as bounded
+from distrain.system.collector import no_collection
 from distrain.system.errors import UserError, close_names
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Reader:
 
     def __init__(self, path: Path | str, verify: bool = True):
         self.path = Path(path)
-        manifest, problems = _examine(self.path) if verify else (read_manifest(self.path), [])
+        with no_collection():
+            manifest, problems = _examine(self.path) if verify else (read_manifest(self.path), [])
         if problems or manifest is None:
             raise not_verified(self.path, problems)
         self.manifest = manifest
@@ -262,7 +264,8 @@ def _examine(path: Path, contents: bool = True) -> tuple[Manifest | None, list[s
 
 def verify(path: Path | str) -> list[str]:
     """Read the whole checkpoint in folder `path`; return its problems, none if it is as it was written."""
-    return _examine(Path(path))[1]
+    with no_collection():
+        return _examine(Path(path))[1]
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -290,7 +293,9 @@ def find_newest(folder: Path | str, verify: bool = True) -> tuple[Path | None, l
     """
     skipped: list[tuple[Path, str]] = []
     for info in list_checkpoints(folder):
-        if not (problems := _examine(info.path)[1] if verify else _manifest_problems(info.path)):
+        with no_collection():
+            problems = _examine(info.path)[1] if verify else _manifest_problems(info.path)
+        if not problems:
             return info.path, skipped
         skipped.append((info.path, "; ".join(problems)))
     return None, skipped

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import mmap
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from distrain.checkpoints.dtypes import DTYPES, ITEM_SIZES
+from distrain.checkpoints.arena import Arena
+from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.format import (
     LISTED_RUN,
     MANIFEST,
@@ -36,25 +32,20 @@ from distrain.checkpoints.format import (
     Tensor,
     TensorSpec,
     add_piece,
-    canonical_json,
     check_json,
     check_tiling,
     error_reason,
     fingerprint,
+    manifest_text,
     parse_manifest,
-    piece_key,
     rank_file_name,
 )
-from distrain.checkpoints.headers import flat_entry, pack_header, read_header
+from distrain.checkpoints.headers import read_header
 from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
+from distrain.checkpoints.layout import lay_out, write_file
 from distrain.checkpoints.reading import best_first, hash_file, list_checkpoints, open_descriptor
 from distrain.run.heartbeat import enter_phase, progress
-
-_CHUNK = 16 << 20  # bytes hashed and written at a time: large enough that the loop's thread rarely waits for the GIL
-
-
-class _Cancelled(Exception):
-    """The save was cancelled."""
+from distrain.system.collector import no_collection
 
 
 @dataclass
@@ -69,45 +60,34 @@ class _Flight:
     began: float
     score: float | None = None
     """By `Saver.criterion`."""
+    background: bool = True
+    """Whether threads write and publish it."""
     thread: threading.Thread | None = None
+    """Writes this rank's file; on rank 0 another one publishes, once every rank has written."""
     file: FileInfo | None = None
     error: Exception | None = None
+    exchanged: bool = False
+    """Whether the ranks know that every one of them has written."""
+    saved: Saved | None = None
+    """On rank 0, once it is published."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def busy(self) -> bool:
+        """Whether its thread is at work."""
+        return self.thread is not None and self.thread.is_alive()
 
-def _lay_out(specs: dict[str, TensorSpec], pieces: Iterable[Piece]) -> tuple[bytes, list[tuple[memoryview, bool]]]:
-    """Return a file's header and, in the order of the file, each piece's bytes and whether it is `copied`."""
-    laid = []
-    for piece in pieces:
-        data = piece.data.data if isinstance(piece.data, np.ndarray) else piece.data
-        if not data.nbytes:
-            continue
-        spec = specs[piece.name]
-        numel, rest = divmod(data.nbytes, ITEM_SIZES[spec.dtype])
-        assert not rest, f"{piece.name}: {data.nbytes} bytes of {spec.dtype}"
-        assert 0 <= piece.start <= spec.numel - numel, f"{piece.name}: {numel} from {piece.start} of {spec.numel}"
-        laid.append((-ITEM_SIZES[spec.dtype], piece.name, piece.start, numel, data.cast("B"), piece.copied))
-    laid.sort(key=lambda entry: entry[:3])  # wide elements first: each tensor is then aligned to its element
-    entries = {piece_key(name, start): flat_entry(specs[name].dtype, numel) for _, name, start, numel, *_ in laid}
-    assert len(entries) == len(laid), "two pieces of a tensor begin at the same element"
-    return pack_header(entries), [(data, copied) for *_, data, copied in laid]
+    def run(self, work: Callable[[], None]) -> None:
+        """Do some work, which keeps its errors to itself, in the background if that is wanted."""
+        if self.background:
+            self.thread = threading.Thread(target=work, name=f"checkpoint-{self.step}")
+            self.thread.start()
+        else:
+            work()
 
-
-def _write_file(path: Path, parts: Sequence[memoryview | bytes], cancelled: threading.Event) -> FileInfo:
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "xb", buffering=1 << 20) as file:
-        for part in parts:
-            for start in range(0, len(part), _CHUNK):
-                if cancelled.is_set():
-                    raise _Cancelled
-                chunk = memoryview(part)[start : start + _CHUNK]
-                digest.update(chunk)
-                file.write(chunk)
-                progress()
-                size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileInfo(path.name, size, digest.hexdigest())
+    def join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -121,7 +101,8 @@ class Saver:
     """Saves the state of a run into `folder`, one checkpoint at a time, and retires old ones.
 
     The newest `keep` up to the step just saved stay, and the `keep_best` with the highest scores besides. `fence`,
-    called by rank 0 just before the publishing rename, raises when this run must not publish any more. All ranks make
+    called by rank 0 just before the publishing rename, from any thread, raises when this run must not publish any more.
+    All ranks make
     the same calls in the same order, from the thread that may use `comm`; `dry_run`, `begin` and `finish` raise the
     same CheckpointError on every rank, and whatever fails, the checkpoints that were there stay as they were.
     """
@@ -135,6 +116,7 @@ class Saver:
         keep_best: int = 1,
         asynchronous: bool = True,
         fence: Callable[[], None] | None = None,
+        arena: Arena | None = None,
     ):
         self.folder = Path(folder)
         self.comm = comm
@@ -142,8 +124,9 @@ class Saver:
         self.keep_best = keep_best
         self.asynchronous = asynchronous
         self.fence = fence
+        self.arena = arena or Arena()
+        """What asynchronous saves are copied into."""
         self._flight: _Flight | None = None
-        self._buffer: mmap.mmap | None = None
         self.criterion: Criterion | None = None
         """What ranks checkpoints for `keep_best`; None: their stored scores."""
         self.scores: dict[str, float | None] = {}
@@ -156,8 +139,18 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has written everything, so that `finish` waits for other ranks only. Costs nothing."""
-        return self._flight is None or self._flight.thread is None or not self._flight.thread.is_alive()
+        """Whether this rank has written everything, so that `exchange` waits for other ranks only. Costs nothing."""
+        return self._flight is None or self._flight.exchanged or not self._flight.busy
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the ranks know that each has written everything."""
+        return self._flight is None or self._flight.exchanged
+
+    @property
+    def published(self) -> bool:
+        """Whether the ranks know that, and rank 0 has published: `finish` waits for no disk. Costs nothing."""
+        return self._flight is None or (self._flight.exchanged and not self._flight.busy)
 
     def dry_run(self) -> None:
         """Check before training that every rank can write into the folder and rank 0 sees what they write."""
@@ -165,7 +158,7 @@ class Saver:
         folder = self._stage("step-00000000")
         error: Exception | None = None
         try:
-            _write_file(folder / rank_file_name(self.comm.rank, self.comm.world_size), [bytes(8)], threading.Event())
+            write_file(folder / rank_file_name(self.comm.rank, self.comm.world_size), [bytes(8)], threading.Event())
         except OSError as caught:
             error = caught
         _, errors = self._gather(None, error)
@@ -197,15 +190,16 @@ class Saver:
         score: float | None = None,
         evaluation: Evaluation | None = None,
         history: dict[str, Any] | None = None,
+        background: bool | None = None,
     ) -> Saved | None:
         """Finish the previous save and return it (None: there was none), then start this one.
 
         `specs` lists all full tensors, the same on every rank; `pieces` are this rank's, and over all ranks they hold
         each element once. They are iterated after the previous save is finished, so a generator may reuse its buffers,
-        and held until `begin` returns. An asynchronous save then writes on a thread, from a copy of its own and from
-        pieces that are `copied`. A fault of one rank (a full disk, an error in `pieces`) is raised by `finish` on all
-        ranks. `score`: higher is better, NaN counts as none; `evaluation` replaces it and names its metric. `history`:
-        rank 0's JSON values.
+        and held until `begin` returns. A save in the `background` (None: as `asynchronous` says) is then written by a
+        thread, from a copy of its own and from pieces that are `copied`; others are written here. A fault of one rank
+        (a full disk, an error in `pieces`) is raised by `exchange` or `finish` on all ranks. `score`: higher is better,
+        NaN counts as none; `evaluation` replaces it and names its metric. `history`: rank 0's JSON values.
         """
         before = self.finish()
         folder = self._stage(f"step-{step:08d}")
@@ -219,20 +213,29 @@ class Saver:
             described["history"] = history
         counts = evaluation.score(self.criterion) if evaluation and self.criterion else described["score"]
         flight = self._flight = _Flight(step, folder, described, specs, time.monotonic(), counts)
+        flight.background = self.asynchronous if background is None else background
         try:
-            check_json(scalars, "scalars")
-            check_json(history, "history")
-            head, parts = _lay_out(specs, pieces)
-            held: list[memoryview | bytes] = [head]
-            held += self._copy(parts) if self.asynchronous else [data for data, _ in parts]
+            with no_collection():
+                check_json(scalars, "scalars")
+                check_json(history, "history")
+                layout = lay_out(specs, pieces)
+                stay = layout.copied if flight.background else [True] * len(layout.copied)
+                views, wait = self.arena.hold(layout.sources, stay, keep=flight.background)
         except Exception as error:  # one rank's fault must reach the others, which wait in finish
             flight.error = error
             return before
-        if self.asynchronous:
-            flight.thread = threading.Thread(target=self._write, args=(flight, held), name=f"checkpoint-{step}")
-            flight.thread.start()
-        else:
-            self._write(flight, held)
+        parts: list[memoryview | bytes] = [layout.header, *views]
+        del layout
+
+        def write() -> None:
+            try:
+                wait()
+                path = folder / rank_file_name(self.comm.rank, self.comm.world_size)
+                flight.file = write_file(path, parts, flight.cancelled)
+            except Exception as error:  # carried to where every rank learns of it
+                flight.error = error
+
+        flight.run(write)
         return before
 
     def save_written(
@@ -253,36 +256,12 @@ class Saver:
                 info = FileInfo(path.name, os.fstat(file.fileno()).st_size, hash_file(file.fileno()))
                 os.fsync(file.fileno())
             flight = _Flight(step, folder, {"step": step, "score": None} | described, specs, time.monotonic())
+            flight.background = False
             return self._publish(flight, [info])
         except OSError as error:
             raise CheckpointError(f"step {step} was not saved to {self.folder}: {error_reason(error)}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # nothing is left of it once it is published
-
-    def _write(self, flight: _Flight, held: list[memoryview | bytes]) -> None:
-        path = flight.folder / rank_file_name(self.comm.rank, self.comm.world_size)
-        try:
-            flight.file = _write_file(path, held, flight.cancelled)
-        except Exception as error:  # carried to finish, where every rank learns of it
-            flight.error = error
-
-    def _copy(self, parts: list[tuple[memoryview, bool]]) -> list[memoryview]:
-        """Copy the parts that may change into one page-aligned buffer, which is kept for the next save."""
-        needed = sum(data.nbytes for data, copied in parts if not copied)
-        if self._buffer is None or len(self._buffer) < needed:
-            self._buffer = mmap.mmap(-1, max(needed, mmap.PAGESIZE))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a hint, which a kernel without huge pages refuses
-                    self._buffer.madvise(mmap.MADV_HUGEPAGE)
-        room, reached = np.frombuffer(self._buffer, np.uint8), 0
-        held = []
-        for data, copied in parts:
-            if not copied:
-                stay = room[reached : reached + data.nbytes]
-                np.copyto(stay, np.frombuffer(data, np.uint8))
-                reached, data = reached + data.nbytes, stay.data
-            held.append(data)
-        return held
 
     def _stage(self, step_name: str) -> Path:
         """Return the hidden folder that a save is written into; rank 0 makes it."""
@@ -307,66 +286,73 @@ class Saver:
         files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
         return list(files), [reason for reason in reasons if reason]
 
+    def exchange(self) -> None:
+        """Wait until every rank has written, and have rank 0 publish, in the background as the save is.
+
+        Does nothing where that was done before. Call it once every rank has `written`, and `finish` once each has
+        `published`: neither then waits for a disk.
+        """
+        flight = self._flight
+        if flight is None or flight.exchanged:
+            return
+        enter_phase("save")
+        flight.join()
+        files, problems = self._gather(flight.file, flight.error)
+        if problems:
+            self._flight = None
+            if self.comm.rank == 0:
+                shutil.rmtree(flight.folder, ignore_errors=True)
+            raise self._not_saved(flight, problems)
+        flight.exchanged = True
+        if self.comm.rank == 0:
+
+            def publish() -> None:
+                try:
+                    flight.saved = self._publish(flight, [info for info in files if info])
+                except Exception as error:  # whatever it is, the other ranks wait for the outcome
+                    flight.error = error
+                    shutil.rmtree(flight.folder, ignore_errors=True)
+
+            flight.run(publish)
+
     def finish(self) -> Saved | None:
-        """Wait until every rank has written, publish, retire old ones; return None if no save was begun."""
+        """Wait until every rank has written and rank 0 has published and retired old ones.
+
+        Returns None if no save was begun.
+        """
         flight = self._flight
         if flight is None:
             return None
+        self.exchange()
         enter_phase("save")
-        if flight.thread:
-            flight.thread.join()
-        files, problems = self._gather(flight.file, flight.error)
-        saved: Saved | None = None
-        error = flight.error
-        if self.comm.rank == 0:
-            try:
-                if not problems:
-                    saved = self._publish(flight, [info for info in files if info])
-            except Exception as caught:  # whatever it is, the other ranks wait for the outcome
-                error = caught
-                problems = [f"rank 0 on {HOST}: {error_reason(caught)}"]
-            if problems:
-                shutil.rmtree(flight.folder, ignore_errors=True)
+        flight.join()
         self._flight = None
-        saved, problems = self.comm.broadcast((saved, problems))
-        if problems:
-            found = "\n".join(f"  - {problem}" for problem in problems)
-            raise CheckpointError(f"step {flight.step} was not saved to {self.folder}:\n{found}") from error
+        problem = flight.error and f"rank 0 on {HOST}: {error_reason(flight.error)}"
+        saved, problem = self.comm.broadcast((flight.saved, problem))
+        if problem:
+            raise self._not_saved(flight, [problem])
         return saved
 
+    def _not_saved(self, flight: _Flight, problems: list[str]) -> CheckpointError:
+        found = "\n".join(f"  - {problem}" for problem in problems)
+        error = CheckpointError(f"step {flight.step} was not saved to {self.folder}:\n{found}")
+        error.__cause__ = flight.error
+        return error
+
     def close(self) -> None:
-        """Cancel an unfinished save without the other ranks, when a run ends by an error."""
+        """Cancel an unfinished save without the other ranks, when a run ends by an error; free the memory of saves."""
         flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        flight.cancelled.set()
-        if flight.thread:
-            flight.thread.join()
-        if self.comm.rank == 0:  # what other ranks still write into it, a later save removes
-            shutil.rmtree(flight.folder, ignore_errors=True)
+        if flight is not None:
+            flight.cancelled.set()
+            flight.join()
+            if self.comm.rank == 0:  # what other ranks still write into it, a later save removes
+                shutil.rmtree(flight.folder, ignore_errors=True)
+        self.arena.close()
 
     def _publish(self, flight: _Flight, files: list[FileInfo]) -> Saved:
-        tensors = _place_pieces(flight.folder, flight.specs, files)
-        content = flight.described | {
-            "format": "distrain",
-            "version": VERSION if any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs) else 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "world_size": len(files),
-            "fingerprint": fingerprint(flight.specs),
-            "files": [asdict(info) for info in files],
-            "tensors": {
-                name: {"shape": t.spec.shape, "dtype": t.spec.dtype, "role": t.spec.role, "pieces": t.listed()}
-                for name, t in tensors.items()
-            },
-        }
-        text = canonical_json(content)
-        text = b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(text).encode() + text[1:]
-        if len(text) > MAX_MANIFEST:
-            raise CheckpointError(
-                f"its {MANIFEST} would have {len(text):,} bytes, and at most {MAX_MANIFEST:,} are read"
-            )
-        parse_manifest(text)  # what cannot be read back is not published
-        _write_file(flight.folder / MANIFEST, [text], flight.cancelled)
+        with no_collection():
+            text = self._manifest(flight, files)
+        write_file(flight.folder / MANIFEST, [text], flight.cancelled)
         sync_folder(flight.folder)
         path = self.folder / f"step-{flight.step:08d}"
         if self.fence:
@@ -388,6 +374,25 @@ class Saver:
         retired, warnings = self._retire(flight.step)
         nbytes = sum(info.size for info in files)
         return Saved(path, flight.step, nbytes, time.monotonic() - flight.began, tuple(retired), tuple(warnings))
+
+    def _manifest(self, flight: _Flight, files: list[FileInfo]) -> bytes:
+        """Return the manifest's text, by the files as they are on disk; raises CheckpointError."""
+        tensors = _place_pieces(flight.folder, flight.specs, files)
+        content = flight.described | {
+            "format": "distrain",
+            "version": VERSION if any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs) else 1,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "world_size": len(files),
+            "fingerprint": fingerprint(flight.specs),
+            "files": [asdict(info) for info in files],
+        }
+        text = manifest_text(content, tensors)
+        if len(text) > MAX_MANIFEST:
+            raise CheckpointError(
+                f"its {MANIFEST} would have {len(text):,} bytes, and at most {MAX_MANIFEST:,} are read"
+            )
+        parse_manifest(text)  # what cannot be read back is not published
+        return text
 
     def _retire(self, step: int) -> tuple[list[str], list[str]]:
         """Delete old checkpoints and leftovers; return the names of the retired ones, and what could not be deleted.
@@ -422,13 +427,13 @@ class Saver:
 def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileInfo]) -> dict[str, Tensor]:
     """Return every tensor with its pieces, from the headers that the ranks wrote, as rank 0 sees them on disk."""
     placed: dict[str, list[Run]] = {name: [] for name in specs}
+    pairs = {name for name, dtype in DTYPES.items() if dtype.pair is not None}
     for index, info in enumerate(files):
         descriptor = open_descriptor(folder / info.name, info.size)
         try:
             for key, (_, (numel,), _, _) in read_header(descriptor, info.size)[0].items():
                 name, _, start = key.rpartition("@")
-                is_pair = DTYPES[specs[name].dtype].pair is not None
-                add_piece(placed[name], index, int(start), numel // 2 if is_pair else numel)
+                add_piece(placed[name], index, int(start), numel // 2 if specs[name].dtype in pairs else numel)
         finally:
             os.close(descriptor)
     tensors = {

@@ -442,7 +442,7 @@ class CheckpointSection(Section):
     keep_best: Annotated[int, Field(ge=0, le=10**12), WHOLE] = 1
     """How many of the best by eval.best to keep besides."""
     asynchronous: bool = Field(default=True, validation_alias="async", serialization_alias="async")
-    """Whether files are written while training continues."""
+    """Whether files are written while training continues, from a copy in memory."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do when a checkpoint cannot be written, as on a full disk; the last one of an attempt must succeed."""
 

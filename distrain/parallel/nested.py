@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ class Unstorable(Exception):
 
 def stored_dtype(tensor: Tensor) -> str | None:
     """Return the stored name of a tensor's dtype; None where there is none."""
-    return BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
+    return _stored_name(tensor.dtype)
+
+
+@cache
+def _stored_name(dtype: torch.dtype) -> str | None:
+    return BY_TORCH_NAME.get(str(dtype).removeprefix("torch."))
 
 
 def why_unstorable(tensor: Tensor) -> str | None:

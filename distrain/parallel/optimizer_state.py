@@ -140,6 +140,19 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
     return optimizer.state
 
 
+def stated_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the groups as its `load_state_dict` takes them."""
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        return groups
+    for group in groups:
+        indices = group["params"]
+        # torch looks each parameter's index up in each group: in a list that takes time that grows with its square
+        if indices and indices == list(range(indices[0], indices[0] + len(indices))):
+            group["params"] = range(indices[0], indices[0] + len(indices))
+    return groups
+
+
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's settings, as they will be while training changes them."""
     return {

@@ -19,6 +19,7 @@ from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
 from distrain.optim import Ema, StateMigration, canonical_name
 from distrain.parallel.contents import (
+    Contents,
     contents,
     separate_buffers,
 )
@@ -39,10 +40,13 @@ from distrain.parallel.optimizer_state import (
     settings_of,
     shared_memory,
     state_of,
+    stated_groups,
     unlike_stated,
 )
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
+from distrain.parallel.snapshot import Snapshot, pieces_of, share_of
 from distrain.parallel.stored import check_fit, encoded_values, fill, fill_all, read_tensor, specs_of
+from distrain.system.collector import no_collection
 
 MigrationPlanner = Callable[[str, Collection[str]], StateMigration]
 """From the class that left an optimizer's state, and the names in it: what is taken over."""
@@ -68,7 +72,11 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self._built = [settings_of(group) for group in self.optimizer.param_groups] if self.optimizer else []
-        self._at_start = {name: spec for name, spec in specs_of(self._held_model()).items() if spec.role != "state"}
+        self._at_start = {
+            name: spec
+            for name, spec in specs_of(self._held_model(contents(self.model))).items()
+            if spec.role != "state"
+        }
 
     def _groups(self) -> list[list[str]]:
         assert self.optimizer is not None
@@ -82,10 +90,16 @@ class TrainingState:
 
         Raises UserError naming what a checkpoint cannot hold.
         """
+        return self._look()[0]
+
+    def _look(self) -> tuple[dict[str, LocalTensor], Contents, Kept | None]:
+        """Return what this rank holds of every tensor, and what else there is of the model and of the optimizer."""
         shards: dict[str, Shard] = {}
-        held = self._held_model(shards)
+        found = contents(self.model)
+        held, kept = self._held_model(found, shards), None
         if self.optimizer is not None:
-            held |= self._kept(shards).held
+            kept = self._kept(shards)
+            held |= kept.held
         if self.ema is not None:
             by_name = {canonical_name(name): shard for name, shard in shards.items()}
             for name, average in self.ema.tensors().items():
@@ -95,12 +109,11 @@ class TrainingState:
                     if of is not None
                     else replicated("ema", average)
                 )
-        return held
+        return held, found, kept
 
-    def _held_model(self, shards: dict[str, Shard] | None = None) -> dict[str, LocalTensor]:
+    def _held_model(self, found: Contents, shards: dict[str, Shard] | None = None) -> dict[str, LocalTensor]:
         """Return what this rank holds of the model, and note the `shards` of its parameters by name."""
         held: dict[str, LocalTensor] = {}
-        found = contents(self.model)
         seen: set[int] = set()
         for name, tensor in found.own.items():
             if id(tensor) in seen:
@@ -203,44 +216,51 @@ class TrainingState:
         """Return the shards of all parameters by their first name."""
         return {name: self.shard(parameter) for name, parameter in self.model.named_parameters()}
 
-    def aliases(self) -> dict[str, str]:
-        """Return {alias: name} for tensors of the model that have several names."""
-        aliases: dict[str, str] = {}
-        first_name: dict[int, str] = {}
-        found = contents(self.model)
-        for name, tensor in found.own.items():
-            if id(tensor) in first_name:
-                aliases[f"model/{name}"] = first_name[id(tensor)]
-            else:
-                first_name[id(tensor)] = f"model/{name}"
-        return aliases | {f"model/{n}": first_name[id(found.own[own])] for n, own in found.renamed.items()}
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Return shape, dtype and role of every full tensor.
+    def snapshot(self) -> Snapshot:
+        """Return what a checkpoint of this moment holds, looked through once.
 
         Raises UserError where parameters or buffers are not those that the model was built with: a resumed run builds
-        it as it was at the start.
+        it as it was at the start; and naming what a checkpoint cannot hold.
         """
+        with no_collection():
+            held, found, kept = self._look()
+            specs = specs_of(held)
+            self._check_model(specs)
+            scalars = {} if kept is None else self._scalars(found, kept)
+            return Snapshot(held, specs, scalars, _aliases(found))
+
+    def aliases(self) -> dict[str, str]:
+        """Return {alias: name} for tensors of the model that have several names."""
+        return _aliases(contents(self.model))
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return shape, dtype and role of every full tensor; raises UserError as `snapshot`."""
         specs = specs_of(self.held())
-        now = {name: spec for name, spec in specs.items() if name.startswith("model/") and spec.role != "state"}
-        if now != self._at_start:
-            names = [n for n in sorted(now.keys() | self._at_start.keys()) if now.get(n) != self._at_start.get(n)]
-            shown = "\n  - ".join(
-                f"{name.removeprefix('model/')}: {_of_spec(self._at_start.get(name))} at the start, "
-                f"{_of_spec(now.get(name))} now"
-                for name in names[:10]
-            )
-            raise UserError(
-                "the model's parameters or buffers are others than it was built with, and a run that resumes builds it "
-                f"as at the start:\n  - {shown}\nKeep their shapes and dtypes, or register what changes with "
-                "persistent=False"
-            )
+        self._check_model(specs)
         return specs
+
+    def _check_model(self, specs: dict[str, TensorSpec]) -> None:
+        now = {name: spec for name, spec in specs.items() if name.startswith("model/") and spec.role != "state"}
+        if now == self._at_start:
+            return
+        names = [n for n in sorted(now.keys() | self._at_start.keys()) if now.get(n) != self._at_start.get(n)]
+        shown = "\n  - ".join(
+            f"{name.removeprefix('model/')}: {_of_spec(self._at_start.get(name))} at the start, "
+            f"{_of_spec(now.get(name))} now"
+            for name in names[:10]
+        )
+        raise UserError(
+            "the model's parameters or buffers are others than it was built with, and a run that resumes builds it "
+            f"as at the start:\n  - {shown}\nKeep their shapes and dtypes, or register what changes with "
+            "persistent=False"
+        )
 
     def scalars(self) -> dict[str, Any]:
         """Return what is not a tensor: of the optimizer, of its groups (all, for the record), and of the model."""
+        return self._scalars(contents(self.model), self._kept(self._trained()))
+
+    def _scalars(self, found: Contents, kept: Kept) -> dict[str, Any]:
         assert self.optimizer is not None, "scalars are those of training"
-        kept = self._kept(self._trained())
         groups = [
             {key: value for key, value in group.items() if is_plain(value)} | {"params": names}
             for group, names in zip(self.optimizer.param_groups, self._groups(), strict=True)
@@ -254,16 +274,14 @@ class TrainingState:
             "optimizer_group_values": kept.groups,
         }
         # what few have, and older checkpoints do not
-        found = contents(self.model)
+        renamed = set(found.renamed.values())
         further = {
             "optimizer_nested": kept.nested,
             "optimizer_group_nested": kept.nested_groups if any(kept.nested_groups) else [],
             "optimizer_keys": kept.others,
             "model_state": encoded_values(found)[0],
-            "model_renamed": sorted(
-                f"model/{name}" for name in set(found.renamed.values()) if name not in self.model.state_dict()
-            )
-            if found.renamed
+            "model_renamed": sorted(f"model/{name}" for name in renamed - self.model.state_dict().keys())
+            if renamed
             else [],
         }
         return scalars | {key: value for key, value in further.items() if value}
@@ -278,28 +296,12 @@ class TrainingState:
     # To a checkpoint
 
     def pieces(self, mesh: Mesh) -> Iterator[Piece]:
-        """Yield the flat ranges that a rank writes, which are those of no other rank.
+        """Yield the flat ranges that a rank writes, which are those of no other rank."""
+        return pieces_of(self.held(), mesh)
 
-        Of what several ranks hold, each writes an equal share, in bytes, of all that laid end to end: of what every
-        rank holds as of the shards of which each replica has one.
-        """
-        held = self.held()
-        cuts = {}
-        for everywhere, part, parts in ((True, mesh.rank, mesh.world_size), (False, mesh.replica, mesh.replicas)):
-            total = sum(each.nbytes for each in held.values() if each.replicated == everywhere)
-            cuts[everywhere] = (total * part // parts, total * (part + 1) // parts)
-        offsets = {True: 0, False: 0}
-        for name, each in held.items():
-            size, offset = each.values.element_size(), offsets[each.replicated]
-            # both neighbours round a cut inside this tensor up to the same element
-            start, stop = (
-                min(max(-(-(cut - offset) // size), 0), each.values.numel()) for cut in cuts[each.replicated]
-            )
-            offsets[each.replicated] += each.nbytes
-            if stop > start:
-                flat = each.values.reshape(-1)[start:stop]
-                data = bytes_of(flat)
-                yield Piece(name, each.start + start, data.numpy(), copied=data.data_ptr() != flat.data_ptr())
+    def share(self, mesh: Mesh) -> int:
+        """Return the bytes of the ranges that a rank writes, or a few more."""
+        return share_of(self.held(), mesh)
 
     # ----------------------------------------------------------------------------------------------------------------
     # From a checkpoint
@@ -309,6 +311,10 @@ class TrainingState:
 
         Raises UserError naming all that does not fit. Speaks to no other rank.
         """
+        with no_collection(), torch.no_grad():
+            return self._restore(reader)
+
+    def _restore(self, reader: Reader) -> list[str]:
         held = {name: each for name, each in self.held().items() if each.role != "optimizer"}
         roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
         check_fit(reader, specs_of(held), roles)
@@ -382,9 +388,7 @@ class TrainingState:
             with warnings.catch_warnings():
                 # it casts to the parameters' dtype, which is undone below
                 warnings.filterwarnings("ignore", message="Casting complex values to real")
-                optimizer.load_state_dict(
-                    {"state": {**by_index, **others}, "param_groups": optimizer.state_dict()["param_groups"]}
-                )
+                optimizer.load_state_dict({"state": {**by_index, **others}, "param_groups": stated_groups(optimizer)})
             for entry in entries.values():
                 entry.make_exact(state_of(optimizer).get(entry.key, {}))
             self._restore_groups(reader)
@@ -440,6 +444,17 @@ class TrainingState:
                 "use the same optimizer, or start a new run with model.weights set to the exported model"
             )
         return stored, []
+
+
+def _aliases(found: Contents) -> dict[str, str]:
+    aliases: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for name, tensor in found.own.items():
+        if id(tensor) in first_name:
+            aliases[f"model/{name}"] = first_name[id(tensor)]
+        else:
+            first_name[id(tensor)] = f"model/{name}"
+    return aliases | {f"model/{n}": first_name[id(found.own[own])] for n, own in found.renamed.items()}
 
 
 def _of_spec(spec: TensorSpec | None) -> str:

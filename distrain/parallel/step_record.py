@@ -20,6 +20,8 @@ class StepFlags(NamedTuple):
     """1: a checkpoint is due by the time."""
     written: float = 0.0
     """1: its part of the checkpoint under way is written."""
+    published: float = 0.0
+    """1: all parts of the checkpoint under way are written, and if this is rank 0, it is published."""
     callbacks: float = 0.0
     """1: a callback failed or asks for something."""
 

@@ -25,6 +25,7 @@ from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
 from distrain.parallel.precision import LossScale
 from distrain.parallel.shards import Shard
+from distrain.parallel.snapshot import Snapshot
 from distrain.parallel.state import MigrationPlanner, TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
 
@@ -179,10 +180,12 @@ class Strategy(ABC):
         self.sync_compute_weights()
         return notes
 
-    def scalars(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides tensors."""
-        scaling = {} if self.scale is None else {"loss_scale": self.scale.state()}
-        return self.state.scalars() | scaling
+    def snapshot(self) -> Snapshot:
+        """Return what a checkpoint of this moment holds. Raises UserError naming what it cannot hold."""
+        found = self.state.snapshot()
+        if self.scale is not None:
+            found.scalars["loss_scale"] = self.scale.state()
+        return found
 
     def check_state(self) -> None:
         """Check that a checkpoint would lose nothing: once there is an optimizer's state, after the first step.

@@ -26,6 +26,7 @@ MOST_STEPS = 10**18
 
 _SUSPECT = re.compile(rb"[eE]\+?0*[1-9][0-9]{2}|[0-9]{19}")
 """Matches every number beyond a float or 64 bits (and some text)."""
+_ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
 
 
 def open_regular(path: Path, flags: int = 0) -> int:
@@ -57,7 +58,7 @@ def read_open(file: Any, most: int) -> bytes:
 def parse_json(raw: bytes) -> Any:
     """Return the value of JSON text; raises ValueError, also for duplicate keys, NaN, infinities such as 1e999, and
     integers beyond 64 bits."""
-    numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _whole} if _SUSPECT.search(raw) else {}
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _whole} if _is_suspect(raw) else {}
     try:
         return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **numbers)
     except (RecursionError, MemoryError) as error:
@@ -94,6 +95,11 @@ def as_record(kind: type[_T], content: Any) -> _T:
 
 
 _ADAPTERS: dict[type, Any] = {}
+
+
+def _is_suspect(raw: bytes) -> bool:
+    alike = raw.translate(_ALIKE)  # what the expression needs is seldom there, and found many times as fast
+    return any(part in alike for part in (b"e000", b"e+000", b"0" * 19)) and _SUSPECT.search(raw) is not None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -178,6 +178,7 @@ class Session(RunContext):
             stop=float(self.stop.reason is not None),
             save=float(self.checkpoints.due_by_time()),
             written=float(self.checkpoints.written()),
+            published=float(self.checkpoints.published()),
             callbacks=self.callbacks.flag(),
         )
 
@@ -208,6 +209,7 @@ class Session(RunContext):
             self.t.strategy.check_state()
             warn_of_failures(self.t.compiled)
             self._record_effect()
+            self.checkpoints.reserve()
         loss, norm, flags = taken.read()
         found = self.setup.anomalies.judge_read(taken.step, loss, norm, taken.local)
         rolls_back = found is not None and found.action == "rollback" and not found.known
@@ -218,8 +220,11 @@ class Session(RunContext):
         if flags.stop > 0:
             self.stop_as_requested()
         self.state.save_requested = flags.save > 0
-        if flags.written > 1 - 0.5 / self.world.world_size:
+        every_rank = 1 - 0.5 / self.world.world_size
+        if flags.published > every_rank:
             self.checkpoints.finish()
+        elif flags.written > every_rank:
+            self.checkpoints.exchange()
         if rolls_back:
             self.state = self.roll_back()
         elif flags.callbacks > 0:

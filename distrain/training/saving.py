@@ -13,6 +13,8 @@ from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver,
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
 from distrain.models import transformers_config
+from distrain.parallel.arena import TensorArena
+from distrain.parallel.snapshot import pieces_of
 from distrain.run.heartbeat import enter_phase
 from distrain.training.callbacks.base import SavedCheckpoint
 from distrain.training.intervals import Interval
@@ -34,6 +36,7 @@ class Checkpoints:
             keep_best=section.keep_best,
             asynchronous=section.asynchronous,
             fence=context.fence,
+            arena=TensorArena(context.world.device),
         )
         self.saver.criterion = evaluator.criterion
         self.saver.scores |= context.state.scores
@@ -55,9 +58,20 @@ class Checkpoints:
         """Whether one is due on rank 0's clock."""
         return self._context.world.rank == 0 and self._every.elapsed(self._saved_at)
 
+    def reserve(self) -> None:
+        """Allocate the memory that asynchronous saves copy into, beside the next steps; all state is there by now."""
+        context = self._context
+        section, evaluator = context.recipe.checkpoint, context.recipe.eval
+        if section.asynchronous and (section.every is not None or (evaluator.every is not None and section.keep_best)):
+            self.saver.arena.reserve(context.t.state.share(context.world.mesh))
+
     def written(self) -> bool:
-        """Whether this rank has written its part of the one under way."""
-        return self.saver.in_flight is not None and self.saver.written
+        """Whether this rank has written its part of the one under way, and waits for the others."""
+        return self.saver.in_flight is not None and self.saver.written and not self.saver.exchanged
+
+    def published(self) -> bool:
+        """Whether every rank has written its part of the one under way, and rank 0 has published it."""
+        return self.saver.in_flight is not None and self.saver.published
 
     def save(self) -> None:
         """Save the state of this step, once."""
@@ -65,7 +79,6 @@ class Checkpoints:
         if context.state.saved_step == t.step:
             return
         enter_phase("save")
-        state = strategy.state
         self.finish()
         if not strategy.all_finite():
             raise UserError(
@@ -75,25 +88,26 @@ class Checkpoints:
         strategy.broadcast_buffers()
         context.state.saved_step, context.state.save_requested = t.step, False
         self._saved_at = time.monotonic()
-        specs, scalars = context.world.run_on_all(
-            lambda: (state.specs(), strategy.scalars() | context.callbacks.state())
-        )
+        background = context.recipe.checkpoint.asynchronous and not context.at_end()
+        found, more = context.world.run_on_all(lambda: (strategy.snapshot(), context.callbacks.state()))
         with self._may_fail():
             self.saver.begin(
                 t.step,
-                specs,
-                state.pieces(context.world.mesh),
-                scalars=scalars
+                found.specs,
+                pieces_of(found.held, context.world.mesh),
+                scalars=found.scalars
+                | more
                 | context.setup.anomalies.scalars()
                 | {"data": context.data.state, "transformers_config": transformers_config(strategy.model)}
                 | {"inputs": context.setup.inputs.fingerprint, "transformers_files": context.setup.beside},
-                aliases=state.aliases(),
+                aliases=found.aliases,
                 recipe=dump_recipe(context.recipe),
                 strategy=context.world.strategy,
                 evaluation=context.evaluator.of_this_step(),
                 history=self._history() if context.world.rank == 0 else None,
+                background=background,  # at the end no step would run beside it, and it needs no memory for a copy
             )
-        if not context.recipe.checkpoint.asynchronous:
+        if not background:
             self.finish()
 
     def save_again(self) -> None:
@@ -104,6 +118,11 @@ class Checkpoints:
     def _history(self) -> dict[str, Any]:
         """Rank 0: return what a checkpoint keeps for the attempt that resumes from it."""
         return self._context.evaluator.history() | self._context.callbacks.history()
+
+    def exchange(self) -> None:
+        """Have rank 0 publish the one under way, once every rank has written its part."""
+        with self._may_fail():
+            self.saver.exchange()
 
     def finish(self) -> None:
         """Wait for the one under way, if there is one, and publish it."""

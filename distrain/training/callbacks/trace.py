@@ -232,7 +232,7 @@ class Trace(Callback):
         specs = state.specs()
         for piece in state.pieces(world.mesh):
             if piece.name not in buffers | averages:
-                raw = np.frombuffer(piece.data, np.uint8)
+                raw = np.frombuffer(piece.source.to_host(), np.uint8)
                 found[f"{piece.name}@{piece.start}"] = (_hash(raw), _norm(raw, specs[piece.name].dtype))
         return found
 
