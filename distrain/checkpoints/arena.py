@@ -6,9 +6,10 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGE = 1 << 20
 """Bytes from which on a range is copied, or left where it is, by itself; smaller ones are put together."""
@@ -34,7 +35,7 @@ class Bytes:
     __slots__ = ("data", "nbytes")
 
     def __init__(self, data: memoryview | np.ndarray):
-        view = data.data if isinstance(data, np.ndarray) else data
+        view = data if isinstance(data, memoryview) else data.data
         self.data = view.cast("B") if data.nbytes else memoryview(b"")
         self.nbytes = data.nbytes
 
@@ -116,6 +117,8 @@ class Arena:
 
     def _copy(self, sources: Sequence[Source], room: np.ndarray, *, kept: bool) -> None:
         """Begin to copy the sources end to end into `room` (bytes,), uint8, a part of the `kept` memory or of other."""
+        import numpy as np  # looking at a checkpoint needs no array
+
         start = 0
         for source in sources:
             np.copyto(room[start : start + source.nbytes], np.frombuffer(source.to_host(), np.uint8))
@@ -147,6 +150,8 @@ class Arena:
 
 def pages(nbytes: int) -> np.ndarray:
     """Return memory (bytes,), uint8, that is there: each of its pages has been written."""
+    import numpy as np  # looking at a checkpoint needs no array
+
     memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a hint, which a kernel without huge pages refuses

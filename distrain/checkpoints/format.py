@@ -95,7 +95,7 @@ class Piece:
     @property
     def source(self) -> Source:
         """The elements, wherever they are."""
-        return Bytes(self.data) if isinstance(self.data, memoryview | np.ndarray) else self.data
+        return self.data if hasattr(self.data, "to_host") else Bytes(self.data)
 
 
 @dataclass(frozen=True)
