@@ -95,7 +95,8 @@ class Piece:
     @property
     def source(self) -> Source:
         """The elements, wherever they are."""
-        return self.data if hasattr(self.data, "to_host") else Bytes(self.data)
+        data: Any = self.data
+        return data if hasattr(data, "to_host") else Bytes(data)
 
 
 @dataclass(frozen=True)
