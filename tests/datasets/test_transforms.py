@@ -129,6 +129,39 @@ def test_flips_happen_as_often_as_asked() -> None:
     assert apply(build({"name": "RandomVerticalFlip", "p": 1.0}), tall)[:, 0, 0, 0].sum() == 10
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 16, 5, 12])
+def test_batches_are_flipped_and_cut_as_their_images_are(dtype: torch.dtype, width: int) -> None:
+    pixels = torch.arange(6 * 3 * 10 * width).remainder(251).view(6, 3, 10, width).to(dtype)
+    for step in (
+        {"name": "RandomHorizontalFlip", "p": 0.5},
+        {"name": "RandomVerticalFlip", "p": 0.5},
+        {"name": "RandomCrop", "size": [7, 4]},
+        {"name": "RandomCrop", "size": [10, width], "padding": [1, 2]},
+        {"name": "RandomCrop", "size": [10, width], "padding": 3, "fill": 1},
+    ):
+        (built,) = build(step)._steps
+        epochs, ids = np.zeros(6, np.int64), np.arange(6)
+        found = built(pixels.clone(), epochs, ids)
+        assert isinstance(found, torch.Tensor)
+        assert found.is_contiguous()
+        assert torch.equal(found, torch.stack(built(list(pixels), epochs, ids)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images_in_a_batch", [1, 7])
+@pytest.mark.parametrize("side", [3, 200])
+def test_bytes_become_the_floats_of_torchvision(images_in_a_batch: int, side: int) -> None:
+    pixels = torch.arange(images_in_a_batch * 3 * side * side).remainder(256).to(torch.uint8)
+    pixels = pixels.view(images_in_a_batch, 3, side, side)
+    mean, std = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
+    items = [{"name": "ToDtype", "dtype": "float32", "scale": True}, {"name": "Normalize", "mean": mean, "std": std}]
+    wanted = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])(pixels)
+    assert torch.equal(apply(build(*items), pixels), wanted)
+    assert torch.equal(apply(build(items[0]), pixels), v2.functional.to_dtype(pixels, torch.float32, scale=True))
+    with pytest.raises(UserError, match="Normalize failed on inputs"):
+        apply(build(items[0], items[1] | {"mean": [0.5] * 2, "std": [0.5] * 2}), pixels)
+
+
 def test_every_crop_is_cut_from_the_padded_image_and_as_often() -> None:
     image = torch.arange(1.0, 17.0).view(1, 1, 4, 4)
     crops = apply(build({"name": "RandomCrop", "size": 4, "padding": 1, "fill": 99}), image.expand(9000, 1, 4, 4))

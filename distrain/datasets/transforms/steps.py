@@ -206,7 +206,12 @@ def _flipped(
         return [flip(image) if flips else image for image, flips in zip(images, chosen, strict=True)]
     values, rows = _bits(images), chosen.nonzero()[0]
     picked = values[rows]
-    values[rows] = picked[..., ::-1] if horizontal else picked[..., ::-1, :]
+    if not horizontal:
+        values[rows] = picked[..., ::-1, :]
+    elif picked.itemsize == 1 and picked.shape[-1] % 8 == 0:  # eight bytes at a time, in half the time
+        values[rows] = picked.view(np.uint64)[..., ::-1].byteswap().view(picked.dtype)
+    else:
+        values[rows] = picked[..., ::-1]
     return images
 
 
@@ -218,18 +223,15 @@ def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.nda
     if (sizes < (height, width)).any():
         small = " × ".join(map(str, sizes.min(axis=0)))
         raise UserError(f"RandomCrop to {height} × {width} does not fit into {small}; set padding or pad_if_needed")
-    tops = below(stream_of(seed, epochs, ids, 0), sizes[:, 0] - height + 1).tolist()
-    lefts = below(stream_of(seed, epochs, ids, 1), sizes[:, 1] - width + 1).tolist()
+    tops = below(stream_of(seed, epochs, ids, 0), sizes[:, 0] - height + 1)
+    lefts = below(stream_of(seed, epochs, ids, 1), sizes[:, 1] - width + 1)
     if not is_batch:
-        corners = zip(padded, tops, lefts, strict=True)
+        corners = zip(padded, tops.tolist(), lefts.tolist(), strict=True)
         return [functional.crop(image, top, left, height, width) for image, top, left in corners]
-    batch = padded[0]
-    result = torch.empty((*batch.shape[:-2], height, width), dtype=batch.dtype)
-    # a loop over NumPy views copies a small image in 1 µs; PyTorch's indexing takes three times that
-    source, target = _bits(batch), _bits(result)
-    for row, (top, left) in enumerate(zip(tops, lefts, strict=True)):
-        target[row] = source[row, ..., top : top + height, left : left + width]
-    return result
+    # NumPy copies the window of every image in one call; a call for each of them would take longer than the copies
+    windows = np.lib.stride_tricks.sliding_window_view(_bits(padded[0]), (height, width), axis=(-2, -1))
+    result = torch.from_numpy(np.ascontiguousarray(windows[np.arange(len(tops)), ..., tops, lefts, :, :]))
+    return result.view(padded[0].dtype)
 
 
 def _padded(transform: v2.RandomCrop, images: Any) -> Any:
@@ -241,6 +243,11 @@ def _padded(transform: v2.RandomCrop, images: Any) -> Any:
         left, right, top, bottom = left + horizontal, right + horizontal, top + vertical, bottom + vertical
     if not any((left, right, top, bottom)):
         return images
+    if isinstance(images, torch.Tensor) and transform.padding_mode == "constant" and transform.fill == 0:
+        height, width = images.shape[-2:]
+        result = images.new_zeros((*images.shape[:-2], top + height + bottom, left + width + right))
+        _bits(result)[..., top : top + height, left : left + width] = _bits(images)  # half the time of torch's pad
+        return result
     return functional.pad(images, [left, top, right, bottom], fill=transform.fill, padding_mode=transform.padding_mode)
 
 

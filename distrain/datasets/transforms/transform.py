@@ -91,9 +91,7 @@ class Transform:
         if self.met_bytes and self._leaves_bytes:
             batch[FINISH] = self._finish
         else:
-            images = self._through(slice(cut, None), images, epochs, ids)
-            if isinstance(images, torch.Tensor) and _is_uint8_image(images):
-                images = Finish(self.dtype)(images)
+            images = self._finished(images, epochs, ids)
         if not isinstance(images, torch.Tensor):
             raise UserError(
                 f"{self.where}: the samples of a batch must end with one size, found {_shapes(images)}; add Resize or "
@@ -102,6 +100,15 @@ class Transform:
         # torchvision may wrap a tensor in its own class, which would slow every later operation
         batch["inputs"] = images if type(images) is torch.Tensor else images.as_subclass(torch.Tensor)
         return batch
+
+    def _finished(self, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+        if isinstance(images, torch.Tensor) and self.met_bytes:
+            try:
+                return self._finish(images)  # faster than the items one by one
+            except Exception:
+                pass  # one of the items does not fit, and is named below
+        images = self._through(slice(self._first_of_finish, None), images, epochs, ids)
+        return Finish(self.dtype)(images) if isinstance(images, torch.Tensor) and _is_uint8_image(images) else images
 
     def _through(self, which: slice, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
         for name, step in zip(self.names[which], self._steps[which], strict=True):
