@@ -135,9 +135,11 @@ def train_step(
 
 
 def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
-    """Return what unscales and clips a gradient of this norm (0-d, unscaled); None where there is nothing to do."""
+    """Return what unscales and clips a gradient of this norm (0-d, unscaled); None where that changes nothing."""
     if norm is None:
         return None
+    if clip_norm is not None and grad_scale is None and norm.device.type == "cpu" and norm.item() < 0.99 * clip_norm:
+        return None  # it would be 1; on a GPU the host would wait to see that
     clip = None if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     if grad_scale is None:
         return clip

@@ -92,8 +92,12 @@ def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch, *, ins
 def to_device(batch: Batch, world: World) -> Batch:
     """Return the batch on this rank's device: floating inputs and targets in float64 under fp64, images as floats.
 
-    The host does not wait for it where the batch is in pinned memory.
+    The host does not wait for it where the batch is in pinned memory. A batch that is as it has to be is returned
+    itself.
     """
+    moves = world.device.type != "cpu" or world.tuning["channels_last"] or world.precision == "fp64"
+    if not moves and FINISH not in batch:
+        return batch
     moved, copies = dict(batch), world.copies
     finish = moved.pop(FINISH, None)
     keys = [key for key in ("inputs", "targets") if key in moved]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import in_world
 
+import distrain
 from distrain.config.yaml import load_recipe
 from distrain.launchers import open_run
 from distrain.loop import train_step
@@ -73,17 +77,17 @@ def raw(layers: int, micro: int) -> Counts:
     return counts
 
 
-def of_a_step(recipe: str, folder: str) -> tuple[dict[str, int], int]:
-    """Take three steps as `train` does; returns the operations of the third by name, and its bytes."""
+def third_step(recipe: str, folder: str, counting: Callable[[], AbstractContextManager[Any]]) -> Any:
+    """Take three steps as `train` does; returns what `counting` gave for the third."""
     run, loaded = RunDir(folder), load_recipe(Path(recipe))
-    found: list[Counts] = []
+    found: list[Any] = []
 
     def steps() -> int:
         world = open_world("fp32", StrategySpec("single"))
         open_run(run, loaded, Launch.describe(1, "single"))
         with Session.open(run, loaded.recipe, world) as session:
             for micro_batches in session.batches():
-                with Counts() as counts:
+                with counting() as counts:
                     taken = train_step(session.t, micro_batches, session.flags)
                     session.deliver_metrics(taken)
                 found.append(counts)
@@ -93,7 +97,13 @@ def of_a_step(recipe: str, folder: str) -> tuple[dict[str, int], int]:
 
     ended = captured(steps)
     assert ended.status == 0, ended.err
-    return dict(found[-1].operations), found[-1].bytes
+    return found[-1]
+
+
+def of_a_step(recipe: str, folder: str) -> tuple[dict[str, int], int]:
+    """Return the operations of a step by name, and its bytes."""
+    found = third_step(recipe, folder, Counts)
+    return dict(found.operations), found.bytes
 
 
 @pytest.mark.parametrize(("layers", "micro"), [(1, 32), (8, 32), (1, 8)])
@@ -105,3 +115,65 @@ def test_a_step_takes_few_operations_more_than_a_plain_loop(tmp_path: Path, laye
     more = Counter(operations) - plain.operations
     assert more.total() <= 4 + 5 * (32 // micro), more  # however many layers there are
     assert nbytes <= plain.bytes + 1024
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Python
+
+MANY = """
+import torch
+from torch import nn
+
+class Many(nn.Module):
+    def __init__(self, scalars):
+        super().__init__()
+        self.scalars = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(scalars))
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)) + torch.stack(list(self.scalars)).sum()
+"""
+
+
+@contextmanager
+def python() -> Iterator[Counter[str]]:
+    """Count the calls and the lines of distrain's own code in this block; a comprehension's line for each element."""
+    counts: Counter[str] = Counter()
+    package = str(Path(distrain.__file__).parent)
+
+    def enter(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        counts["calls"] += 1
+        return line
+
+    def line(frame: Any, event: str, _: Any) -> Any:
+        counts["lines"] += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield counts
+    finally:
+        sys.settrace(before)
+
+
+def python_of_a_step(recipe: str, folder: str) -> dict[str, int]:
+    return dict(third_step(recipe, folder, python))
+
+
+def test_python_of_a_step_does_not_grow_with_the_parameters(tmp_path: Path) -> None:
+    (tmp_path / "many.py").write_text(MANY)
+    found = []
+    for scalars in (8, 9998):
+        recipe = tmp_path / f"recipe-{scalars}.yaml"
+        layers = "{name: sequential, layers: [Flatten, {Linear: [64, 32]}, LAYERS {Linear: [32, 10]}]}"
+        model = f"{{name: '{tmp_path / 'many.py'}:Many', scalars: {scalars}}}"
+        recipe.write_text(RECIPE.replace(layers, model).replace("MICRO", "32"))
+        found += in_world(1, python_of_a_step, str(recipe), str(tmp_path / f"run-{scalars}"))
+    few, many = found
+    assert 0 < few["calls"] <= 110
+    assert many["calls"] <= few["calls"] + 5  # some of them are due by the time
+    # gradients are collected once and dropped once; what else is done for each of them, torch does
+    assert many["lines"] <= few["lines"] + 3 * 9990 + 50
