@@ -54,6 +54,7 @@ def compute_loss_inside(model: nn.Module, loss: Loss, head: str = "") -> None:
     step = _Step(loss)
     if head:
         layer = model.get_submodule(head)
+        loss.classes = len(layer.get_parameter("weight"))  # for messages: compiled code that fails leaves no note of it
         layer.forward = MethodType(step.predict, layer)
     inner = model.forward
     plain = inner.__func__ if isinstance(inner, MethodType) else None

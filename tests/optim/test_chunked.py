@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocated import Allocated
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.nn import functional
 
 from distrain.optim.losses.chunked import LARGEST_CHUNK, SMALLEST_CHUNK, chunk_count, chunked_cross_entropy
@@ -147,3 +148,73 @@ def test_logits_are_never_whole(narrow):
         largest[name] = max(allocated.largest.values())
     assert largest["whole"] == rows * classes
     assert largest["chunked"] == rows * classes // 4
+
+
+def test_compiled_it_is_the_same_without_a_scatter() -> None:
+    *parameters, targets = tensors(torch.float32, True)
+    graphs = EagerAndRecordGraphs()
+    compiled = torch.compile(chunked_cross_entropy, backend=graphs, fullgraph=True)
+    how: dict[str, Any] = {"ignore_index": -100, "label_smoothing": 0.1, "largest": 5 * CLASSES}
+    found, expected = compiled(*parameters, targets, **how), chunked_cross_entropy(*parameters, targets, **how)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    (graph,) = graphs.graphs
+    operations = {str(node.target) for node in graph.graph.nodes}
+    assert "gather" in operations
+    assert not {each for each in operations if "scatter" in each}, "it would need the chunk's slope in fp32, in memory"
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_rows_that_vary_are_not_compiled_for_each_number_of_them(chunks: int) -> None:
+    weight = torch.randn(CLASSES, WIDTH)
+    graphs = EagerAndRecordGraphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(chunked_cross_entropy, backend=graphs, fullgraph=True)
+    for rows in range(20, 14, -1):
+        hidden, targets = torch.randn(rows, WIDTH), torch.randint(CLASSES, (rows,))
+        how: dict[str, Any] = {"ignore_index": -100, "largest": -(-20 // chunks) * CLASSES}
+        if chunk_count(rows, CLASSES, how["largest"]) == chunks:
+            torch.testing.assert_close(
+                compiled(hidden, weight, None, targets, **how),
+                chunked_cross_entropy(hidden, weight, None, targets, **how),
+            )
+    assert len(graphs.graphs) <= 3, "for one number, for any, and for any that the chunks divide"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_little_is_held() -> None:
+    rows, classes = 4096, 50257
+    hidden = torch.randn(rows, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(classes, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(classes, (rows,), device="cuda")
+
+    def gradients(compute: Any) -> tuple[int, list[Tensor]]:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                total = compute(hidden, weight, None, targets)
+            found = [total.detach(), *torch.autograd.grad(total / rows, (hidden, weight))]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return torch.cuda.max_memory_allocated() - before, found
+
+    def chunked(*given: Any) -> Tensor:
+        return chunked_cross_entropy(*given, ignore_index=-100)
+
+    least, expected = gradients(lambda h, w, b, t: whole(h[None], w, b, t, ignore_index=-100))
+    most, found = gradients(chunked)
+    assert most < 0.5 * least
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+    compiled = torch.compile(chunked, fullgraph=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        compiled(hidden, weight, None, targets).backward()  # compiling waits for the device
+    compiled_most, found = gradients(compiled)
+    assert compiled_most <= most, "compiled, a chunk's logits are never in fp32"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * theirs.norm()

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from distrain.config import CompileSection, Recipe, TuneSection, UserError
 from distrain.datasets.base import DataMeta
+from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.networks.calling import ModelOutput, calling_convention
 from distrain.networks.gpt import GPT
 from distrain.optim import Loss, build_loss
@@ -215,6 +216,23 @@ def test_targets_out_of_range_are_an_error_in_compiled_code_too(fresh: Path) -> 
     compile_model(model, Compiled(CompileSection(backend="eager")))
     batch = {"inputs": torch.randn(3, 2), "targets": torch.tensor([[0.0], [1.0], [2.0]])}
     with pytest.raises(UserError, match="takes targets from 0 to 1, and these are from 0 to 2"):
+        gradients(model, loss, batch, inside=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("key", ["inputs", "targets"])
+def test_tokens_out_of_range_are_named_with_their_sample(key: str, compiled: bool, fresh: Path) -> None:
+    model, loss = GPT(5, 8, n_layer=1, n_head=1, d_model=4), loss_named("cross_entropy", "language_modeling")
+    batch = {name: torch.randint(5, (2, 8)) for name in ("inputs", "targets")} | {"ids": torch.tensor([3, 7])}
+    batch[key][1, 2] = 70
+    compute_loss_inside(model, loss, "head")
+    if compiled:
+        compile_model(model, Compiled(CompileSection(backend="aot_eager")))
+    given("step 5", [batch])
+    with (
+        pytest.raises(UserError, match=f"step 5: the {key} hold 70, in sample 7"),
+        explaining_errors(lambda: (model, loss)),
+    ):
         gradients(model, loss, batch, inside=True)
 
 

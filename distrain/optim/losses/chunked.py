@@ -128,7 +128,11 @@ def _sum_and_gradients(
     loss = torch.zeros((), dtype=exact, device=hidden.device)
     of_hidden: list[Tensor] = []
     of_weight = of_bias = None
-    for h, t, o, e in zip(*(each.tensor_split(chunks) for each in (hidden, safe, own, even)), strict=True):
+    rows, size = len(safe), (len(safe) + chunks - 1) // chunks
+    for start in (at * size for at in range(chunks)):
+        if start >= rows and start > 0:
+            break
+        h, t, o, e = (each[start : start + size] for each in (hidden, safe, own, even))
         logarithms = functional.log_softmax(functional.linear(h, weight, bias)[:, :classes], dim=-1, dtype=exact)
         at = t[:, None]
         # not a product where a row is not counted: its logits may be infinite
@@ -138,8 +142,13 @@ def _sum_and_gradients(
             loss = loss - (each * e).where(e != 0, 0).sum()
         if not any(wanted):
             continue
-        slope = logarithms.exp_().mul_((o + e * total)[:, None])
-        slope.scatter_add_(1, at, -o[:, None])
+        if torch.compiler.is_compiling():
+            # one expression of each element, which becomes one kernel; a scatter would need the slope in memory first
+            hit = torch.arange(classes, device=at.device) == at
+            slope = logarithms.exp() * (o + e * total)[:, None] - torch.where(hit, o[:, None], 0)
+        else:
+            slope = logarithms.exp_().mul_((o + e * total)[:, None])
+            slope.scatter_add_(1, at, -o[:, None])
         if label_smoothing:
             slope -= e[:, None] if by_class is None else e[:, None] * by_class
         if wanted[2]:
