@@ -76,7 +76,9 @@ class Trained:
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
                 load_weights(model, reader, averaged=recipe.train.ema is not None)
-                facts = {"byte_images": data.byte_images, "fixed_shapes": data.fixed_shapes}
+                # cuDNN may choose another algorithm in each evaluation
+                fixed = data.fixed_shapes and recipe.train.deterministic is not True
+                facts = {"byte_images": data.byte_images, "fixed_shapes": fixed}
                 world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
                 return data, model.to(world.device).eval()
 

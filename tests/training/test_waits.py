@@ -231,6 +231,37 @@ def test_in_a_batch_of_an_evaluation_the_host_does_not_wait(tmp_path: Path, case
                 tally.add(batch, t.call(model, batch["inputs"]))
 
 
+class Copies:
+    """Stands for a stream: notes what it was given."""
+
+    def __init__(self, large: int):
+        self.large, self.copied = large, []
+
+    def takes(self, batch: list[Tensor]) -> bool:
+        return sum(each.nbytes for each in batch) >= self.large
+
+    @contextmanager
+    def batch(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        def copy(values: Tensor) -> Tensor:
+            self.copied.append(tuple(values.shape))
+            return values.to(DEVICE, non_blocking=True)
+
+        yield copy
+
+
+def test_a_large_batch_goes_by_the_stream_and_a_small_one_does_not() -> None:
+    world = DistantWorld()
+    world.copies = copies = Copies(4 * 64)
+    for rows in (3, 8):
+        inputs = {"left": torch.rand(rows, 4), "right": [torch.rand(2)]}
+        batch = {"inputs": inputs, "targets": torch.rand(rows, 4), "ids": torch.arange(rows), "lengths": [rows]}
+        moved = to_device(batch, world)
+        assert moved["inputs"]["left"].device == moved["targets"].device == DEVICE
+        assert moved["ids"] is batch["ids"]
+        assert batch["inputs"] is inputs, "the batch itself stays on the host"
+    assert copies.copied == [(8, 4), (8, 4)]
+
+
 @pytest.mark.parametrize(
     "wait",
     [
