@@ -235,7 +235,12 @@ def main() -> None:
         subjects |= {f"distrain, {key}: false": ["distrain", f"tune.{key}=false"] for key in SWITCHES}
     else:
         subjects["distrain, channels_last: true"] = ["distrain", "tune.channels_last=true"]
-    table = Table(f"{sizes.model} on {sizes.batch} images of {sizes.side}²", "images/s", lower_is_better=False)
+    table = Table(
+        f"{sizes.model} on {sizes.batch} images of {sizes.side}²",
+        "images/s",
+        lower_is_better=False,
+        digits=0 if a.gpu else 1,
+    )
     processes = {name: Subject(arguments, size, gpu=a.gpu) for name, arguments in subjects.items()}
     try:
         for process in processes.values():

@@ -103,7 +103,11 @@ def fused_kernel(section: OptimSection, model: nn.Module) -> Literal["exact", "g
     trained = [aliases[name] for plan in parameter_plan(model, section) for name in plan.names]
     if not all(parameter.is_floating_point() for parameter in trained):
         return None
-    return "exact" if build in _ADAPTIVE_FUSED else "gpu" if build is torch.optim.SGD else None
+    if build in _ADAPTIVE_FUSED:
+        return "exact"
+    # its fused kernel takes no sparse gradients
+    sparse = any(getattr(module, "sparse", False) for module in model.modules())
+    return "gpu" if build is torch.optim.SGD and not sparse else None
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, *, fused: bool | None = None) -> Optimizer:

@@ -96,9 +96,10 @@ class Tuning:
         return {key: {"on": each.on, "why": each.why} for key, each in self.choices.items()}
 
     def describe(self, *, off: bool) -> str:
-        """Return what is on, and with `off` also what is not and why, in a line."""
+        """Return what is on, and with `off` also what could be, and why it is not, in a line."""
         on = ", ".join(key for key, each in self.choices.items() if each.on) or "nothing"
-        others = ", ".join(f"{key} ({each.why})" for key, each in self.choices.items() if not each.on)
+        possible = {key: each for key, each in self.choices.items() if each.possible}
+        others = ", ".join(f"{key} ({each.why})" for key, each in possible.items() if not each.on)
         return f"{on}; off: {others}" if off and others else on
 
 
@@ -243,8 +244,8 @@ def _fused_optimizer(facts: Facts) -> Choice:
         return _no("the recipe's section optim decides")
     if facts.fused == "exact":
         return Choice(True, "one kernel for all parameters")
-    if facts.strategy == "fsdp2":
-        return _no("torch fuses this optimizer for no sharded tensors")
+    if STRATEGIES[facts.strategy].shards:
+        return _no("its kernel may round otherwise in another cut of the weights")
     if facts.device != "cuda":
         return Choice(False, "no faster on a CPU")
     return Choice(True, "one kernel for all parameters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from distrain.optim import (
     check_optimizer,
     check_schedule,
     frozen_names,
+    fused_kernel,
     lr_at,
     parameter_plan,
     resolve_schedule,
@@ -624,3 +626,26 @@ def sharded_average():
 
 def test_ema_of_a_sharded_model():
     assert in_world(2, sharded_average) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("section", "model", "kernel"),
+    [
+        ({"name": "adamw"}, nn.Linear(2, 2), "exact"),
+        ({"name": "adam", "freeze": ["bias"]}, nn.Linear(2, 2), "exact"),
+        ({"name": "sgd", "momentum": 0.9}, nn.Linear(2, 2), "gpu"),
+        ({"name": "sgd"}, nn.Embedding(4, 2, sparse=True), None),
+        ({"name": "rmsprop"}, nn.Linear(2, 2), None),
+        ({"name": "adamw", "foreach": True}, nn.Linear(2, 2), "own"),
+        ({"name": "adamw"}, nn.Linear(2, 2, dtype=torch.complex64), None),
+    ],
+)
+def test_which_fused_kernel_there_is(section: dict[str, Any], model: nn.Module, kernel: str | None) -> None:
+    found = OptimSection.model_validate(section)
+    assert fused_kernel(found, model) == kernel
+    assert (build_optimizer(model, found).defaults.get("fused") is True) == (kernel == "exact")
+    if kernel == "gpu":
+        assert build_optimizer(model, found, fused=True).defaults["fused"] is True
+        # neither fused nor foreach is stated, so torch takes foreach on a GPU
+        off = build_optimizer(model, found, fused=False).defaults
+        assert (off["fused"], off["foreach"]) == (None, None)
