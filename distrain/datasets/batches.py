@@ -43,6 +43,8 @@ class Batches(Dataset[Any]):
         self.tolerated = tolerated
         self.once = once
         self._fetch_at = getattr(source, "fetch_at", None)
+        apart = getattr(source, "fetch_apart", None) if transform is not None and transform.cuts_first else None
+        self._fetch: Callable[[np.ndarray], Batch] = source.fetch if apart is None else apart
         self._corrupt: dict[int, str] = {}
         """{id: reason} of the corrupt samples that this process has met."""
 
@@ -66,7 +68,7 @@ class Batches(Dataset[Any]):
         while True:
             ids = np.array([self._substitute(each) for each in wanted.tolist()]) if self._corrupt else wanted
             try:
-                return self.source.fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
+                return self._fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
             except CorruptSample as error:
                 if self.tolerated == 0:
                     raise

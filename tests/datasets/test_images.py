@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from distrain.config import DataSection, Recipe, UserError
+from distrain.config import Component, DataSection, Recipe, UserError
 from distrain.data import build_data, build_transform
 from distrain.datasets.base import Data, DataRequest
+from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.images import decode_image, pixels_of
+from distrain.datasets.transforms import Transform
 from distrain.datasets.user import named_data
 
 
@@ -152,6 +154,27 @@ def test_unusual_images_are_read_as_they_look(tmp_path: Path) -> None:
     assert decode_image(tmp_path / "clear.png", None, "rgb").shape == (3, 3, 3)
     Image.new("P", (3, 3)).save(tmp_path / "few.gif")
     assert decode_image(tmp_path / "few.gif", (2, 5), "rgb").shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("decoder", ["pil", "torchvision"])
+@pytest.mark.parametrize("channels", ["gray", "rgb"])
+def test_images_that_are_cut_first_are_those_of_whole_batches(tmp_path: Path, decoder: str, channels: str) -> None:
+    for number in range(6):
+        path = tmp_path / "ab"[number % 2] / f"{number}.{('jpg', 'png')[number % 3 == 0]}"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    source = build("image_folder", tmp_path, decoder=decoder, channels=channels, split=[0.8, 0.2]).splits["train"]
+    epochs, ids = np.arange(5), np.array([3, 0, 4, 1, 2])
+    for items in (
+        [{"name": "RandomCrop", "size": [7, 5]}, {"name": "RandomHorizontalFlip"}],
+        [{"name": "RandomCrop", "size": 12, "padding": 2}],
+    ):
+        transform = Transform([Component.model_validate(item) for item in items], 0, "data.transforms.train")
+        whole = transform(source.fetch(ids), epochs)["inputs"]  # type: ignore[union-attr]
+        found = Batches(source, transform).batch((epochs, ids))["inputs"]  # type: ignore[arg-type]
+        assert torch.equal(found, whole)
+        assert found.is_contiguous()
 
 
 def turned(degrees: int) -> dict[str, Any]:

@@ -227,7 +227,8 @@ def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.nda
     lefts = below(stream_of(seed, epochs, ids, 1), sizes[:, 1] - width + 1)
     if not is_batch:
         corners = zip(padded, tops.tolist(), lefts.tolist(), strict=True)
-        return [functional.crop(image, top, left, height, width) for image, top, left in corners]
+        cut = [functional.crop(image, top, left, height, width) for image, top, left in corners]
+        return [each.contiguous() if isinstance(each, torch.Tensor) else each for each in cut]
     # NumPy copies the window of every image in one call; a call for each of them would take longer than the copies
     windows = np.lib.stride_tricks.sliding_window_view(_bits(padded[0]), (height, width), axis=(-2, -1))
     result = torch.from_numpy(np.ascontiguousarray(windows[np.arange(len(tops)), ..., tops, lefts, :, :]))

@@ -62,6 +62,8 @@ class Transform:
                 problems.append(f"{where}, item {index + 1}: {error}")
         if problems:
             raise UserError("\n".join(problems))
+        self.cuts_first = bool(items) and items[0].name == "RandomCrop"
+        """Whether images may come apart and laid out in any way, as the first step copies a part of each."""
         self._first_of_finish, self._finish = finish_of(self._steps, dtype) if items else (0, Finish(dtype))
 
     def leave_bytes(self) -> None:
