@@ -20,7 +20,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     zero.py                 ZeRO-1, 2 and 3: equal flat parts
     collective_forward.py   names the part in which ranks differ, where a forward pass is collective
     materialize.py          building sharded models once in each node, and filling the shards
-    unused_parameters.py    which parameters have no gradient
+    unused_parameters.py    which parameters have no gradient, and which are only cast
     state.py                the state of training as flat ranges of named tensors
     shards.py               what a rank holds of a tensor
     optimizer_state.py      what an optimizer keeps, as a checkpoint holds it
