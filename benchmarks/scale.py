@@ -199,8 +199,8 @@ def main() -> None:
             pieces = sum(len(tensor.pieces) for tensor in world.tensors.values())
             table.note(
                 f"W = {ranks:,}, {tensors:,} tensors: {pieces:,} pieces in a manifest of {len(world.text):,} bytes; a "
-                f"rank's header {len(pack_header(entries)):,} bytes; a save gathers {told * ranks:,} bytes on each rank; "
-                f"a rank of {ranks * 3 // 4:,} reads {world.plan()} files; heartbeats {beats:,} bytes."
+                f"rank's header {len(pack_header(entries)):,} bytes; a save gathers {told * ranks:,} bytes on each "
+                f"rank; a rank of {ranks * 3 // 4:,} reads {world.plan()} files; heartbeats {beats:,} bytes."
             )
     table.save(options.save)
 
