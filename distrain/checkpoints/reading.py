@@ -243,7 +243,7 @@ def file_problems(path: Path) -> list[str]:
     return _examine(path, contents=False)[1]
 
 
-def _examine(path: Path, contents: bool = True) -> tuple[Manifest | None, list[str]]:
+def _examine(path: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, list[str]]:
     if not path.is_dir():
         return None, [f"{path} is not a folder" if path.exists() else f"{path} does not exist"]
     try:
@@ -254,18 +254,22 @@ def _examine(path: Path, contents: bool = True) -> tuple[Manifest | None, list[s
         return None, [error_reason(error)]
     expected = {MANIFEST, *(info.name for info in manifest.files)}
     problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
+    files = range(share[0], manifest.world_size, share[1])
     if not contents:
-        found = [_file_problem(path, manifest, file, contents=False) for file in range(manifest.world_size)]
+        found = [_file_problem(path, manifest, file, contents=False) for file in files]
         return manifest, problems + [problem for problem in found if problem]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
-        found = list(pool.map(partial(_file_problem, path, manifest), range(manifest.world_size)))
+        found = list(pool.map(partial(_file_problem, path, manifest), files))
         return manifest, problems + [problem for problem in found if problem]
 
 
-def verify(path: Path | str) -> list[str]:
-    """Read the whole checkpoint in folder `path`; return its problems, none if it is as it was written."""
+def verify(path: Path | str, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Read the whole checkpoint in folder `path`; return its problems, none if it is as it was written.
+
+    `share` (index, of so many): read only these of its files, in turn, for callers that divide them.
+    """
     with no_collection():
-        return _examine(Path(path))[1]
+        return _examine(Path(path), share=share)[1]
 
 
 def is_checkpoint_name(name: str) -> bool:

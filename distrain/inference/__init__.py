@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.checkpoint import Reader, find_checkpoint, read_manifest
+from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
@@ -27,6 +27,7 @@ from distrain.models import build_model
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import build_loss
 from distrain.parallel import World, load_weights, open_world, with_mixed_precision
+from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
 from distrain.training.context import to_device
@@ -66,8 +67,7 @@ class Trained:
 
     @classmethod
     def _load(cls, world: World, checkpoint: Path) -> Trained:
-        world.run_on_rank0(lambda: Reader(checkpoint).close())  # read and hashed once, not by every rank
-        with world.run_on_all(lambda: Reader(checkpoint, verify=False)) as reader:
+        with open_verified(world, checkpoint) as reader:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint)
             _end_waits(recipe)
 

@@ -202,12 +202,15 @@ class World:
 
         return read
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return every rank's `value` (a small object), in the order of ranks, on every rank."""
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Return every rank's `value` (a small object), in the order of ranks, on every rank.
+
+        `patient`: ranks may come up to a day apart.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value, group=self._patient if patient else self._control)
         progress()
         return values
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver, find_newest
+from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
 from distrain.models import transformers_config
 from distrain.parallel.arena import TensorArena
 from distrain.parallel.snapshot import pieces_of
+from distrain.parallel.verifying import find_newest_verified, open_verified
 from distrain.run.heartbeat import enter_phase
 from distrain.training.callbacks.base import SavedCheckpoint
 from distrain.training.intervals import Interval
@@ -170,14 +171,15 @@ class Checkpoints:
         self.finish()
         enter_phase("setup")
         folder = self._context.run.checkpoints
-        newest, _ = self._context.world.run_on_rank0(lambda: find_newest(folder))
+        newest, _ = find_newest_verified(self._context.world, folder)
         if newest is None:
             raise UserError(f"found no complete checkpoint in {folder}, expected one to roll back to")
         return self._restore(newest, verify=False)
 
     def _restore(self, path: Path, *, verify: bool) -> Manifest:
         t = self._context.t
-        reader = self._context.world.run_on_all(lambda: Reader(path, verify=verify))
+        world = self._context.world
+        reader = open_verified(world, path) if verify else world.run_on_all(lambda: Reader(path, verify=False))
         t.strategy.restore(reader)
         reader.close()
         t.step = reader.manifest.step

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distrain.checkpoint import Manifest, Reader, find_newest
+from distrain.checkpoint import Manifest, Reader
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
 from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.config.strategies import STRATEGIES
@@ -43,6 +43,7 @@ from distrain.optim import (
     unregistered_layers,
 )
 from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
+from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.training.callbacks.outside_files import VARIABLE
@@ -141,7 +142,7 @@ def set_up(
     `wrap_transform` is given what transforms the training split, and returns what does so.
     """
     world.run_on_rank0(lambda: prepare_data(recipe))
-    checkpoint, skipped = world.run_on_rank0(lambda: find_newest(run.checkpoints))
+    checkpoint, skipped = find_newest_verified(world, run.checkpoints)
     reader = world.run_on_all(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
     resumed = reader.manifest if reader is not None else None
     data = world.run_on_all(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
