@@ -327,7 +327,6 @@ def run_tiny(peer: str, count: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure and print tables; or, with --peer, be one of the measured processes."""
     parser = options_of(__doc__)
-    parser.add_argument("--gpu", action="store_true", help="the GPT-2 of 124 M parameters, on a GPU")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: the temporary folder")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--only", choices=("loop", "tiny"))
@@ -351,8 +350,7 @@ def main() -> None:
     def measured(kind: str, peer: str, what: str) -> dict[str, float]:
         with tempfile.TemporaryDirectory(dir=a.folder) as folder:
             arguments = ["--peer", f"{kind}:{peer}", "--size", what]
-            visible = {} if a.gpu else {"CUDA_VISIBLE_DEVICES": ""}
-            found: dict[str, float] = in_processes(__file__, arguments, BENCHMARK_FOLDER=folder, **visible)[0]
+            found: dict[str, float] = in_processes(__file__, arguments, gpu=a.gpu, BENCHMARK_FOLDER=folder)[0]
         print(f"{kind} {peer}: {found}", file=sys.stderr, flush=True)
         return found
 

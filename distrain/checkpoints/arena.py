@@ -55,6 +55,7 @@ class Arena:
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
         self._maker: threading.Thread | None = None
+        self._failure: Exception | None = None
         self.allocations = 0
         """How often memory was allocated."""
 
@@ -88,7 +89,10 @@ class Arena:
         self._join()
         if needed > self.nbytes and keep:
             self._free()
-            self._memory = self._make(needed)
+            self.reserve(needed)
+            self._join()
+            if self._failure is not None:
+                raise self._failure
         memory = self._memory if self._memory is not None and self.nbytes >= needed else pages(needed)
         views: list[memoryview] = []
         run: list[Source] = []
@@ -129,7 +133,7 @@ class Arena:
         return _nothing
 
     def _make(self, nbytes: int) -> np.ndarray:
-        """Return new memory (bytes,), uint8, aligned to pages."""
+        """Return new memory (bytes,), uint8, aligned to pages; in a thread of its own."""
         self.allocations += 1
         return pages(nbytes)
 
@@ -144,8 +148,11 @@ class Arena:
             self._maker = None
 
     def _try_to_make(self, nbytes: int) -> None:
-        with contextlib.suppress(OSError, MemoryError):  # a save that needs it tries again, and says what is wrong
+        self._failure = None
+        try:
             self._memory = self._make(nbytes)
+        except Exception as error:  # the save that needs it tries again, and raises it
+            self._failure = error
 
 
 def pages(nbytes: int) -> np.ndarray:

@@ -55,6 +55,8 @@ class TensorArena(Arena):
 
     def __init__(self, device: torch.device):
         super().__init__()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.pinned = False
         """Whether the device copies into the memory by itself."""
@@ -89,7 +91,7 @@ class TensorArena(Arena):
 
     def _pin(self, memory: np.ndarray) -> bool:
         """Have the driver keep these pages where they are, so that the device copies into them by itself."""
-        torch.cuda.set_device(self.device)  # of this thread
+        torch.cuda.set_device(self.device)  # of this thread, which also keeps an error of the driver to itself
         error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
         if int(error) != 0:
             logger.warning(

@@ -6,6 +6,7 @@ import cProfile
 import os
 import pstats
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,72 @@ def test_torch_finds_a_parameter_without_a_search() -> None:
 
     own = Own(list(state.model.parameters()), lr=0.1)
     assert [group["params"] for group in stated_groups(own)] == [list(range(10))], "it may count on a list"
+
+
+class Driver:
+    """In the place of CUDA's: counts what is asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: int = 0):
+        self.error, self.pinned, self.events, self.asked = error, [], [], 0
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking: Event(self, blocking))
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.asked += 1
+        if self.error == 0:
+            self.pinned.append(address)
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.pinned.remove(address)
+
+
+class Event:
+    def __init__(self, driver: Driver, blocking: bool):
+        assert blocking, "the thread that waits takes no core"
+        self.driver = driver
+
+    def record(self, stream: str) -> None:
+        self.driver.events.append(stream)
+
+    def synchronize(self) -> None:
+        self.driver.events.append(threading.current_thread().name)
+
+
+def saved_thrice(folder: Path) -> TensorArena:
+    state, arena = trained(7), TensorArena(torch.device("cuda", 3))
+    held, mesh = state.held(), Mesh(0, 1, 1)
+    saver = Saver(folder, LocalCommunicator(), arena=arena)
+    arena.reserve(share_of(held, mesh))
+    for step in (1, 2, 3):
+        found = state.snapshot()
+        described: dict[str, Any] = {"scalars": found.scalars, "aliases": found.aliases, "recipe": ""}
+        saver.begin(step, found.specs, pieces_of(held, mesh), strategy="single", **described)
+    assert saver.finish() is not None
+    return arena
+
+
+def test_memory_is_pinned_once_and_only_the_writing_thread_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(monkeypatch)
+    arena = saved_thrice(tmp_path)
+    assert (driver.asked, len(driver.pinned), arena.allocations) == (1, 1, 1)
+    assert driver.events == [what for step in (1, 2, 3) for what in ("stream of cuda:3", f"checkpoint-{step}")]
+    arena.close()
+    assert driver.pinned == []
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Driver(monkeypatch, error=2)
+    arena = saved_thrice(tmp_path)
+    assert (driver.asked, driver.events, arena.allocations) == (1, [], 1)
+    assert "could not be pinned (CUDA error 2)" in caplog.text
+    arena.close()
 
 
 @pytest.mark.gpu
