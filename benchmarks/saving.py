@@ -1,13 +1,13 @@
 """What saving costs: the training loop while a checkpoint is saved beside it, and many small tensors.
 
-    python benchmarks/saving.py [--gpu] [--folder DIR] [--rounds 5] [--quick] [--save FILE]
+    python benchmarks/saving.py [--gpu] [--folder DIR] [--rounds 1] [--quick] [--save FILE]
 
 **The loop.** A `gpt` trains with fused AdamW and saves every so many steps: distrain asynchronously, Accelerate by
 `save_state`, PyTorch's distributed checkpoints by `save` and by `async_save`, each into the same kind of folder. The
 limit is a loop that copies the same state into memory of its own, allocated before, and writes nothing. What a save
 costs is the sum, over the steps from one save until the next, of what each took beyond the usual step, which is the
 median of those in the last third of that span, when nothing is saved any more. The first save of a run, at which some
-allocate memory, has a table of its own. On a CPU the state has 0.34 GB (parameters and two moments in fp32), and one
+allocate memory, has a table of its own. On a CPU the state has 0.23 GB (parameters and two moments in fp32), and one
 thread computes; with `--gpu` it is the GPT-2 of 124 M parameters, 1.42 GB, at 4 x 1024 tokens a step.
 
 **Many small tensors.** 20,000 parameters of 6 numbers with AdamW's state are 80,000 tensors. The whole time of a save,
@@ -15,7 +15,7 @@ until it is on disk and published, and of a load into a new model and optimizer;
 model and optimizer, and `torch.load` with both `load_state_dict` reads them. distrain also hashes, flushes to disk and
 verifies.
 
-Peers take turns, each in a process of its own, and a ratio is within a round.
+Peers take turns, each in a process of its own; a process makes six saves.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ TINY = ("torch", "distrain")
 LEAST_COST_S = 1e-3
 """Below it a cost is noise, and a ratio of it says nothing."""
 
+Costs = dict[str, list[float]]
+"""Seconds: of the `first` save, of the `others`, and of the `usual` step."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -66,7 +69,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(9, 512, 8, 257, 1, 16, 16, 3),
+    "cpu": Size(6, 512, 8, 257, 1, 16, 12, 6),
     "quick": Size(2, 64, 2, 257, 1, 16, 20, 2),
     "gpu": Size(12, 768, 12, 50304, 4, 1024, 40, 4),
 }
@@ -96,11 +99,10 @@ class Steps:
             found.append(sum(each - usual for each in span))
         return found
 
-    def report(self) -> dict[str, float]:
-        """Return the cost of the first save, the median cost of the others, and the usual step, in seconds."""
+    def report(self) -> Costs:
+        """Return the costs of the first save and of the others, and the usual step, in seconds."""
         first, *others = self.costs()
-        usual = statistics.median(self.seconds[self.size.every :])
-        return {"first": first, "others": statistics.median(others or [first]), "usual": usual}
+        return {"first": [first], "others": others, "usual": [statistics.median(self.seconds[self.size.every :])]}
 
 
 def _device() -> Any:
@@ -109,7 +111,7 @@ def _device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_distrain(size: Size, folder: Path) -> dict[str, float]:
+def run_distrain(size: Size, folder: Path) -> Costs:
     """distrain as `distrain train` starts it."""
     from distrain import Callback
     from distrain.launchers import work
@@ -129,7 +131,7 @@ def run_distrain(size: Size, folder: Path) -> dict[str, float]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "name: saving\ntask: language_modeling\n"
-        f"data: {{name: python_source, seq_len: {size.seq_len}, max_bytes: 20_000_000, split: [0.9, 0.1]}}\n"
+        f"data: {{name: python_source, seq_len: {size.seq_len}, max_bytes: {size.seq_len * 80}, split: [0.9, 0.1]}}\n"
         f"model: {{name: gpt, n_layer: {size.n_layer}, d_model: {size.d_model}, n_head: {size.n_head}, "
         f"vocab_size: {size.vocab_size}}}\n"
         "optim: {name: adamw, lr: 1.0e-4}\nschedule: constant\n"
@@ -153,12 +155,12 @@ class Bare:
 
         torch.manual_seed(0)
         self.size, self.device = size, _device()
-        shape = {"n_layer": size.n_layer, "n_head": size.n_head, "d_model": size.d_model}
+        shape: dict[str, Any] = {"n_layer": size.n_layer, "n_head": size.n_head, "d_model": size.d_model}
         self.model: Any = GPT(size.vocab_size, size.seq_len, **shape).to(self.device)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.rows = torch.randint(size.vocab_size, (64, size.batch, size.seq_len + 1))
 
-    def train(self, save: Callable[[int], None], backward: Callable[[Any], None] | None = None) -> dict[str, float]:
+    def train(self, save: Callable[[int], None], backward: Callable[[Any], None] | None = None) -> Costs:
         """Make the steps and call `save(step)` where it is due; return what `Steps.report` does."""
         import torch
         from torch.nn import functional
@@ -190,7 +192,7 @@ class Bare:
         return found + [value for of in state for value in of.values() if isinstance(value, torch.Tensor)]
 
 
-def run_copy(size: Size, folder: Path) -> dict[str, float]:
+def run_copy(size: Size, folder: Path) -> Costs:
     """The limit: a copy into memory that was allocated and touched before."""
     import torch
 
@@ -208,7 +210,7 @@ def run_copy(size: Size, folder: Path) -> dict[str, float]:
     return bare.train(copy)
 
 
-def run_accelerate(size: Size, folder: Path) -> dict[str, float]:
+def run_accelerate(size: Size, folder: Path) -> Costs:
     """Accelerate's `save_state`."""
     from accelerate import Accelerator
 
@@ -222,12 +224,14 @@ def run_accelerate(size: Size, folder: Path) -> dict[str, float]:
     return bare.train(save, accelerator.backward)
 
 
-def _run_dcp(size: Size, folder: Path, *, asynchronous: bool) -> dict[str, float]:
+def _run_dcp(size: Size, folder: Path, *, asynchronous: bool) -> Costs:
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    bare, pending, done = Bare(size), [], []
+    bare = Bare(size)
+    pending: list[Any] = []
+    done: list[Path] = []
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     with tempfile.TemporaryDirectory() as place:
         store = dist.FileStore(f"{place}/store", 1)
@@ -255,7 +259,7 @@ def _run_dcp(size: Size, folder: Path, *, asynchronous: bool) -> dict[str, float
     return found
 
 
-LOOPS: dict[str, Callable[[Size, Path], dict[str, float]]] = {
+LOOPS: dict[str, Callable[[Size, Path], Costs]] = {
     "copy": run_copy,
     "distrain": run_distrain,
     "accelerate": run_accelerate,
@@ -326,7 +330,7 @@ def run_tiny(peer: str, count: int, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print tables; or, with --peer, be one of the measured processes."""
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, rounds=1)
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: the temporary folder")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--only", choices=("loop", "tiny"))
@@ -347,27 +351,33 @@ def main() -> None:
     size = "quick" if a.quick else "gpu" if a.gpu else "cpu"
     count = 1000 if a.quick else 20_000
 
-    def measured(kind: str, peer: str, what: str) -> dict[str, float]:
+    def measured(kind: str, peer: str, what: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=a.folder) as folder:
             arguments = ["--peer", f"{kind}:{peer}", "--size", what]
-            found: dict[str, float] = in_processes(__file__, arguments, gpu=a.gpu, BENCHMARK_FOLDER=folder)[0]
+            found: dict[str, Any] = in_processes(__file__, arguments, gpu=a.gpu, BENCHMARK_FOLDER=folder)[0]
         print(f"{kind} {peer}: {found}", file=sys.stderr, flush=True)
         return found
 
     table = Table("Saving", "ms")
     if a.only != "tiny":
         peers = [peer for peer in a.peers if peer != "accelerate" or importlib.util.find_spec("accelerate")]
-        each: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
+        each: dict[str, list[Costs]] = {peer: [] for peer in peers}
         for turn in range(rounds):
             for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
                 each[peer].append(measured("loop", peer, size))
-        titles = {"others": "What a save costs the loop", "first": "What the first save of a run costs the loop"}
+        titles = {
+            "others": "What a save costs the loop",
+            "first": "What the first save of a run costs the loop",
+            "usual": "A usual step",
+        }
         for key, title in titles.items():
-            costs = {peer: [max(f[key], LEAST_COST_S) * 1e3 for f in found] for peer, found in each.items()}
+            costs = {
+                peer: [max(one, LEAST_COST_S) * 1e3 for found in each[peer] for one in found[key]] for peer in peers
+            }
             table.add(costs, base=peers[0], title=title)
-        table.add({p: [f["usual"] * 1e3 for f in found] for p, found in each.items()}, base=peers[0], title="A step")
-    if a.only != "loop":
-        both = {peer: [] for peer in TINY}
+        table.note("Each save counts as a round: those of a process are some steps apart.")
+    if a.only != "loop" and not a.gpu:
+        both: dict[str, list[dict[str, float]]] = {peer: [] for peer in TINY}
         for turn in range(rounds):
             for peer in TINY if turn % 2 else TINY[::-1]:
                 both[peer].append(measured("tiny", peer, str(count)))
