@@ -272,7 +272,7 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     speed = Table("Training a GPT", "tokens/s", lower_is_better=False)
     memory = Table("", "MiB at most")
-    for title, size in (ON_GPU if options.gpu else QUICK if options.quick else ON_CPU).items():
+    for title, size in (QUICK if options.quick else ON_GPU if options.gpu else ON_CPU).items():
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             subjects = [
                 Subject(name, size, more, Path(folder) / f"{at}.log", options.gpu) for at, name in enumerate(names)
@@ -295,10 +295,11 @@ def _be(name: str, size: Size, options: Any) -> NoReturn:
     import torch
 
     torch.set_num_threads(1)
+    gpu = options.gpu and torch.cuda.is_available()  # a dry run of --gpu --quick needs none
     if name.startswith("distrain"):
-        run_distrain(size, options.gpu, compiled="compiled" in name)
+        run_distrain(size, gpu, compiled="compiled" in name)
     nanogpt = options.nanogpt if name == "nanoGPT" else None
-    run_bare(size, options.gpu, loss_compiled="loss compiled" in name, nanogpt=nanogpt)
+    run_bare(size, gpu, loss_compiled="loss compiled" in name, nanogpt=nanogpt)
 
 
 if __name__ == "__main__":

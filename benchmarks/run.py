@@ -25,7 +25,7 @@ ON_CPU = {
     "input": 90,
     "evaluation": 60,
     "saving": 150,
-    "consolidate": 180,
+    "consolidate": 300,
     "compile": 120,
     "traffic": 150,
     "images": 60,
@@ -33,7 +33,7 @@ ON_CPU = {
 }
 """Seconds that each script may take on 2 cores."""
 
-ON_GPU = {"compile": 200, "images": 110, "loop": 70, "saving": 100}
+ON_GPU = {"compile": 170, "images": 100, "loop": 60, "saving": 150}
 """The same on one CUDA GPU."""
 
 
