@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from worlds import in_world
 
 import distrain
 from distrain.config.yaml import load_recipe
+from distrain.diagnose.hang_diagnosis import evidence
 from distrain.launchers import open_run
 from distrain.loop import train_step
 from distrain.parallel import StrategySpec, open_world
 from distrain.run.folder import Launch, RunDir
+from distrain.training.callbacks.base import Callback
 from distrain.training.run_loop import Session
 
 RECIPE = """
@@ -177,3 +180,42 @@ def test_python_of_a_step_does_not_grow_with_the_parameters(tmp_path: Path) -> N
     assert many["calls"] <= few["calls"] + 5  # some of them are due by the time
     # gradients are collected once and dropped once; what else is done for each of them, torch does
     assert many["lines"] <= few["lines"] + 3 * 9990 + 50
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The start
+
+
+def collectives_of_a_start(strategy: str, recipe: str, folder: str) -> int:
+    """Return how many collectives this rank has begun when the batches of its first step are waited for."""
+    from distrain.launchers import work
+
+    found: list[int] = []
+
+    class Count(Callback):
+        asks = False
+
+        def on_step_start(self, step: int) -> None:
+            if step == 1:
+                recorded = evidence.collectives(Path(folder) / f"recorded-{os.environ['RANK']}")
+                found.append(sum(recorded.values()))
+
+    ended = captured(lambda: work(recipe, run_dir=f"{folder}/run", strategy=strategy, callbacks=[Count()]))
+    assert ended.status == 0, ended.err
+    return found[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1"])
+def test_the_collectives_of_a_start_do_not_grow_with_the_model(tmp_path: Path, strategy: str) -> None:
+    counts = []
+    for layers in (2, 20):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        recipe = folder / "recipe.yaml"
+        text = RECIPE.replace("LAYERS", "ReLU, {Linear: [32, 32]}, " * layers).replace("MICRO", "16")
+        recipe.write_text(text.replace("steps: 100}", "steps: 1}", 1))
+        counts.append(in_world(2, collectives_of_a_start, strategy, str(recipe), str(folder)))
+    (few, same), more = counts
+    assert few == same
+    assert more == [few, few]
+    assert few <= 60
