@@ -8,7 +8,8 @@ AdamW step, a cosine learning rate, and the loss over all processes known for ev
 always does besides: seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints,
 heartbeats, a watchdog and the lease on the run's folder. Each figure is the median time of a step over windows of 50
 after a warm-up, in a process of its own; peers take turns, and the ratio is within a round. Threads are one for each
-process. Lightning is measured where it is installed.
+process. Lightning is measured where it is installed. Weak scaling is that of a larger model, with as many samples in
+each process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from turns import Table, in_processes, options_of
 GOALS = {1: 1.2, 2: 1.1}
 PEERS = ("raw", "distrain", "accelerate", "lightning", "trainer")
 WINDOW = 50
-SAMPLES, FEATURES, CLASSES, BATCH = 4096, 64, 10, 32
+SAMPLES, FEATURES, CLASSES = 4096, 64, 10
+WIDTH, BATCH = int(os.environ.get("BENCHMARK_WIDTH", "64")), int(os.environ.get("BENCHMARK_BATCH", "32"))
+"""Of the hidden layers, and of all processes together."""
+WIDE, SHARE = 1024, 256
+"""The same for weak scaling: the width, and the samples of each process."""
 
 
 def _device() -> str:
@@ -46,8 +51,8 @@ def _device() -> str:
 def _model() -> Any:
     from torch import nn
 
-    layers = (nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
-    return nn.Sequential(nn.Flatten(), *layers)
+    hidden = (nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTH, CLASSES))
 
 
 def _tensors() -> tuple[Any, Any]:
@@ -255,8 +260,8 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
     recipe.write_text(
         "name: overhead\ntask: classification\n"
         "data: {name: digits, split: [0.9, 0.1]}\n"
-        "model: {name: sequential, layers: [Flatten, {Linear: [64, 64]}, ReLU, {Linear: [64, 64]}, ReLU, "
-        "{Linear: [64, 10]}]}\n"
+        f"model: {{name: sequential, layers: [Flatten, {{Linear: [64, {WIDTH}]}}, ReLU, "
+        f"{{Linear: [{WIDTH}, {WIDTH}]}}, ReLU, {{Linear: [{WIDTH}, 10]}}]}}\n"
         "optim: {name: adamw, lr: 1.0e-3, clip_norm: 1.0}\nschedule: cosine\n"
         f"batch: {{global: {BATCH}}}\ntrain: {{steps: {steps}}}\neval: {{every: null}}\n"
         "checkpoint: {every: 200 steps}\nlog: {every: 10 steps}\n"
@@ -293,23 +298,37 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer != "lightning" or importlib.util.find_spec("lightning")]
     steps = 200 if a.quick else a.steps
 
-    def measured(peer: str, world_size: int) -> Callable[[], float]:
+    def measured(peer: str, world_size: int, steps: int, **sizes: str) -> Callable[[], float]:
         def measure() -> float:
             with tempfile.TemporaryDirectory() as folder:
-                arguments = ["--peer", peer, "--steps", str(steps)]
-                found = in_processes(__file__, arguments, world_size=world_size, gpu=a.gpu, BENCHMARK_FOLDER=folder)
-                return found[0]["us"]
+                arguments, sizes["BENCHMARK_FOLDER"] = ["--peer", peer, "--steps", str(steps)], folder
+                return in_processes(__file__, arguments, world_size=world_size, gpu=a.gpu, **sizes)[0]["us"]
 
         return measure
 
+    worlds = a.processes or ([1] if a.gpu else [1, 2])
+    rounds = 1 if a.quick else a.rounds
     table = Table("A training step where only overhead counts", "µs a step")
-    for world_size in a.processes or ([1] if a.gpu else [1, 2]):
+    for world_size in worlds:
         table.measure(
-            {peer: measured(peer, world_size) for peer in peers},
+            {peer: measured(peer, world_size, steps) for peer in peers},
             base="raw",
-            rounds=1 if a.quick else a.rounds,
+            rounds=rounds,
             title=f"{world_size} process{'es' if world_size > 1 else ''}",
             goals={"distrain": 1.15 if a.gpu else GOALS.get(world_size, 1.1)},
+        )
+    if 2 in worlds:
+        table.measure(
+            {
+                f"{peer}, {count}": measured(
+                    peer, count, 250, BENCHMARK_WIDTH=str(WIDE), BENCHMARK_BATCH=str(SHARE * count)
+                )
+                for peer in ("raw", "distrain")
+                for count in (1, 2)
+            },
+            base="raw, 1",
+            rounds=rounds,
+            title=f"weak scaling: {SHARE} samples in each of 1 and 2 processes, layers {WIDE} wide",
         )
     table.save(a.save)
 
