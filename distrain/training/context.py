@@ -83,7 +83,7 @@ def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch, *, ins
     with told_of(model, len(targets)):
         called: Any = partial(model, **{TARGETS: targets}) if inside else model
         outputs = call(called, batch["inputs"])
-    loss_sum = outputs.logits if inside else loss.sum_and_count(loss.select(outputs), targets)[0]
+    loss_sum = outputs.logits if inside else loss.sum(loss.select(outputs), targets)
     if outputs.aux_loss is not None:
         loss_sum = loss_sum + outputs.aux_loss * loss.count(targets).to(loss_sum.dtype)
     return loss_sum

@@ -86,7 +86,7 @@ def _differs(t: TrainContext, loss: Loss, outputs: Outputs, targets: Tensor) -> 
             else tuple(part(each, low, high) for each in outputs)
         )
         seed_dropout(t.world, mix(t.recipe.seed, "coupling"))  # a loss that draws at random draws the same
-        return loss.sum_and_count(cut, targets[low:high])[0].item()
+        return loss.sum(cut, targets[low:high]).item()
 
     loss = copy.deepcopy(loss)  # it may have a state
     size = min(count, _SAMPLES)

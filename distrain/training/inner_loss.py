@@ -92,7 +92,7 @@ class _Step:
             return ModelOutput(output.logits, output.aux_loss)
         selected = _wide(self.loss.select(output))
         with torch.autocast(output.logits.device.type, enabled=False):
-            return ModelOutput(self.loss.sum_and_count(selected, targets)[0], output.aux_loss)
+            return ModelOutput(self.loss.sum(selected, targets), output.aux_loss)
 
 
 @convert_outputs_to_fp32

@@ -39,10 +39,9 @@ class ClassLoss(TorchLoss):
         )
         self.takes_hidden = task == "language_modeling" and isinstance(self._modules["sum"], nn.CrossEntropyLoss)
 
-    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         logits = wide(single(outputs, self.name))
         dim = class_dim(logits, targets, self._task)
-        count = self.count(targets, keep)
         soft = targets.is_floating_point() and targets.shape == logits.shape
         self.classes = None if soft else logits.shape[dim]
         targets = targets.to(logits.dtype) if soft else self._numbers(targets, keep)
@@ -52,9 +51,9 @@ class ClassLoss(TorchLoss):
             keep = repeated(keep, targets) if soft else None
         try:
             if soft and keep is not None:
-                losses = self._module(keep, logits)(logits, targets)
-                return kept_sum(losses, keep), count
-            return self._module(None, logits)(logits, targets), count
+                return kept_sum(self._module(keep, logits)(logits, targets), keep)
+            total: Tensor = self._module(None, logits)(logits, targets)
+            return total
         except IndexError as error:
             classes = logits.shape[min(dim, logits.dim() - 1)]  # flattened or not
             raise UserError(

@@ -41,9 +41,8 @@ class ElementLoss(TorchLoss):
         self._signed = self._kind in _SIGNED and task in ("binary", "multilabel")
         self.takes_probabilities = self._kind is nn.BCELoss
 
-    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         inputs = [wide(output) for output in several(outputs, self._rule.outputs, self.name)]
-        count = self._number(targets, keep)
         if not self._rule.class_targets:
             targets = targets.to(inputs[0].dtype)
         if not torch.compiler.is_compiling():
@@ -63,7 +62,7 @@ class ElementLoss(TorchLoss):
             losses = module(mean, targets, variance)
         else:
             losses = module(*(fitted(each, targets, self.name) for each in inputs), targets)
-        return (losses if keep is None else kept_sum(losses, keep)), count
+        return losses if keep is None else kept_sum(losses, keep)
 
     def check_targets(self, targets: Tensor) -> None:
         if (
@@ -93,7 +92,7 @@ class CtcLoss(TorchLoss):
 
     takes_several = True
 
-    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         logits, *rest = [outputs] if isinstance(outputs, Tensor) else outputs
         if len(rest) > 1 or logits.dim() != 3 or targets.dim() != 2 or len(logits) != len(targets):
             raise UserError(
@@ -107,7 +106,7 @@ class CtcLoss(TorchLoss):
         # the log-softmax of log-probabilities is the same again
         log_probabilities = wide(logits).log_softmax(-1).transpose(0, 1)
         losses = self._module(rows, log_probabilities)(log_probabilities, targets.where(real, 0), times.long(), lengths)
-        return kept_sum(losses / lengths.clamp(min=1), rows), self._number(targets, keep)
+        return kept_sum(losses / lengths.clamp(min=1), rows)
 
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         return self._number(targets, keep)

@@ -45,8 +45,8 @@ class Loss(ABC):
         return (output.logits, *output.others) if self.takes_several and output.others else output.logits
 
     @abstractmethod
-    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses (0-d, fp32, or fp64 for fp64 outputs) and the count they are over (0-d fp64).
+    def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return the sum of the losses (0-d, fp32, or fp64 for fp64 outputs).
 
         Rows where `keep` (batch,) bool is False are ignored. Sums are over fp32 or fp64 values even if outputs are
         bf16. Raises UserError if outputs do not fit the targets; nothing is broadcast.
@@ -54,10 +54,14 @@ class Loss(ABC):
 
     @abstractmethod
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return the count of `sum_and_count` from the targets alone (0-d fp64)."""
+        """Return how many losses `sum` is over, from the targets alone (0-d fp64)."""
+
+    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return both."""
+        return self.sum(outputs, targets, keep), self.count(targets, keep)
 
     def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """Return the sum that `sum_and_count` does for the outputs `hidden @ weight.T + bias`, which are never whole.
+        """Return what `sum` does for the outputs `hidden @ weight.T + bias`, which are never whole.
 
         Where `takes_hidden` and the targets are whole numbers, one for each row of `hidden` (..., width).
         """

@@ -33,15 +33,14 @@ class UserLoss(Loss):
         self._count = getattr(function.func if isinstance(function, partial) else function, "count", None)
         self.count_is_fixed = self._count is None
 
-    def sum_and_count(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         if keep is not None:
             # the function may mix rows, so padding must not reach it
             outputs = outputs[keep] if isinstance(outputs, Tensor) else tuple(each[keep] for each in outputs)
             targets = targets[keep]
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
-        count = self.count(targets)
         if not len(targets):
-            return first.sum() * 0, count
+            return first.sum() * 0
         if isinstance(self._function, nn.Module):
             self._function.to(first.device)
         result = self._function(outputs, targets)
@@ -51,12 +50,12 @@ class UserLoss(Loss):
                     f"loss: {self.name} returned (sum, count), so it needs a function of the targets that returns the "
                     "same count: give it an attribute `count`, as in `my_loss.count = lambda targets: ...`"
                 )
-            return wide(result[0]), count
+            return wide(result[0])
         if not isinstance(result, Tensor) or (result.dim() and len(result) != len(targets)) or self._count is not None:
             found = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             expected = "(sum, count), as it has a `count`" if self._count else "a tensor () or (batch, ...)"
             raise UserError(f"loss: {self.name} returned {found}; expected {expected}")
-        return wide(result).mean() * len(targets), count
+        return wide(result).mean() * len(targets)
 
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         if self._count is None:
