@@ -90,8 +90,8 @@ class Collectives(TorchDispatchMode):
 # --------------------------------------------------------------------------------------------------------------------
 # Theory
 
-AGREED = 5
-"""Numbers of a step on which the ranks agree: the loss and four flags."""
+AGREED = 6
+"""Numbers of a step on which the ranks agree: the loss and five flags."""
 BUCKET = 2**20, 25 * 2**20
 """Bytes of DDP's first bucket and of the others, at which it sends them."""
 PERSISTENT = 100_000

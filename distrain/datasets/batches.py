@@ -43,7 +43,9 @@ class Batches(Dataset[Any]):
         self.tolerated = tolerated
         self.once = once
         self._fetch_at = getattr(source, "fetch_at", None)
-        apart = getattr(source, "fetch_apart", None) if transform is not None and transform.cuts_first else None
+        # of what a callback has put around it, or of its subclass, only the call is known
+        cuts_first = type(transform) is Transform and transform.cuts_first
+        apart = getattr(source, "fetch_apart", None) if cuts_first else None
         self._fetch: Callable[[np.ndarray], Batch] = source.fetch if apart is None else apart
         self._corrupt: dict[int, str] = {}
         """{id: reason} of the corrupt samples that this process has met."""

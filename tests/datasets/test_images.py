@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from distrain.config import Component, DataSection, Recipe, UserError
+from distrain.config import Component, DataSection, Recipe, TransformsSection, UserError
 from distrain.data import build_data, build_transform
-from distrain.datasets.base import Data, DataRequest
+from distrain.datasets.base import Batch, Data, DataRequest
 from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
-from distrain.datasets.images import decode_image, pixels_of
+from distrain.datasets.images import ImageFiles, decode_image, pixels_of
 from distrain.datasets.transforms import Transform
 from distrain.datasets.user import named_data
 
@@ -447,3 +447,39 @@ def test_packed_files_are_not_enough(tmp_path: Path) -> None:
         build("mnist", tmp_path)
     with pytest.raises(UserError, match=r"needs data.path: the folder that holds cifar-100-python, with train, test"):
         named_data(DataRequest(DataSection(name="cifar100"), "classification", 0))
+
+
+class Around:
+    """What a callback may put around the transform: it is called, and no more."""
+
+    def __init__(self, transform: Transform):
+        self.transform = transform
+
+    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        return self.transform(batch, epochs)
+
+
+class Below(Transform):
+    """The same as a subclass that is made otherwise."""
+
+    def __init__(self, transform: Transform):
+        self.transform = transform
+
+    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        return self.transform(batch, epochs)
+
+
+@pytest.mark.parametrize("wrap", [Around, Below])
+def test_images_that_are_cut_first_are_the_same_through_a_transform_of_ones_own(tmp_path: Path, wrap: Any) -> None:
+    paths = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 14, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        paths.append(tmp_path / f"{number}.png")
+    source = ImageFiles(paths, np.arange(6), None, "rgb")
+    chosen = TransformsSection.model_validate({"train": [{"name": "RandomCrop", "size": 8}]}).train
+    transform = Transform(chosen, 0, "data.transforms.train")
+    assert transform.cuts_first
+    place = (np.zeros(6, np.int64), np.arange(6))
+    plain, wrapped = (Batches(source, each).batch(place)["inputs"] for each in (transform, wrap(transform)))
+    assert torch.equal(plain, wrapped)

@@ -461,7 +461,7 @@ def test_what_took_effect_is_what_was_asked_for(reopened: dict[str, Any], name: 
     sharded, copies = strategy not in ("single", "ddp"), 2 if hybrid else 1
     for rank in reopened[name]["ranks"]:
         effect = rank["effect"]
-        known = {key: rank["recorded"][key] for key in ("parameters", "trainable", "total_steps")}
+        known = {key: rank["recorded"][key] for key in ("parameters", "trainable", "total_steps", "compile")}
         assert known["parameters"] == known["trainable"] > 0
         assert rank["recorded"] == effect | known, "the folder tells the same"
         assert (effect["strategy"], effect["processes"]) == (strategy, world_size)

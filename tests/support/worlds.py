@@ -12,12 +12,13 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -49,10 +50,12 @@ class WorldFailed(AssertionError):
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Return a TCP port that nothing listens on, and that the system gives to no connection before the world is up."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # below the ports of outgoing connections
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
