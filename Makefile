@@ -25,12 +25,12 @@ test-fast: $(VENV)/installed
 
 # the tables of benchmarks/results/, beside other tools: 20 minutes on 2 cores
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py
 
 # 8 minutes on one CUDA GPU
 bench-gpu: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py --gpu
 
 check: $(VENV)/installed

@@ -1,6 +1,6 @@
 """What a training step costs beside its mathematics: distrain against raw PyTorch, Accelerate, Lightning and Trainer.
 
-    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 600] [--gpu] [--quick] [--save FILE]
+    python benchmarks/loop.py [--processes 1 2] [--rounds 3] [--steps 300] [--gpu] [--quick] [--save FILE]
 
 The model is so small (8 × 8 pixels, 64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the
 same work: batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused
@@ -278,9 +278,9 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
 
 def main() -> None:
     """Measure and print a table; or, with --peer, be one of the measured processes."""
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, rounds=3)
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1 2; with --gpu 1")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.peer:
