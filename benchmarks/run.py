@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--gpu] [--quick] [--only loop export …] [--results FOLDER]
 
-Each script has a share of the time: some 20 minutes in all on 2 cores, 8 on a GPU. One that runs past its share is
+Each script has a share of the time: some 25 minutes in all on 2 cores, 8 on a GPU. One that runs past its share is
 ended and said to be, and the others go on. Tables are written to benchmarks/results/NAME.md, and to NAME-gpu.md with
 --gpu. What a script measures stands at its head; `python benchmarks/NAME.py --help` prints it.
 """
@@ -25,7 +25,7 @@ ON_CPU = {
     "input": 90,
     "evaluation": 100,
     "saving": 120,
-    "consolidate": 240,
+    "consolidate": 420,
     "compile": 100,
     "traffic": 150,
     "images": 60,
