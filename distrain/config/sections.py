@@ -404,7 +404,7 @@ class TuneSection(Section):
     """fsdp2 gathers a block's weights while the block before computes, for the memory of one more; auto: on GPUs."""
     reduce_every_micro: OnOff = "auto"
     """fsdp2 reduces gradients with each accumulated micro-batch, and not with the last of a step alone; auto: where
-    whole fp32 gradients take more than an eighth of a process's memory, or weights are offloaded."""
+    whole gradients take more than 4 GiB, or weights are offloaded."""
 
 
 class EarlyStopSection(Section):

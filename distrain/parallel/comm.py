@@ -38,7 +38,6 @@ from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.parallel.tuning import Facts, Tuning, resolve_tuning, set_switches
 from distrain.run.heartbeat import progress
-from distrain.system import memory
 from distrain.system.environment import Environment, forget_world, has_launcher
 from distrain.system.logs import EACH_RANK
 
@@ -74,9 +73,6 @@ class World:
 
     sources: Sequence[int]
     """Of each rank, the first one of its node, which builds models for all of that node."""
-
-    memory: int = 0
-    """Bytes that a process has, on its GPU or of the CPU's, free or not; the least of the ranks."""
 
     def __init__(
         self, accelerator: Accelerator, mixed_precision: MixedPrecision, asked: StrategySpec, timeout: timedelta
@@ -129,7 +125,6 @@ class World:
             strategy=self.strategy,
             model=model,
             offloads_weights=self.asked.offload_parameters,
-            memory=self.memory,
             casts_gradients=section.cast_before_reduce is True,
             channels_last_problem=self._channels_last_problem(model, input_shape)
             if input_shape is not None and len(input_shape) == 3 and section.channels_last is not False
@@ -417,10 +412,7 @@ def open_world(
             )
         world = World(accelerator, mixed_precision, asked, timedelta(seconds=timeout_s))
         world.deterministic = turned_on
-        node = (environment.rank - environment.local_rank, environment.local_world_size)
-        ranks = world.gather((node, memory_of_process(accelerator.device, environment.local_world_size)))
-        nodes = [node for node, _ in ranks]
-        world.memory = min(nbytes for _, nbytes in ranks)
+        nodes = world.gather((environment.rank - environment.local_rank, environment.local_world_size))
         # where a launcher does not number the ranks of a node one after the other, one of them stands for all
         world.sources = [first if nodes[first][0] == first else 0 for first, _ in nodes]
         world.mesh = world.run_on_all(lambda: Mesh.of(asked, world.rank, nodes))
@@ -429,16 +421,6 @@ def open_world(
         if dist.is_initialized():  # ending a process without leaving it can abort under gloo
             dist.destroy_process_group()
         raise
-
-
-def memory_of_process(device: torch.device, processes: int) -> int:
-    """Return the bytes of a process's GPU, or its share of the least limit of the CPU's memory; 0 where none is known.
-
-    `processes`: those of this machine.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return min((each.nbytes // (processes if each.shared else 1) for each in memory.limits()), default=0)
 
 
 @contextmanager

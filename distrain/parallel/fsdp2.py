@@ -7,7 +7,6 @@ replicas once they have been reduced within each.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -42,8 +41,6 @@ from distrain.parallel.strategy import (
     with_mixed_precision,
 )
 from distrain.parallel.unused_parameters import cast_parameters
-
-logger = logging.getLogger(__name__)
 
 
 class FSDP2Strategy(Strategy):
@@ -101,11 +98,10 @@ class FSDP2Strategy(Strategy):
         # a part of the model may be used on some ranks alone
         ranks = world.gather(cast_parameters(model, lambda model: plan.loss_sum(model, 0), world.device, dtype))
         if any(names is None for names in ranks):
-            if world.rank == 0:
-                logger.info(
-                    f"weights are gathered in fp32: which of them are only cast to {dtype_name(dtype)} is found with "
-                    "tensors that have no values, and the forward pass depends on values"
-                )
+            why = (
+                f"which weights are only cast to {dtype_name(dtype)} is tried without values, and the model needs them"
+            )
+            world.tuning = world.tuning.without("cast_before_gather", why)
             return set()
         return set.intersection(*ranks)
 

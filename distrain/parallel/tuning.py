@@ -15,7 +15,7 @@ from torch import nn
 
 from distrain.config import TuneSection, UserError
 from distrain.config.strategies import STRATEGIES
-from distrain.system.memory import gib
+from distrain.system.memory import GIB, gib
 
 
 class Choice(NamedTuple):
@@ -27,6 +27,8 @@ class Choice(NamedTuple):
     """Whether it works here; where not, `true` is refused."""
     required: bool = False
     """Whether nothing works here without it; where so, `false` is refused."""
+    asked: bool = False
+    """Whether the recipe says true, and not auto."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,6 @@ class Facts:
     offloads_weights: bool = False
     casts_gradients: bool = False
     """Whether they are to be reduced in bf16."""
-    memory: int = 0
-    """Bytes that a process has, on its GPU or of the CPU's; the least of the ranks. 0: not known."""
     byte_images: bool = False
     """Whether inputs are images of bytes until their last transforms, which scale and normalise them."""
     channels_last_problem: Callable[[], str | None] | None = None
@@ -90,6 +90,12 @@ class Tuning:
     def __getitem__(self, key: str) -> bool:
         """Whether `tune.key` is on; nothing is where no model has been built yet."""
         return key in self.choices and self.choices[key].on
+
+    def without(self, key: str, why: str) -> Tuning:
+        """Return this without a key that turned out not to work; raises UserError where the recipe says true."""
+        if self.choices[key].asked:
+            raise _refused(key, why)
+        return Tuning({**self.choices, key: _no(why)})
 
     def record(self) -> dict[str, dict[str, object]]:
         """Return what effect.json holds: {key: {on, why}}."""
@@ -117,13 +123,17 @@ def resolve_tuning(section: TuneSection, facts: Facts, *, lenient: bool = False)
         elif asked is False and not lenient:
             problems.append(f"tune.{key} is false, and cannot be: {choice.why}; auto is true there")
         elif asked is True and choice.possible:
-            choice = Choice(True, choice.why if choice.on else f"tune.{key} is true")
+            choice = Choice(True, choice.why if choice.on else f"tune.{key} is true", asked=True)
         elif asked is True and not lenient:
-            problems.append(f"tune.{key} is true, and cannot work here: {choice.why}; auto takes it where it can")
+            problems.append(str(_refused(key, choice.why)))
         choices[key] = choice
     if problems:
         raise UserError("\n".join(problems))
     return Tuning(choices)
+
+
+def _refused(key: str, why: str) -> UserError:
+    return UserError(f"tune.{key} is true, and cannot work here: {why}; auto takes it where it can")
 
 
 def _no(why: str) -> Choice:
@@ -174,8 +184,9 @@ def _prefetch(facts: Facts) -> Choice:
     return Choice(True, "one block ahead")
 
 
-_PART_FOR_GRADIENTS = 8
-"""Whole gradients are kept between micro-batches where they take no more than this part of a process's memory."""
+WHOLE_GRADIENTS = 4 * GIB
+"""Bytes up to which whole gradients are kept between micro-batches. A number, and no part of a machine's memory: the
+order of sums, and so the last bits, may not depend on where a run is resumed."""
 
 
 def _reduce_every_micro(facts: Facts) -> Choice:
@@ -187,12 +198,9 @@ def _reduce_every_micro(facts: Facts) -> Choice:
         return Choice(True, "weights are offloaded")
     if facts.casts_gradients:
         return Choice(True, "reduced in bf16, gradients are added up in fp32", required=True)
-    if facts.memory == 0:
-        return Choice(True, "the memory of a process is not known")
     whole = sum(each.numel() * each.element_size() for each in facts.model.parameters() if each.requires_grad)
-    fits = whole * _PART_FOR_GRADIENTS <= facts.memory
-    word = "within" if fits else "more than"
-    return Choice(not fits, f"whole gradients are {gib(whole)}, {word} an eighth of {gib(facts.memory)}")
+    fits = whole <= WHOLE_GRADIENTS
+    return Choice(not fits, f"whole gradients are {gib(whole)}, {'within' if fits else 'over'} {gib(WHOLE_GRADIENTS)}")
 
 
 def _channels_last(facts: Facts) -> Choice:

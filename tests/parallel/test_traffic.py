@@ -16,6 +16,7 @@ from torch import Tensor
 from traffic import Case, Collectives, Parameter, by_kind
 from worlds import in_world
 
+from distrain.config import UserError
 from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
 from distrain.parallel.tuning import Choice, Tuning
 from distrain.run.folder import RunDir
@@ -253,3 +254,39 @@ def ahead_of_a_change() -> tuple[list[float], list[float]]:
 def test_what_was_gathered_ahead_and_not_used_is_not_used_later() -> None:
     for without, found in in_world(2, ahead_of_a_change, timeout_s=60):
         assert found == without
+
+
+class Branching(Blocks):
+    """Takes another way for other values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if bool(x[0, 0] > 0) else -x)
+
+
+def cast_where_values_decide(asked: bool) -> dict[str, Any] | str:
+    """Build a model whose parameters cannot be looked through; returns what the key came to, or the error."""
+    world = open_world("bf16", StrategySpec("fsdp2"))
+    world.tuning = Tuning({"cast_before_gather": Choice(True, "for this test", asked=asked)})
+    plan = BuildSpec(
+        model=Branching,
+        optimizer=lambda built: torch.optim.SGD(built.parameters(), lr=0.1),
+        loss_sum=lambda built, index: built(torch.ones(1, 5)).sum(),
+        micro_batch_size=1,
+        accumulation=1,
+        clip_norm=None,
+        ema=None,
+    )
+    try:
+        return build_strategy(world, plan).effect()["tune"]["cast_before_gather"]
+    except UserError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+def test_a_cast_that_turns_out_impossible_is_off_or_refused() -> None:
+    for found in in_world(2, cast_where_values_decide, False, timeout_s=60):
+        assert found["on"] is False
+        assert "is tried without values" in found["why"]
+    for error in in_world(2, cast_where_values_decide, True, timeout_s=60):
+        assert error.startswith("tune.cast_before_gather is true, and cannot work here: which weights are only cast to")

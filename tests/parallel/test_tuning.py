@@ -26,8 +26,9 @@ from distrain.training.run_loop import Session
 CPU = Facts("cpu", (0, 0), "fp32", autocast=False, deterministic=False, strategy="single", model=nn.Linear(2, 2))
 CNN = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
 GPU = replace(CPU, device="cuda", capability=(9, 0), precision="bf16", autocast=True)
-SHARDED = replace(GPU, strategy="fsdp2", memory=8 * 24)
-"""Room for the 24 bytes of the gradients of a linear layer from 2 to 2."""
+SHARDED = replace(GPU, strategy="fsdp2")
+FOUR_GIB = nn.Linear(2**15, 2**15, bias=False, device="meta")
+MORE = nn.Linear(2**15, 2**15, device="meta")
 FIXED = replace(GPU, fixed_shapes=True)
 
 
@@ -71,9 +72,13 @@ def test_each_is_off_by_one_word(key: str) -> None:
         ("prefetch", SHARDED, True, "one block ahead"),
         ("prefetch", replace(SHARDED, device="cpu"), False, "on a CPU"),
         ("prefetch", replace(GPU, strategy="ddp"), False, "of fsdp2 alone"),
-        ("reduce_every_micro", SHARDED, False, "whole gradients are 0.0 MiB, within an eighth of"),
-        ("reduce_every_micro", replace(SHARDED, memory=8 * 24 - 1), True, "whole gradients are 0.0 MiB, more than"),
-        ("reduce_every_micro", replace(SHARDED, memory=0), True, "the memory of a process is not known"),
+        (
+            "reduce_every_micro",
+            replace(SHARDED, model=FOUR_GIB),
+            False,
+            "whole gradients are 4.00 GiB, within 4.00 GiB",
+        ),
+        ("reduce_every_micro", replace(SHARDED, model=MORE), True, "whole gradients are 4.00 GiB, over 4.00 GiB"),
         ("reduce_every_micro", replace(SHARDED, offloads_weights=True), True, "weights are offloaded"),
         ("reduce_every_micro", replace(GPU, strategy="ddp"), False, "ddp has room for whole gradients"),
         ("reduce_every_micro", replace(GPU, strategy="zero1"), False, "zero1 has room for whole gradients"),
