@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.datasets.base import Batch
+from distrain.system.output import error_line
 from distrain.system.peak_flops import peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def without_storage(model: nn.Module) -> nn.Module | None:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        logger.debug(f"the model cannot be copied, so its operations are not counted: {error}")
+        logger.info(f"rows have no mfu: the model cannot be copied to count its operations: {error_line(error)}")
         return None
 
 
@@ -50,7 +51,7 @@ def training_flops(model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tens
             torch.autograd.backward(loss_sum(model, moved))
         return counter.get_total_flops() or None
     except Exception as error:
-        logger.debug(f"the model's operations cannot be counted without computing them: {error}")
+        logger.info(f"rows have no mfu: the operations cannot be counted without values: {error_line(error)}")
         return None
 
 

@@ -84,7 +84,11 @@ def test_counting_changes_nothing_of_the_model_and_needs_no_memory() -> None:
 
 
 @pytest.mark.parametrize("kind", ["computes on what it sees", "cannot be copied"])
-def test_a_model_that_cannot_be_counted_has_no_count(kind: str) -> None:
+def test_a_model_that_cannot_be_counted_has_no_count_and_the_run_says_so(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "distrain")
+
     class Looks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -97,6 +101,7 @@ def test_a_model_that_cannot_be_counted_has_no_count(kind: str) -> None:
     copy = without_storage(Looks())
     assert copy is None or counted_copy(copy, torch.zeros(1, 4)) is None
     assert (copy is None) == (kind == "cannot be copied")
+    assert [record.getMessage()[:17] for record in caplog.records] == ["rows have no mfu:"]
 
 
 @pytest.mark.parametrize(
