@@ -5,6 +5,7 @@
     sequential.py   `sequential`: any layers of torch.nn, listed in the recipe
     basic.py        `mlp`, `cnn`, `rnn`
     attention.py    attention with its cache, positions, and other parts shared by `gpt` and `seq2seq`
+    decoding.py     text token by token: choosing a token, and rows that grow together
     gpt.py          `gpt`: a decoder-only language model
     seq2seq.py      `seq2seq`: an encoder and a decoder
     huggingface.py  models of the transformers library

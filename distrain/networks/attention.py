@@ -11,8 +11,55 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 
-Cache = dict[str, Tensor]
-"""The keys and values that one attention has computed, each (batch, heads, seq, head width)."""
+
+class Cache:
+    """The keys and values that one attention has computed, each (batch, heads, columns, head width).
+
+    A row's key at a position is in the column of that number, so rows of different lengths share a cache: `places` says
+    where the next ones go, and who calls the attention masks the columns that a row has not reached.
+    """
+
+    def __init__(self, room: int = 0):
+        """`room`: columns to make at once; it grows where they do not suffice."""
+        self.room = room
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+        self.places: int | Tensor = 0
+        """The first column of what comes next, or that of each row (batch,) int64 where each gets one."""
+        self.columns = 0
+        """How many are written in at least one row."""
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (batch, heads, seq, width) at `places`; returns all (batch, heads, columns, width)."""
+        if isinstance(self.places, int):
+            self.columns = self.places + key.shape[2]
+        self.key, self.value = (self._written(kept, new) for kept, new in ((self.key, key), (self.value, value)))
+        return self.key[:, :, : self.columns], self.value[:, :, : self.columns]
+
+    def _written(self, kept: Tensor | None, new: Tensor) -> Tensor:
+        if kept is None or kept.shape[2] < self.columns:
+            room = max(self.room, self.columns, 0 if kept is None else 2 * kept.shape[2])
+            # zeros: a column that is masked adds its value times 0, and what lies in unset memory may be NaN
+            grown = new.new_zeros((*new.shape[:2], room, new.shape[3]))
+            if kept is not None:
+                grown[:, :, : kept.shape[2]] = kept
+            kept = grown
+        if isinstance(self.places, int):
+            kept[:, :, self.places : self.columns] = new
+        else:
+            kept[torch.arange(len(new), device=new.device), :, self.places] = new[:, :, 0]
+        return kept
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (n,) int64."""
+        self.key, self.value = (None if kept is None else kept[rows] for kept in (self.key, self.value))
+
+    def put(self, rows: Tensor, other: Cache) -> None:
+        """Replace rows (n,) int64 by those of another cache of the same attention."""
+        for kept, new in ((self.key, other.key), (self.value, other.value)):
+            assert kept is not None
+            assert new is not None
+            kept[rows, :, : other.columns] = new[:, :, : other.columns]
 
 
 def check_heads(d_model: int, n_head: int) -> None:
@@ -51,23 +98,21 @@ class Attention(nn.Module):
 
         `memory` (batch, memory seq, d_model): attended instead of x. `mask`: bool, broadcast to (batch, heads, seq,
         attended), True where attention is allowed. `causal`: no position attends to a later one. `rotation`: from
-        `rotary`, for the positions of x. `cache`: updated in place; x's keys and values are appended to it, while those
-        of a memory are computed once. With a filled cache and `causal`, x is one position.
+        `rotary`, for the positions of x. `cache`: x's keys and values are written to it, and all in it are attended;
+        those of a memory are computed once. With a filled cache and `causal`, x is one position.
         """
         query = self._heads(self.query(x))
         if rotation is not None:
             query = rotate(query, rotation)
-        if memory is not None and cache:
-            key, value = cache["key"], cache["value"]
+        if memory is not None and cache is not None and cache.key is not None:
+            assert cache.value is not None
+            key, value = cache.key, cache.value
         else:
             key, value = map(self._heads, self.key_value(x if memory is None else memory).chunk(2, dim=-1))
             if rotation is not None:
                 key = rotate(key, rotation)
             if cache is not None:
-                if cache:
-                    key = torch.cat([cache["key"], key], dim=2)
-                    value = torch.cat([cache["value"], value], dim=2)
-                cache["key"], cache["value"] = key, value
+                key, value = cache.extended(key, value)
         assert not causal or query.shape[2] in (1, key.shape[2])
         output = F.scaled_dot_product_attention(
             query,
@@ -144,9 +189,9 @@ def sinusoids(places: Tensor, width: int, dtype: torch.dtype = torch.float32) ->
 
 
 def rotary(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return (2, seq, width / 2) float32, or float64 for such a `dtype`: cosines and sines for `places` (seq,).
+    """Return (2, *places, width / 2) float32, or float64 for such a `dtype`: cosines and sines for `places`.
 
-    Those of RoFormer (Su et al. 2021).
+    Those of RoFormer (Su et al. 2021). `places`: (seq,), or (batch, 1, seq) where each row has its own.
     """
     angles = _angles(places, width, dtype)
     return torch.stack([angles.cos(), angles.sin()])
@@ -163,4 +208,4 @@ def _angles(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     # computed on demand: as a buffer they would be cast to bf16 with the model, which merges positions
     exact = dtype if dtype == torch.float64 else torch.float32
     rates = 10000.0 ** (torch.arange(0, width, 2, device=places.device, dtype=exact) / -width)
-    return places[:, None].to(exact) * rates
+    return places[..., None].to(exact) * rates

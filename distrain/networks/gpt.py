@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -11,6 +12,7 @@ from distrain.config import UserError
 from distrain.config.registry import models
 from distrain.networks.annotations import Share, Size
 from distrain.networks.attention import Block, Cache, check_heads, init_transformer, rotary
+from distrain.networks.decoding import Decoder, Sampling, decode, padded_at_end
 
 
 @models.register("gpt", tasks=("language_modeling",))
@@ -60,27 +62,35 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, seq, vocabulary) for `tokens` (batch, seq) int64; logits at t see tokens up to t."""
-        return self._logits(tokens, 0, None)
-
-    def _logits(self, tokens: Tensor, start: int, caches: list[Cache] | None) -> Tensor:
-        stop = start + tokens.shape[1]
-        if stop > self.seq_len:
+        if tokens.shape[1] > self.seq_len:
             raise UserError(
-                f"gpt got {stop} tokens and model.seq_len is {self.seq_len}; shorten the samples or raise it"
+                f"gpt got {tokens.shape[1]} tokens and model.seq_len is {self.seq_len}; shorten the samples or raise it"
             )
+        return cast(Tensor, self.head(self._hidden(tokens, torch.arange(tokens.shape[1], device=tokens.device))))
+
+    def _hidden(
+        self, tokens: Tensor, places: Tensor, mask: Tensor | None = None, caches: Sequence[Cache] | None = None
+    ) -> Tensor:
+        """Return what the output layer reads, (batch, seq, d_model); `places`: (seq,), or (batch, seq) by row."""
         x = self.tokens(tokens)
-        places = torch.arange(start, stop, device=tokens.device)
         rotation = None
         if self.places is not None:
             x = x + self.places(places)
         else:
-            rotation = rotary(places, self.head_width, x.dtype)
+            rotation = rotary(places if places.dim() == 1 else places[:, None], self.head_width, x.dtype)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, causal=True, rotation=rotation, cache=None if caches is None else caches[layer])
-        return cast(Tensor, self.head(self.norm(x)))
+            cache = None if caches is None else caches[layer]
+            x = block(x, mask=mask, causal=True, rotation=rotation, cache=cache)
+        return cast(Tensor, self.norm(x))
 
-    @torch.no_grad()
+    def open_decoder(self, room: int = 0) -> Decoder:
+        """Return what continues rows of tokens with a cache; `room`: tokens of the longest row with its continuation.
+
+        A row whose context is full continues from the last half of it, read again: positions count from there.
+        """
+        return _CachedDecoder(self, room)
+
     def generate(
         self,
         tokens: Tensor,
@@ -92,32 +102,89 @@ class GPT(nn.Module):
         """Return `tokens` (batch, seq) int64, seq at least 1, continued: (batch, seq + new tokens).
 
         Temperature 0 selects the likeliest token; otherwise tokens are drawn, with `generator` if given. A row that has
-        reached `eos_id` is padded with it, and generation stops when all have. The context is the last seq_len tokens.
+        reached `eos_id` is padded with it, and generation stops when all have. The last seq_len of `tokens` are read;
+        see `open_decoder` for a context that becomes full.
         """
+        new: list[list[int]] = [[] for _ in range(len(tokens) if max_new_tokens > 0 else 0)]
+
+        def accept(row: int, token: int) -> bool:
+            new[row].append(token)
+            return token == eos_id or len(new[row]) == max_new_tokens
+
+        def draws(step: int) -> Tensor:
+            return torch.rand(len(tokens), generator=generator, device=generator.device if generator else "cpu")
+
         training = self.training
         self.eval()
-        caches: list[Cache] | None = [{} for _ in self.blocks]
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         try:
-            for index in range(max_new_tokens):
-                if tokens.shape[1] > self.seq_len:
-                    # every position in the window changes, so the caches are invalid
-                    logits = self._logits(tokens[:, -self.seq_len :], 0, None)[:, -1]
-                elif index == 0:
-                    logits = self._logits(tokens, 0, caches)[:, -1]
-                else:
-                    logits = self._logits(tokens[:, -1:], tokens.shape[1] - 1, caches)[:, -1]
-                if temperature == 0:
-                    new = logits.argmax(dim=-1)
-                else:
-                    shares = torch.softmax(logits.float() / temperature, dim=-1)
-                    new = torch.multinomial(shares, 1, generator=generator).squeeze(1)
-                if eos_id is not None:
-                    new = new.masked_fill(done, eos_id)
-                    done |= new == eos_id
-                tokens = torch.cat([tokens, new[:, None]], dim=1)
-                if eos_id is not None and done.all():
-                    break
+            prompts = tokens[: len(new), -self.seq_len :].tolist()
+            decode(self.open_decoder(tokens.shape[1] + max_new_tokens), prompts, accept, Sampling(temperature), draws)
         finally:
             self.train(training)
-        return tokens
+        longest = max(map(len, new), default=0)
+        padded = [row + [eos_id or 0] * (longest - len(row)) for row in new] or [[]] * len(tokens)
+        return torch.cat([tokens, torch.tensor(padded, dtype=torch.int64, device=tokens.device)], dim=1)
+
+
+class _CachedDecoder(Decoder):
+    """Rows of a GPT, each with its own length: the key at position p of a row is in column p of the caches."""
+
+    def __init__(self, model: GPT, room: int):
+        self._model, self._room = model, min(room, model.seq_len)
+        self._device = model.head.weight.device
+        self._contexts: list[list[int]] = []
+        self._caches: list[Cache] = []
+
+    def begin(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        self._contexts = [list(row) for row in rows]
+        logits, self._caches = self._read(self._contexts)
+        return logits
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        limit = self._model.seq_len
+        full = [row for row, context in enumerate(self._contexts) if len(context) == limit]
+        for row, (context, token) in enumerate(zip(self._contexts, tokens, strict=True)):
+            context.append(token)
+            if row in full:
+                self._contexts[row] = context[-max(1, limit // 2) :]
+                self.slid = True
+        if len(full) == len(self._contexts):
+            logits, self._caches = self._read(self._contexts)
+            return logits
+        logits = self._step(tokens, set(full))
+        if full:
+            rows = torch.tensor(full, device=self._device)
+            again, caches = self._read([self._contexts[row] for row in full])
+            logits[rows] = again
+            for cache, new in zip(self._caches, caches, strict=True):
+                cache.put(rows, new)
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._contexts = [self._contexts[row] for row in rows]
+        index = torch.tensor(rows, device=self._device)
+        for cache in self._caches:
+            cache.keep(index)
+
+    def _read(self, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Cache]]:
+        """Return the logits after each context, and caches of its tokens."""
+        tokens, lengths = padded_at_end(contexts, 0, self._device)
+        caches = [Cache(self._room) for _ in self._model.blocks]
+        places = torch.arange(tokens.shape[1], device=self._device)
+        # padding is behind all that a row reads, so no mask is needed
+        hidden = self._model._hidden(tokens, places, caches=caches)
+        last = hidden[torch.arange(len(tokens), device=self._device), lengths - 1]
+        return self._model.head(last), caches
+
+    def _step(self, tokens: Sequence[int], stale: set[int]) -> Tensor:
+        """Return the logits after one more token of each row; those of `stale` rows mean nothing."""
+        lengths = [1 if row in stale else len(context) for row, context in enumerate(self._contexts)]
+        columns = max(lengths)
+        ends = torch.tensor(lengths, device=self._device)
+        mask = None
+        if min(lengths) < columns:
+            mask = (torch.arange(columns, device=self._device) < ends[:, None])[:, None, None]
+        for cache in self._caches:
+            cache.places, cache.columns = ends - 1, columns
+        new = torch.tensor(tokens, device=self._device)[:, None]
+        return cast(Tensor, self._model.head(self._model._hidden(new, ends[:, None] - 1, mask, self._caches))[:, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.config.registry import models
 from distrain.networks.annotations import Share, Size
-from distrain.networks.attention import Block, check_heads, sinusoids
+from distrain.networks.attention import Block, Cache, check_heads, sinusoids
 from distrain.networks.basic import Recurrent, token_lengths
+from distrain.networks.decoding import Decoder, padded_at_end
 
 
 class EncoderDecoder(nn.Module, ABC):
@@ -65,6 +67,37 @@ class EncoderDecoder(nn.Module, ABC):
         finally:
             self.train(training)
         return torch.cat(tokens, dim=1) if tokens else source.new_zeros((len(source), 0))
+
+    def open_decoder(self, room: int = 0) -> Decoder:
+        """Return what writes the target of rows of source tokens, with a cache."""
+        return _CachedDecoder(self)
+
+
+class _CachedDecoder(Decoder):
+    """Rows are sources; each begins its target with `bos_id`."""
+
+    def __init__(self, model: EncoderDecoder):
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._state: dict[str, Any] = {}
+
+    def begin(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        source, _ = padded_at_end(rows, self._model.pad_id, self._device)
+        self._state = self._model.encode(source) | {"step": 0}
+        return self.advance([self._model.bos_id] * len(rows))
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        new = torch.tensor(tokens, device=self._device)[:, None]
+        return self._model.decode(new, self._state)[:, -1]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self._device)
+        for key, value in self._state.items():
+            if isinstance(value, Tensor):
+                # layers come first in the state of a recurrent decoder
+                self._state[key] = value.index_select(1 if key == "hidden" else 0, index).contiguous()
+        for cache in (each for pair in self._state.get("caches", ()) for each in pair):
+            cache.keep(index)
 
 
 class RecurrentSeq2Seq(EncoderDecoder):
@@ -186,7 +219,9 @@ class TransformerSeq2Seq(EncoderDecoder):
         if "step" in state:
             start = state["step"]
             state["step"] = start + target.shape[1]
-            caches = state.setdefault("caches", [({}, {}) for _ in self.decoder])
+            caches = state.setdefault("caches", [(Cache(), Cache()) for _ in self.decoder])
+            for cache, _ in caches:
+                cache.places = start
         x = self._embed(self.target_tokens, target, start)
         for block, (cache, memory_cache) in zip(self.decoder, caches, strict=True):
             x = block(
