@@ -1,0 +1,131 @@
+"""A trained model, ready for use."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distrain.checkpoint import find_checkpoint, read_manifest
+from distrain.checkpoints.export.companion_files import FOLDER, run_of
+from distrain.config import Recipe, UserError
+from distrain.config.yaml import parse_recipe
+from distrain.data import Transform, build_data, build_transform
+from distrain.datasets.base import Data
+from distrain.datasets.waiting import reading
+from distrain.diagnose.hang_diagnosis import Limits
+from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
+from distrain.models import build_model
+from distrain.networks.calling import Convention, calling_convention
+from distrain.parallel import World, load_weights, open_world, with_mixed_precision
+from distrain.parallel.verifying import open_verified
+from distrain.run import heartbeat
+from distrain.system.logs import EACH_RANK
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready for evaluation and prediction."""
+
+    checkpoint: Path
+    recipe: Recipe
+    data: Data
+    model: nn.Module
+    call: Convention
+    world: World
+    inputs: dict[str, Any]
+    """Fingerprint of data and code of the training; empty where the checkpoint has none."""
+
+    @classmethod
+    def load(cls, target: Path | str) -> Trained:
+        """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
+        # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
+        # run that is still training may write or delete a checkpoint in between
+        checkpoint = find_checkpoint(target)
+        world = open_world(_recipe_in(read_manifest(checkpoint).recipe, checkpoint).train.precision)
+        try:
+            return cls._load(world, Path(world.broadcast(str(checkpoint))))
+        except BaseException:
+            world.close()
+            raise
+
+    @classmethod
+    def _load(cls, world: World, checkpoint: Path) -> Trained:
+        with open_verified(world, checkpoint) as reader:
+            recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+            _end_waits(recipe)
+
+            def build() -> tuple[Data, nn.Module]:
+                with reading("the data set"):
+                    data = build_data(recipe, state=reader.manifest.scalars["data"])
+                model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
+                load_weights(model, reader, averaged=recipe.train.ema is not None)
+                # cuDNN may choose another algorithm in each evaluation
+                fixed = data.fixed_shapes and recipe.train.deterministic is not True
+                facts = {"byte_images": data.byte_images, "fixed_shapes": fixed}
+                world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
+                return data, model.to(world.device).eval()
+
+            data, model = world.run_on_all(build)
+            inputs = reader.manifest.scalars.get("inputs") or {}
+        return cls(
+            checkpoint, recipe, data, with_mixed_precision(world, model), calling_convention(model), world, inputs
+        )
+
+    def transform(self) -> Transform:
+        """Return the transforms of what is evaluated and predicted."""
+        transform = build_transform(self.recipe, "eval")
+        if self.world.tuning["uint8_inputs"]:
+            transform.leave_bytes()
+        return transform
+
+    def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
+        """Compare data and code with those of the training; returns how the data differ. All ranks call.
+
+        Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
+        a warning on standard error: projects change, and a checkpoint that does not fit does not load.
+        """
+
+        def check() -> list[str]:
+            if not self.inputs:
+                return []
+            with reading("the data set"):
+                found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
+            data = [] if split is None else list(found.data)
+            if data and not changed_data:
+                lines = [f"the data changed since {self.checkpoint} was trained:", *(f"  {line}" for line in data)]
+                lines += [] if isinstance(self.recipe.data.split, dict) else [DRAWN_ANEW]
+                lines.append("Put them back as they were, or take them as they are now with --changed-data.")
+                raise UserError("\n".join(lines))
+            for line in [*data, *found.code, *(found.unsure if split is not None else ())]:
+                logger.warning(f"since {self.checkpoint.name} was trained: {line}")
+            return data
+
+        return self.world.run_on_rank0(check)
+
+
+def _recipe_in(text: str, checkpoint: Path) -> Recipe:
+    return parse_recipe(text, f"the recipe in {checkpoint}")
+
+
+def _end_waits(recipe: Recipe) -> None:
+    """Let this process wait for data as long as the watchdog of a training run would, unless one looks after it."""
+    if not heartbeat.now().watched:
+        now, limits = heartbeat.begin(), Limits.of(recipe.watchdog)
+        now.limit = lambda: limits.at(now)
+
+
+def batch_size_of(recipe: Recipe, world_size: int) -> int:
+    """Return how many samples go through the model at a time: no more than in training on as many processes."""
+    micro = recipe.batch.micro_batch_size
+    return recipe.eval.batch or (-(-recipe.batch.global_batch_size // world_size) if micro == "auto" else micro)
+
+
+def log_error(error: UserError) -> None:
+    """Log an error of this rank."""
+    logger.error("%s", error, extra=EACH_RANK)
