@@ -35,6 +35,7 @@ NO_TORCH = [
     "launchers",
     "launchers.slurm",
     "report",
+    "sweep",
     "prove",
     "project",
     "cli",

@@ -128,8 +128,13 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the state of runs: queue, step, time left, loss, restarts."""
+    print_statuses(run, as_json=as_json)
+
+
+def print_statuses(run: Path, *, as_json: bool) -> None:
+    """Print how a run is doing, or a table of several."""
     from distrain.report.status import as_json as told
-    from distrain.report.status import status_rows, statuses, table
+    from distrain.report.status import best_line, status_rows, statuses, table
     from distrain.run.folder import RunDir
     from distrain.system.terminal import Console
 
@@ -149,6 +154,8 @@ def status(
         # in a file or a pipe nothing is cut off
         console = Console(width=None if sys.stdout.isatty() else 1000)
         console.print(table(found, run, console.holds))
+        if line := best_line(run, found):
+            echo(one_line(line))
 
 
 def logs(

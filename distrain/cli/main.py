@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
+from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
     ChangedData,
@@ -208,9 +209,10 @@ def prove_recipe(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# On a cluster
+# Many runs, and runs on a cluster
 
 for command in (
+    cli_sweeps.sweep,
     *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
     cli_cluster.sites,
 ):

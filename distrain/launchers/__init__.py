@@ -6,6 +6,7 @@ launcher.py    `Launcher`: a kind of place where runs are started, with its jobs
 local.py       this machine as one, and starting its processes: `launch_argv` and `launch`
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
+sweeps.py      sweeps: which runs they have, and what their folders hold
 reporting.py   reporting why a process failed
 slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` the variables of a job
 """

@@ -34,6 +34,7 @@ __all__ = [
     "Value",
     "build_metrics",
     "check_metrics",
+    "decides_best",
     "higher_is_better",
 ]
 
@@ -185,6 +186,15 @@ def _free(key: str, taken: Set[str]) -> str:
 def higher_is_better(name: str, metrics: MetricSet) -> bool:
     """Return whether higher is better by `eval.best`; `-NAME` states that lower is. Raises UserError."""
     return _direction(name, metrics.metrics)
+
+
+def decides_best(recipe: Recipe) -> tuple[str, bool]:
+    """Return the metric that decides which evaluation of a recipe is best, and whether higher is better.
+
+    Needs no data. Raises UserError where `eval.best` names what is not computed.
+    """
+    wanted = recipe.eval.best or "loss"
+    return wanted.removeprefix("-"), _direction(wanted, _build(recipe, None)[0])
 
 
 def _direction(name: str, metrics: Mapping[str, Metric]) -> bool:

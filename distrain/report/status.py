@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,9 @@ from distrain.config.strategies import describe_strategy
 from distrain.config.yaml import load_recipe
 from distrain.launchers import launcher_of
 from distrain.launchers.launcher import Job, jobs_of_folders
-from distrain.launchers.slurm.sweeps import read_sweep
 from distrain.launchers.slurm.tracking import task_of
+from distrain.launchers.sweeps import RankedBy, SweepRecord, is_sweeping, read_record, read_sweep
+from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
 from distrain.run.json_files import rows_backwards
@@ -34,6 +36,7 @@ STATES = {
     "finished": "complete",
     "stopped": "has saved its state and stopped; the same command resumes it",
     "failed": "ended by an error; see message",
+    "pruned": "stopped by its search, as others were better by then",
     "gone": "began, and nothing of it is seen any more",
 }
 
@@ -58,7 +61,7 @@ class Status:
     loss: float | str | None = None
     """Of the last row of training numbers."""
     score: dict[str, Any] | None = None
-    """Of the last evaluation, or the best of a finished run: metric, value, step."""
+    """Of the last evaluation, or the best of a finished run or a sweep's: metric, value, step."""
     checkpoint: int | None = None
     """The step of the newest checkpoint."""
     starts: int = 0
@@ -83,6 +86,8 @@ class Status:
     """What it failed of, or where it hangs or stopped."""
     values: dict[str, str] = field(default_factory=dict)
     """What is its own in a sweep."""
+    rank: int | None = None
+    """Its place among the runs of a sweep by `eval.best`, from 1; equals share one."""
 
     @property
     def alive(self) -> bool:
@@ -166,6 +171,49 @@ def _state(run: RunDir, job: Job | None, beats: bool, began: bool) -> tuple[str,
     return ("gone", f"job {job.id} is {job.state}" if job else None) if began else ("new", None)
 
 
+def _of_sweep(status: Status, best: RankedBy | None, pruned: int | None) -> Status:
+    """Return the status of a run as one of a sweep: its best evaluation up to now, and whether it was pruned."""
+    if best is None:
+        return status
+    run, score = RunDir(status.run), status.score
+    if pruned is not None and status.state != "finished":
+        status = replace(status, message=f"after step {pruned}")
+        status = status if status.alive else replace(status, state="pruned")
+    if status.state != "finished" or score is None or score["metric"] != best.metric:
+        found = Evaluations(run, best.metric).read()
+        if status.state == "pruned":
+            found = [each for each in found if pruned is None or each[0] <= pruned]
+        top = best_of_evaluations(found, higher=best.higher)
+        score = {"metric": best.metric, "step": top[0], "value": top[1]} if top is not None else None
+    return replace(status, score=score)
+
+
+def _ranked(found: list[Status], best: RankedBy | None) -> list[Status]:
+    """Return the runs of a sweep, the best first, and last those that have no score."""
+    if best is None:
+        return found
+    scores = {id(each): each.score["value"] for each in found if each.score and _is_finite(each.score["value"])}
+    ordered = sorted(scores.values(), reverse=best.higher)
+    ranked = [replace(each, rank=ordered.index(scores[id(each)]) + 1) for each in found if id(each) in scores]
+    return sorted(ranked, key=lambda each: each.rank or 0) + [each for each in found if id(each) not in scores]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _best_by(folder: Path, record: SweepRecord) -> RankedBy | None:
+    """Return by what the runs of a sweep are compared; of an earlier version's what their checkpoints say, or None."""
+    if record.best is not None:
+        return record.best
+    from distrain.checkpoint import criterion_of
+
+    for run in record.runs:
+        if (found := criterion_of(RunDir(folder / run["folder"]).checkpoints)) is not None:
+            return RankedBy(found.metric, found.higher)
+    return None
+
+
 def _why_queued(job: Job) -> str | None:
     if job.reason == "BeginTime":
         return "SLURM starts a job that was queued again after a pause, of two minutes unless the site says otherwise"
@@ -211,19 +259,50 @@ def statuses(folder: Path) -> list[Status]:
         places = [folder]
     else:
         places = sorted(inner for inner in folder.iterdir() if inner.is_dir())
-    runs: dict[Path, dict[str, str]] = {}
-    for place in places:
-        if (sweep := read_sweep(place)) is not None:
-            runs |= {place / each["folder"]: each["values"] for each in sweep}
-        elif RunDir(place).exists:
-            runs[place] = {}
+    sweeps = {place: record for place in places if (record := read_record(place)) is not None}
+    runs = [
+        run
+        for place in places
+        for run in (
+            [place / each["folder"] for each in sweeps[place].runs]
+            if place in sweeps
+            else [place] * RunDir(place).exists
+        )
+    ]
     jobs: dict[Path, list[Job]] = {}
     problem = None
     try:
         jobs = jobs_of_folders([run.absolute() for run in runs])
     except UserError as error:  # the folders hold the most of it
         problem = str(error)
-    return [status_of(run, jobs.get(run.absolute(), []), values, problem) for run, values in runs.items()]
+    found: list[Status] = []
+    for place in places:
+        if (record := sweeps.get(place)) is None:
+            found += [status_of(run, jobs.get(run.absolute(), []), None, problem) for run in runs if run == place]
+            continue
+        best = _best_by(place, record)
+        of_sweep = []
+        for each in record.runs:
+            run = place / each["folder"]
+            status = status_of(run, jobs.get(run.absolute(), []), each["values"], problem)
+            of_sweep.append(_of_sweep(status, best, each.get("pruned")))
+        found += _ranked(of_sweep, best)
+    return found
+
+
+def best_line(folder: Path, found: list[Status]) -> str | None:
+    """Return which run of a sweep is the best, and where its model is; None where `folder` is no sweep, or none is."""
+    record = read_record(folder)
+    first = next((each for each in found if each.rank == 1), None)
+    if record is None or first is None or first.score is None:
+        return None
+    best = _best_by(folder, record)
+    values = ", ".join(f"{key}={value}" for key, value in first.values.items())
+    score = f"{first.score['metric']} {_number(first.score['value'])}"
+    direction = "higher" if best is not None and best.higher else "lower"
+    export = RunDir(first.run).export_path
+    where = export if export.exists() else first.run
+    return f"best: {values}: {score} at step {first.score['step']:,} ({direction} is better), in {where}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -406,6 +485,9 @@ def stop_run(folder: Path) -> list[str]:
     if not RunDir(folder).exists and read_sweep(folder) is None:
         raise UserError(f"{folder} is neither a run nor a sweep")
     said = []
+    if is_sweeping(folder):
+        (folder / "STOP").touch()
+        said.append(f"{folder}: STOP is written; `distrain sweep` starts no further run, and ends")
     for status in found:
         path = Path(status.run)
         match status.state:

@@ -40,8 +40,8 @@ from distrain.launchers.slurm.rendering import BODY, log_pattern, render_sbatch,
 from distrain.launchers.slurm.sites import find_sites, load_site, read_site, site_lines
 from distrain.launchers.slurm.snapshot import copied, differences, moved, take_snapshot, write_copy
 from distrain.launchers.slurm.submitting import Prepared, Wanted, announced, prepare, submit
-from distrain.launchers.slurm.sweeps import expand, read_sweep
 from distrain.launchers.slurm.tracking import job_numbers, jobs_for
+from distrain.launchers.sweeps import expand, read_sweep
 from distrain.run.folder import RunDir
 
 ROOT = Path(distrain.__file__).parent.parent

@@ -186,6 +186,7 @@ def sweep(tmp_path: Path, jobs: StubQueue) -> Path:
         json.dumps(
             {
                 "name": "sweep",
+                "best": {"metric": "accuracy", "higher": True},
                 "runs": [
                     {"folder": run.path.name, "values": {"optim.lr": rate}}
                     for run, rate in zip(runs, rates, strict=True)
@@ -212,6 +213,7 @@ def test_a_sweep_is_a_table_of_its_runs(sweep: Path, monkeypatch: pytest.MonkeyP
     found = statuses(sweep)
     assert [each.state for each in found] == ["finished", "running", "queued"]
     assert [each.job for each in found] == ["9_0", "9_1", "9_2"]
+    assert [each.rank for each in found] == [1, 2, None]
     monkeypatch.setenv("COLUMNS", "40")  # not a terminal: nothing is cut off
     shown = CliRunner().invoke(app, ["status", str(sweep)]).output.splitlines()
     assert shown[0].split() == ["run", "optim.lr", "state", "step", "left", "loss", "eval", "accuracy", "starts", "job"]

@@ -18,6 +18,7 @@ for name in (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.triton_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "optuna",
     "pandas",
     "pytest",
     "sklearn.datasets",

@@ -1,10 +1,10 @@
 """Starts the Python programs that a launcher starts without the time that their imports take.
 
-`warm_children()` replaces what `subprocess.Popen` does for `python SCRIPT …` and `python -c CODE …`: the process is not
-executed anew but forked from a copy of this one, made before it had threads. It is a child of this process as any
-other, with its own arguments, environment, folder, streams, session and blocked signals; only what it imports was
-imported before. A process whose environment says something else of what is read at imports is started as ever. All of
-them hash strings alike, whatever PYTHONHASHSEED is.
+`warm_children()` replaces what `subprocess.Popen` does for `python SCRIPT …`, `python -m MODULE …` and `python -c CODE
+…`: the process is not executed anew but forked from a copy of this one, made before it had threads. It is a child of
+this process as any other, with its own arguments, environment, folder, streams, session and blocked signals; only what
+it imports was imported before. A process whose environment says something else of what is read at imports is started as
+ever. All of them hash strings alike, whatever PYTHONHASHSEED is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Program:
     """What is to be run, and where."""
 
     arguments: Sequence[str]
-    """After the interpreter's name: its options, then `-c CODE` or a script, then what it is given."""
+    """After the interpreter's name: its options, then `-c CODE`, `-m MODULE` or a script, then what it is given."""
     environment: dict[str, str]
     folder: str
     new_session: bool
@@ -69,7 +69,7 @@ def can_fork(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     return (
         bool(rest)
         and command[0] == sys.executable
-        and (rest[0] == "-c" or rest[0].endswith(".py"))
+        and (rest[0] in ("-c", "-m") or rest[0].endswith(".py"))
         and all(environment.get(name) == os.environ.get(name) for name in READ_AT_IMPORT)
     )
 
@@ -170,10 +170,13 @@ def _become(program: Program, streams: array.array[int] | list[int]) -> None:
             sys.path.insert(0, folder)
     status = 0
     try:
-        with warm_children() if arguments[0] == "-c" else nullcontext():
+        with warm_children() if arguments[0] in ("-c", "-m") else nullcontext():
             if arguments[0] == "-c":
                 sys.argv = ["-c", *arguments[2:]]
                 exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+            elif arguments[0] == "-m":
+                sys.argv = arguments[1:]
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
             else:
                 sys.argv = arguments
                 sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))

@@ -16,7 +16,7 @@ from distrain.checkpoints.foreign.common import read_json
 from distrain.config import UserError
 from distrain.datasets.tokens import load_tokenizer, read_index
 from distrain.launchers.slurm.sites import load_site
-from distrain.launchers.slurm.sweeps import read_sweep
+from distrain.launchers.sweeps import read_sweep
 from distrain.parallel import accelerate_config as configuration
 from distrain.run.folder import Launch, RunDir
 from distrain.run.heartbeat import read_heartbeat

@@ -4,7 +4,6 @@ plan.py        `Plan`: all that a batch script is made from, each value checked
 rendering.py   `render_sbatch`: a plan as a batch script, from slurm/train.sbatch
 sites.py       defaults of a site, from one YAML each
 snapshot.py    the user's code, copied so that a later edit changes nothing that is queued
-sweeps.py      one run for each combination of values
 submitting.py  `submit`: everything checked, written and handed to sbatch
 launcher.py    SLURM as a `Launcher`: submit, status, cancel
 job_environment.py  what SLURM's variables tell of a process

@@ -40,8 +40,8 @@ from distrain.launchers.slurm.snapshot import (
     take_snapshot,
     write_copy,
 )
-from distrain.launchers.slurm.sweeps import Sweep, expand
 from distrain.launchers.slurm.tracking import note_job, queued_job
+from distrain.launchers.sweeps import Sweep, best_of, expand
 from distrain.run.folder import Launch, RunDir
 from distrain.run.json_files import write_atomically, write_json
 from distrain.system.bounded_json import read_json
@@ -166,7 +166,7 @@ def prepare(
         plan = plan.model_copy(update={"python_path": tuple(dict.fromkeys((*plan.python_path, *earlier)))})
     runs = [(run, moved(loaded, snapshot, code)) for run, loaded in found]
     if sweep is not None:
-        sweep.check_folder()
+        sweep.earlier()
     for run, loaded in runs:
         _check_folder(run, loaded, snapshot, code, update=update)
     if not update and all(run.finished is not None for run, _ in runs):
@@ -303,7 +303,7 @@ def submit(prepared: Prepared) -> str:
         }
         write_json(folder / "plan.json", record)
         if prepared.sweep is not None:
-            prepared.sweep.write()
+            prepared.sweep.record(best_of(prepared.runs[0][1].recipe)).write(Path(plan.folder))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --run-dir") from error
     for (run, loaded), request in zip(prepared.runs, prepared.requests, strict=True):

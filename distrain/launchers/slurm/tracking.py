@@ -9,7 +9,7 @@ from typing import Any
 
 from distrain.launchers.launcher import Job
 from distrain.launchers.slurm.queue import jobs_of
-from distrain.launchers.slurm.sweeps import read_sweep
+from distrain.launchers.sweeps import read_sweep
 from distrain.run.json_files import append_row, read_rows
 
 
