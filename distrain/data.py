@@ -28,6 +28,7 @@ from distrain.datasets.batches import Batches, Place, StreamBatches
 from distrain.datasets.evaluation import build_eval_loader, check_stream_workers
 from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
+from distrain.datasets.mixing import MixedBatches, Mixing, mixing_problems
 from distrain.datasets.order import SampleOrder
 from distrain.datasets.transforms import Transform
 from distrain.datasets.user import named_data
@@ -50,6 +51,7 @@ def build_loader(
     stop_step: int | None = None,
     transform: Transform | None = None,
     pin_memory: bool = False,
+    mixing: Mixing | None = None,
 ) -> Iterator[list[Batch]]:
     """Yield for each optimizer step in [start_step, stop_step) the micro-batches of this rank, in order.
 
@@ -59,6 +61,8 @@ def build_loader(
 
     A stream has no order: its positions are those of its endless repetition. Every rank reads all of it and keeps its
     own share, and a later step is reached by reading up to it. At most one loader process reads it.
+
+    With `mixing` a batch holds mixed samples, and targets that are shares of classes.
 
     `close()` ends the loader processes. Raises UserError for sizes that do not divide, and for an unreadable sample
     with its path and number.
@@ -80,8 +84,12 @@ def build_loader(
     else:
         assert order is not None
         assert order.length == len(source)
-        batches = Batches(source, transform, recipe.data.skip_corrupt)
-        places = _train_places(order, first, last, rank, world_size, micro_batch_size)
+        tolerated = recipe.data.skip_corrupt
+        if mixing is None:
+            batches = Batches(source, transform, tolerated)
+        else:
+            batches = MixedBatches(source, transform, tolerated, mixing, order)
+        places = _train_places(order, first, last, rank, world_size, micro_batch_size, positions=mixing is not None)
     return _steps(load(batches, places, workers, pin_memory), accumulation)
 
 
@@ -91,14 +99,15 @@ def _steps(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]
 
 
 def _train_places(
-    order: SampleOrder, first: int, last: int, rank: int, world_size: int, micro_batch_size: int
+    order: SampleOrder, first: int, last: int, rank: int, world_size: int, micro_batch_size: int, *, positions: bool
 ) -> Iterator[Place]:
-    """Yield the places of micro-batches first..last-1 of this rank, counted from step 0."""
+    """Yield the places of micro-batches first..last-1 of this rank, counted from step 0; with their `positions`."""
     block = max(1, _BLOCK // micro_batch_size)
     within = np.arange(micro_batch_size, dtype=np.int64)
     for start in range(first, last, block):
         numbers = np.arange(start, min(start + block, last), dtype=np.int64)[:, None]
-        yield from zip(*order.at_positions((numbers * world_size + rank) * micro_batch_size + within), strict=True)
+        where = (numbers * world_size + rank) * micro_batch_size + within
+        yield from zip(*order.at_positions(where), *([where] if positions else []), strict=True)
 
 
 def _repeated(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
@@ -152,9 +161,13 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
         # the first sample shows whether the transforms fit, long before the first evaluation
-        inputs = _first(source, transform, recipe.data.skip_corrupt)["inputs"]
+        first = _first(source, transform, recipe.data.skip_corrupt)
+        inputs = first["inputs"]
         if name == "train":
             byte_images = transform.met_bytes
+            if (mixing := Mixing.of(recipe, data.meta, float_dtype(recipe))) is not None:
+                mixing.check(source, inputs, first.get("targets"))
+                byte_images &= mixing.keeps_bytes
             of_one_size = isinstance(getattr(source, "inputs", None), torch.Tensor) or getattr(source, "size", None)
             fixed_shapes = isinstance(inputs, torch.Tensor) and transform.gives_one_size(bool(of_one_size))
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
@@ -181,7 +194,7 @@ def check_data(recipe: Recipe) -> list[str]:
             check()
         except UserError as error:
             problems.append(str(error))
-    return problems
+    return problems + mixing_problems(recipe)
 
 
 def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform:

@@ -80,6 +80,7 @@ def train_step(
         return _skip_known(t, known, flags())
     given(f"step {t.step + 1}", micro_batches)
     enter_phase("sync")
+    strategy.begin_step(t.step)
     set_lr(strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
     loss_scale = _loss_scale(t, micro_batches)
     clip_norm, last = t.recipe.optim.clip_norm, len(micro_batches) - 1

@@ -165,6 +165,18 @@ Split = Annotated[
 ]
 
 
+MIXES = ("mixup", "cutmix")
+
+
+class MixSection(Section):
+    """How samples are mixed in pairs."""
+
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """The factor of a sample is drawn from the beta distribution (alpha, alpha); 1 is uniform."""
+    prob: Share | None = None
+    """Share of the samples that is mixed; None is all, or half of them where mixup and cutmix are both given."""
+
+
 class DataSection(Component):
     """The data set, how it is split and how it is read. Further keys are arguments of the data set."""
 
@@ -189,6 +201,15 @@ class DataSection(Component):
     by their entire content; off does not check."""
     prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
     """`path/to/file.py:name` of a function that rank 0 calls with `path` if nothing exists there."""
+    mixup: MixSection | None = None
+    """Mixes training samples with others: `factor * one + (1 - factor) * other`, inputs and targets."""
+    cutmix: MixSection | None = None
+    """Replaces a rectangle of a training image by that of another one, and mixes the targets by its area."""
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
+        # recipes stored without these keys stay equal
+        return {key: value for key, value in handler(self).items() if value is not None or key not in MIXES}
 
 
 class ModelSection(Component):
@@ -211,6 +232,21 @@ class GroupSection(Section):
     """The weight decay of these parameters; None keeps optim.weight_decay."""
 
 
+class FreezeSection(Section):
+    """Parameters that are not trained before a step."""
+
+    params: Text
+    """A shell pattern over parameter names, such as 'encoder.*'."""
+    until: TrainingInterval
+    """For how long they are not trained."""
+
+
+AnyFreeze = Annotated[
+    Annotated[Text, Tag("<pattern>")] | Annotated[FreezeSection, Tag("<until>")],
+    Discriminator(lambda value: "<until>" if isinstance(value, dict | FreezeSection) else "<pattern>"),
+]
+
+
 class OptimSection(Component):
     """The optimizer. Further keys are arguments of its class (momentum, betas, eps, ...)."""
 
@@ -226,8 +262,16 @@ class OptimSection(Component):
     """Largest norm of the whole gradient; None does not clip."""
     groups: list[GroupSection] = []
     """Overrides by parameter name; the first match applies."""
-    freeze: list[Text] = []
-    """Shell patterns over parameter names that are not trained."""
+    freeze: list[AnyFreeze] = []
+    """Shell patterns over parameter names that are not trained, or not before a step; the first match applies."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each block of the model to the one below it: 1 for what follows the last block,
+    least for what comes before the first. None is the same rate everywhere."""
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: Callable[[Any], dict[str, Any]]) -> Any:
+        # recipes stored without the key stay equal
+        return {key: value for key, value in handler(self).items() if value is not None or key != "layer_decay"}
 
 
 class OwnScheduleSection(Component):

@@ -46,7 +46,7 @@ class Labels:
             classes=max(counted) if counted and known is not None else None,
             ignored=ignored if isinstance(ignored, int) else None,
             integer=task in ("classification", *TOKEN_TASKS) and not is_user_loss and not name.startswith("multilabel"),
-            zero_to_one=task in ("binary", "multilabel") and (loss is None or name in _LOSSES_OF_ZERO_TO_ONE),
+            zero_to_one=task in ("binary", "multilabel") and (loss is None or takes_zero_to_one(loss.name)),
             finite=split != "train" or recipe.anomalies.nonfinite == "stop",
         )
 
@@ -82,6 +82,11 @@ class Labels:
         place = int((~good).flatten().nonzero()[0])
         value = targets.flatten()[place].item()
         return place // max(1, targets[0].numel()), f"a target is {value}, {expected}"
+
+
+def takes_zero_to_one(loss: str) -> bool:
+    """Whether a loss of this name takes targets in [0, 1]."""
+    return loss.replace("_", "").lower().removesuffix("loss") in _LOSSES_OF_ZERO_TO_ONE
 
 
 TOKEN_TASKS: tuple[Task, ...] = ("language_modeling", "seq2seq")

@@ -3,6 +3,8 @@
 optimizers.py  optimizers by name, and which parameters are decayed, scaled or frozen
 losses/        losses by name, as sums and counts, so that one division over the global count gives the mean
 schedules.py   the learning rate as a pure function of the step
+depth.py       learning rates that fall from block to block
+freezing.py    parameters that are not trained before a step
 averages.py    the exponential moving average of the weights
 sharding.py    which optimizers give the same result where parameters are cut into pieces
 sparse.py      embeddings with sparse gradients
@@ -10,12 +12,15 @@ migration.py   what an optimizer can use of the state that another has stored
 """
 
 from distrain.optim.averages import Ema, canonical_name
+from distrain.optim.depth import layer_depths
+from distrain.optim.freezing import THAW, drop_frozen, is_frozen, thaws
 from distrain.optim.losses import Loss, build_loss, check_loss
 from distrain.optim.migration import StateMigration, plan_migration
 from distrain.optim.optimizers import (
     GroupPlan,
     build_optimizer,
     check_optimizer,
+    describe_groups,
     frozen_names,
     fused_kernel,
     parameter_plan,
@@ -27,6 +32,7 @@ from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_pr
 from distrain.optim.sparse import make_dense, sparse_layers
 
 __all__ = [
+    "THAW",
     "Ema",
     "GroupPlan",
     "Loss",
@@ -38,10 +44,14 @@ __all__ = [
     "check_loss",
     "check_optimizer",
     "check_schedule",
+    "describe_groups",
+    "drop_frozen",
     "dtensor_problem",
     "frozen_names",
     "fused_kernel",
     "is_elementwise",
+    "is_frozen",
+    "layer_depths",
     "lr_at",
     "make_dense",
     "parameter_plan",
@@ -50,5 +60,6 @@ __all__ = [
     "set_lr",
     "sharding_problem",
     "sparse_layers",
+    "thaws",
     "unregistered_layers",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,10 +15,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.config import OptimSection, UserError, close_names
+from distrain.config import FreezeSection, Horizon, OptimSection, UserError, close_names
 from distrain.config.arguments import argument_problems, takes
 from distrain.config.registry import optimizers, squeezed
 from distrain.optim.averages import canonical_name, unwrapped
+from distrain.optim.depth import layer_depths
+from distrain.optim.freezing import THAW, thaw_steps
+
+logger = logging.getLogger(__name__)
 
 _REFUSED = {
     "LBFGS": "evaluates the loss several times in a step (a closure), and here a step reads its samples once; "
@@ -110,16 +116,20 @@ def fused_kernel(section: OptimSection, model: nn.Module) -> Literal["exact", "g
     return "gpu" if build is torch.optim.SGD and not sparse else None
 
 
-def build_optimizer(model: nn.Module, section: OptimSection, *, fused: bool | None = None) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, section: OptimSection, *, fused: bool | None = None, horizon: Horizon | None = None
+) -> Optimizer:
     """Freeze the parameters in `optim.freeze`, and return the optimizer of a model.
 
-    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. `fused`: whether one kernel steps
+    Each of its groups has `lr_scale` beside the keys of its class; `set_lr` uses it. Those of parameters that are
+    frozen `until` a step have that step under `THAW`; the `horizon` says which it is. `fused`: whether one kernel steps
     all parameters; None: where it gives the same bits at any sharding, as that of Adam and AdamW does. Raises UserError
     with every problem of the section.
     """
     if problems := check_optimizer(section):
         raise UserError("\n".join(problems))
     plans, frozen = _plan(model, section)
+    thaw = thaw_steps(section, horizon)
     aliases = _aliases(model)
     by_name = {alias.names[0]: alias.parameter for alias in aliases}
     for name in frozen:
@@ -130,12 +140,29 @@ def build_optimizer(model: nn.Module, section: OptimSection, *, fused: bool | No
     groups: list[dict[str, Any]] = [
         {"params": [by_name[name] for name in plan.names], "lr_scale": plan.lr_scale}
         | ({"weight_decay": plan.weight_decay} if takes_decay else {})
+        | ({THAW: thaw[plan.freeze]} if plan.freeze is not None else {})
         for plan in plans
     ]
     if fused is None:
         fused = fused_kernel(section, model) == "exact"
     # without it torch takes its foreach kernels on a GPU; `fused=False` would turn those off as well
     return _construct(build, section, groups, {"fused": True} if fused else {})
+
+
+def describe_groups(model: nn.Module, section: OptimSection, horizon: Horizon) -> None:
+    """Log how the depth of a parameter was found, and when what is frozen until a step is trained."""
+    if section.layer_decay is not None:
+        logger.info("%s", layer_depths(model, section.layer_decay))
+    counts: Counter[int] = Counter()
+    for plan in parameter_plan(model, section):
+        if plan.freeze is not None:
+            counts[plan.freeze] += plan.numel
+    for place, step in thaw_steps(section, horizon).items():
+        entry = section.freeze[place]
+        assert isinstance(entry, FreezeSection)
+        logger.info(
+            f"{entry.params}: {counts[place]:,} parameters are not trained in steps 1 to {step:,} ({entry.until})"
+        )
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
@@ -180,6 +207,8 @@ class GroupPlan:
     weight_decay: float
     numel: int
     """Elements of all of them."""
+    freeze: int | None = None
+    """The place in `optim.freeze` of what freezes them until a step; None: they are trained from the start."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +226,8 @@ def parameter_plan(model: nn.Module, section: OptimSection) -> list[GroupPlan]:
     The kinds in `optim.no_decay` are never decayed, whatever `optim.groups` states: `norm`, the parameters of
     normalisation layers (torch's, and any class named like one, such as RMSNorm or LayerNorm2d); `bias`, any parameter
     whose own name contains "bias"; `embedding`, the weight of nn.Embedding or nn.EmbeddingBag, and of a head that is
-    tied to one. A pattern matches a tied parameter by any of its names; the first match in `optim.groups` applies.
+    tied to one. A pattern matches a tied parameter by any of its names; the first match in `optim.groups`, and in
+    `optim.freeze`, applies. `optim.layer_decay` multiplies what `optim.groups` states; see `layer_depths`.
     Groups are in the order of their first parameters. Raises UserError for patterns that match nothing, naming close
     ones, for patterns whose matches are all in earlier groups, and if no parameter is left to train.
     """
@@ -215,11 +245,26 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
         raise UserError(_without_parameters(model))
     problems = []
     frozen = {alias.names[0] for alias in aliases if not alias.parameter.requires_grad}
-    for at, pattern in enumerate(section.freeze):
-        found = _matching(aliases, pattern)
-        if not found:
+    entry_of: dict[str, int] = {}
+    for at, entry in enumerate(section.freeze):
+        pattern = entry if isinstance(entry, str) else entry.params
+        matching = {alias.names[0] for alias in _matching(aliases, pattern)}
+        unclaimed = matching - entry_of.keys()
+        if not matching:
             problems.append(f"optim.freeze[{at}]: {_nothing(aliases, pattern)}")
-        frozen |= {alias.names[0] for alias in found}
+        elif not unclaimed and any(isinstance(each, FreezeSection) for each in section.freeze):
+            problems.append(
+                f"optim.freeze[{at}]: every match of {pattern!r} is in an earlier entry; put narrower patterns first, "
+                "or remove it"
+            )
+        elif isinstance(entry, FreezeSection) and matching <= frozen:
+            problems.append(
+                f"optim.freeze[{at}]: every match of {pattern!r} is frozen by the model itself (requires_grad is "
+                "False), so it cannot be trained later; remove it"
+            )
+        entry_of |= dict.fromkeys(unclaimed, at)
+    until = {name: at for name, at in entry_of.items() if isinstance(section.freeze[at], FreezeSection)}
+    frozen |= entry_of.keys() - until.keys()
 
     trained = [alias for alias in aliases if alias.names[0] not in frozen]
     rule_of: dict[str, int] = {}
@@ -240,16 +285,20 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
     if problems:
         raise UserError("\n".join(problems))
 
-    members: dict[tuple[float, float], list[_Alias]] = {}
+    depths = layer_depths(model, section.layer_decay) if section.layer_decay is not None else None
+    members: dict[tuple[float, float, int | None], list[_Alias]] = {}
     for alias in trained:
         rule = section.groups[rule_of[alias.names[0]]] if alias.names[0] in rule_of else None
         decay = section.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
         if alias.kinds & set(section.no_decay):
             decay = 0.0
-        members.setdefault((rule.lr_scale if rule else 1.0, decay), []).append(alias)
+        scale = (rule.lr_scale if rule else 1.0) * (depths.scale(alias.names) if depths else 1.0)
+        members.setdefault((scale, decay, until.get(alias.names[0])), []).append(alias)
     plans = [
-        GroupPlan(tuple(each.names[0] for each in group), scale, decay, sum(each.parameter.numel() for each in group))
-        for (scale, decay), group in members.items()
+        GroupPlan(
+            tuple(each.names[0] for each in group), scale, decay, sum(each.parameter.numel() for each in group), freeze
+        )
+        for (scale, decay, freeze), group in members.items()
     ]
     return plans, frozen
 

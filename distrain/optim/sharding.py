@@ -66,7 +66,9 @@ def toy_shapes(section: OptimSection) -> list[tuple[int, ...]]:
 def without_names(section: OptimSection) -> OptimSection:
     """Return the section without the names of parameters, with the largest weight decay of any of them."""
     decays = [section.weight_decay, *(group.weight_decay or 0.0 for group in section.groups)]
-    return section.model_copy(update={"groups": [], "freeze": [], "no_decay": [], "weight_decay": max(decays)})
+    return section.model_copy(
+        update={"groups": [], "freeze": [], "layer_decay": None, "no_decay": [], "weight_decay": max(decays)}
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

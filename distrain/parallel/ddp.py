@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from distrain.config import UserError
-from distrain.optim import sparse_layers
+from distrain.optim import drop_frozen, sparse_layers
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -51,6 +51,7 @@ class DDPStrategy(Strategy):
             return model, make_optimizer(plan, model)
 
         self.model, self.optimizer = world.run_on_all(build)
+        self._watch_frozen()
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._one_kind = len({(parameter.device, parameter.dtype) for parameter in self._trained}) == 1
         self._held: list[Tensor] = []
@@ -136,6 +137,8 @@ class DDPStrategy(Strategy):
             self._held = self._held_gradients()
             if self._all_reached:
                 self._complete()
+            if self._thaws and drop_frozen(self.optimizer, self._step):
+                self._held = self._held_gradients()
             self._note_gradients(self._held)
 
     def _held_gradients(self) -> list[Tensor]:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.networks.blocks import block_classes
+from distrain.optim import drop_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
@@ -60,6 +61,7 @@ class FSDP2Strategy(Strategy):
         del values
         # on the sharded parameters, so that its state is sharded as they are
         self.optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
+        self._watch_frozen()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
@@ -179,6 +181,8 @@ class FSDP2Strategy(Strategy):
             self._passes += 1
         if last:
             self._not_used = self._complete()
+            if self._thaws:
+                drop_frozen(self.optimizer, self._step)
             sharded = [p.grad.to_local() for p in self._sharded if p.grad is not None]  # type: ignore[attr-defined]
             self._local_gradients = sharded, [p.grad for p in self._replicated if p.grad is not None]
             self._note_gradients(each for kind in self._local_gradients for each in kind)

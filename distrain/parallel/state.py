@@ -417,8 +417,11 @@ class TrainingState:
         nested = scalars.get("optimizer_group_nested") or [{} for _ in values]
         if not values:
             return
-        groups = zip(self.optimizer.param_groups, self._built, values, nested, strict=True)
-        for index, (group, built, changed, encoded) in enumerate(groups):
+        groups = zip(
+            self.optimizer.param_groups, self._built, self._stored_groups(scalars, values, nested), strict=True
+        )
+        for group, built, index in groups:
+            changed, encoded = ({}, {}) if index is None else (values[index], nested[index])
             gone = {key for key, held in encoded.items() if "gone" in held}
             reads = self._reads(reader, f"optimizer-group/{index}")
             changed = changed | {key: decode(held, reads) for key, held in encoded.items() if key not in gone}
@@ -429,6 +432,31 @@ class TrainingState:
             for key, value in wanted.items():
                 if key not in group or not equal(group[key], value):
                     group[key] = value if key in changed else copy.deepcopy(value)
+
+    def _stored_groups(
+        self, scalars: dict[str, Any], values: list[dict[str, Any]], nested: list[dict[str, Any]]
+    ) -> list[int | None]:
+        """Return for each group the stored one whose values hold for it: another recipe may group otherwise.
+
+        Raises UserError where its parameters were in groups with different values.
+        """
+        stored, mine = [set(group["params"]) for group in scalars.get("optimizer_groups", ())], self._groups()
+        if len(stored) != len(values) or stored == [set(names) for names in mine]:
+            return [*range(len(values))]
+        found: list[int | None] = []
+        for names in mine:
+            places = [place for place, held in enumerate(stored) if not held.isdisjoint(names)]
+            for key in {key for place in places for key in (*values[place], *nested[place])}:
+                if len(
+                    different := [p for p in places if not equal(values[p].get(key), values[places[0]].get(key))]
+                ) or (any(key in nested[place] for place in places) and len(places) > 1):
+                    raise UserError(
+                        f"the optimizer has changed '{key}' of its groups, differently for parameters that are one "
+                        f"group now ({names[0]} and others, from the stored groups {[places[0], *different]}); keep "
+                        "optim.groups, optim.no_decay and optim.layer_decay as they were"
+                    )
+            found.append(places[0] if places else None)
+        return found
 
     def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[set[str], list[str]]:
         """Return the names in the stored state that are kept, and notes for the user."""

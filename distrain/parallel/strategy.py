@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
-from distrain.optim import Ema, canonical_name, sparse_layers
+from distrain.optim import THAW, Ema, canonical_name, drop_frozen, sparse_layers
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
@@ -79,9 +79,27 @@ class Strategy(ABC):
         self._has_sparse_gradient = False
         self._first = True
         self._all_used: Tensor | None = None
+        self._step = 0
+        """The step under way, from 0."""
+        self._thaws = False
+        """Whether some parameters are not trained before a step; see `optim/freezing.py`."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
+
+    def begin_step(self, step: int) -> None:
+        """Begin `step`, from 0: what is not trained yet gets no gradient in it."""
+        self._step = step
+
+    def _watch_frozen(self) -> None:
+        """Have the optimizer pass over what is not trained yet. Call it when there is one."""
+        self._thaws = any(THAW in group for group in self.optimizer.param_groups)
+        if self._thaws:
+            # also where DeepSpeed hands it gradients within its own step
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: self._drop_frozen(optimizer))
+
+    def _drop_frozen(self, optimizer: Any) -> None:
+        drop_frozen(optimizer, self._step)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context for one micro-batch's forward and backward pass; the `last` one ends the step."""

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
-from distrain.optim import Ema, canonical_name
+from distrain.optim import Ema, canonical_name, is_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
@@ -78,6 +78,7 @@ class ZeROStrategy(Strategy):
         if self._gather_order is not None:
             self._fetch_in_order(self._gather_order)
         self.optimizer = self._zero.optimizer
+        self._watch_frozen()
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.migrate, self._stepping)
 
@@ -315,8 +316,16 @@ class ZeROStrategy(Strategy):
             if (wait := getattr(zero, "_wait_for_offload_copies", None)) is not None:
                 wait()
             flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-            return [flat.grad for flat in flats if flat.grad is not None]
-        return [each for kept in zero.averaged_gradients.values() for each in kept or ()]
+            return [flat.grad for at, flat in enumerate(flats) if flat.grad is not None and not self._is_frozen(at)]
+        gradients = zero.averaged_gradients.items()
+        return [each for at, kept in gradients if not self._is_frozen(at) for each in kept or ()]
+
+    def _is_frozen(self, place: int) -> bool:
+        """Whether one of DeepSpeed's groups, which in stage 3 are parts of the optimizer's, is not trained yet."""
+        if not self._thaws:
+            return False
+        group = self._zero.sub_group_to_group_id[place] if self.stage == 3 else place
+        return is_frozen(self.optimizer.param_groups[group], self._step)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Its state

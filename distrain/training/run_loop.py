@@ -16,7 +16,7 @@ from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import explaining_errors
 from distrain.diagnose.memory_advice import explained
-from distrain.optim import Loss, set_lr
+from distrain.optim import Loss, set_lr, thaws
 from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, starts_at
@@ -61,6 +61,7 @@ class Session(RunContext):
         super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, called, started)
         self.outcome: Outcome | None = None
         self._state_checked = False
+        self._thaws = thaws(self.t.strategy.optimizer.param_groups)
         starts_at(self.t.step)
         self._record_effect()
         self.evaluator = Evaluator(self)
@@ -210,6 +211,9 @@ class Session(RunContext):
             warn_of_failures(self.t.compiled)
             self._record_effect()
             self.checkpoints.reserve()
+        elif taken.step - 1 in self._thaws:  # and now that of what was frozen before
+            self.t.strategy.check_state()
+            self._record_effect()
         loss, norm, flags = taken.read()
         found = self.setup.anomalies.judge_read(taken.step, loss, norm, taken.local)
         rolls_back = found is not None and found.action == "rollback" and not found.known

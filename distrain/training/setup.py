@@ -19,9 +19,10 @@ from distrain.checkpoint import Manifest, Reader
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
 from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.config.strategies import STRATEGIES
-from distrain.data import build_data, build_loader, build_transform
+from distrain.data import build_data, build_loader, build_transform, float_dtype
 from distrain.datasets.base import Batch, Data, is_stream, warnings_of
 from distrain.datasets.batch_sizes import batch_shape
+from distrain.datasets.mixing import Mixing
 from distrain.datasets.order import SampleOrder
 from distrain.datasets.preparing import prepare_data
 from distrain.datasets.transforms import Transform
@@ -35,6 +36,7 @@ from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
     build_loss,
     build_optimizer,
+    describe_groups,
     frozen_names,
     fused_kernel,
     make_dense,
@@ -89,6 +91,7 @@ class DataPipeline:
             stop_step=self.total_steps,
             transform=self.transforms["train"],
             pin_memory=self.world.device.type == "cuda",
+            mixing=Mixing.of(self.recipe, self.data.meta, float_dtype(self.recipe)),
         )
 
 
@@ -247,6 +250,7 @@ def _training(
         nonlocal summary, uncounted, inside, logits_per_sample
         uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
         summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
+        describe_groups(model, recipe.optim, horizon)
         if lost := unregistered_layers(model):
             logger.warning(
                 f"{', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
@@ -284,6 +288,10 @@ def _training(
         if inside:
             compute_loss_inside(model, loss, logits.head if chunked else "")
 
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        section = recipe.optim
+        return build_optimizer(model, section, fused=world.tuning["fused_optimizer"], horizon=horizon)
+
     def build() -> nn.Module:
         model = build_model(recipe, meta, weights=not resumes, kept=kept)
         fit(model)
@@ -299,7 +307,7 @@ def _training(
 
     plan = BuildSpec(
         model=build,
-        optimizer=lambda model: build_optimizer(model, recipe.optim, fused=world.tuning["fused_optimizer"]),
+        optimizer=optimizer_of,
         loss_sum=loss_sum,
         micro_batch_size=feed.micro_batch_size,
         accumulation=feed.accumulation,

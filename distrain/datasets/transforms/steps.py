@@ -35,8 +35,8 @@ _UNCHANGED = (v2.Identity, v2.ToImage, v2.ToPureTensor)
 _FLOATS = (torch.float32, torch.float64)
 _CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
 _UNFIT = {
-    "CutMix": "it mixes samples of a batch, so a sample would depend on its neighbours",
-    "MixUp": "it mixes samples of a batch, so a sample would depend on its neighbours",
+    "CutMix": "it mixes samples of a batch, whichever they are; data.cutmix does so, alike in every batch and world",
+    "MixUp": "it mixes samples of a batch, whichever they are; data.mixup does so, alike in every batch and world",
     "FiveCrop": "it makes several images of one",
     "TenCrop": "it makes several images of one",
     "Lambda": "name the function itself, as 'path/to/file.py:name'",
