@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FILE_NAME = re.compile(r"# (\S+\.(?:yaml|py|txt|csv|tsv))\n")
+FILE_NAME = re.compile(r"# (\S+\.(?:yaml|py|txt|csv|tsv|jsonl))\n")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r'<img[^>]*\ssrc="([^"]+)"')
 NUMBER = re.compile(r"[+-]?\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -69,7 +69,8 @@ def story(text: str) -> Iterator[File | Command]:
     """Yield what a page shows, in its order."""
     for language, body in FENCE.findall(text):
         if language in ("yaml", "python", "text") and (match := FILE_NAME.match(body)):
-            yield File(match[1], body)
+            # JSON has no comments
+            yield File(match[1], body.removeprefix(match[0]) if match[1].endswith(".jsonl") else body)
         if language == "console":
             lines = body.replace("\\\n", "").splitlines()
             starts = [index for index, line in enumerate(lines) if line.startswith("$ ")]

@@ -6,7 +6,6 @@ Imports no torch, and nothing slow before the command that needs it.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
+from distrain.cli import generate as cli_generate
 from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
@@ -28,6 +28,7 @@ from distrain.cli.options import (
     RunFolder,
     Strategy,
     Update,
+    own_process,
 )
 from distrain.config import UserError
 from distrain.system.logs import show_on_terminal
@@ -103,13 +104,6 @@ def train(
     )
 
 
-def own_process(command: str, processes: int | None = None) -> None:
-    """Have nothing of other launchers act on a command that is one process, or starts its own."""
-    from distrain.system.environment import own_start, say_ignored
-
-    say_ignored(own_start(os.environ, processes, command))
-
-
 @app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
@@ -151,6 +145,9 @@ def predict(
     for why in written.skipped:
         echo(f"skipped: {why}", error=True)
     echo(f"wrote {written.samples:,} predictions to {out}")
+
+
+app.command()(cli_generate.generate)
 
 
 @app.command("prove")

@@ -1,7 +1,8 @@
-"""Options that several commands have."""
+"""What several commands have: options, and how they begin."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -67,3 +68,10 @@ OffloadTo = Annotated[
         show_default="as the run was started, else none",
     ),
 ]
+
+
+def own_process(command: str, processes: int | None = None) -> None:
+    """Have nothing of other launchers act on a command that is one process, or starts its own."""
+    from distrain.system.environment import own_start, say_ignored
+
+    say_ignored(own_start(os.environ, processes, command))

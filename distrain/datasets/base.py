@@ -138,6 +138,10 @@ class Data:
     """Whether training inputs are images of bytes (uint8) until their last transforms, which make floats of them."""
     fixed_shapes: bool = False
     """Whether all training inputs are known to have one shape after the transforms."""
+    encode: Callable[[str], Sequence[int]] | None = None
+    """Text -> the tokens that a model reads: a prompt to continue, or the source of a pair with its end."""
+    chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]] | None = None
+    """Messages, {role, content} each, -> the tokens of a prompt for the next answer, by the chat template."""
 
 
 class TensorSource:

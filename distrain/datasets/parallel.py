@@ -80,7 +80,16 @@ def parallel_text(
         eos_id=target.eos_id,
         decode=decode,
     )
-    return Data(dict(splits), meta, state, lambda path: _read_sources(path, source, max_len, too_long), files)
+
+    def encode(text: str) -> list[int]:
+        (ids,) = source.encode([text])
+        if len(ids) > max_len and too_long != "truncate":
+            raise UserError(f"a source has {len(ids)} tokens, more than data.max_len {max_len}: {text[:40]!r}…")
+        return [*ids[:max_len], source.eos_id]
+
+    return Data(
+        dict(splits), meta, state, lambda path: _read_sources(path, source, max_len, too_long), files, encode=encode
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -255,7 +255,11 @@ def _data(
         bytes_per_token=bytes_per_token,
         decode=tokenizer.decode,
     )
-    return Data(splits, meta, state, lambda path: _read_prompts(path, tokenizer), files)
+
+    def encode(text: str) -> list[int]:
+        return [int(token) for token in tokenizer.encode([text.encode()])[0]]
+
+    return Data(splits, meta, state, lambda path: _read_prompts(path, tokenizer), files, encode=encode)
 
 
 def _row_spans(rows: int, section: DataSection) -> dict[str, list[range]]:

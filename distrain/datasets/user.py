@@ -92,7 +92,8 @@ def user_data(request: DataRequest, made: Any) -> Data:
             raise UserError(f"{inputs.name} returned a stream, expected a Dataset with __len__ and __getitem__")
         return UserSource(inputs, form("read"), mix(request.seed, "read"))
 
-    return Data(splits, meta, {}, read if hasattr(first.dataset, "read") else None)
+    encode, chat = (getattr(first.dataset, name, None) for name in ("encode", "chat"))
+    return Data(splits, meta, {}, read if hasattr(first.dataset, "read") else None, encode=encode, chat=chat)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -43,11 +43,19 @@ class Trained:
 
     @classmethod
     def load(cls, target: Path | str) -> Trained:
-        """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call."""
+        """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
+
+        A model that writes text computes in the precision of its weights: in 16 bits the token that is likeliest, or
+        drawn, would depend on what else is in the batch.
+        """
         # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
         # run that is still training may write or delete a checkpoint in between
         checkpoint = find_checkpoint(target)
-        world = open_world(_recipe_in(read_manifest(checkpoint).recipe, checkpoint).train.precision)
+        recipe = _recipe_in(read_manifest(checkpoint).recipe, checkpoint)
+        precision = recipe.train.precision
+        if writes(recipe) and precision != "fp64":
+            precision = "fp32"
+        world = open_world(precision)
         try:
             return cls._load(world, Path(world.broadcast(str(checkpoint))))
         except BaseException:
@@ -107,6 +115,11 @@ class Trained:
             return data
 
         return self.world.run_on_rank0(check)
+
+
+def writes(recipe: Recipe) -> bool:
+    """Whether the model of a recipe writes text."""
+    return recipe.task in ("language_modeling", "seq2seq")
 
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:

@@ -1,0 +1,96 @@
+"""`distrain generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distrain.cli.options import Json, own_process
+from distrain.config import UserError
+from distrain.system.output import echo
+
+if TYPE_CHECKING:
+    from distrain.inference.generating import Prompt
+
+
+def generate(
+    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="A text to continue (seq2seq: a source), shown as it is written.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Prompts, each a line {"prompt": …} or {"messages": […]}; a line of JSON for each.',
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens after a prompt.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Above 0 tokens are drawn; 0 takes the likeliest one.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw only from the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw only from so many of the likeliest tokens.", show_default="all")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="What is drawn depends on it and on the number of the prompt alone.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts that are continued at a time.")] = 16,
+    out: Annotated[
+        str | None, typer.Option("-o", "--out", help="A .jsonl file of results.", show_default="standard output")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with a language model, or answer sources with a seq2seq model."""
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: expected a number above 0 and at most 1")
+    if temperature == 0 and (top_p < 1 or top_k is not None):
+        raise UserError("--top-p and --top-k choose among tokens that are drawn; add --temperature, such as 0.8")
+    if "" in (stop or []):
+        raise UserError("--stop: an empty text would end each text at once")
+    own_process("generate")
+    from distrain.inference.generating import LinesFile, Prompt, generate_texts, json_line, read_prompts
+    from distrain.inference.generation import GenerationOptions
+    from distrain.networks.decoding import Sampling
+
+    def given() -> Iterator[Prompt]:
+        if prompts is not None:
+            yield from read_prompts(prompts)
+        else:
+            yield Prompt({"prompt": prompt}, 0, "the prompt")
+
+    options = GenerationOptions(max_new_tokens, Sampling(temperature, top_p, top_k), tuple(stop or ()), seed)
+    if out is not None:
+        with LinesFile(out) as file:
+            generate_texts(target, given, options, batch_size=batch, write=file.add)
+        echo(f"wrote {file.count:,} texts to {out}")
+        return
+    if prompts is not None or as_json:
+        generate_texts(target, given, options, batch_size=batch, write=lambda record: echo(json_line(record)))
+        return
+
+    def show(text: str) -> None:
+        echo(text, end="")
+
+    (written,) = generate_texts(target, given, options, batch_size=1, write=lambda record: None, show=show)
+    echo()
+    echo(f"{written.tokens:,} tokens; ended by {_ENDS[written.finish]}", error=True)
+
+
+_ENDS = {
+    "end": "the end token",
+    "stop": "a stop text",
+    "length": "--max-new-tokens",
+    "context": "the model's last position",
+}
