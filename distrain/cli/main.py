@@ -31,6 +31,7 @@ from distrain.cli.options import (
     own_process,
 )
 from distrain.config import UserError
+from distrain.system.environment import share_cores
 from distrain.system.logs import show_on_terminal
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
@@ -88,6 +89,7 @@ def train(
 ) -> None:
     """Train a recipe. The same command resumes a stopped run, and shows a finished one."""
     echo_loading(on_terminal=True)
+    share_cores(processes or 1)
     from distrain.launchers import start
 
     raise typer.Exit(
@@ -115,6 +117,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on every sample of a split, each once."""
+    share_cores(processes)
     from distrain.launchers import start_evaluation
 
     raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json, changed_data=changed_data))

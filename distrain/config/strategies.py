@@ -61,6 +61,11 @@ def strategy_name(name: str) -> str:
     return name
 
 
+def strategy_module(name: str) -> str:
+    """Return the module of a strategy's class."""
+    return STRATEGIES[name].place.partition(":")[0]
+
+
 def describe_strategy(strategy: str, replicate: int | str = 1) -> str:
     """Return a strategy with its replicas, where there are several."""
     if replicate == 1:

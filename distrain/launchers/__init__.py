@@ -4,6 +4,7 @@ preflight.py   what is around a start: launchers above it, GPUs, the command typ
 request.py     `RunRequest`: what a command asks for, resolved once; making and taking up its run
 launcher.py    `Launcher`: a kind of place where runs are started, with its jobs
 local.py       this machine as one, and starting its processes: `launch_argv` and `launch`
+forking.py     processes of this machine's CPUs, forked from one that has imported PyTorch
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
 sweeps.py      sweeps: which runs they have, and what their folders hold

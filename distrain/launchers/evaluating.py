@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
+from distrain.config.strategies import strategy_module
 from distrain.config.yaml import parse_recipe
 from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
 from distrain.launchers.reporting import reported
@@ -42,6 +43,11 @@ class EvaluationRequest:
     def worker_arguments(self) -> tuple[str, ...]:
         """The arguments of the script."""
         return "--request", json.dumps(asdict(self))
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules that each of its processes imports."""
+        return "distrain.inference", strategy_module(self.strategy)
 
 
 def resolve_evaluation(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import distrain
 from distrain.config import UserError
 from distrain.config.registry import launchers
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
+from distrain.launchers.forking import can_fork, import_once, in_copy, run_forked
 from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
-from distrain.launchers.request import Options, RunRequest, prepare, read_target, resolve
+from distrain.launchers.request import TRAINING_IMPORTS, Options, RunRequest, prepare, read_target, resolve
 from distrain.launchers.worker import begin_worker, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
-from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored
+from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored, share_cores
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
@@ -78,6 +80,8 @@ class LaunchPlan:
     """Where the first machine is reached by all; only for several."""
     port: int = 0
     """Where its launcher listens; 0 takes a free one, which works for one machine only."""
+    imports: tuple[str, ...] = ()
+    """Modules that each process imports: where they are known it may be forked from one that has."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.node_rank < self.nodes
@@ -123,39 +127,62 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
 
     Those that are stuck when `run` is recorded to hang are killed.
 
-    This process is `accelerate launch` itself, so that its report of a failed worker (a page of Python traces around an
-    exit code) is not shown: the worker has already reported why.
+    Without GPUs they are forked from this process, which imports once what all need. Elsewhere it is `accelerate
+    launch` itself, so that its report of a failed worker (a page of Python traces around an exit code) is not shown:
+    the worker has already reported why.
     """
+    # torch's launcher takes PET_* for its options, and hands the rest to its processes
+    forget_launchers(os.environ)
+    os.environ[LAUNCHED_BY] = str(os.getpid())
+    share_cores(plan.processes)
+    # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
+    if not gpu_count():
+        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    killed_before = oom_kills()
+    exit_codes = _forked(plan, run) if plan.imports and can_fork(plan.nodes) else _launched(plan, run)
+    if exit_codes is None or (any(exit_codes.values()) and run is not None and hang_of(run) is not None):
+        return 1  # a hang is reported
+    killed = None if killed_before is None else (oom_kills() or 0) - killed_before
+    for line in unsaid_failures(exit_codes, killed):
+        echo_error(line)
+    return int(any(exit_codes.values()))
+
+
+def _forked(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
+    """Fork the plan's processes; returns the exit code of each, None where this one was told to end."""
+    import_once(plan.imports)
+    codes, told = run_forked(
+        plan.script,
+        plan.arguments,
+        plan.processes,
+        # as `accelerate launch` does by its configuration
+        variables={"ACCELERATE_USE_CPU": "true"} if plan.config.name == "multi_cpu.yaml" else {},
+        notice=job_environment().notice,
+        patience_s=float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]),
+        watching=nullcontext if run is None else partial(ending_hung, run, started=True),
+    )
+    return None if told else codes
+
+
+def _launched(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
+    """Be the plan's `accelerate launch`; returns the exit codes, but for 0, or None where this one was told to end."""
     with importing():
         from accelerate.commands.launch import launch_command, launch_command_parser
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torch's launcher takes PET_* for its options, and hands the rest to its processes
-    forget_launchers(os.environ)
-    os.environ[LAUNCHED_BY] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.processes)))
-    if not gpu_count():
-        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = launch_command_parser().parse_args(launch_argv(plan))
-    killed_before = oom_kills()
     try:
         with _passed_on(job_environment().notice), ending_hung(run) if run is not None else nullcontext():
             launch_command(arguments)
     except ChildFailedError as error:
-        if run is not None and hang_of(run) is not None:
-            return 1  # which is reported
-        killed = None if killed_before is None else (oom_kills() or 0) - killed_before
-        for line in unsaid_failures({rank: failure.exitcode for rank, failure in error.failures.items()}, killed):
-            echo_error(line)
-        return 1
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException:
-        return 1
-    return 0
+        return None
+    return {}
 
 
 @contextmanager
@@ -212,7 +239,9 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
 
 def _plan(request: RunRequest | EvaluationRequest) -> LaunchPlan:
     script, config = shared_file("launch", request.script), configuration_file(request.strategy)
-    return LaunchPlan(script, request.worker_arguments, request.processes, config, request.offload)
+    return LaunchPlan(
+        script, request.worker_arguments, request.processes, config, request.offload, imports=request.imports
+    )
 
 
 @launchers.register("local")
@@ -263,11 +292,17 @@ def start(
     if not named.problems:
         echo_loading(on_terminal=False)
     count = asked.processes or (1 if asked.strategy == "single" else max(gpu_count(), 1))
+    wanted = replace(asked, processes=count)
+    if count > 1 and can_fork():
+        share_cores(count)
+        import_once(TRAINING_IMPORTS)
+        request = in_copy(lambda: resolve(named, wanted, launcher_environment(count)))
+        return LocalLauncher().submit(request).status
     if count == 1:
         begin_worker()
     with importing():
         environment = launcher_environment(count) if count > 1 else worker_environment()
-        request = resolve(named, replace(asked, processes=count), environment)
+        request = resolve(named, wanted, environment)
     return LocalLauncher().submit(request).status
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
+from distrain.config.strategies import strategy_module
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.launchers.preflight import StartEnvironment, all_of, gpu_count
 from distrain.run.folder import Launch, RunDir
@@ -26,6 +27,9 @@ from distrain.system.output import in_utf8
 
 if TYPE_CHECKING:
     from distrain.parallel import Configuration, StrategySpec
+
+TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks", "torch._dynamo")
+"""Modules that every process of a training imports, whatever the recipe; torch's optimizers import the compiler."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class RunRequest:
     def worker_arguments(self) -> tuple[str, ...]:
         """Its arguments, once the run folder holds this request."""
         return self.folder, "--request", self.id
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules that each of its processes imports."""
+        return *TRAINING_IMPORTS, strategy_module(self.strategy)
 
     @property
     def run(self) -> RunDir:

@@ -395,16 +395,17 @@ def hang_of(run: RunDir, before: dict[str, Any] | None = None) -> dict[str, Any]
 
 
 @contextmanager
-def ending_hung(run: RunDir, *, patience_s: float = 5.0) -> Iterator[None]:
+def ending_hung(run: RunDir, *, patience_s: float = 5.0, started: bool = False) -> Iterator[None]:
     """While this block runs, kill the processes that this one has started once the run is recorded to hang.
 
     All that can do it end by themselves; one that is stopped or stuck in the kernel cannot, and on a machine of its own
-    no other rank can end it.
+    no other rank can end it. `started`: all processes below this one are the run's; otherwise those that are there when
+    the block begins are not.
     """
     import psutil
 
     before, ended = run.failed, threading.Event()
-    others = set(psutil.Process().children(recursive=True))
+    others = set() if started else set(psutil.Process().children(recursive=True))
 
     def watch() -> None:
         while not ended.wait(1.0):

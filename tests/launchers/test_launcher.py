@@ -35,6 +35,7 @@ from distrain.launchers import (
 )
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, take_lease
+from distrain.system.processes import process_stat
 
 # --------------------------------------------------------------------------------------------------------------------
 # Plans
@@ -398,10 +399,8 @@ def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 
 def _runs(process: str) -> bool:
-    try:
-        return "train.py" in Path(f"/proc/{process}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    found = process_stat(process)
+    return found is not None and found.state not in "ZX"
 
 
 # --------------------------------------------------------------------------------------------------------------------
