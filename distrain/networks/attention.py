@@ -73,6 +73,25 @@ def check_heads(d_model: int, n_head: int) -> None:
         )
 
 
+def causal_mask(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Return (batch, 1, seq, seq) bool: each token may attend to itself and to those before it in its document.
+
+    `position_ids` (batch, seq): a document begins wherever one is 0. `attention_mask` (batch, seq): nothing but
+    itself attends to a token where it is False or 0. One of them may be None.
+    """
+    given = position_ids if attention_mask is None else attention_mask
+    assert given is not None
+    seq, device = given.shape[1], given.device
+    itself = torch.eye(seq, dtype=torch.bool, device=device)
+    mask = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None]
+    if position_ids is not None:
+        document = (position_ids == 0).cumsum(1)
+        mask = mask & (document[:, :, None] == document[:, None, :])
+    if attention_mask is not None:
+        mask = mask & attention_mask.bool()[:, None, :] | itself
+    return mask[:, None]
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017) of x over itself or over a memory."""
 

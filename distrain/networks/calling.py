@@ -89,6 +89,7 @@ def _takes_names(model: nn.Module, signature: inspect.Signature, keys: tuple[str
 def _transformers_convention(unwrapped: Any) -> Convention:
     takes = set(inspect.signature(type(unwrapped).forward).parameters)
     always: dict[str, Any] = {"return_dict": True}
+    packs = _packs(unwrapped, takes)
     always |= {"use_cache": False} if "use_cache" in takes else {}
     masks = "attention_mask" in takes
     pad_id = getattr(unwrapped.config, "pad_token_id", None)
@@ -105,10 +106,37 @@ def _transformers_convention(unwrapped: Any) -> Convention:
             named = {"input_ids": inputs["source"], "decoder_input_ids": inputs["target"]}
         else:
             named = dict(inputs)
-        if masks and pad_id is not None and "input_ids" in named and "attention_mask" not in named:
-            named["attention_mask"] = named["input_ids"] != pad_id
-        output = model_output(model(**named, **always))
+        if "position_ids" in named:
+            # documents are told apart by their positions, and only where there is no mask
+            output = packs(model, named, always)
+        else:
+            if masks and pad_id is not None and "input_ids" in named and "attention_mask" not in named:
+                named["attention_mask"] = named["input_ids"] != pad_id
+            output = model_output(model(**named, **always))
         return output if output.aux_loss is None else output._replace(aux_loss=coefficient * output.aux_loss)
+
+    return call
+
+
+def _packs(unwrapped: Any, takes: set[str]) -> Callable[[nn.Module, dict[str, Any], dict[str, Any]], ModelOutput]:
+    """Return the function that calls a model of transformers with `input_ids` and `position_ids` of several documents.
+
+    Where positions begin anew, its masks for `eager`, `sdpa` and `flex_attention` keep documents apart in each row;
+    flash attention does so in a single row, in which all are then put.
+    """
+    kind, how = type(unwrapped).__name__, str(getattr(unwrapped.config, "_attn_implementation", None))
+
+    def call(model: nn.Module, named: dict[str, Any], always: dict[str, Any]) -> ModelOutput:
+        if "position_ids" not in takes:
+            raise UserError(
+                f"{kind} takes no position_ids, so it cannot keep apart the conversations that share a row; set "
+                "data.pack: false"
+            )
+        if "flash" not in how or "attention_mask" in named:
+            return model_output(model(**named, **always))
+        shape = named["input_ids"].shape
+        output = model_output(model(**{key: each.reshape(1, -1) for key, each in named.items()}, **always))
+        return output._replace(logits=output.logits.unflatten(1, shape)[0])
 
     return call
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.config.registry import models
 from distrain.networks.annotations import Share, Size
-from distrain.networks.attention import Block, Cache, check_heads, init_transformer, rotary
+from distrain.networks.attention import Block, Cache, causal_mask, check_heads, init_transformer, rotary
 from distrain.networks.decoding import Decoder, Sampling, decode, padded_at_end
 
 
@@ -60,13 +60,29 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
         init_transformer(self, residual_layers=2 * n_layer)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (batch, seq, vocabulary) for `tokens` (batch, seq) int64; logits at t see tokens up to t."""
-        if tokens.shape[1] > self.seq_len:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return logits (batch, seq, vocabulary) for `input_ids` (batch, seq) int64; logits at t see tokens up to t.
+
+        `position_ids` (batch, seq) int64: where they are 0 a document begins, and sees none before it. `attention_mask`
+        (batch, seq): False or 0 for padding, which no token sees and no position counts.
+        """
+        seq = input_ids.shape[1]
+        if seq > self.seq_len:
             raise UserError(
-                f"gpt got {tokens.shape[1]} tokens and model.seq_len is {self.seq_len}; shorten the samples or raise it"
+                f"gpt got {seq} tokens and model.seq_len is {self.seq_len}; shorten the samples or raise it"
             )
-        return cast(Tensor, self.head(self._hidden(tokens, torch.arange(tokens.shape[1], device=tokens.device))))
+        mask = None
+        if position_ids is not None or attention_mask is not None:
+            mask = causal_mask(position_ids, attention_mask)
+        if position_ids is not None:
+            places = position_ids
+        elif attention_mask is not None:
+            places = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        else:
+            places = torch.arange(seq, device=input_ids.device)
+        return cast(Tensor, self.head(self._hidden(input_ids, places, mask)))
 
     def _hidden(
         self, tokens: Tensor, places: Tensor, mask: Tensor | None = None, caches: Sequence[Cache] | None = None
@@ -81,7 +97,7 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
-            x = block(x, mask=mask, causal=True, rotation=rotation, cache=cache)
+            x = block(x, mask=mask, causal=mask is None, rotation=rotation, cache=cache)
         return cast(Tensor, self.norm(x))
 
     def open_decoder(self, room: int = 0) -> Decoder:
