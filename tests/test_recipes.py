@@ -56,6 +56,8 @@ FIGURES = [
     # a third or a half of the steps already tells a model that learns from one that does not (8 bits, a BLEU of 0)
     Figure("translate", "bleu", least=40, worlds=(1,), overrides=("train.epochs=1",)),
     Figure("translate", "bleu", least=60, worlds=(2,), more=True),
+    Figure("chat", "token_accuracy", least=0.80, worlds=(1,), overrides=("train.epochs=1",)),
+    Figure("chat", "token_accuracy", least=0.95, worlds=(2,), more=True),
     Figure("python_source", "bits_per_byte", most=3.4, worlds=(1,), overrides=("train.steps=400",)),
     Figure("python_source", "bits_per_byte", most=2.8, worlds=(2,), more=True),
 ]

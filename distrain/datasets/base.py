@@ -142,6 +142,8 @@ class Data:
     """Text -> the tokens that a model reads: a prompt to continue, or the source of a pair with its end."""
     chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]] | None = None
     """Messages, {role, content} each, -> the tokens of a prompt for the next answer, by the chat template."""
+    packed: bool = False
+    """Whether a sample may hold several documents, each beginning where its `position_ids` are 0."""
 
 
 class TensorSource:

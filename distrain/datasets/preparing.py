@@ -1,4 +1,4 @@
-"""data.prepare: the user's function that makes missing data."""
+"""What one process does before any other reads the data: data.prepare, and what is encoded once and kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from distrain.config import Recipe, UserError, resolve_object
+from distrain.datasets.base import DataRequest, find_dataset
 from distrain.system.output import error_line
 
 
@@ -37,3 +38,10 @@ def prepare_data(recipe: Recipe) -> bool:
             if not target.is_dir():  # a folder that another run prepared
                 raise
     return True
+
+
+def encode_ahead(recipe: Recipe) -> None:
+    """Have a data set that keeps what it encodes do so, before several processes would at once."""
+    entry = find_dataset(recipe.data, recipe.task)
+    if (encode := entry.metadata.get("encode_ahead")) is not None:
+        encode(DataRequest(recipe.data, recipe.task, recipe.seed), **recipe.data.args)

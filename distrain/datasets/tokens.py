@@ -357,11 +357,11 @@ def tokenize_corpus(
         content = {"format": FORMAT, **asdict(index), "tokens": index.tokens, "bytes": index.bytes}
         (folder / INDEX_NAME).write_text(json.dumps(content, indent=1) + "\n")
         for path in folder.iterdir():
-            _fsync(path)
-        _fsync(folder)
+            fsync(path)
+        fsync(folder)
         folder.chmod(0o777 & ~umask())  # mkdtemp makes folders for one user only
         folder.rename(out_dir)
-        _fsync(out_dir.parent)
+        fsync(out_dir.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -487,7 +487,8 @@ def _encoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the operating system write a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -552,7 +553,7 @@ def open_shards(folder: Path, index: ShardIndex, verify: bool = False) -> list[n
             problems.append(f"{path} is missing")
         elif (size := path.stat().st_size) != expected:
             problems.append(f"{path} has {size} bytes, and {INDEX_NAME} says {expected}")
-        elif verify and _hash_file(path) != shard.xxh3_128:
+        elif verify and hash_file(path) != shard.xxh3_128:
             problems.append(f"{path} changed after it was written: its hash differs from the one in {INDEX_NAME}")
     if problems:
         raise UserError("\n".join([*problems, "copy the folder again, or tokenize again"]))
@@ -560,7 +561,8 @@ def open_shards(folder: Path, index: ShardIndex, verify: bool = False) -> list[n
     return [np.asarray(np.memmap(folder / shard.file, dtype=dtype, mode="r")) for shard in index.shards]
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the hash of a file's content (xxh3, 128 bits)."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

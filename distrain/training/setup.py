@@ -24,7 +24,7 @@ from distrain.datasets.base import Batch, Data, is_stream, warnings_of
 from distrain.datasets.batch_sizes import batch_shape
 from distrain.datasets.mixing import Mixing
 from distrain.datasets.order import SampleOrder
-from distrain.datasets.preparing import prepare_data
+from distrain.datasets.preparing import encode_ahead, prepare_data
 from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
 from distrain.models import build_model
@@ -53,6 +53,7 @@ from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.compiling import compile_model, resolve_compile
 from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
+from distrain.training.documents import check_documents_apart
 from distrain.training.forward import check_layers
 from distrain.training.inner_loss import compute_loss_inside, logits_of
 from distrain.training.skipping import Anomalies
@@ -145,6 +146,7 @@ def set_up(
     `wrap_transform` is given what transforms the training split, and returns what does so.
     """
     world.run_on_rank0(lambda: prepare_data(recipe))
+    world.run_on_rank0(lambda: encode_ahead(recipe))
     checkpoint, skipped = find_newest_verified(world, run.checkpoints)
     reader = world.run_on_all(lambda: Reader(checkpoint, verify=False)) if checkpoint is not None else None
     resumed = reader.manifest if reader is not None else None
@@ -183,6 +185,11 @@ def set_up(
             inputs = inputs.with_change(line, resumed.step)
     beside = _keep_beside(run, recipe, world, fence)
     training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
+    if data.packed:
+        narrow = world.mixed_precision.autocast is not None
+        check_documents_apart(
+            training.strategy.model, training.call, data.meta.vocab_size or 0, world.device, narrow=narrow
+        )
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
         for note in training.strategy.restore(reader):
