@@ -1,13 +1,48 @@
-"""distrain: distributed training of PyTorch models from one recipe."""
+"""distrain: distributed training of PyTorch models from one recipe.
 
-from typing import Any
+    import distrain
+
+    run = distrain.train(task="classification", model=Net, data=(images, labels), batch={"global": 64},
+                         train={"epochs": 3}, run_dir="runs/first")
+    run.metrics, run.best, run.model()
+    distrain.load("runs/first").evaluate("test")
+
+`help(distrain.train)` says what it takes; docs/python.md has examples.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrain.api import Run, evaluate, load, predict, train
+    from distrain.config import Duration, Recipe, UserError
+    from distrain.training.callbacks.base import Callback
+    from distrain.training.callbacks.trackers import Tracker
 
 __version__ = "0.1.0"
+__all__ = [
+    "Callback",
+    "Duration",
+    "Recipe",
+    "Run",
+    "Tracker",
+    "UserError",
+    "evaluate",
+    "load",
+    "predict",
+    "train",
+]
 
 _FOUND_IN = {
     "Callback": "distrain.training.callbacks.base",
     "Duration": "distrain.config",
+    "Recipe": "distrain.config",
+    "Run": "distrain.api",
     "Tracker": "distrain.training.callbacks.trackers",
+    "UserError": "distrain.config",
+    "evaluate": "distrain.api",
+    "load": "distrain.api",
+    "predict": "distrain.api",
+    "train": "distrain.api",
 }
 
 
@@ -18,3 +53,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_FOUND_IN[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

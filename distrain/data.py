@@ -22,7 +22,16 @@ import numpy as np
 import torch
 
 from distrain.config import Recipe, UserError
-from distrain.datasets.base import AnySource, Batch, Data, DataRequest, StreamSource, find_dataset, is_stream
+from distrain.datasets.base import (
+    AnySource,
+    Batch,
+    Data,
+    DataRequest,
+    Source,
+    StreamSource,
+    find_dataset,
+    is_stream,
+)
 from distrain.datasets.batch_sizes import accumulation_steps
 from distrain.datasets.batches import Batches, Place, StreamBatches
 from distrain.datasets.evaluation import build_eval_loader, check_stream_workers
@@ -31,7 +40,7 @@ from distrain.datasets.loading import load
 from distrain.datasets.mixing import MixedBatches, Mixing, mixing_problems
 from distrain.datasets.order import SampleOrder
 from distrain.datasets.transforms import Transform
-from distrain.datasets.user import named_data
+from distrain.datasets.user import named_data, source_of
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
@@ -174,6 +183,21 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
             shapes[name] = tuple(inputs.shape[1:])
     meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])
     return dataclasses.replace(data, meta=meta, byte_images=byte_images, fixed_shapes=fixed_shapes)
+
+
+def given_source(recipe: Recipe, inputs: Any) -> Source:
+    """Return inputs that are given in Python, arrays or a Dataset, for prediction; raises UserError.
+
+    They are as the run's own data set gives them; a built-in one encodes what it reads, which arrays would bypass.
+    """
+    name, task = recipe.data.name, recipe.task
+    if find_dataset(recipe.data, task).registered:
+        raise UserError(
+            f"inputs: data set {name!r} encodes what it reads, so arrays would not be what the model has seen; name "
+            "one of its splits, or a file or folder as it reads them"
+        )
+    request = DataRequest(recipe.data, task, recipe.seed, Path(), None, float_dtype(recipe))
+    return source_of(request, inputs)
 
 
 def float_dtype(recipe: Recipe) -> torch.dtype:

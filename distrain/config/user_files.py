@@ -3,6 +3,10 @@
 A file is imported under its own name where Python itself finds it by that name. Where the name belongs to something
 else (`train.py`, `evaluate.py`), it becomes a submodule of this module, and its name holds the file's path: a loader
 process that unpickles an object of it imports it again from nothing but that name.
+
+An object that a person gives in Python, and that cannot be imported, is named `object.KEY:NAME`, KEY being the section
+of the recipe: `object.model:Net`. It is there in that process, while `given_objects` holds, and in those that get it
+by `handing_over`.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +31,23 @@ from distrain.system.output import error_line
 __path__: list[str] = []  # what makes a module a package, which can have submodules
 _OBJECT_SPEC = re.compile(r".+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _FILE_MODULE = re.compile(re.escape(__name__) + r"\.file_([0-9a-f]+)")
+_GIVEN_SPEC = re.compile(r"object\.([a-z]+):(\w+)")
+_HANDED_OVER = "DISTRAIN_OBJECTS"
+"""The environment variable with the file of the objects that a process hands over to those that it starts."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """An object of this process."""
+
+    value: Any
+    """What `resolve_object` returns."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """The source text of its classes and functions by name, for the fingerprint; without those that have none."""
+
+
+_given: dict[str, Given] = {}
+_importing = 0
 
 
 class _Finder:
@@ -54,6 +77,8 @@ def resolve_object(spec: str) -> Any:
     """
     if not is_object_spec(spec):
         raise UserError(f"{spec!r} is not 'package.module:name' or 'path/to/file.py:name'")
+    if (given := _given.get(spec)) is not None or _GIVEN_SPEC.fullmatch(spec):
+        return (given or given_object(spec)).value
     where, _, attribute = spec.rpartition(":")
     found: Any = _import_file(Path(os.path.abspath(where)), spec) if where.endswith(".py") else _import(where, spec)
     for part in attribute.split("."):
@@ -82,6 +107,8 @@ def _import_file(file: Path, spec: str) -> Any:
 
 
 def _import(module: str, spec: str, folder: Path | None = None) -> Any:
+    global _importing
+    _importing += 1
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -92,6 +119,8 @@ def _import(module: str, spec: str, folder: Path | None = None) -> Any:
         ) from error
     except (Exception, SystemExit) as error:
         raise UserError(f"{spec}: {_where(error, folder)}: {error_line(error)}") from error
+    finally:
+        _importing -= 1
 
 
 def _where(error: BaseException, folder: Path | None) -> str:
@@ -102,3 +131,110 @@ def _where(error: BaseException, folder: Path | None) -> str:
     frames = [frame for frame in frames if frame.filename != __file__]
     own = [frame for frame in frames if folder is not None and Path(frame.filename).is_relative_to(folder)]
     return next((f"{frame.filename}:{frame.lineno}" for frame in reversed(own or frames)), "while importing it")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Objects of this process
+
+
+def is_importing() -> bool:
+    """Whether a file or module that a recipe names is being imported just now."""
+    return _importing > 0
+
+
+def file_of(module: str) -> Path | None:
+    """Return the file of a module that was imported under a name of this module's own; None for any other."""
+    match = _FILE_MODULE.fullmatch(module)
+    return Path(os.fsdecode(bytes.fromhex(match[1]))) if match else None
+
+
+def given_key(spec: str) -> str | None:
+    """Return the section of the recipe that an object of a process is for; None for what can be imported."""
+    match = _GIVEN_SPEC.fullmatch(spec)
+    return match[1] if match else None
+
+
+@contextmanager
+def given_objects(objects: Mapping[str, Given]) -> Iterator[None]:
+    """Have `resolve_object` return these by their specs, until the end of the block; others are as before."""
+    global _given
+    before, _given = _given, {**_given, **objects}
+    try:
+        yield
+    finally:
+        _given = before
+
+
+def given_object(spec: str) -> Given:
+    """Return an object of this process, or of the one that started it; raises UserError where neither has it."""
+    found = _given.get(spec) or _handed_over().get(spec)
+    if found is None:
+        key, name = spec.removeprefix("object.").split(":")
+        raise UserError(
+            f"{spec} is an object of the Python process that made this recipe, and this process does not have it. In "
+            f"Python, pass what it was: distrain.load(RUN, {key}=...), and then resume, evaluate, predict or model of "
+            f"what that returns. For the command, define {name} in a file, and train a recipe that names it as "
+            f"path/to/file.py:{name}"
+        )
+    return found
+
+
+@contextmanager
+def handing_over(objects: Mapping[str, Given]) -> Iterator[None]:
+    """Give these objects to the processes that are started in this block, which find modules where this one does.
+
+    Raises UserError with each that cannot be pickled. The file is this user's alone, and gone after the block.
+    """
+    import pickle
+    import tempfile
+
+    import cloudpickle
+
+    problems = []
+    pickled: dict[str, bytes] = {}
+    for spec, given in objects.items():
+        try:
+            pickled[spec] = cloudpickle.dumps(given)
+        except Exception as error:  # whatever an object of somebody else's raises
+            problems.append(f"{spec} cannot be passed to several processes: {error_line(error)}")
+    if problems:
+        advice = "Define it at the top level of a file that can be imported, or train in one process: processes=1"
+        raise UserError("\n".join([*problems, advice]))
+    handle, path = tempfile.mkstemp(prefix="distrain-objects-")  # readable by this user alone
+    before = {name: os.environ.get(name) for name in (_HANDED_OVER, "PYTHONPATH")}
+    try:
+        with os.fdopen(handle, "wb") as file:
+            pickle.dump(pickled, file)
+        os.environ[_HANDED_OVER] = path
+        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        os.unlink(path)
+
+
+_received: dict[str, Given] | None = None
+
+
+def _handed_over() -> dict[str, Given]:
+    global _received
+    path = os.environ.get(_HANDED_OVER)
+    if path is None:
+        return {}
+    if _received is None:
+        import pickle
+
+        found: dict[str, Given] = {}
+        with open(path, "rb") as file:
+            pickled = pickle.load(file)
+        for spec, content in pickled.items():
+            try:
+                found[spec] = pickle.loads(content)
+            except Exception as error:
+                raise UserError(f"{spec} cannot be unpickled in another process: {error_line(error)}") from error
+        _received = found
+    return _received

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
+from distrain.datasets.arrays import ArrayData, input_tensors
 from distrain.datasets.base import (
     AnySource,
     Batch,
@@ -25,6 +26,7 @@ from distrain.datasets.base import (
     DataMeta,
     DataRequest,
     Source,
+    TensorSource,
     find_dataset,
     split_indices,
 )
@@ -42,7 +44,7 @@ _PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_positio
 def named_data(request: DataRequest) -> Data:
     """Build the recipe's data set; raises UserError."""
     entry = find_dataset(request.section, request.task)
-    if entry.registered:
+    if entry.registered or isinstance(entry.value, ArrayData):
         data: Data = entry.value(request, **request.section.args)
         return data
     return user_data(request, entry.value)
@@ -94,6 +96,18 @@ def user_data(request: DataRequest, made: Any) -> Data:
 
     encode, chat = (getattr(first.dataset, name, None) for name in ("encode", "chat"))
     return Data(splits, meta, {}, read if hasattr(first.dataset, "read") else None, encode=encode, chat=chat)
+
+
+def source_of(request: DataRequest, inputs: Any) -> Source:
+    """Return arrays, or a Dataset, of inputs for prediction; raises UserError."""
+    if isinstance(inputs, Mapping | Sequence | np.ndarray | torch.Tensor) or hasattr(inputs, "iloc"):
+        return TensorSource(input_tensors(inputs, request.dtype, "predict"), None)
+    made = _Made("predict", lambda: inputs)
+    if made.is_stream:
+        raise UserError(f"predict: found a {type(inputs).__name__}; expected arrays, or a Dataset with a length")
+    meta = getattr(inputs, "meta", None)
+    form = _Form.of(request, meta if isinstance(meta, DataMeta) else DataMeta(), "read", made.name)
+    return UserSource(made, form, mix(request.seed, "read"))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import os
 import site
 import sys
 import sysconfig
+import textwrap
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +23,7 @@ from typing import Any
 import xxhash
 
 from distrain.config import Recipe, is_object_spec, registry
+from distrain.config.user_files import given_key, given_object
 from distrain.system.output import one_line
 
 MAX_FILES, MAX_BYTES = 300, 1 << 20
@@ -84,7 +86,8 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
 
     Files are named from the folder of the file in the recipe, or from the folder that holds the package. The syntax
     tree has no docstrings, comments or layout, and may differ between versions of Python. Beyond MAX_BYTES only bytes
-    are hashed, and imports are not followed. The files that `data.prepare` makes have their own fingerprint.
+    are hashed, and imports are not followed. Of an object of this process it is the text of its classes and functions
+    alone. The files that `data.prepare` makes have their own fingerprint.
     """
     values = recipe.model_dump(mode="json")
     values["data"].pop("prepare", None)
@@ -93,6 +96,12 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
     size = 0
     for spec in [*named_objects(values), *_entry_points(recipe)]:
         where = spec.rpartition(":")[0]
+        if given_key(spec) is not None:
+            found |= {
+                f"{name} of {spec}": [xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass")), _tree_of(text)]
+                for name, text in given_object(spec).sources.items()
+            }
+            continue
         if where.endswith(".py"):
             file = Path(os.path.abspath(where))
             waiting = [(file, file.parent)]
@@ -114,6 +123,11 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
             found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), tree]
             waiting += imported
     return found
+
+
+def _tree_of(text: str) -> str:
+    """Return the hash of the syntax tree of a class or function; empty where the text is not Python alone."""
+    return _parse(textwrap.dedent(text).encode(errors="surrogatepass"), Path("given.py"), Path())[1]
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:

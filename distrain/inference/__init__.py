@@ -2,14 +2,14 @@
 
 trained.py      `Trained`: a model, its data set and its world, from a run or a checkpoint
 evaluating.py   `evaluate_checkpoint`, what `distrain evaluate` does
-predicting.py   `predict_file`, what `distrain predict` does
+predicting.py   `predict_file`, what `distrain predict` does, and `predict_table`
 outputs.py      what a model predicts, from its outputs to files
 generation.py   text after prompts, for every kind of model; how it ends, and what can be shown of it already
 generating.py   `generate_texts`, what `distrain generate` does
 """
 
 from distrain.inference.evaluating import evaluate_checkpoint
-from distrain.inference.predicting import PredictionSummary, predict_file
-from distrain.inference.trained import Trained
+from distrain.inference.predicting import PredictionSummary, predict_file, predict_table
+from distrain.inference.trained import Trained, trained_model
 
-__all__ = ["PredictionSummary", "Trained", "evaluate_checkpoint", "predict_file"]
+__all__ = ["PredictionSummary", "Trained", "evaluate_checkpoint", "predict_file", "predict_table", "trained_model"]

@@ -193,6 +193,22 @@ class PredictionFile(ABC):
         return pd.concat(self._tables, ignore_index=True)
 
 
+class PredictionTable(PredictionFile):
+    """No file: `table` alone, in which a prediction may be an array."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def check(self, batch: Predictions) -> None:
+        """Any prediction fits."""
+
+    def columns(self, batch: Predictions) -> dict[str, Any]:
+        return batch.columns or {"prediction": list(batch.values if batch.values is not None else ())}
+
+    def write(self) -> None:
+        """There is nothing to write."""
+
+
 class TableFile(PredictionFile):
     """A table; in Parquet a prediction may be an array of numbers."""
 

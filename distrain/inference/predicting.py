@@ -6,19 +6,30 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.data import Transform, build_eval_loader
+from distrain.data import Transform, build_eval_loader, given_source
 from distrain.datasets.base import AnySource, Batch, is_stream, keys_of, warnings_of
 from distrain.diagnose.index_errors import explaining_errors, given
-from distrain.inference.outputs import PredictionFile, Predictions, open_predictions, predicted, target_columns
+from distrain.inference.outputs import (
+    PredictionFile,
+    Predictions,
+    PredictionTable,
+    open_predictions,
+    predicted,
+    target_columns,
+)
 from distrain.inference.trained import Trained, batch_size_of, log_error
 from distrain.optim import build_loss
 from distrain.run import heartbeat
 from distrain.training.context import to_device
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +59,48 @@ def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: boo
     """
     file = open_predictions(out)
     try:
-        trained = Trained.load(target)
-        source = _source(trained, inputs)
-        trained.check_inputs(inputs if inputs in trained.data.splits else None, changed_data=changed_data)
+        found = _predict_into(file, target, inputs, changed_data)
+        file.write()
+    finally:
+        file.discard()
+    return found
+
+
+def predict_table(
+    target: Path | str, inputs: Any, *, out: Path | str | None = None, changed_data: bool = False
+) -> pd.DataFrame:
+    """Return the table that `predict_file` writes, and write it where `out` is given; warns of what is skipped.
+
+    `inputs` may also be arrays or a Dataset, where the data of the run are the user's own (`data.given_source`). A
+    prediction with dimensions of its own is an array in the column `prediction`.
+    """
+    file = PredictionTable() if out is None else open_predictions(str(out))
+    try:
+        found = _predict_into(file, target, str(inputs) if isinstance(inputs, Path) else inputs, changed_data)
+        file.write()
+    finally:
+        file.discard()
+    for why in found.skipped:
+        logger.warning(f"skipped: {why}")
+    return file.table()
+
+
+def _predict_into(file: PredictionFile, target: Path | str, inputs: Any, changed_data: bool) -> PredictionSummary:
+    """Append the predictions for all of `inputs` to `file`."""
+    trained = Trained.load(target)
+    try:
+        split = inputs if isinstance(inputs, str) and inputs in trained.data.splits else None
+        source = _source(trained, inputs) if isinstance(inputs, str) else given_source(trained.recipe, inputs)
+        trained.check_inputs(split, changed_data=changed_data)
         for warning in warnings_of(source):
             logger.warning(warning)
         skipped: dict[int, str] = {}
         heartbeat.enter_phase("evaluate")
+        what = inputs if isinstance(inputs, str) else "the inputs"
         with explaining_errors(lambda: (trained.model, None), log_error):
-            count = sum(_predict(trained, source, trained.transform(), inputs, file, skipped))
-        file.write()
+            count = sum(_predict(trained, source, trained.transform(), what, file, skipped))
     finally:
-        file.discard()
+        trained.world.close()
     return PredictionSummary(count, [why for _, why in sorted(skipped.items())])
 
 

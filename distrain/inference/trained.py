@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from distrain.checkpoint import find_checkpoint, read_manifest
+from distrain.checkpoint import Reader, find_checkpoint, read_manifest
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.data import Transform, build_data, build_transform
-from distrain.datasets.base import Data
+from distrain.datasets.base import Data, DataMeta
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
@@ -120,6 +120,27 @@ class Trained:
 def writes(recipe: Recipe) -> bool:
     """Whether the model of a recipe writes text."""
     return recipe.task in ("language_modeling", "seq2seq")
+
+
+def trained_model(checkpoint: Path) -> nn.Module:
+    """Return the model of a checkpoint on the CPU, in eval mode, with the average of its weights where one was kept.
+
+    Without its data the model is built from its arguments alone. Raises UserError where the checkpoint is damaged.
+    """
+    with Reader(checkpoint) as reader:
+        recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+        missing: UserError | None = None
+        meta = DataMeta()
+        try:
+            meta = build_data(recipe, state=reader.manifest.scalars["data"]).meta
+        except UserError as error:
+            missing = error
+        try:
+            model = build_model(recipe, meta, weights=False, kept=run_of(checkpoint) / FOLDER)
+            load_weights(model, reader, averaged=recipe.train.ema is not None)
+        except UserError as error:
+            raise error if missing is None else UserError(f"{error}\nThe data are not here: {missing}") from missing
+    return model.eval()
 
 
 def _recipe_in(text: str, checkpoint: Path) -> Recipe:

@@ -19,24 +19,35 @@ from distrain.system.output import lines
 logger = logging.getLogger(__name__)
 
 
-def reported(run: RunDir | None, rank: int, action: Callable[[], Any], lease: Lease | None = None) -> int:
+def reported(
+    run: RunDir | None,
+    rank: int,
+    action: Callable[[], Any],
+    lease: Lease | None = None,
+    failures: list[BaseException] | None = None,
+) -> int:
     """Run `action`; returns 0, or 1 after reporting why it failed: on the terminal, in the rank's log, in FAILED.json.
 
     When several ranks fail only the first to record it reports, so that one cause is one message; a rank that failed
     because of another leaves it to that one. Without a run, rank 0 reports, and every rank with a traceback.
-    An attempt whose `lease` was replaced leaves no FAILED.json in what is now another's run.
+    An attempt whose `lease` was replaced leaves no FAILED.json in what is now another's run. A list of `failures` gets
+    the exception, for a caller that raises it again: then the terminal shows nothing here.
     """
     show_on_terminal()
     try:
         action()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        report(run, rank, error, lease)
+        report(run, rank, error, lease, shown=failures is None)
+        if failures is not None:
+            failures.append(error)
         return 1
 
 
-def report(run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None) -> None:
-    """Report why this process failed, as `reported` does."""
+def report(
+    run: RunDir | None, rank: int, error: BaseException, lease: Lease | None = None, *, shown: bool = True
+) -> None:
+    """Report why this process failed, as `reported` does; on the terminal only where it is `shown` there."""
     teaches = isinstance(error, UserError)
     text = str(error) if teaches else "".join(traceback.format_exception(error))
     if not teaches and (faults := gpu_faults_behind(error)):
@@ -57,7 +68,7 @@ def report(run: RunDir | None, rank: int, error: BaseException, lease: Lease | N
             first = not told and run.mark_failed(record)
         except OSError as disk:
             logger.warning("FAILED.json could not be written: %s", disk, extra=EACH_RANK)
-    logger.error("%s", text if teaches else f"\n{text}", extra=EACH_RANK if first else FILE_ALONE)
+    logger.error("%s", text if teaches else f"\n{text}", extra=EACH_RANK if first and shown else FILE_ALONE)
     if not first and run is None and not told:
         leave_to_rank_0(rank, error)
 

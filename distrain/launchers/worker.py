@@ -98,10 +98,17 @@ def requested(run: RunDir, name: str) -> RunRequest:
     return found
 
 
-def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opened: bool = False) -> int:
+def train_here(
+    request: RunRequest,
+    callbacks: Sequence[Callback] = (),
+    *,
+    opened: bool = False,
+    failures: list[BaseException] | None = None,
+) -> int:
     """Train what was requested in this process, one of its world; returns the exit status. All ranks call.
 
-    `opened`: whether the launcher has prepared the run. `callbacks` are called after those of the recipe.
+    `opened`: whether the launcher has prepared the run. `callbacks` are called after those of the recipe. A list of
+    `failures` gets the exception that ended it, which the terminal then does not show.
     """
     run, rank, recipe = request.run, rank_told(), request.recipe.recipe
     alone = request.processes == 1
@@ -152,13 +159,13 @@ def train_here(request: RunRequest, callbacks: Sequence[Callback] = (), *, opene
             placed = {"rank": world.rank, "world_size": world.world_size, "may_write": lease.mine}
             with Watchdog.over(run, recipe.watchdog, **placed):
                 lost = functools.partial(report, run, rank, lease=lease)
-                status = reported(run, rank, lambda: train(run, world, lease, lost, callbacks), lease)
+                status = reported(run, rank, lambda: train(run, world, lease, lost, callbacks), lease, failures)
         finally:
             if lease is not None and world.rank == 0:
                 lease.release(clean=status == 0)
             world.close()
 
-    return reported(None, rank, train_in_world) or status
+    return reported(None, rank, train_in_world, failures=failures) or status
 
 
 def show_finished(run: RunDir) -> int:

@@ -18,7 +18,13 @@ class Console(console.Console):
     """A console that obeys nothing it is given to print: no markup, no emoji codes, no highlighting, no controls."""
 
     def __init__(self, *, file: IO[str] | None = None, width: int | None = None):
-        super().__init__(file=file or sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+        file = file or sys.stdout
+        # a notebook's kernel asks for colours by variables, and shows what Rich then writes to it
+        terminal = bool(getattr(file, "isatty", lambda: False)())
+        super().__init__(
+            file=file, width=width, markup=False, emoji=False, highlight=False, force_terminal=terminal,
+            force_jupyter=False,
+        )  # fmt: skip
 
     def holds(self, shown: table.Table) -> bool:
         """Whether a table is no wider than the console, with each cell on one line."""
@@ -87,6 +93,12 @@ class ProgressLine:
         self.done, self.total = done, total
         self._parts = parts
 
+    def text(self) -> str:
+        """Return it as a line of text, for a notebook."""
+        filled = round(self._MOST * self.done / max(self.total, 1))
+        first, *others = self._parts()
+        return (" " * self._GAP).join([first, "█" * filled + "░" * (self._MOST - filled), *others])
+
     def __rich_console__(self, of: console.Console, options: console.ConsoleOptions) -> Iterator[Any]:
         parts = self.fitting(self._parts(), options.max_width)
         line = table.Table.grid(padding=(0, self._GAP))
@@ -107,6 +119,17 @@ class ProgressLine:
             kept.append(part)
             used += self._GAP + len(part)
         return kept
+
+
+def notebook_line() -> Callable[[str], None] | None:
+    """Return a function that shows a line in the notebook's cell, in place of the one before; None in no notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if getattr(shell, "kernel", None) is None:
+        return None
+    from IPython.display import display
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    return lambda text: handle.update({"text/plain": one_line(text)}, raw=True)
 
 
 def _text(cell: Any) -> Any:

@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from distrain.config.yaml.strict_yaml import Place, Tree, dotted, found_text, sy
 from distrain.system.output import in_utf8, one_line
 
 COMMAND_LINE = "command line"
+PYTHON = "Python"
 _DEFAULT = "default"
 _LARGEST_FILE = 1 << 20
 _COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
@@ -124,14 +125,32 @@ class Document:
         try:
             place, tree = self._read_override(text)
         except ValueError as error:
-            self.refused.append(str(error))
+            self.refused.append(f"{COMMAND_LINE}: {error}")
             return
-        for known in [known for known in self.origins if known[: len(place)] == place]:
-            del self.origins[known]
-        self.origins[place] = COMMAND_LINE
-        self.origins |= {(*place, *inner): COMMAND_LINE for inner in tree.lines}
+        self._came_from(COMMAND_LINE, place, tree.lines)
         self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
         self._rename()
+
+    def put(self, key: str, value: Any) -> None:
+        """Put a value of Python (of JSON's types, with text keys) at a dotted key, or note the problem."""
+        if not _OVERRIDE_KEY.fullmatch(key):
+            self.refused.append(f"{PYTHON}: found the key {key!r}, expected dotted ones, as in optim.lr")
+            return
+        try:
+            holder, place = self._reach(key, _parts_of(key), PYTHON)
+        except ValueError as error:
+            self.refused.append(f"{PYTHON}: {error}")
+            return
+        holder[place[-1]] = value
+        self._came_from(PYTHON, place, places(value))
+        self._rename()
+
+    def _came_from(self, origin: str, place: Place, inner: Iterable[Place]) -> None:
+        """Note where the value at `place` comes from, and those in it."""
+        for known in [known for known in self.origins if known[: len(place)] == place]:
+            del self.origins[known]
+        self.origins[place] = origin
+        self.origins |= {(*place, *each): origin for each in inner}
 
     def _read_override(self, text: str) -> tuple[Place, Tree]:
         if in_utf8(text) != text:
@@ -147,14 +166,11 @@ class Document:
             raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
         except yaml.reader.ReaderError as error:
             raise ValueError(f"{key}: {written!r} holds a control character; remove it") from error
-        parts = re.findall(r"[^.\[\]]+", key)
-        if len(parts) == 2 and (name := _RENAMED.get((parts[0], parts[1]))) is not None:
-            parts[1] = name
-        holder, place = self._reach(key, parts)
+        holder, place = self._reach(key, _parts_of(key))
         holder[place[-1]] = tree.value
         return place, tree
 
-    def _reach(self, key: str, parts: Sequence[str]) -> tuple[Any, Place]:
+    def _reach(self, key: str, parts: Sequence[str], origin: str = COMMAND_LINE) -> tuple[Any, Place]:
         """Return the mapping or list that holds the last of `parts`, created if missing, and its place."""
         holder: Any = self.value
         place: Place = ()
@@ -171,7 +187,7 @@ class Document:
             child: Any = holder[int(step)] if isinstance(holder, list) else holder.get(step)
             if child is None:
                 child = {}
-                self.origins[inner] = COMMAND_LINE
+                self.origins[inner] = origin
             elif isinstance(child, str) and _is_component(inner):
                 child = {"name": child}
                 self.origins[(*inner, "name")] = self.origins[inner]
@@ -188,7 +204,7 @@ class Document:
                 _put(self.value, place, {"name": text})
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
-            base = Path.cwd() if self.origins[place] == COMMAND_LINE else folder
+            base = Path.cwd() if self.origins[place] in (COMMAND_LINE, PYTHON) else folder
             looks_like_path = place in _SPLIT_PATHS or text.startswith(("./", "../"))
             if text and (place in _PATHS or (looks_like_path and not self._goes_to_user_code(place))):
                 # no name begins like a path, and only a component knows its own keys
@@ -213,19 +229,38 @@ class Document:
     def origin(self, place: Place) -> str:
         """Return the origin of the value at `place` of the validated recipe."""
         inside = {origin for known, origin in self.origins.items() if known[: len(place)] == place}
-        return COMMAND_LINE if COMMAND_LINE in inside else self.origins.get(place, _DEFAULT)
+        for changed in (COMMAND_LINE, PYTHON):
+            if changed in inside:
+                return changed
+        return self.origins.get(place, _DEFAULT)
 
     def error(self, problems: Sequence[tuple[Place, str]]) -> RecipeError:
         """Return the error that lists `problems`, each with its place in the file, in the file's order."""
-        lines = [((1, 0), f"{COMMAND_LINE}: {problem}") for problem in self.refused]
+        lines = [((1, 0), problem) for problem in self.refused]
         for place, problem in problems:
             # a missing key has no place of its own: name its section
             near = next(place[:end] for end in range(len(place), -1, -1) if place[:end] in self.origins)
             origin = self.origins[near]
             line = origin.rpartition(":")[2] if near else ""
-            order = (1, 0) if origin == COMMAND_LINE else (0, int(line) if line.isdecimal() else 0)
+            order = (1, 0) if origin in (COMMAND_LINE, PYTHON) else (0, int(line) if line.isdecimal() else 0)
             lines.append((order, f"{origin}: {dotted(place)}: {problem}"))
         return RecipeError(self.source, [line for _, line in sorted(lines, key=lambda line: line[0])])
+
+
+def _parts_of(key: str) -> list[str]:
+    """Return the parts of a dotted key, by their names of now."""
+    parts = re.findall(r"[^.\[\]]+", key)
+    if len(parts) == 2 and (name := _RENAMED.get((parts[0], parts[1]))) is not None:
+        parts[1] = name
+    return parts
+
+
+def places(value: Any, place: Place = ()) -> Iterator[Place]:
+    """Yield the place of a value and of everything in it."""
+    yield place
+    if isinstance(value, dict | list):
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*place, step))
 
 
 def _moved(place: Place, old: Place, new: Place) -> Place:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distrain.config import Recipe
 from distrain.config.yaml.document import Document, read_text, read_tree
@@ -38,10 +39,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     document = Document(str(path), read_tree(read_text(file), str(path)))
     for override in overrides:
         document.override(override)
-    document.resolve(file.parent)
+    return _loaded(document, file.parent)
+
+
+def _loaded(document: Document, folder: Path) -> LoadedRecipe:
+    document.resolve(folder)
     recipe = validate(document)
     origins = {dotted(place): document.origin(place) for place, _ in leaves(recipe.model_dump(mode="json"))}
-    return LoadedRecipe(recipe, origins, Path(os.path.abspath(file.parent)))
+    return LoadedRecipe(recipe, origins, Path(os.path.abspath(folder)))
+
+
+def build_recipe(base: str | Path | Mapping[str, Any], changes: Mapping[str, Any]) -> LoadedRecipe:
+    """Return the recipe of a file, or of values in Python, with `changes` by dotted key.
+
+    Values are of JSON's types. Each change replaces the entire value of its key. Relative paths in values of Python
+    start from the current folder. Raises RecipeError with every problem and its place.
+    """
+    if isinstance(base, Mapping):
+        document = Document("the recipe", Tree({}))
+        changes = {**base, **changes}
+        folder = Path.cwd()
+    else:
+        document = Document(str(base), read_tree(read_text(Path(base)), str(base)))
+        folder = Path(base).parent
+    for key, value in changes.items():
+        document.put(key, value)
+    return _loaded(document, folder)
 
 
 def parse_recipe(text: str, source: str) -> Recipe:

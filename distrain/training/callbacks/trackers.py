@@ -31,7 +31,7 @@ from distrain.run.folder import RunDir
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.logs import leave_console, show_on_terminal
 from distrain.system.output import error_line, one_line
-from distrain.system.terminal import Console, ProgressLine, Table
+from distrain.system.terminal import Console, ProgressLine, Table, notebook_line
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
 from distrain.training.callbacks.offline_runs import OfflineRuns
 
@@ -210,7 +210,7 @@ class TensorBoard(Tracker):
 
 
 class Display:
-    """What a person sees: a bar with the latest numbers on a terminal, otherwise a plain line now and then."""
+    """What a person sees: a bar with the latest numbers on a terminal or in a notebook, otherwise lines."""
 
     def __init__(self, total_steps: int, start_step: int):
         self._total = total_steps
@@ -222,8 +222,9 @@ class Display:
         self.console = Console()
         show_on_terminal(converses=True, console=self.console)  # above the line of progress
         self._live: Live | None = None
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
-            self._line = ProgressLine(start_step, total_steps, self._parts)
+        self._line = ProgressLine(start_step, total_steps, self._parts)
+        self._notebook = notebook_line()
+        if self._notebook is None and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(self._line, console=self.console, refresh_per_second=10)
             self._live.start()
 
@@ -244,12 +245,15 @@ class Display:
         more += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
         if "reserved_memory_gib" in row:  # of a GPU: there it is what a run may lack
             more.append(f"{row['peak_memory_gib']:.1f} of {row['reserved_memory_gib']:.1f} GiB")
-        if self._live is not None:
+        if self._live is not None or self._notebook is not None:
             self._numbers = [loss, rate, *more, lr, waiting]
             if row["step"] < self._seen[-1][1]:
                 self._seen.clear()  # the run has gone back
             self._seen.append((time.monotonic(), row["step"]))
             self._line.done = row["step"]
+            if self._notebook is not None and (row["step"] == self._total or time.monotonic() - self._last_line >= 0.2):
+                self._last_line = time.monotonic()
+                self._notebook(self._line.text())
             return
         numbers = "  ".join([loss, lr, rate, *more, waiting])
         # on a log file a line a second says enough
@@ -265,6 +269,8 @@ class Display:
     def close(self) -> None:
         """Leave the terminal in order."""
         leave_console(self.console)
+        if self._notebook is not None:
+            self._notebook(self._line.text())
         if self._live is not None:
             self._live.stop()
             self._live = None

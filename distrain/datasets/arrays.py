@@ -1,0 +1,106 @@
+"""Arrays that a person gives in Python as a data set: `data=(X, y)`, or such a pair for each split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrain.config import UserError
+from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, TensorSource, split_indices
+from distrain.datasets.labels import TOKEN_TASKS
+
+Arrays = Any
+"""A tensor (n, ...), what NumPy makes an array of, or a dict of such."""
+
+
+class ArrayData:
+    """The data set of `(inputs, targets)` for each split; a single one, `train`, is cut by data.split.
+
+    Floats become the recipe's dtype, and targets int64 for classes and tokens. The number of classes of a
+    classification is the greatest target and one.
+    """
+
+    def __init__(self, splits: Mapping[str, tuple[Arrays, Arrays]]):
+        self.splits = dict(splits)
+
+    def __call__(self, request: DataRequest, **args: Any) -> Data:
+        """Build it; raises UserError."""
+        name, section = request.section.name, request.section
+        if args or section.path is not None:
+            key = next(iter(args), "path")
+            raise UserError(f"data.{key}: {name} is arrays, which take no arguments; remove it")
+        tensors = {split: self._tensors(split, pair, request) for split, pair in self.splits.items()}
+        meta = _meta(tensors, request)
+        if list(tensors) == ["train"]:
+            inputs, targets = tensors["train"]
+            whole = TensorSource(inputs, targets)
+            cut = split_indices(len(whole), section, request.seed, targets.numpy() if targets.dim() == 1 else None)
+            splits: dict[str, AnySource] = {split: whole.select(indices) for split, indices in cut.items()}
+        elif section.split is not None:
+            raise UserError(f"data.split: {name} gives its splits itself, and cannot be cut; remove data.split")
+        else:
+            splits = {split: TensorSource(*pair) for split, pair in tensors.items()}
+        for split, source in splits.items():
+            assert isinstance(source, TensorSource)
+            assert source.targets is not None
+            known = meta.num_classes if request.task not in TOKEN_TASKS else None
+            if (found := request.labels(split, known).problem(source.targets)) is not None:
+                raise UserError(f"{name}: sample {found[0]} of {split}: {found[1]}; correct or remove it")
+        return Data(splits, meta, {} if meta.num_classes is None else {"num_classes": meta.num_classes})
+
+    def _tensors(self, split: str, pair: tuple[Arrays, Arrays], request: DataRequest) -> tuple[Any, Tensor]:
+        where = f"{request.section.name}: the {split} split"
+        inputs = input_tensors(pair[0], request.dtype, where)
+        targets = _tensor(pair[1], f"{where}'s targets")
+        if request.task in ("classification", *TOKEN_TASKS):
+            if targets.is_floating_point():
+                raise UserError(f"{where} has targets of {targets.dtype}; task {request.task} expects whole numbers")
+            targets = targets.to(torch.int64)
+        else:
+            targets = targets.to(request.dtype)
+        first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+        if len(first) != len(targets):
+            raise UserError(f"{where} has {len(first):,} inputs and {len(targets):,} targets; expected as many")
+        return inputs, targets
+
+
+def input_tensors(inputs: Arrays, dtype: torch.dtype, where: str) -> Any:
+    """Return inputs as tensors, or a dict of them, floats in `dtype`; raises UserError, naming `where`."""
+    if isinstance(inputs, Mapping):
+        tensors = {str(key): input_tensors(value, dtype, f"{where}'s {key!r}") for key, value in inputs.items()}
+        if not tensors or len({len(each) for each in tensors.values()}) > 1:
+            lengths = ", ".join(f"{key} {len(each):,}" for key, each in tensors.items()) or "nothing"
+            raise UserError(f"{where} has inputs of different lengths: {lengths}; expected as many of each")
+        return tensors
+    tensor = _tensor(inputs, f"{where}'s inputs")
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    try:
+        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} are a {type(value).__name__} that becomes no tensor: {error}") from error
+    if tensor.dim() == 0:
+        raise UserError(f"{what} are one number; expected an array with a row for each sample")
+    return tensor
+
+
+def _meta(tensors: Mapping[str, tuple[Any, Tensor]], request: DataRequest) -> DataMeta:
+    inputs, targets = tensors["train"]
+    has_shape = isinstance(inputs, Tensor) and (inputs.is_floating_point() or inputs.dim() > 3)
+    classes = None
+    if request.task == "classification":
+        every = [each for _, each in tensors.values() if each.numel()]
+        counted = max(int(each.max()) for each in every) + 1 if every else None
+        classes = counted if request.state is None else request.state.get("num_classes", counted)
+    several = request.task in ("regression", "multilabel")
+    return DataMeta(
+        input_shape=tuple(inputs.shape[1:]) if has_shape else None,
+        num_classes=classes,
+        num_targets=(targets.shape[1] if targets.dim() > 1 else 1) if several else None,
+    )

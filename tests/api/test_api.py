@@ -1,0 +1,496 @@
+"""The Python API: objects in place of names, runs that are resumed and read, and the same through the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from runs import captured, cli, last
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from warm import warm_children
+from worlds import in_world
+
+import distrain
+from distrain import UserError
+from distrain.api.objects import Objects
+from distrain.api.recipes import read_recipe
+from distrain.checkpoint import difference, list_checkpoints
+from distrain.config.yaml import load_recipe
+from distrain.run.folder import RunDir
+
+GENERATOR = torch.Generator().manual_seed(1)
+X = torch.randn(120, 4, generator=GENERATOR)
+Y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
+
+RECIPE: dict[str, Any] = {
+    "task": "classification",
+    "batch": {"global": 16},
+    "train": {"steps": 10},
+    "eval": {"every": "5 steps", "metrics": ["accuracy"]},
+    "checkpoint": {"every": "5 steps", "async": False},
+    "log": {"every": "1 steps"},
+}
+
+
+class Net(nn.Module):
+    """Logits (batch, num_classes) for (batch, 4)."""
+
+    def __init__(self, num_classes: int = 3, hidden: int = 8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, hidden), nn.Dropout(0.1), nn.ReLU(), nn.Linear(hidden, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Points(Dataset):
+    """The same points, one by one."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index], Y[index]
+
+
+class Collect(distrain.Callback):
+    """Keeps the losses; `stop` asks for a stop as the interrupt button of a notebook does."""
+
+    def __init__(self, stop: int | None = None):
+        self.losses: list[float] = []
+        self.stop = stop
+
+    def on_step_end(self, step: int, metrics: Any) -> None:
+        self.losses.append(metrics.loss)
+        if step == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def accuracy_of_first(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A metric of one's own."""
+    return (outputs.argmax(1) == targets).double()
+
+
+def local_net() -> type[nn.Module]:
+    """Return a class that no other process can import."""
+
+    class Local(Net):
+        pass
+
+    return Local
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, and find signals and logging as they were."""
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def train(run_dir: str = "runs/a", **arguments: Any) -> distrain.Run:
+    """Train the points."""
+    return distrain.train({**RECIPE, **arguments.pop("recipe", {})}, run_dir=run_dir, **{"data": (X, Y)} | arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Objects in place of names
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: local_net(),
+        lambda: lambda num_classes: Net(num_classes),
+        lambda: {"name": local_net(), "hidden": 8},
+        lambda: Net,
+    ],
+    ids=["a class of a function", "a lambda", "with arguments", "a class that can be imported"],
+)
+def test_a_model_has_the_initial_weights_of_its_seed_however_it_is_given(model: Callable[[], Any]) -> None:
+    # as a file would have it
+    named = distrain.train(RECIPE, model=f"{__file__}:Net", data=(X, Y), run_dir="runs/named")
+    run = train(model=model())
+    assert run.status == named.status == "finished"
+    assert difference(last(run.path), last(named.path)).identical
+
+
+def test_of_a_module_a_copy_is_trained() -> None:
+    torch.manual_seed(7)
+    module = Net()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    runs = [train(f"runs/{number}", model=module) for number in range(2)]
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    assert difference(last(runs[0].path), last(runs[1].path)).identical
+    assert not torch.equal(runs[0].model().state_dict()["layers.0.weight"], before["layers.0.weight"])
+
+
+def _stream() -> Any:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(zip(X, Y, strict=True))
+
+    return {"train": Stream(), "eval": Stream()}
+
+
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [
+        (lambda: (X, Y), {"train": 96, "test": 24}),
+        (lambda: (X.numpy().astype(np.float64), Y.tolist()), {"train": 96, "test": 24}),
+        (lambda: (pd.DataFrame(X.numpy()), pd.Series(Y.numpy())), {"train": 96, "test": 24}),
+        (lambda: [X, Y], {"train": 96, "test": 24}),
+        (lambda: ((X[:80], Y[:80]), (X[80:], Y[80:])), {"train": 80, "test": 40}),
+        (lambda: {"train": (X[:80], Y[:80]), "eval": (X[80:], Y[80:])}, {"train": 80, "valid": 40}),
+        (lambda: TensorDataset(X, Y), {"train": 96, "test": 24}),
+        (lambda: Points(), {"train": 96, "test": 24}),
+        (lambda: Points, {"train": 96, "test": 24}),
+        (lambda: (lambda: Points()), {"train": 96, "test": 24}),
+        (lambda: (Points(), Points(), Points()), {"train": 120, "valid": 120, "test": 120}),
+        (lambda: {"train": Points(), "test": (X[80:], Y[80:])}, {"train": 120, "test": 40}),
+        (_stream, {"train": None, "valid": None}),
+    ],
+    ids=["tensors", "arrays", "a table", "a list", "pairs", "pairs by split", "a Dataset", "one of one's own",
+         "its class", "a function", "three", "both kinds", "streams"],
+)  # fmt: skip
+def test_data_come_in_every_form(data: Callable[[], Any], sizes: dict[str, int | None]) -> None:
+    run = train(model=Net, data=data(), recipe={"train": {"steps": 2}, "eval": {"every": "2 steps"}})
+    inputs = json.loads((run.path / "inputs.json").read_text())
+    assert inputs["splits"] == sizes
+    assert run.status == "finished"
+    assert run.metrics.query("event == 'train'")["loss"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: X, "expected a Dataset"),
+        (lambda: {"train": Points(), "dev": Points()}, "found a dict of train, dev"),
+        (lambda: {"eval": Points()}, "expected train"),
+        (lambda: (X, Y[:-1]), "120 inputs and 119 targets"),
+        (lambda: (X, Y.float()), "expects whole numbers"),
+        (lambda: (X, Y - 1), "a target is -1"),
+        (lambda: iter([(X, Y)]), "which ends once"),
+        (lambda: {"train": Points(), "eval": Points(), "valid": Points()}, "both eval and valid"),
+    ],
+    ids=["inputs alone", "another split", "no train", "lengths", "floats", "negative", "an iterator", "eval twice"],
+)
+def test_other_data_are_refused_before_a_step(data: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        train(model=Net, data=data())
+    assert not list(Path("runs").glob("a/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "stored"),
+    [
+        (nn.CrossEntropyLoss(), "cross_entropy"),
+        (nn.CrossEntropyLoss, "cross_entropy"),
+        (functional.cross_entropy, "cross_entropy"),
+        (functional.binary_cross_entropy_with_logits, "bce_with_logits"),
+        (nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1, ignore_index=-1),
+         {"name": "cross_entropy", "weight": [1.0, 1.0, 1.0], "ignore_index": -1, "label_smoothing": 0.1}),
+        (nn.HuberLoss(delta=2.0), {"name": "huber", "delta": 2.0}),
+        (nn.MSELoss(reduction="sum"), {"name": "mse", "reduction": "sum"}),
+        (functional.mse_loss, "mse_loss"),
+        (accuracy_of_first, f"{__file__}:accuracy_of_first"),
+        (lambda outputs, targets: outputs.mean(), "object.loss:lambda"),
+        ("l1", "l1"),
+    ],
+    ids=["object", "class", "function", "with logits", "weights", "arguments", "refused later", "mse", "own", "lambda",
+         "name"],
+)  # fmt: skip
+def test_a_loss_of_torch_goes_by_its_name(loss: Any, stored: Any) -> None:
+    assert Objects().component("loss", loss) == stored
+
+
+def test_a_function_of_torch_and_the_loss_of_its_name_are_one_loss() -> None:
+    named, given = train("runs/named", model=Net), train(model=Net, loss=functional.cross_entropy)
+    assert difference(last(named.path), last(given.path)).identical
+
+
+def test_metrics_and_callbacks_are_functions_classes_and_objects() -> None:
+    seen = Collect()
+    own = lambda outputs, targets: (outputs.argmax(1) == targets).double()  # noqa: E731
+    run = train(model=Net, metrics=["accuracy", accuracy_of_first, own], callbacks=[seen, Collect])
+    assert [each.name for each in run.recipe.callbacks] == ["object.callbacks:Collect", f"{__file__}:Collect"]
+    last_row = run.metrics.query("event == 'final'").iloc[-1]
+    assert last_row["accuracy"] == last_row["accuracy_of_first"] == last_row["lambda"]
+    assert seen.losses == run.metrics.query("event == 'train'")["loss"].tolist()
+
+
+def test_a_recipe_in_python_is_the_recipe_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: a\ntask: classification\ndata: {name: iris, split: [0.6, 0.4]}\nmodel: {name: mlp, hidden: [8]}\n"
+        "optim: {name: sgd, lr: 0.5, momentum: 0.9}\nbatch: {global: 16}\ntrain: {epochs: 3}\n"
+    )
+    wanted = load_recipe(path).recipe
+    values = {
+        "name": "a", "task": "classification", "data": {"name": "iris", "split": (0.6, 0.4)},
+        "model": {"name": "mlp", "hidden": [8]},
+        "optim": {"name": torch.optim.SGD, "lr": np.float64(0.5), "momentum": 0.9},
+        "batch": {"global": np.int64(16)}, "train": {"epochs": 3},
+    }  # fmt: skip
+    assert read_recipe(values, Objects(), {}, {}).recipe == wanted
+    assert read_recipe(wanted, Objects(), {}, {}).recipe == wanted
+    changed = [
+        read_recipe(path, Objects(), {}, overrides)
+        for overrides in ({"optim": {"lr": 0.25}}, {"optim__lr": 0.25}, {"optim.lr": 0.25})
+    ]
+    assert [each.recipe.optim.lr for each in changed] == [0.25] * 3
+    assert all(each.recipe.optim.args == {"momentum": 0.9} for each in changed)
+    assert changed[0].origins["optim.lr"] == "Python"
+    other = read_recipe(path, Objects(), {"model": "linear"}, {"optim": {"name": "adamw"}}).recipe
+    assert (other.model.args, other.optim.args) == ({}, {})  # those were of another class
+
+
+def test_all_mistakes_come_at_once_and_nothing_is_written() -> None:
+    with pytest.raises(UserError) as raised:
+        train(model=Net, optim={"lr": -1}, batch={"globl": 16})
+    assert all(words in str(raised.value) for words in ("optim.lr", "globl", "Python:", "2 problems"))
+    with pytest.raises(UserError, match=r"model\.depth: .*no argument 'depth'"):
+        train(model={"name": Net, "depth": 3})
+    with pytest.raises(UserError, match="a recipe holds text"):
+        train(model={"name": Net, "hidden": object()})
+    assert not Path("runs").exists()
+
+
+def test_what_the_users_code_raises_is_raised() -> None:
+    class Broken(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise LookupError("of the user's")
+
+    with pytest.raises(LookupError, match="of the user's"):
+        train(model=Broken)
+    assert distrain.load("runs/a").status == "failed"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_an_interrupt_saves_and_the_same_call_resumes_to_the_bit() -> None:
+    whole = train("runs/whole", model=local_net(), callbacks=[Collect()])
+    first = Collect(stop=3)
+    run = train(model=local_net(), callbacks=[first])
+    assert run.status == "preempted"
+    assert run.best is None
+    second = Collect()
+    run = train(model=local_net(), callbacks=[second])
+    assert run.status == "finished"
+    assert difference(last(whole.path), last(run.path)).identical
+    assert [*first.losses, *second.losses] == whole.metrics.query("event == 'train'")["loss"].tolist()
+    assert train(model=local_net(), callbacks=[Collect()]).best == run.best == whole.best  # a finished one at once
+
+
+def test_other_code_and_other_data_are_said() -> None:
+    train(model=local_net(), callbacks=[Collect(stop=3)])
+
+    class Local(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) * 2
+
+    with pytest.raises(UserError, match=r"code file .*Local of object\.model:Local: changed"):
+        train(model=Local, callbacks=[Collect(stop=3)])
+    with pytest.raises(UserError, match="data: sample 0 of train is another one"):
+        train(model=local_net(), data=(X + 1, Y), callbacks=[Collect(stop=3)])
+    assert train(model=Local, callbacks=[Collect()], update=True).status == "finished"
+
+
+def test_a_run_is_read_in_python() -> None:
+    run = train(model=Net, eval={"best": "accuracy"}, train={"ema": 0.9})
+    found = distrain.load("runs/a", data=(X, Y))
+    assert (found.path, found.recipe) == (run.path, run.recipe)
+    rows = found.metrics
+    assert rows.query("event == 'eval'")["step"].tolist() == [5, 10]
+    assert run.best is not None
+    assert run.best.value == rows.query("event == 'eval'")["accuracy"].max()
+    # the model is that of the export, of which the average was taken
+    from safetensors.torch import load_file
+
+    exported, model = load_file(run.path / "export" / "model.safetensors"), run.model()
+    assert not model.training
+    assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
+    steps = [info.step for info in list_checkpoints(run.path / "checkpoints")]
+    assert run.checkpoint("last").name.endswith(str(max(steps)))
+    assert run.checkpoint("best").name.endswith(f"{run.best.step:08d}")
+    assert run.checkpoint(steps[-1]).name.endswith(f"{steps[-1]:08d}")
+    with pytest.raises(UserError, match="expected 'best', 'last' or the step"):
+        run.checkpoint(3)
+    values = found.evaluate("test")
+    assert values["accuracy"] == rows.query("event == 'final'")["accuracy"].iloc[-1]
+    table = found.predict(X[:5], out="predictions.csv")
+    logits = model(X[:5])
+    assert table["prediction"].tolist() == [str(each) for each in logits.argmax(1).tolist()]
+    assert np.allclose(table["probability"], logits.softmax(1).max(1).values.detach(), atol=1e-6)
+    assert pd.read_csv("predictions.csv").shape == table.shape
+    assert found.predict(Points())["target"].tolist() == Y.tolist()
+    found.export("net.safetensors")
+    assert load_file("net.safetensors").keys() == exported.keys()
+    assert "finished" in repr(run)
+
+
+def test_arrays_do_not_bypass_what_a_built_in_data_set_makes_of_its_files() -> None:
+    run = train(model="mlp", data="iris")
+    assert run.best is not None
+    with pytest.raises(UserError, match="'iris' encodes what it reads"):
+        run.predict(X)
+    assert len(distrain.predict("runs/a", "test")) == 30
+
+
+def test_steps_that_were_trained_twice_are_in_the_table_once(tmp_path: Path) -> None:
+    run = train(model=Net)
+    path = run.path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    again = [{**row, "loss": 99.0} for row in rows if row["event"] in ("train", "eval") and row["step"] > 5]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]))
+    table = run.metrics
+    for event, count in (("train", 10), ("eval", 2)):
+        found = table[table["event"] == event]
+        assert found["step"].is_unique
+        assert len(found) == count
+        assert (found[found["step"] > 5]["loss"] == 99.0).all()
+
+
+def test_another_process_is_told_what_to_pass(capfd: pytest.CaptureFixture[str]) -> None:
+    train(model=local_net(), callbacks=[Collect(stop=3)])
+    found = distrain.load("runs/a")
+    with pytest.raises(UserError, match=r"distrain\.load\('.*runs/a', data=\.\.\., model=\.\.\.\)"):
+        found.evaluate()
+    with pytest.raises(UserError, match=r"object\.model:Local is an object of the Python process"):
+        found.resume()
+    for command in (["evaluate", "runs/a"], ["train", "runs/a"]):
+        ended = cli(*command)
+        assert ended.status == 1
+        assert "is an object of the Python process" in ended.err
+        assert "distrain.load(RUN, model=...)" in ended.err or "distrain.load(RUN, data=...)" in ended.err
+    with pytest.raises(UserError, match="loss: found 1 to pass; the recipe of the run has no loss"):
+        distrain.load("runs/a", loss=nn.MSELoss)
+    done = found.resume(model=local_net(), data=(X, Y), callbacks=[Collect()])
+    assert done.status == "finished"
+    # weights need no data
+    assert isinstance(distrain.load("runs/a", model=local_net()).model(), Net)
+    with pytest.raises(UserError, match="is no run"):
+        distrain.load("runs")
+
+
+def test_what_can_be_imported_is_used_by_the_command() -> None:
+    run = train(model=Net, data=Points, loss=functional.cross_entropy, callbacks=[Collect])
+    assert run.recipe.model.name == f"{__file__}:Net"
+    ended = cli("evaluate", "runs/a", "--json")
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["loss"] == run.evaluate()["loss"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def _in_two_processes(folder: str) -> list[Any]:
+    os.chdir(folder)
+    Local = local_net()
+    with warm_children():
+        run = train("runs/two", model=Local, callbacks=[Collect()], processes=2)
+        try:
+            train("runs/three", model=Local, callbacks=[Holding()], processes=2)
+        except UserError as error:
+            return [run.status, run.best, str(error), "DISTRAIN_OBJECTS" in os.environ]
+    return []
+
+
+class Holding(distrain.Callback):
+    """A callback that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_several_processes_get_the_objects(tmp_path: Path) -> None:
+    one = train("runs/one", model=local_net(), callbacks=[Collect()])
+    status, best, error, left = in_world(1, _in_two_processes, str(tmp_path), launched=False)[0]
+    assert status == "finished"
+    assert best.step == one.best.step
+    assert best.value == pytest.approx(one.best.value, rel=0.05)  # dropout differs by rank
+    assert "object.callbacks:Holding cannot be passed to several processes: TypeError" in error
+    assert not left
+    assert RunDir("runs/two").launch().processes == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+SCRIPT = """
+import distrain, torch
+from torch import nn
+
+def net(num_classes=2):
+    return nn.Linear(4, num_classes)
+
+def data():
+    return torch.utils.data.TensorDataset(torch.randn(64, 4, generator=torch.Generator()), torch.arange(64) % 2)
+
+def main():
+    run = distrain.train(task="classification", model=net, data=data, batch={"global": 16}, run_dir="runs/script",
+                         train={"steps": 2}, checkpoint={"async": False})
+    print(run.recipe.model.name, run.recipe.data.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "can_be_imported"),
+    [('if __name__ == "__main__":\n    main()\n', True), ("main()\n", False)],
+    ids=["guarded", "trains when imported"],
+)
+def test_a_script_is_imported_by_others_where_it_does_not_train_then(
+    ending: str, can_be_imported: bool, tmp_path: Path
+) -> None:
+    Path("script.py").write_text(SCRIPT + ending)
+    done = in_world(1, _run_script, str(tmp_path), launched=False)[0]
+    places = (f"{tmp_path}/script.py:net", f"{tmp_path}/script.py:data")
+    assert done.out.splitlines()[-1] == " ".join(
+        places if can_be_imported else ("object.model:net", "object.data:data")
+    )
+    if can_be_imported:
+        assert cli("evaluate", "runs/script").status == 0
+    else:
+        with pytest.raises(UserError, match="called while its file was imported"):
+            train(model=places[0])
+
+
+def _run_script(folder: str) -> Any:
+    os.chdir(folder)
+
+    def run() -> int:
+        here = sys.modules["__main__"]
+        main = sys.modules["__main__"] = type(sys)("__main__")
+        main.__file__ = "script.py"
+        try:
+            exec(compile(Path("script.py").read_text(), "script.py", "exec"), main.__dict__)
+        finally:
+            sys.modules["__main__"] = here
+        return 0
+
+    return captured(run)
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = "import sys, distrain; dir(distrain); distrain.train, distrain.Run; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+    assert all(getattr(distrain, name) is not None for name in distrain.__all__)
