@@ -34,6 +34,7 @@ from distrain.datasets.base import (
 )
 from distrain.datasets.batch_sizes import accumulation_steps
 from distrain.datasets.batches import Batches, Place, StreamBatches
+from distrain.datasets.class_counts import COUNTS, count_classes, wants_counts
 from distrain.datasets.evaluation import build_eval_loader, check_stream_workers
 from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
@@ -157,7 +158,8 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     or invalid files, and transforms that do not fit the samples.
     """
     labels = functools.partial(Labels.of, recipe)
-    request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), state, float_dtype(recipe), labels)
+    fitted = None if state is None else {key: value for key, value in state.items() if key != COUNTS}
+    request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), fitted, float_dtype(recipe), labels)
     data = named_data(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
@@ -166,6 +168,13 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
             f"data.skip_corrupt is {recipe.data.skip_corrupt}, and samples of an iterable data set have no "
             "numbers; skip corrupt samples in the iterable itself, alike in every process"
         )
+    if (key := wants_counts(recipe)) is not None:
+        ignored = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
+        found = (state or {}).get(COUNTS) or count_classes(data, recipe.task, key, ignored)
+        counted = dataclasses.replace(
+            data.meta, class_counts=tuple(found["counts"]), counted_samples=int(found["samples"])
+        )
+        data = dataclasses.replace(data, meta=counted, state={**data.state, COUNTS: found})
     shapes, byte_images, fixed_shapes = {}, False, False
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")

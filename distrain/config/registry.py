@@ -56,6 +56,16 @@ class Entry(Generic[T]):
         return self.about or (inspect.getdoc(self.value) or "").partition("\n")[0]
 
 
+@dataclass(frozen=True)
+class _Library(Generic[T]):
+    """A library that offers names beside what is registered; see `Registry.add_library`."""
+
+    names: Callable[[], Iterable[str]]
+    find: Callable[[str], Entry[T] | None]
+    about: str | None
+    prefix: str
+
+
 class Registry(Generic[T]):
     """What can be named of one kind: a decorator that adds to it, and a look-up that finds or says what there is."""
 
@@ -67,12 +77,13 @@ class Registry(Generic[T]):
         *home: str,
         others: str = "",
         fold: Callable[[str], str] = lambda name: name,
+        prefixes: tuple[str, ...] = (),
     ):
         """`kind` and `where`, a recipe's key or an option, are for messages ("data set", "data.name").
 
         `group`: of entry points. `home`: the modules that register what is built in, imported at the first look-up;
         `package.*` is every module of a package. `others`: what there is besides, in words. `fold` makes spellings of
-        one name equal.
+        one name equal. `prefixes`: those of libraries, see `add_library`.
         """
         self.kind = kind
         self.where = where
@@ -80,10 +91,9 @@ class Registry(Generic[T]):
         self.others = others
         self._home: tuple[str, ...] | None = home
         self.fold = fold
+        self._prefixes = prefixes
         self._entries: dict[str, Entry[T]] = {}
-        self._library_names: Callable[[], Iterable[str]] = lambda: ()
-        self._library_find: Callable[[str], Entry[T] | None] = lambda name: None
-        self._library_about: str | None = None
+        self._libraries: list[_Library[T]] = []
 
     # ----------------------------------------------------------------------------------------------------------------
     # Adding
@@ -112,10 +122,27 @@ class Registry(Generic[T]):
         return add
 
     def add_library(
-        self, names: Callable[[], Iterable[str]], find: Callable[[str], Entry[T] | None], about: str | None = None
+        self,
+        names: Callable[[], Iterable[str]],
+        find: Callable[[str], Entry[T] | None],
+        about: str | None = None,
+        prefix: str = "",
     ) -> None:
-        """Look in a library for what is not registered. `about`: what listings say of it, which else leave it out."""
-        self._library_names, self._library_find, self._library_about = names, find, about
+        """Look in a library for what is not registered. `about`: what listings say of it, which else leave it out.
+
+        With a `prefix`, one of the registry's, it is asked for the names that begin so, and for no others.
+        """
+        self._libraries.append(_Library(names, find, about, prefix))
+
+    def _library_find(self, name: str) -> Entry[T] | None:
+        """Return what a library has under this name, or None."""
+        prefixed = self._is_prefixed(name)
+        fitting = (each for each in self._libraries if name.startswith(each.prefix) and bool(each.prefix) == prefixed)
+        return next((found for each in fitting if (found := each.find(name)) is not None), None)
+
+    def _is_prefixed(self, name: str) -> bool:
+        """Whether a name is a library's, though it looks like `package.module:name`."""
+        return name.startswith(self._prefixes) if self._prefixes else False
 
     def _load(self) -> None:
         home, self._home = self._home, None
@@ -143,15 +170,17 @@ class Registry(Generic[T]):
     def summaries(self) -> dict[str, str]:
         """Return a line for each name: what is registered, a library's, then what packages offer, which stay closed."""
         found = {entry.name: entry.summary for entry in self.entries()}
-        if self._library_about is not None:
-            found |= dict.fromkeys(self._library_names(), self._library_about)
+        for library in self._libraries:
+            if library.about is not None:
+                found |= dict.fromkeys(library.names(), library.about)
         for name, offer in self.installed().items():
             found[name] = f"{offer.package} ({offer.spec})"
         return found
 
     def find(self, name: str, task: str | None = None) -> Entry[T]:
         """Return what has this name. Raises UserError where nothing has, or what has it is not for this task."""
-        entry = self._of_spec(name, name) if is_object_spec(name) else self.built_in(name)
+        is_spec = is_object_spec(name) and not self._is_prefixed(name)
+        entry = self._of_spec(name, name) if is_spec else self.built_in(name)
         if entry is None and (offer := self.installed().get(name)) is not None:
             entry = self._of_offer(offer)
         if entry is None:
@@ -174,7 +203,7 @@ class Registry(Generic[T]):
     def spec_of(self, name: str) -> str | None:
         """Return `package.module:NAME` or `path/to/file.py:NAME` of what is named, or None where it is built in."""
         if is_object_spec(name):
-            return name
+            return name if not self._is_prefixed(name) else None
         self._load()
         entry = self._entries.get(self.fold(name))
         if entry is not None:
@@ -188,7 +217,7 @@ class Registry(Generic[T]):
         """Return the error for a name that nothing has: with the close ones, or all."""
         self._load()
         names = self.names()
-        choices = [*names, *self._library_names(), *self.installed()]
+        choices = [*names, *(each for library in self._libraries for each in library.names()), *self.installed()]
         listed = ", ".join([*names, *self.installed()]) + (f", {self.others}" if self.others else "")
         hint = close_names(name, choices) + (f"; there are {listed}" if listed else "")
         own = "your own is 'path/to/file.py:NAME' or 'package.module:NAME'"
@@ -293,7 +322,7 @@ def squeezed(name: str) -> str:
 
 models: Registry[Callable[..., Any]] = Registry(
     "model", "model.name", "distrain.models", "distrain.networks.*",
-    others="any model of torchvision.models, transformers:CLASS",
+    others="any model of torchvision.models, timm:NAME, transformers:CLASS", prefixes=("timm:",),
 )  # fmt: skip
 datasets: Registry[Callable[..., Any]] = Registry("data set", "data.name", "distrain.datasets", "distrain.datasets.*")
 losses: Registry[Callable[..., Any]] = Registry(

@@ -58,6 +58,10 @@ class DataMeta:
     target_mean: tuple[float, ...] | None = None
     """Targets in their own units are `standardised * target_std + target_mean`."""
     target_std: tuple[float, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
+    """Training samples of each class, or of each label that is 1 (multilabel), where the loss is weighted by them."""
+    counted_samples: int | None = None
+    """All training samples, with `class_counts`."""
     padding: Mapping[str, float] | None = None
     """Padding value by key of an input, or of `targets`, for sequences of different lengths (user data)."""
 

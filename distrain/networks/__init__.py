@@ -8,6 +8,7 @@
     decoding.py     text token by token: choosing a token, and rows that grow together
     gpt.py          `gpt`: a decoder-only language model
     seq2seq.py      `seq2seq`: an encoder and a decoder
+    timm_models.py  models of the timm library
     huggingface.py  models of the transformers library
     blocks.py       a model's repeated blocks, and activation checkpointing
     weights.py      initial weights from a file

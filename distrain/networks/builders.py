@@ -15,6 +15,8 @@ from distrain.config import ModelSection, Recipe, UserError
 from distrain.config.arguments import argument_problems, named_parameters, shown_parameters
 from distrain.config.registry import Entry, models
 from distrain.networks.facts import FACT_NAMES
+from distrain.networks.timm_models import REFUSED as REFUSED_BY_TIMM
+from distrain.networks.timm_models import build_timm, timm_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,9 @@ def find_builder(recipe: Recipe) -> Builder:
     entry = models.find(name, recipe.task)
     if entry.metadata.get("library") == "torchvision":
         return _torchvision_builder(name)
+    if entry.metadata.get("library") == "timm":
+        parameters, takes_any = timm_parameters(entry)
+        return Builder(name, functools.partial(build_timm, entry), parameters, takes_any, refused=REFUSED_BY_TIMM)
     if not callable(entry.value):
         raise UserError(
             f"model.name: {name} is {type(entry.value).__name__}, not a class or function that builds a model"

@@ -15,6 +15,7 @@ from distrain.config import Recipe, Task, UserError
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import losses
 from distrain.datasets.base import DataMeta
+from distrain.datasets.class_counts import BALANCED, balanced_pos_weights, balanced_weights
 from distrain.optim.losses.classes import ClassLoss, is_of_tokens
 from distrain.optim.losses.elements import CtcLoss, ElementLoss, Rule
 from distrain.optim.losses.interface import Loss
@@ -102,6 +103,12 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     args = {key: value for key, value in args.items() if key not in _REDUCTIONS}
     problems += argument_problems(build, args, "loss", repr(name), given=_REDUCTIONS)
     for key in ("weight", "pos_weight"):
+        if args.get(key) == BALANCED:
+            try:
+                args[key] = _balanced(key, class_name, recipe.task, meta)
+            except UserError as error:
+                problems.append(str(error))
+                args[key] = None
         if args.get(key) is not None:
             try:
                 expected = None if rule.over == "elements" else _classes(recipe.task, meta)
@@ -145,6 +152,23 @@ def _weights(key: str, value: Any, expected: int | None, dtype: torch.dtype) -> 
     if expected is not None and len(numbers) != expected:
         raise UserError(f"loss.{key}: {len(numbers)} numbers for {expected} classes; give one for each")
     return torch.tensor(numbers, dtype=dtype)
+
+
+def _balanced(key: str, class_name: str, task: Task, meta: DataMeta) -> list[float] | None:
+    """Return the weights that are computed from the labels; None where those are not known."""
+    if key == "weight" and (task != "classification" or class_name not in ("CrossEntropyLoss", "NLLLoss")):
+        positive = "; set pos_weight: balanced" if task in ("binary", "multilabel") else ""
+        raise UserError(
+            f"loss.weight: {BALANCED} is for the classes of cross_entropy and nll (classification){positive}"
+        )
+    if key == "pos_weight" and task not in ("binary", "multilabel"):
+        raise UserError(f"loss.pos_weight: {BALANCED} is for the labels of tasks binary and multilabel, not of {task}")
+    if meta.class_counts is None or meta.counted_samples is None:
+        return None
+    counts = list(meta.class_counts)
+    if key == "weight":
+        return balanced_weights(counts, meta.class_names)
+    return balanced_pos_weights(counts[1:] if task == "binary" else counts, meta.counted_samples, None)
 
 
 def _classes(task: Task, meta: DataMeta) -> int | None:
