@@ -106,10 +106,12 @@ def build_timm(
     model: nn.Module = _timm().create_model(entry.name.removeprefix(PREFIX), pretrained=False, **given_facts, **args)
     found: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     expected = tuple(found.get("input_size", ()))[1:]
-    if size is not None and not takes_size and found.get("fixed_input_size") and expected != size:
+    fixed = not takes_size and "img_size" not in args and found.get("fixed_input_size")
+    if size is not None and fixed and expected != size:
         raise UserError(
             f"model.name: {entry.name} takes images of {_by(expected)}, and the data have {_by(size)} after the "
-            "transforms; resize them (data.size, or Resize), or take a model of another size"
+            "transforms; resize them (data.size, or Resize), give model.img_size where the class takes that, or take "
+            "another model"
         )
     return model
 
