@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from distrain.config import Recipe, UserError
+from distrain.config.registry import tasks
+from distrain.config.tasks import FORMS
 from distrain.datasets.base import (
     AnySource,
     Batch,
@@ -159,7 +161,16 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     """
     labels = functools.partial(Labels.of, recipe)
     fitted = None if state is None else {key: value for key, value in state.items() if key != COUNTS}
-    request = DataRequest(recipe.data, recipe.task, recipe.seed, Path(), fitted, float_dtype(recipe), labels)
+    request = DataRequest(
+        recipe.data,
+        recipe.form,
+        recipe.seed,
+        Path(),
+        fitted,
+        float_dtype(recipe),
+        labels,
+        _own_collate(recipe),
+    )
     data = named_data(request)
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
@@ -199,7 +210,7 @@ def given_source(recipe: Recipe, inputs: Any) -> Source:
 
     They are as the run's own data set gives them; a built-in one encodes what it reads, which arrays would bypass.
     """
-    name, task = recipe.data.name, recipe.task
+    name, task = recipe.data.name, recipe.form
     if find_dataset(recipe.data, task).registered:
         raise UserError(
             f"inputs: data set {name!r} encodes what it reads, so arrays would not be what the model has seen; name "
@@ -207,6 +218,14 @@ def given_source(recipe: Recipe, inputs: Any) -> Source:
         )
     request = DataRequest(recipe.data, task, recipe.seed, Path(), None, float_dtype(recipe))
     return source_of(request, inputs)
+
+
+def _own_collate(recipe: Recipe) -> Callable[[list[Any]], Any] | None:
+    """Return the method `collate` of a task of one's own, where it has one."""
+    if recipe.task.name in FORMS:
+        return None
+    kind = tasks.find(recipe.task.name).value
+    return kind(**recipe.task.args).collate if getattr(kind, "collate", None) is not None else None
 
 
 def float_dtype(recipe: Recipe) -> torch.dtype:
@@ -218,7 +237,7 @@ def check_data(recipe: Recipe) -> list[str]:
     """Return the problems of the data section's name, arguments and transforms that show without the data."""
     problems = []
     checks: list[Callable[[], Any]] = [
-        lambda: find_dataset(recipe.data, recipe.task),
+        lambda: find_dataset(recipe.data, recipe.form),
         lambda: build_transform(recipe, "train"),
         lambda: build_transform(recipe, "eval"),
     ]

@@ -7,9 +7,7 @@ The parts of both are in `training/`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, stepped
 from distrain.run.lease import Lease
 from distrain.training.callbacks.base import Callback
-from distrain.training.context import PendingMetrics, TrainContext, loss_of, seed_dropout, to_device
+from distrain.training.context import PendingMetrics, TrainContext, seed_dropout, to_device
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
 from distrain.training.skipping import Anomaly, LocalStepResult
@@ -82,7 +80,7 @@ def train_step(
     enter_phase("sync")
     strategy.begin_step(t.step)
     set_lr(strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
-    loss_scale = _loss_scale(t, micro_batches)
+    loss_scale = t.objective.loss_scale(world, t.recipe.batch.global_batch_size, micro_batches)
     clip_norm, last = t.recipe.optim.clip_norm, len(micro_batches) - 1
     watched = anomalies is not None and anomalies.watches
     judge = anomalies if anomalies is not None and anomalies.judges_first else None
@@ -90,14 +88,16 @@ def train_step(
         restore_buffers = strategy.remember_buffers() if judge is not None or scaler is not None else _nothing
         grad_scale = scaler.scale if scaler is not None else None
         losses: list[Tensor] = []
+        t.objective.begin_step()
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, world)
             seed_dropout(world, _seed(t, index))
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
-                loss_sum = loss_of(t.call, t.loss, strategy.wrapped, batch, inside=t.loss_inside)
-                loss_scale = _as_scalar(loss_scale, loss_sum)
-                losses.append(loss_sum.detach() * loss_scale)
+                loss_sum = t.objective.loss_sum(strategy.wrapped, batch)
+                loss_scale = t.objective.as_scale(loss_scale, loss_sum)
+                share = loss_sum.detach() * loss_scale
+                losses.append(share.sum() if share.dim() else share)
                 if index == last:
                     loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
                     agree = strategy.agree_async(loss, flags())
@@ -112,7 +112,7 @@ def train_step(
         if watched or grad_scale is not None or clip_norm is not None:
             norm = strategy.grad_norm(record, same_bits=watched)
             norm = norm if grad_scale is None else norm / grad_scale
-        read, taken = record.to_host_async(world, norm), True
+        read, means, taken = record.to_host_async(world, norm), t.objective.means_async(world), True
         if judge is not None or scaler is not None:
             agreed_loss, agreed_norm, _ = read()  # here alone the host waits for the device
             if scaler is not None and scaler.overflows(agreed_norm, agreed_loss if judge is not None else None):
@@ -132,7 +132,7 @@ def train_step(
         break
     t.step += 1
     stepped(t.step)
-    return PendingMetrics(t.step, read, grad_scale, t.local)
+    return PendingMetrics(t.step, read, grad_scale, t.local, means)
 
 
 def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
@@ -154,29 +154,6 @@ def _skip_known(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMet
     t.step += 1
     stepped(t.step)
     return PendingMetrics(t.step, lambda: (known.loss, known.norm, read()[2]), t.strategy.grad_scale)
-
-
-def _loss_scale(t: TrainContext, micro_batches: Sequence[Batch]) -> float | Tensor:
-    """Return what the sum of a rank's losses is multiplied by: 1 / count over all ranks, times their number."""
-    # gradients are averaged over the ranks, and the sum is wanted: hence the world size above the count
-    if t.loss.count_is_fixed:
-        return t.world.world_size / t.loss.fixed_count(t.recipe.batch.global_batch_size, micro_batches[0]["targets"])
-    counts = torch.stack([t.loss.count(batch["targets"]) for batch in micro_batches]).sum()
-    if t.world.world_size == 1:
-        count = counts.item()  # of targets on the host
-        return 1 / count if count else math.inf
-    return t.world.world_size / t.world.sum(t.world.to_device(counts.double()))
-
-
-def _as_scalar(value: float | Tensor, loss_sum: Tensor) -> Tensor:
-    """Return the value as a tensor (0-d) like the loss."""
-    return value.to(loss_sum.dtype) if isinstance(value, Tensor) else _constant(value, loss_sum.dtype, loss_sum.device)
-
-
-@lru_cache(maxsize=8)
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor (0-d) that is read alone: the same one in each step."""
-    return torch.full((), value, dtype=dtype, device=device)  # a fill: for a copy to a device the host would wait
 
 
 def _seed(t: TrainContext, index: int) -> int:

@@ -82,7 +82,7 @@ def build_model(
     are loaded; without them a checkpoint is expected to follow. What was loaded or adapted is logged.
     `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
     """
-    section, known = recipe.model, facts(recipe.task, meta)
+    section, known = recipe.model, facts(recipe.form, meta)
     dtype = float_dtype(recipe)
     with isolated_seed(mix(recipe.seed, "init")):
         if section.name.startswith(TRANSFORMERS):
@@ -107,7 +107,7 @@ def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:
     if problems:
         raise UserError("\n".join(problems))
     args = {key: value for key, value in known.items() if key in builder.parameters} | given
-    if recipe.task == "classification" and "num_classes" in given and "num_classes" in known:
+    if recipe.form == "classification" and "num_classes" in given and "num_classes" in known:
         classes = given["num_classes"]
         if isinstance(classes, int) and classes < known["num_classes"]:
             raise UserError(

@@ -9,6 +9,7 @@ durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; 
 registry    everything that a recipe names: models, data sets, losses, …
 arguments   checks of a recipe's arguments against signatures
 user_files  `resolve_object`: imports `path/to/file.py:name` or `package.module:name`
+tasks       tasks, and the form of a batch of each
 schedules   the learning rate by step
 strategies  the strategies and their abilities
 seeds       `mix`: a seed from a seed and its purpose
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrain.config.durations import Duration, Horizon
-    from distrain.config.recipe import Recipe, Task
+    from distrain.config.recipe import Recipe
     from distrain.config.sections import (
         AnomaliesSection,
         BatchSection,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         WatchdogSection,
     )
     from distrain.config.seeds import mix
+    from distrain.config.tasks import Form
     from distrain.config.user_files import is_object_spec, resolve_object
     from distrain.system.errors import RecipeError, UserError, close_names
 
@@ -62,6 +64,7 @@ __all__ = [
     "EarlyStopSection",
     "EvalSection",
     "FoldSplit",
+    "Form",
     "FreezeSection",
     "GroupSection",
     "Horizon",
@@ -75,7 +78,6 @@ __all__ = [
     "RecipeError",
     "ScheduleSection",
     "Section",
-    "Task",
     "TrainSection",
     "TransformsSection",
     "TuneSection",
@@ -91,7 +93,7 @@ _FOUND_IN = {
     "Duration": "distrain.config.durations",
     "Horizon": "distrain.config.durations",
     "Recipe": "distrain.config.recipe",
-    "Task": "distrain.config.recipe",
+    "Form": "distrain.config.tasks",
     "RecipeError": "distrain.system.errors",
     "UserError": "distrain.system.errors",
     "close_names": "distrain.system.errors",

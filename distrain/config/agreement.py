@@ -10,6 +10,7 @@ from typing import Any
 from distrain.config.durations import Duration
 from distrain.config.schedules import SCHEDULES_WITH
 from distrain.config.sections import LENGTHS, FoldSplit, ScheduleSection
+from distrain.config.tasks import FORMS, unknown_task
 
 ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}
 
@@ -89,12 +90,18 @@ def _split(known: Known) -> Problems:
         yield "data.split", f"found {', '.join(split) or 'nothing'}, expected at least 'train' among the splits"
 
 
+def _task(known: Known) -> Problems:
+    if (problem := unknown_task(known("task").name)) is not None:
+        yield "task", problem
+
+
 def _stratify(known: Known) -> Problems:
     if not known("data.stratify"):
         return
     if not isinstance(known("data.split"), list | FoldSplit):
         yield "data.stratify", "found true, but data.split has no fractions or folds to stratify; remove it"
-    if (task := known("task")) not in ("classification", "binary"):
+    task = known("task").name
+    if task in FORMS and FORMS[task] not in ("classification", "binary"):
         yield "data.stratify", f"found true, but task {task} has no single class for each sample; remove it"
 
 
@@ -166,6 +173,7 @@ def _twice(key: str, items: list[Any]) -> Problems:
 _CHECKS: tuple[Callable[[Known], Problems], ...] = (
     _length,
     _batch,
+    _task,
     _split,
     _stratify,
     _schedule,

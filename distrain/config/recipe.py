@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,8 +27,7 @@ from distrain.config.sections import (
     TuneSection,
     WatchdogSection,
 )
-
-Task = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq"]
+from distrain.config.tasks import Form, form_of
 
 
 class Recipe(Section):
@@ -42,8 +41,8 @@ class Recipe(Section):
         ),
     ]
     """The run's name: letters, digits, '.', '_' and '-'; the run folder is runs/NAME."""
-    task: Task
-    """The prediction task, which determines the default loss and metrics and the form of a batch."""
+    task: ComponentField
+    """What a batch means, which determines the default loss and metrics: a name, or your own `path/to/file.py:Name`."""
     data: Annotated[DataSection, ByName()]
     """The data set, its splits and how it is read."""
     model: Annotated[ModelSection, ByName()]
@@ -74,6 +73,11 @@ class Recipe(Section):
     """Code of your own that is called at steps, evaluations and checkpoints: classes by `path/to/file.py:Name`."""
     seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = 0
     """Determines initialisation, order of samples, augmentation and dropout."""
+
+    @property
+    def form(self) -> Form:
+        """The form of a batch of the task. Imports a task of one's own."""
+        return form_of(self.task.name)
 
     @model_serializer(mode="wrap")
     def _without_callbacks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Registry(Generic[T]):
             raise self.unknown(name)
         if (why := entry.metadata.get("refused")) is not None:
             raise UserError(f"{self.where}: {entry.name} {why}")
-        if task is not None and entry.tasks and task not in entry.tasks:
+        if task not in (None, "custom") and entry.tasks and task not in entry.tasks:
             fitting = [each.name for each in self.entries() if not each.tasks or task in each.tasks]
             raise UserError(
                 f"{self.where}: {self.kind} {name!r} is for {' or '.join(entry.tasks)}, and the recipe's task is "
@@ -325,6 +325,7 @@ models: Registry[Callable[..., Any]] = Registry(
     others="any model of torchvision.models, timm:NAME, transformers:CLASS", prefixes=("timm:",),
 )  # fmt: skip
 datasets: Registry[Callable[..., Any]] = Registry("data set", "data.name", "distrain.datasets", "distrain.datasets.*")
+tasks: Registry[Callable[..., Any]] = Registry("task", "task", "distrain.tasks", "distrain.training.tasks.built_in")
 losses: Registry[Callable[..., Any]] = Registry(
     "loss", "loss.name", "distrain.losses", "distrain.optim.losses.building",
     fold=lambda name: squeezed(name).removesuffix("loss"),

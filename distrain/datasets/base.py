@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from distrain.config import DataSection, FoldSplit, Task, UserError, mix
+from distrain.config import DataSection, FoldSplit, Form, UserError, mix
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import Entry, datasets
 from distrain.datasets.labels import Labels
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Data sets
 
 Batch = dict[str, Any]
-"""`inputs`: a tensor (batch, ...) or a dict of them; `targets`: a tensor (batch, ...); `ids`: (batch,) int64."""
+"""`inputs` and `targets`: a tensor (batch, ...), or a dict or tuple of such, nested; `ids`: (batch,) int64."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class DataRequest:
     """The arguments of every builder."""
 
     section: DataSection
-    task: Task
+    task: Form
+    """What targets are. For `custom` a data set of one form takes its own."""
     seed: int
     base: Path = Path()
     """The folder that relative paths start from."""
@@ -214,6 +215,9 @@ class DataRequest:
     """Of inputs and float targets: float64 with `train.precision: fp64`."""
     labels: Callable[[str, int | None], Labels] = lambda split, known: Labels()
     """(split, the data set's number of classes or tokens) -> the allowed targets."""
+
+    collate: Callable[[list[Any]], Any] | None = None
+    """The task's own, of the samples of one's own data; None: they are stacked and padded."""
 
     def path(self, expected: str) -> Path:
         """Return data.path, which must exist; `expected` describes it in the error."""
@@ -231,7 +235,7 @@ class DataRequest:
         return {name: self.base / path for name, path in split.items()} if isinstance(split, dict) else None
 
 
-def find_dataset(section: DataSection, task: Task) -> Entry[Callable[..., Any]]:
+def find_dataset(section: DataSection, task: Form) -> Entry[Callable[..., Any]]:
     """Return the data set of a recipe's section; raises UserError with all problems of its name and arguments.
 
     Arguments of user code are checked where it is called, with `path` and `split`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distrain.config import Recipe, Task
+from distrain.config import Form, Recipe
 from distrain.config.registry import losses
 
 IGNORED = -100
@@ -35,7 +35,7 @@ class Labels:
     @classmethod
     def of(cls, recipe: Recipe, split: str, known: int | None) -> Labels:
         """Return the allowed targets of a split. `known`: the data set's number of classes or tokens."""
-        loss, task = recipe.loss, recipe.task
+        loss, task = recipe.loss, recipe.form
         name = "" if loss is None else loss.name.replace("_", "").lower().removesuffix("loss")
         is_user_loss = loss is not None and losses.spec_of(loss.name) is not None
         args = {} if loss is None else loss.args
@@ -89,8 +89,8 @@ def takes_zero_to_one(loss: str) -> bool:
     return loss.replace("_", "").lower().removesuffix("loss") in _LOSSES_OF_ZERO_TO_ONE
 
 
-TOKEN_TASKS: tuple[Task, ...] = ("language_modeling", "seq2seq")
-_SIZES: dict[Task, str] = {
+TOKEN_TASKS: tuple[Form, ...] = ("language_modeling", "seq2seq")
+_SIZES: dict[Form, str] = {
     "classification": "num_classes",
     "language_modeling": "vocab_size",
     "seq2seq": "target_vocab_size",

@@ -29,6 +29,7 @@ from distrain.config import UserError
 from distrain.datasets import waiting
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import END, Batches, Failure, Place, StreamBatches
+from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 from distrain.system.logs import EACH_RANK
@@ -273,7 +274,12 @@ def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
     except Exception as error:  # the training process must learn of any error
         worker = get_worker_info()
         name = f"loader process {worker.id}" if worker is not None else "a loader process"
-        return Failure(cannot_share(error, f"{name} cannot hand over a batch of {_nbytes(batch) / 2**20:.1f} MiB"))
+        return Failure(
+            cannot_share(
+                error,
+                f"{name} cannot hand over a batch of {sum(each.nbytes for each in tensors_in(batch)) / 2**20:.1f} MiB",
+            )
+        )
 
 
 def _check_descriptors() -> None:
@@ -328,15 +334,6 @@ def _shared_memory() -> str:
     return f"the shared memory {SHARED_MEMORY} has {free:,.0f} of {size:,.0f} MiB free"
 
 
-def _nbytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_nbytes, value.values()))
-    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
-
-
-def _pinned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.pin_memory()
-    return {key: _pinned(each) for key, each in value.items()} if isinstance(value, dict) else value
+def _pinned(batch: Batch) -> Batch:
+    pinned: Batch = map_tensors(torch.Tensor.pin_memory, batch)
+    return pinned

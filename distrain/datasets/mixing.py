@@ -33,8 +33,8 @@ def mixing_problems(recipe: Recipe) -> list[str]:
     if not given:
         return []
     key, problems = next(iter(given)), []
-    if recipe.task not in MIXED_TASKS:
-        return [f"data.{key}: mixes classes, and the task is {recipe.task}; it is for {', '.join(MIXED_TASKS)}"]
+    if recipe.form not in MIXED_TASKS:
+        return [f"data.{key}: mixes classes, and the task is {recipe.form}; it is for {', '.join(MIXED_TASKS)}"]
     shares = _shares(recipe)
     if sum(shares) > 1:
         problems.append(
@@ -45,7 +45,7 @@ def mixing_problems(recipe: Recipe) -> list[str]:
     if loss is None or losses.spec_of(loss.name) is not None:
         return problems
     name = losses.fold(loss.name)
-    if recipe.task == "classification":
+    if recipe.form == "classification":
         if name != "crossentropy":
             problems.append(
                 f"data.{key}: makes a target a probability for each class, which loss {loss.name} does not take; use "
@@ -95,10 +95,10 @@ class Mixing:
             return None
         if problems := mixing_problems(recipe):
             raise UserError("\n".join(problems))
-        if recipe.task == "classification" and meta.num_classes is None:
+        if recipe.form == "classification" and meta.num_classes is None:
             raise UserError("data.mixup and data.cutmix need the number of classes, which the data set does not give")
         alphas = [(section or MixSection()).alpha for section in (mixup, cutmix)]
-        classes = meta.num_classes if recipe.task == "classification" else None
+        classes = meta.num_classes if recipe.form == "classification" else None
         return cls(*_shares(recipe), alphas[0], alphas[1], mix(recipe.seed, "mixing"), classes, dtype)
 
     @property

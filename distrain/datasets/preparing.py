@@ -42,6 +42,6 @@ def prepare_data(recipe: Recipe) -> bool:
 
 def encode_ahead(recipe: Recipe) -> None:
     """Have a data set that keeps what it encodes do so, before several processes would at once."""
-    entry = find_dataset(recipe.data, recipe.task)
+    entry = find_dataset(recipe.data, recipe.form)
     if (encode := entry.metadata.get("encode_ahead")) is not None:
-        encode(DataRequest(recipe.data, recipe.task, recipe.seed), **recipe.data.args)
+        encode(DataRequest(recipe.data, recipe.form, recipe.seed), **recipe.data.args)

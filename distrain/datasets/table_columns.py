@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distrain.config import Task, UserError, close_names
+from distrain.config import Form, UserError, close_names
 from distrain.datasets.table_files import Frame, listed
 from distrain.datasets.table_numbers import Moments, Numbers
 
@@ -122,7 +122,7 @@ def _counts(values: np.ndarray) -> bool:
     return first in (0.0, 1.0) and float(values.max()) - first == len(values) - 1 and _is_distinct(values)
 
 
-def fit(frame: Frame, columns: Columns, options: Options, task: Task, several: bool, positive: Any) -> dict[str, Any]:
+def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: bool, positive: Any) -> dict[str, Any]:
     """Return everything fitted to the training rows; raises UserError."""
     numeric: list[dict[str, Any]] = []
     categorical: list[dict[str, Any]] = []
@@ -181,7 +181,7 @@ def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]
     return {"name": name, "categories": categories}
 
 
-def _fit_target(frame: Frame, targets: list[str], options: Options, task: Task, positive: Any) -> dict[str, Any]:
+def _fit_target(frame: Frame, targets: list[str], options: Options, task: Form, positive: Any) -> dict[str, Any]:
     for key, given, needed in (
         ("positive", positive is not None, "binary"),
         ("standardize_target", options.standardize_target, "regression"),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource
 from distrain.datasets.table_columns import Columns, Options, fit, row_numbers, target_labels, target_numbers
@@ -100,7 +100,7 @@ class _Encoder:
     """Turns rows into tensors by the fitted state."""
 
     state: dict[str, Any]
-    task: Task
+    task: Form
     dtype: np.dtype[Any]
     """float32 or float64, of inputs and targets."""
     id: str | None = None
@@ -252,7 +252,7 @@ def _zeros_and_ones(frame: Frame, name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _meta(state: dict[str, Any], task: Task) -> DataMeta:
+def _meta(state: dict[str, Any], task: Form) -> DataMeta:
     names = [each["name"] for each in state["numeric"]]
     names += [f"{each['name']} is missing" for each in state["numeric"] if each["indicator"]]
     one_hot = state["encode"] == "one_hot"

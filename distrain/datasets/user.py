@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from distrain.config import DataSection, FoldSplit, Task, UserError, close_names, mix
+from distrain.config import DataSection, FoldSplit, Form, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
+from distrain.config.registry import Entry
 from distrain.datasets.arrays import ArrayData, input_tensors
 from distrain.datasets.base import (
     AnySource,
@@ -34,7 +35,7 @@ from distrain.datasets.labels import IGNORED, TOKEN_TASKS, Labels
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.system.output import error_line
 
-_ITEM = "(inputs, targets), or a dict with 'inputs' and 'targets'"
+_ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
 _SPLITS = ("train", "valid", "test")
 _TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
 _PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_position_ids")
@@ -45,9 +46,23 @@ def named_data(request: DataRequest) -> Data:
     """Build the recipe's data set; raises UserError."""
     entry = find_dataset(request.section, request.task)
     if entry.registered or isinstance(entry.value, ArrayData):
+        if request.task == "custom" and entry.tasks:
+            request = replace(request, task=_only_form(entry))
         data: Data = entry.value(request, **request.section.args)
         return data
     return user_data(request, entry.value)
+
+
+def _only_form(entry: Entry[Any]) -> Form:
+    """Return what the targets of a data set are; raises UserError where the task has to say that."""
+    if len(entry.tasks) > 1:
+        raise UserError(
+            f"data.name: data set {entry.name!r} has targets of several forms; give the task's class a form, as in "
+            f"`form = {entry.tasks[0]!r}`: {', '.join(entry.tasks)}"
+        )
+    form: Any = entry.tasks[0]
+    only: Form = form
+    return only
 
 
 def user_data(request: DataRequest, made: Any) -> Data:
@@ -61,9 +76,11 @@ def user_data(request: DataRequest, made: Any) -> Data:
       Python's, NumPy's and PyTorch's global generators are seeded from (seed, epoch, sample) before each item;
     - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if present, is called before a pass.
 
-    Inputs are tensors, arrays, numbers, PIL images, or dicts of these. Sequences of different lengths are padded: see
-    `_padding`. The facts for models come from an attribute `meta` (a `DataMeta`, or a dict of its fields), from
-    `classes`, and from the first item. A method `read(path)`, if present, returns a Dataset of inputs for prediction.
+    Inputs and targets are tensors, arrays, numbers, PIL images, or dicts and tuples of these; of a sample of three or
+    more the last is the targets. Sequences of different lengths are padded: see `_padding`. A task of one's own may
+    collate samples itself. The facts for models come from an attribute `meta` (a `DataMeta`, or a dict of its fields),
+    from `classes`, and from the first item. A method `read(path)`, if present, returns a Dataset of inputs for
+    prediction.
     """
     splits_made = _made_splits(request, made)
     first = splits_made["train"]
@@ -239,13 +256,13 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
     if batch is None:
         raise UserError(f"{made.name}: the training {'stream' if made.is_stream else 'split'} has no samples")
     inputs, targets = batch["inputs"], batch.get("targets")
-    if targets is None:
+    if targets is None and task != "custom":
         raise UserError(f"{made.name}: the first item has inputs and no targets; expected {_ITEM}")
     # tokens are sequences of any length and have no fixed shape
     has_shape = isinstance(inputs, torch.Tensor) and (inputs.is_floating_point() or inputs.ndim > 3)
     if meta.input_shape is None and has_shape:
         meta = replace(meta, input_shape=tuple(inputs.shape[1:]))
-    if meta.num_targets is None and task in ("regression", "multilabel"):
+    if meta.num_targets is None and task in ("regression", "multilabel") and isinstance(targets, torch.Tensor):
         meta = replace(meta, num_targets=targets.shape[1] if targets.ndim > 1 else 1)
     return meta
 
@@ -282,7 +299,7 @@ class UserSource:
                 except Exception as error:
                     text = f"{self.made.name}: item {number} cannot be read: {_error_text(error)}"
                     raise (CorruptSample(sample, text) if CorruptSample.is_why(error) else UserError(text)) from error
-                samples.append(_pair(item, f"{self.made.name}: item {number}"))
+                samples.append((item,) if self.form.own else _pair(item, f"{self.made.name}: item {number}"))
         batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
         return {**batch, "ids": torch.from_numpy(ids)}
 
@@ -298,12 +315,13 @@ class UserStream:
         if hasattr(self.made.dataset, "set_epoch"):
             self.made.dataset.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any, int]]:
-        """Yield (inputs, targets or None, number) of each item."""
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Yield (inputs, targets or None, number) of each item; (item, number) where the task collates them."""
         number = 0
         try:
             for item in self.made.walk():
-                yield *_pair(item, f"{self.made.name}: item {number} of the stream"), number
+                where = f"{self.made.name}: item {number} of the stream"
+                yield *((item,) if self.form.own else _pair(item, where)), number
                 number += 1
         except UserError:
             raise
@@ -311,15 +329,17 @@ class UserStream:
             where = f"{self.made.name}: item {number} of the stream"
             raise UserError(f"{where} cannot be read: {_error_text(error)}") from error
 
-    def collate(self, samples: list[tuple[Any, Any, int]]) -> Batch:
-        return collate(samples, self.form, lambda row: f"item {samples[row][2]} of the stream")
+    def collate(self, samples: list[tuple[Any, ...]]) -> Batch:
+        return collate(samples, self.form, lambda row: f"item {samples[row][-1]} of the stream")
 
 
 def _pair(item: Any, name: str) -> tuple[Any, Any]:
     """Return (inputs, targets or None) of an item; `name` identifies it in the error."""
     if isinstance(item, Mapping) and "inputs" in item and set(item) <= {"inputs", "targets"}:
         return item["inputs"], item.get("targets")
-    if isinstance(item, tuple | list) and len(item) in (1, 2):
+    if isinstance(item, tuple | list) and item:
+        if len(item) > 2:  # as arrays: a tuple of numbers would be a vector
+            return tuple(np.asarray(each) if isinstance(each, int | float) else each for each in item[:-1]), item[-1]
         return item[0], item[1] if len(item) == 2 else None
     found = f"a dict of {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
     raise UserError(f"{name} is {found}, expected {_ITEM}")
@@ -335,11 +355,13 @@ class _Form:
 
     name: str
     """The data set's, for errors."""
-    task: Task
+    task: Form
     pad_id: int | None
     padding: Mapping[str, float]
     dtype: torch.dtype
     labels: Labels
+    own: Callable[[list[Any]], Any] | None = None
+    """Makes a batch of samples as they are; None: `collate` does."""
 
     @classmethod
     def of(cls, request: DataRequest, meta: DataMeta, split: str, name: str) -> _Form:
@@ -347,7 +369,15 @@ class _Form:
             "language_modeling": meta.vocab_size,
             "seq2seq": meta.target_vocab_size if meta.target_vocab_size is not None else meta.vocab_size,
         }.get(request.task, meta.num_classes)
-        return cls(name, request.task, meta.pad_id, meta.padding or {}, request.dtype, request.labels(split, known))
+        return cls(
+            name,
+            request.task,
+            meta.pad_id,
+            meta.padding or {},
+            request.dtype,
+            request.labels(split, known),
+            request.collate,
+        )
 
     def image(self, value: Any) -> torch.Tensor:
         """Return an input as a tensor, black-and-white images as bytes."""
@@ -378,6 +408,8 @@ class _Form:
             if targets.is_floating_point():
                 raise UserError(f"{self.name}: targets are {targets.dtype}; task {self.task} expects whole numbers")
             return targets.to(torch.int64)
+        if self.task == "custom" and not targets.is_floating_point():
+            return targets
         return targets.to(self.dtype)
 
 
@@ -387,19 +419,50 @@ def collate(samples: Sequence[tuple[Any, ...]], form: _Form, name: Callable[[int
     Sequences (one or two dimensions, time first) of different lengths are padded at the end. Images of different sizes
     become a list, for a transform to resize.
     """
-    inputs = [sample[0] for sample in samples]
-    batch: Batch = {}
-    if isinstance(inputs[0], Mapping):
-        batch["inputs"] = {key: _joined([form.image(each[key]) for each in inputs], key, form) for key in inputs[0]}
-    else:
-        tensors = [form.image(each) for each in inputs]
-        ragged = tensors[0].ndim == 3 and len({tensor.shape for tensor in tensors}) > 1
-        batch["inputs"] = tensors if ragged else _joined(tensors, "inputs", form)
+    if form.own is not None:
+        return _of_own(form.own([sample[0] for sample in samples]), form)
+    batch: Batch = {"inputs": _collated([sample[0] for sample in samples], "inputs", form, form.image)}
     if samples[0][1] is not None:
-        batch["targets"] = form.targets(_joined([form.tensor(sample[1]) for sample in samples], "targets", form))
-        if found := form.labels.problem(batch["targets"]):
-            raise UserError(f"{form.name}: {name(found[0])}: {found[1]}; correct or remove the item")
+        batch["targets"] = _collated([sample[1] for sample in samples], "targets", form, form.tensor)
+        if isinstance(batch["targets"], torch.Tensor):
+            batch["targets"] = form.targets(batch["targets"])
+            if found := form.labels.problem(batch["targets"]):
+                raise UserError(f"{form.name}: {name(found[0])}: {found[1]}; correct or remove the item")
     return batch
+
+
+def _of_own(found: Any, form: _Form) -> Batch:
+    """Return what a task's own collate has made; raises UserError where it is no batch."""
+    if isinstance(found, tuple) and len(found) == 2:
+        return {"inputs": found[0], "targets": found[1]}
+    if not isinstance(found, Mapping) or "inputs" not in found:
+        what = f"a dict of {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise UserError(
+            f"{form.name}: the task's collate returned {what}; expected a dict with 'inputs' and, where there are any, "
+            "'targets'"
+        )
+    return {key: value for key, value in found.items() if key != "ids"}
+
+
+def _collated(values: list[Any], key: str, form: _Form, tensor: Callable[[Any], torch.Tensor]) -> Any:
+    """Return the values of one place in each sample as one, nested as they are; `key` is their innermost."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        if odd := next((each for each in values if not isinstance(each, Mapping) or set(each) != set(first)), None):
+            found = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else f"a {type(odd).__name__}"
+            raise UserError(f"{form.name}: {key} of one batch are dicts of {', '.join(map(str, first))} and {found}")
+        return {inner: _collated([each[inner] for each in values], str(inner), form, tensor) for inner in first}
+    if isinstance(first, tuple) and not all(isinstance(each, int | float) for each in first):
+        if any(not isinstance(each, tuple) or len(each) != len(first) for each in values):
+            raise UserError(f"{form.name}: {key} of one batch are tuples of {len(first)} and of another length")
+        return tuple(_collated(list(part), key, form, tensor) for part in zip(*values, strict=True))
+    if type(first).__module__.startswith("torch_geometric."):
+        from torch_geometric.data import Batch as GraphBatch
+
+        return GraphBatch.from_data_list(values)
+    tensors = [tensor(each) for each in values]
+    ragged = key == "inputs" and tensors[0].ndim == 3 and len({each.shape for each in tensors}) > 1
+    return tensors if ragged else _joined(tensors, key, form)
 
 
 def _joined(tensors: list[torch.Tensor], key: str, form: _Form) -> torch.Tensor:

@@ -85,7 +85,13 @@ def _roots(path: str | None, split: Any) -> dict[str, str]:
 
 
 def _model_files(recipe: Recipe) -> dict[str, str]:
-    parts = {"model": recipe.model, "loss": recipe.loss, "optim": recipe.optim, "eval": recipe.eval}
+    parts = {
+        "task": recipe.task,
+        "model": recipe.model,
+        "loss": recipe.loss,
+        "optim": recipe.optim,
+        "eval": recipe.eval,
+    }
     found: dict[str, str] = {}
     for key, part in parts.items():
         found |= _named(part.model_dump(mode="json") if part is not None else None, f"{key}.")

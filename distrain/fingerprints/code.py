@@ -44,6 +44,7 @@ def _entry_points(recipe: Recipe) -> Iterator[str]:
     named: list[tuple[registry.Registry[Any], list[Any]]] = [
         (registry.models, [recipe.model]),
         (registry.datasets, [recipe.data]),
+        (registry.tasks, [recipe.task]),
         (registry.losses, [recipe.loss] if recipe.loss is not None else []),
         (registry.optimizers, [recipe.optim]),
         (registry.schedules, [recipe.schedule]),

@@ -11,7 +11,6 @@ from distrain.datasets.base import warnings_of
 from distrain.diagnose.index_errors import explaining_errors
 from distrain.inference.trained import Trained, batch_size_of, log_error
 from distrain.metrics import build_metrics
-from distrain.optim import build_loss
 from distrain.run import heartbeat
 from distrain.training.evaluation import evaluate
 
@@ -38,15 +37,14 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     source = data.splits[split]
     for warning in warnings_of(source):
         logger.warning(warning)
-    loss, metrics = build_loss(recipe, data.meta), build_metrics(recipe, data.meta)
+    metrics = build_metrics(recipe, data.meta)
     heartbeat.enter_phase("evaluate")
-    with explaining_errors(lambda: (trained.model, loss), log_error):
+    with explaining_errors(lambda: (trained.model, trained.objective.loss), log_error):
         values = evaluate(
             trained.model,
-            trained.call,
+            trained.objective,
             source,
             world=world,
-            loss=loss,
             metrics=metrics,
             batch_size=batch_size_of(recipe, world.world_size),
             transform=trained.transform(),

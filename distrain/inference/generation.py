@@ -160,7 +160,7 @@ class Generator:
         recipe, data = trained.recipe, trained.data
         if not writes(recipe):
             raise UserError(
-                f"{trained.checkpoint} was trained for task {recipe.task}, which writes no text; use `distrain "
+                f"{trained.checkpoint} was trained for task {recipe.task.name}, which writes no text; use `distrain "
                 "predict`, or a run of task language_modeling or seq2seq"
             )
         if data.meta.decode is None:
@@ -169,7 +169,7 @@ class Generator:
             )
         self._trained = trained
         self._model: Any = trained.model
-        self.pairs = recipe.task == "seq2seq"
+        self.pairs = recipe.form == "seq2seq"
         self._decode = data.meta.decode
         self._device = trained.world.device
         self._positions: int | None = None
@@ -197,7 +197,7 @@ class Generator:
 
     def _plain(self, room: int) -> Decoder:
         def forward(inputs: Any) -> Tensor:
-            return self._trained.call(self._model, inputs).logits
+            return self._trained.objective.call(self._model, inputs).logits
 
         meta = self._trained.data.meta
         if self.pairs:

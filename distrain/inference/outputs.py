@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses.classes import class_dim
 from distrain.system.output import in_utf8, write_csv
@@ -45,7 +45,7 @@ class Predictions:
         return Predictions(columns, None if self.values is None else self.values[rows])
 
 
-def predicted(task: Task, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predictions:
+def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predictions:
     """Return what outputs (batch, k), (batch,), or with more dimensions, predict: read as losses and metrics read them.
 
     `targets`, where there are any, tell which dimension is that of the classes. `is_probability`: whether outputs of

@@ -24,7 +24,6 @@ from distrain.inference.outputs import (
     target_columns,
 )
 from distrain.inference.trained import Trained, batch_size_of, log_error
-from distrain.optim import build_loss
 from distrain.run import heartbeat
 from distrain.training.context import to_device
 
@@ -139,7 +138,8 @@ def _predict(
         split=what,
         skip_corrupt=0 if is_stream(source) else len(source),
     )
-    is_probability = build_loss(recipe, meta).takes_probabilities
+    loss = trained.objective.loss
+    is_probability = loss is not None and loss.takes_probabilities
     meaningless: list[int] = []
     with torch.no_grad():
         for batch in loader:
@@ -150,15 +150,15 @@ def _predict(
                 continue
             given(what, [batch])
             batch = to_device(batch, world)
-            if recipe.task in ("language_modeling", "seq2seq"):
+            if recipe.form in ("language_modeling", "seq2seq"):
                 found = Predictions({"text": _generated(trained, batch)}, None)
             else:
-                outputs = trained.call(trained.model, batch["inputs"]).logits.cpu()
+                outputs = trained.objective.predict(trained.model, batch).cpu()
                 meaningless += ids[keep & outputs.isnan().flatten(1).any(1).numpy()].tolist()
                 targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
-                found = predicted(recipe.task, outputs, targets, meta, is_probability)
+                found = predicted(recipe.form, outputs, targets, meta, is_probability)
                 if targets is not None and found.columns:
-                    found.columns.update(target_columns(recipe.task, targets, meta))
+                    found.columns.update(target_columns(recipe.form, targets, meta))
             file.append({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
             yield int(keep.sum())
     if meaningless:

@@ -19,11 +19,11 @@ from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.models import build_model
-from distrain.networks.calling import Convention, calling_convention
 from distrain.parallel import World, load_weights, open_world, with_mixed_precision
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
+from distrain.training.tasks import Objective, TaskContext, build_objective
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class Trained:
     recipe: Recipe
     data: Data
     model: nn.Module
-    call: Convention
+    objective: Objective
+    """What it was trained for."""
     world: World
     inputs: dict[str, Any]
     """Fingerprint of data and code of the training; empty where the checkpoint has none."""
@@ -68,7 +69,11 @@ class Trained:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint)
             _end_waits(recipe)
 
-            def build() -> tuple[Data, nn.Module]:
+            def initial_model() -> nn.Module:
+                kept = run_of(checkpoint) / FOLDER
+                return build_model(recipe, data.meta, kept=kept).to(world.device).requires_grad_(False).eval()
+
+            def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
                 model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
@@ -77,13 +82,13 @@ class Trained:
                 fixed = data.fixed_shapes and recipe.train.deterministic is not True
                 facts = {"byte_images": data.byte_images, "fixed_shapes": fixed}
                 world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
-                return data, model.to(world.device).eval()
+                objective = build_objective(recipe, data.meta)
+                objective.bind(model, TaskContext(recipe, data.meta, world.device, initial_model))
+                return data, model.to(world.device).eval(), objective
 
-            data, model = world.run_on_all(build)
+            data, model, objective = world.run_on_all(build)
             inputs = reader.manifest.scalars.get("inputs") or {}
-        return cls(
-            checkpoint, recipe, data, with_mixed_precision(world, model), calling_convention(model), world, inputs
-        )
+        return cls(checkpoint, recipe, data, with_mixed_precision(world, model), objective, world, inputs)
 
     def transform(self) -> Transform:
         """Return the transforms of what is evaluated and predicted."""
@@ -119,7 +124,7 @@ class Trained:
 
 def writes(recipe: Recipe) -> bool:
     """Whether the model of a recipe writes text."""
-    return recipe.task in ("language_modeling", "seq2seq")
+    return recipe.form in ("language_modeling", "seq2seq")
 
 
 def trained_model(checkpoint: Path) -> nn.Module:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from distrain.config import Component, Recipe, UserError, close_names
 from distrain.config.arguments import argument_problems
-from distrain.config.registry import Entry
+from distrain.config.registry import Entry, tasks
 from distrain.config.registry import metrics as registry
+from distrain.config.tasks import FORMS
 from distrain.datasets.base import DataMeta
 from distrain.metrics.catalogue import Metric, default_metrics, find_entry
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
@@ -228,16 +229,16 @@ def build_metrics(recipe: Recipe, meta: DataMeta) -> MetricSet:
 
 def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], list[str], Setting]:
     ignore_index = recipe.loss.args.get("ignore_index", NO_TARGET) if recipe.loss else NO_TARGET
-    loss = build_loss(recipe, meta) if meta is not None else None
+    loss = None if meta is None or recipe.form == "custom" else build_loss(recipe, meta)
     setting = Setting(
-        recipe.task,
+        recipe.form,
         meta,
         ignore_index,
         loss_is_entropy=loss is not None and loss.is_token_entropy,
         is_probability=loss is not None and loss.takes_probabilities,
     )
     wanted = recipe.eval.metrics
-    components = [Component(name=name) for name in default_metrics(setting)] if wanted is None else wanted
+    components = [Component(name=name) for name in _usual(recipe, setting)] if wanted is None else wanted
     metrics: dict[str, Metric] = {}
     problems: list[str] = []
     for component in components:
@@ -258,6 +259,14 @@ def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], li
         except UserError as error:
             problems.append(str(error))
     return metrics, problems, setting
+
+
+def _usual(recipe: Recipe, setting: Setting) -> Sequence[str]:
+    """Return the metrics of a recipe that names none."""
+    if recipe.task.name in FORMS:
+        return default_metrics(setting)
+    found: Sequence[str] | None = getattr(tasks.find(recipe.task.name).value, "metrics", None)
+    return default_metrics(setting) if found is None else found
 
 
 def _key(component: Component) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.config.registry import Entry, metrics
 from distrain.metrics.parts import (
     ClassCounts,
@@ -35,10 +35,10 @@ from distrain.metrics.parts import (
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
-CLASSES: tuple[Task, ...] = ("classification", "binary")
-LABELS: tuple[Task, ...] = (*CLASSES, "multilabel")
-REGRESSION: tuple[Task, ...] = ("regression",)
-TOKENS: tuple[Task, ...] = ("language_modeling", "seq2seq")
+CLASSES: tuple[Form, ...] = ("classification", "binary")
+LABELS: tuple[Form, ...] = (*CLASSES, "multilabel")
+REGRESSION: tuple[Form, ...] = ("regression",)
+TOKENS: tuple[Form, ...] = ("language_modeling", "seq2seq")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Metric:
 _TOP_K = re.compile(r"top_?(\d+)(?:_accuracy)?")
 
 
-def find_entry(name: str, task: Task) -> tuple[Entry[Callable[..., Any]], list[str]]:
+def find_entry(name: str, task: Form) -> tuple[Entry[Callable[..., Any]], list[str]]:
     """Return the metric of that name, and the arguments that the name includes; raises UserError.
 
     `top_5`, `top5` and `top5_accuracy` are `top_k` with k: 5.
@@ -84,6 +84,7 @@ def default_metrics(setting: Setting) -> list[str]:
         "binary": ["accuracy", "f1"],
         "multilabel": ["f1_micro", "f1_macro"],
         "regression": ["mae", "rmse", "r2"],
+        "custom": [],
     }.get(setting.task, tokens)
 
 

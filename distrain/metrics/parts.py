@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses import NO_TARGET, Outputs, class_dim, fitted
 
@@ -25,7 +25,7 @@ from distrain.optim.losses import NO_TARGET, Outputs, class_dim, fitted
 class Setting:
     """What metrics depend on besides outputs and targets."""
 
-    task: Task
+    task: Form
     meta: DataMeta | None
     """None if only the recipe is checked."""
     ignore_index: int = NO_TARGET

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distrain.config import Task
+from distrain.config import Form
 
 Size = Annotated[int, Field(ge=1)]
 """A width, or a number of layers."""
@@ -14,5 +14,5 @@ Size = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A dropout rate."""
 
-PREDICTION: tuple[Task, ...] = ("classification", "binary", "multilabel", "regression")
+PREDICTION: tuple[Form, ...] = ("classification", "binary", "multilabel", "regression")
 """The tasks that predict a vector for each sample."""

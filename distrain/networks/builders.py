@@ -65,7 +65,7 @@ class Builder:
 
 def find_builder(recipe: Recipe) -> Builder:
     name = recipe.model.name
-    entry = models.find(name, recipe.task)
+    entry = models.find(name, recipe.form)
     if entry.metadata.get("library") == "torchvision":
         return _torchvision_builder(name)
     if entry.metadata.get("library") == "timm":

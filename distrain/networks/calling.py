@@ -42,11 +42,11 @@ _CONVENTIONS: weakref.WeakKeyDictionary[nn.Module, Convention] = weakref.WeakKey
 def calling_convention(model: nn.Module) -> Convention:
     """Return the function that calls `model`, or any wrapper of it, with the inputs of a batch.
 
-    A tensor is passed as it is. A mapping is passed by name if `forward` takes its keys, otherwise as it is. A model of
-    transformers gets tokens as `input_ids` with an attention mask if it has a padding id (or its own main input, such
-    as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may return a tensor, a
-    `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first tensor goes to
-    metrics and to losses that take one. Raises UserError if neither way of calling fits.
+    A tensor is passed as it is, a tuple one by one, and a mapping by name if `forward` takes its keys, otherwise as it
+    is. A model of transformers gets tokens as `input_ids` with an attention mask if it has a padding id (or its own
+    main input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may
+    return a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first
+    tensor goes to metrics and to losses that take one. Raises UserError if neither way of calling fits.
     """
     unwrapped = unwrap_model(model)
     if is_transformers(unwrapped):
@@ -62,7 +62,7 @@ def calling_convention(model: nn.Module) -> Convention:
             if named is None:
                 named = by_name[keys] = _takes_names(unwrapped, signature, keys)
             return model_output(model(**inputs) if named else model(inputs))
-        return model_output(model(inputs))
+        return model_output(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
 
     return call
 

@@ -6,14 +6,14 @@ import dataclasses
 import math
 from typing import Any
 
-from distrain.config import Task
+from distrain.config import Form
 from distrain.datasets.base import DataMeta
 
 _HEAD = ("num_outputs", "num_classes", "num_labels", "out_features")
 _DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalities")
 
 
-def num_outputs(task: Task, meta: DataMeta) -> int | None:
+def num_outputs(task: Form, meta: DataMeta) -> int | None:
     """Return the outputs of the last layer (for each token, if tokens are predicted); None: unknown."""
     if task == "classification":
         return meta.num_classes
@@ -23,10 +23,12 @@ def num_outputs(task: Task, meta: DataMeta) -> int | None:
         return meta.num_targets
     if task == "regression":
         return meta.num_targets or 1
+    if task == "custom":
+        return meta.num_classes or meta.num_targets or meta.vocab_size
     return meta.vocab_size if task == "language_modeling" else meta.target_vocab_size
 
 
-def facts(task: Task, meta: DataMeta) -> dict[str, Any]:
+def facts(task: Form, meta: DataMeta) -> dict[str, Any]:
     """Return the default arguments of a model, by parameter name.
 
     They are the known fields of `meta`; `num_outputs`, `num_classes`, `num_labels` and `out_features`, all the size of

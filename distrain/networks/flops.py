@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.datasets.base import Batch
+from distrain.datasets.nested import map_tensors
 from distrain.system.output import error_line
 from distrain.system.peak_flops import peak_tflops
 
@@ -40,14 +41,9 @@ def training_flops(model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tens
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    def to_meta(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: to_meta(item) for key, item in value.items()}
-        return value.to("meta") if isinstance(value, Tensor) else value
-
     try:
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            moved = {key: to_meta(value) for key, value in batch.items()}
+            moved = map_tensors(lambda each: each.to("meta"), batch)
             torch.autograd.backward(loss_sum(model, moved))
         return counter.get_total_flops() or None
     except Exception as error:

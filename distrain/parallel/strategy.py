@@ -124,7 +124,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of `scale * loss_sum` (both 0-d); average it over the ranks with the `last` one."""
+        """Accumulate the gradient of `scale * loss_sum`; average it over the ranks with the `last` one.
+
+        Both 0-d, or (losses,), whose products are added up.
+        """
 
     def grad_norm(self, record: StepRecord, *, same_bits: bool) -> Tensor:
         """Return the norm (0-d, on the device) of the whole gradient, of all shards.

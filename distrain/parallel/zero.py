@@ -270,7 +270,7 @@ class ZeROStrategy(Strategy):
 
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         self.wrapped.set_gradient_accumulation_boundary(last)
-        self.wrapped.backward(loss_sum * scale, scale_wrt_gas=False)
+        self.wrapped.backward((loss_sum * scale).sum(), scale_wrt_gas=False)
         if self._gather_order is not None:
             self._gather_order.end()
         if last:

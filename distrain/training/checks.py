@@ -10,9 +10,10 @@ from distrain.data import check_data
 from distrain.datasets.base import Data, is_stream
 from distrain.metrics import check_metrics
 from distrain.models import check_model
-from distrain.optim import check_loss, check_optimizer, check_schedule
+from distrain.optim import check_optimizer, check_schedule
 from distrain.training.callbacks.building import check_callbacks
 from distrain.training.callbacks.trackers import check_trackers
+from distrain.training.tasks import check_task
 
 
 def check_recipe(recipe: Recipe, source: str) -> None:
@@ -20,7 +21,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     problems = [
         *check_data(recipe),
         *check_model(recipe),
-        *check_loss(recipe),
+        *check_task(recipe),
         *check_optimizer(recipe.optim),
         *check_schedule(recipe.schedule),
         *check_metrics(recipe),

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distrain.config import Recipe
 from distrain.datasets.base import Batch
+from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.datasets.transforms import FINISH
-from distrain.networks.calling import Convention
-from distrain.optim import Loss, Schedule
+from distrain.optim import Schedule
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
 from distrain.training.compiling import NOTHING, Compiled
-from distrain.training.forward import told_of
-from distrain.training.inner_loss import TARGETS
 from distrain.training.skipping import Anomalies, LocalStepResult
+from distrain.training.tasks import Objective
 
 
 @dataclass
@@ -31,14 +29,11 @@ class TrainContext:
 
     recipe: Recipe
     strategy: Strategy
-    call: Convention
-    """How the model is called on inputs."""
-    loss: Loss
+    objective: Objective
+    """What is trained: the recipe's loss, or the losses of a task of one's own."""
     schedule: Schedule
     logits_per_sample: int = 0
     """Of a language model whose loss is computed in chunks of them; 0 for others."""
-    loss_inside: bool = False
-    """Whether the model computes its loss itself; see `compute_loss_inside`."""
     compiled: Compiled = NOTHING
     """What is compiled, and why."""
     step: int = 0
@@ -70,23 +65,8 @@ class PendingMetrics(NamedTuple):
     """What the loss was multiplied by; None where it is not scaled."""
     local: LocalStepResult | None = None
     """What this rank has computed; None for a step that was known to be skipped."""
-
-
-def loss_of(call: Convention, loss: Loss, model: nn.Module, batch: Batch, *, inside: bool = False) -> Tensor:
-    """Return the sum of a batch's losses (0-d), with the model's auxiliary loss for each that is counted.
-
-    `inside`: whether the model computes its loss itself; see `compute_loss_inside`.
-    """
-    targets = batch["targets"]
-    if inside:
-        loss.check_targets(targets)
-    with told_of(model, len(targets)):
-        called: Any = partial(model, **{TARGETS: targets}) if inside else model
-        outputs = call(called, batch["inputs"])
-    loss_sum = outputs.logits if inside else loss.sum(loss.select(outputs), targets)
-    if outputs.aux_loss is not None:
-        loss_sum = loss_sum + outputs.aux_loss * loss.count(targets).to(loss_sum.dtype)
-    return loss_sum
+    means: Callable[[], dict[str, float]] | None = None
+    """Reads the means that the task reports besides the loss; None where there are none."""
 
 
 def to_device(batch: Batch, world: World) -> Batch:
@@ -101,32 +81,18 @@ def to_device(batch: Batch, world: World) -> Batch:
     moved, copies = dict(batch), world.copies
     finish = moved.pop(FINISH, None)
     keys = [key for key in ("inputs", "targets") if key in moved]
-    beside = copies is not None and copies.takes([each for key in keys for each in _tensors(moved[key])])
+    beside = copies is not None and copies.takes([each for key in keys for each in tensors_in(moved[key])])
     with copies.batch() if copies is not None and beside else nullcontext(world.put) as copy:
         for key in keys:
-            moved[key] = _with_tensors(copy, moved[key])
+            moved[key] = map_tensors(copy, moved[key])
     if world.tuning["channels_last"]:
-        moved["inputs"] = _with_tensors(_channels_last, moved["inputs"])
+        moved["inputs"] = map_tensors(_channels_last, moved["inputs"])
     if finish is not None:
         moved["inputs"] = finish(moved["inputs"])
     if world.precision == "fp64":
         for key in keys:
-            moved[key] = _with_tensors(lambda each: each.double() if each.is_floating_point() else each, moved[key])
+            moved[key] = map_tensors(lambda each: each.double() if each.is_floating_point() else each, moved[key])
     return moved
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _with_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_tensors(change, item) for key, item in value.items()}
-    return change(value) if isinstance(value, Tensor) else value
 
 
 def _channels_last(images: Tensor) -> Tensor:

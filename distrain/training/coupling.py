@@ -17,6 +17,7 @@ from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel.strategy import restored
 from distrain.training.context import TrainContext, seed_dropout, to_device
+from distrain.training.tasks import SupervisedObjective
 
 _TOLERANCE = 1e-4
 """Of the difference, relative to the sum; what fp32 rounds away is far below."""
@@ -30,7 +31,8 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
     Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
     that layers that look across the batch have no part in it. Nothing is left changed. None where the trial fails.
     """
-    if not isinstance(t.loss, UserLoss):
+    objective, loss = t.objective, t.objective.loss
+    if not (isinstance(objective, SupervisedObjective) and isinstance(loss, UserLoss)):
         return False
     found = None
     batches = _some(steps())
@@ -43,10 +45,10 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
             suppress(*([] if t.world.forward_is_collective else [Exception])),
         ):
             batches = [to_device(batch, t.world) for batch in batches]
-            parts = [(t.call(t.strategy.model, batch["inputs"]), batch["targets"]) for batch in batches]
+            parts = [(objective.call(t.strategy.model, batch["inputs"]), batch["targets"]) for batch in batches]
             with suppress(Exception):
-                outputs = _joined([t.loss.select(output) for output, _ in parts])
-                found = _differs(t, t.loss, outputs, torch.cat([targets for _, targets in parts]))
+                outputs = _joined([loss.select(output) for output, _ in parts])
+                found = _differs(t, loss, outputs, torch.cat([targets for _, targets in parts]))
     finally:
         t.strategy.model.train()
         t.strategy.reshard()

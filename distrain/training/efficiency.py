@@ -12,7 +12,6 @@ from distrain.datasets.transforms import finished
 from distrain.networks.flops import peak_of, training_flops
 from distrain.system.memory import GIB, peak_bytes
 from distrain.training.callbacks.base import CallbackRun
-from distrain.training.context import loss_of
 
 
 class Efficiency:
@@ -23,7 +22,7 @@ class Efficiency:
         self._device, self._world_size = run.device, run.world_size
         self._tokens_per_sample = setup.feed.data.meta.tokens_per_sample
         self._uncounted = setup.uncounted
-        self._loss, self._call = setup.training.loss, setup.training.call
+        self._objective = setup.training.objective
         self._peak = peak_of(run.device, run.context.world.precision, run.recipe.log.peak_tflops)
         self.flops_per_sample: float | None = None
         """Of a forward and a backward pass; None: not counted."""
@@ -34,8 +33,8 @@ class Efficiency:
         if model is None:
             return
         batch = finished(micro_batches[0])
-        counted = training_flops(model, lambda model, batch: loss_of(self._call, self._loss, model, batch), batch)
-        self.flops_per_sample = counted / len(batch["targets"]) if counted is not None else None
+        counted = training_flops(model, self._objective.loss_sum, batch)
+        self.flops_per_sample = counted / len(batch["ids"]) if counted is not None else None
 
     def row(self, samples_per_s: float) -> dict[str, Any]:
         """Return tokens_per_s, mfu, peak_memory_gib and reserved_memory_gib, those that are known."""

@@ -17,13 +17,13 @@ from distrain.data import Transform
 from distrain.datasets.base import AnySource, Batch, is_stream
 from distrain.datasets.batches import too_many
 from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.nested import tensors_in
 from distrain.diagnose.index_errors import given
 from distrain.metrics import MetricSet
-from distrain.networks.calling import Convention, ModelOutput
-from distrain.optim import Loss
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
 from distrain.training.context import to_device
+from distrain.training.tasks import Objective
 
 
 class Interrupted(UserError):
@@ -36,11 +36,10 @@ IGNORED = -100
 
 def evaluate(
     model: nn.Module,
-    call: Convention,
+    objective: Objective,
     source: AnySource,
     *,
     world: World,
-    loss: Loss,
     metrics: MetricSet,
     batch_size: int,
     transform: Transform | None = None,
@@ -71,7 +70,7 @@ def evaluate(
     are any, and do not count as `samples`.
     """
     metrics.reset()
-    tally = _Tally(loss, metrics, world)
+    tally = _Tally(objective, metrics, world)
     where = f"the evaluation of split '{split}'"
 
     options = pass_options(
@@ -97,8 +96,8 @@ def evaluate(
             given(where, [batch])
             yield to_device(batch, world)
 
-    def forward(batch: Batch) -> ModelOutput:
-        return call(model, batch["inputs"])
+    def forward(batch: Batch) -> Any:
+        return objective.evaluate(model, batch, predict=bool(metrics.names))
 
     def pass_alone() -> Tensor:
         for batch in batches():
@@ -120,11 +119,11 @@ def evaluate(
                     total = world.sum_of_all(pass_alone)
     finally:
         model.train(was_training)
-    seen = total[2:6].tolist()
+    means, seen, total = tally.split(total)
     tally.seen.check(seen, source, split)
     values: dict[str, Any] = {
-        "loss": (total[0] / total[1]).item(),
-        **metrics.compute(total[6:], metrics.gather(world.gather)),
+        **means,
+        **metrics.compute(total, metrics.gather(world.gather)),
         "samples": int(seen[0] - seen[3]),
     }
     if not math.isfinite(values["loss"]):
@@ -148,9 +147,11 @@ def pass_options(world: World, **options: Any) -> dict[str, Any]:
 class _Tally:
     """The sums and counts of this rank, and which samples they are of."""
 
-    def __init__(self, loss: Loss, metrics: MetricSet, world: World):
-        self._loss, self._metrics, self._world, self._device = loss, metrics, world, world.device
-        self._loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    def __init__(self, objective: Objective, metrics: MetricSet, world: World):
+        self._objective, self._metrics, self._world, self._device = objective, metrics, world, world.device
+        self._names: tuple[str, ...] | None = None
+        self._pairs: Tensor | None = None
+        """(names, 2) float64: sum and count of each loss, and of what else the task reports."""
         self._batches = 0
         self.first_nonfinite = torch.full((), -1, dtype=torch.int64, device=world.device)
         """The first batch whose loss is not finite, by its number; read at the end alone, so that nothing waits."""
@@ -158,28 +159,50 @@ class _Tally:
         self.corrupt: dict[int, str] = {}
         """{id: why} of samples that were skipped."""
 
-    def add(self, batch: Batch, outputs: ModelOutput) -> None:
-        """Add a batch on the device, and what the model returned for it."""
+    def add(self, batch: Batch, evaluated: Any) -> None:
+        """Add a batch on the device, and what `Objective.evaluate` returned for it."""
         ids = batch["ids"]
         self.seen.add(ids.numpy())
         if corrupt := batch.get("corrupt_samples"):
             self.corrupt.update(corrupt)
             self.seen.skip(np.array(list(corrupt)))
-        keep = self._world.to_device(ids) >= 0
-        loss_sum, count = self._loss.sum_and_count(self._loss.select(outputs), batch["targets"], keep)
-        self._loss_sums.add_(torch.stack((loss_sum.double(), count.double())))
-        self.first_nonfinite.masked_fill_(~loss_sum.isfinite() & (self.first_nonfinite < 0), self._batches)
+        scored = self._objective.score(evaluated, batch, self._world)
+        names, pairs = scored.means
+        if self._names not in (None, names):
+            raise UserError(
+                f"{self._objective.name} reports {', '.join(names)} of one batch and {', '.join(self._names or ())} of "
+                "another; report the same in each, with a count of 0 where there is nothing"
+            )
+        self._names, self._pairs = names, pairs if self._pairs is None else self._pairs + pairs
+        finite = pairs[: len(self._objective.names), 0].isfinite().all()
+        self.first_nonfinite.masked_fill_(~finite & (self.first_nonfinite < 0), self._batches)
         self._batches += 1
-        self._metrics.update(outputs.logits, batch["targets"], keep, (loss_sum, count))
+        if scored.predictions is not None and self._metrics.names:
+            self._metrics.update(scored.predictions, scored.targets, scored.keep, scored.loss)
 
     def sums(self) -> Tensor:
-        """Return what the ranks add up: (loss, its count, four of `_Seen`, those of the metrics), 1-D float64."""
+        """Return what the ranks add up: (means and counts, four of `_Seen`, those of the metrics), 1-D float64."""
+        assert self._pairs is not None, "each rank has as many batches, and at least one"
         seen = torch.tensor(self.seen.sums(), dtype=torch.float64, device=self._device)
-        return torch.cat((self._loss_sums, seen, self._metrics.sums().to(self._device)))
+        return torch.cat((self._pairs.flatten(), seen, self._metrics.sums().to(self._device)))
+
+    def split(self, total: Tensor) -> tuple[dict[str, float], list[float], Tensor]:
+        """Return the means by name with the whole loss, the sums of `_Seen`, and those of the metrics."""
+        assert self._names is not None
+        end = 2 * len(self._names)
+        pairs = total[:end].view(-1, 2)
+        means = dict(zip(self._names, (pairs[:, 0] / pairs[:, 1]).tolist(), strict=True))
+        losses = self._objective.names
+        loss = sum(self._objective.weights.get(name, 1.0) * means[name] for name in losses)
+        return (
+            {"loss": loss} | {k: v for k, v in means.items() if k != "loss"},
+            total[end : end + 4].tolist(),
+            total[end + 4 :],
+        )
 
 
 def _pass_together(
-    world: World, batches: Iterator[Batch], forward: Callable[[Batch], ModelOutput], tally: _Tally, *, stream: bool
+    world: World, batches: Iterator[Batch], forward: Callable[[Batch], Any], tally: _Tally, *, stream: bool
 ) -> None:
     """Take every batch through `forward`, in which ranks wait for each other, and add it to `tally`.
 
@@ -229,20 +252,12 @@ def _look_again(loader: Iterable[Batch], number: int) -> tuple[str, list[int]] |
     kept = batch["ids"] >= 0
     for key, what in (("inputs", "the inputs"), ("targets", "the targets")):
         bad = torch.zeros(len(kept), dtype=torch.bool)
-        for tensor in _tensors(batch.get(key)):
-            if tensor.is_floating_point() and len(tensor) == len(kept):
+        for tensor in tensors_in(batch.get(key)):
+            if tensor.dim() and tensor.is_floating_point() and len(tensor) == len(kept):
                 bad |= ~tensor.reshape(len(kept), -1).isfinite().all(dim=1)
         if (bad & kept).any():
             return what, batch["ids"][bad & kept].tolist()
     return "", batch["ids"][kept].tolist()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.dim():
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
 
 
 def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None]) -> str:

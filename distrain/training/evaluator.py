@@ -125,10 +125,9 @@ class Evaluator:
             try:
                 values = evaluate(
                     strategy.model,
-                    context.t.call,
+                    context.t.objective,
                     context.data.splits[split],
                     world=context.world,
-                    loss=context.t.loss,
                     metrics=self.metrics,
                     **self._reading(split),
                     decode=context.data.meta.decode,

@@ -24,7 +24,7 @@ from distrain.parallel.tuning import MANY_LOGITS, Logits
 TARGETS = "loss_targets"
 
 
-def logits_of(recipe: Recipe, world: World, loss: Loss, model: nn.Module, tokens: int | None) -> Logits:
+def logits_of(recipe: Recipe, world: World, loss: Loss | None, model: nn.Module, tokens: int | None) -> Logits:
     """Return the logits of a micro-batch of so many tokens, with the layer that makes them where that may matter.
 
     `tokens`: None where their number varies.
@@ -32,8 +32,10 @@ def logits_of(recipe: Recipe, world: World, loss: Loss, model: nn.Module, tokens
     setting = recipe.tune.chunked_loss
     if setting is False:
         return Logits(obstacle="tune.chunked_loss is false")
+    if loss is None:
+        return Logits(obstacle=f"task {recipe.task.name} computes its losses itself")
     if not loss.takes_hidden:
-        return Logits(obstacle=f"loss {loss.name} of task {recipe.task} is computed from whole logits")
+        return Logits(obstacle=f"loss {loss.name} of task {recipe.form} is computed from whole logits")
     if world.mixed_precision.scaled:
         # before they are scaled most of these gradients are too small for it
         return Logits(obstacle=f"under {world.precision} gradients are computed from a scaled loss")

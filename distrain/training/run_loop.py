@@ -93,7 +93,7 @@ class Session(RunContext):
         session: Session | None = None
 
         def parts() -> tuple[nn.Module | None, Loss | None]:
-            return (None, None) if session is None else (session.t.strategy.model, session.t.loss)
+            return (None, None) if session is None else (session.t.strategy.model, session.t.objective.loss)
 
         def last_word(error: UserError) -> None:
             if session is not None:
@@ -246,6 +246,7 @@ class Session(RunContext):
             epoch=samples / length if length else 0.0,
             skipped=skipped,
             grad_scale=taken.grad_scale,
+            means=taken.means() if taken.means is not None else {},
         )
 
     def _report(self, found: Anomaly) -> None:

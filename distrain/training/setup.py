@@ -29,12 +29,10 @@ from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
 from distrain.models import build_model
 from distrain.networks.blocks import checkpoint_activations
-from distrain.networks.calling import calling_convention, unwrap_model
 from distrain.networks.flops import peak_of, without_storage
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
-    build_loss,
     build_optimizer,
     describe_groups,
     frozen_names,
@@ -51,12 +49,13 @@ from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_ba
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.compiling import compile_model, resolve_compile
-from distrain.training.context import TrainContext, loss_of, seed_dropout, to_device
+from distrain.training.context import TrainContext, seed_dropout, to_device
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.documents import check_documents_apart
 from distrain.training.forward import check_layers
 from distrain.training.inner_loss import compute_loss_inside, logits_of
 from distrain.training.skipping import Anomalies
+from distrain.training.tasks import SupervisedObjective, TaskContext, build_objective
 from distrain.training.updates import Inputs, take_inputs
 
 logger = logging.getLogger(__name__)
@@ -178,7 +177,7 @@ def set_up(
     before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None
     if resumed is not None and before is not None and before != cut:
         if not updated and accepted != cut:
-            check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task)
+            check_cut(before, cut, recipe.loss.name if recipe.loss else recipe.task.name)
         line = f"loss: {describe_cut(before)} -> {describe_cut(cut)}"
         inputs.lines.append(f"updated  {line}")
         if accepted != cut:
@@ -188,7 +187,7 @@ def set_up(
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
         check_documents_apart(
-            training.strategy.model, training.call, data.meta.vocab_size or 0, world.device, narrow=narrow
+            training.strategy.model, training.objective.call, data.meta.vocab_size or 0, world.device, narrow=narrow
         )
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
@@ -202,13 +201,13 @@ def set_up(
     couples = before is not None or couples_samples(training, lambda: feed.batches(start_step=0))
     if couples is None:
         warnings.append(
-            f"whether loss {training.loss.name} takes samples together could not be tried before the first step; if it "
-            "does, it means another objective with another batch.micro or number of processes"
+            f"whether loss {training.objective.name} takes samples together could not be tried before the first step; "
+            "if it does, it means another objective with another batch.micro or number of processes"
         )
     if couples:
         inputs.fingerprint["cut"] = cut  # in checkpoints from now on
         world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
-        if found := warning(training.loss.name, cut, recipe.batch.global_batch_size):
+        if found := warning(training.objective.name, cut, recipe.batch.global_batch_size):
             warnings.append(found)
     return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, inputs, warnings, uncounted, beside)
 
@@ -246,15 +245,16 @@ def _training(
     Initial weights are loaded unless the run `resumes`.
     """
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
-    loss = world.run_on_all(lambda: build_loss(recipe, meta))
+    objective = world.run_on_all(lambda: build_objective(recipe, meta))
+    loss = objective.loss
     compiled = resolve_compile(recipe.train.compile, world.device)
-    inside, logits_per_sample = False, 0
+    logits_per_sample = 0
     summary: ModelSummary | None = None
     uncounted: nn.Module | None = None
     counts = world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None
 
     def fit(model: nn.Module) -> None:
-        nonlocal summary, uncounted, inside, logits_per_sample
+        nonlocal summary, uncounted, logits_per_sample
         uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
         summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
         describe_groups(model, recipe.optim, horizon)
@@ -290,10 +290,14 @@ def _training(
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
         chunked = world.tuning["chunked_loss"]
-        inside = compiled.on or chunked
         logits_per_sample = (logits.count or 0) // feed.micro_batch_size if chunked else 0
-        if inside:
-            compute_loss_inside(model, loss, logits.head if chunked else "")
+        objective.bind(model, TaskContext(recipe, meta, world.device, initial_model))
+        if isinstance(objective, SupervisedObjective) and (compiled.on or chunked):
+            objective.inside = True
+            compute_loss_inside(model, objective.loss, logits.head if chunked else "")
+
+    def initial_model() -> nn.Module:
+        return build_model(recipe, meta, kept=kept).to(world.device).requires_grad_(False).eval()
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         section = recipe.optim
@@ -309,8 +313,8 @@ def _training(
     def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
         seed_dropout(world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index))  # dropout is as then
         given("the first step", [first_step()[index]])
-        batch = to_device(first_step()[index], world)
-        return loss_of(calling_convention(unwrap_model(model)), loss, model, batch, inside=inside)
+        found = objective.loss_sum(model, to_device(first_step()[index], world))
+        return found.sum() if found.dim() else found
 
     plan = BuildSpec(
         model=build,
@@ -327,9 +331,9 @@ def _training(
     strategy = build_strategy(world, plan)
     strategy.model.train()
     if compiled.on:
-        loss.prepare(world.device, world.mixed_precision.weights)
+        if loss is not None:
+            loss.prepare(world.device, world.mixed_precision.weights)
         world.run_on_all(lambda: compile_model(strategy.model, compiled))
     schedule = resolve_schedule(recipe.schedule, horizon)
     assert summary is not None
-    call = calling_convention(strategy.model)
-    return TrainContext(recipe, strategy, call, loss, schedule, logits_per_sample, inside, compiled), summary, uncounted
+    return TrainContext(recipe, strategy, objective, schedule, logits_per_sample, compiled), summary, uncounted

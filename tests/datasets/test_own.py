@@ -291,7 +291,7 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
         ("Numbers", {"worker": 3}, "did you mean 'workers'"),
         ("parts", {"path": "x"}, "takes no argument 'path'"),
         ("odd_items", {}, "data.kind: .* needs it"),
-        ("odd_items", {"kind": "triple"}, "item 0 is a tuple, expected .inputs, targets"),
+        ("odd_items", {"kind": "dict"}, "item 0 is a dict of x, expected .inputs, targets"),
         ("odd_items", {"kind": "dict"}, "item 0 is a dict of x, expected"),
         ("odd_items", {"kind": "number"}, "item 0 is a int, expected"),
         ("odd_items", {"kind": "words"}, "a str cannot become a tensor"),

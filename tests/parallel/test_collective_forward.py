@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
+from evaluations import PAIRS, POINTS, bound_objective, evaluate_untrained, write_pairs
 from runs import rows, train, write_recipe
 from steps import backward_and_apply
 from test_matrix import create, train_in_turn
@@ -22,8 +22,6 @@ from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.metrics import build_metrics
 from distrain.models import build_model
-from distrain.networks.calling import calling_convention
-from distrain.optim import build_loss
 from distrain.parallel import open_world
 from distrain.training.evaluation import evaluate
 
@@ -40,7 +38,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
     world: Any = open_world("fp32")
     data = build_data(parsed)
     model = build_model(parsed, data.meta)
-    call = calling_convention(model)
+    objective = bound_objective(parsed, data.meta, model)
     # the small layers on their own, so that there is a collective in each
     mesh = init_device_mesh("cpu", (world.world_size,))
     tied = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
@@ -71,10 +69,9 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
     def scored() -> Any:
         return evaluate(
             model,
-            call,
+            objective,
             source,
             world=world,
-            loss=build_loss(parsed, data.meta),
             metrics=metrics,
             batch_size=parsed.eval.batch or 4,
             decode=data.meta.decode,

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
+from distrain.config import Recipe
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
+from distrain.datasets.base import DataMeta
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.metrics import build_metrics
 from distrain.models import build_model
-from distrain.networks.calling import calling_convention
-from distrain.optim import build_loss
 from distrain.parallel import open_world
 from distrain.training.evaluation import evaluate
+from distrain.training.tasks import Objective, TaskContext, build_objective
 
 POINTS = """
 name: points
@@ -57,10 +60,9 @@ def evaluate_untrained(
     model = build_model(parsed, data.meta)
     values = evaluate(
         model,
-        calling_convention(model),
+        bound_objective(parsed, data.meta, model),
         data.splits["test"],
         world=world,
-        loss=build_loss(parsed, data.meta),
         metrics=build_metrics(parsed, data.meta),
         batch_size=parsed.eval.batch or 4,
         decode=data.meta.decode,
@@ -69,6 +71,13 @@ def evaluate_untrained(
     assert model.training, "as it was before"
     world.close()
     return values
+
+
+def bound_objective(recipe: Recipe, meta: DataMeta, model: nn.Module) -> Objective:
+    """Return what a recipe trains, with its model."""
+    objective = build_objective(recipe, meta)
+    objective.bind(model, TaskContext(recipe, meta, torch.device("cpu"), lambda: model))
+    return objective
 
 
 def write_pairs(folder: Path) -> Path:

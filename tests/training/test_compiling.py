@@ -34,9 +34,9 @@ from distrain.training.compiling import (
     resolve_compile,
     warn_of_failures,
 )
-from distrain.training.context import loss_of
 from distrain.training.inner_loss import compute_loss_inside, logits_of
 from distrain.training.setup import EVAL_LOGITS, TrainSetup
+from distrain.training.tasks import SupervisedObjective
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,9 @@ CASES: dict[str, Any] = {
 
 def gradients(model: nn.Module, loss: Loss, batch: dict[str, Any], *, inside: bool) -> list[Tensor]:
     model.zero_grad()
-    total = loss_of(calling_convention(model), loss, model, batch, inside=inside)
+    objective = SupervisedObjective(loss)
+    objective.call, objective.inside = calling_convention(model), inside
+    total = objective.loss_sum(model, batch)
     (total / 3).backward()
     return [total.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
 

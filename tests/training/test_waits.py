@@ -21,8 +21,7 @@ from distrain.config.yaml import load_recipe
 from distrain.datasets.base import DataMeta
 from distrain.loop import train_step
 from distrain.metrics import build_metrics
-from distrain.networks.calling import calling_convention
-from distrain.optim import build_loss, build_optimizer
+from distrain.optim import build_optimizer
 from distrain.parallel import BuildSpec, StepFlags, StrategySpec, World
 from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.mesh import Mesh
@@ -30,6 +29,7 @@ from distrain.parallel.precision import MixedPrecision
 from distrain.run.folder import RunDir
 from distrain.training.context import TrainContext, to_device
 from distrain.training.evaluation import _Tally
+from distrain.training.tasks import TaskContext, build_objective
 
 DEVICE = torch.device("meta")
 """Computes nothing and has no numbers: whatever reads one raises."""
@@ -97,6 +97,9 @@ class DistantWorld(World):
         torch.cat(values)
         return lambda: [0.0] * sum(map(len, values))
 
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        return [value] * self.world_size
+
     def sum(self, values: Tensor) -> Tensor:
         return values * self.world_size
 
@@ -116,6 +119,24 @@ train: {{steps: 4, ema: 0.9}}
 
 
 LOSSES = """
+import distrain
+
+class Two(distrain.Task):
+    weights = {"second": 0.5}
+
+    def count(self, batch):
+        return {"second": (batch["targets"] > 0).sum()}
+
+    def losses(self, model, batch):
+        outputs = model(batch["inputs"])
+        self.log("largest", outputs.amax(1).sum())
+        used = batch["targets"] > 0
+        chosen = outputs.logsumexp(1) * used
+        return {"first": outputs.square().mean(1), "second": distrain.LossSum(chosen.sum(), used.sum())}
+
+    def measure(self, predictions, batch):
+        return {"positive": distrain.LossSum((predictions > 0).sum(), predictions.numel())}
+
 def counted(outputs, targets):
     return (outputs - targets).abs().sum(), 3.0
 
@@ -160,6 +181,7 @@ CASES: dict[str, tuple[str, str, Callable[[], dict[str, Tensor]], Callable[[], n
     "weighted": ("classification", "loss: {name: cross_entropy, weight: [1, 2, 3]}", classes, convolutions),
     "smoothed": ("classification", "loss: {name: cross_entropy, label_smoothing: 0.1}", classes, convolutions),
     "regression": ("regression", "loss: huber_loss", numbers, lambda: nn.Linear(5, 1)),
+    "task": ("{folder}/losses.py:Two", "", classes, convolutions),
     "users": ("regression", 'loss: "{folder}/losses.py:counted"', numbers, lambda: nn.Linear(5, 1)),
 }
 
@@ -170,16 +192,21 @@ def opened(folder: Path, case: str, ranks: int) -> Iterator[tuple[TrainContext, 
     task, more, _, build = CASES[case]
     (folder / "losses.py").write_text(LOSSES)
     recipe = load_recipe(
-        write_recipe(folder, RECIPE.format(task=task, more=more.replace("{folder}", str(folder))))
+        write_recipe(folder, RECIPE.format(task=task, more=more).replace("{folder}", str(folder)))
     ).recipe
     world = DistantWorld()
-    loss = build_loss(recipe, DataMeta())
+    objective = build_objective(recipe, DataMeta())
 
     def loss_sum(model: nn.Module, index: int) -> Tensor:
         raise AssertionError("a single process needs no dry run")
 
+    def bound() -> nn.Module:
+        model = build()
+        objective.bind(model, TaskContext(recipe, DataMeta(), DEVICE, lambda: model))
+        return model
+
     plan = BuildSpec(
-        model=build,
+        model=bound,
         optimizer=lambda model: build_optimizer(model, recipe.optim, fused=False),
         loss_sum=loss_sum,
         micro_batch_size=4,
@@ -190,7 +217,7 @@ def opened(folder: Path, case: str, ranks: int) -> Iterator[tuple[TrainContext, 
     strategy = DDPStrategy(world, plan)
     strategy.model.train()
     world.world_size = ranks  # from here on
-    t = TrainContext(recipe, strategy, calling_convention(strategy.model), loss, lambda step: 1.0)
+    t = TrainContext(recipe, strategy, objective, lambda step: 1.0)
     with Constants() as constants, Waits(world) as waits:
         first = iter((True, True))
 
@@ -220,15 +247,15 @@ def test_in_a_step_the_host_does_not_wait(tmp_path: Path, case: str, ranks: int)
     assert t.step == 3
 
 
-@pytest.mark.parametrize("case", ["tokens", "classes", "weighted", "regression"])
+@pytest.mark.parametrize("case", ["tokens", "classes", "weighted", "regression", "task"])
 def test_in_a_batch_of_an_evaluation_the_host_does_not_wait(tmp_path: Path, case: str) -> None:
     with opened(tmp_path, case, 1) as (t, world, forget):
-        tally, model = _Tally(t.loss, build_metrics(t.recipe, DataMeta()), world), t.strategy.model.eval()
+        tally, model = _Tally(t.objective, build_metrics(t.recipe, DataMeta()), world), t.strategy.model.eval()
         for _ in range(3):
             forget()
             batch = to_device(pinned(world, CASES[case][2]()), world)
             with torch.no_grad():
-                tally.add(batch, t.call(model, batch["inputs"]))
+                tally.add(batch, t.objective.evaluate(model, batch, predict=True))
 
 
 class Copies:
@@ -259,7 +286,7 @@ def test_a_large_batch_goes_by_the_stream_and_a_small_one_does_not() -> None:
         assert moved["inputs"]["left"].device == moved["targets"].device == DEVICE
         assert moved["ids"] is batch["ids"]
         assert batch["inputs"] is inputs, "the batch itself stays on the host"
-    assert copies.copied == [(8, 4), (8, 4)]
+    assert copies.copied == [(8, 4), (2,), (8, 4)], "those in a list too"
 
 
 @pytest.mark.parametrize(

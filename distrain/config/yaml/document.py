@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 PYTHON = "Python"
 _DEFAULT = "default"
 _LARGEST_FILE = 1 << 20
-_COMPONENTS: frozenset[Place] = frozenset({("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
+_COMPONENTS: frozenset[Place] = frozenset({("task",), ("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
 _COMPONENT_LISTS: frozenset[Place] = frozenset(
     {
         ("callbacks",),

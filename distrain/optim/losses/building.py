@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Recipe, Task, UserError
+from distrain.config import Form, Recipe, UserError
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import losses
 from distrain.datasets.base import DataMeta
@@ -51,7 +51,7 @@ _REFUSED = {
 }
 _ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewithlogits"}
 _REDUCTIONS = ("size_average", "reduce", "reduction")
-_DEFAULTS: dict[Task, str] = {
+_DEFAULTS: dict[Form, str] = {
     "classification": "cross_entropy",
     "language_modeling": "cross_entropy",
     "seq2seq": "cross_entropy",
@@ -83,7 +83,7 @@ def check_loss(recipe: Recipe) -> list[str]:
 
 def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     """Return the recipe's loss, or the task's default. Raises UserError with every problem of its arguments."""
-    name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.task]
+    name = recipe.loss.name if recipe.loss else _DEFAULTS[recipe.form]
     args = recipe.loss.args if recipe.loss else {}
     dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
     entry = losses.find(_ALIASES.get(losses.fold(name), name))
@@ -105,13 +105,13 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
     for key in ("weight", "pos_weight"):
         if args.get(key) == BALANCED:
             try:
-                args[key] = _balanced(key, class_name, recipe.task, meta)
+                args[key] = _balanced(key, class_name, recipe.form, meta)
             except UserError as error:
                 problems.append(str(error))
                 args[key] = None
         if args.get(key) is not None:
             try:
-                expected = None if rule.over == "elements" else _classes(recipe.task, meta)
+                expected = None if rule.over == "elements" else _classes(recipe.form, meta)
                 args[key] = _weights(key, args[key], expected, dtype)
             except UserError as error:
                 problems.append(str(error))
@@ -122,16 +122,16 @@ def build_loss(recipe: Recipe, meta: DataMeta) -> Loss:
             return CtcLoss(name, partial(build, **args))
         if rule.over == "classes":
             without_index = {key: value for key, value in args.items() if key != "ignore_index"}
-            loss: Loss = ClassLoss(name, partial(build, **without_index), recipe.task, args)
+            loss: Loss = ClassLoss(name, partial(build, **without_index), recipe.form, args)
         else:
-            loss = ElementLoss(name, partial(build, **args), rule, per_row, recipe.task)
-        _try(loss, class_name, rule, recipe.task, args)
+            loss = ElementLoss(name, partial(build, **args), rule, per_row, recipe.form)
+        _try(loss, class_name, rule, recipe.form, args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"loss: {name!r} refuses its arguments: {error}") from error
     return loss
 
 
-def _try(loss: Loss, class_name: str, rule: Rule, task: Task, args: Mapping[str, Any]) -> None:
+def _try(loss: Loss, class_name: str, rule: Rule, task: Form, args: Mapping[str, Any]) -> None:
     """Compute the loss of one artificial sample: torch checks most arguments only then."""
     width = max([len(value) for value in args.values() if isinstance(value, Tensor)], default=2)
     shape = (1, 1, width) if is_of_tokens(task) and rule.over == "classes" else (1, width)
@@ -154,7 +154,7 @@ def _weights(key: str, value: Any, expected: int | None, dtype: torch.dtype) -> 
     return torch.tensor(numbers, dtype=dtype)
 
 
-def _balanced(key: str, class_name: str, task: Task, meta: DataMeta) -> list[float] | None:
+def _balanced(key: str, class_name: str, task: Form, meta: DataMeta) -> list[float] | None:
     """Return the weights that are computed from the labels; None where those are not known."""
     if key == "weight" and (task != "classification" or class_name not in ("CrossEntropyLoss", "NLLLoss")):
         positive = "; set pos_weight: balanced" if task in ("binary", "multilabel") else ""
@@ -171,7 +171,7 @@ def _balanced(key: str, class_name: str, task: Task, meta: DataMeta) -> list[flo
     return balanced_pos_weights(counts[1:] if task == "binary" else counts, meta.counted_samples, None)
 
 
-def _classes(task: Task, meta: DataMeta) -> int | None:
+def _classes(task: Form, meta: DataMeta) -> int | None:
     if task == "multilabel":
         return meta.num_targets
     return {"language_modeling": meta.vocab_size, "seq2seq": meta.target_vocab_size}.get(task, meta.num_classes)

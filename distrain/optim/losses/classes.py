@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.optim.losses.chunked import chunked_cross_entropy
 from distrain.optim.losses.interface import NEVER, NO_TARGET, Outputs, TorchLoss
 from distrain.optim.losses.shapes import along, kept_sum, repeated, single, wide
@@ -22,7 +22,7 @@ class ClassLoss(TorchLoss):
     torch's own (batch, classes, ...); see `class_dim`.
     """
 
-    def __init__(self, name: str, build: Callable[..., nn.Module], task: Task, args: Mapping[str, Any]):
+    def __init__(self, name: str, build: Callable[..., nn.Module], task: Form, args: Mapping[str, Any]):
         tokens = task in ("language_modeling", "seq2seq")
         self.ignore_index = args.get("ignore_index", NO_TARGET if tokens else NEVER)
         super().__init__(name, partial(build, ignore_index=self.ignore_index))
@@ -109,7 +109,7 @@ class ClassLoss(TorchLoss):
         return per_sample // targets.shape[_soft_class_dim(targets.dim(), self._task)]
 
 
-def class_dim(outputs: Tensor, targets: Tensor, task: Task) -> int:
+def class_dim(outputs: Tensor, targets: Tensor, task: Form) -> int:
     """Return the class dimension of `outputs`; raises UserError if outputs do not fit targets.
 
     The last for (batch, ..., classes), 1 for torch's (batch, classes, ...). If a shape can be read both ways, tokens
@@ -135,11 +135,11 @@ def _misfit(shape: Sequence[int], targets: Tensor) -> UserError:
     )
 
 
-def is_of_tokens(task: Task) -> bool:
+def is_of_tokens(task: Form) -> bool:
     return task in ("language_modeling", "seq2seq")
 
 
-def _soft_class_dim(dims: int, task: Task) -> int:
+def _soft_class_dim(dims: int, task: Form) -> int:
     return dims - 1 if is_of_tokens(task) else 1
 
 
@@ -147,7 +147,7 @@ def _is_soft(targets: Tensor) -> bool:
     return targets.is_floating_point() and targets.dim() > 1
 
 
-def _class_numbers(targets: Tensor, task: Task) -> Tensor:
+def _class_numbers(targets: Tensor, task: Form) -> Tensor:
     # binary targets are floats, and class numbers too if the model has two outputs
     if targets.is_floating_point() and not (task == "binary" and targets.dim() == 1):
         raise UserError(

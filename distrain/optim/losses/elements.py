@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Task, UserError
+from distrain.config import Form, UserError
 from distrain.optim.losses.interface import NO_TARGET, Outputs, TorchLoss
 from distrain.optim.losses.shapes import equal_shapes, fitted, kept_sum, of_rows, several, shapes, wide
 
@@ -32,7 +32,7 @@ _OF_PROBABILITIES = (nn.BCELoss, nn.BCEWithLogitsLoss)
 class ElementLoss(TorchLoss):
     """Losses whose mean is over elements or over rows."""
 
-    def __init__(self, name: str, build: Callable[..., nn.Module], rule: Rule, per_row: bool, task: Task):
+    def __init__(self, name: str, build: Callable[..., nn.Module], rule: Rule, per_row: bool, task: Form):
         super().__init__(name, build)
         self._rule = rule
         self.takes_several = rule.outputs > 1

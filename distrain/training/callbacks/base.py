@@ -43,6 +43,8 @@ class StepMetrics:
     """Whether the step changed nothing, as `anomalies` has it skipped."""
     grad_scale: float | None = None
     """What the loss was multiplied by before the backward pass; None where it is not scaled."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """What the task reports besides: each of its losses by name, and what it logs; over all micro-batches and ranks."""
 
 
 @dataclass(frozen=True)

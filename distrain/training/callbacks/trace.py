@@ -273,7 +273,7 @@ class Trace(Callback):
             {
                 "model": context.t.state.model,
                 "optimizer": context.t.state.optimizer,
-                "loss": context.t.loss,
+                "loss": context.t.objective.holds,
                 "schedule": context.t.schedule,
                 "data": splits["train"],
                 "transforms": feed.transforms["train"],

@@ -69,6 +69,7 @@ class TrainLog(Callback):
             row["grad_norm"] = metrics.grad_norm
         if metrics.grad_scale is not None:
             row["loss_scale"] = metrics.grad_scale
+        row |= metrics.means
         row |= self._efficiency.row(row["samples_per_s"])
         if steps := step - self._logged_step:
             row |= {"step_s": seconds / steps, **self._times.take()}

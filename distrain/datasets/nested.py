@@ -1,0 +1,59 @@
+"""Values of a batch: a tensor, or a dict, tuple or list of values, nested as a sample is.
+
+A graph of PyTorch Geometric, or a batch of graphs, is a value too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_in(each)
+    elif _is_graph(value):
+        yield from tensors_in(value.to_dict())
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return the value with each of its tensors changed; it stays itself where it has none."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(change, each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        changed = [map_tensors(change, each) for each in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
+    if isinstance(value, list):
+        return [map_tensors(change, each) for each in value]
+    return copy(value).apply(change) if _is_graph(value) else value
+
+
+def rows_of(value: Any, keep: list[bool]) -> Any:
+    """Return a value without the rows where `keep` is False, of each tensor and list with a row for each sample."""
+    if isinstance(value, Tensor):
+        has_rows = value.dim() > 0 and len(value) == len(keep)
+        return value[[at for at, kept in enumerate(keep) if kept]] if has_rows else value
+    if isinstance(value, Mapping):
+        return {key: rows_of(each, keep) for key, each in value.items()}
+    if isinstance(value, list) and len(value) == len(keep):
+        return [each for each, kept in zip(value, keep, strict=True) if kept]
+    if isinstance(value, tuple | list):
+        changed = [rows_of(each, keep) for each in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
+    return value
+
+
+def _is_graph(value: Any) -> bool:
+    return hasattr(value, "apply") and hasattr(value, "to_dict")

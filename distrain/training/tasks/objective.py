@@ -1,0 +1,422 @@
+"""What a step and an evaluation ask of a task: sums of losses, what they are divided by, and predictions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distrain.config import Recipe, UserError
+from distrain.config.arguments import argument_problems
+from distrain.config.registry import tasks
+from distrain.datasets.base import Batch, DataMeta
+from distrain.datasets.nested import rows_of
+from distrain.networks.calling import Convention, calling_convention
+from distrain.optim import Loss, build_loss, check_loss
+from distrain.parallel import World
+from distrain.training.forward import told_of
+from distrain.training.inner_loss import TARGETS
+from distrain.training.tasks.built_in import Supervised
+from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
+from distrain.training.tasks.task import LossSum, Task, TaskContext
+
+_TAKEN = frozenset(("event", "step", "split", "time", "epoch", "samples", "lr", "grad_norm", "loss_scale", "seconds"))
+"""Columns of rows that no loss and no mean of one's own may have."""
+
+
+class Means(NamedTuple):
+    """Sums and counts of one batch on this rank."""
+
+    names: tuple[str, ...]
+    pairs: Tensor
+    """(names, 2) float64: the sum and the count of each."""
+
+
+class Scored(NamedTuple):
+    """What an evaluation has of one batch."""
+
+    means: Means
+    """Of the losses first, in the order of `Objective.losses`."""
+    predictions: Any
+    """What metrics compare with `targets`; None where there are none of this batch."""
+    targets: Any
+    keep: Tensor | None
+    """(batch,) bool on the device: rows that are no padding; None: all."""
+    loss: tuple[Tensor, Tensor] | None
+    """Sum and count of the recipe's loss."""
+
+
+class Objective(ABC):
+    """What is trained. All ranks call each method alike."""
+
+    name: str
+    """For messages."""
+    loss: Loss | None = None
+    """The recipe's loss, where that is all there is to it."""
+    call: Convention
+    """How the model is called on the inputs of a batch; `bind` sets it."""
+    weights: Mapping[str, float] = {}
+    names: tuple[str, ...] = ("loss",)
+    """Of the losses; known after the first batch."""
+
+    @property
+    @abstractmethod
+    def holds(self) -> Any:
+        """What may have a state of its own, for a proof to look at."""
+
+    @abstractmethod
+    def bind(self, model: nn.Module, context: TaskContext) -> None:
+        """Take the model, before it is sharded or wrapped."""
+
+    @abstractmethod
+    def loss_scale(self, world: World, global_batch_size: int, micro_batches: Sequence[Batch]) -> Any:
+        """Return what the sums of a rank's losses are multiplied by: 1 / count over all ranks, times their number."""
+
+    @abstractmethod
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of a batch's losses: 0-d, or (losses,) where there are several by name."""
+
+    def as_scale(self, loss_scale: Any, loss_sum: Tensor) -> Tensor:
+        """Return `loss_scale` as a tensor in the shape and dtype of a loss."""
+        if isinstance(loss_scale, Tensor):
+            return loss_scale.to(loss_sum.dtype)
+        return _constant(loss_scale, loss_sum.dtype, loss_sum.device)
+
+    def begin_step(self) -> None:  # noqa: B027 - most report nothing besides their loss
+        """Forget what was computed for a step that is made again."""
+
+    def means_async(self, world: World) -> Callable[[], dict[str, float]] | None:
+        """Begin to reduce what a step reports besides the loss; returns a function that reads it a step later."""
+        return None
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Batch, *, predict: bool) -> Any:
+        """Take a batch (on the device, `ids` on the host) through the model in an evaluation: one forward pass."""
+
+    @abstractmethod
+    def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
+        """Return what an evaluation adds up of what `evaluate` has returned."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the predictions of a batch."""
+
+
+class SupervisedObjective(Objective):
+    """The recipe's loss over the model's outputs. The model may compute it itself; see `compute_loss_inside`."""
+
+    loss: Loss
+
+    inside = False
+    """Whether the model computes its loss itself."""
+
+    def __init__(self, loss: Loss):
+        self.name = loss.name
+        self.loss = loss
+
+    @property
+    def holds(self) -> Any:
+        """The loss."""
+        return self.loss
+
+    def bind(self, model: nn.Module, context: TaskContext) -> None:
+        """Note how the model is called."""
+        self.call = calling_convention(model)
+
+    def loss_scale(self, world: World, global_batch_size: int, micro_batches: Sequence[Batch]) -> float | Tensor:
+        """Return it as a number where the count is that of the samples, otherwise as a tensor (0-d)."""
+        # gradients are averaged over the ranks, and the sum is wanted: hence the world size above the count
+        if self.loss.count_is_fixed:
+            return world.world_size / self.loss.fixed_count(global_batch_size, micro_batches[0]["targets"])
+        counts = torch.stack([self.loss.count(batch["targets"]) for batch in micro_batches]).sum()
+        if world.world_size == 1:
+            count = counts.item()  # of targets on the host
+            return 1 / count if count else math.inf
+        return world.world_size / world.sum(world.to_device(counts.double()))
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum (0-d), with the model's auxiliary loss for each target that is counted."""
+        targets = batch["targets"]
+        if self.inside:
+            self.loss.check_targets(targets)
+        with told_of(model, len(targets)):
+            called: Any = partial(model, **{TARGETS: targets}) if self.inside else model
+            outputs = self.call(called, batch["inputs"])
+        loss_sum = outputs.logits if self.inside else self.loss.sum(self.loss.select(outputs), targets)
+        if outputs.aux_loss is not None:
+            loss_sum = loss_sum + outputs.aux_loss * self.loss.count(targets).to(loss_sum.dtype)
+        return loss_sum
+
+    def evaluate(self, model: nn.Module, batch: Batch, *, predict: bool) -> Any:
+        """Return the model's output."""
+        return self.call(model, batch["inputs"])
+
+    def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
+        """Compare it with the targets; the auxiliary loss is no part of an evaluation."""
+        keep, targets = world.to_device(batch["ids"]) >= 0, batch["targets"]
+        loss_sum, count = self.loss.sum_and_count(self.loss.select(evaluated), targets, keep)
+        pairs = torch.stack((loss_sum.double(), count.double()))[None]
+        return Scored(Means(self.names, pairs), evaluated.logits, targets, keep, (loss_sum, count))
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the model's first output."""
+        return self.call(model, batch["inputs"]).logits
+
+
+class TaskObjective(Objective):
+    """The losses of a task of one's own, computed within the model's forward pass, inside every strategy's hooks."""
+
+    def __init__(self, task: Task, name: str):
+        self.name = name
+        self.task = task
+        self.weights = task.weights
+        self._measures = type(task).measure is not Task.measure
+        self._counts_itself = type(task).count is not Task.count
+        self._batch: Batch = {}
+        self._sums: dict[str, Tensor] = {}
+        """(2,) float64 by name: of the micro-batches of a step."""
+        self._layout: tuple[str, ...] | None = None
+        """The names that ranks reduce, in one order on all of them."""
+        self._asked: dict[str, Tensor | float] = {}
+        """What `Task.count` has said of a step, over all ranks."""
+
+    @property
+    def holds(self) -> Any:
+        """What the task has on itself."""
+        return {key: value for key, value in vars(self.task).items() if key not in ("logged", "convention")}
+
+    def bind(self, model: nn.Module, context: TaskContext) -> None:
+        """Have the model run what the task computes, and the task build what it needs."""
+        self.call = self.task.convention = calling_convention(model)
+        self.task.prepare(context)
+        run_inside(model)
+
+    # ---- a step
+
+    def loss_scale(self, world: World, global_batch_size: int, micro_batches: Sequence[Batch]) -> Mapping[str, Any]:
+        """Return it by name; `""` is that of losses that are over samples."""
+        scales: dict[str, Any] = {"": world.world_size / global_batch_size}
+        self._asked = {"": float(global_batch_size)}
+        if self._counts_itself:
+            found = [self.task.count(batch) for batch in micro_batches]
+            names = list(found[0])
+            counts = torch.stack(
+                [torch.as_tensor(sum(each[name] for each in found), dtype=torch.float64) for name in names]
+            )
+            if world.world_size == 1:
+                numbers = counts.tolist()  # they are on the host
+                self._asked |= dict(zip(names, numbers, strict=True))
+                scales |= {name: 1 / each if each else math.inf for name, each in zip(names, numbers, strict=True)}
+            else:
+                total = world.sum(world.to_device(counts))
+                self._asked |= dict(zip(names, total, strict=True))
+                scales |= dict(zip(names, world.world_size / total, strict=True))
+        return scales
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the sums (losses,)."""
+        self._batch = batch
+        with told_of(model, len(batch["ids"])):
+            sums, pairs, names = call_inside(model, self._compute)
+        self.names = names[: len(sums)]
+        for name, pair in zip(names, pairs, strict=True):
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        return sums
+
+    def as_scale(self, loss_scale: Mapping[str, Any], loss_sum: Tensor) -> Tensor:
+        """Return (losses,)."""
+        if isinstance(loss_scale, Tensor):
+            return loss_scale  # of an earlier micro-batch
+        each = [self.weights.get(name, 1.0) * loss_scale.get(name, loss_scale[""]) for name in self.names]
+        return torch.stack([_on(value, loss_sum) for value in each])
+
+    def begin_step(self) -> None:
+        self._sums = {}
+
+    def means_async(self, world: World) -> Callable[[], dict[str, float]]:
+        """Reduce the losses and what was logged; raises UserError where a count is not what was promised."""
+        if self._layout is None:
+            ranks = world.gather(tuple(self._sums))
+            self._layout = tuple(dict.fromkeys(name for names in ranks for name in names))
+            if taken := sorted(_TAKEN.intersection(self._layout)):
+                raise UserError(f"{self.name}: {taken[0]!r} is a column that rows have already; take another name")
+            if "loss" in self._layout and len(self.names) > 1:
+                raise UserError(f"{self.name}: 'loss' is the sum of all losses; give the one of that name another")
+        layout, asked = self._layout, self._asked
+        if more := [name for name in self._sums if name not in layout]:
+            raise UserError(
+                f"{self.name}: {more[0]!r} is reported here and was not in the first step; report it in each step, "
+                "with a count of 0 where there is nothing"
+            )
+        nothing = torch.zeros(2, dtype=torch.float64, device=world.device)
+        pairs = torch.stack([self._sums.get(name, nothing) for name in layout])
+        promised = torch.stack([_on(asked.get(name, asked[""]), pairs) for name in self.names])
+        read = world.to_host_async(world.sum_async(pairs)().flatten(), promised)
+
+        def means() -> dict[str, float]:
+            numbers = read()
+            found = {}
+            for place, name in enumerate(layout):
+                total, count = numbers[2 * place : 2 * place + 2]
+                if name in self.names:
+                    said = numbers[2 * len(layout) + self.names.index(name)]
+                    if abs(count - said) > 1e-6 * max(abs(count), abs(said)):
+                        raise UserError(
+                            f"{self.name}: loss {name!r} is over {count:g} in this step, and was divided by {said:g}; "
+                            "let the task's method count(batch) return what its LossSum says"
+                        )
+                if name != "loss":
+                    found[name] = total / count if count else math.nan
+            return found
+
+        return means
+
+    # ---- an evaluation
+
+    def evaluate(self, model: nn.Module, batch: Batch, *, predict: bool) -> Any:
+        """Return losses, further means and predictions of the rows that are no padding; where all are, of them."""
+        keep = (batch["ids"] >= 0).tolist()
+        self._batch = batch if all(keep) or not any(keep) else rows_of(batch, keep)
+        found = call_inside(model, self._predict if predict or self._measures else self._judge)
+        return found, self._batch, any(keep)
+
+    def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
+        """Return it; nothing of a batch that is padding alone."""
+        (losses, pairs, names, predictions), of, counts = evaluated
+        self.names = names[:losses]
+        means = Means(names, pairs if counts else torch.zeros_like(pairs))
+        return Scored(means, predictions if counts else None, of.get("targets"), None, None)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        self._batch = batch
+        return call_inside(model, lambda inner: self.task.predictions(inner, batch))
+
+    # ---- within the forward pass
+
+    def _compute(self, model: TaskModel) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Return the sums (losses,), and (sum, count) of all that is reported (names, 2) float64 with the names."""
+        samples = len(self._batch["ids"])
+        self.task.logged.clear()
+        losses = self.task.losses(model, self._batch)
+        if not isinstance(losses, Mapping) or not losses:
+            found = "no loss" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+            raise UserError(f"{self.name}.losses returned {found}; expected a dict of at least one LossSum by its name")
+        sums = {name: _summed(value, samples, f"{self.name}: loss {name!r}") for name, value in losses.items()}
+        logged = self.task.logged
+        if twice := sums.keys() & logged.keys():
+            raise UserError(f"{self.name}: {min(twice)!r} is a loss, and logged too; give one of them another name")
+        values = torch.stack([each.sum for each in sums.values() if isinstance(each.sum, Tensor)])
+        pairs = torch.stack([_pair(each, samples, values) for each in (*sums.values(), *logged.values())])
+        return values, pairs, (*sums, *logged)
+
+    def _judge(self, model: TaskModel) -> tuple[int, Tensor, tuple[str, ...], Any]:
+        values, pairs, names = self._compute(model)
+        return len(values), pairs, names, None
+
+    def _predict(self, model: TaskModel) -> tuple[int, Tensor, tuple[str, ...], Any]:
+        losses, pairs, names, _ = self._judge(model)
+        predictions = self.task.predictions(model, self._batch)
+        samples = len(self._batch["ids"])
+        further = {
+            name: _summed(value, samples, f"{self.name}.measure: {name!r}")
+            for name, value in self.task.measure(predictions, self._batch).items()
+        }
+        if twice := further.keys() & set(names):
+            raise UserError(f"{self.name}.measure: {min(twice)!r} is reported by its losses already")
+        more = [_pair(each, samples, pairs)[None] for each in further.values()]
+        return losses, torch.cat((pairs, *more)), (*names, *further), predictions
+
+
+def _summed(value: Any, samples: int, what: str) -> LossSum:
+    """Return what a task gives for a loss as a sum (0-d, fp32 or fp64) and a count."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0:
+            return LossSum(_wide(value) * samples, samples)  # a mean over samples
+        if value.shape == (samples,):
+            return LossSum(_wide(value).sum(), samples)
+        raise UserError(
+            f"{what} is a tensor {tuple(value.shape)} for {samples} samples; expected a LossSum, one value for each "
+            "sample, or their mean"
+        )
+    if not isinstance(value, LossSum) or not isinstance(value.sum, Tensor) or value.sum.dim():
+        found = f"a LossSum of a tensor {tuple(value.sum.shape)}" if _has_shape(value) else f"a {type(value).__name__}"
+        raise UserError(f"{what} is {found}; expected a LossSum of a tensor (0-d)")
+    return LossSum(_wide(value.sum), samples if value.count is None else value.count)
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, LossSum) and isinstance(value.sum, Tensor)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _pair(each: LossSum, samples: int, like: Tensor) -> Tensor:
+    count = samples if each.count is None else each.count
+    return torch.stack([_on(part, like).detach().double() for part in (each.sum, count)])
+
+
+def _on(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a number as a tensor (0-d) like another one; on a device the host does not wait for it."""
+    return value.to(like) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+@lru_cache(maxsize=8)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor (0-d) that is read alone: the same one in each step."""
+    return torch.full((), value, dtype=dtype, device=device)  # a fill: for a copy to a device the host would wait
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def build_task(recipe: Recipe) -> Task:
+    """Return the recipe's task. Raises UserError for what is none, and for arguments that it does not take."""
+    name, args = recipe.task.name, recipe.task.args
+    found = tasks.find(name).value
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        raise UserError(f"task: {name!r} is {found!r}; expected a class that inherits from distrain.Task")
+    if problems := argument_problems(found, args, "task", repr(name)):
+        raise UserError("\n".join(problems))
+    try:
+        return found(**args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"task: {name!r} refuses its arguments: {error}") from error
+
+
+def check_task(recipe: Recipe) -> list[str]:
+    """Return one line for each problem of the recipe's task that shows without data."""
+    try:
+        task = build_task(recipe)
+    except UserError as error:
+        return str(error).split("\n")
+    if isinstance(task, Supervised):
+        return check_loss(recipe)
+    if recipe.loss is not None:
+        return [f"loss: task {recipe.task.name!r} computes its losses itself; remove it"]
+    return []
+
+
+def is_supervised(task: Task) -> bool:
+    """Whether the recipe's loss is all that a task trains and predicts by."""
+    kind = type(task)
+    changed = ("losses", "count", "predictions", "measure")
+    return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in changed)
+
+
+def build_objective(recipe: Recipe, meta: DataMeta) -> Objective:
+    """Return what the recipe trains; `bind` gives it the model. Raises UserError."""
+    task = build_task(recipe)
+    if is_supervised(task):
+        return SupervisedObjective(build_loss(recipe, meta))
+    if isinstance(task, Supervised):
+        task.loss = build_loss(recipe, meta)
+    return TaskObjective(task, recipe.task.name.rpartition(":")[2])

@@ -1,0 +1,120 @@
+"""`Task`: what a batch means, in code of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distrain.config import Form, Recipe, UserError
+from distrain.datasets.base import Batch, DataMeta
+from distrain.networks.calling import Convention, ModelOutput
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """A loss, or any mean, as its parts. Sums and counts are added up over batches and ranks, and divided once."""
+
+    sum: Tensor | float
+    """0-d: over what is counted in this batch."""
+    count: Tensor | float | None = None
+    """How much that is; None: the samples of the batch. For a loss it is what `Task.count` says of the batch."""
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task may build on, once in each process, before the first batch."""
+
+    recipe: Recipe
+    meta: DataMeta
+    """Facts about the data."""
+    device: torch.device
+    initial_model: Callable[[], nn.Module]
+    """Builds the recipe's model once more: whole, with its initial weights, frozen, for evaluation, on the device."""
+
+
+class Task:
+    """What a batch means. Inherit from it, and name the class in the recipe: `task: my.py:MyTask`.
+
+    `losses` alone has to be there. A batch is {"inputs": …, "targets": …, "ids": (batch,) int64}, on the device, with
+    inputs and targets nested as in a sample. The arguments of the class are further keys of the recipe's `task`.
+
+        class Autoencoder(distrain.Task):
+            def losses(self, model, batch):
+                x = batch["inputs"]
+                return {"reconstruction": distrain.LossSum((model(x) - x).square().mean(1).sum())}
+
+    The loss that is trained and reported is the sum of all, each divided by its count over all micro-batches and ranks.
+    """
+
+    form: ClassVar[Form] = "custom"
+    """What targets are, for data sets, models and metrics that the recipe names: a built-in task's name."""
+    metrics: ClassVar[Sequence[str] | None] = ()
+    """The metrics of an evaluation where the recipe has no eval.metrics; they compare `predictions` with targets.
+    None: those of the form."""
+    weights: Mapping[str, float] = {}
+    """What each loss is multiplied by in their sum; 1 for those that are not there. Each is reported without it."""
+    couples_samples: ClassVar[bool] = False
+    """Whether a loss is no sum over samples, but takes those of a batch together."""
+
+    collate: ClassVar[Callable[..., Batch] | None] = None
+    """A method `collate(self, samples)` makes a batch {"inputs": …, "targets": …} of samples as your data set gives
+    them; without one, tensors, dicts and tuples are stacked, and sequences padded. It runs in loader processes."""
+
+    def losses(self, model: Any, batch: Batch) -> Mapping[str, LossSum | Tensor]:
+        """Return the losses of a batch by name: each a `LossSum`, or a tensor (batch,), or the mean over its samples.
+
+        `model` is called as the recipe's model is, and has its attributes (`model.encoder(x)`). This runs within the
+        model's forward pass, as often on each rank, under the recipe's precision. Names are the same in each batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method losses(model, batch)")
+
+    def count(self, batch: Batch) -> Mapping[str, Tensor | float]:
+        """Return how many each loss is over, by name, from the batch on the host; by default the samples.
+
+        Known before the forward pass, as all gradients are divided by the counts of all ranks.
+        """
+        return {}
+
+    def predictions(self, model: Any, batch: Batch) -> Any:
+        """Return what metrics compare with the targets, and what `distrain predict` writes: by default the outputs."""
+        return self.outputs(model, batch).logits
+
+    def measure(self, predictions: Any, batch: Batch) -> Mapping[str, LossSum]:
+        """Return further means of an evaluation by name; `predictions` are those of the batch."""
+        return {}
+
+    def prepare(self, context: TaskContext) -> None:
+        """Build what the task needs besides the model, such as a frozen teacher, which no checkpoint holds."""
+
+    def log(self, name: str, value: Tensor | float, count: Tensor | float | None = None) -> None:
+        """Report a mean beside the losses: `value` is a sum over `count` of this batch (None: the samples).
+
+        Call it in `losses`. Raises UserError for a name that is taken.
+        """
+        if name in self.logged:
+            raise UserError(f"{type(self).__name__} logs {name!r} twice for one batch")
+        self.logged[name] = LossSum(value, count)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Task:
+        """Have what is here, whether or not one's own __init__ calls this class's."""
+        task = super().__new__(cls)
+        task.logged = {}
+        task.convention = None
+        return task
+
+    logged: dict[str, LossSum]
+    convention: Convention | None
+
+    def outputs(self, model: Any, batch: Batch) -> ModelOutput:
+        """Call the model with the inputs of a batch, as built-in tasks do: mappings by name, tuples one by one."""
+        assert self.convention is not None, "the objective has set it"
+        return self.convention(model, batch["inputs"])
