@@ -181,7 +181,7 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
         )
     if (key := wants_counts(recipe)) is not None:
         ignored = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
-        found = (state or {}).get(COUNTS) or count_classes(data, recipe.task, key, ignored)
+        found = (state or {}).get(COUNTS) or count_classes(data, recipe.form, key, ignored)
         counted = dataclasses.replace(
             data.meta, class_counts=tuple(found["counts"]), counted_samples=int(found["samples"])
         )
