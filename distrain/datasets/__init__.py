@@ -3,9 +3,13 @@
 base.py         batches, data sets and splits
 embedded.py     small real data sets that come with scikit-learn; sklearn_files.py reads their files
 images.py       folders of images; CIFAR and MNIST
-tables.py       CSV and Parquet: rows -> inputs and targets. table_files.py reads the files, table_columns.py fits
-                columns to the training rows, table_numbers.py computes means and deviations
+tables.py       CSV, JSON Lines, Parquet: rows -> inputs and targets. table_files.py reads the files, table_columns.py
+                fits columns to the training rows, table_numbers.py computes means and deviations
 text.py         text for language models; tokens.py maps token ids from files
+chat.py         conversations for language models: conversations.py reads the files, chat_template.py makes tokens of
+                them, packing.py puts several into a row, ragged.py keeps what is encoded; preference.py has pairs of
+                answers
+labelled_text.py  texts with classes or numbers, by a tokenizer
 parallel.py     pairs of sentences for translation
 user.py         the user's own Dataset or iterable
 labels.py       the allowed targets

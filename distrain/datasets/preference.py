@@ -94,7 +94,7 @@ def _encoded(reader: ChatReader, file: Path) -> Encoded:
         answers = (answer for pair in preferences(file) for answer in pair)
         made = reader.tokenizer.encode(answers, "assistant")
         for chosen, rejected in zip(made, made, strict=True):  # one after the other
-            row = {}
+            row: dict[str, Any] = {}
             for side, (tokens, spans) in zip(SIDES, (chosen, rejected), strict=True):
                 row |= {f"{side}_tokens": tokens, f"{side}_spans": spans.reshape(-1)}
             add(row)

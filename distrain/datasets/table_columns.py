@@ -139,7 +139,7 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
         "encode": options.encode,
         "targets": columns.targets,
         "several_targets": several,
-        **_fit_target(frame, columns.targets, options, task, positive),
+        **fit_target(frame, columns.targets, options, task, positive),
     }
 
 
@@ -181,7 +181,8 @@ def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]
     return {"name": name, "categories": categories}
 
 
-def _fit_target(frame: Frame, targets: list[str], options: Options, task: Form, positive: Any) -> dict[str, Any]:
+def fit_target(frame: Frame, targets: list[str], options: Options, task: Form, positive: Any) -> dict[str, Any]:
+    """Return what is fitted to the target columns of the training rows; raises UserError."""
     for key, given, needed in (
         ("positive", positive is not None, "binary"),
         ("standardize_target", options.standardize_target, "regression"),

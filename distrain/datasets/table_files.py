@@ -1,4 +1,4 @@
-"""CSV and Parquet files as rows with their file and number, and the numbers and labels of their columns."""
+"""CSV, JSON Lines and Parquet files as rows with their file and number, and the numbers and labels of their columns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from distrain.datasets.table_numbers import Numbers, beyond_whole
 if TYPE_CHECKING:  # imported where they are used: other data sets should not wait for them
     import pyarrow as pa
 
-_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
-EXPECTED = "a .csv, .tsv or .parquet file, or a folder of them"
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
+EXPECTED = "a .csv, .tsv, .jsonl or .parquet file, or a folder of them"
 _NO_NAME = re.compile(r"\s*|__index_level_\d+__|Unnamed: \d+(_level_\d+)?")
 """Names of unnamed columns: of pandas' index, and of pandas itself."""
 
@@ -168,15 +168,20 @@ class TableReader:
 
     def _read_file(self, path: Path) -> pa.Table:
         import pyarrow as pa
-        from pyarrow import parquet
+        from pyarrow import json, parquet
 
         suffix = path.suffix.lower()
         if suffix not in _SUFFIXES:
             raise UserError(f"{path}: a table is {EXPECTED}, not {suffix or 'a file without an ending'}")
         try:
             with path.open("rb") as file:  # opened here, as pyarrow takes no path that is not UTF-8
-                is_parquet = suffix in (".parquet", ".pq")
-                result = parquet.read_table(file) if is_parquet else self._read_csv(path, file, suffix)
+                if suffix in (".parquet", ".pq"):
+                    result = parquet.read_table(file)
+                elif suffix in (".jsonl", ".ndjson"):
+                    size = path.stat().st_size  # a line longer than a block is refused
+                    result = json.read_json(file, json.ReadOptions(block_size=min(max(size, 1 << 20), 1 << 30)))
+                else:
+                    result = self._read_csv(path, file, suffix)
         except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if not result.num_rows:

@@ -1,4 +1,4 @@
-"""Tables: CSV and Parquet files whose columns become features and targets.
+"""Tables: CSV, JSON Lines and Parquet files whose columns become features and targets.
 
 A CSV file is read as text. The training rows alone decide the type of a column: numbers if every value is one,
 otherwise categories. So '01' stays '01' in every file, and a file read for prediction changes no column's type.
@@ -49,7 +49,7 @@ def table(
     delimiter: str | None = None,
     missing_values: list[str] = list(MISSING_VALUES),  # noqa: B006 - never changed
 ) -> Data:
-    """Rows of CSV or Parquet files: numeric columns standardised, categorical ones one-hot or as indices.
+    """Rows of CSV, JSON Lines or Parquet files: numeric columns standardised, categorical ones one-hot or as indices.
 
     Everything is fitted on the training rows alone. A numeric column becomes (value - mean) / std, by the mean and
     population standard deviation of the values present; `missing` replaces a missing value by the column's mean or
@@ -78,7 +78,7 @@ def table(
         warnings += columns.unnamed(rows) + row_numbers(rows, columns, state)
     else:
         state = request.state
-    encoder = _Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)
+    encoder = Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)
     splits = {
         name: encoder.encode(frame, f"the split {name!r}", refuse_unknown=request.state is None)
         for name, frame in frames.items()
@@ -96,7 +96,7 @@ def table(
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
     """Turns rows into tensors by the fitted state."""
 
     state: dict[str, Any]
@@ -145,7 +145,7 @@ class _Encoder:
                 start += width
             inputs = torch.from_numpy(encoded)
         names = {self.id: frame.table.column(self.id).to_pylist()} if self.id in frame.names else {}
-        return TensorSource(inputs, self._targets(frame) if has_target else None, tuple(warnings), names)
+        return TensorSource(inputs, self.targets(frame) if has_target else None, tuple(warnings), names)
 
     def _numbers(self, frame: Frame) -> np.ndarray:
         """Return the numeric columns, then the indicators, (rows, columns)."""
@@ -176,7 +176,8 @@ class _Encoder:
             )
         return cast
 
-    def _targets(self, frame: Frame) -> torch.Tensor:
+    def targets(self, frame: Frame) -> torch.Tensor:
+        """Return the targets of rows, from the columns `state["targets"]`; raises UserError for what cannot be one."""
         state, targets = self.state, self.state["targets"]
         if self.task in ("classification", "binary"):
             labels = target_labels(frame, targets[0])

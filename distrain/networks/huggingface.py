@@ -98,6 +98,7 @@ def build_transformers(
             token = getattr(config, key, None)
             if vocabularies and key not in given and isinstance(token, int) and token >= max(vocabularies):
                 setattr(config, key, None)  # the default of another vocabulary
+        _name_classes(config, known)
         with _as_single_process():
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -121,6 +122,7 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
             # a language model's labels are tokens
             if fact in known and not (key == "num_labels" and ("LM" in name or "Generation" in name)):
                 setattr(config, key, known[fact])
+        _name_classes(config, known)
         with _as_single_process():
             if weights:
                 model = kind.from_pretrained(folder, config=config, local_files_only=True)
@@ -136,6 +138,14 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
             "the model's own tokenizer"
         )
     return model.float()
+
+
+def _name_classes(config: Any, known: Mapping[str, Any]) -> None:
+    """Have a configuration know the names of the data's classes, where it has an output for each."""
+    names = known.get("class_names") or ()
+    if names and known.get("num_labels") == len(names) == getattr(config, "num_labels", None):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_a_column_is_understood_as_in_training(tmp_path: Path) -> None:
     assert everything(data, "test")["inputs"].tolist() == [[1, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_parquet_and_csv_give_the_same(tmp_path: Path) -> None:
+def test_parquet_json_lines_and_csv_give_the_same(tmp_path: Path) -> None:
     frame = pd.DataFrame(
         {
             "n": pd.array([1, None, 3, 4], dtype="Int64"),
@@ -112,12 +112,15 @@ def test_parquet_and_csv_give_the_same(tmp_path: Path) -> None:
     )
     frame.to_csv(tmp_path / "t.csv", index=False)
     frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
     for encode in ("one_hot", "index"):
-        first, second = (
-            build(tmp_path, path=f"t.{kind}", target="y", split=[1.0], encode=encode) for kind in ("csv", "parquet")
+        first, *others = (
+            build(tmp_path, path=f"t.{kind}", target="y", split=[1.0], encode=encode)
+            for kind in ("csv", "parquet", "jsonl")
         )
-        assert first.state == second.state
-        assert str(everything(first, "train")) == str(everything(second, "train"))
+        for other in others:
+            assert first.state == other.state
+            assert str(everything(first, "train")) == str(everything(other, "train"))
     assert first.meta.class_names == ("3", "10")
 
 
