@@ -29,6 +29,7 @@ from distrain.datasets.transforms import Transform
 from distrain.diagnose.index_errors import given
 from distrain.models import build_model
 from distrain.networks.blocks import checkpoint_activations
+from distrain.networks.calling import calling_convention
 from distrain.networks.flops import peak_of, without_storage
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary, describe_model
@@ -186,8 +187,9 @@ def set_up(
     training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
+        model_call = calling_convention(training.strategy.model)
         check_documents_apart(
-            training.strategy.model, training.objective.call, data.meta.vocab_size or 0, world.device, narrow=narrow
+            training.strategy.model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow
         )
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
