@@ -150,20 +150,23 @@ class Run:
         inputs: Any,
         *,
         out: str | Path | None = None,
+        output: Literal["predictions", "probabilities", "logits", "embeddings", "text"] | None = None,
+        layer: str | None = None,
         weights: Weights = None,
         changed_data: bool = False,
     ) -> pd.DataFrame:
         """Return the model's prediction for each sample, a row each: what `distrain predict` writes.
 
         `inputs`: a split ("test"); a file or folder as the data set reads it; and where the data are your own, arrays
-        (a tensor (n, ...), or a dict of them) or a Dataset. `out` also writes a file, as `distrain predict -o` does.
+        (a tensor (n, ...), or a dict of them) or a Dataset. `out` also writes a file, as `distrain predict -o` does;
+        `output` and `layer` are its options.
         Samples that do not decode are skipped with a warning.
         """
         from distrain.inference import predict_table
 
         checkpoint = self.checkpoint(weights)
         with self._here("model", "data", "loss"):
-            return predict_table(checkpoint, inputs, out=out, changed_data=changed_data)
+            return predict_table(checkpoint, inputs, out=out, output=output, layer=layer, changed_data=changed_data)
 
     def export(self, out: str | Path, *, weights: Weights = None, **options: Any) -> Exported:
         """Write the model as one safetensors file or as `distrain checkpoint export` else does; returns its notes.

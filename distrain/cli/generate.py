@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,7 +60,8 @@ def generate(
     if "" in (stop or []):
         raise UserError("--stop: an empty text would end each text at once")
     own_process("generate")
-    from distrain.inference.generating import LinesFile, Prompt, generate_texts, json_line, read_prompts
+    from distrain.inference.files import LinesFile, open_predictions
+    from distrain.inference.generating import Prompt, generate_texts, json_line, read_prompts
     from distrain.inference.generation import GenerationOptions
     from distrain.networks.decoding import Sampling
 
@@ -72,9 +73,22 @@ def generate(
 
     options = GenerationOptions(max_new_tokens, Sampling(temperature, top_p, top_k), tuple(stop or ()), seed)
     if out is not None:
-        with LinesFile(out) as file:
-            generate_texts(target, given, options, batch_size=batch, write=file.add)
-        echo(f"wrote {file.count:,} texts to {out}")
+        if not out.endswith(".jsonl"):
+            raise UserError(f"-o {out}: texts are written as a .jsonl file, a line for each prompt")
+        file, count = open_predictions(out), 0
+        assert isinstance(file, LinesFile)
+
+        def add(record: dict[str, Any]) -> None:
+            nonlocal count
+            file.add_line(record)
+            count += 1
+
+        try:
+            generate_texts(target, given, options, batch_size=batch, write=add)
+            file.write()
+        finally:
+            file.discard()
+        echo(f"wrote {count:,} texts to {out}")
         return
     if prompts is not None or as_json:
         generate_texts(target, given, options, batch_size=batch, write=lambda record: echo(json_line(record)))

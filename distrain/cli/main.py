@@ -16,6 +16,7 @@ import typer
 
 from distrain.cli import cluster as cli_cluster
 from distrain.cli import generate as cli_generate
+from distrain.cli import predict as cli_predict
 from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
@@ -123,33 +124,7 @@ def evaluate(
     raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json, changed_data=changed_data))
 
 
-@app.command()
-def predict(
-    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
-    inputs: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT", help="A file or folder as the data set reads it, or a split: train, valid, test."
-        ),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            "-o", "--out", help="A .csv or .parquet table, a .npy array, or FOLDER/ with a file for each sample."
-        ),
-    ],
-    changed_data: ChangedData = False,
-) -> None:
-    """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
-    own_process("predict")
-    from distrain.inference import predict_file
-
-    written = predict_file(target, inputs, out, changed_data=changed_data)
-    for why in written.skipped:
-        echo(f"skipped: {why}", error=True)
-    echo(f"wrote {written.samples:,} predictions to {out}")
-
-
+app.command()(cli_predict.predict)
 app.command()(cli_generate.generate)
 
 

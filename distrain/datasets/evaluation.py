@@ -64,12 +64,16 @@ def build_eval_loader(
     split: str = "test",
     skip_corrupt: int = 0,
     keep: bool = False,
+    even: bool = True,
 ) -> EvalLoader:
     """Return a loader of this rank's share of one pass, in the split's own order.
 
     Every rank gets the same number of batches, and of rows in each. Over all ranks each sample id occurs exactly once;
     padding rows repeat a sample under the id -1. A corrupt sample is skipped, with its id in the batch's
     `corrupt_samples`. Raises UserError for more of them than `skip_corrupt`, and for a split without samples.
+
+    Without `even` the ranks take batches of `batch_size` in turns, the last of them smaller: the same batches on any
+    number of processes, of which one rank may have one more than another, and none is padded.
 
     With `keep` the loader processes stay for the next pass, until `close`; those of a stream never do.
     """
@@ -78,7 +82,7 @@ def build_eval_loader(
         check_stream_workers(workers)
 
         def plan() -> Iterator[tuple[Place, list[Any]]]:
-            return _eval_stream(source, rank, world_size, batch_size, split)
+            return _eval_stream(source, rank, world_size, batch_size, split, even)
 
         batches = StreamBatches(plan, source, transform)
         return EvalLoader(lambda: load(batches, None, workers, pin_memory), None)
@@ -87,7 +91,8 @@ def build_eval_loader(
     places = [
         (np.zeros(len(ids), np.int64), ids)
         for start in range(0, len(source), batch_size * world_size)
-        for ids in [_eval_ids(start, len(source), rank, world_size, batch_size)]
+        for ids in [_eval_ids(start, len(source), rank, world_size, batch_size, even)]
+        if len(ids)
     ]
 
     def mapped() -> Batches:
@@ -99,22 +104,27 @@ def build_eval_loader(
     return EvalLoader(lambda: load(mapped(), places, workers, pin_memory), len(places))
 
 
-def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int) -> np.ndarray:
-    """Return the ids of this rank's batch of the samples from `start`; the ranks share the last samples evenly."""
+def _eval_ids(start: int, stop: int, rank: int, world_size: int, batch_size: int, even: bool) -> np.ndarray:
+    """Return the ids of this rank's batch of the samples from `start`; if `even`, the ranks share the last evenly."""
+    if not even:
+        begin = start + rank * batch_size
+        return np.arange(begin, max(begin, min(begin + batch_size, stop)), dtype=np.int64)
     rows = min(batch_size, -(-(stop - start) // world_size))
     ids = start + rank * rows + np.arange(rows, dtype=np.int64)
     return np.where(ids < stop, ids, -stop)  # -1 - (stop - 1): padding that repeats the last sample
 
 
 def _eval_stream(
-    source: StreamSource, rank: int, world_size: int, batch_size: int, split: str
+    source: StreamSource, rank: int, world_size: int, batch_size: int, split: str, even: bool
 ) -> Iterator[tuple[Place, list[Any]]]:
     if hasattr(source, "set_epoch"):
         source.set_epoch(0)
     walk = iter(source)
     start = 0
     while samples := list(itertools.islice(walk, batch_size * world_size)):
-        ids = _eval_ids(start, start + len(samples), rank, world_size, batch_size)
+        ids = _eval_ids(start, start + len(samples), rank, world_size, batch_size, even)
+        if not len(ids):
+            return
         yield (np.zeros(len(ids), np.int64), ids), [samples[i - start if i >= 0 else -1] for i in ids.tolist()]
         start += len(samples)
     if start == 0:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distrain.config import UserError
 from distrain.inference.generation import Generated, GenerationOptions, Generator
@@ -123,39 +123,6 @@ def generate_texts(
         return last
     finally:
         trained.world.close()
-
-
-class LinesFile:
-    """A file of lines of JSON at a path, complete or absent."""
-
-    def __init__(self, out: str):
-        """Raises UserError for a path that cannot be written to."""
-        self.path = Path(out)
-        if self.path.suffix != ".jsonl":
-            raise UserError(f"-o {out}: texts are written as a .jsonl file, a line for each prompt")
-        if self.path.is_symlink() or self.path.is_dir() or not self.path.parent.is_dir():
-            raise UserError(f"-o {out}: expected a place in a folder that exists, and not a symbolic link")
-        self._temporary = self.path.with_name(f".{self.path.name}.part")
-        self._file: IO[str] | None = None
-        self.count = 0
-
-    def __enter__(self) -> LinesFile:
-        self._file = self._temporary.open("w", encoding="utf-8")
-        return self
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Append a line."""
-        assert self._file is not None
-        self._file.write(json_line(record) + "\n")
-        self.count += 1
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        assert self._file is not None
-        self._file.close()
-        if kind is None:
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
 
 
 def json_line(record: Mapping[str, Any]) -> str:

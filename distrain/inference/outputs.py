@@ -1,15 +1,9 @@
-"""What a model predicts, from its outputs to files: tables of one row a sample, arrays, or a file for each sample."""
+"""What a model predicts, from its outputs: classes, probabilities, numbers in the targets' own units."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +12,6 @@ from torch import Tensor
 from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses.classes import class_dim
-from distrain.system.output import in_utf8, write_csv
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-# --------------------------------------------------------------------------------------------------------------------
-# From outputs to predictions
 
 
 @dataclass(frozen=True)
@@ -35,6 +22,8 @@ class Predictions:
     """For a table: one value for each sample. Empty for predictions that have dimensions of their own."""
     values: np.ndarray | None
     """(batch, ...) the numbers of classes, 0 and 1, or numbers in the targets' own units; None for text."""
+    name: str = "prediction"
+    """What `values` are called in a table."""
 
     def keep(self, rows: np.ndarray) -> Predictions:
         """Return the predictions for which `rows` (batch,) is true."""
@@ -42,7 +31,7 @@ class Predictions:
             name: np.asarray(each, dtype=object if name == "text" else None)[rows]
             for name, each in self.columns.items()
         }
-        return Predictions(columns, None if self.values is None else self.values[rows])
+        return Predictions(columns, None if self.values is None else self.values[rows], self.name)
 
 
 def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predictions:
@@ -67,6 +56,31 @@ def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMet
     return Predictions(
         {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}, outputs.numpy()
     )
+
+
+def raw_outputs(kind: str, values: Tensor, task: Form, meta: DataMeta, is_probability: bool) -> Predictions:
+    """Return embeddings, logits or probabilities (batch, ...) as they are; those of a class or label by its name.
+
+    Raises UserError for logits of a model whose outputs are probabilities.
+    """
+    if kind == "embeddings":
+        return Predictions({}, values.numpy(), "embedding")
+    name = {"logits": "logit", "probabilities": "probability"}[kind]
+    if kind == "logits" and is_probability:
+        raise UserError("--output logits: this model's outputs are probabilities; use --output probabilities")
+    if kind == "probabilities" and not is_probability:
+        if task in ("binary", "multilabel") and not (task == "binary" and values.dim() == 2 and values.shape[1] == 2):
+            values = values.double().sigmoid()
+        else:
+            classes = values.dim() - 1 if task in ("language_modeling", "seq2seq") else _class_dim(values, None, meta)
+            values = values.double().softmax(classes)
+    values = values.reshape(len(values), -1) if values.dim() == 1 else values
+    if values.dim() > 2:
+        return Predictions({}, values.numpy(), name)
+    names = meta.class_names if meta.class_names and len(meta.class_names) == values.shape[1] else None
+    keys = names or ([str(index) for index in range(values.shape[1])] if values.shape[1] > 1 else [""])
+    columns = {f"{name}_{key}" if key else name: values[:, index].numpy() for index, key in enumerate(keys)}
+    return Predictions(columns, values.numpy(), name)
 
 
 def _class_dim(outputs: Tensor, targets: Tensor | None, meta: DataMeta) -> int:
@@ -142,186 +156,3 @@ def _unstandardized(values: Tensor, meta: DataMeta) -> Tensor:
         return values
     std, mean = (torch.tensor(each, dtype=torch.float64) for each in (meta.target_std, meta.target_mean))
     return values * std + mean
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# To files
-
-_FORMS = "a .csv or .parquet table, a .npy array, or FOLDER/ with a file for each sample"
-
-
-class PredictionFile(ABC):
-    """Collects predictions batch by batch; the file at its path is complete or absent."""
-
-    def __init__(self, path: Path):
-        """Raises UserError for a path that cannot be written to."""
-        self.path = path
-        self._tables: list[pd.DataFrame] = []
-
-    @abstractmethod
-    def check(self, batch: Predictions) -> None:
-        """Raise UserError for predictions that this format cannot hold."""
-
-    @abstractmethod
-    def write(self) -> None:
-        """Write all appended batches."""
-
-    def discard(self) -> None:  # noqa: B027 - most have written nothing before they write all
-        """Remove what was not written completely."""
-
-    def append(self, index: Mapping[str, Any], batch: Predictions) -> None:
-        """Append a batch, with the columns that identify its samples."""
-        import pandas as pd
-
-        self.check(batch)
-        columns = self.columns(batch)
-        if clash := sorted(index.keys() & columns.keys()):
-            raise UserError(
-                f"the column {clash[0]!r} that names the samples is also one of predictions; rename it in the data"
-            )
-        named = {in_utf8(name): _in_utf8(values) for name, values in {**index, **columns}.items()}
-        self._tables.append(pd.DataFrame(named))
-
-    def columns(self, batch: Predictions) -> dict[str, Any]:
-        """Return the table columns of a batch."""
-        return batch.columns
-
-    def table(self) -> pd.DataFrame:
-        """Return one row for each sample."""
-        import pandas as pd
-
-        return pd.concat(self._tables, ignore_index=True)
-
-
-class PredictionTable(PredictionFile):
-    """No file: `table` alone, in which a prediction may be an array."""
-
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def check(self, batch: Predictions) -> None:
-        """Any prediction fits."""
-
-    def columns(self, batch: Predictions) -> dict[str, Any]:
-        return batch.columns or {"prediction": list(batch.values if batch.values is not None else ())}
-
-    def write(self) -> None:
-        """There is nothing to write."""
-
-
-class TableFile(PredictionFile):
-    """A table; in Parquet a prediction may be an array of numbers."""
-
-    def check(self, batch: Predictions) -> None:
-        if not batch.columns and self.path.suffix == ".csv":
-            raise UserError(
-                f"-o {self.path}: each prediction has the shape {_shape(batch)}, and a cell of a CSV file holds one "
-                "value; write a .npy array, FOLDER/ with a file for each sample, or a .parquet table"
-            )
-
-    def columns(self, batch: Predictions) -> dict[str, Any]:
-        if batch.columns:
-            return batch.columns
-        assert batch.values is not None
-        return {"prediction": batch.values.tolist()}
-
-    def write(self) -> None:
-        _write_table(self.table(), self.path)
-
-
-class ArrayFile(PredictionFile):
-    """One array of all predictions, and beside it a table of the sample of each row."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._arrays: list[np.ndarray] = []
-
-    def check(self, batch: Predictions) -> None:
-        if batch.values is None:
-            raise UserError(f"-o {self.path}: text is written as a .csv or .parquet table")
-        if self._arrays and batch.values.shape[1:] != self._arrays[0].shape[1:]:
-            raise UserError(
-                f"-o {self.path}: predictions of different shapes, {_shape(Predictions({}, self._arrays[0]))} and "
-                f"{_shape(batch)}, are no array; write FOLDER/ with a file for each sample"
-            )
-        self._arrays.append(batch.values)
-
-    def write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate(self._arrays), allow_pickle=False)
-        temporary.replace(self.path)
-        _write_table(self.table(), self.path.with_suffix(".csv"))
-
-
-class PredictionFolder(PredictionFile):
-    """A folder with a file for each sample, PNG for maps of classes or .npy, and predictions.csv of which it is."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"-o {path}/: expected a folder that is empty or not there yet, for a file for each sample")
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        self._count = 0
-
-    def check(self, batch: Predictions) -> None:
-        if batch.values is None or batch.values.ndim < 2:
-            raise UserError(f"-o {self.path}/: each prediction is one value; write a .csv or .parquet table")
-
-    def columns(self, batch: Predictions) -> dict[str, Any]:
-        assert batch.values is not None
-        names = []
-        for values in batch.values:
-            picture = values.ndim == 2 and values.dtype in (np.uint8, np.uint16)
-            names.append(f"{self._count:06d}.{'png' if picture else 'npy'}")
-            if picture:
-                from PIL import Image
-
-                Image.fromarray(values).save(self._folder / names[-1])
-            else:
-                np.save(self._folder / names[-1], values, allow_pickle=False)
-            self._count += 1
-        return {"prediction": names, **batch.columns}
-
-    def write(self) -> None:
-        _write_table(self.table(), self._folder / "predictions.csv")
-        mask = os.umask(0)
-        os.umask(mask)
-        self._folder.chmod(0o777 & ~mask)  # as mkdir would have made it; a temporary one is its owner's alone
-        self._folder.replace(self.path)
-
-    def discard(self) -> None:
-        """Remove what was not written completely."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def open_predictions(out: str) -> PredictionFile:
-    """Return the file for predictions, by the format of `out`; raises UserError for an invalid one."""
-    path = Path(out)
-    folder = out.endswith("/") or path.is_dir()
-    kinds: dict[str, type[PredictionFile]] = {".csv": TableFile, ".parquet": TableFile, ".npy": ArrayFile}
-    if path.is_symlink() or not path.parent.is_dir():
-        raise UserError(f"-o {out}: expected a place in a folder that exists, and not a symbolic link")
-    if not folder and path.suffix not in kinds:
-        raise UserError(f"-o {out}: predictions are written as {_FORMS}")
-    return PredictionFolder(path) if folder else kinds[path.suffix](path)
-
-
-def _shape(batch: Predictions) -> str:
-    assert batch.values is not None
-    return " × ".join(map(str, batch.values.shape[1:]))
-
-
-def _in_utf8(values: Any) -> Any:
-    """Return a column with its text in UTF-8, in which tables are kept: files may be called anything."""
-    is_text = isinstance(values, list) or (isinstance(values, np.ndarray) and values.dtype.kind in "OU")
-    return [in_utf8(each) if isinstance(each, str) else each for each in values] if is_text else values
-
-
-def _write_table(table: pd.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    if path.suffix == ".csv":
-        write_csv(table, temporary)
-    else:
-        table.to_parquet(temporary, index=False)
-    temporary.replace(path)

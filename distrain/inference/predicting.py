@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distrain.config import UserError
-from distrain.data import Transform, build_eval_loader, given_source
+from distrain.data import build_eval_loader, given_source
 from distrain.datasets.base import AnySource, Batch, is_stream, keys_of, warnings_of
+from distrain.datasets.text import Prompts
 from distrain.diagnose.index_errors import explaining_errors, given
-from distrain.inference.outputs import (
-    PredictionFile,
-    Predictions,
-    PredictionTable,
-    open_predictions,
-    predicted,
-    target_columns,
-)
-from distrain.inference.trained import Trained, batch_size_of, log_error
+from distrain.inference.embeddings import Embeddings
+from distrain.inference.files import PredictionFile, PredictionTable, open_predictions
+from distrain.inference.generating import read_prompts
+from distrain.inference.generation import GenerationOptions, Generator
+from distrain.inference.outputs import Predictions, predicted, raw_outputs, target_columns
+from distrain.inference.trained import Trained, batch_size_of, log_error, writes
+from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
+from distrain.system.environment import rank_told
 from distrain.training.context import to_device
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 128
 """Most tokens that a language model generates after a prompt."""
+
+Output = Literal["predictions", "probabilities", "logits", "embeddings", "text"]
+OUTPUTS: tuple[Output, ...] = ("predictions", "probabilities", "logits", "embeddings", "text")
 
 
 @dataclass(frozen=True)
@@ -45,65 +50,294 @@ class PredictionSummary:
     """Why each skipped sample does not decode."""
 
 
-def predict_file(target: Path | str, inputs: str, out: str, *, changed_data: bool = False) -> PredictionSummary:
-    """Write the model's prediction for each sample of `inputs` that decodes to `out`.
+def predict_file(
+    target: Path | str,
+    inputs: str | None,
+    out: str,
+    *,
+    output: Output | None = None,
+    layer: str | None = None,
+    data: Sequence[str] = (),
+    changed_data: bool = False,
+) -> PredictionSummary:
+    """Write the model's prediction for each sample of `inputs` that decodes to `out`. All ranks call; rank 0 writes.
 
-    `inputs` is a file or folder that the data set can read, or the name of a split. `out` is a .csv or .parquet table,
-    a .npy array, or FOLDER/ with a file for each sample: see `distrain.inference.outputs`. A table's columns by task:
-    `prediction` and `probability` (of the predicted class, or of the positive one), `probability_NAME` for each class
-    or label, `prediction` or `prediction_0`, … in the targets' own units, and `text` for what is generated. `row`
-    counts the samples of `inputs`, `file` names their files where each has its own. Where samples have targets,
-    `target` or `target_NAME` holds them in the same terms. Raises UserError, with nothing written, for what cannot be
-    read, predicted or written so, and for a split of data that are not those of the training unless `changed_data`.
+    `inputs` is a file or folder that the data set can read, or the name of a split; None: that of `path=…` in `data`,
+    which holds keys of the recipe's data section, `KEY=VALUE`. `out`: see `distrain.inference.files`. `output`:
+
+    - predictions, by default: a table's columns by task are `prediction` and `probability` (of the predicted class, or
+      of the positive one), `probability_NAME` for each class or label, `prediction` or `prediction_0`, … in the
+      targets' own units
+    - probabilities, logits: of each class or label
+    - embeddings: what the output layer reads, or what `layer` returns
+    - text, by default of a model that writes: what it generates, behind its prompt
+
+    `row` counts the samples of `inputs`, `file` names their files where each has its own. Where samples have targets,
+    `target` or `target_NAME` holds them in the same terms. The batches, and so the numbers, are the same on any number
+    of processes. Raises UserError, with nothing written, for what cannot be read, predicted or written so, and for a
+    split of data that are not those of the training unless `changed_data`.
     """
-    file = open_predictions(out)
+    path, overrides = _overrides(inputs, data)
+    file = open_predictions(out) if rank_told() == 0 else None
     try:
-        found = _predict_into(file, target, inputs, changed_data)
-        file.write()
+        found = _predict_into(
+            [] if file is None else [file], target, path, overrides, output, layer, changed_data=changed_data
+        )
     finally:
-        file.discard()
+        if file is not None:
+            file.discard()
     return found
 
 
 def predict_table(
-    target: Path | str, inputs: Any, *, out: Path | str | None = None, changed_data: bool = False
+    target: Path | str,
+    inputs: Any,
+    *,
+    out: Path | str | None = None,
+    output: Output | None = None,
+    layer: str | None = None,
+    changed_data: bool = False,
 ) -> pd.DataFrame:
     """Return the table that `predict_file` writes, and write it where `out` is given; warns of what is skipped.
 
     `inputs` may also be arrays or a Dataset, where the data of the run are the user's own (`data.given_source`). A
-    prediction with dimensions of its own is an array in the column `prediction`.
+    prediction with dimensions of its own is an array in the column `prediction`, `embedding`, `probability` or `logit`.
     """
-    file = PredictionTable() if out is None else open_predictions(str(out))
+    table = PredictionTable()
+    written = [table, *([] if out is None else [open_predictions(str(out))])]
+    named = str(inputs) if isinstance(inputs, Path) else inputs
     try:
-        found = _predict_into(file, target, str(inputs) if isinstance(inputs, Path) else inputs, changed_data)
-        file.write()
+        found = _predict_into(written, target, named, (), output, layer, changed_data=changed_data)
     finally:
-        file.discard()
+        for file in written:
+            file.discard()
     for why in found.skipped:
         logger.warning(f"skipped: {why}")
-    return file.table()
+    return table.table()
 
 
-def _predict_into(file: PredictionFile, target: Path | str, inputs: Any, changed_data: bool) -> PredictionSummary:
-    """Append the predictions for all of `inputs` to `file`."""
-    trained = Trained.load(target)
+def _predict_into(
+    files: Sequence[PredictionFile],
+    target: Path | str,
+    inputs: Any,
+    overrides: Sequence[str],
+    output: Output | None,
+    layer: str | None,
+    *,
+    changed_data: bool,
+) -> PredictionSummary:
+    """Write the predictions for all of `inputs` to rank 0's files."""
+    if layer is not None and output != "embeddings":
+        raise UserError("--layer names the layer of embeddings; add --output embeddings")
+    trained = Trained.load(target, overrides)
+    world = trained.world
     try:
+        work = world.run_on_all(lambda: _Predictor(trained, inputs, output, layer))
         split = inputs if isinstance(inputs, str) and inputs in trained.data.splits else None
-        source = _source(trained, inputs) if isinstance(inputs, str) else given_source(trained.recipe, inputs)
         trained.check_inputs(split, changed_data=changed_data)
-        for warning in warnings_of(source):
+        for warning in warnings_of(work.source):
             logger.warning(warning)
-        skipped: dict[int, str] = {}
         heartbeat.enter_phase("evaluate")
-        what = inputs if isinstance(inputs, str) else "the inputs"
         with explaining_errors(lambda: (trained.model, None), log_error):
-            count = sum(_predict(trained, source, trained.transform(), what, file, skipped))
+            count = _collect(trained, work, files)
+        skipped = dict(sorted(each for part in world.gather(work.skipped) for each in part.items()))
+        if count == 0:
+            why = next(iter(skipped.values()), "there is none")
+            raise UserError(f"no sample of {work.name} could be predicted: {why}")
+
+        def complete() -> None:
+            for file in files:
+                file.write()
+
+        world.run_on_rank0(complete)
     finally:
-        trained.world.close()
-    return PredictionSummary(count, [why for _, why in sorted(skipped.items())])
+        world.close()
+    return PredictionSummary(count, list(skipped.values()))
 
 
-def _source(trained: Trained, inputs: str) -> AnySource:
+def _overrides(inputs: str | None, data: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what is predicted, and the overrides of the recipe."""
+    paths = [each.partition("=")[2] for each in data if each.startswith("path=")]
+    if bad := [each for each in data if "=" not in each]:
+        raise UserError(f"--data {bad[0]!r} is not KEY=VALUE")
+    if len(paths) + (inputs is not None) != 1:
+        raise UserError(
+            "name what is predicted once: a file, a folder or a split behind the run, or --data path=FILE; found "
+            f"{', '.join([*([inputs] if inputs is not None else []), *paths]) or 'neither'}"
+        )
+    return inputs if inputs is not None else paths[0], [f"data.{each}" for each in data if not each.startswith("path=")]
+
+
+def _collect(trained: Trained, work: _Predictor, files: Sequence[PredictionFile]) -> int:
+    """Have rank 0 append all predictions to its files in the order of the samples; returns how many there are."""
+    world, count = trained.world, 0
+    parts = work.parts()
+    while True:
+        mine = world.run_on_all(lambda: next(parts, None))
+        everyone = world.gather(mine)
+        if all(each is None for each in everyone):
+            return count
+
+        def append(everyone: list[_Part | None] = everyone) -> None:
+            for index, found in itertools.chain.from_iterable(each for each in everyone if each is not None):
+                for file in files:
+                    file.append(index, found)
+
+        world.run_on_rank0(append)
+        count += sum(len(index["row"]) for part in everyone if part is not None for index, _ in part)
+
+
+_Part = list[tuple[dict[str, Any], Predictions]]
+"""What identifies the samples of a batch and what is predicted for them, in one piece or in several."""
+
+
+@dataclass
+class _Predictor:
+    """Predicts this rank's share of a source."""
+
+    trained: Trained
+    what: Any
+    """A split, a file or a folder by its name; or arrays or a Dataset."""
+    output: Output | None
+    layer: str | None
+    source: AnySource = field(init=False)
+    skipped: dict[int, str] = field(default_factory=dict)
+    """{id: why} of samples that do not decode."""
+
+    def __post_init__(self) -> None:
+        recipe = self.trained.recipe
+        text = writes(recipe)
+        self.output = self.output or ("text" if text else "predictions")
+        if self.output == "text" and not text:
+            raise UserError(f"--output text: a model for task {recipe.task.name} writes none; it gives predictions")
+        if self.output == "predictions" and text:
+            raise UserError(
+                f"--output predictions: a model for task {recipe.task.name} gives text, logits or embeddings"
+            )
+        if self.output == "probabilities" and recipe.form in ("regression", "custom"):
+            raise UserError(
+                f"--output probabilities: task {recipe.task.name} has none; it gives predictions, logits and embeddings"
+            )
+        self.name = self.what if isinstance(self.what, str) else "the inputs"
+        self.source = _source(self.trained, self.what)
+        self._embeddings = Embeddings(self.trained.model, self.layer) if self.output == "embeddings" else None
+        self._generator = Generator(self.trained) if self.output == "text" else None
+        loss = self.trained.objective.loss
+        self._is_probability = loss is not None and loss.takes_probabilities
+        self._meaningless: list[int] = []
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[_Part]:
+        """Yield the predictions of each batch of this rank."""
+        recipe, world = self.trained.recipe, self.trained.world
+        loader = build_eval_loader(
+            self.source,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=batch_size_of(recipe, world_size=1),
+            transform=self.trained.transform(),
+            workers=recipe.data.workers,
+            split=self.name,
+            skip_corrupt=0 if is_stream(self.source) else len(self.source),
+            even=False,
+        )
+        for batch in loader:
+            self.skipped |= batch.get("corrupt_samples", {})
+            ids = batch["ids"].numpy()
+            keep = ids >= 0
+            if not keep.any():
+                yield []
+                continue
+            given(self.name, [batch])
+            index = {"row": ids[keep]} | keys_of(self.source, ids[keep])
+            yield list(self._predicted(to_device(batch, world), keep, index))
+        if self._meaningless:
+            shown = ", ".join(map(str, self._meaningless[:8])) + (", …" if len(self._meaningless) > 8 else "")
+            logger.warning(
+                f"the model gives NaN for {len(self._meaningless):,} samples, whose predictions mean nothing: the rows "
+                f"{shown}; look for NaN in their inputs"
+            )
+
+    def _predicted(
+        self, batch: Batch, keep: np.ndarray, index: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], Predictions]]:
+        task, meta = self.trained.recipe.form, self.trained.data.meta
+        if self.output == "text":
+            yield index, Predictions({"text": self._texts(batch)}, None).keep(keep)
+            return
+        inputs = batch["inputs"]
+        if isinstance(inputs, dict) and task == "seq2seq" and "target" not in inputs:
+            raise UserError(f"--output {self.output}: these pairs have no targets, which the model reads; name a split")
+        if "lengths" in batch:
+            # what stands at padding is no token's: each prompt alone, as long as it is
+            for row, length in enumerate(batch["lengths"].tolist()):
+                alone = {"inputs": inputs[row : row + 1, :length], "ids": batch["ids"][row : row + 1]}
+                values = self._values(alone, alone["ids"].numpy())
+                named = {name: each[row : row + 1] for name, each in index.items()}
+                yield named, raw_outputs(self.output or "", values, task, meta, self._is_probability)
+            return
+        values = self._values(batch, np.where(keep, batch["ids"].numpy(), -1))
+        targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
+        if self.output == "predictions":
+            found = predicted(task, values, targets, meta, self._is_probability)
+        else:
+            found = raw_outputs(self.output or "", values, task, meta, self._is_probability)
+        if targets is not None:
+            true = Predictions(target_columns(task, targets, meta), None).keep(keep).columns
+            if found.columns:
+                found = found.keep(keep)
+                found.columns.update(true)
+                yield index, found
+                return
+            index = index | true
+        yield index, found.keep(keep)
+
+    def _values(self, batch: Batch, ids: np.ndarray) -> Tensor:
+        """Return the outputs of the model or of a layer, (batch, ...); `ids` are -1 where they do not count."""
+
+        def outputs() -> Any:
+            return self.trained.objective.predict(self.trained.model, batch)
+
+        values = outputs() if self._embeddings is None else self._embeddings.of(outputs, len(ids))
+        if not isinstance(values, Tensor):
+            raise UserError(
+                f"task {self.trained.recipe.task.name} predicts a {type(values).__name__}, and what is written is a "
+                "tensor (batch, ...); return one from its `predictions`, or write --output embeddings"
+            )
+        values = values.cpu()
+        bad = values.isnan().reshape(len(values), -1).any(1).numpy()
+        self._meaningless += ids[(ids >= 0) & bad].tolist()
+        return values
+
+    def _texts(self, batch: Batch) -> list[str]:
+        """Return what is generated: for a prompt behind it, for a source alone, at most about twice as long."""
+        assert self._generator is not None
+        generator, decode, inputs = self._generator, self.trained.data.meta.decode, batch["inputs"]
+        assert decode is not None
+        pairs = generator.pairs
+        if isinstance(inputs, dict) and "position_ids" in inputs:
+            raise UserError(
+                f"--output text: a row of {self.name} holds several documents, which are no prompts; give a file of "
+                "prompts, or write --output embeddings"
+            )
+        padded = inputs["source" if pairs else "input_ids"] if isinstance(inputs, dict) else inputs
+        lengths = batch.get("lengths", torch.full((len(padded),), padded.shape[1])).tolist()
+        if pairs:
+            pad_id = self.trained.data.meta.pad_id
+            lengths = [int((row != pad_id).nonzero().max()) + 1 for row in padded]
+        elif isinstance(inputs, dict) and "attention_mask" in inputs:
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        prompts = [row[:length] for row, length in zip(padded.tolist(), lengths, strict=True)]
+        for prompt in prompts:
+            generator.check(prompt, "a prompt")
+        limits = [2 * len(prompt) + 8 if pairs else _NEW_TOKENS for prompt in prompts]
+        found = generator.generate(prompts, GenerationOptions(max(limits), Sampling()), limits=limits)
+        return [each.text if pairs else decode(prompt) + each.text for prompt, each in zip(prompts, found, strict=True)]
+
+
+def _source(trained: Trained, inputs: Any) -> AnySource:
+    if not isinstance(inputs, str):
+        return given_source(trained.recipe, inputs)
     data, name = trained.data, trained.recipe.data.name
     if inputs in data.splits:
         return data.splits[inputs]
@@ -112,87 +346,11 @@ def _source(trained: Trained, inputs: str) -> AnySource:
         raise UserError(
             f"there is no file {inputs}, and data set {name!r} has no such split ({', '.join(data.splits)})"
         )
+    if trained.recipe.form == "language_modeling" and path.suffix == ".jsonl" and data.chat is None:
+        tokens = [np.asarray(each.tokens(trained)) for each in read_prompts(path)]
+        return Prompts(tokens, data.meta.eos_id or 0)
     if data.read is None:
         raise UserError(
             f"data set {name!r} cannot read files for prediction; name one of its splits: {', '.join(data.splits)}"
         )
     return data.read(path)
-
-
-def _predict(
-    trained: Trained,
-    source: AnySource,
-    transform: Transform,
-    what: str,
-    file: PredictionFile,
-    skipped: dict[int, str],
-) -> Iterator[int]:
-    """Append the predictions of each batch to `file`, and yield their count; `skipped` gets {id: why} of others."""
-    recipe, world, meta = trained.recipe, trained.world, trained.data.meta
-    loader = build_eval_loader(
-        source,
-        rank=0,
-        world_size=1,
-        batch_size=batch_size_of(recipe, world_size=1),
-        transform=transform,
-        split=what,
-        skip_corrupt=0 if is_stream(source) else len(source),
-    )
-    loss = trained.objective.loss
-    is_probability = loss is not None and loss.takes_probabilities
-    meaningless: list[int] = []
-    with torch.no_grad():
-        for batch in loader:
-            skipped |= batch.get("corrupt_samples", {})
-            ids = batch["ids"].numpy()
-            keep = ids >= 0
-            if not keep.any():
-                continue
-            given(what, [batch])
-            batch = to_device(batch, world)
-            if recipe.form in ("language_modeling", "seq2seq"):
-                found = Predictions({"text": _generated(trained, batch)}, None)
-            else:
-                outputs = trained.objective.predict(trained.model, batch).cpu()
-                meaningless += ids[keep & outputs.isnan().flatten(1).any(1).numpy()].tolist()
-                targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
-                found = predicted(recipe.form, outputs, targets, meta, is_probability)
-                if targets is not None and found.columns:
-                    found.columns.update(target_columns(recipe.form, targets, meta))
-            file.append({"row": ids[keep]} | keys_of(source, ids[keep]), found.keep(keep))
-            yield int(keep.sum())
-    if meaningless:
-        shown = ", ".join(map(str, meaningless[:8])) + (", …" if len(meaningless) > 8 else "")
-        logger.warning(
-            f"the model gives NaN for {len(meaningless):,} samples, whose predictions mean nothing: the rows "
-            f"{shown}; look for NaN in their inputs"
-        )
-
-
-def _generated(trained: Trained, batch: Batch) -> list[str]:
-    generate, decode = getattr(trained.model, "generate", None), trained.data.meta.decode
-    if generate is None or decode is None:
-        raise UserError(
-            f"model {trained.recipe.model.name!r} cannot generate text: it needs a method "
-            "generate(tokens, max_new_tokens)"
-        )
-    inputs = batch["inputs"]
-    if isinstance(inputs, dict):
-        source = inputs["source"]
-        return [decode(row) for row in generate(source, max_new_tokens=2 * source.shape[1] + 8).tolist()]
-    # one by one: generation must continue the prompt, not its padding
-    lengths = batch.get("lengths", torch.full((len(inputs),), inputs.shape[1])).tolist()
-    prompts = [inputs[index : index + 1, :length] for index, length in enumerate(lengths)]
-    return [
-        decode(generate(prompt, max_new_tokens=_max_new_tokens(trained.model, prompt))[0].tolist())
-        for prompt in prompts
-    ]
-
-
-def _max_new_tokens(model: nn.Module, prompt: Tensor) -> int:
-    """Return how many tokens to generate after a prompt (1, tokens): a transformers model has limited positions."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    tokens = _NEW_TOKENS if positions is None else min(_NEW_TOKENS, positions - prompt.shape[1])
-    if tokens < 1:
-        raise UserError(f"a prompt has {prompt.shape[1]} tokens, and the model {positions} positions; shorten it")
-    return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ class Trained:
     """Fingerprint of data and code of the training; empty where the checkpoint has none."""
 
     @classmethod
-    def load(cls, target: Path | str) -> Trained:
+    def load(cls, target: Path | str, overrides: Sequence[str] = ()) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
+
+        `overrides`: `data.KEY=VALUE`, of how its data are read.
 
         A model that writes text computes in the precision of its weights: in 16 bits the token that is likeliest, or
         drawn, would depend on what else is in the batch.
@@ -58,15 +61,15 @@ class Trained:
             precision = "fp32"
         world = open_world(precision)
         try:
-            return cls._load(world, Path(world.broadcast(str(checkpoint))))
+            return cls._load(world, Path(world.broadcast(str(checkpoint))), overrides)
         except BaseException:
             world.close()
             raise
 
     @classmethod
-    def _load(cls, world: World, checkpoint: Path) -> Trained:
+    def _load(cls, world: World, checkpoint: Path, overrides: Sequence[str]) -> Trained:
         with open_verified(world, checkpoint) as reader:
-            recipe = _recipe_in(reader.manifest.recipe, checkpoint)
+            recipe = _recipe_in(reader.manifest.recipe, checkpoint, overrides)
             _end_waits(recipe)
 
             def initial_model() -> nn.Module:
@@ -148,8 +151,8 @@ def trained_model(checkpoint: Path) -> nn.Module:
     return model.eval()
 
 
-def _recipe_in(text: str, checkpoint: Path) -> Recipe:
-    return parse_recipe(text, f"the recipe in {checkpoint}")
+def _recipe_in(text: str, checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
+    return parse_recipe(text, f"the recipe in {checkpoint}", overrides)
 
 
 def _end_waits(recipe: Recipe) -> None:

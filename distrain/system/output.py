@@ -128,8 +128,11 @@ def csv_cell(text: str) -> str:
     return f"'{cell}" if cell.startswith(_COMPUTED) and not _NUMBER.fullmatch(cell) else cell
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, in UTF-8; each cell and each column name that is text is a `csv_cell`."""
+def write_csv(table: pd.DataFrame, path: Path, *, append: bool = False) -> None:
+    """Write a table as CSV, in UTF-8; each cell and each column name that is text is a `csv_cell`.
+
+    `append`: its rows follow those of a table with the same columns.
+    """
 
     def cell(value: Any) -> Any:
         return csv_cell(value) if isinstance(value, str) else value
@@ -138,4 +141,4 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     for place, kind in enumerate(safe.dtypes):
         if getattr(kind, "kind", "O") not in "biufcmM":  # no numbers, truth values or times
             safe.isetitem(place, safe.iloc[:, place].map(cell))
-    safe.to_csv(path, index=False, encoding="utf-8")
+    safe.to_csv(path, index=False, encoding="utf-8", mode="a" if append else "w", header=not append)

@@ -80,15 +80,17 @@ def untrained(recipe: Path) -> Trained:
     """Return a model of a recipe as it is at the start, sharp enough that no two tokens are as likely as each other."""
     from distrain.data import build_data
     from distrain.models import build_model
-    from distrain.networks.calling import calling_convention
     from distrain.parallel import open_world
+    from distrain.training.tasks import TaskContext, build_objective
 
     found = load_recipe(recipe).recipe
     data = build_data(found)
     model = build_model(found, data.meta).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    return Trained(recipe, found, data, model, calling_convention(model), open_world("fp32"), {})
+    objective = build_objective(found, data.meta)
+    objective.bind(model, TaskContext(found, data.meta, torch.device("cpu"), lambda: model))
+    return Trained(recipe, found, data, model, objective, open_world("fp32"), {})
 
 
 def tokens_of(trained: Trained, texts: Sequence[str]) -> list[list[int]]:
@@ -128,13 +130,13 @@ def by_full_passes(trained: Trained, prompt: list[int], count: int) -> str:
     """Return the text of the likeliest tokens, each from a pass over all before it, as training computes it."""
     meta, model = trained.data.meta, trained.model
     assert meta.decode is not None
-    pairs = trained.recipe.task == "seq2seq"
+    pairs = trained.recipe.form == "seq2seq"
     written = [meta.bos_id or 0] if pairs else list(prompt)
     start = len(written)
     for _ in range(count):
         tokens = torch.tensor([written])
         inputs: Any = {"source": torch.tensor([prompt]), "target": tokens} if pairs else tokens
-        written.append(int(trained.call(model, inputs).logits[0, -1].argmax()))
+        written.append(int(trained.objective.call(model, inputs).logits[0, -1].argmax()))
         if written[-1] == meta.eos_id:
             break
         if not pairs and getattr(model, "seq_len", 99) == len(written) - 1:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from distrain.config import UserError
 from distrain.datasets.base import DataMeta
-from distrain.inference.outputs import open_predictions, predicted
+from distrain.inference.files import open_predictions
+from distrain.inference.outputs import predicted
 
 META = DataMeta(num_classes=3)
 
@@ -129,6 +130,7 @@ def test_predictions_of_different_shapes_are_no_array(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match="different shapes, 5 and 6"):
                 file.append({"row": range(4)}, found)
+    file.discard()
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,8 @@ from runs import cli, train, write_recipe
 import distrain
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
-from distrain.inference.outputs import Predictions, open_predictions
+from distrain.inference.files import open_predictions
+from distrain.inference.outputs import Predictions
 from distrain.run.folder import RunDir
 from distrain.system.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
 from distrain.system.terminal import Console, ProgressLine, Table

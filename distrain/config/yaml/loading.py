@@ -67,9 +67,14 @@ def build_recipe(base: str | Path | Mapping[str, Any], changes: Mapping[str, Any
     return _loaded(document, folder)
 
 
-def parse_recipe(text: str, source: str) -> Recipe:
-    """Return the recipe in `text`, written by `dump_recipe` with absolute paths; `source` names it in errors."""
+def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `text`, written by `dump_recipe` with absolute paths; `source` names it in errors.
+
+    `overrides`: as in `load_recipe`.
+    """
     document = Document(source, read_tree(text, source))
+    for override in overrides:
+        document.override(override)
     document.resolve(Path.cwd())
     return validate(document)
 
