@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from distrain.checkpoints.arena import Arena
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.format import (
@@ -65,6 +67,8 @@ class _Flight:
     thread: threading.Thread | None = None
     """Writes this rank's file; on rank 0 another one publishes, once every rank has written."""
     file: FileInfo | None = None
+    header: str | None = None
+    """The hash of the header of this rank's file; None: unknown."""
     error: Exception | None = None
     exchanged: bool = False
     """Whether the ranks know that every one of them has written."""
@@ -88,6 +92,16 @@ class _Flight:
     def join(self) -> None:
         if self.thread is not None:
             self.thread.join()
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where the pieces of a checkpoint lie."""
+
+    headers: list[str | None]
+    """The hash of each rank's header."""
+    specs: dict[str, TensorSpec]
+    tensors: dict[str, Tensor]
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -127,6 +141,7 @@ class Saver:
         self.arena = arena or Arena()
         """What asynchronous saves are copied into."""
         self._flight: _Flight | None = None
+        self._placed: _Placed | None = None
         self.criterion: Criterion | None = None
         """What ranks checkpoints for `keep_best`; None: their stored scores."""
         self.scores: dict[str, float | None] = {}
@@ -161,7 +176,7 @@ class Saver:
             write_file(folder / rank_file_name(self.comm.rank, self.comm.world_size), [bytes(8)], threading.Event())
         except OSError as caught:
             error = caught
-        _, errors = self._gather(None, error)
+        _, _, errors = self._gather(None, None, error)
         if self.comm.rank == 0:
             seen = len(list(folder.glob("rank-*")))
             if not errors and seen != self.comm.world_size:
@@ -225,6 +240,7 @@ class Saver:
             flight.error = error
             return before
         parts: list[memoryview | bytes] = [layout.header, *views]
+        flight.header = xxhash.xxh3_128_hexdigest(layout.header)
         del layout
 
         def write() -> None:
@@ -257,7 +273,7 @@ class Saver:
                 os.fsync(file.fileno())
             flight = _Flight(step, folder, {"step": step, "score": None} | described, specs, time.monotonic())
             flight.background = False
-            return self._publish(flight, [info])
+            return self._publish(flight, [info], [None])
         except OSError as error:
             raise CheckpointError(f"step {step} was not saved to {self.folder}: {error_reason(error)}") from error
         finally:
@@ -278,13 +294,15 @@ class Saver:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder}: {problem}")
         return self.folder / name
 
-    def _gather(self, file: FileInfo | None, error: Exception | None) -> tuple[list[FileInfo | None], list[str]]:
-        """Return every rank's file, and the faults of all ranks as text."""
+    def _gather(
+        self, file: FileInfo | None, header: str | None, error: Exception | None
+    ) -> tuple[list[FileInfo | None], list[str | None], list[str]]:
+        """Return every rank's file, the hash of its header, and the faults of all ranks as text."""
         reason = error and f"rank {self.comm.rank} on {HOST}: {error_reason(error)}"
         if isinstance(error, FileNotFoundError):
             reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
-        files, reasons = zip(*self.comm.gather((file, reason)), strict=True)
-        return list(files), [reason for reason in reasons if reason]
+        files, headers, reasons = zip(*self.comm.gather((file, header, reason)), strict=True)
+        return list(files), list(headers), [reason for reason in reasons if reason]
 
     def exchange(self) -> None:
         """Wait until every rank has written, and have rank 0 publish, in the background as the save is.
@@ -297,7 +315,7 @@ class Saver:
             return
         enter_phase("save")
         flight.join()
-        files, problems = self._gather(flight.file, flight.error)
+        files, headers, problems = self._gather(flight.file, flight.header, flight.error)
         if problems:
             self._flight = None
             if self.comm.rank == 0:
@@ -308,7 +326,7 @@ class Saver:
 
             def publish() -> None:
                 try:
-                    flight.saved = self._publish(flight, [info for info in files if info])
+                    flight.saved = self._publish(flight, [info for info in files if info], headers)
                 except Exception as error:  # whatever it is, the other ranks wait for the outcome
                     flight.error = error
                     shutil.rmtree(flight.folder, ignore_errors=True)
@@ -349,9 +367,9 @@ class Saver:
                 shutil.rmtree(flight.folder, ignore_errors=True)
         self.arena.close()
 
-    def _publish(self, flight: _Flight, files: list[FileInfo]) -> Saved:
+    def _publish(self, flight: _Flight, files: list[FileInfo], headers: list[str | None]) -> Saved:
         with no_collection():
-            text = self._manifest(flight, files)
+            text = self._manifest(flight, files, headers)
         write_file(flight.folder / MANIFEST, [text], flight.cancelled)
         sync_folder(flight.folder)
         path = self.folder / f"step-{flight.step:08d}"
@@ -375,9 +393,20 @@ class Saver:
         nbytes = sum(info.size for info in files)
         return Saved(path, flight.step, nbytes, time.monotonic() - flight.began, tuple(retired), tuple(warnings))
 
-    def _manifest(self, flight: _Flight, files: list[FileInfo]) -> bytes:
-        """Return the manifest's text, by the files as they are on disk; raises CheckpointError."""
-        tensors = _place_pieces(flight.folder, flight.specs, files)
+    def _manifest(self, flight: _Flight, files: list[FileInfo], headers: list[str | None]) -> bytes:
+        """Return the manifest's text, by the files as they are on disk; raises CheckpointError.
+
+        The headers say where pieces lie. Where they are those of the save before, by the hashes that their ranks took
+        of them, nothing of that has changed, and only the files' sizes are looked at.
+        """
+        before = self._placed
+        if before is not None and None not in headers and (before.headers, before.specs) == (headers, flight.specs):
+            tensors = before.tensors
+            for info in files:
+                os.close(open_descriptor(flight.folder / info.name, info.size))
+        else:
+            tensors = _place_pieces(flight.folder, flight.specs, files)
+            self._placed = _Placed(headers, flight.specs, tensors)
         content = flight.described | {
             "format": "distrain",
             "version": VERSION if any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs) else 1,

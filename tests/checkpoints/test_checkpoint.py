@@ -169,6 +169,46 @@ def test_processes_save_together(tmp_path):
         assert_holds(tmp_path / "checkpoints" / f"step-{step:08d}", make_state(step))
 
 
+def test_headers_are_read_where_they_are_not_those_of_the_save_before(tmp_path, monkeypatch):
+    read, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *call: read.append(call) or pread(*call))
+
+    def body(comm):
+        counts = []
+        saver = Saver(tmp_path / "checkpoints", comm, keep=9, asynchronous=False)
+        for step, other in ((10, False), (20, False), (30, True), (40, True)):
+            before = len(read)
+            state = make_state(step)
+            pieces = cut(state, 2)[comm.rank] if not other else cut(state, 2)[1 - comm.rank]
+            saver.save(step, SPECS, pieces, **DESCRIBED)
+            counts.append(len(read) - before)
+        return counts
+
+    counts, _ = ThreadWorld(2).run(body)
+    assert [count > 0 for count in counts] == [True, False, True, False]
+    for step in (10, 20, 30, 40):
+        assert_holds(tmp_path / "checkpoints" / f"step-{step:08d}", make_state(step))
+    pieces = [read_manifest(tmp_path / "checkpoints" / f"step-{step:08d}").tensors for step in (10, 20, 30, 40)]
+    assert pieces[0] == pieces[1] != pieces[2] == pieces[3]
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter"])
+def test_a_file_that_rank_0_does_not_see_whole_is_not_published(tmp_path, change):
+    saver = local(tmp_path, asynchronous=False)
+    for step in (1, 2):
+        saver.begin(step, SPECS, cut(make_state(step), 1)[0], **DESCRIBED)
+        if step == 1:
+            saver.finish()
+    (file,) = tmp_path.glob(".tmp-step-00000002*/rank-*")
+    if change == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="step 2 was not saved"):
+        saver.finish()
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def no_renameat2(*_args, **_options):
     """Stand in for the C library of a system that cannot swap two names."""
     return SimpleNamespace()
