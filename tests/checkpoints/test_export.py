@@ -96,8 +96,16 @@ def open_files_of(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
+@pytest.fixture(params=[0, copying._SMALL], ids=["in buffers", "whole"])
+def small(request, monkeypatch):
+    """Read small files in buffers as large ones are, or whole."""
+    monkeypatch.setattr(copying, "_SMALL", request.param)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"shards": 40}, {"ema": True}], ids=str)
 def test_each_byte_is_read_once_and_hashed_as_it_passes(checkpoint, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(copying, "_MAX_OPEN", 2)  # fewer than there are shards
     read = []
     preadv = os.preadv
 
@@ -114,6 +122,69 @@ def test_each_byte_is_read_once_and_hashed_as_it_passes(checkpoint, tmp_path, mo
             assert offset == reached
             reached += count
         assert reached == file.stat().st_size
+
+
+def test_few_of_many_new_files_are_open_at_a_time(checkpoint, tmp_path, monkeypatch):
+    out, opened = tmp_path / "out", []
+    for call in ("pwrite", "pwritev"):
+        write = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *given, write=write: opened.append(open_files_of(out)) or write(*given))
+    expected = export(checkpoint, tmp_path / "one").paths[0]
+    for limit in (1, 3, 128):
+        monkeypatch.setattr(copying, "_MAX_OPEN", limit)
+        opened.clear()
+        paths = export(checkpoint, out, shards=40, overwrite=True).paths
+        assert len(paths) > 6
+        assert 1 <= max(map(len, opened)) <= limit
+        found = {}
+        for path in paths[:-1]:
+            found |= safetensors.torch.load_file(path)
+        whole = safetensors.torch.load_file(expected)
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_what_many_small_files_have_of_a_tensor_is_written_at_once(tmp_path, monkeypatch):
+    ranks, rows = 32, 64
+    specs = {f"model/t{n}": TensorSpec((rows, 3), "F32", "parameter") for n in range(5)}
+    values = {name: np.arange(rows * 3, dtype=np.float32) + 1000 * n for n, name in enumerate(specs)}
+
+    def rank(comm):
+        share = rows * 3 // ranks
+        start = comm.rank * share
+        pieces = [
+            Piece(name, start, value[start : start + share].view(np.uint8), copied=True)
+            for name, value in values.items()
+        ]
+        return Saver(tmp_path, comm).save(1, specs, pieces, **DESCRIBED | {"aliases": {}}).path
+
+    path = ThreadWorld(ranks).run(rank)[0]
+    calls = []
+    for call in ("pwrite", "pwritev"):
+        write = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *given, write=write: calls.append(given) or write(*given))
+    monkeypatch.setattr(copying, "_MAX_VIEWS", 24)
+    tensors = safetensors.torch.load_file(export(path, tmp_path / "out").paths[0])
+    assert all(np.array_equal(tensors[name.removeprefix("model/")].numpy().ravel(), values[name]) for name in specs)
+    # the header, and each run of tensors that lie side by side, cut where a call takes no more
+    assert len(calls) <= 1 + 1 + ranks * len(specs) // 24
+
+
+def test_a_short_write_is_continued(tmp_path, monkeypatch):
+    for call in ("pwrite", "pwritev"):
+        write = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *given, write=write: write(given[0], _shortened(given[1]), given[2]))
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    views = [memoryview(text.encode()) for text in ("abc", "", "defgh", "i", "jk")]
+    for count in range(1, len(views) + 1):
+        copying.write_at(descriptor, views[:count], 2)
+        assert os.pread(descriptor, 99, 2) == b"".join(views[:count])
+    os.close(descriptor)
+
+
+def _shortened(data):
+    """Return the first bytes of what a call is to write."""
+    return [b"".join(data)[:4]] if isinstance(data, list) else data[:1]
 
 
 def test_tensors_side_by_side_are_written_at_once(tmp_path, monkeypatch):
@@ -276,6 +347,7 @@ def test_what_has_no_average_is_reported(tmp_path):
     assert torch.equal(safetensors.torch.load_file(done.paths[0])["0.bias"], model.state_dict()["0.bias"])
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, options) for name in ("new", "there") for options in ({}, {"dtype": "bf16"}, {"shards": 40}, {"ema": True})]

@@ -2,8 +2,9 @@
 
 The layout is computed first. Each file is then read once, in order, by whichever of a few threads is free: the bytes go
 through a small buffer, are hashed there where the checkpoint has a hash of them, and are written to their offsets.
-While one thread reads and hashes the next bytes of a file, others write those before. Memory is bounded by the buffers,
-whatever the model.
+While one thread reads and hashes the next bytes of a file, others write those before. Small files are read several at a
+time, and what of them lies side by side in a new file is written at once. Memory is bounded by the buffers, whatever
+the model.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -32,7 +33,10 @@ from distrain.system.errors import UserError
 
 BUFFER = 1 << 18  # bytes that a thread reads, hashes, converts and writes at a time: they stay in its cache
 _GATHERED = 1 << 20  # elements of a strided tensor that are gathered at a time
-_MAX_OPEN = 128  # files written at a time; well below the usual limit of 1024
+_SMALL = 4  # buffers that a file fills at most which is read whole
+_BATCH = 16  # buffers' worth of small files that are read at a time
+_MAX_OPEN = 128  # new files that are open at a time; well below the usual limit of 1024
+_MAX_VIEWS = 512  # that one call writes; the system takes 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,11 @@ class Output:
         return self.stored.spec.numel * ITEM_SIZES[self.dtype]
 
 
-Placed = tuple[Output, int, int]
-"""A tensor to be written, the descriptor of the new file, and the tensor's offset in it."""
+Write = Callable[[Sequence[memoryview], int], None]
+"""Writes views one after the other into a new file, from an offset on. Threads may call it side by side."""
+
+Placed = tuple[Output, Write, int]
+"""A tensor to be written, what writes into its new file, and the tensor's offset there."""
 
 
 @dataclass(slots=True)
@@ -62,7 +69,7 @@ class _Span:
     offset: int
     nbytes: int
     output: Output
-    descriptor: int
+    write: Write
     target: int
 
     @property
@@ -87,33 +94,89 @@ def write_safetensors(
 
     Raises UserError, with all the rest written, if bytes of the source are not those of the `checks`.
     """
-    paths = list(files)
-    for first in range(0, len(paths), _MAX_OPEN):
-        with ExitStack() as stack:
-            placed: list[Placed] = []
-            for path in paths[first : first + _MAX_OPEN]:
-                outputs = files[path]
-                entries = {name: in_safetensors(out.dtype, out.stored.spec.shape) for name, out in outputs.items()}
-                if flat:
-                    entries = {name: (dtype, (math.prod(shape),)) for name, (dtype, shape) in entries.items()}
-                header = pack_header(entries, metadata)
-                *starts, end = accumulate((output.nbytes for output in outputs.values()), initial=len(header))
-                descriptor = stack.enter_context(new_file(path, end))
-                _write(descriptor, memoryview(header), 0)
-                placed += [(output, descriptor, start) for output, start in zip(outputs.values(), starts, strict=True)]
-            copy_tensors(source, placed, checks if first == 0 else ())
+    with _NewFiles() as new:
+        placed: list[Placed] = []
+        for path, outputs in files.items():
+            entries = {name: in_safetensors(out.dtype, out.stored.spec.shape) for name, out in outputs.items()}
+            if flat:
+                entries = {name: (dtype, (math.prod(shape),)) for name, (dtype, shape) in entries.items()}
+            header = pack_header(entries, metadata)
+            *starts, end = accumulate((output.nbytes for output in outputs.values()), initial=len(header))
+            write = new.add(path, end)
+            write([memoryview(header)], 0)
+            placed += [(output, write, start) for output, start in zip(outputs.values(), starts, strict=True)]
+        copy_tensors(source, placed, checks)
+
+
+class _NewFiles:
+    """New files that are written in any order, of which few are open at a time. Use it in a `with` statement."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, list[int]] = OrderedDict()  # [descriptor, threads that write]
+        self._idle = threading.Condition(self._lock)
+
+    def add(self, path: Path, nbytes: int) -> Write:
+        """Make a file of that size that must not exist yet; return what writes into it."""
+        with self._lock:
+            self._make_room()
+            self._open[path] = [_make_file(path, nbytes), 0]
+        return partial(self._write, path)
+
+    def _write(self, path: Path, views: Sequence[memoryview], offset: int) -> None:
+        with self._lock:
+            entry = self._open.get(path)
+            if entry is None:
+                self._make_room()
+                entry = self._open[path] = [os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), 0]
+            else:
+                self._open.move_to_end(path)
+            entry[1] += 1
+        try:
+            write_at(entry[0], views, offset)
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                if not entry[1]:
+                    self._idle.notify()
+
+    def _make_room(self) -> None:
+        """Close the file that was written longest ago, where as many are open as may be. The caller holds the lock."""
+        while len(self._open) >= _MAX_OPEN:
+            path = next((path for path, (_, threads) in self._open.items() if not threads), None)
+            if path is None:
+                self._idle.wait()
+            else:
+                os.close(self._open.pop(path)[0])
+
+    def __enter__(self) -> _NewFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor, _threads in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
 
 @contextmanager
 def new_file(path: Path, nbytes: int) -> Iterator[int]:
     """Open a file of that size that must not exist yet."""
+    descriptor = _make_file(path, nbytes)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _make_file(path: Path, nbytes: int) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         _allocate(descriptor, nbytes)
         os.ftruncate(descriptor, nbytes)
-        yield descriptor
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
@@ -142,18 +205,22 @@ def copy_tensors(source: Source, placed: Iterable[Placed], checks: Sequence[Chec
         _Gathering(source, *each) for name, found in targets.items() if not source.in_runs(name) for each in found
     ]
     _Work(streams).run()
-    if bad := [stream.check for stream in streams if isinstance(stream, _Bytes) and stream.damaged and stream.check]:
+    if bad := [check for stream in streams for check in stream.damaged]:
         raise source.damage(bad)
 
 
-def _streams(source: Source, targets: Mapping[str, list[Placed]], checks: Sequence[Check]) -> Iterator[_Bytes]:
+def _streams(source: Source, targets: Mapping[str, list[Placed]], checks: Sequence[Check]) -> Iterator[_Stream]:
     by_file: dict[int, list[Check]] = defaultdict(list)
     for check in sorted(checks, key=lambda check: (check.file, check.offset)):
         by_file[check.file].append(check)
     parts = source.parts({name for name in targets if source.in_runs(name)})
+    small: list[tuple[Check, Callable[[], list[_Span]]]] = []
     for file in sorted(parts.keys() | by_file.keys()):
         listed = parts.get(file, list)
         whole = [check for check in by_file[file] if check.covers(source.files[file][1])]
+        if whole and whole[0].nbytes <= _SMALL * BUFFER:
+            small.append((whole[0], partial(_spans, listed, targets)))
+            continue
         if whole or not by_file[file]:
             yield _Bytes(source, file, whole[0] if whole else None, partial(_spans, listed, targets))
             continue
@@ -170,16 +237,18 @@ def _streams(source: Source, targets: Mapping[str, list[Placed]], checks: Sequen
         rest += spans[checked:]
         if rest:
             yield _Bytes(source, file, None, partial(list, rest))
+    if small:
+        yield _SmallFiles(source, small)
 
 
 def _spans(listed: Callable[[], list[Part]], targets: Mapping[str, list[Placed]]) -> list[_Span]:
     """Return where the parts of a file go, in their order; what lies side by side both here and there is one."""
     spans: list[_Span] = []
-    last: dict[int, _Span] = {}
+    last: dict[Write, _Span] = {}
     for offset, nbytes, name, start in listed():
-        for output, descriptor, target in targets[name]:
+        for output, write, target in targets[name]:
             place = target + start * ITEM_SIZES[output.dtype]
-            before = last.get(descriptor)
+            before = last.get(write)
             if (
                 before is not None
                 and before.kept
@@ -189,7 +258,7 @@ def _spans(listed: Callable[[], list[Part]], targets: Mapping[str, list[Placed]]
             ):
                 before.nbytes += nbytes
                 continue
-            last[descriptor] = span = _Span(offset, nbytes, output, descriptor, place)
+            last[write] = span = _Span(offset, nbytes, output, write, place)
             spans.append(span)
     return spans
 
@@ -200,6 +269,8 @@ class _Stream(ABC):
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ended = False
+        self.damaged: list[Check] = []
+        """What was read and does not hold."""
         self.threads = 0
         """How many work on it; `_Work` counts."""
 
@@ -220,7 +291,6 @@ class _Bytes(_Stream):
         self.source = source
         self.file = file
         self.check = check
-        self.damaged = False
         self._listed = spans
         self._spans: list[_Span] = []
         self._next = 0  # the first of the spans that is not read to its end
@@ -238,7 +308,8 @@ class _Bytes(_Stream):
         begin, end = self._range(len(buffer))
         if begin == end:
             self.close()
-            self.damaged = self.check is not None and self._digest is not None and not self.check.holds(self._digest)
+            if self.check is not None and self._digest is not None and not self.check.holds(self._digest):
+                self.damaged.append(self.check)
             return None
         view = buffer[: end - begin]
         _read(self._descriptor, view, begin)
@@ -289,14 +360,78 @@ class _Bytes(_Stream):
         return begin, end
 
 
+class _SmallFiles(_Stream):
+    """Files that are read whole, several at a time, so that parts of a tensor which each has a few of come together."""
+
+    def __init__(self, source: Source, files: Sequence[tuple[Check, Callable[[], list[_Span]]]]):
+        super().__init__()
+        self.source = source
+        self._files = deque(files)
+        self._free: list[memoryview] = []
+
+    def take(self, buffer: memoryview) -> Callable[[], None] | None:
+        """Return what reads the next files and writes what is in them."""
+        batch, nbytes = [], 0
+        while not self.ended and self._files and nbytes + self._files[0][0].nbytes <= _BATCH * BUFFER:
+            batch.append(self._files.popleft())
+            nbytes += batch[-1][0].nbytes
+        if not batch:
+            self.ended = True
+            return None
+        return partial(self._copy, batch)
+
+    def _copy(self, batch: Sequence[tuple[Check, Callable[[], list[_Span]]]]) -> None:
+        buffer = self._free.pop() if self._free else memoryview(bytearray(_BATCH * BUFFER))
+        kept: dict[Write, list[tuple[int, memoryview]]] = defaultdict(list)
+        reached = 0
+        for check, listed in batch:
+            view = buffer[reached : reached + check.nbytes]
+            reached += check.nbytes
+            descriptor = self.source.open(check.file)
+            try:
+                _read(descriptor, view, 0)
+            finally:
+                os.close(descriptor)
+            hashed = check.begin()
+            hashed.update(view)
+            if not check.holds(hashed):
+                self.damaged.append(check)
+                continue
+            for span in listed():
+                if span.kept:
+                    kept[span.write].append((span.target, view[span.offset : span.end]))
+                else:
+                    _put([(span, span.offset, span.end)], view, 0)
+        for write, pieces in kept.items():
+            _write_together(write, pieces)
+        self._free.append(buffer)
+
+
+def _write_together(write: Write, pieces: list[tuple[int, memoryview]]) -> None:
+    """Write pieces of a new file, those side by side in one call."""
+    pieces.sort(key=lambda piece: piece[0])
+    start = end = 0
+    views: list[memoryview] = []
+    for target, view in pieces:
+        if views and (target != end or len(views) == _MAX_VIEWS):
+            write(views, start)
+            views = []
+        if not views:
+            start = end = target
+        views.append(view)
+        end += len(view)
+    if views:
+        write(views, start)
+
+
 class _Gathering(_Stream):
     """A tensor whose elements lie apart."""
 
-    def __init__(self, source: Source, output: Output, descriptor: int, target: int):
+    def __init__(self, source: Source, output: Output, write: Write, target: int):
         super().__init__()
         self.source = source
         self.output = output
-        self.descriptor = descriptor
+        self.write = write
         self.target = target
         self._reached = 0
 
@@ -314,7 +449,7 @@ class _Gathering(_Stream):
         raw = self.source.gather(self.output.name, start, count).data
         for done in range(0, count, BUFFER // size or 1):
             part = raw[done * size : (done + (BUFFER // size or 1)) * size]
-            _write(self.descriptor, _converted(part, self.output), self.target + (start + done) * new_size)
+            self.write([_converted(part, self.output)], self.target + (start + done) * new_size)
 
 
 class _Work:
@@ -384,7 +519,7 @@ def _put(parts: Sequence[tuple[_Span, int, int]], view: memoryview, begin: int) 
         output = span.output
         raw = view[low - begin : high - begin]
         size, new_size = ITEM_SIZES[output.stored.dtype], ITEM_SIZES[output.dtype]
-        _write(span.descriptor, _converted(raw, output), span.target + (low - span.offset) // size * new_size)
+        span.write([_converted(raw, output)], span.target + (low - span.offset) // size * new_size)
 
 
 def _converted(raw: memoryview, output: Output) -> memoryview:
@@ -412,7 +547,17 @@ def _read(descriptor: int, view: memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _write(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+def write_at(descriptor: int, views: Sequence[memoryview], offset: int) -> None:
+    """Write views of bytes one after the other, from an offset on."""
+    if len(views) > 1:
+        done = os.pwritev(descriptor, views, offset)
+        if done == sum(map(len, views)):
+            return
+    else:
+        done = 0
+    for view in views:
+        skipped = min(done, len(view))
+        done, offset, view = done - skipped, offset + skipped, view[skipped:]
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count

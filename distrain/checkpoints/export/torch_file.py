@@ -12,10 +12,11 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from distrain.checkpoints.dtypes import DTYPES
-from distrain.checkpoints.export.copying import Output, copy_tensors, new_file
+from distrain.checkpoints.export.copying import Output, copy_tensors, new_file, write_at
 from distrain.checkpoints.sources import THREADS, Check, Crc32, Source, row_major, update_from
 
 _ALIGNMENT = 64
@@ -60,7 +61,8 @@ def write_torch_file(source: Source, outputs: dict[str, Output], path: Path, che
         for record, content in zip(records, contents.values(), strict=False):
             os.pwrite(descriptor, content, record.data)
         stored = records[len(contents) :]
-        placed = [(first[name], descriptor, record.data) for name, record in zip(keys, stored, strict=True)]
+        write = partial(write_at, descriptor)
+        placed = [(first[name], write, record.data) for name, record in zip(keys, stored, strict=True)]
         copy_tensors(source, placed, checks)
         with ThreadPoolExecutor(THREADS) as pool:
             checksums = pool.map(lambda record: _crc32(descriptor, record), records)
