@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import cli
+from runs import cli, script
 
 from distrain.config import registry
 from distrain.config.yaml import json_schema
@@ -90,12 +90,13 @@ def plain(line: str, folder: Path) -> str:
 def run(command: Command, folder: Path) -> tuple[int, str]:
     """Return the exit status of a command and what it printed.
 
-    `distrain` and the processes that it starts take no time for their imports; all else is started as it is typed.
+    `distrain`, Python scripts and the processes that they start take no time for their imports; all else is started as
+    it is typed.
     """
     line = command.line.removesuffix(ECHOED)
     words = shlex.split(line) if not re.search(r"[|&;<>$]", line) else []
-    if words[:1] == ["distrain"]:
-        ended = cli(*words[1:])
+    if words[:1] == ["distrain"] or (words[:1] == ["python"] and words[1].endswith(".py")):
+        ended = cli(*words[1:]) if words[0] == "distrain" else script(*words[1:])
         printed = ended.out + ended.err
         return (0, f"{printed}exit status {ended.status}\n") if line != command.line else (ended.status, printed)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +94,7 @@ def train(
     else:
         objects, target = _of_recipe({} if recipe is None else recipe, given, overrides, run_dir, update)
     assert target.run is not None
+    _import_progress_bars()
     with objects.here(), _as_before():
         request = _resolved(target, processes, strategy)
         _attempt(request, objects)
@@ -156,7 +160,7 @@ def _attempt(request: RunRequest, objects: Objects) -> None:
         return
     if request.processes > 1:
         with handing_over(own):
-            status = LocalLauncher().submit(request).status
+            status = LocalLauncher(forks=False).submit(request).status
         if status:
             raise _failure(request.run)
         return
@@ -174,6 +178,14 @@ def _attempt(request: RunRequest, objects: Objects) -> None:
         train_here(request, failures=failures)
     if failures:
         raise failures[0]
+
+
+def _import_progress_bars() -> None:
+    """Import what Accelerate imports, without its warning about bars of a notebook, which nothing here shows."""
+    if "IPython" in sys.modules and "tqdm.auto" not in sys.modules:
+        with warnings.catch_warnings(), suppress(ImportError):
+            warnings.filterwarnings("ignore", "IProgress not found")
+            importlib.import_module("tqdm.auto")
 
 
 def _failure(run: RunDir) -> Exception:

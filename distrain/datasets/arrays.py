@@ -29,10 +29,14 @@ class ArrayData:
 
     def __call__(self, request: DataRequest, **args: Any) -> Data:
         """Build it; raises UserError."""
-        name, section = request.section.name, request.section
-        if args or section.path is not None:
+        if args or request.section.path is not None:
             key = next(iter(args), "path")
-            raise UserError(f"data.{key}: {name} is arrays, which take no arguments; remove it")
+            raise UserError(f"data.{key}: {request.section.name} is arrays, which take no arguments; remove it")
+        return self.build(request)
+
+    def build(self, request: DataRequest) -> Data:
+        """Build it; raises UserError."""
+        name, section = request.section.name, request.section
         tensors = {split: self._tensors(split, pair, request) for split, pair in self.splits.items()}
         meta = _meta(tensors, request)
         if list(tensors) == ["train"]:
@@ -66,6 +70,14 @@ class ArrayData:
         if len(first) != len(targets):
             raise UserError(f"{where} has {len(first):,} inputs and {len(targets):,} targets; expected as many")
         return inputs, targets
+
+
+def is_arrays(value: Any) -> bool:
+    """Whether a value is `(inputs, targets)` as tensors, arrays or tables."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        return False
+    inputs = list(value[0].values()) if isinstance(value[0], Mapping) and value[0] else [value[0]]
+    return all(hasattr(each, "shape") and len(each.shape) > 0 for each in (*inputs, value[1]))
 
 
 def input_tensors(inputs: Arrays, dtype: torch.dtype, where: str) -> Any:

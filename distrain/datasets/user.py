@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from distrain.config import DataSection, FoldSplit, Form, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
 from distrain.config.registry import Entry
-from distrain.datasets.arrays import ArrayData, input_tensors
+from distrain.datasets.arrays import ArrayData, input_tensors, is_arrays
 from distrain.datasets.base import (
     AnySource,
     Batch,
@@ -74,6 +74,7 @@ def user_data(request: DataRequest, made: Any) -> Data:
 
     - a Dataset: `__len__` and `__getitem__(index)`, which returns (inputs, targets) or {"inputs": ..., "targets": ...};
       Python's, NumPy's and PyTorch's global generators are seeded from (seed, epoch, sample) before each item;
+    - a tuple (inputs, targets) of tensors, arrays or tables with a row for each sample;
     - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if present, is called before a pass.
 
     Inputs and targets are tensors, arrays, numbers, PIL images, or dicts and tuples of these; of a sample of three or
@@ -83,6 +84,8 @@ def user_data(request: DataRequest, made: Any) -> Data:
     prediction.
     """
     splits_made = _made_splits(request, made)
+    if all(is_arrays(each.dataset) for each in splits_made.values()):
+        return ArrayData({split: each.dataset for split, each in splits_made.items()}).build(request)
     first = splits_made["train"]
     meta = _meta(first, request)
 

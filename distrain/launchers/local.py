@@ -250,6 +250,10 @@ class LocalLauncher:
 
     name = "local"
 
+    def __init__(self, *, forks: bool = True):
+        """`forks`: whether they may be forked from this one, in which no code of a user has run."""
+        self.forks = forks
+
     def submit(self, start: RunRequest) -> Submitted:
         """Start a request's processes and wait for them; a single one is this process."""
         run = start.run
@@ -258,7 +262,8 @@ class LocalLauncher:
         if start.processes == 1:
             return Submitted(status=train_here(start))
         prepare(start)
-        status = launch(_plan(start), run)
+        plan = _plan(start)
+        status = launch(plan if self.forks else replace(plan, imports=()), run)
         # a launcher that was signalled calls that a failure, and the run folder knows better
         return Submitted(status=0 if run.preempted is not None else status)
 

@@ -160,12 +160,14 @@ def _stream() -> Any:
         (lambda: Points(), {"train": 96, "test": 24}),
         (lambda: Points, {"train": 96, "test": 24}),
         (lambda: (lambda: Points()), {"train": 96, "test": 24}),
+        (lambda: (lambda: (X, Y)), {"train": 96, "test": 24}),
+        (lambda: (lambda split: (X, Y.numpy())), {"train": 120, "test": 120}),
         (lambda: (Points(), Points(), Points()), {"train": 120, "valid": 120, "test": 120}),
         (lambda: {"train": Points(), "test": (X[80:], Y[80:])}, {"train": 120, "test": 40}),
         (_stream, {"train": None, "valid": None}),
     ],
     ids=["tensors", "arrays", "a table", "a list", "pairs", "pairs by split", "a Dataset", "one of one's own",
-         "its class", "a function", "three", "both kinds", "streams"],
+         "its class", "a function", "a function of arrays", "one of each split", "three", "both kinds", "streams"],
 )  # fmt: skip
 def test_data_come_in_every_form(data: Callable[[], Any], sizes: dict[str, int | None]) -> None:
     run = train(model=Net, data=data(), recipe={"train": {"steps": 2}, "eval": {"every": "2 steps"}})
