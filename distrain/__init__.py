@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from distrain.config import Duration, Recipe, UserError
     from distrain.training.callbacks.base import Callback
     from distrain.training.callbacks.trackers import Tracker
+    from distrain.training.tasks import LossSum, Task, TaskContext
 
 __version__ = "0.1.0"
 __all__ = [
     "Callback",
     "Duration",
+    "LossSum",
     "Recipe",
     "Run",
+    "Task",
+    "TaskContext",
     "Tracker",
     "UserError",
     "evaluate",

@@ -23,10 +23,11 @@ from distrain.config import Duration, Recipe, UserError, registry
 from distrain.config.user_files import Given, file_of, given_key, given_objects
 from distrain.fingerprints import named_objects, user_module
 
-KEYS = ("model", "data", "loss", "metrics", "callbacks", "optim", "schedule")
+KEYS = ("task", "model", "data", "loss", "metrics", "callbacks", "optim", "schedule")
 """What may be an object of this process, as train and load call it."""
 LISTS = ("metrics", "callbacks")
 _TABLES: dict[str, registry.Registry[Any]] = {
+    "task": registry.tasks,
     "model": registry.models,
     "data": registry.datasets,
     "loss": registry.losses,
@@ -187,6 +188,8 @@ def as_given(key: str, value: Any) -> tuple[str, Given]:
             return _name_of(value), Given(Copies(value), texts)
     if key == "data":
         return _data(value)
+    if key == "task" and not inspect.isclass(value):
+        raise UserError(f"task: found {value!r}; give its class, and arguments beside it, as {{'name': MyTask, ...}}")
     if key == "callbacks" and not inspect.isclass(value) and not inspect.isroutine(value):
         return _name_of(value), Given(Returns(value), sources_of(type(value)))
     if key == "metrics" and any(each.__module__.startswith("torchmetrics.") for each in type(value).__mro__[:-1]):

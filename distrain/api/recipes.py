@@ -10,7 +10,7 @@ from distrain.api.objects import Objects, plain
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import LoadedRecipe, build_recipe
 
-_COMPONENTS = ("data", "model", "loss", "optim", "schedule")
+_COMPONENTS = ("task", "data", "model", "loss", "optim", "schedule")
 _LISTS = {("eval", "metrics"): "metrics", ("log", "trackers"): "trackers"}
 
 
@@ -22,7 +22,7 @@ def read_recipe(
 ) -> LoadedRecipe:
     """Return the recipe; `objects` gets what it holds that has no name.
 
-    `given` takes the place of whole sections: model, data, loss, metrics, callbacks. `overrides`: keys of the recipe,
+    `given` takes the place of whole sections: task, model, data, loss, metrics, callbacks. `overrides`: keys,
     `optim={"lr": 0.1}`, `optim__lr=0.1` or `**{"optim.lr": 0.1}`. Raises RecipeError, and UserError for an object.
     """
     if isinstance(recipe, Recipe):

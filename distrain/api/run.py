@@ -130,7 +130,7 @@ class Run:
         from distrain.inference import trained_model
 
         checkpoint = self.checkpoint(weights)
-        with self._here("model"):  # without its data it may be built from its arguments alone
+        with self._here("task", "model"):  # without its data it may be built from its arguments alone
             return trained_model(checkpoint)
 
     def evaluate(self, split: str = "test", *, weights: Weights = None, changed_data: bool = False) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Run:
         from distrain.inference import evaluate_checkpoint
 
         checkpoint = self.checkpoint(weights)
-        with self._here("model", "data", "loss", "metrics"):
+        with self._here("task", "model", "data", "loss", "metrics"):
             return evaluate_checkpoint(checkpoint, split, changed_data=changed_data)
 
     def predict(
@@ -165,7 +165,7 @@ class Run:
         from distrain.inference import predict_table
 
         checkpoint = self.checkpoint(weights)
-        with self._here("model", "data", "loss"):
+        with self._here("task", "model", "data", "loss"):
             return predict_table(checkpoint, inputs, out=out, output=output, layer=layer, changed_data=changed_data)
 
     def export(self, out: str | Path, *, weights: Weights = None, **options: Any) -> Exported:
@@ -207,6 +207,7 @@ class Run:
 def load(
     run: str | Path | Run,
     *,
+    task: Any = None,
     model: Any = None,
     data: Any = None,
     loss: Any = None,
@@ -220,7 +221,7 @@ def load(
     Where its recipe names objects of another Python process (`object.model:Net`), pass them again, as to `train`: the
     class of the model, the data. Raises UserError for a folder that is no run, and for an object that it does not name.
     """
-    passed = dict(zip(KEYS, (model, data, loss, metrics, callbacks, optim, schedule), strict=True))
+    passed = dict(zip(KEYS, (task, model, data, loss, metrics, callbacks, optim, schedule), strict=True))
     found = run if isinstance(run, Run) else Run(run)
     objects = Objects(found.given)
     objects.fill(found.recipe, {key: value for key, value in passed.items() if value is not None})

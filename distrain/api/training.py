@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from distrain.training.callbacks.base import Callback
+    from distrain.training.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe | Run | None = None,
     *,
+    task: str | Mapping[str, Any] | type[Task] | None = None,
     model: str | Mapping[str, Any] | nn.Module | Callable[..., nn.Module] | None = None,
     data: Any = None,
     loss: str | Mapping[str, Any] | Callable[..., Any] | None = None,
@@ -55,6 +57,8 @@ def train(
     Arguments:
         recipe: the path of a recipe file, a dict of the same keys, a `Recipe`; or a run (its folder, or a `Run`) to
             resume. Without it everything comes from the other arguments.
+        task: classification, binary, multilabel, regression, language_modeling or seq2seq; or a class of
+            `distrain.Task`, which says itself what a batch means.
         model: a class or function that builds a torch.nn.Module (its initial weights then depend on `seed` alone, and
             arguments such as `num_classes` that the data determine are passed to it), a module, of which a copy is
             trained, a name (`distrain list models`), or {"name": any of these, ...} with arguments.
@@ -68,7 +72,7 @@ def train(
         processes: how many are started on this machine; 1 trains in this process.
         strategy: auto, ddp, zero1, zero2, zero3 or fsdp2, for several processes.
         update: whether a run that exists is resumed with another recipe, data or code.
-        **overrides: keys of the recipe: `task="classification"`, `train={"epochs": 3}`, `optim__lr=0.1`. They change
+        **overrides: keys of the recipe: `batch={"global": 64}`, `train={"epochs": 3}`, `optim__lr=0.1`. They change
             those keys alone, of a section given by name all.
 
     Objects that can be imported are in the run's recipe as `path/to/file.py:NAME`, and any process can use the run.
@@ -87,7 +91,7 @@ def train(
         raise UserError(
             "distrain.train was called in a thread, and only the main thread is told to stop; call it there"
         )
-    passed = {"model": model, "data": data, "loss": loss, "metrics": metrics, "callbacks": callbacks}
+    passed = {"task": task, "model": model, "data": data, "loss": loss, "metrics": metrics, "callbacks": callbacks}
     given = {key: value for key, value in passed.items() if value is not None}
     if isinstance(recipe, Run) or (isinstance(recipe, str | Path) and Path(recipe).is_dir()):
         objects, target = _of_run(recipe, given, overrides, run_dir, update)

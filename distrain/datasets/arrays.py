@@ -64,7 +64,7 @@ class ArrayData:
             if targets.is_floating_point():
                 raise UserError(f"{where} has targets of {targets.dtype}; task {request.task} expects whole numbers")
             targets = targets.to(torch.int64)
-        else:
+        elif request.task != "custom" or targets.is_floating_point():
             targets = targets.to(request.dtype)
         first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
         if len(first) != len(targets):

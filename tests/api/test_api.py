@@ -235,6 +235,19 @@ def test_metrics_and_callbacks_are_functions_classes_and_objects() -> None:
     assert seen.losses == run.metrics.query("event == 'train'")["loss"].tolist()
 
 
+def test_a_task_is_a_class() -> None:
+    class Halves(distrain.Task):
+        def losses(self, model: Any, batch: Any) -> Any:
+            return {"loss_of_own": functional.cross_entropy(model(batch["inputs"]), batch["targets"], reduction="none")}
+
+    run = train(model=Net, task=Halves, eval={"metrics": None, "every": "5 steps"})
+    assert run.recipe.task.name == "object.task:Halves"
+    assert run.metrics.query("event == 'final'")["loss_of_own"].notna().all()
+    assert distrain.load("runs/a", task=Halves, data=(X, Y)).evaluate() == run.evaluate()
+    with pytest.raises(UserError, match=r"task: found .*give its class"):
+        train("runs/b", model=Net, task=Halves())
+
+
 def test_a_recipe_in_python_is_the_recipe_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
