@@ -325,7 +325,9 @@ models: Registry[Callable[..., Any]] = Registry(
     others="any model of torchvision.models, timm:NAME, transformers:CLASS", prefixes=("timm:",),
 )  # fmt: skip
 datasets: Registry[Callable[..., Any]] = Registry("data set", "data.name", "distrain.datasets", "distrain.datasets.*")
-tasks: Registry[Callable[..., Any]] = Registry("task", "task", "distrain.tasks", "distrain.training.tasks.built_in")
+tasks: Registry[Callable[..., Any]] = Registry(
+    "task", "task", "distrain.tasks", "distrain.training.tasks.built_in", "distrain.training.tasks.dpo"
+)
 losses: Registry[Callable[..., Any]] = Registry(
     "loss", "loss.name", "distrain.losses", "distrain.optim.losses.building",
     fold=lambda name: squeezed(name).removesuffix("loss"),

@@ -12,7 +12,7 @@ from distrain.system.errors import UserError, close_names
 Form = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq", "custom"]
 """What targets are, for losses, metrics and models by name; `custom` where a task alone knows that."""
 
-FORMS: dict[str, Form] = {form: form for form in get_args(Form) if form != "custom"}
+FORMS: dict[str, Form] = {form: form for form in get_args(Form) if form != "custom"} | {"dpo": "custom"}
 """Of the built-in tasks."""
 
 

@@ -1,7 +1,7 @@
 """What a batch means: its losses, predictions and metrics.
 
 task.py        `Task`, which one of your own inherits from, and `LossSum`
-built_in.py    the tasks by name
+built_in.py    the tasks by name; dpo.py: pairs of answers
 objective.py   what a step and an evaluation ask of a task
 """
 
