@@ -1,6 +1,8 @@
 """Optimizers, losses, schedules of the learning rate, and the average of the weights.
 
 optimizers.py  optimizers by name, and which parameters are decayed, scaled or frozen
+muon.py        Muon, with AdamW for what is no matrix
+matrices.py    which parameters are the matrices of hidden layers
 losses/        losses by name, as sums and counts, so that one division over the global count gives the mean
 schedules.py   the learning rate as a pure function of the step
 depth.py       learning rates that fall from block to block

@@ -111,7 +111,8 @@ def _tried(section: OptimSection) -> _Tried:
     shapes = toy_shapes(section)
     optimizer, parameters = toy_optimizer(section, shapes)
     toy_steps(optimizer, parameters, 2)
-    keeps = set(optimizer.state[parameters[0]])
+    # all of them: one may keep other things for matrices than for vectors
+    keeps = {key for parameter in parameters for key in optimizer.state[parameter]}
     makes = set()
     for key in keeps:
         probe, parameters = toy_optimizer(section, shapes)

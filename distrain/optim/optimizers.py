@@ -21,6 +21,8 @@ from distrain.config.registry import optimizers, squeezed
 from distrain.optim.averages import canonical_name, unwrapped
 from distrain.optim.depth import layer_depths
 from distrain.optim.freezing import THAW, thaw_steps
+from distrain.optim.matrices import matrix_names
+from distrain.optim.muon import OTHERS, Muon
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +58,11 @@ def _find(name: str) -> Callable[..., Optimizer]:
 
 
 for _name, _found in vars(torch.optim).items():
-    if inspect.isclass(_found) and issubclass(_found, Optimizer) and _found is not Optimizer:
+    # its own takes matrices alone: see muon.py
+    if _name != "Muon" and inspect.isclass(_found) and issubclass(_found, Optimizer) and _found is not Optimizer:
         _metadata = {"refused": _REFUSED[_name]} if _name in _REFUSED else {}
         optimizers.register(squeezed(_name), **_metadata)(_found)
+optimizers.register("muon")(Muon)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -141,6 +145,7 @@ def build_optimizer(
         {"params": [by_name[name] for name in plan.names], "lr_scale": plan.lr_scale}
         | ({"weight_decay": plan.weight_decay} if takes_decay else {})
         | ({THAW: thaw[plan.freeze]} if plan.freeze is not None else {})
+        | ({OTHERS: True} if plan.others else {})
         for plan in plans
     ]
     if fused is None:
@@ -157,6 +162,16 @@ def describe_groups(model: nn.Module, section: OptimSection, horizon: Horizon) -
     for plan in parameter_plan(model, section):
         if plan.freeze is not None:
             counts[plan.freeze] += plan.numel
+    if _matrices(model, _aliases(model), section) is not None:
+        plans = parameter_plan(model, section)
+        matrices = [plan for plan in plans if not plan.others]
+        rest = [name for plan in plans if plan.others for name in plan.names if not name.endswith("bias")]
+        logger.info(
+            f"optim: {section.name} trains {sum(len(plan.names) for plan in matrices)} matrices of "
+            f"{sum(plan.numel for plan in matrices):,} parameters, and by AdamW the "
+            f"{sum(plan.numel for plan in plans if plan.others):,} others ({', '.join(rest[:5]) or 'biases'}"
+            f"{', …' if len(rest) > 5 else ''}); optim.others.params names others"
+        )
     for place, step in thaw_steps(section, horizon).items():
         entry = section.freeze[place]
         assert isinstance(entry, FreezeSection)
@@ -209,6 +224,8 @@ class GroupPlan:
     """Elements of all of them."""
     freeze: int | None = None
     """The place in `optim.freeze` of what freezes them until a step; None: they are trained from the start."""
+    others: bool = False
+    """Whether they are no matrices, to an optimizer that treats those otherwise."""
 
 
 @dataclass(frozen=True)
@@ -286,21 +303,42 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
         raise UserError("\n".join(problems))
 
     depths = layer_depths(model, section.layer_decay) if section.layer_decay is not None else None
-    members: dict[tuple[float, float, int | None], list[_Alias]] = {}
+    matrices = _matrices(model, aliases, section)
+    members: dict[tuple[float, float, int | None, bool], list[_Alias]] = {}
     for alias in trained:
         rule = section.groups[rule_of[alias.names[0]]] if alias.names[0] in rule_of else None
         decay = section.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
         if alias.kinds & set(section.no_decay):
             decay = 0.0
         scale = (rule.lr_scale if rule else 1.0) * (depths.scale(alias.names) if depths else 1.0)
-        members.setdefault((scale, decay, until.get(alias.names[0])), []).append(alias)
+        others = matrices is not None and alias.names[0] not in matrices
+        members.setdefault((scale, decay, until.get(alias.names[0]), others), []).append(alias)
     plans = [
         GroupPlan(
-            tuple(each.names[0] for each in group), scale, decay, sum(each.parameter.numel() for each in group), freeze
+            tuple(each.names[0] for each in group),
+            scale,
+            decay,
+            sum(each.parameter.numel() for each in group),
+            freeze,
+            others,
         )
-        for (scale, decay, freeze), group in members.items()
+        for (scale, decay, freeze, others), group in members.items()
     ]
     return plans, frozen
+
+
+def _matrices(model: nn.Module, aliases: Sequence[_Alias], section: OptimSection) -> set[str] | None:
+    """Return the names of what the optimizer trains as matrices; None where it treats all parameters alike."""
+    if optimizers.find(section.name).value is not Muon:
+        return None
+    skipped = [alias.names[0] for alias in aliases if alias.kinds]
+    patterns = (section.args.get("others") or {}).get("params")
+    found = matrix_names(model, skipped, with_head=patterns is not None)
+    for pattern in patterns or ():
+        if not (matching := _matching(aliases, pattern)):
+            raise UserError(f"optim.others.params: {_nothing(aliases, pattern)}")
+        found -= {alias.names[0] for alias in matching}
+    return found
 
 
 def _without_parameters(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from distrain.config import OptimSection, UserError
 from distrain.config.strategies import STRATEGIES
+from distrain.optim.muon import Muon
 from distrain.optim.optimizers import build_optimizer
 
 _SCALES = (1.0, 30.0, 0.03, 1.0)
@@ -66,9 +67,16 @@ def toy_shapes(section: OptimSection) -> list[tuple[int, ...]]:
 def without_names(section: OptimSection) -> OptimSection:
     """Return the section without the names of parameters, with the largest weight decay of any of them."""
     decays = [section.weight_decay, *(group.weight_decay or 0.0 for group in section.groups)]
-    return section.model_copy(
-        update={"groups": [], "freeze": [], "layer_decay": None, "no_decay": [], "weight_decay": max(decays)}
-    )
+    update: dict[str, Any] = {
+        "groups": [],
+        "freeze": [],
+        "layer_decay": None,
+        "no_decay": [],
+        "weight_decay": max(decays),
+    }
+    if isinstance(others := section.args.get("others"), dict):
+        update["others"] = {key: value for key, value in others.items() if key != "params"}
+    return section.model_copy(update=update)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -136,6 +144,8 @@ def sharding_problem(section: OptimSection, strategy: str) -> str | None:
     if not STRATEGIES[strategy].shards:
         return None
     optimizer, _ = toy_optimizer(section, toy_shapes(section))
+    if isinstance(optimizer, Muon):
+        return None  # it is given whole matrices, each by one rank
     torchs_own = type(optimizer).__module__.startswith("torch.optim")
     if strategy == "fsdp2":
         if torchs_own and section.args.get("fused") and type(optimizer).__name__ in ("SGD", "Adagrad"):

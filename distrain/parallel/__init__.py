@@ -22,6 +22,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     materialize.py          building sharded models once in each node, and filling the shards
     unused_parameters.py    which parameters have no gradient, and which are only cast
     state.py                the state of training as flat ranges of named tensors
+    matrices.py             whole matrices for an optimizer, from the parts that ranks hold
     shards.py               what a rank holds of a tensor
     optimizer_state.py      what an optimizer keeps, as a checkpoint holds it
     stored.py               from the tensors of a checkpoint to those of a model

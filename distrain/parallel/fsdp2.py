@@ -26,6 +26,7 @@ from distrain.optim import drop_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
+from distrain.parallel.matrices import give_matrices
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -65,6 +66,11 @@ class FSDP2Strategy(Strategy):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+        if self._sharded:
+            shards = {name: self.shard(each) for name, each in model.named_parameters() if each.requires_grad}
+            mesh = self._sharded[0].device_mesh
+            group = mesh.get_group(mesh.ndim - 1)  # that of the shards, where there are replicas
+            give_matrices(self.optimizer, shards, world.device, group)
         self.state = TrainingState(model, self.optimizer, make_ema(plan, model), self.shard, migrate=plan.migrate)
         self._passes = 0
         """The backward passes of this step that have reduced gradients, each with those that it found there."""

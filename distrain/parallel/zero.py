@@ -27,6 +27,7 @@ from distrain.optim import Ema, canonical_name, is_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
+from distrain.parallel.matrices import give_matrices
 from distrain.parallel.optimizer_state import group_names
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -78,6 +79,9 @@ class ZeROStrategy(Strategy):
         if self._gather_order is not None:
             self._fetch_in_order(self._gather_order)
         self.optimizer = self._zero.optimizer
+        named = self.model.named_parameters()
+        shards = {name: self.shard(each) for name, each in named if id(each) in self._trained}
+        give_matrices(self.optimizer, shards, world.device)
         self._watch_frozen()
         ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.migrate, self._stepping)

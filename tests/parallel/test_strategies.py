@@ -34,6 +34,7 @@ log: {every: 1 steps}
 TOLERANCE = 1e-5
 
 SGD = ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.1")
+MUON = ("optim.name=muon", "optim.lr=0.02", "optim.others={lr: 0.01}")
 GROUPS = (
     'optim.groups=[{params: "blocks.0.*", lr_scale: 0.3, weight_decay: 0.2}, {params: "*.bias", weight_decay: 0}]',
 )
@@ -62,6 +63,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Single": ("Single", ()),
     "Twice": ("Twice", ()),
     "Listed": ("Listed", ()),
+    "groups-muon": ("Blocks", (*GROUPS, *MUON)),
+    "TiedHead-muon": ("TiedHead", MUON),
 }
 DEPENDS_ON_WORLD = ("Buffered", "Normed")
 """Their statistics are those of one rank's samples."""
@@ -262,7 +265,7 @@ OFFLOADS = {
     "zero3-all": ("zero3", (True, True)),
     "fsdp2": ("fsdp2", (True, True)),
 }
-OFFLOADED = ("TiedHead", "TiedHead-sgd", "frozen-groups", "Idle", "Scalars", "Small")
+OFFLOADED = ("TiedHead", "TiedHead-sgd", "TiedHead-muon", "frozen-groups", "Idle", "Scalars", "Small")
 
 
 MORE_ZERO1 = pytest.param("zero1", marks=pytest.mark.more)
