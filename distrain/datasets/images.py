@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from distrain.config import UserError, close_names
+from distrain.config import UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import (
     AnySource,
@@ -26,10 +26,11 @@ from distrain.datasets.base import (
     TensorSource,
     split_indices,
 )
-from distrain.system.output import error_line, in_utf8, one_line
+from distrain.datasets.image_layouts import CLASS_FOLDERS, class_names, class_numbers, find_layout, image_paths
+from distrain.system.output import error_line
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
+logger = logging.getLogger(__name__)
+
 _BYTES = (0, 255)
 _SIXTEEN_BITS = (0, 65535)
 
@@ -219,22 +220,6 @@ def image_reader(
     return read
 
 
-def image_paths(path: Path) -> list[Path]:
-    """Return `path` itself if it is a file, or the images in and below it, sorted, without hidden ones."""
-    if not path.exists():
-        raise UserError(f"there is nothing at {path}; expected an image or a folder of images")
-    if path.is_file():
-        return [path]
-    found = []
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        named = (name for name in sorted(files) if not name.startswith("."))
-        found += [Path(folder, name) for name in named if name.lower().endswith(_SUFFIXES)]
-    if not found:
-        raise UserError(f"{path} holds no image; expected files ending in {', '.join(_SUFFIXES)}")
-    return found
-
-
 def pixels_from_npy(
     path: Path, size: tuple[int, int] | None, channels: Channels, bounds: tuple[float, float]
 ) -> torch.Tensor:
@@ -270,12 +255,17 @@ def image_folder(
     channels: Channels = "rgb",
     range: list[int | float] | None = None,
     decoder: Decoder = "pil",
+    labels: str | None = None,
+    file_column: str | None = None,
+    label_column: str | None = None,
 ) -> Data:
-    """Images in one folder for each class, read on demand.
+    """Images in one folder for each class, or listed with their labels in a CSV; read on demand.
 
     `data.path` holds the class folders, cut by `data.split` (by default [0.8, 0.2]); or it holds such a folder for each
-    split, named in `data.split` as {train: ..., test: ...}, or called train, val or valid, and test. Classes are
-    numbered by the sorted folder names of the training split. `size`, a number or [height, width], resizes each image;
+    split, named in `data.split` as {train: ..., test: ...}, or called train, val or valid, and test; or a table of
+    files and labels beside the images: see `distrain.datasets.image_layouts`. `labels` says which where that is not
+    clear, as the table's name or `folders`; `file_column` and `label_column` are columns of it. Classes are numbered by
+    the sorted names of the training split. `size`, a number or [height, width], resizes each image;
     `channels` is rgb or gray. `range` is [black, white] for images of more than 8 bits; by default 16-bit images have 0
     to 65535, and others are refused. `decoder` torchvision reads JPEG files with its `decode_jpeg`, which is faster:
     where both have libjpeg-turbo, pixels are those of pil. Inputs are uint8 until a transform changes them, and finally
@@ -289,24 +279,28 @@ def image_folder(
     if size is not None and (min(sides := [size] if isinstance(size, int) else size, default=0) < 1 or len(sides) > 2):
         raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
     shape = None if size is None else (sides[0], sides[-1])
-    root = request.path(_CLASS_FOLDERS)
+    root = request.path(CLASS_FOLDERS)
     if not root.is_dir():
-        raise UserError(f"data.path: {root} is a file, expected {_CLASS_FOLDERS}")
-    folders = _split_folders(root, request.section.split)
-    state = request.state or {"class_names": _class_names(folders["train"])}
-    names = list(state["class_names"])
+        raise UserError(f"data.path: {root} is a file, expected {CLASS_FOLDERS}")
+    layout = find_layout(root, request.section.split, labels, file_column, label_column)
+    listings = {split: read() for split, read in layout.splits.items()}
+    names = list((request.state or {"class_names": class_names(listings["train"], layout, root)})["class_names"])
+    numbers = {split: class_numbers(listing, names) for split, listing in listings.items()}
     splits: dict[str, AnySource] = {}
-    files = {split: _class_files(folder, names) for split, folder in folders.items()}
-    if set(files) == {"train"}:
-        paths, targets = files["train"]
-        for split, indices in split_indices(len(paths), request.section, request.seed, targets).items():
-            chosen = [paths[index] for index in indices]
-            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white, root, decoder)
+    if set(listings) == {"train"}:
+        listing, targets = listings["train"], numbers["train"]
+        for split, indices in split_indices(len(targets), request.section, request.seed, targets).items():
+            chosen = [listing.paths[index] for index in indices]
+            splits[split] = ImageFiles(chosen, targets[indices], shape, channels, black_to_white, listing.root, decoder)
     else:
-        for split, found in files.items():
-            splits[split] = ImageFiles(*found, shape, channels, black_to_white, folders[split], decoder)
+        for split, listing in listings.items():
+            splits[split] = ImageFiles(
+                listing.paths, numbers[split], shape, channels, black_to_white, listing.root, decoder
+            )
+    counts = ", ".join(f"{len(listing.paths):,}" for listing in listings.values())
+    logger.info(f"image_folder: {layout.about}; {counts} images of {len(names)} classes")
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
-    read = [path for paths, _ in files.values() for path in paths]
+    read = [*layout.tables, *(path for listing in listings.values() for path in listing.paths)]
     return Data(splits, meta, {"class_names": names}, image_reader(shape, channels, black_to_white, decoder), read)
 
 
@@ -323,53 +317,6 @@ def _check_jpeg() -> None:
             f"data.decoder is torchvision, and the one installed cannot decode JPEG: {error_line(error)}; install a "
             "torchvision that is built with libjpeg-turbo, or use decoder: pil"
         ) from error
-
-
-def _split_folders(root: Path, split: Any) -> dict[str, Path]:
-    """Return the folder of each split; only `train` if the folder is one piece, to be cut."""
-    if isinstance(split, dict):
-        folders = {name: root / folder for name, folder in split.items()}
-        for name, folder in folders.items():
-            if not folder.is_dir():
-                raise UserError(
-                    f"data.split: there is no folder {folder} for {name}{close_names(folder.name, _folders(root))}"
-                )
-        return folders
-    if split is None and (root / "train").is_dir():
-        known = {"val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
-        found = {known[name]: root / name for name in known if (root / name).is_dir()}
-        if found:
-            return {"train": root / "train", **found}
-    return {"train": root}
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = _folders(folder)
-    if len(names) < 2:
-        found = f"only {names[0]!r}" if names else "no folder"
-        raise UserError(f"{folder} holds {found}; expected {_CLASS_FOLDERS}")
-    if not_utf8 := [name for name in names if in_utf8(name) != name]:
-        raise UserError(
-            f"{folder} holds the folder '{one_line(not_utf8[0])}', whose name is not UTF-8, and checkpoints store "
-            "class names as UTF-8; rename it"
-        )
-    return names
-
-
-def _class_files(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarray]:
-    there = _folders(folder)
-    if unknown := sorted(set(there) - set(names)):
-        raise UserError(
-            f"{folder} has a folder {unknown[0]!r}{close_names(unknown[0], names)}, which is not a class of the "
-            f"training split: {', '.join(names[:20])}"
-        )
-    by_class = [image_paths(folder / name) if name in there else [] for name in names]
-    targets = np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in by_class])
-    return [path for paths in by_class for path in paths], targets
 
 
 # --------------------------------------------------------------------------------------------------------------------
