@@ -60,6 +60,10 @@ class _Finder:
 sys.meta_path.append(_Finder)
 
 
+LIBRARIES = ("timm:", "transformers:")
+"""What names begin with that are a library's, though they look like `package.module:name`."""
+
+
 def is_object_spec(name: str) -> bool:
     """Whether `name` says where an object is, as `package.module:name` or `path/to/file.py:name`."""
     where, colon, attribute = name.rpartition(":")

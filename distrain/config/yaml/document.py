@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from distrain.config import Recipe, RecipeError, close_names, is_object_spec
+from distrain.config.user_files import LIBRARIES
 from distrain.config.yaml.strict_yaml import Place, Tree, dotted, found_text, syntax_problem
 from distrain.system.output import in_utf8, one_line
 
@@ -224,7 +225,7 @@ class Document:
             return False
         holder = _get(self.value, inner)
         name = holder.get("name") if isinstance(holder, dict) else None
-        return isinstance(name, str) and is_object_spec(name)
+        return isinstance(name, str) and is_object_spec(name) and not name.startswith(LIBRARIES)
 
     def origin(self, place: Place) -> str:
         """Return the origin of the value at `place` of the validated recipe."""
