@@ -8,7 +8,7 @@ run        `Run`: a run folder, and `load`, `evaluate` and `predict`
 Imports no torch.
 """
 
-from distrain.api.run import Best, Run, evaluate, load, predict
+from distrain.api.run import BestEvaluation, Run, evaluate, load, predict
 from distrain.api.training import train
 
-__all__ = ["Best", "Run", "evaluate", "load", "predict", "train"]
+__all__ = ["BestEvaluation", "Run", "evaluate", "load", "predict", "train"]

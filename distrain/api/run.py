@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Weights = Literal["best", "last"] | int | None
 
 
-class Best(NamedTuple):
+class BestEvaluation(NamedTuple):
     """The best evaluation of a run."""
 
     metric: str
@@ -92,20 +92,20 @@ class Run:
         return pd.DataFrame(list(rows.values()))
 
     @property
-    def best(self) -> Best | None:
+    def best(self) -> BestEvaluation | None:
         """The best evaluation so far; None where there was none with a finite value."""
         from distrain.checkpoint import criterion_of, list_checkpoints, read_manifest
 
         if (finished := self._folder.finished) is not None:
             best = finished.get("best")
-            return None if best is None else Best(best["metric"], best["step"], best["value"])
+            return None if best is None else BestEvaluation(best["metric"], best["step"], best["value"])
         newest = list_checkpoints(self._folder.checkpoints)
         criterion = criterion_of(self._folder.checkpoints)
         state = (read_manifest(newest[0].path).history or {}).get("best") if newest else None
         if criterion is None or not isinstance(state, dict) or not state.get("best"):
             return None
         step, value = state["best"]
-        return Best(criterion.metric, step, value)
+        return BestEvaluation(criterion.metric, step, value)
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -88,9 +88,7 @@ def train(
             "put the call under `if __name__ == '__main__':`"
         )
     if threading.current_thread() is not threading.main_thread():
-        raise UserError(
-            "distrain.train was called in a thread, and only the main thread is told to stop; call it there"
-        )
+        raise UserError("distrain.train was called in a thread, where no interrupt arrives; call it in the main thread")
     passed = {"task": task, "model": model, "data": data, "loss": loss, "metrics": metrics, "callbacks": callbacks}
     given = {key: value for key, value in passed.items() if value is not None}
     if isinstance(recipe, Run) or (isinstance(recipe, str | Path) and Path(recipe).is_dir()):

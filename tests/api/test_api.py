@@ -421,11 +421,25 @@ def _in_two_processes(folder: str) -> list[Any]:
     Local = local_net()
     with warm_children():
         run = train("runs/two", model=Local, callbacks=[Collect()], processes=2)
-        try:
+        stopped = [train("runs/stop", model=Local, callbacks=[Interrupt()], processes=2).status for _ in range(2)]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(UserError) as refused:
             train("runs/three", model=Local, callbacks=[Holding()], processes=2)
-        except UserError as error:
-            return [run.status, run.best, str(error), "DISTRAIN_OBJECTS" in os.environ]
-    return []
+    return [run.status, run.best, stopped, str(refused.value), "DISTRAIN_OBJECTS" in os.environ]
+
+
+class Interrupt(distrain.Callback):
+    """Interrupts the process that has started this one, once, as a notebook's button does."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def on_start(self, run: Any) -> None:
+        self.first = run.rank == 0 and run.resumed_step is None
+
+    def on_step_end(self, step: int, metrics: Any) -> None:
+        if self.first and step == 3:
+            os.kill(self.parent, signal.SIGINT)
 
 
 class Holding(distrain.Callback):
@@ -437,11 +451,12 @@ class Holding(distrain.Callback):
 
 def test_several_processes_get_the_objects(tmp_path: Path) -> None:
     one = train("runs/one", model=local_net(), callbacks=[Collect()])
-    status, best, error, left = in_world(1, _in_two_processes, str(tmp_path), launched=False)[0]
+    status, best, stopped, error, left = in_world(1, _in_two_processes, str(tmp_path), launched=False)[0]
     assert status == "finished"
     assert best.step == one.best.step
     assert best.value == pytest.approx(one.best.value, rel=0.05)  # dropout differs by rank
     assert "object.callbacks:Holding cannot be passed to several processes: TypeError" in error
+    assert stopped == ["preempted", "finished"]
     assert not left
     assert RunDir("runs/two").launch().processes == 2
 

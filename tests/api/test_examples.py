@@ -21,7 +21,7 @@ NOTEBOOK = EXAMPLES / "first_run.ipynb"
 @pytest.mark.parametrize(
     ("name", "arguments", "shown"),
     [
-        ("own_model.py", (), "Best(metric='accuracy'"),
+        ("own_model.py", (), "BestEvaluation(metric='accuracy'"),
         ("own_parts.py", ("--processes", 2), "watched: step 20, loss"),
         ("compare.py", (), "lr 0.1: loss"),
     ],
