@@ -26,6 +26,7 @@ from distrain.networks.calling import ModelOutput, calling_convention, forward, 
 from distrain.networks.facts import FACT_NAMES, facts, num_outputs
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.huggingface import build_transformers, check_transformers, transformers_config
+from distrain.networks.lora import add_adapters
 from distrain.networks.meta_device import is_building_on_meta
 from distrain.networks.sequential import check_layers, shown
 from distrain.networks.summary import ModelSummary, describe_model
@@ -79,7 +80,9 @@ def build_model(
 
     Its initial weights depend on the recipe's seed alone, and no random state outside changes. `base`: the folder that
     relative paths start from. `weights`: whether model.weights (or the weights in the `path` of a transformers model)
-    are loaded; without them a checkpoint is expected to follow. What was loaded or adapted is logged.
+    are loaded; without them a checkpoint is expected to follow that stores all of them. With model.lora the layers that
+    it names have adapters, of initial values that depend on the seed alone, and the rest is frozen. What was loaded or
+    adapted is logged.
     `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
     """
     section, known = recipe.model, facts(recipe.form, meta)
@@ -98,6 +101,9 @@ def build_model(
     if weights and recipe.model.weights is not None:
         path = base / recipe.model.weights
         logger.info("%s", load_weights(model, path, strict=recipe.model.weights_strict))
+    if section.lora is not None:
+        with isolated_seed(mix(recipe.seed, "lora")):
+            add_adapters(model, section.lora)
     return model
 
 

@@ -60,6 +60,7 @@ FIGURES = [
     Figure("chat", "token_accuracy", least=0.95, worlds=(2,), more=True),
     Figure("python_source", "bits_per_byte", most=3.4, worlds=(1,), overrides=("train.steps=400",)),
     Figure("python_source", "bits_per_byte", most=2.8, worlds=(2,), more=True),
+    Figure("lora", "bits_per_byte", most=1.0, worlds=(1,), overrides=("train.steps=60",)),
 ]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from distrain.checkpoints.dtypes import FLOATS, ITEM_SIZES, bits_dtype
 from distrain.checkpoints.floats import widen
@@ -61,15 +62,56 @@ def difference(first: Path | str, second: Path | str, verify: bool = True) -> Di
     """Compare two checkpoints tensor by tensor, in bounded memory; raises CheckpointError if one does not verify."""
     with Reader(first, verify) as a, Reader(second, verify) as b:
         one, other = a.manifest, b.manifest
-        listing = explain_difference(one, other.specs, "the first", "the second")
+        stored_once = {*_referred(a, b), *_referred(b, a)}
+        listing = explain_difference(
+            replace(one, tensors={name: each for name, each in one.tensors.items() if name not in stored_once}),
+            {name: spec for name, spec in other.specs.items() if name not in stored_once},
+            "the first",
+            "the second",
+        )
+        listing += _frozen_differences(a, b)
         listing += _field_differences(one, other, "step", "aliases")
-        listing += _json_differences("scalars", *({**each.scalars, "inputs": None} for each in (one, other)))
+        listing += _json_differences(
+            "scalars", *({**each.scalars, "inputs": None, "meta": None} for each in (one, other))
+        )
         shared = [name for name, tensor in one.tensors.items() if other.specs.get(name) == tensor.spec]
         found = [_compare(name, one, a, b) for name in shared]
     notes = _field_differences(one, other, "strategy", "world_size", "score")
     notes += ["inputs: the two differ"] if one.scalars.get("inputs") != other.scalars.get("inputs") else []
     notes += ["recipe: the two differ"] if one.recipe != other.recipe else []
     return Difference(tuple(listing), tuple(item for item in found if item), tuple(notes))
+
+
+def _referred(a: Reader, b: Reader) -> set[str]:
+    """Return the tensors that `a` stores and `b` refers to; of averages those of such parameters."""
+    frozen = b.manifest.frozen.tensors if b.manifest.frozen is not None else {}
+    names = {*frozen, *(name.replace("model/", "ema/", 1) for name in frozen)}
+    return names & (a.manifest.tensors.keys() - b.manifest.tensors.keys())
+
+
+def _frozen_differences(a: Reader, b: Reader) -> list[str]:
+    """Return how the frozen parameters differ of which at least one of the two holds the hash alone."""
+    hashes: list[dict[str, str]] = []
+    for reader, other in ((a, b), (b, a)):
+        frozen = reader.manifest.frozen.tensors if reader.manifest.frozen is not None else {}
+        found = {name: each.xxh3_128 for name, each in frozen.items()}
+        hashes.append(found | {name: _hash(reader, name) for name in _referred(reader, other)})
+    one, two = hashes
+    for mine, theirs in ((one, two), (two, one)):  # an average of what does not change is that itself
+        for name in [name for name in mine if name.startswith("ema/")]:
+            theirs[name] = theirs[name.replace("ema/", "model/", 1)]
+    return [
+        f"{name}: frozen, and its hashes differ" if name in one and name in two else f"{name}: frozen in one of them"
+        for name in sorted(one.keys() | two.keys())
+        if one.get(name) != two.get(name)
+    ]
+
+
+def _hash(reader: Reader, name: str) -> str:
+    digest, numel = xxhash.xxh3_128(), reader.spec(name).numel
+    for start in range(0, numel, _CHUNK):
+        digest.update(reader.read(name, start, min(_CHUNK, numel - start)).data)
+    return digest.hexdigest()
 
 
 def chunks(a: Reader, b: Reader, name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

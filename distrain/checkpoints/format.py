@@ -24,8 +24,10 @@ from distrain.system.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 2
-"""Of manifests that list runs of pieces; others are of version 1, which has no such."""
+VERSION = 3
+"""Of manifests that refer to frozen weights."""
+RUNS_VERSION = 2
+"""Of others that list runs of pieces; the rest are of version 1."""
 LISTED_RUN = 8
 """Pieces that a manifest lists as one run; small worlds write what earlier versions read."""
 MANIFEST = "MANIFEST.json"
@@ -217,6 +219,48 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class FrozenTensor:
+    """A tensor that is not trained, and that a checkpoint refers to instead of storing it."""
+
+    spec: TensorSpec
+    xxh3_128: str
+    """Of its elements in row-major order."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The tensors that a checkpoint refers to: they are the initial weights of its recipe."""
+
+    key: str
+    """The recipe's key that says where they come from: model.weights, model.path, or seed."""
+    path: str | None
+    """The file or folder that it named; None for seed."""
+    tensors: dict[str, FrozenTensor]
+    """By full name, `model/NAME`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that `from_json` reads."""
+        tensors = {
+            name: {"shape": list(each.spec.shape), "dtype": each.spec.dtype, "xxh3_128": each.xxh3_128}
+            for name, each in sorted(self.tensors.items())
+        }
+        return {"key": self.key, "path": self.path, "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Frozen:
+        """Return what `to_json` wrote; raises CheckpointError."""
+        known = fields(content, "'frozen'", key=str, path=(str, type(None)), tensors=dict)
+        tensors: dict[str, FrozenTensor] = {}
+        for name, each in known["tensors"].items():
+            found = fields(each, repr(name), shape=list, dtype=str, xxh3_128=str)
+            if not name.startswith("model/"):
+                raise CheckpointError(f"{name!r} is frozen; expected a name that begins with model/")
+            spec = TensorSpec(tuple(found["shape"]), found["dtype"], "parameter")
+            tensors[name] = FrozenTensor(spec, found["xxh3_128"])
+        return cls(known["key"], known["path"], tensors)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The checked content of `MANIFEST.json`."""
 
@@ -244,6 +288,8 @@ class Manifest:
     """None in older checkpoints, which hold the value alone, and in imported ones."""
     history: dict[str, Any] | None = None
     """State of the loop that a resume would otherwise search the run's rows for."""
+    frozen: Frozen | None = None
+    """What it refers to and does not store; None: it stores the whole model."""
 
     def score_by(self, criterion: Criterion | None) -> float | None:
         """Return the score by a criterion (None: the stored one), higher being better; None if unknown."""
@@ -469,18 +515,19 @@ def parse_manifest(raw: bytes) -> Manifest:
         raise CheckpointError("its bytes are not those that were written: its hash does not match")
     content = parse_json(b"{" + raw[match.end() :])
     written = (content.pop("format", None), content.pop("version", None))
-    if written not in (("distrain", 1), ("distrain", VERSION)):
+    if written not in [("distrain", known) for known in (1, RUNS_VERSION, VERSION)]:
         raise CheckpointError(f"it is in format {written}, and this distrain reads up to version {VERSION} of its own")
     found = fields(
         content, "it", step=int, created=str, world_size=int, strategy=str, score=(float, type(None)), fingerprint=str,
         recipe=str, scalars=dict, aliases=dict, files=list, tensors=dict, evaluation=(dict, type(None)),
-        history=(dict, type(None)),
+        history=(dict, type(None)), frozen=(dict, type(None)),
     )  # fmt: skip
     found["files"] = tuple(
         FileInfo(**fields(each, "a file", name=str, size=int, xxh3_128=str)) for each in found["files"]
     )
     found["tensors"] = {name: _parse_tensor(name, each) for name, each in found["tensors"].items()}
     found["evaluation"] = found["evaluation"] and Evaluation.from_json(found["evaluation"])
+    found["frozen"] = Frozen.from_json(found["frozen"]) if found["frozen"] is not None else None
     manifest = Manifest(**found)
     if problem := _manifest_problem(manifest):
         raise CheckpointError(problem)
@@ -519,8 +566,11 @@ def _manifest_problem(manifest: Manifest) -> str | None:
         parameter = tensors.get(f"model/{name.removeprefix('optimizer/').rpartition('/')[0]}")
         if name.startswith("optimizer/") and parameter is not None and parameter.spec.role != "parameter":
             return f"{name!r} belongs to a tensor with the role {parameter.spec.role}; expected a parameter"
+    frozen = manifest.frozen.tensors if manifest.frozen is not None else {}
+    if both := sorted(frozen.keys() & tensors.keys()):
+        return f"{both[0]!r} is stored and referred to; expected one of them"
     for alias, stored in manifest.aliases.items():
-        if not isinstance(stored, str) or alias in tensors or stored not in tensors:
+        if not isinstance(stored, str) or alias in tensors or not (stored in tensors or stored in frozen):
             return f"{alias!r} is tied to {str(stored)[:60]!r}; expected a tensor that it lists, under another name"
     evaluation = manifest.evaluation
     if evaluation is not None and manifest.score != evaluation.score(evaluation.criterion):

@@ -22,12 +22,14 @@ from distrain.checkpoints.format import (
     LISTED_RUN,
     MANIFEST,
     MAX_MANIFEST,
+    RUNS_VERSION,
     VERSION,
     CheckpointError,
     Communicator,
     Criterion,
     Evaluation,
     FileInfo,
+    Frozen,
     Piece,
     Run,
     Saved,
@@ -205,6 +207,7 @@ class Saver:
         score: float | None = None,
         evaluation: Evaluation | None = None,
         history: dict[str, Any] | None = None,
+        frozen: Frozen | None = None,
         background: bool | None = None,
     ) -> Saved | None:
         """Finish the previous save and return it (None: there was none), then start this one.
@@ -215,6 +218,7 @@ class Saver:
         thread, from a copy of its own and from pieces that are `copied`; others are written here. A fault of one rank
         (a full disk, an error in `pieces`) is raised by `exchange` or `finish` on all ranks. `score`: higher is better,
         NaN counts as none; `evaluation` replaces it and names its metric. `history`: rank 0's JSON values.
+        `frozen`: tensors of the model besides, which are not stored.
         """
         before = self.finish()
         folder = self._stage(f"step-{step:08d}")
@@ -226,6 +230,8 @@ class Saver:
             described |= {"score": evaluation.score(evaluation.criterion), "evaluation": evaluation.to_json()}
         if history is not None:
             described["history"] = history
+        if frozen is not None:
+            described["frozen"] = frozen.to_json()
         counts = evaluation.score(self.criterion) if evaluation and self.criterion else described["score"]
         flight = self._flight = _Flight(step, folder, described, specs, time.monotonic(), counts)
         flight.background = self.asynchronous if background is None else background
@@ -407,9 +413,10 @@ class Saver:
         else:
             tensors = _place_pieces(flight.folder, flight.specs, files)
             self._placed = _Placed(headers, flight.specs, tensors)
+        in_runs = any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs)
         content = flight.described | {
             "format": "distrain",
-            "version": VERSION if any(run[3] >= LISTED_RUN for t in tensors.values() for run in t.runs) else 1,
+            "version": VERSION if "frozen" in flight.described else RUNS_VERSION if in_runs else 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": len(files),
             "fingerprint": fingerprint(flight.specs),

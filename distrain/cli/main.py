@@ -15,15 +15,20 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
+from distrain.cli import exporting as cli_exporting
 from distrain.cli import generate as cli_generate
 from distrain.cli import predict as cli_predict
 from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
+    Averaged,
+    Best,
     ChangedData,
+    InitialWeights,
     Json,
     OffloadTo,
     Overrides,
+    Overwrite,
     RecipeOrRun,
     Replicate,
     RunFolder,
@@ -115,13 +120,19 @@ def evaluate(
         int, typer.Option(min=1, help="Processes on this machine; the metrics are the same for any number.")
     ] = 1,
     changed_data: ChangedData = False,
+    initial_weights: InitialWeights = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on every sample of a split, each once."""
     share_cores(processes)
     from distrain.launchers import start_evaluation
 
-    raise typer.Exit(start_evaluation(target, split, processes=processes, as_json=as_json, changed_data=changed_data))
+    raise typer.Exit(
+        start_evaluation(
+            target, split, processes=processes, as_json=as_json, changed_data=changed_data,
+            initial_weights=initial_weights,
+        )
+    )  # fmt: skip
 
 
 app.command()(cli_predict.predict)
@@ -184,12 +195,13 @@ def prove_recipe(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Many runs, and runs on a cluster
+# Many runs, runs on a cluster, and what others use
 
 for command in (
     cli_sweeps.sweep,
     *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
     cli_cluster.sites,
+    cli_exporting.export,
 ):
     app.command()(command)
 
@@ -294,9 +306,10 @@ def checkpoint_verify(
     target: Annotated[
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
     ],
+    initial_weights: InitialWeights = None,
 ) -> None:
-    """Read every byte and check it against the manifest's hashes."""
-    from distrain.checkpoint import checkpoint_folder, list_checkpoints, verify
+    """Read every byte and check it against the manifest's hashes, and the weights that it refers to."""
+    from distrain.checkpoint import checkpoint_folder, list_checkpoints, read_manifest, verify
     from distrain.checkpoints.format import MANIFEST
     from distrain.checkpoints.reading import is_checkpoint_name
 
@@ -305,8 +318,16 @@ def checkpoint_verify(
     if not paths:
         raise UserError(f"{target} has no checkpoints")
     bad = 0
+    checked: dict[str, str | None] = {}
     for path in paths:
         problems = verify(path)
+        if not problems and (frozen := read_manifest(path).frozen) is not None:
+            key = json.dumps(frozen.to_json())
+            if key not in checked:  # all of a run refer to the same
+                from distrain.training.restored import frozen_problem
+
+                checked[key] = frozen_problem(path, initial_weights)
+            problems += [problem] if (problem := checked[key]) is not None else []
         bad += bool(problems)
         echo(f"{path.name}  {'whole' if not problems else f'damaged: {one_line(problems[0])}'}")
         for problem in problems[1:]:
@@ -357,33 +378,26 @@ def checkpoint_export(
     shards: Annotated[
         str | None, typer.Option(help="The largest size of one file, such as 5GB.", show_default="one file of any size")
     ] = None,
-    ema: Annotated[
-        bool,
-        typer.Option(
-            "--ema", help="The moving average of the weights, in place of the weights that are otherwise written."
-        ),
-    ] = False,
-    best: Annotated[
-        bool,
-        typer.Option(
-            "--best",
-            help="The best checkpoint of a run by its score. Without it the one that a finished run exported is taken, "
-            "and of any other run the newest.",
-        ),
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there; refused without it.")] = False,
+    ema: Averaged = False,
+    best: Best = False,
+    overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     format: Format = None,
     trust: Trust = False,
+    initial_weights: InitialWeights = None,
 ) -> None:
     """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
-    from distrain.checkpoints.export import export, find_source
+    from distrain.checkpoints.export import export, find_source, is_built
 
     checkpoint, found = find_source(target, best=best, format=format)
-    exported = export(
-        checkpoint, out, dtype=dtype, shards=shards, ema=ema, overwrite=overwrite, verify=not no_verify, format=found,
-        trust=trust,
-    )  # fmt: skip
+    options: dict[str, Any] = {"dtype": dtype, "shards": shards, "ema": ema, "overwrite": overwrite}
+    options |= {"verify": not no_verify, "format": found, "trust": trust}
+    if initial_weights is not None or (found is None and is_built(checkpoint)):
+        from distrain.training.restored import export_checkpoint  # imports torch, which other exports do not need
+
+        exported = export_checkpoint(checkpoint, out, initial=initial_weights, **options)
+    else:
+        exported = export(checkpoint, out, **options)
     echo(f"wrote {out} from {checkpoint.name}")
     _say(exported.notes, exported.skipped)
 

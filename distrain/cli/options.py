@@ -10,10 +10,33 @@ import typer
 
 from distrain.config.strategies import STRATEGIES
 
+Averaged = Annotated[
+    bool,
+    typer.Option(
+        "--ema", help="The moving average of the weights, in place of the weights that are otherwise written."
+    ),
+]
+Best = Annotated[
+    bool,
+    typer.Option(
+        "--best",
+        help="The best checkpoint of a run by its score. Without it the one that a finished run exported is taken, and "
+        "of any other run the newest.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there; refused without it.")]
 ChangedData = Annotated[
     bool,
     typer.Option(
         "--changed-data", help="Take a split although the data changed since the training; an error without it."
+    ),
+]
+InitialWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Where the weights are now that a checkpoint refers to and does not store (checkpoint.frozen).",
+        show_default="where its recipe says",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import ChangedData, own_process
+from distrain.cli.options import ChangedData, InitialWeights, own_process
 from distrain.system.output import echo
 
 
@@ -59,6 +59,7 @@ def predict(
         ),
     ] = None,
     changed_data: ChangedData = False,
+    initial_weights: InitialWeights = None,
 ) -> None:
     """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
     own_process("predict")
@@ -72,6 +73,7 @@ def predict(
         layer=layer,
         data=data or [],
         changed_data=changed_data,
+        initial_weights=initial_weights,
     )
     for why in written.skipped:
         echo(f"skipped: {why}", error=True)

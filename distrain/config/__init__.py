@@ -4,6 +4,7 @@
 
 recipe      `Recipe`
 sections    the sections of a recipe, with one sentence for each key
+values      kinds of values in them, each with its check
 agreement   checks across sections
 durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` converts them to steps
 registry    everything that a recipe names: models, data sets, losses, …
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         FreezeSection,
         GroupSection,
         LogSection,
+        LoraSection,
         MixSection,
         ModelSection,
         OptimSection,
@@ -69,6 +71,7 @@ __all__ = [
     "GroupSection",
     "Horizon",
     "LogSection",
+    "LoraSection",
     "MixSection",
     "ModelSection",
     "OptimSection",

@@ -9,11 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from distrain.config.agreement import Known, disagreements
 from distrain.config.sections import (
-    WHOLE,
     AnomaliesSection,
     AnySchedule,
     BatchSection,
-    ByName,
     CheckpointSection,
     ComponentField,
     DataSection,
@@ -28,6 +26,7 @@ from distrain.config.sections import (
     WatchdogSection,
 )
 from distrain.config.tasks import Form, form_of
+from distrain.config.values import WHOLE, ByName
 
 
 class Recipe(Section):

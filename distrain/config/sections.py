@@ -8,96 +8,39 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     Tag,
     model_serializer,
 )
-from pydantic_core import core_schema
 
 from distrain.config.durations import Duration
 from distrain.config.registry import schedules
 from distrain.config.schedules import SCHEDULES_WITH
-from distrain.config.user_files import is_object_spec
-
-# --------------------------------------------------------------------------------------------------------------------
-# Kinds of values
-
-
-def _integral(value: Any) -> Any:
-    # people write large counts as `1e6`, which is a float
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _not_zero(duration: Duration) -> Duration:
-    if duration.amount == 0:
-        raise ValueError(f"found '{duration}', expected more than zero")
-    return duration
-
-
-def _not_time(duration: Duration) -> Duration:
-    if duration.seconds is not None:
-        raise ValueError(
-            f"found '{duration}', but only checkpoint.every and log.every can be a time; write it in steps, epochs, "
-            "samples, tokens or %"
-        )
-    return duration
-
-
-def _a_time(duration: Duration) -> Duration:
-    if duration.seconds is None:
-        raise ValueError(f"found '{duration}', expected a time, as in '90 s', '10 min', '1 hour'")
-    return duration
-
-
-def _component_name(name: str) -> str:
-    if (":" in name or name.endswith(".py")) and not is_object_spec(name):
-        raise ValueError(f"found {name!r}, expected a name, 'package.module:name' or 'path/to/file.py:name'")
-    return name
-
-
-def _object_spec(spec: str) -> str:
-    if not is_object_spec(spec):
-        raise ValueError(f"found {spec!r}, expected 'path/to/file.py:name' or 'package.module:name'")
-    return spec
-
-
-class ByName:
-    """Lets a bare name stand for a mapping that holds only `name`."""
-
-    @staticmethod
-    def _mapping(value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self._mapping, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string", "minLength": 1, "title": "a name"}, handler(schema)]}
+from distrain.config.values import (
+    WHOLE,
+    BatchSize,
+    ByName,
+    ComponentName,
+    Count,
+    Interval,
+    NotNegative,
+    OnOff,
+    Positive,
+    Share,
+    Text,
+    Time,
+    TrainingInterval,
+    not_time,
+    object_spec,
+)
 
 
 def _kind_of_split(value: Any) -> str | None:
     if isinstance(value, FoldSplit) or (isinstance(value, dict) and value.keys() & {"fold", "of"}):
         return "<fold>"
     return "<fractions>" if isinstance(value, list) else "<files>" if isinstance(value, dict) else None
-
-
-Text = Annotated[str, Field(min_length=1)]
-ComponentName = Annotated[Text, AfterValidator(_component_name)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, le=1e18)]
-NotNegative = Annotated[float, Field(ge=0, le=1e18)]
-WHOLE = BeforeValidator(_integral)
-Count = Annotated[int, Field(ge=1, le=10**12), WHOLE]
-BatchSize = Annotated[int, Field(ge=1, le=2**31), WHOLE]
-Interval = Annotated[Duration, AfterValidator(_not_zero)]
-TrainingInterval = Annotated[Interval, AfterValidator(_not_time)]
-Time = Annotated[Interval, AfterValidator(_a_time)]
-OnOff = bool | Literal["auto"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -199,7 +142,7 @@ class DataSection(Component):
     fingerprint: Literal["auto", "full", "off"] = "auto"
     """How a resume or an evaluation recognises the data: auto by the names, sizes and a cheap sample of the files, full
     by their entire content; off does not check."""
-    prepare: Annotated[Text, AfterValidator(_object_spec)] | None = None
+    prepare: Annotated[Text, AfterValidator(object_spec)] | None = None
     """`path/to/file.py:name` of a function that rank 0 calls with `path` if nothing exists there."""
     mixup: MixSection | None = None
     """Mixes training samples with others: `factor * one + (1 - factor) * other`, inputs and targets."""
@@ -212,6 +155,22 @@ class DataSection(Component):
         return {key: value for key, value in handler(self).items() if value is not None or key not in MIXES}
 
 
+class LoraSection(Section):
+    """Trains low-rank adapters beside layers of the model, which is frozen itself."""
+
+    r: Annotated[int, Field(ge=1, le=2**16), WHOLE] = 8
+    """The rank: each adapter is the product of two matrices with `r` columns and `r` rows."""
+    alpha: Positive = 16.0
+    """What an adapter gives is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are dropped in training; those of embeddings are kept."""
+    targets: Annotated[Literal["all-linear"] | list[Text], Field(title="all-linear, or a list of names")] = "all-linear"
+    """The layers with adapters: their names, the ends of names such as q_proj, or shell patterns; linear layers,
+    embeddings and convolutions. all-linear: every linear layer but the one that makes a language model's logits."""
+    train: list[Text] = []
+    """Shell patterns over parameter names that are trained in full besides, such as 'classifier.*' for a new head."""
+
+
 class ModelSection(Component):
     """The model. Further keys are arguments of its class or function."""
 
@@ -219,6 +178,15 @@ class ModelSection(Component):
     """A local .safetensors or .pt state dict to start from, relative to the recipe's folder."""
     weights_strict: bool = True
     """Whether `weights` must hold exactly the model's tensors; otherwise matching ones are loaded, the rest listed."""
+    lora: LoraSection | None = None
+    """Low-rank adapters (LoRA) to train in place of the model; `lora: {}` takes the defaults."""
+
+    @model_serializer(mode="wrap")
+    def _without_lora(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        if self.lora is None:
+            values.pop("lora", None)  # recipes stored without the key stay equal
+        return values
 
 
 class GroupSection(Section):
@@ -279,7 +247,7 @@ class OwnScheduleSection(Component):
 
     name: ComponentName
     """`path/to/file.py:name`, `package.module:name`, or a name that an installed package offers."""
-    warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
+    warmup: Annotated[Duration, AfterValidator(not_time)] = Duration(0, "steps")
     """Linear rise from 0, by which the function's share is multiplied."""
 
 
@@ -288,7 +256,7 @@ class ScheduleSection(Section):
 
     name: Literal["constant", "linear", "cosine", "step", "one_cycle", "warmup_stable_decay"] = "constant"
     """The shape after warm-up."""
-    warmup: Annotated[Duration, AfterValidator(_not_time)] = Duration(0, "steps")
+    warmup: Annotated[Duration, AfterValidator(not_time)] = Duration(0, "steps")
     """Linear rise from 0 to the peak."""
     final: Share = 0.0
     """Share of the peak at the end (linear, cosine, one_cycle, warmup_stable_decay)."""
@@ -489,6 +457,15 @@ class CheckpointSection(Section):
     """Whether files are written while training continues, from a copy in memory."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do when a checkpoint cannot be written, as on a full disk; the last one of an attempt must succeed."""
+    frozen: Literal["auto", "reference", "store"] = "auto"
+    """Whether checkpoints hold the weights that are not trained, or their hashes alone and where they come from: the
+    initial weights, which whoever opens the checkpoint then needs. auto: reference where model.lora adapts weights from
+    a file or folder, store elsewhere."""
+
+    @model_serializer(mode="wrap")
+    def _without_frozen(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # recipes stored without the key stay equal
+        return {key: value for key, value in handler(self).items() if key != "frozen" or value != "auto"}
 
 
 OnAnomaly = Literal["stop", "skip", "rollback"]

@@ -17,12 +17,15 @@ from distrain.training.evaluation import evaluate
 logger = logging.getLogger(__name__)
 
 
-def evaluate_checkpoint(target: Path | str, split: str, *, changed_data: bool = False) -> dict[str, Any]:
+def evaluate_checkpoint(
+    target: Path | str, split: str, *, changed_data: bool = False, initial_weights: str | None = None
+) -> dict[str, Any]:
     """Return the metrics of a run's or a checkpoint's model on a split, with its checkpoint. All ranks call.
 
-    Raises UserError for data that are not those of the training; with `changed_data` the result says how they differ.
+    `initial_weights` is that of `Trained.load`. Raises UserError for data that are not those of the training; with
+    `changed_data` the result says how they differ.
     """
-    trained = Trained.load(target)
+    trained = Trained.load(target, initial_weights=initial_weights)
     try:
         return _evaluate(trained, split, changed_data)
     finally:

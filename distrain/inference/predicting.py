@@ -59,6 +59,7 @@ def predict_file(
     layer: str | None = None,
     data: Sequence[str] = (),
     changed_data: bool = False,
+    initial_weights: str | None = None,
 ) -> PredictionSummary:
     """Write the model's prediction for each sample of `inputs` that decodes to `out`. All ranks call; rank 0 writes.
 
@@ -76,12 +77,20 @@ def predict_file(
     `target` or `target_NAME` holds them in the same terms. The batches, and so the numbers, are the same on any number
     of processes. Raises UserError, with nothing written, for what cannot be read, predicted or written so, and for a
     split of data that are not those of the training unless `changed_data`.
+    `initial_weights` is that of `Trained.load`.
     """
     path, overrides = _overrides(inputs, data)
     file = open_predictions(out) if rank_told() == 0 else None
     try:
         found = _predict_into(
-            [] if file is None else [file], target, path, overrides, output, layer, changed_data=changed_data
+            [] if file is None else [file],
+            target,
+            path,
+            overrides,
+            output,
+            layer,
+            changed_data=changed_data,
+            initial_weights=initial_weights,
         )
     finally:
         if file is not None:
@@ -125,11 +134,12 @@ def _predict_into(
     layer: str | None,
     *,
     changed_data: bool,
+    initial_weights: str | None = None,
 ) -> PredictionSummary:
     """Write the predictions for all of `inputs` to rank 0's files."""
     if layer is not None and output != "embeddings":
         raise UserError("--layer names the layer of embeddings; add --output embeddings")
-    trained = Trained.load(target, overrides)
+    trained = Trained.load(target, overrides, initial_weights=initial_weights)
     world = trained.world
     try:
         work = world.run_on_all(lambda: _Predictor(trained, inputs, output, layer))

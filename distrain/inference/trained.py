@@ -16,14 +16,17 @@ from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.data import Transform, build_data, build_transform
 from distrain.datasets.base import Data, DataMeta
+from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.models import build_model
-from distrain.parallel import World, load_weights, open_world, with_mixed_precision
+from distrain.parallel import World, open_world, with_mixed_precision
+from distrain.parallel.frozen import with_initial_weights
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
+from distrain.training.restored import restored_model
 from distrain.training.tasks import Objective, TaskContext, build_objective
 
 logger = logging.getLogger(__name__)
@@ -44,13 +47,14 @@ class Trained:
     """Fingerprint of data and code of the training; empty where the checkpoint has none."""
 
     @classmethod
-    def load(cls, target: Path | str, overrides: Sequence[str] = ()) -> Trained:
+    def load(cls, target: Path | str, overrides: Sequence[str] = (), *, initial_weights: str | None = None) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
 
         `overrides`: `data.KEY=VALUE`, of how its data are read.
 
         A model that writes text computes in the precision of its weights: in 16 bits the token that is likeliest, or
-        drawn, would depend on what else is in the batch.
+        drawn, would depend on what else is in the batch. `initial_weights`: where those are now that the
+        checkpoint refers to; None: where the recipe says.
         """
         # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
         # run that is still training may write or delete a checkpoint in between
@@ -61,15 +65,16 @@ class Trained:
             precision = "fp32"
         world = open_world(precision)
         try:
-            return cls._load(world, Path(world.broadcast(str(checkpoint))), overrides)
+            return cls._load(world, Path(world.broadcast(str(checkpoint))), overrides, initial_weights)
         except BaseException:
             world.close()
             raise
 
     @classmethod
-    def _load(cls, world: World, checkpoint: Path, overrides: Sequence[str]) -> Trained:
+    def _load(cls, world: World, checkpoint: Path, overrides: Sequence[str], initial_weights: str | None) -> Trained:
         with open_verified(world, checkpoint) as reader:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint, overrides)
+            recipe = with_initial_weights(recipe, initial_weights)
             _end_waits(recipe)
 
             def initial_model() -> nn.Module:
@@ -79,8 +84,7 @@ class Trained:
             def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
-                model = build_model(recipe, data.meta, weights=False, kept=run_of(checkpoint) / FOLDER)
-                load_weights(model, reader, averaged=recipe.train.ema is not None)
+                model = restored_model(reader, recipe, data.meta, averaged=recipe.train.ema is not None)
                 # cuDNN may choose another algorithm in each evaluation
                 fixed = data.fixed_shapes and recipe.train.deterministic is not True
                 facts = {"byte_images": data.byte_images, "fixed_shapes": fixed}
@@ -140,12 +144,14 @@ def trained_model(checkpoint: Path) -> nn.Module:
         missing: UserError | None = None
         meta = DataMeta()
         try:
-            meta = build_data(recipe, state=reader.manifest.scalars["data"]).meta
+            scalars = reader.manifest.scalars
+            meta = (
+                meta_from_json(scalars["meta"]) if "meta" in scalars else build_data(recipe, state=scalars["data"]).meta
+            )
         except UserError as error:
             missing = error
         try:
-            model = build_model(recipe, meta, weights=False, kept=run_of(checkpoint) / FOLDER)
-            load_weights(model, reader, averaged=recipe.train.ema is not None)
+            model = restored_model(reader, recipe, meta, averaged=recipe.train.ema is not None)
         except UserError as error:
             raise error if missing is None else UserError(f"{error}\nThe data are not here: {missing}") from missing
     return model.eval()

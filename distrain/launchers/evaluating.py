@@ -32,6 +32,8 @@ class EvaluationRequest:
     """Whether the metrics are printed as JSON."""
     changed_data: bool = False
     """Whether data that changed since the training are evaluated."""
+    initial_weights: str | None = None
+    """Where the weights are now that the checkpoint refers to; None: where its recipe says."""
 
     script: ClassVar[str] = "evaluate.py"
     """What each process runs, in launch/."""
@@ -58,6 +60,7 @@ def resolve_evaluation(
     *,
     as_json: bool = False,
     changed_data: bool = False,
+    initial_weights: str | None = None,
 ) -> EvaluationRequest:
     """Return the request that a command makes; raises UserError with all that is wrong with it. Writes nothing.
 
@@ -81,7 +84,9 @@ def resolve_evaluation(
         problems.append(error)
     if problems:
         raise all_of(problems)
-    return EvaluationRequest(str(checkpoint.absolute()), split, environment.processes, as_json, changed_data)
+    return EvaluationRequest(
+        str(checkpoint.absolute()), split, environment.processes, as_json, changed_data, initial_weights
+    )
 
 
 def work_evaluation(
@@ -91,6 +96,7 @@ def work_evaluation(
     processes: int | None = None,
     as_json: bool = False,
     changed_data: bool = False,
+    initial_weights: str | None = None,
     request: str | None = None,
 ) -> int:
     """Evaluate in this process, one of those that a launcher started; returns the exit status. All ranks call.
@@ -105,7 +111,13 @@ def work_evaluation(
         if request is None:
             assert target is not None
             found = resolve_evaluation(
-                target, split, processes, environment, as_json=as_json, changed_data=changed_data
+                target,
+                split,
+                processes,
+                environment,
+                as_json=as_json,
+                changed_data=changed_data,
+                initial_weights=initial_weights,
             )
         else:
             found = EvaluationRequest(**json.loads(request))
@@ -125,7 +137,9 @@ def print_evaluation(request: EvaluationRequest) -> None:
     """Evaluate in this process, one of its world; rank 0 prints the metrics. All ranks call."""
     from distrain.inference import evaluate_checkpoint
 
-    values = evaluate_checkpoint(request.checkpoint, request.split, changed_data=request.changed_data)
+    values = evaluate_checkpoint(
+        request.checkpoint, request.split, changed_data=request.changed_data, initial_weights=request.initial_weights
+    )
     if rank_told() != 0:
         return
     if request.as_json:

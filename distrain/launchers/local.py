@@ -311,12 +311,13 @@ def start(
     return LocalLauncher().submit(request).status
 
 
-def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, changed_data: bool = False) -> int:
+def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, **options: Any) -> int:
     """Evaluate a run's or a checkpoint's model on this machine; returns the exit status. What `distrain evaluate` does.
 
-    Raises UserError where it cannot be, before any process is started.
+    `options` are further fields of `EvaluationRequest`. Raises UserError where it cannot be, before any process is
+    started.
     """
     say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     environment = launcher_environment(processes) if processes > 1 else worker_environment()
-    request = resolve_evaluation(target, split, processes, environment, as_json=as_json, changed_data=changed_data)
+    request = resolve_evaluation(target, split, processes, environment, as_json=as_json, **options)
     return evaluate_here(request) if processes == 1 else launch(_plan(request))

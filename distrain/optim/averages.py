@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,10 +39,10 @@ class Ema:
     held once. Build it when the model is on its device and sharded; averages are sharded as the weights are.
 
     `model` may be a mapping of canonical names to tensors, if the weights live outside the module (ZeRO-3); it is read
-    again at each update.
+    again at each update. Weights that `constant` names are not averaged: they would be their own average.
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float):
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float, constant: Collection[str] = ()):
         assert 0 < decay < 1, decay
         self.decay = decay
         self._model = unwrapped(model) if isinstance(model, nn.Module) else None
@@ -50,6 +50,8 @@ class Ema:
         self._slots = (
             _slots(unwrapped(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
         )
+        for name in constant:
+            self._slots.pop(name, None)
         with torch.no_grad():
             self._averages = {name: _wide_copy(holder[key]) for name, (holder, key) in self._slots.items()}
         averaged = {name for name, each in self._averages.items() if each.is_floating_point() or each.is_complex()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distrain.checkpoint import Piece, TensorSpec
+from distrain.checkpoint import Frozen, Piece, TensorSpec
 from distrain.parallel.arena import TensorRange
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.shards import LocalTensor
@@ -21,6 +21,8 @@ class Snapshot:
     specs: dict[str, TensorSpec]
     scalars: dict[str, Any]
     aliases: dict[str, str]
+    frozen: Frozen | None = None
+    """Of the model, what it refers to and does not hold."""
 
 
 def pieces_of(held: Mapping[str, LocalTensor], mesh: Mesh) -> Iterator[Piece]:

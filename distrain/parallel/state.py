@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from distrain.checkpoint import Piece, Reader, TensorSpec
+from distrain.checkpoint import Frozen, Piece, Reader, TensorSpec
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
 from distrain.optim import Ema, StateMigration, canonical_name
@@ -23,6 +23,7 @@ from distrain.parallel.contents import (
     contents,
     separate_buffers,
 )
+from distrain.parallel.frozen import USING, check_frozen
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.nested import (
     Unstorable,
@@ -45,7 +46,15 @@ from distrain.parallel.optimizer_state import (
 )
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
 from distrain.parallel.snapshot import Snapshot, pieces_of, share_of
-from distrain.parallel.stored import check_fit, encoded_values, fill, fill_all, read_tensor, specs_of
+from distrain.parallel.stored import (
+    check_fit,
+    encoded_values,
+    fill,
+    fill_all,
+    read_tensor,
+    specs_of,
+    without_frozen,
+)
 from distrain.system.collector import no_collection
 
 MigrationPlanner = Callable[[str, Collection[str]], StateMigration]
@@ -77,6 +86,39 @@ class TrainingState:
             for name, spec in specs_of(self._held_model(contents(self.model))).items()
             if spec.role != "state"
         }
+
+        self.frozen: Frozen | None = None
+        """What checkpoints refer to."""
+        self._versions: dict[str, int] = {}
+
+    def refer(self, frozen: Frozen | None) -> None:
+        """Have checkpoints refer to frozen parameters, which keep the values that they have now."""
+        self.frozen = frozen
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> dict[str, int]:
+        """Return how often each frozen parameter was written to in place. ZeRO-3 alone writes to its own parts."""
+        if self.frozen is None:
+            return {}
+        parameters = self.model.named_parameters()
+        return {
+            name: self.shard(parameter).values._version
+            for name, parameter in parameters
+            if f"model/{name}" in self.frozen.tensors and not hasattr(parameter, "ds_tensor")
+        }
+
+    def _stored(self, held: dict[str, LocalTensor]) -> dict[str, LocalTensor]:
+        """Return what checkpoints store. Raises UserError where a parameter that they refer to was changed."""
+        if self.frozen is None:
+            return held
+        now = self._versions_now()
+        if changed := [name for name, version in now.items() if self._versions.get(name) != version]:
+            raise UserError(
+                f"{changed[0]}{f' and {len(changed) - 1} others' if changed[1:] else ''} are frozen, and the model's "
+                "code has changed them in place; checkpoints would lose that, as they refer to the initial weights. "
+                "Set checkpoint.frozen to store"
+            )
+        return {name: each for name, each in held.items() if name not in self.frozen.tensors}
 
     def _groups(self) -> list[list[str]]:
         assert self.optimizer is not None
@@ -227,7 +269,8 @@ class TrainingState:
             specs = specs_of(held)
             self._check_model(specs)
             scalars = {} if kept is None else self._scalars(found, kept)
-            return Snapshot(held, specs, scalars, _aliases(found))
+            held = self._stored(held)
+            return Snapshot(held, {name: specs[name] for name in held}, scalars, _aliases(found), self.frozen)
 
     def aliases(self) -> dict[str, str]:
         """Return {alias: name} for tensors of the model that have several names."""
@@ -301,7 +344,7 @@ class TrainingState:
 
     def share(self, mesh: Mesh) -> int:
         """Return the bytes of the ranges that a rank writes, or a few more."""
-        return share_of(self.held(), mesh)
+        return share_of(self._stored(self.held()), mesh)
 
     # ----------------------------------------------------------------------------------------------------------------
     # From a checkpoint
@@ -315,7 +358,8 @@ class TrainingState:
             return self._restore(reader)
 
     def _restore(self, reader: Reader) -> list[str]:
-        held = {name: each for name, each in self.held().items() if each.role != "optimizer"}
+        held = without_frozen(reader, self.held())
+        held = {name: each for name, each in held.items() if each.role != "optimizer"}
         roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
         check_fit(reader, specs_of(held), roles)
         fill_all(self.model, reader, {name: (each, name) for name, each in held.items() if each.role in roles})
@@ -498,9 +542,14 @@ def _digest(value: Any) -> str:
 
 
 def load_weights(model: nn.Module, reader: Reader, *, averaged: bool) -> None:
-    """Fill a model from a checkpoint, with its averaged weights where `averaged`. Raises UserError as `restore`."""
+    """Fill a model from a checkpoint, with its averaged weights where `averaged`. Raises UserError as `restore`.
+
+    Where the checkpoint refers to frozen weights, the model was built with its initial weights, which are checked.
+    """
     separate_buffers(model)
-    held = TrainingState(model, None, None).held()
+    if reader.manifest.frozen is not None:
+        check_frozen(model, reader.manifest.frozen, reader.path, USING)
+    held = without_frozen(reader, TrainingState(model, None, None).held())
     check_fit(reader, specs_of(held), ("parameter", "buffer"))
     wanted = {}
     for name, each in held.items():

@@ -52,6 +52,12 @@ def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]
         )
 
 
+def without_frozen(reader: Reader, held: dict[str, LocalTensor]) -> dict[str, LocalTensor]:
+    """Return what is filled from the checkpoint: all but the frozen parameters that it refers to."""
+    frozen = reader.manifest.frozen
+    return held if frozen is None else {name: each for name, each in held.items() if name not in frozen.tensors}
+
+
 def read_tensor(reader: Reader, name: str) -> Tensor:
     """Return a stored tensor, on the host."""
     spec = reader.spec(name)

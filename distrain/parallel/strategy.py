@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -50,6 +50,8 @@ class BuildSpec:
     """Returns what the optimizer loads from the state of another class; None loads that of its own class only."""
     initial: bool = True
     """Whether to fill in the initial weights; otherwise a checkpoint follows."""
+    constant: Callable[[], Collection[str]] = tuple
+    """Returns the names of frozen parameters that checkpoints refer to, once the model was built."""
 
 
 _BUCKET_BYTES = 250 * 2**20
@@ -392,7 +394,7 @@ def share_tensors(tensors: list[Tensor]) -> None:
 
 def make_ema(plan: BuildSpec, source: Any) -> Ema | None:
     """Return the average that the plan asks for, of a model or of a mapping of weights."""
-    return Ema(source, plan.ema) if plan.ema is not None else None
+    return Ema(source, plan.ema, plan.constant()) if plan.ema is not None else None
 
 
 def with_mixed_precision(world: World, model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
-from distrain.optim import Ema, canonical_name, is_frozen
+from distrain.optim import canonical_name, is_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
@@ -37,6 +37,7 @@ from distrain.parallel.strategy import (
     Strategy,
     buffers_to,
     did_not_take_effect,
+    make_ema,
     make_optimizer,
     model_to,
     no_gradient,
@@ -83,7 +84,7 @@ class ZeROStrategy(Strategy):
         shards = {name: self.shard(each) for name, each in named if id(each) in self._trained}
         give_matrices(self.optimizer, shards, world.device)
         self._watch_frozen()
-        ema = Ema(_Weights(self), plan.ema) if plan.ema is not None else None
+        ema = make_ema(plan, _Weights(self))
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.migrate, self._stepping)
 
     # ----------------------------------------------------------------------------------------------------------------

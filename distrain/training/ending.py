@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from distrain.checkpoints.export import export
 from distrain.config import UserError
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase
 from distrain.run.json_files import rows_backwards
 from distrain.training.callbacks.base import Outcome
 from distrain.training.loop_state import RunContext
+from distrain.training.restored import export_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def finish(context: RunContext) -> dict[str, Any]:
     def write() -> tuple[str, ...]:
         context.fence()
         run.export_path.parent.mkdir(exist_ok=True)
-        return export(run.checkpoint(chosen), run.export_path, ema=recipe.train.ema is not None, overwrite=True).notes
+        averaged = recipe.train.ema is not None
+        return export_checkpoint(run.checkpoint(chosen), run.export_path, ema=averaged, overwrite=True).notes
 
     def mark_finished() -> None:
         context.fence()

@@ -12,6 +12,7 @@ from typing import Any
 from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
+from distrain.datasets.stored_meta import meta_to_json
 from distrain.models import transformers_config
 from distrain.parallel.arena import TensorArena
 from distrain.parallel.snapshot import pieces_of
@@ -100,8 +101,10 @@ class Checkpoints:
                 | more
                 | context.setup.anomalies.scalars()
                 | {"data": context.data.state, "transformers_config": transformers_config(strategy.model)}
-                | {"inputs": context.setup.inputs.fingerprint, "transformers_files": context.setup.beside},
+                | {"inputs": context.setup.inputs.fingerprint, "transformers_files": context.setup.beside}
+                | self._what_builds(),
                 aliases=found.aliases,
+                frozen=found.frozen,
                 recipe=dump_recipe(context.recipe),
                 strategy=context.world.strategy,
                 evaluation=context.evaluator.of_this_step(),
@@ -110,6 +113,13 @@ class Checkpoints:
             )
         if not background:
             self.finish()
+
+    def _what_builds(self) -> dict[str, Any]:
+        """Return the facts of the data that the model is built from, where an export builds it."""
+        context = self._context
+        if context.recipe.model.lora is None and context.t.strategy.state.frozen is None:
+            return {}
+        return {"meta": meta_to_json(context.data.meta)}
 
     def save_again(self) -> None:
         """Save the state of this step though there is a checkpoint of it, which lacks the evaluation."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distrain.checkpoint import Manifest, Reader
+from distrain.checkpoint import Frozen, Manifest, Reader
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
 from distrain.config import BatchSection, Horizon, Recipe, mix
 from distrain.config.strategies import STRATEGIES
@@ -44,6 +44,7 @@ from distrain.optim import (
     unregistered_layers,
 )
 from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
+from distrain.parallel.frozen import TRAINING, explaining_source, referred
 from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
@@ -184,7 +185,7 @@ def set_up(
         if accepted != cut:
             inputs = inputs.with_change(line, resumed.step)
     beside = _keep_beside(run, recipe, world, fence)
-    training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumes=reader is not None)
+    training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumed)
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
         model_call = calling_convention(training.strategy.model)
@@ -240,11 +241,11 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
 
 
 def _training(
-    feed: DataPipeline, horizon: Horizon, kept: Path, *, resumes: bool
+    feed: DataPipeline, horizon: Horizon, kept: Path, resumed: Manifest | None
 ) -> tuple[TrainContext, ModelSummary, nn.Module | None]:
     """Return what a step needs, the model's size, and `TrainSetup.uncounted`.
 
-    Initial weights are loaded unless the run `resumes`.
+    Initial weights are loaded unless the run has `resumed` from a checkpoint that stores all of them.
     """
     recipe, world, meta = feed.recipe, feed.world, feed.data.meta
     objective = world.run_on_all(lambda: build_objective(recipe, meta))
@@ -253,12 +254,16 @@ def _training(
     logits_per_sample = 0
     summary: ModelSummary | None = None
     uncounted: nn.Module | None = None
+    frozen: Frozen | None = None
+    initial = resumed is None or resumed.frozen is not None
     counts = world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None
 
     def fit(model: nn.Module) -> None:
-        nonlocal summary, uncounted, logits_per_sample
+        nonlocal summary, uncounted, logits_per_sample, frozen
         uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
-        summary = describe_model(model, frozen_names(model, recipe.optim))  # whole: a sharded one has only its shards
+        names = frozen_names(model, recipe.optim)
+        summary = describe_model(model, names)  # whole: a sharded one has only its shards
+        frozen = referred(recipe, model, names, resumed, hashes=world.sources[world.rank] == world.rank)
         describe_groups(model, recipe.optim, horizon)
         if lost := unregistered_layers(model):
             logger.warning(
@@ -306,7 +311,8 @@ def _training(
         return build_optimizer(model, section, fused=world.tuning["fused_optimizer"], horizon=horizon)
 
     def build() -> nn.Module:
-        model = build_model(recipe, meta, weights=not resumes, kept=kept)
+        with explaining_source(None if resumed is None else resumed.frozen, "the run's checkpoint", TRAINING):
+            model = build_model(recipe, meta, weights=initial, kept=kept)
         fit(model)
         return model
 
@@ -328,9 +334,11 @@ def _training(
         ema=recipe.train.ema,
         section=recipe.optim,
         migrate=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
-        initial=not resumes,
+        initial=initial,
+        constant=lambda: [name.removeprefix("model/") for name in frozen.tensors] if frozen is not None else (),
     )
     strategy = build_strategy(world, plan)
+    strategy.state.refer(frozen)
     strategy.model.train()
     if compiled.on:
         if loss is not None:

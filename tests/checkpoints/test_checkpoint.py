@@ -436,6 +436,11 @@ def set_value(*keys: Any) -> Any:
     return change
 
 
+def frozen_one(name: str, shape: list[int]) -> dict[str, Any]:
+    """Return what a manifest says of one tensor that it refers to."""
+    return {"key": "seed", "path": None, "tensors": {name: {"shape": shape, "dtype": "F32", "xxh3_128": "0" * 32}}}
+
+
 def drop(key: str) -> Any:
     return lambda content: content.pop(key)
 
@@ -453,7 +458,12 @@ def drop(key: str) -> Any:
         set_value("files", 0, []),
         set_value("world_size", 1),
         set_value("world_size", 10**9),
-        set_value("version", 3),
+        set_value("version", 4),
+        set_value("frozen", []),
+        set_value("frozen", {"key": "seed", "path": None}),
+        set_value("frozen", frozen_one("w", [2])),
+        set_value("frozen", frozen_one("model/w", [-2])),
+        lambda content: content.update(frozen=frozen_one(min(content["tensors"]), [2])),
         set_value("format", "other"),
         set_value("step", "200"),
         set_value("step", -1),

@@ -15,7 +15,7 @@ from checkpoint_state import DESCRIBED, ThreadWorld, make_state
 from distrain.checkpoint import Piece, Reader, Saver, TensorSpec, verify
 from distrain.checkpoints import format as checkpoint_format
 from distrain.checkpoints.export import export
-from distrain.checkpoints.format import MANIFEST, VERSION, Tensor, parse_manifest
+from distrain.checkpoints.format import MANIFEST, RUNS_VERSION, Tensor, parse_manifest
 
 ROWS = 200
 
@@ -84,7 +84,7 @@ def test_small_worlds_write_what_earlier_versions_read(tmp_path):
         lengths = {len(piece) for tensor in content["tensors"].values() for piece in tensor["pieces"]}
         assert lengths == ({3} if world_size == 4 else {3, 4})
         version[world_size] = content["version"]
-    assert version == {4: 1, 25: VERSION}
+    assert version == {4: 1, 25: RUNS_VERSION}
 
 
 def test_a_manifest_lists_no_more_for_more_ranks(tmp_path):
@@ -140,9 +140,9 @@ def test_a_thousand_ranks_of_ten_thousand_tensors_fit_a_manifest():
     }  # fmt: skip
     known = {name: TensorSpec((2048, 8), "F32", "parameter") for name in tensors}
     content = {
-        "format": "distrain", "version": VERSION, "step": 1, "created": "", "world_size": 1024, "strategy": "fsdp2",
-        "score": None, "fingerprint": checkpoint_format.fingerprint(known), "recipe": "", "scalars": {}, "aliases": {},
-        "files": [
+        "format": "distrain", "version": RUNS_VERSION, "step": 1, "created": "", "world_size": 1024,
+        "strategy": "fsdp2", "score": None, "fingerprint": checkpoint_format.fingerprint(known), "recipe": "",
+        "scalars": {}, "aliases": {}, "files": [
             {"name": checkpoint_format.rank_file_name(rank, 1024), "size": 640_000, "xxh3_128": "0" * 32}
             for rank in range(1024)
         ],

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distrain.checkpoints.export.exporting import Exported, export, made_by_hooks
-from distrain.checkpoints.export.opening import find_source, open_foreign, open_tensors
+from distrain.checkpoints.export.opening import describe, find_source, is_built, open_foreign, open_tensors
 
 if TYPE_CHECKING:
     from distrain.checkpoints.export.importing import Imported, import_checkpoint
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Exported",
     "Imported",
+    "describe",
     "export",
     "find_source",
     "import_checkpoint",
+    "is_built",
     "made_by_hooks",
     "open_foreign",
     "open_tensors",

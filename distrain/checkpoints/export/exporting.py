@@ -53,7 +53,7 @@ class Exported:
 
 
 def export(
-    checkpoint: Path | str,
+    checkpoint: Path | str | Source,
     out: Path | str,
     *,
     dtype: str | None = None,
@@ -65,7 +65,7 @@ def export(
     format: str | None = None,
     trust: bool = False,
 ) -> Exported:
-    """Write the model of a checkpoint, distrain's own or a foreign one, to `out`.
+    """Write the model of a checkpoint, distrain's own or a foreign one, or one that is open, to `out`.
 
     `out` is a `.safetensors` file, a `.pt` or `.pth` file, or a folder, which gets a `model.safetensors`. `shards` is
     the largest size of one file (bytes, or "5GB"): a larger model becomes `model-00001-of-00003.safetensors` and so on,
@@ -84,7 +84,7 @@ def export(
     out = _output_path(Path(out))
     limit = None if shards is None else _parse_size(shards)
     target = None if dtype is None else _parse_dtype(dtype)
-    with _open(Path(checkpoint), verify, format, trust) as source:
+    with checkpoint if isinstance(checkpoint, Source) else _open(Path(checkpoint), verify, format, trust) as source:
         notes = list(source.notes)
         outputs, unaveraged = _choose(source, target, ema)
         groups = _cut(outputs, limit)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from distrain.checkpoints.dtypes import FLOATS
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
-from distrain.checkpoints.format import MANIFEST, CheckpointError, error_reason
+from distrain.checkpoints.format import MANIFEST, CheckpointError, Manifest, error_reason
 from distrain.checkpoints.reading import (
     OTHER_BYTES,
     Reader,
@@ -22,6 +22,7 @@ from distrain.checkpoints.reading import (
     find_checkpoint,
     is_checkpoint_name,
     not_verified,
+    read_manifest,
 )
 from distrain.checkpoints.sources import NO_TENSORS, Check, Part, Source, Stored
 from distrain.run.folder import RunDir
@@ -125,7 +126,27 @@ def open_native(path: Path, verify: bool) -> Source:
     if verify and (problems := file_problems(path)):
         raise not_verified(path, problems)
     source = NativeSource(path)
-    manifest = source.manifest
+    if "meta" in source.manifest.scalars:
+        source.close()
+        raise CheckpointError(
+            f"{path} has adapters, or refers to weights that it does not store: it is no model in itself. Export it "
+            "(distrain export), and take that file"
+        )
+    describe(source, source.manifest)
+    return source
+
+
+def is_built(checkpoint: Path) -> bool:
+    """Whether the model of a checkpoint must be built to be exported: it has adapters, or refers to frozen weights.
+
+    Raises CheckpointError.
+    """
+    return (checkpoint / MANIFEST).exists() and "meta" in read_manifest(checkpoint).scalars
+
+
+def describe(source: Source, manifest: Manifest) -> Source:
+    """Add to a source what a checkpoint says of its model besides the tensors; returns it."""
+    path = source.path
     source.renamed = set(manifest.scalars.get("model_renamed", []))
     config = manifest.scalars.get("transformers_config")
     folder = run_of(path) / FOLDER

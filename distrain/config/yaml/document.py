@@ -206,6 +206,8 @@ class Document:
                 self.origins[(*place, "name")] = self.origins[place]
                 place = (*place, "name")
             base = Path.cwd() if self.origins[place] in (COMMAND_LINE, PYTHON) else folder
+            if place == ("model", "path") and not (base / text).exists() and Path(text).exists():
+                base = Path.cwd()  # earlier recipes of runs have it as it was written
             looks_like_path = place in _SPLIT_PATHS or text.startswith(("./", "../"))
             if text and (place in _PATHS or (looks_like_path and not self._goes_to_user_code(place))):
                 # no name begins like a path, and only a component knows its own keys
