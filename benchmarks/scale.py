@@ -121,7 +121,7 @@ class World:
         return len(files)
 
     def place(self) -> None:
-        """Read the headers of a few files, as rank 0 does of all when a checkpoint is published."""
+        """Read the headers of a few files, as rank 0 does of all when an attempt publishes its first checkpoint."""
         placed: dict[str, list[Run]] = {name: [] for name in self.specs}
         for index, path in enumerate(self.headers):
             with open(path, "rb") as file:
@@ -193,7 +193,7 @@ def main() -> None:
                 goals={names[ranks]: 1.25 * ranks / WORLDS[0] if linear else 1.5 for ranks in WORLDS[1:]},
             )
         for ranks, world in worlds.items():
-            told = len(pickle.dumps((FileInfo(rank_file_name(0, ranks), 1 << 40, "0" * 32), None)))
+            told = len(pickle.dumps((FileInfo(rank_file_name(0, ranks), 1 << 40, "0" * 32), "0" * 32, None)))
             entries = world.entries()
             beats = sum(path.stat().st_size for path in heartbeat.folder(world.run).iterdir())
             pieces = sum(len(tensor.pieces) for tensor in world.tensors.values())

@@ -151,7 +151,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
 
 
 def _forked(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
-    """Fork the plan's processes; returns the exit code of each, None where this one was told to end."""
+    """Fork the plan's processes; returns the exit code of each, None where a signal ended this one."""
     import_once(plan.imports)
     codes, told = run_forked(
         plan.script,
@@ -167,7 +167,7 @@ def _forked(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
 
 
 def _launched(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
-    """Be the plan's `accelerate launch`; returns the exit codes, but for 0, or None where this one was told to end."""
+    """Be the plan's `accelerate launch`; returns the exit codes other than 0, None where a signal ended it."""
     with importing():
         from accelerate.commands.launch import launch_command, launch_command_parser
         from torch.distributed.elastic.multiprocessing.api import SignalException
