@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -298,15 +298,64 @@ class Documents:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def fetch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (inputs, targets) of a document, each (length,) int64."""
-        number, length = int(self.numbers[index]), int(self.lengths[index])
-        tokens = torch.from_numpy(self.tokens.row(number)[: length + 1].astype(np.int64))
-        targets = torch.full((length,), IGNORED)
-        for start, stop in self.spans.row(number).reshape(-1, 2).tolist():
-            first = max(start, 1)  # nothing predicts the first token
-            targets[first - 1 : max(stop - 1, 0)] = tokens[first:stop]
-        return tokens[:-1], targets
+    def rows(self, groups: Ragged, pad_id: int, width: int | None = None) -> Rows:
+        """Return rows with the documents of each group one after the other, padded to `width`, by default the longest.
+
+        All at once in NumPy: document by document would take as long as a step of a small model.
+        """
+        numbers = self.numbers[groups.values]
+        sizes = self.lengths[groups.values] + 1
+        tokens = self.tokens.values[_places(self.tokens.starts[numbers], sizes)].astype(np.int64)
+        ends = np.cumsum(sizes)
+        starts = ends - sizes
+        wanted = self._wanted(numbers, starts, sizes, len(tokens))
+        is_input, is_target = np.ones((2, len(tokens)), dtype=bool)
+        is_input[ends - 1] = is_target[starts] = False
+        filled = np.add.reduceat(sizes - 1, groups.starts)
+        width = int(filled.max()) if width is None else width
+        shape = (len(groups), width)
+        places = _places(np.arange(len(groups)) * width, filled)
+        found = Rows(np.full(shape, pad_id), np.full(shape, IGNORED), np.empty(shape, np.int64), filled)
+        found.positions[:] = np.arange(width) - filled[:, None]  # padding is a document of its own
+        found.inputs.reshape(-1)[places] = tokens[is_input]
+        found.targets.reshape(-1)[places] = np.where(wanted, tokens, IGNORED)[is_target]
+        found.positions.reshape(-1)[places] = _places(np.zeros_like(sizes), sizes - 1)
+        return found
+
+    def _wanted(self, numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
+        """Return which tokens (total,) bool of these rows, one after the other, are targets."""
+        counts = self.spans.lengths[numbers]
+        edges = self.spans.values[_places(self.spans.starts[numbers], counts)].astype(np.int64)
+        edges = np.minimum(edges, np.repeat(sizes, counts)) + np.repeat(starts, counts)
+        change = np.zeros(total + 1, dtype=np.int32)
+        np.add.at(change, edges[::2], 1)
+        np.add.at(change, edges[1::2], -1)
+        wanted: np.ndarray = np.cumsum(change[:-1]) > 0
+        return wanted
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens, each (rows, width) int64."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    filled: np.ndarray
+    """(rows,) int64: inputs of each before its padding."""
+
+    def padded(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return ({"input_ids", "attention_mask"}, targets) of rows of one document each."""
+        mask = np.arange(self.inputs.shape[1]) < self.filled[:, None]
+        inputs = {"input_ids": torch.from_numpy(self.inputs), "attention_mask": torch.from_numpy(mask)}
+        return inputs, torch.from_numpy(self.targets)
+
+
+def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the numbers from each of `begins`, as many as in `sizes`, one after the other."""
+    ends = np.cumsum(sizes)
+    places: np.ndarray = np.repeat(begins - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)
+    return places
 
 
 def _count(spans: Ragged, limits: np.ndarray) -> np.ndarray:
@@ -345,7 +394,7 @@ class Limits:
             longest = max(int(each.full.max()) for each in parts) + 1
             raise UserError(
                 f"{found} have more than data.seq_len + 1 = {self.seq_len + 1:,} tokens, the longest {longest:,} "
-                f"({_places(long, numbers)}); raise it, or set data.too_long to truncate or drop"
+                f"({_named(long, numbers)}); raise it, or set data.too_long to truncate or drop"
             )
         if long.any() and self.too_long == "drop":
             keep &= ~long
@@ -359,7 +408,7 @@ class Limits:
             )
         empty = np.any([each.targets == 0 for each in parts], axis=0) & keep
         if empty.any():
-            none = f"{empty.sum():,} of {len(numbers):,} {what} of {where} have no targets ({_places(empty, numbers)})"
+            none = f"{empty.sum():,} of {len(numbers):,} {what} of {where} have no targets ({_named(empty, numbers)})"
             if self.without_targets == "error":
                 raise UserError(
                     f"{none}: the assistant says nothing there, or what it says was cut off; raise data.seq_len, or "
@@ -372,7 +421,7 @@ class Limits:
         return np.flatnonzero(keep), tuple(warnings)
 
 
-def _places(mask: np.ndarray, numbers: np.ndarray) -> str:
+def _named(mask: np.ndarray, numbers: np.ndarray) -> str:
     found = (numbers[mask] + 1).tolist()
     return f"number {', '.join(map(str, found[:5]))}{', …' if len(found) > 5 else ''} of the file"
 
@@ -401,36 +450,11 @@ class ChatRows:
         return len(self.packs)
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        index = ids.tolist()
+        groups = self.packs.take(ids)
+        rows = self.documents.rows(groups, self._pad_id, self._seq_len)
         if self._seq_len is None:
-            inputs, targets = padded(
-                [self.documents.fetch(int(self.packs.row(each)[0])) for each in index], self._pad_id
-            )
-            return {"inputs": inputs, "targets": targets, "ids": torch.from_numpy(ids)}
-        shape = (len(index), self._seq_len)
-        tokens, targets = torch.full(shape, self._pad_id), torch.full(shape, IGNORED)
-        positions = torch.empty(shape, dtype=torch.int64)
-        for row, each in enumerate(index):
-            at = 0
-            for document in self.packs.row(each).tolist():
-                ids_of, targets_of = self.documents.fetch(document)
-                stop = at + len(ids_of)
-                tokens[row, at:stop], targets[row, at:stop] = ids_of, targets_of
-                positions[row, at:stop] = torch.arange(stop - at)
-                at = stop
-            positions[row, at:] = torch.arange(self._seq_len - at)  # padding is a document of its own
-        inputs = {"input_ids": tokens, "position_ids": positions}
+            inputs, targets = rows.padded()
+        else:
+            inputs = {"input_ids": torch.from_numpy(rows.inputs), "position_ids": torch.from_numpy(rows.positions)}
+            targets = torch.from_numpy(rows.targets)
         return {"inputs": inputs, "targets": targets, "ids": torch.from_numpy(ids)}
-
-
-def padded(
-    rows: Iterable[tuple[torch.Tensor, torch.Tensor]], pad_id: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return ({"input_ids", "attention_mask"}, targets), each (rows, longest), of (inputs, targets) of documents."""
-    tokens, targets = map(list, zip(*rows, strict=True))
-    lengths = torch.tensor([len(each) for each in tokens])
-    inputs = {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id),
-        "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
-    }
-    return inputs, torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)

@@ -18,12 +18,11 @@ from distrain.datasets.chat import (
     Limits,
     TooLong,
     WithoutTargets,
-    padded,
     split_files,
     split_rows,
 )
 from distrain.datasets.conversations import preferences
-from distrain.datasets.ragged import Encoded, Row
+from distrain.datasets.ragged import Encoded, Ragged, Row
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +114,7 @@ class PreferencePairs:
         return len(self._kept)
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        index = self._kept[ids].tolist()
-        made = {
-            side: padded([documents.fetch(each) for each in index], self._pad_id)
-            for side, documents in self.sides.items()
-        }
+        one_each = Ragged(self._kept[ids], np.arange(1, len(ids) + 1))
+        made = {side: documents.rows(one_each, self._pad_id).padded() for side, documents in self.sides.items()}
         inputs, targets = ({side: both[at] for side, both in made.items()} for at in (0, 1))
         return {"inputs": inputs, "targets": targets, "ids": torch.from_numpy(ids)}

@@ -51,6 +51,11 @@ class Ragged:
     def row(self, index: int) -> np.ndarray:
         return self.values[self.starts[index] : self.ends[index]]
 
+    def take(self, indices: np.ndarray) -> Ragged:
+        """Return these rows (n,) alone, copied."""
+        parts = [self.row(index) for index in indices.tolist()]
+        return Ragged(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
+
     @property
     def lengths(self) -> np.ndarray:
         """(rows,) int64."""
