@@ -24,12 +24,13 @@ from distrain.launchers.request import TRAINING_IMPORTS, Options, RunRequest, pr
 from distrain.launchers.worker import begin_worker, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
-from distrain.system.environment import LAUNCHED_BY, forget_launchers, own_start, say_ignored, share_cores
+from distrain.system.environment import LAUNCHED_BY, SWEPT_BY, forget_launchers, own_start, say_ignored, share_cores
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
 from distrain.system.memory import oom_kills
 from distrain.system.output import echo_error, echo_loading
+from distrain.system.processes import end_with_parent
 
 _OUT_OF_MEMORY = (
     ": the memory ran out, and the kernel ended it for that. What takes less: a smaller batch.micro (the step stays "
@@ -291,6 +292,8 @@ def start(
     `options` are those of `Options`. Raises UserError with all that is wrong, before anything is written.
     """
     show_on_terminal(converses=True)
+    if os.environ.pop(SWEPT_BY, None) == str(os.getppid()):
+        end_with_parent(signal.SIGTERM)
     asked = Options(**options)
     say_ignored(own_start(os.environ, asked.processes))
     named = read_target(target, overrides, run_dir, update=update)

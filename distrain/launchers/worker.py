@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from distrain.system.environment import rank_told, under_torch_launcher
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
+from distrain.system.processes import end_with_parent
 
 if TYPE_CHECKING:
     from distrain.training.callbacks.base import Callback
@@ -43,11 +43,8 @@ def begin_worker() -> None:
 def end_with_launcher() -> None:
     """Have this process killed when its launcher is: orphaned it would continue beside those of the next attempt."""
     # torch's launchers, also inside `accelerate launch`, start each worker in a session of its own and set this
-    if sys.platform == "linux" and under_torch_launcher():
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    if under_torch_launcher():
+        end_with_parent(signal.SIGKILL)
 
 
 def work(

@@ -30,7 +30,7 @@ from distrain.launchers.sweeps import SweepRun, best_of, expand, sweeping
 from distrain.report.status import status_of
 from distrain.run.folder import RunDir
 from distrain.sweep.grid import Runs
-from distrain.system.environment import own_start, say_ignored
+from distrain.system.environment import SWEPT_BY, own_start, say_ignored
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
@@ -300,7 +300,7 @@ class _Runner:
                     *(sys.executable, "-P", "-m", "distrain", "train", self.target, *run.overrides),
                     *("--run-dir", str(run.folder), *chosen),
                 ],
-                env={**os.environ, **share.variables},
+                env={**os.environ, **share.variables, SWEPT_BY: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

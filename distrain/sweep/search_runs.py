@@ -136,6 +136,8 @@ def open_search(
 ) -> tuple[Path, SearchRuns]:
     """Return the folder and the runs of a search, new or begun before; raises UserError with all that is wrong."""
     assert options.search is not None
+    if options.search > MOST_RUNS:
+        raise UserError(f"--search {options.search:,} is more than {MOST_RUNS:,} runs; take fewer")
     import_optuna()
     axes = parse_axes(target, overrides, arrays)
     base = load_recipe(target, overrides).recipe

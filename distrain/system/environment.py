@@ -20,6 +20,8 @@ from distrain.system.processes import process_stat
 
 LAUNCHED_BY = "DISTRAIN_LAUNCHER"
 """The environment variable that names the process, by its number, which started this one as one of several."""
+SWEPT_BY = "DISTRAIN_SWEEP"
+"""The same of the process that started this run as one of a sweep: when that ends, the run saves and stops."""
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _WORLD: tuple[str, ...] = (

@@ -7,6 +7,8 @@ clock is set. And a watchdog must import nothing while a process hangs.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,15 @@ def process_state(pid: int, started: int) -> str | None:
     """Return the kernel's letter for the state of a process that `started` then (0: any); None if it is gone."""
     found = process_stat(pid)
     return found.state if found and started in (0, found.started) else None
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends. Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
 
 
 def umask() -> int:

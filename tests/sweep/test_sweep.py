@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import cli, last, train, write_recipe
+from runs import cli, cli_rank, last, train, write_recipe
+from worlds import running_world
 
 from distrain.checkpoint import difference
 from distrain.config import UserError
@@ -216,17 +219,17 @@ class Net(nn.Linear):
 
 
 class AwaitStop(Callback):
-    'After step 4 waits for what asks the run to stop, once; `interrupts`: presses Ctrl-C in its sweep first.'
+    'After step 4 waits for what asks the run to stop, once; `sends` its sweep a signal before.'
 
-    def __init__(self, seen: str, interrupts: bool = False):
-        self.seen, self.interrupts = Path(seen), interrupts
+    def __init__(self, seen: str, sends: str | None = None):
+        self.seen, self.sends = Path(seen), sends
 
     def on_step_end(self, step, metrics):
         if step == 4 and not self.seen.exists():
             self.seen.touch()
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            if self.interrupts:
-                os.kill(os.getppid(), signal.SIGINT)
+            if self.sends is not None:
+                os.kill(os.getppid(), signal.Signals[self.sends])
             signal.sigwait([signal.SIGTERM])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             os.kill(os.getpid(), signal.SIGTERM)
@@ -274,7 +277,7 @@ def test_a_sweep_is_continued_and_retries_what_failed_when_asked(tmp_path: Path)
 
 def test_ctrl_c_saves_what_runs_and_the_same_command_resumes_it(tmp_path: Path) -> None:
     seen, folder = tmp_path / "seen", tmp_path / "sweep"
-    recipe = own_recipe(tmp_path, f'callbacks: [{{name: "own.py:AwaitStop", seen: {seen}, interrupts: true}}]')
+    recipe = own_recipe(tmp_path, f'callbacks: [{{name: "own.py:AwaitStop", seen: {seen}, sends: SIGINT}}]')
     command = ("sweep", recipe, "--array", "optim.lr=0.1,0.5", "--sweep-dir", folder)
     stopped = cli(*command)
     assert stopped.status == 1
@@ -298,6 +301,18 @@ def test_ctrl_c_saves_what_runs_and_the_same_command_resumes_it(tmp_path: Path) 
     del record["best"], record["search"]  # as sweeps were noted before
     (folder / "sweep.json").write_text(json.dumps(record))
     assert [each.rank for each in statuses(folder)] == [each.rank for each in found]
+
+
+def test_the_runs_of_a_sweep_that_is_killed_save_and_stop(tmp_path: Path) -> None:
+    recipe = own_recipe(tmp_path, f'callbacks: [{{name: "own.py:AwaitStop", seen: {tmp_path}/seen, sends: SIGKILL}}]')
+    command = ["sweep", str(recipe), "--array", "optim.lr=0.1,0.5", "--sweep-dir", str(tmp_path / "sweep")]
+    with running_world(1, cli_rank, command, launched=False) as world:
+        assert world.wait() == [-signal.SIGKILL]
+    # the run holds its lock for as long as it lives
+    with (tmp_path / "sweep" / "0-lr=0.1" / ".in-use").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    assert table_of(tmp_path / "sweep") == {"0-lr=0.1": "stopped", "1-lr=0.5": "new"}
+    assert not is_sweeping(tmp_path / "sweep")
 
 
 def known_run(folder: Path, accuracies: Sequence[float]) -> None:
