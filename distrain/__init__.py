@@ -18,14 +18,28 @@ if TYPE_CHECKING:
     from distrain.training.callbacks.base import Callback
     from distrain.training.callbacks.trackers import Tracker
     from distrain.training.tasks import LossSum, Task, TaskContext
+    from distrain.training.tasks.built_in import (
+        Binary,
+        Classification,
+        LanguageModeling,
+        Multilabel,
+        Regression,
+        Seq2Seq,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "Binary",
     "Callback",
+    "Classification",
     "Duration",
+    "LanguageModeling",
     "LossSum",
+    "Multilabel",
     "Recipe",
+    "Regression",
     "Run",
+    "Seq2Seq",
     "Task",
     "TaskContext",
     "Tracker",
@@ -37,11 +51,17 @@ __all__ = [
 ]
 
 _FOUND_IN = {
+    "Binary": "distrain.training.tasks.built_in",
     "Callback": "distrain.training.callbacks.base",
+    "Classification": "distrain.training.tasks.built_in",
     "Duration": "distrain.config",
-    "Recipe": "distrain.config",
-    "Run": "distrain.api",
+    "LanguageModeling": "distrain.training.tasks.built_in",
     "LossSum": "distrain.training.tasks",
+    "Multilabel": "distrain.training.tasks.built_in",
+    "Recipe": "distrain.config",
+    "Regression": "distrain.training.tasks.built_in",
+    "Run": "distrain.api",
+    "Seq2Seq": "distrain.training.tasks.built_in",
     "Task": "distrain.training.tasks",
     "TaskContext": "distrain.training.tasks",
     "Tracker": "distrain.training.callbacks.trackers",

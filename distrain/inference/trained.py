@@ -77,10 +77,6 @@ class Trained:
             recipe = with_initial_weights(recipe, initial_weights)
             _end_waits(recipe)
 
-            def initial_model() -> nn.Module:
-                kept = run_of(checkpoint) / FOLDER
-                return build_model(recipe, data.meta, kept=kept).to(world.device).requires_grad_(False).eval()
-
             def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
                     data = build_data(recipe, state=reader.manifest.scalars["data"])
@@ -90,7 +86,8 @@ class Trained:
                 facts = {"byte_images": data.byte_images, "fixed_shapes": fixed}
                 world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
                 objective = build_objective(recipe, data.meta)
-                objective.bind(model, TaskContext(recipe, data.meta, world.device, initial_model))
+                kept = run_of(checkpoint) / FOLDER
+                objective.bind(model, TaskContext.of(recipe, data.meta, world.device, kept))
                 return data, model.to(world.device).eval(), objective
 
             data, model, objective = world.run_on_all(build)

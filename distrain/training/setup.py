@@ -298,13 +298,10 @@ def _training(
         checkpoint_activations(model, recipe.train.activation_checkpointing)
         chunked = world.tuning["chunked_loss"]
         logits_per_sample = (logits.count or 0) // feed.micro_batch_size if chunked else 0
-        objective.bind(model, TaskContext(recipe, meta, world.device, initial_model))
+        objective.bind(model, TaskContext.of(recipe, meta, world.device, kept))
         if isinstance(objective, SupervisedObjective) and (compiled.on or chunked):
             objective.inside = True
             compute_loss_inside(model, objective.loss, logits.head if chunked else "")
-
-    def initial_model() -> nn.Module:
-        return build_model(recipe, meta, kept=kept).to(world.device).requires_grad_(False).eval()
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         section = recipe.optim

@@ -83,10 +83,11 @@ class Transform:
     def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
         """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64."""
         images = batch["inputs"]
-        if not self._steps and isinstance(images, (torch.Tensor, dict)) and not _is_uint8_image(images):
+        if not self._steps and not isinstance(images, list) and not _is_uint8_image(images):
             return batch
-        if isinstance(images, dict):
-            raise UserError(f"{self.where}: found the inputs {', '.join(images)}, expected a single tensor")
+        if not isinstance(images, torch.Tensor | list):
+            found = ", ".join(images) if isinstance(images, dict) else f"a {type(images).__name__}"
+            raise UserError(f"{self.where}: found the inputs {found}, expected a single tensor")
         ids, cut = batch["ids"].numpy(), self._first_of_finish
         images = self._through(slice(cut), images, epochs, ids)
         self.met_bytes = _is_uint8_image(images)

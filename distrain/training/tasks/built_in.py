@@ -22,17 +22,21 @@ class Supervised(Task):
     loss: Loss
     metrics = None
 
+    @property
+    def _name(self) -> str:
+        return self.loss.name.rpartition(":")[2]
+
     def losses(self, model: Any, batch: Batch) -> Mapping[str, LossSum | Tensor]:
-        """Return the recipe's loss, and what the model adds to it."""
+        """Return the recipe's loss by its name, and what the model adds to it."""
         output, targets = self.outputs(model, batch), batch["targets"]
         found, count = self.loss.sum_and_count(self.loss.select(output), targets)
         if output.aux_loss is not None:
             found = found + output.aux_loss * count.to(found.dtype)
-        return {"loss": LossSum(found, count)}
+        return {self._name: LossSum(found, count)}
 
     def count(self, batch: Batch) -> Mapping[str, Tensor | float]:
         """Return what the recipe's loss is over: samples, elements, or targets that are not ignored."""
-        return {"loss": self.loss.count(batch["targets"])}
+        return {self._name: self.loss.count(batch["targets"])}
 
 
 @tasks.register("classification")

@@ -203,20 +203,20 @@ class TaskObjective(Objective):
         """Return it by name; `""` is that of losses that are over samples."""
         scales: dict[str, Any] = {"": world.world_size / global_batch_size}
         self._asked = {"": float(global_batch_size)}
-        if self._counts_itself:
-            found = [self.task.count(batch) for batch in micro_batches]
-            names = list(found[0])
-            counts = torch.stack(
-                [torch.as_tensor(sum(each[name] for each in found), dtype=torch.float64) for name in names]
-            )
-            if world.world_size == 1:
-                numbers = counts.tolist()  # they are on the host
-                self._asked |= dict(zip(names, numbers, strict=True))
-                scales |= {name: 1 / each if each else math.inf for name, each in zip(names, numbers, strict=True)}
-            else:
-                total = world.sum(world.to_device(counts))
-                self._asked |= dict(zip(names, total, strict=True))
-                scales |= dict(zip(names, world.world_size / total, strict=True))
+        if not self._counts_itself or not (found := [self.task.count(batch) for batch in micro_batches])[0]:
+            return scales
+        names = list(found[0])
+        counts = torch.stack(
+            [torch.as_tensor(sum(each[name] for each in found), dtype=torch.float64) for name in names]
+        )
+        if world.world_size == 1:
+            numbers = counts.tolist()  # they are on the host
+            self._asked |= dict(zip(names, numbers, strict=True))
+            scales |= {name: 1 / each if each else math.inf for name, each in zip(names, numbers, strict=True)}
+        else:
+            total = world.sum(world.to_device(counts))
+            self._asked |= dict(zip(names, total, strict=True))
+            scales |= dict(zip(names, world.world_size / total, strict=True))
         return scales
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrain.config import Form, Recipe, UserError
 from distrain.datasets.base import Batch, DataMeta
+from distrain.models import build_model
 from distrain.networks.calling import Convention, ModelOutput
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,15 @@ class TaskContext:
     device: torch.device
     initial_model: Callable[[], nn.Module]
     """Builds the recipe's model once more: whole, with its initial weights, frozen, for evaluation, on the device."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, meta: DataMeta, device: torch.device, kept: Path | None) -> TaskContext:
+        """Return it for a run; `kept` is what the run has kept of a transformers model's folder."""
+
+        def initial_model() -> nn.Module:
+            return build_model(recipe, meta, kept=kept).to(device).requires_grad_(False).eval()
+
+        return cls(recipe, meta, device, initial_model)
 
 
 class Task:
