@@ -57,6 +57,7 @@ app.add_typer(data_app, name="data")
 class Kind(StrEnum):
     """What `distrain list` can list."""
 
+    tasks = "tasks"
     models = "models"
     datasets = "datasets"
     optimizers = "optimizers"

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distrain import Callback, Tracker
+from distrain import Callback, Classification, Tracker
 from distrain.checkpoints.foreign import from_safetensors
 from distrain.launchers import Submitted, open_run, shared_file
 from distrain.launchers.launcher import Job
@@ -68,6 +68,15 @@ class Points:
 
     def __getitem__(self, index):
         return self.inputs[index], int(self.inputs[index].sum() > 0)
+
+
+class Sure(Classification):
+    def __init__(self, share: float = 0.5):
+        self.weights = {"entropy": share}
+
+    def losses(self, model, batch):
+        logs = model(batch["inputs"]).log_softmax(1)
+        return {**super().losses(model, batch), "entropy": -(logs.exp() * logs).sum(1)}
 
 
 def loss(outputs, targets, factor: float = 1.0):
@@ -139,8 +148,9 @@ class Shed:
 """One of each kind."""
 
 KINDS = {
-    "models": "Net", "datasets": "Points", "losses": "loss", "metrics": "constant", "optimizers": "Descent",
-    "schedules": "fall", "trackers": "Rows", "callbacks": "Noting", "formats": "weights", "launchers": "Shed",
+    "tasks": "Sure", "models": "Net", "datasets": "Points", "losses": "loss", "metrics": "constant",
+    "optimizers": "Descent", "schedules": "fall", "trackers": "Rows", "callbacks": "Noting",
+    "formats": "weights", "launchers": "Shed",
 }  # fmt: skip
 
 BUILT_IN = sorted(KINDS.keys() - {"callbacks"})
@@ -148,7 +158,7 @@ BUILT_IN = sorted(KINDS.keys() - {"callbacks"})
 
 RECIPE = """
 name: outside
-task: classification
+task: {{name: "{tasks}", share: 0.25}}
 data: {{name: "{datasets}", samples: 24}}
 model: {{name: "{models}", width: 5}}
 loss: {{name: "{losses}", factor: 2.0}}
@@ -224,7 +234,10 @@ def test_a_run_of_names_from_outside(tmp_path: Path, by: str) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     key = names["metrics"].rpartition(":")[2]
     assert [row[key] for row in rows if row["event"] == "final"] == [0.25]
-    assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3, 4]
+    mine = names["losses"] if by == "entry point" else "supervised"
+    trained = [row for row in rows if row["event"] == "train"]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    assert [row["loss"] for row in trained] == pytest.approx([row[mine] + 0.25 * row["entropy"] for row in trained])
     kept = (tmp_path / "run" / "rows.txt").read_text().splitlines()
     assert kept == [f"{index} {row['event']} {row['step']}" for index, row in enumerate(rows)]
     rates = [float(line.split()[1]) for line in (tmp_path / "run" / "lr.txt").read_text().splitlines()]

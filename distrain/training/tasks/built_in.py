@@ -24,7 +24,8 @@ class Supervised(Task):
 
     @property
     def _name(self) -> str:
-        return self.loss.name.rpartition(":")[2]
+        name = self.loss.name.rpartition(":")[2]
+        return name if name != "loss" else "supervised"  # rows have the sum of all losses as `loss`
 
     def losses(self, model: Any, batch: Batch) -> Mapping[str, LossSum | Tensor]:
         """Return the recipe's loss by its name, and what the model adds to it."""
