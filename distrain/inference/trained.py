@@ -20,7 +20,6 @@ from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
-from distrain.models import build_model
 from distrain.parallel import World, open_world, with_mixed_precision
 from distrain.parallel.frozen import with_initial_weights
 from distrain.parallel.verifying import open_verified
