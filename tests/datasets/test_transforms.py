@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from distrain.config import TransformsSection, UserError
+from distrain.config import TransformsSection, UserError, mix
+from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.datasets.transforms import FINISH, Transform, finished
 from distrain.datasets.transforms.steps import transform_names
 
@@ -341,3 +342,24 @@ def test_floats_and_sequences_are_left_alone() -> None:
 )
 def test_whether_images_have_one_size(items: Any, before: bool, one_size: bool) -> None:
     assert build(*items).gives_one_size(before) is one_size
+
+
+AUGMENTS: list[tuple[dict[str, Any], torch.nn.Module]] = [
+    ({"name": "RandAugment", "num_ops": 3, "magnitude": 12}, v2.RandAugment(num_ops=3, magnitude=12)),
+    ({"name": "TrivialAugmentWide"}, v2.TrivialAugmentWide()),
+    ({"name": "AugMix"}, v2.AugMix()),
+    ({"name": "RandomErasing", "p": 0.7}, v2.RandomErasing(p=0.7)),
+]
+
+
+@pytest.mark.parametrize(("item", "theirs"), AUGMENTS, ids=[item["name"] for item, _ in AUGMENTS])
+def test_augmentations_are_torchvision_s_for_the_same_draw(item: Any, theirs: Any, images: torch.Tensor) -> None:
+    ids, epoch = [7, 3, 11, 7], 2
+    found = apply(build(item, seed=5), images[ids], ids, epoch)
+    for row, sample in zip(found, ids, strict=True):
+        number = int(stream_of(mix(5, "transform", 0), np.array([epoch]), np.array([sample]))[0])
+        with isolated_randomness():
+            seed_globally(number)
+            expected = theirs(images[sample])
+        assert torch.equal(row, v2.functional.to_dtype(expected, torch.float32, scale=True))
+    assert torch.equal(found[0], found[3]), "a sample is augmented once in an epoch, however often it is asked for"
