@@ -153,8 +153,13 @@ def _train_stream(
 # A recipe's data
 
 
-def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
+def build_data(
+    recipe: Recipe, state: dict[str, Any] | None = None, *, inputs_only: bool = False, reads: str | None = None
+) -> Data:
     """Return the data set of a recipe; `state`, of an earlier build, replaces fitting.
+
+    With `inputs_only` the splits need not be there, where the data set can do without; then `reads`, a file or folder
+    that it can read, is its only split, under this name, if the shape of a sample is not known otherwise.
 
     `meta.input_shape` is the shape after the training transforms. Raises UserError for unknown names and keys, missing
     or invalid files, and transforms that do not fit the samples.
@@ -170,8 +175,11 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
         float_dtype(recipe),
         labels,
         _own_collate(recipe),
+        inputs_only=inputs_only and state is not None,
     )
     data = named_data(request)
+    if not data.splits and reads is not None and data.meta.input_shape is None and data.read is not None:
+        data = dataclasses.replace(data, splits={reads: data.read(Path(reads))})
     if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
         raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
     if recipe.data.skip_corrupt and any(map(is_stream, data.splits.values())):
@@ -190,7 +198,8 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
     for name, source in data.splits.items():
         transform = build_transform(recipe, "train" if name == "train" else "eval")
         # the first sample shows whether the transforms fit, long before the first evaluation
-        first = _first(source, transform, recipe.data.skip_corrupt)
+        tolerated = len(source) if name == reads and not is_stream(source) else recipe.data.skip_corrupt
+        first = _first(source, transform, tolerated)
         inputs = first["inputs"]
         if name == "train":
             byte_images = transform.met_bytes
@@ -201,7 +210,8 @@ def build_data(recipe: Recipe, state: dict[str, Any] | None = None) -> Data:
             fixed_shapes = isinstance(inputs, torch.Tensor) and transform.gives_one_size(bool(of_one_size))
         if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
             shapes[name] = tuple(inputs.shape[1:])
-    meta = data.meta if "train" not in shapes else dataclasses.replace(data.meta, input_shape=shapes["train"])
+    shape = shapes.get(reads if reads is not None and reads in shapes else "train")
+    meta = data.meta if shape is None else dataclasses.replace(data.meta, input_shape=shape)
     return dataclasses.replace(data, meta=meta, byte_images=byte_images, fixed_shapes=fixed_shapes)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distrain.cli.options import Json, own_process
+from distrain.cli.options import InitialWeights, Json, own_process
 from distrain.config import UserError
 from distrain.system.output import echo
 
@@ -49,6 +50,7 @@ def generate(
         str | None, typer.Option("-o", "--out", help="A .jsonl file of results.", show_default="standard output")
     ] = None,
     as_json: Json = False,
+    initial_weights: InitialWeights = None,
 ) -> None:
     """Continue prompts with a language model, or answer sources with a seq2seq model."""
     if (prompt is None) == (prompts is None):
@@ -71,6 +73,7 @@ def generate(
         else:
             yield Prompt({"prompt": prompt}, 0, "the prompt")
 
+    write = partial(generate_texts, target, given, initial_weights=initial_weights)
     options = GenerationOptions(max_new_tokens, Sampling(temperature, top_p, top_k), tuple(stop or ()), seed)
     if out is not None:
         if not out.endswith(".jsonl"):
@@ -84,20 +87,20 @@ def generate(
             count += 1
 
         try:
-            generate_texts(target, given, options, batch_size=batch, write=add)
+            write(options, batch_size=batch, write=add)
             file.write()
         finally:
             file.discard()
         echo(f"wrote {count:,} texts to {out}")
         return
     if prompts is not None or as_json:
-        generate_texts(target, given, options, batch_size=batch, write=lambda record: echo(json_line(record)))
+        write(options, batch_size=batch, write=lambda record: echo(json_line(record)))
         return
 
     def show(text: str) -> None:
         echo(text, end="")
 
-    (written,) = generate_texts(target, given, options, batch_size=1, write=lambda record: None, show=show)
+    (written,) = write(options, batch_size=1, write=lambda record: None, show=show)
     echo()
     echo(f"{written.tokens:,} tokens; ended by {_ENDS[written.finish]}", error=True)
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import ChangedData, InitialWeights, own_process
-from distrain.system.output import echo
+from distrain.cli.options import ChangedData, InitialWeights
 
 
 class OutputKind(StrEnum):
@@ -58,23 +57,25 @@ def predict(
             help="A key of the recipe's data section, for reading the input; path=FILE is the input itself.",
         ),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine; the numbers are the same for any number.")
+    ] = 1,
     changed_data: ChangedData = False,
     initial_weights: InitialWeights = None,
 ) -> None:
     """Write the model's prediction for each sample; those that do not decode are skipped and listed."""
-    own_process("predict")
-    from distrain.inference import predict_file
+    from distrain.launchers import start_prediction
 
-    written = predict_file(
-        target,
-        inputs,
-        out,
-        output=output.value if output is not None else None,
-        layer=layer,
-        data=data or [],
-        changed_data=changed_data,
-        initial_weights=initial_weights,
+    raise typer.Exit(
+        start_prediction(
+            target,
+            inputs=inputs,
+            out=out,
+            output=output.value if output is not None else None,
+            layer=layer,
+            data=data or [],
+            processes=processes,
+            changed_data=changed_data,
+            initial_weights=initial_weights,
+        )
     )
-    for why in written.skipped:
-        echo(f"skipped: {why}", error=True)
-    echo(f"wrote {written.samples:,} predictions to {out}")

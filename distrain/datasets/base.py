@@ -218,6 +218,9 @@ class DataRequest:
 
     collate: Callable[[list[Any]], Any] | None = None
     """The task's own, of the samples of one's own data; None: they are stacked and padded."""
+    inputs_only: bool = False
+    """Whether a trained model is to be used on other inputs: with `state`, a builder that can need not open its splits,
+    which may be elsewhere, and returns none."""
 
     def path(self, expected: str) -> Path:
         """Return data.path, which must exist; `expected` describes it in the error."""

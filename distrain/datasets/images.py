@@ -279,6 +279,10 @@ def image_folder(
     if size is not None and (min(sides := [size] if isinstance(size, int) else size, default=0) < 1 or len(sides) > 2):
         raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
     shape = None if size is None else (sides[0], sides[-1])
+    reader = image_reader(shape, channels, black_to_white, decoder)
+    if request.inputs_only and request.state is not None:
+        known = tuple(request.state["class_names"])
+        return Data({}, DataMeta(num_classes=len(known), class_names=known), request.state, reader)
     root = request.path(CLASS_FOLDERS)
     if not root.is_dir():
         raise UserError(f"data.path: {root} is a file, expected {CLASS_FOLDERS}")
@@ -301,7 +305,7 @@ def image_folder(
     logger.info(f"image_folder: {layout.about}; {counts} images of {len(names)} classes")
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [*layout.tables, *(path for listing in listings.values() for path in listing.paths)]
-    return Data(splits, meta, {"class_names": names}, image_reader(shape, channels, black_to_white, decoder), read)
+    return Data(splits, meta, {"class_names": names}, reader, read)
 
 
 def _check_jpeg() -> None:

@@ -46,7 +46,7 @@ def parallel_text(
     for key, value in (("min_count", min_count), ("max_vocab", max_vocab), ("max_len", max_len)):
         if value is not None and value < 1:
             raise UserError(f"data.{key} {value} should be at least 1")
-    pairs, files = _read_splits(request)
+    pairs, files = ({}, []) if request.inputs_only else _read_splits(request)
     specs = {"source": source_tokenizer, "target": target_tokenizer}
     if request.state is None:
         texts = {"source": [pair.source for pair in pairs["train"]], "target": [pair.target for pair in pairs["train"]]}

@@ -70,9 +70,10 @@ def table(
     options = Options(missing, missing_indicator, encode, max_categories, standardize_target)
     reader = TableReader(delimiter, tuple(missing_values))
     targets = [target] if isinstance(target, str) else target
-    rows, frames = split_frames(request, reader, targets)
+    rows, frames = (None, {}) if request.inputs_only else split_frames(request, reader, targets)
     warnings: list[str] = []
     if request.state is None:
+        assert rows is not None
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
         warnings += columns.unnamed(rows) + row_numbers(rows, columns, state)

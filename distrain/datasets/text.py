@@ -83,6 +83,11 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
     a tokenizer.json, for up to 256 MB; the token `eos` then follows each file (true: the usual one, false: none). Rows,
     batches and fractions are as in `tokens`.
     """
+    if request.inputs_only:
+        known = (
+            load_tokenizer(tokenizer, False) if tokenizer == "bytes" else load_tokenizer(request.base / tokenizer, eos)
+        )
+        return _data(request, {}, known, seq_len, None)
     paths = request.split_paths() or {"train": request.path("a text file, or a folder of them")}
     files = {name: [file for file in corpus_files([path]) if file.stat().st_size] for name, path in paths.items()}
     for name, found in files.items():
@@ -124,6 +129,8 @@ def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_0
     """
     if request.section.path is not None:
         raise UserError("data.path: data set 'python_source' takes none; for your own files use data set 'text'")
+    if request.inputs_only:
+        return _data(request, {}, load_tokenizer("bytes", eos=False), seq_len, None)
     library = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, within, files in os.walk(library):
@@ -221,7 +228,7 @@ def _data(
     shards: dict[str, list[np.ndarray]],
     tokenizer: Tokenizer,
     seq_len: int,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
     files: Sequence[Path] = (),
 ) -> Data:
     if seq_len < 1:

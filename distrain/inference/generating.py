@@ -101,13 +101,15 @@ def generate_texts(
     batch_size: int,
     write: Callable[[dict[str, Any]], None],
     show: Callable[[str], None] | None = None,
+    initial_weights: str | None = None,
 ) -> list[Generated]:
     """Continue prompts with a run's or a checkpoint's model, `batch_size` at a time; returns what was generated last.
 
     `prompts` is called twice: all are checked before the first is continued. `write` gets for each, in their order,
     what was given, and `text`, `tokens` and `finish`. `show` gets the text of a single prompt as it is written.
+    `initial_weights` is that of `Trained.load`.
     """
-    trained = Trained.load(target)
+    trained = Trained.load(target, inputs_only=True, initial_weights=initial_weights)
     try:
         heartbeat.enter_phase("evaluate")
         generator = Generator(trained)

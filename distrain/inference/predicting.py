@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _NEW_TOKENS = 128
 """Most tokens that a language model generates after a prompt."""
 
+SPLITS = ("train", "valid", "test")
+
 Output = Literal["predictions", "probabilities", "logits", "embeddings", "text"]
 OUTPUTS: tuple[Output, ...] = ("predictions", "probabilities", "logits", "embeddings", "text")
 
@@ -139,12 +141,13 @@ def _predict_into(
     """Write the predictions for all of `inputs` to rank 0's files."""
     if layer is not None and output != "embeddings":
         raise UserError("--layer names the layer of embeddings; add --output embeddings")
-    trained = Trained.load(target, overrides, initial_weights=initial_weights)
+    is_split = isinstance(inputs, str) and (inputs in SPLITS or not Path(inputs).exists())
+    reads = inputs if isinstance(inputs, str) and not is_split else None
+    trained = Trained.load(target, overrides, inputs_only=not is_split, reads=reads, initial_weights=initial_weights)
     world = trained.world
     try:
         work = world.run_on_all(lambda: _Predictor(trained, inputs, output, layer))
-        split = inputs if isinstance(inputs, str) and inputs in trained.data.splits else None
-        trained.check_inputs(split, changed_data=changed_data)
+        trained.check_inputs(inputs if is_split else None, changed_data=changed_data)
         for warning in warnings_of(work.source):
             logger.warning(warning)
         heartbeat.enter_phase("evaluate")

@@ -46,10 +46,18 @@ class Trained:
     """Fingerprint of data and code of the training; empty where the checkpoint has none."""
 
     @classmethod
-    def load(cls, target: Path | str, overrides: Sequence[str] = (), *, initial_weights: str | None = None) -> Trained:
+    def load(
+        cls,
+        target: Path | str,
+        overrides: Sequence[str] = (),
+        *,
+        inputs_only: bool = False,
+        reads: str | None = None,
+        initial_weights: str | None = None,
+    ) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
 
-        `overrides`: `data.KEY=VALUE`, of how its data are read.
+        `overrides`: `data.KEY=VALUE`, of how its data are read. `inputs_only`, `reads`: see `build_data`.
 
         A model that writes text computes in the precision of its weights: in 16 bits the token that is likeliest, or
         drawn, would depend on what else is in the batch. `initial_weights`: where those are now that the
@@ -64,13 +72,21 @@ class Trained:
             precision = "fp32"
         world = open_world(precision)
         try:
-            return cls._load(world, Path(world.broadcast(str(checkpoint))), overrides, initial_weights)
+            found = Path(world.broadcast(str(checkpoint)))
+            return cls._load(world, found, overrides, initial_weights, inputs_only=inputs_only, reads=reads)
         except BaseException:
             world.close()
             raise
 
     @classmethod
-    def _load(cls, world: World, checkpoint: Path, overrides: Sequence[str], initial_weights: str | None) -> Trained:
+    def _load(
+        cls,
+        world: World,
+        checkpoint: Path,
+        overrides: Sequence[str],
+        initial_weights: str | None,
+        **options: Any,
+    ) -> Trained:
         with open_verified(world, checkpoint) as reader:
             recipe = _recipe_in(reader.manifest.recipe, checkpoint, overrides)
             recipe = with_initial_weights(recipe, initial_weights)
@@ -78,7 +94,7 @@ class Trained:
 
             def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
-                    data = build_data(recipe, state=reader.manifest.scalars["data"])
+                    data = build_data(recipe, state=reader.manifest.scalars["data"], **options)
                 model = restored_model(reader, recipe, data.meta, averaged=recipe.train.ema is not None)
                 # cuDNN may choose another algorithm in each evaluation
                 fixed = data.fixed_shapes and recipe.train.deterministic is not True

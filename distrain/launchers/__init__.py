@@ -7,6 +7,7 @@ local.py       this machine as one, and starting its processes: `launch_argv` an
 forking.py     processes of this machine's CPUs, forked from one that has imported PyTorch
 worker.py      `start` launches the processes that train, `work` is what each of them runs
 evaluating.py  the same for `distrain evaluate`
+predicting.py  the same for `distrain predict`
 sweeps.py      sweeps: which runs they have, and what their folders hold
 reporting.py   reporting why a process failed
 slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_environment.py` the variables of a job
@@ -24,6 +25,7 @@ from distrain.launchers.local import (
     shared_file,
     start,
     start_evaluation,
+    start_prediction,
     unsaid_failures,
 )
 from distrain.launchers.preflight import (
@@ -90,6 +92,7 @@ __all__ = [
     "shared_file",
     "start",
     "start_evaluation",
+    "start_prediction",
     "train_here",
     "unsaid_failures",
     "work",

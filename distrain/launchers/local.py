@@ -19,6 +19,7 @@ from distrain.config.registry import launchers
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
 from distrain.launchers.forking import can_fork, import_once, in_copy, run_forked
 from distrain.launchers.launcher import Job, Submitted
+from distrain.launchers.predicting import PredictionRequest, print_prediction, resolve_prediction
 from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
 from distrain.launchers.request import TRAINING_IMPORTS, Options, RunRequest, prepare, read_target, resolve
 from distrain.launchers.worker import begin_worker, show_finished, train_here
@@ -64,7 +65,7 @@ class LaunchPlan:
     """How one machine's processes are started."""
 
     script: Path
-    """What each process runs: launch/train.py or launch/evaluate.py."""
+    """What each process runs, in launch/: train.py, evaluate.py or predict.py."""
     arguments: tuple[str, ...]
     """Its arguments."""
     processes: int
@@ -238,7 +239,7 @@ def unsaid_failures(exit_codes: Mapping[int, int], oom_kills: int | None = None)
     ]
 
 
-def _plan(request: RunRequest | EvaluationRequest) -> LaunchPlan:
+def _plan(request: RunRequest | EvaluationRequest | PredictionRequest) -> LaunchPlan:
     script, config = shared_file("launch", request.script), configuration_file(request.strategy)
     return LaunchPlan(
         script, request.worker_arguments, request.processes, config, request.offload, imports=request.imports
@@ -324,3 +325,18 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, 
     environment = launcher_environment(processes) if processes > 1 else worker_environment()
     request = resolve_evaluation(target, split, processes, environment, as_json=as_json, **options)
     return evaluate_here(request) if processes == 1 else launch(_plan(request))
+
+
+def start_prediction(target: str, **options: Any) -> int:
+    """Predict with a run's or a checkpoint's model on this machine; returns the exit status.
+
+    What `distrain predict` does; `options` are the fields of `PredictionRequest`. Raises UserError where it cannot be.
+    """
+    processes = options["processes"]
+    say_ignored(own_start(os.environ, processes if processes > 1 else None, "predict"))
+    environment = launcher_environment(processes) if processes > 1 else worker_environment()
+    request = resolve_prediction(target, environment, **options)
+    if processes > 1:
+        return launch(_plan(request))
+    print_prediction(request)
+    return 0

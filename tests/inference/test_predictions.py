@@ -160,13 +160,15 @@ eval: {every: null}
     (tmp_path / "new" / "sub").mkdir(parents=True)
     for name, shade in right.items():
         Image.new("L", (4, 4), 250 if shade == "light" else 5).save(tmp_path / "new" / name)
-    (tmp_path / "new" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "new" / "1.png").write_bytes(b"no image")
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
     ended = cli("predict", run, tmp_path / "new", "-o", tmp_path / "p.csv")
     assert ended.status == 0, ended.err
     assert ended.err.count("skipped: ") == 1
-    assert f"{tmp_path}/new/broken.png" in ended.err
+    assert f"{tmp_path}/new/1.png" in ended.err
     table = pd.read_csv(tmp_path / "p.csv")
     assert dict(zip(table["file"], table["prediction"], strict=True)) == right
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
     held_out = cli("predict", run, "test", "-o", tmp_path / "test.csv")
     assert held_out.status == 0, held_out.err
     table = pd.read_csv(tmp_path / "test.csv")
@@ -197,3 +199,35 @@ eval: {every: null}
         assert ids is None or table["patient"].tolist() == ids
         known = rows.set_index("patient")["y"]
         assert known[table["patient"]].tolist() == table["target"].tolist()
+
+
+def test_new_data_need_neither_those_of_the_training_nor_their_form(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"who": [f"p{number}" for number in range(30)], "x": np.arange(30.0), "y": np.arange(30.0)})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    recipe = write_recipe(
+        tmp_path,
+        """
+name: rows
+task: regression
+data: {name: table, path: rows.csv, target: y, id: who, split: [0.8, 0.2]}
+model: {name: mlp, hidden: []}
+batch: {global: 8}
+train: {steps: 2}
+eval: {every: null}
+""",
+    )
+    run = tmp_path / "run"
+    train(1, recipe, run)
+    there = cli("predict", run, tmp_path / "rows.csv", "-o", tmp_path / "there.csv")
+    assert there.status == 0, there.err
+    (tmp_path / "rows.csv").unlink()
+    rows.drop(columns="y").to_csv(tmp_path / "new.csv", index=False, sep=";")
+    given = ("--data", f"path={tmp_path}/new.csv", "--data", "delimiter=;", "--processes", 2)
+    away = cli("predict", run, *given, "-o", tmp_path / "away.csv")
+    assert away.status == 0, away.err
+    assert away.out == f"wrote 30 predictions to {tmp_path}/away.csv\n"
+    found = pd.read_csv(tmp_path / "away.csv")
+    pd.testing.assert_frame_equal(found, pd.read_csv(tmp_path / "there.csv").drop(columns="target"))
+    split = cli("predict", run, "test", "-o", tmp_path / "test.csv")
+    assert split.status == 1
+    assert f"there is nothing at {tmp_path}/rows.csv" in split.err

@@ -138,7 +138,7 @@ def cli_rank(arguments: list[str]) -> Ended:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return 0
 
-    if arguments[0] not in ("train", "sweep", "prove", "evaluate"):  # the others start none
+    if arguments[0] not in ("train", "sweep", "prove", "evaluate", "predict"):  # the others start none
         return captured(run)
     with warm_children():
         return captured(run)
