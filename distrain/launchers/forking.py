@@ -258,7 +258,7 @@ def _status_of(action: Callable[[], None]) -> int:
         return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
+            sys.stderr.write(f"{stop.code}\n")  # as the interpreter does, which this process has not begun with
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return 130

@@ -73,7 +73,7 @@ def export_checkpoint(
     initial: Path | str | None = None,
     **options: Any,
 ) -> Exported:
-    """Write the model of a checkpoint as `export` does; adapters are merged into the weights, under their plain names.
+    """Write the model of a checkpoint as `export` does; adapters are merged into the weights, under their names there.
 
     A model with adapters, or of which the checkpoint refers to frozen weights, is built first, in memory. `initial`:
     where its initial weights are now; None: where the recipe says. `options` are those of `export`. Raises UserError.
