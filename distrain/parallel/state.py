@@ -114,9 +114,8 @@ class TrainingState:
         now = self._versions_now()
         if changed := [name for name, version in now.items() if self._versions.get(name) != version]:
             raise UserError(
-                f"{changed[0]}{f' and {len(changed) - 1} others' if changed[1:] else ''} are frozen, and the model's "
-                "code has changed them in place; checkpoints would lose that, as they refer to the initial weights. "
-                "Set checkpoint.frozen to store"
+                f"the model's code has changed frozen parameters in place ({', '.join(changed[:3])}); checkpoints "
+                "would lose that, as they refer to the initial weights. Set checkpoint.frozen to store"
             )
         return {name: each for name, each in held.items() if name not in self.frozen.tensors}
 

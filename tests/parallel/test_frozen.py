@@ -7,18 +7,26 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from adapters import RECIPE, lora_recipe
 from runs import assert_same_run, cli, last, train
 from safetensors.torch import load_file, save_file
 from test_matrix import create, stopped_copy
-from test_strategies import QUICK, WAYS, assert_agrees, run_all
+from test_strategies import WAYS, assert_agrees, run_all
+from torch import nn
 
 from distrain.checkpoint import difference, read_manifest
+from distrain.config import UserError
+from distrain.config.yaml import parse_recipe
+from distrain.parallel import TrainingState
+from distrain.parallel.frozen import referred
 from distrain.run.folder import RunDir
 
 pytest.importorskip("transformers")
 
-SMOOTH = RECIPE.replace("precision: fp32", "precision: fp32, ema: 0.9")
+SMOOTH = RECIPE.replace("precision: fp32", "precision: fp32, ema: 0.9").replace(
+    "every: 2 steps, metrics", "every: null, metrics"
+)
 """With an average of what is trained."""
 FROZEN = """
 name: frozen
@@ -26,13 +34,14 @@ task: language_modeling
 data: {name: text, path: TEXT, tokenizer: bytes, seq_len: 8, split: [0.9, 0.1]}
 model: {name: gpt, n_layer: 2, n_head: 2, d_model: 12}
 optim: {name: adamw, lr: 1.0e-2, freeze: ["*.0.*"]}
-batch: {global: 12, micro: 3}
+batch: {global: 12, micro: 1}
 train: {steps: 4, precision: fp32}
 eval: {every: null}
 checkpoint: {every: 2 steps, keep: 100, async: false, frozen: reference}
 log: {every: 1 steps}
 """
 """A recipe that freezes a block that its seed has made."""
+QUICK = (("ddp", 2), ("zero3", 2), ("fsdp2", 2))
 CASES = {"adapters": SMOOTH, "block": FROZEN}
 
 
@@ -58,9 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("frozen"))
 
 
-SEVERAL = [
-    pytest.param(*way, marks=[] if "x".join(map(str, way)) in QUICK else pytest.mark.slow) for way in WAYS if way[1] > 1
-]
+SEVERAL = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow) for way in WAYS if way[1] > 1]
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), SEVERAL)
@@ -111,6 +118,23 @@ def test_a_checkpoint_holds_what_trains(made: Runs) -> None:
     assert effect is not None
     assert effect["gradient_bytes"]["ranks"] == [stored]
     assert effect["ema_bytes"]["ranks"] == [stored]
+
+
+def test_a_frozen_weight_that_code_has_changed_is_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    state = TrainingState(model, optimizer, None)
+    recipe = parse_recipe(FROZEN.replace("TEXT", "words.txt"), "the recipe")
+    frozen = referred(recipe, model, ["0.weight", "0.bias"], None, hashes=True)
+    state.refer(frozen)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+        assert state.snapshot().specs.keys() == {"model/1.weight", "model/1.bias"}
+        assert state.snapshot().frozen == frozen
+        model[0].weight.mul_(0.99)
+    with pytest.raises(UserError, match=r"changed frozen parameters in place \(0\.weight\)"):
+        state.snapshot()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ model:
   path: BASE
   lora: {r: 2, alpha: 4, targets: [q_proj, v_proj, down_proj]}
 optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.1, clip_norm: 1.0}
-batch: {global: 12, micro: 3}
+batch: {global: 12}
 train: {steps: 4, precision: fp32}
 eval: {every: 2 steps, metrics: []}
 checkpoint: {every: 2 steps, keep: 100, async: false}
