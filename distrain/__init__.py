@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from distrain.config import Duration, Recipe, UserError
     from distrain.training.callbacks.base import Callback
     from distrain.training.callbacks.trackers import Tracker
-    from distrain.training.tasks import LossSum, Task, TaskContext
+    from distrain.training.tasks import LossSum, Task, TaskContext, gather
     from distrain.training.tasks.built_in import (
         Binary,
         Classification,
@@ -45,6 +45,7 @@ __all__ = [
     "Tracker",
     "UserError",
     "evaluate",
+    "gather",
     "load",
     "predict",
     "train",
@@ -67,6 +68,7 @@ _FOUND_IN = {
     "Tracker": "distrain.training.callbacks.trackers",
     "UserError": "distrain.config",
     "evaluate": "distrain.api",
+    "gather": "distrain.training.tasks",
     "load": "distrain.api",
     "predict": "distrain.api",
     "train": "distrain.api",

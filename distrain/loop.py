@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrain.config import UserError, mix
+from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import given
@@ -23,7 +23,8 @@ from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, stepped
 from distrain.run.lease import Lease
 from distrain.training.callbacks.base import Callback
-from distrain.training.context import PendingMetrics, TrainContext, seed_dropout, to_device
+from distrain.training.context import PendingMetrics, TrainContext, dropout_seed, seed_dropout, to_device
+from distrain.training.coupling import look_ahead
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
 from distrain.training.skipping import Anomaly, LocalStepResult
@@ -89,9 +90,11 @@ def train_step(
         grad_scale = scaler.scale if scaler is not None else None
         losses: list[Tensor] = []
         t.objective.begin_step()
+        if t.objective.looks_ahead:  # a loss takes all samples together: each micro-batch then sees those of all
+            look_ahead(t, micro_batches)
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, world)
-            seed_dropout(world, _seed(t, index))
+            seed_dropout(world, dropout_seed(t, index))
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
                 loss_sum = t.objective.loss_sum(strategy.wrapped, batch)
@@ -154,10 +157,6 @@ def _skip_known(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMet
     t.step += 1
     stepped(t.step)
     return PendingMetrics(t.step, lambda: (known.loss, known.norm, read()[2]), t.strategy.grad_scale)
-
-
-def _seed(t: TrainContext, index: int) -> int:
-    return mix(t.recipe.seed, "dropout", t.step, t.world.mesh.data_rank, index)
 
 
 def _nothing() -> None:

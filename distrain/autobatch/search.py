@@ -329,8 +329,8 @@ def _make_steps(folder: Path) -> dict[str, int]:
         for _ in range(_STEPS):
             if (micro_batches := next(steps, None)) is None:
                 break
-            # more of them take no more memory
-            train_step(session.t, micro_batches[:2]).read()
+            # more of them take no more memory, unless a loss takes all samples together
+            train_step(session.t, micro_batches if session.t.objective.couples else micro_batches[:2]).read()
             if spare is None and world.device.type == "cpu" and loaded.recipe.checkpoint.asynchronous:
                 spare = torch.ones(_saved_bytes(session), dtype=torch.uint8)  # what a save copies
         if world.device.type == "cuda":

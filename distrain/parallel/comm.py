@@ -209,6 +209,16 @@ class World:
         progress()
         return values
 
+    def gather_tensors(self, values: Tensor) -> list[Tensor]:
+        """Return every rank's `values`, on the device and of one shape and dtype, in the order of ranks."""
+        if self.world_size == 1:
+            return [values]
+        own = values.contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        # as bytes, as not every backend knows every dtype
+        dist.all_gather([each.view(-1).view(torch.uint8) for each in parts], own.view(-1).view(torch.uint8))
+        return parts
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` (a small object) on every rank."""
         return self._broadcast(value, self._control)

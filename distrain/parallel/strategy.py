@@ -106,11 +106,11 @@ class Strategy(ABC):
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context for one micro-batch's forward and backward pass; the `last` one ends the step."""
         if self._first:
-            self._share_buffers()
+            self.share_buffers()
         self._first = last
         return nullcontext()
 
-    def _share_buffers(self) -> None:
+    def share_buffers(self) -> None:
         """Give every rank rank 0's buffers, where a step begins: as DDP does."""
         if self.world.world_size > 1:
             share_tensors(list(self.model.buffers()))

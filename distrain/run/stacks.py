@@ -150,7 +150,7 @@ def _kind(file: str) -> str:
 
 _TRANSPARENT = ("torch/_ops.py", "torch/utils/_contextlib.py", "torch/_compile.py", "torch/_dynamo/", "contextlib.py")
 _COLLECTIVE = ("torch/distributed/", "torch/nn/parallel/distributed.py", "deepspeed/comm/", "deepspeed/runtime/comm/")
-_OF_DISTRAIN = ("_share_buffers", "_agree_on_another_order")
+_OF_DISTRAIN = ("share_buffers", "_agree_on_another_order")
 """Functions of distrain that call a collective which has no Python of its own, or wait for other ranks."""
 
 

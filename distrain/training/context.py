@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.config import Recipe
+from distrain.config import Recipe, mix
 from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.datasets.transforms import FINISH
@@ -97,6 +97,11 @@ def to_device(batch: Batch, world: World) -> Batch:
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+def dropout_seed(t: TrainContext, index: int) -> int:
+    """Return what seeds the forward pass of a micro-batch of the step under way, by its number on this rank."""
+    return mix(t.recipe.seed, "dropout", t.step, t.world.mesh.data_rank, index)
 
 
 def seed_dropout(world: World, seed: int) -> None:

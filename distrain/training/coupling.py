@@ -1,4 +1,7 @@
-"""Whether a loss of the user's own is a mean over samples, or takes those of a micro-batch together."""
+"""Losses that couple samples: a step's look at all of them, and the trial of a loss of the user's own for being one.
+
+A task says that it couples samples, and gathers what it takes together. A function `loss:` sees only a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,32 @@ from distrain.optim import Loss
 from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel.strategy import restored
-from distrain.training.context import TrainContext, seed_dropout, to_device
+from distrain.run.heartbeat import enter_phase
+from distrain.training.context import TrainContext, dropout_seed, seed_dropout, to_device
 from distrain.training.tasks import SupervisedObjective
 
 _TOLERANCE = 1e-4
 """Of the difference, relative to the sum; what fp32 rounds away is far below."""
 _SAMPLES = 64
 """Outputs of at most so many samples are looked at."""
+
+
+def look_ahead(t: TrainContext, micro_batches: Sequence[Batch]) -> None:
+    """Compute what a task gathers of all micro-batches of a step, without gradient, and give it to all ranks.
+
+    With the random numbers of the passes that follow; nothing is left changed.
+    """
+    strategy, world = t.strategy, t.world
+    strategy.share_buffers()  # as the first of those passes does
+    restore = strategy.remember_buffers()
+    enter_phase("forward")
+    with torch.no_grad():
+        for index, batch in enumerate(micro_batches):
+            seed_dropout(world, dropout_seed(t, index))
+            t.objective.look_ahead(strategy.model, to_device(batch, world))
+    restore()
+    strategy.reshard()
+    t.objective.exchange()
 
 
 def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
@@ -129,6 +151,7 @@ def warning(name: str, cut: dict[str, int], global_batch_size: int) -> str | Non
     return (
         f"loss {name} is no mean over samples: it takes those of a micro-batch together, and sees "
         f"{cut['micro_batch_size']} of the {global_batch_size} samples of a step at once ({describe_cut(cut)}), so "
-        "that another batch.micro or number of processes means another objective. For that of the whole batch train "
-        f"in one process with batch.micro={global_batch_size}; otherwise the cut is kept with the run"
+        "that another batch.micro or number of processes means another objective. For that of the whole batch write it "
+        "as a task with couples_samples = True (docs/tasks.md), or train in one process with "
+        f"batch.micro={global_batch_size}; otherwise the cut is kept with the run"
     )

@@ -23,7 +23,7 @@ from distrain.metrics import MetricSet
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
 from distrain.training.context import to_device
-from distrain.training.tasks import Objective
+from distrain.training.tasks import Means, Objective
 
 
 class Interrupted(UserError):
@@ -70,6 +70,12 @@ def evaluate(
     are any, and do not count as `samples`.
     """
     metrics.reset()
+    if objective.couples and metrics.needs_text:
+        raise UserError(
+            f"{objective.name} couples samples, and its evaluation has no metrics of generated text; take bleu out of "
+            "eval.metrics"
+        )
+    objective.begin_evaluation()
     tally = _Tally(objective, metrics, world)
     where = f"the evaluation of split '{split}'"
 
@@ -110,8 +116,10 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            if world.forward_is_collective and not metrics.needs_text:
+            if objective.couples or (world.forward_is_collective and not metrics.needs_text):
                 _pass_together(world, batches(), forward, tally, stream=is_stream(source))
+                if objective.couples:
+                    tally.add_means(objective.coupled(model, world))
                 total = world.sum_of_all(tally.sums)
             else:
                 with unsharded() if world.forward_is_collective else nullcontext():
@@ -128,7 +136,7 @@ def evaluate(
     }
     if not math.isfinite(values["loss"]):
         found = world.run_on_all(lambda: _look_again(load(), int(tally.first_nonfinite)))
-        values["nonfinite"] = _nonfinite(world.gather(found))
+        values["nonfinite"] = _nonfinite(world.gather(found), coupled=objective.couples)
     if seen[3] > 0:
         corrupt = dict(sorted(each for part in world.gather(tally.corrupt) for each in part.items()))
         if len(corrupt) > skip_corrupt:  # each rank for itself may have met fewer
@@ -167,18 +175,23 @@ class _Tally:
             self.corrupt.update(corrupt)
             self.seen.skip(np.array(list(corrupt)))
         scored = self._objective.score(evaluated, batch, self._world)
-        names, pairs = scored.means
+        pairs = self.add_means(scored.means)
+        finite = pairs[: len(self._objective.names), 0].isfinite().all()
+        self.first_nonfinite.masked_fill_(~finite & (self.first_nonfinite < 0), self._batches)
+        self._batches += 1
+        if scored.predictions is not None and self._metrics.names:
+            self._metrics.update(scored.predictions, scored.targets, scored.keep, scored.loss)
+
+    def add_means(self, means: Means) -> Tensor:
+        """Add sums and counts; returns them (names, 2)."""
+        names, pairs = means
         if self._names not in (None, names):
             raise UserError(
                 f"{self._objective.name} reports {', '.join(names)} of one batch and {', '.join(self._names or ())} of "
                 "another; report the same in each, with a count of 0 where there is nothing"
             )
         self._names, self._pairs = names, pairs if self._pairs is None else self._pairs + pairs
-        finite = pairs[: len(self._objective.names), 0].isfinite().all()
-        self.first_nonfinite.masked_fill_(~finite & (self.first_nonfinite < 0), self._batches)
-        self._batches += 1
-        if scored.predictions is not None and self._metrics.names:
-            self._metrics.update(scored.predictions, scored.targets, scored.keep, scored.loss)
+        return pairs
 
     def sums(self) -> Tensor:
         """Return what the ranks add up: (means and counts, four of `_Seen`, those of the metrics), 1-D float64."""
@@ -260,11 +273,15 @@ def _look_again(loader: Iterable[Batch], number: int) -> tuple[str, list[int]] |
     return "", batch["ids"][kept].tolist()
 
 
-def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None]) -> str:
+def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None], *, coupled: bool) -> str:
     """Return the reason why the loss is not finite, from what every rank has found."""
     found = [each for each in ranks if each is not None]
     if not found:
-        return "no sample of it has a target that counts"
+        return (
+            "samples that it takes together give one that is not"
+            if coupled
+            else "no sample of it has a target that counts"
+        )
     what = max(what for what, _ in found)
     ids = sorted(each for kind, part in found if kind == what for each in part)
     shown = f"{', '.join(map(str, ids[:_SHOWN]))}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")

@@ -224,7 +224,7 @@ def test_whether_a_thread_waits_for_others() -> None:
         ([f"{SITE}deepspeed/comm/torch.py", LOOP], True),
         ([f"{SITE}deepspeed/runtime/zero/partition_parameters.py|wait", LOOP], True),
         ([f"{SITE}deepspeed/runtime/zero/stage3.py|step", LOOP], False),
-        ([f"{PACKAGE}parallel/strategy.py|_share_buffers", LOOP], True),
+        ([f"{PACKAGE}parallel/strategy.py|share_buffers", LOOP], True),
         ([f"{SITE}torch/autograd/graph.py|_engine_run_backward", LOOP], None),
         ([f"{SITE}torch/cuda/streams.py|synchronize", LOOP], None),
         (["/home/me/model.py", f"{SITE}torch/nn/parallel/distributed.py", LOOP], False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distrain.config import Recipe, UserError
-from distrain.config.arguments import argument_problems
-from distrain.config.registry import tasks
-from distrain.datasets.base import Batch, DataMeta
+from distrain.config import UserError
+from distrain.datasets.base import Batch
 from distrain.datasets.nested import rows_of
 from distrain.networks.calling import Convention, calling_convention
-from distrain.optim import Loss, build_loss, check_loss
+from distrain.optim import Loss
 from distrain.parallel import World
 from distrain.training.forward import told_of
 from distrain.training.inner_loss import TARGETS
-from distrain.training.tasks.built_in import Supervised
 from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
 from distrain.training.tasks.task import LossSum, Task, TaskContext
 
@@ -64,6 +60,8 @@ class Objective(ABC):
     weights: Mapping[str, float] = {}
     names: tuple[str, ...] = ("loss",)
     """Of the losses; known after the first batch."""
+    couples = False
+    """Whether losses take the samples of a step together; see `CoupledObjective`."""
 
     @property
     @abstractmethod
@@ -91,9 +89,29 @@ class Objective(ABC):
     def begin_step(self) -> None:  # noqa: B027 - most report nothing besides their loss
         """Forget what was computed for a step that is made again."""
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step begins with `look_ahead` for each of its micro-batches, and `exchange`."""
+        return False
+
+    def look_ahead(self, model: nn.Module, batch: Batch) -> None:
+        """Keep what a micro-batch gives without gradient for the losses of all of them."""
+        raise NotImplementedError
+
+    def exchange(self) -> None:
+        """Give each rank what all have kept."""
+        raise NotImplementedError
+
     def means_async(self, world: World) -> Callable[[], dict[str, float]] | None:
         """Begin to reduce what a step reports besides the loss; returns a function that reads it a step later."""
         return None
+
+    def begin_evaluation(self) -> None:  # noqa: B027 - most keep nothing from batch to batch
+        """Forget what was kept of an evaluation."""
+
+    def coupled(self, model: nn.Module, world: World) -> Means:
+        """Return the losses that take samples of several batches together, once each batch is evaluated."""
+        raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch, *, predict: bool) -> Any:
@@ -171,6 +189,8 @@ class SupervisedObjective(Objective):
 
 class TaskObjective(Objective):
     """The losses of a task of one's own, computed within the model's forward pass, inside every strategy's hooks."""
+
+    _count_hint = "let the task's method count(batch) return what its LossSum says"
 
     def __init__(self, task: Task, name: str):
         self.name = name
@@ -269,7 +289,7 @@ class TaskObjective(Objective):
                     if abs(count - said) > 1e-6 * max(abs(count), abs(said)):
                         raise UserError(
                             f"{self.name}: loss {name!r} is over {count:g} in this step, and was divided by {said:g}; "
-                            "let the task's method count(batch) return what its LossSum says"
+                            f"{self._count_hint}"
                         )
                 if name != "loss":
                     found[name] = total / count if count else math.nan
@@ -299,9 +319,13 @@ class TaskObjective(Objective):
 
     # ---- within the forward pass
 
+    def _samples(self) -> int:
+        """Return how many samples losses are over that say nothing else."""
+        return len(self._batch["ids"])
+
     def _compute(self, model: TaskModel) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Return the sums (losses,), and (sum, count) of all that is reported (names, 2) float64 with the names."""
-        samples = len(self._batch["ids"])
+        samples = self._samples()
         self.task.logged.clear()
         losses = self.task.losses(model, self._batch)
         if not isinstance(losses, Mapping) or not losses:
@@ -372,51 +396,3 @@ def _on(value: Tensor | float, like: Tensor) -> Tensor:
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor (0-d) that is read alone: the same one in each step."""
     return torch.full((), value, dtype=dtype, device=device)  # a fill: for a copy to a device the host would wait
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Building
-
-
-def build_task(recipe: Recipe) -> Task:
-    """Return the recipe's task. Raises UserError for what is none, and for arguments that it does not take."""
-    name, args = recipe.task.name, recipe.task.args
-    found = tasks.find(name).value
-    if not (inspect.isclass(found) and issubclass(found, Task)):
-        raise UserError(f"task: {name!r} is {found!r}; expected a class that inherits from distrain.Task")
-    if problems := argument_problems(found, args, "task", repr(name)):
-        raise UserError("\n".join(problems))
-    try:
-        return found(**args)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"task: {name!r} refuses its arguments: {error}") from error
-
-
-def check_task(recipe: Recipe) -> list[str]:
-    """Return one line for each problem of the recipe's task that shows without data."""
-    try:
-        task = build_task(recipe)
-    except UserError as error:
-        return str(error).split("\n")
-    if isinstance(task, Supervised):
-        return check_loss(recipe)
-    if recipe.loss is not None:
-        return [f"loss: task {recipe.task.name!r} computes its losses itself; remove it"]
-    return []
-
-
-def is_supervised(task: Task) -> bool:
-    """Whether the recipe's loss is all that a task trains and predicts by."""
-    kind = type(task)
-    changed = ("losses", "count", "predictions", "measure")
-    return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in changed)
-
-
-def build_objective(recipe: Recipe, meta: DataMeta) -> Objective:
-    """Return what the recipe trains; `bind` gives it the model. Raises UserError."""
-    task = build_task(recipe)
-    if is_supervised(task):
-        return SupervisedObjective(build_loss(recipe, meta))
-    if isinstance(task, Supervised):
-        task.loss = build_loss(recipe, meta)
-    return TaskObjective(task, recipe.task.name.rpartition(":")[2])

@@ -69,7 +69,11 @@ class Task:
     weights: Mapping[str, float] = {}
     """What each loss is multiplied by in their sum; 1 for those that are not there. Each is reported without it."""
     couples_samples: ClassVar[bool] = False
-    """Whether a loss is no sum over samples, but takes those of a batch together."""
+    """Whether a loss is no sum over samples, but takes those of a batch together: `losses` then gathers what it takes
+    together (`distrain.gather`), and returns the losses of the whole global batch; see docs/tasks.md."""
+    evaluation_group: int | None = None
+    """Of a task that couples samples: how many an evaluation takes together, in the order of their ids; a number above
+    that of the split takes all. None: batch.global."""
 
     collate: ClassVar[Callable[..., Batch] | None] = None
     """A method `collate(self, samples)` makes a batch {"inputs": …, "targets": …} of samples as your data set gives
