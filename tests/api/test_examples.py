@@ -24,6 +24,7 @@ NOTEBOOK = EXAMPLES / "first_run.ipynb"
         ("own_model.py", (), "BestEvaluation(metric='accuracy'"),
         ("own_parts.py", ("--processes", 2), "watched: step 20, loss"),
         ("compare.py", (), "lr 0.1: loss"),
+        ("two_towers.py", (), "found among 180: 0.2"),  # by chance 0.006
     ],
 )
 def test_a_script_runs(
