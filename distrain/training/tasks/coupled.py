@@ -137,7 +137,7 @@ class CoupledObjective(TaskObjective):
         ratio = losses.new_zeros(1)
         if self._drifts:
             drift, largest = torch.stack(self._drifts).unbind(1)
-            ratio = (drift / largest.clamp(min=1e-12)).max()[None]
+            ratio = (drift / largest.clamp(min=1e-12)).max()[None] / world.world_size
         sums = torch.cat((losses.sum(0), losses.square().sum(0), ratio))
         agreed = world.to_host_async(world.sum_async(sums)())
         tolerance = _SPREAD if world.mixed_precision.autocast is None else 10 * _SPREAD
