@@ -22,28 +22,27 @@ import numpy as np
 import torch
 
 from distrain.config import Recipe, UserError
-from distrain.config.registry import tasks
-from distrain.config.tasks import FORMS
 from distrain.datasets.base import (
     AnySource,
     Batch,
     Data,
     DataRequest,
     Source,
-    StreamSource,
     find_dataset,
     is_stream,
 )
 from distrain.datasets.batch_sizes import accumulation_steps
 from distrain.datasets.batches import Batches, Place, StreamBatches
-from distrain.datasets.class_counts import COUNTS, count_classes, wants_counts
-from distrain.datasets.evaluation import build_eval_loader, check_stream_workers
+from distrain.datasets.class_counts import COUNTS, with_counts
+from distrain.datasets.describing import described
+from distrain.datasets.evaluation import check_stream_workers
 from distrain.datasets.labels import Labels
 from distrain.datasets.loading import load
 from distrain.datasets.mixing import MixedBatches, Mixing, mixing_problems
 from distrain.datasets.order import SampleOrder
+from distrain.datasets.streams import training_stream
 from distrain.datasets.transforms import Transform
-from distrain.datasets.user import named_data, source_of
+from distrain.datasets.user import named_data, own_collate, source_of
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
@@ -90,7 +89,7 @@ def build_loader(
         check_stream_workers(workers)
 
         def plan() -> Iterator[tuple[Place, list[Any]]]:
-            return _train_stream(source, first, last, rank, world_size, micro_batch_size)
+            return training_stream(source, first, last, rank, world_size, micro_batch_size)
 
         batches = StreamBatches(plan, source, transform)
     else:
@@ -122,33 +121,6 @@ def _train_places(
         yield from zip(*order.at_positions(where), *([where] if positions else []), strict=True)
 
 
-def _repeated(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
-    """Yield (epoch, place in the epoch, sample) without end."""
-    for epoch in itertools.count():
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(epoch)
-        place = -1
-        for place, sample in enumerate(source):
-            yield epoch, place, sample
-        if place < 0:
-            raise UserError(
-                f"pass {epoch} over the training stream gave no sample; each iteration must start at the beginning"
-            )
-
-
-def _train_stream(
-    source: StreamSource, first: int, last: int, rank: int, world_size: int, micro_batch_size: int
-) -> Iterator[tuple[Place, list[Any]]]:
-    walk = _repeated(source)
-    before, after = rank * micro_batch_size, (world_size - 1 - rank) * micro_batch_size
-    skip = first * world_size * micro_batch_size
-    for _ in range(first, last):
-        next(itertools.islice(walk, skip + before, skip + before), None)
-        epochs, ids, samples = zip(*itertools.islice(walk, micro_batch_size), strict=True)
-        yield (np.array(epochs), np.array(ids)), list(samples)
-        skip = after
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # A recipe's data
 
@@ -174,45 +146,14 @@ def build_data(
         fitted,
         float_dtype(recipe),
         labels,
-        _own_collate(recipe),
+        own_collate(recipe),
         inputs_only=inputs_only and state is not None,
     )
     data = named_data(request)
     if not data.splits and reads is not None and data.meta.input_shape is None and data.read is not None:
         data = dataclasses.replace(data, splits={reads: data.read(Path(reads))})
-    if empty := [name for name, source in data.splits.items() if not is_stream(source) and len(source) == 0]:
-        raise UserError(f"data set {recipe.data.name!r}: the split {empty[0]!r} has no samples")
-    if recipe.data.skip_corrupt and any(map(is_stream, data.splits.values())):
-        raise UserError(
-            f"data.skip_corrupt is {recipe.data.skip_corrupt}, and samples of an iterable data set have no "
-            "numbers; skip corrupt samples in the iterable itself, alike in every process"
-        )
-    if (key := wants_counts(recipe)) is not None:
-        ignored = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
-        found = (state or {}).get(COUNTS) or count_classes(data, recipe.form, key, ignored)
-        counted = dataclasses.replace(
-            data.meta, class_counts=tuple(found["counts"]), counted_samples=int(found["samples"])
-        )
-        data = dataclasses.replace(data, meta=counted, state={**data.state, COUNTS: found})
-    shapes, byte_images, fixed_shapes = {}, False, False
-    for name, source in data.splits.items():
-        transform = build_transform(recipe, "train" if name == "train" else "eval")
-        # the first sample shows whether the transforms fit, long before the first evaluation
-        tolerated = len(source) if name == reads and not is_stream(source) else recipe.data.skip_corrupt
-        first = _first(source, transform, tolerated)
-        inputs = first["inputs"]
-        if name == "train":
-            byte_images = transform.met_bytes
-            if (mixing := Mixing.of(recipe, data.meta, float_dtype(recipe))) is not None:
-                mixing.check(source, inputs, first.get("targets"))
-                byte_images &= mixing.keeps_bytes
-            of_one_size = isinstance(getattr(source, "inputs", None), torch.Tensor) or getattr(source, "size", None)
-            fixed_shapes = isinstance(inputs, torch.Tensor) and transform.gives_one_size(bool(of_one_size))
-        if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
-            shapes[name] = tuple(inputs.shape[1:])
-    shape = shapes.get(reads if reads is not None and reads in shapes else "train")
-    meta = data.meta if shape is None else dataclasses.replace(data.meta, input_shape=shape)
-    return dataclasses.replace(data, meta=meta, byte_images=byte_images, fixed_shapes=fixed_shapes)
+    data = described(recipe, data, lambda kind: build_transform(recipe, kind), float_dtype(recipe), reads)
+    return with_counts(recipe, data, state)
 
 
 def given_source(recipe: Recipe, inputs: Any) -> Source:
@@ -228,14 +169,6 @@ def given_source(recipe: Recipe, inputs: Any) -> Source:
         )
     request = DataRequest(recipe.data, task, recipe.seed, Path(), None, float_dtype(recipe))
     return source_of(request, inputs)
-
-
-def _own_collate(recipe: Recipe) -> Callable[[list[Any]], Any] | None:
-    """Return the method `collate` of a task of one's own, where it has one."""
-    if recipe.task.name in FORMS:
-        return None
-    kind = tasks.find(recipe.task.name).value
-    return kind(**recipe.task.args).collate if getattr(kind, "collate", None) is not None else None
 
 
 def float_dtype(recipe: Recipe) -> torch.dtype:
@@ -263,9 +196,3 @@ def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform
     """Return the transforms of the training split, or of all others."""
     items = getattr(recipe.data.transforms, kind)
     return Transform(items, recipe.seed, f"data.transforms.{kind}", float_dtype(recipe))
-
-
-def _first(source: AnySource, transform: Transform, tolerated: int) -> Batch:
-    if is_stream(source):
-        return next(iter(build_eval_loader(source, rank=0, world_size=1, batch_size=1, transform=transform)))
-    return Batches(source, transform, tolerated).batch((np.zeros(1, np.int64), np.zeros(1, np.int64)))

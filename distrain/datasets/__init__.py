@@ -2,7 +2,7 @@
 
 base.py         batches, data sets and splits
 embedded.py     small real data sets that come with scikit-learn; sklearn_files.py reads their files
-images.py       folders of images; CIFAR and MNIST
+images.py       folders of images; CIFAR and MNIST. image_layouts.py finds how a folder is laid out
 tables.py       CSV, JSON Lines, Parquet: rows -> inputs and targets. table_files.py reads the files, table_columns.py
                 fits columns to the training rows, table_numbers.py computes means and deviations
 text.py         text for language models; tokens.py maps token ids from files
@@ -11,9 +11,12 @@ chat.py         conversations for language models: conversations.py reads the fi
                 answers
 labelled_text.py  texts with classes or numbers, by a tokenizer
 parallel.py     pairs of sentences for translation
-user.py         the user's own Dataset or iterable
-labels.py       the allowed targets
-order.py        the order of samples, computed from the step
+user.py         the user's own Dataset or iterable; arrays.py has arrays that are given in Python
+nested.py       values of a batch, nested as a sample is
+labels.py       the allowed targets; class_counts.py counts them
+describing.py   what the first samples show; stored_meta.py keeps such facts in checkpoints
+order.py        the order of samples, computed from the step; streams.py has those of a stream
+mixing.py       MixUp and CutMix
 randomness.py   random numbers computed from (seed, epoch, sample id)
 transforms/     transforms of inputs, in whole batches
 batches.py      from sample numbers to batches; corrupt samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,16 @@ def wants_counts(recipe: Recipe) -> str | None:
     """Return the key of the recipe's loss that is to be computed from the labels, or None."""
     args = recipe.loss.args if recipe.loss is not None else {}
     return next((f"loss.{key}" for key in ("weight", "pos_weight") if args.get(key) == BALANCED), None)
+
+
+def with_counts(recipe: Recipe, data: Data, state: dict[str, Any] | None) -> Data:
+    """Return the data with the counts of its classes, where the recipe wants them: those of `state`, or counted."""
+    if (key := wants_counts(recipe)) is None:
+        return data
+    ignored = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
+    found = (state or {}).get(COUNTS) or count_classes(data, recipe.form, key, ignored)
+    meta = replace(data.meta, class_counts=tuple(found["counts"]), counted_samples=int(found["samples"]))
+    return replace(data, meta=meta, state={**data.state, COUNTS: found})
 
 
 def count_classes(data: Data, task: str, key: str, ignored: int | None = None) -> dict[str, Any]:

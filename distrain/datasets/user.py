@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from distrain.config import DataSection, FoldSplit, Form, UserError, close_names, mix
+from distrain.config import DataSection, FoldSplit, Form, Recipe, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
-from distrain.config.registry import Entry
+from distrain.config.registry import Entry, tasks
+from distrain.config.tasks import FORMS
 from distrain.datasets.arrays import ArrayData, input_tensors, is_arrays
 from distrain.datasets.base import (
     AnySource,
@@ -51,6 +52,14 @@ def named_data(request: DataRequest) -> Data:
         data: Data = entry.value(request, **request.section.args)
         return data
     return user_data(request, entry.value)
+
+
+def own_collate(recipe: Recipe) -> Callable[[list[Any]], Any] | None:
+    """Return the method `collate` of a task of one's own, where it has one."""
+    if recipe.task.name in FORMS:
+        return None
+    kind = tasks.find(recipe.task.name).value
+    return kind(**recipe.task.args).collate if getattr(kind, "collate", None) is not None else None
 
 
 def _only_form(entry: Entry[Any]) -> Form:

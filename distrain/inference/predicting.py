@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from distrain.config import UserError
-from distrain.data import build_eval_loader, given_source
+from distrain.data import given_source
 from distrain.datasets.base import AnySource, Batch, is_stream, keys_of, warnings_of
+from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.text import Prompts
 from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.inference.embeddings import Embeddings
