@@ -109,7 +109,7 @@ def generate_texts(
     what was given, and `text`, `tokens` and `finish`. `show` gets the text of a single prompt as it is written.
     `initial_weights` is that of `Trained.load`.
     """
-    trained = Trained.load(target, inputs_only=True, initial_weights=initial_weights)
+    trained = Trained.load(target, inputs_only=True, initial_weights=initial_weights, to_write=True)
     try:
         heartbeat.enter_phase("evaluate")
         generator = Generator(trained)

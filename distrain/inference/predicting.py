@@ -144,7 +144,14 @@ def _predict_into(
         raise UserError("--layer names the layer of embeddings; add --output embeddings")
     is_split = isinstance(inputs, str) and (inputs in SPLITS or not Path(inputs).exists())
     reads = inputs if isinstance(inputs, str) and not is_split else None
-    trained = Trained.load(target, overrides, inputs_only=not is_split, reads=reads, initial_weights=initial_weights)
+    trained = Trained.load(
+        target,
+        overrides,
+        inputs_only=not is_split,
+        reads=reads,
+        initial_weights=initial_weights,
+        to_write=output in (None, "text"),
+    )
     world = trained.world
     try:
         work = world.run_on_all(lambda: _Predictor(trained, inputs, output, layer))

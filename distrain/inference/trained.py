@@ -54,21 +54,23 @@ class Trained:
         inputs_only: bool = False,
         reads: str | None = None,
         initial_weights: str | None = None,
+        to_write: bool = False,
     ) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
 
         `overrides`: `data.KEY=VALUE`, of how its data are read. `inputs_only`, `reads`: see `build_data`.
 
-        A model that writes text computes in the precision of its weights: in 16 bits the token that is likeliest, or
-        drawn, would depend on what else is in the batch. `initial_weights`: where those are now that the
-        checkpoint refers to; None: where the recipe says.
+        `to_write`: whether a model that can is to write text. It then computes in the precision of its weights: in 16
+        bits the token that is likeliest, or drawn, would depend on what else is in the batch. All else is computed as
+        it was in training. `initial_weights`: where those are now that the checkpoint refers to; None: where the
+        recipe says.
         """
         # the arithmetic must be known before there is a world; once there is one, rank 0's choice is everybody's, for a
         # run that is still training may write or delete a checkpoint in between
         checkpoint = find_checkpoint(target)
         recipe = _recipe_in(read_manifest(checkpoint).recipe, checkpoint)
         precision = recipe.train.precision
-        if writes(recipe) and precision != "fp64":
+        if to_write and writes(recipe) and precision != "fp64":
             precision = "fp32"
         world = open_world(precision)
         try:

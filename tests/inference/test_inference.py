@@ -122,8 +122,11 @@ def test_a_text_ends_with_the_positions_of_a_transformers_model(tmp_path: Path) 
         "task=language_modeling",
         f"data={{name: text, path: {tmp_path}/corpus.txt, seq_len: 16}}",
         f"model={{name: 'transformers:AutoModelForCausalLM', config: {config}}}",
+        "train.precision=bf16",
     )
     run = trained(tmp_path, "digits", "classification", 2, *overrides)
+    ended = cli("evaluate", run, "--json")
+    assert json.loads(ended.out)["loss"] == scores(run)["loss"], "computed as in training, and not as text is written"
     (tmp_path / "prompts.txt").write_text("the quick")
     frame = predict(run, tmp_path / "prompts.txt", tmp_path / "out.parquet")
     assert frame["text"][0].startswith("the quick")
