@@ -2,6 +2,11 @@
 
 context.py          what a step needs, and what comes of one
 setup.py            data, model and optimizer are built, and the checkpoint to resume from is restored
+pipeline.py         what one rank reads of the training data
+fitting.py          the model on its way to a strategy, while it is whole
+tasks/              what a batch means: losses, predictions, means
+documents.py        whether a model keeps the documents of a packed row apart
+restored.py         the model of a checkpoint, built and filled
 run_loop.py         `Session`: what `train` does between its steps
 loop_state.py       what an attempt is made of, and what changes between its steps
 evaluator.py        when an evaluation is due, what comes of it, and which was best

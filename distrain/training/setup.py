@@ -7,94 +7,43 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from distrain.checkpoint import Frozen, Manifest, Reader
+from distrain.checkpoint import Manifest, Reader
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
-from distrain.config import BatchSection, Horizon, Recipe, mix
-from distrain.config.strategies import STRATEGIES
-from distrain.data import build_data, build_loader, build_transform, float_dtype
-from distrain.datasets.base import Batch, Data, is_stream, warnings_of
+from distrain.config import BatchSection, Horizon, Recipe
+from distrain.data import build_data, build_transform
+from distrain.datasets.base import warnings_of
 from distrain.datasets.batch_sizes import batch_shape
-from distrain.datasets.mixing import Mixing
-from distrain.datasets.order import SampleOrder
 from distrain.datasets.preparing import encode_ahead, prepare_data
 from distrain.datasets.transforms import Transform
-from distrain.diagnose.index_errors import given
-from distrain.models import build_model
-from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.calling import calling_convention
-from distrain.networks.flops import peak_of, without_storage
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
-from distrain.networks.summary import ModelSummary, describe_model
+from distrain.networks.summary import ModelSummary
 from distrain.optim import (
-    build_optimizer,
-    describe_groups,
-    frozen_names,
-    fused_kernel,
-    make_dense,
-    plan_migration,
     resolve_schedule,
-    unregistered_layers,
 )
-from distrain.parallel import BuildSpec, World, build_strategy, prepare_to_save
-from distrain.parallel.frozen import TRAINING, explaining_source, referred
+from distrain.parallel import World, build_strategy
 from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.compiling import compile_model, resolve_compile
-from distrain.training.context import TrainContext, seed_dropout, to_device
+from distrain.training.context import TrainContext
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.documents import check_documents_apart
-from distrain.training.forward import check_layers
-from distrain.training.inner_loss import compute_loss_inside, logits_of
+from distrain.training.fitting import Fitting
+from distrain.training.pipeline import DataPipeline
 from distrain.training.skipping import Anomalies
-from distrain.training.tasks import SupervisedObjective, TaskContext, build_objective
+from distrain.training.tasks import build_objective
 from distrain.training.updates import Inputs, take_inputs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataPipeline:
-    """What one rank reads of the data, and in which pieces."""
-
-    recipe: Recipe
-    world: World
-    data: Data
-    transforms: dict[str, Transform]
-    """`train`, and `eval` for all other splits."""
-    total_steps: int
-    micro_batch_size: int
-    accumulation: int
-    autobatch: CachedMicroBatch | None
-    """What `batch.micro: auto` was found to be, where it was tried."""
-
-    def batches(self, start_step: int) -> Iterator[list[Batch]]:
-        """Return the micro-batches of each step from this one on."""
-        source = self.data.splits["train"]
-        length = len(source) if not is_stream(source) else None
-        return build_loader(
-            source,
-            SampleOrder(length, self.recipe.seed) if length is not None else None,
-            recipe=self.recipe,
-            rank=self.world.mesh.data_rank,
-            world_size=self.world.mesh.data_size,
-            micro_batch_size=self.micro_batch_size,
-            start_step=start_step,
-            stop_step=self.total_steps,
-            transform=self.transforms["train"],
-            pin_memory=self.world.device.type == "cuda",
-            mixing=Mixing.of(self.recipe, self.data.meta, float_dtype(self.recipe)),
-        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +134,7 @@ def set_up(
         if accepted != cut:
             inputs = inputs.with_change(line, resumed.step)
     beside = _keep_beside(run, recipe, world, fence)
-    training, model, uncounted = _training(feed, horizon, run.path / FOLDER, resumed)
+    training, fitting = _training(feed, horizon, run.path / FOLDER, resumed)
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
         model_call = calling_convention(training.strategy.model)
@@ -212,7 +161,19 @@ def set_up(
         world.run_on_rank0(lambda: run.record_inputs(inputs.fingerprint))
         if found := warning(training.objective.name, cut, recipe.batch.global_batch_size):
             warnings.append(found)
-    return TrainSetup(feed, horizon, training, anomalies, resumed, skipped, model, inputs, warnings, uncounted, beside)
+    return TrainSetup(
+        feed=feed,
+        horizon=horizon,
+        training=training,
+        anomalies=anomalies,
+        resumed=resumed,
+        skipped=skipped,
+        model=fitting.model,
+        inputs=inputs,
+        warnings=warnings,
+        uncounted=fitting.uncounted,
+        beside=beside,
+    )
 
 
 def _keep_beside(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> list[str] | None:
@@ -242,105 +203,18 @@ def cached_batch(run: RunDir, recipe: Recipe, world: World) -> CachedMicroBatch 
 
 def _training(
     feed: DataPipeline, horizon: Horizon, kept: Path, resumed: Manifest | None
-) -> tuple[TrainContext, ModelSummary, nn.Module | None]:
-    """Return what a step needs, the model's size, and `TrainSetup.uncounted`.
-
-    Initial weights are loaded unless the run has `resumed` from a checkpoint that stores all of them.
-    """
-    recipe, world, meta = feed.recipe, feed.world, feed.data.meta
-    objective = world.run_on_all(lambda: build_objective(recipe, meta))
-    loss = objective.loss
+) -> tuple[TrainContext, Fitting]:
+    """Return what a step needs, and what is known of its model."""
+    recipe, world = feed.recipe, feed.world
+    objective = world.run_on_all(lambda: build_objective(recipe, feed.data.meta))
     compiled = resolve_compile(recipe.train.compile, world.device)
-    logits_per_sample = 0
-    summary: ModelSummary | None = None
-    uncounted: nn.Module | None = None
-    frozen: Frozen | None = None
-    initial = resumed is None or resumed.frozen is not None
-    counts = world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None
-
-    def fit(model: nn.Module) -> None:
-        nonlocal summary, uncounted, logits_per_sample, frozen
-        uncounted = without_storage(model) if counts else None  # before anything is put around its blocks
-        names = frozen_names(model, recipe.optim)
-        summary = describe_model(model, names)  # whole: a sharded one has only its shards
-        frozen = referred(recipe, model, names, resumed, hashes=world.sources[world.rank] == world.rank)
-        describe_groups(model, recipe.optim, horizon)
-        if lost := unregistered_layers(model):
-            logger.warning(
-                f"{', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
-                "trained nor saved; put them into nn.ModuleList or nn.ModuleDict"
-            )
-        check_layers(model, world)
-        per_sample = meta.tokens_per_sample
-        tokens = None if per_sample is None else per_sample * feed.micro_batch_size
-        logits = logits_of(recipe, world, loss, model, tokens)
-        world.tune(
-            recipe.tune,
-            model,
-            meta.input_shape,
-            byte_images=feed.data.byte_images,
-            fixed_shapes=feed.data.fixed_shapes,
-            logits=logits,
-            fused=fused_kernel(recipe.optim, model),
-        )
-        if world.tuning["uint8_inputs"]:
-            for transform in feed.transforms.values():
-                transform.leave_bytes()
-        world.mixed_precision.fit(model, world.device)
-        make_dense(
-            model,
-            recipe.optim,
-            world.strategy,
-            norms=recipe.optim.clip_norm is not None or recipe.anomalies.skips or recipe.anomalies.spike is not None,
-            scaled=world.mixed_precision.scaled,
-        )
-        prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
-        checkpoint_activations(model, recipe.train.activation_checkpointing)
-        chunked = world.tuning["chunked_loss"]
-        logits_per_sample = (logits.count or 0) // feed.micro_batch_size if chunked else 0
-        objective.bind(model, TaskContext.of(recipe, meta, world.device, kept))
-        if isinstance(objective, SupervisedObjective) and (compiled.on or chunked):
-            objective.inside = True
-            compute_loss_inside(model, objective.loss, logits.head if chunked else "")
-
-    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        section = recipe.optim
-        return build_optimizer(model, section, fused=world.tuning["fused_optimizer"], horizon=horizon)
-
-    def build() -> nn.Module:
-        with explaining_source(None if resumed is None else resumed.frozen, "the run's checkpoint", TRAINING):
-            model = build_model(recipe, meta, weights=initial, kept=kept)
-        fit(model)
-        return model
-
-    first_step = cache(lambda: next(feed.batches(start_step=0)))
-
-    def loss_sum(model: nn.Module, index: int) -> torch.Tensor:
-        seed_dropout(world, mix(recipe.seed, "dropout", 0, world.mesh.data_rank, index))  # dropout is as then
-        given("the first step", [first_step()[index]])
-        found = objective.loss_sum(model, to_device(first_step()[index], world))
-        return found.sum() if found.dim() else found
-
-    plan = BuildSpec(
-        model=build,
-        optimizer=optimizer_of,
-        loss_sum=loss_sum,
-        micro_batch_size=feed.micro_batch_size,
-        accumulation=feed.accumulation,
-        clip_norm=recipe.optim.clip_norm,
-        ema=recipe.train.ema,
-        section=recipe.optim,
-        migrate=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
-        initial=initial,
-        constant=lambda: [name.removeprefix("model/") for name in frozen.tensors] if frozen is not None else (),
-    )
-    strategy = build_strategy(world, plan)
-    strategy.state.refer(frozen)
+    fitting = Fitting(feed, objective, compiled, horizon, kept, resumed)
+    strategy = build_strategy(world, fitting.spec())
+    strategy.state.refer(fitting.frozen)
     strategy.model.train()
     if compiled.on:
-        if loss is not None:
-            loss.prepare(world.device, world.mixed_precision.weights)
+        if objective.loss is not None:
+            objective.loss.prepare(world.device, world.mixed_precision.weights)
         world.run_on_all(lambda: compile_model(strategy.model, compiled))
     schedule = resolve_schedule(recipe.schedule, horizon)
-    assert summary is not None
-    return TrainContext(recipe, strategy, objective, schedule, logits_per_sample, compiled), summary, uncounted
+    return TrainContext(recipe, strategy, objective, schedule, fitting.logits_per_sample, compiled), fitting
