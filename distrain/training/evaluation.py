@@ -70,23 +70,13 @@ def evaluate(
     are any, and do not count as `samples`.
     """
     metrics.reset()
-    if objective.couples and metrics.needs_text:
-        raise UserError(
-            f"{objective.name} couples samples, and its evaluation has no metrics of generated text; take bleu out of "
-            "eval.metrics"
-        )
+    _check_metrics(objective, metrics)
     objective.begin_evaluation()
     tally = _Tally(objective, metrics, world)
     where = f"the evaluation of split '{split}'"
 
-    options = pass_options(
-        world,
-        batch_size=batch_size,
-        transform=transform,
-        workers=workers,
-        split=split,
-        skip_corrupt=skip_corrupt,
-    )
+    reading = {"batch_size": batch_size, "transform": transform, "workers": workers, "split": split}
+    options = pass_options(world, **reading, skip_corrupt=skip_corrupt)
 
     def load() -> Iterable[Batch]:
         return load_batches(source, **options)
@@ -137,12 +127,23 @@ def evaluate(
     if not math.isfinite(values["loss"]):
         found = world.run_on_all(lambda: _look_again(load(), int(tally.first_nonfinite)))
         values["nonfinite"] = _nonfinite(world.gather(found), coupled=objective.couples)
-    if seen[3] > 0:
-        corrupt = dict(sorted(each for part in world.gather(tally.corrupt) for each in part.items()))
-        if len(corrupt) > skip_corrupt:  # each rank for itself may have met fewer
-            raise UserError(too_many(corrupt, skip_corrupt))
-        values["corrupt_samples"] = corrupt
-    return values
+    return values | (_corrupt_samples(tally, world, skip_corrupt) if seen[3] > 0 else {})
+
+
+def _corrupt_samples(tally: _Tally, world: World, most: int) -> dict[str, Any]:
+    """Return {`corrupt_samples`: {id: why}} of all ranks; raises UserError for more than are tolerated."""
+    found = dict(sorted(each for part in world.gather(tally.corrupt) for each in part.items()))
+    if len(found) > most:  # each rank for itself may have met fewer
+        raise UserError(too_many(found, most))
+    return {"corrupt_samples": found}
+
+
+def _check_metrics(objective: Objective, metrics: MetricSet) -> None:
+    if objective.couples and metrics.needs_text:
+        raise UserError(
+            f"{objective.name} couples samples, and its evaluation has no metrics of generated text; take bleu out of "
+            "eval.metrics"
+        )
 
 
 def pass_options(world: World, **options: Any) -> dict[str, Any]:
