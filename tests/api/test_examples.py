@@ -17,6 +17,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "first_run.ipynb"
 
+FIGURES = {
+    "diffusion.py": ((r"nearest digit at ([\d.]+)", 2.0, 5.0), (r"of noise at ([\d.]+)", 8.0, 10.0)),
+    "reinforce.py": ((r"stands for ([\d.]+)", 80, 100), (r"greedily ([\d.]+)", 90, 100)),  # 28 after 5 steps
+    "distillation.py": ((r"teacher ([\d.]+), student", 0.93, 1), (r"student (0\.\d+)", 0.8, 1)),
+}
+"""What a script prints, the last time, and between which bounds it is."""
+
 
 @pytest.mark.parametrize(
     ("name", "arguments", "shown"),
@@ -25,6 +32,9 @@ NOTEBOOK = EXAMPLES / "first_run.ipynb"
         ("own_parts.py", ("--processes", 2), "watched: step 20, loss"),
         ("compare.py", (), "lr 0.1: loss"),
         ("two_towers.py", (), "found among 180: 0.2"),  # by chance 0.006
+        ("diffusion.py", (), "nearest digit at"),
+        ("reinforce.py", (), "step 30: the pole stands"),
+        ("distillation.py", (), "parameters: teacher 9,610, student 610"),
     ],
 )
 def test_a_script_runs(
@@ -36,6 +46,10 @@ def test_a_script_runs(
     ended = script(f"examples/{name}", *arguments)
     assert ended.status == 0, ended.err
     assert shown in ended.out
+    for pattern, least, most in FIGURES.get(name, ()):
+        figures = re.findall(pattern, ended.out)
+        assert figures, pattern
+        assert least <= float(figures[-1]) <= most, f"{pattern}: {figures}"
 
 
 def test_every_example_is_run_and_named_in_the_docs() -> None:
