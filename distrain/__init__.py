@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         LanguageModeling,
         Multilabel,
         Regression,
+        Segmentation,
         Seq2Seq,
+        TokenClassification,
     )
 
 __version__ = "0.1.0"
@@ -39,9 +41,11 @@ __all__ = [
     "Recipe",
     "Regression",
     "Run",
+    "Segmentation",
     "Seq2Seq",
     "Task",
     "TaskContext",
+    "TokenClassification",
     "Tracker",
     "UserError",
     "evaluate",
@@ -62,9 +66,11 @@ _FOUND_IN = {
     "Recipe": "distrain.config",
     "Regression": "distrain.training.tasks.built_in",
     "Run": "distrain.api",
+    "Segmentation": "distrain.training.tasks.built_in",
     "Seq2Seq": "distrain.training.tasks.built_in",
     "Task": "distrain.training.tasks",
     "TaskContext": "distrain.training.tasks",
+    "TokenClassification": "distrain.training.tasks.built_in",
     "Tracker": "distrain.training.callbacks.trackers",
     "UserError": "distrain.config",
     "evaluate": "distrain.api",

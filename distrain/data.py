@@ -41,7 +41,7 @@ from distrain.datasets.loading import load
 from distrain.datasets.mixing import MixedBatches, Mixing, mixing_problems
 from distrain.datasets.order import SampleOrder
 from distrain.datasets.streams import training_stream
-from distrain.datasets.transforms import Transform
+from distrain.datasets.transforms import Masks, Transform
 from distrain.datasets.user import named_data, own_collate, source_of
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -195,4 +195,8 @@ def check_data(recipe: Recipe) -> list[str]:
 def build_transform(recipe: Recipe, kind: Literal["train", "eval"]) -> Transform:
     """Return the transforms of the training split, or of all others."""
     items = getattr(recipe.data.transforms, kind)
-    return Transform(items, recipe.seed, f"data.transforms.{kind}", float_dtype(recipe))
+    masks = None
+    if recipe.form == "segmentation":
+        index = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
+        masks = Masks(index if isinstance(index, int) else None)
+    return Transform(items, recipe.seed, f"data.transforms.{kind}", float_dtype(recipe), masks)

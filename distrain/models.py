@@ -113,7 +113,8 @@ def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:
     if problems:
         raise UserError("\n".join(problems))
     args = {key: value for key, value in known.items() if key in builder.parameters} | given
-    if recipe.form == "classification" and "num_classes" in given and "num_classes" in known:
+    of_classes = recipe.form in ("classification", "segmentation", "token_classification")
+    if of_classes and "num_classes" in given and "num_classes" in known:
         classes = given["num_classes"]
         if isinstance(classes, int) and classes < known["num_classes"]:
             raise UserError(

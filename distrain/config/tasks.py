@@ -9,7 +9,17 @@ from distrain.config.registry import tasks
 from distrain.config.user_files import is_object_spec
 from distrain.system.errors import UserError, close_names
 
-Form = Literal["classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq", "custom"]
+Form = Literal[
+    "classification",
+    "binary",
+    "multilabel",
+    "regression",
+    "segmentation",
+    "token_classification",
+    "language_modeling",
+    "seq2seq",
+    "custom",
+]
 """What targets are, for losses, metrics and models by name; `custom` where a task alone knows that."""
 
 FORMS: dict[str, Form] = {form: form for form in get_args(Form) if form != "custom"} | {"dpo": "custom"}

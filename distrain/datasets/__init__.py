@@ -3,6 +3,7 @@
 base.py         batches, data sets and splits
 embedded.py     small real data sets that come with scikit-learn; sklearn_files.py reads their files
 images.py       folders of images; CIFAR and MNIST. image_layouts.py finds how a folder is laid out
+image_masks.py  images with a mask of classes each
 tables.py       CSV, JSON Lines, Parquet: rows -> inputs and targets. table_files.py reads the files, table_columns.py
                 fits columns to the training rows, table_numbers.py computes means and deviations
 text.py         text for language models; tokens.py maps token ids from files

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distrain.config import UserError
 from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, TensorSource, split_indices
-from distrain.datasets.labels import TOKEN_TASKS
+from distrain.datasets.labels import NUMBERED, TOKEN_TASKS
 
 Arrays = Any
 """A tensor (n, ...), what NumPy makes an array of, or a dict of such."""
@@ -60,7 +60,7 @@ class ArrayData:
         where = f"{request.section.name}: the {split} split"
         inputs = input_tensors(pair[0], request.dtype, where)
         targets = _tensor(pair[1], f"{where}'s targets")
-        if request.task in ("classification", *TOKEN_TASKS):
+        if request.task in NUMBERED:
             if targets.is_floating_point():
                 raise UserError(f"{where} has targets of {targets.dtype}; task {request.task} expects whole numbers")
             targets = targets.to(torch.int64)
@@ -106,8 +106,10 @@ def _meta(tensors: Mapping[str, tuple[Any, Tensor]], request: DataRequest) -> Da
     inputs, targets = tensors["train"]
     has_shape = isinstance(inputs, Tensor) and (inputs.is_floating_point() or inputs.dim() > 3)
     classes = None
-    if request.task == "classification":
-        every = [each for _, each in tensors.values() if each.numel()]
+    if request.task in NUMBERED and request.task not in TOKEN_TASKS:
+        ignored = request.labels("train", None).ignored
+        every = [each if ignored is None else each[each != ignored] for _, each in tensors.values()]
+        every = [each for each in every if each.numel()]
         counted = max(int(each.max()) for each in every) + 1 if every else None
         classes = counted if request.state is None else request.state.get("num_classes", counted)
     several = request.task in ("regression", "multilabel")

@@ -29,7 +29,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
 FOLDERS = "folders"
 """What a recipe gives as `labels` where folders name the classes."""
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -153,7 +153,7 @@ def _has_images(path: Path) -> bool:
 
 def _inner(root: Path) -> Path:
     """Return the folder in which there is more than one other folder: archives often hold one that holds all."""
-    while len(names := folders_in(root)) == 1 and names[0].lower() not in _SPLIT_NAMES:
+    while len(names := folders_in(root)) == 1 and names[0].lower() not in SPLIT_NAMES:
         inner = root / names[0]
         if any(each.suffix.lower() in (*_SUFFIXES, *_TABLES) for each in root.iterdir()) or not folders_in(inner):
             break
@@ -169,7 +169,7 @@ def _folder_layouts(root: Path, split: Any, least: int) -> Iterator[Layout]:
     names = folders_in(root)
     known: dict[str, list[str]] = {}
     for name in names:
-        if (which := _SPLIT_NAMES.get(name.lower())) is not None and _class_folders(root / name):
+        if (which := SPLIT_NAMES.get(name.lower())) is not None and _class_folders(root / name):
             known.setdefault(which, []).append(name)
     if "train" in known:
         if twice := next((each for each in known.values() if len(each) > 1), None):
@@ -187,9 +187,7 @@ def _folder_layouts(root: Path, split: Any, least: int) -> Iterator[Layout]:
         shown = " and ".join([", ".join(f"{each.name}/" for each in places.values())])
         yield Layout(f"class folders in {shown}", {w: _lister(p) for w, p in places.items()}, (), f"labels: {FOLDERS}")
     elif (
-        len(names) > 1
-        and len(_class_folders(root)) >= least
-        and not all(name.lower() in _SPLIT_NAMES for name in names)
+        len(names) > 1 and len(_class_folders(root)) >= least and not all(name.lower() in SPLIT_NAMES for name in names)
     ):
         yield Layout("a folder for each class", {"train": _lister(root)}, (), f"labels: {FOLDERS}")
 
@@ -246,7 +244,7 @@ def _tables_in(root: Path) -> list[Path]:
 def _table_layouts(root: Path, columns: tuple[str | None, str | None]) -> Iterator[Layout]:
     tables = {path: table for path in _tables_in(root) if (table := _Table.open(path, root, columns)) is not None}
     labelled = {path: table for path, table in tables.items() if table.label_columns}
-    by_split = {which: path for path in labelled if (which := _SPLIT_NAMES.get(path.stem.lower())) is not None}
+    by_split = {which: path for path in labelled if (which := SPLIT_NAMES.get(path.stem.lower())) is not None}
     if "train" in by_split:
         for path in tables.keys() - labelled.keys():
             logger.info(f"{path.name} has no labels, and is no split; distrain predict reads its images")
@@ -357,17 +355,17 @@ class _Table:
         if column is None or column == self.file_column:
             return None
         values = {str(each).lower() for each in self.frame[column].unique()}
-        return column if values <= _SPLIT_NAMES.keys() and {"train", "training"} & values and len(values) > 1 else None
+        return column if values <= SPLIT_NAMES.keys() and {"train", "training"} & values and len(values) > 1 else None
 
     def splits(self, column: str) -> list[str]:
-        there = {_SPLIT_NAMES[str(each).lower()] for each in self.frame[column].unique()}
+        there = {SPLIT_NAMES[str(each).lower()] for each in self.frame[column].unique()}
         return [which for which in ("train", "valid", "test") if which in there]
 
     def listing(self, column: str | None = None, which: str = "") -> Listing:
         """Return the images of all rows, or of those of one split by a column."""
         label, frame = self.label_column(), self.frame
         if column is not None:
-            frame = frame[[_SPLIT_NAMES[str(each).lower()] == which for each in frame[column]]]
+            frame = frame[[SPLIT_NAMES[str(each).lower()] == which for each in frame[column]]]
         files, labels = frame[self.file_column].tolist(), frame[label].tolist()
         if (bare := next((place for place, each in enumerate(labels) if each == ""), None)) is not None:
             raise UserError(

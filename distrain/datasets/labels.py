@@ -40,12 +40,12 @@ class Labels:
         is_user_loss = loss is not None and losses.spec_of(loss.name) is not None
         args = {} if loss is None else loss.args
         counted = [each for each in (known, recipe.model.args.get(_SIZES.get(task, ""))) if isinstance(each, int)]
-        ignored = args.get("ignore_index", IGNORED if task in TOKEN_TASKS else None)
+        ignored = args.get("ignore_index", IGNORED if task in (*TOKEN_TASKS, "token_classification") else None)
         return cls(
             # a model may have more outputs than the data have classes
             classes=max(counted) if counted and known is not None else None,
             ignored=ignored if isinstance(ignored, int) else None,
-            integer=task in ("classification", *TOKEN_TASKS) and not is_user_loss and not name.startswith("multilabel"),
+            integer=task in NUMBERED and not is_user_loss and not name.startswith("multilabel"),
             zero_to_one=task in ("binary", "multilabel") and (loss is None or takes_zero_to_one(loss.name)),
             finite=split != "train" or recipe.anomalies.nonfinite == "stop",
         )
@@ -90,8 +90,12 @@ def takes_zero_to_one(loss: str) -> bool:
 
 
 TOKEN_TASKS: tuple[Form, ...] = ("language_modeling", "seq2seq")
+NUMBERED: tuple[Form, ...] = ("classification", "segmentation", "token_classification", *TOKEN_TASKS)
+"""The tasks whose targets are the numbers of classes or tokens."""
 _SIZES: dict[Form, str] = {
     "classification": "num_classes",
+    "segmentation": "num_classes",
+    "token_classification": "num_classes",
     "language_modeling": "vocab_size",
     "seq2seq": "target_vocab_size",
 }

@@ -32,7 +32,7 @@ from distrain.datasets.base import (
     find_dataset,
     split_indices,
 )
-from distrain.datasets.labels import IGNORED, TOKEN_TASKS, Labels
+from distrain.datasets.labels import IGNORED, NUMBERED, Labels
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.system.output import error_line
 
@@ -416,7 +416,7 @@ class _Form:
 
     def targets(self, targets: torch.Tensor) -> torch.Tensor:
         """Return targets as int64 for classes and tokens, as floats otherwise."""
-        if self.task in ("classification", *TOKEN_TASKS):
+        if self.task in NUMBERED:
             if targets.is_floating_point():
                 raise UserError(f"{self.name}: targets are {targets.dtype}; task {self.task} expects whole numbers")
             return targets.to(torch.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
-from distrain.optim.losses.classes import class_dim
+from distrain.optim.losses.classes import class_dim, is_of_tokens
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMet
     binary and multilabel are probabilities, and not logits.
     """
     outputs = outputs.double()
-    if task == "classification":
+    if task in ("classification", "segmentation"):
         return _classes(outputs.movedim(_class_dim(outputs, targets, meta), 1), meta)
+    if task == "token_classification":
+        return _classes(outputs.movedim(-1, 1), meta)
     if task == "binary":
         two = outputs.shape[-1] == 2 and (outputs.dim() == 2 if targets is None else outputs.dim() == targets.dim() + 1)
         return _binary(outputs[..., 1] - outputs[..., 0] if two else outputs, meta, is_probability)
@@ -72,7 +74,7 @@ def raw_outputs(kind: str, values: Tensor, task: Form, meta: DataMeta, is_probab
         if task in ("binary", "multilabel") and not (task == "binary" and values.dim() == 2 and values.shape[1] == 2):
             values = values.double().sigmoid()
         else:
-            classes = values.dim() - 1 if task in ("language_modeling", "seq2seq") else _class_dim(values, None, meta)
+            classes = values.dim() - 1 if is_of_tokens(task) else _class_dim(values, None, meta)
             values = values.double().softmax(classes)
     values = values.reshape(len(values), -1) if values.dim() == 1 else values
     if values.dim() > 2:

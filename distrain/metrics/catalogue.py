@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
 CLASSES: tuple[Form, ...] = ("classification", "binary")
+PLACES: tuple[Form, ...] = ("segmentation", "token_classification")
+"""Several classes, of which each place of a sample has one."""
 LABELS: tuple[Form, ...] = (*CLASSES, "multilabel")
 REGRESSION: tuple[Form, ...] = ("regression",)
 TOKENS: tuple[Form, ...] = ("language_modeling", "seq2seq")
@@ -84,6 +86,8 @@ def default_metrics(setting: Setting) -> list[str]:
         "binary": ["accuracy", "f1"],
         "multilabel": ["f1_micro", "f1_macro"],
         "regression": ["mae", "rmse", "r2"],
+        "segmentation": ["mean_iou", "pixel_accuracy"],
+        "token_classification": ["token_accuracy", "f1_macro"],
         "custom": [],
     }.get(setting.task, tokens)
 
@@ -106,13 +110,19 @@ def accuracy(setting: Setting) -> Metric:
     return Metric(_share, True, (Correct(),))
 
 
-@metrics.register("token_accuracy", tasks=TOKENS)
+@metrics.register("token_accuracy", tasks=("token_classification", *TOKENS))
 def token_accuracy(setting: Setting) -> Metric:
     """Share of tokens predicted correctly."""
     return Metric(_share, True, (Correct(),))
 
 
-@metrics.register("top_k", tasks=("classification", *TOKENS))
+@metrics.register("pixel_accuracy", tasks=("segmentation",))
+def pixel_accuracy(setting: Setting) -> Metric:
+    """Share of pixels predicted correctly."""
+    return Metric(_share, True, (Correct(),))
+
+
+@metrics.register("top_k", tasks=("classification", *PLACES, *TOKENS))
 def top_k(setting: Setting, k: int) -> Metric:
     """Share of samples whose class is among the k highest scores; also written top_5."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -120,7 +130,7 @@ def top_k(setting: Setting, k: int) -> Metric:
     return Metric(_share, True, (Correct(k),))
 
 
-@metrics.register("balanced_accuracy", tasks=CLASSES)
+@metrics.register("balanced_accuracy", tasks=(*CLASSES, *PLACES))
 def balanced_accuracy(setting: Setting) -> Metric:
     """Mean over the classes that occur of the share of their samples predicted correctly."""
 
@@ -183,13 +193,41 @@ def _no_positive(is_binary: bool, sums: np.ndarray) -> str | None:
 
 for _kind, _what in _KINDS.items():
     _summary = f"{_what}: of the positive class (binary), otherwise the mean over classes."
-    metrics.register(_kind, tasks=LABELS, about=_summary)(partial(_class_score, kind=_kind, average=None))
+    metrics.register(_kind, tasks=(*LABELS, *PLACES), about=_summary)(partial(_class_score, kind=_kind, average=None))
     for _average, _how in _AVERAGES.items():
         _build = partial(_class_score, kind=_kind, average=_average)
-        metrics.register(f"{_kind}_{_average}", tasks=LABELS, about=f"{_what}: {_how}.")(_build)
+        metrics.register(f"{_kind}_{_average}", tasks=(*LABELS, *PLACES), about=f"{_what}: {_how}.")(_build)
 
 
-@metrics.register("confusion_matrix", tasks=LABELS)
+def _overlap(kind: str, average: str, ignored: int, sums: np.ndarray) -> Value:
+    right, predicted, there = sums.reshape(3, -1)
+    both = predicted + there
+    each = _over(right, both - right) if kind == "iou" else _over(2 * right, both)
+    if average == "per_class":
+        return each.tolist()
+    counted = (both > 0) & (np.arange(len(both)) != ignored)
+    return float(each[counted].mean()) if counted.any() else math.nan
+
+
+@metrics.register("mean_iou", tasks=("segmentation",))
+def mean_iou(setting: Setting) -> Metric:
+    """Intersection over union of all pixels of a class; the mean over the classes that occur or are predicted."""
+    return Metric(partial(_overlap, "iou", "mean", setting.ignore_index), True, (ClassCounts(),))
+
+
+@metrics.register("iou_per_class", tasks=("segmentation",))
+def iou_per_class(setting: Setting) -> Metric:
+    """Intersection over union for each class; 0 for one that neither occurs nor is predicted."""
+    return Metric(partial(_overlap, "iou", "per_class", setting.ignore_index), True, (ClassCounts(),), scalar=False)
+
+
+@metrics.register("dice", tasks=("segmentation",))
+def dice(setting: Setting) -> Metric:
+    """Twice the intersection over the sizes of both, for all pixels of a class; the mean as in mean_iou."""
+    return Metric(partial(_overlap, "dice", "mean", setting.ignore_index), True, (ClassCounts(),))
+
+
+@metrics.register("confusion_matrix", tasks=(*LABELS, *PLACES))
 def confusion_matrix(setting: Setting) -> Metric:
     """How often each class (row) was predicted as each (column); [[tn, fp], [fn, tp]] for each label."""
 

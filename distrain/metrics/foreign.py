@@ -21,7 +21,11 @@ from distrain.metrics.catalogue import Metric, to_value
 from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
 
 _MODULES = (torchmetrics.text, torchmetrics.classification, torchmetrics.regression, torchmetrics)
-_TASKS = {"classification": "multiclass", "binary": "binary", "multilabel": "multilabel"}
+_TASKS = {
+    **dict.fromkeys(("classification", "segmentation", "token_classification"), "multiclass"),
+    "binary": "binary",
+    "multilabel": "multilabel",
+}
 _SEVERAL_REFERENCES = ("BLEUScore", "SacreBLEUScore", "CHRFScore", "TranslationEditRate")
 """Text metrics that take a list of references for each hypothesis."""
 
@@ -81,9 +85,9 @@ def torchmetric(
     if is_summed:
         part = TextStates(metric) if is_text else States(metric)
         return Metric(partial(_from_states, make, part), higher, (part,))
-    if is_text or setting.is_tokens:
+    if is_text or setting.has_places:
         raise UserError(
-            f"eval.metrics: {name} needs all predictions at once, which are too many for a task of tokens; use one "
+            f"eval.metrics: {name} needs all predictions at once, which are too many for tokens or pixels; use one "
             "whose state is summed, such as Perplexity or WordErrorRate"
         )
 
@@ -108,7 +112,7 @@ def _known_arguments(setting: Setting) -> dict[str, Any]:
         "num_classes": classes,
         "num_labels": labels,
         "num_outputs": outputs,
-        "ignore_index": setting.ignore_index if setting.is_tokens else None,
+        "ignore_index": setting.ignore_index if setting.has_places else None,
     }
 
 

@@ -41,6 +41,11 @@ class Setting:
         return self.task in ("language_modeling", "seq2seq")
 
     @property
+    def has_places(self) -> bool:
+        """Whether a sample has a target for each token or pixel."""
+        return self.is_tokens or self.task in ("segmentation", "token_classification")
+
+    @property
     def is_standardised(self) -> bool:
         """Whether targets were standardised with known statistics."""
         return self.meta is not None and self.meta.target_mean is not None and self.meta.target_std is not None

@@ -15,7 +15,7 @@ _DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalitie
 
 def num_outputs(task: Form, meta: DataMeta) -> int | None:
     """Return the outputs of the last layer (for each token, if tokens are predicted); None: unknown."""
-    if task == "classification":
+    if task in ("classification", "segmentation", "token_classification"):
         return meta.num_classes
     if task == "binary":
         return 1

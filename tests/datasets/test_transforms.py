@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from distrain.config import TransformsSection, UserError, mix
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
-from distrain.datasets.transforms import FINISH, Transform, finished
+from distrain.datasets.transforms import FINISH, Masks, Transform, finished
 from distrain.datasets.transforms.steps import transform_names
 
 
@@ -363,3 +363,91 @@ def test_augmentations_are_torchvision_s_for_the_same_draw(item: Any, theirs: An
             expected = theirs(images[sample])
         assert torch.equal(row, v2.functional.to_dtype(expected, torch.float32, scale=True))
     assert torch.equal(found[0], found[3]), "a sample is augmented once in an epoch, however often it is asked for"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def with_masks(*items: Any, fill: int | None = 255) -> Transform:
+    section = TransformsSection.model_validate({"train": list(items)}).train
+    return Transform(section, 0, "data.transforms.train", masks=Masks(fill))
+
+
+NEAREST = {"interpolation": "nearest"}
+RESIZE = {"name": "Resize", "size": [24, 20], **NEAREST}
+MOVING = {
+    "flip": [{"name": "RandomHorizontalFlip"}, {"name": "RandomVerticalFlip"}],
+    "crop": [{"name": "RandomCrop", "size": [16, 12]}],
+    "padded crop": [{"name": "RandomCrop", "size": [24, 28], "padding": 3}],
+    "reflected crop": [{"name": "RandomCrop", "size": [24, 28], "padding": 3, "padding_mode": "reflect"}],
+    "cut": [{"name": "RandomResizedCrop", "size": [16, 16], **NEAREST}],
+    "centre": [RESIZE, {"name": "CenterCrop", "size": 16}],
+    "pad": [{"name": "Pad", "padding": [1, 2, 3, 4]}],
+    "rotation": [{"name": "RandomRotation", "degrees": 40}],
+    "affine": [{"name": "RandomAffine", "degrees": 10, "translate": [0.3, 0.2], "shear": 5}],
+    "perspective": [{"name": "RandomPerspective", "p": 1.0, **NEAREST}],
+    "zoom": [{"name": "RandomZoomOut", "p": 1.0}, RESIZE],
+    # what draws for images alone comes first
+    "several": [
+        {
+            "name": "RandomApply",
+            "transforms": [{"name": "GaussianNoise", "sigma": 0.0}, {"name": "RandomRotation", "degrees": 30}],
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", MOVING)
+def test_a_mask_moves_with_its_image(kind: str, apart: bool) -> None:
+    masks = torch.randint(1, 200, (8, 24, 28), generator=torch.Generator().manual_seed(0))
+    images = (masks[:, None].float() / 256).repeat(1, 3, 1, 1)
+    batch = {"inputs": images.clone(), "targets": masks.clone(), "ids": torch.arange(8)}
+    if apart:
+        batch |= {"inputs": list(batch["inputs"]), "targets": list(batch["targets"])}
+    found = with_masks(*MOVING[kind])(batch, np.zeros(8, np.int64))
+    assert (found["targets"].dtype, found["targets"].dim()) == (torch.int64, 3)
+    beyond = found["targets"] == 255
+    assert torch.equal(found["inputs"][:, 0] * 256, found["targets"].where(~beyond, 0).float())
+    assert bool(beyond.any()) == (
+        kind in ("padded crop", "pad", "rotation", "affine", "perspective", "zoom", "several")
+    )
+    assert found["targets"].shape != masks.shape or not torch.equal(found["targets"], masks)
+
+
+def test_a_mask_keeps_its_classes_where_its_image_is_interpolated_or_coloured() -> None:
+    masks = torch.randint(0, 2, (4, 9, 9), generator=torch.Generator().manual_seed(0)) * 7
+    images = torch.rand(4, 3, 9, 9)
+    items = [
+        {"name": "Resize", "size": [14, 14]},
+        {"name": "ColorJitter", "brightness": 0.5},
+        {"name": "Normalize", "mean": [0.5] * 3, "std": [0.2] * 3},
+    ]
+    found = with_masks(*items, fill=None)(
+        {"inputs": images, "targets": masks, "ids": torch.arange(4)}, np.zeros(4, np.int64)
+    )
+    nearest = torch.nn.functional.interpolate(masks[:, None].float(), (14, 14), mode="nearest")[:, 0].long()
+    assert torch.equal(found["targets"], nearest)
+    assert found["inputs"].shape == (4, 3, 14, 14)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"name": "RandomRotation", "degrees": 9}, r"pixels that its mask has no class for; set loss\.ignore_index"),
+        ({"name": "RandomCrop", "size": 4, "padding": 1}, r"set loss\.ignore_index"),
+        ({"name": "RandomApply", "transforms": [{"name": "Pad", "padding": 2}]}, r"set loss\.ignore_index"),
+        ({"name": "RandAugment"}, r"RandAugment moves images without their masks"),
+        ({"name": "builtins:abs"}, r"builtins:abs is given images alone"),
+    ],
+)
+def test_what_would_leave_a_mask_behind_is_refused(item: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        with_masks(item, fill=None)
+
+
+def test_a_mask_is_not_filled_up_in_the_middle_of_its_image() -> None:
+    batch = {"inputs": torch.rand(2, 3, 4, 4), "targets": torch.zeros(2, 4, 4).long(), "ids": torch.arange(2)}
+    with pytest.raises(UserError, match=r"CenterCrop to 6 × 6 would fill up an image of 4 × 4"):
+        with_masks({"name": "CenterCrop", "size": 6})(batch, np.zeros(2, np.int64))

@@ -322,6 +322,47 @@ TORCHMETRICS = {
 }
 
 
+@pytest.mark.parametrize("task", ["segmentation", "token_classification"])
+@pytest.mark.parametrize("ignored", [None, 255, 2])
+def test_of_places_those_that_are_not_ignored_are_counted(task, ignored):
+    generator = torch.Generator().manual_seed(1)
+    outputs = torch.randn(20, 4, 5, 6, generator=generator)
+    outputs[:, 3] -= 2.0
+    targets = torch.randint(0, 3, (20, 5, 6), generator=generator)
+    if task == "token_classification":  # 4 tokens of 4 classes: which is which is known by the task
+        outputs, targets = outputs[:, :, :4, 0].contiguous(), targets[:, :4, 0].contiguous()
+    elif ignored is not None:
+        targets[:, 0] = ignored
+    left_out = -100 if ignored is None else ignored
+    if task == "token_classification":
+        targets[::3, 1] = left_out
+    scores = outputs.movedim(1, -1) if task == "segmentation" else outputs
+    kept = targets != left_out
+    truth, predicted = targets[kept].numpy(), scores.argmax(-1)[kept].numpy()
+    accuracy = "pixel_accuracy" if task == "segmentation" else "token_accuracy"
+    expected = {
+        accuracy: sk.accuracy_score(truth, predicted),
+        "f1_macro": sk.f1_score(truth, predicted, average="macro", zero_division=0.0),
+        "recall_per_class": sk.recall_score(truth, predicted, average=None, labels=range(4), zero_division=0.0),
+        "confusion_matrix": sk.confusion_matrix(truth, predicted, labels=range(4)),
+        "MulticlassCohenKappa": sk.cohen_kappa_score(truth, predicted),
+    }
+    if task == "segmentation":
+        each = {"average": None, "labels": range(4), "zero_division": 0.0}
+        scored = sorted({*truth, *predicted} - {left_out})  # a class that is ignored has no score
+        expected |= {
+            "mean_iou": sk.jaccard_score(truth, predicted, **each)[scored].mean(),
+            "iou_per_class": sk.jaccard_score(truth, predicted, **each),
+            "dice": sk.f1_score(truth, predicted, **each)[scored].mean(),
+        }
+        index = torchmetrics.JaccardIndex("multiclass", num_classes=4, ignore_index=left_out)
+        assert expected["mean_iou"] == pytest.approx(index(outputs, targets).item(), abs=1e-6)
+    loss = {} if ignored is None else {"loss": {"name": "cross_entropy", "ignore_index": ignored}}
+    meta = DataMeta(num_classes=4)
+    for cuts in (None, 0, 1):
+        close(evaluate(task, list(expected), outputs, targets, cuts, meta, **loss), expected)
+
+
 @pytest.mark.parametrize("task", TORCHMETRICS)
 def test_torchmetrics_do_not_depend_on_the_cut(task):
     generator = torch.Generator().manual_seed(3)

@@ -65,8 +65,11 @@ def gpt(**args: Any) -> Any:
 
 def test_num_outputs() -> None:
     meta = DataMeta(num_classes=2, num_targets=3, vocab_size=5, target_vocab_size=7)
-    tasks = ("classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq")
-    assert [num_outputs(task, meta) for task in tasks] == [2, 1, 3, 3, 5, 7]
+    tasks = (
+        *("classification", "binary", "multilabel", "regression", "language_modeling", "seq2seq"),
+        *("segmentation", "token_classification"),
+    )
+    assert [num_outputs(task, meta) for task in tasks] == [2, 1, 3, 3, 5, 7, 2, 2]
     assert num_outputs("regression", DataMeta()) == 1
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
-from distrain.datasets.transforms import Finish, Images, Step
+from distrain.datasets.transforms import Finish, Images, Masks, Step
 
 _ON_BATCHES = (
     v2.CenterCrop,
@@ -30,10 +31,13 @@ _ON_BATCHES = (
     v2.ToImage,
     v2.ToPureTensor,
 )
+_MOVING = (v2.CenterCrop, v2.Pad, v2.Resize)
+"""Those of them that move the pixels of an image."""
 _UNCHANGED = (v2.Identity, v2.ToImage, v2.ToPureTensor)
 """What leaves tensors as they are."""
 _FLOATS = (torch.float32, torch.float64)
 _CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
+_OF_IMAGES_ALONE = ("AugMix", "AutoAugment", "RandAugment", "TrivialAugmentWide")
 _UNFIT = {
     "CutMix": "it mixes samples of a batch, whichever they are; data.cutmix does so, alike in every batch and world",
     "MixUp": "it mixes samples of a batch, whichever they are; data.mixup does so, alike in every batch and world",
@@ -64,11 +68,11 @@ def transform_names() -> list[str]:
     )
 
 
-def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
+def _build(item: Component, dtype: torch.dtype, masks: Masks | None) -> Callable[[Any], Any]:
     """Return the transform of one item, a function of one sample or of a batch; `dtype` replaces float32."""
     if is_object_spec(item.name):
         made = resolve_object(item.name)
-        args = _arguments(made, item, dtype)
+        args = _arguments(made, item, dtype, masks)
         transform: Any = made(**args) if inspect.isclass(made) else functools.partial(made, **args)
         return transform
     if item.name in _UNFIT:
@@ -80,7 +84,9 @@ def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
             "name your own as 'path/to/file.py:name'"
         )
     kind: Any = getattr(v2, item.name)
-    args = _arguments(kind, item, dtype)
+    args = _arguments(kind, item, dtype, masks)
+    if masks is not None and "fill" in inspect.signature(kind).parameters:
+        args |= _filled(item, masks)
     if kind is v2.ConvertImageDtype:
         args.setdefault("dtype", dtype)
     if kind is v2.Normalize:
@@ -91,7 +97,7 @@ def _build(item: Component, dtype: torch.dtype) -> Callable[[Any], Any]:
         raise UserError(f"{item.name}: {error}") from error
 
 
-def _arguments(made: Any, item: Component, dtype: torch.dtype) -> dict[str, Any]:
+def _arguments(made: Any, item: Component, dtype: torch.dtype, masks: Masks | None) -> dict[str, Any]:
     """Return the item's arguments, checked against the signature and with names turned into what they name."""
     parameters = dict(inspect.signature(made).parameters)
     if is_object_spec(item.name) and not inspect.isclass(made):
@@ -127,14 +133,38 @@ def _arguments(made: Any, item: Component, dtype: torch.dtype) -> dict[str, Any]
         elif key == "transforms":
             entries = value if isinstance(value, list) else [value]
             args[key] = [
-                _build(Component.model_validate(e if isinstance(e, dict) else {"name": e}), dtype) for e in entries
+                _build(Component.model_validate(e if isinstance(e, dict) else {"name": e}), dtype, masks)
+                for e in entries
             ]
     return args
 
 
-def build_step(item: Component, dtype: torch.dtype, seed: int, index: int) -> Step:
+def _filled(item: Component, masks: Masks) -> dict[str, Any]:
+    """Return the argument that gives pixels beyond the edge of a mask the class that the loss ignores."""
+    if item.name in _OF_IMAGES_ALONE:
+        raise UserError(
+            f"{item.name} moves images without their masks; name what it does one by one, such as RandomRotation and "
+            "ColorJitter"
+        )
+    if item.name == "RandomCrop" and not (item.args.get("padding") or item.args.get("pad_if_needed")):
+        return {}
+    if masks.fill is None:
+        raise UserError(
+            f"{item.name} gives an image pixels that its mask has no class for; set loss.ignore_index, as in "
+            "loss: {name: cross_entropy, ignore_index: 255}"
+        )
+    return {"fill": {tv_tensors.Mask: masks.fill, "others": item.args.get("fill", 0)}}
+
+
+def build_step(item: Component, dtype: torch.dtype, seed: int, index: int, masks: Masks | None = None) -> Step:
     """Return what the recipe's item at `index` does to a batch. Raises UserError for what does not fit the item."""
-    return _step(_build(item, dtype), mix(seed, "transform", index))
+    transform = _build(item, dtype, masks)
+    if masks is not None and not isinstance(transform, v2.Transform):
+        raise UserError(
+            f"{item.name} is given images alone, whose masks would not follow; let it be a class that inherits from "
+            "torchvision.transforms.v2.Transform, which is called with both"
+        )
+    return _step(transform, mix(seed, "transform", index))
 
 
 def _step(transform: Callable[[Any], Any], seed: int) -> Step:
@@ -177,6 +207,35 @@ def _as_finish(steps: Sequence[Step], dtype: torch.dtype) -> Finish | None:
 # The steps
 
 
+def on_both(step: Step, images: Images, masks: Images, epochs: np.ndarray, ids: np.ndarray) -> tuple[Images, Images]:
+    """Return images and masks (batch, 1, height, width) after a step, with one draw; classes are not interpolated."""
+    assert isinstance(step, functools.partial)
+    transform = step.args[0]
+    if step.func is _one_by_one:
+        pairs = [(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
+        results = _one_by_one(lambda pair: transform(*pair), step.args[1], pairs, epochs, ids)
+        return [image for image, _ in results], [mask.as_subclass(torch.Tensor) for _, mask in results]
+    if step.func is _cropped:
+        return step(images, epochs, ids), step(masks, epochs, ids, kind=tv_tensors.Mask)
+    if step.func is _flipped:
+        return step(images, epochs, ids), step(masks, epochs, ids)
+    if isinstance(transform, _MOVING):
+        if isinstance(transform, v2.CenterCrop):
+            _refuse_small(transform, masks)
+        return step(images, epochs, ids), _at_once(lambda mask: transform(tv_tensors.Mask(mask)), masks, epochs, ids)
+    return step(images, epochs, ids), masks
+
+
+def _refuse_small(transform: v2.CenterCrop, masks: Images) -> None:
+    height, width = transform.size
+    for rows, columns in (mask.shape[-2:] for mask in masks):
+        if rows < height or columns < width:
+            raise UserError(
+                f"CenterCrop to {height} × {width} would fill up an image of {rows} × {columns}, whose mask has no "
+                "class there; put Resize before it"
+            )
+
+
 def _at_once(transform: Callable[[Any], Any], images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
     return transform(images) if isinstance(images, torch.Tensor) else [transform(image) for image in images]
 
@@ -215,10 +274,18 @@ def _flipped(
     return images
 
 
-def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+def _cropped(
+    transform: v2.RandomCrop,
+    seed: int,
+    images: Images,
+    epochs: np.ndarray,
+    ids: np.ndarray,
+    kind: type = torch.Tensor,
+) -> Images:
+    """Return what is cut of images, or of masks (`kind`), which have a fill of their own."""
     height, width = transform.size
     is_batch = isinstance(images, torch.Tensor)
-    padded = [_padded(transform, each) for each in ([images] if is_batch else images)]
+    padded = [_padded(transform, each, kind) for each in ([images] if is_batch else images)]
     sizes = np.array([functional.get_size(each) for each in padded])
     if (sizes < (height, width)).any():
         small = " × ".join(map(str, sizes.min(axis=0)))
@@ -235,7 +302,9 @@ def _cropped(transform: v2.RandomCrop, seed: int, images: Images, epochs: np.nda
     return result.view(padded[0].dtype)
 
 
-def _padded(transform: v2.RandomCrop, images: Any) -> Any:
+def _padded(transform: v2.RandomCrop, images: Any, kind: type) -> Any:
+    fill: Any = transform.fill
+    fill = fill.get(kind, fill["others"]) if isinstance(fill, dict) else fill
     left, right, top, bottom = transform.padding or (0, 0, 0, 0)
     if transform.pad_if_needed:
         height, width = functional.get_size(images)
@@ -244,12 +313,12 @@ def _padded(transform: v2.RandomCrop, images: Any) -> Any:
         left, right, top, bottom = left + horizontal, right + horizontal, top + vertical, bottom + vertical
     if not any((left, right, top, bottom)):
         return images
-    if isinstance(images, torch.Tensor) and transform.padding_mode == "constant" and transform.fill == 0:
+    if isinstance(images, torch.Tensor) and transform.padding_mode == "constant" and fill == 0:
         height, width = images.shape[-2:]
         result = images.new_zeros((*images.shape[:-2], top + height + bottom, left + width + right))
         _bits(result)[..., top : top + height, left : left + width] = _bits(images)  # half the time of torch's pad
         return result
-    return functional.pad(images, [left, top, right, bottom], fill=transform.fill, padding_mode=transform.padding_mode)
+    return functional.pad(images, [left, top, right, bottom], fill=fill, padding_mode=transform.padding_mode)
 
 
 def _bits(images: torch.Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ seeded for each. So a sample looks the same in every batch, process and loader p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ Images = torch.Tensor | list[Any]
 """A tensor (batch, channels, height, width), or a list of samples while they differ in size."""
 Step = Callable[[Images, np.ndarray, np.ndarray], Images]
 """(images, epochs (batch,), ids (batch,)) -> images."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """That targets are masks (batch, height, width), which move with their images."""
+
+    fill: int | None = None
+    """The class of pixels beyond the edge of an image, which the loss ignores; None: there may be none."""
 
 
 _OF_A_SIZE = ("CenterCrop", "RandomCrop", "RandomResizedCrop")
@@ -39,16 +48,25 @@ class Transform:
     under `FINISH`: it is called where they are copied to.
     """
 
-    def __init__(self, items: Sequence[Component], seed: int, where: str, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        items: Sequence[Component],
+        seed: int,
+        where: str,
+        dtype: torch.dtype = torch.float32,
+        masks: Masks | None = None,
+    ):
         """Build the recipe's items, which are at the key `where`; raises one UserError with every problem.
 
-        `dtype`: the run's, float32 or float64; replaces every float32, also in the items.
+        `dtype`: the run's, float32 or float64; replaces every float32, also in the items. `masks`: what targets are
+        besides, if they are that; where a batch has them they are transformed as its images, with the same draws.
         """
         self.where = where
         self.dtype = dtype
         self.names = [item.name for item in items]
         self._items = items
         self._steps: list[Step] = []
+        self._masks = masks
         self._leaves_bytes = False
         self.met_bytes = False
         """Whether the images of the last batch were uint8 before the last transforms."""
@@ -57,7 +75,7 @@ class Transform:
             from distrain.datasets.transforms.steps import build_step, finish_of
         for index, item in enumerate(items):
             try:
-                self._steps.append(build_step(item, dtype, seed, index))
+                self._steps.append(build_step(item, dtype, seed, index, masks))
             except UserError as error:
                 problems.append(f"{where}, item {index + 1}: {error}")
         if problems:
@@ -89,7 +107,10 @@ class Transform:
             found = ", ".join(images) if isinstance(images, dict) else f"a {type(images).__name__}"
             raise UserError(f"{self.where}: found the inputs {found}, expected a single tensor")
         ids, cut = batch["ids"].numpy(), self._first_of_finish
-        images = self._through(slice(cut), images, epochs, ids)
+        masks = _as_images(batch.get("targets")) if self._masks is not None else None
+        images, masks = self._through(slice(cut), images, epochs, ids, masks)
+        if masks is not None:
+            batch["targets"] = self._as_targets(masks)
         self.met_bytes = _is_uint8_image(images)
         if self.met_bytes and self._leaves_bytes:
             batch[FINISH] = self._finish
@@ -110,13 +131,28 @@ class Transform:
                 return self._finish(images)  # faster than the items one by one
             except Exception:
                 pass  # one of the items does not fit, and is named below
-        images = self._through(slice(self._first_of_finish, None), images, epochs, ids)
+        images, _ = self._through(slice(self._first_of_finish, None), images, epochs, ids)
         return Finish(self.dtype)(images) if isinstance(images, torch.Tensor) and _is_uint8_image(images) else images
 
-    def _through(self, which: slice, images: Images, epochs: np.ndarray, ids: np.ndarray) -> Images:
+    def _as_targets(self, masks: Images) -> torch.Tensor:
+        if not isinstance(masks, torch.Tensor):
+            raise UserError(
+                f"{self.where}: the masks of a batch must end with one size, found {_shapes(masks)}; add Resize with "
+                "[height, width] or RandomResizedCrop, or give the data set a `size`"
+            )
+        return masks.as_subclass(torch.Tensor).squeeze(1)
+
+    def _through(
+        self, which: slice, images: Images, epochs: np.ndarray, ids: np.ndarray, masks: Images | None = None
+    ) -> tuple[Images, Images | None]:
         for name, step in zip(self.names[which], self._steps[which], strict=True):
             try:
-                images = _stacked(step(images, epochs, ids))
+                if masks is None:
+                    images = _stacked(step(images, epochs, ids))
+                else:
+                    from distrain.datasets.transforms.steps import on_both
+
+                    images, masks = map(_stacked, on_both(step, images, masks, epochs, ids))
             except UserError:
                 raise
             except Exception as error:
@@ -125,7 +161,14 @@ class Transform:
                 if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and "uint8" in str(error):
                     hint = "; put {name: ToDtype, dtype: float32, scale: true} before it"
                 raise UserError(f"{self.where}: {name} failed on inputs {shapes}: {error_line(error)}{hint}") from error
-        return images
+        return images, masks
+
+
+def _as_images(masks: Any) -> Images | None:
+    """Return masks (batch, height, width), or a list of (height, width), with a channel as images have it."""
+    if isinstance(masks, torch.Tensor):
+        return masks.unsqueeze(1) if masks.dim() == 3 else None
+    return [mask[None] for mask in masks] if isinstance(masks, list) else None
 
 
 def _is_uint8_image(images: Any) -> bool:

@@ -53,6 +53,8 @@ _ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewit
 _REDUCTIONS = ("size_average", "reduce", "reduction")
 _DEFAULTS: dict[Form, str] = {
     "classification": "cross_entropy",
+    "segmentation": "cross_entropy",
+    "token_classification": "cross_entropy",
     "language_modeling": "cross_entropy",
     "seq2seq": "cross_entropy",
     "binary": "bce_with_logits",

@@ -23,8 +23,7 @@ class ClassLoss(TorchLoss):
     """
 
     def __init__(self, name: str, build: Callable[..., nn.Module], task: Form, args: Mapping[str, Any]):
-        tokens = task in ("language_modeling", "seq2seq")
-        self.ignore_index = args.get("ignore_index", NO_TARGET if tokens else NEVER)
+        self.ignore_index = args.get("ignore_index", NO_TARGET if is_of_tokens(task) else NEVER)
         super().__init__(name, partial(build, ignore_index=self.ignore_index))
         self._task = task
         self._weight = cast("Tensor | None", args.get("weight"))
@@ -73,7 +72,7 @@ class ClassLoss(TorchLoss):
     def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         self.classes = len(weight)
         if targets.shape != hidden.shape[:-1]:
-            raise _misfit((*hidden.shape[:-1], len(weight)), targets)
+            raise _misfit((*hidden.shape[:-1], len(weight)), targets, self._task)
         return chunked_cross_entropy(
             hidden,
             weight,
@@ -113,7 +112,7 @@ def class_dim(outputs: Tensor, targets: Tensor, task: Form) -> int:
     """Return the class dimension of `outputs`; raises UserError if outputs do not fit targets.
 
     The last for (batch, ..., classes), 1 for torch's (batch, classes, ...). If a shape can be read both ways, tokens
-    (language_modeling, seq2seq) take the last and all others torch's.
+    take the last and all others torch's.
     """
     last = outputs.dim() - 1
     if outputs.dim() >= 2:
@@ -125,18 +124,22 @@ def class_dim(outputs: Tensor, targets: Tensor, task: Form) -> int:
             return last
         if fits_second and not is_of_tokens(task):
             return 1
-    raise _misfit(outputs.shape, targets)
+    raise _misfit(outputs.shape, targets, task)
 
 
-def _misfit(shape: Sequence[int], targets: Tensor) -> UserError:
+def _misfit(shape: Sequence[int], targets: Tensor, task: Form) -> UserError:
+    expected = (*targets.shape, "classes")
+    if task == "segmentation" and targets.dim() > 1:
+        expected = (len(targets), "classes", *targets.shape[1:])
     return UserError(
         f"loss: outputs of shape {tuple(shape)} do not fit targets of shape {tuple(targets.shape)}; expected "
-        f"outputs {(*targets.shape, 'classes')}".replace("'", "")
+        f"outputs {expected}".replace("'", "")
     )
 
 
 def is_of_tokens(task: Form) -> bool:
-    return task in ("language_modeling", "seq2seq")
+    """Whether a sample has a target for each token."""
+    return task in ("language_modeling", "seq2seq", "token_classification")
 
 
 def _soft_class_dim(dims: int, task: Form) -> int:

@@ -68,6 +68,20 @@ class Regression(Supervised):
     form = "regression"
 
 
+@tasks.register("segmentation")
+class Segmentation(Supervised):
+    """One of several classes for each pixel; outputs (batch, classes, height, width), targets without the classes."""
+
+    form = "segmentation"
+
+
+@tasks.register("token_classification")
+class TokenClassification(Supervised):
+    """One of several classes for each token; targets (batch, seq) int64, -100 where there is none."""
+
+    form = "token_classification"
+
+
 @tasks.register("language_modeling")
 class LanguageModeling(Supervised):
     """The next token; targets (batch, seq) int64."""
