@@ -354,6 +354,14 @@ Format = Annotated[
     str | None,
     typer.Option(help="accelerate, deepspeed, distributed, safetensors or torch.", show_default="found out"),
 ]
+ExportAs = Annotated[
+    str | None,
+    typer.Option(
+        help="What is written, as for distrain export: onnx, pt2, pt, hf or adapter. Or what another trainer wrote: "
+        "accelerate, deepspeed, distributed, safetensors or torch.",
+        show_default="found out",
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -374,7 +382,15 @@ def checkpoint_export(
             help="A run's folder, one of its checkpoints, or what another trainer wrote.",
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="model.safetensors or model.pt; a folder with --shards.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="model.safetensors, model.pt, model.onnx or model.pt2; or a folder, "
+            "which also gets what is needed to use the model.",
+        ),
+    ],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="as trained")] = None,
     shards: Annotated[
         str | None, typer.Option(help="The largest size of one file, such as 5GB.", show_default="one file of any size")
@@ -383,22 +399,26 @@ def checkpoint_export(
     best: Best = False,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
-    format: Format = None,
+    format: ExportAs = None,
     trust: Trust = False,
     initial_weights: InitialWeights = None,
 ) -> None:
-    """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index)."""
-    from distrain.checkpoints.export import export, find_source, is_built
+    """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index), or as a graph."""
+    from distrain.checkpoints.export import export, find_source
 
-    checkpoint, found = find_source(target, best=best, format=format)
+    written = cli_exporting.own_format(format)
+    checkpoint, found = find_source(target, best=best, format=format if written is None else None)
     options: dict[str, Any] = {"dtype": dtype, "shards": shards, "ema": ema, "overwrite": overwrite}
-    options |= {"verify": not no_verify, "format": found, "trust": trust}
-    if initial_weights is not None or (found is None and is_built(checkpoint)):
-        from distrain.training.restored import export_checkpoint  # imports torch, which other exports do not need
-
-        exported = export_checkpoint(checkpoint, out, initial=initial_weights, **options)
+    options |= {"verify": not no_verify, "trust": trust}
+    if found is None:
+        exported = cli_exporting.write(checkpoint, out, written, initial=initial_weights, **options)
+    elif written is not None or initial_weights is not None:
+        what = f"--format {written}" if written is not None else "--initial-weights"
+        raise UserError(
+            f"{checkpoint}: {what} is for checkpoints of distrain's own, and this one is {found}; import it"
+        )
     else:
-        exported = export(checkpoint, out, **options)
+        exported = export(checkpoint, out, format=found, **options)
     echo(f"wrote {out} from {checkpoint.name}")
     _say(exported.notes, exported.skipped)
 

@@ -139,7 +139,7 @@ class Attention(nn.Module):
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and query.shape[2] > 1,
+            is_causal=bool(causal and query.shape[2] > 1),  # where a model is exported the length is a symbol
         )
         return cast(Tensor, self.out(output.transpose(1, 2).flatten(2)))
 

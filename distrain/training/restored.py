@@ -53,15 +53,17 @@ def frozen_problem(checkpoint: Path, initial: Path | str | None = None) -> str |
     return None
 
 
-def _build(checkpoint: Path, *, averaged: bool, verify: bool, initial: Path | str | None) -> nn.Module:
-    """Build the model from the checkpoint alone, without data."""
+def built_model(
+    checkpoint: Path, *, averaged: bool, verify: bool, initial: Path | str | None, meta: DataMeta | None = None
+) -> nn.Module:
+    """Return the model of a checkpoint; `meta`: the facts of its data, by default those that the checkpoint has."""
     with Reader(checkpoint, verify=verify) as reader:
         manifest = reader.manifest
         recipe = with_initial_weights(parse_recipe(manifest.recipe, f"the recipe in {checkpoint}"), initial)
         if averaged and not any(name.startswith("ema/") for name in manifest.tensors):
             raise UserError(f"{checkpoint} has no moving average of the weights: train.ema was off; export without ema")
-        meta = meta_from_json(manifest.scalars["meta"])
-        return restored_model(reader, recipe, meta, averaged=averaged)
+        known = meta_from_json(manifest.scalars["meta"]) if meta is None else meta
+        return restored_model(reader, recipe, known, averaged=averaged)
 
 
 def export_checkpoint(
@@ -83,10 +85,10 @@ def export_checkpoint(
         if initial is not None:
             raise UserError(f"--initial-weights: {checkpoint} stores all of its weights; remove it")
         return export(checkpoint, out, ema=ema, verify=verify, **options)
-    model = _build(checkpoint, averaged=ema, verify=verify, initial=initial)
+    model = built_model(checkpoint, averaged=ema, verify=verify, initial=initial)
     merge_adapters(model)
     with _source_of(checkpoint, model) as source:
-        return export(source, out, **options)
+        return export(source, out, averaged=ema, **options)
 
 
 def _source_of(checkpoint: Path, model: nn.Module) -> Source:
@@ -139,7 +141,7 @@ def export_adapter(
         raise UserError(f"{checkpoint} has no adapters: its recipe has no model.lora; export it as a model")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and overwrite)):
         raise UserError(f"{out} exists already; choose another name, or --overwrite it")
-    model = _build(checkpoint, averaged=ema, verify=verify, initial=initial)
+    model = built_model(checkpoint, averaged=ema, verify=verify, initial=initial)
     modules = _trained_modules(model, section)
     tensors = {
         f"base_model.model.{name}": tensor.detach().contiguous()
@@ -166,7 +168,7 @@ def export_adapter(
         folder.mkdir(parents=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        _replace(folder, out)
+        put_in_place(folder, out)
     except OSError as error:
         raise UserError(f"{out}: the adapter cannot be written: {error.strerror or error}") from error
     finally:
@@ -175,7 +177,8 @@ def export_adapter(
     return Exported(tuple(sorted(out.iterdir())), nbytes, len(tensors))
 
 
-def _replace(folder: Path, out: Path) -> None:
+def put_in_place(folder: Path, out: Path) -> None:
+    """Make a folder that is complete `out`, or put its files there."""
     if not out.exists():
         folder.rename(out)
         return

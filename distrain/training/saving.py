@@ -115,11 +115,12 @@ class Checkpoints:
             self.finish()
 
     def _what_builds(self) -> dict[str, Any]:
-        """Return the facts of the data that the model is built from, where an export builds it."""
+        """Return the facts of the data that the model is built from; `meta`, where every export builds it."""
         context = self._context
+        facts = meta_to_json(context.data.meta)
         if context.recipe.model.lora is None and context.t.strategy.state.frozen is None:
-            return {}
-        return {"meta": meta_to_json(context.data.meta)}
+            return {"data_facts": facts}
+        return {"meta": facts}
 
     def save_again(self) -> None:
         """Save the state of this step though there is a checkpoint of it, which lacks the evaluation."""

@@ -10,6 +10,7 @@ exporting.py, importing.py
 opening.py          finds out the format, and opens it
 copying.py          copies them into one file
 companion_files.py  the other files of a transformers model
+model_card.py       what stands beside a model in a folder: its facts, its recipe, its card
 torch_file.py       writes what `torch.save` writes
 """
 

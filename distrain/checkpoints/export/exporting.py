@@ -22,7 +22,7 @@ from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import open_foreign, open_native
 from distrain.checkpoints.format import MANIFEST, error_reason
 from distrain.checkpoints.hiding import hidden, is_leftover, sync_folder
-from distrain.checkpoints.reading import is_checkpoint_name
+from distrain.checkpoints.reading import is_checkpoint_name, read_manifest
 from distrain.checkpoints.sources import Source
 from distrain.system.errors import UserError, close_names, some
 
@@ -64,6 +64,8 @@ def export(
     sync: bool = True,
     format: str | None = None,
     trust: bool = False,
+    card: bool = False,
+    averaged: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint, distrain's own or a foreign one, or one that is open, to `out`.
 
@@ -76,11 +78,13 @@ def export(
     `model.safetensors`, as in a folder, gets its `config.json` and its `companion_files` beside it, so that
     `from_pretrained` opens the folder. `verify=False` skips the check of the bytes against their hashes. `sync=False`
     does not wait for the disk: safe from a crash of the program, not from one of the machine. `format` and `trust` are
-    `open_foreign`'s.
+    `open_foreign`'s. With `card` a folder also gets what `model_card` writes beside a checkpoint of distrain's own;
+    `averaged`: whether the tensors of `checkpoint` are the average already.
 
     All files are written under hidden names and renamed at the end, the index last. Raises UserError: a file that
     exists (unless `overwrite`), a symbolic link, a checkpoint that does not verify, a full disk.
     """
+    is_folder = names_folder(Path(out))
     out = _output_path(Path(out))
     limit = None if shards is None else _parse_size(shards)
     target = None if dtype is None else _parse_dtype(dtype)
@@ -102,6 +106,8 @@ def export(
         elif source.config:
             missing = some([CONFIG, *source.companions])
             notes.append(f"not beside a file of this name: {missing}; export to a folder has them")
+        if card and is_folder and (source.path / MANIFEST).is_file():
+            _add_card(beside, source, out.parent, averaged=ema or averaged)
         nbytes = sum(item.nbytes for item in outputs.values())
         index = {}
         if len(groups) > 1:
@@ -139,6 +145,19 @@ def export(
     return Exported((*paths, *writes), nbytes, len(outputs), tuple(notes), tuple(source.skipped))
 
 
+def _add_card(beside: dict[Path, Callable[[Path], object]], source: Source, folder: Path, *, averaged: bool) -> None:
+    """Add to what is written beside a model how it is used, and the tokenizer."""
+    from distrain.checkpoints.export.model_card import card_files, tokenizer_files
+
+    manifest = read_manifest(source.path)
+    companions = source.companions or tokenizer_files(manifest)
+    for name, file in companions.items():
+        if folder / name not in beside and not _same(folder / name, file):
+            beside[folder / name] = partial(shutil.copyfile, file)
+    for name, text in card_files(source.path, manifest, averaged=averaged, companions=companions).items():
+        beside[folder / name] = partial(_write_text, text)
+
+
 def _same(path: Path, file: Path) -> bool:
     return path.is_file() and not path.is_symlink() and filecmp.cmp(path, file, shallow=False)
 
@@ -158,6 +177,11 @@ def _open(path: Path, verify: bool, format: str | None, trust: bool) -> Source:
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is written, and where to
+
+
+def names_folder(out: Path) -> bool:
+    """Whether this is the path of a folder for a model, and not of a file."""
+    return not out.suffix or out.is_dir()
 
 
 def _output_path(out: Path) -> Path:

@@ -1,0 +1,312 @@
+"""What stands beside an exported model so that others can use it: config.json, recipe.yaml, README.md. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from distrain.checkpoints.export.companion_files import CONFIG, run_of
+from distrain.checkpoints.format import Manifest
+from distrain.config import Recipe
+from distrain.config.yaml import parse_recipe
+from distrain.run.folder import RunDir
+from distrain.system.output import one_line
+
+README, RECIPE = "README.md", "recipe.yaml"
+OWN_CONFIG = "distrain.json"
+"""In place of config.json, where that is the transformers library's."""
+_TRANSFORMERS = "transformers:"
+_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is known of a model that is written as a graph."""
+
+    file: str
+    """`model.onnx` or `model.pt2`."""
+    inputs: Sequence[Mapping[str, Any]]
+    """{name, dtype, shape} of each, in the order in which they are passed; a dimension of any size is a name."""
+    outputs: Sequence[str]
+
+
+def card_files(
+    checkpoint: Path, manifest: Manifest, *, averaged: bool, companions: Mapping[str, Path], graph: Graph | None = None
+) -> dict[str, str]:
+    """Return {name: text} of what stands beside a model; `companions`: the files that are copied there."""
+    recipe = parse_recipe(manifest.recipe, f"the recipe in {checkpoint}")
+    is_hugging_face = bool(manifest.scalars.get("transformers_config"))
+    config = _config(checkpoint, manifest, recipe, averaged, companions)
+    if graph is not None:
+        config |= {"file": graph.file, "inputs": [*graph.inputs], "outputs": [*graph.outputs]}
+    name = OWN_CONFIG if is_hugging_face else CONFIG
+    return {
+        name: json.dumps(config, indent=2),
+        RECIPE: manifest.recipe,
+        README: _readme(checkpoint, manifest, recipe, config, name, graph),
+    }
+
+
+def tokenizer_files(manifest: Manifest) -> dict[str, Path]:
+    """Return {name: file} of the tokenizer that the recipe's data section names, where it is there."""
+    named = parse_recipe(manifest.recipe, "the recipe").data.args.get("tokenizer")
+    if not isinstance(named, str):
+        return {}
+    path = Path(named)
+    if path.is_file():
+        return {path.name: path}
+    return {name: path / name for name in (*_FILES, "tokenizer_config.json") if (path / name).is_file()}
+
+
+def _config(
+    checkpoint: Path, manifest: Manifest, recipe: Recipe, averaged: bool, companions: Mapping[str, Path]
+) -> dict[str, Any]:
+    scalars, data = manifest.scalars, recipe.data
+    generation = "generation_config.json"
+    return {
+        "model": recipe.model.model_dump(mode="json", exclude_none=True, exclude={"weights", "weights_strict"}),
+        "task": {"name": recipe.task.name, **recipe.task.args},
+        # facts of the data: shape of an input, classes, vocabulary, ids of padding, begin and end
+        "data": scalars.get("data_facts", scalars.get("meta", {})),
+        "preprocessing": {
+            "dataset": data.name,
+            "arguments": data.args,
+            "transforms": [{"name": each.name, **each.args} for each in data.transforms.eval],
+            "images_of_bytes": "become numbers in [0, 1] behind the transforms, unless one of them makes floats",
+            "fitted_on_train": scalars.get("data", {}),
+        },
+        "files": sorted(companions),
+        "generation_config": generation if generation in companions else None,
+        "weights": f"moving average, decay {recipe.train.ema}" if averaged else "those of the last step",
+        "averaged": averaged,
+        "step": manifest.step,
+        "checkpoint": checkpoint.name,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def _readme(
+    checkpoint: Path, manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], name: str, graph: Graph | None
+) -> str:
+    facts = config["data"]
+    parameters = sum(spec.numel for full, spec in manifest.specs.items() if _is_parameter(full, spec.role))
+    what = f"`{recipe.model.name}` for task `{recipe.task.name}`"
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"{what}, trained on data set `{recipe.data.name}` to step {manifest.step:,}: {parameters:,} parameters, the "
+        f"weights are {config['weights']}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *_rows(
+            {
+                "input of a sample": _shape(facts.get("input_shape")),
+                "classes": _names(facts.get("class_names"), facts.get("num_classes")),
+                "vocabulary": facts.get("vocab_size"),
+                "padding, begin and end of a text": _ids(facts),
+                "preprocessing": ", ".join(each["name"] for each in config["preprocessing"]["transforms"]) or "none",
+                "also here": ", ".join(config["files"]) or None,
+            }
+        ),
+        "",
+        f"All of it with its numbers is in `{name}`.",
+        "",
+        "## How to load it",
+        "",
+        *_loading(recipe, name, graph),
+        "",
+        "## Evaluation",
+        "",
+        *_evaluation(checkpoint, manifest),
+        "",
+        "## Training",
+        "",
+        f"The whole recipe is `{RECIPE}`. {_steps(recipe, manifest)}",
+        "",
+        *_data(manifest),
+        "",
+        "## Limits",
+        "",
+        *(f"- {line}" for line in _limits(recipe, config, graph)),
+        "",
+        f"Written from `{checkpoint.name}` ({manifest.created}) with {_versions()}.",
+    ]
+    return "\n".join(lines)
+
+
+def _is_parameter(full: str, role: str) -> bool:
+    return full.startswith("model/") and role == "parameter"
+
+
+def _rows(values: Mapping[str, Any]) -> list[str]:
+    return [f"| {key} | {_cell(value)} |" for key, value in values.items() if value is not None]
+
+
+def _cell(value: Any) -> str:
+    return one_line(str(value)).replace("|", "\\|")
+
+
+def _shape(shape: Sequence[int] | None) -> str | None:
+    return None if shape is None else " × ".join(map(str, shape))
+
+
+def _names(names: Sequence[str] | None, count: int | None) -> str | None:
+    if names is None:
+        return None if count is None else str(count)
+    return f"{len(names)}: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
+
+
+def _ids(facts: Mapping[str, Any]) -> str | None:
+    ids = [facts.get(key) for key in ("pad_id", "bos_id", "eos_id")]
+    return None if ids == [None] * 3 else ", ".join("none" if each is None else str(each) for each in ids)
+
+
+def _steps(recipe: Recipe, manifest: Manifest) -> str:
+    return (
+        f"{manifest.step:,} steps of optimizer `{recipe.optim.name}` with {recipe.batch.global_batch_size} samples in "
+        f"each, precision {recipe.train.precision}, seed {recipe.seed}, on {manifest.world_size} × {manifest.strategy}."
+    )
+
+
+def _evaluation(checkpoint: Path, manifest: Manifest) -> list[str]:
+    split, values = None, {}
+    if manifest.evaluation is not None:
+        split, values = manifest.evaluation.criterion.split, dict(manifest.evaluation.values)
+    run = RunDir(run_of(checkpoint))
+    for row in run.rows() if run.exists else ():
+        if row.get("event") == "final" and row.get("step") == manifest.step:
+            split = row.get("split")
+            own = ("event", "step", "split", "time", "seconds", "epoch", "checkpoint")
+            values = {key: value for key, value in row.items() if key not in own and isinstance(value, int | float)}
+    if not values:
+        return ["This step was not evaluated."]
+    rows = [f"| {_cell(key)} | {value:.6g} |" for key, value in values.items()]
+    return [f"On split `{split}`, at step {manifest.step:,}:", "", "| metric | value |", "|---|---|", *rows]
+
+
+def _data(manifest: Manifest) -> list[str]:
+    inputs = manifest.scalars.get("inputs") or {}
+    known = {key: inputs[key] for key in ("data", "folder", "items", "splits") if key in inputs}
+    if not known:
+        return ["The checkpoint has no fingerprint of its data."]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    splits = ", ".join(
+        f"{name} {'a stream' if count is None else f'{count:,}'}"
+        for name, count in (inputs.get("splits") or {}).items()
+    )
+    return [f"Samples: {splits or 'unknown'}. SHA-256 of the fingerprint of the data: `{digest}`."]
+
+
+def _limits(recipe: Recipe, config: Mapping[str, Any], graph: Graph | None) -> list[str]:
+    facts = config["data"]
+    found = [
+        "It knows what its training data show; the numbers above are of data drawn as these were.",
+        "Its inputs must be prepared as in training: the preprocessing is not part of the weights.",
+    ]
+    if facts.get("target_mean") is not None:
+        found.append(
+            "Its outputs are standardised: a target is `output * target_std + target_mean` of the data's facts."
+        )
+    if recipe.train.ema is not None and not config["averaged"]:
+        found.append(
+            "Its evaluation was of the moving average of the weights, and these are the weights (--ema has it)."
+        )
+    if recipe.eval.best is not None:
+        found.append("Which step was best was chosen on the validation split, so numbers of that split are favourable.")
+    if graph is None:
+        return found
+    fixed = [f"{each['name']} {list(each['shape'])}" for each in graph.inputs]
+    return [*found, f"The graph takes what its data type and shape say: {'; '.join(fixed)}; named sizes may vary."]
+
+
+def _versions() -> str:
+    found = {"Python": platform.python_version()}
+    for package in ("distrain", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Code
+
+
+def _loading(recipe: Recipe, name: str, graph: Graph | None) -> list[str]:
+    if graph is not None:
+        code = _onnx(graph) if graph.file.endswith(".onnx") else _pt2(graph)
+        return ["In this folder, without distrain:", "", "```python", *code, "```"]
+    if recipe.model.name.startswith(_TRANSFORMERS):
+        kind = recipe.model.name.removeprefix(_TRANSFORMERS)
+        code = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained(".").eval()']
+        return ["In this folder, without distrain:", "", "```python", *code, "```"]
+    if recipe.model.name.startswith("object."):
+        return ["The model was made in a Python process: make it there, and load `model.safetensors` into it."]
+    lora = ', ["model.lora=null"]' if recipe.model.lora is not None else ""
+    code = [
+        "import json",
+        "from pathlib import Path",
+        "",
+        "from distrain.config.yaml import parse_recipe",
+        "from distrain.datasets.stored_meta import meta_from_json",
+        "from distrain.models import build_model",
+        "from safetensors.torch import load_file",
+        "",
+        f'recipe = parse_recipe(Path("{RECIPE}").read_text(), "{RECIPE}"{lora})',
+        f'facts = json.loads(Path("{name}").read_text())["data"]',
+        "model = build_model(recipe, meta_from_json(facts), weights=False).eval()",
+        'files = sorted(Path().glob("model*.safetensors"))',
+        "model.load_state_dict({name: tensor for file in files for name, tensor in load_file(file).items()})",
+    ]
+    return [
+        "In this folder; the class of the model is distrain's, or your own where the recipe names it, and `model` is "
+        "an ordinary `torch.nn.Module`. A model that needs no code: export with `--format pt2` or `--format onnx`.",
+        "",
+        "```python",
+        *code,
+        "```",
+    ]
+
+
+def _sizes(each: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return a shape with which an input can be tried: one sample, four tokens."""
+    return tuple(size if isinstance(size, int) else 1 if size == "batch" else 4 for size in each["shape"])
+
+
+def _onnx(graph: Graph) -> list[str]:
+    feeds = [f'    "{each["name"]}": np.zeros({_sizes(each)}, "{each["dtype"]}"),' for each in graph.inputs]
+    outputs = ", ".join(graph.outputs)
+    return [
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession("{graph.file}", providers=["CPUExecutionProvider"])',
+        "inputs = {",
+        *feeds,
+        "}",
+        f"{outputs}{',' if len(graph.outputs) == 1 else ''} = session.run(None, inputs)",
+        f"print({graph.outputs[0]}.shape)",
+    ]
+
+
+def _pt2(graph: Graph) -> list[str]:
+    values = ", ".join(f"torch.zeros({_sizes(each)}, dtype=torch.{each['dtype']})" for each in graph.inputs)
+    outputs = ", ".join(graph.outputs)
+    return [
+        "import torch",
+        "",
+        f'model = torch.export.load("{graph.file}").module()',
+        f"{outputs}{',' if len(graph.outputs) == 1 else ''} = model({values})",
+        f"print({graph.outputs[0]}.shape)",
+    ]
