@@ -88,3 +88,30 @@ def test_a_map_of_classes_is_written_for_each_image(squares: tuple[Path, Path], 
         right += ((np.asarray(Image.open(path)) == mask) & (mask != 255)).sum()
         pixels += (mask != 255).sum()
     assert right / pixels > 0.95
+
+
+TAGS = """
+name: tags
+task: token_classification
+data: {name: "own_places:Sentences", split: [0.75, 0.25]}
+model: {name: "own_places:Tagger"}
+optim: {lr: 2.0e-2}
+batch: {global: 12}
+train: {epochs: 15, precision: fp64}
+eval: {every: null, batch: 5}
+checkpoint: {async: false}
+"""
+
+
+def test_tokens_are_classified_alike_in_any_world(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TAGS)
+    train(1, recipe, tmp_path / "one")
+    train(2, recipe, tmp_path / "two", "batch.micro=2")
+    assert_close(tmp_path / "one", tmp_path / "two", 1e-9)
+    one, two = _scores(tmp_path / "one"), _scores(tmp_path / "two")
+    assert one["token_accuracy"] > 0.9
+    for name in ("loss", "token_accuracy", "f1_macro"):
+        assert two[name] == pytest.approx(one[name], rel=1e-9), name
+    out = tmp_path / "tags.jsonl"
+    assert cli("predict", str(tmp_path / "one"), "test", "-o", out).status == 0
+    assert len(out.read_text().splitlines()) == one["samples"] == 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -28,11 +29,27 @@ class UNet(nn.Module):
 class Tagger(nn.Module):
     """A class for each token, from it and its two neighbours: (batch, seq) to (batch, seq, num_classes)."""
 
-    def __init__(self, vocab_size: int, num_classes: int, width: int = 16):
+    def __init__(self, vocab_size: int, num_classes: int, pad_id: int, width: int = 16):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
+        self.embedding = nn.Embedding(vocab_size, width, pad_id)  # padding is as what lies beyond a row
         self.mix = nn.Conv1d(width, width, 3, padding=1)
         self.out = nn.Linear(width, num_classes)
 
     def forward(self, tokens):
         return self.out(self.mix(self.embedding(tokens).mT).relu().mT)
+
+
+class Sentences(Dataset):
+    """Rows of 3 to 8 of the tokens 1 to 6; the class of a token is whether it is above the one before it."""
+
+    classes = ("falls", "rises")
+    meta = {"vocab_size": 7, "pad_id": 0}
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(1, 7, (3 + index % 6,), generator=generator)
+        targets = torch.cat([torch.tensor([-100]), (tokens.diff() > 0).long()])  # the first has none before it
+        return tokens, targets
