@@ -965,4 +965,4 @@ def test_what_the_recipe_freezes_is_not_trainable() -> None:
 
 
 def test_names() -> None:
-    assert models.names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential"]
+    assert models.names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential", "text_classifier"]

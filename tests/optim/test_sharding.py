@@ -186,18 +186,17 @@ def try_all_on_dtensors(sections: list[OptimSection]) -> list[str | None]:
 def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
     """What torch's do was seen here; a version of torch in which it is otherwise fails this test."""
     owns = (Signs, Trust, Together)
-    sections = [section_of(variant) for variant in [*VARIANTS, *map(own, owns)]]
+    tried = [variant for variant in VARIANTS if variant["name"] not in GATHERS]  # the others are given whole matrices
+    sections = [section_of(variant) for variant in [*tried, *map(own, owns)]]
     first, *others = in_world(world_size, try_all_on_dtensors, sections)
     assert all(other == first for other in others)
     for section, problem in zip(sections, first, strict=True):
         print(f"{section.name:12} {section.args} {problem}")
-    found = dict(zip([*map(variant_name, VARIANTS), *owns], first, strict=True))
+    found = dict(zip([*map(variant_name, tried), *owns], first, strict=True))
     refused = {name for name, problem in found.items() if problem is not None}
-    assert refused == {"adafactor", "muon", "adagrad-fused", "sgd-momentum-fused"}
+    assert refused == {"adafactor", "adagrad-fused", "sgd-momentum-fused"}
     # known before a world is there
-    for variant, section in zip(VARIANTS, sections, strict=False):
-        if variant["name"] in GATHERS:
-            continue
+    for variant, section in zip(tried, sections, strict=False):
         assert (sharding_problem(section, "fsdp2") is not None) == (variant_name(variant) in refused)
 
 
