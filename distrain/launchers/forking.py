@@ -30,6 +30,7 @@ from distrain.config import UserError
 from distrain.launchers.preflight import gpu_count
 from distrain.system import logs
 from distrain.system.importing import importing
+from distrain.system.output import echo
 
 Result = TypeVar("Result")
 
@@ -258,7 +259,7 @@ def _status_of(action: Callable[[], None]) -> int:
         return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            sys.stderr.write(f"{stop.code}\n")  # as the interpreter does, which this process has not begun with
+            echo(stop.code, error=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return 130

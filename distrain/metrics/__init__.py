@@ -186,7 +186,7 @@ def _free(key: str, taken: Set[str]) -> str:
 
 def higher_is_better(name: str, metrics: MetricSet) -> bool:
     """Return whether higher is better by `eval.best`; `-NAME` states that lower is. Raises UserError."""
-    return _direction(name, metrics.metrics)
+    return _direction(name, metrics.metrics, metrics.setting)
 
 
 def decides_best(recipe: Recipe) -> tuple[str, bool]:
@@ -195,12 +195,15 @@ def decides_best(recipe: Recipe) -> tuple[str, bool]:
     Needs no data. Raises UserError where `eval.best` names what is not computed.
     """
     wanted = recipe.eval.best or "loss"
-    return wanted.removeprefix("-"), _direction(wanted, _build(recipe, None)[0])
+    metrics, _, setting = _build(recipe, None)
+    return wanted.removeprefix("-"), _direction(wanted, metrics, setting)
 
 
-def _direction(name: str, metrics: Mapping[str, Metric]) -> bool:
+def _direction(name: str, metrics: Mapping[str, Metric], setting: Setting) -> bool:
     key = name.removeprefix("-")
     choices = ["loss", *(each for each, metric in metrics.items() if metric.scalar)]
+    if key not in choices and key not in metrics and setting.own_means:
+        return not name.startswith("-")
     if key not in choices:
         reason = "is not one number" if key in metrics else "is not computed: it is not in eval.metrics"
         raise UserError(f"eval.best: {key!r} {reason}{close_names(key, choices) or '; use ' + ' or '.join(choices)}")
@@ -236,6 +239,7 @@ def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], li
         ignore_index,
         loss_is_entropy=loss is not None and loss.is_token_entropy,
         is_probability=loss is not None and loss.takes_probabilities,
+        own_means=recipe.task.name not in FORMS,
     )
     wanted = recipe.eval.metrics
     components = [Component(name=name) for name in _usual(recipe, setting)] if wanted is None else wanted
@@ -255,7 +259,7 @@ def _build(recipe: Recipe, meta: DataMeta | None) -> tuple[dict[str, Metric], li
             problems.extend(str(error).split("\n"))
     if recipe.eval.best is not None and not problems:
         try:
-            _direction(recipe.eval.best, metrics)
+            _direction(recipe.eval.best, metrics, setting)
         except UserError as error:
             problems.append(str(error))
     return metrics, problems, setting

@@ -34,6 +34,8 @@ class Setting:
     """Whether the recipe's loss is the cross entropy without weights or smoothing."""
     is_probability: bool = False
     """Whether outputs of binary and multilabel are probabilities, as the recipe's loss takes them, or logits."""
+    own_means: bool = False
+    """Whether the task is one's own, whose evaluations have means by names that only they tell."""
 
     @property
     def is_tokens(self) -> bool:

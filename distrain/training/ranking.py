@@ -15,7 +15,7 @@ import xxhash
 
 from distrain.checkpoint import CheckpointError, Criterion, Evaluation, Manifest, list_checkpoints, read_manifest
 from distrain.checkpoints.format import canonical_json
-from distrain.config import Recipe
+from distrain.config import Recipe, UserError
 from distrain.datasets.base import Data, is_stream
 from distrain.fingerprints import compare
 from distrain.metrics import MetricSet, higher_is_better
@@ -63,6 +63,10 @@ def evaluation_of(criterion: Criterion, metrics: MetricSet, values: dict[str, An
     """Return what a checkpoint keeps of an evaluation: the numbers that can decide, now or under another recipe."""
     directions = {name: metric.higher_is_better for name, metric in metrics.metrics.items() if metric.scalar}
     directions["loss"] = False
+    directions.setdefault(criterion.metric, criterion.higher)  # a mean that a task of one's own reports
+    if values is not None and criterion.metric not in values:
+        means = [name for name, value in values.items() if isinstance(value, float)]
+        raise UserError(f"eval.best: {criterion.metric!r} is not among what was evaluated: {', '.join(means)}")
     numbers = {
         name: float(value)
         for name in directions

@@ -170,9 +170,9 @@ def test_nothing_is_printed_past_the_one_function() -> None:
 
 PRINTING = {
     # what a command's result is printed by
-    *("cli", "prove/command.py", "launchers/evaluating.py"),
+    *("cli", "prove/command.py", "launchers/evaluating.py", "launchers/predicting.py"),
     # before a process of a run is there, or when it is gone
-    *("launchers/local.py", "launchers/slurm/node.py", "system/environment.py"),
+    *("launchers/local.py", "launchers/forking.py", "launchers/slurm/node.py", "system/environment.py"),
     *("system/output.py", "system/logs.py"),
 }
 """Folders and files of the package that may print; all else logs."""

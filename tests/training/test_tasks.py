@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def test_a_task_is_the_same_under_zero(tmp_path: Path) -> None:
         assert_close(tmp_path / "alone", tmp_path / strategy, 1e-6)
         kl = [[row["kl"] for row in rows(tmp_path / run) if "kl" in row] for run in ("alone", strategy)]
         assert kl[0] == pytest.approx(kl[1], rel=1e-5)
+
+
+def test_a_mean_of_the_task_decides_which_checkpoint_is_best(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, VARIATIONAL)
+    for best, choose in (("-worst", min), ("worst", max)):
+        train(1, recipe, tmp_path / best, f"eval.best={best}")
+        values = {row["step"]: row["worst"] for row in rows(tmp_path / best) if row["event"] == "eval"}
+        summary = json.loads((tmp_path / best / "FINISHED").read_text())
+        assert summary["best"]["step"] == choose(values, key=values.__getitem__)
+    ended = train(1, recipe, tmp_path / "none", "eval.best=wurst", status=1)
+    assert "eval.best: 'wurst' is not among what was evaluated: loss, bright, kl" in ended[0].err
 
 
 def test_a_task_resumes_to_the_bit(alone: tuple[Path, Path], tmp_path: Path) -> None:
