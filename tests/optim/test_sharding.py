@@ -182,7 +182,7 @@ def try_all_on_dtensors(sections: list[OptimSection]) -> list[str | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.more), 3])
 def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
     """What torch's do was seen here; a version of torch in which it is otherwise fails this test."""
     owns = (Signs, Trust, Together)

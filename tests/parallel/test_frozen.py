@@ -67,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("frozen"))
 
 
-SEVERAL = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow) for way in WAYS if way[1] > 1]
+SEVERAL = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.more) for way in WAYS if way[1] > 1]
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), SEVERAL)

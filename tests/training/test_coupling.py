@@ -96,7 +96,7 @@ WORLDS = [
     (2, 16, "fsdp2"),
     (2, 16, "zero3"),
     *(
-        pytest.param(2, micro, strategy, marks=pytest.mark.slow)
+        pytest.param(2, micro, strategy, marks=pytest.mark.more)
         for micro, strategy in [(32, "fsdp2"), (32, "zero3"), (8, "zero1"), (8, "zero2")]
     ),
 ]
