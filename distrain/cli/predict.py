@@ -55,6 +55,7 @@ def predict(
         typer.Option(
             metavar="KEY=VALUE",
             help="A key of the recipe's data section, for reading the input; path=FILE is the input itself.",
+            show_default="as in training",
         ),
     ] = None,
     processes: Annotated[

@@ -85,6 +85,20 @@ def test_every_format_holds_the_same_rows(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal([np.load(tmp_path / "folder" / name) for name in table["embedding"]], values)
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("x.txt", r"predictions are written as a \.csv"),
+        ("none/x.csv", "expected a place in a folder that exists"),
+        ("link.csv", "and not a symbolic link"),
+    ],
+)
+def test_where_nothing_can_be_written_is_refused(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "other.csv")
+    with pytest.raises(UserError, match=message):
+        open_predictions(f"{tmp_path}/{out}")
+
+
 @pytest.mark.parametrize("out", ["t.csv", "t.parquet", "t.jsonl", "a.npy", "z.npz", "p.png", "folder"])
 def test_a_file_that_is_not_completed_is_not_there(tmp_path: Path, out: str) -> None:
     (tmp_path / "folder").mkdir()

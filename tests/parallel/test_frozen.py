@@ -53,7 +53,7 @@ class Runs:
         self.made: set[tuple[str, int]] = set()
 
     def of(self, strategy: str, world_size: int) -> dict[str, Path]:
-        runs = {name: self.folder / f"{strategy}-{name}" for name in CASES}
+        runs = {name: self.folder / f"{strategy}{world_size}-{name}" for name in CASES}
         if (strategy, world_size) not in self.made:
             for name, run in runs.items():
                 create(run, lora_recipe(self.folder, CASES[name]), (), strategy, world_size)
@@ -90,14 +90,14 @@ def test_every_strategy_trains_beside_frozen_weights(
 def test_a_single_process_resumes_what_each_strategy_left(made: Runs, tmp_path: Path) -> None:
     alone = made.of("single", 1)
     left = {
-        f"{name} {strategy}": stopped_copy(run, tmp_path / f"{strategy}-{name}", 2)
+        f"{name} {strategy}{world_size}": stopped_copy(run, tmp_path / f"{strategy}{world_size}-{name}", 2)
         for strategy, world_size in sorted(made.made)
         for name, run in made.of(strategy, world_size).items()
     }
     assert run_all("single", 1, left) == {}
     for case, run in left.items():
         name, _, strategy = case.partition(" ")
-        if strategy == "single":
+        if strategy == "single1":
             assert_same_run(run, alone[name])
         else:
             assert_agrees(run, alone[name])
