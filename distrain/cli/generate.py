@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 def generate(
     target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
     prompt: Annotated[
-        str | None, typer.Option(help="A text to continue (seq2seq: a source), shown as it is written.")
+        str | None,
+        typer.Option(
+            help="A text to continue (seq2seq: a source), shown as it is written.", show_default="--prompts has them"
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
             help='Prompts, each a line {"prompt": …} or {"messages": […]}; a line of JSON for each.',
+            show_default="--prompt has one",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens after a prompt.")] = 128,
@@ -40,7 +44,10 @@ def generate(
         int | None, typer.Option(min=1, help="Draw only from so many of the likeliest tokens.", show_default="all")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="End before this text; may be given several times.", show_default="no such text"
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="What is drawn depends on it and on the number of the prompt alone.")
