@@ -20,7 +20,28 @@ from distrain.system.output import echo, one_line
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class ModelRequest:
+    """A use of a trained model, resolved, by processes of this machine."""
+
+    script: ClassVar[str]
+    """What each process runs, in launch/."""
+    strategy: ClassVar[str] = "ddp"
+    """Each process has the whole model, whatever the run was trained with."""
+    offload: ClassVar[str] = "none"
+
+    @property
+    def worker_arguments(self) -> tuple[str, ...]:
+        """The arguments of the script."""
+        return "--request", json.dumps(asdict(self))
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules that each of its processes imports."""
+        return "distrain.inference", strategy_module(self.strategy)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest(ModelRequest):
     """One evaluation, resolved: which checkpoint, on which split, in how many processes."""
 
     checkpoint: str
@@ -36,20 +57,6 @@ class EvaluationRequest:
     """Where the weights are now that the checkpoint refers to; None: where its recipe says."""
 
     script: ClassVar[str] = "evaluate.py"
-    """What each process runs, in launch/."""
-    strategy: ClassVar[str] = "ddp"
-    """Each process has the whole model, whatever the run was trained with."""
-    offload: ClassVar[str] = "none"
-
-    @property
-    def worker_arguments(self) -> tuple[str, ...]:
-        """The arguments of the script."""
-        return "--request", json.dumps(asdict(self))
-
-    @property
-    def imports(self) -> tuple[str, ...]:
-        """Modules that each of its processes imports."""
-        return "distrain.inference", strategy_module(self.strategy)
 
 
 def resolve_evaluation(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from distrain.config.strategies import strategy_module
-from distrain.launchers.evaluating import resolve_evaluation
+from distrain.launchers.evaluating import ModelRequest, resolve_evaluation
 from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
 from distrain.launchers.reporting import reported
 from distrain.launchers.worker import end_with_launcher
@@ -17,7 +16,7 @@ from distrain.system.output import echo
 
 
 @dataclass(frozen=True)
-class PredictionRequest:
+class PredictionRequest(ModelRequest):
     """One prediction, resolved: which checkpoint, of what, in how many processes."""
 
     checkpoint: str
@@ -33,20 +32,6 @@ class PredictionRequest:
     """Where the weights are now that the checkpoint refers to."""
 
     script: ClassVar[str] = "predict.py"
-    """What each process runs, in launch/."""
-    strategy: ClassVar[str] = "ddp"
-    """Each process has the whole model, whatever the run was trained with."""
-    offload: ClassVar[str] = "none"
-
-    @property
-    def worker_arguments(self) -> tuple[str, ...]:
-        """The arguments of the script."""
-        return "--request", json.dumps(asdict(self))
-
-    @property
-    def imports(self) -> tuple[str, ...]:
-        """Modules that each of its processes imports."""
-        return "distrain.inference", strategy_module(self.strategy)
 
 
 def resolve_prediction(target: str, environment: StartEnvironment, **options: Any) -> PredictionRequest:
