@@ -100,7 +100,8 @@ _WORDS = {
 _SET_UP = {
     "distrain.data": "reading data",
     "distrain.datasets": "reading data",
-    "distrain.training.context": "in the forward pass",
+    "distrain.training.tasks.inside": "in the forward pass",
+    "distrain.networks.calling": "in the forward pass",
     "distrain.networks": "building the model",
     "distrain.checkpoints": "reading a checkpoint",
 }
