@@ -116,6 +116,16 @@ def test_a_mean_of_the_task_decides_which_checkpoint_is_best(tmp_path: Path) -> 
     assert "eval.best: 'wurst' is not among what was evaluated: loss, bright, kl" in ended[0].err
 
 
+def test_a_rank_may_have_nothing_to_evaluate(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, DISTILLED.replace("data: digits", "data: {name: digits, split: [0.9994, 0.0006]}"))
+    for world_size in (1, 2):
+        train(world_size, recipe, tmp_path / f"{world_size}", "train.steps=2")
+    one, two = ([row for row in rows(tmp_path / f"{n}") if row["event"] == "eval"] for n in (1, 2))
+    assert one[-1]["samples"] == 1
+    for key, value in one[-1].items():
+        assert two[-1][key] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), key
+
+
 def test_a_task_resumes_to_the_bit(alone: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, one = alone
     train(1, recipe, tmp_path / "resumed", stop_after=2)  # which saves step 3

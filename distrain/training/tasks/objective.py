@@ -40,7 +40,7 @@ class Scored(NamedTuple):
     means: Means
     """Of the losses first, in the order of `Objective.losses`."""
     predictions: Any
-    """What metrics compare with `targets`; None where there are none of this batch."""
+    """What metrics compare with `targets`; None where nothing asks for them."""
     targets: Any
     keep: Tensor | None
     """(batch,) bool on the device: rows that are no padding; None: all."""
@@ -307,11 +307,12 @@ class TaskObjective(Objective):
         return found, self._batch, any(keep)
 
     def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
-        """Return it; nothing of a batch that is padding alone."""
+        """Return it; of a batch that is padding alone nothing counts, but metrics get it: each rank must have sums."""
         (losses, pairs, names, predictions), of, counts = evaluated
         self.names = names[:losses]
         means = Means(names, pairs if counts else torch.zeros_like(pairs))
-        return Scored(means, predictions if counts else None, of.get("targets"), None, None)
+        keep = None if counts else world.to_device(batch["ids"]) >= 0
+        return Scored(means, predictions, of.get("targets"), keep, None)
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         self._batch = batch
