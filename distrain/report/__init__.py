@@ -1,4 +1,5 @@
 """Reads run folders, asks launchers, and shows what it finds.
 
-status.py  `distrain status`
+history.py  a run's numbers as curves
+status.py   `distrain status`
 """
