@@ -483,9 +483,10 @@ def while_stuck(variables: dict[str, str], *arguments: str) -> Any:
     """Run a command whose wait for data is reported as soon as it is in vain, and then ended."""
     os.environ.update(variables)
     waiting.WARN_AFTER_S, waiting.CHECK_EVERY_S = 1000.0, 0.1
+    stuck = Path(variables["STUCK"])  # accelerate empties the environment for a moment while it starts
 
     def report() -> None:
-        while not Path(os.environ["STUCK"]).exists():
+        while not stuck.exists():
             time.sleep(0.02)
         waiting.WARN_AFTER_S = 0.0
 
