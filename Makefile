@@ -10,11 +10,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
+	sh scripts/install-chromium.sh --if-possible
 	$(BIN)/python scripts/test.py
 
 # every combination too, of which `make test` runs a set that covers them
 test-all: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
+	sh scripts/install-chromium.sh --if-possible
 	$(BIN)/python scripts/test.py --all
 
 # the quick tests of the rooms that differ from the main branch

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser, find_chromium
 from reliability import Reliability
 
 torch.set_num_threads(1)
@@ -48,6 +49,15 @@ def gpus_where_they_are_meant(request: pytest.FixtureRequest, monkeypatch: pytes
 def every_combination(request: pytest.FixtureRequest) -> bool:
     """Return whether every combination is asked for, and not only a set that covers them."""
     return request.config.getoption("--all")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Return a headless Chromium; tests that ask for it are skipped where there is none."""
+    if find_chromium() is None:
+        pytest.skip("needs Chromium, which `sh scripts/install-chromium.sh` installs")
+    with Browser() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
