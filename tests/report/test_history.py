@@ -88,6 +88,29 @@ def test_steps_trained_again_after_a_rollback_are_there_once(tmp_path: Path) -> 
     assert found == [("eval", "b", 1), ("anomaly", None, None), ("rollback", None, None), ("eval", "a", 2)]
 
 
+def test_rows_alike_are_read_as_they_are_one_by_one(tmp_path: Path) -> None:
+    def rows() -> list[dict[str, Any]]:
+        odd: list[Any] = ["nan", "-inf", None, True, 10**400, "word", [1.0], [], [2.0, 3.0], ["x"], 7]
+        found = [row("train", step, loss=step / 3, lr=[1.0, step], other=odd[step % 11]) for step in range(1, 40)]
+        found += [row("train", step, loss=1.0, more=2) for step in range(40, 45)]
+        found += [row("eval", 44, split="s", loss=1.0), row("eval", 44, split="t", loss=2.0), row("checkpoint", 44)]
+        found += [row("train", step, loss=9.0, note="word") for step in (43, 44, 45, 45, 46)]
+        return [*found, row("train", 47, loss="inf"), row("train", 48, loss="nan")]
+
+    found = []
+    for part in (1, 7, 1000):  # rows that come one at a time have none beside them
+        (tmp_path / str(part)).mkdir()
+        history = History(tmp_path / str(part))
+        every = rows()
+        for begin in range(0, len(every), part):
+            write(tmp_path / str(part), *every[begin : begin + part])
+            assert history.refresh()
+        found.append({name: [each.tolist() for each in history.series(name)] for name in history.names})
+        assert [each["event"] for each in history.events] == ["eval", "eval", "checkpoint"]
+    assert found[0].keys() == found[1].keys() == found[2].keys() >= {"train/lr/1", "train/other/0", "train/more"}
+    assert repr(found[0]) == repr(found[1]) == repr(found[2])
+
+
 def test_attempts_are_what_the_run_notes_of_them(tmp_path: Path) -> None:
     rows = [
         {"step": 0, "time": 5.0, "processes": 2, "strategy": "ddp", "host": "a", "job": None, "token": "x"},
