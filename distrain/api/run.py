@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,6 +31,22 @@ class BestEvaluation(NamedTuple):
     """That of `eval.best`, by default the loss."""
     step: int
     value: float
+
+
+class _Stopped(str):
+    """The state "stopped", which scripts may still compare with the word that there was for it."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str) and str.__eq__(other, "preempted"):
+            warnings.warn('Run.status says "stopped" where it said "preempted"', DeprecationWarning, stacklevel=2)
+            return True
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 class Run:
@@ -65,14 +82,14 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it is: finished, preempted (stopped with its state saved), failed, running, or as `distrain status` says.
+        """How it is, in the words of `distrain status`: finished, stopped (with its state saved), failed, running, ….
 
-        That calls a preempted run stopped.
+        A stopped run was called "preempted" here, and still equals that word, with a warning.
         """
         from distrain.report.status import status_of
 
         state = status_of(self.path, []).state
-        return "preempted" if state == "stopped" else state
+        return _Stopped(state) if state == "stopped" else state
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -169,14 +186,17 @@ class Run:
             return predict_table(checkpoint, inputs, out=out, output=output, layer=layer, changed_data=changed_data)
 
     def export(self, out: str | Path, *, weights: Weights = None, **options: Any) -> Exported:
-        """Write the model as one safetensors file or as `distrain checkpoint export` else does; returns its notes.
+        """Write the model as a file or a folder, as `distrain export` does; returns its files and notes.
 
-        `options` are those of `distrain.checkpoints.export.export`: dtype, shards, overwrite.
+        `options` are those of that command: format, dtype, shards, overwrite, verify, and ema, which is on where the
+        recipe keeps an average of the weights.
         """
-        from distrain.checkpoints.export import export
+        from distrain.api.exporting import export_model
 
         options = {"ema": self.recipe.train.ema is not None, **options}
-        return export(self.checkpoint(weights), out, **options)
+        checkpoint = self.checkpoint(weights)
+        with self._here():
+            return export_model(checkpoint, out, **options)[2]
 
     def resume(self, *, processes: int = 1, strategy: str = "auto", update: bool = False, **objects: Any) -> Run:
         """Resume it; returns the run. `objects`: model, data, … where its recipe names some that this process lacks."""

@@ -52,7 +52,7 @@ def train(
     """Train, or resume where an earlier call, or `distrain train`, has left the run. Returns the `Run`.
 
     The same call resumes a run that was interrupted, and returns a finished one at once. In a notebook the interrupt
-    button, and elsewhere Ctrl-C, has the run save its state; the `Run` then has the status "preempted".
+    button, and elsewhere Ctrl-C, has the run save its state; the `Run` then has the status "stopped".
 
     Arguments:
         recipe: the path of a recipe file, a dict of the same keys, a `Recipe`; or a run (its folder, or a `Run`) to

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,20 +20,20 @@ from distrain.cli import predict as cli_predict
 from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
-    Averaged,
-    Best,
     ChangedData,
     InitialWeights,
     Json,
+    NoVerify,
     OffloadTo,
     Overrides,
-    Overwrite,
     RecipeOrRun,
     Replicate,
     RunFolder,
     Strategy,
+    Trust,
     Update,
     own_process,
+    print_notes,
 )
 from distrain.config import UserError
 from distrain.system.environment import share_cores
@@ -48,7 +47,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoint_app = typer.Typer(help="List, verify, compare, export and import checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(
+    help="List, verify, compare and import checkpoints; distrain export exports them.", no_args_is_help=True
+)
 data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
@@ -354,73 +355,8 @@ Format = Annotated[
     str | None,
     typer.Option(help="accelerate, deepspeed, distributed, safetensors or torch.", show_default="found out"),
 ]
-ExportAs = Annotated[
-    str | None,
-    typer.Option(
-        help="What is written, as for distrain export: onnx, pt2, pt, hf or adapter. Or what another trainer wrote: "
-        "accelerate, deepspeed, distributed, safetensors or torch.",
-        show_default="found out",
-    ),
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust", help="Open pickles that hold more than tensors, in a process which runs them; refused without it."
-    ),
-]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first, as is done without it.")
-]
-
-
-@checkpoint_app.command("export")
-def checkpoint_export(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|CHECKPOINT|FOREIGN",
-            help="A run's folder, one of its checkpoints, or what another trainer wrote.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--out",
-            help="model.safetensors, model.pt, model.onnx or model.pt2; or a folder, "
-            "which also gets what is needed to use the model.",
-        ),
-    ],
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="as trained")] = None,
-    shards: Annotated[
-        str | None, typer.Option(help="The largest size of one file, such as 5GB.", show_default="one file of any size")
-    ] = None,
-    ema: Averaged = False,
-    best: Best = False,
-    overwrite: Overwrite = False,
-    no_verify: NoVerify = False,
-    format: ExportAs = None,
-    trust: Trust = False,
-    initial_weights: InitialWeights = None,
-) -> None:
-    """Write a checkpoint's model as one safetensors file (or .pt, or shards with an index), or as a graph."""
-    from distrain.checkpoints.export import export, find_source
-
-    written = cli_exporting.own_format(format)
-    checkpoint, found = find_source(target, best=best, format=format if written is None else None)
-    options: dict[str, Any] = {"dtype": dtype, "shards": shards, "ema": ema, "overwrite": overwrite}
-    options |= {"verify": not no_verify, "trust": trust}
-    if found is None:
-        exported = cli_exporting.write(checkpoint, out, written, initial=initial_weights, **options)
-    elif written is not None or initial_weights is not None:
-        what = f"--format {written}" if written is not None else "--initial-weights"
-        raise UserError(
-            f"{checkpoint}: {what} is for checkpoints of distrain's own, and this one is {found}; import it"
-        )
-    else:
-        exported = export(checkpoint, out, format=found, **options)
-    echo(f"wrote {out} from {checkpoint.name}")
-    _say(exported.notes, exported.skipped)
+# the same command, under its earlier name
+checkpoint_app.command("export", hidden=True)(cli_exporting.export)
 
 
 @checkpoint_app.command("import")
@@ -486,14 +422,7 @@ def checkpoint_import(
     optimizer_state = f", the state of {done.optimizer}" if done.optimizer else ""
     echo(f"wrote {done.path} from {done.description}")
     echo(f"  step {done.step}: {done.parameters} parameters, {done.buffers} buffers{optimizer_state}")
-    _say(done.notes, done.skipped)
-
-
-def _say(notes: Sequence[str], left: Sequence[str]) -> None:
-    for note in notes:
-        echo(f"  {one_line(note)}")
-    for what in left:
-        echo(f"  not imported: {one_line(what)}")
+    print_notes(done.notes, done.skipped)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from distrain.config.strategies import STRATEGIES
+from distrain.system.output import echo, one_line
 
 Averaged = Annotated[
     bool,
@@ -38,6 +40,15 @@ InitialWeights = Annotated[
         help="Where the weights are now that a checkpoint refers to and does not store (checkpoint.frozen).",
         show_default="where its recipe says",
     ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Open pickles that hold more than tensors, in a process which runs them; refused without it."
+    ),
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first, as is done without it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]
 RecipeOrRun = Annotated[
@@ -98,3 +109,11 @@ def own_process(command: str, processes: int | None = None) -> None:
     from distrain.system.environment import own_start, say_ignored
 
     say_ignored(own_start(os.environ, processes, command))
+
+
+def print_notes(notes: Sequence[str], skipped: Sequence[str]) -> None:
+    """Print how a checkpoint was understood, and what of it was not taken."""
+    for note in notes:
+        echo(f"  {one_line(note)}")
+    for what in skipped:
+        echo(f"  not imported: {one_line(what)}")

@@ -90,7 +90,7 @@ def test_the_notebook_runs_is_interrupted_and_shows_its_progress(tmp_path: Path)
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     results = [each.data["text/plain"] for cell in outputs for each in cell if each.output_type == "execute_result"]
     assert "finished" in results[0]
-    assert ast.literal_eval(results[-1]) == ["preempted", "finished"]
+    assert ast.literal_eval(results[-1]) == ["stopped", "finished"]
     progress = [each.data["text/plain"] for cell in outputs for each in cell if each.output_type == "display_data"]
     assert len(progress) == 4  # one line for each training, renewed in its place
     assert re.match(r"step 68/68  █+  0:00 left  loss ", progress[0])

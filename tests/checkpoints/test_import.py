@@ -171,7 +171,7 @@ def test_from_pretrained_opens_the_export_of_a_run(tmp_path, monkeypatch):
         "batch: {global: 4}\ntrain: {steps: 2, precision: fp32}\n",
     )
     command("train", recipe, "--run-dir", "run")
-    command("checkpoint", "export", "run", "-o", "out", "--shards", "3KB")
+    command("export", "run", "-o", "out", "--shards", "3KB")
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     found = []
     for folder in ("run/export", "out"):

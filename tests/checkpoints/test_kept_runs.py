@@ -50,7 +50,7 @@ def test_it_evaluates_to_the_same_numbers(kept: Path, name: str) -> None:
 @each
 def test_it_exports_to_the_same_file(kept: Path, name: str, tmp_path: Path) -> None:
     out = tmp_path / "again.safetensors"
-    ended = cli("checkpoint", "export", kept, "-o", out, "--best", "--ema")
+    ended = cli("export", kept, "-o", out, "--best", "--ema")
     assert ended.status == 0, ended.err
     assert out.read_bytes() == (kept / "export" / "model.safetensors").read_bytes()
 

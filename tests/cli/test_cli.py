@@ -25,7 +25,7 @@ COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
     ["status"], ["logs"], ["stop"], ["cancel"], ["sites"],
     ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
-    ["data"], ["data", "tokenize"],
+    ["export"], ["data"], ["data", "tokenize"],
 ]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_help_names_every_command() -> None:
         (["checkpoint", "ls", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "verify", "/tmp"], "/tmp is not a run folder"),
         (["checkpoint", "diff", "/tmp", "/tmp"], "/tmp"),
-        (["checkpoint", "export", "/usr", "-o", "x.safetensors"], "/usr is not a checkpoint in a known format"),
+        (["export", "/usr", "-o", "x.safetensors"], "/usr is not a checkpoint in a known format"),
         (["init", "/tmp"], "is not an empty folder"),
         (["data", "tokenize", "none.txt", "-o", "shards"], "none.txt"),
     ],
@@ -183,22 +183,51 @@ def test_checkpoint_diff(run: Path) -> None:
     assert "step: 4 in the first, 8 in the second" in other.out
 
 
-def test_checkpoint_export(run: Path, tmp_path: Path) -> None:
+def test_one_command_exports_under_both_of_its_names(run: Path, tmp_path: Path, monkeypatch) -> None:
+    found = {
+        command.callback
+        for group in (app, *(each.typer_instance for each in app.registered_groups))
+        for command in group.registered_commands
+        if (command.name or command.callback.__name__) == "export"
+    }
+    assert len(found) == 1
+    assert "export" not in CliRunner().invoke(app, ["checkpoint", "--help"]).output.split("Commands")[1]
+    monkeypatch.chdir(tmp_path)
+    assert cli("export", run).out.startswith("wrote run-safetensors from step-")
+    assert cli("checkpoint", "export", checkpoint(run, 4), "--format", "pt").out.startswith(
+        "wrote run-step-00000004-pt "
+    )
+    assert sorted(path.name for path in Path("run-step-00000004-pt").iterdir()) == [
+        "README.md", "config.json", "model.pt", "recipe.yaml",
+    ]  # fmt: skip
+    # what another trainer wrote: --from, or as scripts say it
+    file = "run-step-00000004-pt/model.pt"
+    for name, words in {"a": ["--from", "torch"], "b": ["--format", "torch"], "c": []}.items():
+        assert cli("export", file, "-o", f"{name}.safetensors", *words).status == 0
+    assert (
+        Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes() == Path("c.safetensors").read_bytes()
+    )
+    assert cli("export", "a.safetensors", "-o", "a.pt", "--format", "safetensors").status == 0
+    wrong = cli("export", file, "--from", "torch", "--format", "deepspeed")
+    assert "no format 'deepspeed'; a model is written as safetensors, pt" in wrong.err
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     out = tmp_path / "model.safetensors"
-    ended = cli("checkpoint", "export", run, "-o", out, "--ema", "--dtype", "fp32")
+    ended = cli("export", run, "-o", out, "--ema", "--dtype", "fp32")
     assert ended.status == 0, ended.err
     assert "step-00000012" in ended.out
     tensors = load_file(out)
     assert tensors["layers.0.weight"].shape == (16, 64)
     assert tensors["layers.0.weight"].dtype == "float32"
-    refused = cli("checkpoint", "export", run, "-o", out)
+    refused = cli("export", run, "-o", out)
     assert refused.status == 1
     assert "exists already; choose another name" in refused.err
-    assert cli("checkpoint", "export", run, "-o", out, "--best", "--overwrite").status == 0
-    assert cli("checkpoint", "export", checkpoint(run, 4), "-o", tmp_path / "x.pt").status == 0
-    wrong = cli("checkpoint", "export", checkpoint(run, 4), "-o", tmp_path / "y.safetensors", "--best")
+    assert cli("export", run, "-o", out, "--best", "--overwrite").status == 0
+    assert cli("export", checkpoint(run, 4), "-o", tmp_path / "x.pt").status == 0
+    wrong = cli("export", checkpoint(run, 4), "-o", tmp_path / "y.safetensors", "--best")
     assert "is one checkpoint; --best goes with a run folder" in wrong.err
 
 
@@ -289,7 +318,7 @@ def test_export_takes_what_its_help_says(tmp_path: Path, finished: bool) -> None
     run = tmp_path / "run"
     train(1, write_recipe(tmp_path, text), run, stop_after=None if finished else 8)
     out = tmp_path / "model.safetensors"
-    taken = [cli("checkpoint", "export", run, "-o", out, "--overwrite", *best).out for best in ([], ["--best"])]
+    taken = [cli("export", run, "-o", out, "--overwrite", *best).out for best in ([], ["--best"])]
     steps = [re.findall(r"step-0*(\d+)", text)[-1] for text in taken]
     assert steps[1] == "4", "the least sure, which is the first"
     assert steps[0] == ("4" if finished else "8")

@@ -202,7 +202,8 @@ def test_a_model_that_is_no_graph_leaves_nothing(run_of, tmp_path, kind: str, wh
     [
         (("-o", "model.pt", "--format", "onnx"), "--format onnx does not write a .pt file"),
         (("-o", "model.onnx", "--format", "pt2"), "--format pt2 does not write a .onnx file"),
-        (("-o", "model", "--format", "pt"), "--format pt writes one file"),
+        (("-o", "model", "--format", "ptt"), "no format 'ptt'; did you mean 'pt'"),
+        (("-o", "model", "--format", "onnx", "--trust"), "--trust is for other trainers' checkpoints"),
         (("-o", "model", "--format", "hf"), "--format hf is for models of the transformers library"),
         (("-o", "model.pt", "--format", "hf"), "--format hf writes a folder"),
     ],
@@ -216,12 +217,12 @@ def test_names_that_are_not_of_the_format(run_of, tmp_path, arguments: tuple[str
 
 
 def test_weights_are_not_graphs(run_of, tmp_path) -> None:
-    ended = cli("checkpoint", "export", run_of("mlp"), "-o", tmp_path / "model.onnx", "--dtype", "bf16")
+    ended = cli("export", run_of("mlp"), "-o", tmp_path / "model.onnx", "--dtype", "bf16")
     assert ended.status == 1
     assert "--dtype is for weights alone" in ended.err
     file = tmp_path / "model.safetensors"
-    assert cli("checkpoint", "export", run_of("mlp"), "-o", file).status == 0
+    assert cli("export", run_of("mlp"), "-o", file).status == 0
     assert [*tmp_path.iterdir()] == [file]
-    foreign = cli("checkpoint", "export", file, "-o", tmp_path / "model.onnx", "--format", "onnx")
+    foreign = cli("export", file, "-o", tmp_path / "model.onnx", "--format", "onnx")
     assert foreign.status == 1
     assert "--format onnx is for checkpoints of distrain's own" in foreign.err

@@ -377,7 +377,7 @@ def test_a_run_may_lie_where_the_path_is_not_utf8(tmp_path: Path, latin: Path) -
             assert "\\udc" not in text, f"{file!a} holds half a character, which strict readers of JSON refuse"
     for arguments in (
         ["status", run], ["status", latin], ["logs", run], ["evaluate", run], ["checkpoint", "ls", run],
-        ["checkpoint", "export", run, "-o", latin / "m.safetensors"], ["predict", run, "test", "-o", latin / "p.csv"],
+        ["export", run, "-o", latin / "m.safetensors"], ["predict", run, "test", "-o", latin / "p.csv"],
         ["train", run],
     ):  # fmt: skip
         ended = cli(*arguments)

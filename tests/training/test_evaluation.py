@@ -514,7 +514,7 @@ def test_the_best_by_the_metric_that_holds_now(
     assert done is not None
     assert (done["exported_step"], done["best"]["value"]) == (step, top)
     assert find_best(run / "checkpoints") == run / "checkpoints" / f"step-{step:08d}"
-    assert cli("checkpoint", "export", run, "--best", "-o", tmp_path / "best.safetensors").status == 0
+    assert cli("export", run, "--best", "-o", tmp_path / "best.safetensors").status == 0
 
 
 def test_the_best_after_a_change_that_trains_nothing(tmp_path: Path) -> None:

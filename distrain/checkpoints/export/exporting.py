@@ -66,26 +66,28 @@ def export(
     trust: bool = False,
     card: bool = False,
     averaged: bool = False,
+    pt: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint, distrain's own or a foreign one, or one that is open, to `out`.
 
-    `out` is a `.safetensors` file, a `.pt` or `.pth` file, or a folder, which gets a `model.safetensors`. `shards` is
-    the largest size of one file (bytes, or "5GB"): a larger model becomes `model-00001-of-00003.safetensors` and so on,
-    beside a `model.safetensors.index.json`, as Hugging Face lays them out. Tensors have their canonical names; tied
-    ones are written under each of their names, because `load_state_dict(strict=True)` asks for all of them. `dtype`
-    (bf16, fp16, fp32, fp64) converts floating-point tensors only, and refuses finite values that would become
-    infinite. `ema` takes the moving average instead of the weights. A transformers model that is exported as
-    `model.safetensors`, as in a folder, gets its `config.json` and its `companion_files` beside it, so that
-    `from_pretrained` opens the folder. `verify=False` skips the check of the bytes against their hashes. `sync=False`
-    does not wait for the disk: safe from a crash of the program, not from one of the machine. `format` and `trust` are
-    `open_foreign`'s. With `card` a folder also gets what `model_card` writes beside a checkpoint of distrain's own;
-    `averaged`: whether the tensors of `checkpoint` are the average already.
+    `out` is a `.safetensors` file, a `.pt` or `.pth` file, or a folder, which gets a `model.safetensors`, or with `pt`
+    a `model.pt`. `shards` is the largest size of one file (bytes, or "5GB"): a larger model becomes
+    `model-00001-of-00003.safetensors` and so on, beside a `model.safetensors.index.json`, as Hugging Face lays them
+    out. Tensors have their canonical names; tied ones are written under each of their names, because
+    `load_state_dict(strict=True)` asks for all of them. `dtype` (bf16, fp16, fp32, fp64) converts floating-point
+    tensors only, and refuses finite values that would become infinite. `ema` takes the moving average instead of the
+    weights. A transformers model that is exported to a folder, or as `model.safetensors`, gets its `config.json` and
+    its `companion_files` beside it, so that `from_pretrained` opens the folder of a safetensors file. `verify=False`
+    skips the check of the bytes against their hashes. `sync=False` does not wait for the disk: safe from a crash of the
+    program, not from one of the machine. `format` and `trust` are `open_foreign`'s. With `card` a folder also gets what
+    `model_card` writes beside a checkpoint of distrain's own; `averaged`: whether the tensors of `checkpoint` are the
+    average already.
 
     All files are written under hidden names and renamed at the end, the index last. Raises UserError: a file that
     exists (unless `overwrite`), a symbolic link, a checkpoint that does not verify, a full disk.
     """
     is_folder = names_folder(Path(out))
-    out = _output_path(Path(out))
+    out = _output_path(Path(out), "model.pt" if pt else "model.safetensors")
     limit = None if shards is None else _parse_size(shards)
     target = None if dtype is None else _parse_dtype(dtype)
     with checkpoint if isinstance(checkpoint, Source) else _open(Path(checkpoint), verify, format, trust) as source:
@@ -98,7 +100,7 @@ def export(
         shard_name = f"{out.stem}-{{:05d}}-of-{len(groups):05d}.safetensors".format
         paths = [out] if len(groups) == 1 else [out.with_name(shard_name(n + 1)) for n in range(len(groups))]
         beside: dict[Path, Callable[[Path], object]] = {}
-        if source.config and out.name == "model.safetensors":
+        if source.config and (out.name == "model.safetensors" or (is_folder and pt)):
             beside[out.with_name(CONFIG)] = partial(_write_text, source.config)
             for name, file in source.companions.items():
                 if not _same(out.parent / name, file):  # a file that the user has put there, with the same content
@@ -184,14 +186,14 @@ def names_folder(out: Path) -> bool:
     return not out.suffix or out.is_dir()
 
 
-def _output_path(out: Path) -> Path:
+def _output_path(out: Path, name: str) -> Path:
     if out.suffix in (".safetensors", ".pt", ".pth"):
         return out
     if out.suffix and not out.is_dir():
         raise UserError(
             f"{out}: {out.suffix!r} is not a format of exports; name a .safetensors or .pt file, or a folder"
         )
-    return out / "model.safetensors"
+    return out / name
 
 
 def _parse_size(size: str | int) -> int:

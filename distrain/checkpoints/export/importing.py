@@ -103,8 +103,7 @@ def _target(out: Path) -> tuple[Path, str]:
     """Return the folder of checkpoints, and the recipe of its run."""
     if (out / MANIFEST).exists() or out.suffix in (".safetensors", ".pt", ".pth"):
         raise UserError(
-            f"{out} is not a run's folder; expected a run's folder or a new one (`distrain checkpoint export` writes "
-            "one file)"
+            f"{out} is not a run's folder; expected a run's folder or a new one (`distrain export` writes one file)"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a run's folder, or a folder for the checkpoint")
