@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distrain.api import Run, evaluate, load, predict, train
     from distrain.config import Duration, Recipe, UserError
     from distrain.training.callbacks.base import Callback
-    from distrain.training.callbacks.trackers import Tracker
+    from distrain.training.callbacks.tracker import Tracker
     from distrain.training.tasks import LossSum, Task, TaskContext, gather
     from distrain.training.tasks.built_in import (
         Binary,
@@ -71,7 +71,7 @@ _FOUND_IN = {
     "Task": "distrain.training.tasks",
     "TaskContext": "distrain.training.tasks",
     "TokenClassification": "distrain.training.tasks.built_in",
-    "Tracker": "distrain.training.callbacks.trackers",
+    "Tracker": "distrain.training.callbacks.tracker",
     "UserError": "distrain.config",
     "evaluate": "distrain.api",
     "gather": "distrain.training.tasks",

@@ -343,7 +343,7 @@ schedules: Registry[Callable[..., Any]] = Registry(
     "schedule", "schedule.name", "distrain.schedules", "distrain.config.schedules"
 )
 trackers: Registry[Callable[..., Any]] = Registry(
-    "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.trackers"
+    "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.boards"
 )
 launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
 formats: Registry[Callable[..., Any]] = Registry(

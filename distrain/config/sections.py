@@ -442,6 +442,14 @@ class EvalSection(Section):
     on and they would have more than 2^28 logits."""
     early_stop: EarlyStopSection | None = None
     """When to stop early; None trains to the end."""
+    samples: Annotated[int, Field(ge=0, le=1024), WHOLE] = 0
+    """How many samples are shown after each evaluation with what is predicted for them: pictures, tables or texts, in
+    RUN/media and in every tracker."""
+
+    @model_serializer(mode="wrap")
+    def _without_samples(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # recipes stored without the key stay equal
+        return {key: value for key, value in handler(self).items() if key != "samples" or value}
 
 
 class CheckpointSection(Section):

@@ -4,7 +4,6 @@ trained.py      `Trained`: a model, its data set and its world, from a run or a 
 evaluating.py   `evaluate_checkpoint`, what `distrain evaluate` does
 predicting.py   `predict_file`, what `distrain predict` does, and `predict_table`
 graphs.py       `export_graph`: the model as ONNX or `.pt2`, which run without its code
-outputs.py      what a model predicts, from its outputs
 embeddings.py   what a layer computes for its samples
 files.py        files of predictions, written row by row
 generation.py   text after prompts, for every kind of model; how it ends, and what can be shown of it already

@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from distrain.config import UserError
-from distrain.inference.outputs import Predictions
 from distrain.system.output import in_utf8, write_csv
 from distrain.system.processes import umask
+from distrain.training.outputs import Predictions
 
 if TYPE_CHECKING:
     import pandas as pd

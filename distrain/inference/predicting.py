@@ -23,12 +23,12 @@ from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import PredictionFile, PredictionTable, open_predictions
 from distrain.inference.generating import read_prompts
 from distrain.inference.generation import GenerationOptions, Generator
-from distrain.inference.outputs import Predictions, predicted, raw_outputs, target_columns
 from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
 from distrain.training.context import to_device
+from distrain.training.outputs import Predictions, predicted, raw_outputs, target_columns
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,6 +3,7 @@
 folder.py       the run folder: recipe, launch.json, markers of how it ended
 json_files.py   JSON on disk: files replaced atomically, files of rows
 metrics_file.py metrics.jsonl as it is written: each row once
+media.py        pictures, tables and texts that rows name
 evaluations.py  the evaluations of a run, read while it writes them
 lease.py        which attempt may write
 heartbeat.py    what each rank does, for whoever looks from outside

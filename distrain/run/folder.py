@@ -5,6 +5,7 @@ runs/NAME/
   launch.json        how it was started: arguments, versions, git commit, and the request that its processes read
   effect.json        what took effect: engine, world, precision, the state that each rank holds
   metrics.jsonl      one row for each event, in the order written
+  media/             pictures, tables and texts that rows of metrics.jsonl name (see `distrain.run.media`)
   anomalies.jsonl    steps whose loss or gradient was not as usual, and what was decided about them
   log-rank-0.txt     the log of each rank
   micro_batch.json   what `batch.micro: auto` was found to be (see `distrain.run.micro_batch`)

@@ -26,6 +26,7 @@ EVALUATION_KEYS = frozenset(
         "undecodable",  # as it was called
         "nonfinite",
         "checkpoint",
+        "media",
         "processes",
         "changed_data",
     )

@@ -13,6 +13,8 @@ evaluator.py        when an evaluation is due, what comes of it, and which was b
 saving.py           when a checkpoint is due, what is in it, and restoring one
 ending.py           the run is left to be resumed, or its model exported
 evaluation.py       `evaluate`: every sample once
+samples.py          a few samples with what the model predicts for them
+outputs.py          what a model predicts, from its outputs
 intervals.py        when things are due, requests to stop, the best so far
 skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes
 coupling.py         losses that couple the samples of a batch, found before step 1

@@ -99,7 +99,7 @@ def evaluate(
         for batch in batches():
             tally.add(batch, forward(batch))
             if metrics.needs_text:
-                metrics.update_text(*_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
+                metrics.update_text(*generated_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
         return tally.sums()
 
     was_training = model.training
@@ -292,7 +292,7 @@ def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None], *, coupled: bool) 
     return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"
 
 
-def _texts(
+def generated_texts(
     model: nn.Module, batch: Batch, decode: Callable[[Sequence[int]], str] | None
 ) -> tuple[list[str], list[str]]:
     """Return what the model generates for a batch of sources, and the references."""

@@ -14,11 +14,13 @@ from distrain.datasets.base import AnySource
 from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.metrics import build_metrics
 from distrain.run.heartbeat import enter_phase
+from distrain.run.media import KEY, write_media
 from distrain.training.callbacks.trackers import duration
 from distrain.training.evaluation import Interrupted, evaluate, pass_options
 from distrain.training.intervals import Interval
 from distrain.training.loop_state import LoopState, RunContext
 from distrain.training.ranking import criterion_for, data_since, evaluation_of, resume_ranking, scored_split
+from distrain.training.samples import SampleView
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,12 @@ class Evaluator:
         self._loader: EvalLoader | None = None
         """Of the split that is evaluated during training; its processes stay from one evaluation to the next."""
         self._every = Interval(recipe.eval.every, setup.horizon, "eval.every")
+        self._samples = world.run_on_all(self._sample_view) if recipe.eval.samples else None
+
+    def _sample_view(self) -> SampleView:
+        context, t = self._context, self._context.t
+        transform = context.setup.feed.transforms["eval"]
+        return SampleView(context.recipe, t.strategy, t.objective, context.data.meta, transform)
 
     def state_at(self, manifest: Manifest | None) -> LoopState:
         """Return what a checkpoint, or None, says of the loop's state."""
@@ -118,6 +126,7 @@ class Evaluator:
     def run(self, split: str, event: str = "eval") -> dict[str, Any] | None:
         """Return the loss and metrics of a split, which are written and shown; None where a request to stop came."""
         context, strategy = self._context, self._context.t.strategy
+        source = context.data.splits[split]
         began = time.monotonic()
         enter_phase("evaluate")
         strategy.broadcast_buffers()
@@ -126,7 +135,7 @@ class Evaluator:
                 values = evaluate(
                     strategy.model,
                     context.t.objective,
-                    context.data.splits[split],
+                    source,
                     world=context.world,
                     metrics=self.metrics,
                     **self._reading(split),
@@ -137,11 +146,15 @@ class Evaluator:
                 )
             except Interrupted:
                 values = None
+            shown = [] if values is None or self._samples is None else self._samples.take(source, split)
         if values is None:
             context.stop_as_requested()
             return None
         seconds = time.monotonic() - began
         row = {"event": event, "step": context.t.step, "split": split, **values, "seconds": seconds}
+        if self._samples is not None and context.world.rank == 0:
+            place = split if event == "eval" else f"{event}-{split}"
+            row[KEY] = write_media(context.run.path, context.t.step, place, shown, context.fence)
         context.write_row(row)
         if event == "eval":  # the final one is in the summary
             logger.info(f"step {context.t.step}  {split}: {format_values(values)}  ({duration(seconds)})")

@@ -20,7 +20,7 @@ from distrain.config import UserError
 from distrain.inference import files, predict_file
 from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import open_predictions
-from distrain.inference.outputs import Predictions
+from distrain.training.outputs import Predictions
 
 ROWS = 7
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from distrain.config import UserError
 from distrain.datasets.base import DataMeta
 from distrain.inference.files import open_predictions
-from distrain.inference.outputs import predicted
+from distrain.training.outputs import predicted
 
 META = DataMeta(num_classes=3)
 

@@ -26,11 +26,12 @@ import distrain
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.inference.files import open_predictions
-from distrain.inference.outputs import Predictions
 from distrain.run.folder import RunDir
 from distrain.system.output import LogFormatter, csv_cell, error_text, lines, one_line, write_csv
 from distrain.system.terminal import Console, ProgressLine, Table
-from distrain.training.callbacks.trackers import Display, _numbers
+from distrain.training.callbacks.tracker import numbers_of
+from distrain.training.callbacks.trackers import Display
+from distrain.training.outputs import Predictions
 
 PACKAGE = Path(distrain.__file__).parent
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe \u200b\x85\u2028 :fire: [red]x[/red] \udce9\ud800"
@@ -121,7 +122,7 @@ def test_a_table_of_any_columns_is_written_safely(tmp_path: Path) -> None:
 
 
 def test_trackers_are_given_names_without_controls() -> None:
-    assert _numbers({"event": "eval", "step": 1, "split": "test", "a\x1b[2J": 1.0}) == {r"test/a\x1b[2J": 1.0}
+    assert numbers_of({"event": "eval", "step": 1, "split": "test", "a\x1b[2J": 1.0}) == {r"test/a\x1b[2J": 1.0}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -10,15 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from row_logs import RowLogs
 from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
 from wandb_file import Service, logged
 from worlds import in_world, running_world
 
+from distrain import Callback
 from distrain.config.yaml import load_recipe
 from distrain.run.folder import Launch, RunDir
-from distrain.training.callbacks.trackers import Display, Tracker, TrackerStart, duration
+from distrain.run.media import media_of
+from distrain.training.callbacks.tracker import Tracker, TrackerStart
+from distrain.training.callbacks.trackers import Display, duration
 
 MIRRORED = TINY.replace("log: {every: 1 steps}", "log: {every: 1 steps, wandb: offline, tensorboard: true}")
 LONG = ["train.steps=60", "checkpoint.every=4 steps"]
@@ -35,9 +39,43 @@ def train_until_killed(recipe: Path, run: Path, *overrides: str) -> None:
         assert world.wait(30) == [-9]
 
 
+class Pictures(Callback):
+    """Logs a picture, a table and a text every eight steps."""
+
+    def on_start(self, run: Any) -> None:
+        self.run = run
+
+    def on_step_end(self, step: int, metrics: Any) -> None:
+        if step % 8 == 0:
+            self.run.log_image("shade", np.full((4, 5), step / 100), "a shade of grey")
+            self.run.log_table("steps", ["step", "word"], [[step, "a|b"], [None, "c"]])
+            self.run.log_text("words", f"<i>step {step}</i>")
+
+
+def check_media(run: Path, rows: list[dict[str, Any]], mirror: list[dict[str, Any]], board: Any) -> None:
+    """Each picture, table and text is in the run folder, and once in each mirror."""
+    named = [row for row in rows if row["event"] == "callback/Pictures"]
+    assert [row["step"] for row in named] == list(range(8, 61, 8))
+    assert all((run / item.file).is_file() for row in named for item in media_of(row))
+    there = [row for row in mirror if row["event"] == "callback/Pictures"]
+    assert [row["step"] for row in there] == [row["step"] for row in named]
+    kinds = {"shade": "image-file", "steps": "table-file", "words": "html-file"}
+    for row in there:
+        for name, kind in kinds.items():
+            assert row[f"callback/Pictures/{name}._type"] == kind
+            file = row[f"callback/Pictures/{name}.path"]
+            assert len([*run.glob(f"wandb/wandb/offline-run-*/files/{file}")]) == 1
+    assert [event.step for event in board.Images("callback/Pictures/shade")] == list(range(8, 61, 8))
+    texts = board.Tensors("callback/Pictures/words/text_summary")
+    assert [text.step for text in texts] == list(range(8, 61, 8))
+    assert texts[0].tensor_proto.string_val[0] == b"    <i>step 8</i>"
+    assert b"| 8 | a\\|b |" in board.Tensors("callback/Pictures/steps/text_summary")[0].tensor_proto.string_val[0]
+
+
 @pytest.mark.slow
 def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, MIRRORED.replace("metrics: [accuracy]", "metrics: [accuracy, confusion_matrix]"))
+    text = MIRRORED.replace("metrics: [accuracy]", "metrics: [accuracy, confusion_matrix]")
+    recipe = write_recipe(tmp_path, f"{text}callbacks: ['{__file__}:Pictures']\n")
     run = tmp_path / "run"
     train(1, recipe, run, *LONG, stop_after=10)
     for _ in range(2):
@@ -73,8 +111,9 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     board.Reload()
+    check_media(run, rows, mirror, board)
     shown = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     for tag, event, key in (("train/loss", "train", "loss"), ("valid/accuracy", "eval", "accuracy")):
         wanted = [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows if row["event"] == event]

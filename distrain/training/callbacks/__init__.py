@@ -6,7 +6,9 @@ built_in.py         the built-in ones, in their order
 dispatch.py         they are called on all ranks; a failure or a request of one is everybody's
 banner.py           what a run shows of itself before its first step
 train_log.py        the row of training numbers every so many steps
-trackers.py         metrics.jsonl, the progress line, wandb and TensorBoard
+trackers.py         metrics.jsonl, the progress line, and the trackers that get its rows
+tracker.py          `Tracker`, which mirrors rows
+boards.py           wandb and TensorBoard
 offline_runs.py     folders of an offline wandb run, one for each attempt
 corrupt_samples.py  samples that do not decode, noted once each
 early_stopping.py   training ends where evaluations bring no improvement

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.config import Duration, Horizon, Recipe
+from distrain.run.media import KEY, Encoded, encode_image, encode_table, encode_text
 from distrain.system.output import one_line
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESERVED = ("event", "step", "split", "time", "corrupt_samples", "undecodable")
+RESERVED = ("event", "step", "split", "time", KEY, "corrupt_samples", "undecodable")
 """Keys of a row that a callback does not choose."""
 
 
@@ -137,6 +138,7 @@ class CallbackRun:
         """All parts of the run, for the built-in callbacks; what is in it may change with each version."""
         self._horizon = horizon
         self._row: dict[str, float] = {}
+        self._media: list[Encoded] = []
         self.requests = NOTHING
         """What was asked for and is not yet known to the other ranks."""
         self.summary: dict[str, Any] = {}
@@ -169,6 +171,27 @@ class CallbackRun:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{key} is a {type(value).__name__}, expected a number")
             self._row[key] = float(value) if not isinstance(value, int) else value
+
+    def log_image(self, name: str, image: Any, caption: str = "") -> None:
+        """Add a picture to the row that this hook writes: a file below RUN/media, and from there in every tracker.
+
+        `image`: a tensor or array (height, width), (channels, height, width) or (height, width, channels) with 1, 3 or
+        4 channels, or (n, channels, height, width), which becomes a grid; floats in [0, 1], integers in [0, 255] or
+        booleans; or a picture of Pillow. All ranks may call; rank 0's is kept, and the host waits for its device then.
+        Raises UserError for other shapes and values.
+        """
+        if self.rank == 0:
+            self._media.append(encode_image(name, image, caption))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
+        """Add a table in the same way; cells are text, numbers, booleans or None. Raises UserError for others."""
+        if self.rank == 0:
+            self._media.append(encode_table(name, columns, rows, caption))
+
+    def log_text(self, name: str, text: str, caption: str = "") -> None:
+        """Add a text in the same way."""
+        if self.rank == 0:
+            self._media.append(encode_text(name, text, caption))
 
     def write_row(self, event: str, step: int, **values: Any) -> None:
         """Write a row of metrics.jsonl with an event of its own, on rank 0; `values` are JSON values, NaN included.
@@ -225,6 +248,11 @@ class CallbackRun:
     def take_row(self) -> dict[str, float]:
         """For the loop: return what was logged since the last call."""
         found, self._row = self._row, {}
+        return found
+
+    def take_media(self) -> list[Encoded]:
+        """For the loop: return the pictures, tables and texts that were logged since the last call."""
+        found, self._media = self._media, []
         return found
 
 

@@ -25,6 +25,7 @@ from distrain.datasets.base import Batch
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
+from distrain.run.media import KEY, write_media
 from distrain.system.output import error_line
 from distrain.training.callbacks.base import (
     HOOKS,
@@ -226,9 +227,13 @@ class Callbacks:
             self._write_row(name, hook, self._runs[name].step if step is None else step)
 
     def _write_row(self, name: str, hook: str, step: int) -> None:
-        values = self._runs[name].take_row()
-        if values:
+        run = self._runs[name]
+        values: dict[str, Any] = run.take_row()
+        media = run.take_media()
+        if values or media:
             event = f"callback/{name}" + ("" if hook == "on_step_end" else f"/{hook.removeprefix('on_')}")
+            if media:
+                values[KEY] = write_media(run.folder, step, event, media, run.context.fence)
             self.row({"event": event, "step": step, **values})
 
     # ----------------------------------------------------------------------------------------------------------------

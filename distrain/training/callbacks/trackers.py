@@ -7,19 +7,12 @@ on.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
-import os
-import re
-import secrets
-import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rich.live import Live
@@ -27,186 +20,15 @@ from rich.live import Live
 from distrain.config import Component, Recipe, UserError
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import trackers
-from distrain.run.folder import RunDir
+from distrain.run.media import cut_media
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.logs import leave_console, show_on_terminal
-from distrain.system.output import error_line, one_line
+from distrain.system.output import error_line
 from distrain.system.terminal import Console, ProgressLine, Table, notebook_line
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
-from distrain.training.callbacks.offline_runs import OfflineRuns
+from distrain.training.callbacks.tracker import Row, Tracker, TrackerStart
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrackerStart:
-    """What a tracker is made from, on rank 0."""
-
-    run: RunDir
-    """The run folder is `run.path`."""
-    recipe: Recipe
-    config: dict[str, Any]
-    """The resolved recipe and what else describes this attempt, as JSON values."""
-    rows: MetricsFile
-    step: int
-    """Finished optimizer steps that this attempt resumes from."""
-    mark: Any
-    """What `mark` returned when the checkpoint was saved that this attempt resumes from; None: nothing."""
-
-
-class Tracker:
-    """Something that holds the rows of metrics.jsonl in another form. Made, called and closed on rank 0 alone.
-
-    One of your own is a subclass, which is made with a `TrackerStart` and the further keys of its item in
-    `log.trackers`. It gets every row of metrics.jsonl from the first at each attempt, so that it writes what it keeps
-    anew, unless it says with `missing` which rows it lacks. What it raises ends it with a warning, and not the run.
-    """
-
-    name: str
-    """What the run calls it."""
-
-    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
-        """Return the rows that it lacks, with their indices; None: all of them."""
-        return None
-
-    def mark(self) -> Any:
-        """Flush, and return what an attempt needs that resumes from here, as JSON values."""
-        return None
-
-    def write(self, index: int, row: Row) -> None:
-        """Add the row that is line `index` (from 0) of metrics.jsonl."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Flush and let go."""
-
-
-def _numbers(row: Row) -> dict[str, float]:
-    """Return the row's numbers under the names that trackers show: `train/loss`, `test/accuracy`."""
-    group = row.get("split", row["event"])
-    flat: dict[str, float] = {}
-    for name, value in row.items():
-        key = one_line(name)
-        if key in ("event", "step", "split") or isinstance(value, bool):
-            continue
-        if isinstance(value, int | float):
-            flat[f"{group}/{key}"] = value
-        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-            flat |= {f"{group}/{key}/{index}": item for index, item in enumerate(value)}
-    return flat
-
-
-@trackers.register("wandb")
-class Wandb(Tracker):
-    """Weights & Biases: one run, written by rank 0, the same one after every resume.
-
-    wandb's own step is the line number in metrics.jsonl, which makes replaying safe: a line that the service has is not
-    sent again. Offline, each start writes a folder of its own, with the rows that those of earlier starts lack.
-    """
-
-    name = "wandb"
-
-    def __init__(self, start: TrackerStart):
-        import wandb
-
-        run, recipe, rows = start.run, start.recipe, start.rows
-        folder = run.path / "wandb"
-        folder.mkdir(exist_ok=True)
-        id_file = folder / "run-id"
-        if not id_file.exists():
-            id_file.write_text(hashlib.sha256(f"{run.path}\0{time.time()}".encode()).hexdigest()[:12])
-        self._id = id_file.read_text().strip()
-        offline = OfflineRuns(folder, self._id) if recipe.log.wandb == "offline" else None
-        # a checkpoint without the mark was saved while something else was written, or nothing
-        held = offline.cut(rows.kept if start.mark == self.mark() else 0) if offline is not None else 0
-        self._run = wandb.init(
-            dir=str(folder),
-            id=self._id,
-            name=recipe.name,
-            project=recipe.log.project,
-            mode="online" if offline is None else "offline",
-            resume="allow",  # offline it is a note for the upload
-            config=start.config,
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        if offline is not None:
-            offline.begin(Path(self._run.dir).parent, held)
-        self._next = self._run.step if offline is None else held
-
-    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
-        return enumerate(rows.last(rows.count - self._next), self._next)
-
-    def mark(self) -> Any:
-        return {"id": self._id}
-
-    def write(self, index: int, row: Row) -> None:
-        if index >= self._next:
-            self._run.log({"event": row["event"], "step": row["step"], **_numbers(row)}, step=index)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-@trackers.register("tensorboard")
-class TensorBoard(Tracker):
-    """TensorBoard event files, one for each attempt: it cuts off what was written after the checkpoint it resumes from.
-
-    Without a checkpoint that says where that is, they are written anew from metrics.jsonl.
-    """
-
-    name = "tensorboard"
-
-    def __init__(self, start: TrackerStart):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder, step = start.run.path / "tensorboard", start.step
-        self._goes_on = self._cut(step, start.mark)
-        if not self._goes_on:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._suffix = f".from-{step}.{secrets.token_hex(4)}"
-        self._writer = SummaryWriter(str(self._folder), filename_suffix=self._suffix)
-
-    def _cut(self, step: int, marked: Any) -> bool:
-        """Bring the files to what they were at the mark; returns whether that is possible."""
-        if not isinstance(marked, dict) or type(marked.get("bytes")) is not int:
-            return False
-        last = self._folder / Path(str(marked.get("file"))).name
-        if not last.is_file() or last.is_symlink() or not 0 <= marked["bytes"] <= last.stat().st_size:
-            return False
-        for other in self._folder.glob("events.*"):
-            begun = re.search(r"\.from-([0-9]+)\.[0-9a-f]+$", other.name)
-            if other != last and (begun is None or int(begun[1]) >= step):
-                other.unlink()
-        os.truncate(last, marked["bytes"])
-        return True
-
-    def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
-        if not self._goes_on:
-            return None
-        there, finals = history.get("events", ()), history.get("finals", ())
-        lacks = (
-            row["step"] not in finals
-            if row["event"] == "final"
-            else row["step"] == rows.step and row["event"] not in there
-            for row in rows.recent
-        )
-        return [(0, row) for row, lacking in zip(rows.recent, lacks, strict=True) if lacking]
-
-    def mark(self) -> Any:
-        self._writer.flush()
-        (file,) = self._folder.glob(f"events.*{self._suffix}")
-        return {"file": file.name, "bytes": file.stat().st_size}
-
-    def write(self, index: int, row: Row) -> None:
-        for name, value in _numbers(row).items():
-            self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Display:
@@ -360,6 +182,8 @@ class MetricsLog(Callback):
         self._run = run
         if run.rank != 0:
             return
+        run.context.fence()
+        cut_media(run.folder, run.step)
         finals = [step for step in self._history.get("finals", ()) if type(step) is int]
         self.rows = MetricsFile(
             run.context.run.metrics_path,

@@ -47,7 +47,7 @@ def is_supervised(task: Task) -> bool:
     kind = type(task)
     if kind.couples_samples:
         return False
-    changed = ("losses", "count", "predictions", "measure")
+    changed = ("losses", "count", "predictions", "measure", "show")
     return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in changed)
 
 

@@ -17,6 +17,7 @@ from distrain.datasets.nested import rows_of
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import Loss
 from distrain.parallel import World
+from distrain.run.media import Encoded
 from distrain.training.forward import told_of
 from distrain.training.inner_loss import TARGETS
 from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
@@ -124,6 +125,15 @@ class Objective(ABC):
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         """Return the predictions of a batch."""
+
+    @property
+    def shows(self) -> bool:
+        """Whether the task says itself what to show of samples."""
+        return False
+
+    def show(self, model: nn.Module, batch: Batch, *, keep: bool) -> list[Encoded]:
+        """Return what the task shows of samples, an empty list unless `keep`."""
+        raise NotImplementedError
 
 
 class SupervisedObjective(Objective):
@@ -317,6 +327,19 @@ class TaskObjective(Objective):
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         self._batch = batch
         return call_inside(model, lambda inner: self.task.predictions(inner, batch))
+
+    @property
+    def shows(self) -> bool:
+        return type(self.task).show is not Task.show
+
+    def show(self, model: nn.Module, batch: Batch, *, keep: bool) -> list[Encoded]:
+        task, self._batch = self.task, batch
+        task.showing, task.shown = True, [] if keep else None
+        try:
+            call_inside(model, lambda inner: task.show(inner, batch))
+            return task.shown or []
+        finally:
+            task.showing, task.shown = False, None
 
     # ---- within the forward pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from distrain.config import Form, Recipe, UserError
 from distrain.datasets.base import Batch, DataMeta
 from distrain.models import build_model
 from distrain.networks.calling import Convention, ModelOutput
+from distrain.run.media import Encoded, encode_image, encode_table, encode_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,12 @@ class Task:
         """Return further means of an evaluation by name; `predictions` are those of the batch."""
         return {}
 
+    def show(self, model: Any, batch: Batch) -> None:
+        """Log pictures, tables or texts of a few samples, with `log_image`, `log_table` and `log_text`.
+
+        Called after each evaluation where the recipe has `eval.samples`, on all ranks with the same samples.
+        """
+
     def prepare(self, context: TaskContext) -> None:
         """Build what the task needs besides the model, such as a frozen teacher, which no checkpoint holds."""
 
@@ -114,17 +121,45 @@ class Task:
             raise UserError(f"{type(self).__name__} logs {name!r} twice for one batch")
         self.logged[name] = LossSum(value, count)
 
+    def log_image(self, name: str, image: Any, caption: str = "") -> None:
+        """In `show`: log a picture; see `CallbackRun.log_image` for shapes and values. Rank 0's is kept."""
+        if (shown := self._shown("log_image")) is not None:
+            shown.append(encode_image(name, image, caption))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
+        """In `show`: log a table of text, numbers, booleans and None."""
+        if (shown := self._shown("log_table")) is not None:
+            shown.append(encode_table(name, columns, rows, caption))
+
+    def log_text(self, name: str, text: str, caption: str = "") -> None:
+        """In `show`: log a text."""
+        if (shown := self._shown("log_text")) is not None:
+            shown.append(encode_text(name, text, caption))
+
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _shown(self, method: str) -> list[Encoded] | None:
+        if not self.showing:
+            raise UserError(
+                f"{type(self).__name__} calls {method} where nothing is kept; call it in show(model, batch), which "
+                "eval.samples has called after each evaluation"
+            )
+        return self.shown
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Task:
         """Have what is here, whether or not one's own __init__ calls this class's."""
         task = super().__new__(cls)
         task.logged = {}
         task.convention = None
+        task.showing, task.shown = False, None
         return task
 
     logged: dict[str, LossSum]
     convention: Convention | None
+    showing: bool
+    """Whether `show` is being called."""
+    shown: list[Encoded] | None
+    """What it has logged; None where this rank keeps nothing."""
 
     def outputs(self, model: Any, batch: Batch) -> ModelOutput:
         """Call the model with the inputs of a batch, as built-in tasks do: mappings by name, tuples one by one."""
