@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distrain.cli import completion
 from distrain.cli.options import (
     AUTO,
     Json,
@@ -42,7 +43,10 @@ def submit(
     site: Annotated[
         str | None,
         typer.Option(
-            envvar="DISTRAIN_SITE", help="Defaults of a cluster; `distrain sites` lists them.", show_default="none"
+            autocompletion=completion.sites,
+            envvar="DISTRAIN_SITE",
+            help="Defaults of a cluster; `distrain sites` lists them.",
+            show_default="none",
         ),
     ] = None,
     strategy: Strategy = AUTO,
@@ -85,6 +89,7 @@ def submit(
         bool,
         typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train on a SLURM cluster. The run resumes after time limits and preemptions until it is finished."""
     from distrain.launchers import find_launcher
@@ -100,6 +105,12 @@ def submit(
         return
     job = find_launcher("slurm").submit(prepared).job
     assert job is not None
+    if as_json:
+        plan = prepared.plan
+        typer.echo(
+            json.dumps({"job": job, "folder": plan.folder, "runs": list(plan.runs), "nodes": plan.nodes}, indent=2)
+        )
+        return
     for line in announced(prepared, job):
         echo(one_line(line))
 
@@ -118,12 +129,17 @@ def sites(
         echo(one_line(line))
 
 
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=completion.runs)]
 
 
 def status(
     run: Annotated[
-        Path, typer.Argument(metavar="[RUN|SWEEP]", help="The folder of a run or sweep, or one that holds them.")
+        Path,
+        typer.Argument(
+            metavar="[RUN|SWEEP]",
+            help="The folder of a run or sweep, or one that holds them.",
+            autocompletion=completion.runs,
+        ),
     ] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -178,7 +194,11 @@ def logs(
         raise typer.Exit(130) from None
 
 
-def cancel(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.")]) -> None:
+def cancel(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.", autocompletion=completion.runs)
+    ],
+) -> None:
     """Cancel the jobs of a run at once. What was not saved is trained again when it is submitted again."""
     from distrain.report.status import cancel_jobs
 
@@ -186,7 +206,11 @@ def cancel(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The fo
         echo(one_line(line))
 
 
-def stop(run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.")]) -> None:
+def stop(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep.", autocompletion=completion.runs)
+    ],
+) -> None:
     """Have a run save and end, wherever it runs."""
     from distrain.report.status import stop_run
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from distrain.cli import cluster as cli_cluster
+from distrain.cli import completion
 from distrain.cli import exporting as cli_exporting
 from distrain.cli import generate as cli_generate
 from distrain.cli import predict as cli_predict
@@ -26,17 +28,19 @@ from distrain.cli.options import (
     NoVerify,
     OffloadTo,
     Overrides,
+    Quiet,
     RecipeOrRun,
     Replicate,
     RunFolder,
     Strategy,
     Trust,
     Update,
+    be_quiet,
     own_process,
     print_notes,
 )
 from distrain.config import UserError
-from distrain.system.environment import share_cores
+from distrain.system.environment import is_quiet, share_cores
 from distrain.system.logs import show_on_terminal
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
@@ -44,7 +48,6 @@ app = typer.Typer(
     name="distrain",
     help="Train a PyTorch model from one recipe, on whatever hardware is there.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 checkpoint_app = typer.Typer(
@@ -94,29 +97,36 @@ def train(
     strategy: Strategy = AUTO,
     offload: OffloadTo = None,
     replicate: Replicate = None,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print at the end what `distrain status --json` does, and nothing without it."),
+    ] = False,
 ) -> None:
     """Train a recipe. The same command resumes a stopped run, and shows a finished one."""
-    echo_loading(on_terminal=True)
+    be_quiet(quiet or as_json)
+    if not is_quiet():
+        echo_loading(on_terminal=True)
     share_cores(processes or 1)
     from distrain.launchers import start
 
-    raise typer.Exit(
-        start(
-            target,
-            overrides or [],
-            run_dir=run_dir,
-            processes=processes,
-            update=update,
-            strategy=strategy.value,
-            offload=offload.value if offload is not None else None,
-            replicate=replicate,
-        )
-    )
+    ended = start(
+        target, overrides or [], run_dir=run_dir, processes=processes, update=update, strategy=strategy.value,
+        offload=offload.value if offload is not None else None, replicate=replicate,
+    )  # fmt: skip
+    if as_json and ended.run is not None:
+        cli_cluster.print_statuses(ended.run, as_json=True)
+    raise typer.Exit(ended.status)
 
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.", autocompletion=completion.runs
+        ),
+    ],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine; the metrics are the same for any number.")
@@ -239,12 +249,15 @@ def schema() -> None:
 
 
 @app.command("list")
-def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
     """Print the names that a recipe or an option may use, each with one line."""
     from distrain.config import registry
 
     table = getattr(registry, kind)
     found = table.summaries()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
     if not found:
         echo(f"no {table.kind} is built in or installed; name your own as path/to/file.py:NAME", error=True)
     for name, summary in found.items():
@@ -306,9 +319,13 @@ def checkpoint_ls(
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.", autocompletion=completion.runs
+        ),
     ],
     initial_weights: InitialWeights = None,
+    as_json: Json = False,
 ) -> None:
     """Read every byte and check it against the manifest's hashes, and the weights that it refers to."""
     from distrain.checkpoint import checkpoint_folder, list_checkpoints, read_manifest, verify
@@ -319,7 +336,7 @@ def checkpoint_verify(
     paths = [target] if single else [info.path for info in list_checkpoints(checkpoint_folder(target))]
     if not paths:
         raise UserError(f"{target} has no checkpoints")
-    bad = 0
+    found: dict[str, list[str]] = {}
     checked: dict[str, str | None] = {}
     for path in paths:
         problems = verify(path)
@@ -330,24 +347,33 @@ def checkpoint_verify(
 
                 checked[key] = frozen_problem(path, initial_weights)
             problems += [problem] if (problem := checked[key]) is not None else []
-        bad += bool(problems)
+        found[path.name] = problems
+        if as_json:
+            continue
         echo(f"{path.name}  {'whole' if not problems else f'damaged: {one_line(problems[0])}'}")
         for problem in problems[1:]:
             echo(f"  {one_line(problem)}")
-    raise typer.Exit(1 if bad else 0)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    raise typer.Exit(1 if any(found.values()) else 0)
 
 
 @checkpoint_app.command("diff")
 def checkpoint_diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Json = False,
 ) -> None:
     """Say which tensors of two checkpoints differ, and by how much. Exit status 1 when any does."""
     from distrain.checkpoint import difference
+    from distrain.run.json_files import json_safe
 
     found = difference(a, b)
-    for line in found.lines():
-        echo(one_line(line))
+    if as_json:
+        typer.echo(json.dumps(json_safe({"identical": found.identical, **asdict(found)}), indent=2))
+    else:
+        for line in found.lines():
+            echo(one_line(line))
     raise typer.Exit(0 if found.identical else 1)
 
 

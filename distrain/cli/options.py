@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from distrain.cli import completion
 from distrain.config.strategies import STRATEGIES
+from distrain.system.environment import QUIET
 from distrain.system.output import echo, one_line
 
 Averaged = Annotated[
@@ -51,11 +53,24 @@ NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not check the bytes against their hashes first, as is done without it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and not text for people, as without it.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print warnings and errors alone; without it also progress and results.")
+]
 RecipeOrRun = Annotated[
-    str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or the folder of a run to resume.")
+    str,
+    typer.Argument(
+        metavar="RECIPE|RUN",
+        help="A recipe file, or the folder of a run to resume.",
+        autocompletion=completion.runs,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Values that replace the recipe's.",
+        autocompletion=completion.recipe_keys,
+    ),
 ]
 RunFolder = Annotated[str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")]
 Update = Annotated[
@@ -102,6 +117,12 @@ OffloadTo = Annotated[
         show_default="as the run was started, else none",
     ),
 ]
+
+
+def be_quiet(asked: bool) -> None:
+    """Where asked, have this process and those that it starts print nothing but results, warnings and errors."""
+    if asked:
+        os.environ[QUIET] = "1"
 
 
 def own_process(command: str, processes: int | None = None) -> None:

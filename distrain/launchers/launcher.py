@@ -56,6 +56,8 @@ class Submitted:
     """The queue's number of the job; None where the processes were started here, and have ended."""
     status: int = 0
     """The exit status of the command: 0 where the job is queued, or all processes have ended well."""
+    run: Path | None = None
+    """The folder of the run."""
 
 
 class Launcher(Protocol):

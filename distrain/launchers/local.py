@@ -25,7 +25,15 @@ from distrain.launchers.request import TRAINING_IMPORTS, Options, RunRequest, pr
 from distrain.launchers.worker import begin_worker, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
-from distrain.system.environment import LAUNCHED_BY, SWEPT_BY, forget_launchers, own_start, say_ignored, share_cores
+from distrain.system.environment import (
+    LAUNCHED_BY,
+    SWEPT_BY,
+    forget_launchers,
+    is_quiet,
+    own_start,
+    say_ignored,
+    share_cores,
+)
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
@@ -260,14 +268,14 @@ class LocalLauncher:
         """Start a request's processes and wait for them; a single one is this process."""
         run = start.run
         if start.is_finished:
-            return Submitted(status=show_finished(run))
+            return Submitted(status=show_finished(run), run=run.path)
         if start.processes == 1:
-            return Submitted(status=train_here(start))
+            return Submitted(status=train_here(start), run=run.path)
         prepare(start)
         plan = _plan(start)
         status = launch(plan if self.forks else replace(plan, imports=()), run)
         # a launcher that was signalled calls that a failure, and the run folder knows better
-        return Submitted(status=0 if run.preempted is not None else status)
+        return Submitted(status=0 if run.preempted is not None else status, run=run.path)
 
     def knows(self, folder: Path) -> bool:
         """Whether a job was submitted: there are none here, only processes."""
@@ -287,8 +295,8 @@ class LocalLauncher:
 
 def start(
     target: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, update: bool = False, **options: Any
-) -> int:
-    """Train a recipe or resume a run on this machine; returns the exit status. What `distrain train` does.
+) -> Submitted:
+    """Train a recipe or resume a run on this machine, as `distrain train` does; returns how that ended.
 
     `options` are those of `Options`. Raises UserError with all that is wrong, before anything is written.
     """
@@ -298,7 +306,7 @@ def start(
     asked = Options(**options)
     say_ignored(own_start(os.environ, asked.processes))
     named = read_target(target, overrides, run_dir, update=update)
-    if not named.problems:
+    if not named.problems and not is_quiet():
         echo_loading(on_terminal=False)
     count = asked.processes or (1 if asked.strategy == "single" else max(gpu_count(), 1))
     wanted = replace(asked, processes=count)
@@ -306,13 +314,13 @@ def start(
         share_cores(count)
         import_once(TRAINING_IMPORTS)
         request = in_copy(lambda: resolve(named, wanted, launcher_environment(count)))
-        return LocalLauncher().submit(request).status
+        return LocalLauncher().submit(request)
     if count == 1:
         begin_worker()
     with importing():
         environment = launcher_environment(count) if count > 1 else worker_environment()
         request = resolve(named, wanted, environment)
-    return LocalLauncher().submit(request).status
+    return LocalLauncher().submit(request)
 
 
 def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, **options: Any) -> int:

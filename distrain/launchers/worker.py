@@ -16,7 +16,7 @@ from distrain.launchers.reporting import leave_to_rank_0, report, reported
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, prepare, read_target, resolve
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.lease import Holder, Lease, take_lease
-from distrain.system.environment import rank_told, under_torch_launcher
+from distrain.system.environment import is_quiet, rank_told, under_torch_launcher
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
@@ -167,6 +167,8 @@ def train_here(
 
 def show_finished(run: RunDir) -> int:
     """Print the summary of a finished run, and what took effect in it; returns the exit status."""
+    if is_quiet():
+        return 0
     from distrain.system.terminal import Console
     from distrain.training.callbacks.trackers import show_summary
 

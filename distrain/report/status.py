@@ -86,6 +86,8 @@ class Status:
     """What it failed of, or where it hangs or stopped."""
     values: dict[str, str] = field(default_factory=dict)
     """What is its own in a sweep."""
+    summary: dict[str, Any] | None = None
+    """Of a finished run: what its file FINISHED holds."""
     rank: int | None = None
     """Its place among the runs of a sweep by `eval.best`, from 1; equals share one."""
 
@@ -145,6 +147,7 @@ def status_of(
         queue=problem,
         message=message,
         values=values or {},
+        summary=finished,
     )
 
 

@@ -20,6 +20,8 @@ from distrain.system.processes import process_stat
 
 LAUNCHED_BY = "DISTRAIN_LAUNCHER"
 """The environment variable that names the process, by its number, which started this one as one of several."""
+QUIET = "DISTRAIN_QUIET"
+"""Set in processes of a command that is to print nothing but its result, warnings and errors."""
 SWEPT_BY = "DISTRAIN_SWEEP"
 """The same of the process that started this run as one of a sweep: when that ends, the run saves and stops."""
 
@@ -84,6 +86,11 @@ class Environment:
                 "< LOCAL_WORLD_SIZE <= WORLD_SIZE and LOCAL_RANK <= RANK < WORLD_SIZE; unset what is left over"
             )
         return cls(rank, local_rank, world_size, local_world_size, launched=True)
+
+
+def is_quiet() -> bool:
+    """Whether this process prints nothing but results, warnings and errors."""
+    return bool(os.environ.get(QUIET))
 
 
 def rank_told(variables: Mapping[str, str] = os.environ) -> int:

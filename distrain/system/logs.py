@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrain.system.environment import rank_told
+from distrain.system.environment import is_quiet, rank_told
 from distrain.system.output import LogFormatter, echo, echo_error, lines
 
 if TYPE_CHECKING:
@@ -151,13 +151,14 @@ _libraries = _Libraries()
 def show_on_terminal(*, converses: bool = False, console: Console | None = None) -> None:
     """Show what this process logs, where it is rank 0 or the line is one of each rank.
 
-    `converses`: lines that are no warnings are shown too, all on standard output. `console`: has a progress line.
+    `converses`: lines that are no warnings are shown too, all on standard output, unless the command is to be quiet.
+    `console`: has a progress line.
     """
     global _terminal
     if _terminal is None:
         _terminal = _Terminal()
         _begin(_terminal)
-    _terminal.converses = _terminal.converses or converses
+    _terminal.converses = (_terminal.converses or converses) and not is_quiet()
     _terminal.console = console or _terminal.console
 
 

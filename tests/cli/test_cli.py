@@ -171,6 +171,9 @@ def test_checkpoint_verify(run: Path, tmp_path: Path) -> None:
     assert ended.status == 1
     assert "damaged" in ended.out
     assert file.name in ended.out
+    found = json.loads(cli("checkpoint", "verify", copy, "--json").out)
+    assert list(found) == [copy.name]
+    assert file.name in found[copy.name][0]
 
 
 def test_checkpoint_diff(run: Path) -> None:
@@ -181,6 +184,9 @@ def test_checkpoint_diff(run: Path) -> None:
     assert other.status == 1
     assert "model/layers.0.weight" in other.out
     assert "step: 4 in the first, 8 in the second" in other.out
+    found = json.loads(cli("checkpoint", "diff", checkpoint(run, 4), checkpoint(run, 8), "--json").out)
+    assert not found["identical"]
+    assert "model/layers.0.weight" in [each["name"] for each in found["tensors"]]
 
 
 def test_one_command_exports_under_both_of_its_names(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -263,6 +269,28 @@ def test_a_run_is_trained_stopped_and_shown(tmp_path: Path) -> None:
     assert cli("train", recipe, "train.steps=6", "--run-dir", tmp_path / "run", "--update").status == 0
 
 
+def test_what_a_program_reads_is_all_that_is_printed(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, TINY)
+    asked = ["train", recipe, "train.steps=4"]
+    quiet = cli(*asked, "--processes", 2, "--run-dir", tmp_path / "quiet", "--quiet")
+    assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
+    assert "step" in (tmp_path / "quiet/log-rank-0.txt").read_text(), "its log has what was not printed"
+    trained = cli(*asked, "--run-dir", tmp_path / "run", "--json")
+    told = json.loads(trained.out)
+    assert (told["state"], told["step"], told["processes"]) == ("finished", 4, 1)
+    assert told["summary"]["test"] == json.loads((tmp_path / "run/FINISHED").read_text())["test"]
+    again = json.loads(cli("train", tmp_path / "run", "--json").out)
+    assert again["summary"] == told["summary"]
+    assert json.loads(cli("status", tmp_path / "run", "--json").out)["summary"] == told["summary"]
+    broken = cli("train", recipe, "optim.lr=1.0e+18", "optim.name=sgd", "--run-dir", tmp_path / "broken", "--json")
+    assert broken.status == 1
+    assert "error" in broken.err, broken.out
+    assert json.loads(broken.out)["state"] == "failed"
+    wrong = cli("train", recipe, "optim.speed=1", "--json")
+    assert (wrong.status, wrong.out) == (1, "")
+    assert "optim.speed" in wrong.err
+
+
 def run_in(folder: str, arguments: list[str]) -> object:
     import os
 
@@ -342,6 +370,7 @@ def test_a_list_has_a_line_for_each_name(kind: str) -> None:
     assert [line.split()[0] for line in lines[: len(names)]] == names
     assert all(line.split(maxsplit=1)[1:] for line in lines), "each with what it is"
     assert bool(names) or f"no {getattr(registry, kind).kind} is built in" in listed.output
+    assert set(names) <= set(json.loads(CliRunner().invoke(app, ["list", kind, "--json"]).stdout))
 
 
 def test_lists_that_need_no_torch_import_none() -> None:

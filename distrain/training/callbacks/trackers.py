@@ -22,6 +22,7 @@ from distrain.config.arguments import argument_problems
 from distrain.config.registry import trackers
 from distrain.run.media import cut_media
 from distrain.run.metrics_file import MetricsFile
+from distrain.system.environment import is_quiet
 from distrain.system.logs import leave_console, show_on_terminal
 from distrain.system.output import error_line
 from distrain.system.terminal import Console, ProgressLine, Table, notebook_line
@@ -214,7 +215,7 @@ class Terminal(Callback):
 
     def on_start(self, run: CallbackRun) -> None:
         """Begin the line of progress."""
-        if run.rank == 0:
+        if run.rank == 0 and not is_quiet():
             self.display = Display(run.context.total_steps, run.step)
 
     def on_row(self, row: Mapping[str, Any]) -> None:

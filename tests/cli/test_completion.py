@@ -1,0 +1,55 @@
+"""What a shell completes: commands, options, keys of a recipe, runs and sites."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from distrain.cli import completion
+
+IN_BASH = """
+source <(distrain --show-completion bash)
+for words in "$@"; do
+    read -ra COMP_WORDS <<< "$words"
+    COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
+    _distrain_completion distrain
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+def test_a_shell_completes_commands_keys_runs_and_sites(tmp_path: Path) -> None:
+    (tmp_path / "runs/iris").mkdir(parents=True)
+    typed = [
+        "distrain eval",
+        "distrain status runs/i",
+        "distrain train r.yaml train.prec",
+        "distrain submit --site gen",
+    ]
+    bash = ["bash", "--norc", "-c", IN_BASH, "bash", *typed]
+    found = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    command, run, key, sites = found.stdout.splitlines()
+    assert (command, run, key) == ("evaluate", "runs/iris", "train.precision=")
+    assert {"generic-cpu", "generic-gpu"} <= set(sites.split())
+
+
+def test_keys_of_a_recipe_are_completed_with_what_they_are() -> None:
+    found = dict(completion.recipe_keys(""))
+    assert {"model=", "model.name=", "model.lora.r=", "batch.global=", "train.steps=", "seed="} <= set(found)
+    assert found["train.precision="].startswith("Precision of the forward pass")
+    assert "train=" not in found
+    assert set(dict(completion.recipe_keys("train.e"))) == {"train.epochs=", "train.ema="}
+    assert completion.recipe_keys("train.steps=1") == []
+
+
+def test_runs_are_completed_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert completion.runs("") == []
+    for name in ("iris", "digits"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/notes.txt").touch()
+    assert completion.runs("") == ["runs/digits", "runs/iris"]
+    assert completion.runs("ir") == completion.runs("runs/ir") == ["runs/iris"]
+    assert completion.runs("elsewhere/") == []
