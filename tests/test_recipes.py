@@ -59,6 +59,8 @@ FIGURES = [
     Figure("translate", "bleu", least=60, worlds=(2,), more=True),
     Figure("chat", "token_accuracy", least=0.80, worlds=(1,), overrides=("train.epochs=1",)),
     Figure("chat", "token_accuracy", least=0.95, worlds=(2,), more=True),
+    Figure("tagged", "entity_f1", least=0.95, worlds=(1,), overrides=("train.epochs=2",)),
+    Figure("tagged", "entity_f1", least=0.98, worlds=(2,), more=True),
     Figure("python_source", "bits_per_byte", most=3.4, worlds=(1,), overrides=("train.steps=400",)),
     Figure("python_source", "bits_per_byte", most=2.8, worlds=(2,), more=True),
     Figure("lora", "bits_per_byte", most=1.0, worlds=(1,), overrides=("train.steps=60",)),

@@ -333,8 +333,9 @@ losses: Registry[Callable[..., Any]] = Registry(
     fold=lambda name: squeezed(name).removesuffix("loss"),
 )  # fmt: skip
 metrics: Registry[Callable[..., Any]] = Registry(
-    "metric", "eval.metrics", "distrain.metrics", "distrain.metrics", others="the classes of torchmetrics"
-)
+    "metric", "eval.metrics", "distrain.metrics", "distrain.metrics", "distrain.metrics.entities",
+    others="the classes of torchmetrics",
+)  # fmt: skip
 optimizers: Registry[Callable[..., Any]] = Registry(
     "optimizer", "optim.name", "distrain.optimizers", "distrain.optim.optimizers", fold=squeezed
 )

@@ -11,6 +11,7 @@ chat.py         conversations for language models: conversations.py reads the fi
                 them, packing.py puts several into a row, ragged.py keeps what is encoded; preference.py has pairs of
                 answers
 labelled_text.py  texts with classes or numbers, by a tokenizer
+tagged_text.py  sentences with a tag for each token: tagged_files.py reads them, tags.py knows what marks entities
 parallel.py     pairs of sentences for translation
 user.py         the user's own Dataset or iterable; arrays.py has arrays that are given in Python
 nested.py       values of a batch, nested as a sample is

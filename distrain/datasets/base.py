@@ -122,6 +122,14 @@ def keys_of(source: AnySource, ids: np.ndarray) -> dict[str, Sequence[Any]]:
     return source.keys(ids) if hasattr(source, "keys") else {}
 
 
+def token_places(source: AnySource, ids: np.ndarray) -> list[np.ndarray] | None:
+    """Return for the samples `ids` (n,) where in a row of `inputs` each of its tokens begins, -1 where one was cut.
+
+    None: a row has nothing but tokens.
+    """
+    return source.places(ids) if hasattr(source, "places") else None
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set: its splits, its facts, and the state fitted on its training split."""

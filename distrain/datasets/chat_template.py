@@ -69,12 +69,15 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer_folder(folder: Path) -> Any:
-    """Return the tokenizer of a folder, one of transformers' that knows where in a text its tokens are."""
+def load_tokenizer_folder(folder: Path, **options: Any) -> Any:
+    """Return the tokenizer of a folder, one of transformers' that knows where in a text its tokens are.
+
+    `options` are the tokenizer's own.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the library raises many kinds
         raise UserError(f"data.tokenizer: the tokenizer in {folder} cannot be opened: {error_line(error)}") from error
     if not tokenizer.is_fast:

@@ -301,9 +301,9 @@ class LabelledTexts:
 
     def fetch(self, ids: np.ndarray) -> Batch:
         rows = self._rows[ids].tolist()
-        inputs: Any = _padded(self._tokens, rows, self._pad_id)
+        inputs: Any = padded(self._tokens, rows, self._pad_id)
         if len(self._types.values):
-            inputs = {"input_ids": inputs, "token_type_ids": _padded(self._types, rows, 0)}
+            inputs = {"input_ids": inputs, "token_type_ids": padded(self._types, rows, 0)}
         batch: Batch = {"inputs": inputs, "ids": torch.from_numpy(ids)}
         if self.targets is not None:
             batch["targets"] = self.targets.index_select(0, batch["ids"])
@@ -313,6 +313,7 @@ class LabelledTexts:
         return {column: [values[index] for index in ids.tolist()] for column, values in self._names.items()}
 
 
-def _padded(values: Ragged, rows: Sequence[int], fill: int) -> torch.Tensor:
+def padded(values: Ragged, rows: Sequence[int], fill: int) -> torch.Tensor:
+    """Return rows (batch, longest) int64, filled at their ends."""
     tensors = [torch.from_numpy(values.row(row).astype(np.int64)) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 _FORMS = (
-    "a .csv, .parquet or .jsonl table, a .npy or .npz array, a .png for one map, or FOLDER/ with a file for each sample"
+    "a .csv, .parquet or .jsonl table, a .npy or .npz array, a .png for one map, a .conll of tags, or FOLDER/ with a "
+    "file for each sample"
 )
 _ROWS, _NUMBERS = 8192, 1 << 22
 """Rows, and numbers in them, that a table collects before it writes them."""
+NO_TAG = "_"
+"""In place of the tag of a token that the model did not read."""
 _HEADER = 256
 """Bytes before the numbers of an array: its shape is known at the end."""
 
@@ -52,7 +55,11 @@ class PredictionFile(ABC):
             raise UserError(
                 f"the column {clash[0]!r} that names the samples is also one of predictions; rename it in the data"
             )
-        self.add({in_utf8(name): _in_utf8(values) for name, values in {**index, **columns}.items()})
+        self.add({in_utf8(name): self.cells(_in_utf8(values)) for name, values in {**index, **columns}.items()})
+
+    def cells(self, values: Any) -> Any:
+        """Return the values of a column as this format holds them."""
+        return values
 
     @abstractmethod
     def check(self, batch: Predictions) -> None:
@@ -132,6 +139,12 @@ class TableFile(PredictionFile):
         if self.path.suffix == ".csv":
             return {f"{batch.name}_{at}": batch.values[:, at] for at in range(batch.values.shape[1])}
         return {batch.name: batch.values.tolist()}
+
+    def cells(self, values: Any) -> Any:
+        """Tokens and tags are a text in CSV, with a blank between them."""
+        if self.path.suffix != ".csv" or not len(values) or not isinstance(values[0], list):
+            return values
+        return [" ".join(NO_TAG if each is None else str(each) for each in row) for row in values]
 
     def add(self, columns: Mapping[str, Any]) -> None:
         import pandas as pd
@@ -234,6 +247,35 @@ class LinesFile(PredictionFile):
         if self._file is None:
             self._file = self.temporary.open("w", encoding="utf-8")
         self._file.write(json.dumps(_finite(record), default=_plain) + "\n")
+
+    def write(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self.temporary.replace(self.path)
+
+    def discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().discard()
+
+
+class TaggedFile(PredictionFile):
+    """Tokens and their tags in columns, with a blank line after each sentence, as of CoNLL."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._file: IO[str] | None = None
+
+    def check(self, batch: Predictions) -> None:
+        if "tags" not in batch.columns:
+            raise UserError(f"-o {self.path}: a .conll holds a tag for each token, and predictions are something else")
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self.temporary.open("w", encoding="utf-8", newline="")
+        for tokens, tags in zip(columns["tokens"], columns["tags"], strict=True):
+            lines = (f"{token}\t{NO_TAG if tag is None else tag}\n" for token, tag in zip(tokens, tags, strict=True))
+            self._file.write("".join(lines) + "\n")
 
     def write(self) -> None:
         assert self._file is not None
@@ -444,6 +486,7 @@ _BY_ENDING: dict[str, type[PredictionFile]] = {
     ".npy": ArrayFile,
     ".npz": ArraysFile,
     ".png": PictureFile,
+    ".conll": TaggedFile,
 }
 
 

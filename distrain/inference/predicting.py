@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distrain.config import UserError
 from distrain.data import given_source
-from distrain.datasets.base import AnySource, Batch, is_stream, keys_of, warnings_of
+from distrain.datasets.base import AnySource, Batch, is_stream, keys_of, token_places, warnings_of
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.text import Prompts
 from distrain.diagnose.index_errors import explaining_errors, given
@@ -28,7 +28,7 @@ from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
 from distrain.training.context import to_device
-from distrain.training.outputs import Predictions, predicted, raw_outputs, target_columns
+from distrain.training.outputs import Predictions, predicted, predicted_tags, raw_outputs, target_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +73,7 @@ def predict_file(
       of the positive one), `probability_NAME` for each class or label, `prediction` or `prediction_0`, … in the
       targets' own units
     - probabilities, logits: of each class or label
+    - of tokens with a tag each: `tokens`, and `tags`, a list for each sample
     - embeddings: what the output layer reads, or what `layer` returns
     - text, by default of a model that writes: what it generates, behind its prompt
 
@@ -299,6 +300,12 @@ class _Predictor:
             return
         values = self._values(batch, np.where(keep, batch["ids"].numpy(), -1))
         targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
+        if self.output == "predictions" and task == "token_classification":
+            places = token_places(self.source, batch["ids"].cpu().numpy()[keep])
+            if places is not None:
+                rows = torch.from_numpy(keep)
+                yield index, predicted_tags(values[rows], None if targets is None else targets[rows], places, meta)
+                return
         if self.output == "predictions":
             found = predicted(task, values, targets, meta, self._is_probability)
         else:

@@ -1,7 +1,7 @@
 """Metrics over sums and counts: the same on any number of processes and for any cut into batches.
 
     parts.py      one batch as metrics use it, and the sums that they are computed from
-    catalogue.py  the built-in metrics
+    catalogue.py  the built-in metrics; entities.py has those of entities
     foreign.py    metrics of torchmetrics, and users' metrics
 
 `MetricSet.update` adds a batch on the device without waiting for it. `sums` is one vector that is summed over ranks,

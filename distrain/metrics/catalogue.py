@@ -18,6 +18,7 @@ import torch
 
 from distrain.config import Form, UserError
 from distrain.config.registry import Entry, metrics
+from distrain.datasets.tags import mark_entities
 from distrain.metrics.parts import (
     ClassCounts,
     Confusion,
@@ -81,13 +82,16 @@ def default_metrics(setting: Setting) -> list[str]:
     tokens = ["perplexity", "token_accuracy"]
     if setting.meta is not None and setting.meta.bytes_per_token is not None and setting.task == "language_modeling":
         tokens.append("bits_per_byte")
+    places = ["token_accuracy", "f1_macro"]
+    if setting.meta is not None and mark_entities(setting.meta.class_names or ()):
+        places.append("entity_f1")
     return {
         "classification": ["accuracy", "f1_macro"],
         "binary": ["accuracy", "f1"],
         "multilabel": ["f1_micro", "f1_macro"],
         "regression": ["mae", "rmse", "r2"],
         "segmentation": ["mean_iou", "pixel_accuracy"],
-        "token_classification": ["token_accuracy", "f1_macro"],
+        "token_classification": places,
         "custom": [],
     }.get(setting.task, tokens)
 
@@ -141,7 +145,8 @@ def balanced_accuracy(setting: Setting) -> Metric:
     return Metric(finish, True, (ClassCounts(),))
 
 
-def _per_class(kind: str, counts: np.ndarray) -> np.ndarray:
+def per_class(kind: str, counts: np.ndarray) -> np.ndarray:
+    """Return precision, recall or f1 of each class, from how often (3, classes) it is right, predicted and there."""
     right, predicted, there = counts
     if kind == "precision":
         return _over(right, predicted)
@@ -151,17 +156,17 @@ def _per_class(kind: str, counts: np.ndarray) -> np.ndarray:
 def _averaged(kind: str, average: str, is_multilabel: bool, sums: np.ndarray) -> Value:
     counts = sums.reshape(3, -1)
     if average == "per_class":
-        return _per_class(kind, counts).tolist()
+        return per_class(kind, counts).tolist()
     if average == "binary":
-        return float(_per_class(kind, counts)[1])
+        return float(per_class(kind, counts)[1])
     if average == "micro":
-        return float(_per_class(kind, counts.sum(1, keepdims=True))[0])
+        return float(per_class(kind, counts.sum(1, keepdims=True))[0])
     if average == "weighted":
         there = counts[2]
-        return float((_per_class(kind, counts) * there).sum() / there.sum()) if there.any() else 0.0
+        return float((per_class(kind, counts) * there).sum() / there.sum()) if there.any() else 0.0
     # as in scikit-learn, the mean skips a class that neither occurs nor is predicted, but never a label
     counts = counts if is_multilabel else counts[:, (counts[1] + counts[2]) > 0]
-    return float(_per_class(kind, counts).mean()) if counts.shape[1] else math.nan
+    return float(per_class(kind, counts).mean()) if counts.shape[1] else math.nan
 
 
 _KINDS = {
@@ -216,7 +221,7 @@ def mean_iou(setting: Setting) -> Metric:
 
 
 @metrics.register("iou_per_class", tasks=("segmentation",))
-def iou_per_class(setting: Setting) -> Metric:
+def iouper_class(setting: Setting) -> Metric:
     """Intersection over union for each class; 0 for one that neither occurs nor is predicted."""
     return Metric(partial(_overlap, "iou", "per_class", setting.ignore_index), True, (ClassCounts(),), scalar=False)
 

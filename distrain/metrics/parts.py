@@ -205,7 +205,7 @@ class ClassCounts(Part):
                 (labels + 2 * classes).where(mask, 3 * classes),
             ]
         )
-        return _tally(places, 3 * classes)
+        return tally(places, 3 * classes)
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,10 @@ class Confusion(Part):
 
     def batch(self, seen: Seen) -> Tensor:
         classes = seen.classes
-        return _tally((seen.labels * classes + seen.predicted).where(seen.mask, classes * classes), classes * classes)
+        return tally((seen.labels * classes + seen.predicted).where(seen.mask, classes * classes), classes * classes)
 
 
-def _tally(places: Tensor, size: int) -> Tensor:
+def tally(places: Tensor, size: int) -> Tensor:
     """Return how often each of 0..size-1 occurs in `places`, where `size` is not counted."""
     # not bincount, which waits for the device to know its result's size
     counts = torch.zeros(size + 1, dtype=torch.float64, device=places.device)

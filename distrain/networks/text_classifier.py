@@ -1,4 +1,4 @@
-"""`text_classifier`: a small transformer that reads a text as a whole."""
+"""`text_classifier` and `token_classifier`: small transformers that read a text as a whole, or token by token."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ class TextClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Return (batch, outputs) for `input_ids` (batch, seq) int64; `token_type_ids`: 1 for the second of a pair."""
+        x, there = self.read(input_ids, token_type_ids)
+        weights = there.to(x.dtype)[..., None]
+        return cast(Tensor, self.head((x * weights).sum(1) / weights.sum(1)))
+
+    def read(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what is read of each token (batch, seq, d_model), and which are no padding (batch, seq) bool."""
         x = self.tokens(input_ids) + self.parts(
             torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         )
@@ -66,5 +72,16 @@ class TextClassifier(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, mask=there[:, None, None], rotation=rotation)
-        weights = there.to(x.dtype)[..., None]
-        return cast(Tensor, self.head((self.norm(x) * weights).sum(1) / weights.sum(1)))
+        return self.norm(x), there
+
+
+@models.register("token_classifier", tasks=("token_classification",))
+class TokenClassifier(TextClassifier):
+    """A transformer over tokens, each of which sees all others; the output at each token goes to the head.
+
+    Its arguments are those of `text_classifier`.
+    """
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Return (batch, seq, outputs) for `input_ids` (batch, seq) int64."""
+        return cast(Tensor, self.head(self.read(input_ids, token_type_ids)[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,31 @@ def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMet
     return Predictions(
         {f"prediction_{index}": outputs[:, index].numpy() for index in range(outputs.shape[1])}, outputs.numpy()
     )
+
+
+def predicted_tags(
+    outputs: Tensor, targets: Tensor | None, places: Sequence[np.ndarray], meta: DataMeta
+) -> Predictions:
+    """Return the tag of each token of outputs (samples, seq, classes): a list for each sample, of all its tokens.
+
+    `places`: where each token of a sample begins; where that is -1, it was cut, and its tag is None.
+    """
+    found = _classes(outputs.movedim(-1, 1), meta)
+    assert found.values is not None
+
+    def tags(values: np.ndarray) -> np.ndarray:
+        lists = np.empty(len(values), dtype=object)
+        for row, (numbers, first) in enumerate(zip(values.tolist(), places, strict=True)):
+            lists[row] = [_tag(numbers[place], meta) if place >= 0 else None for place in first.tolist()]
+        return lists
+
+    columns = {"tags": tags(found.values)}
+    return Predictions(columns | ({} if targets is None else {"target": tags(targets.numpy())}), found.values)
+
+
+def _tag(number: int, meta: DataMeta) -> str:
+    names = meta.class_names
+    return names[number] if names is not None and 0 <= number < len(names) else str(number)
 
 
 def raw_outputs(kind: str, values: Tensor, task: Form, meta: DataMeta, is_probability: bool) -> Predictions:

@@ -566,3 +566,88 @@ def test_a_set_can_be_used_again():
 def test_every_name_is_explained():
     assert all(summary.endswith((".", ",")) and len(summary) < 120 for summary in metrics.summaries().values())
     assert {"accuracy", "f1_macro", "bleu", "top_k"} <= metrics.summaries().keys()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Entities
+
+
+def entities(tags):
+    """Return (type, first, last) of each entity, by seqeval's definition in its default mode, tag by tag."""
+    found, begin, before, kind_before = [], 0, "O", "_"
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, kind = tag.partition("-")
+        kind = kind or "_"
+        other = kind != kind_before
+        ends = before in "ES" or (before == "B" and prefix in "BSO") or (before == "I" and prefix in "BSO")
+        if ends or (before != "O" and other):
+            found.append((kind_before, begin, place - 1))
+        begins = prefix in "BS" or (before in "ESO" and prefix in "EI")
+        if begins or (prefix != "O" and other):
+            begin = place
+        before, kind_before = prefix, kind
+    return set(found)
+
+
+def one_hot(rows, classes):
+    """Return outputs (batch, seq, classes) that predict the tags of `rows`."""
+    return torch.nn.functional.one_hot(
+        torch.tensor([[classes.index(tag) for tag in row] for row in rows]), len(classes)
+    )
+
+
+def test_entities_are_counted_as_in_a_table_by_hand():
+    classes = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+    truth = ["B-PER I-PER O B-LOC O", "B-LOC I-LOC B-LOC O O", "O O O O O"]
+    found = ["B-PER I-PER O B-PER O", "I-LOC I-LOC I-LOC O O", "O I-PER O O B-LOC"]
+    # PER: there 1, found 3 (the B-LOC of the first row, and an I-PER of the last), right 1
+    # LOC: there 3, found 2 (three tokens as one, and the last), right 0
+    targets = one_hot([row.split() for row in truth], classes).argmax(-1)
+    outputs = one_hot([row.split() for row in found], classes).double()
+    names = [
+        f"entity_{kind}{suffix}" for kind in ("precision", "recall", "f1") for suffix in ("", "_macro", "_per_type")
+    ]
+    meta = DataMeta(num_classes=5, class_names=classes)
+    values = evaluate("token_classification", names, outputs, targets, meta=meta)
+    expected = {
+        "entity_precision": 1 / 5, "entity_precision_macro": 1 / 6, "entity_precision_per_type_PER": 1 / 3,
+        "entity_recall": 1 / 4, "entity_recall_macro": 1 / 2, "entity_recall_per_type_PER": 1,
+        "entity_f1": 2 / 9, "entity_f1_macro": 1 / 4, "entity_f1_per_type_PER": 1 / 2,
+    }  # fmt: skip
+    expected |= {f"entity_{kind}_per_type_LOC": 0 for kind in ("precision", "recall", "f1")}
+    assert values == pytest.approx(expected)
+
+
+@SETTINGS
+@given(st.sampled_from(["BI", "BIES"]), st.integers(0, 2**31))
+def test_entities_are_those_of_the_definition_whatever_lies_between(prefixes, seed):
+    random = np.random.default_rng(seed)
+    classes = ("O", *(f"{prefix}-{kind}" for kind in "XY" for prefix in prefixes), "B", "I")
+    shape = (12, 7)
+    targets, predicted = random.integers(0, len(classes), (2, *shape))
+    predicted = np.where(random.random(shape) < 0.6, targets, predicted)
+    targets[random.random(shape) < 0.25] = -100  # pieces of words, and padding
+    sums = np.zeros(3)
+    for row, found in zip(targets, predicted, strict=True):
+        kept = np.flatnonzero(row != -100)
+        there, seen = (entities([classes[each] for each in tags[kept]]) for tags in (row, found))
+        sums += len(there & seen), len(seen), len(there)
+    outputs = torch.nn.functional.one_hot(torch.from_numpy(predicted), len(classes)).double()
+    meta = DataMeta(num_classes=len(classes), class_names=classes)
+    names = ["entity_precision", "entity_recall", "entity_f1"]
+    values = evaluate("token_classification", names, outputs, torch.from_numpy(targets), seed % 1000, meta)
+    right, seen, there = sums
+    assert values == pytest.approx(
+        {"entity_precision": right / seen, "entity_recall": right / there, "entity_f1": 2 * right / (seen + there)}
+    )
+
+
+def test_entities_need_tags_that_mark_them():
+    assert build_metrics(recipe("token_classification"), DataMeta(class_names=("O", "B-X", "I-X"))).names == [
+        "token_accuracy", "f1_macro", "entity_f1",
+    ]  # fmt: skip
+    for names in (None, ("NN", "VB"), ("O",)):
+        meta = DataMeta(num_classes=2, class_names=names)
+        assert build_metrics(recipe("token_classification"), meta).names == ["token_accuracy", "f1_macro"]
+        with pytest.raises(UserError, match="entity_f1 counts entities, whose tags are O, B-TYPE"):
+            build_metrics(recipe("token_classification", ["entity_f1"]), meta)

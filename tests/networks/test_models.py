@@ -965,4 +965,5 @@ def test_what_the_recipe_freezes_is_not_trainable() -> None:
 
 
 def test_names() -> None:
-    assert models.names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential", "text_classifier"]
+    texts = ["text_classifier", "token_classifier"]
+    assert models.names() == ["cnn", "gpt", "mlp", "rnn", "seq2seq", "sequential", *texts]
