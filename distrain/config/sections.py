@@ -546,6 +546,8 @@ class LogSection(Section):
     """Whether TensorBoard event files are written."""
     trackers: list[ComponentField] = []
     """Trackers of your own, each with its arguments."""
+    gpu_hour_price: Positive | None = None
+    """What an hour of one GPU costs, in any currency: `distrain status` then says what the run has cost."""
     peak_tflops: Positive | None = None
     """What one device computes at most in train.precision, in 10^12 operations per second, for the `mfu` of training
     rows; None is what its data sheet says, for GPUs that distrain knows."""
@@ -553,4 +555,8 @@ class LogSection(Section):
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         # recipes stored without these keys stay equal
-        return {key: value for key, value in handler(self).items() if value or key not in ("trackers", "peak_tflops")}
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if value or key not in ("trackers", "gpu_hour_price", "peak_tflops")
+        }

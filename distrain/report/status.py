@@ -18,6 +18,7 @@ from distrain.launchers import launcher_of
 from distrain.launchers.launcher import Job, jobs_of_folders
 from distrain.launchers.slurm.tracking import task_of
 from distrain.launchers.sweeps import RankedBy, SweepRecord, is_sweeping, read_record, read_sweep
+from distrain.report.goodput import Goodput, goodput_of
 from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
@@ -84,6 +85,8 @@ class Status:
     """Why SLURM could not be asked, where that is so."""
     message: str | None = None
     """What it failed of, or where it hangs or stopped."""
+    goodput: Goodput | None = None
+    """What the time of all attempts went to, and what it cost."""
     values: dict[str, str] = field(default_factory=dict)
     """What is its own in a sweep."""
     summary: dict[str, Any] | None = None
@@ -146,9 +149,19 @@ def status_of(
         heartbeat_age_s=max(beat.age_s() for beat in beats) if beats and state in ("running", "hanging") else None,
         queue=problem,
         message=message,
+        goodput=_goodput(run),
         values=values or {},
         summary=finished,
     )
+
+
+def _goodput(run: RunDir) -> Goodput | None:
+    try:
+        recipe = load_recipe(run.recipe_path).recipe
+        batch, price = recipe.batch.global_batch_size, recipe.log.gpu_hour_price
+        return goodput_of(run, global_batch_size=batch, gpu_hour_price=price)
+    except UserError:
+        return None  # of a damaged file: whoever needs it raises it
 
 
 def _state(run: RunDir, job: Job | None, beats: bool, began: bool) -> tuple[str, str | None]:
@@ -336,11 +349,39 @@ def status_rows(status: Status) -> list[tuple[str, str]]:
         said.append(("score", f"{score['metric']} {_number(score['value'])} at step {score['step']:,}"))
     if status.starts > 1:
         said.append(("starts", str(status.starts)))
+    if status.goodput is not None and (status.goodput.useful_s or not status.goodput.unknown_s):
+        said += _goodput_rows(status.goodput)
     if status.processes:
         said.append(("world", f"{status.processes} x {describe_strategy(status.strategy or '?', status.replicate)}"))
     if status.heartbeat_age_s is not None:
         said.append(("alive", f"{duration(status.heartbeat_age_s)} ago"))
     return said
+
+
+def _goodput_rows(found: Goodput) -> list[tuple[str, str]]:
+    parts = {
+        "replayed": found.replayed_s,
+        "checkpoints": found.checkpoint_s,
+        "starts": found.start_s,
+        "evaluations": found.evaluation_s,
+        "idle": found.idle_s,
+        "unknown": found.unknown_s,
+    }
+    shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+    rows = [("goodput", f"{found.share:.0%} of {duration(found.total_s)}" + (f"; {shown}" if shown else ""))]
+    cost = [
+        f"{each:.3g} {unit}"
+        for each, unit in (
+            (found.device_s_per_1000_samples, "device seconds"),
+            (found.energy_wh_per_1000_samples, "Wh"),
+            (found.price_per_1000_samples, "in money"),
+        )
+        if each is not None
+    ]
+    if cost:
+        whole = f"; {found.price:,.2f} in all" if found.price is not None else ""
+        rows.append(("cost", f"{', '.join(cost)} for 1,000 samples{whole}"))
+    return rows
 
 
 def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:

@@ -16,7 +16,7 @@ runs/NAME/
   STOP               a person asks the run to save and end
   inputs.json        what the last attempt depended on besides its recipe (see `distrain.fingerprints`)
   UPDATE             the user allows the next attempt to use what has changed
-  attempts.jsonl     one row for each attempt, and for each update
+  attempts.jsonl     one row for each attempt, for how it ended, and for each update
   lease.json         which start may write (see `distrain.run.lease`); .in-use is locked by it for as long as it lives
   heartbeat/         what each rank is doing
 """
@@ -167,7 +167,8 @@ class RunDir:
 
     @property
     def attempts_path(self) -> Path:
-        """One row for each attempt, and one with `event: update` for each attempt that changed something."""
+        """One row for each attempt; `event: ended` says how the one before came to its end, and `event: update`
+        what an attempt has changed."""
         return self.path / "attempts.jsonl"
 
     def attempts(self) -> list[dict[str, Any]]:

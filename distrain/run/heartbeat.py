@@ -56,7 +56,9 @@ class Now:
     """What this process is doing. Written by the thread that trains, read by another: each write is one attribute."""
 
     __slots__ = (
+        "before",
         "board",
+        "first_step_s",
         "limit",
         "listener",
         "long_waits",
@@ -85,6 +87,10 @@ class Now:
         """Optimizer steps done by this process."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """Spent in each phase since the first step was done."""
+        self.before = dict.fromkeys(PHASES, 0.0)
+        """Spent in each phase before."""
+        self.first_step_s: float | None = None
+        """Of the first step of this process, which may have compiled."""
         self.straggler: Straggler | None = None
         """A slow rank that was found and not yet reported."""
         self.limit: Callable[[], float | None] | None = None
@@ -176,7 +182,15 @@ def stepped(step: int) -> None:
     now.ticks += 1
     now.steps += 1
     if now.steps == 1:  # it may have compiled: its times are not typical
-        now.seconds = dict.fromkeys(PHASES, 0.0)
+        now.before, now.seconds = now.seconds, dict.fromkeys(PHASES, 0.0)
+        now.first_step_s = sum(now.before[phase] for phase in STEP_PHASES)
+
+
+def seconds_by_phase(now: Now) -> dict[str, float]:
+    """Return what this process has spent in each phase, with the one that it is in."""
+    phase, seconds = now.phase, {each: now.before[each] + now.seconds[each] for each in PHASES}
+    seconds[phase] += max(0.0, perf_counter() - now.since)
+    return seconds
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -251,6 +265,12 @@ class Heartbeat:
     """Where it hangs or waits, once `idle` is past the limit."""
     board: int | None = None
     """The descriptor of its file in memory with what it is doing at this moment."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase since the process began to look after itself, with its waits."""
+    first_step_s: float | None = None
+    """Of its first step, which may have compiled."""
+    energy_wh: float | None = None
+    """Watt-hours that its GPU has taken since; None where that is not known."""
     written: float = 0.0
     """When the file was written, by the clock of the file system. Of what was read."""
 

@@ -14,9 +14,11 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+from distrain.run.attempts import how_it_ended
 from distrain.run.folder import RunDir
 from distrain.run.json_files import append_row, write_json
 from distrain.system.bounded_json import as_record, parse_json, read_bounded
@@ -161,6 +163,9 @@ def take_lease(
     try:
         write_json(run.path / _FILE, asdict(holder), indent=None)
         earlier = run.attempts()
+        if earlier:
+            with suppress(UserError, KeyError, TypeError, ValueError):  # rows of metrics.jsonl are read again later
+                append_row(run.attempts_path, how_it_ended(run, earlier[-1]))
         row: dict[str, Any] = {
             **asdict(holder),
             "step": step,

@@ -31,6 +31,7 @@ from distrain.diagnose.hang_diagnosis.diagnosis import RankReport, find_culprit,
 from distrain.diagnose.hang_diagnosis.gpus import gpu_faults
 from distrain.diagnose.hang_diagnosis.stragglers import OWN_WORK, Stragglers
 from distrain.run import heartbeat, stacks
+from distrain.run.energy import EnergyMeter, meter_of_this_process
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.job_environment import job_environment
@@ -153,6 +154,7 @@ class Watchdog:
         self._samples = {phase: [0, 0] for phase in OWN_WORK}
         self._stragglers, self._compared_at = Stragglers(), time.monotonic()
         self._complained = False
+        self._meter: EnergyMeter | None = None
         self._tidy()
         # from the first moment on: a thread that never gets to run again cannot open it
         self._stuck = self._stuck_path(rank).open("w", encoding="utf-8")
@@ -234,7 +236,16 @@ class Watchdog:
             limit=self.limits.at(now),
             stalled=self._stalled,
             board=heartbeat.board_file(),
+            phases={phase: seconds for phase, seconds in heartbeat.seconds_by_phase(now).items() if seconds},
+            first_step_s=now.first_step_s,
+            energy_wh=self._energy(),
         )
+
+    def _energy(self) -> float | None:
+        """Return the watt-hours of this rank's GPU, from when it is first seen at work."""
+        if self._meter is None:
+            self._meter = meter_of_this_process(self.local_rank)
+        return self._meter.read_wh() if self._meter is not None else None
 
     def _write(self) -> None:
         self._sequence += 1
