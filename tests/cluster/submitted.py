@@ -118,7 +118,8 @@ class Run:
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return one row for each start."""
-        return [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
+        return [row for row in rows if "event" not in row]
 
     def numbers(self) -> list[tuple[str, int, Any]]:
         """Return the numbers of every row but those of checkpoints, of which an interruption makes one more."""
