@@ -19,6 +19,7 @@ from distrain.cli import completion
 from distrain.cli import exporting as cli_exporting
 from distrain.cli import generate as cli_generate
 from distrain.cli import predict as cli_predict
+from distrain.cli import reports as cli_reports
 from distrain.cli import sweeps as cli_sweeps
 from distrain.cli.options import (
     AUTO,
@@ -213,6 +214,7 @@ for command in (
     cli_sweeps.sweep,
     *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
     cli_cluster.sites,
+    *(cli_reports.report, cli_reports.compare),
     cli_exporting.export,
 ):
     app.command()(command)

@@ -1,6 +1,9 @@
 """Reads run folders, asks launchers, and shows what it finds.
 
-history.py  a run's numbers as curves
-goodput.py  what the time of a run went to, over all attempts, and what it cost
-status.py   `distrain status`
+status.py       `distrain status`
+history.py      the numbers of a run as curves
+goodput.py      what the time of a run went to, over all attempts, and what it cost
+contents.py     what a report holds, as values: attempts.py, curves.py, differences.py, recipe_rows.py
+html/           it as one HTML file; markdown.py, pictures.py
+differences.py  `distrain compare`
 """
