@@ -344,7 +344,11 @@ schedules: Registry[Callable[..., Any]] = Registry(
     "schedule", "schedule.name", "distrain.schedules", "distrain.config.schedules"
 )
 trackers: Registry[Callable[..., Any]] = Registry(
-    "tracker", "log.trackers", "distrain.trackers", "distrain.training.callbacks.boards"
+    "tracker",
+    "log.trackers",
+    "distrain.trackers",
+    "distrain.training.callbacks.boards",
+    "distrain.training.callbacks.services",
 )
 launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
 formats: Registry[Callable[..., Any]] = Registry(

@@ -545,7 +545,10 @@ class LogSection(Section):
     tensorboard: bool = False
     """Whether TensorBoard event files are written."""
     trackers: list[ComponentField] = []
-    """Trackers of your own, each with its arguments."""
+    """Further trackers, each with its arguments: mlflow, trackio, and your own."""
+    artifacts: Literal["none", "export", "checkpoints"] = "none"
+    """What wandb, MLflow and trackio keep of a finished run: the exported model, or its best and last checkpoint
+    besides."""
     gpu_hour_price: Positive | None = None
     """What an hour of one GPU costs, in any currency: `distrain status` then says what the run has cost."""
     peak_tflops: Positive | None = None
@@ -555,8 +558,5 @@ class LogSection(Section):
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         # recipes stored without these keys stay equal
-        return {
-            key: value
-            for key, value in handler(self).items()
-            if value or key not in ("trackers", "gpu_hour_price", "peak_tflops")
-        }
+        later: dict[str, Any] = {"trackers": [], "artifacts": "none", "gpu_hour_price": None, "peak_tflops": None}
+        return {key: value for key, value in handler(self).items() if key not in later or value != later[key]}

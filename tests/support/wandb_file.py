@@ -89,6 +89,20 @@ def history(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def artifacts(run: Path) -> list[tuple[str, str, list[str]]]:
+    """Return (name, type, aliases) of what a run keeps, in order, without its tables."""
+    found = []
+    for file in sorted((run / "wandb").glob("wandb/offline-run-*/*.wandb")):
+        for content in records(file.read_bytes()):
+            whole = wandb_internal_pb2.Record()
+            whole.ParseFromString(content)
+            kinds = (whole.artifact, whole.request.log_artifact.artifact)
+            found += [
+                (each.name, each.type, list(each.aliases)) for each in kinds if each.type in ("model", "checkpoint")
+            ]
+    return found
+
+
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return the rows of all folders of a run, in the order of their starts."""
     return [row for file in sorted((run / "wandb").glob("wandb/offline-run-*/*.wandb")) for row in history(file)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from row_logs import RowLogs
 from runs import TIMED, TINY, Ended, train, train_rank, write_recipe
-from wandb_file import Service, logged
+from wandb_file import Service, artifacts, logged
 from worlds import in_world, running_world
 
 from distrain import Callback
@@ -75,6 +75,7 @@ def check_media(run: Path, rows: list[dict[str, Any]], mirror: list[dict[str, An
 @pytest.mark.slow
 def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
     text = MIRRORED.replace("metrics: [accuracy]", "metrics: [accuracy, confusion_matrix]")
+    text = text.replace("log: {", "log: {artifacts: checkpoints, ")
     recipe = write_recipe(tmp_path, f"{text}callbacks: ['{__file__}:Pictures']\n")
     run = tmp_path / "run"
     train(1, recipe, run, *LONG, stop_after=10)
@@ -95,6 +96,11 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
             if isinstance(value, int | float) and key != "step":
                 assert mirrored[f"{group}/{key}"] == value
 
+    assert artifacts(run) == [
+        ("run-model", "model", ["model"]),
+        ("run-final", "checkpoint", ["final"]),
+        ("run-best", "checkpoint", ["best"]),
+    ]
     with Service() as service:
         sync = [str(Path(sys.executable).with_name("wandb")), "sync", str(run / "wandb" / "wandb")]
         there = {

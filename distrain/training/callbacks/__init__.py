@@ -9,6 +9,7 @@ train_log.py        the row of training numbers every so many steps
 trackers.py         metrics.jsonl, the progress line, and the trackers that get its rows
 tracker.py          `Tracker`, which mirrors rows
 boards.py           wandb and TensorBoard
+services.py         MLflow and trackio
 offline_runs.py     folders of an offline wandb run, one for each attempt
 corrupt_samples.py  samples that do not decode, noted once each
 early_stopping.py   training ends where evaluations bring no improvement

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from distrain.config.registry import trackers
 from distrain.run.media import Media, read_table
 from distrain.run.metrics_file import MetricsFile
 from distrain.training.callbacks.offline_runs import OfflineRuns
-from distrain.training.callbacks.tracker import Row, Tracker, TrackerStart, media_in, numbers_of
+from distrain.training.callbacks.tracker import Row, Tracker, TrackerStart, artifact_name, media_in, numbers_of
 
 
 @trackers.register("wandb")
@@ -83,6 +83,15 @@ class Wandb(Tracker):
             case _:
                 caption = f"<p>{html.escape(item.caption)}</p>" if item.caption else ""
                 return wandb.Html(f"{caption}<pre>{html.escape(path.read_text('utf-8'))}</pre>", inject=False)
+
+    def finish(self, files: Mapping[str, Path]) -> None:
+        import wandb
+
+        for name, path in files.items():
+            kind = "model" if name == "model" else "checkpoint"
+            artifact = wandb.Artifact(artifact_name(self._folder, name), kind)
+            artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
+            self._run.log_artifact(artifact, aliases=[name])
 
     def close(self) -> None:
         self._run.finish()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distrain.config import Recipe
 from distrain.run.folder import RunDir
@@ -45,6 +46,8 @@ class Tracker:
 
     name: str
     """What the run calls it."""
+    package: ClassVar[str | None] = None
+    """Of a built-in one that is an extra of distrain by its own name: the module that it needs."""
 
     def missing(self, rows: MetricsFile, history: dict[str, Any]) -> Iterable[tuple[int, Row]] | None:
         """Return the rows that it lacks, with their indices; None: all of them."""
@@ -89,3 +92,8 @@ def media_in(run: RunDir, row: Row) -> Iterator[tuple[str, Media, Path]]:
             yield f"{group}/{one_line(item.name)}", item, path
         else:
             logger.warning(f"{path} is lost, and {item.name!r} of step {row['step']} is not shown")
+
+
+def artifact_name(run: RunDir, name: str) -> str:
+    """Return the name of an artifact, by which services tell those of one run from those of others."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{run.path.name}-{name}")

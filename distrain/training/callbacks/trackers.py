@@ -7,12 +7,14 @@ on.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.live import Live
@@ -146,6 +148,12 @@ def check_trackers(recipe: Recipe) -> list[str]:
             continue
         if not (inspect.isclass(build) and issubclass(build, Tracker)):
             problems.append(f"log.trackers: {item.name!r} is {build!r}; expected a subclass of {Tracker.__name__}")
+            continue
+        if build.package is not None and importlib.util.find_spec(build.package) is None:
+            problems.append(
+                f"log.trackers: {item.name!r} needs {build.package}, which is not installed: "
+                f"pip install 'distrain[{build.package}]'"
+            )
             continue
         given = list(inspect.signature(build).parameters)[:1]
         problems += argument_problems(build, item.args, "log.trackers", repr(item.name), given=given)
@@ -295,6 +303,28 @@ class Trackers(Callback):
                 mirror.write(rows.count - 1, dict(row))  # counted once, and from then on as they are written
             except Exception as error:
                 self._give_up(mirror.name, error)
+
+    def on_end(self, outcome: Outcome) -> None:
+        """Give each what it is to keep of a finished run."""
+        if outcome.summary is None:
+            return
+        files = self._artifacts(outcome.summary)
+        for mirror in list(self.mirrors):
+            try:
+                mirror.finish(files)
+            except Exception as error:
+                self._give_up(mirror.name, error)
+
+    def _artifacts(self, summary: Mapping[str, Any]) -> dict[str, Path]:
+        context, kept = self._run.context, self._run.recipe.log.artifacts
+        files: dict[str, Path] = {}
+        if kept != "none":
+            files["model"] = Path(summary["model"])
+        if kept == "checkpoints":
+            files["final"] = context.run.checkpoint(context.state.saved_step)
+            if best := summary.get("best"):
+                files["best"] = context.run.checkpoint(best["step"])
+        return {name: path for name, path in files.items() if path.exists()}
 
     def on_close(self, outcome: Outcome) -> None:
         """Flush and close each."""
