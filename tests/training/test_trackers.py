@@ -97,9 +97,9 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
                 assert mirrored[f"{group}/{key}"] == value
 
     assert artifacts(run) == [
-        ("run-model", "model", ["model"]),
-        ("run-final", "checkpoint", ["final"]),
-        ("run-best", "checkpoint", ["best"]),
+        ("run-model", "model", ["model", "latest"]),
+        ("run-final", "checkpoint", ["final", "latest"]),
+        ("run-best", "checkpoint", ["best", "latest"]),
     ]
     with Service() as service:
         sync = [str(Path(sys.executable).with_name("wandb")), "sync", str(run / "wandb" / "wandb")]
