@@ -99,7 +99,8 @@ def text_classification(
         keep, warnings = reader.keep(made[path], frame, too_long, f"the split {name!r}")
         kept = frame.take(keep)
         names = {id: kept.table.column(id).to_pylist()} if id is not None and id in kept.names else {}
-        splits[name] = LabelledTexts(made[path], kept.rows, encoder.targets(kept), facts["pad_id"], names, warnings)
+        encoded_targets, folder = encoder.targets(kept), request.base / tokenizer
+        splits[name] = LabelledTexts(made[path], kept.rows, encoded_targets, facts["pad_id"], names, warnings, folder)
     if id is not None and id not in rows.names:
         raise UserError(f"data.id: {rows.title} has no column {id!r}{close_names(id, rows.names)}")
 
@@ -276,7 +277,8 @@ class TextReader:
         long = int((columns["length"].values > self._max_len).sum())
         found = f"{long:,} of {len(rows):,} texts of {path} have more than data.max_len {self._max_len:,} tokens"
         warnings = (f"{found} and are cut",) if long else ()
-        return LabelledTexts(Encoded({}, columns), np.arange(len(rows)), targets, pad_id, names, warnings)
+        made = Encoded({}, columns)
+        return LabelledTexts(made, np.arange(len(rows)), targets, pad_id, names, warnings, self._folder)
 
 
 class LabelledTexts:
@@ -290,9 +292,13 @@ class LabelledTexts:
         pad_id: int,
         names: Mapping[str, Sequence[Any]],
         warnings: tuple[str, ...] = (),
+        tokenizer: Path | None = None,
     ):
-        """`rows` (samples,): where each sample is among what was encoded. `names`: the columns of `keys_of`."""
-        self.warnings, self.targets = warnings, targets
+        """`rows` (samples,): where each sample is among what was encoded. `names`: the columns of `keys_of`.
+
+        `tokenizer`: its folder, for `texts`.
+        """
+        self.warnings, self.targets, self._tokenizer = warnings, targets, tokenizer
         self._tokens, self._types = made.columns["input_ids"], made.columns["token_type_ids"]
         self._rows, self._pad_id, self._names = rows, pad_id, names
 
@@ -308,6 +314,13 @@ class LabelledTexts:
         if self.targets is not None:
             batch["targets"] = self.targets.index_select(0, batch["ids"])
         return batch
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """Return what the tokens of samples say, for people."""
+        assert self._tokenizer is not None
+        tokenizer = load_tokenizer_folder(self._tokenizer)
+        rows = [self._tokens.row(row).tolist() for row in self._rows[ids].tolist()]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
         return {column: [values[index] for index in ids.tolist()] for column, values in self._names.items()}

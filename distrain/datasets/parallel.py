@@ -221,7 +221,9 @@ def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> P
     _raise(problems)
     long = sum(len(ids) > max_len for ids in encoded)
     warnings = _length_warning(long, f"{len(lines):,} lines of {path}", max_len, "", too_long)
-    return PairSource(_Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, warnings)
+    return PairSource(
+        _Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, warnings, source=side
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -253,14 +255,21 @@ class PairSource:
         target: _Side,
         references: Sequence[str] | None,
         warnings: tuple[str, ...] = (),
+        *,
+        source: _Side,
     ):
-        """`targets` hold no special tokens; `target` defines those."""
+        """`targets` hold no special tokens; `target` defines those. `source` made the tokens of the sources."""
         self.warnings = warnings
         self._sources, self._targets, self._references = sources, targets, references
-        self._target = target
+        self._target, self._source = target, source
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """Return what the tokens of sources say, for people."""
+        rows = [self._sources.row(each).tolist() for each in ids.tolist()]
+        return [self._source.decode([token for token in row if token != self._source.eos_id]) for row in rows]
 
     def fetch(self, ids: np.ndarray) -> Batch:
         side = self._target
@@ -314,6 +323,7 @@ def _encode(
         target,
         [pairs[at].target for at in kept] if keep_references else None,
         _length_warning(len(long), f"{len(pairs):,} pairs of the split {name!r}", max_len, " on a side", too_long),
+        source=source,
     )
 
 

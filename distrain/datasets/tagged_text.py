@@ -399,6 +399,10 @@ class TaggedTexts:
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
         return {"tokens": [list(self._sentences[row].tokens) for row in self._rows[ids].tolist()]}
 
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """Return the sentences, for people."""
+        return [" ".join(self._sentences[row].tokens) for row in self._rows[ids].tolist()]
+
     def places(self, ids: np.ndarray) -> list[np.ndarray]:
         """Return for each sample where each of its tokens begins in the row of `inputs`, -1 where it was cut."""
         return [self._first.row(row) for row in self._rows[ids].tolist()]

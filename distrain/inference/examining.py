@@ -162,7 +162,7 @@ class _Examination:
         values, selected = outputs.logits, loss.select(outputs)
         if not isinstance(values, Tensor):
             return
-        about = self._about(values.cpu(), targets.cpu(), keep, tables)
+        about = self._about(values.cpu(), targets.cpu(), keep, tables, batch.get("references"))
         for place in np.flatnonzero(keep).tolist():
             one = slice(place, place + 1)
             total, count = loss.sum_and_count(_rows(selected, one), targets[one])
@@ -197,13 +197,18 @@ class _Examination:
         del held[self.wanted :]
 
     def _about(
-        self, values: Tensor, targets: Tensor, keep: np.ndarray, tables: ClassTables
+        self,
+        values: Tensor,
+        targets: Tensor,
+        keep: np.ndarray,
+        tables: ClassTables,
+        references: Sequence[str] | None,
     ) -> Callable[[int], dict[str, Any]]:
         """Count a batch, and return what is predicted and true of each of its samples."""
         form, meta = self.trained.recipe.form, self.trained.data.meta
         tables.add(values, targets, torch.from_numpy(keep))
-        if writes(self.trained.recipe) or form == "custom":
-            return lambda place: {}
+        if writes(self.trained.recipe) or form in ("custom", "segmentation", "token_classification"):
+            return lambda place: {} if references is None else {"target": str(references[place])}
         loss = self.trained.objective.loss
         columns = predicted(form, values, targets, meta, loss is not None and loss.takes_probabilities).columns
         true = target_columns(form, targets, meta)
@@ -230,7 +235,7 @@ class _Examination:
         return {
             "row": sample.row,
             "loss": sample.loss,
-            "keys": {name: str(values[0]) for name, values in keys.items()},
+            "keys": {name: str(values[0]) for name, values in keys.items() if not isinstance(values[0], list)},
             **sample.about,
             **described(self.source, sample.row, sample.inputs, self.trained.data.meta, writes(self.trained.recipe)),
         }
@@ -295,7 +300,7 @@ class _Examination:
 
     def _sources(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return the sources of pairs as text, where the data set can tell, else their tokens."""
-        texts = getattr(self.source, "sources", None)
+        texts = getattr(self.source, "texts", None)
         if texts is not None:
             return [str(each) for each in texts(np.arange(len(prompts)))]
         return [" ".join(map(str, prompt)) for prompt in prompts]

@@ -23,8 +23,8 @@ def described(source: AnySource, row: int, inputs: Any, meta: DataMeta, of_text:
 
     `inputs`: the sample as the model read it. Pictures are those of the data set before any transform, if it has them.
     """
-    if not is_stream(source) and hasattr(source, "texts"):
-        [text] = source.texts(np.array([row]))
+    if not is_stream(source) and callable(texts := getattr(source, "texts", None)):
+        [text] = texts(np.array([row]))
         return {"text": str(text)[:_CHARACTERS]}
     if of_text and meta.decode is not None:
         tokens = inputs.get("input_ids", inputs.get("target")) if isinstance(inputs, dict) else inputs

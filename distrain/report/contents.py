@@ -42,7 +42,7 @@ _SHARES = (
 _FAILURE = 20_000
 """Characters of an error that are shown."""
 _LISTED = 200
-"""Events, files and warnings that are listed; of more the number is told."""
+"""Events, files and warnings that are listed; further ones are counted."""
 
 
 @dataclass(frozen=True)

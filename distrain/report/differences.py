@@ -178,7 +178,9 @@ def _outcomes(runs: Sequence[_Run]) -> list[Outcome]:
             return
         finite = [value for value in values if value is not None and math.isfinite(value)]
         top = (max(finite) if higher else min(finite)) if finite and higher is not None else None
-        best = [place for place, value in enumerate(values) if value == top] if top is not None else []
+        # what looks alike is alike
+        best = [place for place, value in enumerate(values) if value is not None and number(value) == number(top)]
+        best = best if top is not None else []
         found.append(Outcome(name, list(values), best if len(best) < len(values) else []))
 
     for metric, higher in directions.items():
@@ -246,5 +248,5 @@ _LONGEST = 28
 
 
 def _within(value: str) -> str:
-    """Return a value with its middle left out where it is long: what differs is mostly at an end."""
+    """Return a long value without its middle: what differs is mostly at an end."""
     return value if len(value) <= _LONGEST else f"{value[:12]}…{value[-15:]}"

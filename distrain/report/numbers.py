@@ -14,4 +14,4 @@ def number(value: Any) -> str:
         return f"{value:,}"
     if not math.isfinite(value) or value == 0:
         return str(value) if not math.isfinite(value) else "0"
-    return f"{value:,.0f}" if abs(value) >= 1e4 and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e3 and abs(value) < 1e15 else f"{value:.4g}"

@@ -76,7 +76,8 @@ def test_targets_are_as_in_a_table(base: Path, task: str, section: dict[str, Any
     data = build(base, task, **section)
     batch = everything(data.splits["train"])
     assert batch["targets"].tolist() == targets
-    assert texts(base, batch["inputs"]) == ROWS["text"]
+    source: Any = data.splits["train"]
+    assert texts(base, batch["inputs"]) == source.texts(np.arange(len(source))) == ROWS["text"]
     assert (data.meta.pad_id, data.meta.vocab_size) == (2, 262)
     if task == "classification":
         assert (data.meta.class_names, data.meta.num_classes) == (("neg", "pos"), 2)

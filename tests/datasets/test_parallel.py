@@ -42,6 +42,8 @@ def test_pairs_become_padded_batches(tmp_path: Path) -> None:
     assert batch["inputs"]["source"].tolist() == [[5, unk, eos]]
     assert batch["targets"].tolist() == [[6, 6, unk, eos]]
     assert batch["references"] == ["z  z q"]
+    test: Any = data.splits["test"]
+    assert test.texts(np.array([0])) == ["b <unk>"]
     assert batch["inputs"]["source"].dtype == batch["targets"].dtype == torch.int64
     meta = data.meta
     assert (meta.vocab_size, meta.target_vocab_size, meta.pad_id, meta.bos_id, meta.eos_id) == (6, 7, pad, bos, eos)

@@ -69,6 +69,8 @@ def test_words_have_the_vocabulary_of_the_training_split(base: Path) -> None:
     assert batch["inputs"].tolist() == [[4, 5, 6, 2, 3], [2, 8, 0, 0, 0], [7, 0, 0, 0, 0]]
     assert batch["targets"].tolist() == [WANTED[0], [1, 0, -100, -100, -100], [0, -100, -100, -100, -100]]
     assert everything(data.splits["test"])["inputs"].tolist() == [[5, 1]]
+    test: Any = data.splits["test"]
+    assert test.texts(np.array([0])) == ["Bell new"]
     assert build(base, min_count=2).state["vocabulary"] == ["Rome"]
     assert build(base, max_vocab=3).state["vocabulary"] == ["Rome", ".", "Ada"]
     again = build(base, data.state, inputs_only=True, path="gone")

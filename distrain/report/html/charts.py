@@ -41,18 +41,18 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float, ticks: Sequence[float], *, log: bool = False) -> str:
-    """Return a tick as short as it can be told from its neighbours, all with as many decimals: 0.05, 1.5k, 2M, 1e-5."""
+    """Return a tick, as short as the distance to its neighbours allows: 0.05, 1.5k, 2M, 1e-5."""
     largest = max(abs(tick) for tick in ticks)
     if value == 0:
         return "0"
     if log:
         return _short(value)
-    if largest < 1e-3 or largest >= 1e15:
+    unit, sign = next(((limit, sign) for limit, sign in _UNITS if largest >= limit), (1.0, ""))
+    decimals = max(len(f"{tick / unit:.10f}".rstrip("0").partition(".")[2]) for tick in ticks)
+    if decimals > 4 or largest >= 1e15:
         mantissa, _, power = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
-    unit, sign = next(((limit, sign) for limit, sign in _UNITS if largest >= limit), (1.0, ""))
-    decimals = max(len(f"{tick / unit:.10g}".partition(".")[2]) for tick in ticks)
-    return f"{value / unit:.{min(decimals, 6)}f}{sign}"
+    return f"{value / unit:.{decimals}f}{sign}"
 
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

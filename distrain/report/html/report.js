@@ -20,7 +20,7 @@
   const shown = (value) => {
     if (value === null) return "NaN or infinite";
     const size = Math.abs(value);
-    return size >= 1e4 && size < 1e15 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
+    return size >= 1e3 && size < 1e15 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
   };
   const nearest = (steps, step) => {
     let low = 0, high = steps.length - 1;
