@@ -17,13 +17,12 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import given
-from distrain.optim import set_lr
 from distrain.parallel import StepFlags, StepRecord, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, stepped
 from distrain.run.lease import Lease
 from distrain.training.callbacks.base import Callback
-from distrain.training.context import PendingMetrics, TrainContext, dropout_seed, seed_dropout, to_device
+from distrain.training.context import PendingMetrics, TrainContext, Turn, dropout_seed, seed_dropout, to_device
 from distrain.training.coupling import look_ahead
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
@@ -73,32 +72,51 @@ def train_step(
     on how samples are spread over them nor on how many targets each holds. `flags` returns what this rank has for the
     others; their means over the ranks come with the loss. A step whose scaled gradient overflows is made again with a
     smaller scale, from the same samples. A skipped step changes nothing but the count of steps.
+
+    Several optimizers act one after the other, each on its own losses of the same samples, which see what those before
+    it have changed. A skipped turn changes nothing; the others are taken.
     """
-    strategy, world, scaler, anomalies = t.strategy, t.world, t.strategy.scale, t.anomalies
-    if anomalies is not None and (known := anomalies.skipped(t.step + 1)) is not None:
-        return _skip_known(t, known, flags())
+    acting = t.acting(t.step + 1)
     given(f"step {t.step + 1}", micro_batches)
+    t.strategy.begin_step(t.step)
+    t.set_lr(t.step)
+    taken: tuple[PendingMetrics, ...] = ()
+    for turn in acting:
+        with t.strategy.only(turn.name):
+            taken += (take_turn(t, turn, micro_batches, flags if turn is acting[-1] else StepFlags),)
+    if t.state.ema is not None and any(each.taken for each in taken):
+        t.state.ema.update()
+    t.step += 1
+    stepped(t.step)
+    return taken[-1] if len(taken) == 1 else taken[-1]._replace(earlier=taken[:-1])
+
+
+def take_turn(
+    t: TrainContext, turn: Turn, micro_batches: Sequence[Batch], flags: Callable[[], StepFlags]
+) -> PendingMetrics:
+    """Have one optimizer act in the step under way: forward, backward, norm, clip or skip, step. All ranks call."""
+    strategy, world, scaler, anomalies = t.strategy, t.world, t.strategy.scale, t.anomalies
+    if anomalies is not None and (known := anomalies.skipped(t.step + 1, turn.name)) is not None:
+        return _skip_known(t, turn, known, flags())
     enter_phase("sync")
-    strategy.begin_step(t.step)
-    set_lr(strategy.optimizer, t.recipe.optim.lr * t.schedule(t.step))
-    loss_scale = t.objective.loss_scale(world, t.recipe.batch.global_batch_size, micro_batches)
-    clip_norm, last = t.recipe.optim.clip_norm, len(micro_batches) - 1
+    objective, clip_norm, last = turn.objective, turn.section.clip_norm, len(micro_batches) - 1
+    loss_scale = objective.loss_scale(world, t.recipe.batch.global_batch_size, micro_batches)
     watched = anomalies is not None and anomalies.watches
     judge = anomalies if anomalies is not None and anomalies.judges_first else None
     while True:
         restore_buffers = strategy.remember_buffers() if judge is not None or scaler is not None else _nothing
         grad_scale = scaler.scale if scaler is not None else None
         losses: list[Tensor] = []
-        t.objective.begin_step()
-        if t.objective.looks_ahead:  # a loss takes all samples together: each micro-batch then sees those of all
-            look_ahead(t, micro_batches)
+        objective.begin_step()
+        if objective.looks_ahead:  # a loss takes all samples together: each micro-batch then sees those of all
+            look_ahead(t, turn, micro_batches)
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, world)
-            seed_dropout(world, dropout_seed(t, index))
+            seed_dropout(world, dropout_seed(t, t.step, index, turn))
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
-                loss_sum = t.objective.loss_sum(strategy.wrapped, batch)
-                loss_scale = t.objective.as_scale(loss_scale, loss_sum)
+                loss_sum = objective.loss_sum(strategy.wrapped, batch)
+                loss_scale = objective.as_scale(loss_scale, loss_sum)
                 share = loss_sum.detach() * loss_scale
                 losses.append(share.sum() if share.dim() else share)
                 if index == last:
@@ -115,27 +133,22 @@ def train_step(
         if watched or grad_scale is not None or clip_norm is not None:
             norm = strategy.grad_norm(record, same_bits=watched)
             norm = norm if grad_scale is None else norm / grad_scale
-        read, means, taken = record.to_host_async(world, norm), t.objective.means_async(world), True
+        read, means, taken = record.to_host_async(world, norm), objective.means_async(world), True
         if judge is not None or scaler is not None:
             agreed_loss, agreed_norm, _ = read()  # here alone the host waits for the device
             if scaler is not None and scaler.overflows(agreed_norm, agreed_loss if judge is not None else None):
                 strategy.skip()
                 restore_buffers()
                 continue
-            taken = judge is None or judge.may_step(t.step + 1, agreed_loss, agreed_norm, t.local)
+            taken = judge is None or judge.may_step(t.step + 1, agreed_loss, agreed_norm, t.local, turn.name)
         if taken:
             strategy.apply(_coefficient(norm, clip_norm, grad_scale))
-            if t.state.ema is not None:
-                t.state.ema.update()
         else:
             strategy.skip()
             restore_buffers()
         if scaler is not None:
             scaler.end_step(taken=taken)
-        break
-    t.step += 1
-    stepped(t.step)
-    return PendingMetrics(t.step, read, grad_scale, t.local, means)
+        return PendingMetrics(t.step + 1, read, grad_scale, t.local, means, taken, turn)
 
 
 def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
@@ -150,13 +163,11 @@ def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float
     return torch.full_like(norm, 1.0 / grad_scale) if clip is None else clip * (1.0 / grad_scale)
 
 
-def _skip_known(t: TrainContext, known: Anomaly, flags: StepFlags) -> PendingMetrics:
-    """Count a step without making it; the ranks still agree on their flags."""
+def _skip_known(t: TrainContext, turn: Turn, known: Anomaly, flags: StepFlags) -> PendingMetrics:
+    """Have an optimizer not act in a step; the ranks still agree on their flags."""
     record = StepRecord.reduce_async(t.world, torch.zeros((), device=t.world.device), flags)()
-    read = record.to_host_async(t.world, None)
-    t.step += 1
-    stepped(t.step)
-    return PendingMetrics(t.step, lambda: (known.loss, known.norm, read()[2]), t.strategy.grad_scale)
+    read, numbers = record.to_host_async(t.world, None), (known.loss, known.norm)
+    return PendingMetrics(t.step + 1, lambda: (*numbers, read()[2]), t.strategy.grad_scale, taken=False, turn=turn)
 
 
 def _nothing() -> None:

@@ -157,7 +157,31 @@ def _tune(known: Known) -> Problems:
 
 
 def _groups(known: Known) -> Problems:
-    return _twice("optim.groups", [group.params for group in known("optim.groups")])
+    optim = known("optim")
+    for name, section in optim.items() if isinstance(optim, Mapping) else [("", optim)]:
+        yield from _twice(f"optim.{name}.groups" if name else "optim.groups", [each.params for each in section.groups])
+
+
+def _optimizers(known: Known) -> Problems:
+    parts = known("optim")
+    if not isinstance(parts, Mapping):
+        return
+    if (slowest := min(part.every for part in parts.values())) > 1:
+        yield (
+            "optim",
+            f"each has an `every` of {slowest} or more, expected 1 for at least one: a step must train something",
+        )
+    for name, part in parts.items():
+        if part.layer_decay is not None:
+            yield (
+                f"optim.{name}.layer_decay",
+                "is found by the depth of a whole model, and this optimizer trains a part of one; give it groups with "
+                "lr_scale instead",
+            )
+        if part.schedule is not None:
+            inner = Known({"schedule": part.schedule, "train": known("train")}, known.invalid)
+            for key, problem in (*_schedule(inner), *_warmup(inner)):
+                yield f"optim.{name}.{key}", problem
 
 
 def _metrics(known: Known) -> Problems:
@@ -184,5 +208,6 @@ _CHECKS: tuple[Callable[[Known], Problems], ...] = (
     _anomalies,
     _tune,
     _groups,
+    _optimizers,
     _metrics,
 )

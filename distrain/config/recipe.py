@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -10,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from distrain.config.agreement import Known, disagreements
 from distrain.config.sections import (
     AnomaliesSection,
+    AnyOptim,
     AnySchedule,
     BatchSection,
     CheckpointSection,
@@ -19,6 +21,7 @@ from distrain.config.sections import (
     LogSection,
     ModelSection,
     OptimSection,
+    OwnScheduleSection,
     ScheduleSection,
     Section,
     TrainSection,
@@ -48,8 +51,8 @@ class Recipe(Section):
     """The model and its initial weights."""
     loss: ComponentField | None = None
     """Any loss of torch.nn by name (cross_entropy or CrossEntropyLoss), or your own; None is the task's usual one."""
-    optim: Annotated[OptimSection, ByName()] = OptimSection()
-    """The optimizer, by default adamw."""
+    optim: Annotated[AnyOptim, ByName()] = OptimSection()
+    """The optimizer, by default adamw; or several, each by a name of your own with the `params` that it trains."""
     schedule: Annotated[AnySchedule, ByName()] = ScheduleSection()
     """The learning rate schedule."""
     batch: BatchSection
@@ -77,6 +80,17 @@ class Recipe(Section):
     def form(self) -> Form:
         """The form of a batch of the task. Imports a task of one's own."""
         return form_of(self.task.name)
+
+    @property
+    def optimizers(self) -> Mapping[str, OptimSection]:
+        """The optimizers by name, in the order in which they act; a single one has an empty name."""
+        return {"": self.optim} if isinstance(self.optim, OptimSection) else self.optim
+
+    @property
+    def schedules(self) -> Mapping[str, ScheduleSection | OwnScheduleSection]:
+        """The schedule of each optimizer by its name: its own, or that of the recipe."""
+        own = {name: getattr(section, "schedule", None) for name, section in self.optimizers.items()}
+        return {name: schedule or self.schedule for name, schedule in own.items()}
 
     @model_serializer(mode="wrap")
     def _without_callbacks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

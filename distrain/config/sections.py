@@ -288,6 +288,41 @@ AnySchedule = Annotated[
 ]
 
 
+class PartSection(OptimSection):
+    """One of several optimizers, which act one after the other in each step. Keys are those of `optim`, and these."""
+
+    params: Annotated[Text | list[Text], Field(title="a shell pattern over parameter names, or a list of them")]
+    """Shell patterns over the names of the parameters that it trains; each parameter has exactly one optimizer."""
+    every: Count = 1
+    """It acts at each so many-th step."""
+    schedule: Annotated[AnySchedule, ByName()] | None = None
+    """Its own schedule of the learning rate; None is that of the recipe."""
+
+    @property
+    def patterns(self) -> list[str]:
+        """`params` as a list."""
+        return [self.params] if isinstance(self.params, str) else self.params
+
+
+def _kind_of_optim(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "<one>"
+    # the others of muon are named by `params` too
+    parts = [each for key, each in value.items() if key != "others" and isinstance(each, dict | PartSection)]
+    named = any(isinstance(each, PartSection) or "params" in each for each in parts)
+    return "<several>" if named or (parts and len(parts) == len(value)) else "<one>"
+
+
+PartName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,39}$", title="the name of an optimizer: letters, digits, '_' and '-'"),
+]
+AnyOptim = Annotated[
+    Annotated[OptimSection, Tag("<one>")] | Annotated[dict[PartName, PartSection], Tag("<several>")],
+    Discriminator(_kind_of_optim),
+]
+
+
 class BatchSection(Section):
     """Batch sizes in samples. Accumulation follows: global / (micro * processes)."""
 

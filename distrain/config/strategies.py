@@ -26,6 +26,8 @@ class StrategyKind:
     """Whether forward() runs collectives, so that every rank must call it equally often."""
     replicates: bool = False
     """Whether `--replicate` can have several replicas of what is sharded."""
+    several_optimizers: bool = True
+    """Whether optimizers of their own can train parts of a model in turn."""
     offloads: tuple[str, ...] = ("none",)
     """Those of OFFLOADS that it can do."""
     offload_hint: str = "zero3 can, also on one process: --strategy zero3"
@@ -38,9 +40,15 @@ _WHOLE = "each process has whole parameters there; zero3 has not: --strategy zer
 STRATEGIES = {
     "single": StrategyKind(_DDP, "plain"),
     "ddp": StrategyKind(_DDP, "plain"),
-    "zero1": StrategyKind(_ZERO, "deepspeed", shards=True, offloads=OFFLOADS[:2], offload_hint=_WHOLE),
-    "zero2": StrategyKind(_ZERO, "deepspeed", shards=True, offloads=OFFLOADS[:2], offload_hint=_WHOLE),
-    "zero3": StrategyKind(_ZERO, "deepspeed", shards=True, forward_is_collective=True, offloads=OFFLOADS),
+    "zero1": StrategyKind(
+        _ZERO, "deepspeed", shards=True, several_optimizers=False, offloads=OFFLOADS[:2], offload_hint=_WHOLE
+    ),
+    "zero2": StrategyKind(
+        _ZERO, "deepspeed", shards=True, several_optimizers=False, offloads=OFFLOADS[:2], offload_hint=_WHOLE
+    ),
+    "zero3": StrategyKind(
+        _ZERO, "deepspeed", shards=True, forward_is_collective=True, several_optimizers=False, offloads=OFFLOADS
+    ),
     "fsdp2": StrategyKind(
         "distrain.parallel.fsdp2:FSDP2Strategy",
         "fsdp2",

@@ -85,16 +85,10 @@ def _roots(path: str | None, split: Any) -> dict[str, str]:
 
 
 def _model_files(recipe: Recipe) -> dict[str, str]:
-    parts = {
-        "task": recipe.task,
-        "model": recipe.model,
-        "loss": recipe.loss,
-        "optim": recipe.optim,
-        "eval": recipe.eval,
-    }
+    parts = recipe.model_dump(mode="json", include={"task", "model", "loss", "optim", "eval"})
     found: dict[str, str] = {}
     for key, part in parts.items():
-        found |= _named(part.model_dump(mode="json") if part is not None else None, f"{key}.")
+        found |= _named(part, f"{key}.")
     return found
 
 

@@ -219,7 +219,7 @@ def resolve(
     Without `check_names` the recipe's names and arguments are taken to be right, as those of another run of its sweep;
     without `check_run` what is in the run folder, which is then compared in another way.
     """
-    from distrain.parallel import check_precision, unused
+    from distrain.parallel import check_precision, check_several, unused
     from distrain.training.checks import check_recipe
 
     problems = list(target.problems)
@@ -252,6 +252,7 @@ def resolve(
         if spec is not None:
             strategy = spec.strategy
             checks.append(lambda: check_precision(recipe.train.precision, strategy))
+            checks.append(lambda: check_several(recipe.optimizers, strategy))
     for check in checks:
         try:
             check()

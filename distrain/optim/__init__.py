@@ -10,6 +10,7 @@ freezing.py    parameters that are not trained before a step
 averages.py    the exponential moving average of the weights
 sharding.py    which optimizers give the same result where parameters are cut into pieces
 sparse.py      embeddings with sparse gradients
+several.py     several optimizers, each with parameters of its own
 migration.py   what an optimizer can use of the state that another has stored
 """
 
@@ -21,7 +22,6 @@ from distrain.optim.migration import StateMigration, plan_migration
 from distrain.optim.optimizers import (
     GroupPlan,
     build_optimizer,
-    check_optimizer,
     describe_groups,
     frozen_names,
     fused_kernel,
@@ -30,33 +30,52 @@ from distrain.optim.optimizers import (
     unregistered_layers,
 )
 from distrain.optim.schedules import Schedule, check_schedule, lr_at, resolve_schedule
+from distrain.optim.several import (
+    OPTIMIZER,
+    Optimizers,
+    build_optimizers,
+    check_optimizers,
+    check_parts,
+    classes_of,
+    full_keys,
+    in_part,
+    parts_of,
+)
 from distrain.optim.sharding import dtensor_problem, is_elementwise, sharding_problem
 from distrain.optim.sparse import make_dense, sparse_layers
 
 __all__ = [
+    "OPTIMIZER",
     "THAW",
     "Ema",
     "GroupPlan",
     "Loss",
+    "Optimizers",
     "Schedule",
     "StateMigration",
     "build_loss",
     "build_optimizer",
+    "build_optimizers",
     "canonical_name",
     "check_loss",
-    "check_optimizer",
+    "check_optimizers",
+    "check_parts",
     "check_schedule",
+    "classes_of",
     "describe_groups",
     "drop_frozen",
     "dtensor_problem",
     "frozen_names",
+    "full_keys",
     "fused_kernel",
+    "in_part",
     "is_elementwise",
     "is_frozen",
     "layer_depths",
     "lr_at",
     "make_dense",
     "parameter_plan",
+    "parts_of",
     "plan_migration",
     "resolve_schedule",
     "set_lr",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distrain.config import FreezeSection, Horizon, OptimSection, UserError, close_names
+from distrain.config import FreezeSection, Horizon, OptimSection, PartSection, UserError, close_names
 from distrain.config.arguments import argument_problems, takes
 from distrain.config.registry import optimizers, squeezed
 from distrain.optim.averages import canonical_name, unwrapped
@@ -82,7 +82,7 @@ def check_optimizer(section: OptimSection) -> list[str]:
         "optim",
         what,
         given=("params", "param_groups", "lr", "weight_decay"),
-        section_keys=OptimSection.model_fields,
+        section_keys=type(section).model_fields,
     )
     if not takes(build, "lr"):
         problems.append(f"optim.name: {what} takes no argument 'lr', which the schedule sets")
@@ -251,15 +251,31 @@ def parameter_plan(model: nn.Module, section: OptimSection) -> list[GroupPlan]:
     return _plan(model, section)[0]
 
 
-def frozen_names(model: nn.Module, section: OptimSection) -> list[str]:
+def frozen_names(model: nn.Module, *sections: OptimSection) -> list[str]:
     """Return the names of the frozen parameters: by `optim.freeze`, or by the model itself."""
-    return sorted(_plan(model, section)[1])
+    frozen = {alias.names[0] for alias in _aliases(model) if not alias.parameter.requires_grad}
+    return sorted(frozen.union(*(_plan(model, section)[1] for section in sections)))
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the first name of each parameter that the model itself has not frozen."""
+    return [alias.names[0] for alias in _aliases(model) if alias.parameter.requires_grad]
+
+
+def names_by_pattern(model: nn.Module, pattern: str) -> tuple[list[str], str | None]:
+    """Return the first names of the parameters that a shell pattern matches, and what to say where that is none."""
+    aliases = _aliases(model)
+    found = [alias.names[0] for alias in _matching(aliases, pattern)]
+    return found, None if found else _nothing(aliases, pattern)
 
 
 def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set[str]]:
     aliases = _aliases(model)
     if not aliases:
         raise UserError(_without_parameters(model))
+    if isinstance(section, PartSection):
+        own = {alias.names[0] for pattern in section.patterns for alias in _matching(aliases, pattern)}
+        aliases = [alias for alias in aliases if alias.names[0] in own]
     problems = []
     frozen = {alias.names[0] for alias in aliases if not alias.parameter.requires_grad}
     entry_of: dict[str, int] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distrain.config import OptimSection, UserError
+from distrain.config import OptimSection, PartSection, UserError
 from distrain.config.strategies import STRATEGIES
 from distrain.optim.muon import Muon
 from distrain.optim.optimizers import build_optimizer
@@ -74,6 +74,8 @@ def without_names(section: OptimSection) -> OptimSection:
         "no_decay": [],
         "weight_decay": max(decays),
     }
+    if isinstance(section, PartSection):
+        update["params"] = "*"
     if isinstance(others := section.args.get("others"), dict):
         update["others"] = {key: value for key, value in others.items() if key != "params"}
     return section.model_copy(update=update)

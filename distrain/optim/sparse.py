@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def make_dense(model: nn.Module, section: OptimSection, strategy: str, *, norms: bool, scaled: bool) -> None:
+def make_dense(model: nn.Module, sections: Iterable[OptimSection], strategy: str, *, norms: bool, scaled: bool) -> None:
     """Have embeddings give dense gradients if sparse ones cannot be used, and log why.
 
     `norms`: whether the norm of the gradient is needed; `scaled`: whether the loss is scaled. A dense gradient has the
@@ -38,8 +38,8 @@ def make_dense(model: nn.Module, section: OptimSection, strategy: str, *, norms:
         why = "clipping and the detection of anomalies need the norm of a dense gradient"
     elif scaled:
         why = "the scaled loss of fp16 needs dense gradients"
-    elif not _takes_sparse(section):
-        why = f"{section.name} takes no sparse gradients; sgd and adagrad without weight decay do"
+    elif refusing := next((each.name for each in sections if not _takes_sparse(each)), None):
+        why = f"{refusing} takes no sparse gradients; sgd and adagrad without weight decay do"
     else:
         return
     for _, layer in layers:

@@ -33,7 +33,7 @@ import importlib
 
 from distrain.config import OptimSection, UserError, is_object_spec
 from distrain.config.strategies import OFFLOADS, STRATEGIES
-from distrain.optim import dtensor_problem, sharding_problem
+from distrain.optim import dtensor_problem, full_keys, sharding_problem
 from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
 from distrain.parallel.accelerate_settings import disagreements, strategy_wishes, unused
 from distrain.parallel.comm import World, open_world
@@ -47,6 +47,7 @@ from distrain.parallel.strategy_spec import (
     StrategyHint,
     StrategySpec,
     check_precision,
+    check_several,
     check_world,
     processes_asked,
     resolve_strategy,
@@ -71,6 +72,7 @@ __all__ = [
     "build_strategy",
     "check_fit",
     "check_precision",
+    "check_several",
     "check_world",
     "disagreements",
     "fill",
@@ -93,8 +95,10 @@ def build_strategy(world: World, plan: BuildSpec) -> Strategy:
 
     Raises UserError where the strategy cannot do what the plan asks for, RuntimeError where it did not take effect.
     """
-    if plan.section is not None:
-        _check_optimizer(world, plan.section)
+    check_several(plan.sections, world.strategy)
+    for name, section in plan.sections.items():
+        with full_keys(name):
+            _check_optimizer(world, section)
     module, _, name = STRATEGIES[world.strategy].place.partition(":")
     strategy: Strategy = getattr(importlib.import_module(module), name)(world, plan)
     strategy.check()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distrain.config import CompileSection, Recipe, UserError
+from distrain.config import CompileSection, OptimSection, Recipe, UserError
 from distrain.datasets.batch_sizes import batch_shape
 from distrain.parallel.accelerate_config import DEFAULTS, Configuration, SourcedValue, plain
 from distrain.parallel.strategy_spec import StrategyHint
@@ -261,7 +261,9 @@ def _owned(
     """Yield (what is stated, the recipe's key, what the recipe makes of it)."""
     micro, accumulation = batch_shape(recipe.batch, world_size)
     precision = auto if recipe.train.precision == "auto" else recipe.train.precision
-    clipping = recipe.optim.clip_norm
+    # several optimizers are no setting of a launcher's configuration
+    optim, (clipping, *others) = recipe.optim, {each.clip_norm for each in recipe.optimizers.values()}
+    one = optim if isinstance(optim, OptimSection) else None
     own: dict[str, tuple[str, Any]] = {
         "mixed_precision": ("train.precision", _ACCELERATE_PRECISION.get(precision, precision)),
         "dynamo_backend": ("train.compile", _compiler(recipe)),
@@ -270,20 +272,20 @@ def _owned(
             bool(recipe.train.activation_checkpointing),
         ),
         "gradient_accumulation_steps": ("batch.global", accumulation),
-        "gradient_clipping": ("optim.clip_norm", clipping or 0.0),
+        "gradient_clipping": ("optim.clip_norm", None if others else clipping or 0.0),
         "deepspeed.train_batch_size": ("batch.global", recipe.batch.global_batch_size),
         "deepspeed.train_micro_batch_size_per_gpu": ("batch.micro", micro),
         "deepspeed.gradient_accumulation_steps": ("batch.global", accumulation),
-        "deepspeed.gradient_clipping": ("optim.clip_norm", clipping or 0.0),
+        "deepspeed.gradient_clipping": ("optim.clip_norm", None if others else clipping or 0.0),
         "deepspeed.communication_data_type": ("train.precision", "fp64" if precision == "fp64" else "fp32"),
         "deepspeed.fp16.enabled": ("train.precision", precision == "fp16"),
         "deepspeed.bf16.enabled": ("train.precision", precision == "bf16"),
-        "deepspeed.optimizer.type": ("optim.name", recipe.optim.name),
-        "deepspeed.optimizer.params.lr": ("optim.lr", recipe.optim.lr),
-        "deepspeed.optimizer.params.weight_decay": ("optim.weight_decay", recipe.optim.weight_decay),
+        "deepspeed.optimizer.type": ("optim.name", one and one.name),
+        "deepspeed.optimizer.params.lr": ("optim.lr", one and one.lr),
+        "deepspeed.optimizer.params.weight_decay": ("optim.weight_decay", one and one.weight_decay),
         "deepspeed.scheduler.type": ("schedule.name", recipe.schedule.name),
     }
-    extra = recipe.optim.model_extra or {}
+    extra = one.args if one else {}
     for key, stated in explicit.items():
         if key in own:
             if plain(stated.value) != "auto":

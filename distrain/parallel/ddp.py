@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from distrain.config import UserError
-from distrain.optim import drop_frozen, sparse_layers
+from distrain.optim import drop_frozen, parts_of, sparse_layers
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -46,44 +47,55 @@ class DDPStrategy(Strategy):
     def __init__(self, world: World, plan: BuildSpec):
         super().__init__(world, plan)
 
-        def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        def build() -> tuple[nn.Module, Any]:
             model = model_to(plan.model(), world.device)
             return model, make_optimizer(plan, model)
 
         self.model, self.optimizer = world.run_on_all(build)
-        self._watch_frozen()
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._one_kind = len({(parameter.device, parameter.dtype) for parameter in self._trained}) == 1
+        self._take_optimizer()
         self._held: list[Tensor] = []
         """The gradients of a step, from its last backward pass on: collected once."""
         self._sends_itself = False
         """Whether there are buffers that DDP cannot send."""
-        self._all_reached = False
-        """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
         self._reached: set[Tensor] = set()
-        self._carrier: _Carrier | None = None
         self._carried: Tensor | None = None
         """What goes backward beside the loss, to bring the ranks' numbers with the gradients."""
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
         self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), migrate=plan.migrate)
-        self.wrapped = with_mixed_precision(world, self.model)
-        if world.world_size > 1:
-            self.wrapped = self._distribute(plan)
+        with_mixed_precision(world, self.model)
+        self._sets: dict[str, _Trained] = {}
+        """What is trained together, by the name of the optimizer."""
+        for name in parts_of(self.optimizer):
+            with self.only(name):
+                mine = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                alike = len({(parameter.device, parameter.dtype) for parameter in mine}) == 1
+                self._now = self._sets[name] = _Trained(mine, alike, self.model)
+                if world.world_size > 1:
+                    self._now.wrapped = self._distribute(plan, name)
+        self.wrapped = self._now.wrapped
 
-    def _distribute(self, plan: BuildSpec) -> nn.Module:
+    @contextmanager
+    def _only(self, name: str) -> Iterator[None]:
+        if name in self._sets:  # not while they are made
+            self._now = self._sets[name]
+            self.wrapped = self._now.wrapped
+        with super()._only(name):
+            yield
+
+    def _distribute(self, plan: BuildSpec, optimizer: str) -> nn.Module:
         world, model = self.world, self.model
-        ranks = [set(reached) for reached in reached_parameters(world, plan, model)]
+        ranks = [set(reached) for reached in reached_parameters(world, plan, model, optimizer=optimizer)]
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         unused = {name for name in trained if not all(name in reached for reached in ranks)}
         handler = world.accelerator.ddp_handler
         assert handler is not None, "open_world sets it"
         handler.find_unused_parameters = bool(unused)
-        self._all_reached = not unused
-        if self._all_reached and plan.accumulation > 1:
-            for parameter in self._trained:
+        self._now.all_reached = not unused
+        if not unused and plan.accumulation > 1:
+            for parameter in self._now.parameters:
                 parameter.register_post_accumulate_grad_hook(self._reached.add)
-        dtypes = {parameter.dtype for parameter in self._trained}
+        dtypes = {parameter.dtype for parameter in self._now.parameters}
         self._sends_itself = any(not travels(buffer) for buffer in model.buffers())
         carries = not unused and dtypes in ({torch.float32}, {torch.float64})
         carrier = _Carrier(model, dtypes.pop() if carries else None)
@@ -94,10 +106,10 @@ class DDPStrategy(Strategy):
         wrapped = world.accelerator.prepare_model(carrier)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return wrapped  # `check` says so
-        self._carrier = carrier
+        self._now.carrier = carrier
         if world.world_size > 2:
             with restored(model):
-                loss_sum = plan.loss_sum(wrapped, 0)
+                loss_sum = plan.loss_of(optimizer)(wrapped, 0)
                 agree = self.agree_async(loss_sum.detach(), StepFlags())
                 self.backward(loss_sum, torch.ones_like(loss_sum), last=True)
                 agree()
@@ -113,7 +125,7 @@ class DDPStrategy(Strategy):
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
-        carrier = self._carrier
+        carrier = self._now.carrier
         if carrier is None or carrier.numbers is None:
             return StepRecord.reduce_async(self.world, loss, flags)
         numbers = self.world.pack_metrics(loss, flags).to(carrier.numbers.dtype)
@@ -135,14 +147,14 @@ class DDPStrategy(Strategy):
             torch.autograd.backward((loss_sum, carried), (scale, torch.ones_like(carried)))
         if last:
             self._held = self._held_gradients()
-            if self._all_reached:
+            if self._now.all_reached:
                 self._complete()
             if self._thaws and drop_frozen(self.optimizer, self._step):
                 self._held = self._held_gradients()
             self._note_gradients(self._held)
 
     def _held_gradients(self) -> list[Tensor]:
-        return [gradient for parameter in self._trained if (gradient := parameter.grad) is not None]
+        return [gradient for parameter in self._now.parameters if (gradient := parameter.grad) is not None]
 
     def grad_norm(self, record: StepRecord, *, same_bits: bool) -> Tensor:
         if self._has_sparse_gradient:
@@ -150,7 +162,7 @@ class DDPStrategy(Strategy):
                 "a gradient is sparse, and clipping, watching for anomalies and a scaled loss need dense ones; "
                 "have the model compute it with sparse=False"
             )
-        if self._one_kind and self._held:
+        if self._now.one_kind and self._held:
             # the bits of get_total_norm, which would sort the gradients by device and dtype in every step
             norm = vector_norm(torch.stack(torch._foreach_norm(self._held)))
         else:
@@ -162,15 +174,17 @@ class DDPStrategy(Strategy):
     def apply(self, coefficient: Tensor | None) -> None:
         if coefficient is not None:
             torch._foreach_mul_(self._held, coefficient)
-        self.optimizer.step()
+        self._acting.step()
         self.skip()
 
     def skip(self) -> None:
         self._held = []
-        if type(self.optimizer).zero_grad is not Optimizer.zero_grad:
+        if type(self._acting).zero_grad is not Optimizer.zero_grad:
             super().skip()
             return
-        for parameter in self._trained:  # as torch's zero_grad does, whose entry in a profile costs more than this
+        for (
+            parameter
+        ) in self._now.parameters:  # as torch's zero_grad does, whose entry in a profile costs more than this
             parameter.grad = None
 
     def _complete(self) -> None:
@@ -183,9 +197,11 @@ class DDPStrategy(Strategy):
         """
         # with accumulation the gradients of earlier micro-batches are there, and are not averaged before this
         accumulated = self.accumulation > 1
-        if len(self._reached if accumulated else self._held) == len(self._trained):
+        if len(self._reached if accumulated else self._held) == len(self._now.parameters):
             return
-        missed = [each for each in self._trained if (each not in self._reached if accumulated else each.grad is None)]
+        missed = [
+            each for each in self._now.parameters if (each not in self._reached if accumulated else each.grad is None)
+        ]
         if sparse := [
             name for name, layer in sparse_layers(self.model) if any(layer.weight is each for each in missed)
         ]:
@@ -211,10 +227,27 @@ class DDPStrategy(Strategy):
         super().check()
         if self.world.world_size == 1:
             return
-        if not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            raise did_not_take_effect("ddp", f"the model that trains is a {type(self.wrapped).__name__}")
-        if (found := self.wrapped.process_group.size()) != self.world.world_size:
-            raise did_not_take_effect("ddp", f"gradients are averaged over {found} of {self.world.world_size} ranks")
+        for wrapped in (each.wrapped for each in self._sets.values()):
+            if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+                raise did_not_take_effect("ddp", f"the model that trains is a {type(wrapped).__name__}")
+            if (found := wrapped.process_group.size()) != self.world.world_size:
+                raise did_not_take_effect(
+                    "ddp", f"gradients are averaged over {found} of {self.world.world_size} ranks"
+                )
+
+
+@dataclass
+class _Trained:
+    """What is trained together: all parameters, or those of one of several optimizers."""
+
+    parameters: list[nn.Parameter]
+    one_kind: bool
+    """Whether all are on one device and of one dtype."""
+    wrapped: nn.Module
+    """The model, or DDP around it that averages these gradients."""
+    all_reached: bool = False
+    """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
+    carrier: _Carrier | None = None
 
 
 class _Carrier(nn.Module):

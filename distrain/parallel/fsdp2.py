@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -62,7 +62,7 @@ class FSDP2Strategy(Strategy):
         del values
         # on the sharded parameters, so that its state is sharded as they are
         self.optimizer = world.run_on_all(lambda: make_optimizer(plan, model))
-        self._watch_frozen()
+        self._take_optimizer()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self._replicated = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
@@ -89,6 +89,8 @@ class FSDP2Strategy(Strategy):
         self._groups: list[Any] = []
         """What FSDP2 gathers and reduces together: one for each unit that has parameters of its own."""
         self._reduce_all()
+        self._of_groups = {each.sharded_param: each for group in self._groups for each in group.fsdp_params}
+        """By sharded parameter what FSDP2 gathers of it, which is a tensor of its own."""
         self._reducing = self._averaging = True
         """Whether a backward pass reduces gradients, and averages them over the replicas."""
         if world.tuning["prefetch"]:
@@ -102,6 +104,9 @@ class FSDP2Strategy(Strategy):
         """
         world, dtype = self.world, self.world.mixed_precision.autocast
         if dtype is None or not world.tuning["cast_before_gather"]:
+            return set()
+        if len(plan.sections) > 1:
+            world.tuning = world.tuning.without("cast_before_gather", "each of several optimizers has its own losses")
             return set()
         # a part of the model may be used on some ranks alone
         ranks = world.gather(cast_parameters(model, lambda model: plan.loss_sum(model, 0), world.device, dtype))
@@ -146,6 +151,14 @@ class FSDP2Strategy(Strategy):
             fully_shard(unit, **settings)
         # the root's own are needed first in the backward pass
         fully_shard(model, **settings | {"reshard_after_forward": False})
+
+    def _need_gradients(self, parameters: Sequence[Tensor], needed: bool) -> None:
+        super()._need_gradients(parameters, needed)
+        for parameter in parameters:
+            # there from the first forward pass on, and made alike
+            whole = getattr(self._of_groups.get(parameter), "_unsharded_param", None)
+            if whole is not None:
+                whole.requires_grad_(needed)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         reducing = last or self.world.tuning["reduce_every_micro"]
@@ -196,7 +209,7 @@ class FSDP2Strategy(Strategy):
     def apply(self, coefficient: Tensor | None) -> None:
         if coefficient is not None:
             _multiply([each for kind in self._local_gradients for each in kind], coefficient)
-        self.optimizer.step()
+        self._acting.step()
         self.skip()
 
     def skip(self) -> None:
@@ -210,6 +223,8 @@ class FSDP2Strategy(Strategy):
         """
         missed = [place for place, p in enumerate(self._sharded) if self._missed.get(p) == self._passes]
         for place, parameter in enumerate(self._replicated, len(self._sharded)):
+            if not parameter.requires_grad:
+                continue  # it is not this optimizer's turn
             if parameter.grad is None:
                 missed.append(place)
                 parameter.grad = torch.zeros_like(parameter)

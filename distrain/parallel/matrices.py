@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distrain.optim import parts_of
 from distrain.optim.muon import Muon
 from distrain.parallel.shards import Shard
 
@@ -123,9 +124,8 @@ class ShardedMatrices:
             part.copy_(values)
 
 
-def give_matrices(
-    optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard], device: torch.device, group: Any = None
-) -> None:
+def give_matrices(optimizer: Any, shards: Mapping[str, Shard], device: torch.device, group: Any = None) -> None:
     """Have an optimizer that takes whole matrices find them, where each rank holds a part. All ranks call."""
-    if isinstance(optimizer, Muon):
-        optimizer.matrices = ShardedMatrices(shards, device, group)
+    for part in parts_of(optimizer).values():
+        if isinstance(part, Muon):
+            part.matrices = ShardedMatrices(shards, device, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -129,15 +130,16 @@ def _shown(value: Any) -> str:
     return str(value.tolist() if isinstance(value, Tensor) else value)
 
 
-def group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+def group_names(model: nn.Module, optimizer: Any) -> list[list[str]]:
     """Return the names of the parameters in each of the optimizer's groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+def state_of(optimizer: Any) -> dict[Any, Any]:
     """Return its state: by the tensors that it was handed, and by keys of its own."""
-    return optimizer.state
+    state: dict[Any, Any] = optimizer.state
+    return state
 
 
 def stated_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -151,6 +153,23 @@ def stated_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         if indices and indices == list(range(indices[0], indices[0] + len(indices))):
             group["params"] = range(indices[0], indices[0] + len(indices))
     return groups
+
+
+def of_part(name: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what one of several optimizers keeps under keys of its own, of all that they keep so."""
+    prefix = f"{name}/" if name else ""
+    return {key.removeprefix(prefix): value for key, value in others.items() if key.startswith(prefix)}
+
+
+def load_state(optimizer: torch.optim.Optimizer, entries: Mapping[int, Entry], others: Mapping[str, Any]) -> None:
+    """Have an optimizer load its part of `entries`, by the ids of its tensors, and what it keeps under other keys."""
+    index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    # torch's own loader knows which values belong on the device and which stay on the host
+    state: dict[Any, Any] = {index_of[key]: entry.state for key, entry in entries.items() if key in index_of}
+    with warnings.catch_warnings():
+        # it casts to the parameters' dtype, which `make_exact` undoes
+        warnings.filterwarnings("ignore", message="Casting complex values to real")
+        optimizer.load_state_dict({"state": state | dict(others), "param_groups": stated_groups(optimizer)})
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +210,7 @@ def unlike_stated(
             return
 
 
-def shared_memory(optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]) -> Iterator[str]:
+def shared_memory(optimizer: Any, shards: Mapping[str, Shard]) -> Iterator[str]:
     """Yield the tensors of the optimizer's state that are views of each other or of a parameter."""
     named: list[tuple[str, Tensor]] = []
     of_entry = {id(shard.entry): name for name, shard in shards.items() if shard.entry is not None}

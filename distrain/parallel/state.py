@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Frozen, Piece, Reader, TensorSpec
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
-from distrain.optim import Ema, StateMigration, canonical_name
+from distrain.optim import OPTIMIZER, Ema, Optimizers, StateMigration, canonical_name, classes_of, parts_of
 from distrain.parallel.contents import (
     Contents,
     contents,
@@ -38,10 +37,11 @@ from distrain.parallel.optimizer_state import (
     Entry,
     Kept,
     group_names,
+    load_state,
+    of_part,
     settings_of,
     shared_memory,
     state_of,
-    stated_groups,
     unlike_stated,
 )
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated, whole
@@ -57,8 +57,9 @@ from distrain.parallel.stored import (
 )
 from distrain.system.collector import no_collection
 
-MigrationPlanner = Callable[[str, Collection[str]], StateMigration]
-"""From the class that left an optimizer's state, and the names in it: what is taken over."""
+MigrationPlanner = Callable[..., StateMigration]
+"""From the class that left an optimizer's state, the names in it, and the name of one of several optimizers: what is
+taken over."""
 
 
 @dataclass
@@ -67,8 +68,8 @@ class TrainingState:
 
     model: nn.Module
     """Unwrapped, with canonical names."""
-    optimizer: torch.optim.Optimizer | None
-    """Of torch, unwrapped; None for a model that is only used."""
+    optimizer: torch.optim.Optimizer | Optimizers | None
+    """Of torch, unwrapped, or several; None for a model that is only used."""
     ema: Ema | None
     shard: Callable[[nn.Parameter], Shard] = whole
     """Returns what this rank holds of a parameter."""
@@ -186,13 +187,13 @@ class TrainingState:
         """Return what the optimizer keeps; raises UserError naming all that a checkpoint cannot hold."""
         assert self.optimizer is not None
         kept, problems = Kept(), []
-        name_of = type(self.optimizer).__name__
+        name_of, state = classes_of(self.optimizer), state_of(self.optimizer)
         entries: dict[int, str] = {}
         for name, shard in shards.items():
             if shard.entry is None:
                 continue
             entries[id(shard.entry)] = name
-            of_parameter = state_of(self.optimizer).get(shard.entry, {})
+            of_parameter = state.get(shard.entry, {})
             if not isinstance(of_parameter, Mapping):
                 problems.append(f"the state of {name} is a {type(of_parameter).__name__}, and not a dict")
                 continue
@@ -200,7 +201,7 @@ class TrainingState:
                 kept.add(name, shard, of_parameter)
             except Unstorable as error:
                 problems.append(f"{error}, in the state of {name}")
-        for key, value in state_of(self.optimizer).items():
+        for key, value in state.items():
             if isinstance(key, Tensor):
                 if id(key) not in entries:
                     problems.append(f"state under a tensor of shape {tuple(key.shape)} that is none of its parameters")
@@ -240,10 +241,11 @@ class TrainingState:
         digests |= {name: _digest(tensor) for name, tensor in contents(self.model).tensors.items()}
         if self.optimizer is None:
             return digests
-        problems = [*unlike_stated(self.optimizer, self.stepping), *shared_memory(self.optimizer, self._shards())]
+        problems = [each for part in parts_of(self.optimizer).values() for each in unlike_stated(part, self.stepping)]
+        problems += shared_memory(self.optimizer, self._shards())
         if problems:
             raise UserError(
-                f"the state of {type(self.optimizer).__name__} cannot be saved and taken back as it is:\n  - "
+                f"the state of {classes_of(self.optimizer)} cannot be saved and taken back as it is:\n  - "
                 + "\n  - ".join(problems)
             )
         kept = self._kept(self._shards())
@@ -308,7 +310,7 @@ class TrainingState:
             for group, names in zip(self.optimizer.param_groups, self._groups(), strict=True)
         ]
         scalars: dict[str, Any] = {
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": classes_of(self.optimizer),
             "optimizer_values": kept.values,
             "optimizer_groups": groups,
             # what an optimizer itself has changed in its groups is state (some count steps there); the rest is the
@@ -317,7 +319,9 @@ class TrainingState:
         }
         # what few have, and older checkpoints do not
         renamed = set(found.renamed.values())
+        parts = self.optimizer.parts if isinstance(self.optimizer, Optimizers) else {}
         further = {
+            "optimizers": {name: type(part).__name__ for name, part in parts.items()},
             "optimizer_nested": kept.nested,
             "optimizer_group_nested": kept.nested_groups if any(kept.nested_groups) else [],
             "optimizer_keys": kept.others,
@@ -379,9 +383,11 @@ class TrainingState:
         values: dict[str, dict[str, Any]] = manifest.scalars["optimizer_values"]
         nested: dict[str, dict[str, Any]] = manifest.scalars.get("optimizer_nested", {})
         within = {name: set(names_in(held)) for name, held in nested.items()}
-        names = {key for name, keys in stored.items() for key in keys if key not in within.get(name, ())}
-        names |= {key for kept in (*values.values(), *nested.values()) for key in kept}
-        taken, notes = self._taken(manifest.scalars["optimizer"], names, reader)
+        keys_of = {name: {key for key in keys if key not in within.get(name, ())} for name, keys in stored.items()}
+        for kept in (values, nested):
+            for name, held in kept.items():
+                keys_of.setdefault(name, set()).update(held)
+        taken_of, notes = self._taken(keys_of, trained, reader)
         if lost := sorted((stored.keys() | values.keys() | nested.keys()) - trained.keys()):
             raise UserError(
                 f"{reader.path} holds optimizer state for {len(lost)} parameters that this recipe does not train, "
@@ -396,6 +402,7 @@ class TrainingState:
         for name, shard in trained.items():
             assert shard.entry is not None, name
             entry = entries.setdefault(id(shard.entry), Entry(shard.entry))
+            taken = taken_of.get(name, frozenset())
             for old, spec in stored.get(name, {}).items():
                 inside = old in within.get(name, ())
                 if not inside and old not in taken:
@@ -425,15 +432,13 @@ class TrainingState:
             for key, held in manifest.scalars.get("optimizer_keys", {}).items()
         }
         with self.stepping():
-            index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-            # torch's own loader knows which values belong on the device and which stay on the host
-            by_index: dict[Any, Any] = {index_of[key]: entry.state for key, entry in entries.items() if entry.state}
-            with warnings.catch_warnings():
-                # it casts to the parameters' dtype, which is undone below
-                warnings.filterwarnings("ignore", message="Casting complex values to real")
-                optimizer.load_state_dict({"state": {**by_index, **others}, "param_groups": stated_groups(optimizer)})
+            handed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            assert entries.keys() <= handed, "what is trained is in the optimizer's groups"
+            for name, part in parts_of(optimizer).items():
+                load_state(part, {key: each for key, each in entries.items() if each.state}, of_part(name, others))
+            loaded = state_of(optimizer)
             for entry in entries.values():
-                entry.make_exact(state_of(optimizer).get(entry.key, {}))
+                entry.make_exact(loaded.get(entry.key, {}))
             self._restore_groups(reader)
         return notes
 
@@ -501,20 +506,48 @@ class TrainingState:
             found.append(places[0] if places else None)
         return found
 
-    def _taken(self, was: str, stored: set[str], reader: Reader) -> tuple[set[str], list[str]]:
-        """Return the names in the stored state that are kept, and notes for the user."""
+    def _taken(
+        self, stored: Mapping[str, set[str]], trained: Mapping[str, Shard], reader: Reader
+    ) -> tuple[dict[str, frozenset[str]], list[str]]:
+        """Return for each parameter the names in its `stored` state that are kept, and notes for the user."""
+        assert self.optimizer is not None
+        scalars = reader.manifest.scalars
+        found: dict[str, frozenset[str]] = {}
+        notes: list[str] = []
+        left_by: dict[str, str] = {}
+        """The class that left a parameter's state, where there were several optimizers."""
+        for group in scalars["optimizer_groups"] if scalars.get("optimizers") else ():
+            left_by |= dict.fromkeys(group["params"], scalars["optimizers"][group[OPTIMIZER]])
+        own = {
+            name: {id(p) for group in part.param_groups for p in group["params"]}
+            for name, part in parts_of(self.optimizer).items()
+        }
+        for name, part in parts_of(self.optimizer).items():
+            mine = [each for each, shard in trained.items() if id(shard.entry) in own[name]] if name else [*stored]
+            kept = {key for each in mine for key in stored.get(each, ())}
+            classes = {left_by[each] for each in mine if each in left_by}
+            was = " and ".join(sorted(classes)) if classes else scalars["optimizer"]
+            keys, said = self._carried(part, name, was, kept, reader)
+            found |= dict.fromkeys(mine, keys)
+            notes += said
+        return found, notes
+
+    def _carried(
+        self, part: torch.optim.Optimizer, name: str, was: str, stored: set[str], reader: Reader
+    ) -> tuple[frozenset[str], list[str]]:
+        """Return what an optimizer keeps of the state that the class `was` has stored, and notes for the user."""
         if self.migrate is not None:
             try:
-                carried = self.migrate(was, stored)
+                carried = self.migrate(was, stored, name) if name else self.migrate(was, stored)
             except UserError as error:
                 raise UserError(f"{reader.path}: {error}") from error
-            return set(carried.keys), list(carried.notes)
-        if was != (now := type(self.optimizer).__name__):
+            return carried.keys, list(carried.notes)
+        if was != (now := type(part).__name__):
             raise UserError(
                 f"{reader.path} holds the state of {was}, the recipe asks for {now}; "
                 "use the same optimizer, or start a new run with model.weights set to the exported model"
             )
-        return stored, []
+        return frozenset(stored), []
 
 
 def _aliases(found: Contents) -> dict[str, str]:

@@ -7,7 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
-from distrain.optim import THAW, Ema, canonical_name, drop_frozen, sparse_layers
+from distrain.optim import THAW, Ema, canonical_name, classes_of, drop_frozen, parts_of, sparse_layers
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
@@ -36,22 +37,27 @@ class BuildSpec:
 
     model: Callable[[], nn.Module]
     """Builds the whole model on the CPU, or on the meta device where parameters go there; see `build_in_shards`."""
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    """Builds the optimizer, and stops frozen parameters from being trained."""
-    loss_sum: Callable[[nn.Module, int], Tensor]
-    """Returns the loss (0-d) of a model, wrapped or not, on a micro-batch of the first step, by its number there."""
+    optimizer: Callable[[nn.Module], Any]
+    """Builds the optimizer, or `Optimizers`, and stops frozen parameters from being trained."""
+    loss_sum: Callable[..., Tensor]
+    """Returns the loss (0-d) of a model, wrapped or not, on a micro-batch of the first step, by its number there. Where
+    there are several optimizers it takes `optimizer`, the name of the one whose losses these are."""
     micro_batch_size: int
     accumulation: int
-    clip_norm: float | None
+    clip_norm: float | Mapping[str, float | None] | None
     ema: float | None
-    section: OptimSection | None = None
-    """The recipe's section for the optimizer, to check that it can be sharded; None skips the check."""
+    sections: Mapping[str, OptimSection] = field(default_factory=dict)
+    """The recipe's sections for optimizers by name, to check that they can be sharded; none skips the check."""
     migrate: MigrationPlanner | None = None
-    """Returns what the optimizer loads from the state of another class; None loads that of its own class only."""
+    """Returns what an optimizer, by name, loads from the state of another class; None loads that of its own only."""
     initial: bool = True
     """Whether to fill in the initial weights; otherwise a checkpoint follows."""
     constant: Callable[[], Collection[str]] = tuple
     """Returns the names of frozen parameters that checkpoints refer to, once the model was built."""
+
+    def loss_of(self, optimizer: str) -> Callable[[nn.Module, int], Tensor]:
+        """Return `loss_sum` of one of several optimizers; without a name that of all losses."""
+        return partial(self.loss_sum, optimizer=optimizer) if optimizer else self.loss_sum
 
 
 _BUCKET_BYTES = 250 * 2**20
@@ -85,6 +91,10 @@ class Strategy(ABC):
         """The step under way, from 0."""
         self._thaws = False
         """Whether some parameters are not trained before a step; see `optim/freezing.py`."""
+        self._acting: Any = None
+        """The optimizer that `apply` has step: the only one, or in its turn one of several."""
+        self._others: dict[str, list[Tensor]] = {}
+        """For each of several optimizers what the others train."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -93,12 +103,38 @@ class Strategy(ABC):
         """Begin `step`, from 0: what is not trained yet gets no gradient in it."""
         self._step = step
 
-    def _watch_frozen(self) -> None:
-        """Have the optimizer pass over what is not trained yet. Call it when there is one."""
+    def _take_optimizer(self) -> None:
+        """Have the optimizer pass over what is not trained yet, and note what each of several trains. Call it once."""
         self._thaws = any(THAW in group for group in self.optimizer.param_groups)
+        parts = parts_of(self.optimizer)
         if self._thaws:
-            # also where DeepSpeed hands it gradients within its own step
-            self.optimizer.register_step_pre_hook(lambda optimizer, *_: self._drop_frozen(optimizer))
+            for part in parts.values():
+                # also where DeepSpeed hands it gradients within its own step
+                part.register_step_pre_hook(lambda optimizer, *_: self._drop_frozen(optimizer))
+        self._acting = self.optimizer
+        own = {name: [p for group in part.param_groups for p in group["params"]] for name, part in parts.items()}
+        self._others = {name: [p for key in own if key != name for p in own[key]] for name in own}
+
+    def only(self, name: str) -> AbstractContextManager[None]:
+        """Return the context in which one of several optimizers acts: what it does not train gets no gradient.
+
+        Without a name all that is trained gets one.
+        """
+        return self._only(name) if name else nullcontext()
+
+    @contextmanager
+    def _only(self, name: str) -> Iterator[None]:
+        before, self._acting = self._acting, self.optimizer.parts[name]
+        self._need_gradients(self._others[name], False)
+        try:
+            yield
+        finally:
+            self._acting = before
+            self._need_gradients(self._others[name], True)
+
+    def _need_gradients(self, parameters: Sequence[Tensor], needed: bool) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(needed)
 
     def _drop_frozen(self, optimizer: Any) -> None:
         drop_frozen(optimizer, self._step)
@@ -310,7 +346,7 @@ class Strategy(ABC):
         effect: dict[str, Any] = {
             "strategy": self.world.strategy,
             "engine": type(self.wrapped).__name__,
-            "optimizer": type(self.state.optimizer).__name__,
+            "optimizer": classes_of(self.state.optimizer),
             "processes": self.world.world_size,
             "replicas": self.world.mesh.replicas,
             "device": self.world.device.type,
@@ -417,16 +453,17 @@ def with_mixed_precision(world: World, model: nn.Module) -> nn.Module:
     return model
 
 
-def make_optimizer(plan: BuildSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer that the plan asks for, without parameters that have no elements.
+def make_optimizer(plan: BuildSpec, model: nn.Module) -> Any:
+    """Return the optimizer that the plan asks for, or several, without parameters that have no elements.
 
     There is nothing in them to train, and what an optimizer keeps for them differs by strategy.
     """
     optimizer = plan.optimizer(model)
-    for group in optimizer.param_groups:
-        # what DeepSpeed has sharded is empty to look at
-        group["params"] = [each for each in group["params"] if getattr(each, "ds_numel", each.numel())]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for part in parts_of(optimizer).values():
+        for group in part.param_groups:
+            # what DeepSpeed has sharded is empty to look at
+            group["params"] = [each for each in group["params"] if getattr(each, "ds_numel", each.numel())]
+        part.param_groups[:] = [group for group in part.param_groups if group["params"]]
     return optimizer
 
 
@@ -500,8 +537,13 @@ class restored(AbstractContextManager[None]):
         self._model.zero_grad(set_to_none=True)
 
 
-def reached_parameters(world: World, plan: BuildSpec, model: nn.Module, index: int = 0) -> list[list[str]]:
-    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order."""
+def reached_parameters(
+    world: World, plan: BuildSpec, model: nn.Module, index: int = 0, optimizer: str = ""
+) -> list[list[str]]:
+    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order.
+
+    `optimizer`: the one of several whose losses these are.
+    """
 
     def dry_run() -> list[str]:
         names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -519,7 +561,7 @@ def reached_parameters(world: World, plan: BuildSpec, model: nn.Module, index: i
         handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
         try:
             with restored(model):
-                plan.loss_sum(model, index).backward()
+                plan.loss_of(optimizer)(model, index).backward()
         finally:
             for handle in handles:
                 handle.remove()

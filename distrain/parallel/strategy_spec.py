@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +112,17 @@ def check_precision(precision: str, strategy: str) -> None:
         raise UserError(
             f"train.precision is fp64 and the strategy {strategy}: DeepSpeed keeps what it trains in fp32, whatever "
             "the model has. Take ddp or fsdp2, or fp32"
+        )
+
+
+def check_several(optimizers: Collection[str], strategy: str) -> None:
+    """Raise UserError where a strategy cannot train by several optimizers; `optimizers` are their names."""
+    if len(optimizers) > 1 and not STRATEGIES[strategy].several_optimizers:
+        able = [name for name, kind in STRATEGIES.items() if kind.several_optimizers]
+        raise UserError(
+            f"optim has {len(optimizers)} optimizers ({', '.join(optimizers)}) and the strategy is {strategy}: "
+            "DeepSpeed steps all that it trains together, by the one optimizer that it owns. Take "
+            f"{', '.join(able[:-1])} or {able[-1]}: --strategy {able[-1]}"
         )
 
 

@@ -83,7 +83,7 @@ class ZeROStrategy(Strategy):
         named = self.model.named_parameters()
         shards = {name: self.shard(each) for name, each in named if id(each) in self._trained}
         give_matrices(self.optimizer, shards, world.device)
-        self._watch_frozen()
+        self._take_optimizer()
         ema = make_ema(plan, _Weights(self))
         self.state = TrainingState(self.model, self.optimizer, ema, self.shard, groups, plan.migrate, self._stepping)
 

@@ -10,7 +10,7 @@ from distrain.data import check_data
 from distrain.datasets.base import Data, is_stream
 from distrain.metrics import check_metrics
 from distrain.models import check_model
-from distrain.optim import check_optimizer, check_schedule
+from distrain.optim import check_optimizers, check_schedule, in_part
 from distrain.training.callbacks.building import check_callbacks
 from distrain.training.callbacks.trackers import check_trackers
 from distrain.training.tasks import check_task
@@ -22,14 +22,20 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         *check_data(recipe),
         *check_model(recipe),
         *check_task(recipe),
-        *check_optimizer(recipe.optim),
+        *check_optimizers(recipe.optimizers),
         *check_schedule(recipe.schedule),
+        *_own_schedules(recipe),
         *check_metrics(recipe),
         *check_callbacks(recipe),
         *check_trackers(recipe),
     ]
     if problems:
         raise RecipeError(source, problems)
+
+
+def _own_schedules(recipe: Recipe) -> list[str]:
+    own = {name: each for name, each in recipe.schedules.items() if each is not recipe.schedule}
+    return [in_part(name, problem) for name, section in own.items() for problem in check_schedule(section)]
 
 
 def horizon_of(recipe: Recipe, data: Data) -> Horizon:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,15 +12,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrain.config import Recipe, mix
+from distrain.config import OptimSection, Recipe, mix
 from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.datasets.transforms import FINISH
-from distrain.optim import Schedule
+from distrain.optim import Schedule, parts_of, set_lr
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
 from distrain.training.compiling import NOTHING, Compiled
 from distrain.training.skipping import Anomalies, LocalStepResult
 from distrain.training.tasks import Objective
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer's part in a step: the whole of it, where there is only one."""
+
+    name: str
+    """The optimizer's in the recipe; empty where there is only one."""
+    number: int
+    """Its place among all, from 0."""
+    section: OptimSection
+    schedule: Schedule
+    objective: Objective
+    """The losses that train it."""
+    every: int = 1
+    """It acts at each so many-th step."""
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of `step`, from 0."""
+        return self.section.lr * self.schedule(step)
 
 
 @dataclass
@@ -30,8 +50,9 @@ class TrainContext:
     recipe: Recipe
     strategy: Strategy
     objective: Objective
-    """What is trained: the recipe's loss, or the losses of a task of one's own."""
-    schedule: Schedule
+    """What is trained: the recipe's loss, or all losses of a task of one's own."""
+    turns: Sequence[Turn]
+    """Of the optimizers, in the order in which they act."""
     logits_per_sample: int = 0
     """Of a language model whose loss is computed in chunks of them; 0 for others."""
     compiled: Compiled = NOTHING
@@ -41,6 +62,16 @@ class TrainContext:
     """Judges which steps are skipped; None skips none."""
     local: LocalStepResult | None = None
     """What this rank has computed in its last attempt at a step."""
+
+    def acting(self, step: int) -> list[Turn]:
+        """Return the turns of the optimizers that act in `step`, from 1."""
+        return [turn for turn in self.turns if step % turn.every == 0]
+
+    def set_lr(self, step: int) -> None:
+        """Set the learning rates of `step`, from 0."""
+        parts = parts_of(self.strategy.optimizer)
+        for turn in self.turns:
+            set_lr(parts[turn.name], turn.lr(step))
 
     @property
     def world(self) -> World:
@@ -67,6 +98,22 @@ class PendingMetrics(NamedTuple):
     """What this rank has computed; None for a step that was known to be skipped."""
     means: Callable[[], dict[str, float]] | None = None
     """Reads the means that the task reports besides the loss; None where there are none."""
+    taken: bool = True
+    """Whether the optimizer has stepped."""
+    turn: Turn | None = None
+    """Of which optimizer these are."""
+    earlier: tuple[PendingMetrics, ...] = ()
+    """Of the optimizers that have acted before it in the step; the flags are those of the last one."""
+
+    @property
+    def name(self) -> str:
+        """Of the optimizer."""
+        return "" if self.turn is None else self.turn.name
+
+    @property
+    def turns(self) -> tuple[PendingMetrics, ...]:
+        """Those of each optimizer that has acted in the step, in their order."""
+        return (*self.earlier, self)
 
 
 def to_device(batch: Batch, world: World) -> Batch:
@@ -99,9 +146,10 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
-def dropout_seed(t: TrainContext, index: int) -> int:
-    """Return what seeds the forward pass of a micro-batch of the step under way, by its number on this rank."""
-    return mix(t.recipe.seed, "dropout", t.step, t.world.mesh.data_rank, index)
+def dropout_seed(t: TrainContext, step: int, index: int, turn: Turn) -> int:
+    """Return what seeds the forward pass of a micro-batch of `step`, from 0, by its number on this rank."""
+    others = (turn.number,) if turn.number else ()  # the first draws as the only one does
+    return mix(t.recipe.seed, "dropout", step, t.world.mesh.data_rank, index, *others)
 
 
 def seed_dropout(world: World, seed: int) -> None:

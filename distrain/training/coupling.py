@@ -20,7 +20,7 @@ from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel.strategy import restored
 from distrain.run.heartbeat import enter_phase
-from distrain.training.context import TrainContext, dropout_seed, seed_dropout, to_device
+from distrain.training.context import TrainContext, Turn, dropout_seed, seed_dropout, to_device
 from distrain.training.tasks import SupervisedObjective
 
 _TOLERANCE = 1e-4
@@ -29,7 +29,7 @@ _SAMPLES = 64
 """Outputs of at most so many samples are looked at."""
 
 
-def look_ahead(t: TrainContext, micro_batches: Sequence[Batch]) -> None:
+def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> None:
     """Compute what a task gathers of all micro-batches of a step, without gradient, and give it to all ranks.
 
     With the random numbers of the passes that follow; nothing is left changed.
@@ -40,11 +40,11 @@ def look_ahead(t: TrainContext, micro_batches: Sequence[Batch]) -> None:
     enter_phase("forward")
     with torch.no_grad():
         for index, batch in enumerate(micro_batches):
-            seed_dropout(world, dropout_seed(t, index))
-            t.objective.look_ahead(strategy.model, to_device(batch, world))
+            seed_dropout(world, dropout_seed(t, t.step, index, turn))
+            turn.objective.look_ahead(strategy.model, to_device(batch, world))
     restore()
     strategy.reshard()
-    t.objective.exchange()
+    turn.objective.exchange()
 
 
 def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +21,12 @@ from distrain.networks.blocks import checkpoint_activations
 from distrain.networks.flops import peak_of, without_storage
 from distrain.networks.summary import ModelSummary, describe_model
 from distrain.optim import (
-    build_optimizer,
+    StateMigration,
+    build_optimizers,
+    check_parts,
     describe_groups,
     frozen_names,
+    full_keys,
     fused_kernel,
     make_dense,
     plan_migration,
@@ -50,6 +54,8 @@ class Fitting:
     """On rank 0 a copy of the model without storage, where its operations are to be counted."""
     frozen: Frozen | None = None
     """What checkpoints refer to, and do not store."""
+    objectives: Mapping[str, Objective]
+    """What trains each optimizer, by its name."""
     logits_per_sample = 0
     """Of a language model whose loss is computed in chunks of them."""
 
@@ -71,16 +77,17 @@ class Fitting:
     def spec(self) -> BuildSpec:
         """Return what a strategy is built from."""
         recipe = self.recipe
+        clips = {name: section.clip_norm for name, section in recipe.optimizers.items()}
         return BuildSpec(
             model=self._build,
             optimizer=self._optimizer,
             loss_sum=self._loss_sum,
             micro_batch_size=self.feed.micro_batch_size,
             accumulation=self.feed.accumulation,
-            clip_norm=recipe.optim.clip_norm,
+            clip_norm=clips.get("", clips),
             ema=recipe.train.ema,
-            section=recipe.optim,
-            migrate=lambda stored_class, keys: plan_migration(stored_class, keys, recipe.optim),
+            sections=recipe.optimizers,
+            migrate=self._migrate,
             initial=self._initial,
             constant=self._constant,
         )
@@ -98,10 +105,14 @@ class Fitting:
         recipe, world = self.recipe, self.world
         if world.rank == 0 and peak_of(world.device, world.precision, recipe.log.peak_tflops) is not None:
             self.uncounted = without_storage(model)  # before anything is put around its blocks
-        names = frozen_names(model, recipe.optim)
+        sections = recipe.optimizers
+        check_parts(model, sections)
+        names = frozen_names(model, *sections.values())
         self.model = describe_model(model, names)  # whole: a sharded one has only its shards
         self.frozen = referred(recipe, model, names, self._resumed, hashes=world.sources[world.rank] == world.rank)
-        describe_groups(model, recipe.optim, self._horizon)
+        for name, section in sections.items():
+            with full_keys(name):
+                describe_groups(model, section, self._horizon)
         if lost := unregistered_layers(model):
             logger.warning(
                 f"{', '.join(lost)}: layers in a plain list or dict belong to no model, and are neither "
@@ -114,6 +125,7 @@ class Fitting:
         per_sample = self.meta.tokens_per_sample
         tokens = None if per_sample is None else per_sample * feed.micro_batch_size
         logits = logits_of(recipe, world, self._objective.loss, model, tokens)
+        self._kernels = {name: fused_kernel(section, model) for name, section in recipe.optimizers.items()}
         world.tune(
             recipe.tune,
             model,
@@ -121,7 +133,7 @@ class Fitting:
             byte_images=feed.data.byte_images,
             fixed_shapes=feed.data.fixed_shapes,
             logits=logits,
-            fused=fused_kernel(recipe.optim, model),
+            fused=min(self._kernels.values(), key=("gpu", "exact", "own", None).index),
         )
         if world.tuning["uint8_inputs"]:
             for transform in feed.transforms.values():
@@ -130,12 +142,15 @@ class Fitting:
 
     def _wrap(self, model: nn.Module, logits: Logits) -> None:
         recipe, world, objective = self.recipe, self.world, self._objective
+        sections = recipe.optimizers
         world.mixed_precision.fit(model, world.device)
         make_dense(
             model,
-            recipe.optim,
+            sections.values(),
             world.strategy,
-            norms=recipe.optim.clip_norm is not None or recipe.anomalies.skips or recipe.anomalies.spike is not None,
+            norms=any(each.clip_norm is not None for each in sections.values())
+            or recipe.anomalies.skips
+            or recipe.anomalies.spike is not None,
             scaled=world.mixed_precision.scaled,
         )
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
@@ -143,13 +158,20 @@ class Fitting:
         chunked = world.tuning["chunked_loss"]
         self.logits_per_sample = (logits.count or 0) // self.feed.micro_batch_size if chunked else 0
         objective.bind(model, TaskContext.of(recipe, self.meta, world.device, self._kept))
+        self.objectives = {name: objective.of(name) if name else objective for name in sections}
         if isinstance(objective, SupervisedObjective) and (self._compiled.on or chunked):
             objective.inside = True
             compute_loss_inside(model, objective.loss, logits.head if chunked else "")
 
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        fused = self.world.tuning["fused_optimizer"]
-        return build_optimizer(model, self.recipe.optim, fused=fused, horizon=self._horizon)
+    def _optimizer(self, model: nn.Module) -> Any:
+        fused = {
+            name: self.world.tuning["fused_optimizer"] and kernel in ("gpu", "exact")
+            for name, kernel in self._kernels.items()
+        }
+        return build_optimizers(model, self.recipe.optimizers, fused=fused, horizon=self._horizon)
+
+    def _migrate(self, stored_class: str, keys: Collection[str], optimizer: str = "") -> StateMigration:
+        return plan_migration(stored_class, keys, self.recipe.optimizers[optimizer])
 
     def _constant(self) -> Sequence[str]:
         return () if self.frozen is None else [name.removeprefix("model/") for name in self.frozen.tensors]
@@ -158,10 +180,14 @@ class Fitting:
     def _first_step(self) -> list[Batch]:
         return next(self.feed.batches(start_step=0))
 
-    def _loss_sum(self, model: nn.Module, index: int) -> torch.Tensor:
-        """Return the loss (0-d) of a micro-batch of the first step; dropout is as then."""
+    def _loss_sum(self, model: nn.Module, index: int, optimizer: str = "") -> torch.Tensor:
+        """Return the loss (0-d) of a micro-batch of the first step: all losses, or those of one of several optimizers.
+
+        Dropout is as then.
+        """
         world = self.world
         seed_dropout(world, mix(self.recipe.seed, "dropout", 0, world.mesh.data_rank, index))
         given("the first step", [self._first_step[index]])
-        found = self._objective.loss_sum(model, to_device(self._first_step[index], world))
+        objective = self.objectives[optimizer] if optimizer else self._objective
+        found = objective.loss_sum(model, to_device(self._first_step[index], world))
         return found.sum() if found.dim() else found

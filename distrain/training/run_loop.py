@@ -16,7 +16,7 @@ from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import explaining_errors
 from distrain.diagnose.memory_advice import explained
-from distrain.optim import Loss, set_lr, thaws
+from distrain.optim import Loss, thaws
 from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, starts_at
@@ -214,13 +214,21 @@ class Session(RunContext):
         elif taken.step - 1 in self._thaws:  # and now that of what was frozen before
             self.t.strategy.check_state()
             self._record_effect()
-        loss, norm, flags = taken.read()
-        found = self.setup.anomalies.judge_read(taken.step, loss, norm, taken.local)
-        rolls_back = found is not None and found.action == "rollback" and not found.known
-        if found is not None:
+        read: list[tuple[PendingMetrics, float, float]] = []
+        """The turns that were not skipped, with loss and norm."""
+        rolls_back = False
+        for turn in taken.turns:
+            loss, norm, flags = turn.read()
+            found = self.setup.anomalies.judge_read(taken.step, loss, norm, turn.local, turn.name)
+            if found is None:
+                read.append((turn, loss, norm))
+                continue
             self._report(found)
+            if rolls_back := found.action == "rollback" and not found.known:
+                flags = taken.read()[2]
+                break  # what the others made of it is made again
         if not rolls_back:
-            self.callbacks.step_end(taken.step, lambda: self._metrics(taken, loss, norm, skipped=found is not None))
+            self.callbacks.step_end(taken.step, lambda: self._metrics(taken, read))
         if flags.stop > 0:
             self.stop_as_requested()
         self.state.save_requested = flags.save > 0
@@ -234,19 +242,29 @@ class Session(RunContext):
         elif flags.callbacks > 0:
             self.callbacks.agree()
 
-    def _metrics(self, taken: PendingMetrics, loss: float, norm: float, *, skipped: bool) -> StepMetrics:
-        recipe, length = self.recipe, self.setup.horizon.samples_per_epoch
-        samples = taken.step * recipe.batch.global_batch_size
-        norm_is_known = recipe.optim.clip_norm is not None or self.setup.anomalies.watches
+    def _metrics(self, taken: PendingMetrics, read: list[tuple[PendingMetrics, float, float]]) -> StepMetrics:
+        """Return the numbers of a step; `read`: of the turns that were not skipped, with loss and norm."""
+        recipe, length, step = self.recipe, self.setup.horizon.samples_per_epoch, taken.step
+        samples = step * recipe.batch.global_batch_size
+        means: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        for turn, _, norm in read:
+            assert turn.turn is not None, "a step has turns"
+            means |= turn.means() if turn.means is not None else {}
+            if turn.turn.section.clip_norm is not None or self.setup.anomalies.watches:
+                norms[turn.name] = norm
+        rates = {turn.name: turn.lr(step - 1) for turn in self.t.turns}
         return StepMetrics(
-            loss=loss,
-            grad_norm=norm if norm_is_known else None,
-            lr=recipe.optim.lr * self.t.schedule(taken.step - 1),
+            loss=sum(loss for _, loss, _ in read) if read else taken.read()[0],
+            grad_norm=norms.pop("", None),
+            lr=rates.pop("", None),
             samples=samples,
             epoch=samples / length if length else 0.0,
-            skipped=skipped,
+            skipped=not read,
             grad_scale=taken.grad_scale,
-            means=taken.means() if taken.means is not None else {},
+            means=means,
+            lrs=rates,
+            grad_norms=norms,
         )
 
     def _report(self, found: Anomaly) -> None:
@@ -259,7 +277,7 @@ class Session(RunContext):
             )
         self.write_row(found.row())
         logger.info(
-            f"step {found.step} is skipped, as was decided before" if found.known else f"{found}; the step is skipped"
+            f"{found.turn} is skipped, as was decided before" if found.known else f"{found}; the step is skipped"
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -289,7 +307,7 @@ class Session(RunContext):
             self.evaluator.evaluate()
             if state.evaluated_step == step and self.recipe.checkpoint.keep_best:
                 # which checkpoints are kept goes by the values in them
-                set_lr(self.t.strategy.optimizer, self.recipe.optim.lr * self.t.schedule(step - 1))  # as it was
+                self.t.set_lr(step - 1)  # as it was
                 self.checkpoints.save_again()
 
     def end(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from distrain.checkpoint import Manifest, Reader
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, keep_companions
-from distrain.config import BatchSection, Horizon, Recipe
+from distrain.config import BatchSection, Horizon, PartSection, Recipe
 from distrain.data import build_data, build_transform
 from distrain.datasets.base import warnings_of
 from distrain.datasets.batch_sizes import batch_shape
@@ -24,9 +24,7 @@ from distrain.datasets.transforms import Transform
 from distrain.networks.calling import calling_convention
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary
-from distrain.optim import (
-    resolve_schedule,
-)
+from distrain.optim import full_keys, resolve_schedule
 from distrain.parallel import World, build_strategy
 from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
@@ -34,7 +32,7 @@ from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_ba
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.checks import horizon_of, length_warnings
 from distrain.training.compiling import compile_model, resolve_compile
-from distrain.training.context import TrainContext
+from distrain.training.context import TrainContext, Turn
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
@@ -216,5 +214,11 @@ def _training(
         if objective.loss is not None:
             objective.loss.prepare(world.device, world.mixed_precision.weights)
         world.run_on_all(lambda: compile_model(strategy.model, compiled))
-    schedule = resolve_schedule(recipe.schedule, horizon)
-    return TrainContext(recipe, strategy, objective, schedule, fitting.logits_per_sample, compiled), fitting
+    turns = []
+    for number, (name, section) in enumerate(recipe.optimizers.items()):
+        own = recipe.schedules[name] is not recipe.schedule
+        with full_keys(name if own else ""):
+            schedule = resolve_schedule(recipe.schedules[name], horizon)
+        every = section.every if isinstance(section, PartSection) else 1
+        turns.append(Turn(name, number, section, schedule, fitting.objectives[name], every))
+    return TrainContext(recipe, strategy, objective, turns, fitting.logits_per_sample, compiled), fitting

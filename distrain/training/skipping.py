@@ -8,6 +8,7 @@ run stays a function of its recipe and its step.
 A row of anomalies.jsonl:
 
     step, action     and whether it is skip, rollback or stop
+    optimizer        the one of several whose turn in the step it is; not there where there is only one
     what, value      the loss or the norm of the gradient, as it was found
     median           of the steps before, where the value is a spike; null where it is not finite
     loss, norm       of the step, over all ranks
@@ -69,20 +70,26 @@ class Anomaly:
     """Which rank and samples it comes from, as far as is known."""
     known: bool = False
     """Whether an earlier attempt, or an earlier pass, had decided to skip it."""
+    optimizer: str = ""
+    """The one of several whose turn in the step it is; the others act."""
 
     def __str__(self) -> str:
         spike = ""
         if self.median is not None:
             spike = f", {self.value / self.median:.3g} times its median of {self.median:.4g}"
-        return f"the {self.what} of step {self.step} is {self.value:.6g}{spike}" + (
-            f": {self.where}" * bool(self.where)
-        )
+        return f"the {self.what} of {self.turn} is {self.value:.6g}{spike}" + (f": {self.where}" * bool(self.where))
+
+    @property
+    def turn(self) -> str:
+        """Which step it is, and of several optimizers which one's, in words."""
+        return f"step {self.step}" + (f" of optimizer {self.optimizer}" if self.optimizer else "")
 
     def row(self) -> dict[str, Any]:
         """Return its row in metrics.jsonl."""
         return {
             "event": "anomaly",
             "step": self.step,
+            **({"optimizer": self.optimizer} if self.optimizer else {}),
             "action": self.action,
             "what": self.what,
             "value": self.value,
@@ -106,11 +113,13 @@ class Anomalies:
         self._path, self._fence = run.path / "anomalies.jsonl", fence
         self._recipe = hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
         window = self.section.window
-        self._losses: deque[float] = deque(maxlen=window)
-        self._norms: deque[float] = deque(maxlen=window)
+        self._windows = {name: (deque[float](maxlen=window), deque[float](maxlen=window)) for name in recipe.optimizers}
+        """Of each optimizer the losses and norms of the last steps that it took."""
         rows = world.run_on_rank0(lambda: [self._brief(row) for row in self._late(step - window) if self._mine(row)])
-        self._skipped: dict[int, Anomaly] = {row["step"]: Anomaly(**row, known=True) for row in rows}
-        self._found: dict[int, Anomaly] = {}
+        known = [Anomaly(**row, known=True) for row in rows]
+        self._skipped: dict[tuple[int, str], Anomaly] = {(each.step, each.optimizer): each for each in known}
+        """By step and optimizer."""
+        self._found: dict[tuple[int, str], Anomaly] = {}
         """Those of `may_step`, until the metrics of their steps are read."""
         # under a scaled loss the host waits in each step anyway, and an overflow cannot be told from an anomaly later
         skips = "skip" in (self.section.nonfinite, self.section.spike)
@@ -137,7 +146,8 @@ class Anomalies:
     @staticmethod
     def _brief(row: dict[str, Any]) -> dict[str, Any]:
         numbers = {key: float(row[key]) for key in ("value", "loss", "norm")}  # NaN is text in JSON
-        return {key: row[key] for key in ("step", "action", "what", "median")} | numbers
+        texts = {key: row[key] for key in ("step", "action", "what", "median")}
+        return texts | numbers | {"optimizer": row.get("optimizer", "")}
 
     @property
     def rolls_back(self) -> bool:
@@ -149,77 +159,87 @@ class Anomalies:
 
     def scalars(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it."""
-        return {} if self.section.spike is None else {"anomalies": [list(self._losses), list(self._norms)]}
+        windows = {name: [list(each) for each in pair] for name, pair in self._windows.items()}
+        return {} if self.section.spike is None else {"anomalies": windows.get("", windows)}
 
     def load(self, scalars: dict[str, Any]) -> None:
         """Resume from what `scalars` returned; from an empty window where the recipe did not look for spikes."""
-        self._losses.clear()
-        self._norms.clear()
         self._found.clear()
-        stored = scalars.get("anomalies", [[], []])
-        if not (isinstance(stored, list) and len(stored) == 2 and all(map(_finite_numbers, stored))):
-            raise UserError(
-                f"the stored window of losses and norms is {str(stored)[:80]!r}; expected two lists of them"
-            )
-        self._losses.extend(stored[0])
-        self._norms.extend(stored[1])
+        found = scalars.get("anomalies", [[], []])
+        by_name = found if isinstance(found, dict) else {"": found}
+        for stored in by_name.values():
+            if not (isinstance(stored, list) and len(stored) == 2 and all(map(_finite_numbers, stored))):
+                raise UserError(
+                    f"the stored window of losses and norms is {str(stored)[:80]!r}; expected two lists of them"
+                )
+        for name, pair in self._windows.items():
+            for window, numbers in zip(pair, by_name.get(name, ([], [])), strict=True):
+                window.clear()
+                window.extend(numbers)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Judging
 
-    def skipped(self, step: int) -> Anomaly | None:
-        """Return what was decided about a step that is skipped; None for one that is to be made."""
-        return self._skipped.get(step)
+    def skipped(self, step: int, optimizer: str = "") -> Anomaly | None:
+        """Return what was decided about an optimizer's step that is skipped; None for one that is to be made."""
+        return self._skipped.get((step, optimizer))
 
-    def may_step(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> bool:
-        """Return whether to take the step.
+    def may_step(self, step: int, loss: float, norm: float, local: LocalStepResult | None, optimizer: str = "") -> bool:
+        """Return whether to take the step, or one optimizer's turn in it.
 
         Called on every rank with the same loss and norm of the gradient before the optimizer steps.
         """
-        found = self._judged(step, loss, norm, local)
+        found = self._judged(step, loss, norm, local, optimizer)
         if found is not None:
-            self._found[found.step] = found
+            self._found[step, optimizer] = found
         return found is None
 
-    def judge_read(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> Anomaly | None:
+    def judge_read(
+        self, step: int, loss: float, norm: float, local: LocalStepResult | None, optimizer: str = ""
+    ) -> Anomaly | None:
         """Return what to do about a step whose metrics were read, or None. On disk when it returns."""
-        if (found := self._found.pop(step, None)) is not None:
+        if (found := self._found.pop((step, optimizer), None)) is not None:
             return found
-        if (known := self._skipped.get(step)) is not None:
+        if (known := self._skipped.get((step, optimizer))) is not None:
             return known
         if self.judges_first and math.isfinite(loss) and math.isfinite(norm):
             return None  # judged already
-        return self._judged(step, loss, norm, local)
+        return self._judged(step, loss, norm, local, optimizer)
 
-    def _judged(self, step: int, loss: float, norm: float, local: LocalStepResult | None) -> Anomaly | None:
-        found = self._judge(step, loss, norm)
+    def _judged(
+        self, step: int, loss: float, norm: float, local: LocalStepResult | None, optimizer: str
+    ) -> Anomaly | None:
+        found = self._judge(step, loss, norm, optimizer)
         if found is not None:
             return self._record(found, local)
         if self.section.spike is not None:
-            self._losses.append(loss)
-            self._norms.append(norm)
+            for window, number in zip(self._windows[optimizer], (loss, norm), strict=True):
+                window.append(number)
         return None
 
-    def _judge(self, step: int, loss: float, norm: float) -> Anomaly | None:
-        section = self.section
-        numbers = (("loss", loss, self._losses), ("norm of the gradient", norm, self._norms))
+    def _judge(self, step: int, loss: float, norm: float, optimizer: str) -> Anomaly | None:
+        section, (losses, norms) = self.section, self._windows[optimizer]
+        numbers = (("loss", loss, losses), ("norm of the gradient", norm, norms))
+
+        def anomaly(action: str, what: str, value: float, median: float | None) -> Anomaly:
+            # stop where too many of the steps before it are skipped already
+            stops = action != "stop" and self._recent(step, optimizer) >= section.max_skips
+            action = "stop" if stops else action
+            return Anomaly(step, action, what, value, median, loss, norm, optimizer=optimizer)
+
         for what, value, _ in numbers:
             if not math.isfinite(value):
-                return Anomaly(step, self._allowed(step, section.nonfinite), what, value, None, loss, norm)
-        if section.spike is None or len(self._losses) < section.window:
+                return anomaly(section.nonfinite, what, value, None)
+        if section.spike is None or len(losses) < section.window:
             return None
         for what, value, window in numbers:
             # a loss may be below zero, where a multiple of the median means nothing
             if value > section.factor * (median := statistics.median(window)) > 0:
-                return Anomaly(step, self._allowed(step, section.spike), what, value, median, loss, norm)
+                return anomaly(section.spike, what, value, median)
         return None
 
-    def _allowed(self, step: int, action: str) -> str:
-        """Return the action, or stop where too many of the steps before it are skipped already."""
-        return "stop" if action != "stop" and self._recent(step) >= self.section.max_skips else action
-
-    def _recent(self, step: int) -> int:
-        return sum(step - self.section.window < other < step for other in self._skipped)
+    def _recent(self, step: int, optimizer: str) -> int:
+        return sum(step - self.section.window < at < step and of == optimizer for at, of in self._skipped)
 
     def _record(self, found: Anomaly, local: LocalStepResult | None) -> Anomaly:
         """Write what is decided about a step to disk, with each rank's results; then all ranks follow it."""
@@ -249,12 +269,12 @@ class Anomalies:
 
         self.world.run_on_rank0(write)
         if found.action != "stop":
-            self._skipped[found.step] = Anomaly(**{**vars(found), "where": "", "known": True})
+            self._skipped[found.step, found.optimizer] = Anomaly(**{**vars(found), "where": "", "known": True})
         return found
 
     def advice(self, found: Anomaly) -> str:
         """Return what the user can do about a step that stops the run."""
-        if (recent := self._recent(found.step)) >= self.section.max_skips and self.section.skips:
+        if (recent := self._recent(found.step, found.optimizer)) >= self.section.max_skips and self.section.skips:
             return (
                 f"it is not skipped, as {recent} of the {self.section.window} steps before it already are: "
                 "anomalies.max_skips"

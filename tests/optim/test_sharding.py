@@ -228,7 +228,7 @@ def built_with_own_optimizer(strategy: str, section: OptimSection) -> str | None
         accumulation=1,
         clip_norm=None,
         ema=None,
-        section=section,
+        sections={"": section},
     )
     try:
         build_strategy(world, plan)
@@ -294,7 +294,7 @@ def step_each(strategy: str) -> list[tuple[str, list[float]] | str]:
             accumulation=1,
             clip_norm=1.0,
             ema=None,
-            section=section,
+            sections={"": section},
         )
         try:
             engine = build_strategy(world, plan)

@@ -27,7 +27,7 @@ from distrain.parallel.ddp import DDPStrategy
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision
 from distrain.run.folder import RunDir
-from distrain.training.context import TrainContext, to_device
+from distrain.training.context import TrainContext, Turn, to_device
 from distrain.training.evaluation import _Tally
 from distrain.training.tasks import TaskContext, build_objective
 
@@ -217,7 +217,8 @@ def opened(folder: Path, case: str, ranks: int) -> Iterator[tuple[TrainContext, 
     strategy = DDPStrategy(world, plan)
     strategy.model.train()
     world.world_size = ranks  # from here on
-    t = TrainContext(recipe, strategy, objective, lambda step: 1.0)
+    turn = Turn("", 0, recipe.optim, lambda step: 1.0, objective)
+    t = TrainContext(recipe, strategy, objective, [turn])
     with Constants() as constants, Waits(world) as waits:
         first = iter((True, True))
 

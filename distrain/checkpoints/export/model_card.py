@@ -172,8 +172,10 @@ def _ids(facts: Mapping[str, Any]) -> str | None:
 
 
 def _steps(recipe: Recipe, manifest: Manifest) -> str:
+    optimizers = " and ".join(f"`{section.name}`" for section in recipe.optimizers.values())
+    kind = "optimizer" if len(recipe.optimizers) == 1 else "optimizers"
     return (
-        f"{manifest.step:,} steps of optimizer `{recipe.optim.name}` with {recipe.batch.global_batch_size} samples in "
+        f"{manifest.step:,} steps of {kind} {optimizers} with {recipe.batch.global_batch_size} samples in "
         f"each, precision {recipe.train.precision}, seed {recipe.seed}, on {manifest.world_size} × {manifest.strategy}."
     )
 

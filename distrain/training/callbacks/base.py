@@ -31,11 +31,13 @@ class StepMetrics:
     """The numbers of one optimizer step, the same on all ranks."""
 
     loss: float
-    """Mean over all micro-batches and ranks; NaN or infinite only where `skipped`."""
+    """Mean over all micro-batches and ranks; NaN or infinite only where `skipped`. Of several optimizers the sum over
+    those that have acted in the step."""
     grad_norm: float | None
-    """2-norm of the whole gradient before clipping; None where the recipe neither clips nor watches for anomalies."""
-    lr: float
-    """Learning rate of the step: that of a parameter whose `lr_scale` is 1."""
+    """2-norm of the whole gradient before clipping; None where the recipe neither clips nor watches for anomalies, and
+    where there are several optimizers."""
+    lr: float | None
+    """Learning rate of the step: that of a parameter whose `lr_scale` is 1; None where there are several optimizers."""
     samples: int
     """Samples consumed from the start of training to the end of this step."""
     epoch: float
@@ -45,7 +47,12 @@ class StepMetrics:
     grad_scale: float | None = None
     """What the loss was multiplied by before the backward pass; None where it is not scaled."""
     means: Mapping[str, float] = field(default_factory=dict)
-    """What the task reports besides: each of its losses by name, and what it logs; over all micro-batches and ranks."""
+    """What the task reports besides: each of its losses by name, and what it logs; over all micro-batches and ranks.
+    Of several optimizers, those that have acted in the step."""
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of each of several optimizers by its name."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The norm of its gradient before clipping, of those that have acted and for which it is known."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ the user's code has opened.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -42,13 +43,13 @@ from torch.utils.hooks import RemovableHandle
 
 from distrain.checkpoints.dtypes import FLOATS
 from distrain.checkpoints.floats import widen
-from distrain.config import mix
 from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
 from distrain.optim import canonical_name
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
 from distrain.training.callbacks.hidden_state import hidden_state
 from distrain.training.callbacks.outside_files import VARIABLE
+from distrain.training.context import dropout_seed
 
 if TYPE_CHECKING:
     pass
@@ -151,7 +152,8 @@ class Trace(Callback):
 
     def on_step_end(self, step: int, metrics: StepMetrics) -> None:
         """Note a step's loss and the norm of its gradient, which are read later than the step is taken."""
-        self.write("loss", step, loss=metrics.loss, norm=metrics.grad_norm or 0.0)
+        norm = metrics.grad_norm or math.hypot(*metrics.grad_norms.values())
+        self.write("loss", step, loss=metrics.loss, norm=norm)
 
     def on_rollback(self, step: int) -> None:
         """Note the state anew that training resumes from."""
@@ -169,10 +171,10 @@ class Trace(Callback):
     def _drawn(self, step: int) -> list[str]:
         """Return which generators the last micro-batch of a step has drawn from."""
         t = self._context.t
-        if t.anomalies is not None and t.anomalies.skipped(step) is not None:
-            return []  # it was not made
-        seed = mix(t.recipe.seed, "dropout", step - 1, t.world.mesh.data_rank, self._micro_batches - 1)
-        return _drawn_from(seed, t.world.device)
+        made = [each for each in t.acting(step) if t.anomalies is None or t.anomalies.skipped(step, each.name) is None]
+        if not made:
+            return []
+        return _drawn_from(dropout_seed(t, step - 1, self._micro_batches - 1, made[-1]), t.world.device)
 
     def _start(self) -> None:
         context = self._context
@@ -274,7 +276,7 @@ class Trace(Callback):
                 "model": context.t.state.model,
                 "optimizer": context.t.state.optimizer,
                 "loss": context.t.objective.holds,
-                "schedule": context.t.schedule,
+                **{f"{turn.name} schedule".strip(): turn.schedule for turn in context.t.turns},
                 "data": splits["train"],
                 "transforms": feed.transforms["train"],
                 "metrics": context.evaluator.metrics,

@@ -64,7 +64,9 @@ class Display:
 
     def train(self, row: Row) -> None:
         """Show a row of training numbers."""
-        loss, lr, rate = f"loss {row['loss']:.4g}", f"lr {row['lr']:.3g}", f"{row['samples_per_s']:,.0f} samples/s"
+        loss, rate = f"loss {row['loss']:.4g}", f"{row['samples_per_s']:,.0f} samples/s"
+        # of several optimizers lr/NAME
+        lr = "  ".join(f"{key} {row[key]:.3g}" for key in row if key.partition("/")[0] == "lr")
         waiting = f"waiting for data {row['data_wait']:.0%}"
         more = [f"{row['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in row else []
         more += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []

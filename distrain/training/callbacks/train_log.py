@@ -60,13 +60,15 @@ class TrainLog(Callback):
             "epoch": metrics.epoch,
             "samples": metrics.samples,
             "loss": metrics.loss,
-            "lr": metrics.lr,
+            **({"lr": metrics.lr} if metrics.lr is not None else {}),
+            **{f"lr/{name}": rate for name, rate in metrics.lrs.items()},
             "samples_per_s": samples / seconds if seconds else 0.0,
             "data_wait": min(self._waited_s / seconds, 1.0) if seconds else 0.0,
             "time": time.time(),
         }
         if metrics.grad_norm is not None:
             row["grad_norm"] = metrics.grad_norm
+        row |= {f"grad_norm/{name}": norm for name, norm in metrics.grad_norms.items()}
         if metrics.grad_scale is not None:
             row["loss_scale"] = metrics.grad_scale
         row |= metrics.means

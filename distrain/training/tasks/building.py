@@ -35,17 +35,40 @@ def check_task(recipe: Recipe) -> list[str]:
         task = build_task(recipe)
     except UserError as error:
         return str(error).split("\n")
+    problems = _optimizer_problems(recipe, task)
     if isinstance(task, Supervised):
-        return check_loss(recipe)
+        return problems + check_loss(recipe)
     if recipe.loss is not None:
-        return [f"loss: task {recipe.task.name!r} computes its losses itself; remove it"]
-    return []
+        problems.append(f"loss: task {recipe.task.name!r} computes its losses itself; remove it")
+    return problems
+
+
+def _optimizer_problems(recipe: Recipe, task: Task) -> list[str]:
+    """Return what is wrong with the names of optimizers: those of the recipe are those that the losses train."""
+    wanted, found = [*task.optimizers], [name for name in recipe.optimizers if name]
+    if sorted(wanted) == sorted(found):
+        return []
+    trains = f"the losses of task {recipe.task.name!r} train"
+    if not found:
+        return [
+            f"optim: {trains} the optimizers {' and '.join(wanted)}, and the recipe has one for all parameters; write "
+            f"optim: {{{', '.join(f'{name}: {{params: …}}' for name in wanted)}}}, in the order in which they act"
+        ]
+    if not wanted:
+        return [
+            f"optim: {' and '.join(found)} need losses of their own, and {trains} all parameters at once; take a task "
+            "whose class names its `optimizers` (docs/tasks.md), or one optimizer, with optim.groups for other "
+            "learning rates"
+        ]
+    return [f"optim: found the optimizers {' and '.join(found)}, and {trains} {' and '.join(wanted)}; name them alike"]
 
 
 def is_supervised(task: Task) -> bool:
     """Whether the recipe's loss is all that a task trains and predicts by."""
     kind = type(task)
     if kind.couples_samples:
+        return False
+    if kind.optimizers:
         return False
     changed = ("losses", "count", "predictions", "measure", "show")
     return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in changed)

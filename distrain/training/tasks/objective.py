@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,10 @@ class Objective(ABC):
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of a batch's losses: 0-d, or (losses,) where there are several by name."""
+
+    def of(self, optimizer: str) -> Objective:
+        """Return what trains one of several optimizers; call it after `bind`, before the first step."""
+        raise NotImplementedError
 
     def as_scale(self, loss_scale: Any, loss_sum: Tensor) -> Tensor:
         """Return `loss_scale` as a tensor in the shape and dtype of a loss."""
@@ -215,6 +220,8 @@ class TaskObjective(Objective):
         """The names that ranks reduce, in one order on all of them."""
         self._asked: dict[str, Tensor | float] = {}
         """What `Task.count` has said of a step, over all ranks."""
+        self._optimizers = tuple(task.optimizers)
+        """Whose losses these are; none: those of the only one."""
 
     @property
     def holds(self) -> Any:
@@ -226,6 +233,11 @@ class TaskObjective(Objective):
         self.call = self.task.convention = calling_convention(model)
         self.task.prepare(context)
         run_inside(model)
+
+    def of(self, optimizer: str) -> TaskObjective:
+        found = copy.copy(self)
+        found._sums, found._asked, found._optimizers = {}, {}, (optimizer,)
+        return found
 
     # ---- a step
 
@@ -274,7 +286,7 @@ class TaskObjective(Objective):
         if self._layout is None:
             ranks = world.gather(tuple(self._sums))
             self._layout = tuple(dict.fromkeys(name for names in ranks for name in names))
-            if taken := sorted(_TAKEN.intersection(self._layout)):
+            if taken := sorted(name for name in self._layout if name.partition("/")[0] in _TAKEN):
                 raise UserError(f"{self.name}: {taken[0]!r} is a column that rows have already; take another name")
             if "loss" in self._layout and len(self.names) > 1:
                 raise UserError(f"{self.name}: 'loss' is the sum of all losses; give the one of that name another")
@@ -351,10 +363,7 @@ class TaskObjective(Objective):
         """Return the sums (losses,), and (sum, count) of all that is reported (names, 2) float64 with the names."""
         samples = self._samples()
         self.task.logged.clear()
-        losses = self.task.losses(model, self._batch)
-        if not isinstance(losses, Mapping) or not losses:
-            found = "no loss" if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
-            raise UserError(f"{self.name}.losses returned {found}; expected a dict of at least one LossSum by its name")
+        losses = self._named_losses(model)
         sums = {name: _summed(value, samples, f"{self.name}: loss {name!r}") for name, value in losses.items()}
         logged = self.task.logged
         if twice := sums.keys() & logged.keys():
@@ -362,6 +371,23 @@ class TaskObjective(Objective):
         values = torch.stack([each.sum for each in sums.values() if isinstance(each.sum, Tensor)])
         pairs = torch.stack([_pair(each, samples, values) for each in (*sums.values(), *logged.values())])
         return values, pairs, (*sums, *logged)
+
+    def _named_losses(self, model: TaskModel) -> dict[str, LossSum | Tensor]:
+        """Return the task's losses: all of them, or those of the optimizer whose turn it is."""
+        losses: dict[str, LossSum | Tensor] = {}
+        turns: list[tuple[str, ...]] = [(name,) for name in self._optimizers] or [()]
+        for arguments in turns:
+            found = self.task.losses(model, self._batch, *arguments)
+            where = f"{self.name}.losses" + (f" for optimizer {arguments[0]!r}" if arguments else "")
+            if not isinstance(found, Mapping) or not found:
+                what = "no loss" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+                raise UserError(f"{where} returned {what}; expected a dict of at least one LossSum by its name")
+            if twice := losses.keys() & found.keys():
+                raise UserError(
+                    f"{where} returned {min(twice)!r}, which trains another optimizer too; give each its own name"
+                )
+            losses |= found
+        return losses
 
     def _judge(self, model: TaskModel) -> tuple[int, Tensor, tuple[str, ...], Any]:
         values, pairs, names = self._compute(model)

@@ -72,6 +72,9 @@ class Task:
     couples_samples: ClassVar[bool] = False
     """Whether a loss is no sum over samples, but takes those of a batch together: `losses` then gathers what it takes
     together (`distrain.gather`), and returns the losses of the whole global batch; see docs/tasks.md."""
+    optimizers: ClassVar[Sequence[str]] = ()
+    """The names of the optimizers that train by losses of their own, as in a GAN; the recipe's `optim` has these names.
+    `losses` is then called for each in turn, with its name as `optimizer`; see docs/tasks.md."""
     evaluation_group: int | None = None
     """Of a task that couples samples: how many an evaluation takes together, in the order of their ids; a number above
     that of the split takes all. None: batch.global."""
@@ -85,6 +88,7 @@ class Task:
 
         `model` is called as the recipe's model is, and has its attributes (`model.encoder(x)`). This runs within the
         model's forward pass, as often on each rank, under the recipe's precision. Names are the same in each batch.
+        Of a task with `optimizers` it is called as losses(model, batch, optimizer), and returns what trains that one.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method losses(model, batch)")
 
