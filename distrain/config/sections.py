@@ -318,7 +318,12 @@ PartName = Annotated[
     Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,39}$", title="the name of an optimizer: letters, digits, '_' and '-'"),
 ]
 AnyOptim = Annotated[
-    Annotated[OptimSection, Tag("<one>")] | Annotated[dict[PartName, PartSection], Tag("<several>")],
+    Annotated[OptimSection, Tag("<one>")]
+    | Annotated[
+        dict[PartName, PartSection],
+        Tag("<several>"),
+        Field(title="a mapping of several optimizers by name, each with its params"),
+    ],
     Discriminator(_kind_of_optim),
 ]
 

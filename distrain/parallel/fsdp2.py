@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from distrain.config import UserError
 from distrain.networks.blocks import block_classes
 from distrain.optim import drop_frozen
 from distrain.parallel.collective_forward import GatherOrder
@@ -91,6 +92,8 @@ class FSDP2Strategy(Strategy):
         self._reduce_all()
         self._of_groups = {each.sharded_param: each for group in self._groups for each in group.fsdp_params}
         """By sharded parameter what FSDP2 gathers of it, which is a tensor of its own."""
+        self._going_back = False
+        """Whether this step's backward pass is under way, and not one within a forward pass."""
         self._reducing = self._averaging = True
         """Whether a backward pass reduces gradients, and averages them over the replicas."""
         if world.tuning["prefetch"]:
@@ -190,7 +193,11 @@ class FSDP2Strategy(Strategy):
         return agree
 
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
-        loss_sum.backward(scale)
+        self._going_back = True
+        try:
+            loss_sum.backward(scale)
+        finally:
+            self._going_back = False
         self._gather_order.end()
         if self._reducing:
             for parameter in self._filled - self._given:
@@ -251,6 +258,12 @@ class FSDP2Strategy(Strategy):
                         group.post_backward = partial(self._reduce_unit, group, group.post_backward)
 
     def _gather_unit(self, gather: Callable[..., None], part: str, *args: Any, **kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1 and not self._going_back:
+            raise UserError(
+                "losses compute a gradient within the forward pass (torch.autograd.grad) through a block "
+                f"({part}), and fsdp2 frees a block's weights after its backward pass, before a second one needs them; "
+                "use ddp"
+            )
         # also where it is gathered still: what is left of the pass before must not make another order of this one
         self._gather_order.reach(part)
         gather(*args, **kwargs)

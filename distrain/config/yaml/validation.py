@@ -28,6 +28,11 @@ class _SchemaGenerator(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False  # the titles that remain describe the expected value
 
+    def tagged_union_schema(self, schema: Any) -> Any:
+        found = super().tagged_union_schema(schema)
+        # what tells the forms apart is not in the schema, and one that takes further keys may allow another one's
+        return {"anyOf": found.pop("oneOf"), **found} if "oneOf" in found else found
+
     def encode_default(self, dft: Any) -> Any:
         return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
 
@@ -155,6 +160,9 @@ class _ErrorText:
             inner = variant.get("items") if isinstance(step, int) else variant.get("properties", {}).get(step)
             if inner is None and isinstance(step, str) and "propertyNames" in variant:
                 inner = variant["additionalProperties"]
+            if inner is None and isinstance(step, str):
+                patterns = variant.get("patternProperties", {}).items()
+                inner = next((held for pattern, held in patterns if re.fullmatch(pattern, step)), None)
             if inner is not None:
                 return inner
         return None

@@ -108,3 +108,10 @@ class Breaking(Adversarial):
         if optimizer == "g" and model.training:
             found["generator"] = found["generator"] + torch.where(batch["ids"] == 7, torch.nan, 0.0)
         return found
+
+
+class Sole(distrain.Task):
+    """One loss of both networks."""
+
+    def losses(self, model, batch):
+        return {"sum": model.d(model.g(batch["inputs"]["noise"])).square().squeeze(1)}
