@@ -34,6 +34,15 @@ def sections(schema: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 if inner["properties"].keys() != {"name"} and inner not in forms:
                     forms.append(inner)
                     waiting.append((f"{prefix}{key}.", inner))
+            for named in _named(value, schema):
+                # of several by names of the user's: what they have besides the keys of the only one
+                known = [form["properties"] for form in found[f"{prefix}{key}"]]
+                own = {
+                    name: each
+                    for name, each in named["properties"].items()
+                    if all(each != of.get(name) for of in known)
+                }
+                found[f"{prefix}{key}.NAME"] = [{**named, "properties": own}]
     return {key: forms for key, forms in found.items() if forms}
 
 
@@ -46,6 +55,13 @@ def _mappings(value: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, A
         return [{"properties": dict.fromkeys(names["enum"], value["additionalProperties"])}]
     inner = [*value.get("anyOf", []), *value.get("oneOf", []), *([value["items"]] if "items" in value else [])]
     return [found for each in inner for found in _mappings(each, schema)]
+
+
+def _named(value: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the sections of a mapping whose keys are names of the user's, in any form of a value."""
+    inner = [*value.get("anyOf", []), *value.get("patternProperties", {}).values()]
+    found = _mappings(inner[0], schema) if "patternProperties" in value else []
+    return found or [each for form in inner for each in _named(form, schema)]
 
 
 def kind(value: dict[str, Any]) -> str:

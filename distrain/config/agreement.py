@@ -157,16 +157,19 @@ def _tune(known: Known) -> Problems:
 
 
 def _groups(known: Known) -> Problems:
-    optim = known("optim")
-    for name, section in optim.items() if isinstance(optim, Mapping) else [("", optim)]:
-        yield from _twice(f"optim.{name}.groups" if name else "optim.groups", [each.params for each in section.groups])
+    optim = known.sections["optim"]
+    if not isinstance(optim, Mapping):
+        yield from _twice("optim.groups", [group.params for group in known("optim.groups")])
+        return
+    for name, part in optim.items():
+        yield from _twice(f"optim.{name}.groups", [group.params for group in part.groups])
 
 
 def _optimizers(known: Known) -> Problems:
-    parts = known("optim")
+    parts = known.sections["optim"]
     if not isinstance(parts, Mapping):
         return
-    if (slowest := min(part.every for part in parts.values())) > 1:
+    if (slowest := min((part.every for part in parts.values()), default=1)) > 1:
         yield (
             "optim",
             f"each has an `every` of {slowest} or more, expected 1 for at least one: a step must train something",

@@ -26,10 +26,16 @@ log: {{every: 1 steps}}
 """
 PARTS = {
     "diffusion": ("Diffusion", "NoisyDigits", "Denoiser"),
+    "gan": ("Adversarial", "NoisyDigits", "GAN"),
     "reinforce": ("Reinforce", "Episodes", "Player"),
     "distillation": ("Distillation", "digits", "Net"),
 }
-REPORTED = {"diffusion": {"late"}, "reinforce": {"reward"}, "distillation": {"teacher_accuracy"}}
+REPORTED = {
+    "diffusion": {"late"},
+    "gan": {"deceived", "slope", "accuracy"},
+    "reinforce": {"reward"},
+    "distillation": {"teacher_accuracy"},
+}
 
 
 def _teacher(path: Path, width: int) -> None:
@@ -47,6 +53,9 @@ def test_an_example_is_the_same_in_any_world_and_resumes_to_the_bit(name: str, t
         _teacher(tmp_path / "teacher.safetensors", width=24)
         arguments = f", teacher: {tmp_path / 'teacher.safetensors'}, width: 24"
     text = RECIPE.format(file=EXAMPLES / f"{name}.py", task=task, data=data, model=model, arguments=arguments)
+    if name == "gan":
+        parts = (f"{part}: {{params: '{part}.*', lr: 1.0e-2}}" for part in ("discriminator", "generator"))
+        text = text.replace("{lr: 1.0e-2}", f"{{{', '.join(parts)}}}", 1)
     if name == "distillation":
         text = text.replace(':Net"', ':Net", width: 8')
     recipe = write_recipe(tmp_path, text)

@@ -19,6 +19,11 @@ NOTEBOOK = EXAMPLES / "first_run.ipynb"
 
 FIGURES = {
     "diffusion.py": ((r"nearest digit at ([\d.]+)", 2.0, 5.0), (r"of noise at ([\d.]+)", 8.0, 10.0)),
+    "gan.py": (
+        (r"accuracy (0\.\d+)", 0.6, 0.95),  # of the discriminator; 0.5 where it sees nothing
+        (r"to the digits ([\d.]+)", 0.0, 5.0),
+        (r"untrained ([\d.]+)", 40.0, 50.0),
+    ),
     "reinforce.py": ((r"stands for ([\d.]+)", 80, 100), (r"greedily ([\d.]+)", 90, 100)),  # 28 after 5 steps
     "distillation.py": ((r"teacher ([\d.]+), student", 0.93, 1), (r"student (0\.\d+)", 0.8, 1)),
 }
@@ -33,6 +38,7 @@ FIGURES = {
         ("compare.py", (), "lr 0.1: loss"),
         ("two_towers.py", (), "found among 180: 0.2"),  # by chance 0.006
         ("diffusion.py", (), "nearest digit at"),
+        ("gan.py", (), "distance to the digits"),
         ("reinforce.py", (), "step 30: the pole stands"),
         ("distillation.py", (), "parameters: teacher 9,610, student 610"),
     ],

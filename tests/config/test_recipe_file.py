@@ -747,9 +747,15 @@ def _fits(schema, node, value) -> bool:
         if not set(node.get("required", [])) <= value.keys():
             return False
         extra = node.get("additionalProperties", True)
+        named = {
+            key: inner
+            for pattern, inner in node.get("patternProperties", {}).items()
+            for key in value
+            if re.search(pattern, key)
+        } | node.get("properties", {})
         return all(
-            _fits(schema, node["properties"][key], item)
-            if key in node.get("properties", {})
+            _fits(schema, named[key], item)
+            if key in named
             else extra is True or (isinstance(extra, dict) and _fits(schema, extra, item))
             for key, item in value.items()
         )
@@ -764,9 +770,11 @@ def test_the_schema_takes_what_is_good_and_says_a_sentence_about_every_key(write
     good = Tree.parse(GOOD).value
     assert _fits(schema, schema, good)
     assert _fits(schema, schema, load_recipe(write()).recipe.model_dump(mode="json"))
+    assert _fits(schema, schema, {**good, "optim": {"g": {"params": ["g.*"], "every": 2}, "d": {"params": "d.*"}}})
     for change in (
         {"batch": {}},
         {"optim": {"lr": 0}},
+        {"optim": {"a b": {"params": "*"}, "lr": 0}},
         {"eval": {"every": "3"}},
         {"seed": 0.5},
         {"bath": 3},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import assert_close, assert_same_run, last, rows, state, train, write_recipe
 
-from distrain.checkpoint import Manifest
+from distrain.checkpoint import Reader
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
@@ -139,11 +139,11 @@ def test_it_resumes_to_the_bit(alone: tuple[Path, Path], tmp_path: Path, world_s
 def test_a_checkpoint_holds_the_state_of_all(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
     train(1, recipe, tmp_path / "run", "train.steps=3")
-    manifest = Manifest.read(last(tmp_path / "run"))
+    manifest = Reader(last(tmp_path / "run")).manifest
     assert manifest.scalars["optimizers"] == {"d": "Adam", "g": "SGD"}
     kept = {name.removeprefix("optimizer/") for name in manifest.specs if name.startswith("optimizer/")}
     assert {"d.0.weight/exp_avg", "g.0.weight/momentum_buffer"} <= kept
-    assert not any(name.startswith("g") == name.endswith("exp_avg") for name in kept if "exp_avg" in name)
+    assert all(("momentum" in name) == name.startswith("g.") for name in kept)
     # another class that uses the state of one, and one that cannot
     train(1, recipe, tmp_path / "run", "optim.d.name=adamw", "train.steps=4", update=True)
     ended = train(1, recipe, tmp_path / "run", "optim.g.name=adam", "train.steps=5", update=True, status=1)
@@ -254,11 +254,11 @@ def test_old_checkpoints_of_one_optimizer_are_taken_over(tmp_path: Path) -> None
         tmp_path, text[: text.index("optim:")] + "optim: {name: adam}\n" + text[text.index("batch:") :]
     )
     train(1, recipe, tmp_path / "run", "train.steps=3")
-    assert "optimizers" not in Manifest.read(last(tmp_path / "run")).scalars
+    assert "optimizers" not in Reader(last(tmp_path / "run")).manifest.scalars
     adam = RECIPE.replace("sgd, lr: 0.2, momentum: 0.9", "adam, lr: 0.2")
     assert start < end
     train(1, write_recipe(tmp_path, adam, "two.yaml"), tmp_path / "run", "train.steps=4", update=True)
-    values = Manifest.read(last(tmp_path / "run")).scalars["optimizer_values"]
+    values = Reader(last(tmp_path / "run")).manifest.scalars["optimizer_values"]
     tensors = state(last(tmp_path / "run"))
     counted: dict[str, Any] = {name: tensors.get(f"optimizer/{name}/step") for name in ("d.0.weight", "g.0.weight")}
     assert {float(each[0]) for each in counted.values()} == {4.0}, json.dumps(values)

@@ -33,6 +33,10 @@ class _SchemaGenerator(GenerateJsonSchema):
         # what tells the forms apart is not in the schema, and one that takes further keys may allow another one's
         return {"anyOf": found.pop("oneOf"), **found} if "oneOf" in found else found
 
+    def dict_schema(self, schema: Any) -> Any:
+        found = super().dict_schema(schema)
+        return {**found, "additionalProperties": False} if "patternProperties" in found else found
+
     def encode_default(self, dft: Any) -> Any:
         return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
 
