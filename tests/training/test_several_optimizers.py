@@ -146,7 +146,9 @@ def test_a_checkpoint_holds_the_state_of_all(tmp_path: Path) -> None:
     assert all(("momentum" in name) == name.startswith("g.") for name in kept)
     # another class that uses the state of one, and one that cannot
     train(1, recipe, tmp_path / "run", "optim.d.name=adamw", "train.steps=4", update=True)
-    ended = train(1, recipe, tmp_path / "run", "optim.g={params: 'g.*', name: adam}", "train.steps=5", update=True, status=1)
+    ended = train(
+        1, recipe, tmp_path / "run", "optim.g={params: 'g.*', name: adam}", "train.steps=5", update=True, status=1
+    )
     assert "the stored state is that of SGD, the recipe asks for Adam" in ended[0].err
 
 
