@@ -26,6 +26,9 @@ def test_the_wheel_holds_everything_and_works_without_the_checkout(tmp_path: Pat
         ).stdout.split()
         assert tracked, folder
         assert {f"distrain/share/{name}" for name in tracked} <= names
+    page = {path.name for path in (ROOT / "distrain/report/ui/static").rglob("*") if path.is_file()}
+    assert {"index.html", "main.js", "style.css", "uPlot.iife.min.js", "LICENSE-uPlot.txt"} <= page
+    assert page == {Path(name).name for name in names if name.startswith("distrain/report/ui/static/")}
     assert not any("prepared" in name or "__pycache__" in name for name in names)
 
     script = (

@@ -21,6 +21,7 @@ from distrain.cli import generate as cli_generate
 from distrain.cli import predict as cli_predict
 from distrain.cli import reports as cli_reports
 from distrain.cli import sweeps as cli_sweeps
+from distrain.cli import ui as cli_ui
 from distrain.cli.options import (
     AUTO,
     ChangedData,
@@ -216,6 +217,7 @@ for command in (
     cli_cluster.sites,
     *(cli_reports.report, cli_reports.compare),
     cli_exporting.export,
+    cli_ui.ui,
 ):
     app.command()(command)
 

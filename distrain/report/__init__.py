@@ -6,4 +6,5 @@ goodput.py      what the time of a run went to, over all attempts, and what it c
 contents.py     what a report holds, as values: attempts.py, curves.py, differences.py, recipe_rows.py
 html/           it as one HTML file; markdown.py, pictures.py
 differences.py  `distrain compare`
+ui/             `distrain ui`
 """

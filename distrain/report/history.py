@@ -227,6 +227,12 @@ class History:
         return Series(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
 
     @property
+    def nbytes(self) -> int:
+        """About how many bytes of memory it takes."""
+        columns = [(len(each.steps), len(each.values)) for each in self._columns.values()]
+        return sum(8 * rows * (2 + names) for rows, names in columns) + 1000 * len(self.events)
+
+    @property
     def step(self) -> int:
         """The last step that a row of training numbers is about; 0 before the first."""
         train = self._columns.get("train")

@@ -267,8 +267,11 @@ def _newest_checkpoint(run: RunDir) -> int | None:
     return newest_step(run.checkpoints)
 
 
-def statuses(folder: Path) -> list[Status]:
-    """Return how a run, the runs of a sweep, or all runs and sweeps right below a folder are doing."""
+def statuses(folder: Path, look: Callable[..., Status] = status_of) -> list[Status]:
+    """Return how a run, the runs of a sweep, or all runs and sweeps right below a folder are doing.
+
+    `look`: called as `status_of` for each.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name a run, or go to the folder that has runs/ in it")
     if RunDir(folder).exists or read_sweep(folder) is not None:
@@ -294,13 +297,13 @@ def statuses(folder: Path) -> list[Status]:
     found: list[Status] = []
     for place in places:
         if (record := sweeps.get(place)) is None:
-            found += [status_of(run, jobs.get(run.absolute(), []), None, problem) for run in runs if run == place]
+            found += [look(run, jobs.get(run.absolute(), []), None, problem) for run in runs if run == place]
             continue
         best = _best_by(place, record)
         of_sweep = []
         for each in record.runs:
             run = place / each["folder"]
-            status = status_of(run, jobs.get(run.absolute(), []), each["values"], problem)
+            status = look(run, jobs.get(run.absolute(), []), each["values"], problem)
             of_sweep.append(_of_sweep(status, best, each.get("pruned")))
         found += _ranked(of_sweep, best)
     return found

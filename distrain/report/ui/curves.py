@@ -1,0 +1,263 @@
+"""Curves of many runs: each read once and further as it grows, and cut to the points that a picture needs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distrain.report.history import History, Series
+
+HISTORIES_BYTES = 256 << 20
+"""What whole histories may take in memory; those that were asked for the longest ago are dropped first."""
+CURVES_BYTES = 256 << 20
+"""What curves that were asked for may take, of runs whose history was dropped."""
+
+
+@dataclass
+class _Entry:
+    """What is known of a run."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    history: History | None = None
+    signature: tuple[int, int, int] | None = None
+    """Of metrics.jsonl when it was last read."""
+    curves: dict[str, Series] = field(default_factory=dict)
+    """Those that were asked for, as the signature has them."""
+    reading: Future[None] | None = None
+    bytes: int = 0
+    """Of the history, where there is one."""
+
+    @property
+    def curves_bytes(self) -> int:
+        return sum(array.nbytes for curve in [*self.curves.values()] for array in curve)
+
+
+def _signature(run: Path) -> tuple[int, int, int]:
+    try:
+        there = os.stat(run / "metrics.jsonl")
+    except OSError:
+        return (0, 0, 0)
+    return there.st_ino, there.st_size, there.st_mtime_ns
+
+
+class Curves:
+    """The curves of runs, in bounded memory. For several threads."""
+
+    def __init__(self, histories_bytes: int = HISTORIES_BYTES, curves_bytes: int = CURVES_BYTES):
+        self._limits = histories_bytes, curves_bytes
+        self._entries: OrderedDict[Path, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        # one at a time: they are bound by this process's interpreter
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-runs")
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _entry(self, run: Path) -> _Entry:
+        with self._lock:
+            entry = self._entries.setdefault(run, _Entry())
+            self._entries.move_to_end(run)
+            return entry
+
+    def history(self, run: Path) -> History:
+        """Return all of a run's rows, read up to now. Raises UserError for a file that cannot be read."""
+        entry = self._entry(run)
+        with entry.lock:
+            found = self._read(run, entry)
+        self._bound()
+        return found
+
+    def _read(self, run: Path, entry: _Entry) -> History:
+        signature = _signature(run)
+        history = entry.history
+        if history is None:
+            history = History(run)
+        elif signature != entry.signature:
+            history.refresh()
+        if signature != entry.signature:
+            entry.signature, entry.curves = signature, {}
+        entry.history, entry.bytes = history, history.nbytes
+        return history
+
+    def series(self, run: Path, names: Iterable[str]) -> dict[str, Series]:
+        """Return curves of a run by name, read up to now; empty ones where there are none of the name."""
+        entry = self._entry(run)
+        with entry.lock:
+            names = list(names)
+            found = entry.curves if _signature(run) == entry.signature else {}
+            if any(name not in found for name in names):
+                history = self._read(run, entry)
+                found = entry.curves | {name: history.series(name) for name in names if name not in entry.curves}
+                entry.curves = found
+        self._bound()
+        return {name: found[name] for name in names}
+
+    def series_by(self, until: float, asked: dict[Path, list[str]]) -> dict[Path, dict[str, Series] | Exception | None]:
+        """Return curves of several runs as far as they are read at `until` (time.monotonic): None is not yet.
+
+        What is not yet is read in the background. An exception is returned for a run that cannot be read.
+        """
+        found: dict[Path, dict[str, Series] | Exception | None] = {}
+        for run, names in asked.items():
+            entry = self._entry(run)
+            with self._lock:
+                known = entry.history is not None or all(name in entry.curves for name in names)
+                if not known and entry.reading is None:
+                    entry.reading = self._reader.submit(self._read_ahead, run, names)
+                reading = entry.reading
+            if reading is not None:
+                try:
+                    reading.result(max(0.0, until - time.monotonic()))
+                except TimeoutError:
+                    found[run] = None
+                    continue
+                except Exception:
+                    pass  # said below, where it is read again
+                with self._lock:
+                    entry.reading = None
+            try:
+                found[run] = self.series(run, names)
+            except (ValueError, OSError) as error:
+                found[run] = error
+        return found
+
+    def _read_ahead(self, run: Path, names: list[str]) -> None:
+        self.series(run, names)
+
+    def _bound(self) -> None:
+        """Drop what was asked for the longest ago until the rest keeps to the limits."""
+        histories, curves = self._limits
+        with self._lock:
+            for entry in reversed(self._entries.values()):
+                if entry.history is not None:
+                    histories -= entry.bytes
+                    if histories < 0 and entry is not next(reversed(self._entries.values())):
+                        entry.history = None
+                curves -= entry.curves_bytes
+                if curves < 0:
+                    entry.curves = {}
+            for run in [run for run, entry in self._entries.items() if entry.history is None and not entry.curves]:
+                if len(self._entries) > 1000 and self._entries[run].reading is None:
+                    del self._entries[run]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As few points as a picture needs
+
+
+Axis = Callable[[Series], np.ndarray]
+
+
+def by_step(series: Series) -> np.ndarray:
+    """Return the optimizer steps of a curve."""
+    return series.steps.astype(np.float64)
+
+
+def by_hours(start: float | None) -> Axis:
+    """Return what gives the hours since `start` (seconds since 1970; None: the first point) of a curve's points.
+
+    They never go back.
+    """
+
+    def hours(series: Series) -> np.ndarray:
+        finite = series.times[np.isfinite(series.times)]
+        if not len(finite):
+            return np.zeros(len(series.times))
+        first = float(finite[0]) if start is None else start
+        times = np.where(np.isfinite(series.times), series.times, first)
+        return np.maximum.accumulate((times - first) / 3600)
+
+    return hours
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve on the points that all of a picture share."""
+
+    index: np.ndarray | None
+    """(n,) int64: which points it has; None: all."""
+    values: np.ndarray
+    """(n,) float64; NaN where the run's value is NaN or infinite."""
+    nonfinite: int
+    """How many values are NaN or infinite in the range."""
+
+
+def aligned(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+    points: int,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    means: bool = False,
+) -> tuple[np.ndarray, list[Line]]:
+    """Return the points that several curves share, at most `points` (8 or more) and two, and each curve on them.
+
+    `curves`: (x, y) of each, x (n,) float64 not decreasing. `low`, `high`: what part of x is looked at, with the points
+    next to it; None: all. Where the curves have more points the range is divided evenly, and of each part the least and
+    the greatest value of each curve are kept, or with `means` its mean.
+    """
+    cut = []
+    for x, y in curves:
+        begin = 0 if low is None else max(0, int(np.searchsorted(x, low)) - 1)
+        end = len(x) if high is None else min(len(x), int(np.searchsorted(x, high, "right")) + 1)
+        cut.append((x[begin:end], y[begin:end]))
+    every = [x for x, _ in cut if len(x)]
+    if not every:
+        return np.zeros(0), [Line(None, np.zeros(0), 0) for _ in cut]
+    shared = every[0] if len(every) == 1 else None
+    if shared is None and max(map(len, every)) <= points:
+        shared = np.unique(np.concatenate(every))
+    if shared is not None and len(shared) <= points and np.all(np.diff(shared) > 0):
+        return shared, [_exact(shared, x, y) for x, y in cut]
+    first, last = min(float(x[0]) for x in every), max(float(x[-1]) for x in every)
+    parts = max(1, (points - 2) // 2)
+    edges = np.linspace(first, last, parts + 1)
+    width = (last - first) / parts or 1.0
+    inner = edges[:-1]
+    grid = np.concatenate([[first], np.stack([inner + 0.25 * width, inner + 0.75 * width], 1).ravel(), [last]])
+    return grid, [_reduced(edges, x, y, means) for x, y in cut]
+
+
+def _exact(shared: np.ndarray, x: np.ndarray, y: np.ndarray) -> Line:
+    finite = np.isfinite(y)
+    values = np.where(finite, y, np.nan)
+    index = None if len(x) == len(shared) else np.searchsorted(shared, x)
+    return Line(index, values, int(len(y) - finite.sum()))
+
+
+def _reduced(edges: np.ndarray, x: np.ndarray, y: np.ndarray, means: bool) -> Line:
+    if not len(x):
+        return Line(np.zeros(0, np.int64), np.zeros(0), 0)
+    parts = len(edges) - 1
+    finite = np.isfinite(y)
+    clean = np.where(finite, y, np.nan)
+    begins = np.searchsorted(x, edges[:-1])
+    begins[0] = 0
+    counts = np.diff(np.append(begins, len(x)))
+    there = np.flatnonzero(counts)
+    begins, counts = begins[there], counts[there]
+    if means:
+        sums, known = np.add.reduceat(np.where(finite, y, 0.0), begins), np.add.reduceat(finite.astype(float), begins)
+        values = np.divide(sums, known, out=np.full(len(begins), np.nan), where=known > 0)
+        return Line(1 + 2 * there, values, int(len(y) - finite.sum()))
+    least, greatest = np.fmin.reduceat(clean, begins), np.fmax.reduceat(clean, begins)
+    falls = clean[begins] > clean[begins + counts - 1]
+    pairs = np.where(falls[:, None], np.stack([greatest, least], 1), np.stack([least, greatest], 1))
+    index = 1 + np.stack([2 * there, 2 * there + 1], 1)
+    keep = np.stack([np.ones(len(there), bool), counts > 1], 1)
+    # where they begin and end is drawn where it is
+    index, values = index[keep], pairs[keep]
+    if x[0] == edges[0]:
+        index, values = np.append(0, index), np.append(clean[0], values)
+    if x[-1] == edges[-1]:
+        index, values = np.append(index, 2 * parts + 1), np.append(values, clean[-1])
+    return Line(index, values, int(len(y) - finite.sum()))
