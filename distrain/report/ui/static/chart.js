@@ -198,7 +198,7 @@ export class Chart {
       stroke: colour(about[place].index),
       width: many ? 1.1 : 1.5,
       dash: about[place].dash ? [5, 3] : undefined,
-      points: { show: line.y.length < 40, size: 5 },
+      points: { show: line.y.length < 40, size: 5, fill: css("--page") },
       value: (plot, value) => (value === null || value === undefined ? "–" : number(value)),
     }));
     const unit = this.sheet.by === "hours" ? "hours" : "step";
