@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic_core import from_json
 
 from distrain.report.history import History, Series
+
+T = TypeVar("T")
 
 HISTORIES_BYTES = 256 << 20
 """What whole histories may take in memory; those that were asked for the longest ago are dropped first."""
 CURVES_BYTES = 256 << 20
 """What curves that were asked for may take, of runs whose history was dropped."""
+
+
+SKETCHED = 256
+"""Rows that are looked at for a first picture of a curve."""
+_LONGEST = 1 << 16
 
 
 @dataclass
@@ -32,6 +43,8 @@ class _Entry:
     curves: dict[str, Series] = field(default_factory=dict)
     """Those that were asked for, as the signature has them."""
     reading: Future[None] | None = None
+    sketches: dict[tuple[tuple[int, int, int], str], Series | None] = field(default_factory=dict)
+    """Of curves that were asked for before the file was read, by the file's signature and name."""
     bytes: int = 0
     """Of the history, where there is one."""
 
@@ -68,11 +81,14 @@ class Curves:
             self._entries.move_to_end(run)
             return entry
 
-    def history(self, run: Path) -> History:
-        """Return all of a run's rows, read up to now. Raises UserError for a file that cannot be read."""
+    def of_history(self, run: Path, look: Callable[[History], T]) -> T:
+        """Return what `look` finds in a run's rows, read up to now, while nobody reads them further.
+
+        Raises UserError for a file that cannot be read.
+        """
         entry = self._entry(run)
         with entry.lock:
-            found = self._read(run, entry)
+            found = look(self._read(run, entry))
         self._bound()
         return found
 
@@ -85,7 +101,7 @@ class Curves:
             history.refresh()
         if signature != entry.signature:
             entry.signature, entry.curves = signature, {}
-        entry.history, entry.bytes = history, history.nbytes
+        entry.history, entry.bytes, entry.sketches = history, history.nbytes, {}
         return history
 
     def series(self, run: Path, names: Iterable[str]) -> dict[str, Series]:
@@ -130,6 +146,18 @@ class Curves:
                 found[run] = error
         return found
 
+    def sketch(self, run: Path, name: str) -> Series | None:
+        """Return some points of a curve of training numbers, from rows here and there in the file.
+
+        For a first picture, until the file is read; None where such rows do not have it. Kept until then.
+        """
+        entry = self._entry(run)
+        key = _signature(run), name
+        if key not in entry.sketches:
+            entry.sketches = {each: kept for each, kept in entry.sketches.items() if each[0] == key[0]}
+            entry.sketches[key] = _sketched(run / "metrics.jsonl", name) if len(entry.sketches) < 64 else None
+        return entry.sketches[key]
+
     def _read_ahead(self, run: Path, names: list[str]) -> None:
         self.series(run, names)
 
@@ -148,6 +176,29 @@ class Curves:
             for run in [run for run, entry in self._entries.items() if entry.history is None and not entry.curves]:
                 if len(self._entries) > 1000 and self._entries[run].reading is None:
                     del self._entries[run]
+
+
+def _sketched(path: Path, name: str) -> Series | None:
+    split, _, key = name.partition("/")
+    found: list[tuple[int, float, float]] = []
+    with suppress(OSError), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for part in range(SKETCHED):
+            file.seek(size * part // SKETCHED)
+            if part:
+                file.readline(_LONGEST)  # a row that began before
+            row: Any = None
+            with suppress(ValueError):
+                row = from_json(file.readline(_LONGEST))
+            if not isinstance(row, dict) or row.get("event") != split or split != "train":
+                continue
+            step, value, at = row.get("step"), row.get(key), row.get("time")
+            if type(step) is int and isinstance(value, int | float) and step > (found[-1][0] if found else -1):
+                found.append((step, float(value), float(at) if isinstance(at, int | float) else math.nan))
+    if len(found) < 2:
+        return None
+    steps, values, times = zip(*found, strict=True)
+    return Series(np.array(steps, np.int64), np.array(values), np.array(times))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -70,14 +70,15 @@ class Runs:
 
     def _check(self, run: Path) -> None:
         self.inside(run)
-        for name in READ:
-            if os.path.islink(run / name):
-                self.inside(run / name)
-        for name in ("heartbeat", "checkpoints", "submit"):
+        self.inside(run.parent / "sweep.json")
+        for name in ("", "heartbeat", "checkpoints", "submit"):
             with suppress(OSError), os.scandir(run / name) as entries:
                 for entry in entries:
-                    if entry.is_symlink():
-                        self.inside(Path(entry.path))
+                    if name or entry.name in READ:
+                        if entry.is_symlink():
+                            self.inside(Path(entry.path))
+                        if not (entry.is_file() or entry.is_dir()):
+                            raise NoSuchRun(f"{entry.path} is neither a file nor a folder, and is not read")
 
     def path(self, name: str) -> Path:
         """Return the folder of a run by the name that the page has for it; checked anew each time."""
@@ -97,7 +98,7 @@ class Runs:
         try:
             self._check(run)
         except NoSuchRun as error:
-            return Status(run=str(run), state=OUTSIDE, message=str(error), values=values or {})
+            return Status(run=str(run), state=OUTSIDE, message=str(error))
         seen = (repr(jobs), problem, *(_stamp(run / name) for name in _SEEN))
         cached = self._cached.get(run)
         if cached is not None and cached[0] == seen and not cached[1].alive:

@@ -53,6 +53,8 @@ MOST_STREAMS = 32
 """Pages that are kept up to date at a time."""
 PATIENCE_S = 0.5
 """How long an answer waits for curves that are not read yet."""
+SKETCHING_S = 2.0
+"""How long an answer takes over sketches of those."""
 
 
 class Refused(Exception):
@@ -291,7 +293,7 @@ def _run(server: Server, query: Query) -> dict[str, Any]:
 
 
 def _history(server: Server, query: Query) -> dict[str, Any]:
-    return details.happened(server.curves.history(server.runs.path(_one(query, "run"))))
+    return server.curves.of_history(server.runs.path(_one(query, "run")), details.happened)
 
 
 def _ranks(server: Server, query: Query) -> dict[str, Any]:
@@ -323,7 +325,7 @@ def _compare(server: Server, query: Query) -> dict[str, Any]:
 
 
 def _curves(server: Server, query: Query) -> dict[str, Any]:
-    """Return lines on shared points; `pending` names runs that are still being read: ask again."""
+    """Return lines on shared points; `pending` names runs that are still being read, of which lines are sketches."""
     points = min(4000, max(8, _count(query, "points") or 600))
     hours = query.get("by", ["step"])[0] == "hours"
     asked: dict[Path, list[str]] = {}
@@ -334,17 +336,22 @@ def _curves(server: Server, query: Query) -> dict[str, Any]:
         asked.setdefault(run, []).append(curve)
         wanted.append((name, run, curve))
     read = server.curves.series_by(time.monotonic() + PATIENCE_S, asked)
-    starts = {run: _start(run) for run in asked} if hours else {}
+    until = time.monotonic() + SKETCHING_S
+    axes = {run: by_hours(_start(run)) if hours else by_step for run in asked}
     cut, lines, pending, problems = [], [], [], {}
     for name, run, curve in wanted:
         match read[run]:
             case None:
                 pending.append(name)
+                rough = server.curves.sketch(run, curve) if time.monotonic() < until else None
+                if rough is not None:
+                    cut.append((axes[run](rough), rough.values))
+                    lines.append({"run": name, "name": curve, "count": None})
             case Exception() as error:
                 problems[name] = str(error)
             case found:
                 series = found[curve]
-                cut.append(((by_hours(starts[run]) if hours else by_step)(series), series.values))
+                cut.append((axes[run](series), series.values))
                 lines.append({"run": name, "name": curve, "count": len(series.steps)})
     x, on = aligned(cut, points, _number(query, "from"), _number(query, "to"), means="means" in query)
     return {

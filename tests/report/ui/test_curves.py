@@ -73,19 +73,19 @@ def test_what_grows_is_read_further_and_memory_is_bounded(tmp_path: Path) -> Non
     for run in runs:
         run.train(300)
     one = runs[0].run.path
-    size = Curves().history(one).nbytes
+    size = Curves().of_history(one, lambda history: history.nbytes)
     curves = Curves(histories_bytes=int(2.5 * size), curves_bytes=3 * 300 * 24)
-    kept = curves.history(one)
+    kept = curves.of_history(one, lambda history: history)
     assert len(curves.series(one, ["train/loss"])["train/loss"].steps) == 300
     runs[0].train(10)
     assert len(curves.series(one, ["train/loss"])["train/loss"].steps) == 310
-    assert curves.history(one) is kept
+    assert curves.of_history(one, lambda history: history) is kept
     for run in runs[1:]:
         curves.series(run.run.path, ["train/loss"])
     held = [entry.history is not None for entry in curves._entries.values()]
     assert held == [False, False, True, True]  # those that were asked for last
     assert sum(entry.curves_bytes for entry in curves._entries.values()) <= 3 * 300 * 24
-    assert curves.history(one) is not kept
+    assert curves.of_history(one, lambda history: history) is not kept
     assert len(curves.series(one, ["train/loss"])["train/loss"].steps) == 310
 
 
@@ -101,3 +101,22 @@ def test_runs_that_are_not_read_yet_are_not_waited_for(tmp_path: Path) -> None:
     assert [len(each.steps) for each in series.values()] == [50, 0]
     assert "is not JSON" in str(found[broken.run.path])
     curves.close()
+
+
+def test_before_a_file_is_read_rows_here_and_there_give_a_sketch(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "a", steps=5000)
+    run.train()
+    curves = Curves()
+    sketch = curves.sketch(run.run.path, "train/loss")
+    assert sketch is not None
+    assert curves.sketch(run.run.path, "train/loss") is sketch
+    assert 200 < len(sketch.steps) <= 256
+    exact = curves.series(run.run.path, ["train/loss"])["train/loss"]
+    assert np.array_equal(exact.values[sketch.steps - 1], sketch.values)
+    assert np.all(np.diff(sketch.steps) > 0)
+    assert sketch.steps[0] == 1
+    assert sketch.steps[-1] > 4900
+    assert curves.sketch(run.run.path, "valid/loss") is None
+    assert curves.sketch(tmp_path, "train/loss") is None
+    run.run.metrics_path.write_bytes(b"nonsense\n[1]\n" * 1000)
+    assert curves.sketch(run.run.path, "train/loss") is None

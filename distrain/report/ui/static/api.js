@@ -53,12 +53,30 @@ function take(change) {
 
 /** Follow the runs for as long as the page is open; `state` is told "live" or why not. */
 export function follow(state) {
-  const source = new EventSource("/events");
-  source.onopen = () => state("live");
-  source.onmessage = (event) => {
-    state("live");
-    take(JSON.parse(event.data));
+  let source = null;
+  const close = () => {
+    if (source) source.close();
+    source = null;
   };
-  source.onerror = () => state(source.readyState === EventSource.CLOSED ? "ended" : "connecting");
-  addEventListener("pagehide", () => source.close());
+  const open = () => {
+    close();
+    source = new EventSource("/events");
+    let first = true;
+    source.onopen = () => state("live");
+    source.onmessage = (event) => {
+      state("live");
+      const change = JSON.parse(event.data);
+      if (first) change.grown = change.names; // whatever was missed
+      first = false;
+      take(change);
+    };
+    source.onerror = () => {
+      first = true;
+      state(source.readyState === EventSource.CLOSED ? "ended" : "connecting");
+    };
+  };
+  // a browser has six connections to a server: pages that nobody looks at hold none
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
+  addEventListener("pagehide", close);
+  open();
 }
