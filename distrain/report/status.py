@@ -22,7 +22,7 @@ from distrain.report.goodput import Goodput, goodput_of
 from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
-from distrain.run.json_files import rows_backwards
+from distrain.run.json_files import lines_backwards, parse_row
 from distrain.system.errors import UserError
 from distrain.system.terminal import Table
 from distrain.training.callbacks.trackers import duration
@@ -248,7 +248,10 @@ def _numbers(run: RunDir) -> tuple[dict[str, Any], dict[str, Any] | None]:
     latest: dict[str, Any] = {}
     score = None
     name = None
-    for row in islice(rows_backwards(run.metrics_path), _LOOKED_AT):
+    for offset, line in islice(lines_backwards(run.metrics_path), _LOOKED_AT):
+        if latest and b'"eval"' not in line:
+            continue
+        row = parse_row(line, f"{run.metrics_path} at byte {offset}")
         if row.get("event") == "train":
             latest = latest or row
         elif row.get("event") == "eval" and score is None:

@@ -50,7 +50,7 @@ class BrowserError(Exception):
 class Browser:
     """A Chromium of its own, with a profile in a temporary folder. Not for several threads."""
 
-    def __init__(self, *, timeout_s: float = 60):
+    def __init__(self, *, timeout_s: float = 180):
         """`timeout_s`: how long an answer may take before that is an error."""
         path = find_chromium()
         if path is None:
@@ -149,7 +149,7 @@ class Browser:
         height: int = 800,
         dark: bool = False,
         before: str | None = None,
-        timeout_s: float = 30,
+        timeout_s: float = 120,
     ) -> Page:
         """Open a page, a file's too, and return it once it has loaded. `before`: a script that runs before its own."""
         url = address.absolute().as_uri() if isinstance(address, Path) else address
@@ -211,7 +211,7 @@ class Page:
             case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
                 self.said.append(f"{params['entry']['text']} {params['entry'].get('url', '')}".strip())
 
-    def go(self, url: str, *, timeout_s: float = 30) -> None:
+    def go(self, url: str, *, timeout_s: float = 120) -> None:
         """Go to an address, and return once it has loaded."""
         self._loaded = False
         failed = self.call("Page.navigate", url=url).get("errorText")
@@ -234,7 +234,7 @@ class Page:
             raise BrowserError(details.get("exception", {}).get("description") or details["text"])
         return done["result"].get("value")
 
-    def wait_for(self, expression: str, *, timeout_s: float = 30) -> Any:
+    def wait_for(self, expression: str, *, timeout_s: float = 120) -> Any:
         """Wait until an expression holds, and return its value."""
         return self._until(lambda: self.evaluate(expression), f"{expression} has not come true", timeout_s)
 

@@ -138,7 +138,7 @@ class Runs:
                 }
                 self._places, self.problem = places, problem
         busy = any(status.job for status in found)  # SLURM is not to be asked all the time
-        return max(15.0 if busy else 2.0, 20 * (time.monotonic() - began))
+        return max(15.0 if busy else 2.0, 5 * (time.monotonic() - began))
 
     def since(self, version: int) -> dict[str, Any]:
         """Return what has changed since a version: summaries of runs, the names of all, and the version now."""

@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
+
 from distrain.report.ui import details
 from distrain.report.ui.curves import Curves, Line, aligned, by_hours, by_step
 from distrain.report.ui.runs import NoSuchRun, Runs, Watch
@@ -338,7 +340,10 @@ def _curves(server: Server, query: Query) -> dict[str, Any]:
     read = server.curves.series_by(time.monotonic() + PATIENCE_S, asked)
     until = time.monotonic() + SKETCHING_S
     axes = {run: by_hours(_start(run)) if hours else by_step for run in asked}
-    cut, lines, pending, problems = [], [], [], {}
+    cut: list[tuple[np.ndarray, np.ndarray]] = []
+    lines: list[dict[str, Any]] = []
+    pending: list[str] = []
+    problems: dict[str, str] = {}
     for name, run, curve in wanted:
         match read[run]:
             case None:

@@ -151,6 +151,12 @@ def test_runs_are_compared_by_what_differs(browser: Browser, server: Server) -> 
     heads = page.evaluate("[...document.querySelectorAll('thead button')].map(head => head.textContent)")
     assert heads == ["run", "optim.lr", "seed", "state", "progress", "result", "loss"]
     assert "0.002" in rows(page)[1]
+    titles = "[...document.querySelectorAll('.chart h3')].map(title => title.textContent)"
+    page.wait_for(f"{titles}.length === 3")
+    assert page.evaluate(titles) == ["train/loss", "valid/loss", "valid/accuracy"]
+    page.click(".choices summary")
+    page.click(".choices label:last-child")
+    page.wait_for(f"{titles}.length === 4")
     assert_sound(page, server)
     page.close()
 

@@ -7,6 +7,7 @@ import { badge, progress } from "./list.js";
 import { grouped } from "./run.js";
 
 const ALWAYS = ["loss", "samples_per_s"];
+const FIRST = "train/loss";
 
 export function compare(root, ids) {
   const problem = el("p.problem", { role: "status" });
@@ -27,54 +28,75 @@ export function compare(root, ids) {
     const problems = Object.entries(recipes.problems).map(([id, message]) => `${name(id)}: ${message}`);
     write(problem, problems.join("\n"));
     table();
-    const some = ids.filter((id) => runs.all.has(id)).slice(0, 3);
-    const names = new Set();
-    for (const id of some) {
+    offer([FIRST], [FIRST]);
+    // a file is read to its end for the names of all curves: until then there is the one that every run has
+    const names = new Set([FIRST]);
+    for (const id of ids.filter((each) => runs.all.has(each)).slice(0, 3)) {
       try {
         (await ask("history", { run: id })).names.forEach((each) => names.add(each));
       } catch (error) {
         write(problem, `${name(id)}: ${error.message}`);
       }
       if (closed) return;
+      const groups = grouped([...names]);
+      offer(groups.flatMap((group) => group.names), groups
+        .filter((group) => ALWAYS.includes(group.title) || group.names.some((each) => !each.startsWith("train/")))
+        .flatMap((group) => group.names.filter((each) => each !== "train/samples_per_s" || groups.length < 8)).slice(0, 4));
     }
-    const groups = grouped([...names]);
-    const options = groups.flatMap((group) => group.names.map((each) => ({ title: each, names: [each] })));
-    const first = groups.filter((group) => ALWAYS.includes(group.title) || group.names.some((each) => !each.startsWith("train/")))
-      .flatMap((group) => group.names.filter((each) => each !== "train/samples_per_s" || groups.length < 8)).slice(0, 4);
-    draw(options, first.length ? first : options.slice(0, 1).map((each) => each.title));
   }
 
-  function draw(options, shown) {
-    const wanted = new Set(shown);
-    const choices = el("details.choices", {}, el("summary", {}, "curves"), el("div", {}, options.map((option) => {
-      const box = el("input", { type: "checkbox", checked: wanted.has(option.title), onchange: () => {
-        if (box.checked) wanted.add(option.title);
-        else wanted.delete(option.title);
+  const wanted = new Set();
+  const known = new Map();
+  const boxes = new Map(); // name of a curve: its checkbox
+  const choices = el("div");
+  const area = el("div");
+
+  /** Let these curves be chosen; those that are `shown` are, at first. */
+  function offer(options, shown) {
+    const before = new Set(boxes.keys());
+    for (const option of options) {
+      if (boxes.has(option)) continue;
+      const box = el("input", { type: "checkbox", onchange: () => {
+        if (box.checked) wanted.add(option);
+        else wanted.delete(option);
         place();
       } });
-      return el("label", {}, box, ` ${option.title}`);
-    })));
-    const known = new Map();
-    const area = el("div");
-    const control = axisControl(sheet);
-    control.append(choices);
-    fill(charts, control, area);
-    function place() {
-      for (const option of options) {
-        if (wanted.has(option.title) && !known.has(option.title)) {
-          known.set(option.title, new Chart(sheet, {
-            title: option.title, height: 280, every: ids.length > 20 ? 4000 : 2000,
-            lines: ids.map((id, index) => ({ run: id, name: option.names[0], index, label: name(id) })),
-          }));
-        } else if (!wanted.has(option.title) && known.has(option.title)) {
-          known.get(option.title).close();
-          known.delete(option.title);
-        }
-      }
-      fill(area, grid(options.filter((option) => known.has(option.title)).map((option) => known.get(option.title))));
+      boxes.set(option, box);
+    }
+    for (const option of shown) {
+      if (before.has(option) || wanted.size >= 4) continue;
+      wanted.add(option);
+      boxes.get(option).checked = true;
+    }
+    if (boxes.size !== before.size) {
+      fill(choices, [...boxes].map(([option, box]) => el("label", {}, box, ` ${option}`)));
+    }
+    if (!drawn) {
+      const control = axisControl(sheet);
+      control.append(el("details.choices", {}, el("summary", {}, "curves"), choices));
+      fill(charts, control, area);
+      drawn = true;
     }
     place();
-    drawn = true;
+  }
+
+  function place() {
+    for (const option of boxes.keys()) {
+      if (wanted.has(option) && !known.has(option)) {
+        known.set(option, new Chart(sheet, {
+          title: option, height: 280, every: ids.length > 20 ? 4000 : 2000,
+          lines: ids.map((id, index) => ({ run: id, name: option, index, label: name(id) })),
+        }));
+      } else if (!wanted.has(option) && known.has(option)) {
+        known.get(option).close();
+        known.delete(option);
+      }
+    }
+    const shown = [...known.values()].map((chart) => chart.element);
+    const there = area.firstChild ? [...area.firstChild.children] : [];
+    if (shown.length !== there.length || shown.some((element, index) => element !== there[index])) {
+      fill(area, grid([...known.values()]));
+    }
   }
 
   function table() {
