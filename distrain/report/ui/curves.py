@@ -32,6 +32,9 @@ SKETCHED = 256
 _LONGEST = 1 << 16
 
 
+_NONE = Series(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+
+
 @dataclass
 class _Entry:
     """What is known of a run."""
@@ -41,12 +44,18 @@ class _Entry:
     signature: tuple[int, int, int] | None = None
     """Of metrics.jsonl when it was last read."""
     curves: dict[str, Series] = field(default_factory=dict)
-    """Those that were asked for, as the signature has them."""
+    """Those that were asked for, and those of evaluations, as the signature has them."""
+    names: frozenset[str] | None = None
+    """All that there are."""
     reading: Future[None] | None = None
     sketches: dict[tuple[tuple[int, int, int], str], Series | None] = field(default_factory=dict)
     """Of curves that were asked for before the file was read, by the file's signature and name."""
     bytes: int = 0
     """Of the history, where there is one."""
+
+    def known(self, names: list[str], curves: dict[str, Series]) -> bool:
+        """Return whether each of these is among `curves`, or known not to be there."""
+        return self.names is not None and all(name in curves or name not in self.names for name in names)
 
     @property
     def curves_bytes(self) -> int:
@@ -100,7 +109,9 @@ class Curves:
         elif signature != entry.signature:
             history.refresh()
         if signature != entry.signature:
-            entry.signature, entry.curves = signature, {}
+            # those of evaluations are short, and are asked for next
+            entry.names, entry.signature = frozenset(history.names), signature
+            entry.curves = {name: history.series(name) for name in entry.names if not name.startswith("train/")}
         entry.history, entry.bytes, entry.sketches = history, history.nbytes, {}
         return history
 
@@ -109,13 +120,14 @@ class Curves:
         entry = self._entry(run)
         with entry.lock:
             names = list(names)
-            found = entry.curves if _signature(run) == entry.signature else {}
-            if any(name not in found for name in names):
+            history, found = entry.history, entry.curves  # another thread may drop them, and none changes them
+            if _signature(run) != entry.signature or (history is None and not entry.known(names, found)):
                 history = self._read(run, entry)
-                found = entry.curves | {name: history.series(name) for name in names if name not in entry.curves}
-                entry.curves = found
+                found = entry.curves
+            if history is not None and any(name not in found for name in names):
+                entry.curves = found = found | {name: history.series(name) for name in names if name not in found}
         self._bound()
-        return {name: found[name] for name in names}
+        return {name: found.get(name, _NONE) for name in names}
 
     def series_by(self, until: float, asked: dict[Path, list[str]]) -> dict[Path, dict[str, Series] | Exception | None]:
         """Return curves of several runs as far as they are read at `until` (time.monotonic): None is not yet.
@@ -126,8 +138,7 @@ class Curves:
         for run, names in asked.items():
             entry = self._entry(run)
             with self._lock:
-                known = entry.history is not None or all(name in entry.curves for name in names)
-                if not known and entry.reading is None:
+                if entry.history is None and not entry.known(names, entry.curves) and entry.reading is None:
                     entry.reading = self._reader.submit(self._read_ahead, run, names)
                 reading = entry.reading
             if reading is not None:

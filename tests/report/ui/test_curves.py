@@ -74,7 +74,8 @@ def test_what_grows_is_read_further_and_memory_is_bounded(tmp_path: Path) -> Non
         run.train(300)
     one = runs[0].run.path
     size = Curves().of_history(one, lambda history: history.nbytes)
-    curves = Curves(histories_bytes=int(2.5 * size), curves_bytes=3 * 300 * 24)
+    limit = 5 * 400 * 24
+    curves = Curves(histories_bytes=int(2.5 * size), curves_bytes=limit)
     kept = curves.of_history(one, lambda history: history)
     assert len(curves.series(one, ["train/loss"])["train/loss"].steps) == 300
     runs[0].train(10)
@@ -84,9 +85,20 @@ def test_what_grows_is_read_further_and_memory_is_bounded(tmp_path: Path) -> Non
         curves.series(run.run.path, ["train/loss"])
     held = [entry.history is not None for entry in curves._entries.values()]
     assert held == [False, False, True, True]  # those that were asked for last
-    assert sum(entry.curves_bytes for entry in curves._entries.values()) <= 3 * 300 * 24
+    assert sum(entry.curves_bytes for entry in curves._entries.values()) <= limit
     assert curves.of_history(one, lambda history: history) is not kept
     assert len(curves.series(one, ["train/loss"])["train/loss"].steps) == 310
+    for run in runs[2:]:
+        curves.of_history(run.run.path, lambda history: history)
+    assert curves._entries[one].history is None  # and yet the short curves, and which there are, are known
+    again = curves.series(one, ["valid/loss", "nothing"])
+    assert [len(each.steps) for each in again.values()] == [15, 0]
+    assert curves._entries[one].history is None
+    limit = 20_000
+    small = Curves(curves_bytes=limit)
+    for run in runs:
+        small.series(run.run.path, ["train/loss"])
+    assert 10_000 < sum(entry.curves_bytes for entry in small._entries.values()) <= limit
 
 
 def test_runs_that_are_not_read_yet_are_not_waited_for(tmp_path: Path) -> None:
