@@ -27,7 +27,7 @@ def test_the_address_is_printed_and_the_command_ends(number: signal.Signals, tmp
         address = re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{43}$", line.strip())
         assert address, line
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(address[0].partition("?")[0], timeout=30)
+            urllib.request.urlopen(address[0].partition("?")[0], timeout=120)
         process.send_signal(number)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         assert process.stderr.read() == ""

@@ -23,7 +23,7 @@ SECRET = "hunter2-of-another-folder"
 
 def ask(server: Server, path: str, method: str = "GET", **headers: str | None) -> tuple[int, str, dict[str, str]]:
     """Return the status, body and headers of an answer; the cookie is sent along unless given otherwise."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)
     sent = {"Host": "127.0.0.1", "Cookie": f"{server.cookie}={server.token}"}
     sent |= {key.replace("_", "-"): value for key, value in headers.items()}  # type: ignore[misc]
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -241,7 +241,7 @@ def test_runs_curves_and_what_differs(made: MadeRun) -> None:
 
 def test_events_say_what_changes_while_the_page_is_open(made: MadeRun) -> None:
     with serving(made.run.path.parent) as server:
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)
         connection.request("GET", "/events", headers={"Cookie": f"{server.cookie}={server.token}"})
         answer = connection.getresponse()
         assert answer.getheader("Content-Type") == "text/event-stream; charset=utf-8"

@@ -68,7 +68,8 @@ export function ranks(panel) {
       const value = quantity.value(rank);
       const part = high > low && Number.isFinite(value) ? (value - low) / (high - low) : 0;
       cell.style.setProperty("--part", String(Math.round(100 * part)));
-      cell.classList.toggle("strong", part > 0.55);
+      cell.classList.toggle("middle", part > 0.68); // so that its text is read in light and in dark
+      cell.classList.toggle("strong", part > 0.85);
       cell.classList.toggle("stalled", rank.stalled);
       cell.classList.toggle("old", rank.age > 6 * rank.interval + 10 && rank.phase !== "ended");
       cell.setAttribute("aria-pressed", String(rank.rank === chosen));
