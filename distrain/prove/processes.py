@@ -93,7 +93,7 @@ def wait(process: Process, timeout_s: float) -> int | None:
     return None
 
 
-def _until(timeout_s: float, pause_s: float = 0.005) -> Iterator[None]:
+def _until(timeout_s: float, pause_s: float = 0.02) -> Iterator[None]:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         yield

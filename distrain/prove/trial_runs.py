@@ -355,7 +355,7 @@ class TrialRunner:
         while not (trace_folder / "paused").exists():
             if process.poll() is not None:
                 return False
-            time.sleep(0.002)
+            time.sleep(0.01)
         if not interruption.exact:
             (trace_folder / "go").touch()
             time.sleep(delay_s)
@@ -372,7 +372,7 @@ class TrialRunner:
                 while (ranks := read_trace(trace_folder)) is None or len(ranks.starts) < ranks.facts["world_size"]:
                     if process.poll() is not None:
                         return False
-                    time.sleep(0.002)
+                    time.sleep(0.01)
                 os.kill(ranks.pids()[int(interruption.rank * len(ranks.starts))], signal.SIGKILL)
         (trace_folder / "sent").touch()
         return True

@@ -14,6 +14,7 @@ from typing import Any
 
 import hanging_parts
 import pytest
+from covering import covering
 from places import IMPORTABLE
 from runs import rows, write_recipe
 from worlds import running_world
@@ -133,8 +134,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path, where: str) ->
         assert (line in text) == (rank == 2), text
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
-@pytest.mark.parametrize("where", ["forward", "backward", "evaluate"])
+@pytest.mark.parametrize(("strategy", "where"), covering(["zero3", "fsdp2"], ["forward", "backward", "evaluate"]))
 @pytest.mark.fault(10)
 def test_a_rank_that_hangs_is_named_where_the_model_is_sharded(tmp_path: Path, strategy: str, where: str) -> None:
     settings = [setting.replace("rank=2", "rank=1") for setting in IN_A_STEP[where]]

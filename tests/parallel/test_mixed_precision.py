@@ -23,7 +23,16 @@ from distrain.config import UserError
 from distrain.run.folder import RunDir
 
 WAYS = [("single", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)]
+ZERO1 = pytest.mark.more
+"""Zero1 is zero2's class, and shards the same state: zero2 stands for it."""
 IDS = [strategy for strategy, _ in WAYS]
+EACH = [pytest.param(strategy, marks=[ZERO1] if strategy == "zero1" else []) for strategy in IDS]
+
+
+def ways(every_combination: bool) -> list[tuple[str, int]]:
+    """Return the ways that are tried, with `--all` zero1 as well."""
+    return [way for way in WAYS if every_combination or way[0] != "zero1"]
+
 
 NORMED = """
 name: normed
@@ -117,12 +126,12 @@ def look(strategy: str, run_dirs: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def trained(every_combination: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Return, for each strategy and precision, the folder of a run and what was seen in it."""
     folder = tmp_path_factory.mktemp("precisions")
     recipe = write_recipe(folder, RECIPE)
     found: dict[str, dict[str, Any]] = {}
-    for strategy, world_size in WAYS:
+    for strategy, world_size in ways(every_combination):
         precisions = ("fp32", "bf16", "fp16") if strategy.startswith("zero") else ("fp32", "bf16", "fp16", "fp64")
         run_dirs = {precision: folder / f"{strategy}-{precision}" for precision in precisions}
         for precision, run_dir in run_dirs.items():
@@ -134,7 +143,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", IDS)
+@pytest.mark.parametrize("strategy", EACH)
 def test_every_precision_is_the_same_under_every_strategy(trained: dict[str, Any], strategy: str) -> None:
     forward = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
     for precision, seen in trained[strategy].items():
@@ -316,12 +325,12 @@ def continued(strategy: str, run_dirs: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def overflowed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def overflowed(every_combination: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what was noted on each rank under each strategy, and the folder of the run."""
     folder = tmp_path_factory.mktemp("overflow")
     recipe = write_recipe(folder, NORMED)
     found = {}
-    for strategy, world_size in WAYS:
+    for strategy, world_size in ways(every_combination):
         runs = [folder / f"{strategy}-{kind}" for kind in ("rough", "calm", "never")]
         for run in runs:
             create(run, recipe, (), strategy, world_size)
@@ -331,7 +340,7 @@ def overflowed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", IDS)
+@pytest.mark.parametrize("strategy", EACH)
 def test_a_step_that_overflows_is_made_again_on_all_ranks(overflowed: dict[str, Any], strategy: str) -> None:
     first, *others = [rank["rough"]["attempts"] for rank in overflowed[strategy]["ranks"]]
     assert all(other == first for other in others), "the ranks agree"
@@ -353,7 +362,7 @@ def test_a_step_that_overflows_is_made_again_on_all_ranks(overflowed: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", IDS)
+@pytest.mark.parametrize("strategy", EACH)
 def test_an_overflow_and_growth_leave_no_trace(overflowed: dict[str, Any], strategy: str) -> None:
     """In weights, optimizer, average and buffers: as with those scales from the start, whatever led to them."""
     for rank in overflowed[strategy]["ranks"]:
@@ -363,18 +372,25 @@ def test_an_overflow_and_growth_leave_no_trace(overflowed: dict[str, Any], strat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", IDS)
+@pytest.mark.parametrize("strategy", EACH)
 def test_a_gradient_that_is_never_finite_ends_the_run_on_all_ranks(overflowed: dict[str, Any], strategy: str) -> None:
     for rank in overflowed[strategy]["ranks"]:
         assert "UserError: the gradients are not finite whatever the loss is scaled by" in rank["never"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "world_size"), WAYS, ids=IDS)
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [pytest.param(*way, marks=[ZERO1] if way[0] == "zero1" else [], id=way[0]) for way in WAYS],
+)
 def test_the_loss_scale_is_resumed_under_every_strategy(
-    overflowed: dict[str, Any], strategy: str, world_size: int, tmp_path: Path
+    overflowed: dict[str, Any], strategy: str, world_size: int, every_combination: bool, tmp_path: Path
 ) -> None:
-    copies = [str(stopped_copy(overflowed[source]["run"], tmp_path / source, step=2)) for source in overflowed]
+    names = list(overflowed)
+    at = names.index(strategy)
+    # its own, and another's, each another
+    sources = names if every_combination else [strategy, names[(at + 2) % len(names)]]
+    copies = [str(stopped_copy(overflowed[source]["run"], tmp_path / source, step=2)) for source in sources]
     for found in in_world(world_size, continued, strategy, copies, timeout_s=300):
         assert found == [{"step": 2, "scale": 32768.0, "good_steps": 1}] * len(copies)
 

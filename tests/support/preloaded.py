@@ -6,10 +6,16 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import ctypes
+import gc
 import importlib
 import pkgutil
+from pathlib import Path
 
 import distrain.parallel.comm
+
+_HUGE_PAGE = 1 << 21
+_MADV_COLLAPSE = 25
 
 # what a start imports on its way, each time anew: with ZeRO, DeepSpeed imports torch's compiler and accelerate
 # transformers, which takes longer than the few steps of most tests
@@ -26,9 +32,36 @@ for name in (
     "torch.distributed.algorithms.ddp_comm_hooks",
     "torchvision.transforms.v2",
     "transformers.integrations.deepspeed",
+    "logged",  # what tests share, and what most of their functions that run in worlds are beside
+    "places",
+    "runs",
+    "warm",
+    "worlds",
     *(module.name for module in pkgutil.walk_packages(distrain.__path__, "distrain.")),
 ):
     if name != "distrain.__main__":
         importlib.import_module(name)
 
 distrain.parallel.comm.quiet_deepspeed()
+
+
+def in_huge_pages() -> None:
+    """Have the system hold this process's own memory in pages of 2 MiB, where it can.
+
+    To fork a process and to end it takes time for each page: with pages of 4 KiB, more than most worlds need for all
+    else.
+    """
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, may, _, _, _, *name = line.split(maxsplit=5)
+        if not may.startswith("rw") or name not in ([], ["[heap]"]):
+            continue
+        begin, end = (int(address, 16) for address in place.split("-"))
+        begin, end = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
+        if begin < end:
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_COLLAPSE)  # older systems refuse
+
+
+gc.collect()
+gc.freeze()  # collecting what was imported, again in each process, would take most of the time
+in_huge_pages()

@@ -8,7 +8,6 @@ what runs in it (the process group, DDP, the files) is the real thing.
 from __future__ import annotations
 
 import functools
-import gc
 import multiprocessing
 import os
 import pickle
@@ -151,7 +150,6 @@ def in_world(
 def _child(variables: dict[str, str], folder: str, result: str, function: Callable[..., Any], args: Any) -> None:
     os.environ.update(variables)
     os.chdir(folder)
-    gc.freeze()  # collecting what the server imported, again in each process, would take most of the time
     try:
         outcome = (True, function(*args))
     except BaseException:
