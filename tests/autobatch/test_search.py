@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import IMPORTABLE
 from runs import Ended, captured, cli_rank, rows, train, write_recipe
+from warm import warm_children
 from worlds import in_world
 
 from distrain.autobatch.search import largest, needs_search
@@ -45,7 +46,8 @@ def start_in_little_room(recipe: str, run_dir: str, overrides: list[str], room: 
 
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
     os.environ["PYTHONPATH"] = IMPORTABLE
-    return captured(lambda: start(recipe, overrides, run_dir=run_dir, **options))
+    with warm_children():
+        return captured(lambda: start(recipe, overrides, run_dir=run_dir, **options))
 
 
 def start(folder: Path, *overrides: str, room: int = ROOM, status: int = 0, **options: Any) -> Ended:

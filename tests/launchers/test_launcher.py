@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from places import ROOT, SCRIPT
-from runs import TINY, checkpoint, cli, losses, rows, train, typed, write_recipe
+from runs import TINY, checkpoint, cli, losses, rows, script, tool, train, typed, write_recipe
 from worlds import in_world, running_world
 
 from distrain.config import UserError
@@ -240,12 +240,17 @@ WRONG = {
 @pytest.mark.parametrize("launcher", WRONG)
 def test_a_world_other_than_the_requested_is_refused(tmp_path: Path, launcher: str) -> None:
     command, more, message = WRONG[launcher]
-    recipe = write_recipe(tmp_path)
-    done = typed(*command, recipe, "--run-dir", tmp_path / "run", *more, folder=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count(message) == 1, done.stderr
-    assert "nothing was written" in done.stderr
-    assert "distrain train RECIPE --processes" in done.stderr
+    arguments = [*command[1:], write_recipe(tmp_path), "--run-dir", tmp_path / "run", *more]
+    if launcher == "accelerate":  # which is recognised by the command of the process above
+        done = typed(launcher, *arguments, folder=tmp_path)
+        status, err = done.returncode, done.stderr
+    else:
+        ended = script(*arguments) if launcher == "python" else tool(launcher, *arguments)
+        status, err = ended.status, ended.err
+    assert status != 0
+    assert err.count(message) == 1, err
+    assert "nothing was written" in err
+    assert "distrain train RECIPE --processes" in err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 

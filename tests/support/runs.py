@@ -173,6 +173,11 @@ def script(path: object, *arguments: object) -> Ended:
     return in_world(1, script_rank, str(path), [str(argument) for argument in arguments], launched=False)[0]
 
 
+def tool(name: str, *arguments: object) -> Ended:
+    """Run a command that is a Python script beside the interpreter, as `torchrun`, as `script` runs one."""
+    return script(Path(sys.executable).parent / name, *arguments)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a run left
 
