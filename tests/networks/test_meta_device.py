@@ -152,8 +152,17 @@ TORCHVISION = [
 ]  # fmt: skip
 
 
+LIKE_OTHERS = (
+    "alexnet", "densenet121", "efficientnet_v2_s", "googlenet", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "s3d",
+    "squeezenet1_0", "swin3d_t", "swin_t", "fcn_resnet50", "lraspp_mobilenet_v3_large",
+)  # fmt: skip
+"""Made of the layers of those that are left, and initialised as they are."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.more] if name in LIKE_OTHERS else []) for name in TORCHVISION]
+)
 def test_torchvision(name: str) -> None:
     assert name in torchvision.models.list_models()
     recipe, meta = recipe_of(name), DataMeta(input_shape=(3, 224, 224), num_classes=10)
