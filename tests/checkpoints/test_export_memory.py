@@ -82,8 +82,11 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+# zero3's pieces are read as zero2's are, and more of them
 @pytest.mark.slow
-@pytest.mark.parametrize("format", WRITERS)
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=[pytest.mark.more] if name == "zero2" else []) for name in WRITERS]
+)
 def test_memory_is_bounded(format, tmp_path):
     path = tmp_path / "foreign"
     path.mkdir()

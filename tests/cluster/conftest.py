@@ -81,7 +81,7 @@ def uninterrupted(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFac
     canaries = {
         name: f"canary-{name}-hunter2" for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "OF_MINE")
     }
-    job = project.submit("--run-dir", run.path, environment=canaries)
+    job = project.submit("--run-dir", run.path, each=2, environment=canaries)
     environments = set()
 
     def ended() -> str | None:

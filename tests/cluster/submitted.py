@@ -54,9 +54,9 @@ class Project:
         """Run a command of distrain on the login node, in this folder; returns what it printed."""
         return self.cluster.run(DISTRAIN, *arguments, cwd=self.folder, **options).stdout
 
-    def submit(self, *arguments: str | Path, nodes: int = 2, time: str = "10", **options: Any) -> str:
-        """Submit the recipe, or the run whose folder comes first, two processes a node; returns the job's number."""
-        sizes = ("--nodes", str(nodes), "--processes-per-node", "2", "--time", time, "--sbatch=--exclusive")
+    def submit(self, *arguments: str | Path, nodes: int = 2, each: int = 1, time: str = "10", **options: Any) -> str:
+        """Submit the recipe, or the run whose folder comes first, `each` processes a node; returns the job's number."""
+        sizes = ("--nodes", str(nodes), "--processes-per-node", str(each), "--time", time, "--sbatch=--exclusive")
         named = arguments if isinstance(next(iter(arguments), None), Path) else (self.recipe, *arguments)
         said = self.distrain("submit", *named, *sizes, **options)
         return said.split("job ", 1)[1].split(":", 1)[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import Cluster
-from submitted import STEPS, Project, Run, Uninterrupted
+from submitted import STEPS, Project, Run
 from wandb_file import logged
 
 
@@ -36,7 +36,7 @@ def _out_of_time(cluster: Cluster, project: Project, job: str) -> None:
 def test_a_run_that_must_make_way_is_saved_queued_again_and_ends_in_the_same_bits(
     way: Callable[[Cluster, Project, str], None],
     cluster: Cluster,
-    uninterrupted: Uninterrupted,
+    uninterrupted_in_two: Run,
     tmp_path: Path,
     record_property: Callable[[str, Any], None],
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_run_that_must_make_way_is_saved_queued_again_and_ends_in_the_same_bit
     done = cluster.wait_for_state(job, "COMPLETED", "FAILED", "TIMEOUT")
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), run.log()
 
-    run.assert_same_as(uninterrupted.run)
+    run.assert_same_as(uninterrupted_in_two)
     assert [row["step"] for row in run.attempts()] == [0, preempted["step"]]
     assert [row["restart"] for row in run.attempts()] == [0, 1]
     cluster.wait_for_no_processes()

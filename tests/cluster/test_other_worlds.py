@@ -23,7 +23,7 @@ def test_a_sharded_run_resumes_with_fewer_nodes(
 ) -> None:
     run = Run(tmp_path / "run")
     project.pace(0.3)
-    job = project.submit("--run-dir", run.path, "--strategy", strategy)
+    job = project.submit("--run-dir", run.path, "--strategy", strategy, each=2)
     run.wait_for_step(2, timeout_s=120)
     assert json.loads((run.path / "effect.json").read_text())["processes"] == 4
     project.distrain("stop", run.path)
@@ -31,7 +31,7 @@ def test_a_sharded_run_resumes_with_fewer_nodes(
     stopped = run.checkpoints()[-1]
     assert stopped == run.step() < 60
     project.pace(0)
-    job = project.submit(run.path, nodes=1)
+    job = project.submit(run.path, nodes=1, each=2)
     done = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert done["JobState"] == "COMPLETED", run.log()
     assert f"written by 4 x {strategy}; resumes with 2 x {strategy}" in run.log()

@@ -107,7 +107,7 @@ def test_a_job_that_always_fails_is_not_queued_again_for_ever(
     (project.folder / "paced.py").write_text(broken)
     run = Run(tmp_path / "run")
     job = project.submit(
-        *("model.name=paced.py:Broken", "--run-dir", run.path, "--processes-per-node", "1"),
+        *("model.name=paced.py:Broken", "--run-dir", run.path),
         nodes=1,
         environment={"DISTRAIN_MAX_RESTARTS": "1"},
     )
