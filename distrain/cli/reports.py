@@ -29,9 +29,16 @@ def report(
             "-o", "--out", metavar="FILE", help="What to write.", show_default="report.html in the run's folder"
         ),
     ] = None,
-    md: Annotated[bool, typer.Option("--md", help="Markdown, printed unless -o names a file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, printed unless -o names a file.")] = False,
-    png: Annotated[bool, typer.Option("--png", help="The curves as one picture, by the extra 'report'.")] = False,
+    md: Annotated[
+        bool, typer.Option("--md", help="Markdown, and not HTML as without it; printed unless -o names a file.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON, and not HTML as without it; printed unless -o names a file.")
+    ] = False,
+    png: Annotated[
+        bool,
+        typer.Option("--png", help="The curves as one picture, by the extra 'report', and not HTML as without it."),
+    ] = False,
     split: Annotated[
         str | None,
         typer.Option(
