@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,18 +72,23 @@ def _output_layer(model: nn.Module) -> str:
     return linear[-1]
 
 
-def _same(output: Any, logits: Tensor) -> bool:
+def _same(output: Any, outputs: Any) -> bool:
+    """Whether a layer has returned the model's outputs, or one of them."""
     found = _first(output)
-    return (
-        found is not None
-        and found.numel() == logits.numel()
-        and bool(torch.equal(found.flatten().float(), logits.flatten().float()))
+    return found is not None and any(
+        found.numel() == each.numel() and bool(torch.equal(found.flatten().float(), each.flatten().float()))
+        for each in _tensors(outputs)
     )
 
 
 def _first(value: Any) -> Tensor | None:
     """Return the first tensor of what a layer has returned."""
+    return next(_tensors(value), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return next((found for each in items if (found := _first(each)) is not None), None)
+        yield value
+        return
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ():
+        yield from _tensors(each)

@@ -93,6 +93,8 @@ class PredictionTable(PredictionFile):
         """Any prediction fits."""
 
     def columns(self, batch: Predictions) -> dict[str, Any]:
+        if batch.parts:
+            return batch.in_cells | {name: list(each) for name, each in batch.maps.items()}
         return batch.columns or {batch.name: list(batch.values if batch.values is not None else ())}
 
     def add(self, columns: Mapping[str, Any]) -> None:
@@ -124,14 +126,25 @@ class TableFile(PredictionFile):
 
     def check(self, batch: Predictions) -> None:
         """CSV holds vectors as columns; nothing else with dimensions."""
+        if self.path.suffix == ".csv" and (maps := batch.maps):
+            name, values = next(iter(maps.items()))
+            raise UserError(
+                f"-o {self.path}: {name} of each prediction has the shape {_shape(values)}, and a cell of a CSV file "
+                "holds one value; write a .npz of an array for each, FOLDER/ with a file for each sample, or a "
+                ".parquet or .jsonl table"
+            )
         if self.path.suffix == ".csv" and not batch.columns and batch.values is not None and batch.values.ndim != 2:
             raise UserError(
-                f"-o {self.path}: each prediction has the shape {_shape(batch)}, and a cell of a CSV file holds one "
-                "value; write a .npy array, FOLDER/ with a file for each sample, or a .parquet or .jsonl table"
+                f"-o {self.path}: each prediction has the shape {_shape(batch.values)}, and a cell of a CSV file "
+                "holds one value; write a .npy array, FOLDER/ with a file for each sample, or a .parquet or .jsonl "
+                "table"
             )
 
     def columns(self, batch: Predictions) -> dict[str, Any]:
         """A prediction with dimensions is a list, or in CSV a column for each number."""
+        if batch.parts:
+            self._numbers += sum(each.size for each in batch.parts.values())
+            return batch.in_cells | {name: each.tolist() for name, each in batch.maps.items()}
         if batch.columns:
             return batch.columns
         assert batch.values is not None
@@ -232,8 +245,8 @@ class LinesFile(PredictionFile):
         """All can be held."""
 
     def columns(self, batch: Predictions) -> dict[str, Any]:
-        if batch.columns:
-            return batch.columns
+        if batch.parts or batch.columns:
+            return batch.in_cells | batch.maps
         assert batch.values is not None
         return {batch.name: batch.values}
 
@@ -338,6 +351,11 @@ class ArrayFile(PredictionFile):
         self._table = TableFile(path.with_suffix(".csv"))
 
     def check(self, batch: Predictions) -> None:
+        if batch.parts:
+            raise UserError(
+                f"-o {self.path}: a prediction of {', '.join(batch.parts)} is no single array; write a .npz of an "
+                "array for each"
+            )
         if batch.values is None:
             raise UserError(f"-o {self.path}: text is written as a .csv, .parquet or .jsonl table")
 
@@ -372,10 +390,12 @@ class ArraysFile(PredictionFile):
         self._lists: dict[str, list[Any]] = {}
 
     def check(self, batch: Predictions) -> None:
-        if batch.values is None:
+        if batch.values is None and not batch.parts:
             raise UserError(f"-o {self.path}: text is written as a .csv, .parquet or .jsonl table")
 
     def columns(self, batch: Predictions) -> dict[str, Any]:
+        if batch.parts:
+            return dict(batch.parts)
         assert batch.values is not None
         # beside the name of a class, which has the column's name
         return batch.columns | {"values" if batch.name in batch.columns else batch.name: batch.values}
@@ -439,7 +459,7 @@ class PictureFile(PredictionFile):
 
 
 class PredictionFolder(PredictionFile):
-    """A folder with a file for each sample, PNG for maps of classes or .npy, and predictions.csv of which it is."""
+    """A folder with a file for each sample, PNG for maps of classes, .npy or .npz, and predictions.csv."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -450,10 +470,13 @@ class PredictionFolder(PredictionFile):
         self._count = 0
 
     def check(self, batch: Predictions) -> None:
-        if batch.values is None or batch.values.ndim < 2:
+        values = [batch.values] if batch.values is not None else [*batch.parts.values()]
+        if all(each.ndim < 2 for each in values):
             raise UserError(f"-o {self.path}/: each prediction is one value; write a .csv, .parquet or .jsonl table")
 
     def columns(self, batch: Predictions) -> dict[str, Any]:
+        if batch.parts:
+            return self._nested(batch)
         assert batch.values is not None
         names = []
         for values in batch.values:
@@ -466,6 +489,20 @@ class PredictionFolder(PredictionFile):
                 np.save(self._folder / names[-1], values, allow_pickle=False)
             self._count += 1
         return {batch.name: names, **batch.columns}
+
+    def _nested(self, batch: Predictions) -> dict[str, Any]:
+        """Write what has dimensions as a .npz for each sample; the rest is columns."""
+        cells = {name: each for name, each in batch.parts.items() if each.ndim == 1}
+        arrays = {name: each for name, each in batch.parts.items() if each.ndim > 1}
+        names = []
+        for row in range(len(next(iter(arrays.values())))):
+            names.append(f"{self._count:06d}.npz")
+            with zipfile.ZipFile(self._folder / names[-1], "w", allowZip64=True) as file:
+                for name, each in arrays.items():
+                    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, each[row], allow_pickle=False)
+            self._count += 1
+        return {batch.name: names, **cells}
 
     def add(self, columns: Mapping[str, Any]) -> None:
         self._table.add(columns)
@@ -505,9 +542,8 @@ def _is_picture(values: np.ndarray) -> bool:
     return values.ndim == 2 and values.dtype in (np.uint8, np.uint16)
 
 
-def _shape(batch: Predictions) -> str:
-    assert batch.values is not None
-    return " × ".join(map(str, batch.values.shape[1:]))
+def _shape(values: np.ndarray) -> str:
+    return " × ".join(map(str, values.shape[1:]))
 
 
 def _in_utf8(values: Any) -> Any:

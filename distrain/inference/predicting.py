@@ -28,7 +28,14 @@ from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
 from distrain.training.context import to_device
-from distrain.training.outputs import Predictions, predicted, predicted_tags, raw_outputs, target_columns
+from distrain.training.outputs import (
+    Predictions,
+    nested,
+    predicted,
+    predicted_tags,
+    raw_outputs,
+    target_columns,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,17 +303,22 @@ class _Predictor:
                 alone = {"inputs": inputs[row : row + 1, :length], "ids": batch["ids"][row : row + 1]}
                 values = self._values(alone, alone["ids"].numpy())
                 named = {name: each[row : row + 1] for name, each in index.items()}
-                yield named, raw_outputs(self.output or "", values, task, meta, self._is_probability)
+                if isinstance(values, Predictions):
+                    yield named, values
+                else:
+                    yield named, raw_outputs(self.output or "", values, task, meta, self._is_probability)
             return
         values = self._values(batch, np.where(keep, batch["ids"].numpy(), -1))
         targets = batch["targets"].cpu() if isinstance(batch.get("targets"), Tensor) else None
-        if self.output == "predictions" and task == "token_classification":
+        if isinstance(values, Tensor) and self.output == "predictions" and task == "token_classification":
             places = token_places(self.source, batch["ids"].cpu().numpy()[keep])
             if places is not None:
                 rows = torch.from_numpy(keep)
                 yield index, predicted_tags(values[rows], None if targets is None else targets[rows], places, meta)
                 return
-        if self.output == "predictions":
+        if isinstance(values, Predictions):
+            found = values
+        elif self.output == "predictions":
             found = predicted(task, values, targets, meta, self._is_probability)
         else:
             found = raw_outputs(self.output or "", values, task, meta, self._is_probability)
@@ -320,22 +332,23 @@ class _Predictor:
             index = index | true
         yield index, found.keep(keep)
 
-    def _values(self, batch: Batch, ids: np.ndarray) -> Tensor:
-        """Return the outputs of the model or of a layer, (batch, ...); `ids` are -1 where they do not count."""
+    def _values(self, batch: Batch, ids: np.ndarray) -> Tensor | Predictions:
+        """Return the outputs of the model or of a layer, (batch, ...), or what a task predicts of several tensors.
+
+        `ids` are -1 where they do not count.
+        """
 
         def outputs() -> Any:
             return self.trained.objective.predict(self.trained.model, batch)
 
         values = outputs() if self._embeddings is None else self._embeddings.of(outputs, len(ids))
-        if not isinstance(values, Tensor):
-            raise UserError(
-                f"task {self.trained.recipe.task.name} predicts a {type(values).__name__}, and what is written is a "
-                "tensor (batch, ...); return one from its `predictions`, or write --output embeddings"
-            )
-        values = values.cpu()
-        bad = values.isnan().reshape(len(values), -1).any(1).numpy()
+        found = values.cpu() if isinstance(values, Tensor) else nested(values, len(ids))
+        parts = [found] if isinstance(found, Tensor) else map(torch.from_numpy, found.parts.values())
+        bad = np.zeros(len(ids), dtype=bool)
+        for each in parts:
+            bad |= each.isnan().reshape(len(ids), -1).any(1).numpy()
         self._meaningless += ids[(ids >= 0) & bad].tolist()
-        return values
+        return found
 
     def _texts(self, batch: Batch) -> list[str]:
         """Return what is generated: for a prompt behind it, for a source alone, at most about twice as long."""

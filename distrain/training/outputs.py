@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class Predictions:
     """(batch, ...) the numbers of classes, 0 and 1, or numbers in the targets' own units; None for text."""
     name: str = "prediction"
     """What `values` are called in a table."""
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+    """In place of both: (batch, ...) for each tensor of a nested prediction, by its name."""
 
     def keep(self, rows: np.ndarray) -> Predictions:
         """Return the predictions for which `rows` (batch,) is true."""
@@ -32,7 +34,68 @@ class Predictions:
             name: np.asarray(each, dtype=object if name == "text" else None)[rows]
             for name, each in self.columns.items()
         }
-        return Predictions(columns, None if self.values is None else self.values[rows], self.name)
+        values = None if self.values is None else self.values[rows]
+        return Predictions(columns, values, self.name, {name: each[rows] for name, each in self.parts.items()})
+
+    @property
+    def in_cells(self) -> dict[str, Any]:
+        """The columns of a table: of the parts those of one number for each sample, and each number of a vector."""
+        found = dict(self.columns)
+        for name, each in self.parts.items():
+            if each.ndim == 1 or (each.ndim == 2 and each.shape[1] == 1):
+                found[name] = each.reshape(-1)
+            elif each.ndim == 2:
+                found |= {f"{name}_{at}": each[:, at] for at in range(each.shape[1])}
+        return found
+
+    @property
+    def maps(self) -> dict[str, np.ndarray]:
+        """The parts that are no cells: (batch, ...) of more than two dimensions."""
+        return {name: each for name, each in self.parts.items() if each.ndim > 2}
+
+
+def nested(outputs: Any, count: int) -> Predictions:
+    """Return a prediction of several tensors, (count, ...) each, in dicts, tuples and lists of any depth.
+
+    A tensor is called as its place: `boxes`, `boxes_0` of a tuple in it, and `prediction_0` of a tuple itself. Raises
+    UserError for anything else in it, and for a tensor of other samples.
+    """
+    parts: dict[str, np.ndarray] = {}
+    for place, name, each in _leaves(outputs, "predictions", ""):
+        if not isinstance(each, Tensor):
+            raise UserError(
+                f"the task's {place} is a {type(each).__name__}; expected a tensor (batch, ...), or dicts, tuples and "
+                "lists of them; return such from its `predictions`, or write --output embeddings"
+            )
+        if each.dim() == 0 or len(each) != count:
+            raise UserError(
+                f"the task's {place} has the shape {tuple(each.shape)}; expected ({count}, ...), a row for each of the "
+                f"{count} samples of the batch"
+            )
+        taken = {*parts, *Predictions({}, None, parts=parts).in_cells}
+        each = each.detach().cpu()
+        values = (each.float() if each.dtype == torch.bfloat16 else each).numpy()
+        if clash := sorted(taken & {name, *Predictions({}, None, parts={name: values}).in_cells}):
+            raise UserError(f"the task's predictions have two tensors for the column {clash[0]!r}; rename one of them")
+        parts[name] = values
+    if not parts:
+        raise UserError("the task's predictions are empty; return at least one tensor (batch, ...)")
+    return Predictions({}, None, parts=parts)
+
+
+def _leaves(value: Any, place: str, name: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (place in the code, name of a column, value) of what a nesting holds."""
+    if isinstance(value, Mapping):
+        items = [(f"[{key!r}]", str(key), each) for key, each in value.items()]
+    elif isinstance(value, tuple | list):
+        fields = getattr(value, "_fields", range(len(value)))
+        items = [(f"[{at}]", str(key), each) for at, (key, each) in enumerate(zip(fields, value, strict=True))]
+        name = name or ("" if hasattr(value, "_fields") else "prediction")
+    else:
+        yield place, name, value
+        return
+    for where, key, each in items:
+        yield from _leaves(each, place + where, f"{name}_{key}" if name else key)
 
 
 def predicted(task: Form, outputs: Tensor, targets: Tensor | None, meta: DataMeta, is_probability: bool) -> Predictions:

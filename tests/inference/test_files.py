@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from runs import train, write_recipe
 from torch import nn
-from worlds import in_world
+from worlds import WorldFailed, in_world
 
 from distrain.config import UserError
 from distrain.inference import files, predict_file
 from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import open_predictions
-from distrain.training.outputs import Predictions
+from distrain.training.outputs import Predictions, nested
 
 ROWS = 7
 
@@ -214,6 +214,90 @@ def test_every_output_has_the_same_numbers_on_any_number_of_processes(tmp_path: 
     np.testing.assert_allclose(logits.filter(like="logit_").to_numpy(), again, atol=1e-4)
     probabilities = np.load(tmp_path / "1" / "probabilities.npy")
     np.testing.assert_allclose(probabilities, frame.filter(like="probability_").to_numpy(), atol=1e-12)
+
+
+NESTED = """
+name: nested
+task: "own_tasks:Nested"
+data: {name: digits, split: [0.6, 0.39, 0.01]}
+model: {name: mlp, hidden: [8]}
+batch: {global: 12}
+train: {steps: 1}
+eval: {metrics: []}
+"""
+IN_CELLS = [
+    *("row", "target", "class"), *(f"logits_{n}" for n in range(10)), "best_0_0", "best_0_1", "best_1_0", "best_1_1",
+    *(f"maps_row_0_{n}" for n in range(8)),
+]  # fmt: skip
+
+
+def nested_outputs(run: str, folder: str, names: list[str]) -> None:
+    for name in names:
+        output: Any = "embeddings" if name.startswith("e") else None  # of the layer that makes one of the tensors
+        assert predict_file(run, "test", f"{folder}/{name}", output=output).samples > 12
+
+
+def test_nested_predictions_have_a_column_or_an_array_for_each_tensor(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(1, write_recipe(tmp_path, NESTED), run)
+    for processes, names in ((1, ["t.jsonl", "t.parquet", "a.npz", "f/", "e.npz"]), (2, ["t.parquet"]), (2, ["a.npz"])):
+        (tmp_path / str(processes)).mkdir(exist_ok=True)
+        in_world(processes, nested_outputs, str(run), f"{tmp_path}/{processes}", names)
+    arrays, again = (dict(np.load(tmp_path / each / "a.npz")) for each in "12")
+    assert {name: each.shape[1:] for name, each in arrays.items()} == {
+        "row": (), "target": (), "class": (), "logits": (10,), "best_0": (2,), "best_1": (2,),
+        "maps_all": (1, 8, 8), "maps_row_0": (8,),
+    }  # fmt: skip
+    for name, each in arrays.items():
+        assert np.array_equal(each, again[name]), name
+        assert each.dtype == again[name].dtype
+    assert (tmp_path / "1/t.parquet").read_bytes() == (tmp_path / "2/t.parquet").read_bytes()
+    table = pd.read_parquet(tmp_path / "1/t.parquet")
+    assert list(table.columns) == [*IN_CELLS, "maps_all"]
+    assert table["class"].tolist() == arrays["class"].tolist()
+    assert (
+        table["maps_row_0_3"].tolist() == arrays["maps_row_0"][:, 3].tolist() == arrays["maps_all"][:, 0, 0, 3].tolist()
+    )
+    lines = [json.loads(line) for line in (tmp_path / "1/t.jsonl").read_text().splitlines()]
+    assert [line["maps_all"] for line in lines] == arrays["maps_all"].tolist()
+    assert [line["best_1_0"] for line in lines] == arrays["best_1"][:, 0].tolist()
+    index = pd.read_csv(tmp_path / "1/f/predictions.csv")
+    assert list(index.columns) == ["row", "target", "prediction", "class"]
+    one = np.load(tmp_path / "1/f" / index["prediction"][3])
+    assert {name: one[name].tolist() for name in one.files} == {
+        name: arrays[name][3].tolist() for name in ("logits", "best_0", "best_1", "maps_all", "maps_row_0")
+    }
+    for out, why in {
+        "t.csv": "maps_all of each prediction has the shape 1 × 8 × 8",
+        "a.npy": "write a .npz of an array for each",
+        "p.png": "each prediction is something else",
+    }.items():
+        with pytest.raises(WorldFailed, match=re.escape(why)):
+            in_world(1, predict_file, str(run), "test", f"{tmp_path}/{out}")
+        assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        ((torch.zeros(3), torch.zeros(3, 2)), {"prediction_0": (3,), "prediction_1": (3, 2)}),
+        ([{"a": torch.zeros(3, 1)}, torch.zeros(3)], {"prediction_0_a": (3, 1), "prediction_1": (3,)}),
+        ({"a": torch.zeros(3, dtype=torch.bfloat16), "b": (torch.ones(3),)}, {"a": (3,), "b_0": (3,)}),
+        (torch.nn.utils.rnn.PackedSequence(torch.zeros(3), torch.zeros(3)), "predictions[2] is a NoneType"),
+        ({"loss": torch.zeros(())}, "predictions['loss'] has the shape (); expected (3, ...)"),
+        ((torch.zeros(4),), "predictions[0] has the shape (4,); expected (3, ...)"),
+        ({"text": ["a", "b", "c"]}, "predictions['text'][0] is a str; expected a tensor"),
+        ({"a_0": torch.zeros(3), "a": (torch.zeros(3),)}, "two tensors for the column 'a_0'"),
+        ({"a_1": torch.zeros(3), "a": torch.zeros(3, 2)}, "two tensors for the column 'a_1'"),
+        ({}, "are empty"),
+    ],
+)
+def test_what_a_task_may_predict(outputs: Any, found: Any) -> None:
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=re.escape(found)):
+            nested(outputs, 3)
+    else:
+        assert {name: each.shape for name, each in nested(outputs, 3).parts.items()} == found
 
 
 @pytest.mark.parametrize(

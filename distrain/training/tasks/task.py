@@ -100,7 +100,10 @@ class Task:
         return {}
 
     def predictions(self, model: Any, batch: Batch) -> Any:
-        """Return what metrics compare with the targets, and what `distrain predict` writes: by default the outputs."""
+        """Return what metrics compare with the targets, and what `distrain predict` writes: by default the outputs.
+
+        A tensor (batch, ...), or dicts, tuples and lists of them; metrics of the recipe compare a tensor.
+        """
         return self.outputs(model, batch).logits
 
     def measure(self, predictions: Any, batch: Batch) -> Mapping[str, LossSum]:

@@ -154,3 +154,17 @@ class Odd(distrain.Task):
             "taken": {"lr": out},
             "total": {"loss": out, "other": out},
         }.get(self.kind, {"a": out})
+
+
+class Nested(distrain.Classification):
+    """Predicts several tensors of each sample, nested in one another."""
+
+    def predictions(self, model, batch):
+        images, logits = batch["inputs"], model(batch["inputs"])
+        top = logits.topk(2)
+        return {
+            "class": top.indices[:, 0],
+            "logits": logits,
+            "best": (top.values, top.indices == batch["ids"].to(top.indices.device)[:, None]),
+            "maps": {"all": images.float(), "row": [images[:, 0, 0].float()]},
+        }
