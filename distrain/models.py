@@ -42,6 +42,7 @@ __all__ = [
     "describe_model",
     "facts",
     "forward",
+    "library_call",
     "load_weights",
     "num_outputs",
     "tied_names",
@@ -107,12 +108,28 @@ def build_model(
     return model
 
 
+def library_call(recipe: Recipe, meta: DataMeta) -> dict[str, Any] | None:
+    """Return how code without distrain builds the model: {library, arguments, object}.
+
+    `library`: torchvision, timm or own, whose `object` is `path/to/file.py:name` or `package.module:name`.
+
+    None for a model of distrain's or of transformers, whose config.json says it.
+    """
+    if recipe.model.name.startswith((TRANSFORMERS, "object.")):
+        return None
+    builder = find_builder(recipe)
+    args = builder.arguments(recipe.model.args, facts(recipe.form, meta))
+    if builder.call is None:
+        return None
+    return {"library": builder.library, "arguments": builder.call(args), "object": builder.spec}
+
+
 def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:
     builder, given = find_builder(recipe), recipe.model.args
     problems = builder.problems(given, set(known))
     if problems:
         raise UserError("\n".join(problems))
-    args = {key: value for key, value in known.items() if key in builder.parameters} | given
+    args = builder.arguments(given, known)
     of_classes = recipe.form in ("classification", "segmentation", "token_classification")
     if of_classes and "num_classes" in given and "num_classes" in known:
         classes = given["num_classes"]

@@ -12,6 +12,7 @@ from distrain.system.errors import UserError, close_names
 
 if TYPE_CHECKING:
     from distrain.checkpoints.export import Exported
+    from distrain.checkpoints.export.model_card import UserCode
 
 ExportFormat = Literal["safetensors", "pt", "hf", "adapter", "onnx", "pt2"]
 """What a model can be written as."""
@@ -80,6 +81,7 @@ def _export_own(
 ) -> Exported:
     """Write a checkpoint of distrain's own."""
     from distrain.checkpoints.export import export, is_built
+    from distrain.checkpoints.export.exporting import names_folder
 
     if format in ("hf", "adapter", "onnx", "pt2"):
         allowed = format == "hf"
@@ -95,12 +97,32 @@ def _export_own(
         from distrain.inference.graphs import export_graph  # imports torch
 
         return export_graph(checkpoint, out, format=format, initial=initial, **options)
-    options = {"card": True, "pt": format == "pt", **weights, **options}
+    code = _code_of(checkpoint) if names_folder(out) else None
+    options = {"card": True, "pt": format == "pt", "code": code, **weights, **options}
     if initial is not None or is_built(checkpoint):
         from distrain.training.restored import export_checkpoint  # imports torch, which other exports do not need
 
         return export_checkpoint(checkpoint, out, initial=initial, **options)
     return export(checkpoint, out, **options)
+
+
+def _code_of(checkpoint: Path) -> UserCode | None:
+    """Return the user's code that the model of a checkpoint is of, as it is now; None where it is a library's."""
+    from distrain.checkpoint import read_manifest
+    from distrain.checkpoints.export.model_card import UserCode
+    from distrain.fingerprints import code_files
+
+    manifest = read_manifest(checkpoint)
+    call = manifest.scalars.get("model_call") or {}
+    if call.get("library") != "own":
+        return None
+    found = [*code_files([call["object"]])]
+    then = [each[-1] for each in ((manifest.scalars.get("inputs") or {}).get("code") or {}).values()]
+    return UserCode(
+        {each.name: each.path for each in found},
+        [each.name for each in found if each.hashes[-1] not in then],
+        [each.name for each in found if each.of_distrain],
+    )
 
 
 def _formats(

@@ -71,9 +71,8 @@ def difference(first: Path | str, second: Path | str, verify: bool = True) -> Di
         )
         listing += _frozen_differences(a, b)
         listing += _field_differences(one, other, "step", "aliases")
-        listing += _json_differences(
-            "scalars", *({**each.scalars, "inputs": None, "meta": None, "data_facts": None} for each in (one, other))
-        )
+        others = dict.fromkeys(("inputs", "meta", "data_facts", "model_call"))
+        listing += _json_differences("scalars", *({**each.scalars, **others} for each in (one, other)))
         shared = [name for name, tensor in one.tensors.items() if other.specs.get(name) == tensor.spec]
         found = [_compare(name, one, a, b) for name in shared]
     notes = _field_differences(one, other, "strategy", "world_size", "score")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain.config import Recipe
-from distrain.fingerprints.code import code_of, named_objects, user_module
+from distrain.fingerprints.code import CodeFile, code_files, code_of, named_objects, user_module
 from distrain.fingerprints.comparing import DRAWN_ANEW, Changes, compare
 from distrain.fingerprints.files import MAX_SIZED, labelled, listing, walk
 from distrain.fingerprints.items import items_of
@@ -26,7 +26,16 @@ from distrain.fingerprints.items import items_of
 if TYPE_CHECKING:
     from distrain.datasets.base import Data
 
-__all__ = ["DRAWN_ANEW", "Changes", "compare", "fingerprint", "named_objects", "user_module"]
+__all__ = [
+    "DRAWN_ANEW",
+    "Changes",
+    "CodeFile",
+    "code_files",
+    "compare",
+    "fingerprint",
+    "named_objects",
+    "user_module",
+]
 
 
 def fingerprint(

@@ -15,7 +15,8 @@ import sys
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,40 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
     values = recipe.model_dump(mode="json")
     values["data"].pop("prepare", None)
     found: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    size = 0
-    for spec in [*named_objects(values), *_entry_points(recipe)]:
-        where = spec.rpartition(":")[0]
+    specs = [*named_objects(values), *_entry_points(recipe)]
+    for spec in specs:
         if given_key(spec) is not None:
             found |= {
                 f"{name} of {spec}": [xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass")), _tree_of(text)]
                 for name, text in given_object(spec).sources.items()
             }
-            continue
+    for each in code_files([spec for spec in specs if given_key(spec) is None]):
+        found[_free(one_line(each.name), found)] = each.hashes
+    return found
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """A file of the user's code."""
+
+    path: Path
+    name: str
+    """From the folder of the file in the recipe, or the folder that holds the package."""
+    hashes: list[str]
+    """Of its bytes, and of its syntax tree."""
+    of_distrain: bool
+    """Whether it imports distrain."""
+
+
+def code_files(specs: Iterable[str]) -> Iterator[CodeFile]:
+    """Yield the files that `path/to/file.py:name` and `package.module:name` are in, and those that they import.
+
+    Up to MAX_FILES of them, and of the same project alone.
+    """
+    seen: set[str] = set()
+    size = 0
+    for spec in specs:
+        where = spec.rpartition(":")[0]
         if where.endswith(".py"):
             file = Path(os.path.abspath(where))
             waiting = [(file, file.parent)]
@@ -120,10 +145,10 @@ def code_of(recipe: Recipe) -> dict[str, list[str]]:
             except OSError:
                 continue  # where it is imported, that fails
             size += len(text)
-            imported, tree = _parse(text, file, root) if size <= MAX_BYTES else ([], "")
-            found[_free(one_line(file.relative_to(root).as_posix()), found)] = [xxhash.xxh3_128_hexdigest(text), tree]
+            imported, tree, of_distrain = _parse(text, file, root) if size <= MAX_BYTES else ([], "", False)
+            name = file.relative_to(root).as_posix()
+            yield CodeFile(file, name, [xxhash.xxh3_128_hexdigest(text), tree], of_distrain)
             waiting += imported
-    return found
 
 
 def _tree_of(text: str) -> str:
@@ -144,15 +169,19 @@ def _modules(root: Path, name: str) -> list[Path]:
     return found
 
 
-def _parse(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str]:
-    """Return the files that a file imports of its project, each with its root, and the hash of its syntax tree."""
+def _parse(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]], str, bool]:
+    """Return the files that a file imports of its project, each with its root, and the hash of its syntax tree.
+
+    And whether it imports distrain.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing it has shown them
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
-        return [], ""
+        return [], "", False
     imported = []
+    of_distrain = False
     package = file.relative_to(root).parts[:-1]
     for node in ast.walk(tree):
         match node:
@@ -169,8 +198,10 @@ def _parse(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]]
             case _:
                 continue
         for name in names:
-            imported += _resolve(name, root, relative=isinstance(node, ast.ImportFrom) and node.level > 0)
-    return imported, xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass"))
+            relative = isinstance(node, ast.ImportFrom) and node.level > 0
+            of_distrain |= not relative and name.partition(".")[0] == "distrain"
+            imported += _resolve(name, root, relative=relative)
+    return imported, xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass")), of_distrain
 
 
 def _resolve(name: str, root: Path, *, relative: bool) -> list[tuple[Path, Path]]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from distrain.config.arguments import argument_problems, named_parameters, shown
 from distrain.config.registry import Entry, models
 from distrain.networks.facts import FACT_NAMES
 from distrain.networks.timm_models import REFUSED as REFUSED_BY_TIMM
-from distrain.networks.timm_models import build_timm, timm_parameters
+from distrain.networks.timm_models import build_timm, timm_arguments, timm_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,16 @@ class Builder:
     """Whether it is the user's code."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Refused arguments, with reasons."""
+    spec: str | None = None
+    """`path/to/file.py:name` or `package.module:name` of the user's code."""
+    library: str | None = None
+    """Whose it is: torchvision, timm, or own; None: distrain's."""
+    call: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """What the library itself is called with, from the arguments of `build`; None for distrain's models."""
+
+    def arguments(self, given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `build` is called with: the recipe's arguments, and the facts among its parameters."""
+        return {key: value for key, value in known.items() if key in self.parameters} | {**given}
 
     def problems(self, args: Mapping[str, Any], known: set[str]) -> list[str]:
         """Return the problems of the recipe's arguments, given the facts named `known`."""
@@ -70,12 +80,22 @@ def find_builder(recipe: Recipe) -> Builder:
         return _torchvision_builder(name)
     if entry.metadata.get("library") == "timm":
         parameters, takes_any = timm_parameters(entry)
-        return Builder(name, functools.partial(build_timm, entry), parameters, takes_any, refused=REFUSED_BY_TIMM)
+        return Builder(
+            name,
+            functools.partial(build_timm, entry),
+            parameters,
+            takes_any,
+            refused=REFUSED_BY_TIMM,
+            library="timm",
+            call=lambda args: timm_arguments(entry, **args),
+        )
     if not callable(entry.value):
         raise UserError(
             f"model.name: {name} is {type(entry.value).__name__}, not a class or function that builds a model"
         )
-    return Builder(name, entry.value, *named_parameters(entry.value), own=entry.spec is not None)
+    own = entry.spec is not None
+    found = Builder(name, entry.value, *named_parameters(entry.value), own=own)
+    return replace(found, spec=entry.spec, library="own", call=dict) if own else found
 
 
 @functools.cache
@@ -133,7 +153,10 @@ def _torchvision_builder(name: str) -> Builder:
             logger.info(f"{name}: its first layer, {layer}, was rebuilt for in_channels {in_channels}")
         return model
 
-    return Builder(name, build, parameters, takes_any=False, refused=_REFUSED)
+    def call(args: dict[str, Any]) -> dict[str, Any]:
+        return fixed | args
+
+    return Builder(name, build, parameters, takes_any=False, refused=_REFUSED, library="torchvision", call=call)
 
 
 def _set_in_channels(model: nn.Module, in_channels: int) -> str | None:

@@ -78,18 +78,36 @@ def _class_of(entry: Entry[Callable[..., Any]]) -> type[nn.Module] | None:
     return found if inspect.isclass(found) and issubclass(found, nn.Module) else None
 
 
-def build_timm(
+def build_timm(entry: Entry[Callable[..., Any]], **args: Any) -> nn.Module:
+    """Return the model, freshly initialised, for images of `input_shape` (channels, height, width).
+
+    Raises UserError for a model whose images have another size, which its class cannot change.
+    """
+    shape = args.get("input_shape")
+    size = tuple(shape[1:]) if shape is not None and len(shape) == 3 else None
+    call = timm_arguments(entry, **args)
+    model: nn.Module = _timm().create_model(entry.name.removeprefix(PREFIX), pretrained=False, **call)
+    found: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    expected = tuple(found.get("input_size", ()))[1:]
+    fixed = "img_size" not in call and found.get("fixed_input_size")
+    if size is not None and fixed and expected != size:
+        raise UserError(
+            f"model.name: {entry.name} takes images of {_by(expected)}, and the data have {_by(size)} after the "
+            "transforms; resize them (data.size, or Resize), give model.img_size where the class takes that, or take "
+            "another model"
+        )
+    return model
+
+
+def timm_arguments(
     entry: Entry[Callable[..., Any]],
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
     input_shape: Sequence[int] | None = None,
     **args: Any,
-) -> nn.Module:
-    """Return the model, freshly initialised, for images of `input_shape` (channels, height, width).
-
-    Raises UserError for a model whose images have another size, which its class cannot change.
-    """
+) -> dict[str, Any]:
+    """Return what `timm.create_model` is called with; raises UserError for images of another size than the model's."""
     size = tuple(input_shape[1:]) if input_shape is not None and len(input_shape) == 3 else None
     kind = _class_of(entry)
     takes_size = kind is not None and "img_size" in inspect.signature(kind).parameters
@@ -102,18 +120,7 @@ def build_timm(
                 "resize the images, or set dynamic_img_size: true where the model takes that"
             )
     facts = {"num_classes": num_classes, "in_chans": in_channels}
-    given_facts = {key: value for key, value in facts.items() if value is not None}
-    model: nn.Module = _timm().create_model(entry.name.removeprefix(PREFIX), pretrained=False, **given_facts, **args)
-    found: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    expected = tuple(found.get("input_size", ()))[1:]
-    fixed = not takes_size and "img_size" not in args and found.get("fixed_input_size")
-    if size is not None and fixed and expected != size:
-        raise UserError(
-            f"model.name: {entry.name} takes images of {_by(expected)}, and the data have {_by(size)} after the "
-            "transforms; resize them (data.size, or Resize), give model.img_size where the class takes that, or take "
-            "another model"
-        )
-    return model
+    return {**{key: value for key, value in facts.items() if value is not None}, **args}
 
 
 def _by(size: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from distrain.checkpoint import CheckpointError, Manifest, Reader, Saved, Saver
 from distrain.config import UserError
 from distrain.config.yaml import dump_recipe
 from distrain.datasets.stored_meta import meta_to_json
-from distrain.models import transformers_config
+from distrain.models import library_call, transformers_config
 from distrain.parallel.arena import TensorArena
 from distrain.parallel.snapshot import pieces_of
 from distrain.parallel.verifying import find_newest_verified, open_verified
@@ -118,9 +119,10 @@ class Checkpoints:
         """Return the facts of the data that the model is built from; `meta`, where every export builds it."""
         context = self._context
         facts = meta_to_json(context.data.meta)
+        call = _as_json(library_call(context.recipe, context.data.meta))
         if context.recipe.model.lora is None and context.t.strategy.state.frozen is None:
-            return {"data_facts": facts}
-        return {"meta": facts}
+            return {"data_facts": facts, **call}
+        return {"meta": facts, **call}
 
     def save_again(self) -> None:
         """Save the state of this step though there is a checkpoint of it, which lacks the evaluation."""
@@ -195,3 +197,11 @@ class Checkpoints:
         reader.close()
         t.step = reader.manifest.step
         return reader.manifest
+
+
+def _as_json(call: dict[str, Any] | None) -> dict[str, Any]:
+    """Return how the model is built, by its key of a manifest; nothing where JSON cannot hold it."""
+    try:
+        return {} if call is None else {"model_call": json.loads(json.dumps(call, allow_nan=False))}
+    except (TypeError, ValueError):
+        return {}

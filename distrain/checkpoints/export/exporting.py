@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distrain.checkpoints.dtypes import DTYPES, FLOATS, ITEM_SIZES
 from distrain.checkpoints.export.companion_files import CONFIG
@@ -25,6 +26,9 @@ from distrain.checkpoints.hiding import hidden, is_leftover, sync_folder
 from distrain.checkpoints.reading import is_checkpoint_name, read_manifest
 from distrain.checkpoints.sources import Source
 from distrain.system.errors import UserError, close_names, some
+
+if TYPE_CHECKING:
+    from distrain.checkpoints.export.model_card import UserCode
 
 _DTYPES = {
     "float64": "F64", "fp64": "F64", "f64": "F64", "float32": "F32", "fp32": "F32", "f32": "F32",
@@ -67,6 +71,7 @@ def export(
     card: bool = False,
     averaged: bool = False,
     pt: bool = False,
+    code: UserCode | None = None,
 ) -> Exported:
     """Write the model of a checkpoint, distrain's own or a foreign one, or one that is open, to `out`.
 
@@ -81,7 +86,7 @@ def export(
     skips the check of the bytes against their hashes. `sync=False` does not wait for the disk: safe from a crash of the
     program, not from one of the machine. `format` and `trust` are `open_foreign`'s. With `card` a folder also gets what
     `model_card` writes beside a checkpoint of distrain's own; `averaged`: whether the tensors of `checkpoint` are the
-    average already.
+    average already; `code`: what of the user's is copied there.
 
     All files are written under hidden names and renamed at the end, the index last. Raises UserError: a file that
     exists (unless `overwrite`), a symbolic link, a checkpoint that does not verify, a full disk.
@@ -109,7 +114,7 @@ def export(
             missing = some([CONFIG, *source.companions])
             notes.append(f"not beside a file of this name: {missing}; export to a folder has them")
         if card and is_folder and (source.path / MANIFEST).is_file():
-            _add_card(beside, source, out.parent, averaged=ema or averaged)
+            _add_card(beside, source, out.parent, averaged=ema or averaged, pt=pt, code=code)
         nbytes = sum(item.nbytes for item in outputs.values())
         index = {}
         if len(groups) > 1:
@@ -147,16 +152,28 @@ def export(
     return Exported((*paths, *writes), nbytes, len(outputs), tuple(notes), tuple(source.skipped))
 
 
-def _add_card(beside: dict[Path, Callable[[Path], object]], source: Source, folder: Path, *, averaged: bool) -> None:
-    """Add to what is written beside a model how it is used, and the tokenizer."""
-    from distrain.checkpoints.export.model_card import card_files, tokenizer_files
+def _add_card(
+    beside: dict[Path, Callable[[Path], object]],
+    source: Source,
+    folder: Path,
+    *,
+    averaged: bool,
+    pt: bool,
+    code: UserCode | None,
+) -> None:
+    """Add to what is written beside a model how it is used, the tokenizer, and code of the user's."""
+    from distrain.checkpoints.export.model_card import CODE, card_files, tokenizer_files
 
     manifest = read_manifest(source.path)
     companions = source.companions or tokenizer_files(manifest)
     for name, file in companions.items():
         if folder / name not in beside and not _same(folder / name, file):
             beside[folder / name] = partial(shutil.copyfile, file)
-    for name, text in card_files(source.path, manifest, averaged=averaged, companions=companions).items():
+    for name, file in (code.files if code is not None else {}).items():
+        if not _same(folder / CODE / name, file):
+            beside[folder / CODE / name] = partial(shutil.copyfile, file)
+    texts = card_files(source.path, manifest, averaged=averaged, companions=companions, pt=pt, code=code)
+    for name, text in texts.items():
         beside[folder / name] = partial(_write_text, text)
 
 
@@ -297,9 +314,11 @@ def _make_room(out: Path, overwrite: bool, nbytes: int, beside: Sequence[Path]) 
     shard = re.compile(re.escape(out.stem) + r"-[0-9]{5}-of-[0-9]{5}\.safetensors")
     own = {out, *beside}
     found = {entry for entry in entries if entry in own}
+    found |= {each for each in beside if each.parent != out.parent and (each.exists() or each.parent.is_symlink())}
     if out.suffix == ".safetensors":
         found |= {entry for entry in entries if entry == _index_path(out) or shard.fullmatch(entry.name)}
-    if odd := sorted(entry for entry in found if entry.is_symlink() or not entry.is_file()):
+    linked = {each for each in found if each.parent != out.parent and each.parent.is_symlink()}
+    if odd := sorted(linked | {entry for entry in found if entry.is_symlink() or not entry.is_file()}):
         raise UserError(
             f"{odd[0]} is a symbolic link or no regular file, and is not written over; remove it or choose another name"
         )
@@ -333,7 +352,7 @@ def _publish(
     try:
         write_tensors(hidden_paths)
         for path, write in others.items():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(hidden_paths[path])
         if sync:
             for path in hidden_paths.values():

@@ -18,7 +18,7 @@ from distrain.config.yaml import parse_recipe
 from distrain.run.folder import RunDir
 from distrain.system.output import one_line
 
-README, RECIPE = "README.md", "recipe.yaml"
+README, RECIPE, CODE = "README.md", "recipe.yaml", "code"
 OWN_CONFIG = "distrain.json"
 """In place of config.json, where that is the transformers library's."""
 _TRANSFORMERS = "transformers:"
@@ -36,20 +36,44 @@ class Graph:
     outputs: Sequence[str]
 
 
+@dataclass(frozen=True)
+class UserCode:
+    """The files of the user's own that a model's class is in; they are copied beside the model."""
+
+    files: Mapping[str, Path]
+    """By their names in the folder CODE."""
+    changed: Sequence[str] = ()
+    """Those that have changed since the training."""
+    of_distrain: Sequence[str] = ()
+    """Those that import distrain."""
+
+
 def card_files(
-    checkpoint: Path, manifest: Manifest, *, averaged: bool, companions: Mapping[str, Path], graph: Graph | None = None
+    checkpoint: Path,
+    manifest: Manifest,
+    *,
+    averaged: bool,
+    companions: Mapping[str, Path],
+    graph: Graph | None = None,
+    code: UserCode | None = None,
+    pt: bool = False,
 ) -> dict[str, str]:
-    """Return {name: text} of what stands beside a model; `companions`: the files that are copied there."""
+    """Return {name: text} of what stands beside a model; `companions`: the files that are copied there.
+
+    `pt`: whether the weights are a model.pt. `code`: what is copied of the user's.
+    """
     recipe = parse_recipe(manifest.recipe, f"the recipe in {checkpoint}")
     is_hugging_face = bool(manifest.scalars.get("transformers_config"))
     config = _config(checkpoint, manifest, recipe, averaged, companions)
+    if "model_call" in manifest.scalars:
+        config["model_call"] = manifest.scalars["model_call"]
     if graph is not None:
         config |= {"file": graph.file, "inputs": [*graph.inputs], "outputs": [*graph.outputs]}
     name = OWN_CONFIG if is_hugging_face else CONFIG
     return {
         name: json.dumps(config, indent=2),
         RECIPE: manifest.recipe,
-        README: _readme(checkpoint, manifest, recipe, config, name, graph),
+        README: _readme(checkpoint, manifest, recipe, config, _loading(recipe, manifest, name, graph, code, pt=pt)),
     }
 
 
@@ -95,9 +119,10 @@ def _config(
 
 
 def _readme(
-    checkpoint: Path, manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], name: str, graph: Graph | None
+    checkpoint: Path, manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], loading: Sequence[str]
 ) -> str:
     facts = config["data"]
+    name = OWN_CONFIG if manifest.scalars.get("transformers_config") else CONFIG
     parameters = sum(spec.numel for full, spec in manifest.specs.items() if _is_parameter(full, spec.role))
     what = f"`{recipe.model.name}` for task `{recipe.task.name}`"
     lines = [
@@ -123,7 +148,7 @@ def _readme(
         "",
         "## How to load it",
         "",
-        *_loading(recipe, name, graph),
+        *loading,
         "",
         "## Evaluation",
         "",
@@ -137,7 +162,7 @@ def _readme(
         "",
         "## Limits",
         "",
-        *(f"- {line}" for line in _limits(recipe, config, graph)),
+        *(f"- {line}" for line in _limits(recipe, config)),
         "",
         f"Written from `{checkpoint.name}` ({manifest.created}) with {_versions()}.",
     ]
@@ -209,7 +234,7 @@ def _data(manifest: Manifest) -> list[str]:
     return [f"Samples: {splits or 'unknown'}. SHA-256 of the fingerprint of the data: `{digest}`."]
 
 
-def _limits(recipe: Recipe, config: Mapping[str, Any], graph: Graph | None) -> list[str]:
+def _limits(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
     facts = config["data"]
     found = [
         "It knows what its training data show; the numbers above are of data drawn as these were.",
@@ -225,9 +250,9 @@ def _limits(recipe: Recipe, config: Mapping[str, Any], graph: Graph | None) -> l
         )
     if recipe.eval.best is not None:
         found.append("Which step was best was chosen on the validation split, so numbers of that split are favourable.")
-    if graph is None:
+    if "inputs" not in config:
         return found
-    fixed = [f"{each['name']} {list(each['shape'])}" for each in graph.inputs]
+    fixed = [f"{each['name']} {list(each['shape'])}" for each in config["inputs"]]
     return [*found, f"The graph takes what its data type and shape say: {'; '.join(fixed)}; named sizes may vary."]
 
 
@@ -245,40 +270,131 @@ def _versions() -> str:
 # Code
 
 
-def _loading(recipe: Recipe, name: str, graph: Graph | None) -> list[str]:
+def _loading(
+    recipe: Recipe, manifest: Manifest, name: str, graph: Graph | None, code: UserCode | None, *, pt: bool
+) -> list[str]:
+    alone = "In this folder, without distrain:"
     if graph is not None:
-        code = _onnx(graph) if graph.file.endswith(".onnx") else _pt2(graph)
-        return ["In this folder, without distrain:", "", "```python", *code, "```"]
+        return [alone, *_python(_onnx(graph) if graph.file.endswith(".onnx") else _pt2(graph))]
+    read = _weights(manifest, pt=pt)
     if recipe.model.name.startswith(_TRANSFORMERS):
         kind = recipe.model.name.removeprefix(_TRANSFORMERS)
-        code = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained(".").eval()']
-        return ["In this folder, without distrain:", "", "```python", *code, "```"]
+        if not pt:
+            return [
+                alone,
+                *_python([f"from transformers import {kind}", "", f'model = {kind}.from_pretrained(".").eval()']),
+            ]
+        made = f"{kind}.from_config(config)" if kind.startswith("Auto") else f"{kind}(config)"
+        build = [f"from transformers import AutoConfig, {kind}", "", 'config = AutoConfig.from_pretrained(".")']
+        return [alone, *_python([*build, f"model = {made}.eval()", *read])]
     if recipe.model.name.startswith("object."):
-        return ["The model was made in a Python process: make it there, and load `model.safetensors` into it."]
+        file = "model.pt" if pt else "model.safetensors"
+        return [f"The model was made in a Python process: make it there, and load `{file}` into it."]
+    call = manifest.scalars.get("model_call")
+    if call is not None:
+        return _foreign(recipe, call, code, read)
     lora = ', ["model.lora=null"]' if recipe.model.lora is not None else ""
-    code = [
+    build = [
         "import json",
         "from pathlib import Path",
         "",
         "from distrain.config.yaml import parse_recipe",
         "from distrain.datasets.stored_meta import meta_from_json",
         "from distrain.models import build_model",
-        "from safetensors.torch import load_file",
         "",
         f'recipe = parse_recipe(Path("{RECIPE}").read_text(), "{RECIPE}"{lora})',
         f'facts = json.loads(Path("{name}").read_text())["data"]',
         "model = build_model(recipe, meta_from_json(facts), weights=False).eval()",
-        'files = sorted(Path().glob("model*.safetensors"))',
-        "model.load_state_dict({name: tensor for file in files for name, tensor in load_file(file).items()})",
+        *read,
     ]
     return [
-        "In this folder; the class of the model is distrain's, or your own where the recipe names it, and `model` is "
-        "an ordinary `torch.nn.Module`. A model that needs no code: export with `--format pt2` or `--format onnx`.",
-        "",
-        "```python",
-        *code,
-        "```",
+        "In this folder; the class of the model is distrain's, which has to be installed, and `model` is an ordinary "
+        "`torch.nn.Module`. A model that runs without distrain: export with `--format pt2` or `--format onnx`.",
+        *_python(build),
     ]
+
+
+def _python(lines: Sequence[str]) -> list[str]:
+    return ["", "```python", *lines, "```"]
+
+
+def _weights(manifest: Manifest, *, pt: bool) -> list[str]:
+    """Return the lines that load the weights into `model`; values that are no tensors are not among them."""
+    strict = ", strict=False" if manifest.scalars.get("model_state") else ""
+    if pt:
+        return ["", "import torch", "", f'model.load_state_dict(torch.load("model.pt", weights_only=True){strict})']
+    return [
+        "",
+        "from pathlib import Path",
+        "",
+        "from safetensors.torch import load_file",
+        "",
+        'files = sorted(Path().glob("model*.safetensors"))',
+        "weights = {name: tensor for file in files for name, tensor in load_file(file).items()}",
+        f"model.load_state_dict(weights{strict})",
+    ]
+
+
+def _foreign(recipe: Recipe, call: Mapping[str, Any], code: UserCode | None, read: Sequence[str]) -> list[str]:
+    """Return how a model is loaded whose class is a library's or the user's."""
+    name, own = recipe.model.name, recipe.model.args
+    # facts of the data, which are not the recipe's, are tuples where they are sequences
+    arguments = {
+        key: tuple(each) if isinstance(each, list) and key not in own else each
+        for key, each in call["arguments"].items()
+    }
+    text = ["In this folder, without distrain."]
+    shape = None
+    if call["library"] == "torchvision":
+        shape = arguments.pop("in_channels", None)
+        lines = [
+            "from torchvision.models import get_model",
+            "",
+            f"model = get_model({_arguments(arguments, repr(name))})",
+        ]
+    elif call["library"] == "timm":
+        named = repr(name.partition(":")[2])
+        lines = ["import timm", "", f"model = timm.create_model({_arguments(arguments, named, 'pretrained=False')})"]
+    else:
+        where, _, kind = call["object"].rpartition(":")
+        module = Path(where).stem if where.endswith(".py") else where
+        if code is None or not code.files:
+            text = [f"Where `{module}` can be imported, without distrain."]
+            path = []
+        else:
+            text += [f"The code of its class is in `{CODE}/`: {', '.join(f'`{each}`' for each in code.files)}."]
+            path = ["import sys", "", f'sys.path.insert(0, "{CODE}")', ""]
+        if code is not None and code.changed:
+            text += [f"It has changed since the training: {', '.join(f'`{each}`' for each in code.changed)}."]
+        if code is not None and code.of_distrain:
+            text[0] = "In this folder."
+            files = ", ".join(f"`{each}`" for each in code.of_distrain)
+            text += [f"It imports distrain, which has to be installed: {files}."]
+        lines = [*path, *_import(module, kind), "", f"model = {kind}({_arguments(arguments)})"]
+    if shape not in (None, 3):
+        lines += [
+            "from torch import nn",
+            "",
+            "name, first = next((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))",
+            f"sizes = ({shape}, first.out_channels, first.kernel_size, first.stride, first.padding, first.dilation)",
+            "model.set_submodule(name, type(first)(*sizes, bias=first.bias is not None))",
+        ]
+    if recipe.train.precision == "fp64":
+        lines.append("model.double()")
+    return [" ".join(text), *_python([*lines, "model.eval()", *read])]
+
+
+def _import(module: str, kind: str) -> list[str]:
+    if all(part.isidentifier() for part in module.split(".")):
+        return [f"from {module} import {kind}"]
+    return ["from importlib import import_module", "", f"{kind} = import_module({module!r}).{kind}"]
+
+
+def _arguments(values: Mapping[str, Any], *first: str) -> str:
+    """Return the arguments of a call, behind the `first` ones."""
+    if all(key.isidentifier() for key in values):
+        return ", ".join([*first, *(f"{key}={value!r}" for key, value in values.items())])
+    return ", ".join([*first, f"**{dict(values)!r}"])
 
 
 def _sizes(each: Mapping[str, Any]) -> tuple[int, ...]:
