@@ -169,6 +169,15 @@ class LoraSection(Section):
     embeddings and convolutions. all-linear: every linear layer but the one that makes a language model's logits."""
     train: list[Text] = []
     """Shell patterns over parameter names that are trained in full besides, such as 'classifier.*' for a new head."""
+    bits: Literal[4, 8] | None = None
+    """Keeps the frozen weights of the linear layers with adapters in 4 bits (NF4) or 8, by bitsandbytes (QLoRA)."""
+
+    @model_serializer(mode="wrap")
+    def _without_bits(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = handler(self)
+        if self.bits is None:
+            values.pop("bits", None)  # recipes stored without the key stay equal
+        return values
 
 
 class ModelSection(Component):

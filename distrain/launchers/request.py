@@ -220,7 +220,7 @@ def resolve(
     without `check_run` what is in the run folder, which is then compared in another way.
     """
     from distrain.parallel import check_precision, check_several, unused
-    from distrain.training.checks import check_recipe
+    from distrain.training.checks import check_bits, check_recipe
 
     problems = list(target.problems)
     run, loaded, world = target.run, target.recipe, environment.world
@@ -253,6 +253,7 @@ def resolve(
             strategy = spec.strategy
             checks.append(lambda: check_precision(recipe.train.precision, strategy))
             checks.append(lambda: check_several(recipe.optimizers, strategy))
+            checks.append(lambda: check_bits(recipe, strategy))
     for check in checks:
         try:
             check()

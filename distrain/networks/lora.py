@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from distrain.config import LoraSection, UserError, close_names
 from distrain.networks.huggingface import is_transformers
+from distrain.networks.quantized import Quantized, check_installed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -124,7 +125,14 @@ def add_adapters(model: nn.Module, section: LoraSection) -> None:
     Draws the initial values from PyTorch's CPU generator, in the model's order. Before an adapter is trained its layer
     computes what it did before. Raises UserError with every problem of the section.
     """
+    if section.bits is not None:
+        check_installed()
     chosen, problems = _chosen(model, section)
+    if section.bits is not None and chosen and not any(isinstance(each, nn.Linear) for each in chosen.values()):
+        problems.append(
+            f"model.lora.bits: none of the layers with adapters is an nn.Linear ({next(iter(chosen))} is a "
+            f"{type(next(iter(chosen.values()))).__name__}), and only their weights are quantized; remove it"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained: set[int] = set()
     for at, pattern in enumerate(section.train):
@@ -145,6 +153,8 @@ def add_adapters(model: nn.Module, section: LoraSection) -> None:
             parameter.requires_grad_(False)
     for module in chosen.values():
         _add(module, section)
+        if section.bits is not None and isinstance(module, nn.Linear):
+            _quantize(module, section.bits)
     _call_layers(model)
 
 
@@ -162,6 +172,15 @@ def _add(module: nn.Module, section: LoraSection) -> None:
     if kind is not _Embedding:
         adapted.lora_dropout = nn.Dropout(section.dropout) if section.dropout else nn.Identity()
     adapted.add(section.r, adapted.weight)
+
+
+def _quantize(module: nn.Linear, bits: int) -> None:
+    of: Any = type(module).__bases__[1]
+    if (Quantized, of) not in _CLASSES:
+        _CLASSES[Quantized, of] = type(f"Quantized{of.__name__}", (Quantized, of), {"__module__": __name__})
+    adapted: Any = module
+    adapted.__class__ = _class_of(_Linear, _CLASSES[Quantized, of])
+    adapted.quantize(bits)
 
 
 def _call_layers(model: nn.Module) -> None:
@@ -251,6 +270,9 @@ def adapted_layers(model: nn.Module) -> dict[str, _Adapted]:
 def merge_adapters(model: nn.Module) -> None:
     """Add each adapter to the weight of its layer, and remove it, in place: the model is then what it was built as."""
     for layer in adapted_layers(model).values():
+        if isinstance(layer, Quantized):
+            layer.restore(layer.delta().dtype)
+            layer.__class__ = _class_of(_Linear, type(layer).__bases__[1].__bases__[1])
         layer.weight.add_(layer.delta())
         for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_dropout"):
             if hasattr(layer, name):

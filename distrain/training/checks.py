@@ -38,6 +38,22 @@ def _own_schedules(recipe: Recipe) -> list[str]:
     return [in_part(name, problem) for name, section in own.items() for problem in check_schedule(section)]
 
 
+def check_bits(recipe: Recipe, strategy: str) -> None:
+    """Raise UserError where a model with quantized weights cannot be trained as it is wanted."""
+    lora = recipe.model.lora
+    if lora is None or lora.bits is None:
+        return
+    if strategy not in ("single", "ddp"):
+        raise UserError(
+            f"model.lora.bits: {strategy} cuts weights and casts them, and weights of {lora.bits} bits have bytes and "
+            "scales that stay as they are; use --strategy ddp, under which each process has all of them, or remove it"
+        )
+    if recipe.train.compile:
+        raise UserError(
+            "model.lora.bits: a model with quantized weights is not compiled; set train.compile to false, or remove it"
+        )
+
+
 def horizon_of(recipe: Recipe, data: Data) -> Horizon:
     """Return what durations mean for this recipe and data, with the total number of steps."""
     train = data.splits["train"]
