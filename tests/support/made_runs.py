@@ -125,6 +125,7 @@ class MadeRun:
 
     def finish(self) -> None:
         """End the run."""
+        self.beat("ended")
         self.run.mark_finished(
             {"finished": True, "steps": self.step, "best": self.best, "test": {"loss": 0.3, "accuracy": 0.91},
              "precision": "bf16", "seconds": self.step * 0.05}

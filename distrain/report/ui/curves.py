@@ -21,7 +21,7 @@ from distrain.report.history import History, Series
 
 T = TypeVar("T")
 
-HISTORIES_BYTES = 256 << 20
+HISTORIES_BYTES = 128 << 20
 """What whole histories may take in memory; those that were asked for the longest ago are dropped first."""
 CURVES_BYTES = 256 << 20
 """What curves that were asked for may take, of runs whose history was dropped."""

@@ -64,9 +64,23 @@ def _scalars(values: dict[str, Any]) -> dict[str, Any]:
     return {one_line(key): value for key, value in values.items() if isinstance(value, str | int | float | bool)}
 
 
-def recipe_values(run: Path) -> dict[str, str]:
-    """Return a recipe's values by dotted key, as an override would write them. Raises UserError."""
-    return {key: value for key, value, _ in shown(load_recipe(run / "recipe.yaml"))}
+class Recipes:
+    """The recipes of runs; what a file says is kept until it is written again."""
+
+    def __init__(self, most: int = 1000):
+        self._most = most
+        self._known: OrderedDict[tuple[Path, int, int], dict[str, str]] = OrderedDict()
+
+    def values(self, run: Path) -> dict[str, str]:
+        """Return a recipe's values by dotted key, as an override would write them. Raises UserError and OSError."""
+        path = run / "recipe.yaml"
+        there = os.stat(path)
+        key = (path, there.st_mtime_ns, there.st_size)
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = {key: value for key, value, _ in shown(load_recipe(path))}
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+        return known
 
 
 def differing(recipes: Sequence[dict[str, str]]) -> list[dict[str, Any]]:

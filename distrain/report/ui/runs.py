@@ -172,8 +172,8 @@ class Runs:
         relative = os.path.relpath(run, self.folder)
         about = self._about_of(run) if status.state != OUTSIDE else {}
         content = as_json(status)
-        for key in ("heartbeat_age_s", "run"):  # the one changes all the time, the other is nobody's business
-            content.pop(key)
+        for key in ("heartbeat_age_s", "run", "summary"):  # the first changes all the time, the last may be long
+            content.pop(key, None)
         return {
             **content,
             "id": name,

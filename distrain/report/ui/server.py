@@ -78,6 +78,7 @@ class Server(ThreadingHTTPServer):
         self.runs = Runs(folder)
         self.curves = Curves()
         self.checkpoints = details.Checkpoints()
+        self.recipes = details.Recipes()
         self.watch = Watch(self.runs)
         self.streams = threading.BoundedSemaphore(MOST_STREAMS)
         self.ended = threading.Event()
@@ -319,7 +320,7 @@ def _compare(server: Server, query: Query) -> dict[str, Any]:
     problems: dict[str, str] = {}
     for name in query.get("run", []):
         try:
-            recipes.append(details.recipe_values(server.runs.path(name)))
+            recipes.append(server.recipes.values(server.runs.path(name)))
             names.append(name)
         except (UserError, OSError, ValueError) as error:
             problems[name] = str(error)

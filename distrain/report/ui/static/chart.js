@@ -124,7 +124,7 @@ export class Chart {
     try {
       const found = await ask("curves", {
         line: this.lines.map((line) => `${line.run}:${line.name}`),
-        points: Math.min(1200, Math.max(200, this.lines.length > 20 ? Math.round(width / 1.5) : Math.round(width * 1.5))),
+        points: Math.min(1200, Math.max(200, Math.round(width * (this.lines.length > 50 ? 0.4 : this.lines.length > 20 ? 0.7 : 1.5)))),
         by, means: this.sheet.means ? 1 : null, from: range && range[0], to: range && range[1],
       }, this.request.signal);
       if (this.closed) return;
@@ -196,7 +196,7 @@ export class Chart {
     const series = this.found.lines.map((line, place) => ({
       label: about[place].label,
       stroke: colour(about[place].index),
-      width: many ? 1.1 : 1.5,
+      width: many ? 1 : 1.5,
       dash: about[place].dash ? [5, 3] : undefined,
       points: { show: line.y.length < 40, size: 5, fill: css("--page") },
       value: (plot, value) => (value === null || value === undefined ? "–" : number(value)),
@@ -212,7 +212,7 @@ export class Chart {
       series: [{ label: unit, value: (plot, value) => (value === null || value === undefined ? "–" : short(unit === "step" ? Math.round(value) : value)) }, ...series],
       axes: [axis(26, (plot, values) => values.map(short)), axis(56, (plot, values) => values.map((value) => (value === null ? "" : short(value))))],
       legend: { show: !many },
-      focus: { alpha: many ? 0.15 : 0.35 },
+      focus: { alpha: many ? 1 : 0.35 }, // of many lines one is lifted: drawing all others again is slow
       cursor: {
         sync: { key: this.sheet.key, setSeries: false },
         drag: { x: true, y: false, setScale: false, dist: 4 },
@@ -229,7 +229,14 @@ export class Chart {
           plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
         }],
         setCursor: [(plot) => { if (many) this.say(plot); }],
-        setSeries: [(plot, place) => { this.focused = place; if (many) this.say(plot); }],
+        setSeries: [(plot, place) => {
+          this.focused = place;
+          if (many) {
+            this.lift(plot);
+            this.say(plot);
+          }
+        }],
+        draw: [(plot) => { if (many) this.lift(plot); }],
         drawClear: [(plot) => this.mark(plot)],
       },
     }, this.data(), this.canvas);
@@ -246,6 +253,25 @@ export class Chart {
     const at = nearest(plot.data[line], place);
     const x = this.found.x[at];
     write(this.readout, `${plot.series[line].label}: ${number(plot.data[line][at])} at ${this.sheet.by === "hours" ? `${number(x)} h` : short(Math.round(x))}`);
+  }
+
+  /** Draw the line under the pointer once more, above the others, which fade. */
+  lift(plot) {
+    if (!this.above || this.above.parentNode !== plot.over) {
+      this.above = el("canvas.above");
+      plot.over.append(this.above);
+    }
+    const { left, top, width, height } = plot.bbox;
+    const path = this.focused ? plot.series[this.focused]._paths : null;
+    plot.ctx.canvas.style.opacity = path ? "0.3" : "";
+    this.above.width = width; // which clears it
+    this.above.height = height;
+    if (!path) return;
+    const ctx = this.above.getContext("2d");
+    ctx.translate(-left, -top);
+    ctx.strokeStyle = colour(this.lines.find((line) => line.label === plot.series[this.focused].label).index);
+    ctx.lineWidth = 1.8 * (devicePixelRatio || 1);
+    ctx.stroke(path.stroke);
   }
 
   mark(plot) {

@@ -23,12 +23,12 @@ export function compare(root, ids) {
   let order = { key: null, falling: false };
 
   async function read() {
+    offer([FIRST], [FIRST]);
     recipes = await ask("compare", { run: ids });
     if (closed) return;
     const problems = Object.entries(recipes.problems).map(([id, message]) => `${name(id)}: ${message}`);
     write(problem, problems.join("\n"));
     table();
-    offer([FIRST], [FIRST]);
     // a file is read to its end for the names of all curves: until then there is the one that every run has
     const names = new Set([FIRST]);
     for (const id of ids.filter((each) => runs.all.has(each)).slice(0, 3)) {

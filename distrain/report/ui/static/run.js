@@ -106,7 +106,8 @@ export function run(root, id, part) {
       found.message && el("p.message", {}, found.message),
       facts([
         ["result", result], ["loss", number(found.loss)], ["samples/s", found.samples_per_s ? short(Math.round(found.samples_per_s)) : ""],
-        ["left", duration(found.eta_s)], ["world", found.processes ? `${found.processes} × ${found.strategy}` : ""],
+        ["left", duration(found.eta_s)],
+        ["useful time", found.goodput?.total_s ? `${Math.round((100 * found.goodput.useful_s) / found.goodput.total_s)}%` : ""], ["world", found.processes ? `${found.processes} × ${found.strategy}` : ""],
         ["newest checkpoint", found.checkpoint ? `step ${number(found.checkpoint)}` : ""], ["starts", found.starts > 1 ? String(found.starts) : ""],
         ["job", found.job ? `${found.job} ${found.job_state || ""}${found.reason ? ` (${found.reason})` : ""}` : ""],
         ["task", found.task], ["data", found.data], ["model", found.model], ["started", date(found.started)],
