@@ -27,7 +27,7 @@ CURVES_BYTES = 256 << 20
 """What curves that were asked for may take, of runs whose history was dropped."""
 
 
-SKETCHED = 256
+SKETCHED = 96
 """Rows that are looked at for a first picture of a curve."""
 _LONGEST = 1 << 16
 
