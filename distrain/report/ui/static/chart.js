@@ -243,7 +243,7 @@ export class Chart {
     this.scale();
     const lost = this.found.lines.reduce((sum, line) => sum + line.nonfinite, 0);
     if (lost && !this.note.textContent) write(this.note, `${number(lost)} NaN or infinite`);
-    if (many && !this.readout.textContent) write(this.readout, `${this.found.lines.length} lines; point at one`);
+    if (many && !this.pointed) write(this.readout, `${this.found.lines.length} lines; point at one`);
   }
 
   say(plot) {
@@ -252,6 +252,7 @@ export class Chart {
     if (place === null || place === undefined || !line) return;
     const at = nearest(plot.data[line], place);
     const x = this.found.x[at];
+    this.pointed = true;
     write(this.readout, `${plot.series[line].label}: ${number(plot.data[line][at])} at ${this.sheet.by === "hours" ? `${number(x)} h` : short(Math.round(x))}`);
   }
 
