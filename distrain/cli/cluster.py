@@ -21,6 +21,7 @@ from distrain.cli.options import (
     Strategy,
     Update,
 )
+from distrain.config import UserError
 from distrain.system.output import echo, one_line
 
 
@@ -145,6 +146,26 @@ def status(
 ) -> None:
     """Show the state of runs: queue, step, time left, loss, restarts."""
     print_statuses(run, as_json=as_json)
+
+
+def watch(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[RUN|SWEEP]",
+            help="The folder of a run or sweep, or one that holds them.",
+            autocompletion=completion.runs,
+        ),
+    ] = Path("runs"),
+) -> None:
+    """Watch runs on a terminal as they go: curves, ranks, time left, log."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("distrain watch draws on a terminal, and this is none; distrain status prints the same numbers")
+    try:
+        from distrain.report.watching import Watch
+    except ImportError as error:
+        raise UserError(f"distrain watch is drawn by textual: pip install 'distrain[watch]' ({error})") from error
+    Watch(run).run()
 
 
 def print_statuses(run: Path, *, as_json: bool) -> None:

@@ -213,7 +213,14 @@ def prove_recipe(
 
 for command in (
     cli_sweeps.sweep,
-    *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop, cli_cluster.cancel),
+    *(
+        cli_cluster.submit,
+        cli_cluster.status,
+        cli_cluster.watch,
+        cli_cluster.logs,
+        cli_cluster.stop,
+        cli_cluster.cancel,
+    ),
     cli_cluster.sites,
     *(cli_reports.report, cli_reports.compare),
     cli_exporting.export,

@@ -7,4 +7,5 @@ contents.py     what a report holds, as values: attempts.py, curves.py, differen
 html/           it as one HTML file; markdown.py, pictures.py
 differences.py  `distrain compare`
 ui/             `distrain ui`
+watching.py     `distrain watch`, with text_curves.py, which draws with characters
 """

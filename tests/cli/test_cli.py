@@ -23,7 +23,7 @@ from distrain.config.yaml import load_recipe
 
 COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
-    ["status"], ["logs"], ["stop"], ["cancel"], ["sites"], ["ui"],
+    ["status"], ["watch"], ["logs"], ["stop"], ["cancel"], ["sites"], ["ui"],
     ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
     ["export"], ["data"], ["data", "tokenize"],
 ]  # fmt: skip
