@@ -103,7 +103,7 @@ class Bench:
             "SLURMD_NODENAME": "node0",
             "MODULESHOME": str(self.folder / "modules"),
         }
-        done = subprocess.run(["bash", str(file)], env=environment, cwd=self.folder, capture_output=True, timeout=60)
+        done = subprocess.run(["bash", str(file)], env=environment, cwd=self.folder, capture_output=True, timeout=300)
         assert not self.canary.exists(), script
         assert (self.folder / "arguments").exists(), done.stderr.decode()
         arguments = (self.folder / "arguments").read_bytes().decode().split("\0")[:-1]

@@ -152,7 +152,7 @@ def test_a_notice_reaches_every_node_and_the_job_is_queued_again(slurm: StubSlur
     wait_for(slurm.folder.parent / "run" / "listens-1")
     # SIGTERM ends srun and its tasks, and comes to the whole group
     os.killpg(process.pid, number) if number == signal.SIGTERM else os.kill(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert out.count("asking the run to save and stop") == 1
     assert slurm.requeued() == ["17"]
@@ -164,7 +164,7 @@ def test_a_notice_is_repeated_for_who_did_not_listen_yet(slurm: StubSlurm) -> No
     wait_for(slurm.folder.parent / "run" / "attempts.jsonl")
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert slurm.requeued() == ["17"]
 
@@ -174,7 +174,7 @@ def test_a_notice_before_the_start_queues_the_job_again(slurm: StubSlurm, tmp_pa
     process = slurm.start(job(slurm, BEGINS, sources=(str(tmp_path / "waits.sh"),)))
     wait_for(tmp_path / "sourcing")
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert slurm.steps() == []
     assert slurm.requeued() == ["17"]

@@ -78,7 +78,7 @@ class ThreadWorld:
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self.barrier = threading.Barrier(world_size, timeout=60)
+        self.barrier = threading.Barrier(world_size, timeout=300)
         self.slots: list[Any] = [None] * world_size
 
     def run(self, function: Callable[[Any], Any]) -> list[Any]:

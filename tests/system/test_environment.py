@@ -141,7 +141,7 @@ def below(tmp_path: Path) -> Callable[..., Any]:
 
     def start(*command: str) -> Any:
         command = tuple(each.replace("CHILD", child) for each in command)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -331,7 +331,7 @@ main()
 def test_what_is_being_started_is_reported_before_what_takes_seconds(tmp_path: Path, terminal: bool) -> None:
     command = [sys.executable, "-c", UNTIL_TORCH, "train", str(write_recipe(tmp_path)), "--processes", "1"]
     read, write = pty.openpty() if terminal else os.pipe()
-    status = subprocess.run(command, stdout=write, stderr=write, cwd=tmp_path, timeout=60).returncode
+    status = subprocess.run(command, stdout=write, stderr=write, cwd=tmp_path, timeout=300).returncode
     said = os.read(read, 4096).decode().replace("\r", "")
     os.close(read)
     os.close(write)
