@@ -31,6 +31,7 @@ ON_CPU = {
     "images": 60,
     "scale": 40,
     "ui": 240,
+    "plan": 300,
 }
 """Seconds that each script may take on 2 cores."""
 

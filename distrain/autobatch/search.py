@@ -32,6 +32,7 @@ from distrain.config import BatchSection, LogSection, Recipe, UserError
 from distrain.config.yaml import dump_recipe
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
 from distrain.system import memory
+from distrain.system.gpus import gpu_models
 from distrain.system.memory import gib
 
 if TYPE_CHECKING:
@@ -133,14 +134,7 @@ def hardware(gpus: int) -> str:
     """Return the models of this machine's GPUs, or cpu."""
     if not gpus:
         return "cpu"
-    models = set()
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        try:
-            lines = file.read_text().splitlines()
-        except OSError:
-            continue
-        models |= {line.partition(":")[2].strip() for line in lines if line.startswith("Model:")}
-    return ", ".join(sorted(models)) or "gpu"
+    return ", ".join(gpu_models()) or "gpu"
 
 
 def _cpu_limit() -> memory.Limit | None:

@@ -18,6 +18,7 @@ from distrain.cli import cluster as cli_cluster
 from distrain.cli import completion
 from distrain.cli import exporting as cli_exporting
 from distrain.cli import generate as cli_generate
+from distrain.cli import plan as cli_plan
 from distrain.cli import predict as cli_predict
 from distrain.cli import reports as cli_reports
 from distrain.cli import sweeps as cli_sweeps
@@ -149,6 +150,7 @@ def evaluate(
     )  # fmt: skip
 
 
+app.command()(cli_plan.plan)
 app.command()(cli_predict.predict)
 app.command()(cli_generate.generate)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.checkpoint import checkpoint
 
 from distrain.config import UserError, close_names
@@ -197,12 +198,15 @@ class _Buffers:
         """Find the buffers that this block changes."""
         versions = {key: value._version for key, _, _, value in _buffers(block)}
         yield
-        # a batch norm changes its statistics without incrementing their version
-        self.moving[mode] = {
-            key
-            for key, _, _, value in _buffers(block)
-            if key not in before or value._version != versions[key] or not torch.equal(value, before[key][2])
-        }
+        try:
+            # a batch norm changes its statistics without incrementing their version
+            self.moving[mode] = {
+                key
+                for key, _, _, value in _buffers(block)
+                if key not in before or value._version != versions[key] or not torch.equal(value, before[key][2])
+            }
+        except DataDependentOutputException:  # in a pass without values; one with values finds them
+            return
 
 
 def _buffers(block: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:

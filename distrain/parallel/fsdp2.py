@@ -22,7 +22,6 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrain.config import UserError
-from distrain.networks.blocks import block_classes
 from distrain.optim import drop_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
@@ -43,6 +42,7 @@ from distrain.parallel.strategy import (
     square_of,
     with_mixed_precision,
 )
+from distrain.parallel.units import has_rows, sharding_units
 from distrain.parallel.unused_parameters import cast_parameters
 
 
@@ -148,9 +148,9 @@ class FSDP2Strategy(Strategy):
             if self.world.asked.offload_parameters
             else OffloadPolicy(),
             # rows are what is sharded, and these have none: FSDP2 refuses the first and does not gather the second
-            "ignored_params": {each for each in model.parameters() if not _has_rows(each)},
+            "ignored_params": {each for each in model.parameters() if not has_rows(each)},
         }
-        for unit in _units(model):
+        for unit in sharding_units(model):
             fully_shard(unit, **settings)
         # the root's own are needed first in the backward pass
         fully_shard(model, **settings | {"reshard_after_forward": False})
@@ -324,7 +324,7 @@ class FSDP2Strategy(Strategy):
         odd = [
             name
             for name, parameter in self.model.named_parameters()
-            if _has_rows(parameter)
+            if has_rows(parameter)
             and not (
                 isinstance(parameter, DTensor)
                 and (parameter.placements, parameter.device_mesh.shape) == (placements, shape)
@@ -367,42 +367,6 @@ def _multiply(tensors: list[Tensor], factor: Tensor) -> None:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for (device, dtype), alike in by_kind.items():
         torch._foreach_mul_(alike, factor.to(device, dtype))
-
-
-def _has_rows(parameter: nn.Parameter) -> bool:
-    return parameter.dim() > 0 and parameter.numel() > 0
-
-
-def _units(model: nn.Module) -> list[nn.Module]:
-    """Return what is gathered together besides the rest of the model: its repeated blocks, inner ones first.
-
-    None that shares a weight with what is outside of it: a weight can be in one unit alone.
-    """
-    kinds = tuple(block_classes(model))
-    units = {id(module): module for module in model.modules() if isinstance(module, kinds) and module is not model}
-    while True:
-        owners: dict[int, set[int]] = {}
-        _note_owners(model, id(model), units, owners, set())
-        shared = set().union(*(unit_ids for unit_ids in owners.values() if len(unit_ids) > 1))
-        if not shared & units.keys():
-            # an inner one comes later in `modules()` than what is around it
-            return list(units.values())[::-1]
-        units = {key: module for key, module in units.items() if key not in shared}
-
-
-def _note_owners(
-    module: nn.Module, unit: int, units: dict[int, nn.Module], owners: dict[int, set[int]], seen: set[tuple[int, int]]
-) -> None:
-    """Add to `owners` the units by which each parameter is held."""
-    unit = id(module) if id(module) in units else unit
-    if (id(module), unit) in seen:
-        return
-    seen.add((id(module), unit))
-    for parameter in module.parameters(recurse=False):
-        if _has_rows(parameter):
-            owners.setdefault(id(parameter), set()).add(unit)
-    for child in module.children():
-        _note_owners(child, unit, units, owners, seen)
 
 
 def _give_memory(model: nn.Module, device: torch.device, own: torch.device) -> None:

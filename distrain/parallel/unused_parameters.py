@@ -26,7 +26,7 @@ def unused_parameters(
     passes leave in the modules. Returns None where the model cannot run so, as one that branches on values.
     """
     try:
-        with _without_values(model, device) as mode:
+        with without_values(model, device) as mode:
             value = loss_sum(model)
             with mode:
                 value.backward()
@@ -46,7 +46,7 @@ def cast_parameters(
     """
     uses = _Uses(dtype)
     try:
-        with _without_values(model, device, uses):
+        with without_values(model, device, uses):
             uses.watched = {id(parameter) for parameter in model.parameters()}
             with uses:
                 loss_sum(model)
@@ -58,7 +58,7 @@ def cast_parameters(
 
 
 @contextmanager
-def _without_values(
+def without_values(
     model: nn.Module, device: torch.device, inner_mode: TorchDispatchMode | None = None
 ) -> Iterator[FakeTensorMode]:
     """Give a model stand-ins for its parameters on `device`, with which its forward pass takes no memory.

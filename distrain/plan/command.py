@@ -1,0 +1,47 @@
+"""What `distrain plan` does: reads a recipe, finds the GPU that is meant, and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distrain.config import UserError
+from distrain.config.yaml import load_recipe
+from distrain.plan.gpus import CPU, GPUS, Gpu, find_gpu, known_gpu
+from distrain.plan.planning import CannotTrace, Plan, gpu_here, make_plan
+from distrain.system.gpus import gpu_models
+
+
+def plan_recipe(
+    path: str, overrides: Sequence[str] = (), *, gpu: str | None = None, nodes: int = 1, per_node: int = 1
+) -> Plan:
+    """Return the plan of a recipe file. `gpu`: a name, a file, or cpu; None takes what this machine has.
+
+    Raises UserError for what a run would refuse, an unknown GPU, and a model that cannot be traced.
+    """
+    from distrain.training.checks import check_recipe
+
+    loaded = load_recipe(path, overrides)
+    check_recipe(loaded.recipe, path)
+    found = gpu_meant(gpu)
+    try:
+        return make_plan(loaded.recipe, found, nodes, per_node)
+    except CannotTrace as error:
+        raise UserError(
+            f"{error}. A plan needs the shapes alone; `batch.micro: auto` finds the largest micro-batch by trying"
+        ) from error
+
+
+def gpu_meant(given: str | None) -> Gpu:
+    """Return the GPU of a name or a file; of None this machine's, else its CPUs."""
+    if given is not None and given.lower() != CPU:
+        return find_gpu(given)
+    models = gpu_models() if given is None else []
+    if not models:
+        return gpu_here()
+    found = known_gpu(models[0])
+    if found is None:
+        raise UserError(
+            f"this machine's GPU, {models[0]}, is not in the table; name one that is like it with --gpu, of "
+            f"{', '.join(GPUS)}, or a file that describes it (docs/plan.md)"
+        )
+    return found
