@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,7 @@ class _Tape(TorchDispatchMode):
             dict(self._arrivals), tuple(spans),
         )  # fmt: skip
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object = None) -> None:
         size, cast = self._sizes.pop(key, (0, False))
         self._references.pop(key, None)
         self._live -= size
@@ -378,7 +379,7 @@ class _Tape(TorchDispatchMode):
         self._sizes[key] = size, cast
         self._live += size
         self._casts += size * cast
-        self._references[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+        self._references[key] = weakref.ref(storage, partial(self._forget, key))
 
 
 def _has_storage(value: Any) -> bool:
