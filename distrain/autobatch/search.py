@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +97,11 @@ def search_if_needed(
         logger.info(f"batch.micro auto: {size} {result}{peak} ({time.monotonic() - began:.1f} s)")
         return not done.reason
 
-    logger.info(f"batch.micro auto: trying sizes up to {sizes[-1]}, in processes of their own")
+    guess = _guess(recipe, spec, sizes, processes, here) if gpus else None
+    begins = f", from {guess} on, as planned" if guess is not None else ""
+    logger.info(f"batch.micro auto: trying sizes up to {sizes[-1]}{begins}, in processes of their own")
     try:
-        size = largest(sizes, fits)
+        size = largest(sizes, fits, guess)
     except SearchFailed as error:
         logger.info(f"batch.micro auto: not found by trying, and taken as global / processes: {error}")
         return None
@@ -111,15 +112,44 @@ def search_if_needed(
     return CachedMicroBatch(key, size, hardware(gpus), found.limit, found.peak, tried)
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+def largest(sizes: Sequence[int], fits: Callable[[int], bool], guess: int | None = None) -> int | None:
     """Return the largest of the ascending `sizes` that fits, None if none does; larger sizes take no less memory.
 
-    Tries the largest first, as it mostly fits; then by bisection.
+    Tries the `guess` first, one of the sizes, and the size next to it; without one the largest, as it mostly fits. Then
+    by bisection.
     """
-    if fits(sizes[-1]):
-        return sizes[-1]
-    count = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
-    return sizes[count - 1] if count else None
+    low, high = -1, len(sizes)  # where the largest is that fits, and the smallest that does not
+    place = sizes.index(guess) if guess in sizes else len(sizes) - 1
+    near = guess in sizes
+    while high - low > 1:
+        if fits(sizes[place]):
+            low = place
+            place += 1
+        else:
+            high = place
+            place -= 1
+        if not near or not low < place < high:
+            place = (low + high) // 2
+        near = False
+    return sizes[low] if low >= 0 else None
+
+
+def _guess(recipe: Recipe, spec: StrategySpec, sizes: Sequence[int], processes: int, here: int) -> int | None:
+    """Return the largest of the sizes that fits this machine's GPUs by a plan; None where there is none."""
+    from distrain.plan.asking import ask, largest_of
+    from distrain.plan.gpus import known_gpu
+
+    models = gpu_models()
+    gpu = known_gpu(models[0]) if len(models) == 1 else None
+    if gpu is None or spec.offload != "none":
+        return None
+    plan = ask(recipe, gpu.name, nodes=processes // here, per_node=here)
+    if plan is None:
+        return None
+    strategy = "hsdp" if spec.replicate != 1 else spec.strategy
+    checkpointing = bool(recipe.train.activation_checkpointing)
+    found = largest_of(plan, strategy, checkpointing=checkpointing)
+    return found if found in sizes else None
 
 
 def is_valid(autobatch: CachedMicroBatch, *, gpus: int, here: int) -> bool:

@@ -88,13 +88,17 @@ def submit(
     update: Update = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the script, and write and submit nothing, which is done without it."),
+        typer.Option(
+            "--dry-run",
+            help="Print the script, and what distrain plan says of its GPUs; write and submit nothing, which is done "
+            "without it.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train on a SLURM cluster. The run resumes after time limits and preemptions until it is finished."""
     from distrain.launchers import find_launcher
-    from distrain.launchers.slurm.submitting import Wanted, announced, prepare
+    from distrain.launchers.slurm.submitting import Wanted, announced, planned, prepare
 
     wanted = Wanted(
         nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
@@ -103,6 +107,8 @@ def submit(
     prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
     if dry_run:
         echo(prepared.script, end="")
+        for line in planned(prepared):
+            echo(one_line(line), error=True)  # the script alone is what can be kept
         return
     job = find_launcher("slurm").submit(prepared).job
     assert job is not None

@@ -23,6 +23,7 @@ from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.job_environment import job_environment
+from distrain.system.memory import gib
 from distrain.system.output import in_utf8
 
 if TYPE_CHECKING:
@@ -272,12 +273,67 @@ def resolve(
     assert loaded is not None
     assert spec is not None
     notes = [f"{place} has no part in this run" for place in unused(environment.configuration)]
+    if decides_itself(options, environment, run, target) and spec.strategy == "ddp":
+        spec, note = planned_strategy(loaded.recipe, spec, environment)
+        notes.append(note)
     if options.strategy == "ddp" and spec.strategy == "single":
         notes.append("--strategy ddp in one process is single")
     return RunRequest(
         target.name, str(run.path), target.is_run, target.update, count, environment.nodes, spec.strategy, spec.offload,
         environment.argv, tuple(notes), loaded, spec.replicate,
     )  # fmt: skip
+
+
+def decides_itself(options: Options, environment: StartEnvironment, run: RunDir, target: Target) -> bool:
+    """Whether nobody has said how a new run on several GPUs of this machine is spread over them."""
+    from distrain.parallel import strategy_wishes
+
+    return (
+        options.strategy == "auto"
+        and environment.world is None
+        and environment.gpus > 0
+        and environment.processes > 1
+        and not target.is_run
+        and not run.launch_path.exists()
+        and all(wish.strategy is None for wish in strategy_wishes(environment.configuration, environment.processes))
+    )
+
+
+def planned_strategy(recipe: Recipe, usual: StrategySpec, environment: StartEnvironment) -> tuple[StrategySpec, str]:
+    """Return the strategy of a new run on this machine's GPUs, and why: the `usual` one unless it does not fit."""
+    from distrain.plan.asking import ask
+    from distrain.plan.gpus import known_gpu
+    from distrain.system.gpus import gpu_models
+
+    models, nodes = gpu_models(), environment.nodes
+    gpu = known_gpu(models[0]) if len(models) == 1 else None
+    if gpu is None:
+        return usual, f"strategy auto: {usual}, as {', '.join(models) or 'this GPU'} is not known to distrain plan"
+    plan = ask(recipe, gpu.name, nodes=nodes, per_node=environment.processes // nodes)
+    return strategy_of(plan, usual)
+
+
+def strategy_of(plan: Mapping[str, Any] | None, usual: StrategySpec) -> tuple[StrategySpec, str]:
+    """Return the strategy that a plan comes to for the recipe as it is, and why. Pure.
+
+    Where `ddp` does not fit, it is the fastest of those that do without any other change of the recipe.
+    """
+    from distrain.parallel import StrategySpec
+
+    if plan is None:
+        return usual, f"strategy auto: {usual}, as none could be planned"
+    asked = plan["options"][0]["activation_checkpointing"]
+    options = [each for each in plan["options"] if each["activation_checkpointing"] == asked]
+    first = next((each for each in options if each["strategy"] == usual.strategy), None)
+    fitting = [each for each in options if each["fits"]]
+    if first is None or first["fits"] or not fitting:
+        why = "which fits by the plan" if first is not None and first["fits"] else "as nothing fits by the plan"
+        return usual, f"strategy auto: {usual}, {why}"
+    best = min(fitting, key=lambda each: each["step"]["total_s"])
+    name, replicate = ("fsdp2", "auto") if best["strategy"] == "hsdp" else (best["strategy"], 1)
+    sizes = f"{gib(first['total_bytes'])} of {gib(plan['gpu_memory_bytes'])} of a GPU"
+    spec = StrategySpec.of(name, "none", replicate)
+    return spec, f"strategy auto: {spec}, by the plan; {usual} would take {sizes}"
 
 
 def asked_for(

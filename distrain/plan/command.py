@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distrain.config import UserError
+from distrain.config import Recipe, UserError
 from distrain.config.yaml import load_recipe
 from distrain.plan.gpus import CPU, GPUS, Gpu, find_gpu, known_gpu
 from distrain.plan.planning import CannotTrace, Plan, gpu_here, make_plan
@@ -23,8 +23,13 @@ def plan_recipe(
     loaded = load_recipe(path, overrides)
     check_recipe(loaded.recipe, path)
     found = gpu_meant(gpu)
+    return plan_of(loaded.recipe, found, nodes, per_node)
+
+
+def plan_of(recipe: Recipe, gpu: Gpu, nodes: int, per_node: int) -> Plan:
+    """Return the plan of a recipe that was read; raises UserError as `plan_recipe` does."""
     try:
-        return make_plan(loaded.recipe, found, nodes, per_node)
+        return make_plan(recipe, gpu, nodes, per_node)
     except CannotTrace as error:
         raise UserError(
             f"{error}. A plan needs the shapes alone; `batch.micro: auto` finds the largest micro-batch by trying"

@@ -44,21 +44,24 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _table(plan: Plan, unit: str, size: float) -> list[str]:
-    head = f"{unit + ' a process':<15}" + "".join(f"{name:>8}" for name in (*_COLUMNS, "total"))
-    lines = [f"{head}  {'micro':>9} {'ms/step':>8}"]
+    head = f" {unit + ' each':<13}" + "".join(f"{name:>7}" for name in (*_COLUMNS, "total"))
+    lines = [f"{head}  {'micro':>10} {'ms/step':>9}"]
     for each in plan.options:
         name = each.strategy if each.checkpointing == plan.asked_checkpointing else _other(each)
         cells = [sum(each.memory.parts.get(part, 0) for part in parts) for parts in _COLUMNS.values()]
-        numbers = "".join(f"{_number(cell / size):>8}" for cell in (*cells, each.memory.total))
+        numbers = "".join(f"{_number(cell / size):>7}" for cell in (*cells, each.memory.total))
         most = "none fits" if each.largest is None else f"{each.micro}/{each.largest}"
         star = "*" if each == plan.chosen else " " if each.fits else "-"
-        lines.append(f"{star}{name:<14}{numbers}  {most:>9} {_ms(each.time.total):>8}")
-    lines += _wrapped("", "* recommended, - does not fit; micro: planned / the largest that fits")
+        lines.append(f"{star}{name:<13}{numbers}  {most:>10} {_ms(each.time.total):>9}")
+    legend = "* recommended, - does not fit; micro: planned / the largest that fits"
+    if len({each.checkpointing for each in plan.options}) > 1:
+        legend += "; recomputed: with train.activation_checkpointing"
+    lines += _wrapped("", legend)
     return lines
 
 
 def _other(option: Option) -> str:
-    return "  + checkpoints" if option.checkpointing else "  - checkpoints"
+    return "+ recomputed" if option.checkpointing else "- recomputed"
 
 
 def _choice(plan: Plan) -> list[str]:

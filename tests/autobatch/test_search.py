@@ -186,14 +186,21 @@ def test_the_largest_is_found_in_few_tries() -> None:
     sizes = [2**power for power in range(12)]
     assert largest(sizes, fits) == 64
     assert len(tried) <= 5
+    for guess, tries in ((64, 2), (32, 3), (128, 2), (5, 5)):
+        tried.clear()
+        assert largest(sizes, fits, guess) == 64
+        assert len(tried) <= tries
+        assert tried[0] == (guess if guess in sizes else 2048)
     assert largest([1], lambda size: True) == 1
     assert largest([3, 5], lambda size: False) is None
 
 
-@given(st.lists(st.integers(1, 10**6), min_size=1, unique=True), st.integers(0, 10**6))
-def test_the_largest_is_the_largest(sizes: list[int], limit: int) -> None:
+@given(st.lists(st.integers(1, 10**6), min_size=1, unique=True), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_the_largest_is_the_largest(sizes: list[int], limit: int, place: int) -> None:
     sizes.sort()
-    assert largest(sizes, lambda size: size <= limit) == max((size for size in sizes if size <= limit), default=None)
+    expected = max((size for size in sizes if size <= limit), default=None)
+    assert largest(sizes, lambda size: size <= limit) == expected
+    assert largest(sizes, lambda size: size <= limit, sizes[place % len(sizes)]) == expected
 
 
 @given(st.integers(1, 4000), st.integers(1, 16))

@@ -271,6 +271,30 @@ def _check_folder(run: RunDir, loaded: LoadedRecipe, snapshot: Snapshot, code: P
         )
 
 
+def planned(prepared: Prepared) -> list[str]:
+    """Return the lines of `distrain plan` for a job on GPUs, or how to have them; none for one on CPUs."""
+    plan = prepared.plan
+    if not plan.gpus_per_node:
+        return []
+    from distrain.plan.gpus import known_gpu
+
+    gpu = known_gpu(plan.gpu_type) if plan.gpu_type else None
+    per_node = plan.processes_per_node
+    if gpu is None:
+        options = f"--nodes {plan.nodes} --gpus-per-node {per_node}"
+        found = (
+            f"does not know {plan.gpu_type}" if plan.gpu_type else "is not told the kind of GPU (gpu_type of a site)"
+        )
+        return [f"no plan, as it {found}: distrain plan RECIPE --gpu NAME {options}"]
+    from distrain.plan.command import plan_of
+    from distrain.plan.showing import plan_lines
+
+    try:
+        return plan_lines(plan_of(prepared.runs[0][1].recipe, gpu, plan.nodes, per_node))
+    except UserError as error:
+        return [f"no plan: {error}"]
+
+
 def submit(prepared: Prepared) -> str:
     """Write the run and submit its job; returns the job's number. Raises UserError where a job of it is queued."""
     plan, folder = prepared.plan, prepared.folder
