@@ -27,7 +27,7 @@ from distrain.data import build_data, build_transform
 from distrain.datasets.base import Batch, Data
 from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.networks.meta_device import build_on_meta, take_values
-from distrain.optim import frozen_names
+from distrain.optim import Optimizers, frozen_names
 from distrain.parallel import Mesh, StrategySpec, World, with_mixed_precision
 from distrain.parallel.precision import MixedPrecision
 from distrain.parallel.tuning import Facts, resolve_tuning
@@ -189,7 +189,7 @@ class Tracer:
     def facts(self) -> ModelFacts:
         """Return what a strategy spreads: the parameters in their units, buffers, and what the optimizer keeps."""
         model, recipe = self.model, self.planned.recipe
-        frozen = set(frozen_names(model, recipe.optim))
+        frozen = set(frozen_names(model, *recipe.optimizers.values()))
         units = {id(each): 0 for each in model.parameters()}
         for number, unit in reversed([*enumerate(self._units, 1)]):
             units |= {id(each): number for each in unit.parameters()}
@@ -219,6 +219,8 @@ class Tracer:
     def _optimizer(self) -> OptimizerFacts:
         """Return what an optimizer keeps and takes, from a step of it without values."""
         optimizer = self._spec.optimizer(self.model)
+        parts = [*optimizer.parts.values()] if isinstance(optimizer, Optimizers) else [optimizer]
+        names = " and ".join(dict.fromkeys(type(each).__name__ for each in parts))
         trained = [each for group in optimizer.param_groups for each in group["params"]]
         elements = sum(each.numel() for each in trained)
         largest = max((each.nbytes for each in trained), default=0)
@@ -235,9 +237,10 @@ class Tracer:
                 for each in trained:
                     each.grad = torch.empty_like(each)
             with tape:
-                optimizer.step()
+                for each in parts:
+                    each.step()
         except Exception:  # one that looks at values: taken for one with two moments, as most are
-            return OptimizerFacts(type(optimizer).__name__, 8.0, 0, 0.0, together, measured=False)
+            return OptimizerFacts(names, 8.0, 0, 0.0, together, measured=False)
         finally:
             for each in trained:
                 each.grad = None
@@ -248,7 +251,7 @@ class Tracer:
         extra = 0 if fused else max(tape.peak - sizes, 0)
         whole = sum(each.nbytes for each in trained) if together else largest
         return OptimizerFacts(
-            type(optimizer).__name__, sizes / max(elements, 1), sum(each.nbytes for each in kept.values()) - sizes,
+            names, sizes / max(elements, 1), sum(each.nbytes for each in kept.values()) - sizes,
             extra / max(whole, 1), together,
         )  # fmt: skip
 
