@@ -29,7 +29,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 @functools.cache
-def _start_server() -> None:
+def start_server() -> None:
     """Start the server from which all processes are forked, with preloaded.py imported."""
     _context.set_forkserver_preload(["preloaded"])
     before = os.environ.get("PYTHONPATH")
@@ -114,7 +114,7 @@ def running_world(
     without a launcher's environment, as a plain `python` does.
     """
     assert launched or world_size == 1, "only a launcher starts several"
-    _start_server()
+    start_server()
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = []
