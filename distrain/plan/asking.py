@@ -63,11 +63,13 @@ def main(place: str) -> None:
     folder = Path(place)
     try:
         from distrain.config.yaml import load_recipe
+        from distrain.datasets.preparing import prepare_data
         from distrain.plan.gpus import find_gpu
         from distrain.plan.planning import make_plan
 
         asked = json.loads((folder / "asked.json").read_text())
         recipe = load_recipe(folder / "recipe.yaml").recipe
+        prepare_data(recipe)  # as the run that follows would
         found = make_plan(recipe, find_gpu(asked["gpu"]), asked["nodes"], asked["per_node"]).to_json()
     except Exception as error:
         found = {"problem": error_line(error)}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import load_recipe
+from distrain.datasets.preparing import prepare_data
 from distrain.plan.gpus import CPU, GPUS, Gpu, find_gpu, known_gpu
 from distrain.plan.planning import CannotTrace, Plan, gpu_here, make_plan
 from distrain.system.gpus import gpu_models
+
+logger = logging.getLogger(__name__)
 
 
 def plan_recipe(
@@ -16,13 +20,16 @@ def plan_recipe(
 ) -> Plan:
     """Return the plan of a recipe file. `gpu`: a name, a file, or cpu; None takes what this machine has.
 
-    Raises UserError for what a run would refuse, an unknown GPU, and a model that cannot be traced.
+    Has `data.prepare` make the data where they are not there. Raises UserError for what a run would refuse, an unknown
+    GPU, and a model that cannot be traced.
     """
     from distrain.training.checks import check_recipe
 
     loaded = load_recipe(path, overrides)
     check_recipe(loaded.recipe, path)
     found = gpu_meant(gpu)
+    if prepare_data(loaded.recipe):
+        logger.info(f"data.prepare has made {loaded.recipe.data.path}")
     return plan_of(loaded.recipe, found, nodes, per_node)
 
 
