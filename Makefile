@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-fast bench bench-gpu check format clean
+.PHONY: demo docs test test-all test-fast bench bench-gpu check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
@@ -34,6 +34,10 @@ bench: $(VENV)/installed
 bench-gpu: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py --gpu
+
+# the pages as a site: docs/_build/index.html
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
