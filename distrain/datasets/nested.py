@@ -5,7 +5,7 @@ A graph of PyTorch Geometric, or a batch of graphs, is a value too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -22,7 +22,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for each in value:
             yield from tensors_in(each)
-    elif _is_graph(value):
+    elif is_graph(value):
         yield from tensors_in(value.to_dict())
 
 
@@ -37,7 +37,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
     if isinstance(value, list):
         return [map_tensors(change, each) for each in value]
-    return copy(value).apply(change) if _is_graph(value) else value
+    return copy(value).apply(change) if is_graph(value) else value
 
 
 def rows_of(value: Any, keep: list[bool]) -> Any:
@@ -47,6 +47,8 @@ def rows_of(value: Any, keep: list[bool]) -> Any:
         return value[[at for at, kept in enumerate(keep) if kept]] if has_rows else value
     if isinstance(value, Mapping):
         return {key: rows_of(each, keep) for key, each in value.items()}
+    if is_graph(value) and getattr(value, "num_graphs", None) == len(keep):
+        return graph_batch([value[at] for at, kept in enumerate(keep) if kept])
     if isinstance(value, list) and len(value) == len(keep):
         return [each for each, kept in zip(value, keep, strict=True) if kept]
     if isinstance(value, tuple | list):
@@ -55,5 +57,15 @@ def rows_of(value: Any, keep: list[bool]) -> Any:
     return value
 
 
-def _is_graph(value: Any) -> bool:
-    return hasattr(value, "apply") and hasattr(value, "to_dict")
+def is_graph(value: Any) -> bool:
+    """Whether a value is a graph of PyTorch Geometric, or a batch of graphs."""
+    return hasattr(value, "to_dict") and any(
+        kind.__module__.startswith("torch_geometric.") for kind in type(value).mro()
+    )
+
+
+def graph_batch(graphs: Sequence[Any]) -> Any:
+    """Return graphs of PyTorch Geometric, of any sizes, as one batch."""
+    from torch_geometric.data import Batch
+
+    return Batch.from_data_list(list(graphs))

@@ -33,6 +33,7 @@ from distrain.datasets.base import (
     split_indices,
 )
 from distrain.datasets.labels import IGNORED, NUMBERED, Labels
+from distrain.datasets.nested import graph_batch, is_graph
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
 from distrain.system.output import error_line
 
@@ -84,6 +85,7 @@ def user_data(request: DataRequest, made: Any) -> Data:
     - a Dataset: `__len__` and `__getitem__(index)`, which returns (inputs, targets) or {"inputs": ..., "targets": ...};
       Python's, NumPy's and PyTorch's global generators are seeded from (seed, epoch, sample) before each item;
     - a tuple (inputs, targets) of tensors, arrays or tables with a row for each sample;
+    - either with graphs of PyTorch Geometric as inputs, or as items, whose targets are then their `y`;
     - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if present, is called before a pass.
 
     Inputs and targets are tensors, arrays, numbers, PIL images, or dicts and tuples of these; of a sample of three or
@@ -349,6 +351,9 @@ def _pair(item: Any, name: str) -> tuple[Any, Any]:
     """Return (inputs, targets or None) of an item; `name` identifies it in the error."""
     if isinstance(item, Mapping) and "inputs" in item and set(item) <= {"inputs", "targets"}:
         return item["inputs"], item.get("targets")
+    if is_graph(item):
+        targets = getattr(item, "y", None)  # one row for the graph, which a batch has for each
+        return item, targets[0] if isinstance(targets, torch.Tensor) and targets.shape[:1] == (1,) else targets
     if isinstance(item, tuple | list) and item:
         if len(item) > 2:  # as arrays: a tuple of numbers would be a vector
             return tuple(np.asarray(each) if isinstance(each, int | float) else each for each in item[:-1]), item[-1]
@@ -468,10 +473,8 @@ def _collated(values: list[Any], key: str, form: _Form, tensor: Callable[[Any], 
         if any(not isinstance(each, tuple) or len(each) != len(first) for each in values):
             raise UserError(f"{form.name}: {key} of one batch are tuples of {len(first)} and of another length")
         return tuple(_collated(list(part), key, form, tensor) for part in zip(*values, strict=True))
-    if type(first).__module__.startswith("torch_geometric."):
-        from torch_geometric.data import Batch as GraphBatch
-
-        return GraphBatch.from_data_list(values)
+    if is_graph(first):
+        return graph_batch(values)
     tensors = [tensor(each) for each in values]
     ragged = key == "inputs" and tensors[0].ndim == 3 and len({each.shape for each in tensors}) > 1
     return tensors if ragged else _joined(tensors, key, form)
