@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distrain.config import Duration, Recipe, UserError
     from distrain.training.callbacks.base import Callback
     from distrain.training.callbacks.tracker import Tracker
+    from distrain.training.noise import bernoulli, rand_like, randint_like, randn_like
     from distrain.training.tasks import LossSum, Task, TaskContext, gather
     from distrain.training.tasks.built_in import (
         Binary,
@@ -48,10 +49,14 @@ __all__ = [
     "TokenClassification",
     "Tracker",
     "UserError",
+    "bernoulli",
     "evaluate",
     "gather",
     "load",
     "predict",
+    "rand_like",
+    "randint_like",
+    "randn_like",
     "train",
 ]
 
@@ -73,10 +78,14 @@ _FOUND_IN = {
     "TokenClassification": "distrain.training.tasks.built_in",
     "Tracker": "distrain.training.callbacks.tracker",
     "UserError": "distrain.config",
+    "bernoulli": "distrain.training.noise",
     "evaluate": "distrain.api",
     "gather": "distrain.training.tasks",
     "load": "distrain.api",
     "predict": "distrain.api",
+    "rand_like": "distrain.training.noise",
+    "randint_like": "distrain.training.noise",
+    "randn_like": "distrain.training.noise",
     "train": "distrain.api",
 }
 

@@ -21,8 +21,9 @@ from distrain.parallel import StepFlags, StepRecord, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, stepped
 from distrain.run.lease import Lease
+from distrain.training import noise
 from distrain.training.callbacks.base import Callback
-from distrain.training.context import PendingMetrics, TrainContext, Turn, dropout_seed, seed_dropout, to_device
+from distrain.training.context import PendingMetrics, TrainContext, Turn, seed_forward, to_device
 from distrain.training.coupling import look_ahead
 from distrain.training.intervals import StopRequest
 from distrain.training.run_loop import Session
@@ -112,7 +113,7 @@ def take_turn(
             look_ahead(t, turn, micro_batches)
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, world)
-            seed_dropout(world, dropout_seed(t, t.step, index, turn))
+            seed_forward(t, index, turn, len(batch["ids"]))
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
                 loss_sum = objective.loss_sum(strategy.wrapped, batch)
@@ -148,6 +149,7 @@ def take_turn(
             restore_buffers()
         if scaler is not None:
             scaler.end_step(taken=taken)
+        noise.of_nothing()
         return PendingMetrics(t.step + 1, read, grad_scale, t.local, means, taken, turn)
 
 

@@ -9,29 +9,16 @@ import math
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import Dataset
 
 import distrain
 
 TIMES = 100
 
 
-class NoisyDigits(Dataset):
-    """A digit, the time to which it is to diffuse, and the noise it gets until then.
-
-    Time and noise are drawn here, not in the task: before each item the global generators are seeded from (seed, epoch,
-    sample), so a sample meets the same noise in any micro-batch, on any number of processes and after a resume, and
-    other noise in each epoch. In `losses` they would depend on which samples a process has at a time.
-    """
-
-    def __init__(self):
-        self.pictures = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32)
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, index):
-        return {"picture": self.pictures[index], "time": torch.randint(TIMES, ())}, torch.randn(64)
+def pictures():
+    """Return the digits (1797, 64), from -1 to 1, and what each is."""
+    digits = load_digits()
+    return torch.tensor(digits.data / 8 - 1, dtype=torch.float32), digits.target
 
 
 class Denoiser(nn.Module):
@@ -71,17 +58,25 @@ class Denoiser(nn.Module):
 
 
 class Diffusion(distrain.Task):
-    """The squared error of the predicted noise."""
+    """The squared error of the predicted noise.
+
+    A sample meets the same time and noise on any number of processes, in any micro-batch and after a resume.
+    """
 
     def losses(self, model, batch):
-        error = (self.predictions(model, batch) - batch["targets"]).square().mean(1)
-        late = batch["inputs"]["time"] >= TIMES // 2
+        noise, time, found = self.denoised(model, batch)
+        error = (found - noise).square().mean(1)
+        late = time >= TIMES // 2
         self.log("late", (error * late).sum(), late.sum())  # where there is more noise than picture
         return {"noise": error}
 
     def predictions(self, model, batch):
-        picture, time = batch["inputs"]["picture"], batch["inputs"]["time"]
-        return model(model.diffuse(picture, time, batch["targets"]), time)
+        return self.denoised(model, batch)[2]
+
+    def denoised(self, model, batch):
+        picture = batch["inputs"]
+        time, noise = distrain.randint_like(picture[:, 0], TIMES), distrain.randn_like(picture)
+        return noise, time, model(model.diffuse(picture, time, noise), time)
 
 
 def main() -> None:
@@ -91,7 +86,7 @@ def main() -> None:
     run = distrain.train(
         task=Diffusion,
         model=Denoiser,
-        data=NoisyDigits,
+        data=pictures,
         batch={"global": 128},
         optim={"lr": 0.003},
         schedule="cosine",
@@ -106,7 +101,7 @@ def main() -> None:
     drawn = run.model().sample(100, seed=0)
     for row in drawn[:6].view(6, 8, 8).permute(1, 0, 2).clamp(-1, 1):  # six digits, side by side
         print("  ".join("".join(" .:*#"[round(2 * value + 2)] for value in part) for part in row.tolist()))
-    real = NoisyDigits().pictures
+    real, _ = pictures()
     far = torch.cdist(drawn, real).amin(1).mean()
     print(f"nearest digit at {far:.2f}; of noise at {torch.cdist(torch.randn(100, 64), real).amin(1).mean():.2f}")
 

@@ -18,6 +18,7 @@ outputs.py          what a model predicts, from its outputs
 intervals.py        when things are due, requests to stop, the best so far
 skipping.py         steps that are skipped: the loss or gradient norm is NaN, infinite, or spikes
 coupling.py         losses that couple the samples of a batch, found before step 1
+noise.py            random numbers of a sample, the same in any world
 ranking.py          what the best checkpoint is the best of
 forward.py          what layers know of the batch they are called on
 checks.py           what a recipe must be before anything is built from it

@@ -18,6 +18,7 @@ from distrain.datasets.nested import map_tensors, tensors_in
 from distrain.datasets.transforms import FINISH
 from distrain.optim import Schedule, parts_of, set_lr
 from distrain.parallel import StepFlags, Strategy, TrainingState, World
+from distrain.training import noise
 from distrain.training.compiling import NOTHING, Compiled
 from distrain.training.skipping import Anomalies, LocalStepResult
 from distrain.training.tasks import Objective
@@ -150,6 +151,15 @@ def dropout_seed(t: TrainContext, step: int, index: int, turn: Turn) -> int:
     """Return what seeds the forward pass of a micro-batch of `step`, from 0, by its number on this rank."""
     others = (turn.number,) if turn.number else ()  # the first draws as the only one does
     return mix(t.recipe.seed, "dropout", step, t.world.mesh.data_rank, index, *others)
+
+
+def seed_forward(t: TrainContext, index: int, turn: Turn, samples: int) -> None:
+    """Seed what a forward pass of the step under way draws: of a micro-batch of `samples`, by its number here."""
+    seed_dropout(t.world, dropout_seed(t, t.step, index, turn))
+    mesh = t.world.mesh
+    # a step's positions are those of the ranks' first micro-batches, then of their second ones
+    first = (index * mesh.data_size + mesh.data_rank) * samples
+    noise.of_step(t.recipe.seed, t.step, first, samples, turn.number)
 
 
 def seed_dropout(world: World, seed: int) -> None:

@@ -20,7 +20,7 @@ from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel.strategy import restored
 from distrain.run.heartbeat import enter_phase
-from distrain.training.context import TrainContext, Turn, dropout_seed, seed_dropout, to_device
+from distrain.training.context import TrainContext, Turn, seed_dropout, seed_forward, to_device
 from distrain.training.tasks import SupervisedObjective
 
 _TOLERANCE = 1e-4
@@ -40,7 +40,7 @@ def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> N
     enter_phase("forward")
     with torch.no_grad():
         for index, batch in enumerate(micro_batches):
-            seed_dropout(world, dropout_seed(t, t.step, index, turn))
+            seed_forward(t, index, turn, len(batch["ids"]))
             turn.objective.look_ahead(strategy.model, to_device(batch, world))
     restore()
     strategy.reshard()

@@ -25,7 +25,7 @@ checkpoint: {{every: 2 steps, keep: 100, async: false}}
 log: {{every: 1 steps}}
 """
 PARTS = {
-    "diffusion": ("Diffusion", "NoisyDigits", "Denoiser"),
+    "diffusion": ("Diffusion", "pictures", "Denoiser"),
     "gan": ("Adversarial", "NoisyDigits", "GAN"),
     "reinforce": ("Reinforce", "Episodes", "Player"),
     "distillation": ("Distillation", "digits", "Net"),

@@ -19,6 +19,7 @@ from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import Loss
 from distrain.parallel import World
 from distrain.run.media import Encoded
+from distrain.training import noise
 from distrain.training.forward import told_of
 from distrain.training.inner_loss import TARGETS
 from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
@@ -161,6 +162,7 @@ class SupervisedObjective(Objective):
     def bind(self, model: nn.Module, context: TaskContext) -> None:
         """Note how the model is called."""
         self.call = calling_convention(model)
+        self._seed = context.recipe.seed
 
     def loss_scale(self, world: World, global_batch_size: int, micro_batches: Sequence[Batch]) -> float | Tensor:
         """Return it as a number where the count is that of the samples, otherwise as a tensor (0-d)."""
@@ -188,7 +190,8 @@ class SupervisedObjective(Objective):
 
     def evaluate(self, model: nn.Module, batch: Batch, *, predict: bool) -> Any:
         """Return the model's output."""
-        return self.call(model, batch["inputs"])
+        with noise.evaluating(self._seed, batch["ids"]):
+            return self.call(model, batch["inputs"])
 
     def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
         """Compare it with the targets; the auxiliary loss is no part of an evaluation."""
@@ -199,7 +202,8 @@ class SupervisedObjective(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's first output."""
-        return self.call(model, batch["inputs"]).logits
+        with noise.evaluating(self._seed, batch["ids"]):
+            return self.call(model, batch["inputs"]).logits
 
 
 class TaskObjective(Objective):
@@ -231,6 +235,7 @@ class TaskObjective(Objective):
     def bind(self, model: nn.Module, context: TaskContext) -> None:
         """Have the model run what the task computes, and the task build what it needs."""
         self.call = self.task.convention = calling_convention(model)
+        self._seed = context.recipe.seed
         self.task.prepare(context)
         run_inside(model)
 
@@ -325,7 +330,8 @@ class TaskObjective(Objective):
         """Return losses, further means and predictions of the rows that are no padding; where all are, of them."""
         keep = (batch["ids"] >= 0).tolist()
         self._batch = batch if all(keep) or not any(keep) else rows_of(batch, keep)
-        found = call_inside(model, self._predict if predict or self._measures else self._judge)
+        with noise.evaluating(self._seed, self._batch["ids"]):
+            found = call_inside(model, self._predict if predict or self._measures else self._judge)
         return found, self._batch, any(keep)
 
     def score(self, evaluated: Any, batch: Batch, world: World) -> Scored:
@@ -338,7 +344,8 @@ class TaskObjective(Objective):
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         self._batch = batch
-        return call_inside(model, lambda inner: self.task.predictions(inner, batch))
+        with noise.evaluating(self._seed, batch["ids"]):
+            return call_inside(model, lambda inner: self.task.predictions(inner, batch))
 
     @property
     def shows(self) -> bool:
@@ -395,6 +402,7 @@ class TaskObjective(Objective):
 
     def _predict(self, model: TaskModel) -> tuple[int, Tensor, tuple[str, ...], Any]:
         losses, pairs, names, _ = self._judge(model)
+        noise.of_evaluation(self._seed, self._batch["ids"])  # as if they were asked for alone
         predictions = self.task.predictions(model, self._batch)
         samples = len(self._batch["ids"])
         further = {
