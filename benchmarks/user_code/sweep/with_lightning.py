@@ -35,8 +35,6 @@ def objective(trial):
     return trainer.callback_metrics["accuracy"].item()
 
 
-study = optuna.create_study(
-    direction="maximize", storage="sqlite:///runs/sweep.db", study_name="sweep", load_if_exists=True
-)
+study = optuna.create_study(direction="maximize", storage="sqlite:///sweep.db", study_name="sweep", load_if_exists=True)
 study.optimize(objective, n_trials=2)
 print(study.trials_dataframe(), study.best_params)
