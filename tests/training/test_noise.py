@@ -66,8 +66,8 @@ def test_the_kinds_are_of_their_distributions() -> None:
     normal, uniform, integers, hits = (drawn(kind, 400, 250).flatten() for kind in DRAWS)
     assert stats.kstest(normal.numpy(), "norm").pvalue > 1e-3
     assert stats.kstest(uniform.numpy(), "uniform").pvalue > 1e-3
-    moments = [(normal**power).mean().item() for power in (1, 2, 3, 4)]
-    assert moments == pytest.approx([0, 1, 0, 3], abs=0.06)
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # of normal numbers to that power
+        assert abs((normal**power).mean().item() - mean) < 4 * (variance / len(normal)) ** 0.5
     assert (uniform >= 0).all()
     assert (uniform < 1).all()
     assert (integers.min(), integers.max(), integers.dtype) == (-3, 999, torch.int64)
