@@ -47,7 +47,7 @@ def start_in_little_room(recipe: str, run_dir: str, overrides: list[str], room: 
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
     os.environ["PYTHONPATH"] = IMPORTABLE
     with warm_children():
-        return captured(lambda: start(recipe, overrides, run_dir=run_dir, **options))
+        return captured(lambda: start(recipe, overrides, run_dir=run_dir, **options).status)
 
 
 def start(folder: Path, *overrides: str, room: int = ROOM, status: int = 0, **options: Any) -> Ended:

@@ -450,7 +450,7 @@ def files_entered(recipe: str, run_dir: str) -> list[str]:
 
     sys.setprofile(note)
     try:
-        assert start(recipe, run_dir=run_dir, processes=1) == 0
+        assert start(recipe, run_dir=run_dir, processes=1).status == 0
     finally:
         sys.setprofile(None)
     return entered[1:]
