@@ -15,7 +15,7 @@ from worlds import running_world
 from distrain.checkpoint import list_checkpoints, verify
 from distrain.run.folder import RunDir
 
-KILLS = int(os.environ.get("DISTRAIN_KILLS", "6"))
+KILLS = int(os.environ.get("DISTRAIN_KILLS", "8"))
 """How often a run is killed, and half as often one that is sharded, whose steps take several times as long;
 DISTRAIN_KILLS=100 makes some more hundreds of them."""
 
