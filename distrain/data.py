@@ -138,17 +138,9 @@ def build_data(
     """
     labels = functools.partial(Labels.of, recipe)
     fitted = None if state is None else {key: value for key, value in state.items() if key != COUNTS}
-    request = DataRequest(
-        recipe.data,
-        recipe.form,
-        recipe.seed,
-        Path(),
-        fitted,
-        float_dtype(recipe),
-        labels,
-        own_collate(recipe),
-        inputs_only=inputs_only and state is not None,
-    )
+    about = float_dtype(recipe), labels, own_collate(recipe)
+    without_splits = inputs_only and state is not None
+    request = DataRequest(recipe.data, recipe.form, recipe.seed, Path(), fitted, *about, inputs_only=without_splits)
     data = named_data(request)
     if not data.splits and reads is not None and data.meta.input_shape is None and data.read is not None:
         data = dataclasses.replace(data, splits={reads: data.read(Path(reads))})

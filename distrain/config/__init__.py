@@ -3,7 +3,7 @@
 `distrain.config.yaml.load_recipe` reads a recipe from its YAML file.
 
 recipe      `Recipe`
-sections    the sections of a recipe, with one sentence for each key
+sections    the sections of a recipe, with one sentence for each key; optim_sections: optimizers and schedules
 values      kinds of values in them, each with its check
 agreement   checks across sections
 durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` converts them to steps
@@ -23,6 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrain.config.durations import Duration, Horizon
+    from distrain.config.optim_sections import (
+        FreezeSection,
+        GroupSection,
+        OptimSection,
+        OwnScheduleSection,
+        PartSection,
+        ScheduleSection,
+    )
     from distrain.config.recipe import Recipe
     from distrain.config.sections import (
         AnomaliesSection,
@@ -34,17 +42,11 @@ if TYPE_CHECKING:
         EarlyStopSection,
         EvalSection,
         FoldSplit,
-        FreezeSection,
-        GroupSection,
         LogSection,
         LoraSection,
         MixSection,
         ModelSection,
-        OptimSection,
-        OwnScheduleSection,
-        PartSection,
         ProfileSection,
-        ScheduleSection,
         Section,
         TrainSection,
         TransformsSection,
@@ -105,8 +107,14 @@ _FOUND_IN = {
     "is_object_spec": "distrain.config.user_files",
     "resolve_object": "distrain.config.user_files",
     "mix": "distrain.config.seeds",
+    "FreezeSection": "distrain.config.optim_sections",
+    "GroupSection": "distrain.config.optim_sections",
+    "OptimSection": "distrain.config.optim_sections",
+    "OwnScheduleSection": "distrain.config.optim_sections",
+    "PartSection": "distrain.config.optim_sections",
+    "ScheduleSection": "distrain.config.optim_sections",
 }
-"""Names that are not sections."""
+"""Names that are not in `sections`."""
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.config.durations import Duration
+from distrain.config.optim_sections import ScheduleSection
 from distrain.config.schedules import SCHEDULES_WITH
-from distrain.config.sections import LENGTHS, FoldSplit, ScheduleSection
+from distrain.config.sections import LENGTHS, FoldSplit
 from distrain.config.tasks import FORMS, unknown_task
 
 ATTRIBUTES = {"global": "global_batch_size", "micro": "micro_batch_size", "async": "asynchronous"}

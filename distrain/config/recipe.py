@@ -9,10 +9,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from pydantic_core import PydanticCustomError
 
 from distrain.config.agreement import Known, disagreements
-from distrain.config.sections import (
-    AnomaliesSection,
+from distrain.config.optim_sections import (
     AnyOptim,
     AnySchedule,
+    OptimSection,
+    OwnScheduleSection,
+    ScheduleSection,
+)
+from distrain.config.sections import (
+    AnomaliesSection,
     BatchSection,
     CheckpointSection,
     ComponentField,
@@ -20,9 +25,6 @@ from distrain.config.sections import (
     EvalSection,
     LogSection,
     ModelSection,
-    OptimSection,
-    OwnScheduleSection,
-    ScheduleSection,
     Section,
     TrainSection,
     TuneSection,
