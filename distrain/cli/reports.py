@@ -76,7 +76,7 @@ def report(
     else:
         content = _text(made, kind)
         if where is None:
-            typer.echo(content, nl=not content.endswith("\n"))
+            echo(content, end="" if content.endswith("\n") else "\n")
             return
         _write(where, lambda path: path.write_text(content, encoding="utf-8"))
     echo(one_line(f"wrote {where}"))

@@ -182,9 +182,8 @@ class DDPStrategy(Strategy):
         if type(self._acting).zero_grad is not Optimizer.zero_grad:
             super().skip()
             return
-        for (
-            parameter
-        ) in self._now.parameters:  # as torch's zero_grad does, whose entry in a profile costs more than this
+        # as torch's zero_grad does, whose entry in a profile costs more than this
+        for parameter in self._now.parameters:
             parameter.grad = None
 
     def _complete(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,10 @@ def test_a_shell_completes_commands_keys_runs_and_sites(tmp_path: Path) -> None:
         "distrain submit --site gen",
     ]
     bash = ["bash", "--norc", "-c", IN_BASH, "bash", *typed]
-    found = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = subprocess.run(
+        bash, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True, timeout=300
+    )
     command, run, key, sites = found.stdout.splitlines()
     assert (command, run, key) == ("evaluate", "runs/iris", "train.precision=")
     assert {"generic-cpu", "generic-gpu"} <= set(sites.split())

@@ -137,10 +137,11 @@ def test_a_job_that_is_cancelled_while_it_starts_is_not_queued_again(
 
 def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    job = project.submit("--run-dir", run.path, nodes=1)
-    # what was right when it was submitted is not when it is read, seconds later
+    job = project.submit("--run-dir", run.path, "--sbatch=--hold", nodes=1)
+    # what was right when it was submitted is not when it is read
     (run.path / "submit" / "code" / "project" / "paced.py").write_text("import nothing_of_this_name\n")
-    found = cluster.wait_for_state(job, "FAILED", "COMPLETED", "PENDING")
+    cluster.run("scontrol", "release", job)
+    found = cluster.wait_for_state(job, "FAILED", "COMPLETED")
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), run.log()
     assert "nothing_of_this_name" in run.log()
 

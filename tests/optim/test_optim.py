@@ -21,7 +21,6 @@ from distrain.config.registry import optimizers
 from distrain.optim import (
     Ema,
     build_optimizer,
-    check_optimizer,
     check_schedule,
     frozen_names,
     fused_kernel,
@@ -31,6 +30,7 @@ from distrain.optim import (
     set_lr,
     unregistered_layers,
 )
+from distrain.optim.optimizers import check_optimizer
 
 
 class Tied(nn.Module):

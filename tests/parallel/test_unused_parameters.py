@@ -39,8 +39,7 @@ def loss_of(model: nn.Module) -> Tensor:
     ],
 )
 def test_what_is_only_cast(start: str, cast: bool) -> None:
-    with torch.device("meta"):
-        model = Mixed()
+    model = Mixed().to("meta")
     found = cast_parameters(model, loss_of, CPU, torch.bfloat16)
     assert found is not None
     names = [name for name, _ in model.named_parameters() if name.startswith(start)]

@@ -166,7 +166,7 @@ def test_a_row_is_generated_up_to_a_limit_of_its_own() -> None:
     for row, length in enumerate((1, 5, 3)):
         targets[row, :length] = 2
     batch = {"inputs": {"source": torch.ones(3, 4)}, "targets": targets, "references": ["a", "b", "c"]}
-    hypotheses, references = evaluation._texts(Endless(), batch, lambda tokens: "x" * len(tokens))
+    hypotheses, references = evaluation.generated_texts(Endless(), batch, lambda tokens: "x" * len(tokens))
     assert [len(text) for text in hypotheses] == [10, 18, 14]
     assert references == ["a", "b", "c"]
 

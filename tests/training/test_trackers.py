@@ -96,8 +96,8 @@ def test_mirrors_hold_every_row_once_across_resumes(tmp_path: Path) -> None:
             if isinstance(value, int | float) and key != "step":
                 assert mirrored[f"{group}/{key}"] == value
 
-    assert artifacts(run) == [
-        ("run-model", "model", ["model", "latest"]),
+    assert [(name, kind, sorted(aliases)) for name, kind, aliases in artifacts(run)] == [
+        ("run-model", "model", ["latest", "model"]),
         ("run-final", "checkpoint", ["final", "latest"]),
         ("run-best", "checkpoint", ["best", "latest"]),
     ]
