@@ -338,12 +338,13 @@ def criterion_of(folder: Path | str) -> Criterion | None:
 
     best = best_metric(read_text(run.recipe_path))
     metric = best.removeprefix("-")
+    higher = metric == best and metric != "loss"
     if newest is None:
-        return Criterion(metric, metric == best)
+        return Criterion(metric, higher)
     stored = newest.criterion
     if metric == stored.metric:
         return stored
-    return Criterion(metric, newest.higher.get(metric, metric == best), stored.split, stored.data)
+    return Criterion(metric, newest.higher.get(metric, higher), stored.split, stored.data)
 
 
 def _manifests(infos: Iterable[CheckpointInfo]) -> Iterator[Manifest]:

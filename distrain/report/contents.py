@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import distrain
+from distrain.checkpoint import criterion_of
 from distrain.config.strategies import describe_strategy
 from distrain.config.yaml import load_recipe
 from distrain.report.attempts import AttemptPart, attempt_parts, total_seconds
 from distrain.report.curves import Panel, comparing_panels, panels_of
-from distrain.report.differences import Comparison, compare_runs, criterion_of_run
+from distrain.report.differences import Comparison, compare_runs
 from distrain.report.goodput import Goodput, goodput_of
 from distrain.report.history import History
 from distrain.report.numbers import number
@@ -289,7 +290,7 @@ def _failure(run: RunDir) -> str:
 
 
 def _best_step(run: RunDir, history: History) -> int | None:
-    criterion = criterion_of_run(run)
+    criterion = criterion_of(run.checkpoints)
     if criterion is None:
         return None
     found = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from distrain.checkpoint import CheckpointError, Criterion, criterion_of, list_checkpoints, read_manifest
+from distrain.checkpoint import CheckpointError, criterion_of, list_checkpoints, read_manifest
 from distrain.report.attempts import attempt_parts, total_seconds
 from distrain.report.history import History
 from distrain.report.numbers import number
@@ -105,19 +105,13 @@ def _start(run: RunDir) -> dict[str, str]:
     }
 
 
-def criterion_of_run(run: RunDir) -> Criterion | None:
-    """Return what ranks the evaluations of a run; of a run without checkpoints the direction is that of its recipe."""
-    found = criterion_of(run.checkpoints)
-    return replace(found, higher=False) if found is not None and found.metric == "loss" else found
-
-
 class _Run:
     """A run, with what came of it."""
 
     def __init__(self, folder: Path, history: History):
         [self.status] = statuses(folder)
         self.run, self.history = RunDir(folder), history
-        self.criterion = criterion_of_run(self.run)
+        self.criterion = criterion_of(self.run.checkpoints)
         self.parts = attempt_parts(self.run, history, self.status)
 
     def best(self, metric: str, higher: bool) -> float | None:

@@ -17,6 +17,7 @@ from browser import Browser
 from runs import TINY, train, write_recipe
 from typer.testing import CliRunner
 
+from distrain.checkpoint import criterion_of
 from distrain.cli.main import app
 from distrain.config import UserError
 from distrain.report.contents import Report, build_report, labels
@@ -384,3 +385,14 @@ def test_ticks_are_round_and_told_apart(low: float, high: float) -> None:
 def test_ticks_of_a_logarithmic_axis(low: float, high: float, told: list[str]) -> None:
     ticks = log_ticks(low, high)
     assert [tick_label(tick, ticks, log=True) for tick in ticks] == told
+
+
+@pytest.mark.parametrize(
+    ("best", "higher"), [("null", False), ("loss", False), ("-loss", False), ("accuracy", True), ("-error", False)]
+)
+def test_a_run_without_checkpoints_is_ranked_as_its_recipe_says(tmp_path: Path, best: str, higher: bool) -> None:
+    text = re.sub(r"^eval:.*\n", "", TINY, flags=re.MULTILINE) + f"eval: {{best: {best}}}\n"
+    made(tmp_path / "run", [], text)
+    found = criterion_of(tmp_path / "run/checkpoints")
+    assert found is not None
+    assert (found.metric, found.higher) == ("loss" if best == "null" else best.removeprefix("-"), higher)
