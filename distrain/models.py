@@ -121,7 +121,7 @@ def library_call(recipe: Recipe, meta: DataMeta) -> dict[str, Any] | None:
     args = builder.arguments(recipe.model.args, facts(recipe.form, meta))
     if builder.call is None:
         return None
-    return {"library": builder.library, "arguments": builder.call(args), "object": builder.spec}
+    return {"library": builder.origin, "arguments": builder.call(args), "object": builder.spec}
 
 
 def _build(recipe: Recipe, known: dict[str, Any]) -> nn.Module:

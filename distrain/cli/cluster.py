@@ -137,17 +137,18 @@ def sites(
 
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=completion.runs)]
+Runs = Annotated[
+    Path,
+    typer.Argument(
+        metavar="[RUN|SWEEP]",
+        help="The folder of a run or sweep, or one that holds them.",
+        autocompletion=completion.runs,
+    ),
+]
 
 
 def status(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="[RUN|SWEEP]",
-            help="The folder of a run or sweep, or one that holds them.",
-            autocompletion=completion.runs,
-        ),
-    ] = Path("runs"),
+    run: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Show the state of runs: queue, step, time left, loss, restarts."""
@@ -155,14 +156,7 @@ def status(
 
 
 def watch(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="[RUN|SWEEP]",
-            help="The folder of a run or sweep, or one that holds them.",
-            autocompletion=completion.runs,
-        ),
-    ] = Path("runs"),
+    run: Runs = Path("runs"),
 ) -> None:
     """Watch runs on a terminal as they go: curves, ranks, time left, log."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -234,12 +234,31 @@ class ParquetFile(TableFile):
         super().discard()
 
 
-class LinesFile(PredictionFile):
-    """Lines of JSON, an object for each sample; a number that is not finite is null, as JSON has no other."""
+class _TextFile(PredictionFile):
+    """Lines of text, written as they come."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self._file: IO[str] | None = None
+
+    def _write(self, text: str) -> None:
+        if self._file is None:
+            self._file = self.temporary.open("w", encoding="utf-8", newline="\n")
+        self._file.write(text)
+
+    def write(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self.temporary.replace(self.path)
+
+    def discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().discard()
+
+
+class LinesFile(_TextFile):
+    """Lines of JSON, an object for each sample; a number that is not finite is null, as JSON has no other."""
 
     def check(self, batch: Predictions) -> None:
         """All can be held."""
@@ -257,48 +276,20 @@ class LinesFile(PredictionFile):
 
     def add_line(self, record: Mapping[str, Any]) -> None:
         """Append one object."""
-        if self._file is None:
-            self._file = self.temporary.open("w", encoding="utf-8")
-        self._file.write(json.dumps(_finite(record), default=_plain) + "\n")
-
-    def write(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self.temporary.replace(self.path)
-
-    def discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        super().discard()
+        self._write(json.dumps(_finite(record), default=_plain) + "\n")
 
 
-class TaggedFile(PredictionFile):
+class TaggedFile(_TextFile):
     """Tokens and their tags in columns, with a blank line after each sentence, as of CoNLL."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._file: IO[str] | None = None
 
     def check(self, batch: Predictions) -> None:
         if "tags" not in batch.columns:
             raise UserError(f"-o {self.path}: a .conll holds a tag for each token, and predictions are something else")
 
     def add(self, columns: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._file = self.temporary.open("w", encoding="utf-8", newline="")
         for tokens, tags in zip(columns["tokens"], columns["tags"], strict=True):
             lines = (f"{token}\t{NO_TAG if tag is None else tag}\n" for token, tag in zip(tokens, tags, strict=True))
-            self._file.write("".join(lines) + "\n")
-
-    def write(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self.temporary.replace(self.path)
-
-    def discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        super().discard()
+            self._write("".join(lines) + "\n")
 
 
 class ArrayWriter:

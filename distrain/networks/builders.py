@@ -45,7 +45,7 @@ class Builder:
     """Refused arguments, with reasons."""
     spec: str | None = None
     """`path/to/file.py:name` or `package.module:name` of the user's code."""
-    library: str | None = None
+    origin: str | None = None
     """Whose it is: torchvision, timm, or own; None: distrain's."""
     call: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """What the library itself is called with, from the arguments of `build`; None for distrain's models."""
@@ -86,7 +86,7 @@ def find_builder(recipe: Recipe) -> Builder:
             parameters,
             takes_any,
             refused=REFUSED_BY_TIMM,
-            library="timm",
+            origin="timm",
             call=lambda args: timm_arguments(entry, **args),
         )
     if not callable(entry.value):
@@ -95,7 +95,7 @@ def find_builder(recipe: Recipe) -> Builder:
         )
     own = entry.spec is not None
     found = Builder(name, entry.value, *named_parameters(entry.value), own=own)
-    return replace(found, spec=entry.spec, library="own", call=dict) if own else found
+    return replace(found, spec=entry.spec, origin="own", call=dict) if own else found
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def _torchvision_builder(name: str) -> Builder:
     def call(args: dict[str, Any]) -> dict[str, Any]:
         return fixed | args
 
-    return Builder(name, build, parameters, takes_any=False, refused=_REFUSED, library="torchvision", call=call)
+    return Builder(name, build, parameters, takes_any=False, refused=_REFUSED, origin="torchvision", call=call)
 
 
 def _set_in_channels(model: nn.Module, in_channels: int) -> str | None:

@@ -164,7 +164,8 @@ def take_lease(
         write_json(run.path / _FILE, asdict(holder), indent=None)
         earlier = run.attempts()
         if earlier:
-            with suppress(UserError, KeyError, TypeError, ValueError):  # rows of metrics.jsonl are read again later
+            # what is damaged in metrics.jsonl is an error where its rows are taken up; here their times are unknown
+            with suppress(UserError, KeyError, TypeError, ValueError):
                 append_row(run.attempts_path, how_it_ended(run, earlier[-1]))
         row: dict[str, Any] = {
             **asdict(holder),
