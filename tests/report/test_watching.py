@@ -78,7 +78,7 @@ def test_runs_of_a_folder_are_listed_and_chosen(run: Path, tmp_path: Path) -> No
         async with app.run_test(size=(120, 40)) as pilot:
             await until(pilot, lambda: on_screen(app, "train/loss"))
             assert on_screen(app, "b[red]x\\x1b[2J"), "a name is text"
-            assert sum(f"{finished['steps']:,}/" in line for line in lines(app)) == 3
+            assert sum(f"{finished['steps']:,}/{finished['steps']:,}" in line for line in lines(app)) == 3
             await pilot.press("j")
             await until(pilot, lambda: on_screen(app, "b[red]x\\x1b[2J  finished"))
             with (tmp_path / "b[red]x\x1b[2J/metrics.jsonl").open("a") as file:
