@@ -19,7 +19,7 @@ FLOORS = [
     ["system", "config", "run"],
     ["checkpoints", "checkpoint", "datasets", "data", "fingerprints", "networks", "models", "optim", "metrics"],
     ["parallel", "diagnose", "training", "loop", "inference"],
-    ["plan", "autobatch", "launchers", "report", "sweep", "prove", "project", "api"],
+    ["plan", "autobatch", "launchers", "doctor", "report", "sweep", "prove", "project", "api"],
     ["cli", "__main__"],
 ]
 """The rooms of each floor, the lowest first: a room imports from lower floors, and from those before it on its own."""

@@ -35,6 +35,7 @@ NO_TORCH = [
     "autobatch",
     "launchers",
     "launchers.slurm",
+    "doctor",
     "report",
     "sweep",
     "prove",

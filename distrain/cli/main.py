@@ -16,6 +16,7 @@ import typer
 
 from distrain.cli import cluster as cli_cluster
 from distrain.cli import completion
+from distrain.cli import doctor as cli_doctor
 from distrain.cli import exporting as cli_exporting
 from distrain.cli import generate as cli_generate
 from distrain.cli import plan as cli_plan
@@ -151,6 +152,7 @@ def evaluate(
 
 
 app.command()(cli_plan.plan)
+app.command()(cli_doctor.doctor)
 app.command()(cli_predict.predict)
 app.command()(cli_generate.generate)
 

@@ -1,0 +1,121 @@
+"""How checks are run: each in a process of its own, for a limited time, so that none takes the others with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from distrain.doctor.context import Context
+from distrain.doctor.findings import Finding, error
+from distrain.system.output import error_line
+
+LIMIT_S = 60.0
+"""How long a check may take that reads some files: a file system that hangs does so for minutes."""
+COMPUTE_LIMIT_S = 300.0
+"""The same of one that imports PyTorch, from a slow disk perhaps."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question to a machine."""
+
+    name: str
+    """As it is shown, in lower case but for what is a name, such as `open files`."""
+    function: Callable[[Context], Iterable[Finding]]
+    """Yields what it finds; nothing where the question does not arise. An exception is an error of the check."""
+    limit_s: float = LIMIT_S
+    """Seconds after which it is ended, and said to hang."""
+
+
+def run_checks(
+    checks: Sequence[Check], context: Context, *, rank: int | None = None, limit_s: float | None = None
+) -> Iterator[list[Finding]]:
+    """Yield what each check finds, in order; `limit_s` replaces the limit of each.
+
+    A check that raises, hangs or is killed yields an error that says so, behind what it had found before.
+    """
+    for check in checks:
+        found = run_check(check, context, limit_s or check.limit_s)
+        yield [replace(each, check=check.name, host=context.host, rank=rank) for each in found]
+
+
+def run_check(check: Check, context: Context, limit_s: float) -> list[Finding]:
+    """Return what a check finds in a process that is forked for it, and an error where that does not end well."""
+    forks = multiprocessing.get_context("fork")
+    ours, theirs = forks.Pipe(duplex=False)
+    output = os.memfd_create("distrain-doctor-check")
+    process = forks.Process(target=_in_child, args=(check, context, ours, theirs, output), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found, problem = _receive(ours, process, time.monotonic() + limit_s)
+        if problem is None:
+            return found
+        if problem == "hangs":
+            what = f"did not end within {limit_s:g} s"
+            means = "a file system, a driver or a network that it asks does not answer; a run would wait for it as well"
+            do = f"see what process {process.pid} waits for (cat /proc/{process.pid}/stack), and look at {check.name}"
+            return [*found, error(what, means, do)]
+        said = _last_line(output)
+        what = f"the check {problem}{f': {said}' if said else ''}"
+        return [
+            *found,
+            error(what, "this could not be looked at", f"mend what it names; then ask again for {check.name}"),
+        ]
+    finally:
+        ours.close()
+        os.close(output)
+        if process.is_alive():
+            process.kill()
+        process.join(1.0)  # one that waits in the kernel does not even end when it is killed
+
+
+def _receive(ours: Connection, process: Any, until: float) -> tuple[list[Finding], str | None]:
+    """Return what came before the time was over, and how it ended if not well."""
+    found: list[Finding] = []
+    while ours.poll(max(0.0, until - time.monotonic())):
+        try:
+            item = ours.recv()
+        except EOFError:
+            process.join(max(1.0, until - time.monotonic()))
+            return found, _how_it_ended(process.exitcode)
+        if item is None:
+            return found, None
+        if isinstance(item, str):
+            return found, item
+        found.append(item)
+    return found, "hangs"
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _in_child(check: Check, context: Context, ours: Connection, theirs: Connection, output: int) -> None:
+    ours.close()
+    for stream in (1, 2):  # what libraries print is no result
+        os.dup2(output, stream)
+    try:
+        for each in check.function(context):
+            theirs.send(each)
+        theirs.send(None)
+    except Exception as raised:
+        theirs.send(f"raised {error_line(raised)}")
+    finally:
+        theirs.close()
+
+
+def _last_line(output: int) -> str:
+    size = os.fstat(output).st_size
+    text = os.pread(output, 4096, max(0, size - 4096)).decode(errors="replace").strip()
+    return text.splitlines()[-1][:200] if text else ""
