@@ -117,7 +117,9 @@ def test_what_needs_no_torch_imports_none() -> None:
 NOT_OF_HELP = "torch accelerate pandas numpy wandb pydantic yaml distrain.config.sections distrain.launchers"
 """Imported by commands that read a recipe or train."""
 
-NOT_OF_EVERY_RUN = "pandas scipy sklearn torchmetrics torchvision transformers tokenizers deepspeed wandb tensorboard"
+NOT_OF_EVERY_RUN = (
+    "pandas scipy sklearn torchmetrics torchvision transformers tokenizers deepspeed wandb tensorboard distrain.report"
+)
 """Imported by the runs that use them only: together they take longer than a first run."""
 
 

@@ -21,6 +21,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from distrain.config.user_files import is_object_spec, resolve_object
@@ -351,6 +352,7 @@ trackers: Registry[Callable[..., Any]] = Registry(
     "distrain.training.callbacks.services",
 )
 launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
+reports: Registry[Callable[[Path], Path]] = Registry("report", "log.report", None, "distrain.report.ending")
 formats: Registry[Callable[..., Any]] = Registry(
     # exporting first: the formats' modules and its own import each other's room
     "format",

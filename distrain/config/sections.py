@@ -461,9 +461,13 @@ class LogSection(Section):
     peak_tflops: Positive | None = None
     """What one device computes at most in train.precision, in 10^12 operations per second, for the `mfu` of training
     rows; None is what its data sheet says, for GPUs that distrain knows."""
+    report: bool = False
+    """Whether the run folder gets report.html at the end, and after a stop that no queue resumes; what
+    `distrain report` writes."""
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         # recipes stored without these keys stay equal
         later: dict[str, Any] = {"trackers": [], "artifacts": "none", "gpu_hour_price": None, "peak_tflops": None}
+        later["report"] = False
         return {key: value for key, value in handler(self).items() if key not in later or value != later[key]}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrain.checkpoint import newest_step
 from distrain.config import UserError
+from distrain.config.registry import reports
 from distrain.launchers.preflight import join_launcher, worker_environment
 from distrain.launchers.reporting import leave_to_rank_0, report, reported
 from distrain.launchers.request import Options, RunRequest, check_same_recipe, prepare, read_target, resolve
@@ -20,6 +21,7 @@ from distrain.system.environment import is_quiet, rank_told, under_torch_launche
 from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import EACH_RANK, show_on_terminal, write_to_file
+from distrain.system.output import error_line
 from distrain.system.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -109,10 +111,10 @@ def train_here(
     """
     run, rank, recipe = request.run, rank_told(), request.recipe.recipe
     alone = request.processes == 1
-    status = 0
+    status, trained = 0, False
 
     def train_in_world() -> None:
-        nonlocal status
+        nonlocal status, trained
         with importing():
             from distrain.diagnose.hang_diagnosis import Watchdog
             from distrain.loop import train
@@ -157,12 +159,38 @@ def train_here(
             with Watchdog.over(run, recipe.watchdog, **placed):
                 lost = functools.partial(report, run, rank, lease=lease)
                 status = reported(run, rank, lambda: train(run, world, lease, lost, callbacks), lease, failures)
+                trained = status == 0
         finally:
             if lease is not None and world.rank == 0:
                 lease.release(clean=status == 0)
             world.close()
 
-    return reported(None, rank, train_in_world, failures=failures) or status
+    status = reported(None, rank, train_in_world, failures=failures) or status
+    # the other processes have what they need; only this one still reads the run
+    if trained and rank == 0 and recipe.log.report and ends_here(run):
+        write_report(run)
+    return status
+
+
+def ends_here(run: RunDir) -> bool:
+    """Whether a run that has ended well is not started again but by a person."""
+    if run.finished is not None:
+        return True
+    # a scheduler resumes what it has stopped, and leaves what a person asked to stop
+    return run.preempted is not None and (job_environment().job is None or run.stop_path.exists())
+
+
+def write_report(run: RunDir) -> None:
+    """Write the report that `log.report` asks for. Without it the run is as complete, so what fails is a warning."""
+    try:
+        path = reports.find("html").value(run.path)
+    except (Exception, KeyboardInterrupt) as error:
+        logger.warning(
+            f"log.report: the report could not be written: {error_line(error)}. The run is complete without it; "
+            f"`distrain report {run.path}` writes it"
+        )
+    else:
+        logger.info(f"wrote {path}")
 
 
 def show_finished(run: RunDir) -> int:

@@ -220,7 +220,12 @@ def prove(
     began = time.monotonic()
     folder = _folder(keep)
     try:
-        settings = ["log.wandb=off", "log.tensorboard=false", f"checkpoint.every={save_every} steps"]
+        settings = [
+            "log.wandb=off",
+            "log.tensorboard=false",
+            "log.report=false",
+            f"checkpoint.every={save_every} steps",
+        ]
         # the user's own overrides follow and win
         overrides = [*settings, "checkpoint.keep=1000000", *overrides]
         with TrialRunner(source, overrides, folder, last_step=steps, seed=seed, start=start) as runner:

@@ -23,7 +23,7 @@ from distrain.report.goodput import Goodput, goodput_of
 from distrain.report.history import History
 from distrain.report.numbers import number
 from distrain.report.recipe_rows import RecipeRow, recipe_rows
-from distrain.report.status import Status, statuses
+from distrain.report.status import Status, status_of, statuses
 from distrain.run.evaluations import best_of_evaluations
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.json_files import json_safe
@@ -136,12 +136,15 @@ class Report:
 
 
 def build_report(
-    folders: Sequence[Path], examined: Sequence[tuple[dict[str, Any] | None, str]] | None = None
+    folders: Sequence[Path],
+    examined: Sequence[tuple[dict[str, Any] | None, str]] | None = None,
+    *,
+    ended: bool = False,
 ) -> Report:
     """Return the report of the runs in `folders`.
 
-    `examined`: for each the examination of its model, or None with the reason why there is none. Raises UserError for
-    a folder that is no run.
+    `examined`: for each the examination of its model, or None with the reason why there is none. `ended`: whether they
+    are known to have ended, so that no queue is asked. Raises UserError for a folder that is no run.
     """
     if problems := [
         f"{folder} is no run folder: it has no recipe.yaml; name folders such as runs/NAME"
@@ -155,7 +158,7 @@ def build_report(
     histories = [History(folder) for folder in folders]
     given = examined or [(None, "")] * len(folders)
     runs = [
-        run_report(folder, history, examination, why, points=points)
+        run_report(folder, history, examination, why, points=points, ended=ended)
         for folder, history, (examination, why) in zip(folders, histories, given, strict=True)
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -178,11 +181,17 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def run_report(
-    folder: Path, history: History, examination: dict[str, Any] | None = None, why: str = "", *, points: int = POINTS
+    folder: Path,
+    history: History,
+    examination: dict[str, Any] | None = None,
+    why: str = "",
+    *,
+    points: int = POINTS,
+    ended: bool = False,
 ) -> RunReport:
     """Return the report of one run."""
     run = RunDir(folder)
-    [status] = statuses(folder)
+    [status] = [status_of(folder, [], ended=True)] if ended else statuses(folder)
     rows, text, problem = recipe_rows(run)
     parts = attempt_parts(run, history, status)
     effect = run.effect() or {}

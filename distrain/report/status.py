@@ -101,13 +101,21 @@ class Status:
 
 
 def status_of(
-    folder: Path, jobs: list[Job], values: dict[str, str] | None = None, problem: str | None = None
+    folder: Path,
+    jobs: list[Job],
+    values: dict[str, str] | None = None,
+    problem: str | None = None,
+    *,
+    ended: bool = False,
 ) -> Status:
-    """Return how the run in `folder` is doing. `jobs`: its jobs in SLURM; `problem`: why they are not known."""
+    """Return how the run in `folder` is doing. `jobs`: its jobs in SLURM; `problem`: why they are not known.
+
+    `ended`: whether it is known to have ended, though processes of it may still write that they are alive.
+    """
     run = RunDir(folder)
     job = next((each for each in reversed(jobs) if each.alive), jobs[-1] if jobs else None)
     beats = read_heartbeats(run)
-    fresh = bool(beats) and all(beat.age_s() < 6 * beat.interval + 10 for beat in beats)
+    fresh = bool(beats) and not ended and all(beat.age_s() < 6 * beat.interval + 10 for beat in beats)
     attempts = run.attempts()
     stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
     state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))

@@ -300,7 +300,8 @@ def test_what_the_users_code_raises_is_raised() -> None:
 
 
 def test_an_interrupt_saves_and_the_same_call_resumes_to_the_bit() -> None:
-    whole = train("runs/whole", model=local_net(), callbacks=[Collect()])
+    whole = train("runs/whole", model=local_net(), callbacks=[Collect()], log__report=True)
+    assert "</html>" in (whole.path / "report.html").read_text()
     first = Collect(stop=3)
     run = train(model=local_net(), callbacks=[first])
     assert run.status == "stopped"

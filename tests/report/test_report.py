@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from distrain.checkpoint import criterion_of
 from distrain.cli.main import app
 from distrain.config import UserError
+from distrain.launchers.worker import ends_here, write_report
 from distrain.report.contents import Report, build_report, labels
 from distrain.report.curves import panels_of
 from distrain.report.differences import comparison_lines
@@ -35,11 +37,13 @@ HOSTILE = "</script><script>hacked=1</script><img src=//evil.example/x onerror=h
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after step 5 and resumed."""
+    """A run that was stopped after step 5 and resumed, with `log.report`; stopped.html is what it wrote first."""
     folder = tmp_path_factory.mktemp("runs")
     recipe, run = write_recipe(folder), folder / "resumed"
-    train(1, recipe, run, "optim.lr=0.02", stop_after=5)
-    train(1, recipe, run, "optim.lr=0.02")
+    train(1, recipe, run, "optim.lr=0.02", "log.report=true", stop_after=5)
+    (run / "report.html").rename(run / "stopped.html")
+    [ended] = train(1, recipe, run, "optim.lr=0.02", "log.report=true")
+    assert f"wrote {run / 'report.html'}" in ended.out + ended.err
     return run
 
 
@@ -336,6 +340,54 @@ def test_what_is_printed_can_be_read_by_programs(resumed: Path, tmp_path: Path) 
     found = json.loads(invoked("compare", resumed, other, "--json"))
     assert {each["key"] for each in found["differences"]} >= {"optim.lr"}
     assert "optim.lr" in invoked("compare", resumed, other)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# At the end of a run
+
+
+def test_a_run_that_has_ended_has_the_report_that_the_command_writes(resumed: Path, tmp_path: Path) -> None:
+    def page(path: Path) -> str:
+        return re.sub(r"<footer>Written.*", "", path.read_text())
+
+    invoked("report", resumed, "-o", tmp_path / "again.html")
+    assert page(resumed / "report.html") == page(tmp_path / "again.html")
+    assert f"by SIGTERM after step {RunDir(resumed).attempts()[1]['step']}" in page(resumed / "stopped.html")
+
+
+@pytest.mark.parametrize("damage", ["report.html/", "metrics.jsonl/", "no recipe.yaml"])
+def test_a_report_that_cannot_be_written_is_a_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made(tmp_path / "run", train_rows(3))
+    name = damage.removeprefix("no ").removesuffix("/")
+    (run / name).unlink(missing_ok=True)
+    if damage.endswith("/"):
+        (run / name).mkdir()
+    write_report(RunDir(run))
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.message.startswith("log.report: the report could not be written: ")
+    assert warning.message.endswith(f"`distrain report {run}` writes it")
+
+
+@pytest.mark.parametrize(
+    ("marks", "job", "ends"),
+    [
+        ("FINISHED", True, True), ("PREEMPTED", False, True), ("PREEMPTED", True, False),
+        ("PREEMPTED STOP", True, True), ("FAILED.json", False, False), ("", False, False),
+    ],
+)  # fmt: skip
+def test_a_run_that_a_queue_starts_again_has_not_ended(
+    marks: str, job: bool, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(tmp_path / "run", [])
+    for name in marks.split():
+        (run / name).write_text("{}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert ends_here(RunDir(run)) == ends
 
 
 @pytest.mark.parametrize(
