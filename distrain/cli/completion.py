@@ -9,17 +9,48 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_NAMED = {
+    "task": "tasks",
+    "model": "models",
+    "data": "datasets",
+    "loss": "losses",
+    "optim": "optimizers",
+    "schedule": "schedules",
+}
+"""The kinds of which a recipe names one, as `optim` or `optim.name`."""
 
-def recipe_keys(incomplete: str) -> list[tuple[str, str]]:
-    """Return the keys of recipes that begin so, as `train.steps=`, each with what it is; none behind a `=`."""
-    if "=" in incomplete:
-        return []
+
+def recipe_keys(incomplete: str, args: list[str]) -> list[tuple[str, str]]:
+    """Return the keys of recipes that begin so, as `train.steps=`, or the names that may follow `model.name=`.
+
+    Each has what it is beside it. bash takes the `=` for a word of its own, and asks for what follows it alone.
+    """
+    if incomplete == "=":
+        args, incomplete = [*args, "="], ""
+    if args[-1:] == ["="]:
+        return _names(args[-2], "", incomplete)
+    key, equals, begun = incomplete.partition("=")
+    if equals:
+        return _names(key, incomplete.removesuffix(begun), begun)
     from distrain.config.yaml import json_schema
 
     schema = json_schema()
-    return [
-        (f"{key}=", about) for key, about in _keys(schema, schema["$defs"], "", set()) if key.startswith(incomplete)
-    ]
+    found: dict[str, str] = {}
+    for key, about in _keys(schema, schema["$defs"], "", set()):
+        if key.startswith(incomplete):
+            found.setdefault(f"{key}=", about)  # two sections that a key may hold share keys
+    return list(found.items())
+
+
+def _names(key: str, before: str, begun: str) -> list[tuple[str, str]]:
+    """Return the names that a key may have, behind what has been typed before them."""
+    kind = _NAMED.get(key.removesuffix(".name"))
+    if kind is None:
+        return []
+    from distrain.config import registry
+
+    found: dict[str, str] = getattr(registry, kind).summaries()
+    return [(f"{before}{name}", about) for name, about in found.items() if name.startswith(begun)]
 
 
 _PLAIN = ("string", "number", "integer", "boolean", "array")
@@ -41,9 +72,10 @@ def _may_be_plain(value: dict[str, Any]) -> bool:
 
 def _mappings(value: dict[str, Any]) -> Iterator[str]:
     """Yield the names of the mappings that a value may be."""
-    for each in (value, *value.get("anyOf", ()), *value.get("oneOf", ())):
-        if "$ref" in each:
-            yield each["$ref"].rpartition("/")[2]
+    if "$ref" in value:
+        yield value["$ref"].rpartition("/")[2]
+    for each in (*value.get("anyOf", ()), *value.get("oneOf", ())):
+        yield from _mappings(each)
 
 
 def runs(incomplete: str) -> list[str]:

@@ -5,6 +5,7 @@ Imports no torch, and nothing slow before the command that needs it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -264,19 +265,32 @@ def schema() -> None:
 
 
 @app.command("list")
-def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
+def list_names(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="What to list.")],
+    part: Annotated[
+        str, typer.Argument(metavar="PART", help="Only names with this in them, those of libraries one by one.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
     """Print the names that a recipe or an option may use, each with one line."""
     from distrain.config import registry
 
     table = getattr(registry, kind)
-    found = table.summaries()
+    found = {name: about for name, about in table.summaries().items() if part.lower() in name.lower()}
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     if not found:
-        echo(f"no {table.kind} is built in or installed; name your own as path/to/file.py:NAME", error=True)
-    for name, summary in found.items():
-        echo(one_line(f"{name:<28} {summary}"))
+        what = f"with {part!r} in its name " if part else ""
+        echo(f"no {table.kind} {what}is built in or installed; name your own as path/to/file.py:NAME", error=True)
+    for about, names in itertools.groupby(found, key=lambda name: found[name]):
+        listed = list(names)
+        if len(listed) > 10 and not part:
+            which = f"`distrain list {kind} PART` prints those with PART in their names"
+            echo(f"{listed[0]} ... {len(listed)} {kind} of {about}; {which}")
+            continue
+        for name in listed:
+            echo(one_line(f"{name:<28} {about}"))
 
 
 @app.command()

@@ -8,6 +8,7 @@ values      kinds of values in them, each with its check
 agreement   checks across sections
 durations   `Duration`: `200 steps`, `3 epochs`, `1e9 tokens`, `10%`, `20 min`; `Horizon` converts them to steps
 registry    everything that a recipe names: models, data sets, losses, …
+listing     these names and a line about each, from the sources
 arguments   checks of a recipe's arguments against signatures
 user_files  `resolve_object`: imports `path/to/file.py:name` or `package.module:name`
 tasks       tasks, and the form of a batch of each

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from distrain.config import listing
 from distrain.config.user_files import is_object_spec, resolve_object
 from distrain.system.errors import UserError, close_names
 from distrain.system.output import error_line
@@ -63,7 +64,6 @@ class _Library(Generic[T]):
 
     names: Callable[[], Iterable[str]]
     find: Callable[[str], Entry[T] | None]
-    about: str | None
     prefix: str
 
 
@@ -79,12 +79,14 @@ class Registry(Generic[T]):
         others: str = "",
         fold: Callable[[str], str] = lambda name: name,
         prefixes: tuple[str, ...] = (),
+        libraries: Callable[[], Mapping[str, Iterable[str]]] = dict,
     ):
         """`kind` and `where`, a recipe's key or an option, are for messages ("data set", "data.name").
 
         `group`: of entry points. `home`: the modules that register what is built in, imported at the first look-up;
         `package.*` is every module of a package. `others`: what there is besides, in words. `fold` makes spellings of
-        one name equal. `prefixes`: those of libraries, see `add_library`.
+        one name equal. `prefixes`: those of libraries, see `add_library`, whose names `libraries` returns by library
+        without importing one.
         """
         self.kind = kind
         self.where = where
@@ -93,6 +95,7 @@ class Registry(Generic[T]):
         self._home: tuple[str, ...] | None = home
         self.fold = fold
         self._prefixes = prefixes
+        self._listed_libraries = libraries
         self._entries: dict[str, Entry[T]] = {}
         self._libraries: list[_Library[T]] = []
 
@@ -126,14 +129,13 @@ class Registry(Generic[T]):
         self,
         names: Callable[[], Iterable[str]],
         find: Callable[[str], Entry[T] | None],
-        about: str | None = None,
         prefix: str = "",
     ) -> None:
-        """Look in a library for what is not registered. `about`: what listings say of it, which else leave it out.
+        """Look in a library for what is not registered.
 
         With a `prefix`, one of the registry's, it is asked for the names that begin so, and for no others.
         """
-        self._libraries.append(_Library(names, find, about, prefix))
+        self._libraries.append(_Library(names, find, prefix))
 
     def _library_find(self, name: str) -> Entry[T] | None:
         """Return what a library has under this name, or None."""
@@ -169,11 +171,20 @@ class Registry(Generic[T]):
         return [entry.name for entry in self.entries()]
 
     def summaries(self) -> dict[str, str]:
-        """Return a line for each name: what is registered, a library's, then what packages offer, which stay closed."""
-        found = {entry.name: entry.summary for entry in self.entries()}
-        for library in self._libraries:
-            if library.about is not None:
-                found |= dict.fromkeys(library.names(), library.about)
+        """Return a line for each name: what is registered, a library's, then what packages offer, which stay closed.
+
+        It is read from the sources where what is built in has not been imported, and nothing is imported then.
+        """
+        found = {entry.name: entry.summary for entry in self._entries.values() if "refused" not in entry.metadata}
+        if self._home is not None:
+            try:
+                found |= listing.registered((self.group or f"{self.kind}s").removeprefix("distrain."), self._home)
+            except OSError:  # an installation without sources
+                self._load()
+                return self.summaries()
+        found = dict(sorted(found.items()))
+        for library, names in self._listed_libraries().items():
+            found |= dict.fromkeys(names, library)
         for name, offer in self.installed().items():
             found[name] = f"{offer.package} ({offer.spec})"
         return found
@@ -321,9 +332,17 @@ def squeezed(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # The kinds. What registers them is named, and imported when one is looked up.
 
+
+def _libraries() -> dict[str, list[str]]:
+    """Return the names of models of libraries, by library."""
+    of_torchvision = listing.library_models("torchvision", "models", "models/video", "models/segmentation")
+    of_timm = [f"timm:{name}" for name in listing.library_models("timm", "models")]
+    return {"torchvision.models": of_torchvision, "timm": of_timm}
+
+
 models: Registry[Callable[..., Any]] = Registry(
     "model", "model.name", "distrain.models", "distrain.networks.*",
-    others="any model of torchvision.models, timm:NAME, transformers:CLASS", prefixes=("timm:",),
+    others="any model of torchvision.models, timm:NAME, transformers:CLASS", prefixes=("timm:",), libraries=_libraries,
 )  # fmt: skip
 datasets: Registry[Callable[..., Any]] = Registry("data set", "data.name", "distrain.datasets", "distrain.datasets.*")
 tasks: Registry[Callable[..., Any]] = Registry(
@@ -334,11 +353,11 @@ losses: Registry[Callable[..., Any]] = Registry(
     fold=lambda name: squeezed(name).removesuffix("loss"),
 )  # fmt: skip
 metrics: Registry[Callable[..., Any]] = Registry(
-    "metric", "eval.metrics", "distrain.metrics", "distrain.metrics", "distrain.metrics.entities",
+    "metric", "eval.metrics", "distrain.metrics", "distrain.metrics.catalogue", "distrain.metrics.entities",
     others="the classes of torchmetrics",
 )  # fmt: skip
 optimizers: Registry[Callable[..., Any]] = Registry(
-    "optimizer", "optim.name", "distrain.optimizers", "distrain.optim.optimizers", fold=squeezed
+    "optimizer", "optim.name", "distrain.optimizers", "distrain.optim.optimizers", "distrain.optim.muon", fold=squeezed
 )
 callbacks: Registry[Callable[..., Any]] = Registry("callback", "callbacks", "distrain.callbacks")
 schedules: Registry[Callable[..., Any]] = Registry(
@@ -351,7 +370,9 @@ trackers: Registry[Callable[..., Any]] = Registry(
     "distrain.training.callbacks.boards",
     "distrain.training.callbacks.services",
 )
-launchers: Registry[Callable[[], Any]] = Registry("launcher", "launcher", "distrain.launchers", "distrain.launchers.*")
+launchers: Registry[Callable[[], Any]] = Registry(
+    "launcher", "launcher", "distrain.launchers", "distrain.launchers.*", "distrain.launchers.slurm.launcher"
+)
 reports: Registry[Callable[[Path], Path]] = Registry("report", "log.report", None, "distrain.report.ending")
 formats: Registry[Callable[..., Any]] = Registry(
     # exporting first: the formats' modules and its own import each other's room

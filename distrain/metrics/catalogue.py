@@ -169,16 +169,24 @@ def _averaged(kind: str, average: str, is_multilabel: bool, sums: np.ndarray) ->
     return float(per_class(kind, counts).mean()) if counts.shape[1] else math.nan
 
 
-_KINDS = {
-    "precision": "Share of what was predicted as a class that is of it",
-    "recall": "Share of what is of a class that was predicted as it",
-    "f1": "Harmonic mean of precision and recall",
-}
-_AVERAGES = {
-    "micro": "over all decisions",
-    "macro": "the mean over classes",
-    "weighted": "the mean over classes by their size",
-    "per_class": "for each class",
+_CLASS_SCORES = {
+    "precision": "Share of what was predicted as a class that is of it: "
+    "of the positive class (binary), otherwise the mean over classes.",
+    "precision_micro": "Share of what was predicted as a class that is of it: over all decisions.",
+    "precision_macro": "Share of what was predicted as a class that is of it: the mean over classes.",
+    "precision_weighted": "Share of what was predicted as a class that is of it: the mean over classes by their size.",
+    "precision_per_class": "Share of what was predicted as a class that is of it: for each class.",
+    "recall": "Share of what is of a class that was predicted as it: "
+    "of the positive class (binary), otherwise the mean over classes.",
+    "recall_micro": "Share of what is of a class that was predicted as it: over all decisions.",
+    "recall_macro": "Share of what is of a class that was predicted as it: the mean over classes.",
+    "recall_weighted": "Share of what is of a class that was predicted as it: the mean over classes by their size.",
+    "recall_per_class": "Share of what is of a class that was predicted as it: for each class.",
+    "f1": "Harmonic mean of precision and recall: of the positive class (binary), otherwise the mean over classes.",
+    "f1_micro": "Harmonic mean of precision and recall: over all decisions.",
+    "f1_macro": "Harmonic mean of precision and recall: the mean over classes.",
+    "f1_weighted": "Harmonic mean of precision and recall: the mean over classes by their size.",
+    "f1_per_class": "Harmonic mean of precision and recall: for each class.",
 }
 
 
@@ -196,12 +204,10 @@ def _no_positive(is_binary: bool, sums: np.ndarray) -> str | None:
     return None if (there[1] if is_binary else there.sum()) else "no sample of it is positive"
 
 
-for _kind, _what in _KINDS.items():
-    _summary = f"{_what}: of the positive class (binary), otherwise the mean over classes."
-    metrics.register(_kind, tasks=(*LABELS, *PLACES), about=_summary)(partial(_class_score, kind=_kind, average=None))
-    for _average, _how in _AVERAGES.items():
-        _build = partial(_class_score, kind=_kind, average=_average)
-        metrics.register(f"{_kind}_{_average}", tasks=(*LABELS, *PLACES), about=f"{_what}: {_how}.")(_build)
+for _name, _about in _CLASS_SCORES.items():
+    _kind, _, _average = _name.partition("_")
+    _build = partial(_class_score, kind=_kind, average=_average or None)
+    metrics.register(_name, tasks=(*LABELS, *PLACES), about=_about)(_build)
 
 
 def _overlap(kind: str, average: str, ignored: int, sums: np.ndarray) -> Value:

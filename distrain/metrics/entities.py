@@ -142,17 +142,21 @@ def _entity_score(setting: Setting, kind: str, average: str, name: str) -> Metri
     return Metric(finish, True, (part,), scalar=average != "per_type", caveat=_none)
 
 
-_KINDS = {
-    "precision": "Share of the entities found that are there",
-    "recall": "Share of the entities there that are found",
-    "f1": "Harmonic mean of precision and recall of entities",
+_SCORES = {
+    "entity_precision": "Share of the entities found that are there: over all entities.",
+    "entity_precision_macro": "Share of the entities found that are there: "
+    "the mean over the types that occur or are found.",
+    "entity_precision_per_type": "Share of the entities found that are there: for each type.",
+    "entity_recall": "Share of the entities there that are found: over all entities.",
+    "entity_recall_macro": "Share of the entities there that are found: "
+    "the mean over the types that occur or are found.",
+    "entity_recall_per_type": "Share of the entities there that are found: for each type.",
+    "entity_f1": "Harmonic mean of precision and recall of entities: over all entities.",
+    "entity_f1_macro": "Harmonic mean of precision and recall of entities: "
+    "the mean over the types that occur or are found.",
+    "entity_f1_per_type": "Harmonic mean of precision and recall of entities: for each type.",
 }
-for _kind, _what in _KINDS.items():
-    for _average, _suffix, _how in (
-        ("micro", "", "over all entities"),
-        ("macro", "_macro", "the mean over the types that occur or are found"),
-        ("per_type", "_per_type", "for each type"),
-    ):
-        _name = f"entity_{_kind}{_suffix}"
-        _build = partial(_entity_score, kind=_kind, average=_average, name=_name)
-        metrics.register(_name, tasks=("token_classification",), about=f"{_what}: {_how}.")(_build)
+for _name, _about in _SCORES.items():
+    _, _kind, *_average = _name.split("_", 2)
+    _build = partial(_entity_score, kind=_kind, average=_average[0] if _average else "micro", name=_name)
+    metrics.register(_name, tasks=("token_classification",), about=_about)(_build)

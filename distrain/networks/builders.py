@@ -121,7 +121,7 @@ def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
     return None
 
 
-models.add_library(torchvision_names, _in_torchvision, "torchvision.models")
+models.add_library(torchvision_names, _in_torchvision)
 
 
 def _torchvision_builder(name: str) -> Builder:

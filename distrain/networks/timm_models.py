@@ -50,13 +50,13 @@ def _find(name: str) -> Entry[Callable[..., Any]]:
     architecture, _, tag = bare.partition(".")  # the tag names weights, and with them the size of the images
     if not timm.is_model(architecture):
         hint = close_names(architecture, timm.list_models())
-        raise UserError(f"model.name: timm has no model {architecture!r}{hint}; `distrain list models` prints all")
+        raise UserError(f"model.name: timm has no model {architecture!r}{hint}; `distrain list models timm:` has all")
     if tag and bare not in (known := timm.list_models(f"{architecture}.*", pretrained=True)):
         raise UserError(f"model.name: timm knows no {bare!r}{close_names(bare, known)}; the name without {tag!r} does")
     return Entry(name, timm.model_entrypoint(architecture), metadata={"library": "timm"})
 
 
-models.add_library(timm_names, _find, "timm", prefix=PREFIX)
+models.add_library(timm_names, _find, prefix=PREFIX)
 
 
 def timm_parameters(entry: Entry[Callable[..., Any]]) -> tuple[dict[str, inspect.Parameter], bool]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from distrain.config.registry import optimizers
+
 OTHERS = "others"
 """The key of an optimizer's group: whether its parameters are no matrices."""
 
@@ -38,6 +40,7 @@ class Matrices(Protocol):
         ...
 
 
+@optimizers.register("muon")
 class Muon(Optimizer):
     """Momentum, orthogonalized by Newton-Schulz iterations, for matrices; AdamW for groups with `others`.
 

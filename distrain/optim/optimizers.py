@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from distrain.config import FreezeSection, Horizon, OptimSection, PartSection, UserError, close_names
 from distrain.config.arguments import argument_problems, takes
-from distrain.config.registry import optimizers, squeezed
+from distrain.config.registry import optimizers
 from distrain.optim.averages import canonical_name, unwrapped
 from distrain.optim.depth import layer_depths
 from distrain.optim.freezing import THAW, thaw_steps
@@ -26,10 +26,27 @@ from distrain.optim.muon import OTHERS, Muon
 
 logger = logging.getLogger(__name__)
 
+_OF_TORCH = {  # without torch.optim.Muon, which takes matrices alone: see muon.py
+    "adadelta": (
+        "Steps as large as the past ones of each parameter; needs no learning rate to be tuned.",
+        torch.optim.Adadelta,
+    ),
+    "adafactor": ("Adam with one number for each row and column of a matrix, to save memory.", torch.optim.Adafactor),
+    "adagrad": ("Divides by the root of all past squared gradients; for rare features.", torch.optim.Adagrad),
+    "adam": ("Momentum, divided by the root of a moving mean of squared gradients.", torch.optim.Adam),
+    "adamax": ("Adam with the largest past gradient in place of the mean of squares.", torch.optim.Adamax),
+    "adamw": ("Adam whose weight decay is apart from the gradient; the usual choice.", torch.optim.AdamW),
+    "asgd": ("Gradient descent that also keeps the average of its parameters.", torch.optim.ASGD),
+    "nadam": ("Adam with Nesterov momentum.", torch.optim.NAdam),
+    "radam": ("Adam whose first steps are smaller while the variance is not yet known.", torch.optim.RAdam),
+    "rmsprop": ("Divides by the root of a moving mean of squared gradients.", torch.optim.RMSprop),
+    "rprop": ("Steps by the sign of the gradient alone; for whole data sets as one batch.", torch.optim.Rprop),
+    "sgd": ("Gradient descent, with `momentum` and `nesterov` if given.", torch.optim.SGD),
+}
 _REFUSED = {
-    "LBFGS": "evaluates the loss several times in a step (a closure), and here a step reads its samples once; "
+    "lbfgs": "evaluates the loss several times in a step (a closure), and here a step reads its samples once; "
     "use 'adamw' or 'sgd'",
-    "SparseAdam": "takes sparse gradients only, which are neither clipped nor reduced over processes as others are; "
+    "sparseadam": "takes sparse gradients only, which are neither clipped nor reduced over processes as others are; "
     "use 'adam', or 'adagrad' for rare features",
 }
 _ADAPTIVE_FUSED = (torch.optim.Adam, torch.optim.AdamW)
@@ -57,12 +74,10 @@ def _find(name: str) -> Callable[..., Optimizer]:
     return found
 
 
-for _name, _found in vars(torch.optim).items():
-    # its own takes matrices alone: see muon.py
-    if _name != "Muon" and inspect.isclass(_found) and issubclass(_found, Optimizer) and _found is not Optimizer:
-        _metadata = {"refused": _REFUSED[_name]} if _name in _REFUSED else {}
-        optimizers.register(squeezed(_name), **_metadata)(_found)
-optimizers.register("muon")(Muon)
+for _name, (_about, _class) in _OF_TORCH.items():
+    optimizers.register(_name, about=_about)(_class)
+for _name, _why in _REFUSED.items():
+    optimizers.register(_name, refused=_why)(None)
 
 
 # --------------------------------------------------------------------------------------------------------------------

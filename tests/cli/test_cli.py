@@ -20,6 +20,8 @@ from worlds import in_world
 from distrain.cli.main import Kind, app
 from distrain.config import registry
 from distrain.config.yaml import load_recipe
+from distrain.networks.builders import torchvision_names
+from distrain.networks.timm_models import timm_names
 
 COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
@@ -373,9 +375,24 @@ def test_a_list_has_a_line_for_each_name(kind: str) -> None:
     assert set(names) <= set(json.loads(CliRunner().invoke(app, ["list", kind, "--json"]).stdout))
 
 
-def test_lists_that_need_no_torch_import_none() -> None:
-    code = "import sys; from distrain.config import registry; from distrain.cli.main import Kind\n"
-    code += "for kind in ('schedules', 'callbacks', 'trackers', 'formats', 'launchers'):\n"
-    code += "    getattr(registry, kind).summaries(); assert 'torch' not in sys.modules, kind"
+def test_a_list_is_read_from_the_sources_and_is_what_is_registered() -> None:
+    code = "import json, sys; from distrain.config import registry; from distrain.cli.main import Kind\n"
+    code += "print(json.dumps({kind: getattr(registry, kind).summaries() for kind in Kind}))\n"
+    code += "assert not {'torch', 'torchvision', 'timm', 'numpy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    for kind, found in json.loads(done.stdout).items():
+        expected = {entry.name: entry.summary for entry in getattr(registry, kind).entries()}
+        if kind == "models":
+            expected |= dict.fromkeys(torchvision_names(), "torchvision.models") | dict.fromkeys(timm_names(), "timm")
+        assert found == expected, kind
+
+
+def test_a_list_of_a_part_has_the_names_with_it_in_them() -> None:
+    whole, part, none = (cli("list", "models", *part) for part in ([], ["RESNET1"], ["zzz"]))
+    assert "alexnet ... " in whole.out
+    assert "resnet18" not in whole.out, "a library is one line"
+    assert {"resnet18", "resnet101", "timm:resnet18"} <= {line.split()[0] for line in part.out.splitlines()}
+    assert all("resnet1" in line for line in part.out.splitlines())
+    assert (none.out, none.status) == ("", 0)
+    assert "no model with 'zzz' in its name" in none.err

@@ -29,24 +29,46 @@ def test_a_shell_completes_commands_keys_runs_and_sites(tmp_path: Path) -> None:
         "distrain status runs/i",
         "distrain train r.yaml train.prec",
         "distrain submit --site gen",
+        "distrain train r.yaml optim.name = adam",
     ]
     bash = ["bash", "--norc", "-c", IN_BASH, "bash", *typed]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = subprocess.run(
         bash, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True, timeout=300
     )
-    command, run, key, sites = found.stdout.splitlines()
+    command, run, key, sites, optimizers = found.stdout.splitlines()
     assert (command, run, key) == ("evaluate", "runs/iris", "train.precision=")
+    assert set(optimizers.split()) == {"adam", "adamw", "adamax"}
     assert {"generic-cpu", "generic-gpu"} <= set(sites.split())
 
 
 def test_keys_of_a_recipe_are_completed_with_what_they_are() -> None:
-    found = dict(completion.recipe_keys(""))
+    found = dict(completion.recipe_keys("", []))
     assert {"model=", "model.name=", "model.lora.r=", "batch.global=", "train.steps=", "seed="} <= set(found)
     assert found["train.precision="].startswith("Precision of the forward pass")
     assert "train=" not in found
-    assert set(dict(completion.recipe_keys("train.e"))) == {"train.epochs=", "train.ema="}
-    assert completion.recipe_keys("train.steps=1") == []
+    assert set(dict(completion.recipe_keys("train.e", []))) == {"train.epochs=", "train.ema="}
+    assert {"optim.lr=", "optim.name=", "schedule.warmup=", "schedule.name="} <= set(found), "of several sections"
+    assert len(completion.recipe_keys("", [])) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("incomplete", "args", "expected"),
+    [
+        ("model.name=text_", [], ["model.name=text_classifier"]),
+        ("text_", ["r.yaml", "model.name", "="], ["text_classifier"]),
+        ("loss=mul", [], ["loss=multi_label_margin", "loss=multi_label_soft_margin", "loss=multi_margin"]),
+        ("model=timm:vit_tiny_patch16_2", [], ["model=timm:vit_tiny_patch16_224"]),
+        ("data.name=zzz", [], []),
+        ("train.steps=1", [], []),
+        ("=", ["r.yaml", "train.steps"], []),
+    ],
+    ids=["zsh", "bash", "by the section", "of a library", "an unknown name", "a number", "a number in bash"],
+)
+def test_names_are_completed_behind_their_keys(incomplete: str, args: list[str], expected: list[str]) -> None:
+    assert [name for name, _ in completion.recipe_keys(incomplete, args)] == expected
+    schedules = dict(completion.recipe_keys("=", ["r.yaml", "schedule.name"]))
+    assert schedules["cosine"] == "Half a cosine to `final`."
 
 
 def test_runs_are_completed_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

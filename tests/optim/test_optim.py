@@ -47,6 +47,13 @@ class Tied(nn.Module):
 # Optimizers
 
 
+def test_every_optimizer_of_torch_has_a_name() -> None:
+    classes = [each for each in vars(torch.optim).values() if isinstance(each, type)]
+    found = {each.__name__ for each in classes if issubclass(each, torch.optim.Optimizer)} - {"Optimizer"}
+    assert len(found) > 12
+    assert {name for name in found if optimizers.built_in(name) is None} == set()
+
+
 @pytest.mark.parametrize("name", [*optimizers.names(), "AdamW", "SGD", "rms_prop", "RAdam", "adam_w"])
 def test_every_torch_optimizer_steps(name):
     torch.manual_seed(0)

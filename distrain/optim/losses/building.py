@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
@@ -22,31 +21,47 @@ from distrain.optim.losses.interface import Loss
 from distrain.optim.losses.user import user_loss
 
 _RULES: dict[str, Rule] = {
-    "CrossEntropyLoss": Rule("classes", "Log-softmax and negative log-likelihood of the target class.", 1, True),
-    "NLLLoss": Rule("classes", "Negative log-likelihood, of log-probabilities.", 1, True),
-    "L1Loss": Rule("elements", "Mean absolute error."),
-    "MSELoss": Rule("elements", "Mean squared error."),
-    "SmoothL1Loss": Rule("elements", "Squared below `beta`, absolute above."),
-    "HuberLoss": Rule("elements", "Squared below `delta`, linear above."),
-    "BCELoss": Rule("elements", "Binary cross entropy of probabilities."),
-    "BCEWithLogitsLoss": Rule("elements", "Binary cross entropy of logits."),
-    "PoissonNLLLoss": Rule("elements", "Negative log-likelihood of counts."),
-    "GaussianNLLLoss": Rule("elements", "Negative log-likelihood of normals; the model returns (mean, variance).", 2),
-    "KLDivLoss": Rule("elements", "Kullback-Leibler divergence of log-probabilities; see `reduction: batchmean`."),
-    "SoftMarginLoss": Rule("elements", "Logistic loss of targets 1 and -1."),
-    "HingeEmbeddingLoss": Rule("elements", "Hinge on distances, of targets 1 and -1."),
-    "MarginRankingLoss": Rule("elements", "Which of two is larger, of targets 1 and -1; the model returns both.", 2),
-    "MultiMarginLoss": Rule("rows", "Hinge over classes.", 1, True),
-    "MultiLabelMarginLoss": Rule("rows", "Hinge over lists of classes, filled up with -1.", 1, True),
-    "MultiLabelSoftMarginLoss": Rule("rows", "Mean over labels of the logistic loss."),
-    "CosineEmbeddingLoss": Rule("rows", "Cosine of two embeddings, of targets 1 and -1; the model returns both.", 2),
-    "TripletMarginLoss": Rule("rows", "Distances; the model returns (anchor, positive, negative).", 3),
-    "CTCLoss": Rule("rows", "Alignment-free sequences; outputs (batch, time, classes), targets filled up with -100."),
+    "cross_entropy": Rule(
+        "Log-softmax and negative log-likelihood of the target class.", nn.CrossEntropyLoss, "classes", 1, True
+    ),
+    "nll": Rule("Negative log-likelihood, of log-probabilities.", nn.NLLLoss, "classes", 1, True),
+    "l1": Rule("Mean absolute error.", nn.L1Loss, "elements"),
+    "mse": Rule("Mean squared error.", nn.MSELoss, "elements"),
+    "smooth_l1": Rule("Squared below `beta`, absolute above.", nn.SmoothL1Loss, "elements"),
+    "huber": Rule("Squared below `delta`, linear above.", nn.HuberLoss, "elements"),
+    "bce": Rule("Binary cross entropy of probabilities.", nn.BCELoss, "elements"),
+    "bce_with_logits": Rule("Binary cross entropy of logits.", nn.BCEWithLogitsLoss, "elements"),
+    "poisson_nll": Rule("Negative log-likelihood of counts.", nn.PoissonNLLLoss, "elements"),
+    "gaussian_nll": Rule(
+        "Negative log-likelihood of normals; the model returns (mean, variance).", nn.GaussianNLLLoss, "elements", 2
+    ),
+    "kl_div": Rule(
+        "Kullback-Leibler divergence of log-probabilities; see `reduction: batchmean`.", nn.KLDivLoss, "elements"
+    ),
+    "soft_margin": Rule("Logistic loss of targets 1 and -1.", nn.SoftMarginLoss, "elements"),
+    "hinge_embedding": Rule("Hinge on distances, of targets 1 and -1.", nn.HingeEmbeddingLoss, "elements"),
+    "margin_ranking": Rule(
+        "Which of two is larger, of targets 1 and -1; the model returns both.", nn.MarginRankingLoss, "elements", 2
+    ),
+    "multi_margin": Rule("Hinge over classes.", nn.MultiMarginLoss, "rows", 1, True),
+    "multi_label_margin": Rule(
+        "Hinge over lists of classes, filled up with -1.", nn.MultiLabelMarginLoss, "rows", 1, True
+    ),
+    "multi_label_soft_margin": Rule("Mean over labels of the logistic loss.", nn.MultiLabelSoftMarginLoss, "rows"),
+    "cosine_embedding": Rule(
+        "Cosine of two embeddings, of targets 1 and -1; the model returns both.", nn.CosineEmbeddingLoss, "rows", 2
+    ),
+    "triplet_margin": Rule(
+        "Distances; the model returns (anchor, positive, negative).", nn.TripletMarginLoss, "rows", 3
+    ),
+    "ctc": Rule(
+        "Alignment-free sequences; outputs (batch, time, classes), targets filled up with -100.", nn.CTCLoss, "rows"
+    ),
 }
 _REFUSED = {
-    "LinearCrossEntropyLoss": "has weights, which belong in the model; use 'cross_entropy'",
-    "AdaptiveLogSoftmaxWithLoss": "has weights, which belong in the model; use 'cross_entropy'",
-    "TripletMarginWithDistanceLoss": "takes a function, which a recipe cannot hold; use 'triplet_margin', or wrap it "
+    "linear_cross_entropy": "has weights, which belong in the model; use 'cross_entropy'",
+    "adaptive_log_softmax_with": "has weights, which belong in the model; use 'cross_entropy'",
+    "triplet_margin_with_distance": "takes a function, which a recipe cannot hold; use 'triplet_margin', or wrap it "
     "in a loss of your own",
 }
 _ALIASES = {"binarycrossentropy": "bce", "binarycrossentropywithlogits": "bcewithlogits"}
@@ -63,15 +78,10 @@ _DEFAULTS: dict[Form, str] = {
 }
 
 
-def _snake(name: str) -> str:
-    """Return a class name in snake case: 'CrossEntropy' -> 'cross_entropy', 'KLDiv' -> 'kl_div', 'L1' -> 'l1'."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
 for _name, _rule in _RULES.items():
-    losses.register(_snake(_name.removesuffix("Loss")), about=_rule.summary, rule=_rule)(getattr(nn, _name))
+    losses.register(_name, about=_rule.about, rule=_rule)(_rule.build)
 for _name, _why in _REFUSED.items():
-    losses.register(_snake(_name.removesuffix("Loss")), refused=_why)(getattr(nn, _name, None))
+    losses.register(_name, refused=_why)(None)
 
 
 def check_loss(recipe: Recipe) -> list[str]:

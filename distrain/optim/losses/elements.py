@@ -16,8 +16,9 @@ from distrain.optim.losses.shapes import equal_shapes, fitted, kept_sum, of_rows
 
 @dataclass(frozen=True)
 class Rule:
+    about: str
+    build: Callable[..., nn.Module]
     over: Literal["classes", "elements", "rows"]
-    summary: str
     outputs: int = 1
     """How many tensors the model returns for it."""
     class_targets: bool = False
