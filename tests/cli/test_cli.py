@@ -359,7 +359,8 @@ def test_export_takes_what_its_help_says(tmp_path: Path, finished: bool) -> None
 
 
 def test_every_kind_is_listed() -> None:
-    tables = {name for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+    found = {name: value for name, value in vars(registry).items() if isinstance(value, registry.Registry)}
+    tables = {name for name, value in found.items() if value.group is not None}  # others are not named by anybody
     assert {kind.value for kind in Kind} == tables
 
 
