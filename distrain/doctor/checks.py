@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, Pipe
+from typing import NoReturn
 
 from distrain.doctor.context import Context
-from distrain.doctor.findings import Finding, error
+from distrain.doctor.findings import Finding, Level, error
 from distrain.system.output import error_line
 
 LIMIT_S = 60.0
@@ -32,6 +32,8 @@ class Check:
     """Yields what it finds; nothing where the question does not arise. An exception is an error of the check."""
     limit_s: float = LIMIT_S
     """Seconds after which it is ended, and said to hang."""
+    then_import: str = ""
+    """What it has imported: those that follow need not, once this process has done so where that is safe."""
 
 
 def run_checks(
@@ -44,54 +46,65 @@ def run_checks(
     for check in checks:
         found = run_check(check, context, limit_s or check.limit_s)
         yield [replace(each, check=check.name, host=context.host, rank=rank) for each in found]
+        if check.then_import and not any(each.level is Level.error for each in found):
+            importlib.import_module(check.then_import)
 
 
 def run_check(check: Check, context: Context, limit_s: float) -> list[Finding]:
     """Return what a check finds in a process that is forked for it, and an error where that does not end well."""
-    forks = multiprocessing.get_context("fork")
-    ours, theirs = forks.Pipe(duplex=False)
+    ours, theirs = Pipe(duplex=False)
     output = os.memfd_create("distrain-doctor-check")
-    process = forks.Process(target=_in_child, args=(check, context, ours, theirs, output), daemon=True)
-    process.start()
+    # not a process of multiprocessing: that waits at exit for each of them, also for one that the kernel holds
+    if (pid := os.fork()) == 0:
+        _in_child(check, context, ours, theirs, output)
     theirs.close()
     try:
-        found, problem = _receive(ours, process, time.monotonic() + limit_s)
+        found, problem = _receive(ours, pid, time.monotonic() + limit_s)
         if problem is None:
             return found
         if problem == "hangs":
             what = f"did not end within {limit_s:g} s"
             means = "a file system, a driver or a network that it asks does not answer; a run would wait for it as well"
-            do = f"see what process {process.pid} waits for (cat /proc/{process.pid}/stack), and look at {check.name}"
+            do = "see where processes wait in the kernel (ps -eo pid,stat,wchan:30,args), and mend what it is about"
             return [*found, error(what, means, do)]
         said = _last_line(output)
         what = f"the check {problem}{f': {said}' if said else ''}"
-        return [
-            *found,
-            error(what, "this could not be looked at", f"mend what it names; then ask again for {check.name}"),
-        ]
+        return [*found, error(what, "this could not be looked at", "mend what it names, and start again")]
     finally:
         ours.close()
         os.close(output)
-        if process.is_alive():
-            process.kill()
-        process.join(1.0)  # one that waits in the kernel does not even end when it is killed
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        _ended(pid, time.monotonic() + 1.0)  # what waits in the kernel does not even end when it is killed
 
 
-def _receive(ours: Connection, process: Any, until: float) -> tuple[list[Finding], str | None]:
+def _receive(ours: Connection, pid: int, until: float) -> tuple[list[Finding], str | None]:
     """Return what came before the time was over, and how it ended if not well."""
     found: list[Finding] = []
     while ours.poll(max(0.0, until - time.monotonic())):
         try:
             item = ours.recv()
         except EOFError:
-            process.join(max(1.0, until - time.monotonic()))
-            return found, _how_it_ended(process.exitcode)
+            return found, _how_it_ended(_ended(pid, time.monotonic() + 10.0))
         if item is None:
             return found, None
         if isinstance(item, str):
             return found, item
         found.append(item)
     return found, "hangs"
+
+
+def _ended(pid: int, until: float) -> int | None:
+    """Return the exit code of a process that ends before `until`, as `subprocess` counts; else None."""
+    with suppress(ChildProcessError):
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.005)
+    return None
 
 
 def _how_it_ended(code: int | None) -> str:
@@ -101,18 +114,19 @@ def _how_it_ended(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _in_child(check: Check, context: Context, ours: Connection, theirs: Connection, output: int) -> None:
-    ours.close()
-    for stream in (1, 2):  # what libraries print is no result
-        os.dup2(output, stream)
+def _in_child(check: Check, context: Context, ours: Connection, theirs: Connection, output: int) -> NoReturn:
     try:
+        os.setpgid(0, 0)  # with all that it starts it is ended
+        ours.close()
+        for stream in (1, 2):  # what libraries print is no result
+            os.dup2(output, stream)
         for each in check.function(context):
             theirs.send(each)
         theirs.send(None)
     except Exception as raised:
         theirs.send(f"raised {error_line(raised)}")
     finally:
-        theirs.close()
+        os._exit(1)
 
 
 def _last_line(output: int) -> str:

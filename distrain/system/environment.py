@@ -327,12 +327,7 @@ def use_interfaces(variables: MutableMapping[str, str], *, alone: bool) -> list[
 
     Raises UserError for them unless the processes of this machine are `alone`, as others are reached over those.
     """
-    there = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
-    wrong = [
-        name
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
-        if there and variables.get(name) and not _has_interface(variables[name], there, whole=name[0] == "G")
-    ]
+    there, wrong = interfaces_here(), missing_interfaces(variables)
     found = [f"{name}={variables[name]}" for name in wrong]
     if wrong and not alone:
         raise UserError(
@@ -342,6 +337,21 @@ def use_interfaces(variables: MutableMapping[str, str], *, alone: bool) -> list[
     for name in wrong:
         del variables[name]
     return [f"ignored {', '.join(found)} in the environment: this machine has {', '.join(there)}"] if wrong else []
+
+
+def interfaces_here() -> list[str]:
+    """Return the names of this machine's network interfaces."""
+    return [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+
+
+def missing_interfaces(variables: Mapping[str, str]) -> list[str]:
+    """Return the variables that name network interfaces of which this machine has none."""
+    there = interfaces_here()
+    return [
+        name
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+        if there and variables.get(name) and not _has_interface(variables[name], there, whole=name[0] == "G")
+    ]
 
 
 def _has_interface(asked: str, there: Sequence[str], *, whole: bool) -> bool:

@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 def oom_kills() -> int | None:
     """Return the number of out-of-memory kills in this process's cgroup, or else on the machine; None: unknown."""
-    for folder, _ in _cgroup_folders():
+    for folder, _ in cgroup_folders():
         for name in ("memory.events", "memory.oom_control"):
             if (count := _counter(folder / name, "oom_kill")) is not None:
                 return count
@@ -103,17 +103,17 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _cgroup_folders() -> Iterator[tuple[Path, bool]]:
-    """Yield (folder, whether it is of cgroup v2) of this process's memory cgroups, from its own upwards."""
+def cgroup_folders(controller: str = "memory") -> Iterator[tuple[Path, bool]]:
+    """Yield (folder, whether it is of cgroup v2) of this process's cgroups of a controller, from its own upwards."""
     own: dict[bool, str] = {}
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         number, controllers, place = line.split(":", 2)
-        if number == "0" or "memory" in controllers.split(","):
+        if number == "0" or controller in controllers.split(","):
             own[number == "0"] = place
     for line in _text(Path("/proc/self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         kind, options = after.split()[0], after.split()[-1]
-        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "memory" not in options.split(",")):
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and controller not in options.split(",")):
             continue
         if (path := own.get(kind == "cgroup2")) is None:
             continue
@@ -130,7 +130,7 @@ def _cgroup_folders() -> Iterator[tuple[Path, bool]]:
 
 
 def _of_cgroups() -> Iterator[Limit]:
-    for folder, new in _cgroup_folders():
+    for folder, new in cgroup_folders():
         names = ("max", "current", "peak") if new else ("limit_in_bytes", "usage_in_bytes", "max_usage_in_bytes")
         limit, used, peak = (_number(folder / f"memory.{name}") for name in names)
         if limit is None or limit >= 2**62:
