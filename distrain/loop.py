@@ -113,7 +113,7 @@ def take_turn(
             look_ahead(t, turn, micro_batches)
         for index, batch in enumerate(micro_batches):
             batch = to_device(batch, world)
-            seed_forward(t, index, turn, len(batch["ids"]))
+            seed_forward(t, index, turn, batch["ids"].numel())
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
                 loss_sum = objective.loss_sum(strategy.wrapped, batch)

@@ -185,9 +185,9 @@ class TensorSource:
         index = torch.from_numpy(ids)
         inputs = self.inputs
         batch: Batch = {
-            "inputs": {key: tensor.index_select(0, index) for key, tensor in inputs.items()}
-            if isinstance(inputs, Mapping)
-            else inputs.index_select(0, index)
+            "inputs": inputs.index_select(0, index)
+            if isinstance(inputs, torch.Tensor)
+            else {key: tensor.index_select(0, index) for key, tensor in inputs.items()}
         }
         if self.targets is not None:
             batch["targets"] = self.targets.index_select(0, index)

@@ -52,8 +52,7 @@ class Batches(Dataset[Any]):
 
     def batch(self, place: Place) -> Batch:
         epochs, ids = place
-        padding = ids < 0
-        padded = self.once and bool(padding.any())  # a step's batches are never filled up
+        padded = self.once and bool((padding := ids < 0).any())  # a step's batches are never filled up
         wanted = np.where(padding, -1 - ids, ids) if padded else ids
         batch = self._fetched(wanted, epochs)
         if self.transform is not None:

@@ -56,6 +56,8 @@ def calling_convention(model: nn.Module) -> Convention:
     by_name: dict[tuple[str, ...], bool] = {}
 
     def call(model: nn.Module, inputs: Any) -> ModelOutput:
+        if isinstance(inputs, Tensor):  # first, as asking for a mapping takes longer
+            return model_output(model(inputs))
         if isinstance(inputs, Mapping):
             keys = tuple(inputs)
             named = by_name.get(keys)

@@ -141,7 +141,7 @@ class DDPStrategy(Strategy):
 
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         if self._carried is None:
-            loss_sum.backward(scale)
+            torch.autograd.backward(loss_sum, scale)
         else:
             carried, self._carried = self._carried, None
             torch.autograd.backward((loss_sum, carried), (scale, torch.ones_like(carried)))

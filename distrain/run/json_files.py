@@ -7,6 +7,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def json_safe(value: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rows
+
+
+def row_line(row: dict[str, Any]) -> bytes:
+    """Return a row as a line of JSON, of what `json_safe` makes of it."""
+    with suppress(ValueError):  # of NaN and infinities
+        line = json.dumps(row, allow_nan=False)
+        if "\\ud" not in line:  # of half a character, or of one that takes two
+            return line.encode() + b"\n"
+    return json.dumps(json_safe(row)).encode() + b"\n"
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -131,6 +141,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of JSON lines, on disk when this returns; what a crash left of a last line is cut off."""
     with path.open("ab") as file:
         file.truncate(end_of_rows(path))
-        file.write(json.dumps(json_safe(row)).encode() + b"\n")
+        file.write(row_line(row))
         file.flush()
         os.fsync(file.fileno())

@@ -16,6 +16,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from distrain.run.attempts import how_it_ended
@@ -75,7 +76,7 @@ class Lease:
     """The right to write into a run, as long as no other attempt has taken it."""
 
     def __init__(self, run: RunDir, holder: Holder, lock: IO[str] | None = None):
-        self.run, self.holder, self._lock = run, holder, lock
+        self.run, self.holder, self._lock, self._path = run, holder, lock, run.path / _FILE
         self._content: bytes | None = None
         """Of the file when it named this attempt: the same bytes name it again, and a row is written quickly."""
 
@@ -84,7 +85,7 @@ class Lease:
 
     def mine(self) -> bool:
         """Whether this attempt is still the one that may write."""
-        content = _content(self.run)
+        content = _content(self._path)
         if content is not None and content != self._content:
             found = _parsed(content)
             if found is None or found.token != self.holder.token:
@@ -115,7 +116,7 @@ class Lease:
     def release(self, *, clean: bool) -> None:
         """Rank 0: let others take the run. After a failure the token stays, for what other ranks have to report."""
         if clean and self.mine():
-            (self.run.path / _FILE).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 
@@ -124,13 +125,13 @@ _FILE = "lease.json"
 
 
 def _holder(run: RunDir) -> Holder | None:
-    content = _content(run)
+    content = _content(run.path / _FILE)
     return None if content is None else _parsed(content)
 
 
-def _content(run: RunDir) -> bytes | None:
+def _content(path: Path) -> bytes | None:
     try:
-        return read_bounded(run.path / _FILE)
+        return read_bounded(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:  # no file, or one that is far too large: not this attempt's, at any rate

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distrain.run.json_files import BLOCK, end_of_rows, json_safe, lines_backwards, metrics_row, parse_row
+from distrain.run.json_files import BLOCK, end_of_rows, lines_backwards, metrics_row, parse_row, row_line
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
 
@@ -175,7 +174,7 @@ class MetricsFile:
         event, step = key = (row["event"], row["step"])
         if event not in _EACH_TIME and (key in self._seen or (step < self._floor and event in _IN_ORDER)):
             return False
-        line = json.dumps(json_safe(row)).encode() + b"\n"
+        line = row_line(row)
         if len(line) > bounded.ROW:
             raise UserError(
                 f"the row {event!r} of step {step} has {len(line):,} bytes, and a line may have {bounded.ROW:,}; take "

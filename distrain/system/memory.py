@@ -50,8 +50,19 @@ def limits() -> list[Limit]:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of this process in bytes, with shared pages."""
-    return _numbers("/proc/self/status").get("VmHWM", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Return the peak memory of this process in bytes, with shared pages. Takes a microsecond."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak if peak > _peak_before() else _numbers("/proc/self/status").get("VmHWM", peak)
+
+
+@functools.cache
+def _peak_before() -> int:
+    """Return the peak of the program that this process ran before this one, or its parent did; 0: it was no higher.
+
+    `getrusage` takes it for this one's, and the kernel's file, which does not, takes sixty times as long to read.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak if peak > _numbers("/proc/self/status").get("VmHWM", peak) else 0
 
 
 def oom_kills() -> int | None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class TrainContext:
         for turn in self.turns:
             set_lr(parts[turn.name], turn.lr(step))
 
-    @property
+    @cached_property
     def world(self) -> World:
         """The processes that make the step."""
         return self.strategy.world

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -22,29 +19,24 @@ class TooFewValues(UserError):
     """A layer needs more samples than a micro-batch has."""
 
 
-class told_of(AbstractContextManager[None]):
-    """Raises TooFewValues where a layer has too few numbers to normalise over; tells other errors of the micro-batch.
+def explain(error: ValueError | RuntimeError, model: nn.Module, samples: int) -> None:
+    """Raise UserError for what a forward pass of a micro-batch of `samples` has raised, or add a note to it.
 
-    A class, as a generator would cost a small model's step more than its loss function.
+    TooFewValues where a layer has too few numbers to normalise over.
     """
-
-    def __init__(self, model: nn.Module, samples: int):
-        self._model, self._samples = model, samples
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, ValueError | RuntimeError) or isinstance(error, UserError | torch.OutOfMemoryError):
-            return
-        if str(error).startswith("No available kernel") and not torch.backends.cuda.math_sdp_enabled():
-            raise UserError(
-                "torch has no flash kernel for an attention of this model and its inputs, and tune.flash_attention is "
-                "true; take auto"
-            ) from error
-        if str(error).startswith("view size is not compatible"):
-            error.add_note("where channels are last in memory: take flatten or reshape, or tune.channels_last: false")
-        if str(error).startswith(_TOO_FEW):
-            raise TooFewValues(_too_few(error, self._model, self._samples)) from None
-        # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model
-        error.add_note(f"in the forward pass of a micro-batch of {self._samples} samples (batch.micro)")
+    if isinstance(error, UserError | torch.OutOfMemoryError):
+        return
+    if str(error).startswith("No available kernel") and not torch.backends.cuda.math_sdp_enabled():
+        raise UserError(
+            "torch has no flash kernel for an attention of this model and its inputs, and tune.flash_attention is "
+            "true; take auto"
+        ) from error
+    if str(error).startswith("view size is not compatible"):
+        error.add_note("where channels are last in memory: take flatten or reshape, or tune.channels_last: false")
+    if str(error).startswith(_TOO_FEW):
+        raise TooFewValues(_too_few(error, model, samples)) from None
+    # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model
+    error.add_note(f"in the forward pass of a micro-batch of {samples} samples (batch.micro)")
 
 
 def _too_few(error: Exception, model: nn.Module, samples: int) -> str:

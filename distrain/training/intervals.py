@@ -22,15 +22,16 @@ class Interval:
 
     def __init__(self, duration: Duration | None, horizon: Horizon, what: str):
         self.seconds = duration.seconds if duration is not None else None
-        self._period: Fraction | None = None
+        self._period: tuple[int, int] | None = None
+        """So many steps of so many periods."""
         if duration is not None and self.seconds is None and duration.amount > 0:
-            self._period = max(Fraction(1), horizon.exact_steps(duration, what))
+            self._period = max(Fraction(1), horizon.exact_steps(duration, what)).as_integer_ratio()
 
     def due(self, step: int) -> bool:
         """Whether it is due after `step` finished steps."""
         if self._period is None or step == 0:
             return False
-        steps, periods = self._period.numerator, self._period.denominator
+        steps, periods = self._period
         return step * periods // steps > (step - 1) * periods // steps
 
     def elapsed(self, since: float) -> bool:

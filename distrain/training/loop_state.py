@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distrain.config import Recipe
@@ -68,7 +69,7 @@ class RunContext:
     evaluator: Evaluator = field(init=False)
     checkpoints: Checkpoints = field(init=False)
 
-    @property
+    @cached_property
     def t(self) -> TrainContext:
         """What a step needs, with the number of finished steps."""
         return self.setup.training
@@ -78,7 +79,7 @@ class RunContext:
         """The splits."""
         return self.setup.feed.data
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.setup.feed.total_steps

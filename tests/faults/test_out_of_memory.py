@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,3 +216,16 @@ def test_the_limits_of_a_process_are_read(tmp_path: Path) -> None:
     kills = memory.oom_kills()
     assert kills is None or kills >= 0
     assert json.dumps(memory.gib(5 * 2**29)) == '"2.50 GiB"'
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_program_before_it() -> None:
+    after = "import sys; from distrain.system.memory import peak_bytes; "
+    after += "print(peak_bytes()); large = b'x' * int(sys.argv[1]); print(peak_bytes())"
+    before = (
+        f"import os, sys; large = b'x' * (300 << 20); os.execv(sys.executable, ['python', '-c', {after!r}, 'SIZE'])"
+    )
+    for size in (100 << 20, 400 << 20):  # less than before, and more
+        command = [sys.executable, "-c", before.replace("SIZE", str(size))]
+        first, then = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        assert first < 100 << 20
+        assert size < then < size + (100 << 20)

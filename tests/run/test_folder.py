@@ -176,13 +176,14 @@ def test_a_row_that_no_reader_would_take_is_not_written(run: RunDir, monkeypatch
 def test_what_json_cannot_hold_is_text(run: RunDir) -> None:
     file = MetricsFile(run.metrics_path)
     file.append({"event": "eval", "step": 1, "loss": math.nan, "f1": [1.0, math.inf], "more": {"x": -math.inf}})
+    file.append({"event": "eval", "step": 2, "name": "a\udcff \N{GRINNING FACE}"})
     file.close()
 
     def refuse(constant: str) -> float:
         raise AssertionError(f"{constant} is not JSON")
 
-    (line,) = run.metrics_path.read_text().splitlines()
-    row = json.loads(line, parse_constant=refuse)
+    row, named = (json.loads(line, parse_constant=refuse) for line in run.metrics_path.read_text().splitlines())
+    assert named["name"] == "a\\xff \N{GRINNING FACE}"
     assert row == {"event": "eval", "step": 1, "loss": "nan", "f1": [1.0, "inf"], "more": {"x": "-inf"}}
     assert math.isnan(float(row["loss"]))
 

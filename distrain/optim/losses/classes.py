@@ -51,7 +51,8 @@ class ClassLoss(TorchLoss):
         try:
             if soft and keep is not None:
                 return kept_sum(self._module(keep, logits)(logits, targets), keep)
-            total: Tensor = self._module(None, logits)(logits, targets)
+            # not as a module, whose hooks are looked for in each step: nobody can have given it one
+            total: Tensor = self._module(None, logits).forward(logits, targets)
             return total
         except IndexError as error:
             classes = logits.shape[min(dim, logits.dim() - 1)]  # flattened or not
@@ -119,6 +120,8 @@ def class_dim(outputs: Tensor, targets: Tensor, task: Form) -> int:
         if targets.is_floating_point() and targets.shape == outputs.shape:
             return _soft_class_dim(outputs.dim(), task)
         fits_last = outputs.shape[:-1] == targets.shape
+        if fits_last and last == 1:
+            return last  # the second too
         fits_second = outputs.shape[:1] + outputs.shape[2:] == targets.shape
         if fits_last and (not fits_second or is_of_tokens(task)):
             return last

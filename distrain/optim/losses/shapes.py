@@ -28,7 +28,7 @@ def fitted(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
 
 
 def single(outputs: Outputs, name: str) -> Tensor:
-    return several(outputs, 1, name)[0]
+    return outputs if isinstance(outputs, Tensor) else several(outputs, 1, name)[0]
 
 
 def several(outputs: Outputs, expected: int, name: str) -> Sequence[Tensor]:

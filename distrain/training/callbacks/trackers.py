@@ -64,6 +64,9 @@ class Display:
 
     def train(self, row: Row) -> None:
         """Show a row of training numbers."""
+        now, last = time.monotonic(), row["step"] == self._total
+        if self._live is None and self._notebook is None and not last and now - self._last_line < 1:
+            return  # on a log file a line a second says enough
         loss, rate = f"loss {row['loss']:.4g}", f"{row['samples_per_s']:,.0f} samples/s"
         # of several optimizers lr/NAME
         lr = "  ".join(f"{key} {row[key]:.3g}" for key in row if key.partition("/")[0] == "lr")
@@ -76,22 +79,17 @@ class Display:
             self._numbers = [loss, rate, *more, lr, waiting]
             if row["step"] < self._seen[-1][1]:
                 self._seen.clear()  # the run has gone back
-            self._seen.append((time.monotonic(), row["step"]))
+            self._seen.append((now, row["step"]))
             self._line.done = row["step"]
-            if self._notebook is not None and (row["step"] == self._total or time.monotonic() - self._last_line >= 0.2):
-                self._last_line = time.monotonic()
+            if self._notebook is not None and (last or now - self._last_line >= 0.2):
+                self._last_line = now
                 self._notebook(self._line.text())
             return
         numbers = "  ".join([loss, lr, rate, *more, waiting])
-        # on a log file a line a second says enough
-        if time.monotonic() - self._last_line >= 1 or row["step"] == self._total:
-            self._last_line = time.monotonic()
-            done = row["step"] - self._first
-            left = (self._last_line - self._start) / done * (self._total - row["step"]) if done else 0.0
-            self.console.say(
-                f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}"
-            )
-            sys.stdout.flush()
+        self._last_line, done = now, row["step"] - self._first
+        left = (now - self._start) / done * (self._total - row["step"]) if done else 0.0
+        self.console.say(f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}  {numbers}  ETA {duration(left)}")
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the terminal in order."""

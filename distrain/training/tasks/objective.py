@@ -20,7 +20,7 @@ from distrain.optim import Loss
 from distrain.parallel import World
 from distrain.run.media import Encoded
 from distrain.training import noise
-from distrain.training.forward import told_of
+from distrain.training.forward import explain
 from distrain.training.inner_loss import TARGETS
 from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
 from distrain.training.tasks.task import LossSum, Task, TaskContext
@@ -180,9 +180,12 @@ class SupervisedObjective(Objective):
         targets = batch["targets"]
         if self.inside:
             self.loss.check_targets(targets)
-        with told_of(model, len(targets)):
-            called: Any = partial(model, **{TARGETS: targets}) if self.inside else model
+        called: Any = partial(model, **{TARGETS: targets}) if self.inside else model
+        try:
             outputs = self.call(called, batch["inputs"])
+        except (ValueError, RuntimeError) as error:
+            explain(error, model, len(targets))
+            raise
         loss_sum = outputs.logits if self.inside else self.loss.sum(self.loss.select(outputs), targets)
         if outputs.aux_loss is not None:
             loss_sum = loss_sum + outputs.aux_loss * self.loss.count(targets).to(loss_sum.dtype)
@@ -269,8 +272,11 @@ class TaskObjective(Objective):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sums (losses,)."""
         self._batch = batch
-        with told_of(model, len(batch["ids"])):
+        try:
             sums, pairs, names = call_inside(model, self._compute)
+        except (ValueError, RuntimeError) as error:
+            explain(error, model, len(batch["ids"]))
+            raise
         self.names = names[: len(sums)]
         for name, pair in zip(names, pairs, strict=True):
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
