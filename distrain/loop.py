@@ -117,14 +117,14 @@ def take_turn(
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")
                 loss_sum = objective.loss_sum(strategy.wrapped, batch)
-                loss_scale = objective.as_scale(loss_scale, loss_sum)
-                share = loss_sum.detach() * loss_scale
+                weight = objective.as_scale(loss_scale, loss_sum)
+                share = loss_sum.detach() * weight
                 losses.append(share.sum() if share.dim() else share)
                 if index == last:
                     loss = losses[0] if last == 0 else torch.stack(losses).sum(dtype=torch.float64)
                     agree = strategy.agree_async(loss, flags())
                 enter_phase("backward")
-                scale = loss_scale if grad_scale is None else loss_scale * grad_scale
+                scale = weight if grad_scale is None else weight * grad_scale
                 strategy.backward(loss_sum, scale, last=index == last)
         enter_phase("sync")
         record = agree()

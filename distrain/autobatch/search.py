@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,7 +295,7 @@ def main(place: str) -> None:
     _limit_memory(folder)
     result: dict[str, Any] = {"does_not_fit": False, "error": "", "peak": 0, "total": 0}
     try:
-        result |= _make_steps(folder)
+        result |= take_steps(folder)
     except Exception as error:
         from distrain.diagnose.memory_advice import is_out_of_memory
         from distrain.training.forward import TooFewValues
@@ -330,11 +330,13 @@ def _limit_memory(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (data_limit, hard))
 
 
-def _make_steps(folder: Path) -> dict[str, int]:
+def take_steps(folder: Path) -> dict[str, int]:
+    """Take the first steps in which all is trained that the recipe trains; returns the memory that they take."""
     import torch
 
     from distrain.config.yaml import load_recipe
     from distrain.loop import train_step
+    from distrain.optim import thaws
     from distrain.parallel import StrategySpec, open_world
     from distrain.run.folder import Launch, RunDir
     from distrain.training.run_loop import Session
@@ -348,6 +350,9 @@ def _make_steps(folder: Path) -> dict[str, int]:
     launch = Launch.describe(world.world_size, spec.strategy, spec.offload, spec.replicate)
     world.run_on_rank0(lambda: run.create(dump_recipe(recipe), launch))
     with Session.open(run, recipe, world, built_in=()) as session:
+        # what acts only at some steps, or is frozen until one, takes its memory then
+        session.t.turns = [replace(turn, every=1) for turn in session.t.turns]
+        session.t.step = max(thaws(session.t.strategy.optimizer.param_groups), default=0)
         steps = session.batches()
         spare: Any = None
         for _ in range(_STEPS):

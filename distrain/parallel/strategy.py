@@ -79,7 +79,11 @@ class Strategy(ABC):
         self.world = world
         self.clip_norm = plan.clip_norm
         self.accumulation = plan.accumulation
-        self.scale: LossScale | None = LossScale() if world.mixed_precision.scaled else None
+        names = (plan.sections or ("",)) if world.mixed_precision.scaled else ()
+        self._scales = {name: LossScale() for name in names}
+        """Of the losses of each optimizer: where one's gradients are large, those of the others stay above zero."""
+        self.scale: LossScale | None = self._scales.get("")
+        """That of the optimizer that acts; None where losses are not scaled."""
         self._buffers: list[tuple[dict[str, Tensor | None], str]] | None = None
         self._extra: dict[str, nn.Module] = {}
         self._gradients: dict[str, int] | None = None
@@ -124,12 +128,12 @@ class Strategy(ABC):
 
     @contextmanager
     def _only(self, name: str) -> Iterator[None]:
-        before, self._acting = self._acting, self.optimizer.parts[name]
+        before, self._acting, self.scale = self._acting, self.optimizer.parts[name], self._scales.get(name)
         self._need_gradients(self._others[name], False)
         try:
             yield
         finally:
-            self._acting = before
+            self._acting, self.scale = before, None
             self._need_gradients(self._others[name], True)
 
     def _need_gradients(self, parameters: Sequence[Tensor], needed: bool) -> None:
@@ -232,9 +236,10 @@ class Strategy(ABC):
         """Load a checkpoint; returns notes for the user. Raises UserError where it does not fit."""
         notes = self.world.run_on_all(lambda: self.state.restore(reader))
         stored = reader.manifest.scalars.get("loss_scale")
-        if stored and self.scale is not None:
-            self.scale.load(stored)
-        elif stored:
+        for name, scale in self._scales.items():
+            if found := stored and (stored if "scale" in stored else stored.get(name)):  # one of all, or by optimizer
+                scale.load(found)
+        if stored and not self._scales:
             notes.append(f"the stored loss scale is not needed under {self.world.precision}")
         self.sync_compute_weights()
         return notes
@@ -242,8 +247,9 @@ class Strategy(ABC):
     def snapshot(self) -> Snapshot:
         """Return what a checkpoint of this moment holds. Raises UserError naming what it cannot hold."""
         found = self.state.snapshot()
-        if self.scale is not None:
-            found.scalars["loss_scale"] = self.scale.state()
+        if self._scales:
+            states = {name: scale.state() for name, scale in self._scales.items()}
+            found.scalars["loss_scale"] = states.get("", states)
         return found
 
     def check_state(self) -> None:

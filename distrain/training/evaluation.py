@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -186,26 +187,44 @@ class _Tally:
     def add_means(self, means: Means) -> Tensor:
         """Add sums and counts; returns them (names, 2)."""
         names, pairs = means
-        if self._names not in (None, names):
+        if self._names is not None and sorted(names) == sorted(self._names):
+            pairs = pairs if names == self._names else pairs[[names.index(name) for name in self._names]]
+        elif self._names is not None:
             raise UserError(
                 f"{self._objective.name} reports {', '.join(names)} of one batch and {', '.join(self._names or ())} of "
                 "another; report the same in each, with a count of 0 where there is nothing"
             )
-        self._names, self._pairs = names, pairs if self._pairs is None else self._pairs + pairs
+        self._names = self._names or names
+        self._pairs = pairs if self._pairs is None else self._pairs + pairs
         return pairs
 
     def sums(self) -> Tensor:
-        """Return what the ranks add up: (means and counts, four of `_Seen`, those of the metrics), 1-D float64."""
+        """Return what the ranks add up, 1-D float64.
+
+        A number that the names of the means give, their sums and counts by name, four of `_Seen`, those of the metrics.
+        """
         assert self._pairs is not None, "each rank has as many batches, and at least one"
+        assert self._names is not None
+        head = torch.tensor([self._named()], dtype=torch.float64, device=self._device)
+        pairs = self._pairs[[self._names.index(name) for name in sorted(self._names)]]
         seen = torch.tensor(self.seen.sums(), dtype=torch.float64, device=self._device)
-        return torch.cat((self._pairs.flatten(), seen, self._metrics.sums().to(self._device)))
+        return torch.cat((head, pairs.flatten(), seen, self._metrics.sums().to(self._device)))
+
+    def _named(self) -> float:
+        return float(zlib.crc32("\0".join(sorted(self._names or ())).encode()))
 
     def split(self, total: Tensor) -> tuple[dict[str, float], list[float], Tensor]:
         """Return the means by name with the whole loss, the sums of `_Seen`, and those of the metrics."""
         assert self._names is not None
-        end = 2 * len(self._names)
+        if total[0] != self._world.world_size * self._named():
+            raise UserError(
+                f"{self._objective.name} reports {', '.join(self._names)} on rank {self._world.rank} and others on "
+                "another; report the same of each batch, with a count of 0 where there is nothing"
+            )
+        total, end = total[1:], 2 * len(self._names)
         pairs = total[:end].view(-1, 2)
-        means = dict(zip(self._names, (pairs[:, 0] / pairs[:, 1]).tolist(), strict=True))
+        found = dict(zip(sorted(self._names), (pairs[:, 0] / pairs[:, 1]).tolist(), strict=True))
+        means = {name: found[name] for name in self._names}
         losses = self._objective.names
         loss = sum(self._objective.weights.get(name, 1.0) * means[name] for name in losses)
         return (

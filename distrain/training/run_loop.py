@@ -254,6 +254,7 @@ class Session(RunContext):
             if turn.turn.section.clip_norm is not None or self.setup.anomalies.watches:
                 norms[turn.name] = norm
         rates = {turn.name: turn.lr(step - 1) for turn in self.t.turns}
+        scales = {turn.name: turn.grad_scale for turn in taken.turns if turn.grad_scale is not None}
         return StepMetrics(
             loss=sum(loss for _, loss, _ in read) if read else taken.read()[0],
             grad_norm=norms.pop("", None),
@@ -261,10 +262,11 @@ class Session(RunContext):
             samples=samples,
             epoch=samples / length if length else 0.0,
             skipped=not read,
-            grad_scale=taken.grad_scale,
+            grad_scale=scales.pop("", None),
             means=means,
             lrs=rates,
             grad_norms=norms,
+            grad_scales=scales,
         )
 
     def _report(self, found: Anomaly) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from places import IMPORTABLE
 from runs import Ended, captured, cli_rank, rows, train, write_recipe
 from warm import warm_children
-from worlds import in_world
+from worlds import WorldFailed, in_world
 
-from distrain.autobatch.search import largest, needs_search
+from distrain.autobatch.search import largest, needs_search, take_steps
 from distrain.config import BatchSection
 from distrain.config.yaml import load_recipe
 from distrain.datasets.batch_sizes import accumulation_steps, batch_shape, micro_batch_sizes
@@ -134,6 +134,26 @@ def test_the_run_itself_reports_errors_other_than_memory(tmp_path: Path) -> None
 
 # --------------------------------------------------------------------------------------------------------------------
 # Without trying
+
+
+@pytest.mark.parametrize(
+    ("optim", "asked"),
+    [
+        ("{d: {params: 'd.*'}, g: {params: 'g.*', every: 50}}", "of the generator"),
+        ("{name: 'adversarial_parts:Greedy', freeze: [{params: 'g.*', until: 50 steps}]}", "of all gradients"),
+    ],
+)
+def test_a_try_trains_what_is_trained_later(tmp_path: Path, optim: str, asked: str) -> None:
+    task = "Demanding" if "every" in optim else "Sole"
+    write_recipe(
+        tmp_path,
+        f"{{name: later, task: 'adversarial_parts:{task}', data: 'adversarial_parts:NoisyPoints', "
+        f"model: {{name: 'adversarial_parts:Pair'}}, optim: {optim}, batch: {{global: 12, micro: 4}}, "
+        "train: {steps: 60}, eval: {every: null}, checkpoint: {every: null}}",
+    )
+    (tmp_path / "how.json").write_text(json.dumps({"strategy": "single", "offload": "none", "replicate": 1}))
+    with pytest.raises(WorldFailed, match=asked):
+        in_world(1, take_steps, tmp_path)
 
 
 def test_nothing_is_tried_where_nothing_limits_the_memory(tmp_path: Path) -> None:

@@ -36,7 +36,10 @@ checkpoint: {every: 3 steps, keep: 100, async: false}
 log: {every: 1 steps}
 """
 WASSERSTEIN = RECIPE.replace("Adversarial", "Wasserstein").replace("blocks: 1", "blocks: 0")
-KINDS = {"adversarial": RECIPE, "wasserstein": WASSERSTEIN}
+KINDS = {
+    "adversarial": RECIPE,
+    "wasserstein": WASSERSTEIN,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -53,7 +56,7 @@ def alone(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return recipe, folder / "alone"
 
 
-def plain(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def plain(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Return the weights and averages after a run in plain PyTorch, and for each step losses, rates and norms."""
     recipe = load_recipe(path).recipe
     data = build_data(recipe)
@@ -64,6 +67,7 @@ def plain(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     d = torch.optim.Adam(model.d.parameters(), lr=1e-2, betas=(0.5, 0.9), weight_decay=0.1)
     g = torch.optim.SGD(model.g.parameters(), lr=0.2, momentum=0.9)
     task = getattr(adversarial_parts, recipe.task.name.partition(":")[2])()
+    monkeypatch.setattr(adversarial_parts.distrain, "gather", lambda tensor: tensor)
     order, steps = SampleOrder(len(train), recipe.seed), []
     for step in range(6):
         ids = order.at(12 * step, 12 * (step + 1))[1]
@@ -74,7 +78,7 @@ def plain(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
                 continue
             task.logged.clear()
             found = {}
-            for key, loss in task.losses(model, {"inputs": inputs}, name).items():
+            for key, loss in task.losses(model, {"inputs": inputs, "ids": torch.as_tensor(ids)}, name).items():
                 found[key] = loss.mean() if isinstance(loss, torch.Tensor) else loss.sum / 12
             row |= {key: loss.item() for key, loss in found.items()}
             model.zero_grad()
@@ -90,9 +94,18 @@ def plain(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     return found | {f"ema/{name}": each for name, each in averages.items()}, steps
 
 
-def test_it_is_the_alternating_loop_of_plain_pytorch(kind: str, alone: tuple[Path, Path]) -> None:
+def test_it_is_the_alternating_loop_of_plain_pytorch(
+    kind: str, alone: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, run = alone
-    expected, steps = plain(recipe)
+    trained = assert_plain(recipe, run, monkeypatch)
+    if kind == "adversarial":
+        assert trained[1]["loss"] == pytest.approx(sum(trained[1][key] for key in ("on_real", "on_fake", "generator")))
+
+
+def assert_plain(recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Hold a run against plain PyTorch; returns its rows of training."""
+    expected, steps = plain(recipe, monkeypatch)
     stored = state(last(run))
     for name, tensor in expected.items():
         assert torch.from_numpy(stored[name]).allclose(tensor.flatten(), rtol=0, atol=1e-9), name
@@ -102,10 +115,27 @@ def test_it_is_the_alternating_loop_of_plain_pytorch(kind: str, alone: tuple[Pat
         assert reported == numbers.keys()
         for key, value in numbers.items():
             assert row[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
-    if kind == "adversarial":
-        assert trained[1]["loss"] == pytest.approx(sum(trained[1][key] for key in ("on_real", "on_fake", "generator")))
     evaluated = next(row for row in rows(run) if row["event"] == "eval")
     assert {key for row in steps for key in row if "/" not in key} <= evaluated.keys()  # those of both
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("task", "world_size", "strategy"),
+    [
+        ("Shuffled", 2, "ddp"),
+        ("Relative", 2, "ddp"),
+        pytest.param("Shuffled", 2, "fsdp2", marks=pytest.mark.more),
+        pytest.param("Relative", 2, "fsdp2", marks=pytest.mark.more),
+        pytest.param("Relative", 1, "ddp", marks=pytest.mark.more),
+    ],
+)
+def test_losses_in_any_order_and_of_the_whole_batch_are_those_of_plain_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, world_size: int, strategy: str
+) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("Adversarial", task))
+    train(world_size, recipe, tmp_path / "run", "batch.micro=3", "eval.batch=4", strategy=strategy)
+    assert_plain(recipe, tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +204,36 @@ def test_only_the_optimizer_whose_loss_is_nan_passes_over_a_step(tmp_path: Path)
     train(1, recipe, tmp_path / "again", "train.steps=4", "checkpoint.every=1 steps", stop_after=1)
     train(1, recipe, tmp_path / "again", "train.steps=4", "checkpoint.every=1 steps")
     assert_same_run(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.more)])
+def test_the_scale_of_a_loss_is_that_of_its_optimizer(tmp_path: Path, world_size: int) -> None:
+    text = RECIPE.replace("Adversarial", "Large").replace("fp64", "fp16").replace(", every: 2", "")
+    text = text.replace("lr: 0.2", "lr: 1e-5")
+    recipe = write_recipe(tmp_path, text)
+    run, narrow, wide = tmp_path / "run", tmp_path / "resumed", tmp_path / "wide"
+    train(world_size, recipe, run)
+    steps = [row for row in rows(run) if row["event"] == "train"]
+    assert "loss_scale" not in steps[-1]
+    assert steps[-1]["loss_scale/d"] >= 16384, "no gradient of the discriminator is lost in a scale of the other"
+    assert steps[-1]["loss_scale/g"] <= 1024
+    train(world_size, recipe, wide, "train.precision=fp32")
+    weights, expected = state(last(run)), state(last(wide))
+    worst = max(abs(weights[name] - expected[name]).max() for name in weights if name.startswith("model/"))
+    assert worst < 2e-3
+    train(world_size, recipe, narrow, stop_after=2)
+    stored = Reader(last(narrow)).manifest.scalars["loss_scale"]
+    assert stored["d"]["scale"] > 16 * stored["g"]["scale"]
+    train(world_size, recipe, narrow)
+    assert_same_run(run, narrow)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("kind", ["adversarial"], indirect=True)
+def test_compiled_it_is_the_same(kind: str, alone: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, one = alone
+    train(1, recipe, tmp_path / "run", "batch.micro=4", "train.compile={backend: eager}")
+    assert_close(one, tmp_path / "run", 1e-12)
 
 
 @pytest.mark.parametrize(

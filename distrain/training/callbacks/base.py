@@ -45,7 +45,8 @@ class StepMetrics:
     skipped: bool
     """Whether the step changed nothing, as `anomalies` has it skipped."""
     grad_scale: float | None = None
-    """What the loss was multiplied by before the backward pass; None where it is not scaled."""
+    """What the loss was multiplied by before the backward pass; None where it is not scaled, and where there are
+    several optimizers."""
     means: Mapping[str, float] = field(default_factory=dict)
     """What the task reports besides: each of its losses by name, and what it logs; over all micro-batches and ranks.
     Of several optimizers, those that have acted in the step."""
@@ -53,6 +54,8 @@ class StepMetrics:
     """The learning rate of each of several optimizers by its name."""
     grad_norms: Mapping[str, float] = field(default_factory=dict)
     """The norm of its gradient before clipping, of those that have acted and for which it is known."""
+    grad_scales: Mapping[str, float] = field(default_factory=dict)
+    """What its losses were multiplied by, of those that have acted, where losses are scaled."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class TrainLog(Callback):
         row |= {f"grad_norm/{name}": norm for name, norm in metrics.grad_norms.items()}
         if metrics.grad_scale is not None:
             row["loss_scale"] = metrics.grad_scale
+        row |= {f"loss_scale/{name}": scale for name, scale in metrics.grad_scales.items()}
         row |= metrics.means
         row |= self._efficiency.row(row["samples_per_s"])
         if steps := step - self._logged_step:

@@ -229,6 +229,10 @@ class TaskObjective(Objective):
         """What `Task.count` has said of a step, over all ranks."""
         self._optimizers = tuple(task.optimizers)
         """Whose losses these are; none: those of the only one."""
+        self._of_step: dict[str, None] = {}
+        """The names of the losses of a step: those of its micro-batches, which may not all have the same."""
+        self._scales: dict[tuple[str, ...], Tensor] = {}
+        """What their sums are multiplied by, in the order in which a micro-batch of the step has them."""
 
     @property
     def holds(self) -> Any:
@@ -244,7 +248,8 @@ class TaskObjective(Objective):
 
     def of(self, optimizer: str) -> TaskObjective:
         found = copy.copy(self)
-        found._sums, found._asked, found._optimizers = {}, {}, (optimizer,)
+        found._sums, found._asked, found._of_step, found._scales = {}, {}, {}, {}
+        found._optimizers = (optimizer,)
         return found
 
     # ---- a step
@@ -252,7 +257,7 @@ class TaskObjective(Objective):
     def loss_scale(self, world: World, global_batch_size: int, micro_batches: Sequence[Batch]) -> Mapping[str, Any]:
         """Return it by name; `""` is that of losses that are over samples."""
         scales: dict[str, Any] = {"": world.world_size / global_batch_size}
-        self._asked = {"": float(global_batch_size)}
+        self._asked, self._scales = {"": float(global_batch_size)}, {}
         if not self._counts_itself or not (found := [self.task.count(batch) for batch in micro_batches])[0]:
             return scales
         names = list(found[0])
@@ -278,19 +283,20 @@ class TaskObjective(Objective):
             explain(error, model, len(batch["ids"]))
             raise
         self.names = names[: len(sums)]
+        self._of_step |= dict.fromkeys(self.names)
         for name, pair in zip(names, pairs, strict=True):
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
         return sums
 
     def as_scale(self, loss_scale: Mapping[str, Any], loss_sum: Tensor) -> Tensor:
         """Return (losses,)."""
-        if isinstance(loss_scale, Tensor):
-            return loss_scale  # of an earlier micro-batch
-        each = [self.weights.get(name, 1.0) * loss_scale.get(name, loss_scale[""]) for name in self.names]
-        return torch.stack([_on(value, loss_sum) for value in each])
+        if self.names not in self._scales:
+            each = [self.weights.get(name, 1.0) * loss_scale.get(name, loss_scale[""]) for name in self.names]
+            self._scales[self.names] = torch.stack([_on(value, loss_sum) for value in each])
+        return self._scales[self.names]
 
     def begin_step(self) -> None:
-        self._sums = {}
+        self._sums, self._of_step = {}, {}
 
     def means_async(self, world: World) -> Callable[[], dict[str, float]]:
         """Reduce the losses and what was logged; raises UserError where a count is not what was promised."""
@@ -299,7 +305,7 @@ class TaskObjective(Objective):
             self._layout = tuple(dict.fromkeys(name for names in ranks for name in names))
             if taken := sorted(name for name in self._layout if name.partition("/")[0] in _TAKEN):
                 raise UserError(f"{self.name}: {taken[0]!r} is a column that rows have already; take another name")
-            if "loss" in self._layout and len(self.names) > 1:
+            if "loss" in self._layout and len(self._of_step) > 1:
                 raise UserError(f"{self.name}: 'loss' is the sum of all losses; give the one of that name another")
         layout, asked = self._layout, self._asked
         if more := [name for name in self._sums if name not in layout]:
@@ -309,7 +315,8 @@ class TaskObjective(Objective):
             )
         nothing = torch.zeros(2, dtype=torch.float64, device=world.device)
         pairs = torch.stack([self._sums.get(name, nothing) for name in layout])
-        promised = torch.stack([_on(asked.get(name, asked[""]), pairs) for name in self.names])
+        losses = tuple(self._of_step)
+        promised = torch.stack([_on(asked.get(name, asked[""]), pairs) for name in losses])
         read = world.to_host_async(world.sum_async(pairs)().flatten(), promised)
 
         def means() -> dict[str, float]:
@@ -317,8 +324,8 @@ class TaskObjective(Objective):
             found = {}
             for place, name in enumerate(layout):
                 total, count = numbers[2 * place : 2 * place + 2]
-                if name in self.names:
-                    said = numbers[2 * len(layout) + self.names.index(name)]
+                if name in losses:
+                    said = numbers[2 * len(layout) + losses.index(name)]
                     if abs(count - said) > 1e-6 * max(abs(count), abs(said)):
                         raise UserError(
                             f"{self.name}: loss {name!r} is over {count:g} in this step, and was divided by {said:g}; "

@@ -110,6 +110,53 @@ class Breaking(Adversarial):
         return found
 
 
+class Shuffled(Adversarial):
+    """Returns its losses in an order, and reports some of them, by what the samples are."""
+
+    weights = {"on_real": 5.0}
+
+    def losses(self, model, batch, optimizer):
+        found = super().losses(model, batch, optimizer)
+        return dict(reversed(found.items())) if int(batch["ids"][0]) % 2 else found
+
+
+class Relative(Adversarial):
+    """Compares each point with the mean of all others in the batch; each optimizer gathers something else."""
+
+    couples_samples = True
+
+    def losses(self, model, batch, optimizer):
+        fake = distrain.gather(model.d(model.g(batch["inputs"]["noise"])))
+        if optimizer == "g":
+            return {"generator": (F.softplus(-(fake - fake.mean())) + F.softplus(-fake)).mean()}
+        real = distrain.gather(model.d(batch["inputs"]["real"]))
+        return {"relative": F.softplus(fake.mean() - real).mean() + F.softplus(fake).mean()}
+
+
+class Large(Adversarial):
+    """The generator's gradients are 3000 times those of the discriminator."""
+
+    weights = {"generator": 3000.0}
+
+
+class Demanding(Adversarial):
+    """The generator's turn takes more memory than there is."""
+
+    def losses(self, model, batch, optimizer):
+        if optimizer == "g":
+            raise MemoryError("of the generator")
+        return super().losses(model, batch, optimizer)
+
+
+class Greedy(torch.optim.SGD):
+    """Takes more memory than there is once it has the gradients of all its parameters."""
+
+    def step(self, closure=None):
+        if all(each.grad is not None for group in self.param_groups for each in group["params"]):
+            raise MemoryError("of all gradients")
+        return super().step(closure)
+
+
 class Sole(distrain.Task):
     """One loss of both networks."""
 
