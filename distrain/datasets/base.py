@@ -260,6 +260,7 @@ def find_dataset(section: DataSection, task: Form) -> Entry[Callable[..., Any]]:
             f"data set {section.name!r}",
             given=list(inspect.signature(entry.value).parameters)[:1],
             section_keys=DataSection.model_fields,
+            missing={"tokenizer": "it was not given: the folder of a tokenizer, as transformers writes it"},
         )
         if problems:
             raise UserError("\n".join(problems))

@@ -4,8 +4,6 @@ Where this machine cannot run it the tests are skipped with the reason; in CI, t
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 from runs import train
-from slurm_cluster import Cluster, wait_until, why_not
+from slurm_cluster import Cluster, running, wait_until, why_not
 from submitted import RECIPE, STEPS, Project, Run, Uninterrupted
 
 HERE = Path(__file__).parent
@@ -48,16 +46,8 @@ def needs_cluster() -> None:
 def running_cluster() -> Iterator[Cluster]:
     """The cluster, from the first test that asks for it to the end of the session."""
     needs_cluster()
-    # not below pytest's own folder: daemons have paths that must stay short and that every user may pass through
-    folder = Path(tempfile.mkdtemp(prefix="distrain-cluster-"))
-    folder.chmod(0o755)
-    running = Cluster(folder)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running() as cluster:
+        yield cluster
 
 
 @pytest.fixture

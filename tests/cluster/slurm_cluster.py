@@ -4,7 +4,8 @@ Each node is a set of Linux namespaces: its own processes, host name, network an
 in the login node's network, know each other by address alone (their names do not resolve), and share the file system.
 So a node can be switched off, cut from the network, or lose its slurmd, as a machine can. Nothing of it is seen on the
 machine's own network, and everything ends with the process that started it: the login node's init is killed by the
-kernel, and with it whatever ever ran on any node.
+kernel, and with it whatever ever ran on any node. `python tests/cluster/slurm_cluster.py` opens a shell on the login
+node.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -461,3 +463,30 @@ def _command(pid: int) -> str:
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+@contextmanager
+def running() -> Iterator[Cluster]:
+    """A cluster that runs; raises CannotRun with the daemons' own words."""
+    # not below pytest's own folder: daemons have paths that must stay short and that every user may pass through
+    folder = Path(tempfile.mkdtemp(prefix="distrain-cluster-"))
+    folder.chmod(0o755)
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if reason := why_not():
+        sys.exit(reason)
+    with running() as cluster:
+        print(
+            f"a login node; SLURM has {NODES} nodes of 2 CPUs. exit, or the end of input, ends the cluster", flush=True
+        )
+        inside = ["nsenter", "--target", str(cluster.login.init), "--all", f"--wdns={Path.cwd()}", "--"]
+        status = subprocess.run([*inside, *(sys.argv[1:] or ["bash"])]).returncode
+    sys.exit(status)

@@ -107,7 +107,7 @@ def _config(
         },
         "files": sorted(companions),
         "generation_config": generation if generation in companions else None,
-        "weights": f"moving average, decay {recipe.train.ema}" if averaged else "those of the last step",
+        "weights": f"moving average, decay {recipe.train.ema}" if averaged else f"those of step {manifest.step}",
         "averaged": averaged,
         "step": manifest.step,
         "checkpoint": checkpoint.name,
