@@ -404,7 +404,8 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
     Where `holds` says that it is too wide, columns are dropped, those first that matter least.
     """
     keys = list(dict.fromkeys(key for status in found for key in status.values))
-    metric = next((status.score["metric"] for status in found if status.score), None)
+    metrics = {status.score["metric"] for status in found if status.score}
+    scored = f"eval {' '.join(metrics)}" if len(metrics) == 1 else "eval"
 
     def name(status: Status) -> str:
         path = Path(status.run)
@@ -414,7 +415,10 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
         return f"{status.step:,}" + (f"/{status.total_steps:,}" if status.total_steps else "")
 
     def score(status: Status) -> str:
-        return _number(status.score["value"]) if status.score and status.score["metric"] == metric else ""
+        if not status.score:
+            return ""
+        value = _number(status.score["value"])
+        return value if len(metrics) == 1 else f"{status.score['metric']} {value}"
 
     columns: dict[str, Callable[[Status], str]] = {
         "run": name,
@@ -423,13 +427,13 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
         "step": step,
         "left": lambda status: duration(status.eta_s) if status.eta_s is not None else "",
         "loss": lambda status: _number(status.loss) if status.loss is not None else "",
-        f"eval {metric}": score,
+        scored: score,
         "starts": lambda status: str(status.starts),
         "job": lambda status: f"{status.job} {status.job_state}" if status.job else "",
     }
-    if metric is None:
-        del columns[f"eval {metric}"]
-    least = [name for name in ("starts", "job", "loss", *reversed(keys), "left", f"eval {metric}") if name in columns]
+    if not metrics:
+        del columns[scored]
+    least = [name for name in ("starts", "job", "loss", *reversed(keys), "left", scored) if name in columns]
     while True:
         shown = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:

@@ -31,6 +31,7 @@ from distrain.report.status import (
     status_rows,
     statuses,
     stop_run,
+    table,
 )
 from distrain.run.folder import Launch, RunDir
 from distrain.run.heartbeat import Heartbeat, write_heartbeat
@@ -222,6 +223,24 @@ def test_a_sweep_is_a_table_of_its_runs(sweep: Path, monkeypatch: pytest.MonkeyP
     above = json.loads(CliRunner().invoke(app, ["status", str(sweep.parent), "--json"]).output)
     assert [each["values"] for each in above] == [{"optim.lr": rate} for rate in ("1e-3", "3e-4", "1e-4")]
     assert statuses(sweep / "2-lr=1e-4")[0].job == "9_2"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "heading", "cells"),
+    [
+        (["mae", None, "mae"], "eval mae", ["0.5", "", "0.5"]),
+        (["mae", None, "accuracy"], "eval", ["mae 0.5", "", "accuracy 0.5"]),
+        ([None], None, []),
+    ],
+    ids=["one metric", "several metrics", "none"],
+)
+def test_runs_of_other_metrics_each_show_their_own(
+    metrics: list[str | None], heading: str | None, cells: list[str]
+) -> None:
+    runs = [Status("x", "finished", score=each and {"metric": each, "value": 0.5, "step": 1}) for each in metrics]
+    columns = {str(column.header): [str(cell) for cell in column.cells] for column in table(runs, Path()).columns}
+    assert columns.get(heading, []) == cells
+    assert [name for name in columns if name.startswith("eval")] == ([heading] if heading else [])
 
 
 def test_every_state_is_explained() -> None:
