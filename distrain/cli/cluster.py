@@ -25,8 +25,9 @@ from distrain.config import UserError
 from distrain.system.output import echo, one_line
 
 
-def _by_site(help: str) -> Any:
-    return typer.Option(help=help, show_default="the site's, else SLURM's")
+def by_site(help: str, default: str = "the site's, else SLURM's") -> Any:
+    """Return an option whose default is that of a site."""
+    return typer.Option(help=help, show_default=default)
 
 
 def submit(
@@ -69,10 +70,10 @@ def submit(
     cpus_per_task: Annotated[
         int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
     ] = None,
-    mem: Annotated[str | None, _by_site("Memory of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, _by_site("The partition.")] = None,
-    account: Annotated[str | None, _by_site("The account.")] = None,
-    qos: Annotated[str | None, _by_site("The quality of service.")] = None,
+    mem: Annotated[str | None, by_site("Memory of each node, such as 64G.")] = None,
+    partition: Annotated[str | None, by_site("The partition.")] = None,
+    account: Annotated[str | None, by_site("The account.")] = None,
+    qos: Annotated[str | None, by_site("The quality of service.")] = None,
     notice: Annotated[
         int | None,
         typer.Option(

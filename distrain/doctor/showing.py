@@ -69,6 +69,27 @@ def merged(findings: Sequence[Finding]) -> Iterator[Finding]:
         yield replace(alike, host=", ".join(hosts), rank=said[0].rank if len(said) == 1 else None)
 
 
+def of_nodes(report: Report) -> Report:
+    """Return a report of several nodes for people: what nodes have found alike once, and of a check without problems
+    what one of them has found.
+    """
+    hosts = dict.fromkeys(each.host for each in report.findings)
+    bad = {each.check for each in report.findings if each.level is not Level.ok}
+    told: dict[str, str] = {}
+    alike = []
+    for each in report.findings:
+        if each.level is Level.ok:
+            if each.check in bad:
+                continue
+            each = replace(each, found=told.setdefault(each.check, each.found), rank=None)
+        alike.append(each)
+    findings = [
+        replace(each, host=f"all {len(hosts)} nodes") if len(each.host.split(", ")) == len(hosts) > 1 else each
+        for each in merged(alike)
+    ]
+    return replace(report, findings=tuple(findings))
+
+
 def text_width(width: int) -> int:
     """Return the columns that text is wrapped to on a console of `width` columns."""
     return max(_LEAST, min(width, _MOST))

@@ -28,6 +28,12 @@ def read_slurm(variables: Mapping[str, str]) -> JobEnvironment:
     )
 
 
+def allocated_nodes(variables: Mapping[str, str]) -> int | None:
+    """Return how many nodes the allocation of a process has; None where it is in none. Pure."""
+    count = _number(variables, "SLURM_JOB_NUM_NODES") or _number(variables, "SLURM_NNODES")
+    return count if variables.get("SLURM_JOB_ID") else None
+
+
 def _number(variables: Mapping[str, str], name: str) -> int | None:
     told = variables.get(name, "")
     return int(told) if told.isdecimal() else None

@@ -24,7 +24,7 @@ def render_sbatch(plan: Plan) -> str:
     before, marker, body = template().partition(BODY)
     assert marker
     assert before.startswith("#!/bin/bash\n")
-    values = "\n".join(f"{name}={_quoted(value)}" for name, value in _values(plan).items())
+    values = "\n".join(f"{name}={quoted(value)}" for name, value in _values(plan).items())
     options = "\n".join(f"#SBATCH {option}" for option in _options(plan))
     written_by = (
         f"# `distrain submit` wrote this for {plan.folder}\n# shellcheck disable=SC2016 # no value is expanded\n"
@@ -113,7 +113,8 @@ def _container(plan: Plan) -> tuple[list[str], list[str]]:
     return [], [f"--container-image={plan.container.pyxis}", f"--container-mounts={','.join(pairs)}"]
 
 
-def _quoted(value: str | list[str]) -> str:
+def quoted(value: str | list[str]) -> str:
+    """Return a text, or a list of texts, as a shell takes it for itself. Pure."""
     if isinstance(value, list):
-        return f"({' '.join(map(_quoted, value))})"
+        return f"({' '.join(map(quoted, value))})"
     return value if re.fullmatch(r"[A-Za-z0-9_./:=+@-]+", value) else "'" + value.replace("'", "'\"'\"'") + "'"

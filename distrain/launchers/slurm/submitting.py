@@ -145,7 +145,7 @@ def prepare(
     snapshot = Snapshot() if keeps_code else take_snapshot(found[0][1].recipe)
     package = own_package()
     try:
-        plan = _plan(
+        plan = job_plan(
             wanted,
             site,
             folder,
@@ -176,7 +176,7 @@ def prepare(
     )
 
 
-def _plan(
+def job_plan(
     wanted: Wanted,
     site: Site,
     folder: Path,
@@ -190,6 +190,11 @@ def _plan(
     copies_package: bool,
     packages: Sequence[str],
 ) -> Plan:
+    """Return the plan of a job in `folder`, from what a person asks for and what the site says.
+
+    `processes` are those of each node, `packages` folders where Python is to look first. Raises UserError with all that
+    is wrong.
+    """
     time = wanted.time or site.time
     if time is None:
         raise UserError("no time limit is set; give --time, such as 4:00:00. What is left then resumes in another job")
