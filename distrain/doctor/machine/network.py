@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from distrain.system.errors import UserError, some
 
 _PORTS = 1024
 """Ports that are chosen by the kernel, below which many processes with many peers run out of them."""
+_SIOCGIFFLAGS = 0x8913
 
 
 def loopback(context: Context) -> Iterator[Finding]:
@@ -138,8 +141,9 @@ def _named(text: str) -> list[str]:
 
 
 def _is_up(name: str) -> bool:
-    with suppress(OSError, ValueError):
-        return bool(int(Path(f"/sys/class/net/{name}/flags").read_text(), 16) & 1)
+    with suppress(OSError), socket.socket() as any_socket:  # /sys may show the interfaces of another namespace
+        answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sh14x", name.encode(), 0))
+        return bool(struct.unpack("16sh14x", answer)[1] & 1)
     return False
 
 
@@ -154,13 +158,13 @@ def leftovers(context: Context) -> Iterator[Finding]:
     names = set(missing_interfaces(context.variables))  # said with the interfaces
     variables = {name: value for name, value in context.variables.items() if name not in names}
     try:
-        notes = own_start(variables, context.processes)
+        notes = own_start(variables, None)
     except UserError as problem:
         first = str(problem).splitlines()[0]
         unset = " ".join(f"-u {name}" for name in sorted(set(context.variables) & _WORLD))
         yield error(
             first,
-            "a run is refused: its processes would wait for others that nobody starts",
+            "a run is refused unless --processes says how many: it might be one of several that wait for each other",
             f"env {unset} distrain ...",
         )
         return

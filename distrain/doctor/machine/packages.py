@@ -104,7 +104,11 @@ def copies(context: Context) -> Iterator[Finding]:
                     "an installation was interrupted: files of both may be mixed",
                     f"pip uninstall {name} until nothing of it is there, then install it again",
                 )
-        if len(places) > 1 and len({each for there in places.values() for each in there}) > 1:
+        if (
+            len(places) > 1
+            and not any(len(there) > 1 for there in places.values())
+            and len({each for there in places.values() for each in there}) > 1
+        ):
             problem = True
             first, *others = [f"{'/'.join(sorted(there))} in {place}" for place, there in places.items()]
             yield warning(
