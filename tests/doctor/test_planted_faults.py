@@ -353,3 +353,11 @@ def test_nothing_is_found_on_a_sound_machine(tmp_path: Path) -> None:
     assert [each for each in report.findings if each.level is not Level.ok and each.check not in hidden_by_tests] == []
     seen = {each.check for each in report.findings}
     assert set(BY_NAME) - seen <= {"visible GPUs", "GPUs", "weights", "trackers"}, "those that had nothing to look at"
+
+
+def test_the_page_lists_every_check_and_every_fault() -> None:
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    looked, planted = page.split("## What is looked at")[1].split("## What it was tried on")
+    first = {name for line in looked.splitlines() if line.startswith("| ") for name in line.split("|")[1].split(",")}
+    assert set(BY_NAME) - {name.strip() for name in first} == set()
+    assert [name for name in FAULTS if name not in planted] == []
