@@ -86,8 +86,8 @@ def _end(plan: Plan) -> list[str]:
         sends = f"of a step {_ms(plan.chosen.time.communication)} ms are sent, {_ms(max(behind, 0))} ms of them hidden"
         lines += _wrapped("        ", sends)
     count = "some" if plan.checkpoints is None else f"{plan.checkpoints:,}"
-    saved = f"{count} checkpoint{'s' * (plan.checkpoints != 1)} of {_size(plan.checkpoint_bytes)}"
-    kept = f", {plan.kept} kept: {_size(plan.kept * plan.checkpoint_bytes)}"
+    saved = f"{count} checkpoint{'s' * (plan.checkpoints != 1)} of {size_text(plan.checkpoint_bytes)}"
+    kept = f", {plan.kept} kept: {size_text(plan.kept * plan.checkpoint_bytes)}"
     return [*lines, *_wrapped("disk:   ", saved + kept)]
 
 
@@ -111,7 +111,8 @@ def _ms(seconds: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
+    """Return bytes as text in the unit that fits."""
     for size, name in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB")):
         if nbytes >= size:
             return f"{nbytes / size:.3g} {name}" if nbytes < 1000 * size else f"{nbytes / size:,.0f} {name}"

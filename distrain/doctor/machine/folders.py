@@ -202,8 +202,10 @@ def space(context: Context) -> Iterator[Finding]:
             yield ok(said)
         return
     each, kept, needed = predicted
+    from distrain.plan.showing import size_text
+
     there = _size(context.folder)
-    told = f"{said}; {kept} checkpoints of {gib(each)} and the export take {gib(needed)}"
+    told = f"{said}; {kept} checkpoints of {size_text(each)} and the export take {size_text(needed)}"
     if free + there < needed:
         yield error(
             told,
