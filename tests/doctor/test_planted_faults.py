@@ -211,7 +211,7 @@ FAULTS = {
     "a name of the loopback": Fault(
         "host name", "localhost leads to", named("localhost"), context={"nodes": 2}, namespaces=True
     ),
-    "no such interface": Fault("interfaces", "ib7, and this machine", nothing, variables={"NCCL_SOCKET_IFNAME": "ib7"}),
+    "no such interface": Fault("interfaces", "=ib7, and", nothing, "warning", {"NCCL_SOCKET_IFNAME": "ib7"}),
     "an interface that is down": Fault(
         "interfaces", "the interface lo that", lambda _: unshare(NETWORK), variables={"GLOO_SOCKET_IFNAME": "lo"},
         namespaces=True,

@@ -208,7 +208,8 @@ def judge(done: Sequence[Product], kind: str) -> Iterator[Finding]:
             "see its clocks, its heat and who else computes on it (nvidia-smi -q -d PERFORMANCE,PIDS), or leave it out",
         )
     if not slow:
-        speeds = sorted(each.tflops for each in done)
+        unit, scale = ("TFLOPS", 1.0) if usual >= 1 else ("GFLOPS", 1e3)
+        speeds = sorted(each.tflops * scale for each in done)
         each_of = f"{len(done)} {kind}{('es' if kind.endswith('s') else 's') * (len(done) > 1)}"
         between = f"{speeds[0]:.3g}" if len(done) == 1 else f"{speeds[0]:.3g} to {speeds[-1]:.3g}"
-        yield ok(f"{each_of}: exact, {between} TFLOPS")
+        yield ok(f"{each_of}: exact, {between} {unit}")

@@ -153,7 +153,7 @@ _MEANS = {
     ),
     "creating a file exclusively": ("two ranks may both write the reason of a failure, and one is lost", _CHOOSE),
     "locking": (
-        "two attempts at a run are told apart by their heartbeats alone, which takes 15 s at a start",
+        "only their heartbeats show that two attempts are at the same run, which takes 15 s at a start",
         "mount the file system with locks (NFS without nolock, Lustre with -o flock)",
     ),
     "setting a file's time": ("whether another attempt lives is read from the times of its heartbeat", _CHOOSE),

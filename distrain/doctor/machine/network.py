@@ -105,9 +105,9 @@ def interfaces(context: Context) -> Iterator[Finding]:
     problem = False
     for name in missing_interfaces(variables):
         problem = True
-        yield error(
+        yield (error if context.nodes > 1 else warning)(
             f"{name}={variables[name]}, and this machine has {some(there, 10)}",
-            "a run of several machines is refused here, as the processes of this one could not be reached",
+            "a run on this machine ignores it; one of several is refused, as they could not reach each other",
             f"name an interface that is there, or unset {name}: `export {name}={_best(there)}`",
         )
     named = _named(variables.get("GLOO_SOCKET_IFNAME", "")) + _named(variables.get("NCCL_SOCKET_IFNAME", ""))

@@ -61,7 +61,7 @@ def cpu_quota() -> float | None:
 
 
 def threads(context: Context) -> Iterator[Finding]:
-    """The threads that libraries are told to compute with."""
+    """The numbers of threads that variables set."""
     cpus = len(os.sched_getaffinity(0))
     wrong = False
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -72,7 +72,7 @@ def threads(context: Context) -> Iterator[Finding]:
         if not first.isdecimal() or int(first) == 0:
             wrong = True
             yield warning(
-                f"{name}={text} is no number of threads",
+                f"{name}={text} is not a count of threads",
                 "libraries ignore it, and each process takes as many threads as there are CPUs",
                 f"export {name}={max(1, cpus // context.processes)}, or unset it",
             )
