@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import os
 import socket
 import struct
@@ -62,6 +63,7 @@ def loopback_up() -> None:
         fcntl.ioctl(any_socket, 0x8914, request)
 
 
+@functools.cache
 def can_unshare() -> bool:
     """Whether a process here may have namespaces of its own."""
     if (pid := os.fork()) == 0:
