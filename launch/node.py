@@ -2,7 +2,8 @@
 
 srun --nodes 2 --ntasks-per-node 1 python launch/node.py --nodes 2 --processes 4 --address 10.0.0.1 --port 29500 RUN
 
-slurm/train.sbatch does so, after `--create` has made the run of a recipe and printed its folder.
+slurm/train.sbatch does so, after `--create` has made the run of a recipe, or `--task` that of a search, and printed its
+folder.
 """
 
 import argparse
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("target", metavar="RUN", help="the run's folder; with --create also a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
     parser.add_argument("--create", action="store_true", help="make the run, print its folder and end")
+    parser.add_argument("--task", type=int, help="draw and make this run of a search, print its folder and end")
     parser.add_argument("--run-dir", help="the folder of the run to make (default: runs/NAME)")
     parser.add_argument("--update", action="store_true", help="give an existing run the values of the recipe")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the job")
@@ -38,12 +40,23 @@ if __name__ == "__main__":
     common = {"nodes": a.nodes, "processes": a.processes}
     common |= {"strategy": a.strategy, "offload": a.offload, "replicate": a.replicate}
     try:
+        if a.task is not None:
+            from distrain.sweep.tasks import run_of_task
+
+            drawn = run_of_task(a.target, a.task)
+            sys.stdout.buffer.write((os.fsencode(drawn) if drawn is not None else b"none") + b"\n")
+            sys.exit(0)
         if a.create:
             folder = create(a.target, a.overrides, run_dir=a.run_dir, update=a.update, **common)
             sys.stdout.buffer.write(os.fsencode(folder) + b"\n")  # for the script, which goes there
             sys.exit(0)
         place = {"address": a.address, "port": a.port, "interface": a.interface, "scratch": a.scratch}
-        sys.exit(start_node(a.target, **common, **place))
+        more = []
+        if "DISTRAIN_PRUNES" in os.environ:  # a run of a search
+            from distrain.sweep.tasks import callbacks_of_task
+
+            more = callbacks_of_task()
+        sys.exit(start_node(a.target, callbacks=more, **common, **place))
     except UserError as error:
         echo_error(error)
         sys.exit(1)

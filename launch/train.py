@@ -7,6 +7,7 @@ python launch/train.py recipes/digits.yaml
 """
 
 import argparse
+import os
 import sys
 
 from distrain.launchers import work
@@ -25,4 +26,9 @@ if __name__ == "__main__":
     parser.add_argument("--replicate", help="replicas that fsdp2 makes: a number, or auto, one for each machine")
     a = parser.parse_args()
     prepare_streams()
-    sys.exit(work(**vars(a)))
+    more = []
+    if "DISTRAIN_PRUNES" in os.environ:  # a run of a search, which slurm/train.sbatch has started
+        from distrain.sweep.tasks import callbacks_of_task
+
+        more = callbacks_of_task()
+    sys.exit(work(**vars(a), callbacks=more))

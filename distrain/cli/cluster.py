@@ -13,11 +13,13 @@ from distrain.cli import completion
 from distrain.cli.options import (
     AUTO,
     Json,
+    NoPrune,
     OffloadTo,
     Overrides,
     RecipeOrRun,
     Replicate,
     RunFolder,
+    SearchRuns,
     Strategy,
     Update,
 )
@@ -59,10 +61,13 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE,VALUE",
-            help="A run for each value; for all combinations of several.",
+            help="A run for each value; for all combinations of several. With --search also a range, LOW..HIGH or "
+            "LOW..HIGH:log.",
             show_default="one run",
         ),
     ] = None,
+    search: SearchRuns = None,
+    no_prune: NoPrune = False,
     parallel: Annotated[
         int | None,
         typer.Option(min=1, help="How many runs of a sweep run at a time.", show_default="as many as SLURM starts"),
@@ -101,11 +106,20 @@ def submit(
     from distrain.launchers import find_launcher
     from distrain.launchers.slurm.submitting import Wanted, announced, planned, prepare
 
+    if no_prune and search is None:
+        raise UserError("--no-prune goes with --search N, which stops runs that are worse than the others")
     wanted = Wanted(
         nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
         sbatch or [], strategy.value, offload.value if offload is not None else None, parallel, replicate,
     )  # fmt: skip
-    prepared = prepare(target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update)
+    prepared = prepare(
+        target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update, search=search,
+        prune=not no_prune,
+    )  # fmt: skip
+    if search is not None and prepared.plan.container is None and prepared.plan.python == sys.executable:
+        from distrain.sweep.search import import_optuna
+
+        import_optuna()  # the nodes have this Python
     if dry_run:
         echo(prepared.script, end="")
         for line in planned(prepared):
@@ -115,8 +129,10 @@ def submit(
     assert job is not None
     if as_json:
         plan = prepared.plan
+        of_search = {"tasks": list(plan.tasks)} if plan.tasks else {}
+        runs = [str(run.path) for run, _ in prepared.runs]
         typer.echo(
-            json.dumps({"job": job, "folder": plan.folder, "runs": list(plan.runs), "nodes": plan.nodes}, indent=2)
+            json.dumps({"job": job, "folder": plan.folder, "runs": runs, "nodes": plan.nodes, **of_search}, indent=2)
         )
         return
     for line in announced(prepared, job):
@@ -172,7 +188,7 @@ def watch(
 def print_statuses(run: Path, *, as_json: bool) -> None:
     """Print how a run is doing, or a table of several."""
     from distrain.report.status import as_json as told
-    from distrain.report.status import best_line, status_rows, statuses, table
+    from distrain.report.status import best_line, status_rows, statuses, table, waiting_line
     from distrain.run.folder import RunDir
     from distrain.system.terminal import Console
 
@@ -185,15 +201,16 @@ def print_statuses(run: Path, *, as_json: bool) -> None:
         for name, value in status_rows(found[0]):
             echo(one_line(f"  {name:<9} {value}"))
     elif not found:
-        echo(f"{run} holds no runs")
+        echo(waiting_line(run) or f"{run} holds no runs")
     else:
         if problem := next((each.queue for each in found if each.queue), None):
             echo(f"the state of SLURM's queue is not known: {problem.splitlines()[0]}", error=True)
         # in a file or a pipe nothing is cut off
         console = Console(width=None if sys.stdout.isatty() else 1000)
         console.print(table(found, run, console.holds))
-        if line := best_line(run, found):
-            echo(one_line(line))
+        for line in (waiting_line(run), best_line(run, found)):
+            if line:
+                echo(one_line(line))
 
 
 def logs(

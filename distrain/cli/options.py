@@ -79,6 +79,20 @@ Update = Annotated[
 ]
 
 
+SearchRuns = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Make N runs, whose values Optuna draws.", show_default="every combination"),
+]
+NoPrune = Annotated[
+    bool,
+    typer.Option(
+        "--no-prune",
+        help="Train every run of a search to its end; without it those stop early whose evaluations are worse than the "
+        "median.",
+    ),
+]
+
+
 StrategyName = StrEnum("StrategyName", ["auto", *STRATEGIES])  # type: ignore[misc] # its names are known at run time
 """How state can be spread over processes."""
 

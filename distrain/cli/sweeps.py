@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from distrain.cli.cluster import print_statuses
-from distrain.cli.options import AUTO, Json, OffloadTo, Overrides, Replicate, Strategy
+from distrain.cli.options import AUTO, Json, NoPrune, OffloadTo, Overrides, Replicate, SearchRuns, Strategy
 from distrain.system.output import echo_loading
 
 
@@ -23,20 +23,8 @@ def sweep(
             show_default="must be given",
         ),
     ] = None,
-    search: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Make N runs, whose values Optuna draws.", show_default="every combination"
-        ),
-    ] = None,
-    no_prune: Annotated[
-        bool,
-        typer.Option(
-            "--no-prune",
-            help="Train every run of a search to its end; without it those stop early "
-            "whose evaluations are worse than the median.",
-        ),
-    ] = False,
+    search: SearchRuns = None,
+    no_prune: NoPrune = False,
     parallel: Annotated[
         int, typer.Option(min=1, help="How many runs at a time; GPUs and CPU threads are divided among them.")
     ] = 1,

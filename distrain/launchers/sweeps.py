@@ -6,8 +6,11 @@ import fcntl
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +18,15 @@ from typing import Any
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import load_recipe
-from distrain.run.json_files import write_atomically
+from distrain.run.folder import RunDir
+from distrain.run.json_files import write_atomically, write_json
 from distrain.system.bounded_json import SUMMARY, read_json
 
 FILE, LOCK = "sweep.json", ".sweep.lock"
+STOP = "STOP"
+"""A file in the sweep's folder by which a person asks it to stop."""
+DRAWS = "draws"
+"""The folder of what a search has drawn, a folder for each run in the order in which they were drawn."""
 MOST_RUNS = 1_000
 
 
@@ -107,15 +115,17 @@ class SweepRecord:
 
     name: str
     runs: list[dict[str, Any]]
-    """Each with `folder`, `values`, and of a pruned one `pruned`: the step of the evaluation that decided."""
+    """Each with `folder`, `values`, of a search also its `number`, and of a pruned one `pruned`: the step of the
+    evaluation that decided."""
     best: RankedBy | None = None
     """None in folders of earlier versions."""
     search: dict[str, Any] | None = None
     """What a search draws from: `space` by key, and `seed`; None where every combination is a run."""
 
     def write(self, folder: Path) -> None:
-        """Replace what the sweep's folder holds."""
-        record = {"name": self.name, "best": self.best and asdict(self.best), "search": self.search, "runs": self.runs}
+        """Replace what the sweep's folder holds, but for what was drawn: see `add_draw`."""
+        runs = [run for run in self.runs if "number" not in run]
+        record = {"name": self.name, "best": self.best and asdict(self.best), "search": self.search, "runs": runs}
         write_atomically(folder / FILE, json.dumps(record, indent=2) + "\n")
 
 
@@ -142,9 +152,7 @@ def expand(
     """
     axes = parse_axes(target, overrides, arrays)
     if ranges := [key for key, values in axes.items() if isinstance(values, Range)]:
-        raise UserError(
-            f"--array {', '.join(ranges)}: a range is what `distrain sweep --search N` draws from; name the values"
-        )
+        raise UserError(f"--array {', '.join(ranges)}: a range is what --search N draws from; name the values")
     lists = [values for values in axes.values() if not isinstance(values, Range)]
     combinations = list(itertools.islice(itertools.product(*lists), MOST_RUNS + 1))
     if len(combinations) > MOST_RUNS:
@@ -180,6 +188,16 @@ def parse_axes(target: str, overrides: Sequence[str], arrays: Sequence[str]) -> 
     if "name" in keys:
         raise UserError("--array name=… : each run of a sweep is named after the recipe's name and its number")
     return dict(axes)
+
+
+def space_of(arrays: Sequence[str]) -> dict[str, str]:
+    """Return what a search's record holds of `arrays`: what each key is drawn from, as it was written."""
+    return {text.partition("=")[0]: text.partition("=")[2] for text in arrays}
+
+
+def axes_of(space: Mapping[str, str]) -> Axes:
+    """Return what a search varies, from its record."""
+    return dict(_axis(f"{key}={text}") for key, text in space.items())
 
 
 _RANGE = re.compile(r"(?P<low>[-+\w.]*?[\w])\.\.(?P<high>[-+\w.]+?)(?P<log>:log)?")
@@ -260,6 +278,57 @@ def is_sweeping(folder: Path) -> bool:
     return False
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# What a search has drawn
+
+
+def add_draw(folder: Path, record: SweepRecord, run: SweepRun, number: int) -> bool:
+    """Have the next run that a search draws be this one, unless another process has drawn it since `record` was read.
+
+    Returns whether it is; if not, the values are to be drawn again, with those of the other among the known ones. Of
+    processes on several machines that share the folder exactly one succeeds, without a lock, which not every file
+    system has and which a process that dies may keep: the draw is complete beside its place, and a folder can be
+    renamed only to where there is none. Raises OSError where the folder cannot be written.
+    """
+    place = folder / DRAWS / f"{len(record.runs):04}"
+    fresh = place.with_name(f".{place.name}.{socket.gethostname()}.{os.getpid()}")
+    drawn = {"number": number, "folder": run.folder.name, "values": run.values}
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+    fresh.mkdir(parents=True)
+    write_json(fresh / _DRAW, drawn)
+    try:
+        fresh.rename(place)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not place.exists():
+            raise
+        # what a network file system calls a failure may have been done, and its answer lost
+        return _read_draw(place) == drawn
+    return True
+
+
+_DRAW = "draw.json"
+
+
+def _read_draw(place: Path) -> dict[str, Any]:
+    with _readable(place / _DRAW):
+        found = read_json(place / _DRAW, SUMMARY)
+        values = {str(key): str(value) for key, value in found["values"].items()}
+        return {"number": int(found["number"]), "folder": str(found["folder"]), "values": values}
+
+
+def _draws(folder: Path, first: int) -> Iterator[dict[str, Any]]:
+    for position in itertools.count(first):
+        try:
+            yield _read_draw(folder / DRAWS / f"{position:04}")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a sweep's folder holds
+
+
 def read_sweep(folder: Path) -> list[dict[str, Any]] | None:
     """Return the runs of a sweep, each with `folder` and `values`; None where the folder is no sweep."""
     record = read_record(folder)
@@ -268,21 +337,34 @@ def read_sweep(folder: Path) -> list[dict[str, Any]] | None:
 
 def read_record(folder: Path) -> SweepRecord | None:
     """Return what a sweep's folder holds; None where the folder is no sweep. Raises UserError."""
-    try:
-        found = read_json(folder / FILE, SUMMARY)
+    with _readable(folder / FILE):
+        try:
+            found = read_json(folder / FILE, SUMMARY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         runs: list[dict[str, Any]] = []
         for run in found["runs"]:
             runs.append({"folder": str(run["folder"]), "values": dict(run["values"])})
             if run.get("pruned") is not None:
                 runs[-1]["pruned"] = int(run["pruned"])
         best, search = found.get("best"), found.get("search")
-        return SweepRecord(
+        record = SweepRecord(
             str(found.get("name", folder.name)),
             runs,
             RankedBy(str(best["metric"]), best["higher"] is True) if best is not None else None,
             {"space": dict(search["space"]), "seed": int(search["seed"])} if search is not None else None,
         )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    if record.search is not None:
+        record.runs += _draws(folder, len(record.runs))
+        for run in record.runs:
+            if "pruned" not in run and (pruned := RunDir(folder / run["folder"]).pruned) is not None:
+                run["pruned"] = pruned
+    return record
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / FILE} cannot be read: {error}") from error
+        raise UserError(f"{file} cannot be read: {error}") from error

@@ -17,7 +17,7 @@ from distrain.config.yaml import load_recipe
 from distrain.launchers import launcher_of
 from distrain.launchers.launcher import Job, jobs_of_folders
 from distrain.launchers.slurm.tracking import task_of
-from distrain.launchers.sweeps import RankedBy, SweepRecord, is_sweeping, read_record, read_sweep
+from distrain.launchers.sweeps import STOP, RankedBy, SweepRecord, is_sweeping, read_record, read_sweep
 from distrain.report.goodput import Goodput, goodput_of
 from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import RunDir
@@ -335,6 +335,27 @@ def best_line(folder: Path, found: list[Status]) -> str | None:
     return f"best: {values}: {score} at step {first.score['step']:,} ({direction} is better), in {where}"
 
 
+def waiting_line(folder: Path) -> str | None:
+    """Return how many queued tasks of a search have drawn nothing yet; None where there are none, or no queue."""
+    numbers = [job.id for job in _waiting(folder)]
+    if not numbers:
+        return None
+    jobs = ", ".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
+    return f"{len(numbers)} more of job {jobs}, whose values are drawn when they start"
+
+
+def _waiting(folder: Path) -> list[Job]:
+    record = read_record(folder)
+    if record is None or record.search is None:
+        return []
+    try:
+        jobs = jobs_of_folders([folder.absolute()])[folder.absolute()]
+    except UserError:  # the table says so
+        return []
+    drawn = {str(run.get("number", place)) for place, run in enumerate(record.runs)}
+    return [job for job in jobs if job.alive and job.id.partition("_")[2] not in drawn]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # As people read it
 
@@ -537,7 +558,8 @@ def cancel_jobs(folder: Path) -> list[str]:
         known = ", ".join(f"{job.id} {job.state}" for job in jobs_of_folders([folder])[folder])
         return [f"no job of {folder} is queued or runs" + (f" ({known})" if known else "")]
     said = [f"cancelled job {job.id}, which was {job.state}; it is not queued again" for job in cancelled]
-    return [*said, f"`distrain submit {folder}` resumes from the newest checkpoint"]
+    again = "the same `distrain submit`" if read_sweep(folder) is not None else f"`distrain submit {folder}`"
+    return [*said, f"{again} resumes from the newest checkpoint"]
 
 
 def stop_run(folder: Path) -> list[str]:
@@ -548,8 +570,11 @@ def stop_run(folder: Path) -> list[str]:
         raise UserError(f"{folder} is neither a run nor a sweep")
     said = []
     if is_sweeping(folder):
-        (folder / "STOP").touch()
+        (folder / STOP).touch()
         said.append(f"{folder}: STOP is written; `distrain sweep` starts no further run, and ends")
+    if waiting := _waiting(folder):
+        (folder / STOP).touch()
+        said.append(f"{folder}: STOP is written; {len(waiting)} tasks that have drawn nothing yet end when they start")
     for status in found:
         path = Path(status.run)
         match status.state:

@@ -13,6 +13,7 @@ runs/NAME/
   export/            the trained model as one file
   transformers/      what lay beside the weights of a transformers model
   FINISHED | PREEMPTED | FAILED.json
+  PRUNED             the search that the run is of has stopped it for good
   STOP               a person asks the run to save and end
   inputs.json        what the last attempt depended on besides its recipe (see `distrain.fingerprints`)
   UPDATE             the user allows the next attempt to use what has changed
@@ -269,6 +270,16 @@ class RunDir:
     def preempted(self) -> dict[str, Any] | None:
         """Where a run that was asked to stop has stopped, or None."""
         return self._marker("PREEMPTED")
+
+    @property
+    def pruned(self) -> int | None:
+        """The step of the evaluation at which its search stopped the run for good, or None."""
+        found = self._marker("PRUNED")
+        return None if found is None else int(found.get("step", 0))
+
+    def mark_pruned(self, step: int) -> None:
+        """The run's search has stopped it, as it was worse than the others at the evaluation of this step."""
+        write_json(self.path / "PRUNED", {"step": step}, indent=None)
 
     def _marker(self, name: str) -> dict[str, Any] | None:
         try:

@@ -2,7 +2,10 @@
 
 running.py     starts the runs, several at a time, each on its share of the GPUs; stops and resumes them
 grid.py        which runs there are: every combination of values
-search.py      the same, drawn by Optuna from ranges, with pruning
+search.py      what Optuna draws and prunes, given the results of the runs before
+trials.py      the runs of a search with their results, as the folders have them
+search_runs.py a search on this machine
+tasks.py       a search on a cluster: each task of an array draws its run, and prunes it
 """
 
 from distrain.sweep.running import SweepOptions, run_sweep

@@ -26,7 +26,7 @@ from distrain.launchers import (
     launcher_environment,
     resolve,
 )
-from distrain.launchers.sweeps import SweepRun, best_of, expand, sweeping
+from distrain.launchers.sweeps import STOP, SweepRun, best_of, expand, sweeping
 from distrain.report.status import status_of
 from distrain.run.folder import RunDir
 from distrain.sweep.grid import Runs
@@ -37,8 +37,6 @@ from distrain.system.logs import show_on_terminal
 
 logger = logging.getLogger(__name__)
 
-STOP = "STOP"
-"""A file in the sweep's folder by which a person asks it to stop."""
 _LOOK_EVERY_S = 0.1
 
 

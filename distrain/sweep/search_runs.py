@@ -1,4 +1,4 @@
-"""The runs of a search: `SearchRuns`, drawn one after the other, and pruned by their evaluations."""
+"""The runs of a search on this machine: `SearchRuns`, drawn one after the other, and pruned by their evaluations."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distrain.config import UserError
-from distrain.config.yaml import load_recipe
-from distrain.launchers.sweeps import (
-    MOST_RUNS,
-    Axes,
-    Range,
-    SweepRecord,
-    SweepRun,
-    best_of,
-    check_new,
-    parse_axes,
-    read_record,
-    run_of,
-)
-from distrain.run.evaluations import Evaluations, best_of_evaluations
+from distrain.launchers.searches import ask_search
+from distrain.launchers.slurm.tracking import queued_job
+from distrain.launchers.sweeps import SweepRun, best_of
 from distrain.run.folder import RunDir
 from distrain.sweep.grid import Runs
 from distrain.sweep.running import Share, SweepOptions, check_runs
-from distrain.sweep.search import Result, Search, import_optuna
+from distrain.sweep.search import import_optuna
+from distrain.sweep.trials import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -32,36 +22,25 @@ logger = logging.getLogger(__name__)
 class SearchRuns(Runs):
     """Runs that are drawn as the results of others come."""
 
-    def __init__(
-        self,
-        folder: Path,
-        record: SweepRecord,
-        search: Search,
-        overrides: Sequence[str],
-        *,
-        wanted: int,
-        prune: bool,
-        retry_failed: bool,
-    ):
-        self.search, self.overrides, self.wanted, self.prune = search, overrides, wanted, prune
+    def __init__(self, trials: Trials, *, wanted: int, prune: bool, retry_failed: bool):
+        self.trials, self.wanted, self.prune = trials, wanted, prune
         self._exhausted = False
-        self._failed: set[Path] = set()
-        runs = [self._run(record, folder, number, each["values"]) for number, each in enumerate(record.runs)]
-        super().__init__(folder, record, runs, retry_failed=retry_failed)
-        assert record.best is not None
-        self.metric = record.best.metric
-        self._evaluations = {run.folder: Evaluations(RunDir(run.folder), self.metric) for run in runs}
+        runs = list(trials.runs.values())
+        super().__init__(trials.folder, trials.record, runs, retry_failed=retry_failed)
         left = {run.folder for run in self.left}
-        self._failed = {run.folder for run in runs if run.folder not in left and RunDir(run.folder).failed is not None}
+        trials.failed |= {
+            run.folder for run in runs if run.folder not in left and RunDir(run.folder).failed is not None
+        }
         self._judged: dict[Path, int] = {}
+
+    def pruned(self, run: SweepRun) -> int | None:
+        """Return the step of the evaluation at which a run was pruned."""
+        return self.trials.pruned(run)
 
     @property
     def count(self) -> int:
         """How many runs there will be."""
         return len(self.runs) if self._exhausted else max(self.wanted, len(self.runs))
-
-    def _run(self, record: SweepRecord, folder: Path, number: int, values: dict[str, str]) -> SweepRun:
-        return run_of(folder, record.name, self.overrides, number, values, MOST_RUNS)
 
     def next(self) -> SweepRun | None:
         """Return a run that was begun before and has not ended; otherwise draw a new one, up to the number wanted."""
@@ -69,61 +48,36 @@ class SearchRuns(Runs):
             return run
         if len(self.runs) >= self.wanted or self._exhausted:
             return None
-        values = self.search.draw([self._result(run) for run in self.runs])
-        if values is None:
+        taken = self.trials.runs
+        run = self.trials.draw(next(number for number in range(self.wanted) if number not in taken))
+        if run is None:
             self._exhausted = True
             logger.info(f"no values are left that were not tried: the search ends with {len(self.runs)} runs")
             return None
-        run = self._run(self.record, self.folder, len(self.runs), values)
         self.runs.append(run)
-        self._evaluations[run.folder] = Evaluations(RunDir(run.folder), self.metric)
-        self.record.runs.append({"folder": run.folder.name, "values": values})
-        self.record.write(self.folder)  # before it begins: whatever comes between, it is the run of these values
         return run
 
     def watch(self, run: SweepRun) -> int | None:
         """Judge each evaluation of a run once, but for one after its last step, when there is nothing left to save."""
         if not self.prune:
             return None
-        found = self._evaluations[run.folder].read()
+        found = self.trials.evaluations(run)
         total = (RunDir(run.folder).effect() or {}).get("total_steps")
         judged = self._judged.get(run.folder, 0)
         for number in range(judged + 1, len(found) + 1):
             self._judged[run.folder] = number
-            step = found[number - 1][0]
-            others = [self._result(each) for each in self.runs if each.folder != run.folder]
-            values = [value for _, value in found[:number]]
-            if step != total and self.search.prunes(others, run.values, values):
-                next(each for each in self.record.runs if each["folder"] == run.folder.name)["pruned"] = step
-                self.record.write(self.folder)
+            if found[number - 1][0] != total and (step := self.trials.prunes(run, number)) is not None:
+                RunDir(run.folder).mark_pruned(step)
+                self.trials.look()
                 return step
         return None
 
     def ended(self, run: SweepRun, *, failed: bool) -> None:
         """Note which runs fail, and end a search that has nothing to compare."""
         if failed:
-            self._failed.add(run.folder)
-        elif RunDir(run.folder).finished is not None and not self._evaluations[run.folder].read():
-            raise UserError(
-                f"{run.folder.name} is finished and was never evaluated by {self.metric}, so that a search has nothing "
-                "to compare; give the data a split to evaluate on, and see eval.every and eval.best"
-            )
-
-    def _result(self, run: SweepRun) -> Result:
-        found = self._evaluations[run.folder].read()
-        pruned = self.pruned(run)
-        if pruned is not None:
-            found = [each for each in found if each[0] <= pruned]
-        best = best_of_evaluations(found, higher=self.search.higher)
-        numbers = tuple(value for _, value in found)
-        value = best[1] if best is not None else None
-        if pruned is not None:
-            return Result(run.values, "pruned", numbers, value)
-        if run.folder in self._failed:
-            return Result(run.values, "failed", numbers)
-        if RunDir(run.folder).finished is not None:
-            return Result(run.values, "complete", numbers, value)
-        return Result(run.values, "running", numbers)
+            self.trials.failed.add(run.folder)
+        elif RunDir(run.folder).finished is not None:
+            self.trials.check_evaluated(run)
 
 
 def open_search(
@@ -136,46 +90,17 @@ def open_search(
 ) -> tuple[Path, SearchRuns]:
     """Return the folder and the runs of a search, new or begun before; raises UserError with all that is wrong."""
     assert options.search is not None
-    if options.search > MOST_RUNS:
-        raise UserError(f"--search {options.search:,} is more than {MOST_RUNS:,} runs; take fewer")
+    asked = ask_search(target, overrides, arrays, options.search, sweep_dir, "--sweep-dir")
     import_optuna()
-    axes = parse_axes(target, overrides, arrays)
-    base = load_recipe(target, overrides).recipe
-    folder = Path(sweep_dir or Path("runs") / base.name).absolute()
-    tried = [run_of(folder, base.name, overrides, 0, values, MOST_RUNS) for values in _corners(axes)]
-    recipe = check_runs(target, tried, options.launch, share, changes_names=True)
-    best = best_of(recipe)
-    space = {text.partition("=")[0]: text.partition("=")[2] for text in arrays}
-    record = SweepRecord(base.name, [], best, {"space": space, "seed": base.seed})
-    if (earlier := read_record(folder)) is not None:
-        if earlier.search != record.search or earlier.best != best:
-            raise UserError(
-                f"{folder} is a sweep of other values ({earlier.search or 'no search'}) than {record.search}; choose "
-                "another --sweep-dir"
-            )
-        record = earlier
-    else:
-        check_new(folder, "--sweep-dir")
-    search = Search(axes, base.seed, best.higher, options.parallel > 1)
-    runs = SearchRuns(
-        folder,
-        record,
-        search,
-        overrides,
-        wanted=options.search,
-        prune=options.prune,
-        retry_failed=options.retry_failed,
-    )
+    recipe = check_runs(target, asked.corners(), options.launch, share, changes_names=True)
+    record = asked.record(best_of(recipe))
+    if (job := queued_job(asked.folder)) is not None:
+        raise UserError(
+            f"{asked.folder} is in the queue, as job {job.id} ({job.state}), whose tasks draw its runs; wait for it to "
+            f"end, or `distrain cancel {asked.folder}`"
+        )
+    trials = Trials(asked.folder, record, asked.overrides, parallel=options.parallel > 1)
+    runs = SearchRuns(trials, wanted=options.search, prune=options.prune, retry_failed=options.retry_failed)
     if runs.left:
         check_runs(target, runs.left, options.launch, share, changes_names=False)
-    return folder, runs
-
-
-def _corners(axes: Axes) -> list[dict[str, str]]:
-    """Return combinations in which each value, and each end of a range, is there at least once."""
-    ends = {
-        key: [axis.text(axis.low), axis.text(axis.high)] if isinstance(axis, Range) else axis
-        for key, axis in axes.items()
-    }
-    first = {key: values[0] for key, values in ends.items()}
-    return [first, *({**first, key: value} for key, values in ends.items() for value in values[1:])]
+    return asked.folder, runs

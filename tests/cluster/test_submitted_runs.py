@@ -10,6 +10,9 @@ import pytest
 from slurm_cluster import Cluster, wait_until
 from submitted import STEPS, Project, Run, Uninterrupted
 
+from distrain.config.yaml import load_recipe
+from distrain.launchers.sweeps import read_record
+
 
 def test_a_run_on_two_nodes_ends_with_its_result(cluster: Cluster, uninterrupted: Uninterrupted) -> None:
     run, job = uninterrupted.run, cluster.job(uninterrupted.job)
@@ -146,6 +149,7 @@ def test_a_mistake_of_the_user_fails_at_once(cluster: Cluster, project: Project,
     assert "nothing_of_this_name" in run.log()
 
 
+@pytest.mark.more
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, project: Project, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     said = project.distrain(
@@ -161,3 +165,47 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, project: Project, tmp_pat
     status = project.distrain("status", folder)
     assert "1e-3" in status
     assert "3e-3" in status
+
+
+def test_a_search_is_an_array_whose_tasks_draw_their_runs(cluster: Cluster, project: Project, tmp_path: Path) -> None:
+    """Two at a time, of which one is queued again while it trains."""
+    folder = tmp_path / "search"
+    project.pace(0.3)
+    said = project.distrain(
+        *("submit", project.recipe, "train.steps=40", "--array", "optim.lr=1e-4..1e-1:log", "--search", "3"),
+        *("--parallel", "2", "--nodes", "1", "--time", "10", "--run-dir", folder, "--sbatch=--exclusive"),
+    )
+    job = said.split("job ")[1].split(":")[0]
+
+    def drawn() -> dict[int, str]:
+        record = read_record(folder)
+        return {} if record is None else {run["number"]: run["folder"] for run in record.runs}
+
+    wait_until(lambda: set(drawn()) == {0, 1}, "two draws")
+    before = drawn()
+    first = Run(folder / before[0])
+    first.wait_for_checkpoint(10)
+    assert f"1 more of job {job}, whose values are drawn when they start" in project.distrain("status", folder)
+    cluster.run("scontrol", "requeue", f"{job}_0")
+    cluster.wait_for_restart(f"{job}_0")
+    project.pace(0)
+    for task in range(3):
+        cluster.wait_for_state(f"{job}_{task}", "COMPLETED")
+    assert set(drawn()) == {0, 1, 2}
+    assert {number: drawn()[number] for number in (0, 1)} == before
+    attempts = first.attempts()
+    assert [row["restart"] for row in attempts] == [0, 1], first.log()
+    assert attempts[1]["step"] >= 10
+    found = json.loads(project.distrain("status", folder, "--json"))
+    assert [(each["state"], each["job"]) for each in sorted(found, key=lambda each: each["run"])] == [
+        ("finished", f"{job}_{task}") for task in range(3)
+    ]
+    for each in found:
+        stored = load_recipe(Path(each["run"]) / "recipe.yaml").recipe
+        assert stored.optim.lr == float(each["values"]["optim.lr"])
+        assert stored.model.name == f"{folder}/submit/code/project/paced.py:Paced"
+    assert len({each["values"]["optim.lr"] for each in found}) == 3
+    best = max(found, key=lambda each: each["score"]["value"])
+    assert found[0]["score"]["value"] == best["score"]["value"]
+    line = project.distrain("status", folder).splitlines()[-1]
+    assert line.startswith(f"best: optim.lr={found[0]['values']['optim.lr']}: accuracy")

@@ -65,7 +65,7 @@ def test_what_an_array_varies(tmp_path: Path, array: str, expected: Any) -> None
         ("optim.lr=a..b", "expected numbers"),
         ("optim.lr=0..1:log", "begins above 0"),
         ("optim.lr=0.1..inf", "a lower number"),
-        ("optim.lr=1e-5..1e-2", "what `distrain sweep --search N` draws from"),
+        ("optim.lr=1e-5..1e-2", "a range is what --search N draws from"),
     ],
 )
 def test_a_range_that_is_none_is_refused(tmp_path: Path, array: str, said: str) -> None:

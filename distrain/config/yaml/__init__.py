@@ -8,7 +8,26 @@ loading      `load_recipe`, `build_recipe`, `parse_recipe`, `dump_recipe`, `show
 
 from __future__ import annotations
 
-from distrain.config.yaml.loading import LoadedRecipe, build_recipe, dump_recipe, load_recipe, parse_recipe, show
+from distrain.config.yaml.loading import (
+    LoadedRecipe,
+    build_recipe,
+    dump_recipe,
+    given_values,
+    load_recipe,
+    parse_recipe,
+    show,
+    values_text,
+)
 from distrain.config.yaml.validation import json_schema
 
-__all__ = ["LoadedRecipe", "build_recipe", "dump_recipe", "json_schema", "load_recipe", "parse_recipe", "show"]
+__all__ = [
+    "LoadedRecipe",
+    "build_recipe",
+    "dump_recipe",
+    "given_values",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "show",
+    "values_text",
+]

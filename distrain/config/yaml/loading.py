@@ -35,11 +35,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 
     Raises RecipeError with every problem and its place.
     """
-    file = Path(path)
-    document = Document(str(path), read_tree(read_text(file), str(path)))
+    return _loaded(_document(path, overrides), Path(path).parent)
+
+
+def given_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a recipe and overrides say, without defaults: bare names as mappings, and paths absolute.
+
+    `values_text` of it is a recipe that further overrides change as they would change this one, in any folder. Raises
+    RecipeError where `load_recipe` does.
+    """
+    document = _document(path, overrides)
+    _loaded(document, Path(path).parent)
+    return document.value
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Return values as YAML."""
+    return to_yaml(dict(values))
+
+
+def _document(path: str | Path, overrides: Sequence[str]) -> Document:
+    document = Document(str(path), read_tree(read_text(Path(path)), str(path)))
     for override in overrides:
         document.override(override)
-    return _loaded(document, file.parent)
+    return document
 
 
 def _loaded(document: Document, folder: Path) -> LoadedRecipe:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distrain.config import UserError
 from distrain.launchers import (
@@ -40,6 +41,9 @@ from distrain.run.micro_batch import cache_micro_batch
 from distrain.system.environment import forget_launchers, say_ignored, use_interfaces
 from distrain.system.job_environment import job_environment
 from distrain.system.output import echo
+
+if TYPE_CHECKING:
+    from distrain.training.callbacks.base import Callback
 
 
 def job_name(variables: Mapping[str, str] = os.environ) -> str:
@@ -120,11 +124,13 @@ def start_node(
     port: int = 0,
     interface: str | None = None,
     scratch: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Start this node's processes of a run and wait for them; returns the exit status. Every node calls.
 
     `address` and `port` say where the first node's launcher is reached; how many processes there are in all is
-    `nodes` times `processes`. The run's folder records how it ended, as launchers end in many ways.
+    `nodes` times `processes`. `callbacks` are called after the recipe's where this node's process is the only one; of
+    several, each process has its own. The run's folder records how it ended, as launchers end in many ways.
     """
     run = RunDir(folder)
     if not run.exists:
@@ -142,9 +148,10 @@ def start_node(
     stored = request_of_job(run, nodes, count, strategy, offload, replicate)
     with scratch_folder(scratch, os.environ):
         if world_size == 1 and stored is not None:
-            return work(str(run.path), request=stored.id)
+            return work(str(run.path), request=stored.id, callbacks=callbacks)
         if world_size == 1:
-            return work(str(run.path), processes=1, strategy=strategy, offload=wanted, replicate=replicate or None)
+            given = Options(strategy, wanted, 1, replicate or None)
+            return work(str(run.path), callbacks=callbacks, **vars(given))
         from accelerate.commands import launch as _launch  # noqa: F401  before the look at the port: it takes seconds
 
         arguments: tuple[str, ...]

@@ -243,6 +243,11 @@ class Plan(Frozen):
     """The run's folder, or that of a sweep."""
     runs: Annotated[tuple[HeaderPath, ...], Field(min_length=1, max_length=10_000, strict=False)]
     """The run folders: one, or of a sweep one for each task of the array."""
+    tasks: Annotated[tuple[Annotated[int, Field(ge=0, le=100_000)], ...], Field(strict=False)] = ()
+    """Of a search: the numbers of its runs that are left, each of which is a task of the array; `runs` is then the
+    sweep's folder."""
+    prunes: bool = False
+    """Whether the runs of a search stop which are worse than the others."""
     parallel: Count | None = None
     """How many tasks of an array run at a time; None leaves it to SLURM."""
     nodes: Count
@@ -306,7 +311,12 @@ class Plan(Frozen):
     @property
     def is_array(self) -> bool:
         """Whether it is an array of jobs, one for each run of a sweep."""
-        return self.runs != (self.folder,)
+        return bool(self.tasks) or self.runs != (self.folder,)
+
+    @property
+    def task_count(self) -> int:
+        """Tasks of the array; 1 where it is none."""
+        return len(self.tasks or self.runs)
 
 
 def problems_of(error: ValidationError) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from distrain.launchers.slurm.plan import Plan
 
 BODY = "# --- What is done -"
 """What begins the part of the script that every job has in common."""
+
+
+PRUNES = "DISTRAIN_PRUNES"
+"""The environment variable by which the processes of a run know that its search may stop it."""
 
 
 @cache
@@ -44,7 +49,8 @@ def _options(plan: Plan) -> list[str]:
         gpus = f"--gpus-per-node={gpus}" if plan.gpu_option == "gpus-per-node" else f"--gres=gpu:{gpus}"
     array = None
     if plan.is_array:
-        array = f"--array=0-{len(plan.runs) - 1}" + (f"%{plan.parallel}" if plan.parallel else "")
+        tasks = _ranges(plan.tasks or range(len(plan.runs)))
+        array = f"--array={tasks}" + (f"%{plan.parallel}" if plan.parallel else "")
     given = {
         "partition": plan.partition,
         "account": plan.account,
@@ -72,13 +78,27 @@ def _options(plan: Plan) -> list[str]:
     ]
 
 
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers as SLURM has those of an array: 0-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, each)) for each in runs)
+
+
 def _values(plan: Plan) -> dict[str, str | list[str]]:
     container, step_options = _container(plan)
     variables = dict(plan.variables)
     if plan.python_path:
         variables["PYTHONPATH"] = ":".join(plan.python_path)
+    if plan.prunes:
+        variables[PRUNES] = "1"
     return {
-        "runs": list(plan.runs),
+        "runs": [] if plan.tasks else list(plan.runs),
+        "search": plan.folder if plan.tasks else "",
         "python": plan.container.python if plan.container else plan.python,
         "node_script": plan.node_script,
         "processes": str(plan.processes_per_node),

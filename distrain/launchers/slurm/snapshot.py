@@ -62,9 +62,11 @@ class Snapshot:
         return None
 
 
-def take_snapshot(recipe: Recipe) -> Snapshot:
-    """Find the files that the recipe's code consists of. Raises UserError where a file is not there, or too much is."""
-    files, packages = _named(recipe)
+def take_snapshot(*recipes: Recipe) -> Snapshot:
+    """Find the files that the recipes' code consists of. Raises UserError where a file is not there, or too much is."""
+    named = [_named(recipe) for recipe in recipes]
+    files = sorted({file for found, _ in named for file in found})
+    packages = sorted({package for _, found in named for package in found})
     if missing := [str(file) for file in files if not file.is_file()]:
         raise UserError(f"the recipe names code that is not there: {', '.join(missing)}")
     snapshot = Snapshot()
@@ -183,21 +185,22 @@ def _may_hold_code(folder: Path) -> bool:
 # The copy
 
 
+def moved_values(value: Any, snapshot: Snapshot, code: Path) -> Any:
+    """Return values of a recipe with the code that they name in the copy at `code`."""
+    if isinstance(value, dict):
+        return {moved_values(key, snapshot, code): moved_values(item, snapshot, code) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved_values(item, snapshot, code) for item in value]
+    if isinstance(value, str) and is_object_spec(value):
+        where, _, name = value.rpartition(":")
+        if where.endswith(".py") and (place := snapshot.place(Path(os.path.abspath(where)))) is not None:
+            return f"{code / place}:{name}"
+    return value
+
+
 def moved(loaded: LoadedRecipe, snapshot: Snapshot, code: Path) -> LoadedRecipe:
     """Return the recipe with the code that it names in the copy at `code`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {move(key): move(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [move(item) for item in value]
-        if isinstance(value, str) and is_object_spec(value):
-            where, _, name = value.rpartition(":")
-            if where.endswith(".py") and (place := snapshot.place(Path(os.path.abspath(where)))) is not None:
-                return f"{code / place}:{name}"
-        return value
-
-    tree = move(loaded.recipe.model_dump(mode="json"))
+    tree = moved_values(loaded.recipe.model_dump(mode="json"), snapshot, code)
     recipe = Recipe.model_validate(tree, by_alias=True, by_name=False)
     return LoadedRecipe(recipe, loaded.origins, loaded.folder)
 

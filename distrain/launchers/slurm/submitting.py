@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import distrain
-from distrain.config import UserError
+from distrain.config import Recipe, UserError
 from distrain.config.strategies import describe_strategy
-from distrain.config.yaml import LoadedRecipe, load_recipe
+from distrain.config.yaml import LoadedRecipe, given_values, load_recipe, values_text
 from distrain.launchers import (
     Options,
     RunRequest,
@@ -28,6 +28,7 @@ from distrain.launchers import (
     resolve,
     shared_file,
 )
+from distrain.launchers.searches import SearchAsked, ask_search
 from distrain.launchers.slurm.plan import Plan, make_plan, seconds_of
 from distrain.launchers.slurm.queue import find_command, sbatch
 from distrain.launchers.slurm.rendering import log_pattern, render_sbatch
@@ -36,15 +37,19 @@ from distrain.launchers.slurm.snapshot import (
     Snapshot,
     differences,
     moved,
+    moved_values,
     own_package,
     take_snapshot,
     write_copy,
 )
 from distrain.launchers.slurm.tracking import note_job, queued_job
-from distrain.launchers.sweeps import Sweep, best_of, expand
+from distrain.launchers.sweeps import STOP, SweepRecord, SweepRun, best_of, expand, is_sweeping
 from distrain.run.folder import Launch, RunDir
 from distrain.run.json_files import write_atomically, write_json
 from distrain.system.bounded_json import read_json
+
+BASE = "base.yaml"
+"""Beside the script of a search: the recipe that its runs have in common."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,19 @@ class Prepared:
 
     plan: Plan
     script: str
+    recipe: Recipe
+    """That of one of its runs."""
     runs: list[tuple[RunDir, LoadedRecipe]]
-    """Each run with its recipe, whose code is in the copy."""
+    """Each run with its recipe, whose code is in the copy; of a search those that were begun before."""
     requests: list[RunRequest]
     """What the nodes of its job read, one for each run."""
     snapshot: Snapshot
     package: Snapshot | None
     """distrain itself, where it is copied."""
-    sweep: Sweep | None
+    record: SweepRecord | None
+    """What the folder of a sweep holds of it."""
+    base: str | None
+    """Of a search: the recipe that its runs have in common, as YAML, whose code is in the copy."""
     update: bool
     keeps_code: bool
     """Whether the copy that is there stays."""
@@ -102,18 +112,22 @@ def prepare(
     run_dir: str | None = None,
     arrays: Sequence[str] = (),
     update: bool = False,
+    search: int | None = None,
+    prune: bool = True,
 ) -> Prepared:
     """Check a submission as far as that can be done here, and write its script. Writes nothing to disk.
 
-    `arrays` are values to sweep over, each `key=value,value`. Raises UserError with what is wrong.
+    `arrays` are values to sweep over, each `key=value,value`, of which a `search` draws so many runs. Raises UserError
+    with what is wrong.
     """
     site = load_site(wanted.site) if wanted.site is not None else Site()
-    sweep = expand(target, overrides, arrays, run_dir) if arrays else None
-    if sweep is not None:
-        targets = [
-            Target(target, RunDir(each.folder), load_recipe(target, each.overrides), False, update)
-            for each in sweep.runs
-        ]
+    sweep = expand(target, overrides, arrays, run_dir) if arrays and search is None else None
+    asked = None if search is None else _ask(target, overrides, arrays, search, run_dir, update=update)
+    begun = asked.begun() if asked is not None else {}
+    if asked is not None:
+        targets = [_target_of(target, each, update) for each in (*begun.values(), *asked.corners())]
+    elif sweep is not None:
+        targets = [_target_of(target, each, update) for each in sweep.runs]
     else:
         targets = [read_target(target, overrides, run_dir, update=update)]
 
@@ -124,7 +138,7 @@ def prepare(
     requests: list[RunRequest] = []
     problems: list[UserError] = []
     for number, each in enumerate(targets):
-        check_names = number == 0 or sweep is None or sweep.changes_names
+        check_names = number in (0, len(begun)) or sweep is None or sweep.changes_names
         try:
             requests.append(resolve(each, options, environment, check_names=check_names, check_run=False))
         except UserError as error:
@@ -133,8 +147,10 @@ def prepare(
     found = [(each.run, each.recipe) for each in targets if each.run is not None and each.recipe is not None]
     if len(found) < len(targets):
         raise all_of(problems)
-    folder, named_run = (sweep.folder, False) if sweep is not None else (found[0][0].path, targets[0].is_run)
-    strategies = {(each.strategy, each.offload, str(each.replicate)) for each in requests}
+    named = asked or sweep
+    folder, named_run = (named.folder, False) if named is not None else (found[0][0].path, targets[0].is_run)
+    resuming = requests[: len(begun)] or requests  # what a search has begun says how it continues
+    strategies = {(each.strategy, each.offload, str(each.replicate)) for each in resuming}
     strategies = strategies if not problems else {("ddp", "none", "1")}
     if len(strategies) > 1:
         problems.append(UserError(f"the runs of {folder} resume with different strategies; name one with --strategy"))
@@ -142,15 +158,17 @@ def prepare(
 
     code = folder / "submit" / "code"
     keeps_code = named_run and code.is_dir() and not update
-    snapshot = Snapshot() if keeps_code else take_snapshot(found[0][1].recipe)
+    snapshot = Snapshot() if keeps_code else take_snapshot(*(loaded.recipe for _, loaded in found))
     package = own_package()
     try:
         plan = job_plan(
             wanted,
             site,
             folder,
-            [run.path for run, _ in found],
-            name=sweep.name if sweep is not None else found[0][1].recipe.name,
+            [folder] if asked is not None else [run.path for run, _ in found],
+            tasks=asked.left() if asked is not None else [],
+            prunes=asked is not None and prune,
+            name=named.name if named is not None else found[0][1].recipe.name,
             strategy=strategy,
             offload=offload,
             replicate=replicate,
@@ -164,16 +182,45 @@ def prepare(
         raise all_of(problems)
     if keeps_code and (earlier := _earlier_plan(folder)) is not None:
         plan = plan.model_copy(update={"python_path": tuple(dict.fromkeys((*plan.python_path, *earlier)))})
-    runs = [(run, moved(loaded, snapshot, code)) for run, loaded in found]
+    recipe = found[0][1].recipe
+    runs = [(run, moved(loaded, snapshot, code)) for run, loaded in (found if asked is None else found[: len(begun)])]
+    record = None
     if sweep is not None:
         sweep.earlier()
+        record = sweep.record(best_of(recipe))
+    elif asked is not None:
+        record = asked.record(best_of(recipe))
     for run, loaded in runs:
         _check_folder(run, loaded, snapshot, code, update=update)
-    if not update and all(run.finished is not None for run, _ in runs):
+    base = None
+    if asked is not None:
+        if not plan.tasks:
+            raise UserError(
+                f"all {asked.count} runs of {folder} have come to their ends; a larger --search continues it"
+            )
+        base = values_text(moved_values(given_values(target, overrides), snapshot, code))
+        kept = [place for place, number in enumerate(begun) if number in plan.tasks]
+        runs, requests = [runs[place] for place in kept], [requests[place] for place in kept]
+    elif not update and all(run.finished is not None for run, _ in runs):
         raise UserError(f"{folder} is finished; choose another --run-dir to train anew, or --update to continue")
-    return Prepared(
-        plan, render_sbatch(plan), runs, requests, snapshot, package, sweep, update, keeps_code, list(snapshot.notes)
-    )
+    script, notes = render_sbatch(plan), list(snapshot.notes)
+    return Prepared(plan, script, recipe, runs, requests, snapshot, package, record, base, update, keeps_code, notes)
+
+
+def _ask(
+    target: str, overrides: Sequence[str], arrays: Sequence[str], count: int, run_dir: str | None, *, update: bool
+) -> SearchAsked:
+    if not arrays:
+        raise UserError("--search needs --array KEY=LOW..HIGH or KEY=VALUE,VALUE, which says what is drawn")
+    if update:
+        raise UserError(
+            "--update with --search: a search compares runs of one recipe, data and code; choose another --run-dir"
+        )
+    return ask_search(target, overrides, arrays, count, run_dir, "--run-dir")
+
+
+def _target_of(target: str, run: SweepRun, update: bool) -> Target:
+    return Target(target, RunDir(run.folder), load_recipe(target, run.overrides), False, update)
 
 
 def job_plan(
@@ -182,6 +229,8 @@ def job_plan(
     folder: Path,
     runs: Sequence[Path],
     *,
+    tasks: Sequence[int],
+    prunes: bool,
     name: str,
     strategy: str,
     offload: str,
@@ -213,6 +262,8 @@ def job_plan(
         name=name,
         folder=str(folder),
         runs=tuple(map(str, runs)),
+        tasks=tuple(tasks),
+        prunes=prunes,
         parallel=wanted.parallel,
         nodes=wanted.nodes,
         gpus_per_node=wanted.gpus_per_node,
@@ -295,7 +346,7 @@ def planned(prepared: Prepared) -> list[str]:
     from distrain.plan.showing import plan_lines
 
     try:
-        return plan_lines(plan_of(prepared.runs[0][1].recipe, gpu, plan.nodes, per_node))
+        return plan_lines(plan_of(prepared.recipe, gpu, plan.nodes, per_node))
     except UserError as error:
         return [f"no plan: {error}"]
 
@@ -307,6 +358,10 @@ def submit(prepared: Prepared) -> str:
         raise UserError(
             "there is no sbatch here, so this machine does not belong to a SLURM cluster; log in to one that does. "
             "--dry-run shows the script"
+        )
+    if is_sweeping(Path(plan.folder)):
+        raise UserError(
+            f"a `distrain sweep` starts the runs of {plan.folder}; wait for it to end, or `distrain stop {plan.folder}`"
         )
     for place in {Path(plan.folder), *(run.path for run, _ in prepared.runs)}:
         if (job := queued_job(place)) is not None:
@@ -331,8 +386,11 @@ def submit(prepared: Prepared) -> str:
             "code": {name: str(root) for root, name in prepared.snapshot.roots.items()},
         }
         write_json(folder / "plan.json", record)
-        if prepared.sweep is not None:
-            prepared.sweep.record(best_of(prepared.runs[0][1].recipe)).write(Path(plan.folder))
+        if prepared.base is not None:
+            write_atomically(folder / BASE, prepared.base)
+        if prepared.record is not None:
+            prepared.record.write(Path(plan.folder))
+            (Path(plan.folder) / STOP).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --run-dir") from error
     for (run, loaded), request in zip(prepared.runs, prepared.requests, strict=True):
@@ -346,7 +404,7 @@ def submit(prepared: Prepared) -> str:
         run.stop_path.unlink(missing_ok=True)
         run.checkpoints.mkdir(exist_ok=True)
     number = sbatch(folder / "train.sbatch")
-    note_job(Path(plan.folder), number, nodes=plan.nodes, tasks=len(plan.runs))
+    note_job(Path(plan.folder), number, nodes=plan.nodes, tasks=plan.task_count)
     return number
 
 
@@ -359,10 +417,13 @@ def announced(prepared: Prepared, number: str) -> list[str]:
     each = f"{plan.processes_per_node} on the {device} of each"
     offload = "" if plan.offload == "none" else f", offloading {plan.offload}"
     lines = [
-        f"job {number}: " + (f"{len(plan.runs)} runs in {plan.folder}" if plan.is_array else plan.folder),
+        f"job {number}: " + (f"{plan.task_count} runs in {plan.folder}" if plan.is_array else plan.folder),
         f"  nodes  {plan.nodes}, {processes}, {each}; {describe_strategy(plan.strategy, plan.replicate)}{offload}",
         f"  time   {plan.time}; asked to save and stop {plan.notice_s} s before, and queued again",
     ]
+    if plan.tasks:
+        others = f"; {len(begun)} were begun before" if (begun := prepared.runs) else ""
+        lines.append(f"  search each task draws the values of its run when it starts{others}")
     if prepared.keeps_code:
         lines.append(f"  code   as it was: {prepared.folder / 'code'}")
     elif prepared.snapshot.files:

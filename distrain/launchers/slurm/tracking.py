@@ -30,7 +30,7 @@ def job_numbers(folder: Path) -> list[str]:
 def task_of(folder: Path) -> int | None:
     """Return which task of its sweep's array a run is, or None where it is of no sweep."""
     runs = read_sweep(folder.parent) or []
-    return next((number for number, run in enumerate(runs) if run["folder"] == folder.name), None)
+    return next((run.get("number", place) for place, run in enumerate(runs) if run["folder"] == folder.name), None)
 
 
 def was_submitted(folder: Path) -> bool:
