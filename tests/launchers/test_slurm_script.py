@@ -114,6 +114,30 @@ def test_a_task_of_an_array_has_its_own_run_and_number(slurm: StubSlurm) -> None
     assert (sweep / "2" / "PREEMPTED").exists()
 
 
+SEARCHED = {
+    "finished": ("mkdir -p run; echo $PWD/run", "touch FINISHED", 0, [], 2, "finished: "),
+    "preempted": ("mkdir -p run; echo $PWD/run", "touch PREEMPTED", 0, ["17_2"], 2, "queueing job 17_2 again"),
+    "pruned": ("mkdir -p run; echo $PWD/run", "touch PREEMPTED PRUNED", 0, [], 2, "pruned, as the other runs"),
+    "pruned before": ("mkdir -p run; touch run/PRUNED; echo $PWD/run", "exit 1", 0, [], 1, "pruned, as the other runs"),
+    "nothing left": ("echo none", "exit 1", 0, [], 1, "no values are left that were not tried"),
+    "not drawn": ("echo 'error: no optuna' >&2; exit 1", "exit 1", 1, [], 1, "there is no run to train"),
+    "stopped": ("exit 1", "exit 1", 0, [], 0, "STOP asks; the same distrain submit continues the search"),
+}
+"""What a task of a search draws and does; its status, what is queued again, how often srun starts something, a word."""
+
+
+@pytest.mark.parametrize("case", SEARCHED)
+def test_a_task_of_a_search_draws_its_run_first(slurm: StubSlurm, case: str) -> None:
+    draws, does, status, again, steps, said = SEARCHED[case]
+    drawing = f"""if [[ " $* " == *" --task 2 -- "* ]]; then cd "${{*: -1}}"; {draws}; exit; fi\n"""
+    script = job(slurm, drawing + BEGINS + does, tasks=(2,))
+    if case == "stopped":
+        (slurm.folder.parent / "run" / "STOP").touch()
+    ended, out = slurm.run(script, task=2)
+    assert (ended, slurm.requeued(), len(slurm.steps())) == (status, again, steps), out
+    assert said in out
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Notices of the end
 
