@@ -24,6 +24,8 @@ from distrain.launchers.slurm.submitting import Prepared, Wanted, announced, pre
 from distrain.launchers.sweeps import RankedBy, SweepRecord, add_draw, read_record, run_of, sweeping
 from distrain.report.status import stop_run, waiting_line
 from distrain.run.folder import RunDir
+from distrain.sweep.running import Share, SweepOptions
+from distrain.sweep.search_runs import open_search
 from distrain.sweep.tasks import run_of_task
 from distrain.sweep.trials import Trials
 
@@ -190,6 +192,16 @@ def test_the_tasks_of_a_search_are_the_runs_that_are_left(queue: StubQueue, tmp_
     queue.clear()
 
     known_run(folder, [0.5], 3)
+    on_this_machine = SweepOptions(search=5)
+    _, runs = open_search(
+        str(tmp_path / "recipe.yaml"),
+        ["train.steps=9"],
+        ["optim.lr=1e-3..1:log"],
+        on_this_machine,
+        Share(),
+        str(folder),
+    )
+    assert [runs.next(), runs.next()] == [runs.trials.runs[number] for number in (1, 0)]
     RunDir(made).mark_pruned(3)
     more = submitted(tmp_path, 6, "train.steps=9")
     assert "#SBATCH --array=0,2,4-5%2\n" in more.script
