@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -298,12 +299,15 @@ def add_draw(folder: Path, record: SweepRecord, run: SweepRun, number: int) -> b
     write_json(fresh / _DRAW, drawn)
     try:
         fresh.rename(place)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if not place.exists():
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) and not place.exists():
             raise
-        # what a network file system calls a failure may have been done, and its answer lost
-        return _read_draw(place) == drawn
+        try:
+            # what a network file system calls a failure may have been done, and its answer lost
+            return _read_draw(place) == drawn
+        except FileNotFoundError:  # it shows what others have written only after a while
+            return False
     return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 
 from distrain.config import UserError
@@ -38,13 +40,14 @@ class Trials:
         if found is not None:  # not before the first run
             self.record = found
 
-    def draw(self, number: int) -> SweepRun | None:
+    def draw(self, number: int, patience_s: float = 60) -> SweepRun | None:
         """Return the run of that number: as it was drawn, or drawn now; None where no other values are found.
 
-        Several processes may call at the same time: each draws with the values of all that came before it.
+        Several processes may call at the same time: each draws with the values of all that came before it, which a
+        file system may show it only after `patience_s`. Raises UserError.
         """
+        self.look()
         while True:
-            self.look()
             if (run := self.runs.get(number)) is not None:
                 return run
             values = self.search.draw([self.result(each) for each in self.runs.values()])
@@ -57,6 +60,21 @@ class Trials:
                     return run
             except OSError as error:
                 raise UserError(f"cannot write what was drawn into {self.folder}: {error.strerror or error}") from error
+            self._await_draw(patience_s)
+
+    def _await_draw(self, patience_s: float) -> None:
+        """Return when this machine sees the draw that another process was faster with."""
+        known, until = len(self.record.runs), time.monotonic() + patience_s
+        while True:
+            self.look()
+            if len(self.record.runs) > known:
+                return
+            if time.monotonic() > until:
+                raise UserError(
+                    f"draw {known} of {self.folder} is another process's, and {socket.gethostname()} does not see it "
+                    f"after {patience_s:g} s; the folder must be on a file system that all nodes share"
+                )
+            time.sleep(0.2)
 
     def evaluations(self, run: SweepRun) -> list[tuple[int, float]]:
         """Return (step, value) of each evaluation of a run up to now."""

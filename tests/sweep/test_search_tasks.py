@@ -91,6 +91,9 @@ def test_a_draw_that_another_was_faster_with_is_made_again(tmp_path: Path) -> No
     again = trials.draw(1)
     assert again is not None
     assert again.values != first.values
+    (tmp_path / "draws" / "0002" / "not seen yet").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"draw 2 of .* is another process's, and .* does not see it"):
+        trials.draw(2, patience_s=0)
     # the answer of the file system was lost, and what it calls a failure was done
     assert add_draw(tmp_path, before, first, 0)
 

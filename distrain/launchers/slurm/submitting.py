@@ -359,7 +359,7 @@ def submit(prepared: Prepared) -> str:
             "there is no sbatch here, so this machine does not belong to a SLURM cluster; log in to one that does. "
             "--dry-run shows the script"
         )
-    if is_sweeping(Path(plan.folder)):
+    if prepared.record is not None and is_sweeping(Path(plan.folder)):
         raise UserError(
             f"a `distrain sweep` starts the runs of {plan.folder}; wait for it to end, or `distrain stop {plan.folder}`"
         )
