@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from distrain.cli.options import (
 )
 from distrain.config import UserError
 from distrain.system.output import echo, one_line
+
+if TYPE_CHECKING:
+    from distrain.launchers.slurm.submitting import Prepared
 
 
 def by_site(help: str, default: str = "the site's, else SLURM's") -> Any:
@@ -106,8 +109,6 @@ def submit(
     from distrain.launchers import find_launcher
     from distrain.launchers.slurm.submitting import Wanted, announced, planned, prepare
 
-    if no_prune and search is None:
-        raise UserError("--no-prune goes with --search N, which stops runs that are worse than the others")
     wanted = Wanted(
         nodes, gpus_per_node, processes_per_node, time, cpus_per_task, mem, partition, account, qos, site, notice,
         sbatch or [], strategy.value, offload.value if offload is not None else None, parallel, replicate,
@@ -116,10 +117,7 @@ def submit(
         target, overrides or [], wanted, run_dir=run_dir, arrays=array or [], update=update, search=search,
         prune=not no_prune,
     )  # fmt: skip
-    if search is not None and prepared.plan.container is None and prepared.plan.python == sys.executable:
-        from distrain.sweep.search import import_optuna
-
-        import_optuna()  # the nodes have this Python
+    _check_search(prepared, search, no_prune=no_prune)
     if dry_run:
         echo(prepared.script, end="")
         for line in planned(prepared):
@@ -137,6 +135,15 @@ def submit(
         return
     for line in announced(prepared, job):
         echo(one_line(line))
+
+
+def _check_search(prepared: Prepared, search: int | None, *, no_prune: bool) -> None:
+    if no_prune and search is None:
+        raise UserError("--no-prune goes with --search N, which stops runs that are worse than the others")
+    if search is not None and prepared.plan.container is None and prepared.plan.python == sys.executable:
+        from distrain.sweep.search import import_optuna
+
+        import_optuna()  # the nodes have this Python
 
 
 def sites(

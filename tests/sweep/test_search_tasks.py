@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from runs import cli, script_rank, write_recipe
 from stub_slurm import StubQueue
+from typer.testing import CliRunner
 from worlds import in_world, running_world
 
 import distrain
+from distrain.cli.main import app
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers.launcher import Job
@@ -249,6 +251,8 @@ def test_options_that_go_together(queue: StubQueue, tmp_path: Path) -> None:
     )
     assert "DISTRAIN_PRUNES=1" in pruning.script
     assert "DISTRAIN_PRUNES=1" not in without.script
+    alone = CliRunner().invoke(app, ["submit", "recipe.yaml", "--no-prune", "--time", "10", "--dry-run"])
+    assert "--no-prune goes with --search N" in str(alone.exception)
 
 
 def test_values_that_the_recipe_refuses_are_a_run_that_failed_for_good(queue: StubQueue, tmp_path: Path) -> None:

@@ -124,12 +124,9 @@ def prepare(
     sweep = expand(target, overrides, arrays, run_dir) if arrays and search is None else None
     asked = None if search is None else _ask(target, overrides, arrays, search, run_dir, update=update)
     begun = asked.begun() if asked is not None else {}
-    if asked is not None:
-        targets = [_target_of(target, each, update) for each in (*begun.values(), *asked.corners())]
-    elif sweep is not None:
-        targets = [_target_of(target, each, update) for each in sweep.runs]
-    else:
-        targets = [read_target(target, overrides, run_dir, update=update)]
+    runs_of = [*begun.values(), *asked.corners()] if asked is not None else sweep.runs if sweep is not None else []
+    targets = [_target_of(target, each, update) for each in runs_of]
+    targets = targets or [read_target(target, overrides, run_dir, update=update)]
 
     processes = wanted.processes_per_node or wanted.gpus_per_node or 1
     # this machine trains nothing, so that its GPUs do not count
@@ -363,7 +360,7 @@ def submit(prepared: Prepared) -> str:
         raise UserError(
             f"a `distrain sweep` starts the runs of {plan.folder}; wait for it to end, or `distrain stop {plan.folder}`"
         )
-    for place in {Path(plan.folder), *(run.path for run, _ in prepared.runs)}:
+    for place in dict.fromkeys((Path(plan.folder), *(run.path for run, _ in prepared.runs))):
         if (job := queued_job(place)) is not None:
             raise UserError(
                 f"{place} is in the queue already, as job {job.id} ({job.state}); wait for it to end, or "
