@@ -574,7 +574,9 @@ def stop_run(folder: Path) -> list[str]:
         said.append(f"{folder}: STOP is written; `distrain sweep` starts no further run, and ends")
     if waiting := _waiting(folder):
         (folder / STOP).touch()
-        said.append(f"{folder}: STOP is written; {len(waiting)} tasks that have drawn nothing yet end when they start")
+        said.append(
+            f"{folder}: STOP is written; tasks that have drawn nothing yet ({len(waiting)}) end when they start"
+        )
     for status in found:
         path = Path(status.run)
         match status.state:

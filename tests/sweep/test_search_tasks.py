@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import cli, script_rank, write_recipe
+from runs import script_rank, write_recipe
 from stub_slurm import StubQueue
 from typer.testing import CliRunner
 from worlds import in_world, running_world
@@ -190,22 +190,15 @@ def test_the_tasks_of_a_search_are_the_runs_that_are_left(queue: StubQueue, tmp_
     assert waiting_line(folder) == "1 more of job 100, whose values are drawn when they start"
     with pytest.raises(UserError, match=r"is in the queue already, as job 100_0"):
         submitted(tmp_path, 5, "train.steps=9")
-    same = ("--search", 3, "--array", "optim.lr=1e-3..1:log", "--sweep-dir", folder, "train.steps=9")
-    local = cli("sweep", tmp_path / "recipe.yaml", *same)
-    assert "is in the queue, as job 100_0 (PENDING), whose tasks draw its runs" in local.err
-    assert "1 tasks that have drawn nothing yet end when they start" in stop_run(folder)[0]
+    recipe, arrays = str(tmp_path / "recipe.yaml"), ["optim.lr=1e-3..1:log"]
+    here = (recipe, ["train.steps=9"], arrays, SweepOptions(search=5), Share(), str(folder))
+    with pytest.raises(UserError, match=r"is in the queue, as job 100_0 \(PENDING\), whose tasks draw its runs"):
+        open_search(*here)
+    assert "tasks that have drawn nothing yet (1) end when they start" in stop_run(folder)[0]
     queue.clear()
 
     known_run(folder, [0.5], 3)
-    on_this_machine = SweepOptions(search=5)
-    _, runs = open_search(
-        str(tmp_path / "recipe.yaml"),
-        ["train.steps=9"],
-        ["optim.lr=1e-3..1:log"],
-        on_this_machine,
-        Share(),
-        str(folder),
-    )
+    _, runs = open_search(*here)
     assert [runs.next(), runs.next()] == [runs.trials.runs[number] for number in (1, 0)]
     RunDir(made).mark_pruned(3)
     more = submitted(tmp_path, 6, "train.steps=9")
