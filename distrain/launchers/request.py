@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from distrain.parallel import Configuration, StrategySpec
 
 TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks", "torch._dynamo")
-"""Modules that every process of a training imports, whatever the recipe; torch's optimizers import the compiler."""
+"""Modules that each of several processes of a training imports, whatever the recipe; DDP imports torch's compiler."""
 
 
 @dataclass(frozen=True)

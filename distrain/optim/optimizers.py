@@ -23,6 +23,7 @@ from distrain.optim.depth import layer_depths
 from distrain.optim.freezing import THAW, thaw_steps
 from distrain.optim.matrices import matrix_names
 from distrain.optim.muon import OTHERS, Muon
+from distrain.optim.uncompiled import put_off_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ def _construct(
     args = {key: _as_tuple(value) for key, value in section.args.items()} | extra
     if takes(build, "weight_decay"):
         args["weight_decay"] = section.weight_decay
+    put_off_compiler()
     try:
         optimizer = build(groups, lr=section.lr, **args)
     except (TypeError, ValueError, RuntimeError) as error:
