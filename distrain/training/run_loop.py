@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.diagnose.index_errors import explaining_errors
 from distrain.diagnose.memory_advice import explained
-from distrain.optim import Loss, thaws
+from distrain.optim import Loss, parts_of, thaws
 from distrain.parallel import StepFlags, World
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import enter_phase, starts_at
@@ -27,7 +28,7 @@ from distrain.training.callbacks.building import build_callbacks
 from distrain.training.callbacks.built_in import built_in_callbacks
 from distrain.training.callbacks.dispatch import Callbacks
 from distrain.training.compiling import warn_of_failures
-from distrain.training.context import PendingMetrics
+from distrain.training.context import PendingMetrics, Turn
 from distrain.training.ending import finish, preempt
 from distrain.training.evaluator import Evaluator
 from distrain.training.intervals import StopRequest
@@ -61,7 +62,8 @@ class Session(RunContext):
         super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, called, started)
         self.outcome: Outcome | None = None
         self._state_checked = False
-        self._thaws = thaws(self.t.strategy.optimizer.param_groups)
+        self._new_state = {step for turn in self.t.turns for step in self._begins(turn)}
+        """Steps, from 1, in which an optimizer may begin to keep something of some parameters."""
         starts_at(self.t.step)
         self._record_effect()
         self.evaluator = Evaluator(self)
@@ -119,6 +121,11 @@ class Session(RunContext):
                 session.evaluator.close()
                 session.checkpoints.saver.close()
                 session.callbacks.close(session.outcome or Outcome("stopped", session.t.step))
+
+    def _begins(self, turn: Turn) -> list[int]:
+        """Return the first step, from 1, in which an optimizer acts, and those after which it trains more."""
+        frozen = thaws(parts_of(self.t.strategy.optimizer)[turn.name].param_groups)
+        return [math.ceil((step + 1) / turn.every) * turn.every for step in (0, *frozen)]
 
     def _begin(self) -> None:
         """Start callbacks, and save what there must be to roll back to or to end with."""
@@ -211,7 +218,7 @@ class Session(RunContext):
             warn_of_failures(self.t.compiled)
             self._record_effect()
             self.checkpoints.reserve()
-        elif taken.step - 1 in self._thaws:  # and now that of what was frozen before
+        elif taken.step in self._new_state:  # and now that of what was frozen, or of what had not acted
             self.t.strategy.check_state()
             self._record_effect()
         read: list[tuple[PendingMetrics, float, float]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = lora_recipe(
         folder, RECIPE.replace("alpha: 4", "alpha: 4, dropout: 0.1").replace("fp32}", "fp32, ema: 0.5}")
     )
+    settings = transformers.GenerationConfig(max_new_tokens=12, eos_token_id=[46, 7], repetition_penalty=1.0)
+    settings.save_pretrained(folder / "base")
     train(1, recipe, folder / "run", "checkpoint.every=null", "eval.every=null")
     return folder
 
@@ -72,6 +75,20 @@ def test_merged_weights_and_adapters_compute_the_same(tuned: Path, tmp_path: Pat
     torch.testing.assert_close(logits(opened.merge_and_unload()), expected, rtol=0, atol=1e-5)
     size = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
     assert size * 5 < (tuned / "base/model.safetensors").stat().st_size
+
+
+def test_an_export_generates_in_transformers_what_the_run_does(tuned: Path) -> None:
+    run = tuned / "run"
+    settings = transformers.GenerationConfig.from_pretrained(run / "export")
+    assert (settings.max_new_tokens, settings.eos_token_id) == (12, [46, 7])
+    prompt = "the quick brown"
+    done = cli("generate", run, "--prompt", prompt, "--max-new-tokens", 12, "--json")
+    assert done.status == 0, done.err
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "export")
+    found = model.generate(torch.tensor([list(prompt.encode())]))[0, len(prompt) :].tolist()  # by its settings
+    wanted = json.loads(done.out)
+    assert bytes(each for each in found if each < 256).decode(errors="replace") == wanted["text"]
+    assert len(found) == wanted["tokens"] > 0
 
 
 def test_an_adapter_is_not_written_over(tuned: Path, tmp_path: Path) -> None:

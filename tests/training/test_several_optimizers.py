@@ -182,6 +182,17 @@ def test_a_checkpoint_holds_the_state_of_all(tmp_path: Path) -> None:
     assert "the stored state is that of SGD, the recipe asks for Adam" in ended[0].err
 
 
+def test_what_an_optimizer_keeps_is_held_against_a_checkpoint_once_it_has_acted(tmp_path: Path) -> None:
+    text = RECIPE.replace("name: sgd, lr: 0.2, momentum: 0.9", "name: 'kept_parts:OfObjects'").replace(
+        "3 steps", "6 steps"
+    )
+    ended = train(1, write_recipe(tmp_path, text), tmp_path / "run", status=1)
+    assert "history[made] is a object, in the state of g.0" in ended[0].err
+    assert [row["step"] for row in rows(tmp_path / "run") if row["event"] == "train"] == [1], (
+        "not at the first checkpoint"
+    )
+
+
 def test_only_the_optimizer_whose_loss_is_nan_passes_over_a_step(tmp_path: Path) -> None:
     text = RECIPE.replace("Adversarial", "Breaking").replace(", every: 2", "") + "anomalies: {nonfinite: skip}\n"
     recipe = write_recipe(tmp_path, text)
