@@ -13,6 +13,7 @@ arguments = DPOConfig(
     learning_rate=1e-4,
     eval_strategy="epoch",
     report_to="none",
+    bf16=False,  # by default on, which fails without a GPU
 )
 DPOTrainer(
     model=AutoModelForCausalLM.from_pretrained(BASE),
