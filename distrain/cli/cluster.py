@@ -147,7 +147,7 @@ def _check_search(prepared: Prepared, search: int | None, *, no_prune: bool) -> 
 
 
 def sites(
-    name: Annotated[str | None, typer.Argument(metavar="[SITE]", help="One of them, or a file.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="SITE", help="One of them, or a file.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the clusters that have defaults for `submit`, or the values of one."""
@@ -164,7 +164,7 @@ Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", a
 Runs = Annotated[
     Path,
     typer.Argument(
-        metavar="[RUN|SWEEP]",
+        metavar="RUN|SWEEP",
         help="The folder of a run or sweep, or one that holds them.",
         autocompletion=completion.runs,
     ),

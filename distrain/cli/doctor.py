@@ -23,7 +23,7 @@ def doctor(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE|RUN]",
+            metavar="RECIPE|RUN",
             help="A recipe file, or the folder of a run; what it needs is then looked at as well.",
             autocompletion=completion.runs,
         ),

@@ -29,7 +29,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help='Prompts, each a line {"prompt": …} or {"messages": […]}; a line of JSON for each.',
+            help='A line {"prompt": …} or {"messages": […]} for each prompt; results are such lines with `text`.',
             show_default="--prompt has one",
         ),
     ] = None,

@@ -160,7 +160,7 @@ app.command()(cli_generate.generate)
 
 @app.command("prove")
 def prove_recipe(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.")],
     overrides: Overrides = None,
     kills: Annotated[int, typer.Option(min=0, help="Interruptions of each run that is resumed.")] = 3,
     steps: Annotated[int, typer.Option(min=6, help="How many of the recipe's first steps are trained.")] = 30,
@@ -184,10 +184,16 @@ def prove_recipe(
         Path | None, typer.Option(metavar="DIR", help="Keep all runs there.", show_default="none is kept")
     ] = None,
     loss_tolerance: Annotated[
-        float | None, typer.Option(min=0, help="For losses elsewhere.", show_default="by precision")
+        float | None,
+        typer.Option(
+            min=0, help="How much losses may differ in other --worlds and --strategies.", show_default="by precision"
+        ),
     ] = None,
     state_tolerance: Annotated[
-        float | None, typer.Option(min=0, help="For tensors elsewhere.", show_default="by precision")
+        float | None,
+        typer.Option(
+            min=0, help="How much tensors may differ there, relative to their norm.", show_default="by precision"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +246,9 @@ for command in (
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(help="A recipe file.")], overrides: Overrides = None, as_json: Json = False
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Print the resolved recipe, each value with where it came from."""
     from distrain.config.yaml import load_recipe
@@ -488,7 +496,7 @@ def checkpoint_import(
 def data_tokenize(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Files of text, .jsonl or .parquet (or .gz), or folders of them."),
+        typer.Argument(metavar="PATH", help="Files of text, .jsonl or .parquet (or .gz), or folders of them."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of token shards.")],
     tokenizer: Annotated[str, typer.Option(help="'bytes', or a tokenizer.json of Hugging Face tokenizers.")] = "bytes",

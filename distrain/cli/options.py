@@ -67,7 +67,7 @@ RecipeOrRun = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Values that replace the recipe's.",
         autocompletion=completion.recipe_keys,
     ),

@@ -25,7 +25,7 @@ def predict(
     inputs: Annotated[
         str | None,
         typer.Argument(
-            metavar="[INPUT]", help="A file or folder as the data set reads it, or a split: train, valid, test."
+            metavar="INPUT", help="A file or folder as the data set reads it, or a split: train, valid, test."
         ),
     ] = None,
     *,

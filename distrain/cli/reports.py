@@ -15,7 +15,7 @@ from distrain.system.output import echo, one_line
 
 Runs = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN...", help="Folders of runs; of a sweep, or one that holds runs, all of them."),
+    typer.Argument(metavar="RUN", help="Folders of runs; of a sweep, or one that holds runs, all of them."),
 ]
 _SPLITS = ("train", "valid", "test")
 _SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".png": "png"}

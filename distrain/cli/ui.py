@@ -12,7 +12,7 @@ from distrain.system.output import echo, one_line
 
 def ui(
     folder: Annotated[
-        Path, typer.Argument(metavar="[RUN|SWEEP]", help="The folder of a run or sweep, or one that holds them.")
+        Path, typer.Argument(metavar="RUN|SWEEP", help="The folder of a run or sweep, or one that holds them.")
     ] = Path("runs"),
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The port of 127.0.0.1.", show_default="any free one")

@@ -25,9 +25,9 @@ from distrain.networks.timm_models import timm_names
 
 COMMANDS = [
     ["train"], ["evaluate"], ["predict"], ["show"], ["schema"], ["list"], ["init"], ["submit"],
-    ["status"], ["watch"], ["logs"], ["stop"], ["cancel"], ["sites"], ["ui"],
-    ["checkpoint"], ["checkpoint", "ls"], ["checkpoint", "verify"], ["checkpoint", "diff"], ["checkpoint", "export"],
-    ["export"], ["data"], ["data", "tokenize"],
+    ["status"], ["watch"], ["logs"], ["stop"], ["cancel"], ["sites"], ["ui"], ["plan"], ["doctor"], ["generate"],
+    ["prove"], ["sweep"], ["report"], ["compare"], ["export"], ["data"], ["data", "tokenize"], ["checkpoint"],
+    *(["checkpoint", name] for name in ("ls", "verify", "diff", "export", "import")),
 ]  # fmt: skip
 
 
@@ -45,6 +45,15 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert shown.exit_code == 0
     assert "Usage" in shown.output
     assert len(shown.output.splitlines()) > 5
+    usage = re.split(r"\n\s*\n", shown.output.partition("Usage:")[2])[0]
+    assert not re.search(r"\[\[|\{[a-z]|\.\.\.\S", usage), "arguments are in capitals, and in brackets once"
+
+
+def test_the_page_of_commands_lists_those_that_print_json() -> None:
+    able = {" ".join(each) for each in COMMANDS if "--json" in CliRunner().invoke(app, [*each, "--help"]).output}
+    page = Path(__file__).parents[2].joinpath("docs/commands.md").read_text()
+    sentence = page.partition("`--json` prints one JSON value")[2].partition("`schema`")[0]
+    assert set(re.findall(r"`([a-z]+(?: [a-z]+)?)`", sentence)) == able
 
 
 def test_help_names_every_command() -> None:
@@ -52,7 +61,7 @@ def test_help_names_every_command() -> None:
     named = {(command.name or command.callback.__name__,) for command in app.registered_commands if command.callback}
     for name, group in groups.items():
         named |= {(name,)} | {(name, command.name or "") for command in group.registered_commands}
-    assert {tuple(command) for command in COMMANDS} <= named
+    assert {tuple(command) for command in COMMANDS} == named
     shown = CliRunner().invoke(app, ["--help"]).output
     assert all(command[0] in shown for command in COMMANDS)
 
