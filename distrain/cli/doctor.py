@@ -67,7 +67,10 @@ def doctor(
     limit: Annotated[float, typer.Option(min=1, help="Seconds that ranks wait for the next one to come.")] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Look for what is wrong with this machine before a run finds out, and say what to do. Exit status 1: an error."""
+    """Look for what is wrong with this machine, or nodes of a cluster, before a run finds out, and say what to do.
+
+    Exit status 1: an error.
+    """
     from distrain.launchers.slurm.job_environment import allocated_nodes
 
     allocated = allocated_nodes(os.environ) or 1
