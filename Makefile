@@ -3,21 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-all test-fast bench bench-gpu check format clean
+.PHONY: demo docs prepared test test-all test-fast bench bench-gpu check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
 
-test: $(VENV)/installed
-	sh scripts/install-slurm.sh --if-possible
-	sh scripts/install-chromium.sh --if-possible
+test: prepared
 	$(BIN)/python scripts/test.py
 
 # every combination too, of which `make test` runs a set that covers them
-test-all: $(VENV)/installed
+test-all: prepared
+	$(BIN)/python scripts/test.py --all
+
+# all that tests need
+prepared: $(VENV)/installed
 	sh scripts/install-slurm.sh --if-possible
 	sh scripts/install-chromium.sh --if-possible
-	$(BIN)/python scripts/test.py --all
 
 # the quick tests of the rooms that differ from the main branch
 test-fast: $(VENV)/installed
@@ -39,7 +40,7 @@ bench-gpu: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
-check: $(VENV)/installed
+check: $(VENV)/packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -48,11 +49,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# what pip would do with one core alone; of the packages' files some are for other versions of Python
+$(VENV)/installed: $(VENV)/packages
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >$(VENV)/compiled.txt || :
+	touch $@
+
+$(VENV)/packages: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"distrain needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "installing into $(VENV): some minutes and 7 GB, most of it what PyTorch needs on GPUs"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
