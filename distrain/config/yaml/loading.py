@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,15 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     return validate(document)
 
 
+@lru_cache(maxsize=8)
+def _yaml_of(values: str) -> str:
+    """Return JSON as YAML, remembered: every checkpoint of a run holds the same recipe."""
+    return to_yaml(json.loads(values))
+
+
 def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str:
     """Return the recipe as YAML that loads as an equal one; with `origins`, each line ends with its origin."""
-    text = to_yaml(recipe.model_dump(mode="json"))
+    text = _yaml_of(recipe.model_dump_json())
     if origins is None:
         return text
     lines = text.splitlines()
