@@ -28,7 +28,7 @@ optim: {name: adamw, lr: 3.0e-3, clip_norm: 1.0}
 schedule: {name: cosine, warmup: 10 steps}
 batch: {global: 16, micro: 4}
 train: {steps: STEPS, ema: 0.99}
-eval: {every: 50 steps, metrics: [accuracy]}
+eval: {every: 50 steps, batch: 48, metrics: [accuracy]}
 checkpoint: {every: 4 steps, keep: 3}
 log: {every: 1 steps}
 """

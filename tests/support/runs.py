@@ -32,7 +32,7 @@ optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05, clip_norm: 0.5}
 schedule: {name: cosine, warmup: 3 steps}
 batch: {global: 12}
 train: {steps: 12, precision: fp64, ema: 0.9}
-eval: {every: 4 steps, metrics: [accuracy]}
+eval: {every: 4 steps, batch: 48, metrics: [accuracy]}
 checkpoint: {every: 4 steps, keep: 100, async: false}
 log: {every: 1 steps}
 """
