@@ -17,7 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,34 +174,38 @@ def _parse(text: bytes, file: Path, root: Path) -> tuple[list[tuple[Path, Path]]
 
     And whether it imports distrain.
     """
+    names, tree = _syntax(text, file.relative_to(root).parts[:-1])
+    imported = [found for name, relative in names for found in _resolve(name, root, relative=relative)]
+    of_distrain = any(name.partition(".")[0] == "distrain" for name, relative in names if not relative)
+    return imported, tree, of_distrain
+
+
+@lru_cache(maxsize=32)
+def _syntax(text: bytes, package: tuple[str, ...]) -> tuple[tuple[tuple[str, bool], ...], str]:
+    """Return the names that a file of a package imports, each with whether from beside it, and the hash of its tree.
+
+    Remembered: a process that trains several runs reads the same files for each of them.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing it has shown them
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
-        return [], "", False
-    imported = []
-    of_distrain = False
-    package = file.relative_to(root).parts[:-1]
+        return (), ""
+    imported: list[tuple[str, bool]] = []
     for node in ast.walk(tree):
         match node:
             case ast.Import():
-                names = [alias.name for alias in node.names]
+                imported += [(alias.name, False) for alias in node.names]
             case ast.ImportFrom():
                 base = [*package[: len(package) - node.level + 1]] if node.level else []
                 start = ".".join([*base, *([node.module] if node.module else [])])
                 names = [f"{start}.{alias.name}" if start else alias.name for alias in node.names]
+                imported += [(name, node.level > 0) for name in names]
             case ast.Module() | ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
                 if ast.get_docstring(node, clean=False) is not None:
                     node.body = node.body[1:]
-                continue
-            case _:
-                continue
-        for name in names:
-            relative = isinstance(node, ast.ImportFrom) and node.level > 0
-            of_distrain |= not relative and name.partition(".")[0] == "distrain"
-            imported += _resolve(name, root, relative=relative)
-    return imported, xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass")), of_distrain
+    return tuple(imported), xxhash.xxh3_128_hexdigest(ast.dump(tree).encode(errors="surrogatepass"))
 
 
 def _resolve(name: str, root: Path, *, relative: bool) -> list[tuple[Path, Path]]:

@@ -31,7 +31,7 @@ optim: {name: adamw, lr: 1.0e-2, weight_decay: 0.05}
 schedule: {name: cosine, warmup: 2 steps}
 batch: {global: 12, micro: 3}
 train: {steps: 14, precision: fp32, ema: 0.9}
-eval: {every: 4 steps, metrics: [accuracy]}
+eval: {every: 4 steps, batch: 12, metrics: [accuracy]}
 checkpoint: {every: 4 steps, keep: 100, async: false}
 log: {every: 1 steps}
 """

@@ -44,7 +44,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
     tmp_path: Path, strategy: str, which: str, record_property: Callable[[str, object], None]
 ) -> None:
     kills = KILLS if strategy == "ddp" else KILLS // 2
-    steps = 120 + 40 * kills
+    steps = 100 + 30 * kills if strategy == "ddp" else 60 + 20 * kills
     recipe = write_recipe(tmp_path, RECIPE.replace("STEPS", str(steps)))
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(2, recipe, whole, strategy=strategy, timeout_s=120 + 10 * kills)
@@ -56,7 +56,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
             # now and then while it still starts, otherwise some steps later, at any moment of a step or of a save
             # (a rank that waits for one that never came is ended by a launcher, and here is none)
             starts = trial % 5 == 0 and which == "all ranks"
-            wanted = 0 if starts else before + chance.randrange(1, 40)
+            wanted = 0 if starts else before + chance.randrange(1, 25)
             until = time.monotonic() + 120
             while sum(1 for _ in RunDir(run).rows()) < wanted and time.monotonic() < until:
                 time.sleep(0.005)

@@ -129,12 +129,12 @@ QUICK = ("ddpx2", "zero2x2", "zero3x2", "fsdp2x2")
 
 TAKEN: dict[str, Callable[[int], bool]] = {
     "ddpx3": lambda index: False,
-    "zero1x2": lambda index: index % 2 == 1,
+    "zero1x2": lambda index: index % 4 == 1,
     "zero1x3": lambda index: index % 4 == 0,
-    "zero2x2": lambda index: index % 2 == 0 or index % 4 == 1,
+    "zero2x2": lambda index: index % 4 >= 2,
     "zero3x2": lambda index: index % 2 == 1,
     "zero3x3": lambda index: index % 2 == 0,
-    "fsdp2x2": lambda index: index % 2 == 1 or index % 4 == 0,
+    "fsdp2x2": lambda index: index % 2 == 1,
     "fsdp2x3": lambda index: index % 2 == 0,
     "hsdpx4": lambda index: index % 4 == 1,
 }
@@ -262,12 +262,12 @@ def resumed_cases(name: str, *, every_combination: bool) -> list[str]:
     turns = {
         "singlex1": (0,),
         "ddpx2": (1,),
-        "zero1x2": (0,),
-        "zero2x2": (1, 3),
-        "zero3x2": (0, 2),
+        "zero1x2": (3,),
+        "zero2x2": (1,),
+        "zero3x2": (2,),
         "zero3x3": (1,),
         "fsdp2x2": (2,),
-        "fsdp2x3": (1,),
+        "fsdp2x3": (3,),
         "hsdpx4": (0,),
     }[name]
     return [
@@ -319,12 +319,14 @@ def test_what_is_offloaded_trains_alike_and_resumes_with_and_without(
     for case, run in runs.items():
         model, overrides = CASES[case]
         create(run, write_recipe(tmp_path, RECIPE.replace("MODEL", model)), overrides, strategy, 2)
-    # onto the half of a run without, and then without from the half of what was offloaded
+    # onto the half of a run without, and then without from the half of what was offloaded: one case each, or all both
+    from_without, to_without = (own, own) if every_combination else (own[:1], own[1:2])
     taken = {
-        f"{case} taken": stopped_copy(straight.run("ddpx2", case), tmp_path / f"{case}-2", step=2) for case in runs
+        f"{case} taken": stopped_copy(straight.run("ddpx2", case), tmp_path / f"{case}-2", step=2)
+        for case in from_without
     }
     assert run_all(strategy, 2, runs | taken, offloads) == {}
-    left = {f"{case} left": stopped_copy(run, tmp_path / f"{case}-3", step=2) for case, run in runs.items()}
+    left = {f"{case} left": stopped_copy(runs[case], tmp_path / f"{case}-3", step=2) for case in to_without}
     assert run_all(strategy, 2, left) == {}
     for case, run in (runs | taken | left).items():
         assert_agrees(run, straight.run("ddpx2", case.split()[0]))
