@@ -19,6 +19,7 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from reliability import Reliability
+from worlds import share_server
 
 torch.set_num_threads(1)
 
@@ -85,7 +86,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect what tests of faults find."""
+    """Collect what tests of faults find; of several processes that test, start what they fork from."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        share_server()
     config.pluginmanager.register(Reliability(config.getoption("--reliability")))
 
 

@@ -6,6 +6,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -62,6 +63,16 @@ def in_huge_pages() -> None:
             advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_COLLAPSE)  # older systems refuse
 
 
+SERVER = os.getpid()
+
+
+def end_at_once() -> None:
+    """End the server without what compiled modules print of themselves at the end of a process."""
+    if os.getpid() == SERVER:
+        os._exit(0)
+
+
+atexit.register(end_at_once)
 gc.collect()
 gc.freeze()  # collecting what was imported, again in each process, would take most of the time
 in_huge_pages()

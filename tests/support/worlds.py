@@ -13,13 +13,14 @@ import os
 import pickle
 import random
 import socket
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,16 @@ from places import IMPORTABLE
 _context = multiprocessing.get_context("forkserver")
 
 
+SHARED = "DISTRAIN_TESTS_FORK_SERVER"
+"""The variable that names the socket of a server for several processes that test beside each other."""
+
+
 @functools.cache
 def start_server() -> None:
-    """Start the server from which all processes are forked, with preloaded.py imported."""
+    """Start the server from which all processes are forked, with preloaded.py imported; or join the shared one."""
+    if address := os.environ.get(SHARED):
+        _join(address)
+        return
     _context.set_forkserver_preload(["preloaded"])
     before = os.environ.get("PYTHONPATH")
     # Python before 3.13 does not hand its own path on to the server
@@ -42,6 +50,24 @@ def start_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def share_server() -> None:
+    """Start the server for the processes that this one starts as well: what it imports takes many seconds."""
+    if sys.version_info >= (3, 14):
+        return  # it asks for a key that this process keeps for itself
+    start_server()
+    address: str = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+    os.environ[SHARED] = address.replace("\0", "@")  # as others write an abstract address
+
+
+def _join(address: str) -> None:
+    """Fork from the server of the process that started this one, and that outlives it."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_address = address.replace("@", "\0", 1) if address.startswith("@") else address
+    # where the server's own children have the pipe by which it sees that nobody is left
+    server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
+    server.ensure_running = resource_tracker.ensure_running
 
 
 class WorldFailed(AssertionError):
