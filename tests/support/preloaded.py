@@ -31,8 +31,10 @@ for name in (
     "sklearn.datasets",
     "torch._dynamo",
     "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.utils.tensorboard",
     "torchvision.transforms.v2",
     "transformers.integrations.deepspeed",
+    "transformers.models.llama.modeling_llama",
     "logged",  # what tests share, and what most of their functions that run in worlds are beside
     "places",
     "runs",
