@@ -40,6 +40,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r'<img[^>]*\ssrc="([^"]+)"')
 NUMBER = re.compile(r"[+-]?\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?")
 ECHOED = '; echo "exit status $?"'
+LOOP = re.compile(r"for (\w+) in ([^;]+); do (distrain [^;|&<>]+); done")
 RUNS = "/home/you/distrain"
 """The folder that the pages say they are in."""
 
@@ -93,6 +94,10 @@ def run(command: Command, folder: Path) -> tuple[int, str]:
     `distrain`, Python scripts and the processes that they start take no time for their imports; all else is started as
     it is typed.
     """
+    if loop := LOOP.fullmatch(command.line):
+        name, values, body = loop.groups()
+        ends = [run(Command(body.replace(f"${name}", value), ()), folder) for value in values.split()]
+        return ends[-1][0], "".join(printed for _, printed in ends)
     line = command.line.removesuffix(ECHOED)
     words = shlex.split(line) if not re.search(r"[|&;<>$]", line) else []
     if words[:1] == ["distrain"] or (words[:1] == ["python"] and words[1].endswith(".py")):
