@@ -217,6 +217,12 @@ def test_only_the_optimizer_whose_loss_is_nan_passes_over_a_step(tmp_path: Path)
     assert_same_run(tmp_path / "run", tmp_path / "again")
 
 
+def test_ranks_that_evaluate_other_losses_are_told_apart(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.replace("Adversarial", "Unlike"))
+    ended = train(2, recipe, tmp_path / "run", status=1)
+    assert "reports on_real, on_fake, generator, right on rank 0 and others on another" in ended[0].err
+
+
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.more)])
 def test_the_scale_of_a_loss_is_that_of_its_optimizer(tmp_path: Path, world_size: int) -> None:
     text = RECIPE.replace("Adversarial", "Large").replace("fp64", "fp16").replace(", every: 2", "")

@@ -120,6 +120,16 @@ class Shuffled(Adversarial):
         return dict(reversed(found.items())) if int(batch["ids"][0]) % 2 else found
 
 
+class Unlike(Adversarial):
+    """In an evaluation, rank 1 gives a loss another name."""
+
+    def losses(self, model, batch, optimizer):
+        found = super().losses(model, batch, optimizer)
+        if optimizer == "g" and not model.training and torch.distributed.get_rank() == 1:
+            found["other"] = found.pop("generator")
+        return found
+
+
 class Relative(Adversarial):
     """Compares each point with the mean of all others in the batch; each optimizer gathers something else."""
 
