@@ -36,6 +36,8 @@ _REST_S = 600.0
 """How long all else may take."""
 _GRACE_S = 5.0
 """How long nodes that have said nothing are waited for when all others are done."""
+_LOG_S = 10.0
+"""How long a shared folder may take to show the log of a job that has ended."""
 
 _AFTER_RUN = "# the run\n"
 """What begins the part of slurm/train.sbatch that is a run's own."""
@@ -242,7 +244,7 @@ def _queued(script: Path, plan: Plan, asked: Asked) -> Told:
 
 def _wait_for(log: Path) -> None:
     """Give a shared folder some time to show the log of a job that has ended."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + _LOG_S
     while not log.exists() and time.monotonic() < until:
         time.sleep(0.2)
     time.sleep(0.5)  # for what was written last

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stub_slurm import StubQueue
 from worlds import free_port, in_world
 
 from distrain.config import UserError
 from distrain.doctor.findings import Finding, Level, Report, ok, warning
+from distrain.doctor.nodes import job as job_module
 from distrain.doctor.nodes.facts import environment_that_matters, mount_of
 from distrain.doctor.nodes.job import Asked, examine_nodes, judge
 from distrain.doctor.nodes.lines import Teller, Told
@@ -206,6 +208,20 @@ def test_what_an_allocation_cannot_give_is_refused(
     with pytest.raises(UserError, match=error):
         examine_nodes(Asked(Wanted(nodes=3), tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_ends_unseen_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = StubQueue(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{queue.commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(job_module, "_LOG_S", 0.1)
+    (tmp_path / "runs").mkdir()
+    said: list[str] = []
+    report = examine_nodes(Asked(Wanted(nodes=2), tmp_path / "runs", say=said.append))
+    assert said == ["job 100: 2 nodes, for 15 at most"]
+    (found,) = report.findings
+    assert found.found.startswith("no node has begun: job 100 has ended")
+    assert report.exit_status == 1
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_secrets_and_what_nodes_have_of_their_own_are_not_told() -> None:
