@@ -29,6 +29,7 @@ copybutton_prompt_text = "$ "
 copybutton_exclude = ".linenos, .gp, .go"
 suppress_warnings = ["toc.glob"]
 
+_PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]*)">\s*<img alt="([^"]*)" src="([^"]*)">\s*</picture>')
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]*)(#[^)]*)?\)")
 
 
@@ -36,7 +37,14 @@ def read_source(app: Any, name: str, content: list[str]) -> None:
     """Give a page what it has on the site alone: the catalogue of errors, and paths for links out of this folder."""
     if name == "errors":
         content[0] = content[0].replace("<!-- catalogue -->", errors.catalogue())
+    content[0] = _PICTURE.sub(lambda found: _both(found[3], found[1], found[2]), content[0])
     content[0] = _OUTSIDE.sub(lambda link: _path(link[1].strip("`"), link[2].rstrip("/")), content[0])
+
+
+def _both(light: str, dark: str, about: str) -> str:
+    """Return a picture in light and in dark, of which the site shows what fits its colours."""
+    files = {"light": light, "dark": dark}
+    return "\n".join(f":::{{image}} {file}\n:class: only-{how}\n:alt: {about}\n:::\n" for how, file in files.items())
 
 
 def _path(text: str, path: str) -> str:

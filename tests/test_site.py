@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 import errors  # noqa: E402
+import pictures  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,46 @@ def test_every_page_is_there_and_loads_nothing_from_elsewhere(site: Path) -> Non
         text = path.read_text()
         loaded = re.findall(r"<(?:script|img|link)\b[^>]*(?:src|href)=[\"'](?:https?:)?//[^\"']*", text)
         assert loaded == [], path.name
+
+
+def test_each_picture_is_there_named_and_made_by_a_script() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"[(\"](?:docs/)?images/([\w.-]+)[)\"]", page.read_text())}
+    there = {path.name: path.stat().st_size for path in pictures.IMAGES.iterdir()}
+    assert named == set(there)
+    assert {*(file for each in pictures.PICTURES for file in pictures.files(each.name)), "house.svg"} == set(there)
+    assert sum(there.values()) < 1_500_000
+    assert [name for name, size in there.items() if size > (100_000 if name.endswith(".svg") else 150_000)] == []
+
+
+def test_pictures_show_nothing_of_the_machine_that_made_them() -> None:
+    for path in pictures.IMAGES.glob("*.svg"):
+        text = html.unescape(" ".join(re.findall(r"<text[^>]*>([^<]*)", path.read_text())))
+        assert set(re.findall(r"(?<!\S)/\w+/\w+(?:/\w+)?", text)) <= {pictures.FOLDER}, path.name
+        assert "url(http" not in path.read_text()
+
+
+def test_the_site_shows_what_fits_its_colours(site: Path) -> None:
+    for page in site.glob("*.html"):
+        shown = re.findall(r'<img\b[^>]*class="only-(light|dark)"[^>]*src="([^"]*)"', page.read_text())
+        assert "<picture>" not in page.read_text()
+        assert [how for how, _ in shown] == ["light", "dark"] * (len(shown) // 2)
+        assert [name for how, name in shown if f"-{how}." not in name or not (site / name).is_file()] == []
+    assert 'class="only-dark"' in (site / "ui.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "lines"),
+    [
+        ("a\r\nb\r\n", ["a", "b"]),
+        ("\x1b[?25lone\r\x1b[2Ktwo \x1b[1m3\x1b[0m\n", ["two \x1b[1m3\x1b[0m"]),
+        ("step 1\r\x1b[2Ksaid\r\nstep 1\r\x1b[2Kstep 2", ["said", "step 2"]),
+        ("a\nb\n\r\x1b[1A\x1b[2Kc", ["a", "c"]),
+    ],
+    ids=["lines", "colours", "a line of progress", "cursor up"],
+)
+def test_a_terminal_shows_of_a_line_what_was_last_written(written: str, lines: list[str]) -> None:
+    assert pictures.screen(written) == lines
 
 
 def test_the_reference_has_what_distrain_offers(site: Path) -> None:

@@ -422,7 +422,8 @@ def _goodput_rows(found: Goodput) -> list[tuple[str, str]]:
 def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:
     """Return a table of runs; of a sweep with what differs between them.
 
-    Where `holds` says that it is too wide, columns are dropped, those first that matter least.
+    Columns in which nothing is said are left out. Where `holds` says that it is too wide, columns are dropped, those
+    first that matter least.
     """
     keys = list(dict.fromkeys(key for status in found for key in status.values))
     metrics = {status.score["metric"] for status in found if status.score}
@@ -452,8 +453,9 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
         "starts": lambda status: str(status.starts),
         "job": lambda status: f"{status.job} {status.job_state}" if status.job else "",
     }
-    if not metrics:
-        del columns[scored]
+    for column in ("left", "loss", scored, "job"):
+        if not any(columns[column](status) for status in found):
+            del columns[column]
     least = [name for name in ("starts", "job", "loss", *reversed(keys), "left", scored) if name in columns]
     while True:
         shown = Table(box=None, pad_edge=False, header_style="bold")

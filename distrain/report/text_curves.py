@@ -38,7 +38,7 @@ def draw(x: np.ndarray, y: np.ndarray, width: int, height: int) -> list[str]:
     labels = {0: high, rows // 2: (low + high) / 2, rows - 1: low} if rows > 2 else {0: high, rows - 1: low}
     lines = [
         f"{_short(labels[row]) if row in labels else '':>{_LABEL}}{'┤' if row in labels else '│'}"
-        + "".join(chr(0x2800 + int(cell)) for cell in cells[row])
+        + "".join(chr(0x2800 + int(cell)) if cell else " " for cell in cells[row])
         for row in range(rows)
     ]
     start, end = f"{first:,.0f}", f"{last:,.0f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Seen:
         self.beats = [at_this_moment(beat) for beat in read_heartbeats(self.history.run)]
         try:
             last = deque(follow(log_file(self.history.run.path), _LOG_LINES, None), maxlen=64)
-            self.log = "".join(last).splitlines()[-_LOG_LINES:]
+            self.log = [short_line(line) for line in "".join(last).splitlines()[-_LOG_LINES:]]
         except (UserError, OSError) as error:
             self.log = [str(error)]
 
@@ -74,8 +75,8 @@ def headline(status: Status, width: int) -> str:
     return "  ".join(parts)
 
 
-def numbers(status: Status, history: History) -> str:
-    """Return the latest numbers of a run, on one line."""
+def numbers(status: Status, history: History, width: int) -> str:
+    """Return the latest numbers of a run that fit one line, the most important first."""
 
     def last(name: str) -> float | None:
         values = history.series(f"train/{name}").values
@@ -88,16 +89,26 @@ def numbers(status: Status, history: History) -> str:
         ("tokens_per_s", "{:,.0f} tokens/s"),
         ("mfu", "MFU {:.1%}"),
         ("data_wait", "waiting for data {:.0%}"),
+        ("processes", ""),
         ("peak_memory_gib", "peak {:.2f} GiB"),
         ("reserved_memory_gib", "reserved {:.2f} GiB"),
     ):
-        if (value := last(name)) is not None:
+        if name == "processes" and status.processes:
+            strategy = describe_strategy(status.strategy or "?", status.replicate)
+            shown.append("1 process" if status.processes == 1 else f"{status.processes} x {strategy}")
+        elif words and (value := last(name)) is not None:
             shown.append(words.format(value))
-    if status.processes == 1:
-        shown.append("1 process")
-    elif status.processes:
-        shown.append(f"{status.processes} x {describe_strategy(status.strategy or '?', status.replicate)}")
+    while len(shown) > 1 and len("  ".join(shown)) > width:
+        shown.pop()
     return "  ".join(shown) or STATES[status.state]
+
+
+_PREFIX = re.compile(r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d{3} rank \d+ (?:INFO )?")
+
+
+def short_line(line: str) -> str:
+    """Return a line of a rank's log without what each begins with; the time and a warning's level stay."""
+    return _PREFIX.sub(r"\1  ", line, count=1) if _PREFIX.match(line) else line
 
 
 def rank_rows(beats: list[Heartbeat]) -> list[tuple[str, ...]]:
@@ -137,6 +148,7 @@ class Watch(App[None]):
         Binding("p,left", "curve(-1)", "previous"),
         Binding("j", "run(1)", "next run"),
         Binding("k", "run(-1)", "previous run"),
+        Binding("l", "light", "light/dark"),
     ]
 
     def __init__(self, folder: Path):
@@ -206,7 +218,7 @@ class Watch(App[None]):
             return
         width = self.size.width
         self._say("head", f"{Path(status.run).name}  {headline(status, width)}")
-        self._say("numbers", numbers(status, seen.history))
+        self._say("numbers", numbers(status, seen.history, width))
         self._say("message", status.message or "")
         self.query_one("#message").display = bool(status.message)
         self._show_curve(seen.history)
@@ -259,6 +271,10 @@ class Watch(App[None]):
         """Show another curve."""
         self._curve += by
         self._show()
+
+    def action_light(self) -> None:
+        """Show light colours in place of dark ones, or the other way."""
+        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
 
     def action_run(self, by: int) -> None:
         """Show another run."""

@@ -103,7 +103,11 @@ class ProgressLine:
         parts = self.fitting(self._parts(), options.max_width)
         line = table.Table.grid(padding=(0, self._GAP))
         room = options.max_width - sum(len(part) + self._GAP for part in parts)
-        bar = ProgressBar(self.total, self.done, width=min(room, self._MOST)) if room >= self._LEAST else None
+        # colours of the terminal's own: what is left is fainter than what is done on light and on dark
+        bar = ProgressBar(
+            self.total, self.done, width=min(room, self._MOST),
+            style="bright_black", complete_style="bold cyan", finished_style="green",
+        ) if room >= self._LEAST else None  # fmt: skip
         cells: list[Any] = [Text(parts[0]), *([bar] if bar is not None else []), *map(Text, parts[1:])]
         for _ in cells:
             line.add_column(no_wrap=True, overflow="crop")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,13 @@ def test_a_run_is_shown_in_80_columns_and_24_lines(run: Path) -> None:
             assert "100%" in shown[0]
             assert "samples/s" in shown[1]
             assert any("└──" in line for line in shown), "a curve has its axes"
-            assert on_screen(app, "rank 0 INFO"), "the end of the log"
+            assert re.search(r"^\d\d:\d\d:\d\d  \S", "\n".join(shown), re.MULTILINE), (
+                "the end of the log, without its dates"
+            )
             assert not on_screen(app, "next run")
+            assert "…" not in shown[1], "what does not fit is left out"
+            await pilot.press("l")
+            await until(pilot, lambda: not app.current_theme.dark)
             await pilot.press("n")
             await until(pilot, lambda: on_screen(app, "curve 2 of"))
             await pilot.press("p", "p")
@@ -124,7 +130,7 @@ def test_curves_are_drawn_within_their_space() -> None:
             assert len(drawn) == height
             assert {len(line) for line in drawn} == {width}
     falling = draw(x, -x.astype(float), 40, 10)
-    blank = "\u2800"
+    blank = " "
     assert falling[0].strip(f" 0│┤-{blank}"), "it begins at the top"
     assert falling[0].rstrip(blank) != falling[0]
     assert falling[7][-1] != blank, "and ends at the bottom"

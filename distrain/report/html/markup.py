@@ -37,10 +37,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Iterab
     return f'<div class=scroll><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
+_WIDE = 60
+"""Characters beyond which a value has a line of its own."""
+
+
 def facts(pairs: Iterable[tuple[str, str, str]]) -> str:
     """Return a list of (name, value, remark), all plain text."""
     rows = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}{f' <small>{text(note)}</small>' if note else ''}</dd></div>"
+        f"<div{' class=wide' * (len(value) > _WIDE)}><dt>{text(name)}</dt>"
+        f"<dd>{text(value)}{f' <small>{text(note)}</small>' if note else ''}</dd></div>"
         for name, value, note in pairs
     )
     return f"<dl class=facts>{rows}</dl>" if rows else ""

@@ -40,7 +40,7 @@ export function badge(run) {
 
 export function progress(run) {
   const part = run.total_steps ? Math.min(1, run.step / run.total_steps) : 0;
-  const bar = el("span.bar", { role: "progressbar", "aria-valuenow": Math.round(100 * part), "aria-valuemin": 0,
+  const bar = el("span.bar", { "data-state": run.state, role: "progressbar", "aria-valuenow": Math.round(100 * part), "aria-valuemin": 0,
     "aria-valuemax": 100, "aria-label": "finished steps" }, el("span"));
   bar.firstChild.style.width = `${100 * part}%`;
   return [bar, el("span.steps", {}, `${short(run.step)}${run.total_steps ? ` / ${short(run.total_steps)}` : ""}`)];

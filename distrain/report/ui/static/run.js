@@ -40,7 +40,7 @@ function facts(rows) {
 
 function table(heads, rows, caption) {
   return el("div.table", {}, el("table", {}, caption && el("caption", {}, caption),
-    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
+    el("thead", {}, el("tr", {}, heads.map((head, at) => el(rows.length && rows.every((row) => typeof row[at] === "number") ? "th.right" : "th", { scope: "col" }, head)))),
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell) => el(typeof cell === "number" ? "td.right" : "td", {}, typeof cell === "number" ? number(cell) : cell ?? "")))))));
 }
 
