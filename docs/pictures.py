@@ -132,6 +132,7 @@ PICTURES: list[Command | Dashboard | Shot] = [
     Command("plan", ("plan", "gpt.yaml", "--gpu", "h100", "--gpus-per-node", "8"), 80),
     Command("compare", ("compare", "runs/digits", "runs/slower", "runs/wider"), 80),
     Command("status", ("status",)),
+    Command("doctor", ("doctor",), 80),
     Dashboard("watch", "runs", 120, 40),
     Dashboard("watch-80", "runs/long", 80, 24),
     Shot("report", "runs/python-source", 1150),
@@ -253,7 +254,15 @@ class Stage:
 
     def nobodys(self, text: str) -> str:
         """Return a text without what is this machine's."""
-        return text.replace(str(self.folder), FOLDER).replace(self.host, HOST)
+        shown = {
+            str(self.folder): FOLDER,
+            str(ROOT): FOLDER,
+            str(Path.home()): str(Path(FOLDER).parent),
+            self.host: HOST,
+        }
+        for mine, other in shown.items():
+            text = text.replace(mine, other)
+        return text
 
     def page(self, shot: Shot, dark: bool) -> Any:
         """Open what a picture is of in the browser."""
