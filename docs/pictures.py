@@ -54,15 +54,16 @@ class Command:
     name: str
     arguments: tuple[str, ...]
     columns: int = 100
-    until: str = ""
-    """Only as far as the line of progress with these words."""
+    until: float = 1.0
+    """Only as far as the line of progress after this share of the steps."""
     suffix: ClassVar[str] = "svg"
 
     def draw(self, stage: Stage, dark: bool) -> bytes:
         """Return the picture."""
         out = stage.printed(self.arguments, self.columns)
-        if self.until:
-            out = out[: out.index("\r", out.index(self.until))]
+        if self.until < 1:
+            told = re.finditer(r"step (\d+)/(\d+) ", out)
+            out = out[: out.index("\r", next(each.end() for each in told if int(each[1]) >= self.until * int(each[2])))]
         typed = " ".join(("$ distrain", *self.arguments))
         return svg([f"\x1b[1m{typed}\x1b[0m", *screen(out)], self.columns, dark).encode()
 
@@ -128,7 +129,7 @@ _DRAWN = "document.querySelectorAll('.u-over').length > 2"
 
 PICTURES: list[Command | Dashboard | Shot] = [
     Command("train", ("train", "recipes/digits.yaml", "--processes", "2")),
-    Command("progress", ("train", "recipes/digits.yaml", "--processes", "2"), until="step 230/394"),
+    Command("progress", ("train", "recipes/digits.yaml", "--processes", "2"), until=0.55),
     Command("plan", ("plan", "gpt.yaml", "--gpu", "h100", "--gpus-per-node", "8"), 80),
     Command("compare", ("compare", "runs/digits", "runs/slower", "runs/wider"), 80),
     Command("status", ("status",)),
