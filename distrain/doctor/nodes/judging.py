@@ -208,7 +208,7 @@ class Judged:
                 do = "mount it with attributes that are not kept so long (actimeo=1 or lookupcache=positive of NFS)"
                 if None in seconds:
                     means = "a rank that waits for a checkpoint or a marker of another does not find it"
-                    what_not = f"{what} of {folder} by another node is not seen here within 10 s"
+                    what_not = f"{what} of {folder} by another node is not seen here in time"
                     found += on([self.name(rank)], check, error(what_not, means, do))
                 elif late:
                     means = "ranks wait so long for each other's files at every checkpoint"

@@ -14,7 +14,7 @@ from distrain.doctor.nodes.exchange import check_collectives, clock_offset, meas
 from distrain.doctor.nodes.judging import slow_nodes, slow_ranks, starved
 from distrain.doctor.nodes.lines import Teller
 from distrain.doctor.nodes.meeting import Absent, Meeting, Place, arrive, connect, connect_all, connected
-from distrain.doctor.nodes.shared import examine_folder
+from distrain.doctor.nodes.shared import SEEN_S, examine_folder
 
 _COLLECTIVE_S = 30.0
 """How long a collective may take."""
@@ -88,7 +88,7 @@ def _together(all_ranks: Meeting, place: Place, folder: Path, teller: Teller) ->
 
     if place.rank in leaders:
         teller.tell("clock", clock_offset(team))
-        teller.tell("folder", examine_folder(team, folder))
+        teller.tell("folder", examine_folder(team, folder, min(SEEN_S, place.limit_s)))
     all_ranks.share("folder")
 
     _multiply(all_ranks, place, teller)
