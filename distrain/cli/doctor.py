@@ -76,7 +76,7 @@ def doctor(
     allocated = allocated_nodes(os.environ) or 1
     if nodes is not None or allocated > 1:
         from distrain.doctor.context import make_context
-        from distrain.doctor.nodes.job import Asked, examine_nodes
+        from distrain.doctor.nodes.job import Request, examine_nodes
         from distrain.launchers.slurm.submitting import Wanted
 
         about = make_context(target, overrides or [], run_dir=run_dir, processes=processes, nodes=nodes or 1)
@@ -85,7 +85,7 @@ def doctor(
             site, sbatch=sbatch or [],
         )  # fmt: skip
         arguments = [target, *(overrides or [])] if target is not None else []
-        asked = Asked(wanted, about.existing, arguments, run_dir, limit, lambda line: echo(line, error=True))
+        asked = Request(wanted, about.existing, arguments, run_dir, limit, lambda line: echo(line, error=True))
         _print(examine_nodes(asked), as_json)
     from distrain.doctor.command import examine
     from distrain.doctor.context import make_context

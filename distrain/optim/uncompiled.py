@@ -9,15 +9,22 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import _use_grad_for_differentiable
 
-_KEEPS_OUT = torch._disable_dynamo(lambda: None).__code__
-_SETS_GRAD = _use_grad_for_differentiable(lambda: None).__code__
+_KEEPS_OUT: CodeType | None
+_SETS_GRAD: CodeType | None
 """The two wrappers that import it, by their code."""
+try:
+    from torch.optim.optimizer import _use_grad_for_differentiable
+
+    _KEEPS_OUT = torch._disable_dynamo(lambda: None).__code__
+    _SETS_GRAD = _use_grad_for_differentiable(lambda: None).__code__
+except (ImportError, AttributeError):  # a release of torch that marks them in another way, and may import it
+    _KEEPS_OUT = _SETS_GRAD = None
 
 
 def put_off_compiler() -> None:
@@ -27,7 +34,7 @@ def put_off_compiler() -> None:
     for kind in _kinds(Optimizer):
         for name, method in list(vars(kind).items()):
             code = getattr(method, "__code__", None)
-            if code is _KEEPS_OUT or code is _SETS_GRAD:
+            if code is not None and (code is _KEEPS_OUT or code is _SETS_GRAD):
                 setattr(kind, name, _unmarked(method, sets_grad=code is _SETS_GRAD))
 
 

@@ -422,7 +422,7 @@ def _goodput_rows(found: Goodput) -> list[tuple[str, str]]:
 def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lambda table: True) -> Table:
     """Return a table of runs; of a sweep with what differs between them.
 
-    Columns in which nothing is said are left out. Where `holds` says that it is too wide, columns are dropped, those
+    Columns in which nothing is said are not shown. Where `holds` says that it is too wide, columns are dropped, those
     first that matter least.
     """
     keys = list(dict.fromkeys(key for status in found for key in status.values))

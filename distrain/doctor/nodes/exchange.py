@@ -96,7 +96,7 @@ def multiply(device: torch.device, for_s: float = _PRODUCTS_S) -> dict[str, Any]
 def check_collectives(index: int, world_size: int, device: torch.device, group: Any = None) -> dict[str, str | None]:
     """Return what is wrong with the result of each collective on this rank, None: nothing; all ranks call.
 
-    Of known whole numbers, so that there is one right result. What the backend does not have is left out.
+    Of known whole numbers, so that there is one right result. What the backend does not have is passed over.
     """
     import torch
     import torch.distributed as dist
@@ -154,7 +154,7 @@ def check_collectives(index: int, world_size: int, device: torch.device, group: 
 def rounds(count: int) -> list[list[int | None]]:
     """Return for each round the partner of each of `count` nodes, None: none in this round. Pure.
 
-    Over all rounds each meets each other once; of many rounds some are left out, evenly.
+    Over all rounds each meets each other once; of many rounds some are dropped, evenly.
     """
     even = count + count % 2
     circle, found = list(range(even)), []

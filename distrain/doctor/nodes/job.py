@@ -64,7 +64,7 @@ exit 0
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What a person asks for."""
 
     wanted: Wanted
@@ -79,7 +79,7 @@ class Asked:
     """Is called with what happens meanwhile, a line at a time."""
 
 
-def examine_nodes(asked: Asked) -> Report:
+def examine_nodes(asked: Request) -> Report:
     """Return what is found on the nodes of a job, and between them. Raises UserError where there can be no job."""
     began = time.monotonic()
     here = allocated_nodes(os.environ)
@@ -115,7 +115,7 @@ def _job_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _plan(asked: Asked, folder: Path) -> Plan:
+def _plan(asked: Request, folder: Path) -> Plan:
     wanted = asked.wanted
     site = load_site(wanted.site) if wanted.site is not None else Site()
     if wanted.time is None and site.time is None:
@@ -128,7 +128,7 @@ def _plan(asked: Asked, folder: Path) -> Plan:
     )  # fmt: skip
 
 
-def render(plan: Plan, asked: Asked) -> str:
+def render(plan: Plan, asked: Request) -> str:
     """Return the script of the job: the nodes are prepared as for a run, and then examined. Pure but for the plan's."""
     text, marker, _ = render_sbatch(plan).partition(_AFTER_RUN)
     assert marker
@@ -154,7 +154,7 @@ def render(plan: Plan, asked: Asked) -> str:
 class _Waiting:
     """Takes up what a job prints, and says when there is nothing more to wait for."""
 
-    def __init__(self, asked: Asked):
+    def __init__(self, asked: Request):
         self.told, self.asked = Told(), asked
         self._last = self._began = time.monotonic()
         self._said = 0
@@ -175,7 +175,7 @@ class _Waiting:
         return bool(begun) and now - self._began > 4 * self.asked.limit_s + _REST_S
 
 
-def _in_allocation(script: Path, asked: Asked) -> Told:
+def _in_allocation(script: Path, asked: Request) -> Told:
     """Run the script here, which starts a step on the nodes of the allocation."""
     if find_command("srun") is None:
         raise UserError("the environment names a SLURM job, and there is no srun here; look at PATH")
@@ -210,7 +210,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _queued(script: Path, plan: Plan, asked: Asked) -> Told:
+def _queued(script: Path, plan: Plan, asked: Request) -> Told:
     """Queue the script and wait until its job has ended; it is cancelled when this process is."""
     number = sbatch(script)
     log = Path(log_pattern(plan).replace("%j", number))

@@ -223,7 +223,7 @@ class Judged:
                 map(self.name, good), check, error(what, means, "use a file system that keeps what it promises")
             )
         held = [self.name(rank) for rank, each in good.items() if each["locked"]]
-        means = "locks do not reach other nodes here: an attempt on another node is told by its heartbeat alone, later"
+        means = "locks do not reach other nodes here: an attempt on another node shows by its heartbeat alone, later"
         found += on(
             held, check, warning("could take a lock that another node held", means, "mount it with locks (lock)")
         )

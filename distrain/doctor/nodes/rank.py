@@ -1,4 +1,4 @@
-"""What each rank does together with the others, in order. What was found is told at once: a later step may not end."""
+"""What each rank does together with the others, in order. Each finding is sent at once: a later step may not end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRIES = 3
 
 
 def run_rank(place: Place, folder: Path, teller: Teller) -> None:
-    """Do all steps of this rank; a step that fails is told, and ends them."""
+    """Do all steps of this rank; a step that fails is sent as a finding, and ends them."""
     from torch.distributed import PrefixStore, TCPStore
 
     try:

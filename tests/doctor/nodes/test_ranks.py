@@ -19,7 +19,7 @@ from distrain.config import UserError
 from distrain.doctor.findings import Finding, Level, Report, ok, warning
 from distrain.doctor.nodes import job as job_module
 from distrain.doctor.nodes.facts import environment_that_matters, mount_of
-from distrain.doctor.nodes.job import Asked, examine_nodes, judge
+from distrain.doctor.nodes.job import Request, examine_nodes, judge
 from distrain.doctor.nodes.lines import Teller, Told
 from distrain.doctor.nodes.meeting import Place, connect
 from distrain.doctor.nodes.rank import run_rank
@@ -206,7 +206,7 @@ def test_what_an_allocation_cannot_give_is_refused(
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=error):
-        examine_nodes(Asked(Wanted(nodes=3), tmp_path))
+        examine_nodes(Request(Wanted(nodes=3), tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def test_a_job_that_ends_unseen_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(job_module, "_LOG_S", 0.1)
     (tmp_path / "runs").mkdir()
     said: list[str] = []
-    report = examine_nodes(Asked(Wanted(nodes=2), tmp_path / "runs", say=said.append))
+    report = examine_nodes(Request(Wanted(nodes=2), tmp_path / "runs", say=said.append))
     assert said == ["job 100: 2 nodes, for 15 at most"]
     (found,) = report.findings
     assert found.found.startswith("no node has begun: job 100 has ended")
