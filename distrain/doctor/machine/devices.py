@@ -35,7 +35,7 @@ def build(context: Context) -> Iterator[Finding]:
             yield error(
                 f"{about} was built without CUDA, and this machine has {there} GPU{'s' * (there > 1)}",
                 "runs compute on the CPU, many times slower",
-                "install the build for CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130",
+                "install PyTorch's build for a CUDA that the driver runs (nvidia-smi shows up to which)",
             )
         else:
             yield ok(f"{about}, built for CPUs")
