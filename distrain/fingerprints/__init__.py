@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ def fingerprint(
 
     - `data`: `files.listing` of the files that the data set reads
     - `model`: the same of files named in the sections of the model, loss, optimizer and evaluation
+    - `arguments`: the same of files that sections name without `./`, such as `teacher.pt`, and of a schedule's; not of
+      callbacks, which write files as well
     - `folder`: the same of folders that the recipe gives to the user's code, which may read any of their files
     - `splits`: the number of samples in each, None for a stream
     - `items`: a few samples, if the files that they come from are unknown (`items.items_of`)
@@ -62,6 +64,7 @@ def fingerprint(
         "total_steps": total_steps if items else None,
         "code": code_of(recipe),
         "model": listing(_model_files(recipe), full=full),
+        "arguments": listing(_argument_files(recipe), full=full),
     }
     if section.fingerprint == "off":
         return found
@@ -101,20 +104,55 @@ def _model_files(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _paths(value: Any) -> Iterator[str]:
-    """Yield the files and folders that values of a recipe name: absolute, or relative to the current folder."""
+def _argument_files(recipe: Recipe) -> dict[str, str]:
+    sections = {"task", "model", "loss", "optim", "eval", "schedule"}
+    sections |= {"data"} if recipe.data.fingerprint != "off" else set()
+    found: dict[str, str] = {}
+    for key, part in recipe.model_dump(mode="json", include=sections, exclude={"data": {"path", "split"}}).items():
+        found |= _named(part, f"{key}.", _plain_files)
+        if key == "schedule":
+            found |= _named(part, f"{key}.")
+    return found
+
+
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _paths(each)
-    elif isinstance(value, str) and (os.path.isabs(value) or value.startswith(("./", "../"))) and os.path.exists(value):
-        yield os.path.abspath(value)
+            yield from _strings(each)
+    elif isinstance(value, str):
+        yield value
 
 
-def _named(section: Any, prefix: str, *, files: bool = True, folders: bool = True) -> dict[str, str]:
+def _is_explicit(text: str) -> bool:
+    return os.path.isabs(text) or text.startswith(("./", "../"))
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Yield the files and folders that values of a recipe name, absolute or from `./` on."""
+    for text in _strings(value):
+        if _is_explicit(text) and os.path.exists(text):
+            yield os.path.abspath(text)
+
+
+def _plain_files(value: Any) -> Iterator[str]:
+    """Yield the files that are named without `./`; a word such as a model's name is none, though a file may have it."""
+    for text in _strings(value):
+        if not _is_explicit(text) and (os.sep in text or os.path.splitext(text)[1]) and os.path.isfile(text):
+            yield os.path.abspath(text)
+
+
+def _named(
+    section: Any,
+    prefix: str,
+    paths: Callable[[Any], Iterator[str]] = _paths,
+    *,
+    files: bool = True,
+    folders: bool = True,
+) -> dict[str, str]:
     """Return {label: path} of the files that a section names, and of those in folders that it names."""
     found: dict[str, str] = {}
     for key, value in section.items() if isinstance(section, dict) else ():
-        for path in _paths(value):
+        for path in paths(value):
             if folders if os.path.isdir(path) else files:
                 found.update(_at(path, f"{prefix}{key}: "))
     return found

@@ -20,7 +20,7 @@ class Changes:
     data: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
-    """Files that the model's section names: initial weights, a pretrained folder."""
+    """Files that the model's section names: initial weights, a pretrained folder; and those that user code is given."""
     unsure: tuple[str, ...] = ()
     """Possible changes, which the fingerprint does not decide."""
 
@@ -41,11 +41,15 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     loose, more = _files(then.get("folder"), now.get("folder"), "data.path", new_is_change=bool(data))
     # a resume reads no initial weights, and a new file was more likely written by the run than read by it
     model, maybe = _files(then.get("model"), now.get("model"), "weights", gone_is_change=False, new_is_change=False)
+    # a file that is gone is missed by who reads it
+    named, others = _files(
+        then.get("arguments"), now.get("arguments"), "argument", gone_is_change=False, new_is_change=False
+    )
     return Changes(
         tuple(_truncated(data + loose)),
         tuple(_truncated(_code(then.get("code"), now.get("code")))),
-        tuple(_truncated(model)),
-        tuple(_truncated(unsure + more + maybe)),
+        tuple(_truncated(model + named)),
+        tuple(_truncated(unsure + more + maybe + others)),
     )
 
 

@@ -299,14 +299,37 @@ def test_of_much_code_the_bytes_are_compared(tmp_path: Path, monkeypatch: pytest
     assert compare(*({"code": each} for each in found)).code == ("code file net.py: changed",)
 
 
-def test_files_of_other_parts_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("loss: {name: net.py:Loss, weight: ./w.json}", "weights file loss.weight"),
+        ("loss: {name: net.py:Loss, weight: w.json}", "argument file loss.weight"),
+        ("loss: {name: net.py:Loss, of: {classes: [files/../w.json]}}", "argument file loss.of"),
+        ("schedule: {name: net.py:rate, table: ./w.json}", "argument file schedule.table"),
+        ("schedule: {name: net.py:rate, table: w.json}", "argument file schedule.table"),
+    ],
+)
+def test_files_of_other_parts_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, what: str
+) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
     (tmp_path / "w.json").write_text("[1, 2]")
-    recipe = f"{own(tmp_path)}\nloss: {{name: net.py:Loss, weight: ./w.json}}"
+    recipe = f"{own(tmp_path)}\n{section}"
     then = known(tmp_path, recipe)
     (tmp_path / "w.json").write_text("[1, 3]")
     found = compare(then, known(tmp_path, recipe))
-    assert found.model == ("weights file loss.weight: w.json: other content, of 6 bytes as before",)
+    assert found.model == (f"{what}: w.json: other content, of 6 bytes as before",)
+    del then["arguments"]  # of an earlier version
+    assert (not compare(then, known(tmp_path, recipe))) == what.startswith("argument")
+
+
+def test_what_names_no_file_is_no_argument_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("adamw", "sum"):  # names that mean something else
+        (tmp_path / name).write_text("")
+    recipe = f"{own(tmp_path)}\nloss: {{name: net.py:Loss, by: sum, of: 1.5, at: gone.pt}}"
+    assert known(tmp_path, recipe)["arguments"] == {"files": {}}
 
 
 def test_a_file_that_is_read_in_parts(tmp_path: Path) -> None:
