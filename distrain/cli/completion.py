@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import typer
 
 _NAMED = {
     "task": "tasks",
@@ -20,15 +22,19 @@ _NAMED = {
 """The kinds of which a recipe names one, as `optim` or `optim.name`."""
 
 
-def recipe_keys(incomplete: str, args: list[str]) -> list[tuple[str, str]]:
+def overrides(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return what may be typed for `KEY=VALUE`, behind what has been typed of it."""
+    return recipe_keys(incomplete, ctx.params.get("overrides") or ())
+
+
+def recipe_keys(incomplete: str, before: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Return the keys of recipes that begin so, as `train.steps=`, or the names that may follow `model.name=`.
 
-    Each has what it is beside it. bash takes the `=` for a word of its own, and asks for what follows it alone.
+    Each has what it is beside it. bash takes the `=` for a word of its own, and asks for what follows it alone: then
+    the words `before` end with it.
     """
-    if incomplete == "=":
-        args, incomplete = [*args, "="], ""
-    if args[-1:] == ["="]:
-        return _names(args[-2], "", incomplete)
+    if before[-1:] == ["="]:
+        return _names(before[-2], "", incomplete) if len(before) > 1 else []
     key, equals, begun = incomplete.partition("=")
     if equals:
         return _names(key, incomplete.removesuffix(begun), begun)

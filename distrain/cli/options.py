@@ -69,7 +69,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="Values that replace the recipe's.",
-        autocompletion=completion.recipe_keys,
+        autocompletion=completion.overrides,
     ),
 ]
 RunFolder = Annotated[str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")]

@@ -181,7 +181,7 @@ _LAUNCHER = re.compile(
 # --------------------------------------------------------------------------------------------------------------------
 # Tasks that are no world
 
-_STARTERS = {
+STARTERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "mpirun of MVAPICH": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
@@ -196,9 +196,15 @@ _STARTERS = {
 """Who starts a command several times: the variables that say how often, and which of them a task is."""
 
 
+def tasks_of(starter: str, variables: Mapping[str, str]) -> int:
+    """Return how often the command was started, by one of `STARTERS`; 0 where that started nothing."""
+    told = variables.get(STARTERS[starter][0], "")
+    return int(told) if told.isdecimal() else 0
+
+
 def refuse_tasks(variables: Mapping[str, str]) -> None:
     """Raise UserError where this process, alone in its world, is one of several tasks of srun, mpirun or the like."""
-    for starter, (size, rank) in _STARTERS.items():
+    for starter, (size, rank) in STARTERS.items():
         count, number = (int(text) if (text := variables.get(name, "")).isdecimal() else 0 for name in (size, rank))
         if count < 2 and number == 0:
             continue

@@ -43,31 +43,32 @@ def test_a_shell_completes_commands_keys_runs_and_sites(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_recipe_are_completed_with_what_they_are() -> None:
-    found = dict(completion.recipe_keys("", []))
+    found = dict(completion.recipe_keys(""))
     assert {"model=", "model.name=", "model.lora.r=", "batch.global=", "train.steps=", "seed="} <= set(found)
     assert found["train.precision="].startswith("Precision of the forward pass")
     assert "train=" not in found
-    assert set(dict(completion.recipe_keys("train.e", []))) == {"train.epochs=", "train.ema="}
+    assert set(dict(completion.recipe_keys("train.e"))) == {"train.epochs=", "train.ema="}
     assert {"optim.lr=", "optim.name=", "schedule.warmup=", "schedule.name="} <= set(found), "of several sections"
-    assert len(completion.recipe_keys("", [])) == len(found)
+    assert len(completion.recipe_keys("")) == len(found)
 
 
 @pytest.mark.parametrize(
-    ("incomplete", "args", "expected"),
+    ("incomplete", "before", "expected"),
     [
         ("model.name=text_", [], ["model.name=text_classifier"]),
-        ("text_", ["r.yaml", "model.name", "="], ["text_classifier"]),
+        ("text_", ["seed=1", "model.name", "="], ["text_classifier"]),
         ("loss=mul", [], ["loss=multi_label_margin", "loss=multi_label_soft_margin", "loss=multi_margin"]),
         ("model=timm:vit_tiny_patch16_2", [], ["model=timm:vit_tiny_patch16_224"]),
         ("data.name=zzz", [], []),
         ("train.steps=1", [], []),
-        ("=", ["r.yaml", "train.steps"], []),
+        ("1", ["train.steps", "="], []),
+        ("a", ["="], []),
     ],
-    ids=["zsh", "bash", "by the section", "of a library", "an unknown name", "a number", "a number in bash"],
+    ids=["zsh", "bash", "by the section", "of a library", "an unknown name", "a number", "a number in bash", "no key"],
 )
-def test_names_are_completed_behind_their_keys(incomplete: str, args: list[str], expected: list[str]) -> None:
-    assert [name for name, _ in completion.recipe_keys(incomplete, args)] == expected
-    schedules = dict(completion.recipe_keys("=", ["r.yaml", "schedule.name"]))
+def test_names_are_completed_behind_their_keys(incomplete: str, before: list[str], expected: list[str]) -> None:
+    assert [name for name, _ in completion.recipe_keys(incomplete, before)] == expected
+    schedules = dict(completion.recipe_keys("", ["schedule.name", "="]))
     assert schedules["cosine"] == "Half a cosine to `final`."
 
 

@@ -793,7 +793,7 @@ log: {every: 1 steps}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero3_offload", "fsdp2"])
+@pytest.mark.parametrize("config", [pytest.param("zero3_offload", marks=pytest.mark.more), "fsdp2"])
 def test_accelerate_starts_a_run_sharded_as_its_file_sets(tmp_path: Path, config: str) -> None:
     recipe = write_recipe(tmp_path, SHARDED)
     file = CONFIGS / f"{config}.yaml"

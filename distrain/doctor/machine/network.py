@@ -13,7 +13,7 @@ from pathlib import Path
 from distrain.doctor.context import Context
 from distrain.doctor.findings import Finding, error, ok, warning
 from distrain.doctor.machine.processes import infiniband_adapters
-from distrain.system.environment import interfaces_here, missing_interfaces, own_start
+from distrain.system.environment import STARTERS, interfaces_here, missing_interfaces, own_start
 from distrain.system.errors import UserError, some
 
 _PORTS = 1024
@@ -178,8 +178,8 @@ def leftovers(context: Context) -> Iterator[Finding]:
         yield ok("no variables of other launchers")
 
 
-_WORLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
-          "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK"}  # fmt: skip
+_WORLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_WORLD.update(name for names in STARTERS.values() for name in names)
 
 
 def preloaded(context: Context) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from distrain.launchers.slurm.rendering import log_pattern, quoted, render_sbatc
 from distrain.launchers.slurm.sites import Site, load_site
 from distrain.launchers.slurm.snapshot import own_package
 from distrain.launchers.slurm.submitting import Wanted, job_plan
+from distrain.system.environment import tasks_of
 
 LIMIT_S = 60.0
 """How long ranks wait for the next one to come, by default. PyTorch is imported meanwhile, from a slow disk perhaps."""
@@ -46,7 +47,7 @@ _SCRIPT = r"""
 # what is wrong on each node and between them
 
 nodes=$nodes_asked
-names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd, -)
+names=$(scontrol show hostnames | head -n "$nodes" | paste -sd, -)
 node_script=-Pmdistrain.doctor.nodes # as of a script, the folder here is not where Python looks for modules
 # each node to its end, whatever has become of the others, and a number before each line
 step_options+=(--label --kill-on-bad-exit=0 --wait=0)
@@ -83,8 +84,8 @@ def examine_nodes(asked: Request) -> Report:
     """Return what is found on the nodes of a job, and between them. Raises UserError where there can be no job."""
     began = time.monotonic()
     here = allocated_nodes(os.environ)
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if here is not None and tasks.isdecimal() and int(tasks) > 1:
+    tasks = tasks_of("srun", os.environ)
+    if here is not None and tasks > 1:
         raise UserError(
             f"srun has started this {tasks} times; start it once, without srun: it starts on each node itself"
         )
