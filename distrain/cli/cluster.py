@@ -30,9 +30,30 @@ if TYPE_CHECKING:
     from distrain.launchers.slurm.submitting import Prepared
 
 
-def by_site(help: str, default: str = "the site's, else SLURM's") -> Any:
-    """Return an option whose default is that of a site."""
-    return typer.Option(help=help, show_default=default)
+def _by_site(help: str) -> Any:
+    return typer.Option(help=help, show_default="the site's, else SLURM's")
+
+
+SiteName = Annotated[
+    str | None,
+    typer.Option(
+        autocompletion=completion.sites,
+        envvar="DISTRAIN_SITE",
+        help="Defaults of a cluster; `distrain sites` lists them.",
+        show_default="none",
+    ),
+]
+CpusPerTask = Annotated[
+    int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
+]
+Mem = Annotated[str | None, _by_site("Memory of each node, such as 64G.")]
+Partition = Annotated[str | None, _by_site("The partition.")]
+Account = Annotated[str | None, _by_site("The account.")]
+Qos = Annotated[str | None, _by_site("The quality of service.")]
+SbatchOptions = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
+]
 
 
 def submit(
@@ -47,15 +68,7 @@ def submit(
         str | None,
         typer.Option(help="The time limit, such as 4:00:00.", show_default="the site's, else it must be given"),
     ] = None,
-    site: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=completion.sites,
-            envvar="DISTRAIN_SITE",
-            help="Defaults of a cluster; `distrain sites` lists them.",
-            show_default="none",
-        ),
-    ] = None,
+    site: SiteName = None,
     strategy: Strategy = AUTO,
     offload: OffloadTo = None,
     replicate: Replicate = None,
@@ -75,13 +88,11 @@ def submit(
         int | None,
         typer.Option(min=1, help="How many runs of a sweep run at a time.", show_default="as many as SLURM starts"),
     ] = None,
-    cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
-    ] = None,
-    mem: Annotated[str | None, by_site("Memory of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, by_site("The partition.")] = None,
-    account: Annotated[str | None, by_site("The account.")] = None,
-    qos: Annotated[str | None, by_site("The quality of service.")] = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
     notice: Annotated[
         int | None,
         typer.Option(
@@ -90,10 +101,7 @@ def submit(
             show_default="the site's, else 120, or a third of it",
         ),
     ] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
-    ] = None,
+    sbatch: SbatchOptions = None,
     update: Update = False,
     dry_run: Annotated[
         bool,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from distrain.cli import completion
-from distrain.cli.cluster import by_site
+from distrain.cli.cluster import Account, CpusPerTask, Mem, Partition, Qos, SbatchOptions, SiteName
 from distrain.cli.options import Json, Overrides, RunFolder
 from distrain.system.output import echo
 
@@ -43,27 +43,16 @@ def doctor(
         ),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 0,
-    site: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=completion.sites,
-            envvar="DISTRAIN_SITE",
-            help="Defaults of a cluster; `distrain sites` lists them.",
-            show_default="none",
-        ),
+    site: SiteName = None,
+    time: Annotated[
+        str | None, typer.Option(help="The time limit of the job.", show_default="the site's, else 15 minutes")
     ] = None,
-    time: Annotated[str | None, by_site("The time limit of the job.", "the site's, else 15 minutes")] = None,
-    cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each node.", show_default="one for each process, or the site's")
-    ] = None,
-    mem: Annotated[str | None, by_site("Memory of each node, such as 64G.")] = None,
-    partition: Annotated[str | None, by_site("The partition.")] = None,
-    account: Annotated[str | None, by_site("The account.")] = None,
-    qos: Annotated[str | None, by_site("The quality of service.")] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OPTION", help="A further option, as --sbatch=--exclusive.", show_default="the site's"),
-    ] = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: SbatchOptions = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that ranks wait for the next one to come.")] = 60.0,
     as_json: Json = False,
 ) -> None:
