@@ -23,6 +23,7 @@ import importlib.util
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -312,7 +313,7 @@ class LossScale:
         """Return what a checkpoint holds of it."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state` returned. Raises UserError for numbers that it never returns."""
         scale, good_steps = state.get("scale"), state.get("good_steps")
         if not (
@@ -324,3 +325,13 @@ class LossScale:
         ):
             raise UserError(f"the stored scale of the loss is {state!r}; expected a scale of {_FLOOR:g} or more")
         self.scale, self.good_steps = float(scale), good_steps
+
+
+def load_scales(scales: Mapping[str, LossScale], stored: Mapping[str, Any] | None) -> None:
+    """Load what a checkpoint holds: the state of one scale, which each then begins with, or a state by optimizer."""
+    if not stored:
+        return
+    by_optimizer = all(isinstance(state, Mapping) for state in stored.values())
+    for name, scale in scales.items():
+        if found := stored.get(name) if by_optimizer else stored:
+            scale.load(found)

@@ -24,7 +24,7 @@ from distrain.optim import THAW, Ema, canonical_name, classes_of, drop_frozen, p
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
-from distrain.parallel.precision import LossScale
+from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
 from distrain.parallel.state import MigrationPlanner, TrainingState
@@ -236,9 +236,7 @@ class Strategy(ABC):
         """Load a checkpoint; returns notes for the user. Raises UserError where it does not fit."""
         notes = self.world.run_on_all(lambda: self.state.restore(reader))
         stored = reader.manifest.scalars.get("loss_scale")
-        for name, scale in self._scales.items():
-            if found := stored and (stored if "scale" in stored else stored.get(name)):  # one of all, or by optimizer
-                scale.load(found)
+        load_scales(self._scales, stored)
         if stored and not self._scales:
             notes.append(f"the stored loss scale is not needed under {self.world.precision}")
         self.sync_compute_weights()

@@ -12,7 +12,7 @@ from logged import logged
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.parallel.precision import LossScale, MixedPrecision, float32_products, resolve
+from distrain.parallel.precision import LossScale, MixedPrecision, float32_products, load_scales, resolve
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -298,6 +298,23 @@ def test_a_loss_scale_is_restored_from_its_state() -> None:
 def test_a_state_that_cannot_be_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="the stored scale of the loss is"):
         LossScale().load(state)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (None, {"": 65536.0}),
+        ({"scale": 8.0, "good_steps": 3}, {"": 8.0}),
+        ({"scale": 8.0, "good_steps": 3}, {"scale": 8.0, "other": 8.0}),
+        ({"scale": {"scale": 4.0, "good_steps": 0}}, {"scale": 4.0, "other": 65536.0}),
+        ({"d": {"scale": 4.0, "good_steps": 0}}, {"": 65536.0}),
+    ],
+    ids=["none", "one", "one for each", "by optimizer", "by optimizers that are gone"],
+)
+def test_scales_are_those_of_the_checkpoint(stored: dict | None, expected: dict[str, float]) -> None:
+    scales = {name: LossScale() for name in expected}
+    load_scales(scales, stored)
+    assert {name: scale.scale for name, scale in scales.items()} == expected
 
 
 def test_gradients_that_are_never_finite_end_the_run() -> None:
