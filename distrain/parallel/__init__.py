@@ -14,13 +14,14 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     tuning.py               the recipe's section `tune`, resolved for the device, the precision and the model
     determinism.py          `train.deterministic`
     strategy.py             `Strategy`: what every strategy is to the loop
+    model_tensors.py        a model's tensors: moved, given to every rank, remembered for a step that is not taken
     step_record.py          `StepRecord`: what the ranks agree on in each step
     ddp.py                  one process, and DistributedDataParallel
     fsdp2.py                FSDP2: rows of each parameter
     zero.py                 ZeRO-1, 2 and 3: equal flat parts
     collective_forward.py   names the part in which ranks differ, where a forward pass is collective
     materialize.py          building sharded models once in each node, and filling the shards
-    unused_parameters.py    which parameters have no gradient, and which are only cast
+    unused_parameters.py    which parameters get a gradient, and which are only cast
     state.py                the state of training as flat ranges of named tensors
     matrices.py             whole matrices for an optimizer, from the parts that ranks hold
     shards.py               what a rank holds of a tensor

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from distrain.config import UserError
 from distrain.optim import drop_frozen, parts_of, sparse_layers
 from distrain.parallel.comm import World
+from distrain.parallel.model_tensors import model_to, restored, share_tensors, travels
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import FIELDS, StepFlags, StepRecord
@@ -26,13 +27,9 @@ from distrain.parallel.strategy import (
     did_not_take_effect,
     make_ema,
     make_optimizer,
-    model_to,
-    reached_parameters,
-    restored,
-    share_tensors,
-    travels,
     with_mixed_precision,
 )
+from distrain.parallel.unused_parameters import reached_parameters
 
 
 class DDPStrategy(Strategy):

@@ -27,23 +27,22 @@ from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
+from distrain.parallel.model_tensors import buffers_to
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.strategy import (
     BuildSpec,
     Strategy,
-    buffers_to,
     did_not_take_effect,
     dtype_name,
     make_ema,
     make_optimizer,
-    sparse_gradient,
     square_of,
     with_mixed_precision,
 )
 from distrain.parallel.units import has_rows, sharding_units
-from distrain.parallel.unused_parameters import cast_parameters
+from distrain.parallel.unused_parameters import cast_parameters, sparse_gradient
 
 
 class FSDP2Strategy(Strategy):

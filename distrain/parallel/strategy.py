@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Reader
 from distrain.config import OptimSection, UserError
-from distrain.optim import THAW, Ema, canonical_name, classes_of, drop_frozen, parts_of, sparse_layers
+from distrain.optim import THAW, Ema, canonical_name, classes_of, drop_frozen, parts_of
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
-from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
+from distrain.parallel.contents import modules_with_extra_state
+from distrain.parallel.model_tensors import as_bytes, buffer_slots, remember, share_tensors, travels
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
@@ -58,10 +58,6 @@ class BuildSpec:
     def loss_of(self, optimizer: str) -> Callable[[nn.Module, int], Tensor]:
         """Return `loss_sum` of one of several optimizers; without a name that of all losses."""
         return partial(self.loss_sum, optimizer=optimizer) if optimizer else self.loss_sum
-
-
-_BUCKET_BYTES = 250 * 2**20
-"""Of the buffers that are broadcast together; DDP's own."""
 
 
 class Strategy(ABC):
@@ -192,7 +188,7 @@ class Strategy(ABC):
         if self._buffers is None:
             self._buffers = buffer_slots(self.model)
             self._extra = modules_with_extra_state(self.model)
-        return _remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
+        return remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
 
     @property
     def grad_scale(self) -> float | None:
@@ -289,7 +285,7 @@ class Strategy(ABC):
         # each is laid out as its neighbours are, whatever its strides are here
         for buffer in buffers:
             whole = buffer.contiguous()
-            dist.broadcast(whole if travels(whole) else _as_bytes(whole), src=0)
+            dist.broadcast(whole if travels(whole) else as_bytes(whole), src=0)
             if whole is not buffer:
                 buffer.copy_(whole)
 
@@ -398,40 +394,6 @@ def square_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).square().sum()
 
 
-_TRAVEL = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.int8,
-)
-
-
-def travels(tensor: Tensor) -> bool:
-    """Whether every backend of torch.distributed can send the tensor's dtype; others are sent as bytes."""
-    return tensor.dtype in _TRAVEL
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a contiguous tensor as bytes (uint8, 1-D)."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def share_tensors(tensors: list[Tensor]) -> None:
-    """Give every rank what rank 0 has in these tensors."""
-    others = [(tensor, tensor.contiguous()) for tensor in tensors if not travels(tensor)]
-    sent = [tensor for tensor in tensors if travels(tensor)] + [_as_bytes(whole) for _, whole in others]
-    if sent:
-        assert dist.group.WORLD is not None, "several processes have a group"
-        dist._broadcast_coalesced(dist.group.WORLD, sent, _BUCKET_BYTES, 0)
-    for tensor, whole in others:
-        if whole is not tensor:
-            tensor.copy_(whole)
-
-
 def make_ema(plan: BuildSpec, source: Any) -> Ema | None:
     """Return the average that the plan asks for, of a model or of a mapping of weights."""
     return Ema(source, plan.ema, plan.constant()) if plan.ema is not None else None
@@ -469,127 +431,6 @@ def make_optimizer(plan: BuildSpec, model: nn.Module) -> Any:
             group["params"] = [each for each in group["params"] if getattr(each, "ds_numel", each.numel())]
         part.param_groups[:] = [group for group in part.param_groups if group["params"]]
     return optimizer
-
-
-def buffers_to(model: nn.Module, device: torch.device) -> None:
-    """Move a model's buffers; one that several modules hold stays one."""
-    moved: dict[int, Tensor] = {}
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = moved.setdefault(id(buffer), buffer.to(device))
-
-
-def model_to(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model, and return it; its own `to` would make two of a buffer that two modules share.
-
-    Parameters that have gaps in memory, being views of something larger, get memory of their own: fused optimizers step
-    through memory, whatever the strides are. Raises UserError for two parameters that hold the same memory.
-    """
-    taken: list[tuple[int, int, str]] = []
-    for name, parameter in model.named_parameters():
-        if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
-            parameter.data = parameter.data.contiguous()
-        if parameter.numel():
-            start = parameter.data_ptr()
-            taken.append((start, start + parameter.numel() * parameter.element_size(), name))
-    taken.sort()
-    for (_, stop, one), (start, _, other) in itertools.pairwise(taken):
-        if start < stop:
-            one, other = sorted((one, other))
-            raise UserError(
-                f"the parameters {one} and {other} are two tensors in the same memory, which they would not be on "
-                "another device or when sharded; assign one Parameter to both modules (b.weight = a.weight), and they "
-                "stay tied everywhere"
-            )
-    buffers_to(model, device)
-    return model.to(device)
-
-
-def buffer_slots(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str]]:
-    """Return where a model's buffers are: the dictionaries of the modules, for a module may replace one."""
-    return [(module._buffers, key) for module in model.modules() for key in module._buffers]
-
-
-def _remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Return a function that restores buffers and extra state as they are now."""
-    kept = [(buffers, key, each.clone() if (each := buffers[key]) is not None else None) for buffers, key in slots]
-    restore_extra = remember_extra_state(extra)
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffers, key, before in kept:
-                now = buffers[key]
-                if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
-                    now.copy_(before)  # in place, as others may hold the same tensor
-                else:
-                    buffers[key] = before
-        restore_extra()
-
-    return restore
-
-
-class restored(AbstractContextManager[None]):
-    """Restores a model's buffers and extra state on leaving, and drops its gradients."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._restore = _remember(buffer_slots(model), modules_with_extra_state(model))
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-        self._model.zero_grad(set_to_none=True)
-
-
-def reached_parameters(
-    world: World, plan: BuildSpec, model: nn.Module, index: int = 0, optimizer: str = ""
-) -> list[list[str]]:
-    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order.
-
-    `optimizer`: the one of several whose losses these are.
-    """
-
-    def dry_run() -> list[str]:
-        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        reached: list[str] = []
-
-        known = {id(layer.weight) for _, layer in sparse_layers(model)}
-
-        def note(parameter: Tensor) -> None:
-            reached.append(names[id(parameter)])
-            assert parameter.grad is not None, "it was accumulated just now"
-            if parameter.grad.layout is not torch.strided and id(parameter) not in known:
-                raise sparse_gradient(names[id(parameter)], world.strategy)
-            parameter.grad = None  # all of them together may be more than this strategy ever holds
-
-        handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
-        try:
-            with restored(model):
-                plan.loss_of(optimizer)(model, index).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return reached
-
-    return world.gather(world.run_on_all(dry_run))
-
-
-def no_gradient(names: Sequence[str], world: World) -> UserError:
-    """Return the error of trained parameters to which no rank has given a gradient in a step."""
-    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-    return UserError(
-        f"parameter {names[0]}{others} got no gradient in a step on any rank; {world.strategy} steps all that it "
-        "trains together, and cannot pass over a part of it as an optimizer does in one process. Use ddp, have each "
-        "step use it, even if its output is multiplied by zero, or freeze it (optim.freeze) if it is never used"
-    )
-
-
-def sparse_gradient(name: str, strategy: str) -> UserError:
-    """Return the error of a gradient that is sparse where a strategy reduces dense ones."""
-    return UserError(
-        f"the gradient of parameter {name} is sparse, and {strategy} reduces dense gradients only; have the model "
-        "compute it with sparse=False, or train in a single process, which takes sparse ones"
-    )
 
 
 def did_not_take_effect(asked: str, found: str) -> RuntimeError:

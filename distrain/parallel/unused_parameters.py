@@ -1,9 +1,9 @@
-"""Which parameters have no gradient, and which are only cast, found without the memory that computing would take."""
+"""Which parameters get a gradient and which are only cast, where possible without the memory that computing takes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distrain.config import UserError
 from distrain.networks.undisturbed import undisturbed, use_stand_ins
+from distrain.optim import sparse_layers
+from distrain.parallel.model_tensors import restored
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from distrain.parallel.comm import World
+    from distrain.parallel.strategy import BuildSpec
 
 
 def unused_parameters(
@@ -123,3 +129,54 @@ class _Uses(TorchDispatchMode):
             else:
                 self.other.add(whose)
         return result
+
+
+def reached_parameters(
+    world: World, plan: BuildSpec, model: nn.Module, index: int = 0, optimizer: str = ""
+) -> list[list[str]]:
+    """Return for each rank the trained parameters to which one of its micro-batches gives a gradient, in that order.
+
+    `optimizer`: the one of several whose losses these are.
+    """
+
+    def dry_run() -> list[str]:
+        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        reached: list[str] = []
+
+        known = {id(layer.weight) for _, layer in sparse_layers(model)}
+
+        def note(parameter: Tensor) -> None:
+            reached.append(names[id(parameter)])
+            assert parameter.grad is not None, "it was accumulated just now"
+            if parameter.grad.layout is not torch.strided and id(parameter) not in known:
+                raise sparse_gradient(names[id(parameter)], world.strategy)
+            parameter.grad = None  # all of them together may be more than this strategy ever holds
+
+        handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
+        try:
+            with restored(model):
+                plan.loss_of(optimizer)(model, index).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return reached
+
+    return world.gather(world.run_on_all(dry_run))
+
+
+def no_gradient(names: Sequence[str], world: World) -> UserError:
+    """Return the error of trained parameters to which no rank has given a gradient in a step."""
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return UserError(
+        f"parameter {names[0]}{others} got no gradient in a step on any rank; {world.strategy} steps all that it "
+        "trains together, and cannot pass over a part of it as an optimizer does in one process. Use ddp, have each "
+        "step use it, even if its output is multiplied by zero, or freeze it (optim.freeze) if it is never used"
+    )
+
+
+def sparse_gradient(name: str, strategy: str) -> UserError:
+    """Return the error of a gradient that is sparse where a strategy reduces dense ones."""
+    return UserError(
+        f"the gradient of parameter {name} is sparse, and {strategy} reduces dense gradients only; have the model "
+        "compute it with sparse=False, or train in a single process, which takes sparse ones"
+    )

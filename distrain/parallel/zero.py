@@ -28,6 +28,7 @@ from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
+from distrain.parallel.model_tensors import buffers_to, model_to
 from distrain.parallel.optimizer_state import group_names
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
@@ -35,18 +36,13 @@ from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.strategy import (
     BuildSpec,
     Strategy,
-    buffers_to,
     did_not_take_effect,
     make_ema,
     make_optimizer,
-    model_to,
-    no_gradient,
-    reached_parameters,
-    sparse_gradient,
     square_of,
     with_mixed_precision,
 )
-from distrain.parallel.unused_parameters import unused_parameters
+from distrain.parallel.unused_parameters import no_gradient, reached_parameters, sparse_gradient, unused_parameters
 
 
 class ZeROStrategy(Strategy):
