@@ -76,6 +76,7 @@ def build_model(
     base: Path = Path(),
     weights: bool = True,
     kept: Path | None = None,
+    as_kept: bool = False,
 ) -> nn.Module:
     """Return the recipe's model on the CPU, in training mode, in fp32 (fp64 for train.precision fp64).
 
@@ -84,13 +85,15 @@ def build_model(
     are loaded; without them a checkpoint is expected to follow that stores all of them. With model.lora the layers that
     it names have adapters, of initial values that depend on the seed alone, and the rest is frozen. What was loaded or
     adapted is logged.
-    `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`).
+    `kept`: what a run has kept of that `path` (see `distrain.checkpoints.export.companion_files`), whose config.json is
+    read where the other is gone, or `as_kept` says so.
     """
     section, known = recipe.model, facts(recipe.form, meta)
     dtype = float_dtype(recipe)
     with isolated_seed(mix(recipe.seed, "init")):
         if section.name.startswith(TRANSFORMERS):
-            model = build_transformers(section.name, section.args, known, base=base, weights=weights, kept=kept)
+            files: dict[str, Any] = {"base": base, "weights": weights, "kept": kept, "as_kept": as_kept}
+            model = build_transformers(section.name, section.args, known, **files)
         else:
             model = _build(recipe, known)
             _size_lazy(model, meta, section.name)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrain.config import Recipe
 from distrain.fingerprints.code import CodeFile, code_files, code_of, named_objects, user_module
-from distrain.fingerprints.comparing import DRAWN_ANEW, Changes, compare
+from distrain.fingerprints.comparing import DRAWN_ANEW, Changes, compare, same_file
 from distrain.fingerprints.files import MAX_SIZED, labelled, listing, walk
 from distrain.fingerprints.items import items_of
 
@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "fingerprint",
     "named_objects",
+    "same_file",
     "user_module",
 ]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from distrain.fingerprints.files import listing
 from distrain.fingerprints.items import same_item
 
 _MAX_LINES = 10
@@ -33,8 +35,11 @@ class Changes:
         return [*self.data, *self.code, *self.model]
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return how two fingerprints differ; keys that are missing in one of them are not compared."""
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, unread: str = "") -> Changes:
+    """Return how two fingerprints differ; keys that are missing in one of them are not compared.
+
+    `unread`: a key of the recipe whose files are not read.
+    """
     data, unsure = _files(then.get("data"), now.get("data"), "data")
     data += _lengths(then.get("splits"), now.get("splits"))
     data += _items(then.get("items"), now.get("items"))
@@ -45,12 +50,23 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     named, others = _files(
         then.get("arguments"), now.get("arguments"), "argument", gone_is_change=False, new_is_change=False
     )
+    of_data = [line for line in named if line.startswith("argument file data.")]
+    of_model = [line for line in model if not unread or f" {unread}: " not in line]
     return Changes(
-        tuple(_truncated(data + loose)),
+        tuple(_truncated(data + loose + of_data)),
         tuple(_truncated(_code(then.get("code"), now.get("code")))),
-        tuple(_truncated(model + named)),
+        tuple(_truncated(of_model + [line for line in named if line not in of_data])),
         tuple(_truncated(unsure + more + maybe + others)),
     )
+
+
+def same_file(then: Mapping[str, Any], label: str, path: Path) -> bool:
+    """Whether a file is the one of that label in the listing of a fingerprint, as far as that has it."""
+    before = (then.get("files") or {}).get(label)
+    if before is None:
+        return True
+    now = listing({label: str(path)}, full=True)["files"]
+    return not _single_files({label: before}, now, "", True, True)[0]
 
 
 def _truncated(lines: list[str]) -> list[str]:

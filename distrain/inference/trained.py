@@ -21,7 +21,7 @@ from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
 from distrain.parallel import World, open_world, with_mixed_precision
-from distrain.parallel.frozen import with_initial_weights
+from distrain.parallel.frozen import initial_weights, with_initial_weights
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
@@ -121,22 +121,25 @@ class Trained:
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
         """Compare data and code with those of the training; returns how the data differ. All ranks call.
 
-        Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code is only
-        a warning on standard error: projects change, and a checkpoint that does not fit does not load.
+        Raises UserError where they do, `split` is of them, and `changed_data` does not allow it. Other code, and other
+        files that it is given, are only a warning on standard error: projects change, and a checkpoint that does not
+        fit does not load.
         """
 
         def check() -> list[str]:
             if not self.inputs:
                 return []
             with reading("the data set"):
-                found = compare(self.inputs, fingerprint(self.recipe, self.data, None, self.checkpoint))
+                now = fingerprint(self.recipe, self.data, None, self.checkpoint)
+                # the model's own files were checked where it was built from them
+                found = compare(self.inputs, now, unread=initial_weights(self.recipe)[0])
             data = [] if split is None else list(found.data)
             if data and not changed_data:
                 lines = [f"the data changed since {self.checkpoint} was trained:", *(f"  {line}" for line in data)]
                 lines += [] if isinstance(self.recipe.data.split, dict) else [DRAWN_ANEW]
                 lines.append("Put them back as they were, or take them as they are now with --changed-data.")
                 raise UserError("\n".join(lines))
-            for line in [*data, *found.code, *(found.unsure if split is not None else ())]:
+            for line in [*data, *found.code, *found.model, *(found.unsure if split is not None else ())]:
                 logger.warning(f"since {self.checkpoint.name} was trained: {line}")
             return data
 

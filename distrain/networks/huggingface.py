@@ -67,23 +67,30 @@ def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
 
 
 def build_transformers(
-    name: str, args: Mapping[str, Any], known: Mapping[str, Any], *, base: Path, weights: bool, kept: Path | None = None
+    name: str,
+    args: Mapping[str, Any],
+    known: Mapping[str, Any],
+    *,
+    base: Path,
+    weights: bool,
+    kept: Path | None = None,
+    as_kept: bool = False,
 ) -> nn.Module:
     """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
 
     `known`: the facts (`networks/facts.py`) for open values of the configuration: the vocabulary, the number of labels,
-    and the ids of special tokens. `kept`: a folder with a config.json to use if that of `path` is gone and the weights
-    come from elsewhere.
+    and the ids of special tokens. `kept`: a folder with a config.json to use `as_kept`, or if that of `path` is gone
+    and the weights come from elsewhere.
     """
     problems = check_transformers(name, args)
     if problems:
         raise UserError("\n".join(problems))
     kind = _class(name)
     if "path" in args:
-        folder = base / args["path"]
-        if not weights and kept is not None and (kept / CONFIG).is_file() and not (folder / CONFIG).is_file():
-            folder = kept
-        return _from_folder(kind, name, folder, known, weights)
+        folder = configured = base / args["path"]
+        if kept is not None and (as_kept or not (weights or (folder / CONFIG).is_file())) and (kept / CONFIG).is_file():
+            configured = kept
+        return _from_folder(kind, name, folder if weights else configured, configured, known, weights)
     given = dict(args["config"])
     config_class = _config_class(kind, given.pop("model_type", None))
     facts = {key: known[fact] for key, fact in _FACTS.items() if fact in known}
@@ -106,7 +113,10 @@ def build_transformers(
     return model.float()
 
 
-def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], weights: bool) -> nn.Module:
+def _from_folder(
+    kind: Any, name: str, folder: Path, configured: Path, known: Mapping[str, Any], weights: bool
+) -> nn.Module:
+    """Return the model of a folder, by the config.json of `configured`."""
     import transformers
 
     if not (folder / CONFIG).is_file():
@@ -117,7 +127,7 @@ def _from_folder(kind: Any, name: str, folder: Path, known: Mapping[str, Any], w
         if (nbytes := file.stat().st_size) > SUMMARY:  # what follows reads them whole
             raise UserError(f"model.path: {file} has {nbytes:,} bytes, and at most {SUMMARY:,} are expected")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(configured, local_files_only=True)
         for key, fact in _FACTS.items():
             # a language model's labels are tokens
             if fact in known and not (key == "num_labels" and ("LM" in name or "Generation" in name)):

@@ -9,16 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from distrain.checkpoint import Reader, read_manifest
+from distrain.checkpoint import Manifest, Reader, read_manifest
 from distrain.checkpoints.export import Exported, describe, export, is_built
-from distrain.checkpoints.export.companion_files import FOLDER, run_of
+from distrain.checkpoints.export.companion_files import CONFIG, FOLDER, run_of
 from distrain.checkpoints.hiding import hidden
 from distrain.checkpoints.sources import Source, Stored
 from distrain.config import LoraSection, Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.datasets.base import DataMeta
 from distrain.datasets.stored_meta import meta_from_json
+from distrain.fingerprints import same_file
 from distrain.models import build_model
+from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.lora import adapted_layers, is_adapter, matching_parameters, merge_adapters
 from distrain.parallel import TrainingState, load_weights
 from distrain.parallel.frozen import USING, check_frozen, explaining_source, initial_weights, with_initial_weights
@@ -31,11 +33,43 @@ def restored_model(reader: Reader, recipe: Recipe, meta: DataMeta, *, averaged: 
 
     Weights that the checkpoint refers to come from where the recipe says, and are checked. Raises UserError.
     """
-    frozen = reader.manifest.frozen
-    with explaining_source(frozen, reader.path, USING):
-        model = build_model(recipe, meta, weights=frozen is not None, kept=run_of(reader.path) / FOLDER)
+    model = _as_built(reader.path, reader.manifest, recipe, meta)
     load_weights(model, reader, averaged=averaged)
     return model
+
+
+def _as_built(checkpoint: Path, manifest: Manifest, recipe: Recipe, meta: DataMeta) -> nn.Module:
+    frozen, kept = manifest.frozen, run_of(checkpoint) / FOLDER
+    with explaining_source(frozen, checkpoint, USING):
+        return build_model(
+            recipe,
+            meta,
+            weights=frozen is not None,
+            kept=kept,
+            as_kept=_is_configured_anew(recipe, manifest, checkpoint, kept),
+        )
+
+
+def _is_configured_anew(recipe: Recipe, manifest: Manifest, checkpoint: Path, kept: Path) -> bool:
+    """Whether a transformers model's folder has another config.json than at the training, and the run has `kept` that.
+
+    Raises UserError where it has not: names and shapes of weights tell no epsilon, no activation and no base of rotary
+    positions from another.
+    """
+    folder = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
+    then = (manifest.scalars.get("inputs") or {}).get("model") or {}
+    same = [
+        (each / CONFIG).is_file() and same_file(then, f"model.path: {CONFIG}", each / CONFIG)
+        for each in (Path(folder or kept), kept)
+    ]
+    if folder is None or same[0] or not (Path(folder) / CONFIG).is_file():
+        return False
+    if not same[1]:
+        raise UserError(
+            f"{Path(folder) / CONFIG} is not the one that {checkpoint} was trained with, so the model would compute "
+            f"something else with the same weights: put that back as it was, or {USING.format(key='model.path')}"
+        )
+    return True
 
 
 def frozen_problem(checkpoint: Path, initial: Path | str | None = None) -> str | None:
@@ -45,8 +79,7 @@ def frozen_problem(checkpoint: Path, initial: Path | str | None = None) -> str |
         return None
     try:
         recipe = with_initial_weights(parse_recipe(manifest.recipe, f"the recipe in {checkpoint}"), initial)
-        with explaining_source(manifest.frozen, checkpoint, USING):
-            model = build_model(recipe, meta_from_json(manifest.scalars["meta"]), kept=run_of(checkpoint) / FOLDER)
+        model = _as_built(checkpoint, manifest, recipe, meta_from_json(manifest.scalars["meta"]))
         check_frozen(model, manifest.frozen, checkpoint, USING)
     except UserError as error:
         return str(error)

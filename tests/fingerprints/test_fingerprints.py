@@ -546,6 +546,30 @@ def test_changed_code_and_weights(tmp_path: Path) -> None:
     assert "warning: since step-00000012 was trained: code file net.py: changed" in ended.err
 
 
+@pytest.mark.fault(33)
+def test_what_ones_own_model_and_data_are_given_is_held_against_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = "def __init__(self, in_features, num_classes, scale):"
+    (tmp_path / "points.py").write_text(POINTS.replace("count=40", "count=40, weights=None"))
+    (tmp_path / "helper.py").write_text("SHIFT = 0.0\n")
+    (tmp_path / "net.py").write_text(NET.replace("def __init__(self, in_features, num_classes):", given))
+    for name in ("scale.txt", "weights.txt"):
+        (tmp_path / name).write_text("1.0")
+    text = "data: {name: points.py:Points, weights: weights.txt}\nmodel: {name: net.py:Net, scale: scale.txt}"
+    recipe, run = write_recipe(tmp_path, f"name: r\ntask: classification\n{text}\n{REST}"), tmp_path / "run"
+    train(1, recipe, run, "train.steps=1")
+    (tmp_path / "scale.txt").write_text("2.0")
+    ended = cli("evaluate", run)
+    assert ended.status == 0, ended.err
+    assert "warning: since step-00000001 was trained: argument file model.scale: scale.txt: other content" in ended.err
+    (tmp_path / "weights.txt").write_text("2.0")
+    ended = cli("evaluate", run)
+    assert ended.status == 1
+    assert "argument file data.weights: weights.txt: other content" in ended.err
+
+
 def test_a_checkpoint_without_a_fingerprint_is_resumed_from(tmp_path: Path) -> None:
     ended = in_world(1, resume_old, str(tmp_path))[0]
     assert ended.status == 0, ended.err

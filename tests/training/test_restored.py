@@ -20,8 +20,9 @@ from distrain.config.yaml import load_recipe
 from distrain.datasets.base import DataMeta
 from distrain.datasets.stored_meta import meta_from_json, meta_to_json
 from distrain.datasets.tables import TableMeta
+from distrain.inference.trained import trained_model
 from distrain.models import build_model, load_weights
-from distrain.training.restored import export_adapter, export_checkpoint, restored_model
+from distrain.training.restored import export_adapter, export_checkpoint, frozen_problem, restored_model
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [250, 7, 1, 82, 8, 1, 8, 256]])
@@ -89,6 +90,29 @@ def test_an_export_generates_in_transformers_what_the_run_does(tuned: Path) -> N
     wanted = json.loads(done.out)
     assert bytes(each for each in found if each < 256).decode(errors="replace") == wanted["text"]
     assert len(found) == wanted["tokens"] > 0
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("frozen", ["reference", "store"])
+def test_another_configuration_beside_the_same_weights_is_not_computed_with(
+    frozen: str, tuned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tuned / "base", tmp_path / "base")
+    text = (tuned / "recipe.yaml").read_text().replace(str(tuned / "base"), str(tmp_path / "base"))
+    recipe, run = write_recipe(tmp_path, text), tmp_path / "run"
+    train(1, recipe, run, "train.steps=1", "eval.every=null", f"checkpoint.frozen={frozen}")
+    expected = logits(trained_model(last(run)))
+    config = tmp_path / "base/config.json"
+    before = config.read_text()
+    for key, value in (("rms_norm_eps", 0.5), ("hidden_act", "relu")):
+        config.write_text(json.dumps(json.loads(before) | {key: value}))
+        assert torch.equal(logits(trained_model(last(run))), expected), "by the configuration that the run has kept"
+        assert frozen_problem(last(run)) is None
+    shutil.copy(config, run / "transformers/config.json")
+    with pytest.raises(UserError, match=r"base/config\.json is not the one that .* was trained with"):
+        trained_model(last(run))
+    config.write_text(before)
+    assert torch.equal(logits(trained_model(last(run))), expected)
 
 
 def test_an_adapter_is_not_written_over(tuned: Path, tmp_path: Path) -> None:
