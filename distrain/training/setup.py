@@ -26,6 +26,7 @@ from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary
 from distrain.optim import full_keys, resolve_schedule
 from distrain.parallel import World, build_strategy
+from distrain.parallel.stirring import stirred
 from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_batch
@@ -136,9 +137,10 @@ def set_up(
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
         model_call = calling_convention(training.strategy.model)
-        check_documents_apart(
-            training.strategy.model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow
-        )
+        with stirred(training.strategy):
+            check_documents_apart(
+                training.strategy.model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow
+            )
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
         for note in training.strategy.restore(reader):

@@ -184,3 +184,40 @@ def test_chats_train_alike_on_any_number_of_processes_and_resume_to_the_bit(
     train(1, recipe, tmp_path / "cut")
     assert last(tmp_path / "cut") == checkpoint(tmp_path / "cut", 4)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+HIDING = """
+from torch import nn
+
+from distrain.networks.gpt import GPT
+
+
+class Net(GPT):
+    'Begins with a head of zeros, as nanochat does.'
+
+    def __init__(self, vocab_size, seq_len, leaks):
+        super().__init__(vocab_size, seq_len, n_layer=1, n_head=2, d_model=8, positions="rotary", tied=False)
+        self.leaks = leaks
+        for layer in (self.head, self.blocks[0].attention.out):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, input_ids, position_ids=None):
+        return super().forward(input_ids, None if self.leaks else position_ids)
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [("single", 1), *(pytest.param(each, 2, marks=pytest.mark.more) for each in ("fsdp2", "zero1", "zero3"))],
+)
+def test_layers_that_begin_as_zeros_hide_nothing(base: Path, strategy: str, world_size: int, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(HIDING)
+    text = RECIPE.format(base=base, pack="true").replace("fp64", "fp32")
+    model = "{name: gpt, n_layer: 1, n_head: 2, d_model: 16, dropout: 0.1}"
+    assert model in text
+    recipe = write_recipe(tmp_path, text.replace(model, '{name: "net.py:Net", leaks: false}'))
+    few = ("train.steps=1", "eval.every=null")
+    train(world_size, recipe, tmp_path / "apart", *few, strategy=strategy)
+    assert losses(tmp_path / "apart")[0] == pytest.approx(np.log(VOCABULARY), rel=1e-6), "they are zeros again"
+    ended = train(world_size, recipe, tmp_path / "leaks", "model.leaks=true", *few, status=1, strategy=strategy)
+    assert "does not keep apart the conversations" in "".join(rank.err for rank in ended)
