@@ -101,6 +101,7 @@ def open_search(
         )
     trials = Trials(asked.folder, record, asked.overrides, parallel=options.parallel > 1)
     runs = SearchRuns(trials, wanted=options.search, prune=options.prune, retry_failed=options.retry_failed)
-    if runs.left:
-        check_runs(target, runs.left, options.launch, share, changes_names=False)
+    # also those that have ended: values are drawn by their results, and they are ranked with what comes
+    if begun := list(asked.begun().values()):
+        check_runs(target, begun, options.launch, share, changes_names=False)
     return asked.folder, runs

@@ -17,10 +17,22 @@ from worlds import running_world
 
 from distrain.checkpoint import difference
 from distrain.config import UserError
-from distrain.launchers.sweeps import Range, expand, is_sweeping, parse_axes, read_record, sweeping
+from distrain.config.yaml import load_recipe
+from distrain.launchers.request import recipe_text
+from distrain.launchers.sweeps import (
+    MOST_RUNS,
+    Range,
+    SweepRun,
+    expand,
+    is_sweeping,
+    parse_axes,
+    read_record,
+    run_of,
+    sweeping,
+)
 from distrain.report.status import best_line, statuses, stop_run
 from distrain.run.evaluations import Evaluations, best_of_evaluations
-from distrain.run.folder import RunDir
+from distrain.run.folder import Launch, RunDir
 from distrain.sweep.running import Share, Stopping, shares_of
 from distrain.sweep.search import Result, Search
 
@@ -316,10 +328,10 @@ def test_the_runs_of_a_sweep_that_is_killed_save_and_stop(tmp_path: Path) -> Non
     assert not is_sweeping(tmp_path / "sweep")
 
 
-def known_run(folder: Path, accuracies: Sequence[float]) -> None:
+def known_run(recipe: Path, run: SweepRun, accuracies: Sequence[float]) -> None:
     """A finished run as far as a search reads it."""
-    folder.mkdir(parents=True)
-    write_recipe(folder, IRIS)
+    folder = run.folder
+    RunDir(folder).create(recipe_text(load_recipe(recipe, run.overrides)), Launch.describe(1, "single"))
     rows = [{"event": "eval", "step": 3 * at, "accuracy": value} for at, value in enumerate(accuracies, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     RunDir(folder).mark_finished({"steps": 12, "best": {"metric": "accuracy", "value": max(accuracies), "step": 12}})
@@ -330,8 +342,9 @@ def test_a_run_of_a_search_that_is_worse_than_the_others_is_pruned_and_not_resum
     recipe = own_recipe(tmp_path, f'callbacks: [{{name: "own.py:AwaitStop", seen: {seen}}}]')
     rates = [f"0.0{number}" for number in range(1, 7)]
     runs = [{"folder": f"{number:03}-lr={rate}", "values": {"optim.lr": rate}} for number, rate in enumerate(rates)]
-    for run in runs:
-        known_run(folder / str(run["folder"]), [1.1, 1.2, 1.3, 1.4])
+    for number, rate in enumerate(rates):
+        made = run_of(folder, "iris", (), number, {"optim.lr": rate}, MOST_RUNS)
+        known_run(recipe, made, [1.1, 1.2, 1.3, 1.4])
     record = {
         "name": "iris",
         "best": {"metric": "accuracy", "higher": True},
@@ -356,6 +369,10 @@ def test_a_run_of_a_search_that_is_worse_than_the_others_is_pruned_and_not_resum
     assert not re.search(r"\S starts$", cli(*command, "--search", 7).out, re.M)
     other = cli("sweep", recipe, "--array", "optim.lr=1e-4..1:log", "--sweep-dir", folder, "--search", 8)
     assert "is a sweep of other values" in other.err
+    RunDir(run.path).mark_finished({"steps": 12, "best": None})
+    other = cli(*command, "optim.weight_decay=0.3", "--search", 8)
+    assert other.status == 1
+    assert re.search(r"006-.* was started with another recipe:\s+optim.weight_decay: was .*, now 0.3", other.err)
 
 
 def test_one_process_starts_the_runs_of_a_sweep_and_can_be_told_to_stop(tmp_path: Path) -> None:
