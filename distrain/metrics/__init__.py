@@ -142,6 +142,14 @@ class MetricSet:
         ranks = gather(self.gathered())
         return {key: torch.cat([rank[key] for rank in ranks]) for key in ranks[0]}
 
+    def undefined(self, why: str) -> dict[str, Value]:
+        """Return NaN for each metric of one number, in place of what `compute` makes of outputs that are NaN.
+
+        The highest of scores that are NaN is the first of them, so an accuracy would be a number like any other.
+        """
+        self.caveats = dict.fromkeys(self.metrics, why)
+        return {name: math.nan for name, metric in self.metrics.items() if metric.scalar}
+
     def compute(self, sums: Tensor, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Value]:
         """Return each metric's value from the sums over all ranks and the result of `gather`."""
         sizes = [len(self._sums[part]) for part in self._parts]

@@ -271,6 +271,9 @@ def _one_against_rest(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
 
 def _ranked(score: Callable[..., float], needs_negatives: bool, absent: float | None, seen: Seen) -> float:
     truths, scores = _one_against_rest(seen)
+    if np.isnan(scores).any():
+        return math.nan
+    scores = np.nan_to_num(scores)  # which refuse the infinite, though its rank is known
     values = []
     for truth, column in zip(truths.T, scores.T, strict=True):
         if truth.any() and not (needs_negatives and truth.all()):

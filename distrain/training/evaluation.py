@@ -65,7 +65,8 @@ def evaluate(
 
     `load_batches` makes the loader of one pass, of which each rank has the same number of batches.
 
-    Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell.
+    Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell. Where it is
+    NaN, so are the metrics.
 
     Up to `skip_corrupt` corrupt samples are skipped: they are {id: why} in `corrupt_samples`, if there
     are any, and do not count as `samples`.
@@ -120,11 +121,9 @@ def evaluate(
         model.train(was_training)
     means, seen, total = tally.split(total)
     tally.seen.check(seen, source, split)
-    values: dict[str, Any] = {
-        **means,
-        **metrics.compute(total, metrics.gather(world.gather)),
-        "samples": int(seen[0] - seen[3]),
-    }
+    nan = math.isnan(means["loss"])
+    scores = metrics.undefined("the loss is NaN") if nan else metrics.compute(total, metrics.gather(world.gather))
+    values: dict[str, Any] = {**means, **scores, "samples": int(seen[0] - seen[3])}
     if not math.isfinite(values["loss"]):
         found = world.run_on_all(lambda: _look_again(load(), int(tally.first_nonfinite)))
         values["nonfinite"] = _nonfinite(world.gather(found), coupled=objective.couples)

@@ -60,17 +60,21 @@ def criterion_for(recipe: Recipe, metrics: MetricSet, data: Data, since: int = 0
 
 
 def evaluation_of(criterion: Criterion, metrics: MetricSet, values: dict[str, Any] | None) -> Evaluation:
-    """Return what a checkpoint keeps of an evaluation: the numbers that can decide, now or under another recipe."""
+    """Return what a checkpoint keeps of an evaluation: the numbers that can decide, now or under another recipe.
+
+    There are none where the loss is not finite.
+    """
     directions = {name: metric.higher_is_better for name, metric in metrics.metrics.items() if metric.scalar}
     directions["loss"] = False
     directions.setdefault(criterion.metric, criterion.higher)  # a mean that a task of one's own reports
     if values is not None and criterion.metric not in values:
         means = [name for name, value in values.items() if isinstance(value, float)]
         raise UserError(f"eval.best: {criterion.metric!r} is not among what was evaluated: {', '.join(means)}")
+    sound = values is not None and math.isfinite(values["loss"])
     numbers = {
         name: float(value)
         for name in directions
-        if values is not None and (value := _number(values, name)) is not None and name not in metrics.caveats
+        if sound and values is not None and (value := _number(values, name)) is not None and name not in metrics.caveats
     }
     return Evaluation(criterion, numbers, {name: higher for name, higher in directions.items() if higher is not None})
 

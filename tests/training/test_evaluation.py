@@ -439,16 +439,20 @@ def test_an_evaluation_that_is_nan_or_infinite_is_an_error(
     assert where in train(1, recipe, run, status=1)[0].err
 
 
-@pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.parametrize(("patience", "best"), [(1, "loss"), (2, "accuracy"), (2, "auroc")])
 @pytest.mark.fault(38)
-def test_an_evaluation_that_is_nan_or_infinite_is_no_improvement(tmp_path: Path, patience: int) -> None:
+def test_an_evaluation_that_is_nan_or_infinite_is_no_improvement(tmp_path: Path, patience: int, best: str) -> None:
     recipe, run = write_holed(tmp_path, "classification", inputs='x * float("nan")'), tmp_path / "run"
-    said = train(1, recipe, run, "anomalies.nonfinite=skip", f"eval.early_stop.patience={patience}")[0].out
+    given = [f"eval.early_stop.patience={patience}", f"eval.best={best}", "eval.metrics=[accuracy, auroc]"]
+    said = train(1, recipe, run, "anomalies.nonfinite=skip", *given)[0].out
+    found = [float(row["accuracy"]) for row in rows(run) if row["event"] == "eval"]
+    assert all(math.isnan(each) for each in found), "the highest of scores that are NaN is the first"
     assert [row["step"] for row in rows(run) if row["event"] == "eval"] == list(range(3, 3 * patience + 4, 3))
     assert said.count("warning: the loss on split 'valid' after step 3 is nan: the inputs of sample 7") == 1
     done = RunDir(run).finished
     assert done is not None
-    assert (done["best"], done["exported"]) == (None, "last step")
+    assert done["best"] is None
+    assert done["exported"].startswith("last step; no evaluation has")
 
 
 @pytest.mark.parametrize(
