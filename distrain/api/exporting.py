@@ -5,6 +5,7 @@ What `distrain export` and `Run.export` do. Imports no torch; formats that need 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -68,7 +69,17 @@ def export_model(
         raise UserError(
             f"{checkpoint}: --trust is for other trainers' checkpoints, and this one holds no code; remove it"
         )
-    return checkpoint, path, _export_own(checkpoint, path, written, initial, weights, options)
+    exported = _export_own(checkpoint, path, written, initial, weights, options)
+    if not ema and _is_averaged(checkpoint):
+        what = "these are the weights; the run was evaluated by their moving average, which --ema writes"
+        exported = replace(exported, notes=(*exported.notes, what))
+    return checkpoint, path, exported
+
+
+def _is_averaged(checkpoint: Path) -> bool:
+    from distrain.checkpoint import read_manifest
+
+    return any(name.startswith("ema/") for name in read_manifest(checkpoint).tensors)
 
 
 def _export_own(

@@ -329,6 +329,12 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
                 f"{where}: every match of {group.params!r} is frozen or in an earlier group; "
                 "put narrower patterns first, or remove it"
             )
+        elif group.weight_decay and all(alias.kinds & set(section.no_decay) for alias in free):
+            kinds = sorted(frozenset[str]().union(*(alias.kinds for alias in free)) & set(section.no_decay))
+            problems.append(
+                f"optim.groups[{at}].weight_decay: what {group.params!r} matches is never decayed, by optim.no_decay "
+                f"({', '.join(kinds)}); take that out of it, or remove this"
+            )
         rule_of |= {alias.names[0]: at for alias in free}
     if not trained and not problems:
         problems.append(_nothing_to_train(model, aliases))

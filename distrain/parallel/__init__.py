@@ -19,6 +19,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     ddp.py                  one process, and DistributedDataParallel
     fsdp2.py                FSDP2: rows of each parameter
     zero.py                 ZeRO-1, 2 and 3: equal flat parts
+    stirring.py             weights that begin as zeros, for a moment without them
     collective_forward.py   names the part in which ranks differ, where a forward pass is collective
     materialize.py          building sharded models once in each node, and filling the shards
     unused_parameters.py    which parameters get a gradient, and which are only cast

@@ -67,6 +67,7 @@ def take_inputs(
     words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
     words += [f"updated  {line}" for line in lines]
     words += [f"warning: {line}" for line in compare(then, found).unsure]
+    words += _jump(values, resumed.step, total_steps)
     if not then and "imported_from" not in resumed.scalars:
         words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
@@ -127,6 +128,21 @@ def _recipe_changes(text: str, recipe: Recipe) -> dict[str, dict[str, Any]]:
         for key in sorted(before.keys() | after.keys())
         if _place_apart(before.get(key)) != _place_apart(after.get(key))
     }
+
+
+def _jump(values: dict[str, dict[str, Any]], step: int, total_steps: int) -> list[str]:
+    """Return a warning where a step's samples, which follow from its number, are not those after the last one's."""
+    before, after = (values.get("batch.global", {}).get(key) for key in ("from", "to"))
+    if not (isinstance(before, int) and isinstance(after, int) and step):
+        return []
+    done, begin = step * before, step * after
+    what = "are skipped" if begin > done else "are taken again"
+    end = f"; the run has {total_steps:,} of them, so nothing is left to train" if step >= total_steps else ""
+    return [
+        f"warning: {step:,} steps of batch.global {before:,} have taken {done:,} samples, and the next step of "
+        f"{after:,} begins after {begin:,}: the {abs(begin - done):,} between {what}, and rows count samples and "
+        f"epochs as if all steps had been of {after:,}{end}"
+    ]
 
 
 def _place_apart(value: Any) -> Any:

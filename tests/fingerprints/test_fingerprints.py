@@ -598,6 +598,20 @@ def test_an_update_of_the_recipe_is_a_row(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run) if row["event"] == "update"] == [6, 6]
 
 
+def test_another_batch_size_says_which_samples_it_passes_over(tmp_path: Path) -> None:
+    recipe, run = stopped(tmp_path, table(tmp_path)), tmp_path / "run"
+    said = [
+        in_world(1, fail_in_step, str(recipe), [f"batch.global={size}", f"train.steps={steps}"], str(run))[0].out
+        for size, steps in ((16, 12), (4, 6), (8, 24))
+    ]
+    assert "6 steps of batch.global 8 have taken 48 samples, and the next step of 16 begins after 96" in said[0]
+    assert "the 48 between are skipped" in said[0]
+    assert "nothing is left" not in said[0]
+    assert "the 24 between are taken again" in said[1]
+    assert "the run has 6 of them, so nothing is left to train" in said[1]
+    assert "begins after" not in said[2]
+
+
 def test_of_many_starts_those_from_the_same_step_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path)
     row = {"event": "update", "step": 7, "recipe": {}, "inputs": ["x"]}

@@ -78,6 +78,17 @@ def test_arguments_reach_the_class_and_lists_become_tuples():
     )
 
 
+def test_a_weight_decay_that_nothing_takes_is_refused():
+    groups = [{"params": "*bias", "weight_decay": 0.5}]
+    with pytest.raises(
+        UserError, match=r"optim\.groups\[0\]\.weight_decay: .* never decayed, by optim\.no_decay \(bias\)"
+    ):
+        parameter_plan(nn.Linear(2, 2), OptimSection(groups=groups))
+    (weight, bias) = parameter_plan(nn.Linear(2, 2), OptimSection(groups=groups, no_decay=["norm"]))
+    assert (weight.weight_decay, bias.weight_decay) == (0.0, 0.5)
+    parameter_plan(nn.Linear(2, 2), OptimSection(groups=[{"params": "*", "weight_decay": 0.5}]))
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

@@ -14,6 +14,7 @@ from runs import TINY, cli, last, train, write_recipe
 from safetensors.torch import load_file
 from torch import nn
 
+from distrain.api.exporting import export_model
 from distrain.checkpoint import Reader, read_manifest
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
@@ -113,6 +114,12 @@ def test_another_configuration_beside_the_same_weights_is_not_computed_with(
         trained_model(last(run))
     config.write_text(before)
     assert torch.equal(logits(trained_model(last(run))), expected)
+
+
+def test_an_export_of_what_was_not_evaluated_says_so(tuned: Path, tmp_path: Path) -> None:
+    said = [export_model(tuned / "run", tmp_path / f"{ema}.safetensors", ema=ema)[2].notes for ema in (False, True)]
+    assert "evaluated by their moving average, which --ema writes" in "".join(said[0])
+    assert "average" not in "".join(said[1])
 
 
 def test_an_adapter_is_not_written_over(tuned: Path, tmp_path: Path) -> None:
