@@ -30,6 +30,7 @@ __all__ = [
     "DRAWN_ANEW",
     "Changes",
     "CodeFile",
+    "changed_weights",
     "code_files",
     "compare",
     "fingerprint",
@@ -86,6 +87,13 @@ def fingerprint(
             found["items"] = items_of(data)
     found["data"] = listing(read, full=full)
     return found
+
+
+def changed_weights(then: dict[str, Any], recipe: Recipe, key: str) -> tuple[str, ...]:
+    """Return how the files of initial weights, which `key` of the recipe names, differ from those of a fingerprint."""
+    now = listing(_model_files(recipe), full=recipe.data.fingerprint == "full")
+    found = compare({"model": then.get("model")}, {"model": now}).model
+    return tuple(line for line in found if f" {key}: " in line)
 
 
 def _roots(path: str | None, split: Any) -> dict[str, str]:

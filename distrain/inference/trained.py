@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from distrain.datasets.base import Data, DataMeta
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
-from distrain.fingerprints import DRAWN_ANEW, compare, fingerprint
+from distrain.fingerprints import DRAWN_ANEW, changed_weights, compare, fingerprint
 from distrain.parallel import World, open_world, with_mixed_precision
 from distrain.parallel.frozen import initial_weights, with_initial_weights
 from distrain.parallel.verifying import open_verified
@@ -90,6 +90,7 @@ class Trained:
         **options: Any,
     ) -> Trained:
         with open_verified(world, checkpoint) as reader:
+            inputs = reader.manifest.scalars.get("inputs") or {}
             recipe = _recipe_in(reader.manifest.recipe, checkpoint, overrides)
             recipe = with_initial_weights(recipe, initial_weights)
             _end_waits(recipe)
@@ -104,11 +105,16 @@ class Trained:
                 world.tune(recipe.tune, model, data.meta.input_shape, lenient=True, **facts)
                 objective = build_objective(recipe, data.meta)
                 kept = run_of(checkpoint) / FOLDER
-                objective.bind(model, TaskContext.of(recipe, data.meta, world.device, kept))
+                context = TaskContext.of(recipe, data.meta, world.device, kept)
+
+                def initial_model() -> nn.Module:
+                    _check_initial(recipe, inputs, checkpoint)
+                    return context.initial_model()
+
+                objective.bind(model, replace(context, initial_model=initial_model))
                 return data, model.to(world.device).eval(), objective
 
             data, model, objective = world.run_on_all(build)
-            inputs = reader.manifest.scalars.get("inputs") or {}
         return cls(checkpoint, recipe, data, with_mixed_precision(world, model), objective, world, inputs)
 
     def transform(self) -> Transform:
@@ -176,6 +182,17 @@ def trained_model(checkpoint: Path) -> nn.Module:
 
 def _recipe_in(text: str, checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, f"the recipe in {checkpoint}", overrides)
+
+
+def _check_initial(recipe: Recipe, inputs: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError where a task would compare a model with other initial weights than it was trained beside."""
+    key, path = initial_weights(recipe)
+    if lines := changed_weights(inputs, recipe, key):
+        shown = "".join(f"\n  {line}" for line in lines)
+        raise UserError(
+            f"task {recipe.task.name} compares with the initial weights, and those in {path} are not the ones that "
+            f"{checkpoint} was trained with:{shown}\nPut them back as they were"
+        )
 
 
 def _end_waits(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from chats import CHATML, save_tokenizer, write_lines
-from runs import assert_close, assert_same_run, rows, train, write_recipe
+from runs import assert_close, assert_same_run, cli, rows, train, write_recipe
 
 from distrain.config.yaml import parse_recipe
 from distrain.data import build_data
@@ -106,3 +106,17 @@ def test_the_margin_grows_alike_on_any_number_of_processes_and_resumes_to_the_bi
     train(1, recipe, tmp_path / "cut", stop_after=3)
     train(1, recipe, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_model_is_not_compared_with_other_weights_than_those_it_began_with(base: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE.format(base=base), "here")
+    weights = build_model(recipe, build_data(recipe).meta).state_dict()
+    file = tmp_path / "w.pt"
+    torch.save(weights, file)
+    text = RECIPE.format(base=base).replace("dropout: 0.1}", f"weights: {file}}}")
+    train(1, write_recipe(tmp_path, text), tmp_path / "run", "train.steps=1", "eval.every=null")
+    torch.save({name: each + 0.5 for name, each in weights.items()}, file)
+    ended = cli("evaluate", tmp_path / "run")
+    assert ended.status == 1
+    assert "task dpo compares with the initial weights, and those in" in ended.err
+    assert "weights file model.weights: w.pt: " in ended.err
