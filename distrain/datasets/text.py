@@ -23,6 +23,7 @@ from distrain.datasets.base import (
     check_split_sizes,
     split_fractions,
 )
+from distrain.datasets.token_rows import TokenRows
 from distrain.datasets.tokens import (
     INDEX_NAME,
     TOKENIZER_NAME,
@@ -152,55 +153,6 @@ def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_0
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rows of tokens
-
-
-class TokenRows:
-    """Rows of `seq_len` tokens and the next one, of the concatenation of `shards`, each (tokens,)."""
-
-    def __init__(self, shards: Sequence[np.ndarray], seq_len: int, spans: Sequence[range]):
-        """`spans`: the row numbers of this split, in order."""
-        self._shards = shards
-        self._seq_len = seq_len
-        self._begins = np.cumsum([0, *(len(shard) for shard in shards)])
-        lengths = np.array([len(span) for span in spans], dtype=np.int64)
-        self._span_ends = np.cumsum(lengths)
-        # an id of each span plus this is its row number
-        self._shifts = np.array([span.start for span in spans], dtype=np.int64) - (self._span_ends - lengths)
-        self._only: np.ndarray | None = None
-        """(places, seq_len + 1): what begins at each place of a single shard; NumPy copies many such rows at once."""
-        if len(shards) == 1:
-            self._only = np.lib.stride_tricks.sliding_window_view(shards[0], seq_len + 1)
-
-    def __len__(self) -> int:
-        return int(self._span_ends[-1])
-
-    def fetch(self, ids: np.ndarray) -> Batch:
-        one = len(self._shifts) == 1
-        shift = self._shifts[0] if one else self._shifts[np.searchsorted(self._span_ends, ids, side="right")]
-        begins = (ids + shift) * self._seq_len
-        tokens = self._only[begins] if self._only is not None else self._from_shards(begins)
-        return {
-            "inputs": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
-            "targets": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
-            "ids": torch.from_numpy(ids),
-        }
-
-    def _from_shards(self, begins: np.ndarray) -> np.ndarray:
-        homes = np.searchsorted(self._begins, begins, side="right") - 1
-        offsets = begins - self._begins[homes]
-        tokens = np.empty((len(begins), self._seq_len + 1), self._shards[0].dtype)
-        for row, (home, offset) in enumerate(zip(homes.tolist(), offsets.tolist(), strict=True)):
-            part = self._shards[home][offset : offset + self._seq_len + 1]
-            tokens[row] = part if len(part) == self._seq_len + 1 else self._across(part, home)
-        return tokens
-
-    def _across(self, part: np.ndarray, home: int) -> np.ndarray:
-        """Return the row that begins with `part`, the end of the shard `home`, and continues in the next shards."""
-        parts = [part]
-        while missing := self._seq_len + 1 - sum(map(len, parts)):
-            home += 1
-            parts.append(self._shards[home][:missing])
-        return np.concatenate(parts)
 
 
 class Prompts:
