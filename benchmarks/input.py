@@ -11,8 +11,8 @@
     distrain          build_loader with these transforms, each image with its own crop and flip
     distrain, bytes   the same where the last two are left to the device that the batches are for
 
-`jpeg`: files of 500 × 375 in the page cache, two processes, images per second. The peers crop and flip each image with
-v2 and stack them, in torch's DataLoader.
+`jpeg`: files of 500 × 375 in the page cache, two processes, images per second of CPU time of these and of the process
+that receives. The peers crop and flip each image with v2 and stack them, in torch's DataLoader.
 
     decoding, *       each of two processes decodes its half of the files with Pillow or torchvision, and no more
     DataLoader        torchvision's ImageFolder, which decodes with Pillow: RandomCrop(224), RandomHorizontalFlip, bytes
@@ -162,7 +162,7 @@ def _decode_all(decode: Callable[[Path], Any], paths: list[Path], ready: Any) ->
 
 
 def decoding(decode: Callable[[Path], Any], paths: list[Path]) -> Callable[[], float]:
-    """Return a function that measures how many images two processes decode in a second."""
+    """Return a function that measures how many images two processes decode in a second of CPU time."""
 
     def measure() -> float:
         context = multiprocessing.get_context("fork")

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN, _ONE = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_BY_30, _BY_27, _BY_31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def scramble(values: np.ndarray) -> np.ndarray:
@@ -17,17 +19,23 @@ def scramble(values: np.ndarray) -> np.ndarray:
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values >> _BY_30
+    mixed ^= values
+    mixed *= _FIRST
+    mixed ^= mixed >> _BY_27
+    mixed *= _SECOND
+    mixed ^= mixed >> _BY_31
+    return mixed
 
 
 def stream_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """Return uint64 numbers that depend on `seed` and on every part (integers or arrays of them, broadcast)."""
     state = np.array([seed & (2**64 - 1)], dtype=np.uint64)
     for part in parts:
-        part = np.atleast_1d(part).astype(np.uint64)  # scalars would warn about the intended overflow
-        state = scramble(state + (part + np.uint64(1)) * np.uint64(GOLDEN))
+        step = np.array(part, dtype=np.uint64, ndmin=1)  # scalars would warn about the intended overflow
+        step += _ONE
+        step *= _GOLDEN
+        state = scramble(state + step)
     return state
 
 

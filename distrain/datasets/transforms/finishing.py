@@ -18,8 +18,8 @@ from distrain.datasets.base import Batch
 FINISH = "finish"
 """The key of a batch whose inputs are bytes: the `Finish` that makes floats of them."""
 
-_IN_CACHE = 4 << 20
-"""Bytes of floats that a CPU finishes at a time: every operation then finds them in a cache, and few are begun."""
+_IN_CACHE = 1 << 20
+"""Bytes of floats that a CPU finishes at a time: every operation then finds them in its cache, and few are begun."""
 
 
 def finished(batch: Batch) -> Batch:
