@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from distrain.config import UserError
 from distrain.datasets.base import Batch, CorruptSample, Source, StreamSource
-from distrain.datasets.transforms import Transform
+from distrain.datasets.transforms import Transform, Windows
 
 Place = tuple[np.ndarray, np.ndarray]
 """(epochs, ids) of the samples of a batch, each (batch,) int64. The id -1 - i is padding that repeats sample i."""
@@ -44,9 +44,8 @@ class Batches(Dataset[Any]):
         self.once = once
         self._fetch_at = getattr(source, "fetch_at", None)
         # of what a callback has put around it, or of its subclass, only the call is known
-        cuts_first = type(transform) is Transform and transform.cuts_first
-        apart = getattr(source, "fetch_apart", None) if cuts_first else None
-        self._fetch: Callable[[np.ndarray], Batch] = source.fetch if apart is None else apart
+        windows = transform.windows if type(transform) is Transform and hasattr(source, "fetch_cut") else None
+        self._windows: Callable[[np.ndarray, np.ndarray], Windows] | None = windows
         self._corrupt: dict[int, str] = {}
         """{id: reason} of the corrupt samples that this process has met."""
 
@@ -55,7 +54,10 @@ class Batches(Dataset[Any]):
         padded = self.once and bool((padding := ids < 0).any())  # a step's batches are never filled up
         wanted = np.where(padding, -1 - ids, ids) if padded else ids
         batch = self._fetched(wanted, epochs)
-        if self.transform is not None:
+        if self._windows is not None:
+            assert self.transform is not None
+            batch = self.transform(batch, epochs, are_cut=True)
+        elif self.transform is not None:
             batch = self.transform(batch, epochs)
         if padded:
             batch["ids"] = torch.from_numpy(np.where(padding, -1, ids))
@@ -69,7 +71,9 @@ class Batches(Dataset[Any]):
         while True:
             ids = np.array([self._substitute(each) for each in wanted.tolist()]) if self._corrupt else wanted
             try:
-                return self._fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
+                if self._windows is not None:
+                    return self.source.fetch_cut(ids, self._windows(epochs, ids))  # type: ignore[attr-defined]
+                return self.source.fetch(ids) if self._fetch_at is None else self._fetch_at(ids, epochs)
             except CorruptSample as error:
                 if self.tolerated == 0:
                     raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from distrain.datasets.base import (
     split_indices,
 )
 from distrain.datasets.image_layouts import CLASS_FOLDERS, class_names, class_numbers, find_layout, image_paths
+from distrain.datasets.transforms import Windows
 from distrain.system.output import error_line
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ Channels = Literal["rgb", "gray"]
 Decoder = Literal["pil", "torchvision"]
 Range = tuple[float, float]
 """(black, white) of images whose values are not bytes."""
+Window = Callable[[int, int], tuple[int, int, int, int]]
+"""(height, width) of an image -> (top, left, bottom, right) of the part of it that is wanted."""
 
 
 class ImageFiles:
@@ -68,21 +71,34 @@ class ImageFiles:
         return len(self.paths)
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        batch = self.fetch_apart(ids)
-        images: list[torch.Tensor] = batch["inputs"]
-        if all(image.shape == images[0].shape for image in images):
-            batch["inputs"] = torch.empty((len(images), *images[0].shape), dtype=torch.uint8)
-            for row, image in zip(batch["inputs"], images, strict=True):  # turns the channels to the front, too
-                row.copy_(image)
-        else:
-            batch["inputs"] = [image.contiguous() for image in images]
-        return batch
+        return self._batch(ids, lambda row: None)
 
-    def fetch_apart(self, ids: np.ndarray) -> Batch:
-        """As `fetch`, with a list of images whose channels are last in memory, for a transform that cuts them."""
-        images = [self._decoded(number) for number in ids.tolist()]
-        writable = (image if image.flags.writeable else image.copy(order="K") for image in images)
-        batch: Batch = {"inputs": [torch.from_numpy(image) for image in writable]}
+    def fetch_cut(self, ids: np.ndarray, windows: Windows) -> Batch:
+        """As `fetch`, with what `windows` cuts of each image. Raises UserError for images that are too small."""
+
+        def of(row: int) -> Window:
+            def window(height: int, width: int) -> tuple[int, int, int, int]:
+                top, left = windows.corner(row, height, width)
+                return top, left, top + windows.height, left + windows.width
+
+            return window
+
+        return self._batch(ids, of)
+
+    def _batch(self, ids: np.ndarray, window: Callable[[int], Window | None]) -> Batch:
+        # each is copied before the next is decoded, into the same memory, which a cache then has
+        whole, apart = np.empty(0), []
+        for row, number in enumerate(ids.tolist()):
+            image = self._decoded(number, window(row))
+            if row == 0:
+                whole = np.empty((len(ids), *image.shape), np.uint8)
+            if not apart and image.shape != whole.shape[1:]:
+                apart = list(whole[:row])
+            if apart:
+                apart.append(image.copy(order="C"))
+            else:
+                whole[row] = image
+        batch: Batch = {"inputs": list(map(torch.from_numpy, apart)) if apart else torch.from_numpy(whole)}
         if self.targets is not None:
             batch["targets"] = torch.from_numpy(self.targets[ids])
         batch["ids"] = torch.from_numpy(ids)
@@ -92,10 +108,10 @@ class ImageFiles:
         paths = [self.paths[number] for number in ids.tolist()]
         return {"file": [path.name if self.root is None else path.relative_to(self.root).as_posix() for path in paths]}
 
-    def _decoded(self, number: int) -> np.ndarray:
+    def _decoded(self, number: int, window: Window | None) -> np.ndarray:
         path = self.paths[number]
         try:
-            return decode_image(path, self.size, self.channels, self.black_to_white, self.decoder)
+            return decode_image(path, self.size, self.channels, self.black_to_white, self.decoder, window)
         except UserError as error:
             raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
@@ -113,21 +129,25 @@ def decode_image(
     channels: Channels,
     black_to_white: Range | None = None,
     decoder: Decoder = "pil",
+    window: Window | None = None,
 ) -> np.ndarray:
     """Return an image as (channels, height, width) uint8, upright, resized to `size` (height, width) if given.
 
-    The array may be read-only, with channels last in memory. Values of more than 8 bits are scaled from
-    `black_to_white`, by default from 0..65535 for 16 bits. The `decoder` torchvision reads JPEG files with its
-    `decode_jpeg`, and Pillow all others. Raises UserError for 32-bit integers and floats without a range, and for
-    values outside the range.
+    With `window` only that part of it. The array may be read-only, with channels last in memory. Values of more than 8
+    bits are scaled from `black_to_white`, by default from 0..65535 for 16 bits. The `decoder` torchvision reads JPEG
+    files with its `decode_jpeg`, and Pillow all others. Raises UserError for 32-bit integers and floats without a
+    range, and for values outside the range.
     """
     jpeg = _jpeg(path) if decoder == "torchvision" else None
     if jpeg is not None and channels == "rgb" and size in (None, jpeg.shape[:2]):
+        if window is not None:
+            top, left, bottom, right = window(*jpeg.shape[:2])
+            jpeg = jpeg[top:bottom, left:right]
         return jpeg.transpose(2, 0, 1)
     if jpeg is not None:
-        return pixels_of(Image.fromarray(jpeg), size, channels)
+        return pixels_of(Image.fromarray(jpeg), size, channels, window=window)
     with Image.open(path) as image:
-        return pixels_of(image, size, channels, black_to_white, path)
+        return pixels_of(image, size, channels, black_to_white, path, window)
 
 
 def pixels_of(
@@ -136,6 +156,7 @@ def pixels_of(
     channels: Channels,
     black_to_white: Range | None = None,
     path: Path = Path(),
+    window: Window | None = None,
 ) -> np.ndarray:
     """Return the pixels of an image, which may be changed, as `decode_image` does; `path` is for its errors."""
     ImageOps.exif_transpose(image, in_place=True)  # otherwise it would copy an image that is upright
@@ -160,6 +181,9 @@ def pixels_of(
         image = image.convert(mode)
     if size is not None and image.size != (size[1], size[0]):
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    if window is not None:
+        top, left, bottom, right = window(image.height, image.width)
+        image = image.crop((left, top, right, bottom))  # less to copy than of the array
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -171,11 +195,13 @@ def _jpeg(path: Path) -> np.ndarray | None:
     """Return a JPEG file, decoded by torchvision, as (height, width, 3); None for other files, and broken ones."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    encoded = np.fromfile(path, np.uint8)
-    if encoded[:3].tobytes() != _JPEG:
+    encoded = bytearray(path.read_bytes())
+    if not encoded.startswith(_JPEG):
         return None
     try:
-        image = decode_jpeg(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
+        image = decode_jpeg(
+            torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
+        )
     except RuntimeError:
         return None  # Pillow reads some that lack their end, and describes what is wrong with the others
     return image.permute(1, 2, 0).numpy()

@@ -1,8 +1,7 @@
 """Loader processes: how they hand over batches, and errors when they cannot.
 
-A loader process pickles its batch itself, which also moves the tensors into shared memory. PyTorch leaves that to the
-queue's thread, which prints a traceback and loses a batch that it cannot send, so the training process would wait
-forever.
+A loader process pickles its batch itself, once the tensors are in shared memory. PyTorch leaves that to the queue's
+thread, which prints a traceback and loses a batch that it cannot send, so the training process would wait forever.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from distrain.datasets import waiting
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import END, Batches, Failure, Place, StreamBatches
 from distrain.datasets.nested import map_tensors, tensors_in
+from distrain.datasets.slots import Receiver, Sender, Sent
 from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 from distrain.system.logs import EACH_RANK
@@ -48,17 +47,21 @@ _SPARE_FILES = 8
 _CANNOT_RECEIVE = "the training process cannot receive a batch from a loader process"
 
 
+_receiver = Receiver()
+_sender: Sender | None = None
+"""Of a loader process."""
+
+
 @dataclass(frozen=True)
 class Parcel:
     """A batch from a loader process."""
 
-    pickled: bytes
-    """By torch's pickler: it refers to tensors in shared memory."""
+    sent: Sent
 
     def open(self) -> Batch:
         """Return the batch. Raises UserError if this process cannot receive it."""
         try:
-            batch: Batch = ForkingPickler.loads(self.pickled)
+            batch: Batch = _receiver.receive(self.sent)
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # the sender is gone
             raise UserError(_ended(f"its batch cannot be received ({type(error).__name__})")) from error
         except (OSError, RuntimeError) as error:
@@ -141,6 +144,9 @@ class LoaderProcesses:
         """End the processes."""
         self._iterator = None  # asks them to end, and waits some seconds
         self._kill()
+        for process in self._wait.processes:
+            if process.pid is not None:
+                _receiver.forget(process.pid)
 
 
 class Passes:
@@ -262,6 +268,8 @@ def _begin_loading(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     listen_in_loader(worker)
+    global _sender
+    _sender = Sender()
 
 
 def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
@@ -270,7 +278,8 @@ def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
         return batch
     try:
         _check_descriptors()
-        return Parcel(bytes(ForkingPickler.dumps(batch)))
+        assert _sender is not None
+        return Parcel(_sender.send(batch))
     except Exception as error:  # the training process must learn of any error
         worker = get_worker_info()
         name = f"loader process {worker.id}" if worker is not None else "a loader process"

@@ -58,8 +58,8 @@ class TokenRows:
         }
 
     def _places(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Return `firsts`, `offsets` and the memory: id i begins at byte i * row_bytes + offsets[k] of it, with k firsts
-        up to i, or out of it if it continues in the next shard; offsets None means 0.
+        """Return `firsts`, `offsets` and the memory: id i begins at its byte i * row_bytes + offsets[k] where k firsts
+        are at most i, or out of it if the row continues in the next shard; without offsets at byte i * row_bytes.
         """
         addresses = np.array([shard.__array_interface__["data"][0] for shard in self._shards], dtype=np.int64)
         sizes = np.array([shard.nbytes for shard in self._shards], dtype=np.int64)

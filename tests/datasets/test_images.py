@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -479,7 +480,25 @@ def test_images_that_are_cut_first_are_the_same_through_a_transform_of_ones_own(
     source = ImageFiles(paths, np.arange(6), None, "rgb")
     chosen = TransformsSection.model_validate({"train": [{"name": "RandomCrop", "size": 8}]}).train
     transform = Transform(chosen, 0, "data.transforms.train")
-    assert transform.cuts_first
+    assert transform.windows is not None
     place = (np.zeros(6, np.int64), np.arange(6))
     plain, wrapped = (Batches(source, each).batch(place)["inputs"] for each in (transform, wrap(transform)))
     assert torch.equal(plain, wrapped)
+
+
+def test_an_image_is_in_its_batch_before_the_next_is_decoded(tmp_path: Path) -> None:
+    count, side = 12, 100
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    source = ImageFiles([tmp_path / f"{number}.png" for number in range(count)], None, None, "rgb")
+    ids = np.arange(count)
+    source.fetch(ids)  # what Pillow imports
+    tracemalloc.start()
+    try:
+        batch = source.fetch(ids)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert batch["inputs"].shape == (count, 3, side, side)
+    assert peak < (count + 5) * 3 * side**2

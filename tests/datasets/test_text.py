@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,7 +63,11 @@ def test_rows_are_slices_of_the_whole_sequence_whatever_the_shards(data: st.Data
     skip = data.draw(st.integers(0, count - cut))
     spans = [range(cut), range(cut + skip, count)]
     numbers = [*spans[0], *spans[1]]
-    source = TokenRows(np.split(whole, np.cumsum(lengths)[:-1]), seq_len, spans)
+    shards = np.split(whole, np.cumsum(lengths)[:-1])
+    if data.draw(st.booleans()):  # as separate files are: anywhere in memory, in any order
+        shards = [part.copy() for part in shards][:: data.draw(st.sampled_from([1, -1]))]
+        whole = np.concatenate(shards)
+    source = TokenRows(shards, seq_len, spans)
     assert len(source) == len(numbers)
     ids = np.array(data.draw(st.lists(st.integers(0, len(numbers) - 1), max_size=6)) if numbers else [], dtype=np.int64)
     batch = source.fetch(ids)
@@ -70,6 +77,35 @@ def test_rows_are_slices_of_the_whole_sequence_whatever_the_shards(data: st.Data
         assert batch["inputs"][at].tolist() == whole[begin : begin + seq_len].tolist()
         assert batch["targets"][at].tolist() == whole[begin + 1 : begin + seq_len + 1].tolist()
     assert batch["ids"].tolist() == ids.tolist()
+
+
+def test_rows_of_a_batch_are_copied_at_once_from_all_shards() -> None:
+    whole = np.arange(64_000).astype(np.uint16)
+    source = TokenRows([part.copy() for part in np.split(whole, 64)], 10, [range(6399)])
+    inside = np.array([number for number in range(6399) if number % 100 < 99], dtype=np.int64)
+
+    def lines(ids: np.ndarray) -> int:
+        """Return how many lines of Python a batch takes."""
+        count = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            source.fetch(ids)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert lines(inside[::1000]) == lines(inside) < 20
+    for made in (source, copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        found = made.fetch(np.arange(6399))
+        assert torch.equal(found["inputs"], torch.from_numpy(whole[:63_990].astype(np.int64)).view(6399, 10))
+        assert torch.equal(found["targets"], torch.from_numpy(whole[1:63_991].astype(np.int64)).view(6399, 10))
 
 
 def test_splits_are_contiguous_ranges_of_rows(tmp_path: Path) -> None:

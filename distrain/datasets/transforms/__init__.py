@@ -6,6 +6,6 @@ steps.py      each transform, torchvision's or the user's; only recipes with tra
 """
 
 from distrain.datasets.transforms.finishing import FINISH, Finish, finished
-from distrain.datasets.transforms.transform import Images, Masks, Step, Transform
+from distrain.datasets.transforms.transform import Images, Masks, Step, Transform, Windows, too_small
 
-__all__ = ["FINISH", "Finish", "Images", "Masks", "Step", "Transform", "finished"]
+__all__ = ["FINISH", "Finish", "Images", "Masks", "Step", "Transform", "Windows", "finished", "too_small"]

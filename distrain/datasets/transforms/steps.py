@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from distrain.config import Component, UserError, close_names, is_object_spec, mix, resolve_object
 from distrain.datasets.randomness import below, isolated_randomness, seed_globally, stream_of, uniform
-from distrain.datasets.transforms import Finish, Images, Masks, Step
+from distrain.datasets.transforms import Finish, Images, Masks, Step, Windows, too_small
 
 _ON_BATCHES = (
     v2.CenterCrop,
@@ -288,10 +288,8 @@ def _cropped(
     padded = [_padded(transform, each, kind) for each in ([images] if is_batch else images)]
     sizes = np.array([functional.get_size(each) for each in padded])
     if (sizes < (height, width)).any():
-        small = " × ".join(map(str, sizes.min(axis=0)))
-        raise UserError(f"RandomCrop to {height} × {width} does not fit into {small}; set padding or pad_if_needed")
-    free = sizes - (height, width) + 1
-    tops, lefts = below(stream_of(seed, epochs, ids, np.arange(2)[:, None]), free.T)
+        raise UserError(too_small((height, width), sizes.min(axis=0)))
+    tops, lefts = below(_draws(seed, epochs, ids), (sizes - (height, width) + 1).T)
     if not is_batch:
         corners = zip(padded, tops.tolist(), lefts.tolist(), strict=True)
         cut = [functional.crop(image, top, left, height, width) for image, top, left in corners]
@@ -301,6 +299,21 @@ def _cropped(
     chosen = np.ascontiguousarray(windows[np.arange(len(tops)), ..., tops, lefts, :])
     result = torch.from_numpy(chosen.view(_bits(padded[0]).dtype)).view(padded[0].dtype)
     return result.view(*padded[0].shape[:-2], height, width)
+
+
+def _draws(seed: int, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return random bits for top and left of the crop of each image, (2, batch) uint64."""
+    return stream_of(seed, epochs, ids, np.arange(2)[:, None])
+
+
+def windows_of(step: Step) -> Callable[[np.ndarray, np.ndarray], Windows] | None:
+    """Return (epochs, ids) -> the windows of a step that cuts images and does not pad them; None of all others."""
+    if not isinstance(step, functools.partial) or step.func is not _cropped:
+        return None
+    transform, seed = step.args
+    if transform.pad_if_needed or any(transform.padding or ()):
+        return None
+    return lambda epochs, ids: Windows(*transform.size, draws=_draws(seed, epochs, ids).T.tolist())
 
 
 def _padded(transform: v2.RandomCrop, images: Any, kind: type) -> Any:

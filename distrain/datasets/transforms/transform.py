@@ -26,6 +26,29 @@ Step = Callable[[Images, np.ndarray, np.ndarray], Images]
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Where each image of a batch is cut by a RandomCrop."""
+
+    height: int
+    width: int
+    draws: Sequence[tuple[int, int]]
+    """For each image 64 random bits for its top and for its left."""
+
+    def corner(self, row: int, height: int, width: int) -> tuple[int, int]:
+        """Return top and left of the window of image `row`, which has this size. Raises UserError if it is smaller."""
+        if height < self.height or width < self.width:
+            raise UserError(too_small((self.height, self.width), (height, width)))
+        top, left = self.draws[row]
+        return (top >> 32) * (height - self.height + 1) >> 32, (left >> 32) * (width - self.width + 1) >> 32
+
+
+def too_small(wanted: Sequence[int], found: Sequence[int]) -> str:
+    """Return the error for images that are smaller than their crop, each (height, width)."""
+    (height, width), small = wanted, " × ".join(map(str, found))
+    return f"RandomCrop to {height} × {width} does not fit into {small}; set padding or pad_if_needed"
+
+
+@dataclass(frozen=True)
 class Masks:
     """That targets are masks (batch, height, width), which move with their images."""
 
@@ -72,7 +95,7 @@ class Transform:
         """Whether the images of the last batch were uint8 before the last transforms."""
         problems = []
         if items:
-            from distrain.datasets.transforms.steps import build_step, finish_of
+            from distrain.datasets.transforms.steps import build_step, finish_of, windows_of
         for index, item in enumerate(items):
             try:
                 self._steps.append(build_step(item, dtype, seed, index, masks))
@@ -80,8 +103,8 @@ class Transform:
                 problems.append(f"{where}, item {index + 1}: {error}")
         if problems:
             raise UserError("\n".join(problems))
-        self.cuts_first = bool(items) and items[0].name == "RandomCrop"
-        """Whether images may come apart and laid out in any way, as the first step copies a part of each."""
+        self.windows = windows_of(self._steps[0]) if items and masks is None else None
+        """(epochs, ids) -> what the first step cuts of images, where it only cuts; whoever reads them may do so."""
         self._first_of_finish, self._finish = finish_of(self._steps, dtype) if items else (0, Finish(dtype))
 
     def leave_bytes(self) -> None:
@@ -98,8 +121,11 @@ class Transform:
                 return False
         return before
 
-    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
-        """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64."""
+    def __call__(self, batch: Batch, epochs: np.ndarray, *, are_cut: bool = False) -> Batch:
+        """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64.
+
+        `are_cut`: whether its images are what `windows` cuts of them.
+        """
         images = batch["inputs"]
         if not self._steps and not isinstance(images, list) and not _is_uint8_image(images):
             return batch
@@ -108,7 +134,7 @@ class Transform:
             raise UserError(f"{self.where}: found the inputs {found}, expected a single tensor")
         ids, cut = batch["ids"].numpy(), self._first_of_finish
         masks = _as_images(batch.get("targets")) if self._masks is not None else None
-        images, masks = self._through(slice(cut), images, epochs, ids, masks)
+        images, masks = self._through(slice(int(are_cut), cut), images, epochs, ids, masks)
         if masks is not None:
             batch["targets"] = self._as_targets(masks)
         self.met_bytes = _is_uint8_image(images)
