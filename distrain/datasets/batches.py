@@ -56,7 +56,7 @@ class Batches(Dataset[Any]):
         batch = self._fetched(wanted, epochs)
         if self._windows is not None:
             assert self.transform is not None
-            batch = self.transform(batch, epochs, are_cut=True)
+            batch = self.transform.after_windows(batch, epochs)
         elif self.transform is not None:
             batch = self.transform(batch, epochs)
         if padded:

@@ -87,7 +87,8 @@ class ImageFiles:
 
     def _batch(self, ids: np.ndarray, window: Callable[[int], Window | None]) -> Batch:
         # each is copied before the next is decoded, into the same memory, which a cache then has
-        whole, apart = np.empty(0), []
+        whole = np.empty(0)
+        apart: list[np.ndarray] = []
         for row, number in enumerate(ids.tolist()):
             image = self._decoded(number, window(row))
             if row == 0:

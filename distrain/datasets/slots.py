@@ -137,7 +137,7 @@ class Receiver:
             self._slots[key] = ForkingPickler.loads(sent.memory).numpy()
         slot = self._slots[key]
         # an array of its own for each batch: it lives as long as a tensor over a part of it
-        used = np.frombuffer(memoryview(slot), np.uint8)
+        used = np.frombuffer(slot.data, np.uint8)
         weakref.finalize(used, _release, slot, os.getpid()).atexit = False
         return _Unpickler(io.BytesIO(sent.pickled), used).load()
 

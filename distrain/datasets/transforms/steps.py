@@ -313,7 +313,8 @@ def windows_of(step: Step) -> Callable[[np.ndarray, np.ndarray], Windows] | None
     transform, seed = step.args
     if transform.pad_if_needed or any(transform.padding or ()):
         return None
-    return lambda epochs, ids: Windows(*transform.size, draws=_draws(seed, epochs, ids).T.tolist())
+    height, width = transform.size
+    return lambda epochs, ids: Windows(height, width, _draws(seed, epochs, ids).T.tolist())
 
 
 def _padded(transform: v2.RandomCrop, images: Any, kind: type) -> Any:

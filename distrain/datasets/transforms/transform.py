@@ -121,11 +121,15 @@ class Transform:
                 return False
         return before
 
-    def __call__(self, batch: Batch, epochs: np.ndarray, *, are_cut: bool = False) -> Batch:
-        """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64.
+    def __call__(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        """Return the batch with its inputs transformed, maybe in place; `epochs` (batch,) int64."""
+        return self._from_step(0, batch, epochs)
 
-        `are_cut`: whether its images are what `windows` cuts of them.
-        """
+    def after_windows(self, batch: Batch, epochs: np.ndarray) -> Batch:
+        """As a call, for a batch whose images are what `windows` cuts of them."""
+        return self._from_step(1, batch, epochs)
+
+    def _from_step(self, first: int, batch: Batch, epochs: np.ndarray) -> Batch:
         images = batch["inputs"]
         if not self._steps and not isinstance(images, list) and not _is_uint8_image(images):
             return batch
@@ -134,7 +138,7 @@ class Transform:
             raise UserError(f"{self.where}: found the inputs {found}, expected a single tensor")
         ids, cut = batch["ids"].numpy(), self._first_of_finish
         masks = _as_images(batch.get("targets")) if self._masks is not None else None
-        images, masks = self._through(slice(int(are_cut), cut), images, epochs, ids, masks)
+        images, masks = self._through(slice(first, cut), images, epochs, ids, masks)
         if masks is not None:
             batch["targets"] = self._as_targets(masks)
         self.met_bytes = _is_uint8_image(images)
