@@ -99,6 +99,12 @@ def build_model(
             _size_lazy(model, meta, section.name)
     # what is on the meta device cannot leave it
     device = None if is_building_on_meta() else "cpu"
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if device is not None and (empty := [name for name, tensor in tensors if tensor.is_meta]):
+        raise UserError(
+            f"model.name: {section.name} leaves {', '.join(empty[:5])} on the meta device, without values; create "
+            f"{'it' if len(empty) == 1 else 'them'} on the CPU, or give values before the model is returned"
+        )
     if any(p.device.type != "cpu" or (p.is_floating_point() and p.dtype != dtype) for p in model.parameters()):
         model = model.to(device=device, dtype=dtype)
     model.train()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.networks.memory import may_overlap, own_tensors, views_of_parameters
+from distrain.optim import canonical_name
 from distrain.parallel.nested import Unstorable, encode, equal, stored_dtype, why_unstorable
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,14 @@ def prepare_to_save(model: nn.Module, *, sharded: bool) -> None:
                 "that is trained in memory of one dtype; use ddp"
             )
     problems += views_of_parameters(model)
+    known: dict[str, str] = {}
+    for name, tensor in own.items():
+        other = known.setdefault(canonical_name(name), name)
+        if own[other] is not tensor:
+            problems.append(
+                f"{name} and {other} are both called {canonical_name(name)} without what wrappers such as "
+                "torch.compile add; rename one of the submodules"
+            )
     found = contents(model)
     extra = modules_with_extra_state(model)
     problems += _problems_of_extra_state(found, extra)

@@ -49,7 +49,9 @@ def why_unstorable(tensor: Tensor) -> str | None:
 
 def is_plain(value: Any) -> bool:
     """Whether JSON keeps the value as it is."""
-    return type(value) in (int, str, bool, type(None)) or (type(value) is float and math.isfinite(value))
+    if type(value) is int:
+        return -(2**63) <= value < 2**64  # beyond, a manifest is refused
+    return type(value) in (str, bool, type(None)) or (type(value) is float and math.isfinite(value))
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device | None = None) -> dict[str, Any]:
@@ -73,6 +75,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], device: torch.devi
         return {"value": value}
     if type(value) is float:
         return {"float": repr(value)}
+    if type(value) is int:
+        return {"int": hex(value)}
     if type(value) is complex:
         return {"complex": [encode(part, name, tensors, device) for part in (value.real, value.imag)]}
     if type(value) is bytes:
@@ -106,6 +110,8 @@ def decode(stored: dict[str, Any], tensor: Callable[[str, bool], Tensor]) -> Any
         return content
     if kind == "float":
         return float(content)
+    if kind == "int":
+        return int(content, 16)
     if kind == "complex":
         return complex(*(decode(part, tensor) for part in content))
     if kind == "bytes":

@@ -136,6 +136,23 @@ def group_names(model: nn.Module, optimizer: Any) -> list[list[str]]:
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
+def check_trained(model: nn.Module, optimizer: Any, entries: Mapping[int, str]) -> None:
+    """Raise UserError where the optimizer was handed Parameters that are no longer the model's.
+
+    `entries`: the names of the model's parameters by the ids of what the optimizer is to hold of them.
+    """
+    handed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if handed <= entries.keys():
+        return
+    parameters = dict(model.named_parameters())
+    new = [name for key, name in entries.items() if key not in handed and parameters[name].requires_grad]
+    raise UserError(
+        f"the model's code has put another Parameter in the place of {', '.join(new[:5]) or 'one of its own'}, and the "
+        "optimizer trains the one that the model was built with. Change a parameter in place, under torch.no_grad(): "
+        "self.weight.copy_(...), self.weight.clamp_(...)"
+    )
+
+
 def state_of(optimizer: Any) -> dict[Any, Any]:
     """Return its state: by the tensors that it was handed, and by keys of its own."""
     state: dict[Any, Any] = optimizer.state

@@ -36,6 +36,7 @@ from distrain.parallel.nested import (
 from distrain.parallel.optimizer_state import (
     Entry,
     Kept,
+    check_trained,
     group_names,
     load_state,
     of_part,
@@ -201,6 +202,8 @@ class TrainingState:
                 kept.add(name, shard, of_parameter)
             except Unstorable as error:
                 problems.append(f"{error}, in the state of {name}")
+        if self.groups is None:
+            check_trained(self.model, self.optimizer, entries)
         for key, value in state.items():
             if isinstance(key, Tensor):
                 if id(key) not in entries:

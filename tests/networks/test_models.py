@@ -218,6 +218,11 @@ ERRORS: list[tuple[Any, str, list[str]]] = [
     ("rnn", "classification", ["(seq, features)", "(1, 8, 8)"]),
     ("torch.nn:functional", "classification", ["not a class or function"]),
     ("builtins:dict", "classification", ["returned dict"]),
+    (
+        {"name": "torch.nn:Linear", "in_features": 64, "out_features": 10, "device": "meta"},
+        "classification",
+        ["leaves weight, bias on the meta device, without values"],
+    ),
     ({"name": "sequential", "layers": []}, "classification", ["model.layers: []", "list of layers"]),
     ({"name": "sequential"}, "classification", ["model.layers: sequential needs"]),
     ({"name": "sequential", "layers": ["Flaten", "Relu"]}, "classification", ["layers[0]", "'Flatten'", "layers[1]"]),

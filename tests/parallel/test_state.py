@@ -29,6 +29,7 @@ from distrain.optim import Ema
 from distrain.parallel import Mesh, TrainingState, load_weights, prepare_to_save
 from distrain.parallel.nested import Unstorable, decode, encode, equal, same_bits
 from distrain.run.folder import RunDir
+from distrain.system.bounded_json import parse_json
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     name: getattr(kept_parts, name)
@@ -155,6 +156,7 @@ UNFIT = {
     "ExpandedWeight": (r"parameter head\.weight has elements that share memory.*\.clone\(\)",),
     "Opaque": (r"_extra_state\[0\] is a object.*Opaque\.get_extra_state",),
     "WithoutSetter": ("_extra_state: WithoutSetter has get_extra_state and no set_extra_state",),
+    "Wrapping": (r"_orig_mod\.body\.weight and body\.weight are both called body\.weight without",),
     "Forgetful": (r"_extra_state is tensor\(-1\) after it was given back, and was tensor\(0\); set_extra_state",),
 }
 UNFIT_SHARDED = {
@@ -184,6 +186,17 @@ def test_buffers_that_are_others_after_a_step_are_refused_by_name(name: str) -> 
     state.optimizer.step()
     with pytest.raises(UserError, match=r"seen: .* at the start, buffer F32 .* now\nKeep their shapes"):
         state.check()
+
+
+@pytest.mark.fault(36)
+def test_a_parameter_that_another_replaces_is_named_with_the_first_step() -> None:
+    class Clamped(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            self.head.weight = nn.Parameter(self.head.weight.detach().clamp(-1, 1))
+            return super().forward(x)
+
+    with pytest.raises(UserError, match=r"another Parameter in the place of head\.weight, .*self\.weight\.clamp_"):
+        advance(begun(Clamped), 0, 1).check()
 
 
 KEPT_WRONG = {
@@ -258,6 +271,7 @@ def test_nested_values_come_back_of_the_same_types(value: Any) -> None:
     again = decode(encode(value, "value", tensors), lambda name, on_host: tensors[name].clone())
     assert equal(again, value)
     assert type(again) is type(value)
+    parse_json(json.dumps(encode(value, "value", {})).encode())  # what a manifest takes
     assert not any("/" in name for name in tensors)
 
 

@@ -26,6 +26,14 @@ class Plain(nn.Module):
         return self.head(torch.tanh(self.body(x)))
 
 
+class Wrapping(Plain):
+    """A part of it has the name that torch.compile gives to what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = Plain()
+
+
 class Hooked(Plain):
     """`saved` changes what its state dicts hold, `loaded` changes it back."""
 
