@@ -113,7 +113,7 @@ class Run:
         """The best evaluation so far; None where there was none with a finite value."""
         from distrain.checkpoint import criterion_of, list_checkpoints, read_manifest
 
-        if (finished := self._folder.finished) is not None:
+        if (finished := self._folder.summary()) is not None:
             best = finished.get("best")
             return None if best is None else BestEvaluation(best["metric"], best["step"], best["value"])
         newest = list_checkpoints(self._folder.checkpoints)

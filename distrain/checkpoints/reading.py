@@ -395,7 +395,7 @@ def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
             by = f" by {criterion.metric}" if criterion is not None else ""
             raise UserError(f"{path} has no checkpoint with an evaluation{by}; without --best the newest is taken")
         return found
-    finished = RunDir(path).finished or {}
+    finished = RunDir(path).summary() or {}
     exported = folder / Path(finished.get("checkpoint", ".")).name
     if finished and exported != folder and exported.is_dir():
         return exported

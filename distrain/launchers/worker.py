@@ -201,7 +201,7 @@ def show_finished(run: RunDir) -> int:
     from distrain.training.callbacks.trackers import show_summary
 
     console = Console()
-    show_summary(run.finished or {}, console)
+    show_summary(run.summary() or {}, console)
     if effect := run.effect():
         console.say(f"took effect: {describe_effect(effect)}")
     console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to continue")

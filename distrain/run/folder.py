@@ -261,6 +261,16 @@ class RunDir:
         """The summary of a run that is complete, or None."""
         return self._marker("FINISHED")
 
+    def summary(self) -> dict[str, Any] | None:
+        """Return the summary of a run that is complete, or None; raises UserError where its file cannot be read."""
+        found = self.finished
+        if found is not None and "error" in found:
+            raise UserError(
+                f"{found['error']}; delete it and start the run again, which resumes from the newest checkpoint and "
+                "writes it anew"
+            )
+        return found
+
     @property
     def failed(self) -> dict[str, Any] | None:
         """What the last attempt failed of, or None."""

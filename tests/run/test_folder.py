@@ -236,6 +236,17 @@ def test_an_unreadable_marker_still_marks(run: RunDir) -> None:
     assert "cannot be read" in run.failed["error"]
 
 
+@pytest.mark.parametrize("text", ["", '{"steps": 1e999}', "[1]"])
+def test_a_summary_that_cannot_be_read_is_an_error(run: RunDir, text: str) -> None:
+    assert run.summary() is None
+    (run.path / "FINISHED").write_text(text)
+    assert run.finished is not None
+    with pytest.raises(UserError, match=r"FINISHED in \S+ cannot be read: .*; delete it and start the run again"):
+        run.summary()
+    run.mark_finished({"steps": 3})
+    assert run.summary() == {"steps": 3}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Folders
 
