@@ -6,6 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _BYTES = (0, 255)
 _SIXTEEN_BITS = (0, 65535)
+_FRAMED = (".gif", ".tif", ".tiff", ".webp", ".png", ".apng", ".mpo")
+"""Suffixes of files that may hold several images."""
 
 Channels = Literal["rgb", "gray"]
 Decoder = Literal["pil", "torchvision"]
@@ -332,7 +335,18 @@ def image_folder(
     logger.info(f"image_folder: {layout.about}; {counts} images of {len(names)} classes")
     meta = DataMeta(num_classes=len(names), class_names=tuple(names))
     read = [*layout.tables, *(path for listing in listings.values() for path in listing.paths)]
-    return Data(splits, meta, {"class_names": names}, reader, read)
+    warnings = _several_frames([path for listing in listings.values() for path in listing.paths])
+    return Data(splits, meta, {"class_names": names}, reader, read, warnings)
+
+
+def _several_frames(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Return a warning where files that may have several frames or pages have them; looks at a few of them."""
+    suspects = [path for path in paths if path.suffix.lower() in _FRAMED]
+    for path in suspects[:: max(1, len(suspects) // 16)]:
+        with suppress(Exception), Image.open(path) as image:  # corrupt files are told when they are read
+            if (count := getattr(image, "n_frames", 1)) > 1:
+                return (f"{path} has {count} frames or pages; of such files only the first is read",)
+    return ()
 
 
 def _check_jpeg() -> None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from distrain.config import Form, UserError, close_names
 from distrain.datasets.table_files import Frame, listed
-from distrain.datasets.table_numbers import Moments, Numbers
+from distrain.datasets.table_numbers import Moments, Numbers, beyond_whole
 
-_RESET_INDEX = re.compile(r"index|level_\d+")
-"""Names that pandas gives to an index as a column."""
+_KEY = re.compile(r"index|level_\d+|(.*[\W_])?(id|ID|Id)|.*[a-z](Id|ID)")
+"""Names that pandas gives to an index as a column, and those of identifiers: id, user_id, PassengerId."""
 _FEWEST_COUNTED = 10  # rows: among fewer, a measurement may well be 1, 2, 3
 
 
@@ -94,14 +94,14 @@ def row_numbers(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[s
     rows = [count for _, count in frame.files]
     for each in state["numeric"]:
         name, reaches = each["name"], abs(each["mean"]) + 4 * each["std"]
-        is_reset = _RESET_INDEX.fullmatch(name) is not None
-        if "base" in each or (reaches < max(rows) / 2 and not is_reset):
+        is_key = _KEY.fullmatch(name) is not None
+        if not is_key and ("base" in each or reaches < max(rows) / 2):
             continue  # without reading the column again
         values = frame.parse(name)[0].values
         if _counts(values) or all(map(_counts, np.split(values, np.cumsum(rows)[:-1]))):
             what = f"numbers the rows ({values.min():.0f} to {values.max():.0f})"
-        elif is_reset and _is_distinct(values):
-            what = "is named like an index of pandas, and has another integer in each row"
+        elif is_key and _is_distinct(values):
+            what = "is named like an index or an identifier, and has another integer in each row"
         else:
             continue
         found.append(
@@ -148,6 +148,11 @@ def _fit_numbers(frame: Frame, name: str, options: Options) -> dict[str, Any]:
     present = numbers.present
     if not present.any():
         raise UserError(f"column {name!r} has no value in any training row of {frame.title}; list it under data.drop")
+    if numbers.exact is None and beyond_whole(numbers.values) and (one := frame.indistinct(name, numbers)) is not None:
+        raise UserError(
+            f"column {name!r} holds {one[0]} and {one[1]}, which float64 cannot tell apart; list it under "
+            "data.categorical or data.drop, or write less of the numbers"
+        )
     moments = _moments(name, numbers)
     median = options.missing == "median"
     return {
@@ -164,6 +169,32 @@ def _moments(name: str, numbers: Numbers) -> Moments:
     if not (np.isfinite(moments.mean) and np.isfinite(moments.std)):
         raise UserError(f"column {name!r} holds numbers that are further apart than float64 can hold; scale them")
     return moments
+
+
+def spelled_alike(state: dict[str, Any]) -> list[str]:
+    """Return a warning for each column with categories, or classes, that are one value in two spellings."""
+    columns = [(f"column {each['name']!r}", each["categories"]) for each in state["categorical"]]
+    if len(state["targets"]) == 1 and "classes" in state:
+        columns.append((f"target column {state['targets'][0]!r}", state["classes"]))
+    found = []
+    for what, labels in columns:
+        known: dict[Any, str] = {}
+        pairs = [(known.setdefault(_spelling(label), label), label) for label in labels if label is not None]
+        if twice := [f"{one!r} and {other!r}" for one, other in pairs if one != other]:
+            more = f", and {len(twice) - 3} more" if len(twice) > 3 else ""
+            found.append(
+                f"{what}: {', '.join(twice[:3])}{more} differ only in how they are written, and count as different "
+                "values; write them alike if they are one"
+            )
+    return found
+
+
+def _spelling(label: str) -> Any:
+    """Return what two spellings of one value share: numbers, or text without its spaces and its case."""
+    try:
+        return float(label)
+    except ValueError:
+        return "".join(label.split()).casefold()
 
 
 def _fit_categories(frame: Frame, name: str, options: Options) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:  # imported where they are used: other data sets should not wa
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
 EXPECTED = "a .csv, .tsv, .jsonl or .parquet file, or a folder of them"
+_DELIMITERS = ",;\t|"
+"""What may part the columns of a CSV file whose first line has one column by the delimiter of its suffix."""
 _NO_NAME = re.compile(r"\s*|__index_level_\d+__|Unnamed: \d+(_level_\d+)?")
 """Names of unnamed columns: of pandas' index, and of pandas itself."""
 
@@ -93,6 +98,18 @@ class Frame:
                 exact = np.zeros(len(self), integers.dtype)
                 exact[present] = integers
         return Numbers(values, exact), present & np.isnan(values)
+
+    def indistinct(self, name: str, numbers: Numbers) -> tuple[str, str] | None:
+        """Return two different numbers of a column that are one as float64; None where there are none."""
+        known: dict[float, Decimal] = {}
+        for value, text in zip(numbers.values.tolist(), self._column(name).to_pylist(), strict=True):
+            if text is None or math.isnan(value):
+                continue
+            with suppress(InvalidOperation):  # what pandas reads and is no decimal number
+                number = Decimal(text)
+                if (other := known.setdefault(value, number)) != number:
+                    return str(other), str(number)
+        return None
 
     def numbers(self, name: str, what: str) -> Numbers:
         """Return the numbers of a column; raises UserError for text and infinities."""
@@ -176,6 +193,8 @@ class TableReader:
         try:
             with path.open("rb") as file:  # opened here, as pyarrow takes no path that is not UTF-8
                 if suffix in (".parquet", ".pq"):
+                    _check_once(path, parquet.read_schema(file).names)
+                    file.seek(0)
                     result = parquet.read_table(file)
                 elif suffix in (".jsonl", ".ndjson"):
                     size = path.stat().st_size  # a line longer than a block is refused
@@ -193,15 +212,15 @@ class TableReader:
         from pyarrow import csv as arrow_csv
 
         delimiter = self.delimiter or ("\t" if suffix == ".tsv" else ",")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next((row for row in csv.reader(file, delimiter=delimiter) if row), None)
-        if header is None:
-            raise UserError(f"{path} is empty; its first line should name the columns")
+        header = _header(path, delimiter)
+        if not self.delimiter and len(header) == 1:
+            found = [each for each in _DELIMITERS if len(_header(path, each)) > 1]
+            if len(found) == 1:
+                delimiter, header = found[0], _header(path, found[0])
         names = header
         if sum(not name.strip() for name in header) > 1:  # named as pandas does
             names = [name if name.strip() else f"Unnamed: {at}" for at, name in enumerate(header)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"{path} names {listed(twice)} more than once; rename the columns")
+        _check_once(path, names)
         result = arrow_csv.read_csv(
             binary,
             parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
@@ -212,6 +231,20 @@ class TableReader:
             ),
         )
         return result.rename_columns(names)
+
+
+def _check_once(path: Path, names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} names {listed(twice)} more than once; rename the columns")
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    """Return the names of a CSV file's columns; raises UserError where it is empty."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next((row for row in csv.reader(file, delimiter=delimiter) if row), None)
+    if header is None:
+        raise UserError(f"{path} is empty; its first line should name the columns")
+    return header
 
 
 def _unnamed(table: pa.Table) -> dict[str, str]:

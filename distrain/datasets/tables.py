@@ -18,7 +18,15 @@ import torch
 from distrain.config import Form, UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource
-from distrain.datasets.table_columns import Columns, Options, fit, row_numbers, target_labels, target_numbers
+from distrain.datasets.table_columns import (
+    Columns,
+    Options,
+    fit,
+    row_numbers,
+    spelled_alike,
+    target_labels,
+    target_numbers,
+)
 from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
 
 MISSING_VALUES = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
@@ -76,7 +84,7 @@ def table(
         assert rows is not None
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
-        warnings += columns.unnamed(rows) + row_numbers(rows, columns, state)
+        warnings += columns.unnamed(rows) + row_numbers(rows, columns, state) + spelled_alike(state)
     else:
         state = request.state
     encoder = Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)
@@ -123,7 +131,7 @@ class Encoder:
                 f"{frame.title} lacks {listed(lacking)}, which the training data had; it has {listed(frame.names)}"
             )
         numeric = self._numbers(frame)
-        indices, warnings = [], []
+        indices, warnings = [], self._without_value(frame, what, refuse_unknown)
         for each in state["categorical"]:
             labels = frame.labels(each["name"])
             indices.append(_category_indices(each["categories"], labels))
@@ -147,6 +155,20 @@ class Encoder:
             inputs = torch.from_numpy(encoded)
         names = {self.id: frame.table.column(self.id).to_pylist()} if self.id in frame.names else {}
         return TensorSource(inputs, self.targets(frame) if has_target else None, tuple(warnings), names)
+
+    def _without_value(self, frame: Frame, what: str, refuse: bool) -> list[str]:
+        """Return a warning for each column of numbers without a value in any row; raises UserError if `refuse`."""
+        found = []
+        for each in self.state["numeric"] if len(frame) > 1 else ():
+            if frame.table.column(each["name"]).null_count == len(frame):
+                text = (
+                    f"column {each['name']!r}: none of the {len(frame):,} rows of {what} has a value, and the training "
+                    f"rows' {self.state['missing']} stands in for all of them"
+                )
+                if refuse:
+                    raise UserError(f"{text}; correct the column, or list it under data.drop")
+                found.append(text)
+        return found
 
     def _numbers(self, frame: Frame) -> np.ndarray:
         """Return the numeric columns, then the indicators, (rows, columns)."""

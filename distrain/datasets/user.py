@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -256,8 +257,9 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
     padding = meta.padding or {}
     if not (isinstance(padding, Mapping) and all(isinstance(each, int | float) for each in padding.values())):
         raise UserError(f"{made.name}: meta's padding is {padding!r}; expected a dict of a number for each key")
-    if (classes := getattr(made.dataset, "classes", None)) is not None and meta.class_names is None:
-        meta = replace(meta, class_names=tuple(map(str, classes)))
+    classes = meta.class_names if meta.class_names is not None else getattr(made.dataset, "classes", None)
+    if classes is not None:
+        meta = replace(meta, class_names=_class_names(made.name, classes))
     if meta.num_classes is None and meta.class_names is not None:
         meta = replace(meta, num_classes=len(meta.class_names))
     form = _Form.of(request, meta, "train", made.name)
@@ -279,6 +281,30 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
     if meta.num_targets is None and task in ("regression", "multilabel") and isinstance(targets, torch.Tensor):
         meta = replace(meta, num_targets=targets.shape[1] if targets.ndim > 1 else 1)
     return meta
+
+
+def _class_names(where: str, classes: Any) -> tuple[str, ...]:
+    """Return the name of each class in the order of their numbers; raises UserError where that order is unknown.
+
+    `classes`: a sequence, or a dict from names to numbers or from numbers to names. A name that several classes have is
+    followed by the class's number, as columns of predictions have these names.
+    """
+    names = classes
+    if isinstance(classes, Mapping):
+        by_number = {v: k for k, v in classes.items()} if all(isinstance(k, str) for k in classes) else classes
+        if sorted(map(str, by_number)) != sorted(map(str, range(len(classes)))):
+            raise UserError(
+                f"{where}: classes is a dict, and gives no number from 0 to {len(classes) - 1} to each name"
+            )
+        names = [by_number[number] for number in range(len(classes))]
+    elif isinstance(classes, str | set | frozenset) or not hasattr(classes, "__iter__"):
+        raise UserError(
+            f"{where}: classes is a {type(classes).__name__}; expected a list of the classes' names, in the order of "
+            "their numbers"
+        )
+    names = list(map(str, names))
+    counts = Counter(names)
+    return tuple(f"{name} ({at})" if counts[name] > 1 else name for at, name in enumerate(names))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -283,8 +284,8 @@ class _Predictor:
         if self._meaningless:
             shown = ", ".join(map(str, self._meaningless[:8])) + (", …" if len(self._meaningless) > 8 else "")
             logger.warning(
-                f"the model gives NaN for {len(self._meaningless):,} samples, whose predictions mean nothing: the rows "
-                f"{shown}; look for NaN in their inputs"
+                f"the model gives NaN or infinity for {len(self._meaningless):,} samples, whose predictions mean "
+                f"nothing: the rows {shown}; look for NaN in their inputs, and for numbers that are far too large"
             )
 
     def _predicted(
@@ -346,7 +347,8 @@ class _Predictor:
         parts = [found] if isinstance(found, Tensor) else map(torch.from_numpy, found.parts.values())
         bad = np.zeros(len(ids), dtype=bool)
         for each in parts:
-            bad |= each.isnan().reshape(len(ids), -1).any(1).numpy()
+            # an output that masks classes is -inf
+            bad |= (each.isnan() | (each == math.inf)).reshape(len(ids), -1).any(1).numpy()
         self._meaningless += ids[(ids >= 0) & bad].tolist()
         return found
 

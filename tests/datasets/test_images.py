@@ -223,6 +223,21 @@ def test_a_decoder_reads_a_folder_of_every_format(folder: Path, decoder: str) ->
         everything(source)
 
 
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png"])
+def test_files_of_several_frames_are_warned_of(tmp_path: Path, suffix: str) -> None:
+    for name, shade in (("a", 0), ("b", 255)):
+        (tmp_path / name).mkdir()
+        frames = [Image.new("L", (8, 6), each) for each in (shade, 128, 255 - shade)]
+        frames[0].save(tmp_path / name / f"1.{suffix}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / name / f"2.{suffix}")
+    data = build("image_folder", tmp_path, split=[1.0])
+    assert data.warnings == (
+        f"{tmp_path / 'a'}/1.{suffix} has 3 frames or pages; of such files only the first is read",
+    )
+    batch = everything(data.splits["train"])
+    assert (batch["inputs"].float().mean((1, 2, 3)) / 255).round().tolist() == batch["targets"].tolist()
+
+
 def modes(path: Path) -> dict[str, tuple[Image.Image, str]]:
     """Return one picture of three shades in every mode that Pillow opens, with the ending of a file that keeps it."""
     grey = Image.fromarray(np.array([[0, 120, 255]], np.uint8))

@@ -306,6 +306,29 @@ def test_what_does_not_fit_is_reported(recipe: Any, name: str, keys: dict, messa
         build_data(recipe(name, **keys))
 
 
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ("['even', 'even']", ("even (0)", "even (1)")),
+        ("{'odd': 1, 'even': 0}", ("even", "odd")),
+        ("{1: 'odd', 0: 'even'}", ("even", "odd")),
+        ("np.array(['even', 'odd'])", ("even", "odd")),
+        ("{'even': 1, 'odd': 2}", "no number from 0 to 1"),
+        ("{'even', 'odd'}", "classes is a set; expected a list"),
+        ("'eo'", "classes is a str; expected a list"),
+        ("2", "classes is a int; expected a list"),
+    ],
+)
+def test_names_of_classes_go_by_their_numbers(recipe: Any, classes: str, names: Any) -> None:
+    made = recipe("Numbers")
+    Path(made.data.name.partition(":")[0]).write_text(f"{CODE}\nNumbers.classes = {classes}\n")
+    if isinstance(names, str):
+        with pytest.raises(UserError, match=names):
+            build_data(made)
+    else:
+        assert build_data(made).meta.class_names == names
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Padding
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -434,6 +435,45 @@ def test_a_column_of_unknown_categories_alone_is_refused(tmp_path: Path, encode:
     assert "2 of 2 rows" in warnings_of(again.splits["test"])[0]  # an existing run resumes
 
 
+def test_a_column_of_numbers_without_values_is_refused(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,b,y\n1,5,x\n2,,z\n", "a,b,y\n,7,x\n,,z\n")
+    with pytest.raises(UserError, match=r"column 'a': none of the 2 rows of the split 'test' has a value"):
+        build(tmp_path, target="y", **split)
+    (tmp_path / "test.csv").write_text("a,b,y\n,7,x\n3,,z\n")
+    fitted = build(tmp_path, target="y", **split)
+    assert warnings_of(fitted.splits["test"]) == ()
+    assert fitted.read is not None
+    (tmp_path / "new.csv").write_text("a,b\n,1\n,2\n")
+    assert ["rows' mean stands in" in each for each in warnings_of(fitted.read(tmp_path / "new.csv"))] == [True]
+
+
+def test_one_value_in_two_spellings_is_warned_of(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "c,d,y\nred,1,1\nred ,2,1.0\nRED,x,2\n", "c,d,y\nred,1,1\n")
+    assert build(tmp_path, target="y", **split).warnings == (
+        "column 'c': 'RED' and 'red', 'RED' and 'red ' differ only in how they are written, and count as different "
+        "values; write them alike if they are one",
+        "target column 'y': '1' and '1.0' differ only in how they are written, and count as different values; write "
+        "them alike if they are one",
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_numbers_that_are_one_as_a_float_are_refused(tmp_path: Path, kind: str) -> None:
+    numbers = [Decimal(10**25 + each) for each in (0, 1, 0, 1)]
+    table = pd.DataFrame({"a": numbers, "y": ["x", "z", "x", "z"]})
+    getattr(table, f"to_{kind}")(tmp_path / f"t.{kind}", index=False)
+    with pytest.raises(UserError, match=r"column 'a' holds 1\d+ and 1\d+, which float64 cannot tell apart"):
+        build(tmp_path, path=f"t.{kind}", target="y", split=[1.0])
+    data = build(tmp_path, path=f"t.{kind}", target="y", split=[1.0], categorical=["a"])
+    assert data.meta.input_shape == (2,)
+
+
+@pytest.mark.parametrize("delimiter", list(",;\t|"))
+def test_the_first_line_of_a_csv_file_tells_its_delimiter(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "t.csv").write_text("a,b,y\n1,5,x\n3,6,z\n".replace(",", delimiter))
+    assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.feature_names == ("a", "b")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Columns that nobody named
 
@@ -524,9 +564,13 @@ def test_files_of_a_folder_with_and_without_an_index(tmp_path: Path) -> None:
         ("row", lambda n: np.arange(n), "numbers the rows (0 to 27)"),
         ("row", lambda n: np.arange(n) + 1, "numbers the rows (1 to 28)"),
         ("row", lambda n: np.random.default_rng(0).permutation(n), "numbers the rows (0 to 27)"),
-        ("index", lambda n: np.arange(n) * 3 + 7, "is named like an index of pandas"),
-        ("level_1", lambda n: np.arange(n) * 3 + 7, "is named like an index of pandas"),
+        ("index", lambda n: np.arange(n) * 3 + 7, "is named like an index"),
+        ("level_1", lambda n: np.arange(n) * 3 + 7, "is named like an index"),
+        ("user_id", lambda n: np.arange(n) + 10**15, "or an identifier"),
+        ("PassengerId", lambda n: np.arange(n) * 3 + 7, "or an identifier"),
         ("index", lambda n: np.arange(n) % 5, None),
+        ("user_id", lambda n: np.arange(n) % 5, None),
+        ("grid", lambda n: np.arange(n) + 1990, None),
         ("year", lambda n: np.arange(n) + 1990, None),
         ("age", lambda n: np.arange(n) % 20, None),
         ("height", lambda n: np.arange(n) / 2, None),
