@@ -305,10 +305,13 @@ def forget_launchers(variables: MutableMapping[str, str]) -> list[str]:
 def share_cores(processes: int, variables: MutableMapping[str, str] = os.environ) -> None:
     """Give each of several processes its share of this process's cores, where nothing else says how many.
 
-    Libraries read it when they are imported, NumPy's too.
+    Libraries read it when they are imported, NumPy's too. Of a list, one number for each level of OpenMP, the first
+    stays: Accelerate takes one number. What is no number is ignored, as OpenMP does.
     """
     if processes > 1:
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+        given = variables.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        cores = len(os.sched_getaffinity(0))
+        variables["OMP_NUM_THREADS"] = given if given.isdecimal() else str(max(1, cores // processes))
 
 
 def forget_world(variables: MutableMapping[str, str]) -> None:

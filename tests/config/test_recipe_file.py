@@ -202,6 +202,8 @@ def test_what_is_wrong_is_reported_with_its_place(write, line, message):
 BAD_OVERRIDES = [
     ("optim.lr=", "command line: optim.lr: found no value after '='; write optim.lr=null for nothing"),
     ("optim.lr=  ", "found no value after '='"),
+    ("data.delimiter=|", "'|' is nothing in YAML; write data.delimiter=null for nothing, or text in quotes"),
+    ("optim.lr=# 3", "'# 3' is nothing in YAML"),
     ("optim.lr", "command line: found 'optim.lr', expected dotted.key=value, as in optim.lr=3e-4"),
     ("=3", "command line: found '=3', expected dotted.key=value"),
     (".lr=3", "expected dotted.key=value"),

@@ -31,6 +31,7 @@ from distrain.system.environment import (
     own_start,
     rank_told,
     refuse_tasks,
+    share_cores,
     under_torch_launcher,
     use_interfaces,
 )
@@ -86,6 +87,16 @@ def test_variables_of_several_processes_are_refused_where_none_were_asked_for(le
     (note,) = own_start(variables, 2)
     assert variables == {}
     assert all(name in note for name in left)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("3", "3"), (" 4,2", "4"), ("many", None), ("", None), (None, None)])
+def test_threads_are_one_number_for_several_processes(given: str | None, taken: str | None) -> None:
+    variables = {} if given is None else {"OMP_NUM_THREADS": given}
+    before = dict(variables)
+    share_cores(1, variables)
+    assert variables == before
+    share_cores(2, variables)
+    assert variables["OMP_NUM_THREADS"] == (taken or str(max(1, len(os.sched_getaffinity(0)) // 2)))
 
 
 def test_numbers_that_do_not_fit_are_refused_by_who_would_join() -> None:

@@ -167,6 +167,8 @@ class Document:
             raise ValueError(f"{key}: {written!r} {syntax_problem(error)}") from error
         except yaml.reader.ReaderError as error:
             raise ValueError(f"{key}: {written!r} holds a control character; remove it") from error
+        if not tree.value and written.lstrip()[0] in "|>#":  # an empty block, or a comment alone
+            raise ValueError(f"{key}: {written!r} is nothing in YAML; write {key}=null for nothing, or text in quotes")
         holder, place = self._reach(key, _parts_of(key))
         holder[place[-1]] = tree.value
         return place, tree
