@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -19,6 +20,8 @@ from distrain.config import UserError
 from distrain.config.arguments import argument_problems
 from distrain.metrics.catalogue import Metric, to_value
 from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
+
+logger = logging.getLogger(__name__)
 
 _MODULES = (torchmetrics.text, torchmetrics.classification, torchmetrics.regression, torchmetrics)
 _TASKS = {
@@ -218,6 +221,8 @@ class UserSums(Part):
     def __init__(self, function: Callable[..., Any], name: str):
         self._function = function
         self._name = name
+        self._tries = 3
+        """Batches with which it is still to be tried whether samples are taken together."""
 
     def batch(self, seen: Seen) -> Tensor:
         seen = seen.kept()
@@ -225,15 +230,49 @@ class UserSums(Part):
         device = seen.targets.device
         if not samples:
             return torch.zeros(2, dtype=torch.float64, device=device)
-        result = self._function(seen.outputs, seen.targets)
-        pair = result if isinstance(result, tuple) else (torch.as_tensor(result).double().mean() * samples, samples)
-        if len(pair) != 2 or (isinstance(result, Tensor) and result.dim() and len(result) != samples):
-            raise UserError(
-                f"eval.metrics: {self._name} returned {_described(result)} for {samples} samples; expected one value "
-                "for each, their mean, or a pair (sum, count)"
+        outputs, targets = seen.outputs, seen.targets
+        found, is_whole = self._pair(outputs, targets, device)
+        if is_whole and self._tries and samples > 1 and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            self._try_halves(outputs, targets, found)
+        return found
+
+    def _try_halves(self, outputs: Tensor, targets: Tensor, whole: Tensor) -> None:
+        """Warn where the sums of two halves of a batch are not those of the `whole`."""
+        self._tries -= 1
+        half = len(targets) // 2
+        try:
+            first, second = (
+                self._pair(outputs[part], targets[part], whole.device)[0] for part in (slice(half), slice(half, None))
             )
-        return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+        except Exception as error:  # the user's code, of samples that it may not be meant for: all of one class
+            logger.debug(f"metric {self._name} of half a batch: {error}")
+            return
+        if not torch.allclose(first + second, whole, rtol=1e-3, atol=1e-6, equal_nan=True):
+            self._tries = 0
+            logger.warning(
+                f"metric {self._name} is no mean over samples: its value for {len(targets)} samples is not that of "
+                "their halves, so it depends on eval.batch and the number of processes. Return a value per sample, "
+                "or a pair (sum, count) of what adds up; torchmetrics has metrics of all samples together"
+            )
+
+    def _pair(self, outputs: Any, targets: Any, device: torch.device) -> tuple[Tensor, bool]:
+        """Return (sum, count) (2,) float64 of a batch, and whether the function gave one result for all of it."""
+        samples = len(targets)
+        result = self._function(outputs, targets)
+        try:
+            pair = result if isinstance(result, tuple) else (torch.as_tensor(result).double().mean() * samples, samples)
+            if len(pair) == 2 and not (isinstance(result, Tensor) and result.dim() and len(result) != samples):
+                found = torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+                return found, isinstance(result, tuple) or not getattr(result, "shape", ())
+        except (TypeError, ValueError, RuntimeError):
+            pass  # it is no number
+        raise UserError(
+            f"eval.metrics: {self._name} returned {_described(result)} for {samples} samples; expected one value "
+            "for each, their mean, or a pair (sum, count)"
+        )
 
 
 def _described(result: Any) -> str:
-    return f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"{len(result)} values"
+    if isinstance(result, Tensor):
+        return f"a tensor {tuple(result.shape)}"
+    return f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"

@@ -11,6 +11,7 @@ import torch
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logged import logged
 from sklearn import metrics as sk
 from torch import nn
 
@@ -435,6 +436,37 @@ def test_own_metrics(tmp_path):
     with pytest.raises(UserError, match="for 25 samples"):
         evaluate("regression", [f"{own}:bad"], outputs, targets)
     assert "power" in check_metrics(recipe("regression", [{"name": f"{own}:gap", "pwr": 2}]))[0]
+
+
+@pytest.mark.parametrize(
+    ("result", "coupled"),
+    [
+        ("(outputs - targets).abs()", False),
+        ("(outputs - targets).abs().mean()", False),
+        ("(outputs - targets).abs().mean().item()", False),
+        ("(outputs > targets).sum(), len(targets)", False),
+        ("targets[20].exp()", False),  # half of the batch is too small for it
+        ("(outputs - targets).square().mean().sqrt()", True),
+        ("(outputs > targets).sum()", True),
+        ("torch.corrcoef(torch.stack((outputs, targets)))[0, 1].item()", True),
+        ("outputs.std() * len(targets), len(targets)", True),
+    ],
+)
+def test_a_metric_that_takes_the_samples_of_a_batch_together_is_warned_of_once(tmp_path, result, coupled):
+    (tmp_path / "own.py").write_text(f"import torch\ndef own(outputs, targets):\n    return {result}\n")
+    outputs, targets = torch.arange(24.0).sqrt(), torch.arange(24.0).cos()
+    metric_set = build_metrics(recipe("regression", [f"{tmp_path}/own.py:own"]), DataMeta())
+    with logged() as lines:
+        for _ in range(3):
+            metric_set.update(outputs, targets)
+    assert ["own is no mean over samples: its value for 24" in line for line in lines] == [True] * coupled
+
+
+@pytest.mark.parametrize("result", ["None", "'high'", "{'a': 1}"])
+def test_a_metric_that_returns_no_number_is_named(tmp_path, result):
+    (tmp_path / "own.py").write_text(f"def own(outputs, targets):\n    return {result}\n")
+    with pytest.raises(UserError, match=r"own returned a (NoneType|str|dict) for 4 samples; expected one value"):
+        evaluate("regression", [f"{tmp_path}/own.py:own"], torch.ones(4), torch.ones(4))
 
 
 # --------------------------------------------------------------------------------------------------------------------
