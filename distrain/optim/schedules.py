@@ -101,7 +101,8 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
     """Return the schedule with its durations in steps.
 
     Raises UserError with every problem: keys that it does not take, phases longer than the run, durations that
-    `horizon` cannot convert to steps, and a user's function that returns no share at the first or last step.
+    `horizon` cannot convert to steps, and a user's function that at the first or last step returns no
+    share, or another one when it is called again.
     """
     problems = check_schedule(section)
 
@@ -128,7 +129,14 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
     if isinstance(section, OwnScheduleSection):
         assert total is not None
         schedule = Schedule(name, _user_function(section), total, warmup)
-        schedule(0), schedule(total - 1)  # a failure shows before the first step
+        ends = (0, total - 1)
+        first, again = ([schedule(step) for step in ends] for _ in range(2))  # a failure shows before the first step
+        for step, share, other in zip(ends, first, again, strict=True):
+            if share != other:
+                raise UserError(
+                    f"schedule: {name} returned {share:g} and then {other:g} at step {step} of {total}; expected a "
+                    "function of the step alone, without counters and random numbers: a resumed run calls it anew"
+                )
         return schedule
     numbers = {key: getattr(section, key) for key in ("final", "gamma") if key in keys}
     shape = functools.partial(schedules.find(name).value, **length, **numbers)

@@ -436,6 +436,11 @@ def fails(step, total_steps):
 def one(step):
     return 1
 
+calls = []
+def counting(step, total_steps):
+    calls.append(step)
+    return 1 / len(calls)
+
 class Class: ...
 
 number = 3
@@ -495,6 +500,7 @@ def test_a_schedule_of_ones_own_is_checked_with_the_recipe(own, name, keys, word
         ("late", {"bad": -1}, "returned -1.0 at step 3 of 4"),
         ("late", {"bad": "x"}, "failed at step 3 of 4: ValueError: could not convert"),
         ("fails", {}, r"failed at step 0 of 4: KeyError: 'x\x1b'"),
+        ("counting", {}, "returned 1 and then 0.333333 at step 0 of 4; expected a function of the step alone"),
         ("half", {"warmup": "5 steps"}, "schedule.warmup is 5 steps and the whole run only 4"),
     ],
 )
