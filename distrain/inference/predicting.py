@@ -285,7 +285,7 @@ class _Predictor:
             shown = ", ".join(map(str, self._meaningless[:8])) + (", …" if len(self._meaningless) > 8 else "")
             logger.warning(
                 f"the model gives NaN or infinity for {len(self._meaningless):,} samples, whose predictions mean "
-                f"nothing: the rows {shown}; look for NaN in their inputs, and for numbers that are far too large"
+                f"nothing: the rows {shown}; look for NaN in their inputs, and for numbers that overflow"
             )
 
     def _predicted(

@@ -296,6 +296,7 @@ def test_own_losses(tmp_path):
         "def pair(outputs, targets):\n    m = targets > 0\n    return ((outputs - targets) ** 2 * m).sum(), m.sum()\n"
         "pair.count = lambda targets: (targets > 0).sum()\n"
         "def bare(outputs, targets):\n    return (outputs - targets).sum(), 3\n"
+        "def hits(outputs, targets):\n    return (outputs > targets).float()\n"
         "class Scaled(torch.nn.Module):\n    def __init__(self, scale):\n        super().__init__()\n"
         "        self.register_buffer('scale', torch.tensor(scale))\n"
         "    def forward(self, outputs, targets):\n        return (outputs - targets).abs().sum(-1) * self.scale\n"
@@ -318,6 +319,10 @@ def test_own_losses(tmp_path):
     torch.testing.assert_close((total / count).float(), square[targets > 0].mean())
     with pytest.raises(UserError, match="attribute `count`"):
         build_loss(recipe("regression", loss=f"{own}:bare"), DataMeta()).sum_and_count(outputs, targets)
+    hits = build_loss(recipe("regression", loss=f"{own}:hits"), DataMeta())
+    hits.sum(outputs, targets)  # in an evaluation it is a number like any
+    with pytest.raises(UserError, match="hits returned a tensor without a gradient, so nothing would be trained"):
+        hits.sum(outputs.clone().requires_grad_(), targets)
     loss = build_loss(recipe("regression", loss={"name": f"{own}:Scaled", "scale": 2.0}), DataMeta())
     torch.testing.assert_close(loss.sum_and_count(outputs, targets)[0], 2 * (outputs - targets).abs().sum())
     assert "power" in check_loss(recipe("regression", loss={"name": f"{own}:each", "powr": 3}))[0]

@@ -55,6 +55,11 @@ class UserLoss(Loss):
             found = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             expected = "(sum, count), as it has a `count`" if self._count else "a tensor () or (batch, ...)"
             raise UserError(f"loss: {self.name} returned {found}; expected {expected}")
+        if first.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            raise UserError(
+                f"loss: {self.name} returned a tensor without a gradient, so nothing would be trained: it comes from "
+                "argmax, a comparison, .detach(), .item() or NumPy; compute it from the outputs by what has a gradient"
+            )
         return wide(result).mean() * len(targets)
 
     def count(self, targets: Tensor, keep: Tensor | None = None) -> Tensor:
