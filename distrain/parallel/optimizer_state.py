@@ -142,12 +142,12 @@ def check_trained(model: nn.Module, optimizer: Any, entries: Mapping[int, str]) 
     `entries`: the names of the model's parameters by the ids of what the optimizer is to hold of them.
     """
     handed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if handed <= entries.keys():
-        return
     parameters = dict(model.named_parameters())
     new = [name for key, name in entries.items() if key not in handed and parameters[name].requires_grad]
+    if handed <= entries.keys() or not new:
+        return
     raise UserError(
-        f"the model's code has put another Parameter in the place of {', '.join(new[:5]) or 'one of its own'}, and the "
+        f"the model's code has put another Parameter in the place of {', '.join(new[:5])}, and the "
         "optimizer trains the one that the model was built with. Change a parameter in place, under torch.no_grad(): "
         "self.weight.copy_(...), self.weight.clamp_(...)"
     )
