@@ -421,7 +421,7 @@ def manifest_text(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     return b'{"xxh3_128":"%s",' % xxhash.xxh3_128_hexdigest(b"{" + text).encode() + text
 
 
-def piece_key(name: str, start: int) -> str:
+def piece_key(name: str, start: int | str) -> str:
     return f"{name}@{start}"
 
 

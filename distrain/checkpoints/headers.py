@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distrain.checkpoints.dtypes import ITEM_SIZES, in_safetensors
@@ -27,16 +27,28 @@ def flat_entry(dtype: str, numel: int) -> tuple[str, tuple[int]]:
 
 def pack_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
     """Return the header of {name: (dtype, shape)}, laid end to end, with its length, padded to align the data."""
+    return padded(header_text(tensors.items(), metadata))
+
+
+def header_text(
+    tensors: Iterable[tuple[str, tuple[str, tuple[int, ...]]]], metadata: dict[str, str] | None = None
+) -> str:
+    """Return what a header says."""
     # written by hand: json takes several times as long, for as many dicts as there are tensors
     items = [] if metadata is None else [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
     end = 0
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in tensors:
         begin, end = end, end + math.prod(shape) * ITEM_SIZES[dtype]
         sizes = ",".join(map(str, shape))
         items.append(f'{quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
-    text = f"{{{','.join(items)}}}".encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
+    return f"{{{','.join(items)}}}"
+
+
+def padded(text: str) -> bytes:
+    """Return a header of that text, with its length before it and spaces behind it that align the data."""
+    content = text.encode()
+    content += b" " * (-(8 + len(content)) % 64)
+    return len(content).to_bytes(8, "little") + content
 
 
 def read_header(descriptor: int, size: int) -> tuple[Header, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -12,25 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.files import hash_file, open_descriptor
 from distrain.checkpoints.format import (
     MANIFEST,
     MAX_MANIFEST,
     CheckpointError,
     CheckpointInfo,
     Criterion,
-    FileInfo,
     Manifest,
     Tensor,
     TensorSpec,
     best_metric,
     error_reason,
     parse_manifest,
-    piece_key,
 )
-from distrain.checkpoints.headers import Header, flat_entry, read_header
+from distrain.checkpoints.rank_files import Part, RankFiles, open_rank_file
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import progress
 from distrain.system import bounded_json as bounded
@@ -40,11 +36,7 @@ from distrain.system.errors import UserError, close_names
 if TYPE_CHECKING:
     import numpy as np
 
-_Entries = dict[str, tuple[str, tuple[int, ...]]]
-"""For each piece's key: the dtype and shape in its file's header."""
-
 OTHER_BYTES = "its bytes are not those that were written: its hash does not match"
-_READ_CHUNK = 1 << 20  # stays in the cache between being read and being hashed
 _PUBLISHED = re.compile(r"step-([0-9]{8,18})")
 
 
@@ -65,21 +57,6 @@ def read_manifest(path: Path | str) -> Manifest:
         raise CheckpointError(f"{path}: {MANIFEST}: {str(error).removeprefix(f'{MANIFEST}: ')}") from error
 
 
-def open_descriptor(path: Path, size: int | None = None) -> int:
-    """Open a regular file for reading, no symbolic link, of that size (None: any); raises CheckpointError."""
-    try:
-        descriptor = bounded.open_regular(path, os.O_NOFOLLOW)
-    except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error_reason(error)
-        raise CheckpointError(f"{path.name}: {reason}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
-    if size in (None, found := os.fstat(descriptor).st_size):
-        return descriptor
-    os.close(descriptor)
-    raise CheckpointError(f"{path.name}: it has {found} bytes, and {size} were written")
-
-
 class Reader:
     """Reads ranges of the full tensors of one checkpoint. Not to be shared between threads.
 
@@ -96,7 +73,8 @@ class Reader:
         if problems or manifest is None:
             raise not_verified(self.path, problems)
         self.manifest = manifest
-        self._headers: dict[int, Header] = {}
+        self._rank_files = RankFiles(manifest)
+        self._offsets: dict[int, dict[tuple[str, int], int]] = {}
         self._open: dict[int, int] = {}
 
     def __enter__(self) -> Reader:
@@ -125,12 +103,11 @@ class Reader:
             if len(self._open) >= self._MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
             info = self.manifest.files[index]
-            if index in self._headers:
+            if index in self._offsets:
                 self._open[index] = open_descriptor(self.path / info.name, info.size)
             else:
-                self._open[index], self._headers[index] = open_rank_file(
-                    self.path, info, entries_of(self.manifest, index)
-                )
+                self._open[index], listed = open_rank_file(self.path, info, self._rank_files[index])
+                self._offsets[index] = {(name, start): offset for offset, _, name, start in listed()}
         return self._open[index]
 
     def ranges(self, name: str, start: int, numel: int) -> Iterator[tuple[int, int, int]]:
@@ -146,18 +123,16 @@ class Reader:
             low, high = max(start, begin), min(stop, begin + count)
             if low >= high:
                 break
-            if file not in self._headers:
+            if file not in self._offsets:
                 self._file(file)
-            offset = self._headers[file][piece_key(stored, begin)][2]
+            offset = self._offsets[file][stored, begin]
             yield file, offset + (low - begin) * size, (high - low) * size
 
-    def listed(self, file: int) -> Iterator[tuple[str, int, int, int]]:
-        """Yield what a file holds: (name, index of the first element, offset in bytes, bytes). Threads may call it."""
-        descriptor, header = open_rank_file(self.path, self.manifest.files[file], entries_of(self.manifest, file))
+    def listed(self, file: int) -> list[Part]:
+        """Return what a file holds, in its order. Threads may call it."""
+        descriptor, listed = open_rank_file(self.path, self.manifest.files[file], self._rank_files[file])
         os.close(descriptor)
-        for key, (_, _, offset, nbytes) in header.items():
-            name, _, start = key.rpartition("@")
-            yield name, int(start), offset, nbytes
+        return listed()
 
     def read(self, name: str, start: int, numel: int, out: Any = None) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel) of `name`, in `out` when a buffer is given."""
@@ -182,51 +157,19 @@ class Reader:
             progress()
 
 
-def entries_of(manifest: Manifest, file: int) -> _Entries:
-    """Return what the header of a file must list."""
-    return {
-        piece_key(name, start): flat_entry(tensor.spec.dtype, numel)
-        for name, tensor in manifest.tensors.items()
-        for start, numel in tensor.in_file(file)
-    }
-
-
-def open_rank_file(folder: Path, info: FileInfo, expected: _Entries) -> tuple[int, Header]:
-    """Return a rank's open file and its header; raises CheckpointError if its size or header differs."""
-    descriptor = open_descriptor(folder / info.name, info.size)
-    try:
-        header, _ = read_header(descriptor, info.size)
-        if {key: entry[:2] for key, entry in header.items()} != expected:
-            raise CheckpointError("its header lists other pieces than the manifest")
-    except CheckpointError as error:
-        os.close(descriptor)
-        raise CheckpointError(f"{info.name}: {error}") from error
-    return descriptor, header
-
-
-def hash_file(descriptor: int) -> str:
-    """Return the XXH3-128 of an open file."""
-    digest, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(_READ_CHUNK)), 0
-    while count := os.preadv(descriptor, [buffer], offset):
-        digest.update(buffer[:count])
-        offset += count
-        progress()
-    return digest.hexdigest()
-
-
 def not_verified(path: Path, problems: Iterable[str]) -> CheckpointError:
     """Return the error for a checkpoint that has these problems."""
     return CheckpointError(f"{path} does not verify:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
-def _file_problem(folder: Path, manifest: Manifest, file: int, contents: bool = True) -> str | None:
-    """Return what is wrong with a file, or with its size alone."""
+def _file_problem(folder: Path, manifest: Manifest, contents: RankFiles | None, file: int) -> str | None:
+    """Return what is wrong with a file, or without `contents` with its size alone."""
     info = manifest.files[file]
     try:
-        if not contents:
+        if contents is None:
             os.close(open_descriptor(folder / info.name, info.size))
             return None
-        descriptor, _ = open_rank_file(folder, info, entries_of(manifest, file))
+        descriptor, _ = open_rank_file(folder, info, contents[file])
         try:
             same = hash_file(descriptor) == info.xxh3_128
         finally:
@@ -255,12 +198,11 @@ def _examine(path: Path, contents: bool = True, share: tuple[int, int] = (0, 1))
     expected = {MANIFEST, *(info.name for info in manifest.files)}
     problems = [f"{name}: it is not part of this checkpoint" for name in sorted(present - expected)]
     files = range(share[0], manifest.world_size, share[1])
+    problem_of = partial(_file_problem, path, manifest, RankFiles(manifest) if contents else None)
     if not contents:
-        found = [_file_problem(path, manifest, file, contents=False) for file in files]
-        return manifest, problems + [problem for problem in found if problem]
+        return manifest, problems + [problem for problem in map(problem_of, files) if problem]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading both release the GIL
-        found = list(pool.map(partial(_file_problem, path, manifest), files))
-        return manifest, problems + [problem for problem in found if problem]
+        return manifest, problems + [problem for problem in pool.map(problem_of, files) if problem]
 
 
 def verify(path: Path | str, *, share: tuple[int, int] = (0, 1)) -> list[str]:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from distrain.checkpoints.dtypes import FLOATS, ITEM_SIZES
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.format import TensorSpec, error_reason
-from distrain.checkpoints.reading import open_descriptor
+from distrain.checkpoints.rank_files import Part
 from distrain.run.heartbeat import progress
 from distrain.system.errors import UserError
 
@@ -99,10 +100,6 @@ class Crc32:
         self.value = zlib.crc32(data, self.value)
 
 
-Part = tuple[int, int, str, int]
-"""Consecutive elements in a file: offset in bytes, bytes, the full tensor's name, index of the first element in it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A full tensor as it lies in files."""
@@ -115,6 +112,11 @@ class Stored:
     blocks: tuple[Block, ...]
     data: bytes | None = None
     """The elements of a small tensor that lies in no file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements as they lie there."""
+        return self.spec.numel * ITEM_SIZES[self.dtype]
 
 
 def in_one_file(spec: TensorSpec, dtype: str, file: int, offset: int, strides: tuple[int, ...] | None = None) -> Stored:

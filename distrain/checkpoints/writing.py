@@ -18,6 +18,7 @@ import xxhash
 
 from distrain.checkpoints.arena import Arena
 from distrain.checkpoints.dtypes import DTYPES
+from distrain.checkpoints.files import hash_file, open_descriptor
 from distrain.checkpoints.format import (
     LISTED_RUN,
     MANIFEST,
@@ -47,7 +48,7 @@ from distrain.checkpoints.format import (
 from distrain.checkpoints.headers import read_header
 from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
 from distrain.checkpoints.layout import lay_out, write_file
-from distrain.checkpoints.reading import best_first, hash_file, list_checkpoints, open_descriptor
+from distrain.checkpoints.reading import best_first, list_checkpoints
 from distrain.run.heartbeat import enter_phase, progress
 from distrain.system.collector import no_collection
 

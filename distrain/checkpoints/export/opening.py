@@ -96,8 +96,7 @@ class NativeSource(Source):
         return {file: partial(self._parts, file, names) for file in sorted(files)}
 
     def _parts(self, file: int, names: Collection[str]) -> list[Part]:
-        listed = self._reader.listed(file)
-        return sorted((offset, nbytes, name, start) for name, start, offset, nbytes in listed if name in names)
+        return [part for part in self._reader.listed(file) if part[2] in names]
 
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel); threads may share the source."""

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.archive import NoArchive, read_archive
 from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View
 from distrain.checkpoints.foreign.trusted import TRUST, open_in_process
 from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reason, parse_json
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import NO_TENSORS, Source, Stored, in_one_file, small
 from distrain.system.bounded_json import read_open
 from distrain.system.errors import UserError, some

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.common import FlatParts, TorchFile, basename, canonical_names, number
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.foreign.pickles import Made, View
 from distrain.checkpoints.format import TensorSpec
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, Stored, flat
 from distrain.config.registry import formats
 from distrain.system.errors import UserError, some

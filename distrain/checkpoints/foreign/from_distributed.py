@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.archive import MAX_PICKLE
 from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, canonical_names
 from distrain.checkpoints.foreign.from_torch import AVERAGE, MODEL, OPTIMIZER, STEP
 from distrain.checkpoints.foreign.optimizers import add_by_name
 from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View, dtype_of, read_pickle
 from distrain.checkpoints.format import CheckpointError, TensorSpec
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Block, Source, Stored
 from distrain.config.registry import formats
 from distrain.system.errors import UserError, some

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.common import basename, canonical_names, read_json
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.headers import Header, read_header
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source, in_one_file
 from distrain.config.registry import formats
 from distrain.system.errors import UserError

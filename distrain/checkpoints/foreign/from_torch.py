@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.foreign.pickles import View
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import Source
 from distrain.config.registry import formats
 from distrain.system.errors import UserError, some

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.archive import Archive, Record
 from distrain.checkpoints.foreign.pickles import Made, Storage, View
 from distrain.checkpoints.headers import read_header
-from distrain.checkpoints.reading import open_descriptor
 from distrain.checkpoints.sources import row_major
 from distrain.system.errors import UserError
 
