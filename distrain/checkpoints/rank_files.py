@@ -12,7 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
+from operator import add, mul
 from pathlib import Path
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
@@ -49,16 +50,13 @@ class RankFile:
     kind: _Kind
     starts: list[int]
     """The index of each piece's first element."""
-
-    @property
-    def header(self) -> bytes:
-        """Its header as `layout.lay_out` writes it."""
-        return padded(self.kind.header % tuple(self.starts))
+    header: bytes
+    """As `layout.lay_out` writes it."""
 
     def parts(self) -> list[Part]:
-        """Return its pieces in their order, where `header` is its header."""
-        kind = self.kind
-        return [*zip(accumulate(kind.sizes, initial=len(self.header)), kind.sizes, kind.names, self.starts)]  # noqa: B905
+        """Return its pieces in their order, where that is its header."""
+        offsets = accumulate(self.kind.sizes, initial=len(self.header))
+        return [*zip(offsets, self.kind.sizes, self.kind.names, self.starts)]  # noqa: B905 (one offset more)
 
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the entries that its header must have, in any order."""
@@ -84,13 +82,16 @@ class RankFiles:
         self._lock = threading.Lock()
         self._file = -1
         self._here: list[_Run] = []  # that have a piece in that file
+        self._numels: list[int] = []  # of those pieces
+        self._zeros: list[int] = []  # where they would begin in file 0
         self._kind: _Kind | None = None
         self._kinds: dict[tuple[tuple[str, int], ...], _Kind] = {}
 
     def __getitem__(self, file: int) -> RankFile:
         with self._lock:
             kind = self._go_to(file)
-            return RankFile(kind, [start + (file - first) * numel for _, _, _, start, first, _, numel in self._here])
+            starts = [*map(add, self._zeros, map(mul, self._numels, repeat(file)))]  # there may be a million
+        return RankFile(kind, starts, padded(kind.header % tuple(starts)))
 
     def _go_to(self, file: int) -> _Kind:
         if file < self._file:
@@ -100,6 +101,8 @@ class RankFiles:
             return self._kind
         begun = self._runs[bisect_right(self._firsts, before) : bisect_right(self._firsts, file)]
         self._here = sorted(run for run in chain(self._here, begun) if run[5] > file)
+        self._numels = [run[6] for run in self._here]
+        self._zeros = [run[3] - run[4] * run[6] for run in self._here]
         key = tuple((run[2], run[6]) for run in self._here)
         kind = self._kinds.pop(key, None) or _kind_of(self._here)
         while len(self._kinds) >= _KEPT:

@@ -81,11 +81,11 @@ class Check:
         """Whether these are all the bytes of a file of that size."""
         return (self.offset, self.nbytes) == (0, size)
 
-    def begin(self) -> Crc32 | xxhash.xxh3_128:
+    def begin(self) -> Hash:
         """Return what hashes such bytes: its `update` takes them in order."""
         return Crc32() if isinstance(self.digest, int) else xxhash.xxh3_128()
 
-    def holds(self, hashed: Crc32 | xxhash.xxh3_128) -> bool:
+    def holds(self, hashed: Hash) -> bool:
         """Whether the bytes that were hashed are those that were written."""
         return self.digest == (hashed.value if isinstance(hashed, Crc32) else hashed.hexdigest())
 
@@ -98,6 +98,9 @@ class Crc32:
     def update(self, data: memoryview) -> None:
         """Add bytes."""
         self.value = zlib.crc32(data, self.value)
+
+
+Hash = Crc32 | xxhash.xxh3_128
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +378,7 @@ class Source:
         self.close()
 
 
-def update_from(hashed: Crc32 | xxhash.xxh3_128, descriptor: int, offset: int, nbytes: int) -> None:
+def update_from(hashed: Hash, descriptor: int, offset: int, nbytes: int) -> None:
     """Hash bytes of an open file, as many as there are."""
     buffer = memoryview(bytearray(min(_CHUNK, nbytes)))
     while nbytes and (count := os.preadv(descriptor, [buffer[:nbytes]], offset)):

@@ -20,7 +20,7 @@ from checkpoint_state import DESCRIBED, SPECS, ThreadWorld, make_state, save_wor
 from places import IMPORTABLE
 
 from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
-from distrain.checkpoints.export import copying, export, find_source
+from distrain.checkpoints.export import copying, export, find_source, new_files, streams, windows
 from distrain.config import UserError
 
 PLAIN = [name.removeprefix("model/") for name in SPECS if name.startswith("model/")]
@@ -77,7 +77,7 @@ def test_strict_loading_of_a_tied_model(tmp_path):
 @pytest.mark.parametrize("buffer", [16, 24, 1 << 18])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_small_buffers_and_threads(checkpoint, tmp_path, monkeypatch, buffer, threads):
-    monkeypatch.setattr(copying, "BUFFER", buffer)
+    monkeypatch.setattr(streams, "BUFFER", buffer)
     monkeypatch.setattr(copying, "THREADS", threads)
     expected = safetensors.torch.load_file(export(checkpoint, tmp_path / "one").paths[0])
     assert_exported(expected)
@@ -96,16 +96,16 @@ def open_files_of(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
-@pytest.fixture(params=[0, copying._SMALL], ids=["in buffers", "whole"])
+@pytest.fixture(params=[0, 3000, windows.WINDOW], ids=["in buffers", "some in windows", "in windows"])
 def small(request, monkeypatch):
-    """Read small files in buffers as large ones are, or whole."""
-    monkeypatch.setattr(copying, "_SMALL", request.param)
+    """Read small files in buffers as large ones are, or several at a time."""
+    monkeypatch.setattr(windows, "WINDOW", request.param)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"shards": 40}, {"ema": True}], ids=str)
 def test_each_byte_is_read_once_and_hashed_as_it_passes(checkpoint, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(copying, "_MAX_OPEN", 2)  # fewer than there are shards
+    monkeypatch.setattr(new_files, "_MAX_OPEN", 2)  # fewer than there are shards
     read = []
     preadv = os.preadv
 
@@ -131,7 +131,7 @@ def test_few_of_many_new_files_are_open_at_a_time(checkpoint, tmp_path, monkeypa
         monkeypatch.setattr(os, call, lambda *given, write=write: opened.append(open_files_of(out)) or write(*given))
     expected = export(checkpoint, tmp_path / "one").paths[0]
     for limit in (1, 3, 128):
-        monkeypatch.setattr(copying, "_MAX_OPEN", limit)
+        monkeypatch.setattr(new_files, "_MAX_OPEN", limit)
         opened.clear()
         paths = export(checkpoint, out, shards=40, overwrite=True).paths
         assert len(paths) > 6
@@ -163,7 +163,7 @@ def test_what_many_small_files_have_of_a_tensor_is_written_at_once(tmp_path, mon
     for call in ("pwrite", "pwritev"):
         write = getattr(os, call)
         monkeypatch.setattr(os, call, lambda *given, write=write: calls.append(given) or write(*given))
-    monkeypatch.setattr(copying, "_MAX_VIEWS", 24)
+    monkeypatch.setattr(windows, "_MAX_VIEWS", 24)
     tensors = safetensors.torch.load_file(export(path, tmp_path / "out").paths[0])
     assert all(np.array_equal(tensors[name.removeprefix("model/")].numpy().ravel(), values[name]) for name in specs)
     # the header, and each run of tensors that lie side by side, cut where a call takes no more
@@ -177,7 +177,7 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     views = [memoryview(text.encode()) for text in ("abc", "", "defgh", "i", "jk")]
     for count in range(1, len(views) + 1):
-        copying.write_at(descriptor, views[:count], 2)
+        new_files.write_at(descriptor, views[:count], 2)
         assert os.pread(descriptor, 99, 2) == b"".join(views[:count])
     os.close(descriptor)
 
@@ -193,8 +193,9 @@ def test_tensors_side_by_side_are_written_at_once(tmp_path, monkeypatch):
     pieces = [Piece(name, 0, np.full(24, n, np.uint8), copied=True) for n, name in enumerate(specs)]
     path = Saver(tmp_path, LocalCommunicator()).save(1, specs, pieces, **DESCRIBED | {"aliases": {}}).path
     written = []
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda *call: written.append(call) or pwrite(*call))
+    for call in ("pwrite", "pwritev"):
+        write = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *given, write=write: written.append(given) or write(*given))
     tensors = safetensors.torch.load_file(export(path, tmp_path / "out").paths[0])
     assert len(written) == 2  # the header, and all of them
     assert [int(tensors[f"t{n:03d}"].view(torch.uint8)[0]) for n in range(count)] == list(range(count))

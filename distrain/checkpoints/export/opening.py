@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from distrain.checkpoints.dtypes import FLOATS
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
 from distrain.checkpoints.format import MANIFEST, CheckpointError, Manifest, error_reason
+from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.reading import (
     OTHER_BYTES,
     Reader,
@@ -24,7 +25,7 @@ from distrain.checkpoints.reading import (
     not_verified,
     read_manifest,
 )
-from distrain.checkpoints.sources import NO_TENSORS, Check, Part, Source, Stored
+from distrain.checkpoints.sources import NO_TENSORS, Check, Source, Stored
 from distrain.run.folder import RunDir
 from distrain.system.bounded_json import MOST_STEPS
 from distrain.system.errors import UserError, close_names, some

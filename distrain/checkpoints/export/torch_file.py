@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from distrain.checkpoints.dtypes import DTYPES
-from distrain.checkpoints.export.copying import Output, copy_tensors, new_file, write_at
+from distrain.checkpoints.export.copying import Output, copy_tensors
+from distrain.checkpoints.export.new_files import new_file, write_at
 from distrain.checkpoints.sources import THREADS, Check, Crc32, Source, row_major, update_from
 
 _ALIGNMENT = 64
