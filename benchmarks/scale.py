@@ -37,7 +37,7 @@ from distrain.checkpoints.format import (
     rank_file_name,
 )
 from distrain.checkpoints.headers import pack_header, read_header
-from distrain.checkpoints.reading import entries_of
+from distrain.checkpoints.rank_files import RankFiles
 from distrain.datasets.order import SampleOrder
 from distrain.report.status import status_of
 from distrain.run import heartbeat
@@ -74,7 +74,7 @@ class World:
         self.manifest = parse_manifest(self.text)
         self.headers = [self.folder / f"header-{rank}" for rank in range(HEADERS)]
         for rank, path in enumerate(self.headers):
-            entries = entries_of(self.manifest, rank)
+            entries = RankFiles(self.manifest)[rank].entries()
             header = pack_header(entries)
             with open(path, "wb") as file:
                 file.write(header)
@@ -104,7 +104,7 @@ class World:
 
     def entries(self) -> dict[str, Any]:
         """Return what the file of one rank must hold."""
-        return dict(entries_of(self.manifest, self.ranks // 2))
+        return RankFiles(self.manifest)[self.ranks // 2].entries()
 
     def plan(self) -> int:
         """Find the pieces of a rank in the middle of a world of three quarters; return in how many files they lie."""

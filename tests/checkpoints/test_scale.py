@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from checkpoint_state import DESCRIBED, ThreadWorld, make_state
+import xxhash
+from checkpoint_state import DESCRIBED, ThreadWorld, make_state, rewrite_manifest
 
-from distrain.checkpoint import Piece, Reader, Saver, TensorSpec, verify
+from distrain.checkpoint import CheckpointError, Piece, Reader, Saver, TensorSpec, verify
 from distrain.checkpoints import format as checkpoint_format
 from distrain.checkpoints.export import export
 from distrain.checkpoints.format import MANIFEST, RUNS_VERSION, Tensor, parse_manifest
@@ -52,6 +53,11 @@ def saved(folder: Path, world_size: int, tensors: int = 6) -> tuple[Path, dict[s
     return results[0].path, state
 
 
+def assert_exported(path: Path, out: Path, state: dict[str, np.ndarray]) -> None:
+    exported = safetensors.torch.load_file(export(path, out).paths[0])
+    assert all(tensor.numpy().tobytes() == state[f"model/{name}"].tobytes() for name, tensor in exported.items())
+
+
 @pytest.mark.parametrize("world_size", [3, 7, 8, 25, 64])
 def test_pieces_in_runs_are_those_that_ranks_wrote(tmp_path, world_size):
     path, state = saved(tmp_path, world_size)
@@ -73,8 +79,7 @@ def test_pieces_in_runs_are_those_that_ranks_wrote(tmp_path, world_size):
                 start, stop = sorted(rng.integers(0, tensor.spec.numel + 1, 2))
                 read = reader.read(name, int(start), int(stop - start))
                 assert read.tobytes() == state[name][start * size : stop * size].tobytes()
-    exported = safetensors.torch.load_file(export(path, tmp_path / "out").paths[0])
-    assert all(tensor.numpy().tobytes() == state[f"model/{name}"].tobytes() for name, tensor in exported.items())
+    assert_exported(path, tmp_path / "out", state)
 
 
 def test_small_worlds_write_what_earlier_versions_read(tmp_path):
@@ -129,6 +134,62 @@ def test_a_rank_of_another_world_opens_the_few_files_that_it_needs(tmp_path, mon
                 share = -(-ROWS // others)
                 reader.read(name, 3 * share * 2, 3 * share)  # what rank 2 of three quarters as many holds
     assert len({name for name in opened if "rank-" in name}) <= 3
+
+
+def test_an_export_makes_calls_for_each_file_and_none_for_each_piece(tmp_path, monkeypatch):
+    calls: list[str] = []
+    for call in ("open", "pread", "preadv", "pwrite", "pwritev"):
+        real = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *a, call=call, real=real, **kw: calls.append(call) or real(*a, **kw))
+    counts = {}
+    for world_size in (16, 64):
+        path, _ = saved(tmp_path / str(world_size), world_size, tensors=40)
+        for verified in (True, False):
+            calls.clear()
+            export(path, tmp_path / f"{world_size}-{verified}.safetensors", verify=verified)
+            writes = calls.count("pwrite") + calls.count("pwritev")
+            counts[world_size, verified] = len(calls) - writes, writes
+    for verified in (True, False):
+        (reads, writes), (more_reads, more_writes) = counts[16, verified], counts[64, verified]
+        assert more_reads - reads <= (64 - 16) * 8  # and there are 40 pieces in each file
+        assert more_writes - writes <= 64 * 40 // 512
+
+
+def test_headers_of_files_are_not_parsed_where_they_are_as_they_must_be(tmp_path, monkeypatch):
+    path, state = saved(tmp_path, 25)
+    parsed: list[Any] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda *a, **kw: parsed.append(a) or loads(*a, **kw))
+    assert verify(path) == []
+    assert len(parsed) == 1  # the manifest
+    assert_exported(path, tmp_path / "one", state)
+
+
+def with_header(path: Path, rank: int, change: Any) -> None:
+    """Write another header to a rank's file, and the hash of what it is then to the manifest."""
+    file = sorted(path.glob("rank-*"))[rank]
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    text = json.dumps(change(json.loads(whole[8 : 8 + length]))).encode()
+    raw = len(text).to_bytes(8, "little") + text + whole[8 + length :]
+    file.write_bytes(raw)
+    listed = {"name": file.name, "size": len(raw), "xxh3_128": xxhash.xxh3_128_hexdigest(raw)}
+    rewrite_manifest(path, lambda content: content["files"].__setitem__(rank, listed))
+
+
+def test_a_header_of_another_form_is_read_and_one_of_other_pieces_refused(tmp_path):
+    path, state = saved(tmp_path, 25)
+    with_header(path, 3, lambda header: dict(reversed(header.items())))
+    assert verify(path) == []
+    assert_exported(path, tmp_path / "one", state)
+    with_header(path, 4, lambda header: {key.replace("m3@", "m3@1"): each for key, each in header.items()})
+    (problem,) = verify(path)
+    assert "rank-00004-of-00025" in problem
+    assert "its header lists other pieces than the manifest" in problem
+    for verified in (True, False):
+        with pytest.raises(CheckpointError, match="its header lists other pieces than the manifest"):
+            export(path, tmp_path / "two", verify=verified)
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_thousand_ranks_of_ten_thousand_tensors_fit_a_manifest():

@@ -8,7 +8,11 @@
 
 exporting.py, importing.py
 opening.py          finds out the format, and opens it
-copying.py          copies them into one file
+copying.py          copies them into new files: cuts the work into streams, which threads take
+streams.py          what a stream is; tensors whose elements lie apart
+buffered.py         long parts, a buffer at a time
+windows.py          short parts, many files at a time
+new_files.py        writes new files in any order
 companion_files.py  the other files of a transformers model
 model_card.py       what stands beside a model in a folder: its facts, its recipe, its card
 torch_file.py       writes what `torch.save` writes

@@ -1,10 +1,10 @@
 """Copies tensors, wherever they lie, into new files, and checks the bytes on their way.
 
-The layout is computed first. Each file is then read once, in order, by whichever of a few threads is free: the bytes go
-through a small buffer, are hashed there where the checkpoint has a hash of them, and are written to their offsets.
-While one thread reads and hashes the next bytes of a file, others write those before. Small files are read several at a
-time, and what of them lies side by side in a new file is written at once. Memory is bounded by the buffers, whatever
-the model.
+The layout is computed first. Each file is then read once, in order, and its bytes are hashed where the checkpoint has a
+hash of them. Those of large files go through a small buffer: while one thread reads and hashes the next, others write
+those before. Files of which several fit a window of memory are read there, and what they have of a tensor is written at
+once: system calls are made for each file and each window, not for each piece. Memory is bounded by buffers and windows,
+whatever the model.
 """
 
 from __future__ import annotations
