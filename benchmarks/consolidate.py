@@ -6,16 +6,22 @@ The model has GPT-2 medium's shapes in fp32 (355 M parameters, 1.4 GB at `--scal
 ranks in each way: as a checkpoint of distrain; as the folder that `torch.distributed.checkpoint` writes from that many
 processes, each with its rows of every tensor, which is what FSDP2 and Accelerate save; and as DeepSpeed lays out ZeRO-2
 and ZeRO-3, with both moments of Adam beside the weights. Each tool makes one file of the weights. The limit is `cat` of
-the shards into one file, which hashes nothing. Then distrain alone, with more bytes and with many small shards.
+the shards into one file, which hashes nothing. Then distrain alone: with many small shards, with more bytes
+(`--large`), and with as many bytes as `--huge` says, over few ranks and over many. One of these sets is on the disk at
+a time. With more blocks than GPT-2 medium has, the vocabulary stays as it is.
 
 Every command runs as a process of its own, imports included, after the inputs were read once and the disk was synced;
-commands take turns. Nothing waits for the disk unless it says so. Memory is the highest anonymous size, which leaves
-out pages of libraries and files, sampled every 2 ms.
+commands take turns. Nothing waits for the disk unless it says so; but a set that does not fit the page cache beside
+what is written of it is read from the disk, and then the table says so. CPU seconds are those of the process, in the
+kernel too; on a machine with other work they say more than the seconds. Memory is the highest anonymous size, which
+leaves out pages of libraries and files, sampled every 2 ms.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -110,10 +116,13 @@ for rank in range(world):
 """
 
 
+_BLOCK = 12 * 1024**2 + 13 * 1024  # parameters
+
+
 def shapes(scale: float) -> dict[str, tuple[int, ...]]:
-    """Return GPT-2 medium's shapes, with `scale` of its 24 blocks and of its vocabulary."""
+    """Return GPT-2 medium's shapes, with `scale` of its 24 blocks and at most of its vocabulary."""
     width, found = 1024, {}
-    found["wte.weight"], found["wpe.weight"] = (round(50257 * scale), width), (1024, width)
+    found["wte.weight"], found["wpe.weight"] = (round(50257 * min(scale, 1)), width), (1024, width)
     for block in range(max(1, round(24 * scale))):
         for name, shape in {
             "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
@@ -153,7 +162,8 @@ def write_checkpoint(folder: Path, scale: float, world_size: int) -> Path:
         pieces = []
         for name, spec in specs.items():
             row = spec.numel // spec.shape[0]
-            start, stop = (spec.shape[0] * r // world_size * row for r in (number, number + 1))
+            share = -(-spec.shape[0] // world_size)  # rows: the last ranks have fewer, or none
+            start, stop = (min(share * r, spec.shape[0]) * row for r in (number, number + 1))
             part = noise[: stop - start] if stop - start <= noise.size else np.resize(noise, stop - start)
             pieces.append(Piece(name, start, part.view(np.uint8), copied=True))
         saver = Saver(folder, Ranks(number, world_size, barrier, slots), asynchronous=False)
@@ -180,12 +190,13 @@ def finish(*processes: subprocess.Popen[bytes]) -> None:
         sys.exit("an input could not be written")
 
 
-def measure(command: list[str], clean: Callable[[], None], anonymous: list[float]) -> float:
-    """Return the seconds of one run of the command; adds its highest anonymous memory in MB to the list."""
+def measure(command: list[str], clean: Callable[[], None], anonymous: list[float], cpu: list[float]) -> float:
+    """Return the seconds of one run of the command; adds its highest anonymous memory in MB, and its CPU seconds."""
     clean()
     os.sync()
     highest = 0
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     while process.poll() is None:
@@ -200,8 +211,15 @@ def measure(command: list[str], clean: Callable[[], None], anonymous: list[float
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{command[:3]} failed:\n{errors.decode()}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     anonymous.append(highest * 1024 / 1e6)
+    cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return seconds
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all its files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class Bench:
@@ -234,9 +252,10 @@ class Bench:
                 while file.read(1 << 24):
                     pass
         memory: dict[str, list[float]] = {name: [] for name in commands}
+        cpu: dict[str, list[float]] = {name: [] for name in commands}
         base, export = list(commands)[:2]
         found = self.table.measure(
-            {name: lambda name=name: measure(commands[name], self.clean, memory[name]) for name in commands},  # type: ignore[misc]
+            {name: lambda name=name: measure(commands[name], self.clean, memory[name], cpu[name]) for name in commands},  # type: ignore[misc]
             base=base, rounds=self.rounds, title=title, goals={} if self.goal is None else {export: self.goal},
         )  # fmt: skip
         self.clean()
@@ -244,6 +263,18 @@ class Bench:
             ratio = statistics.median(one / other for one, other in zip(found[name], found[export], strict=True))
             self.table.note(
                 f"{name}: {ratio:.1f} × {export}; goal ≥ 5: {'holds' if ratio >= 5 else '**does not hold**'}."
+            )
+        used = ", ".join(
+            f"{name} {statistics.median(values):.2f} "
+            f"(× {statistics.median(one / other for one, other in zip(values, cpu[base], strict=True)):.2f})"
+            for name, values in cpu.items()
+        )
+        self.table.note(f"CPU seconds, median (× {base} within a round): {used}.")
+        nbytes, memory_bytes = size_of(source), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 2 * nbytes > 0.8 * memory_bytes:
+            self.table.note(
+                f"{nbytes / 1e9:.1f} GB and as much that is written do not fit the page cache of a machine with "
+                f"{memory_bytes / 1e9:.0f} GB of memory: all commands wait for the disk."
             )
         highest = ", ".join(f"{name} {max(values):.0f}" for name, values in memory.items())
         held = "holds" if max(memory[export]) <= 64 * 1.048576 else "**does not hold**"
@@ -266,8 +297,7 @@ def own(bench: Bench, scale: float, ranks: int, title: str, more: bool) -> Path:
                 EXPORT.format("shards='500MB', sync=False"), checkpoint, "out"
             ),
         }
-    size = sum(path.stat().st_size for path in checkpoint.glob("rank-*"))
-    bench.run(f"{title}: {size / 1e9:.2f} GB over {ranks} ranks", checkpoint, commands)
+    bench.run(f"{title}: {size_of(checkpoint) / 1e9:.2f} GB over {ranks:,} ranks", checkpoint, commands)
     return checkpoint
 
 
@@ -313,6 +343,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="what the model is cut over")
     parser.add_argument("--stages", type=int, nargs="+", default=[3], help="of DeepSpeed's ZeRO")
     parser.add_argument("--large", type=float, default=3.0, help="share of GPT-2 medium that is exported alone")
+    parser.add_argument("--huge", type=float, default=0.0, help="GB of checkpoints over --ranks and --shards (0: none)")
     parser.add_argument("--shards", type=int, default=1024, help="ranks of a checkpoint that is exported alone")
     parser.add_argument("--folder", help="where to work, in a temporary folder that is removed (default: the system's)")
     parser.add_argument("--no-peers", action="store_true", help="distrain and `cat` only")
@@ -320,10 +351,12 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     scale, large, shards = (0.05, 0.1, 64) if options.quick else (options.scale, options.large, options.shards)
     table = Table("consolidate", "seconds", digits=2)
+    blocks = (options.huge * 1e9 - 4 * sum(map(math.prod, shapes(1).values()))) / 4 / _BLOCK / 24 + 1
     for title, part, ranks, more in [
         *(("distrain's own checkpoint", scale, ranks, True) for ranks in options.ranks),
-        ("Larger", large, options.ranks[0], False),
         ("Many small shards", scale, shards, False),
+        *([("Larger", large, options.ranks[0], False)] if large else []),
+        *(("Much larger", blocks, ranks, False) for ranks in (options.ranks[0], shards) if options.huge),
     ]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             bench = Bench(

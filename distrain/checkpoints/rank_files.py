@@ -94,11 +94,11 @@ class RankFiles:
         return RankFile(kind, starts, padded(kind.header % tuple(starts)))
 
     def _go_to(self, file: int) -> _Kind:
-        if file < self._file:
-            self._file, self._here, self._kind = -1, [], None
         before, self._file = self._file, file
         if self._kind is not None and bisect_right(self._bounds, before) == bisect_right(self._bounds, file):
             return self._kind
+        if file < before:
+            before, self._here = -1, []
         begun = self._runs[bisect_right(self._firsts, before) : bisect_right(self._firsts, file)]
         self._here = sorted(run for run in chain(self._here, begun) if run[5] > file)
         self._numels = [run[6] for run in self._here]

@@ -244,6 +244,10 @@ class Source:
                 start += block.numel
         return {file: partial(sorted, parts) for file, parts in found.items()}
 
+    def count_parts(self, names: Iterable[str]) -> int:
+        """Return how many there are in all files."""
+        return sum(len(self.tensors[name].blocks) for name in names)
+
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel), as stored; threads may share the source."""
         import numpy as np  # most exports gather nothing

@@ -96,10 +96,11 @@ def open_files_of(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
-@pytest.fixture(params=[0, 3000, windows.WINDOW], ids=["in buffers", "some in windows", "in windows"])
+@pytest.fixture(params=[None, 40, windows.WINDOW], ids=["in buffers", "in small windows", "in windows"])
 def small(request, monkeypatch):
-    """Read small files in buffers as large ones are, or several at a time."""
-    monkeypatch.setattr(windows, "WINDOW", request.param)
+    """Read files one by one through buffers, or several at a time into windows of so many bytes."""
+    monkeypatch.setattr(windows, "FEW", 1 if request.param else 1000)
+    monkeypatch.setattr(windows, "WINDOW", request.param or windows.WINDOW)
 
 
 @pytest.mark.usefixtures("small")

@@ -13,7 +13,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -24,7 +24,7 @@ from distrain.checkpoints.export import streams, windows
 from distrain.checkpoints.export.buffered import ByteStream
 from distrain.checkpoints.export.new_files import NewFiles
 from distrain.checkpoints.export.streams import Gathering, Output, Placed, Stream, Unit
-from distrain.checkpoints.export.windows import SmallUnits
+from distrain.checkpoints.export.windows import ShortParts
 from distrain.checkpoints.headers import pack_header
 from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.sources import THREADS, Check, Source
@@ -65,26 +65,24 @@ def copy_tensors(source: Source, placed: Iterable[Placed], checks: Sequence[Chec
     targets: dict[str, list[Placed]] = defaultdict(list)
     for each in placed:
         targets[each[0].name].append(each)
-    work: list[Stream] = []
-    small: deque[Unit] = deque()
-    for unit in _units(source, targets, checks):
-        if unit.nbytes <= windows.WINDOW and unit.kept <= windows.WINDOW / 2:
-            small.append(unit)
-        else:
-            work.append(ByteStream(source, unit, targets))
-    if small:
-        work.append(SmallUnits(source, small, targets))
+    names = {name for name in targets if source.in_runs(name)}
+    units = [*_units(source, names, checks)]
+    parts, nbytes = source.count_parts(names), sum(source.tensors[name].nbytes for name in names)
+    work: list[Stream]
+    if len(units) >= windows.FEW and nbytes / max(parts, 1) < windows.SHORT:
+        work = [ShortParts(source, units, targets, parts / len(units))]
+    else:
+        work = [ByteStream(source, unit, targets) for unit in units]
     work += [Gathering(source, *each) for name, found in targets.items() if not source.in_runs(name) for each in found]
     _Work(work).run()
     if bad := [check for stream in work for check in stream.damaged]:
         raise source.damage(bad)
 
 
-def _units(source: Source, targets: Mapping[str, list[Placed]], checks: Sequence[Check]) -> Iterator[Unit]:
+def _units(source: Source, names: Collection[str], checks: Sequence[Check]) -> Iterator[Unit]:
     by_file: dict[int, list[Check]] = defaultdict(list)
     for check in sorted(checks, key=lambda check: (check.file, check.offset)):
         by_file[check.file].append(check)
-    names = {name for name in targets if source.in_runs(name)}
     parts = source.parts(names)
     stored = sum(source.tensors[name].nbytes for name in names)
     share = min(1.0, stored / max(1, sum(source.files[file][1] for file in parts)))
@@ -92,7 +90,7 @@ def _units(source: Source, targets: Mapping[str, list[Placed]], checks: Sequence
         listed, size = parts.get(file, list), source.files[file][1]
         whole = [check for check in by_file[file] if check.covers(size)]
         if whole or not by_file[file]:
-            yield Unit(file, whole[0] if whole else None, listed, size, size * share)
+            yield Unit(file, whole[0] if whole else None, listed, size * share)
             continue
         found = listed()
         offsets = [part[0] for part in found]
@@ -103,10 +101,9 @@ def _units(source: Source, targets: Mapping[str, list[Placed]], checks: Sequence
             inside = [part for part in found[low:high] if part[0] + part[1] <= check.end]
             rest += [*found[checked:low], *(part for part in found[low:high] if part[0] + part[1] > check.end)]
             checked = high
-            yield Unit(file, check, partial(list, inside), check.nbytes, sum(part[1] for part in inside))
+            yield Unit(file, check, partial(list, inside), sum(part[1] for part in inside))
         if rest := rest + found[checked:]:
-            held = sum(part[1] for part in rest)
-            yield Unit(file, None, partial(list, rest), held, held)
+            yield Unit(file, None, partial(list, rest), sum(part[1] for part in rest))
 
 
 class _Work:

@@ -99,6 +99,10 @@ class NativeSource(Source):
     def _parts(self, file: int, names: Collection[str]) -> list[Part]:
         return [part for part in self._reader.listed(file) if part[2] in names]
 
+    def count_parts(self, names: Iterable[str]) -> int:
+        """Return how many there are in all files."""
+        return sum(run[3] for name in names for run in self.manifest.tensors[name].runs)
+
     def gather(self, name: str, start: int, numel: int) -> np.ndarray:
         """Return the bytes (uint8) of elements [start, start + numel); threads may share the source."""
         with self._reading:

@@ -52,10 +52,8 @@ class Unit:
     check: Check | None
     listed: Callable[[], list[Part]]
     """Returns the parts of tensors in it, in their order."""
-    nbytes: int
-    """At most so many are read."""
     kept: float
-    """About so many are of those parts."""
+    """About so many bytes are of those parts."""
 
 
 class Stream(ABC):

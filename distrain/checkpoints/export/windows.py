@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from operator import add, floordiv, itemgetter
 
 from distrain.checkpoints.dtypes import ITEM_SIZES
@@ -13,51 +17,113 @@ from distrain.checkpoints.export import streams
 from distrain.checkpoints.export.new_files import Write
 from distrain.checkpoints.export.streams import Output, Placed, Stream, Unit, converted_parts, read_into
 from distrain.checkpoints.rank_files import Part
-from distrain.checkpoints.sources import Hash, Source
+from distrain.checkpoints.sources import Source
 from distrain.run.heartbeat import progress
 
-WINDOW = 16 << 20
+WINDOW = 8 << 20
 """Bytes of short parts that a thread reads before it writes them."""
+FEW = 8
+"""With fewer files there is too little to bring together."""
+SHORT = 1 << 16
+"""Bytes of a part, on average, from which on each is written by itself."""
+_MOST_PARTS = 30_000  # that are listed for a window: they take some 200 bytes each
+_MOST_FILES = 256  # that are open for a window
 _MAX_VIEWS = 512  # that one call writes; the system takes 1024
 
 
-class SmallUnits(Stream):
-    """Units of which several fit a window."""
+class ShortParts(Stream):
+    """Units with short parts, several read in turns, so that what they have of a tensor comes together.
+
+    With F units a window holds 1 / F of a window's bytes of each: that takes F reads, and as many writes as there are
+    tensors in so many bytes. F is chosen so that both are about as many.
+    """
 
     most_threads = 2  # one reads while another writes
 
-    def __init__(self, source: Source, units: deque[Unit], targets: Mapping[str, list[Placed]]):
+    def __init__(self, source: Source, units: Sequence[Unit], targets: Mapping[str, list[Placed]], parts: float):
         super().__init__()
         self.source = source
         self.targets = targets
-        self._units = units
+        self._units = deque(units)
+        in_window = WINDOW * len(units) / max(sum(unit.kept for unit in units), 1)  # units, whole ones
+        wanted = max(math.sqrt(parts * in_window), in_window)  # `parts`: of one unit
+        self._together = max(1, int(min(wanted, _MOST_PARTS / max(parts, 1), _MOST_FILES)))
         self._free: list[_Window] = []
 
     def take(self, buffer: memoryview) -> Callable[[], None] | None:
-        """Return what copies the next units, as many as fit a window."""
-        batch: list[Unit] = []
-        kept = 0.0
-        while not self.ended and self._units and kept + self._units[0].kept <= WINDOW:
-            batch.append(self._units.popleft())
-            kept += batch[-1].kept
-        if not batch:
+        """Return what copies the next units."""
+        if self.ended or not self._units:
             self.ended = True
             return None
+        batch = [self._units.popleft() for _ in range(min(self._together, len(self._units)))]
         return partial(self._copy, batch, buffer)
 
     def _copy(self, batch: Sequence[Unit], buffer: memoryview) -> None:
         window = self._free.pop() if self._free else _Window(self.targets)
-        for unit in batch:
-            descriptor = self.source.open(unit.file)
-            try:
-                same = window.read(descriptor, unit, buffer)
-            finally:
-                os.close(descriptor)
-            if not same and unit.check is not None:
-                self.damaged.append(unit.check)
-            progress()
+        with ExitStack() as opened:
+            readings = [_Reading(self.source, unit, self.targets, buffer, opened) for unit in batch]
+            share = WINDOW // len(readings)
+            while any([reading.read(window, share) for reading in readings]):  # noqa: C419 (each reads its share)
+                window.write()
+                progress()
         window.write()
         self._free.append(window)
+        self.damaged += [reading.unit.check for reading in readings if reading.unit.check and not reading.holds]
+
+
+class _Reading:
+    """A unit that is read in its order, a share of a window at a time."""
+
+    def __init__(
+        self,
+        source: Source,
+        unit: Unit,
+        targets: Mapping[str, list[Placed]],
+        buffer: memoryview,
+        opened: ExitStack,
+    ):
+        self.unit = unit
+        self.holds = True
+        """Whether its check does, once it is read."""
+        self._buffer = buffer
+        self._parts = _cut(unit.listed(), targets)
+        self._sums = [0, *accumulate(part[1] for part in self._parts)]
+        self._next = 0
+        self._done = False
+        self._hashed = None if unit.check is None else unit.check.begin()
+        self._reached = 0 if unit.check is None else unit.check.offset
+        self._descriptor = source.open(unit.file)
+        opened.callback(os.close, self._descriptor)
+
+    def read(self, window: _Window, share: int) -> bool:
+        """Read parts of so many bytes, at least one, and hash what is of no part; return whether there are more."""
+        if self._done:
+            return False
+        first = self._next
+        self._next = max(first + 1, bisect_right(self._sums, self._sums[first] + share) - 1)
+        for begin, end, parts in _stretches(self._parts[first : self._next]):
+            self._skip(begin)
+            view = window.room(end - begin)
+            read_into(self._descriptor, view, begin)
+            if self._hashed is not None and end > self._reached:  # tied tensors may lie over each other
+                self._hashed.update(view[self._reached - begin :])
+                self._reached = end
+            window.add(view, begin, parts)
+        if self._next < len(self._parts):
+            return True
+        if self.unit.check is not None and self._hashed is not None:
+            self._skip(self.unit.check.end)
+            self.holds = self.unit.check.holds(self._hashed)
+        self._done = True
+        return False
+
+    def _skip(self, end: int) -> None:
+        """Hash what lies before `end`."""
+        while self._hashed is not None and self._reached < end:
+            view = self._buffer[: end - self._reached]
+            read_into(self._descriptor, view, self._reached)
+            self._hashed.update(view)
+            self._reached += len(view)
 
 
 class _Row:
@@ -83,34 +149,20 @@ class _Window:
         self._rows: list[_Row] = []
         self._latest: dict[Sequence[str], _Row] = {}  # of those names
 
-    def read(self, descriptor: int, unit: Unit, buffer: memoryview) -> bool:
-        """Read a unit from its open file, and through the buffer what is of no part; return whether its check holds."""
-        check = unit.check
-        hashed = None if check is None else check.begin()
-        reached = 0 if check is None else check.offset
-        for begin, end, parts in _stretches(unit.listed()):
-            if hashed is not None:
-                _hash(hashed, descriptor, reached, begin, buffer)
-            reached = end
-            if end - begin > len(self._memory) - self._reached:
-                self.write()
-            view = self._memory[self._reached : self._reached + end - begin]
-            self._reached += len(view)
-            read_into(descriptor, view, begin)
-            if hashed is not None:
-                hashed.update(view)
-            self._add(view, begin, parts)
-        if check is None or hashed is None:
-            return True
-        _hash(hashed, descriptor, reached, check.end, buffer)
-        return check.holds(hashed)
+    def room(self, nbytes: int) -> memoryview:
+        """Return memory for so many bytes of parts."""
+        if nbytes > len(self._memory) - self._reached:
+            self.write()
+        self._reached += nbytes
+        return self._memory[self._reached - nbytes : self._reached]
 
-    def _add(self, view: memoryview, begin: int, parts: Sequence[Part]) -> None:
+    def add(self, view: memoryview, begin: int, parts: Sequence[Part]) -> None:
+        """Add what was read from `begin` on."""
         # called for a million parts: nearly all that is done for each is done by what zip and map call
         offsets, nbytes, names, starts = zip(*parts, strict=True)
         row = self._latest.get(names)
         if row is None or row.stops != starts:
-            sizes = [ITEM_SIZES[self.targets[name][0][0].stored.dtype] for name in names]
+            sizes = [_item_size(self.targets[name]) for name in names]
             row = self._latest[names] = _Row(names, sizes, starts)
             self._rows.append(row)
         bounds = [(offset - begin, offset - begin + count) for offset, count in zip(offsets, nbytes, strict=True)]
@@ -141,6 +193,22 @@ _Run = tuple[int, int, Sequence[memoryview]]
 """Consecutive bytes of a new file: their offset, how many, and their views."""
 
 
+def _item_size(placed: Sequence[Placed]) -> int:
+    return ITEM_SIZES[placed[0][0].stored.dtype]
+
+
+def _cut(parts: list[Part], targets: Mapping[str, list[Placed]]) -> list[Part]:
+    """Return the parts with long ones, which a window may not have room for, as several."""
+    most = max(WINDOW // 64 * 16, 16)  # of whole elements, whatever their size
+    if max((part[1] for part in parts), default=0) <= most:
+        return parts
+    return [
+        (offset + done, min(most, nbytes - done), name, start + done // _item_size(targets[name]))
+        for offset, nbytes, name, start in parts
+        for done in range(0, nbytes, most)
+    ]
+
+
 def _stretches(parts: list[Part]) -> Iterator[tuple[int, int, list[Part]]]:
     """Yield (begin, end, parts) of the bytes of a file that are of parts."""
     first = end = 0
@@ -157,14 +225,6 @@ def _stretches(parts: list[Part]) -> Iterator[tuple[int, int, list[Part]]]:
         end = max(end, ends[index])
     if parts:
         yield offsets[first], end, parts[first:]
-
-
-def _hash(hashed: Hash, descriptor: int, begin: int, end: int, buffer: memoryview) -> None:
-    while begin < end:
-        view = buffer[: end - begin]
-        read_into(descriptor, view, begin)
-        hashed.update(view)
-        begin += len(view)
 
 
 def _write_together(write: Write, runs: list[_Run]) -> None:
