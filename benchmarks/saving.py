@@ -45,7 +45,7 @@ LEAST_COST_S = 1e-3
 """Below it a cost is noise, and a ratio of it says nothing."""
 
 Costs = dict[str, list[float]]
-"""Seconds: of the `first` save, of the `others`, and of the `usual` step."""
+"""Seconds: of the `first` save, of the `others`, of the `usual` step, and of the `others` on the loop's own thread."""
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,36 @@ class Steps:
     def __init__(self, size: Size):
         self.size = size
         self.seconds: list[float] = []
-        self._began = time.perf_counter()
+        self.on_thread: list[float] = []
+        """CPU seconds of the thread that trains."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the first step."""
+        self._began, self._used = time.perf_counter(), time.thread_time()
 
     def tick(self) -> None:
         """Note that one step is done."""
-        now = time.perf_counter()
+        now, used = time.perf_counter(), time.thread_time()
         self.seconds.append(now - self._began)
-        self._began = now
+        self.on_thread.append(used - self._used)
+        self._began, self._used = now, used
 
-    def costs(self) -> list[float]:
+    def costs(self, seconds: list[float]) -> list[float]:
         """Return the seconds beyond usual steps after each save; a save is made at the end of step `every`, counted
         from 1, and may be in the time of that step or of the next."""
         every, found = self.size.every, []
         for save in range(1, self.size.saves + 1):
-            span = self.seconds[save * every - 1 : (save + 1) * every - 1]
+            span = seconds[save * every - 1 : (save + 1) * every - 1]
             usual = statistics.median(span[2 * len(span) // 3 :])
             found.append(sum(each - usual for each in span))
         return found
 
     def report(self) -> Costs:
         """Return the costs of the first save and of the others, and the usual step, in seconds."""
-        first, *others = self.costs()
-        return {"first": [first], "others": others, "usual": [statistics.median(self.seconds[self.size.every :])]}
+        first, *others = self.costs(self.seconds)
+        usual = [statistics.median(self.seconds[self.size.every :])]
+        return {"first": [first], "others": others, "usual": usual, "on_thread": self.costs(self.on_thread)[1:]}
 
 
 def _device() -> Any:
@@ -126,7 +134,8 @@ def run_distrain(size: Size, folder: Path) -> Costs:
             if self.started:
                 steps.tick()
             else:
-                steps._began, self.started = time.perf_counter(), True
+                steps.begin()
+                self.started = True
 
     recipe = folder / "recipe.yaml"
     recipe.write_text(
@@ -369,6 +378,7 @@ def main() -> None:
             "others": "What a save costs the loop",
             "first": "What the first save of a run costs the loop",
             "usual": "A usual step",
+            "on_thread": "CPU time of the thread that trains, of what a save costs the loop",
         }
         for key, title in titles.items():
             costs = {
