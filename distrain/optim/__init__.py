@@ -1,6 +1,7 @@
 """Optimizers, losses, schedules of the learning rate, and the average of the weights.
 
 optimizers.py  optimizers by name, and which parameters are decayed, scaled or frozen
+fused.py       the fused step of Adam and AdamW, by its kernel alone
 muon.py        Muon, with AdamW for what is no matrix
 matrices.py    which parameters are the matrices of hidden layers
 losses/        losses by name, as sums and counts, so that one division over the global count gives the mean
@@ -17,6 +18,7 @@ migration.py   what an optimizer can use of the state that another has stored
 from distrain.optim.averages import Ema, canonical_name
 from distrain.optim.depth import layer_depths
 from distrain.optim.freezing import THAW, drop_frozen, is_frozen, thaws
+from distrain.optim.fused import FusedStep
 from distrain.optim.losses import Loss, build_loss, check_loss
 from distrain.optim.migration import StateMigration, plan_migration
 from distrain.optim.optimizers import (
@@ -48,6 +50,7 @@ __all__ = [
     "OPTIMIZER",
     "THAW",
     "Ema",
+    "FusedStep",
     "GroupPlan",
     "Loss",
     "Optimizers",

@@ -98,6 +98,8 @@ class World:
         if self.world_size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
         self._store_flags = 0
+        self._packed: tuple[tuple[Any, ...], Tensor] = (), torch.empty(0)
+        """Flags that were packed, with their dtype, and the tensor on the device."""
 
     def tune(
         self,
@@ -175,11 +177,11 @@ class World:
         """Return `values` on the device; the host does not wait where they are pinned."""
         return values.to(self.device, non_blocking=True)
 
-    def pack_metrics(self, loss: Tensor, flags: Sequence[float]) -> Tensor:
-        """Return `loss` (0-d) and the flags as one float64 tensor on the device, without waiting for the device."""
-        numbers = self.to_device(torch.tensor((0.0, *flags), dtype=torch.float64))
-        numbers[0] = loss
-        return numbers
+    def pack_metrics(self, loss: Tensor, flags: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return `loss` (0-d) and the flags as one tensor on the device, without waiting for the device."""
+        if (*flags, dtype) != self._packed[0]:  # most steps have the flags of the one before
+            self._packed = (*flags, dtype), self.to_device(torch.tensor(tuple(flags), dtype=dtype))
+        return torch.cat((loss.reshape(1).to(dtype), self._packed[1]))
 
     def to_host_async(self, *values: Tensor) -> Callable[[], list[float]]:
         """Return a function that reads all `values` (each 1-D); a step later it does not wait for the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from distrain.config import UserError
-from distrain.optim import drop_frozen, parts_of, sparse_layers
+from distrain.optim import FusedStep, drop_frozen, parts_of, sparse_layers
 from distrain.parallel.comm import World
 from distrain.parallel.model_tensors import model_to, restored, share_tensors, travels
 from distrain.parallel.shards import Shard, whole
@@ -56,18 +57,18 @@ class DDPStrategy(Strategy):
         """Whether there are buffers that DDP cannot send."""
         self._reached: set[Tensor] = set()
         self._carried: Tensor | None = None
-        """What goes backward beside the loss, to bring the ranks' numbers with the gradients."""
+        """This rank's numbers, to go to the others with the gradients of the next backward pass."""
         # it is not prepared: Accelerate's wrapper looks for optional packages at every step, which costs as much as a
         # small step. It serves gradient scaling and sharding, and neither is left to it here.
         self.state = TrainingState(self.model, self.optimizer, make_ema(plan, self.model), migrate=plan.migrate)
         with_mixed_precision(world, self.model)
         self._sets: dict[str, _Trained] = {}
         """What is trained together, by the name of the optimizer."""
-        for name in parts_of(self.optimizer):
+        for name, part in parts_of(self.optimizer).items():
             with self.only(name):
                 mine = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 alike = len({(parameter.device, parameter.dtype) for parameter in mine}) == 1
-                self._now = self._sets[name] = _Trained(mine, alike, self.model)
+                self._now = self._sets[name] = _Trained(mine, alike, self.model, FusedStep(part))
                 if world.world_size > 1:
                     self._now.wrapped = self._distribute(plan, name)
         self.wrapped = self._now.wrapped
@@ -103,7 +104,7 @@ class DDPStrategy(Strategy):
         wrapped = world.accelerator.prepare_model(carrier)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return wrapped  # `check` says so
-        self._now.carrier = carrier
+        self._now.carries = carrier.numbers
         if world.world_size > 2:
             with restored(model):
                 loss_sum = plan.loss_of(optimizer)(wrapped, 0)
@@ -122,26 +123,26 @@ class DDPStrategy(Strategy):
         return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
-        carrier = self._now.carrier
-        if carrier is None or carrier.numbers is None:
+        numbers = self._now.carries
+        if numbers is None:
             return StepRecord.reduce_async(self.world, loss, flags)
-        numbers = self.world.pack_metrics(loss, flags).to(carrier.numbers.dtype)
-        self._carried = torch.dot(carrier.numbers, numbers)
+        self._carried = self.world.pack_metrics(loss, flags, numbers.dtype)
 
         def arrived() -> StepRecord:
-            assert carrier.numbers is not None
-            means, carrier.numbers.grad = carrier.numbers.grad, None
+            means, numbers.grad = numbers.grad, None
             assert means is not None, "the last backward pass has brought it"
             return StepRecord(means.clone())  # the gradient is a view of DDP's buffer
 
         return arrived
 
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
-        if self._carried is None:
-            torch.autograd.backward(loss_sum, scale)
+        carried, self._carried = self._carried, None
+        if carried is None:
+            _backward((loss_sum,), (scale,))
         else:
-            carried, self._carried = self._carried, None
-            torch.autograd.backward((loss_sum, carried), (scale, torch.ones_like(carried)))
+            assert self._now.carries is not None
+            # of what is trained, a gradient is what is handed to it
+            _backward((loss_sum, self._now.carries), (scale, carried))
         if last:
             self._held = self._held_gradients()
             if self._now.all_reached:
@@ -169,9 +170,10 @@ class DDPStrategy(Strategy):
         return norm
 
     def apply(self, coefficient: Tensor | None) -> None:
+        held, now = self._held, self._now
         if coefficient is not None:
-            torch._foreach_mul_(self._held, coefficient)
-        self._acting.step()
+            torch._foreach_mul_(held, coefficient)
+        now.step(whole=len(held) == len(now.parameters) and not self._has_sparse_gradient)
         self.skip()
 
     def skip(self) -> None:
@@ -241,9 +243,33 @@ class _Trained:
     """Whether all are on one device and of one dtype."""
     wrapped: nn.Module
     """The model, or DDP around it that averages these gradients."""
+    step: FusedStep
+    """Lets their optimizer step."""
     all_reached: bool = False
     """Whether DDP expects a gradient for each of them with the last micro-batch of each step."""
-    carrier: _Carrier | None = None
+    carries: nn.Parameter | None = None
+    """The one whose gradient carries numbers from rank to rank; None where they travel by themselves."""
+
+
+def _backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Do what torch.autograd.backward does, without its checks of what fits already.
+
+    These cost as much as a small layer, and import a package for symbolic mathematics. Threads of a GPU take the
+    settings of torch's compiler from it, so it stays where that is in use.
+    """
+    on_host = outputs[0].device.type == "cpu" or "torch._dynamo" not in sys.modules
+    if on_host and all(
+        type(each) in _TENSORS and each.shape == gradient.shape
+        for each, gradient in zip(outputs, gradients, strict=True)
+    ):
+        # graphs are not kept, nor made for second derivatives; what is trained need not be named
+        _ENGINE.run_backward(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        torch.autograd.backward(outputs, gradients)
+
+
+_ENGINE = torch.autograd.Variable._execution_engine
+_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Carrier(nn.Module):
