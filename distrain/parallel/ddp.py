@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import FIELDS, StepFlags, StepRecord
 from distrain.parallel.strategy import (
+    NOTHING,
     BuildSpec,
     Strategy,
     did_not_take_effect,
@@ -120,7 +121,7 @@ class DDPStrategy(Strategy):
         if self._first and self._sends_itself:
             share_tensors([buffer for buffer in self.model.buffers() if not travels(buffer)])
         self._first = last
-        return nullcontext() if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
+        return NOTHING if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
         numbers = self._now.carries
@@ -149,7 +150,8 @@ class DDPStrategy(Strategy):
                 self._complete()
             if self._thaws and drop_frozen(self.optimizer, self._step):
                 self._held = self._held_gradients()
-            self._note_gradients(self._held)
+            if self._gradients is None:
+                self._note_gradients(self._held)
 
     def _held_gradients(self) -> list[Tensor]:
         return [gradient for parameter in self._now.parameters if (gradient := parameter.grad) is not None]

@@ -61,12 +61,12 @@ class Mesh:
         """Which replica this rank has a part of; the ranks with the same part of others have the same numbers."""
         return self.rank // self.shards
 
-    @property
+    @cached_property
     def data_rank(self) -> int:
         """Which part of a batch this rank reads, of `data_size`: every rank reads its own."""
         return self.rank
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """Into how many parts a batch is cut."""
         return self.world_size

@@ -60,6 +60,10 @@ class BuildSpec:
         return partial(self.loss_sum, optimizer=optimizer) if optimizer else self.loss_sum
 
 
+NOTHING = nullcontext()
+"""The context that does nothing: one for all."""
+
+
 class Strategy(ABC):
     """A model and its optimizer among the processes of a world. Every method is called by all ranks."""
 
@@ -120,7 +124,7 @@ class Strategy(ABC):
 
         Without a name all that is trained gets one.
         """
-        return self._only(name) if name else nullcontext()
+        return self._only(name) if name else NOTHING
 
     @contextmanager
     def _only(self, name: str) -> Iterator[None]:
@@ -144,7 +148,7 @@ class Strategy(ABC):
         if self._first:
             self.share_buffers()
         self._first = last
-        return nullcontext()
+        return NOTHING
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers, where a step begins: as DDP does."""

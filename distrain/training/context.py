@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,15 +65,23 @@ class TrainContext:
     local: LocalStepResult | None = None
     """What this rank has computed in its last attempt at a step."""
 
-    def acting(self, step: int) -> list[Turn]:
+    def acting(self, step: int) -> Sequence[Turn]:
         """Return the turns of the optimizers that act in `step`, from 1."""
-        return [turn for turn in self.turns if step % turn.every == 0]
+        return self.turns if self._alike else [turn for turn in self.turns if step % turn.every == 0]
+
+    @cached_property
+    def _alike(self) -> bool:
+        return all(turn.every == 1 for turn in self.turns)
+
+    @cached_property
+    def _parts(self) -> list[tuple[Turn, Any]]:
+        parts = parts_of(self.strategy.optimizer)
+        return [(turn, parts[turn.name]) for turn in self.turns]
 
     def set_lr(self, step: int) -> None:
         """Set the learning rates of `step`, from 0."""
-        parts = parts_of(self.strategy.optimizer)
-        for turn in self.turns:
-            set_lr(parts[turn.name], turn.lr(step))
+        for turn, part in self._parts:
+            set_lr(part, turn.lr(step))
 
     @cached_property
     def world(self) -> World:
@@ -156,11 +164,12 @@ def dropout_seed(t: TrainContext, step: int, index: int, turn: Turn) -> int:
 
 def seed_forward(t: TrainContext, index: int, turn: Turn, samples: int) -> None:
     """Seed what a forward pass of the step under way draws: of a micro-batch of `samples`, by its number here."""
-    seed_dropout(t.world, dropout_seed(t, t.step, index, turn))
-    mesh = t.world.mesh
+    world, step = t.world, t.step
+    mesh = world.mesh
+    seed_dropout(world, dropout_seed(t, step, index, turn))
     # a step's positions are those of the ranks' first micro-batches, then of their second ones
     first = (index * mesh.data_size + mesh.data_rank) * samples
-    noise.of_step(t.recipe.seed, t.step, first, samples, turn.number)
+    noise.of_step(t.recipe.seed, step, first, samples, turn.number)
 
 
 def seed_dropout(world: World, seed: int) -> None:

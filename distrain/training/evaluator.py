@@ -60,14 +60,16 @@ class Evaluator:
 
     def due(self) -> bool:
         """Whether the recipe wants an evaluation after this step."""
-        step = self._context.t.step
-        return self._context.state.evaluated_step != step and self._every.due(step) and self.split is not None
+        context = self._context
+        step = context.t.step
+        return self._every.due(step) and context.state.evaluated_step != step and self.split is not None
 
     def found_best(self) -> bool:
         """Whether this step was evaluated, is the best so far, and is kept for that."""
         context, state = self._context, self._context.state
-        kept = context.recipe.checkpoint.keep_best > 0
-        return kept and state.evaluated_step == context.t.step and state.evaluations.improved()
+        if state.evaluated_step != context.t.step:
+            return False
+        return context.recipe.checkpoint.keep_best > 0 and state.evaluations.improved()
 
     def of_this_step(self) -> Evaluation:
         """Return what a checkpoint keeps of this step's evaluation, if there was one."""

@@ -87,8 +87,11 @@ class RunContext:
     @property
     def stopping(self) -> str:
         """Why the run is left after this step, to be resumed by the same command; empty where it is not."""
-        step, reason = self.callbacks.plan.stop or (self.total_steps, "")
-        return self.state.stop_reason or (reason if step <= self.t.step < self.total_steps else "")
+        planned = self.callbacks.plan.stop
+        if self.state.stop_reason or planned is None:
+            return self.state.stop_reason
+        step, reason = planned
+        return reason if step <= self.t.step < self.total_steps else ""
 
     def at_end(self) -> bool:
         """Whether no step follows this one."""

@@ -202,8 +202,9 @@ class Anomalies:
             return found
         if (known := self._skipped.get((step, optimizer))) is not None:
             return known
-        if self.judges_first and math.isfinite(loss) and math.isfinite(norm):
-            return None  # judged already
+        # judged already, or nothing that could be one
+        if (self.judges_first or self.section.spike is None) and math.isfinite(loss) and math.isfinite(norm):
+            return None
         return self._judged(step, loss, norm, local, optimizer)
 
     def _judged(
