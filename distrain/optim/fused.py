@@ -35,48 +35,53 @@ class FusedStep:
         self._without_gradient = torch.no_grad()
         # a tensor is added to numbers on the host faster than a number is; on a GPU they are one kernel in any case
         on_host = self._able and parameters[0].device.type == "cpu"
-        self._added: dict[str, Any] = {"other": torch.tensor(1.0), "alpha": 1.0} if on_host else {"other": 1}
-        self._groups: list[_Group] | None = None
-        """None until a step of torch's own has made the state."""
+        self._added: dict[str, Any] = {"other": torch.tensor(1.0), "alpha": 1.0} if on_host else {"scalar": 1}
+        self._groups: list[_Group] = []
+        """Empty until a step of torch's own has made the state."""
         self._states: list[Any] = []
         """What the optimizer keeps of each parameter, in its own order."""
 
     def __call__(self, *, whole: bool) -> None:
         """Let the optimizer step; `whole`: whether each of its parameters has a gradient, and none a sparse one."""
         optimizer = self._optimizer
-        if not self._able:
+        if not self._able or not whole or self._is_watched():
             optimizer.step()
-        elif whole and self._groups is not None and self._unchanged():
+        elif self._is_unchanged():
             with self._without_gradient:
                 for group in self._groups:
                     group.step(self._added)
         else:
             optimizer.step()
-            self._groups = self._look(optimizer) if whole else None
+            self._look()
 
-    def _unchanged(self) -> bool:
-        """Whether the optimizer steps as it did when its state was looked at, and nobody watches."""
-        optimizer, groups = self._optimizer, self._groups
-        now, found = optimizer.param_groups, optimizer.state.values()
-        return (
-            not torch.autograd._profiler_enabled()
-            and not optimizer._optimizer_step_pre_hooks
-            and not optimizer._optimizer_step_post_hooks
-            and not of_torch._global_optimizer_pre_hooks
-            and not of_torch._global_optimizer_post_hooks
-            and _TAKES_OVER.isdisjoint(optimizer.__dict__)
-            and groups is not None
-            and len(now) == len(groups)
-            and all(map(_Group.is_of, groups, now))
-            and len(found) == len(self._states)
-            and all(map(is_, found, self._states))
+    def _is_watched(self) -> bool:
+        """Whether somebody takes part in the optimizer's step, or measures it."""
+        optimizer = self._optimizer
+        return bool(
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or of_torch._global_optimizer_pre_hooks
+            or of_torch._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+            or not _TAKES_OVER.isdisjoint(optimizer.__dict__)
         )
 
-    def _look(self, optimizer: Any) -> list[_Group] | None:
-        """Return what the kernel steps, group by group; None where torch would not step all of it by that kernel."""
+    def _is_unchanged(self) -> bool:
+        """Whether the optimizer holds what it held when that was looked at."""
+        groups, states = self._optimizer.param_groups, self._optimizer.state.values()
+        return (
+            len(groups) == len(self._groups)
+            and all(map(_Group.is_of, self._groups, groups))
+            and len(states) == len(self._states)
+            and all(map(is_, states, self._states))
+        )
+
+    def _look(self) -> None:
+        """Note what the kernel steps, now that each parameter has a state; or that it is not for this optimizer."""
+        optimizer = self._optimizer
+        self._groups = [_Group(group, optimizer.state) for group in optimizer.param_groups]
         self._states = [*optimizer.state.values()]
-        groups = [_Group(group, optimizer.state) for group in optimizer.param_groups]
-        return groups if all(group.fits() for group in groups) else None
+        self._able = all(group.fits() for group in self._groups)
 
 
 def _takes_kernel(group: dict[str, Any]) -> bool:

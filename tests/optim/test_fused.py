@@ -75,8 +75,8 @@ def test_it_has_the_bits_of_torchs_step(kind: str) -> None:
             for key, value in optimizer.state[one].items():
                 assert torch.equal(value, other.state[its][key])
                 assert value.dtype == other.state[its][key].dtype
-    # the first makes the state, the fourth lacks a gradient, and the next looks again, as after the loading
-    assert by_torch == [1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0]
+    # the first makes the state, the fourth lacks a gradient, and that after the loading looks again
+    assert by_torch == [1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_a_state_that_was_exchanged_is_stepped() -> None:
