@@ -10,6 +10,8 @@ from typing import Literal
 
 OFFLOADS = ("none", "optimizer", "all")
 """What can be kept in the memory of the CPU: nothing, the optimizer's state, or the parameters as well."""
+COMPILER = "torch._dynamo"
+"""torch's compiler, which takes two seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StrategyKind:
     """Whether optimizers of their own can train parts of a model in turn."""
     offloads: tuple[str, ...] = ("none",)
     """Those of OFFLOADS that it can do."""
+    imports_compiler: bool = False
+    """Whether it imports torch's compiler, whatever is compiled: to go through a model without its values."""
     offload_hint: str = "zero3 can, also on one process: --strategy zero3"
     """What to do where another is asked for."""
 
@@ -47,7 +51,13 @@ STRATEGIES = {
         _ZERO, "deepspeed", shards=True, several_optimizers=False, offloads=OFFLOADS[:2], offload_hint=_WHOLE
     ),
     "zero3": StrategyKind(
-        _ZERO, "deepspeed", shards=True, forward_is_collective=True, several_optimizers=False, offloads=OFFLOADS
+        _ZERO,
+        "deepspeed",
+        shards=True,
+        forward_is_collective=True,
+        several_optimizers=False,
+        offloads=OFFLOADS,
+        imports_compiler=True,
     ),
     "fsdp2": StrategyKind(
         "distrain.parallel.fsdp2:FSDP2Strategy",
@@ -56,6 +66,7 @@ STRATEGIES = {
         forward_is_collective=True,
         replicates=True,
         offloads=("none", "all"),
+        imports_compiler=True,
         offload_hint="it moves parameters, gradients and the optimizer's state together: --offload all",
     ),
 }
@@ -69,9 +80,10 @@ def strategy_name(name: str) -> str:
     return name
 
 
-def strategy_module(name: str) -> str:
-    """Return the module of a strategy's class."""
-    return STRATEGIES[name].place.partition(":")[0]
+def strategy_imports(name: str) -> tuple[str, ...]:
+    """Return what each process imports for a strategy: the module of its class, and what that takes seconds for."""
+    kind = STRATEGIES[name]
+    return kind.place.partition(":")[0], *((COMPILER,) if kind.imports_compiler else ())
 
 
 def describe_strategy(strategy: str, replicate: int | str = 1) -> str:

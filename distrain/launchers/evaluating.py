@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
-from distrain.config.strategies import strategy_module
+from distrain.config.strategies import strategy_imports
 from distrain.config.yaml import parse_recipe
 from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
 from distrain.launchers.reporting import reported
@@ -37,7 +37,7 @@ class ModelRequest:
     @property
     def imports(self) -> tuple[str, ...]:
         """Modules that each of its processes imports."""
-        return "distrain.inference", strategy_module(self.strategy)
+        return "distrain.inference", *strategy_imports(self.strategy)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
-from distrain.config.strategies import strategy_module
+from distrain.config.strategies import COMPILER, strategy_imports
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.launchers.preflight import StartEnvironment, all_of, gpu_count
 from distrain.run.folder import Launch, RunDir
@@ -29,8 +29,8 @@ from distrain.system.output import in_utf8
 if TYPE_CHECKING:
     from distrain.parallel import Configuration, StrategySpec
 
-TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks", "torch._dynamo")
-"""Modules that each of several processes of a training imports, whatever the recipe; DDP imports torch's compiler."""
+TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks")
+"""Modules that each of several processes of a training imports, whatever the recipe."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ class RunRequest:
     @property
     def imports(self) -> tuple[str, ...]:
         """Modules that each of its processes imports."""
-        return *TRAINING_IMPORTS, strategy_module(self.strategy)
+        train = self.recipe.recipe.train
+        # without GPUs, where alone processes are forked, auto compiles nothing
+        compiles = train.compile not in (False, "auto") or train.activation_checkpointing
+        return *TRAINING_IMPORTS, *strategy_imports(self.strategy), *((COMPILER,) if compiles else ())
 
     @property
     def run(self) -> RunDir:

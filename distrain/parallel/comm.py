@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from distrain.parallel.mesh import Mesh
 from distrain.parallel.precision import MixedPrecision, resolve
 from distrain.parallel.strategy_spec import StrategySpec, check_precision
 from distrain.parallel.tuning import Facts, Tuning, resolve_tuning, set_switches
+from distrain.parallel.uncompiled import compiling_when_called
 from distrain.run.heartbeat import progress
 from distrain.system.environment import Environment, forget_world, has_launcher
 from distrain.system.logs import EACH_RANK
@@ -521,9 +523,10 @@ def _for_deepspeed(
 
 
 def quiet_deepspeed() -> None:
-    """Import DeepSpeed with its log at warnings, and without the C++ collective for CPUs that it would compile first.
+    """Import DeepSpeed with its log at warnings, and without what it would compile or prepare to compile first.
 
-    That one serves inference on one machine alone, and takes a compiler and half a minute.
+    The C++ collective for CPUs serves inference on one machine alone, and takes a compiler and half a minute. The
+    functions of its own Muon, which is not used here, import torch's compiler where they are defined.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.ops
@@ -532,3 +535,5 @@ def quiet_deepspeed() -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     # found out by trial compilations otherwise, and asked for by that collective alone
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+    with compiling_when_called(), suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

@@ -31,6 +31,7 @@ from distrain.parallel.strategy import (
     make_optimizer,
     with_mixed_precision,
 )
+from distrain.parallel.uncompiled import wrapping_in_ddp
 from distrain.parallel.unused_parameters import reached_parameters
 
 
@@ -102,7 +103,8 @@ class DDPStrategy(Strategy):
         frozen = [name for name, tensor in tensors if not tensor.requires_grad and not travels(tensor)]
         # their dtypes do not travel with DDP's, and all ranks have the same ones already
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(carrier, frozen)
-        wrapped = world.accelerator.prepare_model(carrier)
+        with wrapping_in_ddp():
+            wrapped = world.accelerator.prepare_model(carrier)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return wrapped  # `check` says so
         self._now.carries = carrier.numbers
@@ -211,7 +213,7 @@ class DDPStrategy(Strategy):
             )
         absent = [each for each in missed if each.grad is None]
         views = [each.view_as(each) for each in missed]
-        torch.autograd.backward(views, [torch.full_like(each, -0.0) for each in views])
+        run_backward(views, [torch.full_like(each, -0.0) for each in views])
         gradients = [each.grad for each in absent if each.grad is not None]
         if gradients:
             unused = torch.stack([((each == 0) & each.signbit()).all() for each in gradients]).tolist()

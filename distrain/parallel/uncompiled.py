@@ -1,0 +1,112 @@
+"""What wraps and trains models without an import of torch's compiler, for as long as nothing else imports it.
+
+Its import takes a third of the start of a run, in each process. Where a release of torch, Accelerate or DeepSpeed has
+other names than those here, nothing is changed, and it imports what it imports.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import accelerate.accelerator
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distrain.optim.uncompiled import KEEPS_OUT, compiler_imported, unmarked
+
+_SHARDED = "torch.distributed.tensor"
+"""It imports SymPy and a part of the compiler."""
+
+
+def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Do what torch.autograd.backward does with gradients, and leave the comparison of their shapes to its engine.
+
+    torch compares them before by what its compiler knows of shapes: with the first backward pass this imports SymPy,
+    and with each it takes as long as a small one.
+    """
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None:
+        torch.autograd.backward(outputs, gradients)
+    else:
+        engine.run_backward(
+            tuple(outputs), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+
+
+@contextmanager
+def wrapping_in_ddp() -> Iterator[None]:
+    """Have Accelerate wrap a model in DDP without imports that only tell that it is neither compiled nor sharded."""
+    if compiler_imported():
+        yield
+        return
+    # a generator that DDP enters around each forward pass
+    marked = getattr(vars(DistributedDataParallel).get("_inside_ddp_forward"), "__wrapped__", None)
+    if marked is not None and getattr(marked, "__code__", None) is KEEPS_OUT:
+        setattr(DistributedDataParallel, "_inside_ddp_forward", contextmanager(unmarked(marked)))  # noqa: B010
+    # DDP asks whether compiled code reduces gradients, a setting that nobody has changed without having imported it
+    utils = _StandIn("torch._dynamo.utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")
+    with _replaced(torch, "_dynamo", _StandIn("torch._dynamo", utils=utils)):
+        looks = vars(accelerate.accelerator).get("model_has_dtensor")
+        if looks is None:
+            yield
+            return
+        with _replaced(
+            accelerate.accelerator, "model_has_dtensor", lambda model: _SHARDED in sys.modules and looks(model)
+        ):
+            yield
+
+
+@contextmanager
+def compiling_when_called() -> Iterator[None]:
+    """Have a function that is given to torch.compile within be compiled with its first call, in place of now."""
+    compile_now = torch.compile
+
+    def compile_later(model: Any = None, **how: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_later, **how)
+        if not isinstance(model, FunctionType):
+            return compile_now(model, **how)
+        compiled: Callable[[], Callable[..., Any]] = functools.cache(lambda: compile_now(model, **how))
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    with _replaced(torch, "compile", compile_later):
+        yield
+
+
+class _StandIn:
+    """A few names of a module that has not been imported; to ask for another one imports it."""
+
+    def __init__(self, module: str, **names: Any):
+        self._module = module
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Have a module hold another value within, unless somebody replaces that in turn."""
+    names = vars(module)
+    before, missing = names.get(name), name not in names
+    names[name] = value
+    try:
+        yield
+    finally:
+        if names.get(name) is value:
+            if missing:
+                del names[name]
+            else:
+                names[name] = before
