@@ -117,12 +117,9 @@ def test_what_needs_no_torch_imports_none() -> None:
 NOT_OF_HELP = "torch accelerate pandas numpy wandb pydantic yaml distrain.config.sections distrain.launchers"
 """Imported by commands that read a recipe or train."""
 
-COMPILER = "torch._dynamo torch._inductor triton"
-"""What torchvision imports too."""
-
 NOT_OF_EVERY_RUN = (
     "pandas scipy sklearn torchmetrics torchvision transformers tokenizers deepspeed wandb tensorboard distrain.report "
-    + COMPILER
+    "torch._dynamo torch._inductor torch.distributed.tensor triton sympy"
 )
 """Imported by the runs that use them only: together they take longer than a first run."""
 
@@ -131,7 +128,7 @@ NOT_OF_EVERY_RUN = (
     ("recipe", "used"),
     [
         ("task: classification\ndata: {name: iris}\nmodel: {name: mlp}\n", ""),
-        ("task: classification\ndata: {name: digits}\nmodel: {name: resnet18}\n", f"{COMPILER} torchvision"),
+        ("task: classification\ndata: {name: digits}\nmodel: {name: resnet18}\n", "torchvision"),
         ("task: language_modeling\ndata: {name: text, path: TEXT, seq_len: 8}\nmodel: {name: gpt, n_layer: 1}\n", ""),
         ("task: regression\ndata: {name: table, path: TABLE, target: y}\nmodel: {name: mlp}\n", "pandas"),
     ],
@@ -152,6 +149,47 @@ def test_a_run_imports_only_the_libraries_it_uses(recipe: str, used: str, tmp_pa
         f"print('imported:', *sorted(set({NOT_OF_EVERY_RUN!r}.split()) & set(sys.modules)))"
     )
     assert out.splitlines()[-1].split()[1:] == sorted(used.split())
+
+
+SAYS_WHAT_IT_IMPORTED = f"""
+import atexit, sys
+from pathlib import Path
+from distrain import Callback
+
+class Imported(Callback):
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def on_start(self, run):
+        names = {NOT_OF_EVERY_RUN!r}.split()
+        file = Path(self.folder) / str(run.rank)
+        atexit.register(lambda: file.write_text(" ".join(sorted(set(names) & set(sys.modules)))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "model", "used"),
+    [
+        ("ddp", "mlp", ""),
+        pytest.param("ddp", "resnet18", "torchvision", marks=pytest.mark.more),
+        pytest.param("zero1", "mlp", "deepspeed tokenizers transformers", marks=pytest.mark.more),
+    ],
+)
+def test_each_of_several_processes_imports_only_what_it_uses(
+    strategy: str, model: str, used: str, tmp_path: Path
+) -> None:
+    (tmp_path / "imported.py").write_text(SAYS_WHAT_IT_IMPORTED)
+    text = (
+        "name: t\ntask: classification\ndata: {name: digits}\nbatch: {global: 16}\n"
+        f"model: {{name: {model}}}\noptim: {{name: adamw, lr: 0.1}}\ntrain: {{epochs: null, steps: 3}}\n"
+        f"callbacks: [{{name: 'imported.py:Imported', folder: {str(tmp_path)!r}}}]\n"
+    )
+    recipe = write_recipe(tmp_path, text)
+    options = ["--processes", "2", "--strategy", strategy, "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "distrain", "train", str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text().split() for rank in ("0", "1")] == [used.split()] * 2
 
 
 def test_help_imports_no_torch_and_nothing_slow() -> None:

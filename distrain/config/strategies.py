@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from distrain.system.compiler import COMPILER
+
 OFFLOADS = ("none", "optimizer", "all")
 """What can be kept in the memory of the CPU: nothing, the optimizer's state, or the parameters as well."""
-COMPILER = "torch._dynamo"
-"""torch's compiler, which takes two seconds to import."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -29,6 +30,7 @@ from distrain.datasets.base import (
 )
 from distrain.datasets.image_layouts import CLASS_FOLDERS, class_names, class_numbers, find_layout, image_paths
 from distrain.datasets.transforms import Windows
+from distrain.system.compiler import without_compiler
 from distrain.system.output import error_line
 
 logger = logging.getLogger(__name__)
@@ -195,16 +197,22 @@ def pixels_of(
 _JPEG = b"\xff\xd8\xff"
 
 
+@functools.cache
+def _torchvision_io() -> Any:
+    with without_compiler():
+        from torchvision import io
+    return io
+
+
 def _jpeg(path: Path) -> np.ndarray | None:
     """Return a JPEG file, decoded by torchvision, as (height, width, 3); None for other files, and broken ones."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
+    library = _torchvision_io()
     encoded = bytearray(path.read_bytes())
     if not encoded.startswith(_JPEG):
         return None
     try:
-        image = decode_jpeg(
-            torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
+        image = library.decode_jpeg(
+            torch.frombuffer(encoded, dtype=torch.uint8), library.ImageReadMode.RGB, apply_exif_orientation=True
         )
     except RuntimeError:
         return None  # Pillow reads some that lack their end, and describes what is wrong with the others
@@ -354,9 +362,7 @@ def _check_jpeg() -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (8, 8)).save(encoded, "JPEG")
     try:
-        from torchvision.io import decode_jpeg
-
-        decode_jpeg(torch.from_numpy(np.frombuffer(encoded.getvalue(), np.uint8).copy()))
+        _torchvision_io().decode_jpeg(torch.from_numpy(np.frombuffer(encoded.getvalue(), np.uint8).copy()))
     except (ImportError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"data.decoder is torchvision, and the one installed cannot decode JPEG: {error_line(error)}; install a "
@@ -404,7 +410,8 @@ def fashion_mnist(request: DataRequest) -> Data:
 
 
 def _torchvision_set(request: DataRequest, kind: str, folder: str, files: list[str]) -> Data:
-    from torchvision import datasets
+    with without_compiler():
+        from torchvision import datasets
 
     root = request.path(f"the folder that holds {folder}, with {', '.join(files)} in it")
     # the inner folder itself is accepted too

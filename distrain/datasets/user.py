@@ -36,6 +36,7 @@ from distrain.datasets.base import (
 from distrain.datasets.labels import IGNORED, NUMBERED, Labels
 from distrain.datasets.nested import graph_batch, is_graph
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
+from distrain.system.compiler import without_compiler
 from distrain.system.output import error_line
 
 _ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
@@ -430,8 +431,8 @@ class _Form:
         if isinstance(value, Image.Image):
             if value.mode.startswith("I;16"):  # astype converts to this machine's byte order
                 return torch.from_numpy(np.asarray(value).astype(np.uint16))[None]
-            from torchvision.transforms.v2 import functional
-
+            with without_compiler():
+                from torchvision.transforms.v2 import functional
             return functional.pil_to_tensor(value)
         try:
             tensor = torch.as_tensor(value)

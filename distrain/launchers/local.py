@@ -25,6 +25,7 @@ from distrain.launchers.request import TRAINING_IMPORTS, Options, RunRequest, pr
 from distrain.launchers.worker import begin_worker, show_finished, train_here
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import ending_hung, hang_of
+from distrain.system.compiler import COMPILER, compiler_imported
 from distrain.system.environment import (
     LAUNCHED_BY,
     SWEPT_BY,
@@ -313,7 +314,9 @@ def start(
     if count > 1 and can_fork():
         share_cores(count)
         import_once(TRAINING_IMPORTS)
-        request = in_copy(lambda: resolve(named, wanted, launcher_environment(count)))
+        request, compiler = in_copy(lambda: (resolve(named, wanted, launcher_environment(count)), compiler_imported()))
+        if compiler:  # what the recipe names imports it, in each process
+            import_once((COMPILER,))
         return LocalLauncher().submit(request)
     if count == 1:
         begin_worker()

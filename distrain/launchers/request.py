@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
-from distrain.config.strategies import COMPILER, strategy_imports
+from distrain.config.strategies import strategy_imports
 from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
 from distrain.launchers.preflight import StartEnvironment, all_of, gpu_count
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
+from distrain.system.compiler import COMPILER
 from distrain.system.job_environment import job_environment
 from distrain.system.memory import gib
 from distrain.system.output import in_utf8

@@ -17,6 +17,7 @@ from distrain.config.registry import Entry, models
 from distrain.networks.facts import FACT_NAMES
 from distrain.networks.timm_models import REFUSED as REFUSED_BY_TIMM
 from distrain.networks.timm_models import build_timm, timm_arguments, timm_parameters
+from distrain.system.compiler import without_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -101,15 +102,19 @@ def find_builder(recipe: Recipe) -> Builder:
 @functools.cache
 def torchvision_names() -> tuple[str, ...]:
     """Return the models of torchvision that map one tensor to one: images, video, segmentation."""
-    from torchvision import models
+    library = _torchvision_models()
+    modules = (library, library.video, library.segmentation)
+    return tuple(sorted({name for module in modules for name in library.list_models(module=module)}))
 
-    modules = (models, models.video, models.segmentation)
-    return tuple(sorted({name for module in modules for name in models.list_models(module=module)}))
+
+def _torchvision_models() -> Any:
+    with without_compiler():
+        from torchvision import models
+    return models
 
 
 def _in_torchvision(name: str) -> Entry[Callable[..., Any]] | None:
-    from torchvision import models as library
-
+    library = _torchvision_models()
     if name in torchvision_names():
         return Entry(name, library.get_model_builder(name), metadata={"library": "torchvision"})
     if name in library.list_models():

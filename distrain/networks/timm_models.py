@@ -15,6 +15,7 @@ from torch import nn
 from distrain.config import UserError, close_names
 from distrain.config.arguments import named_parameters
 from distrain.config.registry import Entry, models
+from distrain.system.compiler import without_compiler
 
 PREFIX = "timm:"
 _NO_DOWNLOAD = "weights are never downloaded; name a local file in model.weights"
@@ -30,7 +31,8 @@ _FACTS = ("num_classes", "in_channels", "input_shape")
 
 def _timm() -> Any:
     try:
-        import timm
+        with without_compiler():
+            import timm
     except ImportError as error:
         raise UserError(f"models {PREFIX}NAME need the library timm: pip install 'distrain[timm]' ({error})") from error
     return timm

@@ -8,13 +8,14 @@ What wraps models is in distrain/parallel/uncompiled.py.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from distrain.system.compiler import compiler_imported
 
 KEEPS_OUT: CodeType | None
 _SETS_GRAD: CodeType | None
@@ -37,11 +38,6 @@ def put_off_compiler() -> None:
             code = getattr(method, "__code__", None)
             if code is not None and (code is KEEPS_OUT or code is _SETS_GRAD):
                 setattr(kind, name, unmarked(method, sets_grad=code is _SETS_GRAD))
-
-
-def compiler_imported() -> bool:
-    """Whether something in this process has imported torch's compiler."""
-    return "torch._dynamo" in sys.modules
 
 
 def _kinds(kind: type[Optimizer]) -> Iterator[type[Optimizer]]:

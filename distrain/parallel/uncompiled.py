@@ -7,7 +7,6 @@ other names than those here, nothing is changed, and it imports what it imports.
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distrain.optim.uncompiled import KEEPS_OUT, compiler_imported, unmarked
+from distrain.optim.uncompiled import KEEPS_OUT, unmarked
+from distrain.system.compiler import compiler_imported, without_compiler
 
 _SHARDED = "torch.distributed.tensor"
 """It imports SymPy and a part of the compiler."""
@@ -50,9 +50,7 @@ def wrapping_in_ddp() -> Iterator[None]:
     marked = getattr(vars(DistributedDataParallel).get("_inside_ddp_forward"), "__wrapped__", None)
     if marked is not None and getattr(marked, "__code__", None) is KEEPS_OUT:
         setattr(DistributedDataParallel, "_inside_ddp_forward", contextmanager(unmarked(marked)))  # noqa: B010
-    # DDP asks whether compiled code reduces gradients, a setting that nobody has changed without having imported it
-    utils = _StandIn("torch._dynamo.utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")
-    with _replaced(torch, "_dynamo", _StandIn("torch._dynamo", utils=utils)):
+    with without_compiler():
         looks = vars(accelerate.accelerator).get("model_has_dtensor")
         if looks is None:
             yield
@@ -85,28 +83,11 @@ def compiling_when_called() -> Iterator[None]:
         yield
 
 
-class _StandIn:
-    """A few names of a module that has not been imported; to ask for another one imports it."""
-
-    def __init__(self, module: str, **names: Any):
-        self._module = module
-        vars(self).update(names)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._module), name)
-
-
 @contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Have a module hold another value within, unless somebody replaces that in turn."""
-    names = vars(module)
-    before, missing = names.get(name), name not in names
-    names[name] = value
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        if names.get(name) is value:
-            if missing:
-                del names[name]
-            else:
-                names[name] = before
+        setattr(module, name, before)

@@ -9,7 +9,6 @@ device.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distrain.config import UserError, mix
+from distrain.system.compiler import compiler_imported
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -137,7 +137,7 @@ def of_nothing() -> None:
 def _begin(samples: Samples) -> None:
     global _samples, _bits
     _samples = samples
-    if "torch._dynamo" in sys.modules and not hasattr(_bits, "_torchdynamo_orig_callable"):
+    if compiler_imported() and not hasattr(_bits, "_torchdynamo_orig_callable"):
         import torch._dynamo
 
         _bits = torch._dynamo.disable(_bits)  # keys change with each step, and would be part of a graph

@@ -17,6 +17,7 @@ import torch
 from distrain.config import Component, UserError
 from distrain.datasets.base import Batch
 from distrain.datasets.transforms.finishing import FINISH, Finish
+from distrain.system.compiler import without_compiler
 from distrain.system.output import error_line
 
 Images = torch.Tensor | list[Any]
@@ -95,7 +96,8 @@ class Transform:
         """Whether the images of the last batch were uint8 before the last transforms."""
         problems = []
         if items:
-            from distrain.datasets.transforms.steps import build_step, finish_of, windows_of
+            with without_compiler():
+                from distrain.datasets.transforms.steps import build_step, finish_of, windows_of
         for index, item in enumerate(items):
             try:
                 self._steps.append(build_step(item, dtype, seed, index, masks))

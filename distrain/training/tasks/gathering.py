@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from distrain.config import UserError
 from distrain.parallel import World
+from distrain.system.compiler import compiler_imported
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Gathering(ABC):
         self._layout = layout
         self.calls: list[Slot] = []
         self.take: Any = self._take
-        if "torch._dynamo" in sys.modules:  # a collective, and what counts calls, are no part of a graph
+        if compiler_imported():  # a collective, and what counts calls, are no part of a graph
             import torch._dynamo
 
             self.take = torch._dynamo.disable(self._take)
