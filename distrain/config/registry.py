@@ -110,7 +110,7 @@ class Registry(Generic[T]):
 
         def add(value: V) -> V:
             if is_own:
-                self._load()  # so that a name which is built in is refused here, and not where the other is registered
+                self.load()  # so that a name which is built in is refused here, and not where the other is registered
             there = self._entries.get(self.fold(name))
             if there is not None and _place(there.value) != _place(value):
                 raise UserError(
@@ -147,7 +147,8 @@ class Registry(Generic[T]):
         """Whether a name is a library's, though it looks like `package.module:name`."""
         return name.startswith(self._prefixes) if self._prefixes else False
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Import what is built in; otherwise that is done when a name is looked up."""
         home, self._home = self._home, None
         if home is None:
             return
@@ -162,7 +163,7 @@ class Registry(Generic[T]):
 
     def entries(self) -> list[Entry[T]]:
         """Return what is registered, sorted by name, without what is refused."""
-        self._load()
+        self.load()
         found = [entry for entry in self._entries.values() if "refused" not in entry.metadata]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -180,7 +181,7 @@ class Registry(Generic[T]):
             try:
                 found |= listing.registered((self.group or f"{self.kind}s").removeprefix("distrain."), self._home)
             except OSError:  # an installation without sources
-                self._load()
+                self.load()
                 return self.summaries()
         found = dict(sorted(found.items()))
         for library, names in self._listed_libraries().items():
@@ -209,14 +210,14 @@ class Registry(Generic[T]):
 
     def built_in(self, name: str) -> Entry[T] | None:
         """Return what is registered or a library's under this name, or None."""
-        self._load()
+        self.load()
         return self._entries.get(self.fold(name)) or self._library_find(name)
 
     def spec_of(self, name: str) -> str | None:
         """Return `package.module:NAME` or `path/to/file.py:NAME` of what is named, or None where it is built in."""
         if is_object_spec(name):
             return name if not self._is_prefixed(name) else None
-        self._load()
+        self.load()
         entry = self._entries.get(self.fold(name))
         if entry is not None:
             return entry.spec
@@ -227,7 +228,7 @@ class Registry(Generic[T]):
 
     def unknown(self, name: str) -> UserError:
         """Return the error for a name that nothing has: with the close ones, or all."""
-        self._load()
+        self.load()
         names = self.names()
         choices = [*names, *(each for library in self._libraries for each in library.names()), *self.installed()]
         listed = ", ".join([*names, *self.installed()]) + (f", {self.others}" if self.others else "")

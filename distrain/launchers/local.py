@@ -15,7 +15,7 @@ from typing import Any
 
 import distrain
 from distrain.config import UserError
-from distrain.config.registry import launchers
+from distrain.config.registry import datasets, launchers, losses, metrics, models, optimizers, tasks
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
 from distrain.launchers.forking import can_fork, import_once, in_copy, run_forked
 from distrain.launchers.launcher import Job, Submitted
@@ -314,6 +314,9 @@ def start(
     if count > 1 and can_fork():
         share_cores(count)
         import_once(TRAINING_IMPORTS)
+        with importing():
+            for kind in (datasets, losses, metrics, models, optimizers, tasks):
+                kind.load()
         request, compiler = in_copy(lambda: (resolve(named, wanted, launcher_environment(count)), compiler_imported()))
         if compiler:  # what the recipe names imports it, in each process
             import_once((COMPILER,))

@@ -30,7 +30,7 @@ from distrain.system.output import in_utf8
 if TYPE_CHECKING:
     from distrain.parallel import Configuration, StrategySpec
 
-TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks")
+TRAINING_IMPORTS = ("distrain.loop", "distrain.training.checks", "distrain.diagnose.hang_diagnosis")
 """Modules that each of several processes of a training imports, whatever the recipe."""
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 COMPILER = "torch._dynamo"
 _UTILS = f"{COMPILER}.utils"
@@ -63,17 +64,19 @@ class _StandIn(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Finder:
     """Finds the modules of the compiler that have no stand-in, by importing it."""
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if not name.startswith(f"{COMPILER}.") or compiler_imported():
             return None
+        from importlib.machinery import ModuleSpec
+
         _leave()
         importlib.import_module(name)
-        return importlib.machinery.ModuleSpec(name, self)
+        return ModuleSpec(name, self)  # type: ignore[arg-type]  # it has what a loader has
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = sys.modules[spec.name]  # it has been imported
         spec.loader_state = module.__spec__
         return module
