@@ -288,7 +288,9 @@ def split_indices(
     shuffled = generator.permutation(length)
     groups = [shuffled]
     if section.stratify and labels is not None:
-        groups = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
+        # with counts, as without them NumPy imports numpy.ma
+        kinds, _ = np.unique(labels, return_counts=True)
+        groups = [shuffled[labels[shuffled] == label] for label in kinds]
 
     if isinstance(section.split, FoldSplit):
         fold, of = section.split.fold, section.split.of
