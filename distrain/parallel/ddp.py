@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from distrain.parallel.strategy import (
 )
 from distrain.parallel.uncompiled import wrapping_in_ddp
 from distrain.parallel.unused_parameters import reached_parameters
+from distrain.system.compiler import compiler_imported
 
 
 class DDPStrategy(Strategy):
@@ -213,7 +213,7 @@ class DDPStrategy(Strategy):
             )
         absent = [each for each in missed if each.grad is None]
         views = [each.view_as(each) for each in missed]
-        run_backward(views, [torch.full_like(each, -0.0) for each in views])
+        torch.autograd.backward(views, [torch.full_like(each, -0.0) for each in views])
         gradients = [each.grad for each in absent if each.grad is not None]
         if gradients:
             unused = torch.stack([((each == 0) & each.signbit()).all() for each in gradients]).tolist()
@@ -261,7 +261,7 @@ def _backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> Non
     These cost as much as a small layer, and import a package for symbolic mathematics. Threads of a GPU take the
     settings of torch's compiler from it, so it stays where that is in use.
     """
-    on_host = outputs[0].device.type == "cpu" or "torch._dynamo" not in sys.modules
+    on_host = outputs[0].device.type == "cpu" or not compiler_imported()
     if on_host and all(
         type(each) in _TENSORS and each.shape == gradient.shape
         for each, gradient in zip(outputs, gradients, strict=True)

@@ -1,4 +1,4 @@
-"""What wraps and trains models without an import of torch's compiler, for as long as nothing else imports it.
+"""What wraps models without an import of torch's compiler, for as long as nothing else imports it.
 
 Its import takes a third of the start of a run, in each process. Where a release of torch, Accelerate or DeepSpeed has
 other names than those here, nothing is changed, and it imports what it imports.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import accelerate.accelerator
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distrain.optim.uncompiled import KEEPS_OUT, unmarked
@@ -23,21 +22,6 @@ from distrain.system.compiler import compiler_imported, without_compiler
 
 _SHARDED = "torch.distributed.tensor"
 """It imports SymPy and a part of the compiler."""
-
-
-def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Do what torch.autograd.backward does with gradients, and leave the comparison of their shapes to its engine.
-
-    torch compares them before by what its compiler knows of shapes: with the first backward pass this imports SymPy,
-    and with each it takes as long as a small one.
-    """
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    if engine is None:
-        torch.autograd.backward(outputs, gradients)
-    else:
-        engine.run_backward(
-            tuple(outputs), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
 
 
 @contextmanager

@@ -306,7 +306,7 @@ def share_cores(processes: int, variables: MutableMapping[str, str] = os.environ
     """Give each of several processes its share of this process's cores, where nothing else says how many.
 
     Libraries read it when they are imported, NumPy's too. Of a list, one number for each level of OpenMP, the first
-    stays: Accelerate takes one number. What is no number is ignored, as OpenMP does.
+    stays: Accelerate takes one number. What is not a number is ignored, as OpenMP does.
     """
     if processes > 1:
         given = variables.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

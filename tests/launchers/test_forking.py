@@ -145,7 +145,8 @@ def forked(script: str, arguments: list[str], processes: int, signals: list[int]
         ("", [], {0: 0, 1: 0}, False),
         ("sys.exit(3 * rank)", [], {0: 0, 1: 3}, False),
         ("rank == 1 and os.kill(os.getpid(), 9) or time.sleep(60)", [], {0: -15, 1: -9}, False),
-        ("raise KeyError(rank)", [], {0: 1, 1: 1}, False),
+        # blocked, as the one that fails first ends the other by it
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, {15}); raise KeyError(rank)", [], {0: 1, 1: 1}, False),
         ("time.sleep(60)", [signal.SIGTERM], {0: -15, 1: -15}, True),
         ("time.sleep(60)", [signal.SIGINT], {0: 130, 1: 130}, True),
         # blocked from the first moment, so that it waits for a handler

@@ -5,11 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-import torch
-
-from distrain.parallel.uncompiled import run_backward
-
 KEPT_OUT = """
 import sys
 import torch
@@ -51,15 +46,3 @@ def test_the_compiler_is_kept_out_until_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", KEPT_OUT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "marked\n"
-
-
-def test_a_backward_pass_gives_the_gradients_of_torchs() -> None:
-    found = []
-    for backward in (run_backward, torch.autograd.backward):
-        weights = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
-        outputs, gradients = (weights.exp(), weights.sum()), (torch.tensor([0.1, 0.2, 0.3]), torch.tensor(-3.0))
-        backward(outputs, gradients)
-        found.append(weights.grad)
-    assert torch.equal(found[0], found[1])
-    with pytest.raises(RuntimeError, match="shape"):
-        run_backward((torch.ones(2, requires_grad=True) * 2,), (torch.ones(3),))
