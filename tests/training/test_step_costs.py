@@ -184,7 +184,7 @@ def test_python_of_a_step_does_not_grow_with_the_parameters(tmp_path: Path) -> N
         recipe.write_text(RECIPE.replace(layers, model).replace("MICRO", "32"))
         found += in_world(1, python_of_a_step, str(recipe), str(tmp_path / f"run-{scalars}"))
     few, many = found
-    assert 0 < few["calls"] <= 96
+    assert 0 < few["calls"] <= 100
     assert 0 < few["any"] <= 340
     assert many["calls"] <= few["calls"] + 5  # some of them are due by the time
     # gradients are collected once and dropped once; what else is done for each of them, torch does
