@@ -141,11 +141,11 @@ class DDPStrategy(Strategy):
     def backward(self, loss_sum: Tensor, scale: Tensor, *, last: bool) -> None:
         carried, self._carried = self._carried, None
         if carried is None:
-            _backward((loss_sum,), (scale,))
+            _run_backward((loss_sum,), (scale,))
         else:
             assert self._now.carries is not None
             # of what is trained, a gradient is what is handed to it
-            _backward((loss_sum, self._now.carries), (scale, carried))
+            _run_backward((loss_sum, self._now.carries), (scale, carried))
         if last:
             self._held = self._held_gradients()
             if self._now.all_reached:
@@ -255,7 +255,7 @@ class _Trained:
     """The one whose gradient carries numbers from rank to rank; None where they travel by themselves."""
 
 
-def _backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+def _run_backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
     """Do what torch.autograd.backward does, without its checks of what fits already.
 
     These cost as much as a small layer, and import a package for symbolic mathematics. Threads of a GPU take the

@@ -152,6 +152,8 @@ _TRANSPARENT = ("torch/_ops.py", "torch/utils/_contextlib.py", "torch/_compile.p
 _COLLECTIVE = ("torch/distributed/", "torch/nn/parallel/distributed.py", "deepspeed/comm/", "deepspeed/runtime/comm/")
 _OF_DISTRAIN = ("share_buffers", "_agree_on_another_order")
 """Functions of distrain that call a collective which has no Python of its own, or wait for other ranks."""
+_BACKWARD = (("torch/autograd/graph.py", "_engine_run_backward"), ("distrain/parallel/ddp.py", "_run_backward"))
+"""Files and functions that call the engine of a backward pass, which has no Python of its own."""
 
 
 def waits(stack: Stack) -> bool | None:
@@ -169,7 +171,7 @@ def waits(stack: Stack) -> bool | None:
             return True
         if frame.file.startswith(PACKAGE) and frame.function in _OF_DISTRAIN:
             return True
-        if name.endswith("torch/autograd/graph.py") and frame.function == "_engine_run_backward":
+        if any(name.endswith(file) and frame.function == function for file, function in _BACKWARD):
             return None
         if "torch/cuda/" in name and "synchronize" in frame.function:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from distrain.diagnose.hang_diagnosis.diagnosis import Diagnosis, RankReport, fi
 from distrain.diagnose.hang_diagnosis.gpus import describe_gpus, gpu_faults, parse_memory_errors, parse_xids
 from distrain.diagnose.hang_diagnosis.stragglers import Stragglers, slowest
 from distrain.launchers import reported
+from distrain.parallel import ddp
 from distrain.run import heartbeat, stacks
 from distrain.run.heartbeat import Heartbeat, enter_phase, stepped
-from distrain.run.stacks import Frame, Where, line_to_see, parse_dump, shortened, waits, where
+from distrain.run.stacks import Frame, Stack, Where, line_to_see, parse_dump, shortened, waits, where
 
 # --------------------------------------------------------------------------------------------------------------------
 # Who hangs
@@ -226,12 +228,33 @@ def test_whether_a_thread_waits_for_others() -> None:
         ([f"{SITE}deepspeed/runtime/zero/stage3.py|step", LOOP], False),
         ([f"{PACKAGE}parallel/strategy.py|share_buffers", LOOP], True),
         ([f"{SITE}torch/autograd/graph.py|_engine_run_backward", LOOP], None),
+        ([f"{PACKAGE}parallel/ddp.py|_run_backward", LOOP], None),
         ([f"{SITE}torch/cuda/streams.py|synchronize", LOOP], None),
         (["/home/me/model.py", f"{SITE}torch/nn/parallel/distributed.py", LOOP], False),
         ([f"{SITE}torch/nn/functional.py", LOOP], False),
         ([], False),
     ):
         assert waits(stack(*files)) is wanted, files
+
+
+@pytest.mark.parametrize("run_backward", [ddp._run_backward, torch.autograd.backward])
+def test_a_backward_pass_leaves_open_whether_it_waits(run_backward: Callable[..., None]) -> None:
+    stacks_there: list[Stack] = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            stacks_there.append(stacks.stack_of(sys._getframe()))
+            return gradients[0]
+
+    run_backward((Noting.apply(torch.ones((), requires_grad=True)),), (torch.ones(()),))
+    (found,) = stacks_there
+    caller = next(at for at, frame in enumerate(found) if "run_backward" in frame.function)
+    assert waits(found[caller:]) is None
 
 
 def test_names_of_files_are_those_that_people_know() -> None:
