@@ -14,7 +14,7 @@ Every command runs as a process of its own, imports included, after the inputs w
 commands take turns. Nothing waits for the disk unless it says so; but a set that does not fit the page cache beside
 what is written of it is read from the disk, and then the table says so. CPU seconds are those of the process, in the
 kernel too; on a machine with other work they say more than the seconds. Memory is the highest anonymous size, which
-leaves out pages of libraries and files, sampled every 2 ms.
+leaves out pages of libraries and files, sampled every 2 ms in a run of its own.
 """
 
 from __future__ import annotations
@@ -190,15 +190,24 @@ def finish(*processes: subprocess.Popen[bytes]) -> None:
         sys.exit("an input could not be written")
 
 
-def measure(command: list[str], clean: Callable[[], None], anonymous: list[float], cpu: list[float]) -> float:
-    """Return the seconds of one run of the command; adds its highest anonymous memory in MB, and its CPU seconds."""
+def measure(command: list[str], clean: Callable[[], None], cpu: list[float]) -> float:
+    """Return the seconds of one run of the command; adds its CPU seconds."""
     clean()
     os.sync()
-    highest = 0
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    wait(start_process(command))
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return seconds
+
+
+def anonymous_bytes(command: list[str], clean: Callable[[], None]) -> int:
+    """Return the highest anonymous size of one run of the command."""
+    clean()
+    highest = 0
+    process = start_process(command)
     while process.poll() is None:
         try:
             with open(f"/proc/{process.pid}/status") as file:
@@ -207,14 +216,21 @@ def measure(command: list[str], clean: Callable[[], None], anonymous: list[float
             break
         highest = max([highest, *found])
         time.sleep(0.002)
+    wait(process)
+    return highest * 1024
+
+
+def start_process(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a command that is measured; what it says is kept for `wait`."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+
+def wait(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command, which may not fail."""
     _, errors = process.communicate()
-    seconds = time.perf_counter() - start
     if process.returncode:
-        sys.exit(f"{command[:3]} failed:\n{errors.decode()}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    anonymous.append(highest * 1024 / 1e6)
-    cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return seconds
+        sys.exit(f"{process.args!r:.200} failed:\n{errors.decode()}")
 
 
 def size_of(folder: Path) -> int:
@@ -251,13 +267,13 @@ class Bench:
             with open(path, "rb") as file:
                 while file.read(1 << 24):
                     pass
-        memory: dict[str, list[float]] = {name: [] for name in commands}
         cpu: dict[str, list[float]] = {name: [] for name in commands}
         base, export = list(commands)[:2]
         found = self.table.measure(
-            {name: lambda name=name: measure(commands[name], self.clean, memory[name], cpu[name]) for name in commands},  # type: ignore[misc]
+            {name: lambda name=name: measure(commands[name], self.clean, cpu[name]) for name in commands},  # type: ignore[misc]
             base=base, rounds=self.rounds, title=title, goals={} if self.goal is None else {export: self.goal},
         )  # fmt: skip
+        memory = {name: anonymous_bytes(command, self.clean) / 2**20 for name, command in commands.items()}
         self.clean()
         for name in mergers:
             ratio = statistics.median(one / other for one, other in zip(found[name], found[export], strict=True))
@@ -276,9 +292,9 @@ class Bench:
                 f"{nbytes / 1e9:.1f} GB and as much that is written do not fit the page cache of a machine with "
                 f"{memory_bytes / 1e9:.0f} GB of memory: all commands wait for the disk."
             )
-        highest = ", ".join(f"{name} {max(values):.0f}" for name, values in memory.items())
-        held = "holds" if max(memory[export]) <= 64 * 1.048576 else "**does not hold**"
-        self.table.note(f"Anonymous MB: {highest}; goal of {export} ≤ 64 MiB: {held}.")
+        highest = ", ".join(f"{name} {mebibytes:.0f}" for name, mebibytes in memory.items())
+        held = "holds" if memory[export] <= 64 else "**does not hold**"
+        self.table.note(f"Anonymous MiB: {highest}; goal of {export} ≤ 64: {held}.")
 
 
 FAST = EXPORT.format("sync=False")

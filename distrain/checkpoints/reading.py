@@ -60,16 +60,17 @@ def read_manifest(path: Path | str) -> Manifest:
 class Reader:
     """Reads ranges of the full tensors of one checkpoint. Not to be shared between threads.
 
-    Raises CheckpointError, naming the file, if `verify` finds a problem or a file differs from the manifest. Close it,
-    or use it in a `with` statement.
+    Raises CheckpointError, naming the file, if `verify` finds a problem or a file differs from the manifest; without
+    `contents` it looks at which files there are and at their sizes, and not at their bytes. Close it, or use it in a
+    `with` statement.
     """
 
     _MAX_OPEN = 256  # files; well below the usual limit of 1024
 
-    def __init__(self, path: Path | str, verify: bool = True):
+    def __init__(self, path: Path | str, verify: bool = True, *, contents: bool = True):
         self.path = Path(path)
         with no_collection():
-            manifest, problems = _examine(self.path) if verify else (read_manifest(self.path), [])
+            manifest, problems = _examine(self.path, contents) if verify else (read_manifest(self.path), [])
         if problems or manifest is None:
             raise not_verified(self.path, problems)
         self.manifest = manifest
@@ -179,11 +180,6 @@ def _file_problem(folder: Path, manifest: Manifest, contents: RankFiles | None, 
     except OSError as error:
         return f"{info.name}: {error_reason(error)}"
     return None if same else f"{info.name}: {OTHER_BYTES}"
-
-
-def file_problems(path: Path) -> list[str]:
-    """Return what is wrong with the manifest, and with which files there are and their sizes."""
-    return _examine(path, contents=False)[1]
 
 
 def _examine(path: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, list[str]]:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import foreign_folders
@@ -276,6 +278,16 @@ def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
     (said,) = keep_companions(tmp_path / "base", tmp_path / "run")
     assert said.endswith("exports will not have: tokenizer.json")
     assert os.listdir(tmp_path / "run" / "transformers") == ["vocab.txt"]
+
+
+@pytest.mark.parametrize("hidden", [[], ["zlib_ng"]])
+def test_checksums_are_those_of_zip_archives(hidden):
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({hidden}); from distrain.checkpoints.sources import Crc32, crc32\n"
+        "hashed = Crc32(); hashed.update(b'1234'); hashed.update(b'56789'); print(hashed.value, crc32.__module__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert found == [str(0xCBF43926), "zlib" if hidden else "zlib_ng.zlib_ng"]  # what every CRC-32 has for these bytes
 
 
 def test_a_failed_import_leaves_nothing(written, tmp_path, monkeypatch):

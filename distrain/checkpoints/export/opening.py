@@ -19,7 +19,6 @@ from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.reading import (
     OTHER_BYTES,
     Reader,
-    file_problems,
     find_checkpoint,
     is_checkpoint_name,
     not_verified,
@@ -73,9 +72,9 @@ def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
 class NativeSource(Source):
     """The tensors of a checkpoint of distrain's own: what lies in a file is listed when the file's turn comes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, verify: bool):
         super().__init__(path, "distrain")
-        self._reader = Reader(path, verify=False)
+        self._reader = Reader(path, verify, contents=False)
         self._reading = threading.Lock()
         manifest = self.manifest = self._reader.manifest
         self.files = [(path / info.name, info.size) for info in manifest.files]
@@ -127,9 +126,7 @@ def open_native(path: Path, verify: bool) -> Source:
 
     `verify` looks at which files there are, and not at their bytes, which `Source.checks` are for.
     """
-    if verify and (problems := file_problems(path)):
-        raise not_verified(path, problems)
-    source = NativeSource(path)
+    source = NativeSource(path, verify)
     if "meta" in source.manifest.scalars:
         source.close()
         raise CheckpointError(
