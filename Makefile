@@ -26,7 +26,7 @@ test-fast: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/python scripts/test.py --changed
 
-# the tables of benchmarks/results/, beside other tools: 30 minutes on 2 cores
+# the tables of benchmarks/results/, beside other tools: 20 minutes on 2 cores
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run.py

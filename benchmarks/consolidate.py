@@ -358,7 +358,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of GPT-2 medium (1.4 GB)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="what the model is cut over")
     parser.add_argument("--stages", type=int, nargs="+", default=[3], help="of DeepSpeed's ZeRO")
-    parser.add_argument("--large", type=float, default=3.0, help="share of GPT-2 medium that is exported alone")
+    parser.add_argument(
+        "--large", type=float, default=0.0, help="share of GPT-2 medium that is exported alone (0: none)"
+    )
     parser.add_argument("--huge", type=float, default=0.0, help="GB of checkpoints over --ranks and --shards (0: none)")
     parser.add_argument("--shards", type=int, default=1024, help="ranks of a checkpoint that is exported alone")
     parser.add_argument("--folder", help="where to work, in a temporary folder that is removed (default: the system's)")

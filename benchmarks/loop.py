@@ -1,6 +1,6 @@
 """What a training step costs beside its mathematics: distrain against raw PyTorch, Accelerate, Lightning and Trainer.
 
-    python benchmarks/loop.py [--processes 1 2] [--rounds 3] [--steps 300] [--gpu] [--quick] [--save FILE]
+    python benchmarks/loop.py [--processes 1 2] [--rounds 5] [--steps 300] [--gpu] [--quick] [--save FILE]
 
 The model is so small (8 × 8 pixels, 64-64-64-10, 32 samples in a step) that only overhead counts. Every peer does the
 same work: batches by index from memory in shuffled order, forward, backward, the gradient clipped to norm 1, a fused
@@ -8,8 +8,8 @@ AdamW step, a cosine learning rate, and the loss over all processes known for ev
 always does besides: seeded dropout streams, a metrics row, agreement of the ranks, asynchronous checkpoints,
 heartbeats, a watchdog and the lease on the run's folder. Each figure is the median time of a step over windows of 50
 after a warm-up, in a process of its own; peers take turns, and the ratio is within a round. Threads are one for each
-process. Lightning is measured where it is installed. Weak scaling is that of a larger model, with as many samples in
-each process.
+process. Lightning is measured where it is installed. The environment may set the width of the hidden layers and the
+samples of a step (BENCHMARK_WIDTH, BENCHMARK_BATCH).
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ WINDOW = 50
 SAMPLES, FEATURES, CLASSES = 4096, 64, 10
 WIDTH, BATCH = int(os.environ.get("BENCHMARK_WIDTH", "64")), int(os.environ.get("BENCHMARK_BATCH", "32"))
 """Of the hidden layers, and of all processes together."""
-WIDE, SHARE = 1024, 256
-"""The same for weak scaling: the width, and the samples of each process."""
 
 
 def _device() -> str:
@@ -276,9 +274,21 @@ def run_distrain(steps: int, world_size: int, rank: int) -> float:
 # Running them
 
 
+def timed(peer: str, world_size: int, steps: int, *, gpu: bool = False, **variables: str) -> Callable[[], float]:
+    """Return a function that measures the microseconds of a step of a peer, in fresh processes with such variables."""
+
+    def measure() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments, variables["BENCHMARK_FOLDER"] = ["--peer", peer, "--steps", str(steps)], folder
+            found: float = in_processes(__file__, arguments, world_size=world_size, gpu=gpu, **variables)[0]["us"]
+            return found
+
+    return measure
+
+
 def main() -> None:
     """Measure and print a table; or, with --peer, be one of the measured processes."""
-    parser = options_of(__doc__, rounds=3)
+    parser = options_of(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1 2; with --gpu 1")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
@@ -298,37 +308,16 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer != "lightning" or importlib.util.find_spec("lightning")]
     steps = 200 if a.quick else a.steps
 
-    def measured(peer: str, world_size: int, steps: int, **sizes: str) -> Callable[[], float]:
-        def measure() -> float:
-            with tempfile.TemporaryDirectory() as folder:
-                arguments, sizes["BENCHMARK_FOLDER"] = ["--peer", peer, "--steps", str(steps)], folder
-                return in_processes(__file__, arguments, world_size=world_size, gpu=a.gpu, **sizes)[0]["us"]
-
-        return measure
-
     worlds = a.processes or ([1] if a.gpu else [1, 2])
     rounds = 1 if a.quick else a.rounds
     table = Table("A training step where only overhead counts", "µs a step")
     for world_size in worlds:
         table.measure(
-            {peer: measured(peer, world_size, steps) for peer in peers},
+            {peer: timed(peer, world_size, steps, gpu=a.gpu) for peer in peers},
             base="raw",
             rounds=rounds,
             title=f"{world_size} process{'es' if world_size > 1 else ''}",
             goals={"distrain": 1.15 if a.gpu else GOALS.get(world_size, 1.1)},
-        )
-    if 2 in worlds:
-        table.measure(
-            {
-                f"{peer}, {count}": measured(
-                    peer, count, 250, BENCHMARK_WIDTH=str(WIDE), BENCHMARK_BATCH=str(SHARE * count)
-                )
-                for peer in ("raw", "distrain")
-                for count in (1, 2)
-            },
-            base="raw, 1",
-            rounds=rounds,
-            title=f"weak scaling: {SHARE} samples in each of 1 and 2 processes, layers {WIDE} wide",
         )
     table.save(a.save)
 

@@ -14,10 +14,6 @@ from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.sources import Source
 from distrain.system.errors import UserError
 
-COPIED = 1 << 18
-"""Bytes at a time where none is converted. Of longer writes the kernel makes larger pages, which a virtual machine may
-have to get from its host anew, each time, at several times the cost."""
-
 
 @dataclass(slots=True)
 class _Span:
@@ -77,7 +73,7 @@ class ByteStream(Stream):
             self._spans = _spans(self.unit.listed(), self.targets)
             self._converts = not all(span.kept for span in self._spans)
             self._descriptor = self.source.open(self.unit.file)
-        begin, end = self._range(len(buffer) if self._converts else min(len(buffer), COPIED))
+        begin, end = self._range(len(buffer))
         if begin == end:
             self.close()
             check = self.unit.check

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.archive import NoArchive, read_archive
@@ -129,6 +127,8 @@ class FlatParts:
 
 def number(value: float | int, role: str = "optimizer") -> Stored:
     """Return a 0-d F32 tensor, as torch's optimizers count steps."""
+    import numpy as np  # most exports need no array
+
     return small(TensorSpec((), "F32", role), np.array(value, np.float32))
 
 

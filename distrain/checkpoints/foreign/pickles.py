@@ -297,12 +297,26 @@ _OPERATIONS: dict[int, Any] = {code: _CODES[code] for code in _SAFE} | {
 """All that a pickle may do. Numbers have at most 255 bytes: longer ones are slow to handle."""
 
 
+_VIEWS: dict[bytes, View] = {}
+"""By their pickles: `torch.distributed.checkpoint` writes one for each part of each tensor, most of them alike."""
+_SMALL, _MOST_VIEWS = 1024, 4096
+
+
 def read_pickle(data: bytes) -> Any:
     """Return the content of the pickle in `data` as Python's own types, `View`, `Storage`, `Named` and `Made`.
 
     Raises PickleRefused if it is damaged, uses an operation that torch's files do not, or names an object that is
     neither a part of tensors nor of what trainers write beside them.
     """
+    if data in _VIEWS:
+        return _VIEWS[data]
+    content = _read(data)
+    if isinstance(content, View) and len(data) <= _SMALL and len(_VIEWS) < _MOST_VIEWS:
+        _VIEWS[data] = content
+    return content
+
+
+def _read(data: bytes) -> Any:
     try:
         return _Unpickler(data).load()
     except PickleRefused:
