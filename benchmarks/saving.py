@@ -5,10 +5,10 @@
 **The loop.** A `gpt` trains with fused AdamW and saves every so many steps: distrain asynchronously, Accelerate by
 `save_state`, PyTorch's distributed checkpoints by `save` and by `async_save`, each into the same kind of folder. The
 limit is a loop that copies the same state into memory of its own, allocated before, and writes nothing. What a save
-costs is the sum, over the steps from one save until the next, of what each took beyond the usual step, which is the
-median of those in the last third of that span, when nothing is saved any more. The first save of a run, at which some
-allocate memory, has a table of its own. On a CPU the state has 0.23 GB (parameters and two moments in fp32), and one
-thread computes; with `--gpu` it is the GPT-2 of 124 M parameters, 1.42 GB, at 4 x 1024 tokens a step.
+costs is the sum, over the first two thirds of the steps until the next save, of what each took beyond the usual step,
+which is the median of the other third, when nothing is saved any more. The first save of a run, at which some allocate
+memory, has a table of its own. On a CPU the state has 0.23 GB (parameters and two moments in fp32), and one thread
+computes; with `--gpu` it is the GPT-2 of 124 M parameters, 1.42 GB, at 4 x 1024 tokens a step.
 
 **Many small tensors.** 20,000 parameters of 6 numbers with AdamW's state are 80,000 tensors. The whole time of a save,
 until it is on disk and published, and of a load into a new model and optimizer; `torch.save` writes the state dicts of
@@ -97,14 +97,15 @@ class Steps:
         self._began, self._used = now, used
 
     def costs(self, seconds: list[float]) -> list[float]:
-        """Return the seconds beyond usual steps after each save; a save is made at the end of step `every`, counted
-        from 1, and may be in the time of that step or of the next."""
-        every, found = self.size.every, []
-        for save in range(1, self.size.saves + 1):
-            span = seconds[save * every - 1 : (save + 1) * every - 1]
-            usual = statistics.median(span[2 * len(span) // 3 :])
-            found.append(sum(each - usual for each in span))
-        return found
+        """Return the seconds beyond usual steps after each save.
+
+        A save is made at the end of step `every`, counted from 1, and may be in the time of that step or of the next.
+        """
+        every = self.size.every
+        spans = [seconds[save * every - 1 : (save + 1) * every - 1] for save in range(1, self.size.saves + 1)]
+        quiet = 2 * every // 3
+        usual = statistics.median(each for span in spans for each in span[quiet:])
+        return [sum(each - usual for each in span[:quiet]) for span in spans]
 
     def report(self) -> Costs:
         """Return the costs of the first save and of the others, and the usual step, in seconds."""
