@@ -16,6 +16,10 @@ from distrain.datasets.table_numbers import Moments, Numbers, beyond_whole
 _KEY = re.compile(r"index|level_\d+|(.*[\W_])?(id|ID|Id)|.*[a-z](Id|ID)")
 """Names that pandas gives to an index as a column, and those of identifiers: id, user_id, PassengerId."""
 _FEWEST_COUNTED = 10  # rows: among fewer, a measurement may well be 1, 2, 3
+_WITH_COMMA = re.compile(r"[+-]?(\d+,\d+|\d{1,3}(,\d{3})+\.\d+|\d{1,3}(\.\d{3})+,\d+)([eE][+-]?\d+)?")
+"""Numbers that have a comma, before their decimals or between thousands."""
+_MOSTLY = 0.9
+"""A column with a larger share of numbers was probably meant to have nothing else."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,10 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
     numeric: list[dict[str, Any]] = []
     categorical: list[dict[str, Any]] = []
     for name in columns.inputs(frame):
-        is_category = frame.parse(name)[1].any() if columns.categorical is None else name in columns.categorical
+        if columns.categorical is not None:
+            is_category = name in columns.categorical
+        elif is_category := bool(frame.parse(name)[1].any()):
+            _refuse_commas(frame, name)
         if is_category:
             categorical.append(_fit_categories(frame, name, options))
         else:
@@ -141,6 +148,36 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
         "several_targets": several,
         **fit_target(frame, columns.targets, options, task, positive),
     }
+
+
+def _refuse_commas(frame: Frame, name: str) -> None:
+    """Raise UserError for a column whose texts are all numbers with a comma, which would become categories."""
+    labels = frame.labels(name)[frame.parse(name)[1]]
+    if all(_WITH_COMMA.fullmatch(label.strip()) for label in labels):
+        raise UserError(
+            f"column {name!r} of {frame.title} holds numbers with commas, such as {labels[0]!r}, which are read as "
+            "text; write them with a decimal point and nothing between thousands, or, if they are names, list the "
+            "column under data.categorical"
+        )
+
+
+def almost_numbers(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:
+    """Return a warning for each column of which a few values alone are no numbers, unless data.categorical names it."""
+    if columns.categorical is not None:
+        return []
+    found = []
+    for each in state["categorical"]:
+        numbers, others = frame.parse(each["name"])
+        count = np.count_nonzero(numbers.present)
+        if count < max(_FEWEST_COUNTED, _MOSTLY * (count + np.count_nonzero(others))):
+            continue
+        labels = sorted(set(frame.labels(each["name"])[others]))
+        found.append(
+            f"column {each['name']!r} of {frame.title} holds numbers but for {listed(labels)} at "
+            f"{frame.places(others)}, and so counts as {len(each['categories'])} categories; correct these, list them "
+            "under data.missing_values, or list the column under data.categorical"
+        )
+    return found
 
 
 def _fit_numbers(frame: Frame, name: str, options: Options) -> dict[str, Any]:

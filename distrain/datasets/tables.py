@@ -21,6 +21,7 @@ from distrain.datasets.base import Data, DataMeta, DataRequest, TensorSource
 from distrain.datasets.table_columns import (
     Columns,
     Options,
+    almost_numbers,
     fit,
     row_numbers,
     spelled_alike,
@@ -85,6 +86,7 @@ def table(
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
         warnings += columns.unnamed(rows) + row_numbers(rows, columns, state) + spelled_alike(state)
+        warnings += almost_numbers(frames["train"], columns, state)
     else:
         state = request.state
     encoder = Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)

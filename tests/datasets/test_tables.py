@@ -474,6 +474,30 @@ def test_the_first_line_of_a_csv_file_tells_its_delimiter(tmp_path: Path, delimi
     assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.feature_names == ("a", "b")
 
 
+@pytest.mark.parametrize("number", ["1,5", "-0,25", "1.234,5", "1,234,567.5", "1,5e-3"])
+def test_numbers_with_commas_are_no_categories(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"a;b;y\n{number};2;x\n3;4;z\n{number};;x\n")
+    with pytest.raises(UserError, match=f"column 'a' of .*t.csv holds numbers with commas, such as '{number}'"):
+        build(tmp_path, path="t.csv", target="y", split=[1.0])
+    assert build(tmp_path, path="t.csv", target="y", split=[1.0], categorical=["a"]).meta.input_shape == (3,)
+    path.write_text(f"a;b;y\n{number};2;x\n1,2,3;4;z\n")  # a list
+    assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.input_shape == (3,)
+
+
+def test_a_column_that_a_few_values_make_categories_is_told(tmp_path: Path) -> None:
+    rows = [f"{row % 17}.5,{'a' if row % 2 else 'b'}" for row in range(30)]
+    rows[7] = "12o,a"
+    (tmp_path / "t.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    (said,) = build(tmp_path, path="t.csv", target="y", split=[1.0]).warnings
+    assert re.search(r"column 'x' of .*t.csv holds numbers but for '12o' at .*row 8.* counts as 18 categories", said)
+    for silent in ({"categorical": ["x"]}, {"missing_values": ["12o"]}):
+        assert not build(tmp_path, path="t.csv", target="y", split=[1.0], **silent).warnings
+    rows[:7] = [f"id{row},a" for row in range(7)]  # a column of names, some of which look like numbers
+    (tmp_path / "t.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    assert not build(tmp_path, path="t.csv", target="y", split=[1.0]).warnings
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Columns that nobody named
 
