@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import struct
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +90,7 @@ def compile_model(model: nn.Module, compiled: Compiled) -> None:
 
     if os.environ.get(CACHE) in (None, default_cache_dir()):  # which torch sets itself, in /tmp
         os.environ[CACHE] = str(cache_folder())
+    discard_unfinished(Path(os.environ[CACHE]))
     how = compiled.how
     torch._dynamo.config.suppress_errors = compiled.lenient
     try:
@@ -107,6 +112,38 @@ def cache_folder() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "distrain" / "compiled"
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove from such a folder what a process was linking when it was killed, which the compiler would take for whole.
+
+    What a process is linking now is locked, and stays.
+    """
+    from filelock import FileLock, Timeout  # as PyTorch locks it
+
+    for path in folder.glob("*/*"):
+        if path.suffix not in (".o", ".so"):
+            continue
+        builds = path.with_name(f"{path.stem}_CxxBuild")  # a folder that is there until the file is whole
+        if _is_whole(path) and not builds.exists():
+            continue
+        with suppress(Timeout, OSError), FileLock(folder / "locks" / f"{path.name.partition('.')[0]}.lock", timeout=0):
+            if not _is_whole(path) or builds.exists():
+                path.unlink(missing_ok=True)
+                shutil.rmtree(builds, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an object file reaches to the end of its table of sections, which linkers write last."""
+    with suppress(OSError), path.open("rb") as file:
+        header = file.read(64)
+        if not header.startswith(b"\x7fELF") and sys.platform != "linux":
+            return True
+        if len(header) < 64:
+            return False
+        (offset,), (nbytes, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        return header.startswith(b"\x7fELF") and 0 < offset + nbytes * count <= os.fstat(file.fileno()).st_size
+    return True
 
 
 def graphs_and_failures() -> tuple[int, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import copy
 from collections.abc import Iterator
 from functools import partial
@@ -13,8 +14,10 @@ import pytest
 import torch
 import torch._dynamo
 from allocated import Allocated
+from filelock import FileLock
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import clear_caches
 
 from distrain.config import CompileSection, Recipe, TuneSection, UserError
 from distrain.datasets.base import DataMeta
@@ -30,6 +33,7 @@ from distrain.training.compiling import (
     Compiled,
     cache_folder,
     compile_model,
+    discard_unfinished,
     graphs_and_failures,
     resolve_compile,
     warn_of_failures,
@@ -267,6 +271,44 @@ def test_a_later_attempt_compiles_nothing_anew(fresh: Path) -> None:
     assert sum(compiles[0]) > 0
     assert compiles[1] == (0, 0)
     assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_kill_has_left_half_linked_is_compiled_anew(fresh: Path) -> None:
+    loss, batch = loss_named("mse", "regression"), {"inputs": torch.randn(3, 5), "targets": torch.randn(3, 1)}
+    loss.prepare(CPU, torch.float32)
+    for _ in range(2):
+        start_anew()
+        clear_caches()
+        model = nn.Linear(5, 1)
+        compute_loss_inside(model, loss)
+        compile_model(model, Compiled(CompileSection()))
+        gradients(model, loss, batch, inside=True)
+        libraries = list(cache_folder().glob("*/*.so"))
+        assert libraries
+        for library in libraries:
+            content = library.read_bytes()
+            assert len(content) > 4096
+            library.unlink()  # it is mapped
+            library.write_bytes(content[:1000])
+
+
+def test_what_is_linked_now_stays(tmp_path: Path) -> None:
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "ab").mkdir()
+    whole, cut, empty, locked = (tmp_path / "ab" / f"{name}.main.so" for name in ("whole", "cut", "empty", "locked"))
+    library = Path(_ctypes.__file__).read_bytes()
+    for path, content in {whole: library, cut: library[:-1], empty: b"", locked: b""}.items():
+        path.write_bytes(content)
+    interrupted = tmp_path / "ab" / "interrupted.main.so"
+    interrupted.write_bytes(library)
+    interrupted.with_name("interrupted.main_CxxBuild").mkdir()
+    with FileLock(tmp_path / "locks" / "locked.lock"):
+        discard_unfinished(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "ab").iterdir()) == ["locked.main.so", "whole.main.so"]
+    discard_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["whole.main.so"]
+    discard_unfinished(tmp_path / "nothing")
 
 
 def test_a_cache_that_somebody_has_chosen_stays(tmp_path: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
