@@ -151,9 +151,10 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
 
 
 def _refuse_commas(frame: Frame, name: str) -> None:
-    """Raise UserError for a column whose texts are all numbers with a comma, which would become categories."""
-    labels = frame.labels(name)[frame.parse(name)[1]]
-    if all(_WITH_COMMA.fullmatch(label.strip()) for label in labels):
+    """Raise UserError for a column whose texts are mostly numbers with a comma, which would become categories."""
+    texts = frame.labels(name)[frame.parse(name)[1]]
+    labels = [text for text in texts if _WITH_COMMA.fullmatch(text.strip())]
+    if len(labels) >= _MOSTLY * len(texts):
         raise UserError(
             f"column {name!r} of {frame.title} holds numbers with commas, such as {labels[0]!r}, which are read as "
             "text; write them with a decimal point and nothing between thousands, or, if they are names, list the "

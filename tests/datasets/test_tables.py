@@ -481,6 +481,9 @@ def test_numbers_with_commas_are_no_categories(tmp_path: Path, number: str) -> N
     with pytest.raises(UserError, match=f"column 'a' of .*t.csv holds numbers with commas, such as '{number}'"):
         build(tmp_path, path="t.csv", target="y", split=[1.0])
     assert build(tmp_path, path="t.csv", target="y", split=[1.0], categorical=["a"]).meta.input_shape == (3,)
+    path.write_text("a;b;y\n" + f"{number};2;x\n3;4;z\n" * 20 + "unknown;4;z\n")
+    with pytest.raises(UserError, match="holds numbers with commas"):
+        build(tmp_path, path="t.csv", target="y", split=[1.0])
     path.write_text(f"a;b;y\n{number};2;x\n1,2,3;4;z\n")  # a list
     assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.input_shape == (3,)
 
