@@ -1,4 +1,6 @@
-"""Converts floating-point elements between widths, BF16 included, which NumPy lacks."""
+"""Converts floating-point elements between widths, and looks for those that are not finite: also of dtypes that NumPy
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,34 @@ from typing import Any
 
 import numpy as np
 
-_NATIVE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+from distrain.checkpoints.dtypes import DTYPES
+
+_NATIVE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "C64": np.complex64}
+_AT_ONCE = 4 << 20
+"""Bytes that are looked at without the GIL: few enough to stay in a cache."""
+
+
+def all_finite(raw: np.ndarray, dtype: str) -> bool:
+    """Whether every element is, whose bytes (uint8) are `raw`; those of integers and booleans always are."""
+    dtype = DTYPES[dtype].pair or dtype
+    return all(_finite(raw[start : start + _AT_ONCE], dtype) for start in range(0, raw.nbytes, _AT_ONCE))
+
+
+def _finite(raw: np.ndarray, dtype: str) -> bool:
+    match dtype:
+        case "F64" | "F32" | "F16" | "C64":
+            return bool(np.isfinite(raw.view(_NATIVE[dtype])).all())
+        case "BF16":
+            return bool(((raw.view(np.uint16) & 0x7FFF) < 0x7F80).all())
+        case "F8_E5M2":
+            return bool(((raw & 0x7F) < 0x7C).all())
+        case "F8_E4M3":  # it has no infinity, and one NaN of each sign
+            return bool(((raw & 0x7F) < 0x7F).all())
+        case "F8_E4M3FNUZ" | "F8_E5M2FNUZ":  # one NaN, in place of a negative zero
+            return bool((raw != 0x80).all())
+        case "F8_E8M0":
+            return bool((raw != 0xFF).all())
+    return True
 
 
 def widen(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from distrain.checkpoints.format import (
     Evaluation,
     FileInfo,
     Frozen,
+    NotFiniteError,
     Piece,
     Run,
     Saved,
@@ -47,7 +48,7 @@ from distrain.checkpoints.format import (
 )
 from distrain.checkpoints.headers import read_header
 from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
-from distrain.checkpoints.layout import lay_out, write_file
+from distrain.checkpoints.layout import find_not_finite, lay_out, write_file
 from distrain.checkpoints.reading import best_first, list_checkpoints
 from distrain.run.heartbeat import enter_phase, progress
 from distrain.system.collector import no_collection
@@ -72,6 +73,8 @@ class _Flight:
     file: FileInfo | None = None
     header: str | None = None
     """The hash of the header of this rank's file; None: unknown."""
+    not_finite: str | None = None
+    """A weight of this rank's file that is not finite; the file is not written then."""
     error: Exception | None = None
     exchanged: bool = False
     """Whether the ranks know that every one of them has written."""
@@ -120,8 +123,9 @@ class Saver:
     The newest `keep` up to the step just saved stay, and the `keep_best` with the highest scores besides. `fence`,
     called by rank 0 just before the publishing rename, from any thread, raises when this run must not publish any more.
     All ranks make
-    the same calls in the same order, from the thread that may use `comm`; `dry_run`, `begin` and `finish` raise the
-    same CheckpointError on every rank, and whatever fails, the checkpoints that were there stay as they were.
+    the same calls in the same order, from the thread that may use `comm`; `dry_run`, `begin`, `exchange` and `finish`
+    raise the same CheckpointError or NotFiniteError on every rank, and whatever fails, the checkpoints that were there
+    stay as they were.
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class Saver:
             write_file(folder / rank_file_name(self.comm.rank, self.comm.world_size), [bytes(8)], threading.Event())
         except OSError as caught:
             error = caught
-        _, _, errors = self._gather(None, None, error)
+        *_, errors = self._gather(None, None, None, error)
         if self.comm.rank == 0:
             seen = len(list(folder.glob("rank-*")))
             if not errors and seen != self.comm.world_size:
@@ -209,6 +213,7 @@ class Saver:
         evaluation: Evaluation | None = None,
         history: dict[str, Any] | None = None,
         frozen: Frozen | None = None,
+        finite: Collection[str] = (),
         background: bool | None = None,
     ) -> Saved | None:
         """Finish the previous save and return it (None: there was none), then start this one.
@@ -219,7 +224,8 @@ class Saver:
         thread, from a copy of its own and from pieces that are `copied`; others are written here. A fault of one rank
         (a full disk, an error in `pieces`) is raised by `exchange` or `finish` on all ranks. `score`: higher is better,
         NaN counts as none; `evaluation` replaces it and names its metric. `history`: rank 0's JSON values.
-        `frozen`: tensors of the model besides, which are not stored.
+        `frozen`: tensors of the model besides, which are not stored. Unless all elements of the tensors named in
+        `finite` are so, `exchange` or `finish` raises NotFiniteError: where the copy is, what looks delays nobody.
         """
         before = self.finish()
         folder = self._stage(f"step-{step:08d}")
@@ -248,11 +254,15 @@ class Saver:
             return before
         parts: list[memoryview | bytes] = [layout.header, *views]
         flight.header = xxhash.xxh3_128_hexdigest(layout.header)
+        judged = [place for place in layout.places if place.name in finite]
         del layout
 
         def write() -> None:
             try:
                 wait()
+                flight.not_finite = find_not_finite(judged, views)
+                if flight.not_finite is not None:
+                    return
                 path = folder / rank_file_name(self.comm.rank, self.comm.world_size)
                 flight.file = write_file(path, parts, flight.cancelled)
             except Exception as error:  # carried to where every rank learns of it
@@ -302,14 +312,14 @@ class Saver:
         return self.folder / name
 
     def _gather(
-        self, file: FileInfo | None, header: str | None, error: Exception | None
-    ) -> tuple[list[FileInfo | None], list[str | None], list[str]]:
-        """Return every rank's file, the hash of its header, and the faults of all ranks as text."""
+        self, file: FileInfo | None, header: str | None, not_finite: str | None, error: Exception | None
+    ) -> tuple[list[FileInfo | None], list[str | None], list[str], list[str]]:
+        """Return every rank's file, the hash of its header, weights that are not finite, and the faults as text."""
         reason = error and f"rank {self.comm.rank} on {HOST}: {error_reason(error)}"
         if isinstance(error, FileNotFoundError):
             reason = f"{reason}; all ranks must see the same run folder, on a file system that the nodes share"
-        files, headers, reasons = zip(*self.comm.gather((file, header, reason)), strict=True)
-        return list(files), list(headers), [reason for reason in reasons if reason]
+        files, headers, names, reasons = zip(*self.comm.gather((file, header, not_finite, reason)), strict=True)
+        return list(files), list(headers), [name for name in names if name], [reason for reason in reasons if reason]
 
     def exchange(self) -> None:
         """Wait until every rank has written, and have rank 0 publish, in the background as the save is.
@@ -322,12 +332,12 @@ class Saver:
             return
         enter_phase("save")
         flight.join()
-        files, headers, problems = self._gather(flight.file, flight.header, flight.error)
-        if problems:
+        files, headers, not_finite, problems = self._gather(flight.file, flight.header, flight.not_finite, flight.error)
+        if problems or not_finite:
             self._flight = None
             if self.comm.rank == 0:
                 shutil.rmtree(flight.folder, ignore_errors=True)
-            raise self._not_saved(flight, problems)
+            raise _not_finite(flight.step, not_finite) if not_finite else self._not_saved(flight, problems)
         flight.exchanged = True
         if self.comm.rank == 0:
 
@@ -459,6 +469,15 @@ class Saver:
             except OSError as error:
                 warnings.append(f"{entry} could not be removed: {error_reason(error)}")
         return retired, warnings
+
+
+def _not_finite(step: int, tensors: Collection[str]) -> NotFiniteError:
+    names = sorted({name.removeprefix("model/") for name in tensors})
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return NotFiniteError(
+        f"after step {step} the model has weights that are not finite, in {', '.join(names[:5])}{more}; they are not "
+        "saved, and the run stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
+    )
 
 
 def _place_pieces(folder: Path, specs: dict[str, TensorSpec], files: list[FileInfo]) -> dict[str, Tensor]:

@@ -293,25 +293,6 @@ class Strategy(ABC):
             if whole is not buffer:
                 buffer.copy_(whole)
 
-    def all_finite(self) -> bool:
-        """Return whether every weight is, the same answer on all ranks."""
-        shards = [self.shard(parameter).values for parameter in self.model.parameters()]
-        shards = [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values for values in shards]
-        shards = [values for values in shards if values.is_floating_point() and values.numel()]
-        # torch takes no norm of floats of 8 bits
-        shards = [values.float() if values.dtype.itemsize == 1 else values for values in shards]
-        by_device: dict[torch.device, list[Tensor]] = {}  # what is frozen stays on the GPU where the rest is offloaded
-        for values in shards:
-            by_device.setdefault(values.device, []).append(values)
-        finite = torch.ones((), device=self.world.device)
-        for device, alike in by_device.items():
-            # a finite sum has finite terms; on a CPU it takes a seventh of the time of the norm
-            if device.type == "cpu" and all(math.isfinite(values.sum().item()) for values in alike):
-                continue
-            largest = torch.stack([norm.double() for norm in torch._foreach_norm(alike, math.inf)])
-            finite *= largest.isfinite().all().to(finite)
-        return bool(self.world.sum(finite).item() == self.world.world_size)
-
     @contextmanager
     def unsharded(self) -> Iterator[None]:
         """Hold all weights on every rank, so that ranks may call forward() unequally often."""

@@ -83,11 +83,6 @@ class Checkpoints:
             return
         enter_phase("save")
         self.finish()
-        if not strategy.all_finite():
-            raise UserError(
-                f"after step {t.step} the model has weights that are not finite; they are not saved, and the run "
-                "stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
-            )
         strategy.broadcast_buffers()
         context.state.saved_step, context.state.save_requested = t.step, False
         self._saved_at = time.monotonic()
@@ -106,6 +101,7 @@ class Checkpoints:
                 | self._what_builds(),
                 aliases=found.aliases,
                 frozen=found.frozen,
+                finite={name for name, spec in found.specs.items() if spec.role == "parameter"},
                 recipe=dump_recipe(context.recipe),
                 strategy=context.world.strategy,
                 evaluation=context.evaluator.of_this_step(),

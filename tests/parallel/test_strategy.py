@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
@@ -467,30 +466,3 @@ def test_preparing_leaves_no_trace_and_allows_unused_parameters(world_size: int)
         assert clean
         assert numbers[:3] == pytest.approx([(world_size + 1) / 2] * 3)
         assert numbers[3:] == ranks[0][2][3:], "rank 0's buffers, and their averages, everywhere"
-
-
-def told_finite() -> list[bool]:
-    world = open_world("fp32")
-    engine = build_strategy(
-        world,
-        BuildSpec(
-            model=Idle,
-            optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
-            loss_sum=lambda model, index: model(torch.ones(2, 3)).sum(),
-            micro_batch_size=2,
-            accumulation=1,
-            clip_norm=None,
-            ema=None,
-        ),
-    )
-    found = []
-    for values in ([1.0, 2.0, 3.0], [3e38, 3e38, -1.0], [math.inf, -math.inf, 0.0], [0.0, math.nan, 0.0]):
-        with torch.no_grad():
-            engine.model.used.weight.copy_(torch.tensor([values]))
-        found.append(engine.all_finite())
-    world.close()
-    return found
-
-
-def test_weights_are_finite_where_each_is_also_if_their_sum_is_not() -> None:
-    assert in_world(1, told_finite) == [[True, True, False, False]]
