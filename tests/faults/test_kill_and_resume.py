@@ -37,7 +37,13 @@ log: {every: 1 steps}
 @pytest.mark.slow
 @pytest.mark.timeout(600 + 20 * KILLS)
 @pytest.mark.parametrize(
-    ("strategy", "which"), [("ddp", "all ranks"), ("ddp", "one rank"), ("zero3", "all ranks"), ("fsdp2", "all ranks")]
+    ("strategy", "which"),
+    [
+        pytest.param("ddp", "all ranks", marks=pytest.mark.more),
+        ("ddp", "one rank"),
+        ("zero3", "all ranks"),
+        ("fsdp2", "all ranks"),
+    ],
 )
 @pytest.mark.fault(11)
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(
