@@ -20,6 +20,12 @@ PARTS = {
 """Columns of a row by the phases of the loop that they hold. What is in none of them is callbacks and evaluations."""
 
 
+def waited_s() -> float:
+    """Return the seconds that this process has waited for batches of training."""
+    now = heartbeat.now()
+    return now.before["data"] + now.seconds["data"]
+
+
 class HostTimes:
     """What the host notes of each phase anyway, without the first step, which may compile. All there is on a CPU."""
 

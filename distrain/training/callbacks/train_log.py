@@ -12,7 +12,7 @@ from distrain.run.heartbeat import take_straggler
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
 from distrain.training.efficiency import Efficiency
 from distrain.training.intervals import Interval
-from distrain.training.step_times import DeviceTimes, HostTimes
+from distrain.training.step_times import DeviceTimes, HostTimes, waited_s
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +26,18 @@ class TrainLog(Callback):
         """Count from here."""
         self._run, horizon = run, run.context.setup.horizon
         self._every = Interval(run.recipe.log.every, horizon, "log.every")
-        self._waited_s = 0.0
-        self._began_to_wait = time.perf_counter()
         self._times = DeviceTimes() if run.device.type == "cuda" else HostTimes()
         self._efficiency = Efficiency(run)
         self._restart()
 
     def _restart(self) -> None:
         self._logged_at, self._logged_step = time.monotonic(), self._run.step
+        self._waited_s = waited_s()
         self._times.take()
 
-    def on_step_start(self, step: int) -> None:
-        """Note that the loop waits for its batches."""
-        self._began_to_wait = time.perf_counter()
-
     def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Note how long it has waited, and once how much there is to compute."""
+        """Note once how much there is to compute."""
         self._efficiency.count_once(micro_batches)
-        self._waited_s += time.perf_counter() - self._began_to_wait
 
     def wants_step_end(self, step: int) -> bool:
         """Whether a row is due for a step, on this rank's clock."""
@@ -54,7 +48,7 @@ class TrainLog(Callback):
         if metrics.skipped:
             return
         run, clock = self._run, time.monotonic()
-        seconds = clock - self._logged_at
+        seconds, waited = clock - self._logged_at, waited_s()
         samples = (step - self._logged_step) * run.recipe.batch.global_batch_size
         row: dict[str, Any] = {
             "epoch": metrics.epoch,
@@ -63,7 +57,7 @@ class TrainLog(Callback):
             **({"lr": metrics.lr} if metrics.lr is not None else {}),
             **{f"lr/{name}": rate for name, rate in metrics.lrs.items()},
             "samples_per_s": samples / seconds if seconds else 0.0,
-            "data_wait": min(self._waited_s / seconds, 1.0) if seconds else 0.0,
+            "data_wait": min((waited - self._waited_s) / seconds, 1.0) if seconds else 0.0,
             "time": time.time(),
         }
         if metrics.grad_norm is not None:
@@ -76,7 +70,7 @@ class TrainLog(Callback):
         row |= self._efficiency.row(row["samples_per_s"])
         if steps := step - self._logged_step:
             row |= {"step_s": seconds / steps, **self._times.take()}
-        self._logged_at, self._logged_step, self._waited_s = clock, step, 0.0
+        self._logged_at, self._logged_step, self._waited_s = clock, step, waited
         run.write_row("train", step, **row)
         if (slow := take_straggler()) is not None:
             run.context.write_row(slow.row())
