@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 from own_parts import Points
+from row_logs import OneProcess
 from runs import Ended, captured, rows, train_rank, write_recipe
 from worlds import in_world
 
 from distrain import Callback
-from distrain.config.yaml import load_recipe
+from distrain.config.yaml import load_recipe, parse_recipe
 from distrain.launchers import open_run
 from distrain.loop import train
 from distrain.parallel import open_world
+from distrain.run import heartbeat
 from distrain.run.folder import Launch, RunDir
 from distrain.system.logs import show_on_terminal
 from distrain.training.callbacks.base import HOOKS
 from distrain.training.callbacks.built_in import built_in_callbacks
+from distrain.training.callbacks.dispatch import Callbacks
 
 RECIPE = f"""
 name: everything
@@ -201,3 +204,36 @@ def test_a_callback_of_ones_own_has_what_the_built_in_ones_have(tmp_path: Path) 
     finished = RunDir(run).finished
     assert finished is not None
     assert finished["watched"] is True
+
+
+def test_what_they_take_is_no_time_of_another_phase() -> None:
+    phases: list[tuple[str, str]] = []
+
+    class Notes(Callback):
+        def note(self, hook: str) -> None:
+            phases.append((hook, heartbeat.now().phase))
+
+        def on_step_start(self, step: int) -> None:
+            self.note("on_step_start")
+
+        def on_batches(self, step: int, micro_batches: Any) -> None:
+            self.note("on_batches")
+
+        def on_step_taken(self, step: int) -> None:
+            self.note("on_step_taken")
+
+        def on_step_end(self, step: int, metrics: Any) -> None:
+            self.note("on_step_end")
+
+    recipe, world = parse_recipe(RECIPE, "here"), OneProcess()
+    callbacks = Callbacks([Notes()], {}, recipe, world)  # type: ignore[arg-type]
+    hooks: dict[str, Callable[[], None]] = {
+        "on_step_start": lambda: callbacks.step_start(1),
+        "on_batches": lambda: callbacks.batches(1, []),
+        "on_step_taken": lambda: callbacks.step_taken(1),
+        "on_step_end": lambda: callbacks.step_end(1, lambda: None),  # type: ignore[arg-type, return-value]
+    }
+    for hook, call in hooks.items():
+        heartbeat.enter_phase("optimizer")
+        call()
+        assert phases.pop() == (hook, "callbacks")

@@ -196,7 +196,6 @@ def test_the_host_counts_each_step_once_and_not_the_first() -> None:
     assert times.take() == {}
 
 
-@pytest.mark.slow
 def test_waiting_for_data_is_the_loops_own_wait_since_the_last_row_or_evaluation(tmp_path: Path) -> None:
     train(1, write_recipe(tmp_path), tmp_path / "run", "log.every=4 steps", "eval.every=3 steps", "train.steps=12")
     _, *rows = [row for row in RunDir(tmp_path / "run").rows() if row["event"] == "train"]
@@ -205,6 +204,7 @@ def test_waiting_for_data_is_the_loops_own_wait_since_the_last_row_or_evaluation
         assert row["data_wait"] * row["step_s"] == pytest.approx(row["data_s"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_of_a_language_model_have_tokens_and_the_share_of_the_peak(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,

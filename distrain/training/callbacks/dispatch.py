@@ -122,6 +122,7 @@ class Callbacks:
 
     def step_end(self, step: int, metrics: Callable[[], StepMetrics]) -> None:
         """Call on_step_end where one wants it; what comes of it is agreed on later, see `flag`."""
+        enter_phase("callbacks")  # also where none wants it: all ranks enter the same phases
         wanted = [(name, method) for name, wants, method in self._wanting if wants(step)]
         if not wanted:
             return
@@ -209,7 +210,9 @@ class Callbacks:
         return {key: value for run in self._runs.values() for key, value in run.summary.items()}
 
     def _call_all(self, hook: str, *args: Any, step: int | None = None) -> None:
-        for _, method in self._own[hook]:
+        if own := self._own[hook]:
+            enter_phase("callbacks")
+        for _, method in own:
             method(*args)
         for name, method in self._users[hook]:
             self._call(name, hook, method, *args, step=step)
