@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -76,26 +77,18 @@ class ImageFiles:
         return len(self.paths)
 
     def fetch(self, ids: np.ndarray) -> Batch:
-        return self._batch(ids, lambda row: None)
+        return self._batch(ids)
 
     def fetch_cut(self, ids: np.ndarray, windows: Windows) -> Batch:
         """As `fetch`, with what `windows` cuts of each image. Raises UserError for images that are too small."""
+        return self._batch(ids, windows)
 
-        def of(row: int) -> Window:
-            def window(height: int, width: int) -> tuple[int, int, int, int]:
-                top, left = windows.corner(row, height, width)
-                return top, left, top + windows.height, left + windows.width
-
-            return window
-
-        return self._batch(ids, of)
-
-    def _batch(self, ids: np.ndarray, window: Callable[[int], Window | None]) -> Batch:
+    def _batch(self, ids: np.ndarray, windows: Windows | None = None) -> Batch:
         # each is copied before the next is decoded, into the same memory, which a cache then has
         whole = np.empty(0)
         apart: list[np.ndarray] = []
         for row, number in enumerate(ids.tolist()):
-            image = self._decoded(number, window(row))
+            image = self._decoded(number, None if windows is None else functools.partial(windows.of, row))
             if row == 0:
                 whole = np.empty((len(ids), *image.shape), np.uint8)
             if not apart and image.shape != whole.shape[1:]:
@@ -104,6 +97,7 @@ class ImageFiles:
                 apart.append(image.copy(order="C"))
             else:
                 whole[row] = image
+            del image
         batch: Batch = {"inputs": list(map(torch.from_numpy, apart)) if apart else torch.from_numpy(whole)}
         if self.targets is not None:
             batch["targets"] = torch.from_numpy(self.targets[ids])
@@ -145,13 +139,13 @@ def decode_image(
     range, and for values outside the range.
     """
     jpeg = _jpeg(path) if decoder == "torchvision" else None
-    if jpeg is not None and channels == "rgb" and size in (None, jpeg.shape[:2]):
-        if window is not None:
-            top, left, bottom, right = window(*jpeg.shape[:2])
-            jpeg = jpeg[top:bottom, left:right]
-        return jpeg.transpose(2, 0, 1)
+    if jpeg is not None and channels == "rgb" and size in (None, jpeg.shape[1:]):
+        if window is None:
+            return jpeg
+        top, left, bottom, right = window(*jpeg.shape[1:])
+        return jpeg[:, top:bottom, left:right]
     if jpeg is not None:
-        return pixels_of(Image.fromarray(jpeg), size, channels, window=window)
+        return pixels_of(Image.fromarray(jpeg.transpose(1, 2, 0)), size, channels, window=window)
     with Image.open(path) as image:
         return pixels_of(image, size, channels, black_to_white, path, window)
 
@@ -198,25 +192,27 @@ _JPEG = b"\xff\xd8\xff"
 
 
 @functools.cache
-def _torchvision_io() -> Any:
+def _jpeg_decoder() -> Callable[[bytearray], torch.Tensor]:
+    """Return torchvision's, without its function in Python, which warns and logs at each image."""
     with without_compiler():
-        from torchvision import io
-    return io
+        from torchvision.io import ImageReadMode
+    decode, mode = torch.ops.image.decode_jpeg.default, ImageReadMode.RGB.value
+    return lambda encoded: decode(torch.frombuffer(encoded, dtype=torch.uint8), mode, apply_exif_orientation=True)
 
 
 def _jpeg(path: Path) -> np.ndarray | None:
-    """Return a JPEG file, decoded by torchvision, as (height, width, 3); None for other files, and broken ones."""
-    library = _torchvision_io()
-    encoded = bytearray(path.read_bytes())
+    """Return a JPEG file, decoded by torchvision, as (3, height, width), with channels last in memory; None for other
+    files, and broken ones.
+    """
+    with open(path, "rb") as file:
+        encoded = bytearray(os.fstat(file.fileno()).st_size)
+        file.readinto(encoded)
     if not encoded.startswith(_JPEG):
         return None
     try:
-        image = library.decode_jpeg(
-            torch.frombuffer(encoded, dtype=torch.uint8), library.ImageReadMode.RGB, apply_exif_orientation=True
-        )
+        return _jpeg_decoder()(encoded).numpy()
     except RuntimeError:
         return None  # Pillow reads some that lack their end, and describes what is wrong with the others
-    return image.permute(1, 2, 0).numpy()
 
 
 def _bytes(numbers: np.ndarray, black_to_white: Range, where: Path) -> np.ndarray:
@@ -362,7 +358,7 @@ def _check_jpeg() -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (8, 8)).save(encoded, "JPEG")
     try:
-        _torchvision_io().decode_jpeg(torch.from_numpy(np.frombuffer(encoded.getvalue(), np.uint8).copy()))
+        _jpeg_decoder()(bytearray(encoded.getvalue()))
     except (ImportError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"data.decoder is torchvision, and the one installed cannot decode JPEG: {error_line(error)}; install a "

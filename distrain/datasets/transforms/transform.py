@@ -35,12 +35,16 @@ class Windows:
     draws: Sequence[tuple[int, int]]
     """For each image 64 random bits for its top and for its left."""
 
-    def corner(self, row: int, height: int, width: int) -> tuple[int, int]:
-        """Return top and left of the window of image `row`, which has this size. Raises UserError if it is smaller."""
+    def of(self, row: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (top, left, bottom, right) of the window of image `row`, which has this size.
+
+        Raises UserError if it is smaller than the window.
+        """
         if height < self.height or width < self.width:
             raise UserError(too_small((self.height, self.width), (height, width)))
-        top, left = self.draws[row]
-        return (top >> 32) * (height - self.height + 1) >> 32, (left >> 32) * (width - self.width + 1) >> 32
+        down, right = self.draws[row]
+        top, left = (down >> 32) * (height - self.height + 1) >> 32, (right >> 32) * (width - self.width + 1) >> 32
+        return top, left, top + self.height, left + self.width
 
 
 def too_small(wanted: Sequence[int], found: Sequence[int]) -> str:
