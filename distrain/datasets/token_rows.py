@@ -46,14 +46,16 @@ class TokenRows:
         if self._offsets is not None:
             places += self._offsets[self._firsts.searchsorted(ids, "right")]
         try:
-            items = self._memory[places]
+            rows = self._memory[places]
         except IndexError:
-            tokens = self._joined(ids, places)
-        else:
-            tokens = items.view(self._dtype).reshape(len(ids), self._seq_len + 1)
+            rows = self._joined(ids, places)
+        # one conversion of both: what begins with the first token of each row, and with the second
+        shape, size = (2, len(ids), self._seq_len), self._dtype.itemsize
+        both = np.ndarray(shape, self._dtype, rows, 0, (size, self._row_bytes + size, size))
+        inputs, targets = both.astype(np.int64, order="C")
         return {
-            "inputs": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
-            "targets": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
+            "inputs": torch.from_numpy(inputs),
+            "targets": torch.from_numpy(targets),
             "ids": torch.from_numpy(ids),
         }
 
