@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Browser, find_chromium
+from hypothesis import settings
 from reliability import Reliability
 from worlds import share_server
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # a busy machine takes any time for an example
+settings.load_profile("untimed")
 
 # a test may run in a process that was told to ignore SIGINT, and what it starts would ignore it as well
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -74,7 +74,7 @@ def names(folder: Path) -> list[str]:
 # Round trips
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(world_size=st.integers(1, 3), seed=st.integers(0, 10**6), asynchronous=st.booleans(), data=st.data())
 def test_any_range_comes_back_whatever_the_cuts(tmp_path_factory, world_size, seed, asynchronous, data):
     folder = tmp_path_factory.mktemp("round")

@@ -310,7 +310,6 @@ def test_escapes_of_no_character(write, escape):
     assert "escape" in found
 
 
-@settings(deadline=None)
 @given(st.data())
 @pytest.mark.fault(28)
 def test_no_file_and_no_override_breaks_the_reader(tmp_path_factory, data):
@@ -392,7 +391,6 @@ _json = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(_json)
 def test_any_value_written_reads_back_as_itself(value):
     for flow in (False, True):
@@ -402,7 +400,6 @@ def test_any_value_written_reads_back_as_itself(value):
         assert repr(tree.value) == repr(value)
 
 
-@settings(deadline=None)
 @given(_json)
 def test_what_is_written_means_the_same_to_other_readers(value):
     text = to_yaml({"k": value})
@@ -675,7 +672,7 @@ _recipes = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(_recipes)
 def test_a_dumped_recipe_is_the_same_recipe(tmp_path_factory, values):
     recipe = Recipe.model_validate(values)

@@ -86,7 +86,7 @@ def test_very_long_data_is_reached_anywhere(length: int) -> None:
             assert len(np.unique(within)) == len(within)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 5000), st.integers(0, 2**63 - 1), st.integers(0, 10**15), st.integers(0, 400), st.integers(0, 400)
 )

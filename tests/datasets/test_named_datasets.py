@@ -86,7 +86,7 @@ def test_what_is_fetched_may_be_changed() -> None:
 # Splits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(60, 300), st.integers(0, 99), st.floats(0.05, 0.45), st.booleans())
 def test_fractions_take_every_sample_once_and_as_many_as_they_say(
     length: int, seed: int, fraction: float, stratify: bool

@@ -21,7 +21,7 @@ from distrain.datasets.base import DataMeta
 from distrain.metrics import build_metrics, check_metrics, higher_is_better
 from distrain.run.metrics_file import EVALUATION_KEYS
 
-SETTINGS = settings(max_examples=25, deadline=None)
+SETTINGS = settings(max_examples=25)
 
 
 def recipe(task="classification", metrics=None, best=None, **sections):

@@ -353,7 +353,7 @@ def test_schedules_are_torchs(case):
     st.integers(0, 60),
     st.floats(0, 1),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_shape_of_every_schedule(name, total, warmup, final):
     warmup = min(warmup, total)
     keys = {"name": name, "warmup": f"{warmup} steps"}
