@@ -109,7 +109,7 @@ class DDPStrategy(Strategy):
             return wrapped  # `check` says so
         self._now.carries = carrier.numbers
         if world.world_size > 2:
-            with restored(model):
+            with restored(model, model.parameters()):
                 loss_sum = plan.loss_of(optimizer)(wrapped, 0)
                 agree = self.agree_async(loss_sum.detach(), StepFlags())
                 self.backward(loss_sum, torch.ones_like(loss_sum), last=True)
@@ -126,6 +126,8 @@ class DDPStrategy(Strategy):
         return NOTHING if last or self.world.world_size == 1 else self.world.accelerator.no_sync(self.wrapped)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        if self._looks:
+            self._look()
         numbers = self._now.carries
         if numbers is None:
             return StepRecord.reduce_async(self.world, loss, flags)

@@ -28,6 +28,7 @@ from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
 from distrain.parallel.model_tensors import buffers_to
+from distrain.parallel.parameter_writes import holds, lost, replaced
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -91,6 +92,8 @@ class FSDP2Strategy(Strategy):
         self._reduce_all()
         self._of_groups = {each.sharded_param: each for group in self._groups for each in group.fsdp_params}
         """By sharded parameter what FSDP2 gathers of it, which is a tensor of its own."""
+        self._seen: dict[Any, int] = {}
+        """How often what is gathered of a parameter was written to in place, when it was last looked at."""
         self._going_back = False
         """Whether this step's backward pass is under way, and not one within a forward pass."""
         self._reducing = self._averaging = True
@@ -174,6 +177,9 @@ class FSDP2Strategy(Strategy):
         return super().micro_batch(last)
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        if self._looks:
+            self._look()
+
         def agree() -> StepRecord:
             gradients, own = self._local_gradients
             # over all ranks: so that replicas of what is sharded count once together, and so do those of what is not
@@ -255,6 +261,7 @@ class FSDP2Strategy(Strategy):
                         self._groups.append(group)
                         group.unshard = partial(self._gather_unit, group.unshard, f"gathering {name}")
                         group.post_backward = partial(self._reduce_unit, group, group.post_backward)
+                        group.post_forward = partial(self._end_unit, group, group.post_forward)
 
     def _gather_unit(self, gather: Callable[..., None], part: str, *args: Any, **kwargs: Any) -> None:
         if torch._C._current_graph_task_id() != -1 and not self._going_back:
@@ -266,6 +273,28 @@ class FSDP2Strategy(Strategy):
         # also where it is gathered still: what is left of the pass before must not make another order of this one
         self._gather_order.reach(part)
         gather(*args, **kwargs)
+
+    def _end_unit(self, group: Any, end: Callable[..., Any], *args: Any) -> Any:
+        """End a unit's forward pass, after which what was gathered is of no more use than to its backward pass."""
+        if self.model.training:
+            for each in group.fsdp_params:
+                gathered, place = getattr(each, "_unsharded_param", None), each._module_info
+                if gathered is None:
+                    continue
+                if place.module._parameters.get(place.param_name) is not gathered:
+                    raise replaced([each._param_fqn])
+                version = gathered._version
+                if (self._looks or self._seen.get(each) != version) and self._was_written(gathered, each.sharded_param):
+                    raise lost([each._param_fqn], self.world.strategy)
+                self._seen[each] = version
+        return end(*args)
+
+    def _was_written(self, gathered: Tensor, parameter: nn.Parameter) -> bool:
+        shard = self.shard(parameter)
+        return type(gathered) is nn.Parameter and not holds(gathered, shard.values, shard.start)
+
+    def _whole(self) -> list[nn.Parameter]:
+        return [each for each in self.model.parameters() if not isinstance(each, DTensor)]
 
     def _reduce_unit(self, group: Any, reduce: Callable[..., None], *unused: Any) -> None:
         for parameter in group.fsdp_params:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -108,13 +108,26 @@ def remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[s
     return restore
 
 
-class restored(AbstractContextManager[None]):
-    """Restores a model's buffers and extra state on leaving, and drops its gradients."""
+def values_of(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return parameters with copies of their values: a model's code may write into its own."""
+    return [(parameter, parameter.detach().clone()) for parameter in parameters]
 
-    def __init__(self, model: nn.Module):
+
+def give_back(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Write values back into their parameters."""
+    for parameter, before in values:
+        parameter.data.copy_(before)
+
+
+class restored(AbstractContextManager[None]):
+    """Restores a model's buffers, extra state and `parameters` on leaving, and drops its gradients."""
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] = ()):
         self._model = model
         self._restore = remember(buffer_slots(model), modules_with_extra_state(model))
+        self._values = values_of(parameters)
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+        give_back(self._values)
         self._model.zero_grad(set_to_none=True)

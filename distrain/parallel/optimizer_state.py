@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.parallel.nested import Unstorable, decode, encode, equal, is_plain
+from distrain.parallel.parameter_writes import replaced
 from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated
 
 
@@ -146,11 +147,7 @@ def check_trained(model: nn.Module, optimizer: Any, entries: Mapping[int, str]) 
     new = [name for key, name in entries.items() if key not in handed and parameters[name].requires_grad]
     if handed <= entries.keys() or not new:
         return
-    raise UserError(
-        f"the model's code has put another Parameter in the place of {', '.join(new[:5])}, and the "
-        "optimizer trains the one that the model was built with. Change a parameter in place, under torch.no_grad(): "
-        "self.weight.copy_(...), self.weight.clamp_(...)"
-    )
+    raise replaced(new)
 
 
 def state_of(optimizer: Any) -> dict[Any, Any]:

@@ -23,7 +23,16 @@ from distrain.optim import THAW, Ema, canonical_name, classes_of, drop_frozen, p
 from distrain.parallel import determinism
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state
-from distrain.parallel.model_tensors import as_bytes, buffer_slots, remember, share_tensors, travels
+from distrain.parallel.model_tensors import (
+    as_bytes,
+    buffer_slots,
+    give_back,
+    remember,
+    share_tensors,
+    travels,
+    values_of,
+)
+from distrain.parallel.parameter_writes import LOOKS, check_alike, same_bits
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
@@ -99,6 +108,12 @@ class Strategy(ABC):
         """The optimizer that `apply` has step: the only one, or in its turn one of several."""
         self._others: dict[str, list[Tensor]] = {}
         """For each of several optimizers what the others train."""
+        self._looks = LOOKS + 1
+        """In how many steps, with the one under way, parameters are compared before and after the forward passes."""
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        """Those before the passes under way, and what they were, where the step may be made again."""
+        self._written: dict[nn.Parameter, None] = {}
+        """Those that the model's own code has written into in such a pass."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -106,6 +121,8 @@ class Strategy(ABC):
     def begin_step(self, step: int) -> None:
         """Begin `step`, from 0: what is not trained yet gets no gradient in it."""
         self._step = step
+        if self._looks:
+            self._looks -= 1
 
     def _take_optimizer(self) -> None:
         """Have the optimizer pass over what is not trained yet, and note what each of several trains. Call it once."""
@@ -188,11 +205,36 @@ class Strategy(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     def remember_buffers(self) -> Callable[[], None]:
-        """Return a function that restores buffers and extra state as they are now: for a step that is not taken."""
+        """Return a function that restores buffers and extra state as they are now: for a step that is not taken.
+
+        With parameters that the model's own code writes into.
+        """
         if self._buffers is None:
             self._buffers = buffer_slots(self.model)
             self._extra = modules_with_extra_state(self.model)
-        return remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
+        restore = remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
+        if not self._looks and not self._written:
+            return restore
+        kept = values_of(self._whole() if self._looks else self._written)
+        self._kept = kept if self._looks else []
+
+        def restore_all() -> None:
+            restore()
+            give_back(kept)
+
+        return restore_all
+
+    def _whole(self) -> list[nn.Parameter]:
+        """Return the parameters that this rank holds whole, and computes with."""
+        return list(self.model.parameters())
+
+    def _look(self) -> None:
+        """Note which parameters the forward passes of a turn have written into; called before its last backward pass.
+
+        Raises UserError for those in which that would be lost.
+        """
+        self._written |= {each: None for each, before in self._kept if not same_bits(each.detach(), before)}
+        self._kept = []
 
     @property
     def grad_scale(self) -> float | None:
@@ -255,6 +297,7 @@ class Strategy(ABC):
 
         Raises UserError naming it, on all ranks alike.
         """
+        check_alike(self.world, self._held_alike())
         ranks = self.world.gather(self.world.run_on_all(self.state.check))
         differing = sorted(name for name in ranks[0] if any(each.get(name) != ranks[0][name] for each in ranks))
         if differing:
@@ -262,6 +305,12 @@ class Strategy(ABC):
                 f"{', '.join(differing[:5])} differ between the ranks, and a checkpoint holds one value for all; keep "
                 "what belongs to a rank in no state, or make it the same on all (torch.distributed.all_reduce)"
             )
+
+    def _held_alike(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that every rank has whole, by name."""
+        for name, parameter in self.model.named_parameters():
+            if self.shard(parameter).replicated:
+                yield name, parameter
 
     def reshard(self) -> None:  # noqa: B027 - nothing is gathered where nothing is sharded
         """Free weights that a forward pass without a backward pass has gathered."""

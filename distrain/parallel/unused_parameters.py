@@ -15,6 +15,7 @@ from distrain.config import UserError
 from distrain.networks.undisturbed import undisturbed, use_stand_ins
 from distrain.optim import sparse_layers
 from distrain.parallel.model_tensors import restored
+from distrain.parallel.parameter_writes import Slots, Written
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
 
 
 def unused_parameters(
-    model: nn.Module, loss_sum: Callable[[nn.Module], Tensor], device: torch.device
+    model: nn.Module, loss_sum: Callable[[nn.Module], Tensor], device: torch.device, written: Written | None = None
 ) -> set[str] | None:
     """Return the names of the trained parameters to which no gradient flows from `loss_sum(model)` (0-d).
 
     Runs forward and backward under FakeTensorMode, so the parameters may be on the meta device, and restores what the
-    passes leave in the modules. Returns None where the model cannot run so, as one that branches on values.
+    passes leave in the modules. Returns None where the model cannot run so, as one that branches on values. `written`
+    notes which parameters the forward pass writes into.
     """
     try:
-        with without_values(model, device) as mode:
-            value = loss_sum(model)
+        with without_values(model, device, written) as mode:
+            with written.watching(model) if written is not None else nullcontext():
+                value = loss_sum(model)
             with mode:
                 value.backward()
             return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
@@ -154,8 +157,10 @@ def reached_parameters(
 
         handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
         try:
-            with restored(model):
+            slots = Slots(model)
+            with restored(model, model.parameters()):
                 plan.loss_of(optimizer)(model, index).backward()
+            slots.check()
         finally:
             for handle in handles:
                 handle.remove()

@@ -15,21 +15,19 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
 from distrain.optim import canonical_name, is_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
+from distrain.parallel.deepspeed_ways import thrifty_linear, with_own_adagrad, without_broadcast
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
 from distrain.parallel.model_tensors import buffers_to, model_to
 from distrain.parallel.optimizer_state import group_names
+from distrain.parallel.parameter_writes import Slots, Written, holds, lost
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -67,6 +65,7 @@ class ZeROStrategy(Strategy):
         self._refused = False
         """Whether DeepSpeed is to drop the gradient instead of stepping."""
         self.model, optimizer = self._build(plan)
+        self._slots = Slots(self.model)
         groups = group_names(self.model, optimizer)
         self._prepare(plan, optimizer)
         self._zero: Any = self.wrapped.optimizer
@@ -138,7 +137,10 @@ class ZeROStrategy(Strategy):
 
     def _reached_without_memory(self, plan: BuildSpec, model: nn.Module, index: int) -> list[list[str]]:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad][::-1]
-        unused = unused_parameters(model, lambda model: plan.loss_sum(model, index), self.world.device)
+        written = Written()
+        unused = unused_parameters(model, lambda model: plan.loss_sum(model, index), self.world.device, written)
+        if names := list(dict.fromkeys(name for rank in self.world.gather([*written.names]) for name in rank)):
+            raise lost(names, self.world.strategy)
         # where the model cannot run so, all count as used; if no rank uses one after all, `agree_async` reports it
         return self.world.gather([name for name in trained if name not in (unused or ())])
 
@@ -159,6 +161,7 @@ class ZeROStrategy(Strategy):
 
         def noted(direction: str, fetch: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
             def note(module: nn.Module) -> None:
+                self._slots.check(module)
                 if (name := names.get(id(module))) is not None:
                     gather_order.reach(f"{direction} {name}", waits=waits[id(module)])
                 fetch(module)
@@ -168,6 +171,13 @@ class ZeROStrategy(Strategy):
         offload = self._zero.parameter_offload
         offload.pre_sub_module_forward_function = noted("forward", offload.pre_sub_module_forward_function)
         offload.pre_sub_module_backward_function = noted("backward", offload.pre_sub_module_backward_function)
+        release = offload.post_sub_module_forward_function
+
+        def end(module: nn.Module) -> None:
+            self._slots.check(module)
+            release(module)
+
+        offload.post_sub_module_forward_function = end
 
     def _reduce_in_order(self) -> None:
         """Have the ranks reduce gradients in one order, whichever of them their micro-batches use.
@@ -225,7 +235,7 @@ class ZeROStrategy(Strategy):
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = 0.0  # `apply` is given the coefficient
         config["zero_optimization"] |= _sizes(self.stage, self.model)
-        with _without_broadcast(), _with_own_adagrad(self.stage):
+        with without_broadcast(), with_own_adagrad(self.stage):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate silently falls back to DDP, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
@@ -252,9 +262,12 @@ class ZeROStrategy(Strategy):
         """In stage 3 linear layers free their gathered weights until the backward pass."""
         context = super().micro_batch(last)
         compiled = self.model._compiled_call_impl is not None
-        return context if self.stage < 3 or compiled else _thrifty_linear()
+        return context if self.stage < 3 or compiled else thrifty_linear()
 
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
+        if self._looks:
+            self._look()
+
         def agree() -> StepRecord:
             missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
             self._reached.clear()
@@ -287,6 +300,30 @@ class ZeROStrategy(Strategy):
         self.wrapped.step()
         self._refused = False
         assert not self.wrapped.was_step_applied(), "DeepSpeed took a step that was to be skipped"
+
+    def _whole(self) -> list[nn.Parameter]:
+        return super()._whole() if self.stage < 3 else []
+
+    def _look(self) -> None:
+        super()._look()
+        self._slots.check()
+        self._check_copies()
+
+    def check_state(self) -> None:
+        self._check_copies()  # callbacks have seen the weights as well
+        super().check_state()
+
+    def _check_copies(self) -> None:
+        """Raise UserError unless the model computes with what the optimizer steps. All ranks call."""
+        found = []
+        for name, parameter in self.model.named_parameters():
+            shard = self.shard(parameter)
+            if shard.replicated or parameter.numel() != math.prod(shard.shape):
+                continue  # trained as it is, or freed
+            if not holds(parameter, shard.values, shard.start):
+                found.append(name)
+        if names := list(dict.fromkeys(name for rank in self.world.gather(found) for name in rank)):
+            raise lost(names, self.world.strategy)
 
     def _take_over_clipping(self) -> None:
         """Have DeepSpeed multiply gradients by what `apply` is given, and take no norm of its own.
@@ -434,61 +471,6 @@ class ZeROStrategy(Strategy):
         offloads = [self.wrapped.zero_offload_param(), self.wrapped.zero_offload_optimizer()]
         parameters, optimizer = (each is not None and each.device != "none" for each in offloads)
         return "all" if parameters else "optimizer" if optimizer else "none"
-
-
-@contextmanager
-def _without_broadcast() -> Iterator[None]:
-    """Have DeepSpeed broadcast no weights: all ranks have the same ones already.
-
-    It sends them as bytes, as which neither 0-d parameters nor those that are not contiguous can be looked at.
-    """
-    own = deepspeed.DeepSpeedEngine._broadcast_model
-    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
-    try:
-        yield
-    finally:
-        deepspeed.DeepSpeedEngine._broadcast_model = own
-
-
-@contextmanager
-def _with_own_adagrad(stage: int) -> Iterator[None]:
-    """Have DeepSpeed step with the Adagrad that it is given.
-
-    It has a state from the start, so DeepSpeed makes another one for its flat pieces: of torch's class, with one group,
-    and without what was set for the groups. The state is all that is needed of it.
-    """
-    kind: Any = DeepSpeedZeroOptimizer if stage < 3 else DeepSpeedZeroOptimizer_Stage3
-    own = kind.initialize_optimizer_states
-
-    def initialize(zero: Any) -> None:
-        given = zero.optimizer
-        own(zero)
-        if zero.optimizer is not given and isinstance(given, torch.optim.Adagrad):
-            given.state.clear()
-            given.state.update(zero.optimizer.state)
-            zero.optimizer = given
-
-    kind.initialize_optimizer_states = initialize
-    try:
-        yield
-    finally:
-        kind.initialize_optimizer_states = own
-
-
-@contextmanager
-def _thrifty_linear() -> Iterator[None]:
-    """Have linear layers keep a parameter for the backward pass, and not a view of what was gathered of it.
-
-    torch's own keeps such a view, and with it the whole model from the forward pass to the backward pass. DeepSpeed's
-    takes the parameter as it is by then, gathered anew. Also in the backward pass: blocks that are computed again there
-    must keep the same tensors.
-    """
-    kept = functional.linear
-    functional.linear = zero3_linear_wrap
-    try:
-        yield
-    finally:
-        functional.linear = kept
 
 
 def _sizes(stage: int, model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,155 @@
+"""What a model's own code makes of its parameters in a forward pass: writes into them, or puts others there.
+
+Momentum encoders and weights that are normalised before their use do so. Where a rank computes with the parameters that
+the optimizer steps, what is written stays. Where it computes with a copy of them, or with what was gathered of shards,
+the next step overwrites it, so that has to be an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distrain.config import UserError
+from distrain.parallel.comm import World
+
+LOOKS = 2
+"""The steps of an attempt in which values are compared: an average that starts as what it averages changes in the
+second one."""
+
+_ALIKE = 1e-4
+"""How far ranks may be apart, relative to the largest value: GPUs of two kinds round differently."""
+
+
+def replaced(names: Sequence[str]) -> UserError:
+    """Return the error of parameters in whose place the model's code has put others."""
+    return UserError(
+        f"the model's code has put another Parameter in the place of {', '.join(names[:5])}, and the "
+        "optimizer trains the one that the model was built with. Change a parameter in place, under torch.no_grad(): "
+        "self.weight.copy_(...), self.weight.clamp_(...)"
+    )
+
+
+def lost(names: Sequence[str], strategy: str) -> UserError:
+    """Return the error of parameters into which the model's code writes where that is lost with the step."""
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return UserError(
+        f"the model's code, or a callback, writes into parameter {names[0]}{others}, and under {strategy} it has a "
+        "copy of what is trained and kept, so that this is lost with the step. Use ddp, or have the forward pass "
+        "compute what it needs of the parameter (functional.normalize(self.weight)) and keep what the optimizer does "
+        "not train, such as a moving average, in buffers (register_buffer)"
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same, NaN included."""
+    if torch.equal(one, other):
+        return True
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(one, other)
+
+
+def holds(whole: Tensor, values: Tensor, start: int) -> bool:
+    """Whether a tensor has the `values` in its flat range from `start` on, as far as its dtype can tell."""
+    values = values.detach().reshape(-1)
+    own = whole.detach().reshape(-1)[start : start + values.numel()]
+    return same_bits(own, values.to(own))
+
+
+class Slots:
+    """Where the modules of a model hold their parameters, as it was built."""
+
+    def __init__(self, model: nn.Module):
+        self._held = [
+            (module, key, f"{prefix}.{key}" if prefix else key, parameter)
+            for prefix, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._of_module: dict[int, list[tuple[str, str, nn.Parameter]]] = {}
+        for module, key, name, parameter in self._held:
+            self._of_module.setdefault(id(module), []).append((key, name, parameter))
+
+    def check(self, module: nn.Module | None = None) -> None:
+        """Raise UserError where a module, or any of them, holds another parameter now."""
+        held = (
+            [(each, key, name, own) for each, key, name, own in self._held]
+            if module is None
+            else [(module, key, name, own) for key, name, own in self._of_module.get(id(module), ())]
+        )
+        if names := [name for each, key, name, own in held if each._parameters.get(key) is not own]:
+            raise replaced(names)
+
+
+def check_alike(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise UserError for parameters that every rank holds whole and that differ between the ranks. All ranks call."""
+    named = [(name, parameter.detach()) for name, parameter in parameters]
+    if world.world_size == 1 or not named:
+        return
+    ranks = world.gather([_digest(parameter) for _, parameter in named])
+    differing = []
+    for place, (name, parameter) in enumerate(named):
+        if all(digests[place] == ranks[0][place] for digests in ranks):
+            continue
+        first = parameter.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(first if not first.is_complex() else torch.view_as_real(first), src=0)
+        apart = (parameter - first).abs().max() > _ALIKE * first.abs().max()
+        if world.sum(apart.double()).item():
+            differing.append(name)
+    if differing:
+        raise UserError(
+            f"{', '.join(differing[:5])} differ between the ranks after the first step of this attempt: the model's "
+            "code, or a callback, writes into these parameters what a rank makes of its own samples. Make them buffers "
+            "(register_buffer), of which all ranks get rank 0's, or average what is written over the ranks "
+            "(torch.distributed.all_reduce)"
+        )
+
+
+def _digest(tensor: Tensor) -> int:
+    """Return the sum of a tensor's bits as whole numbers: the same for the same bits, on each device."""
+    if not tensor.numel():
+        return 0
+    whole = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
+    return int(whole.contiguous().reshape(-1).view(kind).sum(dtype=torch.int64).item())
+
+
+class Written(TorchDispatchMode):
+    """Notes which parameters an operation writes into, or into a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, None] = {}
+        """Those that were, in the order of the operations."""
+        self._watched: dict[int, str] = {}
+        """Names by their memory."""
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Watch a model's parameters; those that have other memory in the end count as written into."""
+        named = dict(model.named_parameters())
+        self._watched = {_memory(parameter): name for name, parameter in named.items()}
+        yield
+        self.names |= {name: None for name, each in named.items() if self._watched.get(_memory(each)) != name}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        if self._watched and schema.is_mutable:
+            for at, argument in enumerate(schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                value = args[at] if at < len(args) else (kwargs or {}).get(argument.name)
+                for tensor in torch.utils._pytree.tree_leaves(value):
+                    if isinstance(tensor, Tensor) and (name := self._watched.get(_memory(tensor))) is not None:
+                        self.names[name] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,106 @@
+"""What a model's own code writes into its parameters stays, as often as it is written in one process, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import writing_parts
+from runs import last, rows, state, train, write_recipe
+from torch import nn
+
+from distrain.parallel.parameter_writes import Written
+from distrain.parallel.unused_parameters import unused_parameters
+
+RECIPE = """
+name: writing
+task: regression
+data: {name: "writing_parts:Points", split: [0.75, 0.25]}
+model: {name: "writing_parts:MODEL"}
+optim: {name: sgd, lr: 1.0e-6}
+batch: {global: 12}
+train: {steps: 3}
+eval: {every: null}
+checkpoint: {every: null, keep: 3, async: false}
+"""
+OVERFLOWS = "train.precision=fp16"
+SKIPPED = ("anomalies.nonfinite=skip", "data.bad=5", "train.epochs=1", "train.steps=null")
+LOOKS_AHEAD = ('task="writing_parts:Together"', "batch.micro=3")
+
+
+def recipe_of(folder: Path, model: str) -> Path:
+    return write_recipe(folder, RECIPE.replace("MODEL", model), f"{model}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("way", "overrides", "passes"),
+    [
+        ("single", (), 3),
+        ("ddp", (), 3),  # which passes once more to see what is used
+        ("zero1", (), 3),
+        ("single", (OVERFLOWS,), 3),  # makes steps again
+        pytest.param("ddp", (OVERFLOWS,), 3, marks=pytest.mark.more),
+        ("single", LOOKS_AHEAD, 12),
+        pytest.param("ddp", LOOKS_AHEAD, 6, marks=pytest.mark.more),
+    ],
+)
+def test_a_pass_that_is_made_again_writes_once(
+    way: str, overrides: tuple[str, ...], passes: int, tmp_path: Path
+) -> None:
+    recipe, run = recipe_of(tmp_path, "Counted"), tmp_path / "run"
+    train(1 if way == "single" else 2, recipe, run, *overrides, strategy=way)
+    assert state(last(run))["model/passes"].tolist() == [passes]
+
+
+def test_a_step_that_is_skipped_writes_nothing(tmp_path: Path) -> None:
+    recipe, run = recipe_of(tmp_path, "Counted"), tmp_path / "run"
+    train(1, recipe, run, *SKIPPED)
+    assert [row["event"] for row in rows(run)].count("anomaly") == 1
+    assert state(last(run))["model/passes"].tolist() == [2]
+
+
+REPLACED = "has put another Parameter in the place of layer.weight"
+LOST = "writes into parameter {}, and under {} it has a copy"
+
+
+@pytest.mark.parametrize(
+    ("way", "model", "said"),
+    [
+        ("fsdp2", "Normalised", LOST.format("layer.weight", "fsdp2")),
+        ("fsdp2", "Assigned", LOST.format("layer.weight", "fsdp2")),
+        pytest.param("fsdp2", "Counted", LOST.format("passes", "fsdp2"), marks=pytest.mark.more),
+        ("fsdp2", "Replacing", REPLACED),
+        ("zero1", "Normalised", LOST.format("layer.weight", "zero1")),
+        pytest.param("zero2", "Assigned", LOST.format("layer.weight", "zero2"), marks=pytest.mark.more),
+        pytest.param("zero1", "Replacing", REPLACED, marks=pytest.mark.more),
+        ("zero3", "Counted", LOST.format("passes", "zero3")),
+        ("zero3", "Replacing", REPLACED),
+        pytest.param("ddp", "Replacing", REPLACED, marks=pytest.mark.more),
+        ("ddp", "Centred", "passes differ between the ranks after the first step"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(way: str, model: str, said: str, tmp_path: Path) -> None:
+    ranks = train(2, recipe_of(tmp_path, model), tmp_path / "run", strategy=way, status=1)
+    assert any(said in " ".join(rank.err.split()) for rank in ranks), ranks[0].err
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero1", pytest.param("zero3", marks=pytest.mark.more)])
+def test_what_a_callback_writes_is_trained_or_refused(way: str, tmp_path: Path) -> None:
+    recipe, run = recipe_of(tmp_path, "Still"), tmp_path / "run"
+    refused = way.startswith("zero")
+    ranks = train(2, recipe, run, 'callbacks=["writing_parts:Clamp"]', strategy=way, status=int(refused))
+    if refused:
+        assert LOST.format("layer.weight and 1 others", way) in " ".join(ranks[0].err.split()), ranks[0].err
+    else:
+        assert abs(state(last(run))["model/layer.weight"]).max() <= 0.05 + 1e-6
+
+
+@pytest.mark.parametrize(("kind", "names"), [("Counted", ["passes"]), ("Normalised", ["layer.weight"]), ("Still", [])])
+def test_writes_are_seen_without_values(kind: str, names: list[str]) -> None:
+    model: nn.Module = getattr(writing_parts, kind)().to("meta")
+    written = Written()
+    device = torch.device("cpu")
+    unused = unused_parameters(model, lambda model: model(torch.ones(2, 5)).sum(), device, written)
+    assert unused == set()
+    assert [*written.names] == names

@@ -1,0 +1,108 @@
+"""Models whose own code writes into their parameters, and a callback that does so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import distrain
+
+
+class Points:
+    """48 points with a target of two numbers each, of which one may be NaN."""
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        point = torch.linspace(-1, 1, 5) * (index + 1) / 48
+        return point, point[:2].square() * (1000 if index != self.bad else torch.nan)
+
+
+class Counted(nn.Module):
+    """Its code counts the passes in which it was trained, in a parameter that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+        self.passes = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.training:
+            self.passes.data += 1
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Normalised(Counted):
+    """Its weight is normalised in place: `layer.weight` is trained."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.copy_(F.normalize(self.layer.weight, dim=1))
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Assigned(Counted):
+    """The same by other memory for the weight."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        self.layer.weight.data = F.normalize(self.layer.weight.data, dim=1)
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Replacing(Counted):
+    """The same by another Parameter."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        self.layer.weight = nn.Parameter(F.normalize(self.layer.weight.detach(), dim=1))
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Centred(Counted):
+    """Keeps what a rank makes of its own samples."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.training:
+            self.passes.data.copy_(points.mean())
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Still(Counted):
+    """Writes into nothing itself."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Clamp(distrain.Callback):
+    """Clamps the weights after each step."""
+
+    def on_start(self, run: Any) -> None:
+        self.model = run.model
+
+    @torch.no_grad()
+    def on_step_taken(self, step: int) -> None:
+        for parameter in self.model.parameters():
+            parameter.clamp_(-0.05, 0.05)
+
+
+class Together(distrain.Task):
+    """A loss that takes samples together, and so looks ahead."""
+
+    couples_samples = True
+
+    def losses(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        found = distrain.gather(model(batch["inputs"]))
+        return {"spread": found.var(0).sum()}
