@@ -91,6 +91,8 @@ class ImageFiles:
             image = self._decoded(number, None if windows is None else functools.partial(windows.of, row))
             if row == 0:
                 whole = np.empty((len(ids), *image.shape), np.uint8)
+                if windows is not None and windows.channels_last:
+                    whole = whole.reshape(len(ids), *image.shape[1:], -1).transpose(0, 3, 1, 2)
             if not apart and image.shape != whole.shape[1:]:
                 apart = list(whole[:row])
             if apart:

@@ -40,8 +40,8 @@ class Sent:
     """Pickled, of a slot that is new."""
 
 
-Place = tuple[int, torch.dtype, tuple[int, ...]]
-"""(begin, dtype, shape) of a tensor in a slot; the begin in bytes."""
+Place = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""(begin, dtype, shape, stride) of a tensor in a slot; the begin in bytes."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # In a loader process
@@ -60,7 +60,7 @@ class Sender:
         end = _ALIGNED
         tensors = {id(each): each for each in tensors_in(batch) if _fits(each)}
         for key, tensor in tensors.items():
-            places[key] = end, tensor.dtype, tuple(tensor.shape)
+            places[key] = end, tensor.dtype, tuple(tensor.shape), tensor.stride()
             end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
         number, is_new = self._free(end) if tensors else (None, False)
         if number is None:
@@ -101,7 +101,7 @@ def _fits(tensor: torch.Tensor) -> bool:
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and not tensor.requires_grad
-        and tensor.is_contiguous()
+        and (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last))
         and tensor.nbytes > 0
     )
 
@@ -161,10 +161,10 @@ class _Unpickler(pickle.Unpickler):
 
 def _tensor(memory: torch.Tensor | np.ndarray, place: Place) -> torch.Tensor:
     """Return the tensor at a place, over that memory."""
-    begin, dtype, shape = place
+    begin, dtype, shape, stride = place
     part = memory[begin : begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))]
     found = part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
-    return found.view(dtype).view(shape)
+    return found.view(dtype).as_strided(shape, stride)
 
 
 def _release(slot: np.ndarray, process: int) -> None:

@@ -20,7 +20,7 @@ from distrain.datasets.base import Batch, Data, DataRequest
 from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.images import ImageFiles, decode_image, pixels_of
-from distrain.datasets.transforms import Transform
+from distrain.datasets.transforms import Transform, finished
 from distrain.datasets.user import named_data
 
 
@@ -169,6 +169,9 @@ def test_images_that_are_cut_first_are_those_of_whole_batches(tmp_path: Path, de
     epochs, ids = np.arange(5), np.array([3, 0, 4, 1, 2])
     for items in (
         [{"name": "RandomCrop", "size": [7, 5]}, {"name": "RandomHorizontalFlip"}],
+        [{"name": "RandomCrop", "size": [7, 5]}, {"name": "RandomVerticalFlip"}],
+        # of what comes then, no other layout is known to give the same bits
+        [{"name": "RandomCrop", "size": [7, 5]}, {"name": "ColorJitter", "hue": 0.1}, {"name": "Grayscale"}],
         [{"name": "RandomCrop", "size": 12, "padding": 2}],
     ):
         transform = Transform([Component.model_validate(item) for item in items], 0, "data.transforms.train")
@@ -176,6 +179,12 @@ def test_images_that_are_cut_first_are_those_of_whole_batches(tmp_path: Path, de
         found = Batches(source, transform).batch((epochs, ids))["inputs"]  # type: ignore[arg-type]
         assert torch.equal(found, whole)
         assert found.is_contiguous()
+        transform.leave_bytes()
+        left = Batches(source, transform).batch((epochs, ids))  # type: ignore[arg-type]
+        assert torch.equal(finished(left)["inputs"], whole)
+        last = channels == "rgb" and "padding" not in items[0] and len(items) == 2
+        assert left["inputs"].is_contiguous() != last
+        assert not last or left["inputs"].is_contiguous(memory_format=torch.channels_last)
 
 
 def turned(degrees: int) -> dict[str, Any]:

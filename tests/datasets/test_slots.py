@@ -19,8 +19,9 @@ LARGE = 20_000
 
 def batch_of(value: int, numbers: int = LARGE) -> dict[str, Any]:
     inputs = torch.full((numbers // 100, 100), float(value))
+    images = torch.arange(120).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) + value
     return {
-        "inputs": {"one": inputs, "same": inputs, "half": inputs.bfloat16()},
+        "inputs": {"one": inputs, "same": inputs, "half": inputs.bfloat16(), "images": images},
         "targets": (torch.full((40_000,), value % 2 == 0), inputs.t()),  # the last is not contiguous
         "ids": torch.arange(4) + value,
         "texts": ["a", "b"],
@@ -33,6 +34,7 @@ def assert_is(batch: dict[str, Any], value: int, numbers: int = LARGE) -> None:
     for name, tensor in wanted["inputs"].items():
         assert torch.equal(batch["inputs"][name], tensor)
         assert batch["inputs"][name].dtype == tensor.dtype
+        assert batch["inputs"][name].stride() == tensor.stride()
     assert all(torch.equal(one, other) for one, other in zip(batch["targets"], wanted["targets"], strict=True))
     assert torch.equal(batch["ids"], wanted["ids"])
     assert batch["texts"] == wanted["texts"]

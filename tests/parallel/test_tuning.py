@@ -7,8 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import assert_close, assert_same_run, cli, last, train, write_recipe
 from torch import Tensor, nn
 from worlds import in_world
@@ -224,10 +226,18 @@ class Shapes:
 """
 
 
-def write_images(folder: Path) -> Path:
-    """Write a recipe over images of bytes."""
+def write_images(folder: Path, *, files: bool = False) -> Path:
+    """Write a recipe over images of bytes; with `files` over files, of which a loader process reads parts."""
     (folder / "shapes.py").write_text(SHAPES)
     text = IMAGES.format(folder=folder)
+    if files:
+        for number in range(24):
+            path = folder / "images" / "abc"[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (14, 16, 3), np.uint8)).save(path)
+        data = f"image_folder\n  path: {folder}/images\n  split: [0.5, 0.5]\n  workers: 1"
+        text = text.replace(f'"{folder}/shapes.py:Shapes"', data).replace(", padding: 2", "")
+        text = text.replace("eval: [*", "eval: [{name: CenterCrop, size: 12}, *")
     text = text.replace("*to_float", "{name: ToDtype, dtype: float32, scale: true}")
     return write_recipe(
         folder, text.replace("*normalised", "{name: Normalize, mean: [0.5, 0.4, 0.3], std: [0.2, 0.3, 0.1]}")
@@ -282,11 +292,11 @@ def layouts(recipe: str, run_dir: str) -> dict[str, bool]:
     return seen
 
 
-@pytest.mark.parametrize("more", [(), ("data.workers=1", "train.precision=fp32")], ids=str)
-def test_bytes_are_made_floats_where_they_arrive(tmp_path: Path, more: tuple[str, ...]) -> None:
-    recipe = write_images(tmp_path)
+@pytest.mark.parametrize(("files", "precision"), [(False, "fp64"), (True, "fp32")])
+def test_bytes_are_made_floats_where_they_arrive(tmp_path: Path, files: bool, precision: str) -> None:
+    recipe = write_images(tmp_path, files=files)
     for name in ("false", "true"):
-        train(1, recipe, tmp_path / name, f"tune.uint8_inputs={name}", *more)
+        train(1, recipe, tmp_path / name, f"tune.uint8_inputs={name}", f"train.precision={precision}")
     assert_same_run(tmp_path / "false", tmp_path / "true")
     found = []
     for name in ("false", "true"):

@@ -269,6 +269,9 @@ def _flipped(
     elif values.itemsize == 1 and values.shape[-1] % 8 == 0 and values.flags.c_contiguous:
         # eight bytes at a time, which are turned by reading them in the other byte order
         values.view("<u8")[rows] = values.view(">u8")[rows][..., ::-1]
+    elif not values.flags.c_contiguous:
+        for image in (images[row] for row in rows.tolist()):
+            image.copy_(image.flip(-1))
     else:
         values[rows] = values[rows][..., ::-1]
     return images
@@ -306,7 +309,12 @@ def _draws(seed: int, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return stream_of(seed, epochs, ids, np.arange(2)[:, None])
 
 
-def windows_of(step: Step) -> Callable[[np.ndarray, np.ndarray], Windows] | None:
+def are_flips(steps: Sequence[Step]) -> bool:
+    """Whether the steps do no more than flip images, which may then have any layout in memory."""
+    return all(isinstance(step, functools.partial) and step.func is _flipped for step in steps)
+
+
+def windows_of(step: Step) -> Callable[..., Windows] | None:
     """Return (epochs, ids) -> the windows of a step that cuts images and does not pad them; None of all others."""
     if not isinstance(step, functools.partial) or step.func is not _cropped:
         return None
@@ -314,7 +322,11 @@ def windows_of(step: Step) -> Callable[[np.ndarray, np.ndarray], Windows] | None
     if transform.pad_if_needed or any(transform.padding or ()):
         return None
     height, width = transform.size
-    return lambda epochs, ids: Windows(height, width, _draws(seed, epochs, ids).T.tolist())
+
+    def windows(epochs: np.ndarray, ids: np.ndarray, *, channels_last: bool = False) -> Windows:
+        return Windows(height, width, _draws(seed, epochs, ids).T.tolist(), channels_last)
+
+    return windows
 
 
 def _padded(transform: v2.RandomCrop, images: Any, kind: type) -> Any:

@@ -7,6 +7,7 @@ seeded for each. So a sample looks the same in every batch, process and loader p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Windows:
     width: int
     draws: Sequence[tuple[int, int]]
     """For each image 64 random bits for its top and for its left."""
+    channels_last: bool
+    """Whether the windows lie in memory with their channels last, as decoders give them."""
 
     def of(self, row: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (top, left, bottom, right) of the window of image `row`, which has this size.
@@ -101,7 +104,7 @@ class Transform:
         problems = []
         if items:
             with without_compiler():
-                from distrain.datasets.transforms.steps import build_step, finish_of, windows_of
+                from distrain.datasets.transforms.steps import are_flips, build_step, finish_of, windows_of
         for index, item in enumerate(items):
             try:
                 self._steps.append(build_step(item, dtype, seed, index, masks))
@@ -112,10 +115,16 @@ class Transform:
         self.windows = windows_of(self._steps[0]) if items and masks is None else None
         """(epochs, ids) -> what the first step cuts of images, where it only cuts; whoever reads them may do so."""
         self._first_of_finish, self._finish = finish_of(self._steps, dtype) if items else (0, Finish(dtype))
+        self._keeps_layout = self.windows is not None and are_flips(self._steps[1 : self._first_of_finish])
 
     def leave_bytes(self) -> None:
-        """Leave the `Finish` of images of bytes to whoever copies a batch to its device; before a loader is made."""
+        """Leave the `Finish` of images of bytes to whoever copies a batch to its device; before a loader is made.
+
+        So is their layout in memory, where they need not be turned before.
+        """
         self._leaves_bytes = True
+        if self.windows is not None and self._keeps_layout:
+            self.windows = functools.partial(self.windows, channels_last=True)
 
     def gives_one_size(self, before: bool) -> bool:
         """Whether all images are known to have one size afterwards; `before`: whether they have one to begin with."""
