@@ -97,12 +97,13 @@ class Muon(Optimizer):
             "ns_coefficients": tuple(ns_coefficients), "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
             "ns_dtype": ns_dtype, "betas": tuple(own["betas"]), "adamw_eps": own["eps"], OTHERS: False,
         }  # fmt: skip
+        decays = [group.get("weight_decay") if isinstance(group, dict) else None for group in given]
         super().__init__(given, defaults)
-        for group in self.param_groups:
+        for group, decay in zip(self.param_groups, decays, strict=True):
             if group[OTHERS]:
                 group["lr"] = own["lr"]
                 group["lr_scale"] = group.get("lr_scale", 1.0) * own["lr"] / lr
-                if own["weight_decay"] is not None and group["weight_decay"]:
+                if own["weight_decay"] is not None and decay is None:  # a group's own holds
                     group["weight_decay"] = own["weight_decay"]
 
     @torch.no_grad()

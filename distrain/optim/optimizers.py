@@ -346,11 +346,13 @@ def _plan(model: nn.Module, section: OptimSection) -> tuple[list[GroupPlan], set
     members: dict[tuple[float, float, int | None, bool], list[_Alias]] = {}
     for alias in trained:
         rule = section.groups[rule_of[alias.names[0]]] if alias.names[0] in rule_of else None
-        decay = section.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        others = matrices is not None and alias.names[0] not in matrices
+        of_others = (section.args.get("others") or {}).get("weight_decay") if others else None
+        decay = section.weight_decay if of_others is None else of_others
+        decay = decay if rule is None or rule.weight_decay is None else rule.weight_decay
         if alias.kinds & set(section.no_decay):
             decay = 0.0
         scale = (rule.lr_scale if rule else 1.0) * (depths.scale(alias.names) if depths else 1.0)
-        others = matrices is not None and alias.names[0] not in matrices
         members.setdefault((scale, decay, until.get(alias.names[0]), others), []).append(alias)
     plans = [
         GroupPlan(

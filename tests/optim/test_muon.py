@@ -114,6 +114,22 @@ def test_which_parameters_are_matrices(model: Any, matrices: set[str]) -> None:
     assert all(keys == {"step", "exp_avg", "exp_avg_sq"} for name, keys in kept.items() if name not in matrices)
 
 
+def test_others_have_a_decay_of_their_own_and_a_group_one_that_holds() -> None:
+    own = {"others": {"weight_decay": 0.5, "params": ["up.*", "pos", "head.*"]}, "no_decay": ["bias", "embedding"]}
+    for general in (0.0, 0.1):  # without one of all, too
+        groups = [{"params": "head.*", "weight_decay": 0.3}]
+        section = OptimSection.model_validate({"name": "muon", "weight_decay": general, "groups": groups} | own)
+        model = Tokens(False)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, section)
+        found = {names[each]: group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+        assert found["down.weight"] == general
+        assert (found["up.weight"], found["pos"], found["head.weight"], found["up.bias"]) == (0.5, 0.5, 0.3, 0.0)
+    weight = nn.Parameter(torch.ones(2))
+    alone = Muon([{"params": [weight], "others": True}], lr=0.02, others={"weight_decay": 0.5})
+    assert alone.param_groups[0]["weight_decay"] == 0.5
+
+
 def test_a_recipe_names_what_is_no_matrix() -> None:
     section = OptimSection.model_validate({"name": "muon", "others": {"params": ["up.*", "pos"]}})
     plans = parameter_plan(Tokens(False), section)
