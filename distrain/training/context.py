@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from distrain.training import noise
 from distrain.training.compiling import NOTHING, Compiled
 from distrain.training.skipping import Anomalies, LocalStepResult
 from distrain.training.tasks import Objective
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class TrainContext:
     """Judges which steps are skipped; None skips none."""
     local: LocalStepResult | None = None
     """What this rank has computed in its last attempt at a step."""
+    _rates: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+    """The optimizers' groups, each with the learning rate that the last step has begun with."""
+    _warned: bool = False
 
     def acting(self, step: int) -> Sequence[Turn]:
         """Return the turns of the optimizers that act in `step`, from 1."""
@@ -79,9 +85,21 @@ class TrainContext:
         return [(turn, parts[turn.name]) for turn in self.turns]
 
     def set_lr(self, step: int) -> None:
-        """Set the learning rates of `step`, from 0."""
+        """Set the learning rates of `step`, from 0, and warn where something else has set one since the last step."""
+        for group, lr in self._rates:
+            if group["lr"] != lr and not self._warned:
+                self._warned = True
+                logger.warning(
+                    f"a callback or the optimizer has set a learning rate to {group['lr']:g}, which lasts until the "
+                    f"next step begins: each has that of its schedule, {lr:g} in the last one, so that a resumed run "
+                    "has the same. To change it, change the group's lr_scale (group['lr_scale'] *= 0.1), by which the "
+                    "schedule is multiplied and which checkpoints keep; or write a schedule"
+                )
+        self._rates.clear()
         for turn, part in self._parts:
             set_lr(part, turn.lr(step))
+            for group in part.param_groups:
+                self._rates += ((group, group["lr"]),)
 
     @cached_property
     def world(self) -> World:

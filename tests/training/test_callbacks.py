@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import TINY, assert_same_run, checkpoint, losses, rows, state, train, write_recipe
 
-from distrain.checkpoint import read_manifest
+from distrain.checkpoint import difference, read_manifest
 from distrain.config import Duration, RecipeError
 from distrain.config.yaml import dump_recipe, load_recipe, parse_recipe
 from distrain.run.folder import RunDir
@@ -53,6 +53,22 @@ class Noting(Callback):
     def on_end(self, outcome):
         self.note("end", kind=outcome.kind, step=outcome.step, reason=outcome.reason,
                   summary=sorted(outcome.summary or ()))
+
+
+
+class Plateau(Callback):
+    """Lowers a number of the optimizer's groups by an evaluation."""
+
+    def __init__(self, key: str):
+        self.key = key
+
+    def on_start(self, run):
+        self.run = run
+
+    def on_evaluate(self, split, values):
+        if self.run.step == 4:
+            for group in self.run.optimizer.param_groups:
+                group[self.key] *= 0.5
 
 
 class Total(Callback):
@@ -285,6 +301,22 @@ def test_a_stop_that_one_rank_asks_for_is_a_pause_of_all(tmp_path: Path, on: str
     train(2, recipe, run)
     assert RunDir(run).finished
     assert len(losses(run)) == 12
+
+
+def test_a_callback_lowers_the_learning_rate_by_its_scale_and_is_told_where_that_does_not_last(tmp_path: Path) -> None:
+    ends = {}
+    for name, key in (("none", None), ("lr", "lr"), ("scale", "lr_scale")):
+        own = () if key is None else (f'{{name: "mine.py:Plateau", key: {key}}}',)
+        (ended,) = train(1, recipe_with(tmp_path, *own), tmp_path / name)
+        ends[name] = state(checkpoint(tmp_path / name, 12))
+        assert ("has set a learning rate to" in " ".join((ended.out + ended.err).split())) == (name == "lr"), ended.err
+    for key, value in ends["none"].items():
+        assert np.array_equal(ends["lr"][key], value), "it did not last"
+    assert any(not np.array_equal(ends["scale"][key], value) for key, value in ends["none"].items())
+    recipe = tmp_path / "recipe.yaml"
+    train(1, recipe, tmp_path / "resumed", stop_after=6)
+    train(1, recipe, tmp_path / "resumed")
+    assert difference(checkpoint(tmp_path / "resumed", 12), checkpoint(tmp_path / "scale", 12)).identical
 
 
 @pytest.mark.parametrize("on", ["step", "evaluate"])
