@@ -7,6 +7,7 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from distrain.system.output import error_line
 
 _ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
 _SPLITS = ("train", "valid", "test")
+_SEEDS = 256  # items of a stream whose seeds are computed at a time
 _TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
 _PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_position_ids")
 """Keys that describe tokens: the value at a padded token is ignored, so 0 is safe."""
@@ -85,10 +87,12 @@ def user_data(request: DataRequest, made: Any) -> Data:
     A data set is
 
     - a Dataset: `__len__` and `__getitem__(index)`, which returns (inputs, targets) or {"inputs": ..., "targets": ...};
-      Python's, NumPy's and PyTorch's global generators are seeded from (seed, epoch, sample) before each item;
     - a tuple (inputs, targets) of tensors, arrays or tables with a row for each sample;
     - either with graphs of PyTorch Geometric as inputs, or as items, whose targets are then their `y`;
     - an iterable of such items: a stream, read in its own order. `set_epoch(int)`, if present, is called before a pass.
+
+    Python's, NumPy's and PyTorch's global generators are seeded from the seed before `made` is called, the same for
+    each split, and from (seed, epoch, sample) before each item: what shuffles by them is the same on every rank.
 
     Inputs and targets are tensors, arrays, numbers, PIL images, or dicts and tuples of these; of a sample of three or
     more the last is the targets. Sequences of different lengths are padded: see `_padding`. A task of one's own may
@@ -115,14 +119,12 @@ def user_data(request: DataRequest, made: Any) -> Data:
             found = "is a stream" if first.is_stream else "gives its splits itself"
             raise UserError(f"data.split: {request.section.name} {found}, and cannot be cut; remove data.split")
         splits = {
-            split: UserStream(each, form(split))
-            if each.is_stream
-            else UserSource(each, form(split), mix(request.seed, split))
+            split: (UserStream if each.is_stream else UserSource)(each, form(split), mix(request.seed, split))
             for split, each in splits_made.items()
         }
 
     def read(path: Path) -> Source:
-        inputs = _Made(f"{first.name}.read", lambda: first.dataset.read(path))
+        inputs = _Made(f"{first.name}.read", lambda: first.dataset.read(path), request.seed)
         if inputs.is_stream:
             raise UserError(f"{inputs.name} returned a stream, expected a Dataset with __len__ and __getitem__")
         return UserSource(inputs, form("read"), mix(request.seed, "read"))
@@ -135,7 +137,7 @@ def source_of(request: DataRequest, inputs: Any) -> Source:
     """Return arrays, or a Dataset, of inputs for prediction; raises UserError."""
     if isinstance(inputs, Mapping | Sequence | np.ndarray | torch.Tensor) or hasattr(inputs, "iloc"):
         return TensorSource(input_tensors(inputs, request.dtype, "predict"), None)
-    made = _Made("predict", lambda: inputs)
+    made = _Made("predict", lambda: inputs, request.seed)
     if made.is_stream:
         raise UserError(f"predict: found a {type(inputs).__name__}; expected arrays, or a Dataset with a length")
     meta = getattr(inputs, "meta", None)
@@ -150,10 +152,11 @@ def source_of(request: DataRequest, inputs: Any) -> Source:
 class _Made:
     """A data set of the user's code, and the function that makes it again."""
 
-    def __init__(self, name: str, make: Callable[[], Any]):
+    def __init__(self, name: str, make: Callable[[], Any], seed: int):
         self.name = name
         self.make = make
-        self.dataset = make()
+        with _seeded(seed):
+            self.dataset = make()
         listed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
         self.is_stream = isinstance(self.dataset, IterableDataset) or not listed
         if self.is_stream and not hasattr(self.dataset, "__iter__"):
@@ -167,24 +170,33 @@ class _Made:
         return iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed what the user's code may shuffle by: a data set has one order, on every rank and after a resume."""
+    with isolated_randomness():
+        seed_globally(mix(seed, "data"))
+        yield
+
+
 def _made_splits(request: DataRequest, made: Any) -> dict[str, _Made]:
     """Return the user's data sets by split; only `train` for a single one."""
-    spec, wanted = request.section.name, request.section.split
+    spec, wanted, seed = request.section.name, request.section.split, request.seed
     call, takes_split = _factory(request, made)
     if takes_split:
         names = wanted if isinstance(wanted, dict) else {"train": "train", "test": "test"}
-        return {split: _Made(spec, lambda name=name: call(split=name)) for split, name in names.items()}  # type: ignore[misc]
+        return {split: _Made(spec, lambda name=name: call(split=name), seed) for split, name in names.items()}  # type: ignore[misc]
     if isinstance(wanted, dict):
         raise UserError(f"data.split: {spec} takes no argument 'split' for {', '.join(wanted.values())}; add one")
-    made_data = call()
+    with _seeded(seed):
+        made_data = call()
     if not isinstance(made_data, Mapping):
-        return {"train": _Made(spec, _first_then(made_data, call))}
+        return {"train": _Made(spec, _first_then(made_data, call), seed)}
     if "train" not in made_data or not set(made_data) <= set(_SPLITS):
         raise UserError(
             f"{spec} returned a dict of {', '.join(map(str, made_data))}, expected train, and maybe valid and test"
         )
     return {
-        split: _Made(spec, _first_then(made_data[split], lambda split=split: call()[split]))  # type: ignore[misc]
+        split: _Made(spec, _first_then(made_data[split], lambda split=split: call()[split]), seed)  # type: ignore[misc]
         for split in _SPLITS
         if split in made_data
     }
@@ -265,7 +277,7 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
         meta = replace(meta, num_classes=len(meta.class_names))
     form = _Form.of(request, meta, "train", made.name)
     if made.is_stream:
-        stream = UserStream(made, form)
+        stream = UserStream(made, form, 0)
         items = list(itertools.islice(stream, 1))
         batch = stream.collate(items) if items else None
     else:
@@ -348,19 +360,35 @@ class UserSource:
 class UserStream:
     """An iterable of the user."""
 
-    def __init__(self, made: _Made, form: _Form):
+    def __init__(self, made: _Made, form: _Form, seed: int):
         self.made = made
         self.form = form
+        self.seed = seed
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
         if hasattr(self.made.dataset, "set_epoch"):
             self.made.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Yield (inputs, targets or None, number) of each item; (item, number) where the task collates them."""
-        number = 0
+        """Yield (inputs, targets or None, number) of each item; (item, number) where the task collates them.
+
+        The global generators are seeded before each item, and left as that has them: a step seeds torch's itself, and
+        to put all back would cost ten times as much.
+        """
+        number, epoch = 0, self._epoch
         try:
-            for item in self.made.walk():
+            seed_globally(int(stream_of(self.seed, epoch)[0]))
+            walk = self.made.walk()
+            while True:
+                if number % _SEEDS == 0:
+                    seeds = stream_of(self.seed, epoch, np.arange(number, number + _SEEDS)).tolist()
+                seed_globally(seeds[number % _SEEDS])
+                try:
+                    item = next(walk)
+                except StopIteration:
+                    return
                 where = f"{self.made.name}: item {number} of the stream"
                 yield *((item,) if self.form.own else _pair(item, where)), number
                 number += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import xxhash
 from distrain.config import UserError
 
 if TYPE_CHECKING:
-    from distrain.datasets.base import Data, Source
+    from distrain.datasets.base import Data, Source, StreamSource
 
 _ENOUGH_S = 0.5
 """No further samples are read after this time."""
@@ -42,11 +43,21 @@ def items_of(data: Data) -> dict[str, dict[str, Any]]:
     return found
 
 
+def first_items(source: StreamSource, count: int) -> list[dict[str, Any]]:
+    """Return the fingerprints of the samples with which a pass over a stream begins, at most `count`."""
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(0)
+    return [_fingerprint(source.collate([sample])) for sample in itertools.islice(source, count)]
+
+
 def _item(source: Source, number: int) -> dict[str, Any] | None:
     try:
-        batch = source.fetch(np.array([number], np.int64))
+        return _fingerprint(source.fetch(np.array([number], np.int64)))
     except UserError:
         return None
+
+
+def _fingerprint(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: _value(value) for key, value in batch.items() if key != "ids"}
 
 

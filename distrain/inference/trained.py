@@ -26,6 +26,7 @@ from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
 from distrain.training.restored import restored_model
+from distrain.training.same_data import check_same_data
 from distrain.training.tasks import Objective, TaskContext, build_objective
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Trained:
                 return data, model.to(world.device).eval(), objective
 
             data, model, objective = world.run_on_all(build)
+            check_same_data(world, data)
         return cls(checkpoint, recipe, data, with_mixed_precision(world, model), objective, world, inputs)
 
     def transform(self) -> Transform:

@@ -38,6 +38,7 @@ from distrain.training.coupling import check_cut, couples_samples, cut_of, descr
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
 from distrain.training.pipeline import DataPipeline
+from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
 from distrain.training.tasks import build_objective
 from distrain.training.updates import Inputs, take_inputs
@@ -107,6 +108,7 @@ def set_up(
         data = replace(data, byte_images=False)
     horizon = horizon_of(recipe, data)
     assert horizon.total_steps is not None
+    check_same_data(world, data)
     updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
     # a proof compares all samples itself, and says why they differ
     inputs: Inputs = world.run_on_rank0(
