@@ -22,10 +22,11 @@ _COUNTED = 4096
 
 
 class ClassTables:
-    """Counts over batches. Each method takes tensors on the CPU."""
+    """Counts over batches, of what metrics count. Each method takes tensors on the CPU."""
 
-    def __init__(self, form: Form, meta: DataMeta, is_probability: bool):
-        self._form, self._meta, self._is_probability = form, meta, is_probability
+    def __init__(self, form: Form, meta: DataMeta, is_probability: bool, ignored: int | None = None):
+        """`ignored`: the target that the loss ignores, which may be the number of a class."""
+        self._form, self._meta, self._is_probability, self._ignored = form, meta, is_probability, ignored
         self._matrix: np.ndarray | None = None
         """(classes, classes) int64, true by predicted; of multilabel (labels, 2, 2)."""
         self._bins = np.zeros((_BINS, 3))
@@ -43,6 +44,8 @@ class ClassTables:
             classes = values.movedim(class_dim(values, targets, form), -1).flatten(0, -2)
             flat = targets.flatten()
             there = (flat >= 0) & (flat < classes.shape[-1])
+            if self._ignored is not None:
+                there &= flat != self._ignored
             top = classes[there].softmax(-1).max(-1)
             self._count(flat[there], top.indices, classes.shape[-1])
             self._calibrate(top.values, top.indices == flat[there])
@@ -52,12 +55,12 @@ class ClassTables:
             if values.dim() > 2 or targets.numel() != len(score):
                 return
             sure = score if self._is_probability else score.sigmoid()
-            guess, true = (sure > 0.5).long(), targets.reshape(-1).long()
+            guess, true = (sure > 0.5).long(), (targets.reshape(-1) > 0.5).long()
             self._count(true, guess, 2)
             self._calibrate(torch.where(guess == 1, sure, 1 - sure), guess == true)
         elif form == "multilabel" and values.dim() == 2 and targets.shape == values.shape:
             sure = values if self._is_probability else values.sigmoid()
-            guess, true = (sure > 0.5).long(), targets.long()
+            guess, true = (sure > 0.5).long(), (targets > 0.5).long()
             if self._matrix is None:
                 self._matrix = np.zeros((values.shape[1], 2, 2), np.int64)
             for label in range(values.shape[1]):

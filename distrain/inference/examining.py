@@ -106,7 +106,9 @@ class _Examination:
         """Look at no more than `limit` samples."""
         trained, recipe = self.trained, self.trained.recipe
         loss = trained.objective.loss
-        tables = ClassTables(recipe.form, trained.data.meta, loss.takes_probabilities if loss is not None else False)
+        are_probabilities = loss.takes_probabilities if loss is not None else False
+        ignored = getattr(loss, "ignore_index", None)
+        tables = ClassTables(recipe.form, trained.data.meta, are_probabilities, ignored)
         for batch in self._batches(limit):
             ids = batch["ids"].numpy()
             given(self.split, [batch])

@@ -137,16 +137,23 @@ def predicted_tags(
     def tags(values: np.ndarray) -> np.ndarray:
         lists = np.empty(len(values), dtype=object)
         for row, (numbers, first) in enumerate(zip(values.tolist(), places, strict=True)):
-            lists[row] = [_tag(numbers[place], meta) if place >= 0 else None for place in first.tolist()]
+            lists[row] = [class_label(numbers[place], meta) if place >= 0 else None for place in first.tolist()]
         return lists
 
     columns = {"tags": tags(found.values)}
     return Predictions(columns | ({} if targets is None else {"target": tags(targets.numpy())}), found.values)
 
 
-def _tag(number: int, meta: DataMeta) -> str:
+def class_label(number: int, meta: DataMeta) -> str:
+    """Return the name of a class; the number itself where there is no such class, as of a target that is ignored."""
     names = meta.class_names
     return names[number] if names is not None and 0 <= number < len(names) else str(number)
+
+
+def _labels_of(numbers: Tensor, meta: DataMeta) -> list[Any]:
+    """Return the classes of samples (batch,) by name; their numbers where no class has one."""
+    found: list[int] = numbers.long().tolist()
+    return [class_label(each, meta) for each in found] if meta.class_names else found
 
 
 def raw_outputs(kind: str, values: Tensor, task: Form, meta: DataMeta, is_probability: bool) -> Predictions:
@@ -188,9 +195,9 @@ def _classes(outputs: Tensor, meta: DataMeta) -> Predictions:
     if outputs.dim() > 2:
         return Predictions({}, values)
     probabilities = outputs.softmax(dim=1)
-    names = meta.class_names or tuple(str(index) for index in range(outputs.shape[1]))
+    names = [class_label(index, meta) for index in range(outputs.shape[1])]  # a model may have more than the data
     columns: dict[str, Any] = {
-        "prediction": [names[index] for index in top.tolist()],
+        "prediction": _labels_of(top, meta),
         "probability": probabilities.gather(1, top[:, None])[:, 0].numpy(),
     }
     return Predictions(
@@ -206,8 +213,7 @@ def _binary(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Prediction
     values = (probability > 0.5).numpy().astype(np.uint8)
     if probability.dim() > 1:
         return Predictions({}, values)
-    names = meta.class_names or ("0", "1")
-    columns = {"prediction": [names[each] for each in values.tolist()], "probability": probability.numpy()}
+    columns = {"prediction": _labels_of(probability > 0.5, meta), "probability": probability.numpy()}
     return Predictions(columns, values)
 
 
@@ -229,8 +235,8 @@ def target_columns(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]
     if targets.dim() > 2:
         return {}
     if task in ("classification", "binary") and targets.dim() == 1:
-        names = meta.class_names
-        return {"target": [names[int(each)] if names else int(each) for each in targets.tolist()]}
+        # a probability is read as metrics read it
+        return {"target": _labels_of(targets > 0.5 if task == "binary" else targets, meta)}
     targets = targets.reshape(len(targets), -1).double()
     names = meta.class_names if task == "multilabel" else None
     if task == "regression":

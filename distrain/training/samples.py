@@ -24,7 +24,7 @@ from distrain.parallel import Strategy
 from distrain.run.media import Encoded, encode_image, encode_table
 from distrain.training.context import to_device
 from distrain.training.evaluation import IGNORED, generated_texts
-from distrain.training.outputs import predicted, target_columns
+from distrain.training.outputs import class_label, predicted, target_columns
 from distrain.training.tasks import Objective
 
 NAME = "samples"
@@ -152,15 +152,15 @@ class SampleView:
         return columns | {"predicted": [self._text(row[of != IGNORED]) for row, of in predicted_ids]}
 
     def _token_columns(self, batch: Batch, outputs: Tensor) -> dict[str, list[Any]]:
-        names, targets = self._meta.class_names, batch["targets"]
+        targets, ignored = batch["targets"], getattr(self._objective.loss, "ignore_index", IGNORED)
 
         def words(row: Tensor) -> str:
-            return " ".join(names[each] if names else str(each) for each in row.tolist())
+            return " ".join(class_label(each, self._meta) for each in row.tolist())
 
         likeliest = outputs.argmax(-1)
         return {
-            "target": [words(row[row != IGNORED]) for row in targets],
-            "prediction": [words(row[of != IGNORED]) for row, of in zip(likeliest, targets, strict=True)],
+            "target": [words(row[row != ignored]) for row in targets],
+            "prediction": [words(row[of != ignored]) for row, of in zip(likeliest, targets, strict=True)],
         }
 
 

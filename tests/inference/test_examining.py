@@ -152,6 +152,21 @@ def test_labels_are_counted_one_by_one() -> None:
     assert (rain["support"], rain["predicted"], rain["f1"]) == (1, 1, 1.0)
 
 
+@pytest.mark.parametrize("form", ["binary", "multilabel"])
+def test_probabilities_as_targets_are_counted_as_metrics_count_them(form: Any) -> None:
+    tables = ClassTables(form, DataMeta(), False)
+    targets = torch.tensor([[0.7], [0.2], [1.0]])
+    tables.add(torch.tensor([[1.0], [1.0], [-1.0]]), targets, torch.ones(3, dtype=torch.bool))
+    assert [row["support"] for row in tables.found()["per_class"]] == ([1, 2] if form == "binary" else [2])
+    assert tables.found()["per_class"][-1]["precision"] == 0.5
+
+
+def test_a_class_that_the_loss_ignores_is_not_counted() -> None:
+    tables = ClassTables("classification", DataMeta(num_classes=3), False, ignored=0)
+    tables.add(torch.eye(3), torch.tensor([0, 1, 1]), torch.ones(3, dtype=torch.bool))
+    assert tables.found()["confusion"] == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
 def test_pixels_are_counted_and_ignored_ones_are_not() -> None:
     tables = ClassTables("segmentation", DataMeta(num_classes=2), False)
     targets = torch.tensor([[[0, 1], [1, -100]]])

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from distrain.config import UserError
 from distrain.datasets.base import DataMeta
 from distrain.inference.files import open_predictions
-from distrain.training.outputs import predicted
+from distrain.training.outputs import predicted, target_columns
 
 META = DataMeta(num_classes=3)
 
@@ -112,6 +112,34 @@ def test_outputs_of_every_shape_that_a_task_evaluates(task, outputs, targets, sh
         np.testing.assert_array_equal(found.values, numbers.argmax(dim).numpy())
     if task == "binary" and outputs[-1] == 2:
         np.testing.assert_array_equal(found.values, (numbers[..., 1] > numbers[..., 0]).numpy())
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "targets", "names", "predictions", "truth"),
+    [
+        (
+            "classification",
+            [[0, 1, 0], [1, 0, 0], [0, 0, 1]],
+            [1, -1, -100],
+            ("a", "b", "c"),
+            "bac",
+            ["b", "-1", "-100"],
+        ),
+        ("classification", [[0, 1, 0], [1, 0, 0], [0, 0, 1]], [1, -1, 2], None, [1, 0, 2], [1, -1, 2]),
+        ("classification", [[0, 1, 0], [1, 0, 0], [0, 0, 1]], [1, 0, 1], ("a", "b"), ["b", "a", "2"], "bab"),
+        ("binary", [3, -3, 3], [0.7, 0.2, 1.0], ("no", "yes"), ["yes", "no", "yes"], ["yes", "no", "yes"]),
+        ("binary", [3, -3, 3], [0.7, -1.0, 1.0], None, [1, 0, 1], [1, 0, 1]),
+    ],
+    ids=["ignored", "without names", "more outputs than names", "probabilities", "other signs"],
+)
+def test_what_is_true_is_said_in_the_terms_of_what_is_predicted(  # type: ignore[no-untyped-def]
+    task, outputs, targets, names, predictions, truth
+) -> None:
+    meta = DataMeta(class_names=names)
+    known = torch.tensor(targets)
+    found = predicted(task, torch.tensor(outputs).float(), known, meta, is_probability=False)
+    assert found.columns["prediction"] == list(predictions)
+    assert target_columns(task, known, meta)["target"] == list(truth)
 
 
 @pytest.mark.parametrize("out", ["p.txt", "p", "nowhere/p.csv", "link.csv"])

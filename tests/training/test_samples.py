@@ -134,7 +134,7 @@ FEATURES = torch.arange(8.0).view(4, 2)
         ),
         pytest.param(
             "binary", torch.tensor([1.0, 0, 1, 1]), torch.tensor([-4.0] * 4), {},
-            ["target", "prediction", "probability"], [1, "0", pytest.approx(0.018, abs=1e-3)], id="yes or no",
+            ["target", "prediction", "probability"], [1, 0, pytest.approx(0.018, abs=1e-3)], id="yes or no",
         ),
         pytest.param(
             "multilabel", torch.tensor([[1.0, 0]] * 4), torch.tensor([[3.0, 3.0]] * 4), {"class_names": ("a", "b")},
@@ -143,6 +143,10 @@ FEATURES = torch.arange(8.0).view(4, 2)
         pytest.param(
             "regression", torch.tensor([1.0, 2, 3, 4]), torch.tensor([[0.5]] * 4),
             {"target_mean": (10.0,), "target_std": (2.0,)}, ["target", "prediction"], [12.0, 11.0], id="numbers",
+        ),
+        pytest.param(
+            "classification", torch.tensor([-1, 0, 1, 1]), torch.tensor([[0.0, 4.0]] * 4), {"class_names": ("a", "b")},
+            ["target", "prediction", "probability"], ["-1", "b", pytest.approx(0.982, abs=1e-3)], id="no class",
         ),
     ],
 )  # fmt: skip
