@@ -122,7 +122,8 @@ def _known_arguments(setting: Setting) -> dict[str, Any]:
 def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
     """Return predictions and targets as torchmetrics takes them.
 
-    Probabilities and never logits: it would guess from each batch which of the two they are.
+    Probabilities and never logits: it would guess from each batch which of the two they are. Of a classification no
+    targets that are ignored: not every metric takes an ignore_index, and the others count such a target as an error.
     """
     task = seen.setting.task
     if task == "regression":
@@ -133,7 +134,10 @@ def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
         return (scores if seen.setting.is_probability else scores.sigmoid()), seen.labels
     if isinstance(metric, torchmetrics.text.Perplexity):
         return scores[None], seen.labels[None]
-    return scores.softmax(-1), seen.labels
+    probabilities = scores.softmax(-1)
+    if task == "classification":
+        return probabilities[seen.mask], seen.labels[seen.mask]
+    return probabilities, seen.labels
 
 
 class States(Part):
@@ -144,13 +148,16 @@ class States(Part):
         self.shapes: dict[str, torch.Size] = {}
 
     def batch(self, seen: Seen) -> Tensor:
-        kept = seen.kept()
+        kept, is_class = seen.kept(), seen.setting.task == "classification"
         self.metric.to(seen.targets.device).reset()
-        if len(kept.targets):
+        if len(kept.targets) and (not is_class or bool(kept.mask.any())):
             self.metric.update(*_inputs(kept, self.metric))
             return self.flat()
-        # only an update shows the states' shapes, so padding is counted and the count discarded
-        self.metric.update(*_inputs(Seen(seen.outputs, seen.targets, None, seen.setting), self.metric))
+        # only an update shows the states' shapes, so what does not count is counted and the count discarded
+        targets = seen.targets
+        if is_class and not targets.is_floating_point():
+            targets = torch.full_like(targets, int(seen.setting.ignore_index == 0))
+        self.metric.update(*_inputs(Seen(seen.outputs, targets, None, seen.setting), self.metric))
         return torch.zeros_like(self.flat())
 
     def flat(self) -> Tensor:

@@ -138,10 +138,16 @@ class Seen:
         return torch.ones(len(self.targets), dtype=torch.bool, device=self.targets.device)
 
     def kept(self) -> Seen:
-        """Return the batch without padding. Waits for the device where there may be any."""
-        if self.keep is None:
-            return self
-        return Seen(self.outputs[self.keep], self.targets[self.keep], None, self.setting)
+        """Return the batch without padding, and without samples whose one target is ignored.
+
+        Waits for the device where there may be any.
+        """
+        rows = self.keep
+        if self.setting.task == "classification" and self.targets.dim() == 1:
+            rows = self.mask
+        if rows is None or bool(rows.all()):
+            return self if self.keep is None else Seen(self.outputs, self.targets, None, self.setting)
+        return Seen(self.outputs[rows], self.targets[rows], None, self.setting)
 
 
 @lru_cache(maxsize=16)

@@ -222,6 +222,30 @@ def test_r2_of_targets_that_do_not_vary(standardised):
     assert math.isnan(evaluate("regression", ["r2"], targets[:1], targets[:1], None, meta)["r2"])
 
 
+@pytest.mark.parametrize("ignored", [-1, -100, 0])
+def test_no_metric_counts_samples_whose_target_is_ignored(tmp_path, ignored):
+    (tmp_path / "own.py").write_text("def own(outputs, targets):\n    return (outputs.argmax(1) == targets).float()\n")
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(50, 4, generator=generator), torch.randint(1, 4, (50,), generator=generator)
+    targets[::5] = ignored
+    kept = targets != ignored
+    truth, guess = targets[kept], outputs.argmax(1)[kept]
+    expected = {
+        "accuracy": sk.accuracy_score(truth, guess),
+        "Accuracy": sk.accuracy_score(truth, guess),
+        "MulticlassCohenKappa": sk.cohen_kappa_score(truth, guess),
+        "own": sk.accuracy_score(truth, guess),
+    }
+    names = [name for name in expected if name not in ("own", "Accuracy")]
+    names += ["torchmetrics:Accuracy", f"{tmp_path}/own.py:own"]
+    sections = {"loss": {"name": "cross_entropy", "ignore_index": ignored}}
+    whole = evaluate("classification", names, outputs, targets, meta=DataMeta(num_classes=4), **sections)
+    close(whole, {name: expected[name] for name in whole})
+    for cuts in range(4):
+        cut = evaluate("classification", names, outputs, targets, cuts, DataMeta(num_classes=4), **sections)
+        close(cut, whole)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tokens and texts
 
