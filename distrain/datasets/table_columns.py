@@ -16,8 +16,14 @@ from distrain.datasets.table_numbers import Moments, Numbers, beyond_whole
 _KEY = re.compile(r"index|level_\d+|(.*[\W_])?(id|ID|Id)|.*[a-z](Id|ID)")
 """Names that pandas gives to an index as a column, and those of identifiers: id, user_id, PassengerId."""
 _FEWEST_COUNTED = 10  # rows: among fewer, a measurement may well be 1, 2, 3
-_WITH_COMMA = re.compile(r"[+-]?(\d+,\d+|\d{1,3}(,\d{3})+\.\d+|\d{1,3}(\.\d{3})+,\d+)([eE][+-]?\d+)?")
-"""Numbers that have a comma, before their decimals or between thousands."""
+_PLAIN = r"\d+(\.\d*)?|\.\d+"
+_WITH_COMMA = r"\d+,\d+|\d{1,3}(,\d{3})+\.\d+|\d{1,3}(\.\d{3})+,\d+"
+_SPACED = r"\d{1,3}([ _'’\u00a0\u202f]\d{3})+([.,]\d+)?"
+_MONEY = "[$€£¥]"
+_DECORATED = re.compile(
+    rf"\(?[+\-−]?\s?{_MONEY}?\s?[+\-−]?({_WITH_COMMA}|{_SPACED}|{_PLAIN})([eE][+\-−]?\d+)?\s?(%|‰|{_MONEY})?\)?"
+)
+"""Numbers that have more than digits, a sign and a point: a comma, a percent sign, that of a currency, …"""
 _MOSTLY = 0.9
 """A column with a larger share of numbers was probably meant to have nothing else."""
 
@@ -134,7 +140,7 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
         if columns.categorical is not None:
             is_category = name in columns.categorical
         elif is_category := bool(frame.parse(name)[1].any()):
-            _refuse_commas(frame, name)
+            _refuse_decorated(frame, name)
         if is_category:
             categorical.append(_fit_categories(frame, name, options))
         else:
@@ -150,15 +156,15 @@ def fit(frame: Frame, columns: Columns, options: Options, task: Form, several: b
     }
 
 
-def _refuse_commas(frame: Frame, name: str) -> None:
-    """Raise UserError for a column whose texts are mostly numbers with a comma, which would become categories."""
+def _refuse_decorated(frame: Frame, name: str) -> None:
+    """Raise UserError for a column whose texts are mostly numbers with more than digits, which would be categories."""
     texts = frame.labels(name)[frame.parse(name)[1]]
-    labels = [text for text in texts if _WITH_COMMA.fullmatch(text.strip())]
+    labels = [text for text in texts if _DECORATED.fullmatch(text.strip())]
     if len(labels) >= _MOSTLY * len(texts):
         raise UserError(
-            f"column {name!r} of {frame.title} holds numbers with commas, such as {labels[0]!r}, which are read as "
-            "text; write them with a decimal point and nothing between thousands, or, if they are names, list the "
-            "column under data.categorical"
+            f"column {name!r} of {frame.title} holds numbers such as {labels[0]!r}, which are read as text; write them "
+            "with digits and a decimal point alone (no comma, space, percent sign or currency) or, if they are names, "
+            "list the column under data.categorical"
         )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where they are used: other data sets should not wa
     import pyarrow as pa
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 EXPECTED = "a .csv, .tsv, .jsonl or .parquet file, or a folder of them"
 _DELIMITERS = ",;\t|"
 """What may part the columns of a CSV file whose first line has one column by the delimiter of its suffix."""
@@ -269,6 +270,19 @@ def split_frames(request: DataRequest, reader: TableReader, targets: Sequence[st
     labels = rows.labels(targets[0]).astype(str) if section.stratify and targets[0] in rows.names else None
     indices = split_indices(len(rows), section, request.seed, labels)
     return rows, {name: rows.take(index) for name, index in indices.items()}
+
+
+def pooled(frame: Frame) -> list[str]:
+    """Return a warning where a folder's files are called as splits are, and are cut anew all the same."""
+    named = [path.name for path, _ in frame.files if path.stem.lower() in _SPLIT_NAMES]
+    if len(frame.files) < 2 or not named:
+        return []
+    names, folder = [path.name for path, _ in frame.files[:8]], frame.title
+    return [
+        f"the rows of {', '.join(names)} in {folder} are joined, and data.split cuts them anew; if "
+        f"{' and '.join(named)} should stay what the name says, name the file of each split in place of data.path, as "
+        f"in data.split: {{train: {folder}/train.csv, test: {folder}/test.csv}}"
+    ]
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

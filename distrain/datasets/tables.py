@@ -28,7 +28,7 @@ from distrain.datasets.table_columns import (
     target_labels,
     target_numbers,
 )
-from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
+from distrain.datasets.table_files import Frame, TableReader, listed, pooled, split_frames
 
 MISSING_VALUES = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 
@@ -85,6 +85,7 @@ def table(
         assert rows is not None
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
+        warnings += [] if request.split_paths() else pooled(rows)
         warnings += columns.unnamed(rows) + row_numbers(rows, columns, state) + spelled_alike(state)
         warnings += almost_numbers(frames["train"], columns, state)
     else:

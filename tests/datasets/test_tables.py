@@ -474,18 +474,34 @@ def test_the_first_line_of_a_csv_file_tells_its_delimiter(tmp_path: Path, delimi
     assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.feature_names == ("a", "b")
 
 
-@pytest.mark.parametrize("number", ["1,5", "-0,25", "1.234,5", "1,234,567.5", "1,5e-3"])
-def test_numbers_with_commas_are_no_categories(tmp_path: Path, number: str) -> None:
+COMMAS = ["1,5", "-0,25", "1.234,5", "1,234,567.5", "1,5e-3"]
+SIGNS = ["12.5%", "3 %", "$1,200.50", "-€5", "7 €", "−3", "1 234", "1_000", "(1.5)", "1'234.5"]
+
+
+@pytest.mark.parametrize("number", [*COMMAS, *SIGNS])
+def test_numbers_with_more_than_digits_are_no_categories(tmp_path: Path, number: str) -> None:
     path = tmp_path / "t.csv"
     path.write_text(f"a;b;y\n{number};2;x\n3;4;z\n{number};;x\n")
-    with pytest.raises(UserError, match=f"column 'a' of .*t.csv holds numbers with commas, such as '{number}'"):
+    with pytest.raises(UserError, match=f"column 'a' of .*t.csv holds numbers such as {re.escape(repr(number))}"):
         build(tmp_path, path="t.csv", target="y", split=[1.0])
     assert build(tmp_path, path="t.csv", target="y", split=[1.0], categorical=["a"]).meta.input_shape == (3,)
     path.write_text("a;b;y\n" + f"{number};2;x\n3;4;z\n" * 20 + "unknown;4;z\n")
-    with pytest.raises(UserError, match="holds numbers with commas"):
+    with pytest.raises(UserError, match="holds numbers such as"):
         build(tmp_path, path="t.csv", target="y", split=[1.0])
-    path.write_text(f"a;b;y\n{number};2;x\n1,2,3;4;z\n")  # a list
-    assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.input_shape == (3,)
+    for other in ("1,2,3", "2024-01-01", "10:30", "20-30", "1.2.3", "5kg", "A1", "555-1234", "0x1f"):
+        path.write_text(f"a;b;y\n{number};2;x\n{other};4;z\n")
+        assert build(tmp_path, path="t.csv", target="y", split=[1.0]).meta.input_shape == (3,)
+
+
+def test_files_that_are_called_as_splits_and_joined_are_told(tmp_path: Path) -> None:
+    split = two_files(tmp_path, "a,y\n1.5,x\n3,z\n", "a,y\n2.5,x\n5,z\n")
+    (said,) = build(tmp_path, path=".", target="y", split=[0.5, 0.5]).warnings
+    assert "test.csv, train.csv" in said
+    assert "data.split cuts them anew" in said
+    assert not build(tmp_path, target="y", **split).warnings
+    (tmp_path / "train.csv").rename(tmp_path / "first.csv")
+    (tmp_path / "test.csv").rename(tmp_path / "second.csv")
+    assert not build(tmp_path, path=".", target="y", split=[0.5, 0.5]).warnings
 
 
 def test_a_column_that_a_few_values_make_categories_is_told(tmp_path: Path) -> None:
