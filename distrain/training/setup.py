@@ -41,7 +41,7 @@ from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
 from distrain.training.tasks import build_objective
-from distrain.training.updates import Inputs, take_inputs
+from distrain.training.updates import Inputs, take_inputs, taken_before
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +106,14 @@ def set_up(
     transforms["train"] = world.run_on_all(lambda: wrap_transform(bare))
     if transforms["train"] is not bare:  # what is around it may look at its floats
         data = replace(data, byte_images=False)
-    horizon = horizon_of(recipe, data)
+    since, samples_before = taken_before(resumed, recipe)
+    horizon = horizon_of(recipe, data, since, samples_before)
     assert horizon.total_steps is not None
     check_same_data(world, data)
     updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
     # a proof compares all samples itself, and says why they differ
     inputs: Inputs = world.run_on_rank0(
-        lambda: take_inputs(run, recipe, data, horizon.total_steps or 0, resumed, items=VARIABLE not in os.environ)
+        lambda: take_inputs(run, recipe, data, horizon, resumed, items=VARIABLE not in os.environ)
     )
     autobatch = cached_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if autobatch is None else autobatch.section(recipe.batch)
@@ -124,6 +125,8 @@ def set_up(
         horizon.total_steps,
         *batch_shape(batch, world.mesh.data_size),
         autobatch=autobatch,
+        since=since,
+        ahead=samples_before - since * recipe.batch.global_batch_size,
     )
     cut = cut_of(feed.micro_batch_size, world.world_size)
     before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None

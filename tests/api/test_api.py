@@ -355,7 +355,7 @@ def test_a_run_is_read_in_python() -> None:
     assert values["accuracy"] == rows.query("event == 'final'")["accuracy"].iloc[-1]
     table = found.predict(X[:5], out="predictions.csv")
     logits = model(X[:5])
-    assert table["prediction"].tolist() == [str(each) for each in logits.argmax(1).tolist()]
+    assert table["prediction"].tolist() == logits.argmax(1).tolist()
     assert np.allclose(table["probability"], logits.softmax(1).max(1).values.detach(), atol=1e-6)
     assert pd.read_csv("predictions.csv").shape == table.shape
     assert found.predict(Points())["target"].tolist() == Y.tolist()

@@ -598,18 +598,38 @@ def test_an_update_of_the_recipe_is_a_row(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run) if row["event"] == "update"] == [6, 6]
 
 
-def test_another_batch_size_says_which_samples_it_passes_over(tmp_path: Path) -> None:
+def test_another_batch_size_goes_on_after_the_samples_that_were_taken(tmp_path: Path) -> None:
     recipe, run = stopped(tmp_path, table(tmp_path)), tmp_path / "run"
-    said = [
-        in_world(1, fail_in_step, str(recipe), [f"batch.global={size}", f"train.steps={steps}"], str(run))[0].out
-        for size, steps in ((16, 12), (4, 6), (8, 24))
-    ]
-    assert "6 steps of batch.global 8 have taken 48 samples, and the next step of 16 begins after 96" in said[0]
-    assert "the 48 between are skipped" in said[0]
-    assert "nothing is left" not in said[0]
-    assert "the 24 between are taken again" in said[1]
-    assert "the run has 6 of them, so nothing is left to train" in said[1]
-    assert "begins after" not in said[2]
+    ended = in_world(1, fail_in_step, str(recipe), ["batch.global=4", "train.steps=5"], str(run))[0]
+    assert "the run now has 5 steps and has made 6, so nothing is left to train" in ended.out
+    length = ["train.steps=null", "train.epochs=3", "eval.every=1 epoch", "log.every=1 steps"]
+    (ended,) = train(1, recipe, run, "batch.global=16", *length, stop_after=8, update=True)
+    assert "steps from here on take 16 samples each, those after the 48 before" in ended.out
+    (ended,) = train(1, recipe, run, "batch.global=8", *length, update=True)
+    assert "steps from here on take 8 samples each, those after the 96 before" in ended.out
+    found = {row["step"]: (row["samples"], row["epoch"]) for row in rows(run) if row["event"] == "train"}
+    assert [found[step] for step in (7, 9, 10, 21)] == [(64, 1.0), (96, 1.5), (104, 1.625), (192, 3.0)]
+    assert max(found) == 21
+    assert [row["step"] for row in rows(run) if row["event"] == "eval"][-3:] == [7, 13, 21]
+    assert read_manifest(last(run)).scalars["inputs"]["taken"] == [9, 96]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seed=1", ["warning: seed changed. Splits are drawn anew", "warning: seed changed, and with it the order"]),
+        ("data.split=[0.7,0.3]", ["warning: data.split changed. Splits are drawn anew"]),
+        ("data.stratify=true", ["warning: data.stratify changed. Splits are drawn anew"]),
+        ("optim.lr=0.5", []),
+    ],
+)
+def test_splits_that_another_recipe_draws_anew_are_told(tmp_path: Path, change: str, said: list[str]) -> None:
+    recipe, run = stopped(tmp_path, table(tmp_path), "data.split=[0.8,0.2]"), tmp_path / "run"
+    ended = in_world(1, fail_in_step, str(recipe), ["data.split=[0.8,0.2]", change], str(run))[0]
+    assert "updated  " in ended.out
+    text = " ".join(ended.out.split())
+    assert text.count("drawn anew") == bool(said)
+    assert all(each in text for each in said), ended.out
 
 
 def test_of_many_starts_those_from_the_same_step_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
