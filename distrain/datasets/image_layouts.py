@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from distrain.config import UserError, close_names
+from distrain.datasets.table_columns import spelled_alike
 from distrain.system.output import error_line, in_utf8, one_line
 
 logger = logging.getLogger(__name__)
@@ -271,6 +272,10 @@ def _of_tables(root: Path, places: Mapping[str, Path], columns: tuple[str | None
     about = f"files and labels in {names}, columns {first.file_column!r} and {first.label_column()!r}"
     about += f", images in {first.where}" if first.where else ""
     splits: dict[str, Callable[[], Listing]] = {which: table.listing for which, table in tables.items()}
+    if len(tables) == 1:
+        first.check_split_column()
+    for table in tables.values():
+        table.warn()
     if len(tables) == 1 and (column := first.split_column()) is not None:
         splits = {which: partial(first.listing, column, which) for which in first.splits(column)}
         about += f", splits by the column {column!r}"
@@ -351,21 +356,49 @@ class _Table:
 
     def split_column(self) -> str | None:
         """Return the column that says of which split a row is, or None."""
+        column = self._column_of_splits()
+        values = {_split_of(each) for each in self.frame[column].unique()} if column is not None else {None}
+        return column if None not in values and "train" in values and len(values) > 1 else None
+
+    def _column_of_splits(self) -> str | None:
         column = next((name for name in self.frame.columns if str(name).lower() in ("split", "subset")), None)
-        if column is None or column == self.file_column:
-            return None
-        values = {str(each).lower() for each in self.frame[column].unique()}
-        return column if values <= SPLIT_NAMES.keys() and {"train", "training"} & values and len(values) > 1 else None
+        return None if column == self.file_column else column
+
+    def check_split_column(self) -> None:
+        """Raise UserError where some rows name a split and others something else: all would be cut anew."""
+        if (column := self._column_of_splits()) is None or column == self.label:
+            return
+        values = self.frame[column].unique().tolist()
+        odd = [each for each in values if _split_of(each) is None]
+        if odd and len(odd) < len(values):
+            raise UserError(
+                f"{self.path}: the column {column!r} holds {odd[0]!r}, which is no split; expected train, val and "
+                "test, or another name for the column"
+            )
+
+    def warn(self) -> None:
+        """Warn of images that are there twice, and of classes that differ in how they are written."""
+        files, labels = self.frame[self.file_column], self.frame[self.label_column()]
+        if again := int(files.duplicated().sum()):
+            other = int(self.frame.groupby(files)[labels.name].nunique().gt(1).sum())
+            first = files[files.duplicated()].iloc[0]
+            logger.warning(
+                f"{self.path} names images again that an earlier row names, {again:,} times, such as {first!r}"
+                + (f"; images with several labels: {other:,}" if other else "")
+                + ". Where data.split cuts the rows, an image may be in several splits"
+            )
+        for line in spelled_alike({"categorical": [], "targets": [labels.name], "classes": labels.unique().tolist()}):
+            logger.warning(f"{self.path}: {line}")
 
     def splits(self, column: str) -> list[str]:
-        there = {SPLIT_NAMES[str(each).lower()] for each in self.frame[column].unique()}
+        there = {_split_of(each) for each in self.frame[column].unique()}
         return [which for which in ("train", "valid", "test") if which in there]
 
     def listing(self, column: str | None = None, which: str = "") -> Listing:
         """Return the images of all rows, or of those of one split by a column."""
         label, frame = self.label_column(), self.frame
         if column is not None:
-            frame = frame[[SPLIT_NAMES[str(each).lower()] == which for each in frame[column]]]
+            frame = frame[[_split_of(each) == which for each in frame[column]]]
         files, labels = frame[self.file_column].tolist(), frame[label].tolist()
         if (bare := next((place for place, each in enumerate(labels) if each == ""), None)) is not None:
             raise UserError(
@@ -376,6 +409,10 @@ class _Table:
             raise UserError(f"{self.path} names {missing}, which is not there; add the file, or remove the row")
         inside = all(path.is_relative_to(self.root) for path in paths)
         return Listing(paths, labels, self.root if inside else None)
+
+
+def _split_of(value: Any) -> str | None:
+    return SPLIT_NAMES.get(str(value).strip().lower())
 
 
 def _read(path: Path) -> Any:

@@ -17,7 +17,7 @@ from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest
 from distrain.datasets.chat import TooLong
 from distrain.datasets.chat_template import load_tokenizer_folder, tokenizer_digest
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
-from distrain.datasets.table_columns import Options, fit_target
+from distrain.datasets.table_columns import Options, fit_target, spelled_alike
 from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
 from distrain.datasets.tables import Encoder
 from distrain.datasets.tokens import text_lines
@@ -117,7 +117,8 @@ def text_classification(
         target_mean=tuple(state["target_mean"]) if "target_mean" in state else None,
         target_std=tuple(state["target_std"]) if "target_std" in state else None,
     )
-    return Data(splits, meta, state, read, tuple(made))
+    alike = spelled_alike({"categorical": [], **state}) if request.state is None else []
+    return Data(splits, meta, state, read, tuple(made), tuple(alike))
 
 
 class TextReader:

@@ -120,6 +120,30 @@ def test_a_table_for_each_split_and_a_column_of_splits(tmp_path):
     }  # fmt: skip
 
 
+def test_images_named_twice_and_classes_in_two_spellings_are_told(tmp_path):
+    rows = [f"{file},{label}" for file, label in _listed(tmp_path, "").items()]
+    with logged() as silent:
+        _build(tmp_path)
+    _table(tmp_path / "labels.csv", "image,label", [*rows, "00.png,ant", "01.png, bee"])
+    with logged() as lines:
+        _build(tmp_path)
+    more = " ".join(lines)
+    assert "again" not in " ".join(silent)
+    assert "again that an earlier row names, 2 times, such as '00.png'; images with several labels: 1." in more
+    assert "'bee' and ' bee' differ only in how they are written" in more
+
+
+def test_a_column_of_splits_that_names_something_else_too_is_refused(tmp_path):
+    rows = [f"{file},{label}" for file, label in _listed(tmp_path, "").items()]
+    for odd in ("holdout", ""):
+        splits = [*["train"] * 6, *["Test "] * 3, odd]
+        _table(tmp_path / "labels.csv", "image,label,split", [f"{r},{s}" for r, s in zip(rows, splits, strict=True)])
+        with pytest.raises(UserError, match=f"the column 'split' holds '{odd}', which is no split; expected train"):
+            _build(tmp_path)
+    _table(tmp_path / "labels.csv", "image,label,split", [f"{r},{s}" for r, s in zip(rows, splits[:9], strict=False)])
+    assert {split: len(files) for split, files in _splits(_build(tmp_path)).items()} == {"train": 6, "test": 3}
+
+
 def test_folders_of_classes_and_of_splits(tmp_path):
     flat = tmp_path / "archive" / "flowers"  # in a folder of its own, as archives have it
     for name in CLASSES:

@@ -157,6 +157,16 @@ def test_columns_that_do_not_do(base: Path, section: dict[str, Any], message: st
         build(base, **section)
 
 
+def test_labels_in_two_spellings_are_told(base: Path) -> None:
+    assert not build(base).warnings
+    rows = pd.DataFrame(ROWS)
+    label = str(rows["label"][0])
+    rows["label"] = [f" {label}", *map(str, rows["label"][1:])]
+    rows.to_csv(base / "rows.csv", index=False)
+    (said,) = build(base).warnings
+    assert f"target column 'label': ' {label}' and {label!r} differ only in how they are written" in said
+
+
 def test_rows_without_text_are_refused(base: Path) -> None:
     (base / "rows.csv").write_text("text,label\nx,a\n,b\n")
     with pytest.raises(UserError, match=r"column 'text' has no text at .*rows\.csv, row 2"):
