@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import xxhash
 from distrain.config import DataSection, FoldSplit, UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import (
-    AnySource,
     Batch,
     Data,
     DataMeta,
@@ -64,7 +63,9 @@ def tokens(request: DataRequest, seq_len: int, verify: bool = False) -> Data:
         for name, index in indices.items()
         for file in (INDEX_NAME, *(shard.file for shard in index.shards))
     ]
-    return _data(request, opened, train, seq_len, indices["train"].bytes / indices["train"].tokens, files)
+    return _data(
+        request, opened, train, seq_len, {name: each.bytes / each.tokens for name, each in indices.items()}, files
+    )
 
 
 def _shards_tokenizer(folder: Path, index: ShardIndex) -> Tokenizer:
@@ -102,7 +103,7 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
             name: [np.asarray(np.memmap(file, dtype=np.uint8, mode="r")) for file in found]
             for name, found in files.items()
         }
-        return _data(request, mapped, load_tokenizer("bytes", eos=False), seq_len, 1.0, every)
+        return _data(request, mapped, load_tokenizer("bytes", eos=False), seq_len, {"train": 1.0}, every)
 
     size = sum(file.stat().st_size for file in every)
     if size > _IN_MEMORY_BYTES:
@@ -112,9 +113,9 @@ def text(request: DataRequest, seq_len: int = 256, tokenizer: str = "bytes", eos
         )
     loaded = load_tokenizer(request.base / tokenizer, eos)
     encoded = {name: tokenize_files(found, loaded) for name, found in files.items()}
-    train_tokens, train_bytes = encoded["train"]
     shards = {name: [each] for name, (each, _) in encoded.items()}
-    return _data(request, shards, loaded, seq_len, train_bytes / max(1, len(train_tokens)), every)
+    sizes = {name: count / max(1, len(each)) for name, (each, count) in encoded.items()}
+    return _data(request, shards, loaded, seq_len, sizes, every)
 
 
 _NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
@@ -148,7 +149,7 @@ def python_source(request: DataRequest, seq_len: int = 256, max_bytes: int = 8_0
     if not content:
         raise UserError(f"this Python has no source of its standard library in {library}")
     array = np.frombuffer(bytes(content[:max_bytes]), dtype=np.uint8)
-    return _data(request, {"train": [array]}, load_tokenizer("bytes", eos=False), seq_len, 1.0)
+    return _data(request, {"train": [array]}, load_tokenizer("bytes", eos=False), seq_len, {"train": 1.0})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,9 +181,10 @@ def _data(
     shards: dict[str, list[np.ndarray]],
     tokenizer: Tokenizer,
     seq_len: int,
-    bytes_per_token: float | None,
+    bytes_per_token: Mapping[str, float] | None,
     files: Sequence[Path] = (),
 ) -> Data:
+    """`bytes_per_token`: of the text of each split that has its own; of the others it is that of `train`."""
     if seq_len < 1:
         raise UserError(f"data.seq_len {seq_len} should be at least 1")
     state = {"tokenizer": tokenizer.name, "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
@@ -203,22 +205,24 @@ def _data(
         spans = _row_spans(rows["train"], request.section)
     else:
         spans = {name: [range(count)] for name, count in rows.items()}
-    splits: dict[str, AnySource] = {
+    splits: dict[str, TokenRows] = {
         name: TokenRows(shards.get(name, shards["train"]), seq_len, each) for name, each in spans.items()
     }
+    for name, source in splits.items():
+        source.bytes_per_token = (bytes_per_token or {}).get(name)
     meta = DataMeta(
         input_shape=(seq_len,),
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         tokens_per_sample=seq_len,
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=None if bytes_per_token is None else bytes_per_token["train"],
         decode=tokenizer.decode,
     )
 
     def encode(text: str) -> list[int]:
         return [int(token) for token in tokenizer.encode([text.encode()])[0]]
 
-    return Data(splits, meta, state, lambda path: _read_prompts(path, tokenizer), files, encode=encode)
+    return Data(dict(splits), meta, state, lambda path: _read_prompts(path, tokenizer), files, encode=encode)
 
 
 def _row_spans(rows: int, section: DataSection) -> dict[str, list[range]]:

@@ -22,6 +22,9 @@ class TokenRows:
     shard are joined one by one.
     """
 
+    bytes_per_token: float | None = None
+    """Bytes of text for each token, where the split has a text of its own."""
+
     def __init__(self, shards: Sequence[np.ndarray], seq_len: int, spans: Sequence[range]):
         """`spans`: the row numbers of this split, in order."""
         self._shards, self._seq_len, self._spans = shards, seq_len, spans

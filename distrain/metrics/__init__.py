@@ -68,8 +68,9 @@ class MetricSet:
         """Whether a metric compares texts, which `update_text` takes."""
         return bool(self._text_parts)
 
-    def reset(self) -> None:
-        """Start a new evaluation."""
+    def reset(self, bytes_per_token: float | None = None) -> None:
+        """Start a new evaluation, of a split that has so many bytes of text for each token; None: as the training."""
+        self._bytes_per_token = bytes_per_token
         self._sums: dict[Part | TextPart, Tensor] = {}
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moments = Moments()
@@ -163,7 +164,8 @@ class MetricSet:
         values: dict[str, Value] = {}
         self.caveats = {}
         for name, metric in self.metrics.items():
-            extra = [all_rows] if metric.rows else [moments] if metric.moments else []
+            extra: list[Any] = [all_rows] if metric.rows else [moments] if metric.moments else []
+            extra += [self._bytes_per_token] if metric.bytes else []
             given = [*(pieces[part] for part in metric.parts), *extra]
             value = metric.finish(*given)
             why = metric.caveat(*given) if metric.caveat is not None else None

@@ -49,13 +49,16 @@ class Metric:
     """What a metric needs, and how its value is computed from that."""
 
     finish: Callable[..., Value | dict[str, Value]]
-    """Takes the parts' sums (1-D float64 arrays) in their order; then `Seen` for `rows`, or (4, k) for `moments`."""
+    """Takes the parts' sums (1-D float64 arrays) in their order; then `Seen` for `rows`, (4, k) for `moments`, or a
+    number for `bytes`."""
     higher_is_better: bool | None
     parts: tuple[Part | TextPart, ...] = ()
     rows: bool = False
     """Whether it needs the outputs and targets of all samples at once."""
     moments: bool = False
     """Whether it needs the moments of the targets."""
+    bytes: bool = False
+    """Whether it needs the bytes of text for each token of the split, None where the split does not state them."""
     scalar: bool = True
     """Whether its value is one number, which can rank checkpoints."""
     caveat: Callable[..., str | None] | None = None
@@ -397,11 +400,15 @@ def perplexity(setting: Setting) -> Metric:
 
 @metrics.register("bits_per_byte", tasks=TOKENS)
 def bits_per_byte(setting: Setting) -> Metric:
-    """Cross entropy in bits for each byte of text; comparable between tokenizers."""
+    """Cross entropy in bits for each byte of the split's text; comparable between tokenizers."""
     bytes_per_token = setting.meta.bytes_per_token if setting.meta is not None else 1.0
     if bytes_per_token is None:
         raise UserError("eval.metrics: bits_per_byte needs the bytes of a token, which this data set does not state")
-    return Metric(lambda sums: _share(sums) / math.log(2) / bytes_per_token, False, (TokenEntropy(),))
+
+    def finish(sums: np.ndarray, of_split: float | None) -> float:
+        return _share(sums) / math.log(2) / (of_split or bytes_per_token)
+
+    return Metric(finish, False, (TokenEntropy(),), bytes=True)
 
 
 class BleuCounts(TextPart):

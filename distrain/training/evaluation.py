@@ -71,7 +71,7 @@ def evaluate(
     Up to `skip_corrupt` corrupt samples are skipped: they are {id: why} in `corrupt_samples`, if there
     are any, and do not count as `samples`.
     """
-    metrics.reset()
+    metrics.reset(getattr(source, "bytes_per_token", None))
     _check_metrics(objective, metrics)
     objective.begin_evaluation()
     tally = _Tally(objective, metrics, world)

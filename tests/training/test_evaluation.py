@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sacrebleu
+import tokenizers
 import torch
 from checkpoint_state import rewrite_manifest
 from evaluations import PAIRS, POINTS, evaluate_untrained, write_pairs
@@ -53,6 +54,30 @@ def test_scores_are_those_of_scikit_learn_in_any_world(tmp_path: Path, tests: in
         assert found["f1_macro"] == pytest.approx(f1, abs=1e-12)
         loss = torch.nn.functional.cross_entropy(logits.double(), points.targets).item()
         assert found["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+BYTES = """
+name: bytes
+task: language_modeling
+data: {{name: text, split: {{train: "{folder}/a.txt", test: "{folder}/b.txt"}}, seq_len: 4, tokenizer: {tokenizer}}}
+model: {{name: gpt, n_layer: 1, n_head: 1, d_model: 8}}
+batch: {{global: 2}}
+train: {{steps: 2}}
+eval: {{batch: 4, metrics: [bits_per_byte]}}
+"""
+
+
+def test_bits_per_byte_are_of_the_bytes_of_the_split(tmp_path: Path) -> None:
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 9)
+    (tmp_path / "b.txt").write_text("żółw 🐈\n" * 9)  # nearly a token for each byte
+    recipe = write_recipe(tmp_path, BYTES.format(folder=tmp_path, tokenizer=tmp_path / "tokenizer.json"))
+    (found,) = in_world(1, evaluate_untrained, str(recipe))
+    tokens = len(tokenizer.encode("żółw 🐈\n" * 9).ids) + 1  # and the end of the file
+    bytes_per_token = len(("żółw 🐈\n" * 9).encode()) / tokens
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) / bytes_per_token, rel=1e-6)
 
 
 def evaluate_with_a_bad_sample(recipe: str) -> Ended:
