@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from distrain.config import Recipe, UserError
+from distrain.config import Component, Recipe, UserError
 from distrain.datasets.base import (
     AnySource,
     Batch,
@@ -156,7 +156,33 @@ def build_data(
     if not data.splits and reads is not None and data.meta.input_shape is None and data.read is not None:
         data = dataclasses.replace(data, splits={reads: data.read(Path(reads))})
     data = described(recipe, data, lambda kind: build_transform(recipe, kind), float_dtype(recipe), reads)
+    data = dataclasses.replace(data, warnings=(*data.warnings, *_scaled_apart(recipe, bytes_=data.byte_images)))
     return with_counts(recipe, data, state)
+
+
+def _scaled_apart(recipe: Recipe, *, bytes_: bool) -> list[str]:
+    """Return a warning where training and evaluation give the model numbers of another scale.
+
+    `bytes_`: whether images are bytes, which are scaled where no transform makes floats of them as they are.
+    """
+
+    def scaling(items: Sequence[Component]) -> list[str]:
+        return [
+            f"{item.name} {item.args}"
+            for item in items
+            if item.name in ("Normalize", "Grayscale")
+            or (bytes_ and item.name == "ToDtype" and not item.args.get("scale"))
+        ]
+
+    transforms = recipe.data.transforms
+    train, evaluation = scaling(transforms.train), scaling(transforms.eval)
+    if train == evaluation:
+        return []
+    shown = [" and ".join(each) or "none of these" for each in (train, evaluation)]
+    return [
+        f"data.transforms.train has {shown[0]}, and data.transforms.eval {shown[1]}: evaluations and predictions give "
+        "the model numbers of another scale than it is trained on"
+    ]
 
 
 def given_source(recipe: Recipe, inputs: Any) -> Source:

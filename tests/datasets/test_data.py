@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -491,3 +492,17 @@ def test_every_step_of_an_epoch_covers_it_once() -> None:
     loader = build_loader(source, order, recipe=recipe, rank=0, world_size=1, micro_batch_size=5)
     ids = [batch["ids"] for step in itertools.islice(loader, 10) for batch in step]
     assert sorted(torch.cat(ids).tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "said"),
+    [
+        ([{"name": "Normalize", "mean": [0.5], "std": [0.5]}], [], "train has Normalize .*, and .*eval none of these"),
+        ([], [{"name": "Normalize", "mean": [0.5], "std": [0.5]}], "train has none of these, and .*eval Normalize"),
+        ([{"name": "RandomCrop", "size": 8, "padding": 1}], [], ""),
+        ([{"name": "ToDtype", "dtype": "float32"}], [], ""),  # these images are floats
+    ],
+)
+def test_transforms_of_another_scale_in_evaluation_are_told(train: Any, evaluation: Any, said: str) -> None:
+    made = make_recipe({"name": "digits", "transforms": {"train": train, "eval": evaluation}})
+    assert bool(re.search(said or "another scale", " ".join(build_data(made).warnings))) is bool(said)
