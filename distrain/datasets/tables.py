@@ -6,9 +6,11 @@ otherwise categories. So '01' stays '01' in every file, and a file read for pred
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ from distrain.datasets.table_columns import (
 )
 from distrain.datasets.table_files import Frame, TableReader, listed, pooled, split_frames
 
+_TYPED = re.compile(r"[tT]rue|TRUE|[fF]alse|FALSE|\d{4}-\d\d-\d\d([ T]\d\d:\d\d.*)?")
+"""Truth values, and days and times as ISO 8601 writes them."""
 MISSING_VALUES = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 
 
@@ -260,9 +264,28 @@ def _number(label: str | None) -> float | None:
 
 
 def _category_indices(categories: Sequence[str | None], labels: np.ndarray) -> np.ndarray:
-    """Return (rows,) int64: 1 and up for `categories` in order, 0 for others."""
+    """Return (rows,) int64: 1 and up for `categories` in order, 0 for others.
+
+    A day, a time, and true and false are text in one format of files and not in another: they are known by their value.
+    """
     numbers = {category: index for index, category in enumerate(categories, start=1)}
+    if others := {label for label in labels if label not in numbers and label is not None}:
+        known = {value: numbers[each] for each in reversed(categories) if (value := _typed(each)) is not None}
+        numbers |= {label: known[value] for label in others if (value := _typed(label)) in known}
     return np.fromiter((numbers.get(label, 0) for label in labels), np.int64, len(labels))
+
+
+def _typed(label: str | None) -> datetime | bool | None:
+    """Return the time or the truth that a label says; None where it says neither."""
+    if label is None or not _TYPED.fullmatch(label):
+        return None
+    if label[0] in "tTfF":
+        return label[0] in "tT"
+    try:
+        found = datetime.fromisoformat(label)
+    except ValueError:
+        return None
+    return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
 
 
 def _zeros_and_ones(frame: Frame, name: str) -> np.ndarray:

@@ -517,6 +517,29 @@ def test_a_column_that_a_few_values_make_categories_is_told(tmp_path: Path) -> N
     assert not build(tmp_path, path="t.csv", target="y", split=[1.0]).warnings
 
 
+DAYS = ["2024-01-01", "2024-02-01"]
+
+
+@pytest.mark.parametrize("train", ["csv", "parquet", "times.parquet", "jsonl", "words.jsonl"])
+@pytest.mark.parametrize("read", ["csv", "parquet", "times.parquet", "jsonl", "words.jsonl"])
+def test_days_and_truths_are_the_same_in_every_format(tmp_path: Path, train: str, read: str) -> None:
+    frame = pd.DataFrame({"d": DAYS * 2, "t": [True, False] * 2, "y": ["a", "b"] * 2})
+    days = pd.to_datetime(frame["d"])
+    text = frame.assign(t=["true", "false"] * 2)
+    text.to_csv(tmp_path / "t.csv", index=False)
+    frame.assign(d=days.dt.date).to_parquet(tmp_path / "t.parquet")
+    frame.assign(d=days).to_parquet(tmp_path / "t.times.parquet")
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)  # pyarrow reads such texts as times
+    pd.concat([frame, frame[:1].assign(d="unknown", y="b")]).to_json(
+        tmp_path / "t.words.jsonl", orient="records", lines=True
+    )
+    data = build(tmp_path, path=f"t.{train}", target="y", split=[1.0])
+    source: Any = data.read(tmp_path / f"t.{read}")  # type: ignore[misc]
+    wanted: Any = data.splits["train"]
+    assert torch.equal(source.inputs[:4], wanted.inputs[:4])
+    assert bool(source.warnings) == ("words" in read and "words" not in train), "that one is unknown"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Columns that nobody named
 
