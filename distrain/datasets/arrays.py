@@ -54,10 +54,12 @@ class ArrayData:
             known = meta.num_classes if request.task not in TOKEN_TASKS else None
             if (found := request.labels(split, known).problem(source.targets)) is not None:
                 raise UserError(f"{name}: sample {found[0]} of {split}: {found[1]}; correct or remove it")
-        return Data(splits, meta, {} if meta.num_classes is None else {"num_classes": meta.num_classes})
+        state = {} if meta.num_classes is None else {"num_classes": meta.num_classes}
+        return Data(splits, meta, state, warnings=_from_one(tensors, meta, name) if request.state is None else ())
 
     def _tensors(self, split: str, pair: tuple[Arrays, Arrays], request: DataRequest) -> tuple[Any, Tensor]:
         where = f"{request.section.name}: the {split} split"
+        _check_index(*pair, where)
         inputs = input_tensors(pair[0], request.dtype, where)
         targets = _tensor(pair[1], f"{where}'s targets")
         if request.task in NUMBERED:
@@ -70,6 +72,19 @@ class ArrayData:
         if len(first) != len(targets):
             raise UserError(f"{where} has {len(first):,} inputs and {len(targets):,} targets; expected as many")
         return inputs, targets
+
+
+def _check_index(inputs: Any, targets: Any, where: str) -> None:
+    """Raise UserError for tables whose rows have the same names in another order: they are paired by place."""
+    one: Any = getattr(inputs, "index", None)
+    other: Any = getattr(targets, "index", None)
+    if not (hasattr(one, "difference") and hasattr(other, "difference") and len(one) == len(other)):
+        return
+    if not one.equals(other) and not len(one.difference(other, sort=False)):
+        raise UserError(
+            f"{where} has inputs and targets with the same index in another order, and rows are paired by their place; "
+            "give targets as targets.loc[inputs.index], or both with reset_index(drop=True)"
+        )
 
 
 def is_arrays(value: Any) -> bool:
@@ -100,6 +115,16 @@ def _tensor(value: Any, what: str) -> Tensor:
     if tensor.dim() == 0:
         raise UserError(f"{what} are one number; expected an array with a row for each sample")
     return tensor
+
+
+def _from_one(tensors: Mapping[str, tuple[Any, Tensor]], meta: DataMeta, name: str) -> tuple[str, ...]:
+    """Return a warning where classes are numbered from 1 on, so that one more is trained."""
+    if meta.num_classes is None or any(bool((targets == 0).any()) for _, targets in tensors.values()):
+        return ()
+    return (
+        f"{name}: no target is 0, and classes count from 0, so the model has {meta.num_classes} outputs, the first of "
+        "them for nothing; subtract the least target from all of them",
+    )
 
 
 def _meta(tensors: Mapping[str, tuple[Any, Tensor]], request: DataRequest) -> DataMeta:

@@ -28,7 +28,10 @@ from distrain import UserError
 from distrain.api.objects import Objects
 from distrain.api.recipes import read_recipe
 from distrain.checkpoint import difference, list_checkpoints
+from distrain.config import DataSection
 from distrain.config.yaml import load_recipe
+from distrain.datasets.arrays import ArrayData
+from distrain.datasets.base import DataRequest
 from distrain.run.folder import RunDir
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -185,16 +188,24 @@ def test_data_come_in_every_form(data: Callable[[], Any], sizes: dict[str, int |
         (lambda: {"eval": Points()}, "expected train"),
         (lambda: (X, Y[:-1]), "120 inputs and 119 targets"),
         (lambda: (X, Y.float()), "expects whole numbers"),
+        (lambda: (pd.DataFrame(X.numpy()), pd.Series(Y.numpy())[::-1]), "the same index in another order"),
         (lambda: (X, Y - 1), "a target is -1"),
         (lambda: iter([(X, Y)]), "which ends once"),
         (lambda: {"train": Points(), "eval": Points(), "valid": Points()}, "both eval and valid"),
     ],
-    ids=["inputs alone", "another split", "no train", "lengths", "floats", "negative", "an iterator", "eval twice"],
-)
+    ids=["inputs alone", "another split", "no train", "lengths", "floats", "another order", "negative", "an iterator",
+         "eval twice"],
+)  # fmt: skip
 def test_other_data_are_refused_before_a_step(data: Callable[[], Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         train(model=Net, data=data())
     assert not list(Path("runs").glob("a/checkpoints/*"))
+
+
+@pytest.mark.parametrize(("targets", "said"), [(Y, False), (Y + 1, True)])
+def test_classes_that_are_numbered_from_one_are_told(targets: torch.Tensor, said: bool) -> None:
+    made = ArrayData({"train": (X, targets)}).build(DataRequest(DataSection(name="arrays"), "classification", 0))
+    assert [each.partition(":")[2][:16] for each in made.warnings] == [" no target is 0,"] * said
 
 
 @pytest.mark.parametrize(
