@@ -217,6 +217,12 @@ def _construct(
         raise UserError(
             f"optim.name: {section.name!r} returned {type(optimizer).__name__}, not a torch.optim.Optimizer"
         )
+    if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+        raise UserError(
+            f"optim.name: {type(optimizer).__name__} has methods train() and eval(), by which it exchanges the weights "
+            "that it trains for those to evaluate and keep (schedule-free optimizers do); a run calls neither, and "
+            "would evaluate, average and export the wrong ones. Take 'adamw' with train.ema"
+        )
     return optimizer
 
 

@@ -668,3 +668,18 @@ def test_which_fused_kernel_there_is(section: dict[str, Any], model: nn.Module, 
         # neither fused nor foreach is stated, so torch takes foreach on a GPU
         off = build_optimizer(model, found, fused=False).defaults
         assert (off["fused"], off["foreach"]) == (None, None)
+
+
+class Exchanging(torch.optim.SGD):
+    """Has other weights to evaluate than to train."""
+
+    def train(self) -> None:
+        pass
+
+    def eval(self) -> None:
+        pass
+
+
+def test_an_optimizer_that_exchanges_weights_for_evaluations_is_refused():
+    (problem,) = check_optimizer(OptimSection(name=f"{__name__}:Exchanging", lr=0.1))
+    assert "Exchanging has methods train() and eval(), by which it exchanges the weights" in problem
