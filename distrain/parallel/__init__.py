@@ -41,6 +41,7 @@ from distrain.parallel.accelerate_settings import disagreements, strategy_wishes
 from distrain.parallel.comm import World, open_world
 from distrain.parallel.contents import prepare_to_save
 from distrain.parallel.mesh import Mesh
+from distrain.parallel.parameter_writes import check_hooks
 from distrain.parallel.state import TrainingState, load_weights
 from distrain.parallel.step_record import StepFlags, StepRecord
 from distrain.parallel.stored import check_fit, fill
@@ -73,6 +74,7 @@ __all__ = [
     "World",
     "build_strategy",
     "check_fit",
+    "check_hooks",
     "check_precision",
     "check_several",
     "check_world",

@@ -28,7 +28,7 @@ from distrain.parallel.comm import World
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
 from distrain.parallel.model_tensors import buffers_to
-from distrain.parallel.parameter_writes import holds, lost, replaced
+from distrain.parallel.parameter_writes import check_hooks, holds, lost, replaced
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -273,6 +273,11 @@ class FSDP2Strategy(Strategy):
         # also where it is gathered still: what is left of the pass before must not make another order of this one
         self._gather_order.reach(part)
         gather(*args, **kwargs)
+
+    def check_state(self) -> None:
+        # a hook that is called with an accumulated gradient is called with a shard's
+        check_hooks(self.model, self.world.strategy, accumulating=False)
+        super().check_state()
 
     def _end_unit(self, group: Any, end: Callable[..., Any], *args: Any) -> Any:
         """End a unit's forward pass, after which what was gathered is of no more use than to its backward pass."""

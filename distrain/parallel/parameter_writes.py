@@ -47,6 +47,26 @@ def lost(names: Sequence[str], strategy: str) -> UserError:
     )
 
 
+def check_hooks(model: nn.Module, strategy: str, *, accumulating: bool = True) -> None:
+    """Raise UserError for hooks on the gradients of parameters, where a strategy computes with others in their place.
+
+    `accumulating`: whether those that are called with an accumulated gradient are lost as well.
+    """
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or (accumulating and parameter._post_accumulate_grad_hooks)
+    ]
+    if names:
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        raise UserError(
+            f"parameter {names[0]}{others} has a hook on its gradient (register_hook), and {strategy} computes with "
+            "tensors of its own in the place of the model's parameters, so that nothing would call it. Use ddp, or "
+            "change the value in the forward pass, whose gradient follows (functional.linear(x, self.weight * mask)), "
+            "or the gradients in a callback, before the optimizer steps (run.optimizer.register_step_pre_hook)"
+        )
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same, NaN included."""
     if torch.equal(one, other):

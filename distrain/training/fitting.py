@@ -32,7 +32,7 @@ from distrain.optim import (
     plan_migration,
     unregistered_layers,
 )
-from distrain.parallel import BuildSpec, prepare_to_save
+from distrain.parallel import BuildSpec, check_hooks, prepare_to_save
 from distrain.parallel.frozen import TRAINING, explaining_source, referred
 from distrain.parallel.tuning import Logits
 from distrain.training.compiling import Compiled
@@ -153,6 +153,8 @@ class Fitting:
             or recipe.anomalies.spike is not None,
             scaled=world.mixed_precision.scaled,
         )
+        if world.strategy in ("fsdp2", "zero3"):
+            check_hooks(model, world.strategy)
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
         chunked = world.tuning["chunked_loss"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import writing_parts
-from runs import last, rows, state, train, write_recipe
+from runs import Ended, last, rows, state, train, write_recipe
 from torch import nn
 
 from distrain.parallel.parameter_writes import Written
@@ -31,6 +31,11 @@ LOOKS_AHEAD = ('task="writing_parts:Together"', "batch.micro=3")
 
 def recipe_of(folder: Path, model: str) -> Path:
     return write_recipe(folder, RECIPE.replace("MODEL", model), f"{model}.yaml")
+
+
+def told(ranks: list[Ended]) -> str:
+    """Return what the ranks said: the first to fail reports it."""
+    return " ".join(" ".join(rank.err for rank in ranks).split())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ LOST = "writes into parameter {}, and under {} it has a copy"
 )
 def test_what_would_be_lost_is_refused_by_name(way: str, model: str, said: str, tmp_path: Path) -> None:
     ranks = train(2, recipe_of(tmp_path, model), tmp_path / "run", strategy=way, status=1)
-    assert any(said in " ".join(rank.err.split()) for rank in ranks), ranks[0].err
+    assert said in told(ranks)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero1", pytest.param("zero3", marks=pytest.mark.more)])
@@ -91,9 +96,30 @@ def test_what_a_callback_writes_is_trained_or_refused(way: str, tmp_path: Path) 
     refused = way.startswith("zero")
     ranks = train(2, recipe, run, 'callbacks=["writing_parts:Clamp"]', strategy=way, status=int(refused))
     if refused:
-        assert LOST.format("layer.weight and 1 others", way) in " ".join(ranks[0].err.split()), ranks[0].err
+        assert LOST.format("layer.weight and 1 others", way) in told(ranks)
     else:
         assert abs(state(last(run))["model/layer.weight"]).max() <= 0.05 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("way", "model", "callbacks"),
+    [("fsdp2", "Masked", ""), ("zero3", "Masked", ""), ("fsdp2", "Still", '"writing_parts:Hook"')],
+)
+def test_a_hook_on_a_gradient_that_nothing_would_call_is_refused(
+    way: str, model: str, callbacks: str, tmp_path: Path
+) -> None:
+    recipe, run = recipe_of(tmp_path, model), tmp_path / "run"
+    ranks = train(2, recipe, run, f"callbacks=[{callbacks}]", strategy=way, status=1)
+    said = "has a hook on its gradient (register_hook), and " + way
+    assert f"parameter layer.weight{' and 1 others' * bool(callbacks)} {said}" in told(ranks)
+
+
+def test_a_hook_on_a_gradient_is_called_where_parameters_stay(tmp_path: Path) -> None:
+    recipe, run = recipe_of(tmp_path, "Masked"), tmp_path / "run"
+    train(2, recipe, run, "optim.weight_decay=0", "checkpoint.every=1 steps", strategy="ddp")
+    first, end = (state(run / f"checkpoints/step-0000000{step}")["model/layer.weight"] for step in (1, 3))
+    same = (first == end).reshape(2, 5).all(0)
+    assert same.tolist() == [True, False, True, False, False]  # the point has a zero there
 
 
 @pytest.mark.parametrize(("kind", "names"), [("Counted", ["passes"]), ("Normalised", ["layer.weight"]), ("Still", [])])

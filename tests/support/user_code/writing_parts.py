@@ -86,6 +86,27 @@ class Still(Counted):
         return found
 
 
+class Masked(Counted):
+    """A hook keeps a column of its weight as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight.register_hook(lambda gradient: gradient * (torch.arange(5) > 0))
+
+    def forward(self, points: Tensor) -> Tensor:
+        found: Tensor = self.layer(points)
+        return found
+
+
+class Hook(distrain.Callback):
+    """Registers such a hook."""
+
+    def on_start(self, run: Any) -> None:
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient * 0.5)
+
+
 class Clamp(distrain.Callback):
     """Clamps the weights after each step."""
 
