@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from distrain.config import UserError
 from distrain.optim import FusedStep, drop_frozen, parts_of, sparse_layers
 from distrain.parallel.comm import World
-from distrain.parallel.model_tensors import model_to, restored, share_tensors, travels
+from distrain.parallel.model_tensors import model_to, share_tensors, travels
+from distrain.parallel.parameter_writes import restored
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import FIELDS, StepFlags, StepRecord

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.config import UserError
-from distrain.parallel.contents import modules_with_extra_state, remember_extra_state
+from distrain.parallel.contents import remember_extra_state
 
 _BUCKET_BYTES = 250 * 2**20
 """Of the buffers that are broadcast together; DDP's own."""
+
+_MUCH = 8
+"""What is more than this part of a GPU's memory is copied to the host."""
 
 _TRAVEL = (
     torch.float16,
@@ -109,25 +111,17 @@ def remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[s
 
 
 def values_of(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return parameters with copies of their values: a model's code may write into its own."""
-    return [(parameter, parameter.detach().clone()) for parameter in parameters]
+    """Return parameters with copies of their values: a model's code may write into its own.
+
+    On the host where they are much of a GPU's memory, which a model with adapters nearly fills by itself.
+    """
+    held = list(parameters)
+    nbytes = sum(each.nbytes for each in held if each.is_cuda)
+    away = nbytes > 0 and nbytes > torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // _MUCH
+    return [(each, each.detach().to("cpu", copy=True) if away else each.detach().clone()) for each in held]
 
 
 def give_back(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Write values back into their parameters."""
     for parameter, before in values:
         parameter.data.copy_(before)
-
-
-class restored(AbstractContextManager[None]):
-    """Restores a model's buffers, extra state and `parameters` on leaving, and drops its gradients."""
-
-    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] = ()):
-        self._model = model
-        self._restore = remember(buffer_slots(model), modules_with_extra_state(model))
-        self._values = values_of(parameters)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-        give_back(self._values)
-        self._model.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.config import UserError
 from distrain.parallel.comm import World
+from distrain.parallel.contents import modules_with_extra_state
+from distrain.parallel.model_tensors import buffer_slots, remember
+from distrain.system.compiler import without_compiler
 
 LOOKS = 2
 """The steps of an attempt in which values are compared: an average that starts as what it averages changes in the
@@ -159,16 +162,61 @@ class Written(TorchDispatchMode):
         self.names |= {name: None for name, each in named.items() if self._watched.get(_memory(each)) != name}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        if self._watched and schema.is_mutable:
-            for at, argument in enumerate(schema.arguments):
-                if argument.alias_info is None or not argument.alias_info.is_write:
-                    continue
-                value = args[at] if at < len(args) else (kwargs or {}).get(argument.name)
-                for tensor in torch.utils._pytree.tree_leaves(value):
-                    if isinstance(tensor, Tensor) and (name := self._watched.get(_memory(tensor))) is not None:
-                        self.names[name] = None
+        if self._watched:
+            self.names |= dict.fromkeys(self._watched[m] for m in _written_by(func, args, kwargs) if m in self._watched)
         return func(*args, **(kwargs or {}))
+
+
+class restored(TorchDispatchMode):
+    """Restores a model's buffers, extra state and `parameters` on leaving, and drops its gradients.
+
+    A parameter is copied when it is first written into: copies of all would need as much memory once more.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] = ()):
+        super().__init__()
+        self._model = model
+        self._restore = remember(buffer_slots(model), modules_with_extra_state(model))
+        self._held = [(parameter, parameter.detach()) for parameter in parameters]
+        self._of_memory: dict[int, list[Tensor]] = {}
+        for _, values in self._held:
+            self._of_memory.setdefault(_memory(values), []).append(values)
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Self:
+        with without_compiler():  # which torch marks what is called at an operation for, when that is called first
+            super().__enter__()
+            torch.empty(0)
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._of_memory:
+            for memory in _written_by(func, args, kwargs):
+                self._before += [(values, values.clone()) for values in self._of_memory.pop(memory, ())]
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._restore()
+        for values, before in self._before:
+            values.copy_(before)
+        for parameter, values in self._held:
+            if _memory(parameter) != _memory(values):  # other memory was assigned
+                parameter.data = values
+        self._model.zero_grad(set_to_none=True)
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> Iterator[int]:
+    """Yield the memory of each tensor that an operation writes into."""
+    if not func._schema.is_mutable:
+        return
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[at] if at < len(args) else (kwargs or {}).get(argument.name)
+        for tensor in torch.utils._pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                yield _memory(tensor)
 
 
 def _memory(tensor: Tensor) -> int:

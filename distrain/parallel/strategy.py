@@ -233,7 +233,9 @@ class Strategy(ABC):
 
         Raises UserError for those in which that would be lost.
         """
-        self._written |= {each: None for each, before in self._kept if not same_bits(each.detach(), before)}
+        self._written |= {
+            each: None for each, before in self._kept if not same_bits(each.detach(), before.to(each.device))
+        }
         self._kept = []
 
     @property

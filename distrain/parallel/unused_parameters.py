@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distrain.config import UserError
 from distrain.networks.undisturbed import undisturbed, use_stand_ins
 from distrain.optim import sparse_layers
-from distrain.parallel.model_tensors import restored
-from distrain.parallel.parameter_writes import Slots, Written
+from distrain.parallel.parameter_writes import Slots, Written, restored
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -18,7 +18,7 @@ from distrain.datasets.base import Batch
 from distrain.optim import Loss
 from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
-from distrain.parallel.model_tensors import restored
+from distrain.parallel.parameter_writes import restored
 from distrain.run.heartbeat import enter_phase
 from distrain.training.context import TrainContext, Turn, seed_dropout, seed_forward, to_device
 from distrain.training.tasks import SupervisedObjective

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import writing_parts
 from runs import Ended, last, rows, state, train, write_recipe
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distrain.parallel.parameter_writes import Written
+from distrain.parallel.parameter_writes import Written, restored
 from distrain.parallel.unused_parameters import unused_parameters
 
 RECIPE = """
@@ -130,3 +132,28 @@ def test_writes_are_seen_without_values(kind: str, names: list[str]) -> None:
     unused = unused_parameters(model, lambda model: model(torch.ones(2, 5)).sum(), device, written)
     assert unused == set()
     assert [*written.names] == names
+
+
+class Clones(TorchDispatchMode):
+    """Counts the elements of the tensors that are cloned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default:
+            self.numel += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "copied"), [("Counted", 1), ("Normalised", 10), ("Assigned", 0), ("Still", 0)])
+def test_a_trial_restores_what_it_has_written_and_copies_no_more(kind: str, copied: int) -> None:
+    model: nn.Module = getattr(writing_parts, kind)()
+    before = {name: (each.data_ptr(), each.detach().clone()) for name, each in model.named_parameters()}
+    with Clones() as clones, restored(model, model.parameters()):
+        model(torch.ones(2, 5)).sum().backward()
+        model(torch.ones(2, 5))
+    for name, each in model.named_parameters():
+        assert each.data_ptr() == before[name][0]
+        assert torch.equal(each, before[name][1])
+        assert each.grad is None
+    assert clones.numel == copied
