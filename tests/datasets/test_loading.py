@@ -311,14 +311,14 @@ def compute_for_ever(batch: dict[str, Any]) -> None:
         pass
 
 
-class StuckAtSix:
-    """Is stuck at the batch of sample 6, which is the second."""
+class StuckAtTwo:
+    """Is stuck at the batch of sample 2, which is the first: no other is waited for."""
 
     def __init__(self, how: Any):
         self.how = how
 
     def __call__(self, batch: dict[str, Any]) -> None:
-        if 6 in batch["ids"].tolist():
+        if 2 in batch["ids"].tolist():
             self.how(batch)
 
     def is_met(self) -> bool:
@@ -331,13 +331,13 @@ class StuckAtSix:
 
 
 @pytest.fixture
-def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix], heartbeat.Now]]:
+def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtTwo], heartbeat.Now]]:
     """Have a wait reported as soon as a loader process is stuck."""
     monkeypatch.setattr(waiting, "WARN_AFTER_S", 1000.0)
     monkeypatch.setattr(waiting, "CHECK_EVERY_S", 0.1)
     looks: list[Callable[[float], None]] = []
 
-    def begin(stuck: StuckAtSix) -> heartbeat.Now:
+    def begin(stuck: StuckAtTwo) -> heartbeat.Now:
         def look(waited_s: float) -> None:
             if stuck.is_met():
                 monkeypatch.setattr(waiting, "WARN_AFTER_S", 0.0)
@@ -365,13 +365,13 @@ def once_stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StuckAtSix
 )
 @pytest.mark.fault(44)
 def test_a_loader_process_that_is_stuck_is_named_with_its_line(how: Any, words: str, once_stuck: Any) -> None:
-    stuck = StuckAtSix(how)
+    stuck = StuckAtTwo(how)
     with logged() as messages:
         once_stuck(stuck).limit = lambda: 0.0 if messages else 1000.0
         with LOCK, pytest.raises(UserError, match="the recipe's watchdog section allows") as found:
             loaded(Source(spoil=stuck))
     (said,) = messages
-    owes = "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7: process [0-9]+ "
+    owes = "without a batch; loader process 0 of 2 owes the batch of the samples 0, 1, 2, 3: process [0-9]+ "
     assert re.match(rf"warning: [0-9.]+ s {owes}{words}", said)
     assert re.match(rf"[0-9.]+ s {owes}{words}", str(found.value))
     assert "the recipe's watchdog section ends it after 16.7 minutes" in said
@@ -395,13 +395,13 @@ def test_a_slow_loader_is_reported_and_continues(once_stuck: Any, monkeypatch: p
         told.acquire()
 
     monkeypatch.setattr(waiting.logger, "handlers", [Release()])
-    stuck = StuckAtSix(take_its_time)
+    stuck = StuckAtTwo(take_its_time)
     once_stuck(stuck)
     with logged() as messages:
         found = loaded(Source(spoil=stuck))
     assert [batch["ids"].tolist() for batch in found] == [ids.tolist() for _, ids in PLACES]
     said = messages[0]
-    assert "without a batch; loader process 1 of 2 owes the batch of the samples 4, 5, 6, 7" in said
+    assert "without a batch; loader process 0 of 2 owes the batch of the samples 0, 1, 2, 3" in said
     assert "this wait has no limit" in said
 
 
