@@ -237,7 +237,7 @@ WRONG = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", WRONG)
+@pytest.mark.parametrize("launcher", [pytest.param(n, marks=[pytest.mark.more] * (n == "accelerate")) for n in WRONG])
 def test_a_world_other_than_the_requested_is_refused(tmp_path: Path, launcher: str) -> None:
     command, more, message = WRONG[launcher]
     arguments = [*command[1:], write_recipe(tmp_path), "--run-dir", tmp_path / "run", *more]

@@ -118,7 +118,7 @@ def test_a_model_that_draws_from_python_and_numpy_resumes_to_the_same_bits(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.more), 3])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
     recipe = write_recipe(tmp_path)
     # random numbers, buffers, and a model of several DDP buckets' worth of order
