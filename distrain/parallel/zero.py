@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from distrain.config import UserError
@@ -320,6 +321,8 @@ class ZeROStrategy(Strategy):
             shard = self.shard(parameter)
             if shard.replicated or parameter.numel() != math.prod(shard.shape):
                 continue  # trained as it is, or freed
+            if getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE:
+                continue  # being gathered ahead of its use: it holds anything until then
             if not holds(parameter, shard.values, shard.start):
                 found.append(name)
         if names := list(dict.fromkeys(name for rank in self.world.gather(found) for name in rank)):
