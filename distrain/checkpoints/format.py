@@ -50,10 +50,6 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message names the rank, host, file and reason."""
 
 
-class NotFiniteError(UserError):
-    """The weights of a step are not saved, as they are not finite; the message names some."""
-
-
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape, dtype and role of a full tensor."""

@@ -31,7 +31,6 @@ from distrain.checkpoints.format import (
     Evaluation,
     FileInfo,
     Frozen,
-    NotFiniteError,
     Piece,
     Run,
     Saved,
@@ -52,6 +51,11 @@ from distrain.checkpoints.layout import find_not_finite, lay_out, write_file
 from distrain.checkpoints.reading import best_first, list_checkpoints
 from distrain.run.heartbeat import enter_phase, progress
 from distrain.system.collector import no_collection
+from distrain.system.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """The weights of a step are not saved, as they are not finite; the message names some."""
 
 
 @dataclass

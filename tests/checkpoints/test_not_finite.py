@@ -15,7 +15,7 @@ from distrain.checkpoint import LocalCommunicator, Piece, Saver, TensorSpec
 from distrain.checkpoints.arena import LARGE
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.floats import all_finite
-from distrain.checkpoints.format import NotFiniteError
+from distrain.checkpoints.writing import NotFiniteError
 
 WEIGHTS = [name for name, spec in SPECS.items() if spec.role == "parameter"]
 FLOATS = {
