@@ -271,6 +271,14 @@ def find_dataset(section: DataSection, task: Form) -> Entry[Callable[..., Any]]:
 # Splits
 
 
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What folders, files and values of a column call the splits, in small letters."""
+
+
 def split_indices(
     length: int,
     section: DataSection,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from distrain.config import UserError, close_names
+from distrain.datasets.base import SPLIT_NAMES
 from distrain.datasets.table_columns import spelled_alike
 from distrain.system.output import error_line, in_utf8, one_line
 
@@ -30,11 +31,6 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
 FOLDERS = "folders"
 """What a recipe gives as `labels` where folders name the classes."""
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "valid"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
 _TRIED = 20
 """Rows by which a column of files is known."""

@@ -13,8 +13,17 @@ from PIL import Image
 
 from distrain.config import UserError
 from distrain.config.registry import datasets
-from distrain.datasets.base import AnySource, Batch, CorruptSample, Data, DataMeta, DataRequest, split_indices
-from distrain.datasets.image_layouts import SPLIT_NAMES, folders_in, image_paths
+from distrain.datasets.base import (
+    SPLIT_NAMES,
+    AnySource,
+    Batch,
+    CorruptSample,
+    Data,
+    DataMeta,
+    DataRequest,
+    split_indices,
+)
+from distrain.datasets.image_layouts import folders_in, image_paths
 from distrain.datasets.images import Channels, ImageFiles, image_reader
 from distrain.datasets.labels import Labels
 from distrain.system.output import error_line

@@ -15,14 +15,13 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from distrain.config import UserError
-from distrain.datasets.base import DataRequest, split_indices
+from distrain.datasets.base import SPLIT_NAMES, DataRequest, split_indices
 from distrain.datasets.table_numbers import Numbers, beyond_whole
 
 if TYPE_CHECKING:  # imported where they are used: other data sets should not wait for them
     import pyarrow as pa
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
-_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 EXPECTED = "a .csv, .tsv, .jsonl or .parquet file, or a folder of them"
 _DELIMITERS = ",;\t|"
 """What may part the columns of a CSV file whose first line has one column by the delimiter of its suffix."""
@@ -274,7 +273,7 @@ def split_frames(request: DataRequest, reader: TableReader, targets: Sequence[st
 
 def pooled(frame: Frame) -> list[str]:
     """Return a warning where a folder's files are called as splits are, and are cut anew all the same."""
-    named = [path.name for path, _ in frame.files if path.stem.lower() in _SPLIT_NAMES]
+    named = [path.name for path, _ in frame.files if path.stem.lower() in {*SPLIT_NAMES, "dev", "eval"}]
     if len(frame.files) < 2 or not named:
         return []
     names, folder = [path.name for path, _ in frame.files[:8]], frame.title

@@ -153,7 +153,7 @@ class Fitting:
             or recipe.anomalies.spike is not None,
             scaled=world.mixed_precision.scaled,
         )
-        if world.strategy in ("fsdp2", "zero3"):
+        if world.forward_is_collective:  # it gathers others into the place of the parameters
             check_hooks(model, world.strategy)
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
