@@ -63,7 +63,7 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
         # what is wrong with a model or a loss, training says; but ranks that wait for each other must all fail
         with (
             torch.no_grad(),
-            restored(t.strategy.model),
+            restored(t.strategy.model, () if t.world.forward_is_collective else t.strategy.model.parameters()),
             suppress(*([] if t.world.forward_is_collective else [Exception])),
         ):
             batches = [to_device(batch, t.world) for batch in batches]
