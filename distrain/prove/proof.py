@@ -37,6 +37,9 @@ SAVES = 6
 MIN_STEPS = 6
 """Fewest steps with two saves, an interruption, and two steps after it."""
 
+_STEPS_BEYOND = 20
+"""Steps after a divergence that a further baseline run is compared for."""
+
 
 @dataclass
 class TrialResult:
@@ -335,16 +338,19 @@ class _Prover:
         return False, self.baseline_repeats(baseline, d, " once more", seed)
 
     def baseline_repeats(self, baseline: TrialRun, divergence: Divergence, again: str, hash_seed: str) -> bool:
-        """Whether another baseline run is the same as the first up to a divergence."""
-        # an evaluation of the last step would not take place
-        last_step = min(divergence.step + 1, baseline.last_step)
+        """Whether another baseline run is the same as the first up to a divergence and for some steps after it.
+
+        Sums in another order round to the same now and then: one step that agrees is no evidence.
+        """
+        last_step = min(divergence.step + _STEPS_BEYOND, baseline.last_step)
         try:
             other = self.run_baseline(baseline.topology, again, last_step=last_step, hash_seed=hash_seed)
         except CouldNotRun:
             return False
         found = compare_exactly(baseline, other)
         self.delete_run(other)
-        return found is None or found.step > divergence.step
+        # an evaluation of the last step would not take place
+        return found is None or found.step > max(divergence.step, last_step - 1)
 
     def check_topology(self, first: TrialRun, other: TrialRun) -> bool:
         """Compare a run in another topology with the first within the tolerance; returns whether it agrees."""

@@ -306,6 +306,15 @@ def test_what_users_do_wrong_is_found_and_named(
         assert "in step 1, before any interruption" in str(found)
 
 
+def test_one_step_that_agrees_by_chance_is_no_evidence(tmp_path: Path) -> None:
+    runs = tmp_path / "runs-seen"
+    runs.mkdir()
+    found = divergence_of(proof_of(small(tmp_path), f"model={{name: '{WRONG}:LuckyModel', runs: '{runs}'}}"))
+    assert (found.step, found.attempt) == (1, 0)
+    assert [own.read_text() for own in sorted(runs.iterdir(), key=lambda own: own.stat().st_mtime)][:3] == list("010")
+    assert "PYTHONHASHSEED" not in found.cause, found
+
+
 def test_weights_that_start_otherwise(tmp_path: Path) -> None:
     found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:UnseededStart"))
     assert (found.what, found.step, found.subject) == ("start", 0, "model/head.weight")

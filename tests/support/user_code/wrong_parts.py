@@ -101,6 +101,25 @@ class UnorderedModel(Linear):
         return total + self.head.bias
 
 
+class LuckyModel(Linear):
+    """Rounds at random, and alike in the first step of each second run: runs are counted by files of a folder."""
+
+    def __init__(self, runs: str) -> None:
+        super().__init__()
+        self.runs = Path(runs)
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        own = self.runs / str(os.getpid())
+        if not own.exists():
+            own.write_text(str(len(list(self.runs.iterdir())) % 2))
+        self.steps += 1
+        chance = int(own.read_text()) if self.steps == 1 else int.from_bytes(os.urandom(2), "little")
+        return super().forward(x) * (1 + chance / 2**22)
+
+
 class LateModel(Linear):
     """Draws noise from os.urandom from its tenth step on, counted in a buffer."""
 
