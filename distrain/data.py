@@ -59,7 +59,6 @@ def build_loader(
     world_size: int,
     micro_batch_size: int,
     start_step: int = 0,
-    ahead: int = 0,
     stop_step: int | None = None,
     transform: Transform | None = None,
     pin_memory: bool = False,
@@ -69,8 +68,7 @@ def build_loader(
 
     A step's micro-batches come together because the loss is divided by their common count. Micro-batch `a` of rank r of
     W in step s holds the positions [s*G + (a*W + r)*m, ... + m), with G the recipe's global batch size and m
-    `micro_batch_size`; so over all ranks a step consumes [s*G, (s+1)*G), and starting at any step costs the same. All
-    positions are `ahead` of these where earlier steps had another global batch size.
+    `micro_batch_size`; so over all ranks a step consumes [s*G, (s+1)*G), and starting at any step costs the same.
 
     A stream has no order: its positions are those of its endless repetition. Every rank reads all of it and keeps its
     own share, and a later step is reached by reading up to it. At most one loader process reads it.
@@ -91,7 +89,7 @@ def build_loader(
         check_stream_workers(workers)
 
         def plan() -> Iterator[tuple[Place, list[Any]]]:
-            return training_stream(source, first, last, rank, world_size, micro_batch_size, ahead)
+            return training_stream(source, first, last, rank, world_size, micro_batch_size)
 
         batches = StreamBatches(plan, source, transform)
     else:
@@ -102,8 +100,7 @@ def build_loader(
             batches = Batches(source, transform, tolerated)
         else:
             batches = MixedBatches(source, transform, tolerated, mixing, order)
-        cut = rank, world_size, micro_batch_size, ahead
-        places = _train_places(order, first, last, *cut, positions=mixing is not None)
+        places = _train_places(order, first, last, rank, world_size, micro_batch_size, positions=mixing is not None)
     return _steps(load(batches, places, workers, pin_memory), accumulation)
 
 
@@ -113,22 +110,14 @@ def _steps(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]
 
 
 def _train_places(
-    order: SampleOrder,
-    first: int,
-    last: int,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    ahead: int,
-    *,
-    positions: bool,
+    order: SampleOrder, first: int, last: int, rank: int, world_size: int, micro_batch_size: int, *, positions: bool
 ) -> Iterator[Place]:
     """Yield the places of micro-batches first..last-1 of this rank, counted from step 0; with their `positions`."""
     block = max(1, _BLOCK // micro_batch_size)
     within = np.arange(micro_batch_size, dtype=np.int64)
     for start in range(first, last, block):
         numbers = np.arange(start, min(start + block, last), dtype=np.int64)[:, None]
-        where = (numbers * world_size + rank) * micro_batch_size + within + ahead
+        where = (numbers * world_size + rank) * micro_batch_size + within
         yield from zip(*order.at_positions(where), *([where] if positions else []), strict=True)
 
 

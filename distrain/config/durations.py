@@ -106,30 +106,6 @@ class Horizon:
     """Tokens in a sample of fixed length; None where samples differ in length or have no tokens."""
     total_steps: int | None = None
     """Optimizer steps of the whole run; None while that itself is being computed."""
-    since: int = 0
-    """The step from which on steps have this global batch size, as a run may resume with another one."""
-    samples_before: int = 0
-    """Samples that the steps before it have taken."""
-
-    def samples_at(self, step: int) -> int:
-        """Return how many samples the first `step` steps take, of which at least `since` are done."""
-        return self.samples_before + (step - self.since) * self.global_batch_size
-
-    def ahead(self, duration: Duration) -> Fraction:
-        """Return how many steps more than it has made a run would have made of its samples, all with this batch size.
-
-        0 for durations that count steps and no samples.
-        """
-        if duration.unit not in ("samples", "epochs", "tokens"):
-            return Fraction(0)
-        return Fraction(self.samples_before, self.global_batch_size) - self.since
-
-    def step_at(self, duration: Duration, what: str) -> int:
-        """Return the first step by whose end `duration` has gone by since the run began; raises as `steps` does."""
-        exact = self.exact_steps(duration, what)
-        step = math.ceil(exact - self.ahead(duration))
-        # what went by before is past, though its step is not known any more
-        return step if step > self.since else min(math.ceil(exact), self.since)
 
     def steps(self, duration: Duration, what: str) -> int:
         """Return `duration` in optimizer steps, rounded up, so at least 1 unless it is zero.

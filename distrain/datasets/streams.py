@@ -28,15 +28,12 @@ def _repeated(source: StreamSource) -> Iterator[tuple[int, int, Any]]:
 
 
 def training_stream(
-    source: StreamSource, first: int, last: int, rank: int, world_size: int, micro_batch_size: int, ahead: int = 0
+    source: StreamSource, first: int, last: int, rank: int, world_size: int, micro_batch_size: int
 ) -> Iterator[tuple[Place, list[Any]]]:
-    """Yield the places and samples of micro-batches first..last-1 of this rank, counted from step 0.
-
-    `ahead`: so many samples later than their numbers say.
-    """
+    """Yield the places and samples of micro-batches first..last-1 of this rank, counted from step 0."""
     walk = _repeated(source)
     before, after = rank * micro_batch_size, (world_size - 1 - rank) * micro_batch_size
-    skip = first * world_size * micro_batch_size + ahead
+    skip = first * world_size * micro_batch_size
     for _ in range(first, last):
         next(itertools.islice(walk, skip + before, skip + before), None)
         epochs, ids, samples = zip(*itertools.islice(walk, micro_batch_size), strict=True)

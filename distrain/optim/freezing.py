@@ -27,7 +27,7 @@ def thaw_steps(section: OptimSection, horizon: Horizon | None) -> dict[int, int]
         assert horizon is not None, "what a duration means is known where a run is"
         where = f"optim.freeze[{place}].until"
         try:
-            found[place] = horizon.step_at(entry.until, where)
+            found[place] = horizon.steps(entry.until, where)
         except UserError as error:
             problems.append(str(error))
             continue

@@ -108,9 +108,8 @@ def resolve_schedule(section: ScheduleSection | OwnScheduleSection, horizon: Hor
 
     def steps(key: str) -> int:
         duration: Duration | None = getattr(section, key)
-        count = horizon.step_at if key == "warmup" else horizon.steps
         try:
-            return count(duration, f"schedule.{key}") if duration is not None else 0
+            return horizon.steps(duration, f"schedule.{key}") if duration is not None else 0
         except UserError as error:
             problems.append(str(error))
             return 0

@@ -54,23 +54,14 @@ def check_bits(recipe: Recipe, strategy: str) -> None:
         )
 
 
-def horizon_of(recipe: Recipe, data: Data, since: int = 0, samples_before: int = 0) -> Horizon:
-    """Return what durations mean for this recipe and data, with the total number of steps.
-
-    `since` and `samples_before` are those of `Horizon`.
-    """
+def horizon_of(recipe: Recipe, data: Data) -> Horizon:
+    """Return what durations mean for this recipe and data, with the total number of steps."""
     train = data.splits["train"]
     length = None if is_stream(train) else len(train)
     if length == 0:
         raise UserError(f"data set {recipe.data.name!r} has no samples to train on")
-    horizon = Horizon(
-        recipe.batch.global_batch_size,
-        length,
-        data.meta.tokens_per_sample,
-        since=since,
-        samples_before=samples_before,
-    )
-    return replace(horizon, total_steps=horizon.step_at(recipe.train.length, "train"))
+    horizon = Horizon(recipe.batch.global_batch_size, length, data.meta.tokens_per_sample)
+    return replace(horizon, total_steps=horizon.steps(recipe.train.length, "train"))
 
 
 def length_warnings(recipe: Recipe, horizon: Horizon) -> list[str]:

@@ -24,20 +24,15 @@ class Interval:
         self.seconds = duration.seconds if duration is not None else None
         self._period: tuple[int, int] | None = None
         """So many steps of so many periods."""
-        self._ahead = (0, 1)
-        """So many steps, as a numerator and a denominator, are to be added to those that were made."""
         if duration is not None and self.seconds is None and duration.amount > 0:
             self._period = max(Fraction(1), horizon.exact_steps(duration, what)).as_integer_ratio()
-            self._ahead = horizon.ahead(duration).as_integer_ratio()
 
     def due(self, step: int) -> bool:
         """Whether it is due after `step` finished steps."""
         if self._period is None or step == 0:
             return False
         steps, periods = self._period
-        more, parts = self._ahead
-        done, length = step * parts + more, steps * parts
-        return done * periods // length > (done - parts) * periods // length
+        return step * periods // steps > (step - 1) * periods // steps
 
     def elapsed(self, since: float) -> bool:
         """Whether a period in seconds has gone by on this rank's monotonic clock."""

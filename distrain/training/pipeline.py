@@ -29,10 +29,6 @@ class DataPipeline:
     accumulation: int
     autobatch: CachedMicroBatch | None
     """What `batch.micro: auto` was found to be, where it was tried."""
-    since: int = 0
-    """The step from which on steps have the recipe's global batch size."""
-    ahead: int = 0
-    """Samples that those before it have taken, less those that they would have taken with this size."""
 
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
         """Return the micro-batches of each step from this one on."""
@@ -46,7 +42,6 @@ class DataPipeline:
             world_size=self.world.mesh.data_size,
             micro_batch_size=self.micro_batch_size,
             start_step=start_step,
-            ahead=self.ahead if start_step >= self.since else 0,
             stop_step=self.total_steps,
             transform=self.transforms["train"],
             pin_memory=self.world.device.type == "cuda",

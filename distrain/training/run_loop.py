@@ -253,8 +253,8 @@ class Session(RunContext):
 
     def _metrics(self, taken: PendingMetrics, read: list[tuple[PendingMetrics, float, float]]) -> StepMetrics:
         """Return the numbers of a step; `read`: of the turns that were not skipped, with loss and norm."""
-        length, step = self.setup.horizon.samples_per_epoch, taken.step
-        samples = self.setup.horizon.samples_at(step)
+        recipe, length, step = self.recipe, self.setup.horizon.samples_per_epoch, taken.step
+        samples = step * recipe.batch.global_batch_size
         means: dict[str, float] = {}
         norms: dict[str, float] = {}
         for turn, _, norm in read:

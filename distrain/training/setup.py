@@ -41,7 +41,7 @@ from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
 from distrain.training.tasks import build_objective
-from distrain.training.updates import Inputs, take_inputs, taken_before
+from distrain.training.updates import Inputs, take_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,14 @@ def set_up(
     transforms["train"] = world.run_on_all(lambda: wrap_transform(bare))
     if transforms["train"] is not bare:  # what is around it may look at its floats
         data = replace(data, byte_images=False)
-    since, samples_before = taken_before(resumed, recipe)
-    horizon = horizon_of(recipe, data, since, samples_before)
-    assert horizon.total_steps is not None
+    horizon = horizon_of(recipe, data)
+    total_steps = horizon.total_steps
+    assert total_steps is not None
     alone = VARIABLE not in os.environ
     if alone:  # a proof compares all samples itself, and says why they differ
         check_same_data(world, data)
     updated, accepted = world.run_on_rank0(lambda: (run.update_path.exists(), (run.inputs() or {}).get("cut")))
-    inputs: Inputs = world.run_on_rank0(lambda: take_inputs(run, recipe, data, horizon, resumed, items=alone))
+    inputs: Inputs = world.run_on_rank0(lambda: take_inputs(run, recipe, data, total_steps, resumed, items=alone))
     autobatch = cached_batch(run, recipe, world)
     batch: BatchSection = recipe.batch if autobatch is None else autobatch.section(recipe.batch)
     feed = DataPipeline(
@@ -121,11 +121,9 @@ def set_up(
         world,
         data,
         transforms,
-        horizon.total_steps,
+        total_steps,
         *batch_shape(batch, world.mesh.data_size),
         autobatch=autobatch,
-        since=since,
-        ahead=samples_before - since * recipe.batch.global_batch_size,
     )
     cut = cut_of(feed.micro_batch_size, world.world_size)
     before = (resumed.scalars.get("inputs") or {}).get("cut") if resumed is not None else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distrain.checkpoint import Manifest
-from distrain.config import Horizon, Recipe, UserError, is_object_spec
+from distrain.config import Recipe, UserError, is_object_spec
 from distrain.config.yaml import parse_recipe
 from distrain.config.yaml.strict_yaml import dotted, leaves
 from distrain.datasets.base import Data
@@ -26,25 +26,6 @@ EVENT = "update"
 _ADVICE = (
     "Put it back as it was, choose another --run-dir for a new run, or --update to continue with what is there now."
 )
-
-
-_TAKEN = "taken"
-"""The key under which a checkpoint has `Horizon.since` and `samples_before`, where its run had another batch size."""
-
-
-def taken_before(resumed: Manifest | None, recipe: Recipe) -> tuple[int, int]:
-    """Return `Horizon.since` and `samples_before` of a run of this recipe that resumes from a checkpoint, or begins.
-
-    The samples of a step follow from its number and these two: those after the last ones that were taken.
-    """
-    if resumed is None:
-        return 0, 0
-    noted = (resumed.scalars.get("inputs") or {}).get(_TAKEN)
-    since, samples = noted if isinstance(noted, list) and len(noted) == 2 else (0, 0)
-    before = _recipe_changes(resumed.recipe, recipe).get("batch.global", {}).get("from")
-    if not isinstance(before, int):
-        return since, samples
-    return resumed.step, samples + (resumed.step - since) * before
 
 
 @dataclass(frozen=True)
@@ -65,16 +46,13 @@ class Inputs:
 
 
 def take_inputs(
-    run: RunDir, recipe: Recipe, data: Data, horizon: Horizon, resumed: Manifest | None, *, items: bool
+    run: RunDir, recipe: Recipe, data: Data, total_steps: int, resumed: Manifest | None, *, items: bool
 ) -> Inputs:
     """Rank 0: return what this start depends on. Raises UserError for a change that nobody has let in.
 
     `items`: whether samples are counted, and looked at where no files are known that they come from.
     """
-    total_steps = horizon.total_steps or 0
     found = fingerprint(recipe, data, total_steps, run.path, items=items)
-    if horizon.since:
-        found[_TAKEN] = [horizon.since, horizon.samples_before]
     allowed = run.update_path.exists()
     if resumed is None:
         accept(run, found)
@@ -89,7 +67,7 @@ def take_inputs(
     words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
     words += [f"updated  {line}" for line in lines]
     words += [f"warning: {line}" for line in compare(then, found).unsure]
-    words += _consequences(values, recipe, horizon, resumed.step) if values else []
+    words += _consequences(values, recipe, total_steps, resumed.step)
     if not then and "imported_from" not in resumed.scalars:
         words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
@@ -152,24 +130,27 @@ def _recipe_changes(text: str, recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
 
 
-def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, horizon: Horizon, step: int) -> list[str]:
-    """Return what changed values of a recipe mean for a run that has made `step` steps."""
+def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps: int, step: int) -> list[str]:
+    """Return warnings of what changed values of a recipe mean for a run that has made `step` steps."""
     words = []
-    total, size = horizon.total_steps or 0, recipe.batch.global_batch_size
-    if "batch.global" in values and horizon.since == step:
+    before, after = (values.get("batch.global", {}).get(key) for key in ("from", "to"))
+    if isinstance(before, int) and isinstance(after, int) and step:
+        # the samples of a step follow from its number
+        done, begin = step * before, step * after
+        what = "are skipped" if begin > done else "are taken again"
         words.append(
-            f"steps from here on take {size:,} samples each, those after the {horizon.samples_before:,} before"
+            f"{step:,} steps of batch.global {before:,} have taken {done:,} samples, and the next step of {after:,} "
+            f"begins after {begin:,}: the {abs(begin - done):,} between {what}, and rows count samples and epochs as "
+            f"if all steps had been of {after:,}"
         )
-    if total < step:
-        words.append(f"warning: the run now has {total:,} steps and has made {step:,}, so nothing is left to train")
+    if values and total_steps < step:
+        words.append(f"the run now has {total_steps:,} steps and has made {step:,}, so nothing is left to train")
     drawn = [key for key in values if key in ("seed", "data.stratify") or key.startswith("data.split")]
     if drawn and not isinstance(recipe.data.split, dict):
-        words.append(f"warning: {' and '.join(drawn)} changed. {DRAWN_ANEW}")
+        words.append(f"{' and '.join(drawn)} changed. {DRAWN_ANEW}")
     if "seed" in values:
-        words.append(
-            "warning: seed changed, and with it the order: of this epoch some samples are taken again and others never"
-        )
-    return words
+        words.append("seed changed, and with it the order: of this epoch some samples are taken again and others never")
+    return [f"warning: {text}" for text in words]
 
 
 def _place_apart(value: Any) -> Any:

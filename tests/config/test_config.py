@@ -133,23 +133,6 @@ def test_durations_in_steps(text, steps):
     assert horizon.steps(Duration.parse(text), "eval.every") == steps
 
 
-@pytest.mark.parametrize(
-    ("text", "before", "step"),
-    [
-        ("2 epochs", (0, 0), 100),
-        ("2 epochs", (20, 200), 110),  # 200 samples of 10 each, and then 1,800 of 20
-        ("2 epochs", (20, 800), 80),
-        ("100 samples", (20, 800), 5),  # long past: a step that has been
-        ("500 samples", (20, 800), 20),
-        ("30 steps", (20, 800), 30),
-    ],
-)
-def test_a_duration_from_the_beginning_counts_what_was_taken_before(text, before, step):
-    horizon = Horizon(20, 1000, None, since=before[0], samples_before=before[1])
-    assert horizon.step_at(Duration.parse(text), "train") == step
-    assert horizon.samples_at(before[0]) == before[1]
-
-
 @given(st.integers(1, 100), st.integers(1, 10**12))
 def test_a_share_of_the_run_is_exact_at_any_size(percent, total):
     horizon = Horizon(1, 1, 1, total_steps=total)

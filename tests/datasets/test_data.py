@@ -207,31 +207,6 @@ def test_a_step_far_away_starts_at_once() -> None:
     assert batch["ids"].tolist() == order.at(step * 24 + 12, step * 24 + 24)[1].tolist()
 
 
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_steps_of_another_size_take_the_samples_after_those_that_were_taken(is_stream: bool) -> None:
-    """5 steps of 8 samples and then steps of 12, on 2 ranks: the positions 40, 41, ... in order."""
-    recipe, order = make_recipe(global_batch_size=12), SampleOrder(100, 3)
-    source: Any = Stream(100) if is_stream else numbered(100)
-    ranks = [
-        build_loader(
-            source,
-            None if is_stream else order,
-            recipe=recipe,
-            rank=rank,
-            world_size=2,
-            micro_batch_size=3,
-            start_step=5,
-            ahead=40 - 5 * 12,
-            stop_step=8,
-        )
-        for rank in range(2)
-    ]
-    steps = zip(*ranks, strict=True)
-    found = [[*one[0]["ids"], *other[0]["ids"], *one[1]["ids"], *other[1]["ids"]] for one, other in steps]
-    wanted = np.arange(40, 76) if is_stream else order.at(40, 76)[1]
-    assert np.array(found).flatten().tolist() == wanted.tolist()
-
-
 def test_the_loader_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
