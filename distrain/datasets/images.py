@@ -30,6 +30,7 @@ from distrain.datasets.base import (
     split_indices,
 )
 from distrain.datasets.image_layouts import CLASS_FOLDERS, class_names, class_numbers, find_layout, image_paths
+from distrain.datasets.slots import room
 from distrain.datasets.transforms import Windows
 from distrain.system.compiler import without_compiler
 from distrain.system.output import error_line
@@ -90,9 +91,11 @@ class ImageFiles:
         for row, number in enumerate(ids.tolist()):
             image = self._decoded(number, None if windows is None else functools.partial(windows.of, row))
             if row == 0:
-                whole = np.empty((len(ids), *image.shape), np.uint8)
                 if windows is not None and windows.channels_last:
-                    whole = whole.reshape(len(ids), *image.shape[1:], -1).transpose(0, 3, 1, 2)
+                    # these go to the device as they are, so nobody here refers to them afterwards
+                    whole = room((len(ids), *image.shape[1:], image.shape[0])).transpose(0, 3, 1, 2)
+                else:
+                    whole = np.empty((len(ids), *image.shape), np.uint8)
             if not apart and image.shape != whole.shape[1:]:
                 apart = list(whole[:row])
             if apart:

@@ -28,7 +28,7 @@ from distrain.datasets import waiting
 from distrain.datasets.base import Batch
 from distrain.datasets.batches import END, Batches, Failure, Place, StreamBatches
 from distrain.datasets.nested import map_tensors, tensors_in
-from distrain.datasets.slots import Receiver, Sender, Sent
+from distrain.datasets.slots import Receiver, Sent, send, start_sending
 from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 from distrain.system.logs import EACH_RANK
@@ -48,8 +48,6 @@ _CANNOT_RECEIVE = "the training process cannot receive a batch from a loader pro
 
 
 _receiver = Receiver()
-_sender: Sender | None = None
-"""Of a loader process."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +266,7 @@ def _begin_loading(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     listen_in_loader(worker)
-    global _sender
-    _sender = Sender()
+    start_sending()
 
 
 def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
@@ -278,8 +275,7 @@ def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
         return batch
     try:
         _check_descriptors()
-        assert _sender is not None
-        return Parcel(_sender.send(batch))
+        return Parcel(send(batch))
     except Exception as error:  # the training process must learn of any error
         worker = get_worker_info()
         name = f"loader process {worker.id}" if worker is not None else "a loader process"

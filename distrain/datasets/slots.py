@@ -1,13 +1,14 @@
 """Memory through which loader processes hand over batches, used again once nobody refers to a batch any more.
 
 New shared memory for every batch would be cleared, mapped and unmapped in two processes, which takes longer than a copy
-into memory that is there. A loader process copies the tensors of a batch into a slot. The process that receives
-it gets tensors over that slot, and marks it as free when the last of them is gone.
+into memory that is there. A loader process copies the tensors of a batch into a slot, or makes them there. The process
+that receives it gets tensors over that slot, and marks it as free when the last of them is gone.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import weakref
@@ -24,7 +25,9 @@ _MOST_SLOTS = 32
 """Of a loader process; while all are in use, PyTorch sends further batches."""
 _ALIGNED = 64
 """Tensors begin at multiples of so many bytes. The first byte of a slot is 1 while it is in use."""
-_ROOM = 1.25
+_BESIDE = 2**16
+"""Bytes that a slot has for further tensors of a batch that is made in it, such as targets; otherwise it is copied."""
+_GROWTH = 1.25
 """Size in batches of a slot for batches that grow."""
 
 
@@ -53,45 +56,105 @@ class Sender:
     def __init__(self) -> None:
         self._slots: list[torch.Tensor] = []
         """Bytes."""
+        self._unsent: set[int] = set()
+        """The slots that the receiver does not know yet."""
+        self._rooms: dict[int, weakref.ref[np.ndarray]] = {}
+        """The memory of slots in which batches were made, alive while this process refers to it."""
+        self._room: int | None = None
+        """The slot that the next batch is made in."""
+
+    def room(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return memory for bytes of the next batch: of a slot, from which it need not be copied, if one is free.
+
+        The process that receives the batch may change what is in it: nothing here may refer to it after `send`.
+        """
+        size = math.prod(shape)
+        number = self._free(_ALIGNED + size + _BESIDE)
+        if number is None:
+            return np.empty(shape, np.uint8)
+        slot = np.frombuffer(self._slots[number].numpy().data, np.uint8)
+        self._room, self._rooms[number] = number, weakref.ref(slot)
+        return slot[_ALIGNED : _ALIGNED + size].reshape(shape)
 
     def send(self, batch: Any) -> Sent:
         """Return a batch as it is sent. Raises what PyTorch raises for one that cannot be."""
-        places: dict[int, Place] = {}
-        end = _ALIGNED
         tensors = {id(each): each for each in tensors_in(batch) if _fits(each)}
+        number, there = self._made_in_room(tensors)
+        end = max((begin + tensors[key].nbytes for key, begin in there.items()), default=0)
+        places: dict[int, Place] = {}
         for key, tensor in tensors.items():
-            places[key] = end, tensor.dtype, tuple(tensor.shape), tensor.stride()
-            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-        number, is_new = self._free(end) if tensors else (None, False)
+            if (begin := there.get(key)) is None:
+                begin = max(1, -(-end // _ALIGNED)) * _ALIGNED
+                end = begin + tensor.nbytes
+            places[key] = begin, tensor.dtype, tuple(tensor.shape), tensor.stride()
+        if tensors and (number is None or end > len(self._slots[number])):
+            number, there = self._free(end), {}
         if number is None:
             return Sent(bytes(ForkingPickler.dumps(batch)), os.getpid())
         slot = self._slots[number]
-        memory = bytes(ForkingPickler.dumps(slot)) if is_new else None
         for key, tensor in tensors.items():
-            _tensor(slot, places[key]).copy_(tensor)
+            if key not in there:
+                _tensor(slot, places[key]).copy_(tensor)
+        memory = bytes(ForkingPickler.dumps(slot)) if number in self._unsent else None
+        self._unsent.discard(number)
         buffer = io.BytesIO()
         _Pickler(buffer, places).dump(batch)
         slot[0] = 1
         return Sent(buffer.getvalue(), os.getpid(), number, memory)
 
-    def _free(self, size: int) -> tuple[int | None, bool]:
-        """Return the number of a free slot of `size` bytes, and whether it is new; None if there is none."""
-        free = [number for number, slot in enumerate(self._slots) if not slot[0]]
+    def _made_in_room(self, tensors: dict[int, torch.Tensor]) -> tuple[int | None, dict[int, int]]:
+        """Return the slot that some of a batch's tensors were made in, and where these begin; None if none was."""
+        number, self._room = self._room, None
+        if number is None:
+            return None, {}
+        begins = {key: tensor.data_ptr() - self._slots[number].data_ptr() for key, tensor in tensors.items()}
+        there = {key: begin for key, begin in begins.items() if 0 < begin < len(self._slots[number])}
+        return (number, there) if there else (None, {})
+
+    def _free(self, size: int) -> int | None:
+        """Return the number of a free slot of `size` bytes, maybe a new one; None if there is none."""
+        free = [number for number, slot in enumerate(self._slots) if not slot[0] and not self._is_made_in(number)]
         for number in free:
             if len(self._slots[number]) >= size:
-                return number, False
+                return number
         if not free and len(self._slots) == _MOST_SLOTS:
-            return None, False
+            return None
         try:
-            memory = torch.UntypedStorage._new_shared(int(size * _ROOM) if free else size)
+            memory = torch.UntypedStorage._new_shared(int(size * _GROWTH) if free else size)
         except RuntimeError:
-            return None, False  # there may be enough for the batch alone; otherwise PyTorch describes what is missing
+            return None  # there may be enough for the batch alone; otherwise PyTorch describes what is missing
         slot = torch.empty(0, dtype=torch.uint8).set_(memory)
         if free:
             self._slots[free[0]] = slot
-            return free[0], True
-        self._slots.append(slot)
-        return len(self._slots) - 1, True
+        else:
+            self._slots.append(slot)
+        number = free[0] if free else len(self._slots) - 1
+        self._unsent.add(number)
+        return number
+
+    def _is_made_in(self, number: int) -> bool:
+        return number in self._rooms and self._rooms[number]() is not None
+
+
+_sender: Sender | None = None
+"""Of a loader process."""
+
+
+def start_sending() -> None:
+    """Begin with what a loader process sends."""
+    global _sender
+    _sender = Sender()
+
+
+def send(batch: Any) -> Sent:
+    """Return a batch as this loader process sends it. Raises what PyTorch raises for one that cannot be."""
+    assert _sender is not None
+    return _sender.send(batch)
+
+
+def room(shape: tuple[int, ...]) -> np.ndarray:
+    """Return memory (uint8) for a part of the next batch, as `Sender.room` does in a loader process."""
+    return np.empty(shape, np.uint8) if _sender is None else _sender.room(shape)
 
 
 def _fits(tensor: torch.Tensor) -> bool:

@@ -55,10 +55,10 @@ class TokenRows:
         # one conversion of both: what begins with the first token of each row, and with the second
         shape, size = (2, len(ids), self._seq_len), self._dtype.itemsize
         both = np.ndarray(shape, self._dtype, rows, 0, (size, self._row_bytes + size, size))
-        inputs, targets = both.astype(np.int64, order="C")
+        tokens = both.astype(np.int64, order="C")
         return {
-            "inputs": torch.from_numpy(inputs),
-            "targets": torch.from_numpy(targets),
+            "inputs": torch.from_numpy(tokens[0]),
+            "targets": torch.from_numpy(tokens[1]),
             "ids": torch.from_numpy(ids),
         }
 

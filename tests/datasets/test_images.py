@@ -20,6 +20,7 @@ from distrain.datasets.base import Batch, Data, DataRequest
 from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.images import ImageFiles, decode_image, pixels_of
+from distrain.datasets.loading import load
 from distrain.datasets.transforms import Transform, finished
 from distrain.datasets.user import named_data
 
@@ -185,6 +186,9 @@ def test_images_that_are_cut_first_are_those_of_whole_batches(tmp_path: Path, de
         last = channels == "rgb" and "padding" not in items[0] and len(items) == 2
         assert left["inputs"].is_contiguous() != last
         assert not last or left["inputs"].is_contiguous(memory_format=torch.channels_last)
+        for batch in load(Batches(source, transform), [(epochs, ids)] * 5, 1, False):  # type: ignore[arg-type]
+            assert batch["inputs"].stride() == left["inputs"].stride()
+            assert torch.equal(finished(batch)["inputs"], whole)
 
 
 def turned(degrees: int) -> dict[str, Any]:

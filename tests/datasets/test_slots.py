@@ -78,6 +78,66 @@ def test_a_slot_grows_with_the_batches() -> None:
         assert_is(receiver.receive(sent), value, numbers)
 
 
+def made_in_room(sender: Sender, value: int, count: int = 30) -> dict[str, Any]:
+    images = torch.from_numpy(sender.room((count, 40, 40, 3)).transpose(0, 3, 1, 2))
+    return {"inputs": images.fill_(value), "targets": torch.arange(count) + value, "ids": torch.arange(count)}
+
+
+def assert_was_made_in_room(batch: dict[str, Any], value: int, count: int = 30) -> None:
+    assert batch["inputs"].shape == (count, 3, 40, 40)
+    assert batch["inputs"].is_contiguous(memory_format=torch.channels_last)
+    assert (batch["inputs"] == value).all()
+    assert torch.equal(batch["targets"], torch.arange(count) + value)
+    assert torch.equal(batch["ids"], torch.arange(count))
+
+
+def test_a_batch_is_made_where_it_is_sent() -> None:
+    sender, receiver = Sender(), Receiver()
+    for value in range(5):
+        batch = made_in_room(sender, value)
+        sent = sender.send(batch)
+        batch["inputs"].fill_(value + 1)  # nothing was copied, so the receiver finds this
+        received = receiver.receive(sent)
+        assert (received["inputs"] == value + 1).all()
+        assert torch.equal(received["targets"], batch["targets"])
+
+
+def test_memory_in_which_a_batch_was_made_is_used_again_once_nobody_refers_to_it() -> None:
+    sender, receiver = Sender(), Receiver()
+    used = set()
+    for value in range(10):
+        sent = sender.send(made_in_room(sender, value))
+        used.add(sent.slot)
+        assert_was_made_in_room(receiver.receive(sent), value)
+    assert used == {0}
+    kept = made_in_room(sender, 3)
+    assert_was_made_in_room(receiver.receive(sender.send(kept)), 3)
+    for value in range(10, 20):
+        assert_was_made_in_room(receiver.receive(sender.send(made_in_room(sender, value))), value)
+    assert_was_made_in_room(kept, 3)
+
+
+def test_room_that_is_left_or_does_not_do_is_no_loss() -> None:
+    sender, receiver = Sender(), Receiver()
+    failed = made_in_room(sender, 1)  # a sample was corrupt, and the batch is made again
+    assert_was_made_in_room(receiver.receive(sender.send(made_in_room(sender, 2))), 2)
+    assert_was_made_in_room(failed, 1)
+    one, other = made_in_room(sender, 3), made_in_room(sender, 4)  # two parts of a batch
+    both = receiver.receive(sender.send([one, other]))
+    assert_was_made_in_room(both[0], 3)
+    assert_was_made_in_room(both[1], 4)
+    made_in_room(sender, 5)
+    assert_is(receiver.receive(sender.send(batch_of(6))), 6)  # which has no part in it
+    large = made_in_room(sender, 7) | {"more": torch.arange(10**6)}  # for which the slot is too small
+    found = receiver.receive(sender.send(large))
+    assert_was_made_in_room(found, 7)
+    assert torch.equal(found["more"], torch.arange(10**6))
+    # while all slots are in use
+    held = [receiver.receive(sender.send(made_in_room(sender, value))) for value in range(40)]
+    for value, batch in enumerate(held):
+        assert_was_made_in_room(batch, value)
+
+
 def test_a_forked_process_frees_nothing() -> None:
     sender, receiver = Sender(), Receiver()
     sent = sender.send(batch_of(1))
