@@ -192,7 +192,7 @@ def steady(begin: Callable[[], Iterator[Any]], batch: int, batches: int) -> Call
 
     def measure() -> float:
         iterator = begin()
-        ahead = 3 * WORKERS  # what is there already, made while the processes started
+        ahead = 6 * WORKERS  # until the processes run and have the memory that they use again and again
         for _ in range(ahead):
             next(iterator)
         began = cpu_s()
@@ -232,7 +232,7 @@ def jpeg(table: Table, rounds: int, count: int, batch: int) -> None:
         def ours(decoder: str, *, bytes_left: bool) -> Callable[[], Iterator[Any]]:
             return lambda: loader(sources[decoder], [crop, FLIP, *FLOATS], batch, WORKERS, bytes_left=bytes_left)
 
-        batches = max(2, count // batch)
+        batches = max(2, 2 * count // batch)
         table.measure(
             {
                 "decoding, torchvision": decoding(decode_torchvision, paths),

@@ -41,9 +41,6 @@ PREFETCH = 2
 SHARED_MEMORY = Path("/dev/shm")
 """Memory through which tensors pass between processes."""
 
-_SPARE_FILES = 8
-"""Descriptors that sending a batch may need besides those of its tensors, such as for the receiver's request."""
-
 _CANNOT_RECEIVE = "the training process cannot receive a batch from a loader process"
 
 
@@ -274,7 +271,6 @@ def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
     if batch is None or isinstance(batch, Failure):
         return batch
     try:
-        _check_descriptors()
         return Parcel(send(batch))
     except Exception as error:  # the training process must learn of any error
         worker = get_worker_info()
@@ -285,13 +281,6 @@ def _packed(batch: Batch | Failure | None) -> Parcel | Failure | None:
                 f"{name} cannot hand over a batch of {sum(each.nbytes for each in tensors_in(batch)) / 2**20:.1f} MiB",
             )
         )
-
-
-def _check_descriptors() -> None:
-    """Raise OSError if this process has hardly any file descriptors left."""
-    with contextlib.ExitStack() as stack:
-        for _ in range(_SPARE_FILES):
-            stack.callback(os.close, os.dup(0))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ that receives it gets tensors over that slot, and marks it as free when the last
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -27,6 +28,8 @@ _ALIGNED = 64
 """Tensors begin at multiples of so many bytes. The first byte of a slot is 1 while it is in use."""
 _BESIDE = 2**16
 """Bytes that a slot has for further tensors of a batch that is made in it, such as targets; otherwise it is copied."""
+_SPARE_FILES = 8
+"""Descriptors that sending a batch may need besides those of its tensors, such as for the receiver's request."""
 _GROWTH = 1.25
 """Size in batches of a slot for batches that grow."""
 
@@ -78,7 +81,8 @@ class Sender:
 
     def send(self, batch: Any) -> Sent:
         """Return a batch as it is sent. Raises what PyTorch raises for one that cannot be."""
-        tensors = {id(each): each for each in tensors_in(batch) if _fits(each)}
+        found = {id(each): each for each in tensors_in(batch)}
+        tensors = {key: each for key, each in found.items() if _fits(each)}
         number, there = self._made_in_room(tensors)
         end = max((begin + tensors[key].nbytes for key, begin in there.items()), default=0)
         places: dict[int, Place] = {}
@@ -89,6 +93,8 @@ class Sender:
             places[key] = begin, tensor.dtype, tuple(tensor.shape), tensor.stride()
         if tensors and (number is None or end > len(self._slots[number])):
             number, there = self._free(end), {}
+        if number is None or number in self._unsent or len(tensors) < len(found):
+            _check_descriptors()
         if number is None:
             return Sent(bytes(ForkingPickler.dumps(batch)), os.getpid())
         slot = self._slots[number]
@@ -155,6 +161,13 @@ def send(batch: Any) -> Sent:
 def room(shape: tuple[int, ...]) -> np.ndarray:
     """Return memory (uint8) for a part of the next batch, as `Sender.room` does in a loader process."""
     return np.empty(shape, np.uint8) if _sender is None else _sender.room(shape)
+
+
+def _check_descriptors() -> None:
+    """Raise OSError if this process has hardly any file descriptors left."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(_SPARE_FILES):
+            stack.callback(os.close, os.dup(0))
 
 
 def _fits(tensor: torch.Tensor) -> bool:
@@ -225,7 +238,7 @@ class _Unpickler(pickle.Unpickler):
 def _tensor(memory: torch.Tensor | np.ndarray, place: Place) -> torch.Tensor:
     """Return the tensor at a place, over that memory."""
     begin, dtype, shape, stride = place
-    part = memory[begin : begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))]
+    part = memory[begin : begin + dtype.itemsize * math.prod(shape)]
     found = part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
     return found.view(dtype).as_strided(shape, stride)
 
