@@ -15,7 +15,7 @@ from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.sources import THREADS, Check, Source, Stored
 from distrain.system.errors import UserError
 
-BUFFER = 1 << 19  # bytes that a thread reads, hashes, converts and writes at a time: they stay in its cache
+BUFFER = 1 << 20  # bytes that a thread reads, hashes, converts and writes at a time: they stay in its cache
 _GATHERED = 1 << 20  # elements of a strided tensor that are gathered at a time
 
 
