@@ -256,7 +256,8 @@ def test_a_profile_has_the_steps_that_were_asked_for(
     tmp_path: Path, processes: int, section: str, ranks: set[int], optimizer_steps: int
 ) -> None:
     recipe = write_recipe(tmp_path, PROFILED.replace("PROFILE", section))
-    train(processes, recipe, tmp_path / "run")
+    ended = train(processes, recipe, tmp_path / "run")
+    assert not [each.err for each in ended if "ERROR" in each.err], "of a GPU that there is none"
     found = traces(tmp_path / "run")
     assert set(found) == {f"rank-{rank}.json.gz" for rank in ranks}
     for rank in ranks:

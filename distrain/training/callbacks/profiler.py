@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,9 +43,11 @@ class Profiler(Callback):
         mine = self._section.ranks == "all" or self._run.rank == 0
         if step != self._first or not mine or self._watching is not None:
             return
+        on_gpu = self._run.device.type == "cuda"
+        if not on_gpu:  # its library prints an error where it finds no GPU; it reads this when it is first used
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         from torch.profiler import ProfilerActivity, profile
 
-        on_gpu = self._run.device.type == "cuda"
         self._watching = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
             record_shapes=True,
