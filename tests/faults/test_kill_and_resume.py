@@ -41,7 +41,9 @@ log: {every: 1 steps}
     [
         pytest.param("ddp", "all ranks", marks=pytest.mark.more),
         ("ddp", "one rank"),
-        ("zero3", "all ranks"),
+        pytest.param(
+            "zero3", "all ranks", marks=pytest.mark.more
+        ),  # test_anomalies kills it around a step that is skipped
         ("fsdp2", "all ranks"),
     ],
 )
