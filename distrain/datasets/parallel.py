@@ -133,7 +133,8 @@ def _open(spec: str, state: dict[str, Any], base: Path, side: str) -> _Side:
     glue = " " if spec == "words" else ""
     return _Side(
         lambda texts: [[numbers.get(token, _UNKNOWN) for token in split(text)] for text in texts],
-        lambda ids: glue.join(tokens[number] for number in ids),
+        # a model may have as many outputs as the other side has tokens
+        lambda ids: glue.join(tokens[number if number < len(tokens) else _UNKNOWN] for number in ids),
         vocab_size=len(tokens),
         pad_id=0,
         bos_id=1,

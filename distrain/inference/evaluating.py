@@ -52,7 +52,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             batch_size=batch_size_of(recipe, world.world_size),
             transform=trained.transform(),
             workers=recipe.data.workers,
-            decode=data.meta.decode,
+            meta=data.meta,
             split=split,
             skip_corrupt=recipe.data.skip_corrupt,
         )

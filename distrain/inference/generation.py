@@ -18,7 +18,7 @@ from distrain.config import UserError
 from distrain.datasets.randomness import stream_of, uniform
 from distrain.inference.trained import Trained, writes
 from distrain.networks.decoding import Decoder, PlainDecoder, PlainPairDecoder, Sampling, checked, decode
-from distrain.networks.huggingface import is_transformers
+from distrain.networks.huggingface import generate, is_transformers
 from distrain.system.bounded_json import RECORD, read_json
 
 logger = logging.getLogger(__name__)
@@ -295,10 +295,10 @@ class Generator:
         sampling: Sampling,
         draws: Tensor,
     ) -> None:
-        from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+        from transformers import LogitsProcessor, StoppingCriteria
 
         meta, device = self._trained.data.meta, self._device
-        pad_id = meta.pad_id if meta.pad_id is not None else 0
+        pad_id = meta.pad_id or 0
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         step = 0
 
@@ -330,26 +330,17 @@ class Generator:
             place = slice(0, len(prompt)) if self.pairs else slice(longest - len(prompt), longest)
             tokens[row, place] = torch.tensor(prompt)
             mask[row, place] = 1
-        settings = GenerationConfig(
+        generate(
+            self._model,
+            tokens.to(device),
+            mask.to(device),
             max_new_tokens=draws.shape[1],
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad_id,
-            bos_token_id=meta.bos_id,
-            decoder_start_token_id=meta.bos_id if self.pairs else None,
+            pad_id=pad_id,
+            bos_id=meta.bos_id,
+            starts=self.pairs,
+            logits_processor=[Choose()],
+            stopping_criteria=[Accept()],
         )
-        # what the model's own settings ask for besides (penalties, beams) is not what is drawn here
-        kept, self._model.generation_config = self._model.generation_config, settings
-        try:
-            self._model.generate(
-                tokens.to(device),
-                attention_mask=mask.to(device),
-                generation_config=settings,
-                logits_processor=[Choose()],
-                stopping_criteria=[Accept()],
-            )
-        finally:
-            self._model.generation_config = kept
 
 
 def _accept(rows: Sequence[_Row], show: Callable[[str], None] | None, row: int, token: int) -> bool:

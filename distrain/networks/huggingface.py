@@ -14,8 +14,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.config import UserError, close_names
@@ -156,6 +157,44 @@ def _name_classes(config: Any, known: Mapping[str, Any]) -> None:
     if names and known.get("num_labels") == len(names) == getattr(config, "num_labels", None):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def generate(
+    model: Any,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    bos_id: int | None,
+    starts: bool,
+    eos_id: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what a transformers model takes for the likeliest after `tokens` (batch, seq), where `mask` is not 0.
+
+    `starts`: of a model of pairs, whose targets begin with `bos_id`, which is then first in each row. A row ends with
+    `eos_id` and is padded with `pad_id`. `options` are those of `generate` of transformers.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad_id,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        decoder_start_token_id=bos_id if starts else None,
+    )
+    # what the model's own settings ask for besides (penalties, beams, another first token) is not what was trained
+    kept, model.generation_config = model.generation_config, settings
+    try:
+        with torch.no_grad():
+            found: Tensor = model.generate(tokens, attention_mask=mask, generation_config=settings, **options)
+    finally:
+        model.generation_config = kept
+    return found
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.data import Transform
-from distrain.datasets.base import AnySource, Batch, is_stream
+from distrain.datasets.base import AnySource, Batch, DataMeta, is_stream
 from distrain.datasets.batches import too_many
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.datasets.nested import tensors_in
 from distrain.diagnose.index_errors import given
 from distrain.metrics import MetricSet
+from distrain.networks.huggingface import generate, is_transformers
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
 from distrain.training.context import to_device
@@ -45,7 +46,7 @@ def evaluate(
     batch_size: int,
     transform: Transform | None = None,
     workers: int = 0,
-    decode: Callable[[Sequence[int]], str] | None = None,
+    meta: DataMeta | None = None,
     split: str = "test",
     unsharded: Callable[[], AbstractContextManager[Any]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
@@ -101,7 +102,9 @@ def evaluate(
         for batch in batches():
             tally.add(batch, forward(batch))
             if metrics.needs_text:
-                metrics.update_text(*generated_texts(model, batch, decode), keep=(batch["ids"] >= 0).tolist())
+                metrics.update_text(
+                    *generated_texts(model, batch, meta or DataMeta()), keep=(batch["ids"] >= 0).tolist()
+                )
         return tally.sums()
 
     was_training = model.training
@@ -310,12 +313,10 @@ def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None], *, coupled: bool) 
     return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"
 
 
-def generated_texts(
-    model: nn.Module, batch: Batch, decode: Callable[[Sequence[int]], str] | None
-) -> tuple[list[str], list[str]]:
+def generated_texts(model: nn.Module, batch: Batch, meta: DataMeta) -> tuple[list[str], list[str]]:
     """Return what the model generates for a batch of sources, and the references."""
-    generate = getattr(model, "generate", None)
-    if decode is None or generate is None or "references" not in batch:
+    decode, write = meta.decode, getattr(model, "generate", None)
+    if decode is None or write is None or "references" not in batch:
         raise UserError(
             "metric 'bleu' compares texts: it needs a model with a method generate(source, max_new_tokens) and a data "
             "set of parallel text; take it out of eval.metrics"
@@ -324,7 +325,13 @@ def generated_texts(
     # Translations longer than twice the reference are wrong anyway. Each row has a limit of its own: with one for the
     # batch the score would depend on what else is in it, and so on the number of processes.
     limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
-    generated = generate(source, max_new_tokens=max(limits)).tolist()
+    if is_transformers(model):
+        pad_id = meta.pad_id or 0
+        options = {"pad_id": pad_id, "bos_id": meta.bos_id, "eos_id": meta.eos_id, "starts": True}
+        made = generate(model, source, source != pad_id, max_new_tokens=max(limits), **options)[:, 1:]
+    else:
+        made = write(source, max_new_tokens=max(limits))
+    generated = made.tolist()
     return [decode(row[:limit]) for row, limit in zip(generated, limits, strict=True)], list(batch["references"])
 
 

@@ -141,7 +141,7 @@ class Evaluator:
                     world=context.world,
                     metrics=self.metrics,
                     **self._reading(split),
-                    decode=context.data.meta.decode,
+                    meta=context.data.meta,
                     unsharded=strategy.unsharded,
                     stopping=self._asked_to_leave,
                     load_batches=self._load,

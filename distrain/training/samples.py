@@ -101,7 +101,7 @@ class SampleView:
         # each rank writes by itself
         alone = self._strategy.unsharded() if self._strategy.world.forward_is_collective else nullcontext()
         with alone:
-            return generated_texts(model, batch, self._meta.decode)[0]
+            return generated_texts(model, batch, self._meta)[0]
 
     def _shown(
         self, batch: Batch, outputs: Tensor | None, texts: list[str] | None, keys: Mapping[str, Sequence[Any]]

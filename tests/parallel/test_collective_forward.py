@@ -74,7 +74,7 @@ def score_sharded(recipe: str, trouble: str = "", again: bool = False) -> Any:
             world=world,
             metrics=metrics,
             batch_size=parsed.eval.batch or 4,
-            decode=data.meta.decode,
+            meta=data.meta,
             unsharded=whole,
         )
 

@@ -65,7 +65,7 @@ def evaluate_untrained(
         world=world,
         metrics=build_metrics(parsed, data.meta),
         batch_size=parsed.eval.batch or 4,
-        decode=data.meta.decode,
+        meta=data.meta,
         load_batches=load_batches,
     )
     assert model.training, "as it was before"

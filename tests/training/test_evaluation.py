@@ -25,10 +25,12 @@ from distrain.checkpoint import Criterion, find_best, list_checkpoints, read_man
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
+from distrain.datasets.base import DataMeta
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.diagnose.hang_diagnosis import evidence
 from distrain.launchers import reported
 from distrain.models import build_model
+from distrain.networks.calling import forward
 from distrain.run.folder import RunDir
 from distrain.training import evaluation
 from distrain.training.intervals import EvalHistory
@@ -180,6 +182,30 @@ def test_bleu_is_that_of_sacrebleu_in_any_world(tmp_path: Path) -> None:
     assert final["bleu"] == pytest.approx(wanted, abs=1e-9)
 
 
+def test_a_transformers_model_writes_as_it_is_trained_to(tmp_path: Path) -> None:
+    """By its own settings it would begin with another token and read the padding."""
+    config = "d_model: 16, encoder_layers: 1, decoder_layers: 1, encoder_attention_heads: 2, decoder_attention_heads: 2"
+    model_key = f"model={{name: 'transformers:AutoModelForSeq2SeqLM', config: {{model_type: bart, {config}}}}}"
+    recipe = write_recipe(tmp_path, PAIRS.format(path=write_pairs(tmp_path), steps=1))
+    parsed = load_recipe(str(recipe), [model_key]).recipe
+    data = build_data(parsed)
+    meta, model = data.meta, build_model(parsed, data.meta).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)  # what is drawn is too small to tell sources apart
+    batch = data.splits["test"].fetch(np.arange(4))
+    texts, _ = evaluation.generated_texts(model, batch, meta)
+    assert meta.decode is not None
+    assert len(set(texts)) == 4
+    for row, text in enumerate(texts):
+        source, limit = batch["inputs"]["source"][row], 2 * int((batch["targets"][row] != -100).sum()) + 8
+        target = [meta.bos_id]
+        while len(target) <= limit:
+            inputs = {"source": source[source != meta.pad_id][None], "target": torch.tensor([target])}
+            target.append(int(forward(model, inputs).logits[0, -1].argmax()))
+        assert text == meta.decode(target[1:])
+
+
 def test_a_row_is_generated_up_to_a_limit_of_its_own() -> None:
     """What a batch has in common would depend on the number of processes."""
 
@@ -191,7 +217,7 @@ def test_a_row_is_generated_up_to_a_limit_of_its_own() -> None:
     for row, length in enumerate((1, 5, 3)):
         targets[row, :length] = 2
     batch = {"inputs": {"source": torch.ones(3, 4)}, "targets": targets, "references": ["a", "b", "c"]}
-    hypotheses, references = evaluation.generated_texts(Endless(), batch, lambda tokens: "x" * len(tokens))
+    hypotheses, references = evaluation.generated_texts(Endless(), batch, DataMeta(decode=lambda ids: "x" * len(ids)))
     assert [len(text) for text in hypotheses] == [10, 18, 14]
     assert references == ["a", "b", "c"]
 
