@@ -4,7 +4,8 @@
 
 Each script has a share of the time: some 20 minutes in all on 2 cores, twice that with --all, 8 on a GPU. One that runs
 past its share is ended and said to be, and the others go on. Tables are written to benchmarks/results/NAME.md, and to
-NAME-gpu.md with --gpu. What a script measures stands at its head; `python benchmarks/NAME.py --help` prints it.
+NAME-gpu.md with --gpu; those of --quick, which mean nothing, only where --results says. What a script measures stands
+at its head; `python benchmarks/NAME.py --help` prints it.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="sizes that only show that the scripts run")
     parser.add_argument("--all", action="store_true", help="also what is simulated, counted, predicted and drawn")
     parser.add_argument("--only", nargs="+", choices=sorted(ON_CPU | FURTHER), help="these scripts alone")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the tables are written")
+    parser.add_argument("--results", type=Path, help="where the tables are written")
     options = parser.parse_args()
+    results = options.results or (None if options.quick else HERE / "results")
     missed = 0
     scripts = ON_GPU if options.gpu else ON_CPU | (FURTHER if options.all or options.only else {})
     for name, limit_s in scripts.items():
         if options.only and name not in options.only:
             continue
-        table = options.results / f"{name}{'-gpu' * options.gpu}.md"
         more = ["--gpu"] * options.gpu + ["--quick"] * options.quick
+        if results is not None:
+            more += ["--save", str(results / f"{name}{'-gpu' * options.gpu}.md")]
         print(f"--- {name}, at most {limit_s} s", flush=True)
         began = time.monotonic()
-        command = [sys.executable, str(HERE / f"{name}.py"), "--save", str(table), *more]
+        command = [sys.executable, str(HERE / f"{name}.py"), *more]
         script = subprocess.Popen(command, start_new_session=True)
         try:
             status = script.wait(limit_s)
