@@ -22,6 +22,7 @@ from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.config import UserError, close_names
 from distrain.networks.meta_device import is_building_on_meta
 from distrain.system.bounded_json import SUMMARY
+from distrain.system.errors import some
 
 PREFIX = "transformers:"
 
@@ -108,7 +109,7 @@ def build_transformers(
                 setattr(config, key, None)  # the default of another vocabulary
         _name_classes(config, known)
         with _as_single_process():
-            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+            model = _fresh(kind, config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"model.config: {name} cannot be built from {dict(args['config'])}: {error}") from error
     return model.float()
@@ -136,11 +137,25 @@ def _from_folder(
         _name_classes(config, known)
         with _as_single_process():
             if weights:
-                model = kind.from_pretrained(folder, config=config, local_files_only=True)
+                # the config's dtype may be narrower than the file's
+                model, found = kind.from_pretrained(
+                    folder, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                )
             else:
-                model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+                model, found = _fresh(kind, config), {}
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model.path: {name} cannot be opened from {folder}: {error}") from error
+    if found and not {name for name, _ in model.named_parameters()} - found["missing_keys"]:
+        raise UserError(
+            f"model.path: no tensor in {folder} is one of {name}: found {some(sorted(found['unexpected_keys']))}, "
+            f"expected {some(sorted(found['missing_keys']))}; give the file to model.weights, which removes prefixes"
+        )
+    # without their values, on the meta device, equal ones are not tied either
+    if found and not is_building_on_meta() and _is_untied(model, config):
+        raise UserError(
+            f"model.path: {folder / CONFIG} ties the output to the embedding of tokens (tie_word_embeddings), and the "
+            "weights there differ: the model could not be built again; write false there"
+        )
     size = getattr(config.get_text_config(), "vocab_size", None)
     needed = known.get("vocab_size")
     if size is not None and needed is not None and needed > size:
@@ -149,6 +164,19 @@ def _from_folder(
             "the model's own tokenizer"
         )
     return model.float()
+
+
+def _is_untied(model: Any, config: Any) -> bool:
+    """Whether the output has weights of its own although the configuration ties it to the embedding."""
+    end = model.get_output_embeddings()
+    if end is None or not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    return end.weight is not model.get_input_embeddings().weight
+
+
+def _fresh(kind: Any, config: Any) -> Any:
+    """Return a model with initial weights, in fp32 whatever dtype the configuration names."""
+    return kind.from_config(config, dtype=torch.float32) if hasattr(kind, "from_config") else kind(config)
 
 
 def _name_classes(config: Any, known: Mapping[str, Any]) -> None:

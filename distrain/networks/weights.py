@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,9 @@ from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export import made_by_hooks, open_tensors
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
+
+_SCALES = ("_scale", "_scale_inv", ".scale", "_absmax", ".absmax")
+"""Ends of the names that trainers give to the scale of a quantised weight, behind that of the weight."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,45 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
     if (strict and report.problems) or not fitting:
         what = f"{path} does not fit the model" if fitting else f"no tensor of {path} fits the model"
         raise UserError("\n  ".join([f"model.weights: {what}", *report.problems, *_advice(report, stored, expected)]))
+    if others := _other_numbers(found, expected, fitting, aliases):
+        raise UserError("\n  ".join([f"model.weights: {path} holds other numbers than the model's", *others]))
     return expected, found, report
+
+
+def _other_numbers(
+    found: Mapping[str, _Stored], expected: Mapping[str, Tensor], names: Sequence[str], aliases: Mapping[str, str]
+) -> list[str]:
+    """Return one line for each tensor whose numbers, copied into the model's, would not be those that were meant."""
+    lines = []
+    for name in names:
+        stored, own = found[name], expected[name]
+        dtype, first = torch_dtype(stored.dtype), aliases.get(name, name)
+        kinds = f"{stored.dtype}, expected {str(own.dtype).removeprefix('torch.')}"
+        scales = [f"{name}{end}" for end in _SCALES if f"{name}{end}" in found and f"{name}{end}" not in expected]
+        if scales and dtype != own.dtype:
+            lines.append(f"{name}: found {kinds}, with its scale in {scales[0]}: it is quantised; write it in 16 bits")
+        elif dtype.is_complex and not own.is_complex():
+            lines.append(f"{name}: found {kinds}: the imaginary part would be lost")
+        elif (
+            isinstance(own, nn.Parameter)
+            and own.is_floating_point()
+            and not (dtype.is_floating_point or dtype.is_complex)
+        ):
+            lines.append(f"{name}: found {kinds}: whole numbers, as quantised weights are; write it in 16 or 32 bits")
+        elif dtype.is_floating_point and not (own.is_floating_point() or own.is_complex()):
+            values = stored.read()
+            if not torch.equal(values.to(own.dtype).to(dtype), values):
+                lines.append(f"{name}: found {kinds}: it has numbers that are not of that type")
+        if first != name and first in names and not _equal(stored, found[first]):
+            lines.append(
+                f"{name} and {first} are one tensor in the model and differ in the file: build the model without "
+                "tying them, or remove one of them from the file"
+            )
+    return lines
+
+
+def _equal(one: _Stored, other: _Stored) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one.read(), other.read()))
 
 
 def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> list[str]:
@@ -202,6 +243,7 @@ class _Stored(NamedTuple):
     """A tensor in a file."""
 
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[], Tensor]
     """Returns it, read-only."""
 
@@ -228,10 +270,12 @@ def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
         raw = raw if raw.flags.writeable else raw.copy()  # torch warns about read-only arrays
         return torch.from_numpy(raw).view(torch_dtype(tensors.tensors[name].dtype)).reshape(spec.shape)
 
+    each = {
+        name: _Stored(tensors.spec(name).shape, tensors.tensors[name].dtype, functools.partial(read, name))
+        for name in {*stored_names.values()}
+    }
     found = {
-        full.removeprefix("model/"): _Stored(tensors.spec(name).shape, functools.partial(read, name))
-        for full, name in stored_names.items()
-        if full.startswith("model/")
+        full.removeprefix("model/"): each[name] for full, name in stored_names.items() if full.startswith("model/")
     }
     if not found:
         raise UserError(f"model.weights: {path} holds no tensors of a model")

@@ -252,6 +252,16 @@ def test_an_export_has_what_lay_beside_the_weights(tuned, tmp_path):
     assert beside(tmp_path / "again") == beside(tmp_path / "back") == BESIDE
 
 
+def test_config_json_names_the_dtype_of_the_weights(tuned, tmp_path):
+    for given, expected in (("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")):
+        export(tuned / "checkpoints" / "step-00000003", tmp_path / expected, dtype=given)
+        assert json.loads((tmp_path / expected / "config.json").read_text())["dtype"] == expected
+    config = json.loads((tmp_path / "float32" / "config.json").read_text())
+    (tmp_path / "float32" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    export(tmp_path / "float32", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_an_export_reports_what_it_omits(tuned, tmp_path):
     done = export(tuned / "checkpoints" / "step-00000003", tmp_path / "gpt.safetensors")
     assert os.listdir(tmp_path) == ["gpt.safetensors"]

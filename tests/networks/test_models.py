@@ -746,6 +746,52 @@ def test_one_name_of_tied_weights_is_enough(tmp_path: Path) -> None:
         assert torch.equal(model.tokens.weight, state["tokens.weight"])
 
 
+class Kinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("ids", torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"weight": torch.ones(2, dtype=torch.int8)}, "weight: found I8, expected float32: whole numbers"),
+        ({"weight": torch.ones(2, dtype=torch.complex64)}, "weight: found C64, expected float32: the imaginary part"),
+        (
+            {"weight": torch.ones(2).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)},
+            "with its scale in weight_scale: it is quantised",
+        ),
+        ({"ids": torch.tensor([0.5, 1, 2])}, "ids: found F32, expected int64: it has numbers that are not"),
+        ({"weight": torch.ones(2).to(torch.float8_e4m3fn), "ids": torch.tensor([7.0, 1, 2]).half()}, ""),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, Tensor], problem: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    model = Kinds()
+    save_file({**model.state_dict(), **changed}, path)
+    if problem:
+        with pytest.raises(UserError, match=problem):
+            load_weights(model, path, strict=False)
+        assert not model.weight.any()
+    else:
+        load_weights(model, path)
+        assert model.weight.tolist() == [1, 1]
+        assert model.ids.tolist() == [7, 1, 2]
+
+
+def test_two_tensors_for_tied_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = {name: tensor.clone() for name, tensor in gpt().state_dict().items()}
+    save_file(state, path)
+    assert not load_weights(gpt(), path).problems
+    save_file(state | {"head.weight": state["head.weight"] + 1}, path)
+    with pytest.raises(
+        UserError, match=r"\w+.weight and \w+.weight are one tensor in the model and differ in the file"
+    ):
+        load_weights(gpt(), path, strict=False)
+
+
 def _lightning(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return what Lightning's Trainer.save_checkpoint writes, with an optimizer that keeps what nobody else does."""
     from collections import deque

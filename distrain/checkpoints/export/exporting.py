@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distrain.checkpoints.dtypes import DTYPES, FLOATS, ITEM_SIZES
 from distrain.checkpoints.export.companion_files import CONFIG
@@ -106,7 +106,7 @@ def export(
         paths = [out] if len(groups) == 1 else [out.with_name(shard_name(n + 1)) for n in range(len(groups))]
         beside: dict[Path, Callable[[Path], object]] = {}
         if source.config and (out.name == "model.safetensors" or (is_folder and pt)):
-            beside[out.with_name(CONFIG)] = partial(_write_text, source.config)
+            beside[out.with_name(CONFIG)] = partial(_write_text, _with_dtype(source.config, outputs))
             for name, file in source.companions.items():
                 if not _same(out.parent / name, file):  # a file that the user has put there, with the same content
                     beside[out.parent / name] = partial(shutil.copyfile, file)
@@ -294,6 +294,23 @@ def _cut(outputs: dict[str, Output], limit: int | None) -> list[dict[str, Output
         groups[-1][name] = output
         filled += output.nbytes
     return groups
+
+
+def _with_dtype(config: str, outputs: dict[str, Output]) -> str:
+    """Return a config.json that names the dtype of the written weights, to which from_pretrained converts them."""
+    dtypes = {output.dtype for output in outputs.values()} & {*FLOATS}
+    if len(dtypes) != 1:
+        return config  # some are kept wide on purpose, as the original did
+    dtype = DTYPES[dtypes.pop()].torch
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else named(v) for k, v in value.items()
+        }
+
+    return json.dumps(named(json.loads(config)), indent=2)
 
 
 def _index_path(out: Path) -> Path:
