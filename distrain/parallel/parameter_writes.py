@@ -115,7 +115,8 @@ def check_alike(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
     named = [(name, parameter.detach()) for name, parameter in parameters]
     if world.world_size == 1 or not named:
         return
-    ranks = world.gather([_digest(parameter) for _, parameter in named])
+    # one wait for the device, and not one for each parameter
+    ranks = world.gather(torch.stack([_digest(parameter).to(world.device) for _, parameter in named]).tolist())
     differing = []
     for place, (name, parameter) in enumerate(named):
         if all(digests[place] == ranks[0][place] for digests in ranks):
@@ -134,13 +135,11 @@ def check_alike(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def _digest(tensor: Tensor) -> int:
-    """Return the sum of a tensor's bits as whole numbers: the same for the same bits, on each device."""
-    if not tensor.numel():
-        return 0
+def _digest(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits as whole numbers, () int64: the same for the same bits, on each device."""
     whole = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
-    return int(whole.contiguous().reshape(-1).view(kind).sum(dtype=torch.int64).item())
+    return whole.contiguous().reshape(-1).view(kind).sum(dtype=torch.int64)
 
 
 class Written(TorchDispatchMode):
