@@ -155,6 +155,7 @@ class _Made:
     def __init__(self, name: str, make: Callable[[], Any], seed: int):
         self.name = name
         self.make = make
+        self._walk: Any = None
         with _seeded(seed):
             self.dataset = make()
         listed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
@@ -167,7 +168,11 @@ class _Made:
 
     def walk(self) -> Iterator[Any]:
         """Start a pass over a stream. A pass exhausts a generator, so it is made again."""
-        return iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
+        walk = iter(self.make() if isinstance(self.dataset, Iterator) else self.dataset)
+        if walk is self._walk:
+            raise UserError(f"{self.name}: __iter__ gave one iterator twice, read in part already; give a new one")
+        self._walk = walk
+        return walk
 
 
 @contextmanager

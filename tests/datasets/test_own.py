@@ -101,6 +101,9 @@ def streamed(items, classes=None):
     made.items, made.classes = items, classes
     return made
 
+def once():
+    return streamed(iter([(torch.zeros(2), n % 2) for n in range(9)]), ("a", "b"))
+
 class Streamed(IterableDataset):
     def __iter__(self):
         return iter(self.items)
@@ -220,6 +223,12 @@ def test_pictures_become_tensors(recipe: Any) -> None:
         "Pictures", split=[0.5, 0.5], transforms={k: [{"name": "CenterCrop", "size": 4}] for k in ("train", "eval")}
     )
     assert build_data(made).meta.input_shape == (3, 4, 4)
+
+
+def test_a_stream_that_cannot_begin_again_is_refused(recipe: Any) -> None:
+    """Its first sample, whose shape is looked at, would be missing from training without a word."""
+    with pytest.raises(UserError, match=r"mine\.py:once: __iter__ gave one iterator twice"):
+        list(build_data(recipe("once")).splits["train"])  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("name", ["Walk", "generated"])
