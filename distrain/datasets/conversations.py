@@ -291,18 +291,20 @@ def preferences(path: Path) -> Iterator[tuple[Conversation, Conversation]]:
 
     `chosen` and `rejected` may begin with the prompt, and `prompt` may then be missing. Targets are what follows it.
     """
+    count = twice = 0
     for record, place in records(path):
         if record.get("chosen") is None or record.get("rejected") is None:
             raise UserError(f'{place} has {_keys(record)}; expected {{"prompt": …, "chosen": …, "rejected": …}}')
         before = turns(record["prompt"], "user", f"{place}: prompt") if record.get("prompt") is not None else []
-        both = []
-        for key in ("chosen", "rejected"):
-            answer = turns(record[key], "assistant", f"{place}: {key}")
-            # published sets often repeat the prompt in both, maybe after a system message
-            both.append(answer if not before or before[-1] in answer else before + answer)
-        chosen, rejected = both
+        chosen, rejected = (
+            _after(before, turns(record[key], "assistant", f"{place}: {key}"), f"{place}: {key}")
+            for key in ("chosen", "rejected")
+        )
+        texts: list[Any] = [record.get(key) for key in ("prompt", "chosen", "rejected")]
+        repeats = all(isinstance(each, str) and each.startswith(texts[0]) for each in texts) and texts[0] != ""
+        count, twice = count + 1, twice + repeats
         shared = 0
-        while shared < min(map(len, both)) and chosen[shared] == rejected[shared]:
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         if shared in (len(chosen), len(rejected)):
             raise UserError(f"{place}: chosen and rejected are the same, or one is the beginning of the other")
@@ -312,3 +314,19 @@ def preferences(path: Path) -> Iterator[tuple[Conversation, Conversation]]:
             )
         tools = tools_of(record, place)
         yield Conversation(chosen, place, tools, shared), Conversation(rejected, place, tools, shared)
+    if twice == count:
+        raise UserError(
+            f"{path}: in each of {count:,} records the texts of chosen and rejected begin with that of prompt, which "
+            "would be there twice; remove it from them"
+        )
+
+
+def _after(before: list[Message], answer: list[Message], what: str) -> list[Message]:
+    """Return an answer after its prompt, of which it may repeat all, maybe after a system message, or the end."""
+    size = len(before)
+    if any(answer[at : at + size] == before for at in range(len(answer))):
+        return answer
+    shared = next(each for each in range(min(size, len(answer)), -1, -1) if before[size - each :] == answer[:each])
+    if not shared and before[-1] in answer and answer[0]["role"] != "assistant":
+        raise UserError(f"{what}: it holds the last message of the prompt, after others than the prompt has")
+    return before + answer[shared:]

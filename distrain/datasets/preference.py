@@ -99,7 +99,8 @@ def _encoded(reader: ChatReader, file: Path) -> Encoded:
             add(row)
         return reader.facts()
 
-    return reader.encoded(file, {"kind": "preference"}, _COLUMNS, encode)
+    # the number changes with what is made of a record: what was encoded before is not taken
+    return reader.encoded(file, {"kind": "preference", "version": 2}, _COLUMNS, encode)
 
 
 class PreferencePairs:

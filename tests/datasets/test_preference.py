@@ -60,6 +60,14 @@ def shown(base: Path, source: Any, index: int) -> tuple[str, str]:
             ("s:S</s>u:p</s>a:«yes</s>»", "s:S</s>u:p</s>a:«no</s>»"),
         ),
         (
+            {
+                "prompt": said("S", "p", "q", "r", first="system"),
+                "chosen": said("r", "yes"),
+                "rejected": said("r", "no"),
+            },
+            ("s:S</s>u:p</s>a:q</s>u:r</s>a:«yes</s>»", "s:S</s>u:p</s>a:q</s>u:r</s>a:«no</s>»"),
+        ),
+        (
             {"chosen": said("p", "q", "r", "yes"), "rejected": said("p", "q", "r", "no", "s", "!")},
             ("u:p</s>a:q</s>u:r</s>a:«yes</s>»", "u:p</s>a:q</s>u:r</s>a:«no</s>»u:s</s>a:«!</s>»"),
         ),
@@ -96,6 +104,11 @@ def test_both_answers_are_padded_each_to_its_longest_and_limits_hold_for_both(tm
         ({"prompt": "p", "chosen": "a"}, r"pairs\.jsonl:1 has the keys prompt, chosen; expected"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ({"chosen": said("a", "b"), "rejected": said("c", "d")}, "begin with different messages"),
+        ({"prompt": "p", "chosen": "p a", "rejected": "p b"}, "would be there twice"),
+        (
+            {"prompt": said("S", "p", first="system"), "chosen": said("q", "r", "p", "a"), "rejected": "b"},
+            "holds the last message of the prompt, after others",
+        ),
         ({"chosen": "a", "rejected": "b"}, "begin with different messages, and there is no prompt"),
     ],
 )
