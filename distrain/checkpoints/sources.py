@@ -175,6 +175,10 @@ class Source:
     """The same of pickles that list tensors."""
     step: int | None = None
     """Optimizer steps taken; None if unknown."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """What it records under the usual keys of steps, which may be a count of something else."""
+    doubt: str = ""
+    """How what is recorded of the step differs; empty if it does not."""
     optimizer: str | None = None
     """Class of the optimizer; None if unknown."""
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -122,7 +122,9 @@ class Entry:
         for key in self.state.keys() & loaded.keys():
             value = self.state[key]
             if not isinstance(value, Tensor):
-                loaded[key] = value
+                # torch's own make a tensor of a number of steps, as those before 1.12 kept it
+                if not (key == "step" and isinstance(loaded[key], Tensor)):
+                    loaded[key] = value
             elif isinstance(loaded[key], Tensor) and loaded[key].dtype != value.dtype:
                 loaded[key] = value.to(loaded[key].device)
 

@@ -72,12 +72,14 @@ def saved_elsewhere(checkpoint: Path, out: Path) -> None:
         for name, spec in reader.manifest.specs.items():
             raw = torch.from_numpy(reader.read(name, 0, spec.numel).copy())
             tensors[name] = raw.view(torch.float32).reshape(spec.shape)
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, dict[str, object]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
             state.setdefault(parameter, {})[key] = tensor
     names = list(state)
+    steps: dict[str, object] = {"step": 3}  # a number, as before PyTorch 1.12
+    state[names[0]] |= steps
     torch.save(
         {
             "model": {f"module.{n.removeprefix('model/')}": t for n, t in tensors.items() if n.startswith("model/")},
@@ -109,6 +111,57 @@ def test_a_run_resumes_from_an_import_to_the_same_bits(tmp_path, monkeypatch):
     )
     assert done.exit_code == 0, done.output
     assert "the state of training is identical, bit for bit" in done.output
+
+
+@pytest.fixture
+def theirs():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.5)
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "expected"),
+    [
+        ({}, {}, 3),
+        ({"iter": 1, "global_step": 3}, {}, 3),
+        ({"global_step": 12}, {}, "it records global_step 12, and its optimizer counted 3 steps; expected one number"),
+        ({"step": 2, "epoch": 1}, {}, "it records step 2, and its optimizer counted 3 steps"),
+        ({"step": 2, "iter": 8}, {}, "it records step 2 and iter 8, and its optimizer counted 3 steps"),
+        ({"step": 2}, {"step": 4}, 4),
+    ],
+)
+def test_steps_that_are_counted_in_several_ways(theirs, tmp_path, recorded, options, expected):
+    torch.save(theirs | recorded, tmp_path / "theirs.pt")
+    if isinstance(expected, int):
+        assert import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run", **options).step == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    assert export(tmp_path / "theirs.pt", tmp_path / "out.pt").tensors == 2
+
+
+def test_an_optimizers_state_is_held_against_the_weights(theirs, tmp_path):
+    state = theirs["optimizer"]["state"]
+    state[1]["exp_avg"] = state[1]["exp_avg"].bfloat16()
+    torch.save(theirs, tmp_path / "theirs.pt")
+    done = import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    with Reader(done.path) as reader:
+        assert reader.spec("optimizer/bias/exp_avg").dtype == "F32"
+        raw = torch.from_numpy(reader.read("optimizer/bias/exp_avg", 0, 2).copy()).view(torch.float32)
+    assert torch.equal(raw, state[1]["exp_avg"].float())
+    assert any("lr 0.5" in note for note in done.notes)
+    lacking = theirs | {"optimizer": theirs["optimizer"] | {"state": {1: state[1]}}}
+    torch.save(lacking, tmp_path / "theirs.pt")
+    done = import_checkpoint(tmp_path / "theirs.pt", tmp_path / "lacking")
+    assert "no state of the optimizer for weight: frozen, or it starts anew" in done.notes
+    swapped = theirs | {"optimizer": theirs["optimizer"] | {"state": {0: state[1], 1: state[0]}}}
+    torch.save(swapped, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=r"exp_avg of weight has the shape \[2\], and weight has \[2, 3\]"):
+        import_checkpoint(tmp_path / "theirs.pt", tmp_path / "swapped")
 
 
 def test_an_import_without_the_optimizers_state_is_no_state_to_go_on_from(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.checkpoints.export.companion_files import keep_companions
 from distrain.checkpoints.export.copying import Output, write_safetensors
-from distrain.checkpoints.export.opening import COUNTED, open_foreign
+from distrain.checkpoints.export.opening import COUNTED, check_optimizer, open_foreign
 from distrain.checkpoints.format import MANIFEST, LocalCommunicator, piece_key
 from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import Saver
@@ -67,9 +67,16 @@ def import_checkpoint(
     with open_foreign(foreign, format=format, trust=trust, tied=tied, buffers=buffers) as source:
         if not any(name.startswith("model/") for name in source.names):
             raise UserError(f"{source.path} holds no model, only the state of an optimizer")
-        if not with_optimizer:
+        if with_optimizer:
+            check_optimizer(source)
+        else:
             _drop_optimizer(source)
         notes = [note for note in source.notes if step is None or not note.endswith(COUNTED)]
+        if step is None and source.doubt:
+            raise UserError(
+                f"{source.path}: {source.doubt}; expected one number of steps of the optimizer, by which a run goes on "
+                "in data and schedule: give it with --step (batches, and a loop's index, may be others)"
+            )
         done = step if step is not None else source.step
         if done is None:
             done = 0

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 COUNTED = "is the optimizer's own count"
 _AS_BUFFERS = "taken for buffers"
+_ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "grad_avg")
+"""The state of torch's optimizers of which each weight has one number. Their fused kernels do not look at shapes."""
+_SETTINGS = ("lr", "betas", "momentum", "weight_decay", "eps")
 _CHUNK = 1 << 18  # elements compared at a time
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -202,7 +205,7 @@ def open_foreign(
             _name_buffers(source, buffers)
             source.check()
             if source.step is None:
-                _count_steps(source)
+                _find_step(source)
             if source.config is not None and path.is_dir():
                 source.companions = companions_of(path)[0]
     except BaseException:
@@ -305,8 +308,23 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
         source.notes.append(f"{_AS_BUFFERS}, by name or dtype: {some(sorted(usual))}; --buffers names others")
 
 
-def _count_steps(source: Source) -> None:
-    """Set the step to the optimizer's own count, if all parameters agree on it."""
+def _find_step(source: Source) -> None:
+    """Set the step to the one that is recorded, or to the optimizer's own count; note where these differ."""
+    count, recorded = _count_steps(source), source.steps
+    if count is not None and (not recorded or count in recorded.values()):
+        source.step = count
+        source.notes += [] if recorded else [f"step {count} {COUNTED}"]
+        return
+    source.step = next(iter(recorded.values()), None)
+    if len(set(recorded.values()) | ({count} - {None})) > 1:
+        said = " and ".join(f"{key} {value}" for key, value in recorded.items())
+        source.doubt = f"it records {said}" + (
+            f", and its optimizer counted {count} steps" if count is not None else ""
+        )
+
+
+def _count_steps(source: Source) -> int | None:
+    """Return the optimizer's own count, if all parameters agree on it."""
     counts = {source.number(name) for name in source.names if name.startswith("optimizer/") and name.endswith("/step")}
     kept = [values["step"] for values in source.optimizer_values.values() if "step" in values]
     if all(isinstance(value, int | float) for value in kept):
@@ -314,6 +332,43 @@ def _count_steps(source: Source) -> None:
     else:
         counts.add(None)
     count = counts.pop() if len(counts) == 1 else None
-    if count is not None and 0 <= count < MOST_STEPS and count == int(count):  # neither NaN nor infinite
-        source.step = int(count)
-        source.notes.append(f"step {source.step} {COUNTED}")
+    # neither NaN nor infinite
+    return int(count) if count is not None and 0 <= count < MOST_STEPS and count == int(count) else None
+
+
+def check_optimizer(source: Source) -> None:
+    """Raise UserError where state is not of its parameter's shape; note parameters without state, and the settings.
+
+    State in 16 bits gets its parameter's dtype.
+    """
+    stored: dict[str, set[str]] = {}
+    for full in source.names:
+        if not full.startswith("optimizer/"):
+            continue
+        name, _, key = full.removeprefix("optimizer/").rpartition("/")
+        stored.setdefault(name, set()).add(key)
+        model = source.aliases.get(f"model/{name}", f"model/{name}")
+        if model not in source.tensors or key not in _ELEMENTWISE:
+            continue
+        found, needed = source.spec(full), source.spec(model)
+        if found.shape != needed.shape:
+            raise UserError(
+                f"{source.path}: the optimizer's {key} of {name} has the shape {list(found.shape)}, and {name} has "
+                f"{list(needed.shape)}: its state is in another order than the names; leave it out with --no-optimizer"
+            )
+        if found.dtype in ("F16", "BF16") and needed.dtype in FLOATS:  # as torch's load_state_dict does
+            source.tensors[full] = replace(source.tensors[full], spec=replace(found, dtype=needed.dtype))
+    without = [
+        name.removeprefix("model/")
+        for name in source.names
+        if name.startswith("model/")
+        and source.spec(name).role == "parameter"
+        and name.removeprefix("model/") not in {*stored, *source.optimizer_values}
+    ]
+    if without:
+        source.notes.append(f"no state of the optimizer for {some(without)}: frozen, or it starts anew")
+    settings = {
+        f"{key} {value}" for group in source.optimizer_groups for key, value in group.items() if key in _SETTINGS
+    }
+    if settings:
+        source.notes.append(f"its optimizer had {some(sorted(settings), 9)}: a run takes those of its recipe")

@@ -79,10 +79,12 @@ def open_folder(source: Source, folder: Path) -> None:
             source.tensors["step"] = listing.stored(name, "optimizer")
             value = source.number("step")
             del source.tensors["step"]
-            source.step = int(value) if value is not None and 0 <= value < 10**18 else source.step
+            if value is not None and 0 <= value < 10**18:
+                source.steps[str(first)] = int(value)
         elif first in STEP and not rest:
             value = listing.value(name)
-            source.step = value if type(value) is int and 0 <= value < 10**18 else source.step
+            if type(value) is int and 0 <= value < 10**18:
+                source.steps[str(first)] = value
         else:
             left.append(name)
     for prefix, found in tensors.items():

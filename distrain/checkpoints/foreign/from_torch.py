@@ -67,7 +67,7 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
         elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
             add_state_dict(source, file, value, "ema")
         elif key in STEP and type(value) is int and 0 <= value < 10**18:
-            source.step = value
+            source.steps[key] = value
         else:
             source.skipped.append(f"{path.name}: {key}")
 
