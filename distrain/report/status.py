@@ -331,7 +331,8 @@ def best_line(folder: Path, found: list[Status]) -> str | None:
     score = f"{first.score['metric']} {_number(first.score['value'])}"
     direction = "higher" if best is not None and best.higher else "lower"
     export = RunDir(first.run).export_path
-    where = export if export.exists() else first.run
+    where = str(export if export.exists() else first.run)
+    where += "" if first.state == "finished" else f", {first.state}"
     return f"best: {values}: {score} at step {first.score['step']:,} ({direction} is better), in {where}"
 
 

@@ -94,6 +94,9 @@ class Evaluator:
         step = context.t.step
         if self.split is None or state.evaluated_step == step or (values := self.run(self.split)) is None:
             return
+        objective, name = context.t.objective, self.criterion.metric
+        if self.criterion.higher and name in objective.names and objective.weights.get(name, 1.0) > 0:
+            raise UserError(f"eval.best: {name!r} is a loss of the task, of which lower is better; write '-{name}'")
         state.evaluated_step, state.evaluation = step, values
         state.evaluations.add(step, self.of_this_step().values.get(state.evaluations.metric, math.nan))
         if (problem := self.problem(self.split, values)) is not None:

@@ -112,6 +112,8 @@ def test_a_mean_of_the_task_decides_which_checkpoint_is_best(tmp_path: Path) -> 
         values = {row["step"]: row["worst"] for row in rows(tmp_path / best) if row["event"] == "eval"}
         summary = json.loads((tmp_path / best / "FINISHED").read_text())
         assert summary["best"]["step"] == choose(values, key=values.__getitem__)
+    ended = train(1, recipe, tmp_path / "highest", "eval.best=kl", "train.steps=1", status=1)
+    assert "eval.best: 'kl' is a loss of the task, of which lower is better; write '-kl'" in ended[0].err
     ended = train(1, recipe, tmp_path / "none", "eval.best=wurst", status=1)
     assert "eval.best: 'wurst' is not among what was evaluated: loss, bright, kl" in ended[0].err
 
