@@ -15,22 +15,23 @@ class Evaluations:
     def __init__(self, run: RunDir, metric: str):
         self.path, self.metric = run.metrics_path, metric
         self._values: dict[int, float] = {}
-        self._offset = 0
+        self._offset, self._last = 0, b""
 
     def read(self) -> list[tuple[int, float]]:
         """Return (step, value) of all evaluations up to now; NaN where the value is not finite."""
         try:
-            size = self.path.stat().st_size
+            file = self.path.open("rb")
         except FileNotFoundError:
-            size = 0
-        if size < self._offset:  # a run that resumes takes out what it trains again
-            self._offset, self._values = 0, {}
-        if size > self._offset:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                while (line := file.readline()).endswith(b"\n"):
-                    self._add(line)
-                    self._offset += len(line)
+            self._offset, self._last, self._values = 0, b"", {}
+            return []
+        with file:
+            file.seek(self._offset - len(self._last))
+            if file.read(len(self._last)) != self._last:  # a run that resumes takes out what it trains again
+                self._offset, self._last, self._values = 0, b"", {}
+            file.seek(self._offset)
+            while (line := file.readline()).endswith(b"\n"):
+                self._add(line)
+                self._offset, self._last = self._offset + len(line), line
         return sorted(self._values.items())
 
     def _add(self, line: bytes) -> None:

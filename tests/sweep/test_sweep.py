@@ -8,6 +8,7 @@ import math
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,8 @@ def test_evaluations_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert math.isnan(read.read()[1][1])
     path.write_text(lines[0] + "\n")  # a resumed run takes out what it trains again
     assert read.read() == [(2, 0.5)]
+    path.write_text("".join(json.dumps({"event": "eval", "step": step, "accuracy": 0.25}) + "\n" for step in (2, 4, 6)))
+    assert read.read() == [(2, 0.25), (4, 0.25), (6, 0.25)], "it has grown beyond what was read before it was cut"
     assert best_of_evaluations([(1, 0.5), (2, math.nan), (3, 0.7), (4, 0.7)], higher=True) == (3, 0.7)
     assert best_of_evaluations([(1, math.nan)], higher=False) is None
 
@@ -310,6 +313,7 @@ def test_ctrl_c_saves_what_runs_and_the_same_command_resumes_it(tmp_path: Path) 
     assert line is not None
     assert f"best: optim.lr={found[0].values['optim.lr']}: accuracy" in line
     assert line.endswith("export/model.safetensors")
+    assert str(best_line(folder, [replace(found[0], state="failed"), *found[1:]])).endswith("safetensors, failed")
     record = json.loads((folder / "sweep.json").read_text())
     del record["best"], record["search"]  # as sweeps were noted before
     (folder / "sweep.json").write_text(json.dumps(record))
