@@ -9,6 +9,7 @@ are peft's as well.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +23,7 @@ from distrain.networks.huggingface import is_transformers
 from distrain.networks.quantized import Quantized, check_installed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = [kind.forward for kind in (nn.Linear, nn.Embedding, *_CONVOLUTIONS)]
 
 
 class _Adapted(nn.Module):
@@ -247,6 +249,12 @@ def _problems(
     name: str, module: nn.Module, section: LoraSection, holders: dict[int, list[str]], trained: set[int]
 ) -> Iterator[str]:
     layer: Any = module
+    if id(layer.weight) not in holders or (not layer.weight.is_meta and not _can_merge(module)):
+        yield (
+            f"model.lora.targets: {name} ({type(module).__name__}) computes its weight, or with it, in a way of its "
+            "own, so that an adapter merged into it would be another model; name other layers"
+        )
+        return
     others = [each for each in holders[id(layer.weight)] if each != f"{name}.weight"]
     if others:
         yield (
@@ -259,6 +267,34 @@ def _problems(
         yield f"model.lora.targets: {name} is a convolution with {layer.groups} groups, expected 1; remove it"
     if getattr(layer, "max_norm", None) is not None:
         yield f"model.lora.targets: {name} changes its own weights (max_norm); remove it"
+
+
+@torch.no_grad()
+def _can_merge(module: nn.Module) -> bool:
+    """Whether a layer computes with an adapter what it does with that merged; tried on a copy."""
+    kind: Any = _kind(module)
+    if type(module).forward in _PLAIN or kind is None or type(module).__name__ == "Conv1D":
+        return True
+    with torch.random.fork_rng(devices=[]):
+        layer: Any = copy.deepcopy(module)
+        _add(layer, LoraSection(r=1, alpha=1))
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        if kind is _Embedding:
+            x = torch.arange(min(layer.num_embeddings, 8))
+        elif kind is _Linear:
+            x = torch.randn(4, layer.in_features)
+        else:
+            sizes = [size * gap + 4 for size, gap in zip(layer.kernel_size, layer.dilation, strict=True)]
+            x = torch.randn(2, layer.in_channels, *sizes)
+        x = x.to(layer.weight.device, layer.weight.dtype if x.is_floating_point() else None)
+        layer.eval()
+        try:
+            apart = layer(x)
+            merge_adapters(layer)
+            return torch.allclose(layer(x), apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
 
 def adapted_layers(model: nn.Module) -> dict[str, _Adapted]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from distrain.config import LoraSection, UserError
 from distrain.models import isolated_seed
@@ -175,6 +176,35 @@ def test_a_model_without_such_layers_is_refused() -> None:
     for model in (nn.Conv1d(2, 2, 1), nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU())):
         with pytest.raises(UserError, match="the model has no linear layer"):
             add_adapters(model, LoraSection())
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 7
+
+
+class Plain(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def test_a_layer_into_which_an_adapter_cannot_be_merged_is_refused() -> None:
+    weighted = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    for layer in (Standardized(3, 4, 3), Scaled(5, 4), weighted):
+        with pytest.raises(UserError, match=rf"0 \({type(layer).__name__}\) computes its weight, or with it, in a way"):
+            add_adapters(nn.Sequential(layer), LoraSection(targets=["0"]))
+    drawn = []
+    for layer in (Plain(3, 4), nn.Linear(3, 4)):  # trying it draws nothing
+        torch.manual_seed(1)
+        add_adapters(nn.Sequential(layer), LoraSection(targets=["0"]))
+        drawn.append(layer.get_parameter("lora_A.weight"))
+    assert torch.equal(*drawn)
 
 
 def test_a_tied_weight_and_groups_are_refused() -> None:

@@ -64,7 +64,8 @@ def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
     if format is None:
         native = open_native(found, verify=True)
         native.verify()
-        return native, []
+        averaged = any(name.startswith("ema/") for name in native.names)
+        return native, [f"the weights of {found.name}, not their moving average, which an export has"] * averaged
     source = open_foreign(found, format=format, optimizer=False)
     source.verify(name for name in source.names if name.startswith("model/"))
     # which tensors are buffers does not matter to a model that knows it
@@ -358,14 +359,15 @@ def check_optimizer(source: Source) -> None:
             )
         if found.dtype in ("F16", "BF16") and needed.dtype in FLOATS:  # as torch's load_state_dict does
             source.tensors[full] = replace(source.tensors[full], spec=replace(found, dtype=needed.dtype))
+    kept = {*stored, *source.optimizer_values}
     without = [
         name.removeprefix("model/")
         for name in source.names
         if name.startswith("model/")
         and source.spec(name).role == "parameter"
-        and name.removeprefix("model/") not in {*stored, *source.optimizer_values}
+        and name.removeprefix("model/") not in kept
     ]
-    if without:
+    if without and kept:
         source.notes.append(f"no state of the optimizer for {some(without)}: frozen, or it starts anew")
     settings = {
         f"{key} {value}" for group in source.optimizer_groups for key, value in group.items() if key in _SETTINGS
