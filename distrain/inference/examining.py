@@ -20,7 +20,7 @@ from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.inference.class_tables import ClassTables
-from distrain.inference.generation import GenerationOptions, Generator
+from distrain.inference.generation import GenerationOptions, Generator, unpadded
 from distrain.inference.sample_contents import described
 from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
@@ -265,13 +265,13 @@ class _Examination:
             return []
         try:
             generator = Generator(self.trained)
-            prompts, references = self._prompts(generator.pairs, decode)
+            prompts, references, rows = self._prompts(generator.pairs, decode)
             options = GenerationOptions(_NEW_TOKENS, Sampling())
             texts = generator.generate(prompts, options)
         except UserError as error:
             self.notes.append(f"No text was generated: {error}")
             return []
-        shown = self._sources(prompts) if generator.pairs else [decode(prompt) for prompt in prompts]
+        shown = self._sources(prompts, rows) if generator.pairs else [decode(prompt) for prompt in prompts]
         self.notes.append(
             f"Generations are of the likeliest tokens, {_NEW_TOKENS} at most"
             + ("" if recipe.form == "seq2seq" else ", after the first half of a sample")
@@ -281,30 +281,34 @@ class _Examination:
             for prompt, found, reference in zip(shown, texts, references, strict=True)
         ]
 
-    def _prompts(self, pairs: bool, decode: Callable[[Sequence[int]], str]) -> tuple[list[list[int]], list[str]]:
+    def _prompts(
+        self, pairs: bool, decode: Callable[[Sequence[int]], str]
+    ) -> tuple[list[list[int]], list[str], list[int]]:
+        """Return prompts, what follows them in the data, and of which samples they are."""
         prompts: list[list[int]] = []
         references: list[str] = []
+        rows: list[int] = []
         for batch in self.prompts:
-            inputs, meta = batch["inputs"], self.trained.data.meta
+            written = unpadded(batch, self.trained.data.meta, pairs)
             for place in np.flatnonzero(batch["ids"].numpy() >= 0).tolist():
                 if len(prompts) == _GENERATED:
-                    return prompts, references
+                    return prompts, references, rows
+                rows.append(int(batch["ids"][place]))
                 if pairs:
-                    row = inputs["source"][place].tolist()
-                    prompts.append([token for token in row if token != meta.pad_id])
+                    prompts.append(written[place])
                     references.append(str(batch["references"][place]) if "references" in batch else "")
                 else:
-                    row = (inputs["input_ids"] if isinstance(inputs, dict) else inputs)[place].tolist()
+                    row = written[place]
                     half = max(1, min(len(row) // 2, 256))
                     prompts.append(row[:half])
                     references.append(decode(row[half : half + _NEW_TOKENS]))
-        return prompts, references
+        return prompts, references, rows
 
-    def _sources(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+    def _sources(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[str]:
         """Return the sources of pairs as text, where the data set can tell, else their tokens."""
         texts = getattr(self.source, "texts", None)
         if texts is not None:
-            return [str(each) for each in texts(np.arange(len(prompts)))]
+            return [str(each) for each in texts(np.array(rows))]
         return [" ".join(map(str, prompt)) for prompt in prompts]
 
 

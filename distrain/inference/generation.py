@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import UserError
+from distrain.datasets.base import Batch, DataMeta
 from distrain.datasets.randomness import stream_of, uniform
 from distrain.inference.trained import Trained, writes
 from distrain.networks.decoding import Decoder, PlainDecoder, PlainPairDecoder, Sampling, checked, decode
@@ -341,6 +343,32 @@ class Generator:
             logits_processor=[Choose()],
             stopping_criteria=[Accept()],
         )
+
+
+def unpadded(batch: Batch, meta: DataMeta, pairs: bool) -> list[list[int]]:
+    """Return the tokens of each row of a batch, of pairs of its source, without padding.
+
+    Of a row of several documents they are those of the first.
+    """
+    inputs = batch["inputs"]
+    if not isinstance(inputs, dict):
+        inputs = {"input_ids": inputs}
+    rows: list[list[int]] = inputs["source" if pairs else "input_ids"].tolist()
+    if "lengths" in batch:
+        return [row[:length] for row, length in zip(rows, batch["lengths"].tolist(), strict=True)]
+    if "attention_mask" in inputs:
+        masks = inputs["attention_mask"].tolist()
+        return [list(itertools.compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
+    if "position_ids" in inputs:
+        ends = [
+            next(at for at in range(1, len(row) + 1) if row[at : at + 1] != [row[at - 1] + 1])
+            for row in inputs["position_ids"].tolist()
+        ]
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
+    for row in rows:
+        while len(row) > 1 and row[-1] == meta.pad_id:
+            row.pop()
+    return rows
 
 
 def _accept(rows: Sequence[_Row], show: Callable[[str], None] | None, row: int, token: int) -> bool:

@@ -23,7 +23,7 @@ from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import PredictionFile, PredictionTable, open_predictions
 from distrain.inference.generating import read_prompts
-from distrain.inference.generation import GenerationOptions, Generator
+from distrain.inference.generation import GenerationOptions, Generator, unpadded
 from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
@@ -363,14 +363,7 @@ class _Predictor:
                 f"--output text: a row of {self.name} holds several documents, which are no prompts; give a file of "
                 "prompts, or write --output embeddings"
             )
-        padded = inputs["source" if pairs else "input_ids"] if isinstance(inputs, dict) else inputs
-        lengths = batch.get("lengths", torch.full((len(padded),), padded.shape[1])).tolist()
-        if pairs:
-            pad_id = self.trained.data.meta.pad_id
-            lengths = [int((row != pad_id).nonzero().max()) + 1 for row in padded]
-        elif isinstance(inputs, dict) and "attention_mask" in inputs:
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        prompts = [row[:length] for row, length in zip(padded.tolist(), lengths, strict=True)]
+        prompts = unpadded(batch, self.trained.data.meta, pairs)
         for prompt in prompts:
             generator.check(prompt, "a prompt")
         limits = [2 * len(prompt) + 8 if pairs else _NEW_TOKENS for prompt in prompts]

@@ -326,9 +326,9 @@ def generated_texts(model: nn.Module, batch: Batch, meta: DataMeta) -> tuple[lis
     # batch the score would depend on what else is in it, and so on the number of processes.
     limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
     if is_transformers(model):
-        pad_id = meta.pad_id or 0
-        options = {"pad_id": pad_id, "bos_id": meta.bos_id, "eos_id": meta.eos_id, "starts": True}
-        made = generate(model, source, source != pad_id, max_new_tokens=max(limits), **options)[:, 1:]
+        pad_id, most = meta.pad_id or 0, max(limits)
+        ids: dict[str, Any] = {"pad_id": pad_id, "bos_id": meta.bos_id, "eos_id": meta.eos_id}
+        made = generate(model, source, source != pad_id, max_new_tokens=most, starts=True, **ids)[:, 1:]
     else:
         made = write(source, max_new_tokens=max(limits))
     generated = made.tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import PAIRS, write_pairs
 from PIL import Image
 from runs import TINY, captured, train, write_recipe
 from worlds import in_world
@@ -21,6 +22,7 @@ from distrain.config import UserError
 from distrain.datasets.base import DataMeta
 from distrain.inference import evaluate_checkpoint, examine, predict_table
 from distrain.inference.class_tables import ClassTables
+from distrain.inference.generation import unpadded
 from distrain.inference.sample_contents import as_picture
 
 LANGUAGE = """
@@ -113,6 +115,34 @@ def test_of_two_classes_both_are_counted(trained: Callable[[str], Path]) -> None
     assert matrix.trace() / matrix.sum() == pytest.approx(values["accuracy"])
     assert all(each["confidence"] >= 0.5 for each in found["worst"])
     assert len(table["target"]) == matrix.sum()
+
+
+def test_what_is_written_is_shown_beside_its_own_source(tmp_path: Path) -> None:
+    pairs, run = write_pairs(tmp_path), tmp_path / "run"
+    train(1, write_recipe(tmp_path, PAIRS.format(path=pairs, steps=1)), run)
+    found, _, _ = in_one(run, limit=4, writes=True)
+    shown = [f"{each['prompt']}\t{each['reference']}" for each in found["generations"]]
+    assert len(set(shown) & set(pairs.read_text().splitlines())) == 4
+
+
+def test_prompts_have_no_padding() -> None:
+    tokens = torch.tensor([[5, 6, 0, 7], [8, 0, 0, 0]])
+    positions = torch.tensor([[0, 1, 0, 1], [0, -3, -2, -1]])
+    batches: list[Any] = [
+        {"inputs": tokens},
+        {"inputs": {"source": tokens, "target": tokens}},
+        {"inputs": {"input_ids": tokens, "attention_mask": torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])}},
+        {"inputs": {"input_ids": tokens, "position_ids": positions}},
+        {"inputs": tokens, "lengths": torch.tensor([3, 2])},
+    ]
+    found = [unpadded(batch, DataMeta(pad_id=0), pairs=number == 1) for number, batch in enumerate(batches)]
+    assert found == [
+        *[[[5, 6, 0, 7], [8]]] * 2,
+        [[5, 6, 7], [8]],
+        [[5, 6], [8]],
+        [[5, 6, 0], [8, 0]],
+    ]
+    assert unpadded(batches[0], DataMeta(), pairs=False) == tokens.tolist(), "it is known of no padding"
 
 
 def test_a_model_that_writes_is_shown_writing_and_data_that_are_gone_are_said(tmp_path: Path) -> None:
