@@ -35,14 +35,14 @@ _ADVICE = (
 def check_same_data(world: World, data: Data) -> None:
     """Raise UserError where a rank has other data than rank 0. All ranks call.
 
-    A stream that gives other samples each time it is read is only a warning: it may be one without an end.
+    A stream that gives other samples each time it is read is only a warning: it may be one without an end. That holds
+    for a single rank too.
     """
-    if world.world_size == 1:
-        return
-    ranks = world.gather(world.run_on_all(lambda: _facts(data)))
-    for rank, facts in enumerate(ranks):
-        if line := _difference(ranks[0], facts):
-            raise UserError(f"rank {rank} of {world.world_size} has other data than rank 0: {line}. {_ADVICE}")
+    if world.world_size > 1:
+        ranks = world.gather(world.run_on_all(lambda: _facts(data)))
+        for rank, facts in enumerate(ranks):
+            if line := _difference(ranks[0], facts):
+                raise UserError(f"rank {rank} of {world.world_size} has other data than rank 0: {line}. {_ADVICE}")
     streams = {name: source for name, source in data.splits.items() if is_stream(source)}
     if streams:
         _check_streams(world, streams)
@@ -79,18 +79,21 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def _check_streams(world: World, streams: Mapping[str, StreamSource]) -> None:
-    found = world.run_on_all(lambda: {name: first_items(source, _OF_STREAM) for name, source in streams.items()})
+    # twice, in one process too: a resume would read it once more than the run did
+    found, again = (
+        world.run_on_all(lambda: {name: first_items(source, _OF_STREAM) for name, source in streams.items()})
+        for _ in range(2)
+    )
     ranks = world.gather(found)
     odd = [name for name in found if not all(same_item(each[name], ranks[0][name]) for each in ranks)]
-    if not odd:
-        return
-    again = world.run_on_all(lambda: {name: first_items(streams[name], _OF_STREAM) for name in odd})
-    if all(world.gather(all(same_item(found[name], again[name]) for name in odd))):
-        raise UserError(f"ranks read different samples of the stream of split {' and '.join(odd)}. {_ADVICE}")
-    if world.rank == 0:
+    changing = {name for each in world.gather([n for n in found if not same_item(found[n], again[n])]) for name in each}
+    if alike := [name for name in odd if name not in changing]:
+        raise UserError(f"ranks read different samples of the stream of split {' and '.join(alike)}. {_ADVICE}")
+    if changing and world.rank == 0:
         logger.warning(
-            f"the stream of split {' and '.join(odd)} gives other samples each time that it is read, and so on each "
-            "rank: if it has an end, some are taken several times and others never, and a resume does not repeat it. "
-            "Shuffle by the global generators of random, numpy and torch, which distrain seeds, or by one that "
+            f"the stream of split {' and '.join(sorted(changing))} gives other samples each time that it is read: it "
+            "depends on how often that was, so a resume or another number of processes may train on others, and where "
+            "ranks disagree and it has an end, some are taken several times and others never. Begin each pass anew, "
+            "and shuffle by the global generators of random, numpy and torch, which distrain seeds, or by one that "
             "set_epoch(epoch) seeds"
         )
