@@ -215,6 +215,14 @@ def test_dtypes_are_those_of_torch(checkpoint, tmp_path, dtype, suffix):
         assert torch.equal(tensors[name], expected)
 
 
+def test_float8_is_not_converted_and_that_is_said(tmp_path):
+    weights = {"w": torch.ones(3).to(torch.float8_e4m3fn), "v": torch.ones(3)}
+    safetensors.torch.save_file(weights, tmp_path / "theirs.safetensors")
+    done = export(tmp_path / "theirs.safetensors", tmp_path / "out.safetensors", dtype="bf16")
+    assert done.notes[-1] == "not converted, as float8 may have a scale elsewhere: w"
+    assert safetensors.torch.load_file(done.paths[0])["v"].dtype == torch.bfloat16
+
+
 def test_values_too_large_for_the_dtype(tmp_path):
     raw = np.array([1.0, np.inf, 70000.0], "f4").view(np.uint8)
     specs = {"model/w": TensorSpec((3,), "F32", "parameter")}

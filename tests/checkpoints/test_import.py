@@ -144,6 +144,23 @@ def test_steps_that_are_counted_in_several_ways(theirs, tmp_path, recorded, opti
     assert export(tmp_path / "theirs.pt", tmp_path / "out.pt").tensors == 2
 
 
+def test_lightnings_average_is_not_taken_for_the_weights(theirs, tmp_path):
+    average = {name: tensor + 1 for name, tensor in theirs["model"].items()}
+    content = {"state_dict": average, "current_model_state": theirs["model"], "averaging_state": {}, "global_step": 3}
+    torch.save(content | {"optimizer_states": [theirs["optimizer"]]}, tmp_path / "last.ckpt")
+    for ema, expected in ((False, theirs["model"]), (True, average)):
+        found = torch.load(export(tmp_path / "last.ckpt", tmp_path / f"{ema}.pt", ema=ema).paths[0])
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    # a model that starts from it has what Lightning's load_from_checkpoint gives
+    model = torch.nn.Linear(3, 2)
+    load_weights(model, tmp_path / "last.ckpt")
+    assert torch.equal(model.weight, average["weight"])
+    # of an import no recipe is known, and so nothing is said beside its weights
+    done = import_checkpoint(tmp_path / "last.ckpt", tmp_path / "run")
+    command("export", done.path, "-o", tmp_path / "folder")
+    assert os.listdir(tmp_path / "folder") == ["model.safetensors"]
+
+
 def test_an_optimizers_state_is_held_against_the_weights(theirs, tmp_path):
     state = theirs["optimizer"]["state"]
     state[1]["exp_avg"] = state[1]["exp_avg"].bfloat16()

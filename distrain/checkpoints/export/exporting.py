@@ -147,6 +147,8 @@ def export(
         notes.append(
             f"as pairs of real numbers, for tensor.view(dtype); a .pt file has them as they are: {some(pairs)}"
         )
+    if target and (narrow := [name for name, each in outputs.items() if each.dtype.startswith("F8")]):
+        notes.append(f"not converted, as float8 may have a scale elsewhere: {some(narrow)}")
     if unaveraged:
         notes.append(f"not averaged, and taken as they are: {some(unaveraged)}")
     return Exported((*paths, *writes), nbytes, len(outputs), tuple(notes), tuple(source.skipped))
@@ -165,6 +167,8 @@ def _add_card(
     from distrain.checkpoints.export.model_card import CODE, card_files, tokenizer_files
 
     manifest = read_manifest(source.path)
+    if not manifest.recipe:
+        return  # an import, of which no run is known
     companions = source.companions or tokenizer_files(manifest)
     for name, file in companions.items():
         if folder / name not in beside and not _same(folder / name, file):

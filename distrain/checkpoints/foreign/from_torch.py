@@ -15,10 +15,12 @@ from distrain.config.registry import formats
 from distrain.system.errors import UserError, some
 
 MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
-AVERAGE = ("ema_state_dict", "model_ema", "ema", "ema_model")
+AVERAGE = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "ema_model")
 OPTIMIZER = ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optimizer_states")
 STEP = ("step", "global_step", "global_steps", "iteration", "iter", "num_updates")
 """The usual keys under which trainers save these together."""
+CURRENT = "current_model_state"
+"""Where Lightning's WeightAveraging puts the weights: it saves their average as `state_dict`."""
 INDEX = "pytorch_model.bin.index.json"
 
 
@@ -54,6 +56,9 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
     """Add the model in one file, and the optimizer, average of the weights, and step that it was saved with."""
     file = TorchFile(source, path, trust=trust)
     state, others = _model(file)
+    if source.wants_optimizer and isinstance(others.get(CURRENT), dict):
+        state, others[AVERAGE[0]] = others.pop(CURRENT), state
+        source.notes.append(f"state_dict is the moving average, and {CURRENT} the weights, as Lightning saves them")
     add_state_dict(source, file, state)
     for key, value in others.items():
         if key in OPTIMIZER and not source.wants_optimizer:
