@@ -6,12 +6,13 @@ import errno
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from distrain.config.yaml import load_recipe
 from distrain.run.folder import RunDir
 from distrain.run.json_files import write_atomically, write_json
 from distrain.system.bounded_json import SUMMARY, read_json
+
+logger = logging.getLogger(__name__)
 
 FILE, LOCK = "sweep.json", ".sweep.lock"
 STOP = "STOP"
@@ -130,11 +133,24 @@ class SweepRecord:
         write_atomically(folder / FILE, json.dumps(record, indent=2) + "\n")
 
 
-def best_of(recipe: Recipe) -> RankedBy:
-    """Return by what the runs of a recipe are compared. Its names must be right."""
+def best_of(recipe: Recipe, varied: Iterable[str]) -> RankedBy:
+    """Return by what the runs of a recipe that differ in these keys are compared. Its names must be right.
+
+    Warns where that is the loss, and is another one in each.
+    """
     from distrain.metrics import decides_best  # imports torch
 
-    return RankedBy(*decides_best(recipe))
+    best = RankedBy(*decides_best(recipe))
+    if best.metric == "loss" and (keys := [key for key in varied if _CHANGES_LOSS.match(key)]):
+        logger.warning(
+            f"the runs are compared by their loss, which itself depends on {', '.join(keys)}: the lowest says nothing. "
+            "Set eval.best to a metric that means the same in all of them"
+        )
+    return best
+
+
+_CHANGES_LOSS = re.compile(r"(loss|task)(\.|$)|data\.(standardize_target|\w*tokenizer)$")
+"""Keys on which it depends what the loss of an evaluation is, or over what it is a mean."""
 
 
 def check_new(folder: Path, option: str) -> None:

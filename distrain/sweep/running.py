@@ -101,7 +101,7 @@ def _open_grid(
 ) -> tuple[Path, Runs]:
     sweep = expand(target, overrides, arrays, sweep_dir, "--sweep-dir")
     recipe = check_runs(target, sweep.runs, options.launch, share, changes_names=sweep.changes_names)
-    record = sweep.earlier() or sweep.record(best_of(recipe))
+    record = sweep.earlier() or sweep.record(best_of(recipe, sweep.runs[0].values))
     return sweep.folder, Runs(sweep.folder, record, sweep.runs, retry_failed=options.retry_failed)
 
 

@@ -93,7 +93,7 @@ def open_search(
     asked = ask_search(target, overrides, arrays, options.search, sweep_dir, "--sweep-dir")
     import_optuna()
     recipe = check_runs(target, asked.corners(), options.launch, share, changes_names=True)
-    record = asked.record(best_of(recipe))
+    record = asked.record(best_of(recipe, asked.axes))
     if (job := queued_job(asked.folder)) is not None:
         raise UserError(
             f"{asked.folder} is in the queue, as job {job.id} ({job.state}), whose tasks draw its runs; wait for it to "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import logged
 from runs import cli, cli_rank, last, train, write_recipe
 from worlds import running_world
 
@@ -24,6 +25,7 @@ from distrain.launchers.sweeps import (
     MOST_RUNS,
     Range,
     SweepRun,
+    best_of,
     expand,
     is_sweeping,
     parse_axes,
@@ -189,6 +191,22 @@ def test_a_run_whose_metric_is_nan_is_pruned() -> None:
     assert search().prunes(others, others[0].values, [math.nan])
     failed = [Result(each.values, "failed") for each in others]
     assert not search().prunes(failed, others[0].values, [100.0]), "a failure is no result to be compared with"
+
+
+def test_runs_are_not_compared_by_losses_that_mean_something_else(tmp_path: Path) -> None:
+    recipe = load_recipe(str(write_recipe(tmp_path))).recipe
+    named = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"best": "accuracy"})})
+    for asked, varied, warned in (
+        (recipe, ["optim.lr", "loss.label_smoothing"], True),
+        (recipe, ["loss"], True),
+        (recipe, ["data.standardize_target"], True),
+        (recipe, ["optim.lr", "loss_scale", "data.workers"], False),
+        (named, ["loss.label_smoothing"], False),
+    ):
+        with logged() as lines:
+            best_of(asked, varied)
+        assert bool(lines) == warned, varied
+        assert not warned or varied[-1] in lines[0]
 
 
 def test_evaluations_are_read_as_they_are_written(tmp_path: Path) -> None:

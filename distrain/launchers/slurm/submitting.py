@@ -184,9 +184,9 @@ def prepare(
     record = None
     if sweep is not None:
         sweep.earlier()
-        record = sweep.record(best_of(recipe))
+        record = sweep.record(best_of(recipe, sweep.runs[0].values))
     elif asked is not None:
-        record = asked.record(best_of(recipe))
+        record = asked.record(best_of(recipe, asked.axes))
     for run, loaded in runs:
         _check_folder(run, loaded, snapshot, code, update=update)
     base = None
