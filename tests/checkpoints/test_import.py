@@ -332,6 +332,18 @@ def test_config_json_names_the_dtype_of_the_weights(tuned, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_processor_that_normalises_otherwise_than_the_run_is_said(tuned, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    found = []
+    for mean in ([0.5, 0.5, 0.5], None):
+        processor = {} if mean is None else {"image_mean": mean, "image_std": mean}
+        (run / "transformers" / "preprocessor_config.json").write_text(json.dumps(processor | {"do_normalize": True}))
+        found.append(export(run / "checkpoints" / "step-00000003", tmp_path / f"out{len(found)}").notes)
+    assert "(mean and std [0.5] and [0.5], in the run None and None): write the run's into it" in found[0][0]
+    assert not found[1]
+
+
 def test_an_export_reports_what_it_omits(tuned, tmp_path):
     done = export(tuned / "checkpoints" / "step-00000003", tmp_path / "gpt.safetensors")
     assert os.listdir(tmp_path) == ["gpt.safetensors"]

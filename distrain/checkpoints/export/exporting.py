@@ -107,6 +107,10 @@ def export(
         beside: dict[Path, Callable[[Path], object]] = {}
         if source.config and (out.name == "model.safetensors" or (is_folder and pt)):
             beside[out.with_name(CONFIG)] = partial(_write_text, _with_dtype(source.config, outputs))
+            if source.companions:
+                from distrain.checkpoints.export.model_card import unlike_processor
+
+                notes += unlike_processor(source.path, source.companions)
             for name, file in source.companions.items():
                 if not _same(out.parent / name, file):  # a file that the user has put there, with the same content
                     beside[out.parent / name] = partial(shutil.copyfile, file)

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoints.export.companion_files import CONFIG, run_of
-from distrain.checkpoints.format import Manifest
+from distrain.checkpoints.format import MANIFEST, Manifest
+from distrain.checkpoints.reading import read_manifest
 from distrain.config import Recipe
 from distrain.config.yaml import parse_recipe
 from distrain.run.folder import RunDir
+from distrain.system.bounded_json import read_json
 from distrain.system.output import one_line
 
 README, RECIPE, CODE = "README.md", "recipe.yaml", "code"
 OWN_CONFIG = "distrain.json"
 """In place of config.json, where that is the transformers library's."""
+PROCESSOR = "preprocessor_config.json"
 _TRANSFORMERS = "transformers:"
 _FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -86,6 +89,40 @@ def tokenizer_files(manifest: Manifest) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     return {name: path / name for name in (*_FILES, "tokenizer_config.json") if (path / name).is_file()}
+
+
+def unlike_processor(checkpoint: Path, companions: Mapping[str, Path]) -> list[str]:
+    """Return a line where the processor that is beside a model normalises images otherwise than its training did."""
+    file = companions.get(PROCESSOR)
+    text = read_manifest(checkpoint).recipe if file is not None and (checkpoint / MANIFEST).is_file() else ""
+    if file is None or not text:
+        return []
+    try:
+        theirs = read_json(file)
+    except (OSError, ValueError):
+        return []
+    if not isinstance(theirs, dict) or "image_mean" not in theirs:
+        return []
+    recipe = parse_recipe(text, f"the recipe in {checkpoint}")
+    own: Mapping[str, Any] = next((each.args for each in recipe.data.transforms.eval if each.name == "Normalize"), {})
+    found = [
+        _channels(theirs.get(f"image_{key}")) if theirs.get("do_normalize", True) else None for key in ("mean", "std")
+    ]
+    trained = [_channels(own.get(key)) for key in ("mean", "std")]
+    if found == trained:
+        return []
+    return [
+        f"{PROCESSOR} is that of the model that the run began with, and normalises images otherwise than the run did "
+        f"(mean and std {found[0]} and {found[1]}, in the run {trained[0]} and {trained[1]}): write the run's into it"
+    ]
+
+
+def _channels(values: Any) -> list[float] | None:
+    """Return a number for each channel; one where all are equal."""
+    if values is None:
+        return None
+    each = list(values) if isinstance(values, list | tuple) else [values]
+    return each[:1] if len({*each}) == 1 else each
 
 
 def _config(

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 
 COUNTED = "is the optimizer's own count"
 _AS_BUFFERS = "taken for buffers"
-_ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "grad_avg")
+_ELEMENTWISE = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "exp_inf",
+    "square_avg",
+    "grad_avg",
+    "sum",
+)
 """The state of torch's optimizers of which each weight has one number. Their fused kernels do not look at shapes."""
 _SETTINGS = ("lr", "betas", "momentum", "weight_decay", "eps")
 _CHUNK = 1 << 18  # elements compared at a time
