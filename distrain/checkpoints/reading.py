@@ -263,6 +263,10 @@ def find_best(folder: Path | str) -> Path | None:
     return best[0].path if best else None
 
 
+_LOWER = ("loss", "mae", "mse", "rmse", "perplexity", "bits_per_byte")
+"""Metrics of which lower is better, where no checkpoint says so; asking the metrics themselves would import torch."""
+
+
 def criterion_of(folder: Path | str) -> Criterion | None:
     """Return what ranks a run's checkpoints; None if neither they nor a recipe state it.
 
@@ -276,7 +280,7 @@ def criterion_of(folder: Path | str) -> Criterion | None:
 
     best = best_metric(read_text(run.recipe_path))
     metric = best.removeprefix("-")
-    higher = metric == best and metric != "loss"
+    higher = metric == best and metric not in _LOWER
     if newest is None:
         return Criterion(metric, higher)
     stored = newest.criterion

@@ -440,7 +440,8 @@ def test_ticks_of_a_logarithmic_axis(low: float, high: float, told: list[str]) -
 
 
 @pytest.mark.parametrize(
-    ("best", "higher"), [("null", False), ("loss", False), ("-loss", False), ("accuracy", True), ("-error", False)]
+    ("best", "higher"),
+    [("null", False), ("loss", False), ("-loss", False), ("accuracy", True), ("-error", False), ("mae", False)],
 )
 def test_a_run_without_checkpoints_is_ranked_as_its_recipe_says(tmp_path: Path, best: str, higher: bool) -> None:
     text = re.sub(r"^eval:.*\n", "", TINY, flags=re.MULTILINE) + f"eval: {{best: {best}}}\n"
