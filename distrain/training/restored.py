@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distrain.checkpoint import Manifest, Reader, read_manifest
@@ -177,7 +178,7 @@ def export_adapter(
     model = built_model(checkpoint, averaged=ema, verify=verify, initial=initial)
     modules = _trained_modules(model, section)
     tensors = {
-        f"base_model.model.{name}": tensor.detach().contiguous()
+        f"base_model.model.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
         if is_adapter(name) or name.rpartition(".")[0] in modules
     }
@@ -227,12 +228,28 @@ def _targets(layers: list[str], modules: list[str]) -> list[str] | str:
 
 
 def _trained_modules(model: nn.Module, section: LoraSection) -> list[str]:
-    """Return the modules whose parameters are trained as a whole."""
-    names = [name for pattern in section.train for name in matching_parameters(model, pattern)]
+    """Return the modules whose parameters are trained as a whole, and those with buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(parameters[name]) for pattern in section.train for name in matching_parameters(model, pattern)}
+    # of a tied one, each module that has it: peft would train a copy of the one
+    names = [name for name, parameter in parameters.items() if id(parameter) in trained]
     modules = sorted({name.rpartition(".")[0] for name in names if not is_adapter(name)})
     if "" in modules:
         raise UserError(
             "model.lora.train names a parameter of the model itself, which is in none of its modules, and an adapter's "
             "folder holds whole modules; export the merged model"
         )
-    return modules
+    return sorted({*modules, *_with_state(model)})
+
+
+def _with_state(model: nn.Module) -> set[str]:
+    """Return the layers with buffers of their own, such as batch norms: training changes them, frozen or not."""
+    layers = adapted_layers(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if name
+        and name not in layers
+        and not [*module.children()]
+        and module._buffers.keys() - module._non_persistent_buffers_set
+    }

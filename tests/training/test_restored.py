@@ -172,6 +172,43 @@ def test_a_model_of_ones_own_with_a_trained_head(tmp_path: Path) -> None:
     torch.testing.assert_close(opened(x), expected, rtol=0, atol=1e-5)
 
 
+SHARED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.last(self.other(self.one(self.norm(self.first(x)))))
+"""
+
+
+def test_an_adapter_has_running_statistics_and_each_of_tied_weights(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    (tmp_path / "shared.py").write_text(SHARED)
+    found: dict[str, Any] = {}
+    exec(SHARED, found)
+    torch.save(found["Net"]().state_dict(), tmp_path / "base.pt")
+    recipe = (
+        "name: shared\ntask: classification\ndata: {name: iris, split: [0.8, 0.2]}\n"
+        f"model: {{name: '{tmp_path}/shared.py:Net', weights: {tmp_path}/base.pt, "
+        "lora: {r: 2, targets: [first], train: [one.weight]}}\n"
+        "optim: {lr: 0.1}\nbatch: {global: 10}\ntrain: {steps: 4, precision: fp32}\n"
+    )
+    train(1, write_recipe(tmp_path, recipe), tmp_path / "run")
+    export_adapter(last(tmp_path / "run"), tmp_path / "adapter")
+    merged, base = found["Net"]().eval(), found["Net"]()
+    merged.load_state_dict(load_file(tmp_path / "run/export/model.safetensors"))
+    base.load_state_dict(torch.load(tmp_path / "base.pt"))
+    x = torch.linspace(-1, 1, 20).view(5, 4)
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(opened(x), merged(x), rtol=0, atol=1e-5)
+
+
 def test_only_a_run_with_adapters_has_an_adapter(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     kept = Path(__file__).parents[1] / "support/kept_runs/fsdp2"
