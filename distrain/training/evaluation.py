@@ -326,7 +326,8 @@ def generated_texts(model: nn.Module, batch: Batch, meta: DataMeta) -> tuple[lis
     # batch the score would depend on what else is in it, and so on the number of processes.
     limits = (2 * (batch["targets"] != IGNORED).sum(dim=1) + 8).tolist()
     if is_transformers(model):
-        pad_id, most = meta.pad_id or 0, max(limits)
+        pad_id = meta.pad_id or 0
+        most = min(max(limits), (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - 1)
         ids: dict[str, Any] = {"pad_id": pad_id, "bos_id": meta.bos_id, "eos_id": meta.eos_id}
         made = generate(model, source, source != pad_id, max_new_tokens=most, starts=True, **ids)[:, 1:]
     else:
