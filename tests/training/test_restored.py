@@ -120,6 +120,9 @@ def test_an_export_of_what_was_not_evaluated_says_so(tuned: Path, tmp_path: Path
     said = [export_model(tuned / "run", tmp_path / f"{ema}.safetensors", ema=ema)[2].notes for ema in (False, True)]
     assert "evaluated by their moving average, which --ema writes" in "".join(said[0])
     assert "average" not in "".join(said[1])
+    for dtype, rounded in (("bf16", True), ("fp32", False)):
+        export_model(tuned / "run", tmp_path / dtype, ema=True, dtype=dtype)
+        assert ("these are rounded to bfloat16" in (tmp_path / dtype / "README.md").read_text()) == rounded
 
 
 def test_an_adapter_is_not_written_over(tuned: Path, tmp_path: Path) -> None:

@@ -118,7 +118,12 @@ def export(
             missing = some([CONFIG, *source.companions])
             notes.append(f"not beside a file of this name: {missing}; export to a folder has them")
         if card and is_folder and (source.path / MANIFEST).is_file():
-            _add_card(beside, source, out.parent, averaged=ema or averaged, pt=pt, code=code)
+            rounded = (
+                target
+                if any(ITEM_SIZES[each.dtype] < ITEM_SIZES[each.stored.spec.dtype] for each in outputs.values())
+                else None
+            )
+            _add_card(beside, source, out.parent, averaged=ema or averaged, pt=pt, code=code, rounded=rounded)
         nbytes = sum(item.nbytes for item in outputs.values())
         index = {}
         if len(groups) > 1:
@@ -166,6 +171,7 @@ def _add_card(
     averaged: bool,
     pt: bool,
     code: UserCode | None,
+    rounded: str | None,
 ) -> None:
     """Add to what is written beside a model how it is used, the tokenizer, and code of the user's."""
     from distrain.checkpoints.export.model_card import CODE, card_files, tokenizer_files
@@ -180,7 +186,9 @@ def _add_card(
     for name, file in (code.files if code is not None else {}).items():
         if not _same(folder / CODE / name, file):
             beside[folder / CODE / name] = partial(shutil.copyfile, file)
-    texts = card_files(source.path, manifest, averaged=averaged, companions=companions, pt=pt, code=code)
+    texts = card_files(
+        source.path, manifest, averaged=averaged, companions=companions, pt=pt, code=code, rounded=rounded
+    )
     for name, text in texts.items():
         beside[folder / name] = partial(_write_text, text)
 

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export.companion_files import CONFIG, run_of
 from distrain.checkpoints.format import MANIFEST, Manifest
 from distrain.checkpoints.reading import read_manifest
@@ -60,14 +61,18 @@ def card_files(
     graph: Graph | None = None,
     code: UserCode | None = None,
     pt: bool = False,
+    rounded: str | None = None,
 ) -> dict[str, str]:
     """Return {name: text} of what stands beside a model; `companions`: the files that are copied there.
 
-    `pt`: whether the weights are a model.pt. `code`: what is copied of the user's.
+    `pt`: whether the weights are a model.pt. `code`: what is copied of the user's. `rounded`: the narrower dtype
+    that the weights were rounded to.
     """
     recipe = parse_recipe(manifest.recipe, f"the recipe in {checkpoint}")
     is_hugging_face = bool(manifest.scalars.get("transformers_config"))
     config = _config(checkpoint, manifest, recipe, averaged, companions)
+    if rounded is not None:
+        config["rounded_to"] = DTYPES[rounded].torch
     if "model_call" in manifest.scalars:
         config["model_call"] = manifest.scalars["model_call"]
     if graph is not None:
@@ -285,6 +290,8 @@ def _limits(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
         found.append(
             "Its evaluation was of the moving average of the weights, and these are the weights (--ema has it)."
         )
+    if "rounded_to" in config:
+        found.append(f"Its evaluation was of the weights as trained, and these are rounded to {config['rounded_to']}.")
     if recipe.eval.best is not None:
         found.append("Which step was best was chosen on the validation split, so numbers of that split are favourable.")
     if "inputs" not in config:
