@@ -30,6 +30,8 @@ PARTS = {
     "reinforce": ("Reinforce", "Episodes", "Player"),
     "distillation": ("Distillation", "digits", "Net"),
 }
+MORE = ("reinforce", "gan")
+"""What is tested with --all; test_examples runs their scripts."""
 REPORTED = {
     "diffusion": {"late"},
     "gan": {"deceived", "slope", "accuracy"},
@@ -45,7 +47,7 @@ def _teacher(path: Path, width: int) -> None:
     save_file({name: torch.randn(each.shape, generator=random) for name, each in layers.state_dict().items()}, path)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.more] * (n == "reinforce")) for n in PARTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.more] * (n in MORE)) for n in PARTS])
 def test_an_example_is_the_same_in_any_world_and_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
     task, data, model = PARTS[name]
     arguments = ""

@@ -288,41 +288,45 @@ LEFT_OVER = {
 """Of a launcher that is gone, with an address for documentation, where nobody answers."""
 
 
+LAUNCHERS = {
+    "python": [SCRIPT],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", SCRIPT],
+    "accelerate": ["accelerate", "launch", "--config_file", MULTI_CPU, SCRIPT],
+    "distrain": [sys.executable, "-m", "distrain", "train", "--processes", "2"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.fault(34)
-def test_every_launcher_trains_the_same_run(tmp_path: Path) -> None:
+# test_preflight has `accelerate launch` start a run under FSDP2
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.more] * (n == "accelerate")) for n in LAUNCHERS])
+def test_every_launcher_trains_the_same_run(tmp_path: Path, name: str) -> None:
     recipe = write_recipe(tmp_path)
     train(2, recipe, tmp_path / "wanted")
-    commands = {
-        "python": [SCRIPT],
-        "torchrun": ["torchrun", "--nproc-per-node", "2", SCRIPT],
-        "accelerate": ["accelerate", "launch", "--config_file", MULTI_CPU, SCRIPT],
-        "distrain": [sys.executable, "-m", "distrain", "train", "--processes", "2"],
-    }
-    for name, command in commands.items():
-        run = tmp_path / name
-        left = LEFT_OVER if name == "distrain" else {}
-        command = [*command, recipe, "--run-dir", run]
-        if name == "python":
-            ended = script(*command)
-            status, err = ended.status, ended.err
-        else:  # they are recognised by the command of the process above
-            done = typed(*command, folder=tmp_path, PYTHONPATH=str(ROOT), **left)
-            status, err = done.returncode, done.stderr
-        assert status == 0, err
-        ignored = "note: ignored MASTER_ADDR, PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE"
-        assert err.count(ignored) == bool(left)
-        assert RunDir(run).launch().processes == (1 if name == "python" else 2)
-        assert losses(run) == pytest.approx(losses(tmp_path / "wanted"), rel=1e-12)
-        if name != "python":
-            assert losses(run) == losses(tmp_path / "wanted")
-        assert "Traceback" not in err
-    # the same command shows it; with --update it trains on, in the processes that are started
-    again = ["train", recipe, "--processes", 2, "--run-dir", run]
-    assert "is finished" in cli(*again).out
-    ended = cli(*again, "train.steps=14", "--update")
-    assert ended.status == 0, ended.err
-    assert len(losses(run)) == 14
+    run = tmp_path / name
+    left = LEFT_OVER if name == "distrain" else {}
+    command = [*LAUNCHERS[name], recipe, "--run-dir", run]
+    if name == "python":
+        ended = script(*command)
+        status, err = ended.status, ended.err
+    else:  # they are recognised by the command of the process above
+        done = typed(*command, folder=tmp_path, PYTHONPATH=str(ROOT), **left)
+        status, err = done.returncode, done.stderr
+    assert status == 0, err
+    ignored = "note: ignored MASTER_ADDR, PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE"
+    assert err.count(ignored) == bool(left)
+    assert RunDir(run).launch().processes == (1 if name == "python" else 2)
+    assert losses(run) == pytest.approx(losses(tmp_path / "wanted"), rel=1e-12)
+    if name != "python":
+        assert losses(run) == losses(tmp_path / "wanted")
+    assert "Traceback" not in err
+    if name == "distrain":
+        # the same command shows it; with --update it trains on, in the processes that are started
+        again = ["train", recipe, "--processes", 2, "--run-dir", run]
+        assert "is finished" in cli(*again).out
+        ended = cli(*again, "train.steps=14", "--update")
+        assert ended.status == 0, ended.err
+        assert len(losses(run)) == 14
 
 
 @pytest.mark.slow

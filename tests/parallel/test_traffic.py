@@ -152,7 +152,7 @@ EVERY = ("tune.reduce_every_micro=true",)
 MODELS = ("Mixed", "TiedHead", "Twice")
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.more)])
 def test_less_traffic_costs_no_bit(tmp_path: Path, strategy: str, ranks: int) -> None:
     runs = {}
     for model in MODELS if strategy == "fsdp2" else ("Mixed",):
