@@ -314,7 +314,7 @@ def preferences(path: Path) -> Iterator[tuple[Conversation, Conversation]]:
             )
         tools = tools_of(record, place)
         yield Conversation(chosen, place, tools, shared), Conversation(rejected, place, tools, shared)
-    if twice == count:
+    if count and twice == count:
         raise UserError(
             f"{path}: in each of {count:,} records the texts of chosen and rejected begin with that of prompt, which "
             "would be there twice; remove it from them"

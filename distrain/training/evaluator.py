@@ -96,6 +96,8 @@ class Evaluator:
             return
         objective, name = context.t.objective, self.criterion.metric
         if self.criterion.higher and name in objective.names and objective.weights.get(name, 1.0) > 0:
+            context.checkpoints.save()  # the names are known since the first batch only; --update corrects the recipe
+            context.checkpoints.finish()
             raise UserError(f"eval.best: {name!r} is a loss of the task, of which lower is better; write '-{name}'")
         state.evaluated_step, state.evaluation = step, values
         state.evaluations.add(step, self.of_this_step().values.get(state.evaluations.metric, math.nan))

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 
 from distrain.checkpoint import criterion_of
 from distrain.cli.main import app
-from distrain.config import UserError
+from distrain.config import UserError, registry
+from distrain.config.yaml import parse_recipe
 from distrain.launchers.worker import ends_here, write_report
+from distrain.metrics import decides_best
 from distrain.report.contents import Report, build_report, labels
 from distrain.report.curves import panels_of
 from distrain.report.differences import comparison_lines
@@ -449,3 +451,23 @@ def test_a_run_without_checkpoints_is_ranked_as_its_recipe_says(tmp_path: Path, 
     found = criterion_of(tmp_path / "run/checkpoints")
     assert found is not None
     assert (found.metric, found.higher) == ("loss" if best == "null" else best.removeprefix("-"), higher)
+
+
+def test_a_run_without_checkpoints_is_ranked_as_its_metrics_say(tmp_path: Path) -> None:
+    seen = {}
+    for task in ("classification", "regression", "language_modeling"):
+        for name in registry.metrics.names():
+            text = re.sub(r"^eval:.*\n", "", TINY, flags=re.MULTILINE).replace("classification", task)
+            text += f"eval: {{metrics: [{name}], best: {name}}}\n"
+            try:
+                said = decides_best(parse_recipe(text, "recipe.yaml"))
+            except UserError:
+                continue  # not of this task, or not one number
+            run = tmp_path / task / name
+            made(run, [], text)
+            found = criterion_of(run / "checkpoints")
+            assert found is not None
+            assert (found.metric, found.higher) == said, name
+            seen[name] = found.higher
+    assert {*seen.values()} == {True, False}
+    assert {"accuracy", "mae", "perplexity"} <= {*seen}

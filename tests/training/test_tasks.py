@@ -114,6 +114,7 @@ def test_a_mean_of_the_task_decides_which_checkpoint_is_best(tmp_path: Path) -> 
         assert summary["best"]["step"] == choose(values, key=values.__getitem__)
     ended = train(1, recipe, tmp_path / "highest", "eval.best=kl", "train.steps=1", status=1)
     assert "eval.best: 'kl' is a loss of the task, of which lower is better; write '-kl'" in ended[0].err
+    train(1, recipe, tmp_path / "highest", "eval.best=-kl", "train.steps=2", update=True)  # nothing is lost
     ended = train(1, recipe, tmp_path / "none", "eval.best=wurst", status=1)
     assert "eval.best: 'wurst' is not among what was evaluated: loss, bright, kl" in ended[0].err
 
