@@ -20,7 +20,7 @@ from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
 from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.inference.class_tables import ClassTables
-from distrain.inference.generation import GenerationOptions, Generator, unpadded
+from distrain.inference.generation import GenerationOptions, Generator, before_answers, unpadded
 from distrain.inference.sample_contents import described
 from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
@@ -259,7 +259,10 @@ class _Examination:
         return {"target": true[order].tolist(), "prediction": guess[order].tolist(), "numbers": numbers}
 
     def _generations(self) -> list[dict[str, str]]:
-        """Return what a model that writes makes of the first samples: of their first half, or of their sources."""
+        """Return what a model that writes makes of the first samples.
+
+        Of their sources, of conversations up to their last answer, or of the first half.
+        """
         decode, recipe = self.trained.data.meta.decode, self.trained.recipe
         if not self.prompts or decode is None:
             return []
@@ -271,10 +274,13 @@ class _Examination:
         except UserError as error:
             self.notes.append(f"No text was generated: {error}")
             return []
+        begin = (
+            "the first half of a sample" if self.trained.data.chat is None else "a conversation up to its last answer"
+        )
         shown = self._sources(prompts, rows) if generator.pairs else [decode(prompt) for prompt in prompts]
         self.notes.append(
             f"Generations are of the likeliest tokens, {_NEW_TOKENS} at most"
-            + ("" if recipe.form == "seq2seq" else ", after the first half of a sample")
+            + ("" if recipe.form == "seq2seq" else f", after {begin}")
         )
         return [
             {"prompt": prompt, "text": found.text, "reference": reference}
@@ -290,6 +296,7 @@ class _Examination:
         rows: list[int] = []
         for batch in self.prompts:
             written = unpadded(batch, self.trained.data.meta, pairs)
+            begun = before_answers(batch, written) if self.trained.data.chat is not None else written
             for place in np.flatnonzero(batch["ids"].numpy() >= 0).tolist():
                 if len(prompts) == _GENERATED:
                     return prompts, references, rows
@@ -298,10 +305,11 @@ class _Examination:
                     prompts.append(written[place])
                     references.append(str(batch["references"][place]) if "references" in batch else "")
                 else:
-                    row = written[place]
-                    half = max(1, min(len(row) // 2, 256))
-                    prompts.append(row[:half])
-                    references.append(decode(row[half : half + _NEW_TOKENS]))
+                    row, end = written[place], len(begun[place])
+                    if end == len(row):
+                        end = max(1, min(len(row) // 2, 256))
+                    prompts.append(row[:end])
+                    references.append(decode(row[end : end + _NEW_TOKENS]))
         return prompts, references, rows
 
     def _sources(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[str]:

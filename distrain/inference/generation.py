@@ -17,6 +17,7 @@ from torch import Tensor
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import UserError
 from distrain.datasets.base import Batch, DataMeta
+from distrain.datasets.labels import IGNORED
 from distrain.datasets.randomness import stream_of, uniform
 from distrain.inference.trained import Trained, writes
 from distrain.networks.decoding import Decoder, PlainDecoder, PlainPairDecoder, Sampling, checked, decode
@@ -369,6 +370,19 @@ def unpadded(batch: Batch, meta: DataMeta, pairs: bool) -> list[list[int]]:
         while len(row) > 1 and row[-1] == meta.pad_id:
             row.pop()
     return rows
+
+
+def before_answers(batch: Batch, rows: Sequence[list[int]]) -> list[list[int]]:
+    """Return the tokens of each conversation (`unpadded`) up to where the assistant's last turn begins.
+
+    A row whose first token is followed by a target already is returned whole: where its answers begin is not known.
+    """
+    learned = (batch["targets"] != IGNORED).tolist()
+    found = []
+    for row, targets in zip(rows, learned, strict=True):
+        begins = [at for at in range(1, len(row)) if targets[at] and not targets[at - 1]]
+        found.append(row[: begins[-1] + 1] if begins and not targets[0] else row)
+    return found
 
 
 def _accept(rows: Sequence[_Row], show: Callable[[str], None] | None, row: int, token: int) -> bool:

@@ -23,7 +23,7 @@ from distrain.diagnose.index_errors import explaining_errors, given
 from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import PredictionFile, PredictionTable, open_predictions
 from distrain.inference.generating import read_prompts
-from distrain.inference.generation import GenerationOptions, Generator, unpadded
+from distrain.inference.generation import GenerationOptions, Generator, before_answers, unpadded
 from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
@@ -364,6 +364,13 @@ class _Predictor:
                 "prompts, or write --output embeddings"
             )
         prompts = unpadded(batch, self.trained.data.meta, pairs)
+        if self.trained.data.chat is not None and isinstance(batch.get("targets"), Tensor):
+            whole, prompts = prompts, before_answers(batch, prompts)
+            if len(prompts[0]) == len(whole[0]):
+                raise UserError(
+                    f"--output text: all tokens of {self.name} are learned, so where its answers begin is not known; "
+                    "give a file of conversations, or write --output embeddings"
+                )
         for prompt in prompts:
             generator.check(prompt, "a prompt")
         limits = [2 * len(prompt) + 8 if pairs else _NEW_TOKENS for prompt in prompts]

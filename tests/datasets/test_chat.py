@@ -26,6 +26,7 @@ from distrain.datasets.chat_template import load_tokenizer_folder
 from distrain.datasets.packing import pack
 from distrain.datasets.ragged import encoded
 from distrain.datasets.user import named_data
+from distrain.inference.generation import before_answers, unpadded
 
 
 def build(base: Path, state: dict[str, Any] | None = None, **section: Any) -> Data:
@@ -411,7 +412,7 @@ def test_a_folder_holds_splits_and_a_state_is_held_against_the_tokenizer(base: P
 
 def test_prompts_end_where_the_model_answers(base: Path) -> None:
     write_lines(base / "chats.jsonl", some_chats(5))
-    data = build(base, split=[1.0])
+    data, packed = build(base, split=[1.0]), build(base, pack=True, split=[1.0]).splits["train"]
     assert data.read is not None
     assert data.meta.decode is not None
     write_lines(base / "prompts.jsonl", [{"messages": said("a", "b", "c", "gone")}, {"prompt": "x"}])
@@ -426,5 +427,13 @@ def test_prompts_end_where_the_model_answers(base: Path) -> None:
     assert data.chat is not None
     assert data.meta.decode(data.encode("é x")) == "é x"
     assert data.chat(said("a", "b", "c")) == batch["inputs"][0, : int(batch["lengths"][0])].tolist()
+    # a sample is a prompt up to its last answer
+    rows = data.splits["train"].fetch(np.arange(5))
+    (base / "chats.jsonl").rename(base / "same.jsonl")
+    asked = data.read(base / "same.jsonl").fetch(np.arange(5))
+    prompts = unpadded(asked, data.meta, False)
+    assert before_answers(rows, unpadded(rows, data.meta, False)) == prompts
+    together = packed.fetch(np.array([0]))
+    assert before_answers(together, unpadded(together, data.meta, False))[0] in prompts
     one = data.read(base / "prompts.txt").fetch(np.array([0]))
     assert one["inputs"][0].tolist() == batch["inputs"][1, : int(batch["lengths"][1])].tolist()

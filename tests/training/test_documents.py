@@ -18,6 +18,7 @@ from distrain.config import DataSection, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.datasets.base import Data, DataMeta, DataRequest
 from distrain.datasets.user import named_data
+from distrain.inference import predict_table as predict
 from distrain.networks.calling import calling_convention
 from distrain.networks.gpt import GPT
 from distrain.optim import build_loss
@@ -179,6 +180,9 @@ def test_chats_train_alike_on_any_number_of_processes_and_resume_to_the_bit(
     samples = {row["samples"] for name in ("one", "two") for row in rows(tmp_path / name) if row["event"] == "eval"}
     assert len(samples) == 1
     assert losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0]
+    if pack == "false":
+        tested, prompts = (set(predict(tmp_path / "one", each)["text"]) for each in ("test", base / "chats.jsonl"))
+        assert tested < prompts
     train(1, recipe, tmp_path / "whole")
     train(1, recipe, tmp_path / "cut", stop_after=2)
     train(1, recipe, tmp_path / "cut")
