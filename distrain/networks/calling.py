@@ -114,6 +114,9 @@ def _transformers_convention(unwrapped: Any) -> Convention:
         else:
             if masks and pad_id is not None and "input_ids" in named and "attention_mask" not in named:
                 named["attention_mask"] = named["input_ids"] != pad_id
+            if "attention_mask" in named:
+                # as tokenizers give it: some models count positions by adding it up in its own dtype
+                named["attention_mask"] = named["attention_mask"].long()
             output = model_output(model(**named, **always))
         return output if output.aux_loss is None else output._replace(aux_loss=coefficient * output.aux_loss)
 

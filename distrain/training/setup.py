@@ -37,6 +37,7 @@ from distrain.training.context import TrainContext, Turn
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
+from distrain.training.padding import padding_warning
 from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
@@ -143,6 +144,7 @@ def set_up(
             check_documents_apart(
                 training.strategy.model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow
             )
+    pads = None if data.packed else padding_warning(training, data)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
         for note in training.strategy.restore(reader):
@@ -151,7 +153,7 @@ def set_up(
         training.step = reader.manifest.step
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
-    warnings += length_warnings(recipe, horizon)
+    warnings += [*length_warnings(recipe, horizon), *([] if pads is None else [pads])]
     couples = before is not None or couples_samples(training, lambda: feed.batches(start_step=0))
     if couples is None:
         warnings.append(

@@ -260,7 +260,32 @@ def test_texts_are_learned_and_predictions_have_the_names_of_classes(base: Path,
     ]
     pd.DataFrame({"text": words, "label": labels}).to_csv(base / "rows.csv", index=False)
     build(base)
-    train(2, write_recipe(tmp_path, RECIPE.format(base=base)), tmp_path / "run")
+    ended = train(2, write_recipe(tmp_path, RECIPE.format(base=base)), tmp_path / "run")
+    assert "reads padding" not in ended[0].out + ended[0].err
     (tmp_path / "new.txt").write_text("abc abc\nxyz\n")
     assert cli("predict", tmp_path / "run", tmp_path / "new.txt", "-o", tmp_path / "out.csv").status == 0
     assert pd.read_csv(tmp_path / "out.csv")["prediction"].tolist() == ["rain", "sunny"]
+
+
+MEANS = """
+from torch import nn
+
+
+class Means(nn.Module):
+    def __init__(self, vocab_size, num_classes):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, 8), nn.Linear(8, num_classes)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).mean(1))
+"""
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("auto", 1), ("zero3", 2), ("fsdp2", 2)])
+def test_a_model_that_reads_padding_is_warned_of(base: Path, tmp_path: Path, strategy: str, world_size: int) -> None:
+    (base / "means.py").write_text(MEANS)
+    head, _, tail = RECIPE.format(base=base).replace("[0.75, 0.25]", "[0.5, 0.5]").partition("model: ")
+    recipe = write_recipe(base, f"{head}model: {{name: 'means.py:Means'}}\n{tail.partition(chr(10))[2]}")
+    ended = train(world_size, recipe, tmp_path / "run", "batch.global=2", "train.steps=1", strategy=strategy)
+    said = " ".join((ended[0].out + ended[0].err).split())
+    assert "Means computes something else of a sample where a longer one is beside it: it reads padding" in said

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -910,6 +911,36 @@ BART = {
     "d_model": 16,
     **{f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads", "ffn_dim")},
 }
+
+
+PROPHETNET = {
+    "model_type": "prophetnet",
+    "hidden_size": 16,
+    "activation_dropout": 0.0,
+    **{f"num_{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")},
+    **{f"{part}_ffn_dim": 16 for part in ("encoder", "decoder")},
+}
+XLNET = {"model_type": "xlnet", "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("AutoModelForSeq2SeqLM", PROPHETNET), ("AutoModelForSequenceClassification", XLNET)]
+)
+def test_models_that_calculate_with_a_mask_get_numbers(name: str, config: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    pairs = name == "AutoModelForSeq2SeqLM"
+    meta, task = (PAIRS, "seq2seq") if pairs else (replace(TEXT, num_classes=2), "classification")
+    model = build({"name": f"transformers:{name}", "config": config}, meta, task).eval()
+    # xlnet sums a text up at its end
+    padded, begin = ([3, 4, 5, 6, 0], 0) if pairs else ([0, 3, 4, 5, 6], 1)
+    tokens, target = torch.tensor([padded, [7, 8, 9, 10, 3]]), torch.tensor([[1, 3], [1, 5]])
+
+    def outputs(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        inputs = {"source": rows, "target": targets} if pairs else {"input_ids": rows, "attention_mask": rows != 0}
+        return forward(model, inputs).logits
+
+    alone = outputs(tokens[:1, begin : begin + 4], target[:1])
+    assert torch.allclose(outputs(tokens, target)[:1], alone, atol=1e-5)
 
 
 def test_transformers_language_model_opens_again(tmp_path: Path) -> None:
