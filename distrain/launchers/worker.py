@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import logging
 import os
@@ -112,6 +113,8 @@ def train_here(
     run, rank, recipe = request.run, rank_told(), request.recipe.recipe
     alone = request.processes == 1
     status, trained = 0, False
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # where the Python code was when a library of C code ends this process
 
     def train_in_world() -> None:
         nonlocal status, trained

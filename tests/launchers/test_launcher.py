@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from places import ROOT, SCRIPT
-from runs import TINY, checkpoint, cli, losses, rows, script, tool, train, typed, write_recipe
+from runs import TINY, Ended, checkpoint, cli, cli_rank, losses, rows, script, tool, train, typed, write_recipe
 from worlds import in_world, running_world
 
 from distrain.config import UserError
@@ -472,3 +473,38 @@ def test_a_recipe_comes_to_training_by_few_files(tmp_path: Path) -> None:
     assert entered[:2] == ["launchers/local.py", "launchers/request.py"]
     assert entered[-1] == "loop.py"
     assert len(entered) <= 18, entered
+
+
+CRASHING = """
+import math
+import os
+import signal
+
+from torch import nn
+
+
+class Net(nn.Linear):
+    def __init__(self, input_shape, num_classes):
+        super().__init__(math.prod(input_shape), num_classes)
+
+    def forward(self, rows):
+        if os.environ["RANK"] == "1" and self.training:
+            os.kill(os.getpid(), signal.SIGSEGV)  # as a library does that writes where it may not
+        return super().forward(rows.flatten(1))
+"""
+
+
+def started_as_people_do(arguments: list[str]) -> Ended:
+    faulthandler.disable()  # which tests enable for themselves
+    return cli_rank(arguments)
+
+
+def test_a_rank_that_crashes_below_python_shows_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    recipe = write_recipe(tmp_path, TINY.replace("model: {name: mlp, hidden: [16]}", "model: 'crashing.py:Net'"))
+    arguments = ["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--processes", "2"]
+    (ended,) = in_world(1, started_as_people_do, arguments, launched=False)
+    assert ended.status == 1
+    assert "rank 1 was ended by SIGSEGV" in ended.err
+    assert "Fatal Python error: Segmentation fault" in ended.err
+    assert 'crashing.py", line 15 in forward' in ended.err

@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import atexit
 import ctypes
+import faulthandler
 import inspect
 import os
 import pickle
@@ -157,6 +158,7 @@ def _become(program: Program, streams: array.array[int] | list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, program.blocked)
+    faulthandler.disable()
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)

@@ -7,6 +7,7 @@ what runs in it (the process group, DDP, the files) is the real thing.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -118,7 +119,9 @@ class RunningWorld:
         for rank, code in enumerate(self.wait(timeout_s)):
             file = self.folder / str(rank)
             if not file.exists():
-                failures.append(f"rank {rank} ended with exit code {code} and no result (in {timeout_s:g} s)")
+                stacks = file.with_suffix(".stacks")
+                where = stacks.read_text(errors="replace") if stacks.exists() else ""
+                failures.append(f"rank {rank} ended with exit code {code} and no result (in {timeout_s:g} s)\n{where}")
                 continue
             ok, value = pickle.loads(file.read_bytes())
             if ok and code == 0:
@@ -176,10 +179,13 @@ def in_world(
 def _child(variables: dict[str, str], folder: str, result: str, function: Callable[..., Any], args: Any) -> None:
     os.environ.update(variables)
     os.chdir(folder)
-    try:
-        outcome = (True, function(*args))
-    except BaseException:
-        outcome = (False, traceback.format_exc())
+    with open(result + ".stacks", "w") as stacks:
+        faulthandler.enable(stacks)  # what it runs may put its own streams elsewhere
+        try:
+            outcome = (True, function(*args))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        faulthandler.disable()
     temporary = Path(result + ".part")
     temporary.write_bytes(pickle.dumps(outcome))
     temporary.rename(result)
