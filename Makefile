@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs prepared test test-all test-fast bench bench-gpu check format clean
+.PHONY: demo docs prepared programs test test-all test-fast bench bench-gpu check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/distrain train recipes/digits.yaml --processes 2
@@ -16,7 +16,10 @@ test-all: prepared
 	$(BIN)/python scripts/test.py --all
 
 # all that tests need
-prepared: $(VENV)/installed
+prepared: $(VENV)/installed programs
+
+# what is no package of Python, one after the other as each locks the system's packages
+programs:
 	sh scripts/install-slurm.sh --if-possible
 	sh scripts/install-chromium.sh --if-possible
 

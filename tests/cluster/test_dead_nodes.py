@@ -54,7 +54,7 @@ def _switched_off(cluster: Cluster, run: Run, job: str) -> None:
     [
         pytest.param(_stepd_killed, id="slurmstepd-killed", marks=pytest.mark.fault(8)),
         pytest.param(_cut_off, id="cut-off", marks=pytest.mark.fault(9)),
-        pytest.param(_switched_off, id="switched-off", marks=pytest.mark.fault(8)),
+        pytest.param(_switched_off, id="switched-off", marks=[pytest.mark.fault(8), pytest.mark.more]),
     ],
 )
 def test_a_run_resumes_without_a_dead_node(

@@ -240,7 +240,7 @@ def scoring(recipe: str, run_dir: str, strategy: str) -> int:
     return work(recipe, [], run_dir=run_dir, strategy=strategy)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.more), "fsdp2"])
 def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, strategy: str) -> None:
     recipe = write_recipe(tmp_path, EVALUATED)
     run = tmp_path / "run"

@@ -225,7 +225,9 @@ def test_a_first_step_that_takes_its_time_is_no_hang(tmp_path: Path) -> None:
     assert not list((run / "heartbeat").glob("st*"))
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 4), ("fsdp2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [("ddp", 4), pytest.param("fsdp2", 2, marks=pytest.mark.more), ("zero3", 2)]
+)
 def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: str, world_size: int) -> None:
     recipe, run, rank = write_recipe(tmp_path, TINY), tmp_path / "run", world_size // 2
     slow = ["model.where=forward", f"model.rank={rank}", "model.at=4", "model.how=slow", "model.seconds=0.03"]

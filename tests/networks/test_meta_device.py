@@ -154,7 +154,7 @@ TORCHVISION = [
 
 LIKE_OTHERS = (
     "alexnet", "densenet121", "efficientnet_v2_s", "googlenet", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "s3d",
-    "squeezenet1_0", "swin3d_t", "swin_t", "fcn_resnet50", "lraspp_mobilenet_v3_large",
+    "squeezenet1_0", "swin3d_t", "swin_t", "mvit_v1_b", "r3d_18", "fcn_resnet50", "lraspp_mobilenet_v3_large",
 )  # fmt: skip
 """Made of the layers of those that are left, and initialised as they are."""
 

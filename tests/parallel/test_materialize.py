@@ -94,7 +94,13 @@ def initial(strategy: str, names: list[str], node_size: int) -> dict[str, tuple[
 
 @pytest.mark.parametrize(
     ("strategy", "world_size", "node_size"),
-    [("single", 1, 1), ("ddp", 2, 2), ("zero3", 3, 2), ("fsdp2", 3, 3), ("hsdp", 4, 2)],
+    [
+        ("single", 1, 1),
+        ("ddp", 2, 2),
+        ("zero3", 3, 2),
+        ("fsdp2", 3, 3),
+        pytest.param("hsdp", 4, 2, marks=pytest.mark.more),
+    ],
 )
 def test_initial_weights_are_those_of_one_process(strategy: str, world_size: int, node_size: int) -> None:
     names = [*ODD, *REFUSING]

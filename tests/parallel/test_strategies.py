@@ -279,8 +279,14 @@ def resumed_cases(name: str, *, every_combination: bool) -> list[str]:
     ]
 
 
+RESUMED = ("singlex1", "ddpx2", "zero2x2", "zero3x3", "fsdp2x3")
+"""One way for each class of strategy; test_matrix resumes on all."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in RESUMED else [pytest.mark.more]) for name in CHAIN]
+)
 def test_every_strategy_resumes_from_another(
     straight: Straight, name: str, every_combination: bool, tmp_path: Path
 ) -> None:
@@ -480,7 +486,7 @@ def train_sparse(folder: Path, strategy: str, world_size: int) -> dict[str, Path
     return runs
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", MORE_ZERO1, "zero3", "fsdp2"])
 def test_embeddings_with_sparse_gradients_train_as_in_one_process(
     dense: dict[str, Path], strategy: str, tmp_path: Path
 ) -> None:

@@ -251,7 +251,9 @@ def own_package() -> Snapshot | None:
         return None
     files: dict[str, Path] = {}
     for name in ("distrain", "launch", "accelerate_configs"):
-        for path in sorted((package.parent / name).rglob("*")):
-            if path.suffix in (".py", ".yaml") and path.is_file():
-                files[path.relative_to(package.parent).as_posix()] = path
-    return Snapshot(files)
+        for folder, _, names in os.walk(package.parent / name):
+            for file in names:
+                if file.endswith((".py", ".yaml")):
+                    path = Path(folder, file)
+                    files[path.relative_to(package.parent).as_posix()] = path
+    return Snapshot(dict(sorted(files.items())))
