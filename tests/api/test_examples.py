@@ -38,7 +38,7 @@ FIGURES = {
         ("compare.py", (), "lr 0.1: loss"),
         ("two_towers.py", (), "found among 180: 0.2"),  # by chance 0.006
         ("diffusion.py", (), "nearest digit at"),
-        ("gan.py", (), "distance to the digits"),
+        pytest.param("gan.py", (), "distance to the digits", marks=pytest.mark.more),  # docs/tasks.md trains one
         ("reinforce.py", (), "step 30: the pole stands"),
         ("distillation.py", (), "parameters: teacher 9,610, student 610"),
     ],

@@ -839,6 +839,7 @@ def test_distrain_train_starts_resumes_and_shows_a_sharded_run(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_settings_are_named_by_the_file_they_are_in(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     # a type that starts one process whatever number is written

@@ -325,7 +325,9 @@ def test_copies_compute_their_own_blocks(way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [gpt, resnet, hugging_face], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [gpt, resnet, pytest.param(hugging_face, marks=pytest.mark.more)], ids=lambda make: make.__name__
+)
 def test_it_compiles(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     model, other, inputs = made(make)
     for module in model.modules():

@@ -751,6 +751,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_the_command_as_people_type_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [
