@@ -8,12 +8,21 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import atexit
 import ctypes
+import functools
 import gc
 import importlib
+import importlib.metadata
 import pkgutil
 from pathlib import Path
 
-import distrain.parallel.comm
+# what is installed stays what it is, and reading it takes a process as long as several steps; each start asks for these
+for name in ("entry_points", "version"):
+    setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
+importlib.metadata.entry_points(group="torch.distributed.backends")
+for name in ("torch", "torchvision", "accelerate", "deepspeed"):
+    importlib.metadata.version(name)
+
+import distrain.parallel.comm  # noqa: E402
 
 _HUGE_PAGE = 1 << 21
 _MADV_COLLAPSE = 25
