@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distrain.datasets.base import Data, is_stream
 from distrain.networks.calling import calling_convention, unwrap_model
+from distrain.parallel.parameter_writes import restored
 from distrain.parallel.stirring import stirred
 from distrain.training.context import TrainContext, to_device
 
@@ -39,11 +40,12 @@ def padding_warning(t: TrainContext, data: Data) -> str | None:
         to_device({"inputs": _one(source.fetch(np.array(ids))["inputs"])}, world)
         for ids in ([short], [short], [short, long])
     ]
+    written = () if world.forward_is_collective else model.parameters()
     eager = torch.compiler.set_stance("force_eager") if t.compiled.on else nullcontext()
     apart = False
     model.eval()  # draws no random numbers
     try:
-        with stirred(t.strategy), suppress(Exception), torch.no_grad(), eager:
+        with stirred(t.strategy), restored(model, written), suppress(Exception), torch.no_grad(), eager:
             alone, again, both = (call(model, batch["inputs"]).logits.float() for batch in batches)
             beside = both[tuple(map(slice, alone.shape))]
             limit = (2e-2 if world.mixed_precision.autocast is not None else 1e-4) * alone.abs().max()

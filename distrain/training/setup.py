@@ -26,6 +26,7 @@ from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.summary import ModelSummary
 from distrain.optim import full_keys, resolve_schedule
 from distrain.parallel import World, build_strategy
+from distrain.parallel.parameter_writes import restored
 from distrain.parallel.stirring import stirred
 from distrain.parallel.verifying import find_newest_verified
 from distrain.run.folder import RunDir
@@ -140,10 +141,9 @@ def set_up(
     if data.packed:
         narrow = world.mixed_precision.autocast is not None
         model_call = calling_convention(training.strategy.model)
-        with stirred(training.strategy):
-            check_documents_apart(
-                training.strategy.model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow
-            )
+        model = training.strategy.model
+        with stirred(training.strategy), restored(model, () if world.forward_is_collective else model.parameters()):
+            check_documents_apart(model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow)
     pads = None if data.packed else padding_warning(training, data)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from chats import save_tokenizer
-from runs import cli, train, write_recipe
+from runs import cli, last, state, train, write_recipe
 
 from distrain.config import DataSection, UserError
 from distrain.config.yaml import parse_recipe
@@ -268,6 +268,7 @@ def test_texts_are_learned_and_predictions_have_the_names_of_classes(base: Path,
 
 
 MEANS = """
+import torch
 from torch import nn
 
 
@@ -275,8 +276,10 @@ class Means(nn.Module):
     def __init__(self, vocab_size, num_classes):
         super().__init__()
         self.embed, self.head = nn.Embedding(vocab_size, 8), nn.Linear(8, num_classes)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, tokens):
+        self.calls += 1
         return self.head(self.embed(tokens).mean(1))
 """
 
@@ -289,3 +292,4 @@ def test_a_model_that_reads_padding_is_warned_of(base: Path, tmp_path: Path, str
     ended = train(world_size, recipe, tmp_path / "run", "batch.global=2", "train.steps=1", strategy=strategy)
     said = " ".join((ended[0].out + ended[0].err).split())
     assert "Means computes something else of a sample where a longer one is beside it: it reads padding" in said
+    assert state(last(tmp_path / "run"))["model/calls"] == 2, "of the step and the evaluation; a trial leaves nothing"
