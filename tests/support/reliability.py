@@ -1,7 +1,7 @@
 """The table of docs/reliability.md, made from what tests of faults found.
 
 A test says which fault of the catalogue it makes by `@pytest.mark.fault(ROW)`, and by `record_property` how many times
-(`trials`) and how many finished steps were trained again at most (`steps_lost`). `pytest --reliability
+(`trials`) and how many finished steps were trained again at most (`steps_lost`). `pytest --all --reliability
 docs/reliability.md` puts what a run found into the page; rows of which it tried nothing stay as they are.
 """
 
