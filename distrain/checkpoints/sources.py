@@ -184,6 +184,9 @@ class Source:
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The optimizer's state of each parameter that is not a tensor."""
     optimizer_groups: list[dict[str, Any]] = field(default_factory=list)
+    """The settings of its groups, with the names of their parameters as `params`, as far as they are known."""
+    optimizer_problem: str = ""
+    """Why its state cannot be imported, as it would be that of other parameters; empty if it can."""
     buffers: set[str] | None = None
     """Canonical names of the model's buffers; None if the format does not tell them from parameters."""
     renamed: set[str] = field(default_factory=set)

@@ -306,6 +306,11 @@ class TrainingState:
         """Return what is not a tensor: of the optimizer, of its groups (all, for the record), and of the model."""
         return self._scalars(contents(self.model), self._kept(self._trained()))
 
+    def settings(self) -> list[tuple[list[str], dict[str, Any]]]:
+        """Return the optimizer's groups, each with the names of its parameters."""
+        assert self.optimizer is not None
+        return list(zip(self._groups(), self.optimizer.param_groups, strict=True))
+
     def _scalars(self, found: Contents, kept: Kept) -> dict[str, Any]:
         assert self.optimizer is not None, "scalars are those of training"
         groups = [

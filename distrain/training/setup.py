@@ -38,6 +38,7 @@ from distrain.training.context import TrainContext, Turn
 from distrain.training.coupling import check_cut, couples_samples, cut_of, describe_cut, warning
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
+from distrain.training.imported_settings import changed_settings
 from distrain.training.padding import padding_warning
 from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
@@ -151,6 +152,12 @@ def set_up(
             logger.info(note)
         anomalies.load(reader.manifest.scalars)
         training.step = reader.manifest.step
+        if "imported_from" in reader.manifest.scalars:
+            training.set_lr(training.step)
+            for note in changed_settings(
+                reader.manifest.scalars["optimizer_groups"], training.strategy.state.settings()
+            ):
+                logger.info(note)
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
     warnings += [*length_warnings(recipe, horizon), *([] if pads is None else [pads])]

@@ -78,12 +78,17 @@ def import_checkpoint(
                 "in data and schedule: give it with --step (batches, and a loop's index, may be others)"
             )
         done = step if step is not None else source.step
+        has_optimizer = source.optimizer is not None or any(name.startswith("optimizer/") for name in source.names)
+        if done is None and has_optimizer:
+            raise UserError(
+                f"{source.path}: it holds the optimizer's state and no number of steps, by which a run goes on in data "
+                "and schedule: give it with --step, 0 to begin both anew"
+            )
         if done is None:
             done = 0
             notes.append("it does not record the step, which is taken for 0; --step N sets it")
         if done < 0:
             raise UserError(f"--step {done}: expected 0 or more")
-        has_optimizer = any(name.startswith("optimizer/") for name in source.names)
         kind = (optimizer or source.optimizer) if has_optimizer else None
         if optimizer and not has_optimizer:
             raise UserError(f"{source.path} holds no optimizer's state; remove --optimizer {optimizer}")
@@ -123,6 +128,7 @@ def _target(out: Path) -> tuple[Path, str]:
 def _drop_optimizer(source: Source) -> None:
     for name in [name for name in source.names if name.startswith("optimizer/")]:
         del source.tensors[name]
+    source.optimizer = None
     source.optimizer_values.clear()
     source.optimizer_groups.clear()
     source.skipped.append("the optimizer's state, as asked")

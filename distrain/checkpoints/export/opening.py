@@ -213,6 +213,7 @@ def open_foreign(
             entry.value(source, path, trust=trust)
             _tie(source, tied or {})
             _name_buffers(source, buffers)
+            _fit_average(source)
             source.check()
             if source.step is None:
                 _find_step(source)
@@ -318,6 +319,22 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
         source.notes.append(f"{_AS_BUFFERS}, by name or dtype: {some(sorted(usual))}; --buffers names others")
 
 
+def _fit_average(source: Source) -> None:
+    """Drop an average that is not one of the model's tensors, and what it has of tied weights a second time."""
+    average = [full for full in source.names if full.startswith("ema/")]
+    of_model = {full: f"model/{full.removeprefix('ema/')}" for full in average}
+    odd = [full for full in average if of_model[full] not in source.tensors and of_model[full] not in source.aliases]
+    if odd:
+        source.skipped.append(
+            f"the average: {some([full.removeprefix('ema/') for full in odd])} is no tensor of the model's"
+        )
+    for full in average:
+        other = source.aliases.get(of_model[full], "").replace("model/", "ema/", 1)
+        if odd or (other in source.tensors and _equal(source, full, other)):
+            del source.tensors[full]
+    source.aliases = {alias: name for alias, name in source.aliases.items() if name in source.tensors}
+
+
 def _find_step(source: Source) -> None:
     """Set the step to the one that is recorded, or to the optimizer's own count; note where these differ."""
     count, recorded = _count_steps(source), source.steps
@@ -351,6 +368,8 @@ def check_optimizer(source: Source) -> None:
 
     State in 16 bits gets its parameter's dtype.
     """
+    if source.optimizer_problem:
+        raise UserError(f"{source.path}: {source.optimizer_problem}; drop its state with --no-optimizer")
     stored: dict[str, set[str]] = {}
     for full in source.names:
         if not full.startswith("optimizer/"):

@@ -152,10 +152,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error_reason(error)}") from error
 
 
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile and FSDP add."""
+    return _WRAPPERS.sub("", name)
+
+
 def canonical_names(source: Source, names: Iterable[str]) -> dict[str, str]:
     """Return {name: canonical name} without the parts that wrappers add, which are noted."""
     names = list(names)
-    found = {name: _WRAPPERS.sub("", name) for name in names}
+    found = {name: without_wrappers(name) for name in names}
     removed = ["those of torch.compile and FSDP wrappers"] if any(found[name] != name for name in names) else []
     if names and all(name.startswith("module.") for name in found.values()):
         found = {name: short.removeprefix("module.") for name, short in found.items()}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from distrain.checkpoints.foreign import from_distributed, from_safetensors, from_torch
-from distrain.checkpoints.foreign.common import TorchFile
+from distrain.checkpoints.foreign.common import TorchFile, read_json
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.sources import Source
 from distrain.config.registry import formats
@@ -15,7 +15,14 @@ from distrain.system.errors import UserError, some
 _FSDP = "pytorch_model_fsdp"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
-_STATE = re.compile(r"random_states_\d+\.pkl|scheduler(_\d+)?\.bin|sampler(_\d+)?\.bin|scaler\.pt|custom_checkpoint_.*")
+_TRAINER = "trainer_state.json"
+_SCALER = "scaler.pt"
+_STATE = re.compile(
+    r"random_states_\d+\.pkl|scheduler(_\d+)?\.bin|sampler(_\d+)?\.bin"
+    r"|rng_state(_\d+)?\.pth|scheduler\.pt|training_args\.bin"
+)
+_OPTIMIZER = re.compile(r"optimizer(_\d+)?\.(?:bin|pt)")
+_FURTHER_MODEL = re.compile(r"(?:model|pytorch_model)_\d+\.(?:safetensors|bin)")
 _HARMLESS = re.compile(r".*\.(json|txt|model|md|jinja)|\.gitattributes")
 
 
@@ -36,24 +43,43 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     """Add the model of a folder, and its optimizer if there is one."""
     names = {entry.name for entry in folder.iterdir()}
     used = _open_model(source, folder, names, trust)
+    optimizers = sorted((n for n in names if _OPTIMIZER.fullmatch(n)), key=lambda name: (len(name), name))
     if not source.wants_optimizer:
-        used |= {"optimizer_0", "optimizer.bin"} & names
+        used |= {"optimizer_0", *optimizers} & names
     elif "optimizer_0" in names:
         from_distributed.open_folder(source, folder / "optimizer_0")
         used.add("optimizer_0")
-    elif "optimizer.bin" in names:
-        file = TorchFile(source, folder / "optimizer.bin", trust=trust)
-        add_optimizer(source, file, file.root, "optimizer.bin")
-        used.add("optimizer.bin")
+    for name in optimizers if source.wants_optimizer else ():
+        file = TorchFile(source, folder / name, trust=trust)
+        add_optimizer(source, file, file.root, name)
+        used.add(name)
+    if further := sorted(name for name in names if _FURTHER_MODEL.fullmatch(name)):
+        source.skipped.append(f"further models: {some(further)}")
+        # their numbers are those of the calls that prepared them: names and shapes may fit another model's
+        source.optimizer_problem = source.optimizer_problem or (
+            f"there are several models, such as {further[0]}, and nothing tells which of them an optimizer trained"
+        )
+        used |= set(further)
+    _add_step(source, folder, names)
     source.config = from_safetensors.read_config(folder)
     state = sorted(name for name in names if _STATE.fullmatch(name))
     if state:
         source.skipped.append(
             f"random states, schedules and the like, which distrain computes from the step: {some(state)}"
         )
+    if _SCALER in names:
+        source.skipped.append(f"{_SCALER}: the loss scale of fp16 starts anew")
+        used.add(_SCALER)
     others = sorted(n for n in names - used - set(state) if not _HARMLESS.fullmatch(n))
     if others:
         source.skipped.append(f"other files: {some(others)}")
+
+
+def _add_step(source: Source, folder: Path, names: set[str]) -> None:
+    """Add the number of steps that Hugging Face's Trainer records."""
+    step = read_json(folder / _TRAINER).get("global_step") if _TRAINER in names else None
+    if type(step) is int and 0 <= step < 10**18:
+        source.steps["global_step"] = step
 
 
 def _open_model(source: Source, folder: Path, names: set[str], trust: bool) -> set[str]:

@@ -32,8 +32,8 @@ _SORTS = {
 }
 _USED = {
     "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params",
-    "global_steps", "ds_config", "ds_version", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions",
-    "optimizer",
+    "global_steps", "skipped_steps", "ds_config", "ds_version", "dp_world_size", "mp_world_size",
+    "checkpoint_parallel_dimensions", "optimizer",
 }  # fmt: skip
 _WORLD = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
 
@@ -82,8 +82,12 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
     source.description = f"DeepSpeed ZeRO-{stage} of {count} rank{'s' * (count != 1)}"
     if isinstance(head.get("ds_version"), str):
         source.description += f", by DeepSpeed {head['ds_version'][:20]}"
-    steps = head.get("global_steps")
-    source.step = steps if type(steps) is int and 0 <= steps < 10**18 else None
+    steps, missed = head.get("global_steps"), head.get("skipped_steps")
+    if type(steps) is int and 0 <= steps < 10**18:
+        source.steps["global_steps"] = steps
+        # neither its optimizer nor its schedule counts those with an overflow
+        if type(missed) is int and 0 < missed <= steps:
+            source.steps["global_steps - skipped_steps"] = steps - missed
     rest = [str(key) for key, value in head.items() if key not in _USED and value not in (None, 0, {}, [])]
     if rest:
         source.skipped.append(f"{file.path.name}: {some(rest, 12)}")
@@ -285,7 +289,7 @@ class _Folder:
 
     def _add_optimizer(self) -> None:
         state_key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
-        ranks = [groups for state in self.states if (groups := _by_group(state.get(state_key)))]
+        ranks = [groups for state in self.states if (groups := _by_group(state.get(state_key))) is not None]
         if len(ranks) < self.world_size:
             self.source.skipped.append(
                 "the optimizer's state: it is not in the files, or not as torch's optimizers keep it"
@@ -316,7 +320,15 @@ class _Folder:
         state = self.states[0].get(state_key)
         settings = state.get("param_groups") if isinstance(state, dict) else None
         settings = [group for group in settings if isinstance(group, dict)] if isinstance(settings, list) else []
-        add_by_name(self.source, tensors, values, settings)
+        # each flat tensor has the number of its group of parameters
+        names = {index: list(shapes) for index, shapes in enumerate(self.shapes)}
+        add_by_name(self.source, tensors, values, [_named(group, names) for group in settings])
+
+
+def _named(group: Mapping[str, Any], names: Mapping[int, list[str]]) -> dict[str, Any]:
+    flats = group.get("params")
+    flats = flats if isinstance(flats, list) else []
+    return {**group, "params": [name for flat in flats if isinstance(flat, int) for name in names.get(flat, ())]}
 
 
 def _widened(dtype: str) -> str:

@@ -14,7 +14,7 @@ from distrain.checkpoints.files import open_descriptor
 from distrain.checkpoints.foreign.archive import MAX_PICKLE
 from distrain.checkpoints.foreign.common import AVERAGE_COUNT, TorchFile, basename, canonical_names
 from distrain.checkpoints.foreign.from_torch import AVERAGE, MODEL, OPTIMIZER, STEP
-from distrain.checkpoints.foreign.optimizers import add_by_name
+from distrain.checkpoints.foreign.optimizers import UNNAMED, add_by_name, named_groups, names_of
 from distrain.checkpoints.foreign.pickles import Made, PickleRefused, View, dtype_of, read_pickle
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.sources import Block, Source, Stored
@@ -53,8 +53,8 @@ def open_folder(source: Source, folder: Path) -> None:
         top = {path[0] for path in listing.paths.values()}
     model = next((key for key in MODEL if key in top), None)
     tensors: dict[str, dict[str, Stored]] = {"model": {}, "ema": {}}
-    states: dict[tuple[str, str], Stored] = {}
-    values: dict[tuple[str, str], Any] = {}
+    states: dict[tuple[int | str, str], Stored] = {}
+    values: dict[tuple[int | str, str], Any] = {}
     groups: dict[int | str, dict[str, Any]] = {}
     left = []
     for name, path in listing.paths.items():
@@ -73,8 +73,9 @@ def open_folder(source: Source, folder: Path) -> None:
                 states[place] = listing.stored(name, "optimizer")
             else:
                 values[place] = listing.value(name)
-        elif first in OPTIMIZER and len(rest) == 3 and rest[0] == "param_groups" and name not in listing.tensors:
-            groups.setdefault(rest[1], {})[str(rest[2])] = listing.value(name)
+        elif first in OPTIMIZER and (place := _parameter(rest, "param_groups")) and name not in listing.tensors:
+            own = {"params": [place[0]]} if len(rest) == 1 else {}  # one flat name for each parameter
+            groups.setdefault(place[0], own)[place[1]] = listing.value(name)
         elif first in STEP and not rest and name in listing.tensors:
             source.tensors["step"] = listing.stored(name, "optimizer")
             value = source.number("step")
@@ -90,20 +91,42 @@ def open_folder(source: Source, folder: Path) -> None:
     for prefix, found in tensors.items():
         canonical = canonical_names(source, found)
         source.tensors |= {f"{prefix}/{canonical[name]}": stored for name, stored in found.items()}
-    if states or values:
-        add_by_name(source, states, values, [group for _, group in sorted(groups.items(), key=lambda e: str(e[0]))])
+    if states or values or groups:
+        _add_optimizer(source, folder, states, values, [groups[key] for key in sorted(groups, key=str)])
     if left:
         source.skipped.append(f"{len(left)} entries of {folder.name}: {some(left)}")
     if not tensors["model"] and not states:
         raise UserError(f"{folder}: found no tensors under {', '.join(MODEL)}; it holds {some(map(str, top), 8)}")
 
 
-def _parameter(rest: _Path) -> tuple[str, str] | None:
-    """Return (parameter, key) of an entry of an optimizer's state, nested or in one flat name."""
-    if len(rest) == 3 and rest[0] == "state":
-        return str(rest[1]), str(rest[2])
-    if len(rest) == 1 and str(rest[0]).startswith("state."):
-        name, _, key = str(rest[0]).removeprefix("state.").rpartition(".")
+def _add_optimizer(
+    source: Source,
+    folder: Path,
+    states: dict[tuple[int | str, str], Stored],
+    values: dict[tuple[int | str, str], Any],
+    groups: list[dict[str, Any]],
+) -> None:
+    if any(isinstance(each, int) for group in groups for each in group.get("params") or ()):
+        # the keys of a mapping become texts, and those of its lists stay
+        states, values = ({(_number(n), key): v for (n, key), v in held.items()} for held in (states, values))
+    names = names_of(dict.fromkeys(place[0] for place in [*states, *values]), groups)
+    if names is None:
+        source.skipped.append(f"{folder.name}: {UNNAMED}")
+        return
+    named_states, named_values = ({(names[n], key): v for (n, key), v in held.items()} for held in (states, values))
+    add_by_name(source, named_states, named_values, named_groups(groups, names))
+
+
+def _number(text: int | str) -> int | str:
+    return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 10 else text
+
+
+def _parameter(rest: _Path, kind: str = "state") -> tuple[int | str, str] | None:
+    """Return (parameter or group, key) of an entry of an optimizer's state or groups, nested or in one flat name."""
+    if len(rest) == 3 and rest[0] == kind:
+        return rest[1], str(rest[2])
+    if len(rest) == 1 and str(rest[0]).startswith(f"{kind}."):
+        name, _, key = str(rest[0]).removeprefix(f"{kind}.").rpartition(".")
         return (name, key) if name else None
     return None
 

@@ -64,11 +64,8 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
         if key in OPTIMIZER and not source.wants_optimizer:
             source.skipped.append(f"{path.name}: {key}")
         elif key in OPTIMIZER:
-            several = value if isinstance(value, list) else [value]
-            for one in several[:1]:
+            for one in value if isinstance(value, list) else [value]:
                 add_optimizer(source, file, one, f"{path.name}: {key}")
-            if len(several) > 1:
-                source.skipped.append(f"{path.name}: {key}: it holds {len(several)} optimizers, all but the first")
         elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
             add_state_dict(source, file, value, "ema")
         elif key in STEP and type(value) is int and 0 <= value < 10**18:
