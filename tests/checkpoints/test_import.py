@@ -86,7 +86,14 @@ def saved_elsewhere(checkpoint: Path, out: Path) -> None:
             "optimizer": {
                 "state": {index: state[name] for index, name in enumerate(names)},
                 "param_groups": [
-                    {"lr": 0.5, "decoupled_weight_decay": True, "params": [*range(len(names))], "param_names": names}
+                    {
+                        "lr": 0.5,
+                        "betas": (0.9, 0.999),
+                        "amsgrad": False,
+                        "decoupled_weight_decay": True,
+                        "params": [*range(len(names))],
+                        "param_names": names,
+                    }
                 ],
             },
             "global_step": 3,

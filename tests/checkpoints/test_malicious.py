@@ -686,7 +686,7 @@ def test_optimizers_as_far_as_they_are_known(tmp_path):
             assert source.optimizer == kind
     state = {"state": {"w": {"exp_avg": torch.zeros(2)}}, "param_groups": []}
     with open_foreign(optimizer_file(tmp_path, {}, optimizer=[state, state, state])) as source:
-        assert "model.pt: optimizer: it holds 3 optimizers, all but the first" in source.skipped
+        assert "several optimizers that have state for the same parameters (w)" in source.optimizer_problem
 
 
 def test_tying_one_name_takes_no_other(tmp_path):

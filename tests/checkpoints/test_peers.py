@@ -20,6 +20,7 @@ from worlds import in_world
 
 from distrain.checkpoint import Reader, verify
 from distrain.checkpoints.export import export, import_checkpoint
+from distrain.config import UserError
 
 TIED = {"head.weight": "embed.weight"}
 
@@ -223,3 +224,11 @@ def test_folders_of_accelerate_with_deepspeed(written, tmp_path):
     assert re.match(r"DeepSpeed ZeRO-2 of 2 ranks", done.description)
     assert any("random_states_0.pkl" in what for what in done.skipped)
     assert done.step == foreign_folders.STEPS
+    # an overflow skips a step, which neither optimizer nor schedule counts
+    model = path / "pytorch_model" / "mp_rank_00_model_states.pt"
+    content = torch.load(model, weights_only=False)
+    torch.save(content | {"global_steps": foreign_folders.STEPS + 2, "skipped_steps": 2}, model)
+    assert import_checkpoint(path, tmp_path / "skipped").step == foreign_folders.STEPS
+    torch.save(content | {"global_steps": foreign_folders.STEPS + 2}, model)
+    with pytest.raises(UserError, match="it records global_steps 5, and its optimizer counted 3 steps"):
+        import_checkpoint(path, tmp_path / "differs")
