@@ -41,6 +41,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     for warning in warnings_of(source):
         logger.warning(warning)
     metrics = build_metrics(recipe, data.meta)
+    trained.warn_of_padding(source)
     heartbeat.enter_phase("evaluate")
     with explaining_errors(lambda: (trained.model, trained.objective.loss), log_error):
         values = evaluate(

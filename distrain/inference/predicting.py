@@ -167,6 +167,8 @@ def _predict_into(
         trained.check_inputs(inputs if is_split else None, changed_data=changed_data)
         for warning in warnings_of(work.source):
             logger.warning(warning)
+        if work.output != "text":
+            trained.warn_of_padding(work.source)
         heartbeat.enter_phase("evaluate")
         with explaining_errors(lambda: (trained.model, None), log_error):
             count = _collect(trained, work, files)

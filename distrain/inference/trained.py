@@ -15,7 +15,7 @@ from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.data import Transform, build_data, build_transform
-from distrain.datasets.base import Data, DataMeta
+from distrain.datasets.base import AnySource, Data, DataMeta
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
@@ -25,6 +25,7 @@ from distrain.parallel.frozen import initial_weights, with_initial_weights
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
+from distrain.training.padding import padding_warnings
 from distrain.training.restored import restored_model
 from distrain.training.same_data import check_same_data
 from distrain.training.tasks import Objective, TaskContext, build_objective
@@ -125,6 +126,12 @@ class Trained:
         if self.world.tuning["uint8_inputs"]:
             transform.leave_bytes()
         return transform
+
+    def warn_of_padding(self, source: AnySource) -> None:
+        """Warn where what the model computes for a sample depends on the samples beside it. All ranks call."""
+        about = (source, self.transform(), self.data.meta, self.world)
+        for found in [] if self.data.packed else padding_warnings(self.model, self.objective, *about):
+            logger.warning(found)
 
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:
         """Compare data and code with those of the training; returns how the data differ. All ranks call.

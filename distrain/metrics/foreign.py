@@ -222,6 +222,10 @@ def user_metric(found: Any, name: str, args: Mapping[str, Any], setting: Setting
     )
 
 
+_SEQUENCES = 8
+"""Of a batch, with which it is tried whether a metric counts padding."""
+
+
 class UserSums(Part):
     """(sum, count) of a user's function."""
 
@@ -230,6 +234,8 @@ class UserSums(Part):
         self._name = name
         self._tries = 3
         """Batches with which it is still to be tried whether samples are taken together."""
+        self._padded_tries = 8
+        """Batches with which it is still to be tried whether padding is counted."""
 
     def batch(self, seen: Seen) -> Tensor:
         seen = seen.kept()
@@ -241,7 +247,28 @@ class UserSums(Part):
         found, is_whole = self._pair(outputs, targets, device)
         if is_whole and self._tries and samples > 1 and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
             self._try_halves(outputs, targets, found)
+        if self._padded_tries and seen.setting.has_places and isinstance(targets, Tensor) and targets.dim() == 2:
+            self._try_padding(outputs, targets, seen.setting.ignore_index)
         return found
+
+    def _try_padding(self, outputs: Tensor, targets: Tensor, ignore_index: int) -> None:
+        """Warn where a sequence (seq, classes) has another value without the targets at its end that are ignored."""
+        places = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+        lengths = ((targets != ignore_index) * places).amax(1)
+        short = [(row, end) for row, end in enumerate(lengths.tolist()) if 0 < end < targets.shape[1]][:_SEQUENCES]
+        self._padded_tries -= bool(short)
+        try:
+            differ = [self._differs_without_end(outputs[row], targets[row], end) for row, end in short]
+        except Exception as error:  # the user's code, which may take several sequences alone
+            logger.debug(f"metric {self._name} of one sequence: {error}")
+            return
+        if any(differ):
+            self._padded_tries = 0
+            logger.warning(
+                f"metric {self._name} counts padding: a sequence has another value without the targets {ignore_index} "
+                "at its end, so it depends on eval.batch and the number of processes. Leave out these targets, and "
+                "return a pair (sum, count)"
+            )
 
     def _try_halves(self, outputs: Tensor, targets: Tensor, whole: Tensor) -> None:
         """Warn where the sums of two halves of a batch are not those of the `whole`."""
@@ -261,6 +288,12 @@ class UserSums(Part):
                 "their halves, so it depends on eval.batch and the number of processes. Return a value per sample, "
                 "or a pair (sum, count) of what adds up; torchmetrics has metrics of all samples together"
             )
+
+    def _differs_without_end(self, outputs: Tensor, targets: Tensor, length: int) -> bool:
+        """Whether a sequence (seq, classes) has another value as its first `length` places."""
+        whole = self._pair(outputs[None], targets[None], targets.device)[0]
+        begin = self._pair(outputs[None, :length], targets[None, :length], targets.device)[0]
+        return not torch.allclose(whole, begin, rtol=1e-3, atol=1e-6, equal_nan=True)
 
     def _pair(self, outputs: Any, targets: Any, device: torch.device) -> tuple[Tensor, bool]:
         """Return (sum, count) (2,) float64 of a batch, and whether the function gave one result for all of it."""

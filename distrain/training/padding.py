@@ -1,74 +1,92 @@
-"""Whether what a model computes of a sample depends on the padding that a longer one in its batch asks for."""
+"""Whether what is computed of a sample depends on the padding that a longer one in its batch asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrain.datasets.base import Data, is_stream
-from distrain.networks.calling import calling_convention, unwrap_model
-from distrain.parallel.parameter_writes import restored
-from distrain.parallel.stirring import stirred
-from distrain.training.context import TrainContext, to_device
+from distrain.datasets.base import AnySource, Batch, DataMeta
+from distrain.datasets.transforms import Transform
+from distrain.networks.calling import Convention, unwrap_model
+from distrain.parallel import World
+from distrain.training.tasks import Objective
+from distrain.training.trying import TriedSamples, eagerly
 
 _LOOKED_AT = 16
-"""Samples among which one that is shorter than another is looked for."""
+"""Samples among which some that are shorter than others are looked for."""
+_PAIRS = 3
+"""Of a shorter and a longer sample, with which a model is tried."""
 
 
-def padding_warning(t: TrainContext, data: Data) -> str | None:
-    """Return the warning for a model whose output for a sample is another one beside a longer sample.
+def padding_warnings(
+    model: nn.Module, objective: Objective, source: AnySource, transform: Transform, meta: DataMeta, world: World
+) -> list[str]:
+    """Return a warning for a model whose output for a sample is another one beside a longer sample, or such losses.
 
-    Tried with two training samples, since many models take no mask, or take one and pass over it. All ranks call, and
-    try the same: a sharded model's forward runs collectives. None where samples are not padded, or the trial fails:
-    training says what is wrong.
+    Tried with a few samples of `source`, since many models take no mask, or take one and pass over it. `model` is whole
+    and in the mode of an evaluation, in which it draws no random numbers. Empty where samples are not padded, or the
+    trial fails: what computes with them next says what is wrong.
     """
-    source, shape = data.splits["train"], data.meta.input_shape
-    may_pad = data.meta.pad_id is not None or data.chat is not None or (shape is not None and len(shape) < 3)
-    if not may_pad or is_stream(source):
-        return None
-    lengths = [_length(source.fetch(np.array([number]))["inputs"]) for number in range(min(len(source), _LOOKED_AT))]
-    short, long = int(np.argmin(lengths)), int(np.argmax(lengths))
-    if lengths[short] == lengths[long]:
-        return None
-    model, call, world = t.strategy.model, calling_convention(t.strategy.model), t.world
-    batches = [
-        to_device({"inputs": _one(source.fetch(np.array(ids))["inputs"])}, world)
-        for ids in ([short], [short], [short, long])
+    if meta.input_shape is not None and len(meta.input_shape) > 2:
+        return []
+    reads, counts = False, dict[str, None]()
+    with suppress(Exception), torch.no_grad(), eagerly():
+        samples = TriedSamples(source, transform, world, _LOOKED_AT)
+        for pair in samples.of_unequal_lengths()[:_PAIRS]:
+            alone, again, both = (samples.batch(*which) for which in (pair[:1], pair[:1], pair))
+            with suppress(Exception):  # a task of one's own may call its model otherwise
+                outputs = [_outputs(objective.call, model, _one(each["inputs"])) for each in (alone, again, both)]
+                reads |= _depends(outputs, world)
+            both["ids"][1:] = -1  # padding, as ranks have it at the end of a split
+            if not objective.couples:
+                losses = [_losses(objective, model, each, world) for each in (alone, again, both)]
+                counts |= {name: None for name in losses[0] if _depends([[each[name]] for each in losses], world)}
+    kind = type(unwrap_model(model)).__name__
+    if reads:
+        return [
+            f"{kind} computes something else of a sample where a longer one is beside it: it reads padding, so that "
+            "metrics and predictions depend on batch sizes and on the number of processes. Have it pass over padding, "
+            "which a mask among the inputs or its value tells"
+        ]
+    return [
+        f"loss {name} of a sample is another number where a longer one is beside it: it counts padding, so that it "
+        "depends on batch sizes and the number of processes. Have it leave out what is padding, which the targets tell"
+        for name in counts
     ]
-    written = () if world.forward_is_collective else model.parameters()
-    eager = torch.compiler.set_stance("force_eager") if t.compiled.on else nullcontext()
-    apart = False
-    model.eval()  # draws no random numbers
-    try:
-        with stirred(t.strategy), restored(model, written), suppress(Exception), torch.no_grad(), eager:
-            alone, again, both = (call(model, batch["inputs"]).logits.float() for batch in batches)
-            beside = both[tuple(map(slice, alone.shape))]
-            limit = (2e-2 if world.mixed_precision.autocast is not None else 1e-4) * alone.abs().max()
-            apart = bool((alone - again).abs().max() <= limit < (alone - beside).abs().max())
-    finally:
-        model.train()
-    if not apart:
-        return None
-    return (
-        f"{type(unwrap_model(model)).__name__} computes something else of a sample where a longer one is beside it: it "
-        "reads padding, so that metrics and predictions depend on batch sizes and on the number of processes. Have it "
-        "pass over padding, which a mask among the inputs or its value tells"
-    )
+
+
+def _outputs(call: Convention, model: nn.Module, inputs: Any) -> list[Tensor]:
+    found = call(model, inputs)
+    return [each.double() for each in (found.logits, *found.others)]
+
+
+def _losses(objective: Objective, model: nn.Module, batch: Batch, world: World) -> dict[str, Tensor]:
+    """Return the sum and the count of each loss that an evaluation adds up of a batch (2,)."""
+    names, pairs = objective.score(objective.evaluate(model, batch, predict=False), batch, world).means
+    return dict(zip(names if objective.loss is None else [objective.name], pairs, strict=True))
+
+
+def _depends(found: Sequence[list[Tensor]], world: World) -> bool:
+    """Whether what a sample has alone, and alone again, is another number beside another sample."""
+    alone, again, beside = found
+    return not _differ(alone, again, world) and _differ(alone, beside, world)
+
+
+def _differ(alone: list[Tensor], beside: list[Tensor], world: World) -> bool:
+    """Whether outputs of one sample differ from those that it has in a batch, by more than rounding."""
+    rounding = 2e-2 if world.mixed_precision.autocast is not None else 1e-8 if world.precision == "fp64" else 1e-4
+    for one, other in zip(alone, beside, strict=True):
+        part = other[tuple(map(slice, one.shape))]
+        if one.numel() and bool((one - part).abs().max() > rounding * one.abs().max()):
+            return True
+    return False
 
 
 def _one(inputs: Any) -> Any:
     """Return inputs of one call: of pairs of answers the first."""
     nested = isinstance(inputs, Mapping) and any(isinstance(each, Mapping) for each in inputs.values())
     return next(iter(inputs.values())) if nested else inputs
-
-
-def _length(inputs: Any) -> int:
-    """Return the longest second dimension."""
-    inputs = _one(inputs)
-    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    return max((each.shape[1] for each in tensors if isinstance(each, Tensor) and each.dim() > 1), default=0)

@@ -39,11 +39,13 @@ from distrain.training.coupling import check_cut, couples_samples, cut_of, descr
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
 from distrain.training.imported_settings import changed_settings
-from distrain.training.padding import padding_warning
+from distrain.training.padding import padding_warnings
 from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
+from distrain.training.sums import sums_warnings
 from distrain.training.tasks import build_objective
+from distrain.training.trying import tried_model, tried_objective
 from distrain.training.updates import Inputs, take_inputs
 
 logger = logging.getLogger(__name__)
@@ -145,7 +147,7 @@ def set_up(
         model = training.strategy.model
         with stirred(training.strategy), restored(model, () if world.forward_is_collective else model.parameters()):
             check_documents_apart(model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow)
-    pads = None if data.packed else padding_warning(training, data)
+    tried = _tried(training, feed, fitting.model.parameters, run.path / FOLDER)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
     if reader is not None:
         for note in training.strategy.restore(reader):
@@ -160,7 +162,7 @@ def set_up(
                 logger.info(note)
         reader.close()
     warnings = [*data.warnings, *(each for source in data.splits.values() for each in warnings_of(source))]
-    warnings += [*length_warnings(recipe, horizon), *([] if pads is None else [pads])]
+    warnings += [*length_warnings(recipe, horizon), *tried]
     couples = before is not None or couples_samples(training, lambda: feed.batches(start_step=0))
     if couples is None:
         warnings.append(
@@ -185,6 +187,18 @@ def set_up(
         uncounted=fitting.uncounted,
         beside=beside,
     )
+
+
+def _tried(t: TrainContext, feed: DataPipeline, parameters: int, kept: Path) -> list[str]:
+    """Return the warnings for a model that reads padding, and for a task whose losses are no sums over samples."""
+    data, found = feed.data, list[str]()
+    tried, objective = (data.splits["train"], feed.transforms["eval"]), tried_objective(t.objective)
+    with tried_model(t, data.meta, parameters, kept) as model:
+        if model is not None:
+            if not data.packed:
+                found += padding_warnings(model, objective, *tried, data.meta, t.world)
+            found += sums_warnings(model, objective, *tried, t.world, feed.micro_batch_size)
+    return found
 
 
 def _keep_beside(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> list[str] | None:

@@ -1,0 +1,95 @@
+"""What is tried before the first step: whether a model reads padding, and whether a task's losses are sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import cli, train, write_recipe
+
+RECIPE = """
+name: ragged
+task: {task}
+data: {{name: "ragged_parts:{data}", split: {split}{more}}}
+model: "ragged_parts:{model}"
+optim: {{name: sgd, lr: 0.1}}
+batch: {{global: 16}}
+train: {{steps: 1, precision: fp64}}
+eval: {{every: 1 steps}}
+"""
+READS, NO_SUM = "reads padding, so that metrics", "is not what its parts have together"
+
+
+def said(tmp_path: Path, task: str, data: str, model: str, *overrides: str, strategy: str = "auto") -> str:
+    name, _, kind = data.partition(" ")
+    split = "null" if name == "Stream" else "[0.8, 0.2]"
+    text = RECIPE.format(task=task, data=name, split=split, more=kind and f", kind: {kind}", model=model)
+    world_size = 1 if strategy == "auto" else 2
+    ended = train(world_size, write_recipe(tmp_path, text), tmp_path / "run", *overrides, strategy=strategy)
+    return " ".join((ended[0].out + ended[0].err).split())
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "reads"),
+    [
+        ("Sequences", "Mean", True),
+        ("Sequences", "MeanOfTokens", False),
+        ("Sequences sorted", "Mean", True),
+        ("Sequences features", "MeanOfFeatures", True),
+        ("Stream", "Mean", True),
+        ("Stream", "MeanOfTokens", False),
+    ],
+)
+def test_what_reads_padding_is_warned_of(tmp_path: Path, data: str, model: str, reads: bool) -> None:
+    assert (READS in said(tmp_path, "classification", data, model)) is reads
+
+
+def test_what_reads_padding_is_warned_of_where_it_evaluates_and_predicts(tmp_path: Path) -> None:
+    said(tmp_path, "classification", "Sequences features", "MeanOfFeatures")
+    for arguments in (
+        ["evaluate", tmp_path / "run"],
+        ["predict", tmp_path / "run", "test", "-o", tmp_path / "out.csv"],
+    ):
+        ended = cli(*arguments)
+        assert READS in " ".join((ended.out + ended.err).split()), ended
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "strategy"),
+    [
+        ("MeanOverTokens", "Next", "auto"),
+        ("MeanOverTokens", "Next", "fsdp2"),
+        ("Contrastive", "MeanOfTokens", "auto"),
+    ],
+)
+def test_losses_that_are_no_sums_over_samples_are_warned_of(
+    tmp_path: Path, task: str, model: str, strategy: str
+) -> None:
+    data = "Sequences next" if model == "Next" else "Sequences"
+    assert NO_SUM in said(tmp_path, f'"ragged_parts:{task}"', data, model, strategy=strategy)
+
+
+@pytest.mark.parametrize("task", ["SumOverTokens", "Drawn"])
+def test_losses_that_are_sums_are_not(tmp_path: Path, task: str) -> None:
+    assert NO_SUM not in said(tmp_path, f'"ragged_parts:{task}"', "Sequences next", "Next")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=pytest.mark.more)])
+def test_a_trial_that_fails_leaves_nothing_gathered(tmp_path: Path, strategy: str) -> None:
+    said(tmp_path, "classification", "Sequences", "Windows", "train.precision=fp32", strategy=strategy)
+
+
+def test_losses_and_metrics_that_count_padding_are_warned_of(tmp_path: Path) -> None:
+    found = said(
+        tmp_path,
+        "language_modeling",
+        "Sequences next",
+        "Next",
+        "loss=ragged_parts:mean_of_all",
+        "eval.metrics=[ragged_parts:hits_of_all, ragged_parts:hits]",
+        "train.steps=20",
+        "eval.every=10 steps",
+    )
+    assert "loss ragged_parts:mean_of_all of a sample is another number where a longer one is beside it" in found
+    assert "metric hits_of_all counts padding" in found
+    assert found.count("counts padding") == 2
