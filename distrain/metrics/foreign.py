@@ -266,7 +266,7 @@ class UserSums(Part):
             self._padded_tries = 0
             logger.warning(
                 f"metric {self._name} counts padding: a sequence has another value without the targets {ignore_index} "
-                "at its end, so it depends on eval.batch and the number of processes. Leave out these targets, and "
+                "at its end, so it depends on eval.batch and the number of processes. Do not count these targets, and "
                 "return a pair (sum, count)"
             )
 

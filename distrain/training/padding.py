@@ -54,7 +54,7 @@ def padding_warnings(
         ]
     return [
         f"loss {name} of a sample is another number where a longer one is beside it: it counts padding, so that it "
-        "depends on batch sizes and the number of processes. Have it leave out what is padding, which the targets tell"
+        "depends on batch sizes and the number of processes. Have it pass over padding, which the targets tell"
         for name in counts
     ]
 

@@ -126,3 +126,29 @@ def hits_of_all(outputs, targets):
 def hits(outputs, targets):
     there = targets != -100
     return ((outputs.argmax(-1) == targets) & there).sum(), there.sum()
+
+
+class Bags(distrain.Task):
+    """Its batches hold all tokens one after the other."""
+
+    form = "classification"
+
+    def collate(self, samples):
+        tokens = [tokens for tokens, _ in samples]
+        starts = torch.tensor([0, *(len(each) for each in tokens[:-1])]).cumsum(0)
+        return {"inputs": (torch.cat(tokens), starts), "targets": torch.tensor([label for _, label in samples])}
+
+    def losses(self, model, batch):
+        return {"entropy": functional.cross_entropy(model(*batch["inputs"]), batch["targets"], reduction="none")}
+
+    def measure(self, predictions, batch):
+        return {"largest": distrain.LossSum(predictions.abs().amax(1).sum())}
+
+
+class SumOfBags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.EmbeddingBag(12, 8, mode="sum"), nn.Linear(8, 2)
+
+    def forward(self, tokens, starts):
+        return self.head(self.embed(tokens, starts))
