@@ -43,6 +43,7 @@ class Batches(Dataset[Any]):
         self.tolerated = tolerated
         self.once = once
         self._fetch_at = getattr(source, "fetch_at", None)
+        self._whole = is_whole(source)
         # of what a callback has put around it, or of its subclass, only the call is known
         windows = transform.windows if type(transform) is Transform and hasattr(source, "fetch_cut") else None
         self._windows: Callable[[np.ndarray, np.ndarray], Windows] | None = windows
@@ -51,6 +52,8 @@ class Batches(Dataset[Any]):
 
     def batch(self, place: Place) -> Batch:
         epochs, ids = place
+        if self.once and self._whole:
+            epochs, ids = (each[_unrepeated(ids)] for each in place)
         padded = self.once and bool((padding := ids < 0).any())  # a step's batches are never filled up
         wanted = np.where(padding, -1 - ids, ids) if padded else ids
         batch = self._fetched(wanted, epochs)
@@ -64,7 +67,10 @@ class Batches(Dataset[Any]):
         if self._corrupt and (replaced := {each: why for each, why in self._corrupt.items() if each in ids}):
             batch["corrupt_samples"] = replaced
             if self.once:
-                batch["ids"] = torch.from_numpy(np.where(padding | np.isin(wanted, list(replaced)), -1, ids))
+                kept = ~np.isin(wanted, list(replaced))
+                if self._whole and kept.any() and not padded:
+                    return {**self.batch((epochs[kept], ids[kept])), "corrupt_samples": replaced}
+                batch["ids"] = torch.from_numpy(np.where(padding | ~kept, -1, ids))
         return batch
 
     def _fetched(self, wanted: np.ndarray, epochs: np.ndarray) -> Batch:
@@ -96,6 +102,16 @@ class Batches(Dataset[Any]):
             return Failure(str(error))
 
 
+def is_whole(source: Source | StreamSource) -> bool:
+    """Whether a batch of a source is made by code of the user's own: which parts of it are whose is then not known."""
+    return getattr(source, "is_whole", False)
+
+
+def _unrepeated(ids: np.ndarray) -> np.ndarray:
+    """Return the rows of ids that do not only repeat a sample; the first one where all do."""
+    return np.flatnonzero(ids >= 0) if (ids >= 0).any() else np.zeros(1, np.int64)
+
+
 def too_many(corrupt: dict[int, str], tolerated: int) -> str:
     """Return the error for more corrupt samples, {id: reason}, than the recipe tolerates."""
     return (
@@ -114,6 +130,9 @@ class StreamBatches(IterableDataset[Any]):
 
     def batches(self) -> Iterator[Batch]:
         for (epochs, ids), samples in self.plan():
+            if is_whole(self.source):
+                kept = _unrepeated(ids)
+                epochs, ids, samples = epochs[kept], ids[kept], [samples[each] for each in kept.tolist()]
             batch = self.source.collate(samples)
             batch["ids"] = torch.from_numpy(np.maximum(ids, -1))
             yield batch if self.transform is None else self.transform(batch, epochs)

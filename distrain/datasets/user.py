@@ -333,10 +333,8 @@ class UserSource:
     """A Dataset of the user, or its items `indices`, read one by one."""
 
     def __init__(self, made: _Made, form: _Form, seed: int, indices: np.ndarray | None = None):
-        self.made = made
-        self.form = form
-        self.seed = seed
-        self.indices = indices
+        self.made, self.form, self.seed, self.indices = made, form, seed, indices
+        self.is_whole = form.own is not None
 
     def __len__(self) -> int:
         return len(self.made.dataset) if self.indices is None else len(self.indices)
@@ -369,6 +367,7 @@ class UserStream:
         self.made = made
         self.form = form
         self.seed = seed
+        self.is_whole = form.own is not None
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

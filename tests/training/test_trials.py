@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import cli, train, write_recipe
+from runs import cli, rows, train, write_recipe
 
 RECIPE = """
 name: ragged
@@ -93,3 +93,17 @@ def test_losses_and_metrics_that_count_padding_are_warned_of(tmp_path: Path) -> 
     assert "loss ragged_parts:mean_of_all of a sample is another number where a longer one is beside it" in found
     assert "metric hits_of_all counts padding" in found
     assert found.count("counts padding") == 2
+
+
+@pytest.mark.parametrize("data", ["Sequences", "Sequences broken"])
+def test_a_batch_of_ones_own_holds_no_padding(tmp_path: Path, data: str) -> None:
+    found = []
+    for strategy, batch in (("auto", 8), ("ddp", 8), ("ddp", 3)):
+        more = "data.split=[0.825,0.175]", "data.skip_corrupt=10", f"eval.batch={batch}", "batch.micro=8"
+        folder = tmp_path / f"{strategy}-{batch}"
+        folder.mkdir()
+        said(folder, '"ragged_parts:Bags"', data, "SumOfBags", *more, strategy=strategy)
+        (row,) = [each for each in rows(folder / "run") if each["event"] == "eval"]
+        found.append([row["loss"], row["largest"], row["samples"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+    assert found[2] == pytest.approx(found[0], rel=1e-12)

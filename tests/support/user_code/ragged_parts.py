@@ -13,7 +13,7 @@ import distrain
 
 
 class Sequences(Dataset[Any]):
-    """`kind`: tokens without a padding id, tokens sorted by length, features by name, or each next token."""
+    """`kind`: tokens without a padding id, some broken or sorted by length, features by name, or each next token."""
 
     def __init__(self, kind: str = "tokens"):
         self.kind = kind
@@ -23,6 +23,8 @@ class Sequences(Dataset[Any]):
         return 40
 
     def __getitem__(self, index):
+        if self.kind == "broken" and index % 6 == 5:
+            raise ValueError("no tokens")
         length = 3 + (index // 20 if self.kind == "sorted" else index * 7 % 5)
         tokens = (torch.arange(length) * (index + 1)) % 11 + 1
         if self.kind == "features":
