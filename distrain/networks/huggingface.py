@@ -96,10 +96,10 @@ def build_transformers(
     given = dict(args["config"])
     config_class = _config_class(kind, given.pop("model_type", None))
     facts = {key: known[fact] for key, fact in _FACTS.items() if fact in known}
-    padding = facts.get("pad_token_id")
-    if padding is not None and given.get("pad_token_id", padding) != padding:
+    padding, asked = facts.get("pad_token_id"), given.get("pad_token_id")
+    if None not in (padding, asked) and asked != padding:
         raise UserError(
-            f"model.config.pad_token_id is {given['pad_token_id']}, and the data are padded with {padding}, which the "
+            f"model.config.pad_token_id is {asked}, and the data are padded with {padding}, which the "
             "model would read as a token; remove it"
         )
     # a default padding id of the class would hide real tokens of data that have none

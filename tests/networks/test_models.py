@@ -943,6 +943,13 @@ def test_models_that_calculate_with_a_mask_get_numbers(name: str, config: dict[s
     assert torch.allclose(outputs(tokens, target)[:1], alone, atol=1e-5)
 
 
+def test_a_model_may_pass_over_no_other_padding_than_the_datas() -> None:
+    pytest.importorskip("transformers")
+    model = {"name": "transformers:AutoModelForSeq2SeqLM", "config": {**BART, "pad_token_id": 5}}
+    with pytest.raises(UserError, match="pad_token_id is 5, and the data are padded with 0"):
+        build(model, PAIRS, "seq2seq")
+
+
 def test_transformers_language_model_opens_again(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     name = "transformers:AutoModelForCausalLM"

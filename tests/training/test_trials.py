@@ -95,6 +95,11 @@ def test_losses_and_metrics_that_count_padding_are_warned_of(tmp_path: Path) -> 
     assert found.count("counts padding") == 2
 
 
+def test_numbers_that_are_padding_are_warned_of(tmp_path: Path) -> None:
+    found = said(tmp_path, "regression", "Sequences numbers", "Number")
+    assert "loss mse of a sample is another number where a longer one is beside it: it counts padding" in found
+
+
 @pytest.mark.parametrize("data", ["Sequences", "Sequences broken"])
 def test_a_batch_of_ones_own_holds_no_padding(tmp_path: Path, data: str) -> None:
     found = []

@@ -13,7 +13,7 @@ import distrain
 
 
 class Sequences(Dataset[Any]):
-    """`kind`: tokens without a padding id, some broken or sorted by length, features by name, or each next token."""
+    """`kind`: tokens without a padding id, some broken or sorted by length, features by name, next tokens, or numbers."""
 
     def __init__(self, kind: str = "tokens"):
         self.kind = kind
@@ -29,6 +29,8 @@ class Sequences(Dataset[Any]):
         tokens = (torch.arange(length) * (index + 1)) % 11 + 1
         if self.kind == "features":
             return {"features": torch.sin(tokens[:, None] * torch.arange(1.0, 5.0))}, index % 2
+        if self.kind == "numbers":
+            return tokens, tokens / 12
         return (tokens[:-1], tokens[1:]) if self.kind == "next" else (tokens, index % 2)
 
 
@@ -82,6 +84,11 @@ class Next(nn.Module):
 
     def forward(self, tokens):
         return self.head(self.embed(tokens))
+
+
+class Number(Mean):
+    def forward(self, tokens):
+        return self.head(self.embed(tokens))[..., 0]
 
 
 class MeanOverTokens(distrain.Task):
