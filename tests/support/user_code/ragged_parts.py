@@ -13,7 +13,7 @@ import distrain
 
 
 class Sequences(Dataset[Any]):
-    """`kind`: tokens without a padding id, some broken or sorted by length, features by name, next tokens, or numbers."""
+    """`kind`: tokens without a padding id, some broken or sorted by length, features, next tokens, or numbers."""
 
     def __init__(self, kind: str = "tokens"):
         self.kind = kind
