@@ -25,7 +25,7 @@ def changed_settings(
     `stored` are the imported groups, `groups` the optimizer's own with the names of their parameters; both have the
     learning rate of the next step.
     """
-    before = {name: group for group in stored for name in group["params"] if isinstance(name, str)}
+    before = {name: group for group in stored for name in group.get("params", ()) if isinstance(name, str)}
     found: dict[tuple[str, str, str], list[str]] = {}
     known: set[str] = set()
     for names, group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,30 @@ def test_folders_of_the_trainer(theirs, tmp_path, named):
     done = import_checkpoint(tmp_path, tmp_path / "run")
     assert (done.step, done.optimizer) == (2, "SGD" if named else None)
     assert any("numbers instead of" in what for what in done.skipped) is not named
+
+
+def test_state_of_each_weight_has_the_shape_of_its_parameter(tmp_path):
+    """Held for every optimizer of torch: their fused kernels do not look at shapes."""
+    tried = set()
+    for kind in vars(torch.optim).values():
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+            continue
+        weight = nn.Parameter(torch.ones(2, 3))
+        accepted = inspect.signature(kind).parameters
+        options = {"momentum": 0.9, "amsgrad": True, "centered": True}
+        optimizer = kind([("w", weight)], lr=0.1, **{key: options[key] for key in options.keys() & accepted.keys()})
+        weight.grad = torch.ones(2, 3)
+        try:
+            optimizer.step()
+        except (RuntimeError, TypeError):  # those that take sparse gradients, or a closure, alone
+            continue
+        state = optimizer.state_dict()
+        for key, value in state["state"][0].items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                broken = copy.deepcopy(state)
+                broken["state"][0][key] = torch.ones(3)
+                torch.save({"model": {"w": weight.detach()}, "optimizer": broken}, tmp_path / "theirs.pt")
+                with pytest.raises(UserError, match=rf"the optimizer's {key} of w has the shape \[3\]"):
+                    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run", step=1, optimizer=kind.__name__)
+                tried.add(kind.__name__)
+    assert tried >= {"SGD", "AdamW", "NAdam", "Adadelta", "ASGD", "Rprop", "RMSprop", "Adagrad", "Adamax", "Muon"}

@@ -43,6 +43,10 @@ _ELEMENTWISE = (
     "square_avg",
     "grad_avg",
     "sum",
+    "acc_delta",
+    "ax",
+    "prev",
+    "step_size",
 )
 """The state of torch's optimizers of which each weight has one number. Their fused kernels do not look at shapes."""
 _SETTINGS = ("lr", "betas", "momentum", "weight_decay", "eps")
