@@ -25,7 +25,7 @@ from distrain.parallel.frozen import initial_weights, with_initial_weights
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
-from distrain.training.padding import padding_warnings
+from distrain.training.padding import padded_samples, padding_warnings
 from distrain.training.restored import restored_model
 from distrain.training.same_data import check_same_data
 from distrain.training.tasks import Objective, TaskContext, build_objective
@@ -129,8 +129,10 @@ class Trained:
 
     def warn_of_padding(self, source: AnySource) -> None:
         """Warn where what the model computes for a sample depends on the samples beside it. All ranks call."""
-        about = (source, self.transform(), self.data.meta, self.world)
-        for found in [] if self.data.packed else padding_warnings(self.model, self.objective, *about):
+        if self.data.packed:
+            return
+        padded = padded_samples(source, self.transform(), self.data.meta, self.world)
+        for found in [] if padded is None else padding_warnings(self.model, self.objective, padded, self.world):
             logger.warning(found)
 
     def check_inputs(self, split: str | None, *, changed_data: bool) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,35 @@ _PAIRS = 3
 """Of a shorter and a longer sample, with which a model is tried."""
 
 
-def padding_warnings(
-    model: nn.Module, objective: Objective, source: AnySource, transform: Transform, meta: DataMeta, world: World
-) -> list[str]:
+class PaddedSamples(NamedTuple):
+    """Samples of which some are padded beside others."""
+
+    samples: TriedSamples
+    pairs: Sequence[tuple[int, int]]
+    """The numbers of a shorter and of a longer one."""
+
+
+def padded_samples(source: AnySource, transform: Transform, meta: DataMeta, world: World) -> PaddedSamples | None:
+    """Return a few samples of a source with which to try a model; None where none is padded, or they cannot be read."""
+    if meta.input_shape is not None and len(meta.input_shape) > 2:
+        return None
+    with suppress(Exception):  # what reads them next says what is wrong
+        samples = TriedSamples(source, transform, world, _LOOKED_AT)
+        if pairs := samples.of_unequal_lengths()[:_PAIRS]:
+            return PaddedSamples(samples, pairs)
+    return None
+
+
+def padding_warnings(model: nn.Module, objective: Objective, padded: PaddedSamples, world: World) -> list[str]:
     """Return a warning for a model whose output for a sample is another one beside a longer sample, or such losses.
 
-    Tried with a few samples of `source`, since many models take no mask, or take one and pass over it. `model` is whole
-    and in the mode of an evaluation, in which it draws no random numbers. Empty where samples are not padded, or the
-    trial fails: what computes with them next says what is wrong.
+    Tried, since many models take no mask, or take one and pass over it. `model` is whole and in the mode of an
+    evaluation, in which it draws no random numbers. Empty where the trial fails: what computes next says what is wrong.
     """
-    if meta.input_shape is not None and len(meta.input_shape) > 2:
-        return []
+    samples = padded.samples
     reads, counts = False, dict[str, None]()
     with suppress(Exception), torch.no_grad(), eagerly():
-        samples = TriedSamples(source, transform, world, _LOOKED_AT)
-        for pair in samples.of_unequal_lengths()[:_PAIRS]:
+        for pair in padded.pairs:
             alone, again, both = (samples.batch(*which) for which in (pair[:1], pair[:1], pair))
             with suppress(Exception):  # a task of one's own may call its model otherwise
                 outputs = [_outputs(objective.call, model, _one(each["inputs"])) for each in (alone, again, both)]

@@ -39,11 +39,11 @@ from distrain.training.coupling import check_cut, couples_samples, cut_of, descr
 from distrain.training.documents import check_documents_apart
 from distrain.training.fitting import Fitting
 from distrain.training.imported_settings import changed_settings
-from distrain.training.padding import padding_warnings
+from distrain.training.padding import padded_samples, padding_warnings
 from distrain.training.pipeline import DataPipeline
 from distrain.training.same_data import check_same_data
 from distrain.training.skipping import Anomalies
-from distrain.training.sums import sums_warnings
+from distrain.training.sums import may_be_no_sums, sums_warnings
 from distrain.training.tasks import build_objective
 from distrain.training.trying import tried_model, tried_objective
 from distrain.training.updates import Inputs, take_inputs
@@ -191,13 +191,18 @@ def set_up(
 
 def _tried(t: TrainContext, feed: DataPipeline, parameters: int, kept: Path) -> list[str]:
     """Return the warnings for a model that reads padding, and for a task whose losses are no sums over samples."""
-    data, found = feed.data, list[str]()
-    tried, objective = (data.splits["train"], feed.transforms["eval"]), tried_objective(t.objective)
+    data, objective, world, found = feed.data, t.objective, t.world, list[str]()
+    source, transform = data.splits["train"], feed.transforms["eval"]
+    padded = None if data.packed else padded_samples(source, transform, data.meta, world)
+    if padded is None and not may_be_no_sums(objective):
+        return []
     with tried_model(t, data.meta, parameters, kept) as model:
         if model is not None:
-            if not data.packed:
-                found += padding_warnings(model, objective, *tried, data.meta, t.world)
-            found += sums_warnings(model, objective, *tried, t.world, feed.micro_batch_size)
+            objective = tried_objective(objective)
+            if padded is not None:
+                found += padding_warnings(model, objective, padded, world)
+            if may_be_no_sums(objective):
+                found += sums_warnings(model, objective, source, transform, world, feed.micro_batch_size)
     return found
 
 

@@ -13,11 +13,18 @@ from distrain.datasets.nested import tensors_in
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
 from distrain.training.context import seed_dropout
-from distrain.training.tasks import Objective, Task, TaskObjective
+from distrain.training.tasks import Objective, TaskObjective
 from distrain.training.trying import TriedSamples, eagerly
 
 _TRIED = 6
 """Most samples that are taken together, and in two parts."""
+
+
+def may_be_no_sums(objective: Objective) -> bool:
+    """Whether the losses are those of a task of one's own that says they are sums."""
+    if not isinstance(objective, TaskObjective) or objective.couples:
+        return False
+    return type(objective.task).__module__.partition(".")[0] != "distrain"
 
 
 def sums_warnings(
@@ -34,8 +41,6 @@ def sums_warnings(
     `model` is whole and in the mode of an evaluation, so that layers that look across the batch have no part in it.
     Empty where all are sums, or where the trial fails.
     """
-    if not isinstance(objective, TaskObjective) or objective.couples or _is_built_in(objective.task):
-        return []
     names, padded = set[str](), False
 
     def of(seed: str, which: range) -> dict[str, Tensor]:
@@ -65,11 +70,6 @@ def sums_warnings(
         "returns too; what compares samples needs couples_samples = True (docs/tasks.md)"
         + ("; and a model has to pass over padding" if padded else "")
     ]
-
-
-def _is_built_in(task: Task) -> bool:
-    """Whether a task is one of distrain's, which are sums."""
-    return type(task).__module__.partition(".")[0] == "distrain"
 
 
 def _gap(whole: dict[str, Tensor], other: dict[str, Tensor], name: str) -> float:
