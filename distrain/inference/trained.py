@@ -131,7 +131,8 @@ class Trained:
         """Warn where what the model computes for a sample depends on the samples beside it. All ranks call."""
         if self.data.packed:
             return
-        padded = padded_samples(source, self.transform(), self.data.meta, self.world)
+        with reading("the data set"):
+            padded = padded_samples(source, self.transform(), self.data.meta, self.world)
         for found in [] if padded is None else padding_warnings(self.model, self.objective, padded, self.world):
             logger.warning(found)
 

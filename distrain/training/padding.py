@@ -31,8 +31,11 @@ class PaddedSamples(NamedTuple):
 
 
 def padded_samples(source: AnySource, transform: Transform, meta: DataMeta, world: World) -> PaddedSamples | None:
-    """Return a few samples of a source with which to try a model; None where none is padded, or they cannot be read."""
-    if meta.input_shape is not None and len(meta.input_shape) > 2:
+    """Return a few samples of a source with which to try a model; None where none is padded, or they cannot be read.
+
+    Vectors and images are not read for it: they have one shape nearly always, and reading may take long.
+    """
+    if meta.input_shape is not None and len(meta.input_shape) != 2:
         return None
     with suppress(Exception):  # what reads them next says what is wrong
         samples = TriedSamples(source, transform, world, _LOOKED_AT)

@@ -57,9 +57,9 @@ def splits():
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> Any:
     """Return the file of a model and its data, imported as another trainer would."""
-    path = tmp_path_factory.mktemp("theirs") / "net.py"
+    path = tmp_path_factory.mktemp("theirs") / "trained_elsewhere.py"
     path.write_text(NET)
-    content: dict[str, Any] = {"__name__": "net", "__file__": str(path)}
+    content: dict[str, Any] = {"__name__": "trained_elsewhere", "__file__": str(path)}
     exec(compile(NET, str(path), "exec"), content)
     return path, content
 
@@ -265,10 +265,15 @@ def test_state_without_a_step_needs_one(theirs, tmp_path):
 
 def test_an_average_of_other_tensors_is_none(tmp_path):
     weight = torch.ones(2)
-    for average, kept in (({"a": weight, "b": weight.clone()}, ["a"]), ({"decay": weight[:1]}, [])):
+    for number, (average, kept) in enumerate(
+        [({"a": weight, "b": weight.clone()}, ["a"]), ({"decay": weight[:1]}, [])]
+    ):
         torch.save({"model": {"a": weight, "b": weight}, "ema": average}, tmp_path / "theirs.pt")
-        with open_foreign(tmp_path / "theirs.pt") as source:
-            assert [name for name in source.names if name.startswith("ema/")] == [f"ema/{name}" for name in kept]
+        done = import_checkpoint(tmp_path / "theirs.pt", tmp_path / f"run-{number}")
+        with Reader(done.path) as reader:
+            found = [name for name in reader.manifest.tensors if name.startswith("ema/")]
+        assert found == [f"ema/{name}" for name in kept]
+        assert ("the average: decay is no tensor of the model's" in done.skipped) is not bool(kept)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -16,7 +16,7 @@ from distrain.checkpoints.format import MANIFEST, LocalCommunicator, piece_key
 from distrain.checkpoints.sources import Source
 from distrain.checkpoints.writing import Saver
 from distrain.run.folder import RunDir
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 NO_OPTIMIZER = "no optimizer (it was imported without its state)"
 _KEEP_ALL = 10**9
@@ -67,6 +67,7 @@ def import_checkpoint(
     with open_foreign(foreign, format=format, trust=trust, tied=tied, buffers=buffers) as source:
         if not any(name.startswith("model/") for name in source.names):
             raise UserError(f"{source.path} holds no model, only the state of an optimizer")
+        _drop_odd_average(source)
         if with_optimizer:
             check_optimizer(source)
         else:
@@ -123,6 +124,18 @@ def _target(out: Path) -> tuple[Path, str]:
     if not run.exists and run.holds_other_files():
         raise UserError(f"{out} holds files and is not a run; choose another folder")
     return run.checkpoints, run.recipe_path.read_text(encoding="utf-8") if run.exists else ""
+
+
+def _drop_odd_average(source: Source) -> None:
+    """Drop an average that is not one of the model's tensors."""
+    average = [full for full in source.names if full.startswith("ema/")]
+    model = {name.removeprefix("model/") for name in [*source.tensors, *source.aliases] if name.startswith("model/")}
+    if not (odd := sorted(full.removeprefix("ema/") for full in average if full.removeprefix("ema/") not in model)):
+        return
+    for full in average:
+        del source.tensors[full]
+    source.aliases = {alias: name for alias, name in source.aliases.items() if name in source.tensors}
+    source.skipped.append(f"the average: {some(odd)} is no tensor of the model's")
 
 
 def _drop_optimizer(source: Source) -> None:

@@ -324,17 +324,10 @@ def _name_buffers(source: Source, patterns: Sequence[str]) -> None:
 
 
 def _fit_average(source: Source) -> None:
-    """Drop an average that is not one of the model's tensors, and what it has of tied weights a second time."""
-    average = [full for full in source.names if full.startswith("ema/")]
-    of_model = {full: f"model/{full.removeprefix('ema/')}" for full in average}
-    odd = [full for full in average if of_model[full] not in source.tensors and of_model[full] not in source.aliases]
-    if odd:
-        source.skipped.append(
-            f"the average: {some([full.removeprefix('ema/') for full in odd])} is no tensor of the model's"
-        )
-    for full in average:
-        other = source.aliases.get(of_model[full], "").replace("model/", "ema/", 1)
-        if odd or (other in source.tensors and _equal(source, full, other)):
+    """Drop what an average has of tied weights a second time."""
+    for full in [full for full in source.names if full.startswith("ema/")]:
+        other = source.aliases.get(f"model/{full.removeprefix('ema/')}", "").replace("model/", "ema/", 1)
+        if other in source.tensors and _equal(source, full, other):
             del source.tensors[full]
     source.aliases = {alias: name for alias, name in source.aliases.items() if name in source.tensors}
 
