@@ -368,10 +368,10 @@ class _Predictor:
         prompts = unpadded(batch, self.trained.data.meta, pairs)
         if self.trained.data.chat is not None and isinstance(batch.get("targets"), Tensor):
             whole, prompts = prompts, before_answers(batch, prompts)
-            if len(prompts[0]) == len(whole[0]):
+            if any(len(prompt) == len(row) for prompt, row in zip(prompts, whole, strict=True)):
                 raise UserError(
-                    f"--output text: all tokens of {self.name} are learned, so where its answers begin is not known; "
-                    "give a file of conversations, or write --output embeddings"
+                    f"--output text: a row of {self.name} is learned from its first token on, so where its answers "
+                    "begin is not known; give a file of conversations, or write --output embeddings"
                 )
         for prompt in prompts:
             generator.check(prompt, "a prompt")

@@ -15,7 +15,7 @@ from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.data import Transform, build_data, build_transform
-from distrain.datasets.base import AnySource, Data, DataMeta
+from distrain.datasets.base import AnySource, Data, DataMeta, is_stream
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
@@ -129,7 +129,7 @@ class Trained:
 
     def warn_of_padding(self, source: AnySource) -> None:
         """Warn where what the model computes for a sample depends on the samples beside it. All ranks call."""
-        if self.data.packed:
+        if self.data.packed or is_stream(source):  # a stream that is given may be read once only
             return
         with reading("the data set"):
             padded = padded_samples(source, self.transform(), self.data.meta, self.world)

@@ -252,8 +252,7 @@ def own_package() -> Snapshot | None:
     files: dict[str, Path] = {}
     for name in ("distrain", "launch", "accelerate_configs"):
         for folder, _, names in os.walk(package.parent / name):
-            for file in names:
-                if file.endswith((".py", ".yaml")):
-                    path = Path(folder, file)
+            for path in (Path(folder, file) for file in names if file.endswith((".py", ".yaml"))):
+                if path.is_file():  # an editor's lock is a link that leads nowhere
                     files[path.relative_to(package.parent).as_posix()] = path
     return Snapshot(dict(sorted(files.items())))
