@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the driver is asked how many GPUs there are, without CUDA being started: what is forked later could not use it
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+import functools
 import signal
 import sys
 import tempfile
@@ -17,10 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.testing
 from browser import Browser, find_chromium
 from hypothesis import settings
 from reliability import Reliability
 from worlds import share_server
+
+# each of a thousand calls would build the whole command line anew
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine takes any time for an example

@@ -17,7 +17,7 @@ from runs import TINY, checkpoint, cli, train, write_recipe
 from typer.testing import CliRunner
 from worlds import in_world
 
-from distrain.cli.main import Kind, app
+from distrain.cli.main import Kind, app, application
 from distrain.config import registry
 from distrain.config.yaml import load_recipe
 from distrain.networks.builders import torchvision_names
@@ -54,6 +54,16 @@ def test_the_page_of_commands_lists_those_that_print_json() -> None:
     page = Path(__file__).parents[2].joinpath("docs/commands.md").read_text()
     sentence = page.partition("`--json` prints one JSON value")[2].partition("`schema`")[0]
     assert set(re.findall(r"`([a-z]+(?: [a-z]+)?)`", sentence)) == able
+
+
+@pytest.mark.parametrize("name", sorted({command[0] for command in COMMANDS}))
+def test_only_the_command_that_is_called_is_built(name: str) -> None:
+    assert set(typer.main.get_group(application(name)).commands) == {name}
+
+
+@pytest.mark.parametrize("name", ["", "--help", "trian", "ls"])
+def test_without_a_command_of_that_name_all_are_there(name: str) -> None:
+    assert application(name) is app
 
 
 def test_help_names_every_command() -> None:
