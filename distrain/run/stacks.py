@@ -103,14 +103,14 @@ def parse_dump(text: str) -> list[Stack]:
 
 def inner(stack: Stack) -> Stack:
     """Return the part of a stack that distrain has called, with its own lines."""
-    # what the command line has called, and not the command line: its frames are of no interest
+    # what the command line or a launcher has called, and not these: their frames are of no interest
     command = next((index for index, frame in enumerate(stack) if _is_command_line(frame.file)), len(stack))
     stack = stack[:command] or stack
     own = [index for index, frame in enumerate(stack) if frame.file.startswith(PACKAGE)]
     return stack[: own[-1] + 1] if own else stack
 
 
-_COMMAND_LINE = re.compile(r"(typer|click)/|distrain/(cli/\w+|__main__)\.py$")
+_COMMAND_LINE = re.compile(r"(typer|click)/|distrain/(cli/\w+|__main__|launchers/forking)\.py$")
 
 
 def _is_command_line(file: str) -> bool:

@@ -165,6 +165,7 @@ def stack(*files: str) -> list[Frame]:
 
 
 LOOP, LAUNCH = f"{PACKAGE}loop.py", "/repo/launch/train.py"
+FORKED = (f"{PACKAGE}launchers/forking.py", f"{PACKAGE}launchers/slurm/node.py", "/repo/launch/node.py")
 
 
 def test_the_line_to_see_is_the_users() -> None:
@@ -175,6 +176,8 @@ def test_the_line_to_see_is_the_users() -> None:
         ([standard, "/home/me/deep.py", "/home/me/model.py", LOOP, LAUNCH], "/home/me/deep.py"),
         ([torch_file, other, torch_file, LOOP, LAUNCH], other),
         ([torch_file, LOOP, f"{PACKAGE}launchers/worker.py", LAUNCH], LOOP),
+        ([torch_file, LOOP, f"{PACKAGE}launchers/worker.py", LAUNCH, *FORKED], LOOP),
+        ([torch_file, "/home/me/model.py", LOOP, LAUNCH, *FORKED], "/home/me/model.py"),
         ([standard, torch_file], standard),
     ):
         found = line_to_see(stack(*files))
