@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import functools
+import gc
 import signal
 import sys
 import tempfile
@@ -27,6 +28,9 @@ from worlds import share_server
 # each of a thousand calls would build the whole command line anew
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
+# what is imported and collected stays: Python would look through all of it again and again, a fifth of the time
+gc.disable()
+
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine takes any time for an example
 settings.load_profile("untimed")
@@ -41,6 +45,12 @@ HAS_GPU = torch.cuda.is_available()
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/distrain-tests-{os.getuid()}")
 # tests say what CPUs compute, and several at a time would not fit into a GPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, which nothing is that is there by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from distrain.launchers.reporting import reported
 from distrain.launchers.request import check_one_owner
 from distrain.launchers.worker import end_with_launcher
 from distrain.system.environment import rank_told
+from distrain.system.importing import importing
 from distrain.system.output import echo, one_line
 
 
@@ -59,6 +60,7 @@ class EvaluationRequest(ModelRequest):
     script: ClassVar[str] = "evaluate.py"
 
 
+@importing()
 def resolve_evaluation(
     target: str,
     split: str,

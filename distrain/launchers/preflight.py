@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from distrain.config import UserError
 from distrain.system.environment import Environment, has_launcher, join, launcher_argv, say_ignored
+from distrain.system.importing import importing
 
 if TYPE_CHECKING:
     from distrain.parallel import Configuration
@@ -82,6 +83,7 @@ def check_gpus(processes: int, gpus: int) -> None:
         )
 
 
+@importing()
 def launcher_environment(processes: int, nodes: int = 1) -> StartEnvironment:
     """Return what is around a command that starts `processes` itself, as many on this machine as on the others."""
     from distrain.parallel import read_configuration
@@ -98,6 +100,7 @@ def launcher_environment(processes: int, nodes: int = 1) -> StartEnvironment:
     )
 
 
+@importing()
 def worker_environment() -> StartEnvironment:
     """Return what is around a process that trains, and rid the environment of what its launcher wrote for Accelerate.
 

@@ -23,6 +23,7 @@ from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, check_free
 from distrain.run.micro_batch import CachedMicroBatch, cache_micro_batch
 from distrain.system.compiler import COMPILER
+from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.memory import gib
 from distrain.system.output import in_utf8
@@ -211,6 +212,7 @@ def read_target(
         return Target(target, run, None, True, update, (error,))
 
 
+@importing()
 def resolve(
     target: Target,
     options: Options,

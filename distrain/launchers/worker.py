@@ -93,8 +93,7 @@ def requested(run: RunDir, name: str) -> RunRequest:
             f"{run.launch_path} does not hold the request {name} that this process was started for: another attempt "
             f"has replaced it. Wait for that one to end, then resume: distrain train {run.path}"
         )
-    with importing():
-        join_launcher(found.processes)
+    join_launcher(found.processes)
     return found
 
 

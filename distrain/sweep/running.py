@@ -31,7 +31,6 @@ from distrain.report.status import status_of
 from distrain.run.folder import RunDir
 from distrain.sweep.grid import Runs
 from distrain.system.environment import SWEPT_BY, own_start, say_ignored
-from distrain.system.importing import importing
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
 
@@ -160,8 +159,7 @@ def shares_of(
 def check_runs(target: str, runs: Sequence[SweepRun], options: Options, share: Share, *, changes_names: bool) -> Any:
     """Raise UserError with all that is wrong with the runs; returns the recipe of the first."""
     count = options.processes or (1 if options.strategy == "single" else max(len(share.gpus), 1))
-    with importing():
-        environment: StartEnvironment = replace(launcher_environment(count), gpus=len(share.gpus))
+    environment: StartEnvironment = replace(launcher_environment(count), gpus=len(share.gpus))
     problems: list[UserError] = []
     recipe = None
     for number, run in enumerate(runs):

@@ -21,6 +21,7 @@ from distrain.doctor.nodes.meeting import Place
 from distrain.doctor.nodes.rank import run_rank
 from distrain.launchers.slurm.node import node_rank, processes_here, scratch_folder, set_environment
 from distrain.system.environment import forget_launchers, use_interfaces
+from distrain.system.importing import importing
 from distrain.system.output import error_line
 from distrain.system.processes import end_with_parent
 
@@ -68,6 +69,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@importing()
 def _import_torch(teller: Teller) -> bool:
     """Import once what all ranks need, and tell what it was built with."""
     try:

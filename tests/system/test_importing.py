@@ -1,0 +1,37 @@
+"""What the collector of garbage does while large libraries are imported, and what it looks at afterwards."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+IMPORTED = """
+import gc, json, sys, types
+from distrain.system.importing import importing
+there = sys.argv[1] == "there"
+if there:
+    sys.modules["torch"] = types.ModuleType("torch")
+if sys.argv[2] == "off":
+    gc.disable()
+with importing():
+    off = not gc.isenabled()
+    with importing():
+        sys.modules["torch"] = types.ModuleType("torch")
+    within = not gc.isenabled()
+frozen = gc.get_freeze_count()
+with importing():
+    rings = [[] for _ in range(1000)]
+    for ring in rings:
+        ring.append(ring)
+print(json.dumps([off, within, gc.isenabled(), frozen > 0, gc.get_freeze_count() == frozen]))
+"""
+
+
+@pytest.mark.parametrize("torch", ["there", "not there"])
+@pytest.mark.parametrize("collects", ["on", "off"])
+def test_only_what_is_there_when_torch_has_been_imported_is_never_looked_at_again(torch: str, collects: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, torch, collects], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert json.loads(done.stdout) == [True, True, collects == "on", torch == "not there", True]
