@@ -22,7 +22,9 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -38,14 +40,16 @@ _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What ends a launcher: it hands each on to its processes, and waits for them."""
 _FAILED_TIMEOUT_S = 30.0
 """After one process has failed the others have so long to end by SIGTERM."""
+_END_TIMEOUT_S = 30.0
+"""After the processes of one machine have ended well those of the others have so long."""
 _POLL_S = 0.05
 
 _imported_here = False
 
 
-def can_fork(nodes: int = 1) -> bool:
+def can_fork() -> bool:
     """Whether the processes of a run may be forked from this one."""
-    if sys.platform != "linux" or nodes > 1 or gpu_count() or threading.active_count() > 1:
+    if sys.platform != "linux" or gpu_count() or threading.active_count() > 1:
         return False
     # without torch no thread computes; those of NumPy's OpenBLAS end and begin with a fork
     return _imported_here or "torch" not in sys.modules or len(os.listdir("/proc/self/task")) == 1
@@ -101,11 +105,53 @@ def _answer(action: Callable[[], Any], write: int, mask: set[int]) -> NoReturn:
     os._exit(_status_of(answer))
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """How the processes of several machines find each other: the first machine holds the store of the world."""
+
+    address: str = "127.0.0.1"
+    """Where the first machine is reached by all."""
+    port: int = 0
+    """Where it listens; 0 takes a free one, which works for one machine only."""
+    nodes: int = 1
+    """Machines, each with as many processes."""
+    node: int = 0
+    """Which of them this is."""
+
+    @property
+    def world(self) -> str:
+        """A name that all processes of the world have in common."""
+        return uuid.uuid4().hex if self.nodes == 1 else f"{self.address}:{self.port}"
+
+    def listen(self, backlog: int) -> socket.socket | None:
+        """Return what listens for the processes of all machines; None on a machine that is not the first."""
+        if self.node > 0:
+            return None
+        return socket.create_server((self.address if self.nodes == 1 else "", self.port), backlog=backlog)
+
+    def end(self, store: Any, codes: Mapping[int, int]) -> None:
+        """Have the first machine hold the store until the processes of all have ended, where they end well."""
+        from torch.distributed import DistNetworkError, TCPStore
+
+        if self.nodes == 1 or any(codes.values()):
+            return
+        if self.node > 0:
+            with suppress(DistNetworkError):  # it did not wait so long
+                timeout = timedelta(seconds=_END_TIMEOUT_S)
+                store = TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+                store.set(f"distrain/ended/{self.node}", "")
+            return
+        until = time.monotonic() + _END_TIMEOUT_S
+        while time.monotonic() < until and not store.check([f"distrain/ended/{node}" for node in range(1, self.nodes)]):
+            time.sleep(_POLL_S)
+
+
 def run_forked(
     script: Path,
     arguments: Sequence[str],
     processes: int,
     *,
+    meeting: Meeting,
     variables: Mapping[str, str],
     notice: signal.Signals,
     patience_s: float,
@@ -113,23 +159,24 @@ def run_forked(
 ) -> tuple[dict[int, int], bool]:
     """Run a script in processes forked from this one; returns the exit code of each rank, and whether a signal came.
 
-    They are a world of this machine, and find each other as under torch's launcher, by its environment variables with
-    `variables` besides. When one fails the others are ended. SIGTERM, SIGINT, SIGHUP and SIGQUIT are handed on to all,
-    which then have `patience_s` to end; `notice` is handed on and no more, and waits in each until it has a handler.
-    `watching()` is a context that is entered when they have started.
+    They are the world's processes of this machine, and find each other as under torch's launcher, by its environment
+    variables with `variables` besides; `meeting` says where, and how many machines there are. When one fails the others
+    are ended. SIGTERM, SIGINT, SIGHUP and SIGQUIT are handed on to all, which then have `patience_s` to end; `notice`
+    is handed on and no more, and waits in each until it has a handler. `watching()` is a context that is entered when
+    they have started.
     """
     from torch.distributed import TCPStore
 
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(processes)
-        port = listening.getsockname()[1]
+    first, store = meeting.node * processes, None
+    with meeting.listen(meeting.nodes * processes) or nullcontext() as listening:
+        port = listening.getsockname()[1] if listening is not None else meeting.port
         world = dict(variables) | {
-            "WORLD_SIZE": str(processes),
+            "WORLD_SIZE": str(meeting.nodes * processes),
             "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
+            "GROUP_RANK": str(meeting.node),
+            "MASTER_ADDR": meeting.address,
             "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+            "TORCHELASTIC_RUN_ID": meeting.world,
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": "0",
             # the store is this process's, as that of torch's launcher is
@@ -140,28 +187,31 @@ def run_forked(
         pids: list[int] = []
         # blocked they wait in a new process until it is itself
         with _held_back([*_ENDS, notice]) as before, _handlers([*_ENDS, notice], came):
-            for rank in range(processes):
+            for local in range(processes):
                 pid = _fork()
                 if pid == 0:
-                    listening.close()
-                    place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    if listening is not None:
+                        listening.close()
+                    place = {"RANK": str(first + local), "LOCAL_RANK": str(local)}
                     _become(script, arguments, world | place, before, notice)
                 pids.append(pid)
-            # its threads start behind the forks
-            store = TCPStore(
-                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-            )
+            if listening is not None:  # its threads start behind the forks
+                store = TCPStore(
+                    "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+                )
             gc.unfreeze()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # who started this process may have blocked them until it can hand them on
+            signal.pthread_sigmask(signal.SIG_SETMASK, before - {*_ENDS, notice})
             with watching():
-                codes = _wait(pids, came, notice, patience_s)
+                codes = _wait(dict(enumerate(pids, first)), came, notice, patience_s)
+            meeting.end(store, codes)
         del store
     return codes, any(number != notice for number in came)
 
 
-def _wait(pids: Sequence[int], came: list[int], notice: int, patience_s: float) -> dict[int, int]:
-    """Wait for processes, handing on the signals that come; returns their exit codes by rank."""
-    alive, codes, seen = dict(enumerate(pids)), dict[int, int](), 0
+def _wait(pids: Mapping[int, int], came: list[int], notice: int, patience_s: float) -> dict[int, int]:
+    """Wait for the processes of ranks, handing on the signals that come; returns their exit codes by rank."""
+    alive, codes, seen = dict(pids), dict[int, int](), 0
     until = float("inf")
     while alive:
         for rank, pid in list(alive.items()):

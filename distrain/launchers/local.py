@@ -17,7 +17,7 @@ import distrain
 from distrain.config import UserError
 from distrain.config.registry import datasets, launchers, losses, metrics, models, optimizers, tasks
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
-from distrain.launchers.forking import can_fork, import_once, in_copy, run_forked
+from distrain.launchers.forking import Meeting, can_fork, import_once, in_copy, run_forked
 from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.predicting import PredictionRequest, print_prediction, resolve_prediction
 from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
@@ -98,6 +98,11 @@ class LaunchPlan:
         assert 0 <= self.node_rank < self.nodes
         assert self.nodes == 1 or (self.address and self.port), "machines meet at an address that all know"
 
+    @property
+    def meeting(self) -> Meeting:
+        """Where its processes meet those of the other machines."""
+        return Meeting(self.address, self.port, self.nodes, self.node_rank) if self.nodes > 1 else Meeting()
+
 
 def launch_argv(plan: LaunchPlan) -> list[str]:
     """Return the arguments of `accelerate launch`. Pure."""
@@ -148,11 +153,8 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     share_cores(plan.processes)
     # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
-    if not gpu_count():
-        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     killed_before = oom_kills()
-    exit_codes = _forked(plan, run) if plan.imports and can_fork(plan.nodes) else _launched(plan, run)
+    exit_codes = _forked(plan, run) if import_for(plan) else _launched(plan, run)
     if exit_codes is None or (any(exit_codes.values()) and run is not None and hang_of(run) is not None):
         return 1  # a hang is reported
     killed = None if killed_before is None else (oom_kills() or 0) - killed_before
@@ -161,13 +163,23 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     return int(any(exit_codes.values()))
 
 
+def import_for(plan: LaunchPlan) -> bool:
+    """Import what starting the plan's processes takes, which is seconds; returns whether they can be forked."""
+    if not gpu_count():
+        # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    forks = bool(plan.imports) and can_fork()
+    import_once(plan.imports if forks else ("accelerate.commands.launch",))
+    return forks
+
+
 def _forked(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
     """Fork the plan's processes; returns the exit code of each, None where a signal ended this one."""
-    import_once(plan.imports)
     codes, told = run_forked(
         plan.script,
         plan.arguments,
         plan.processes,
+        meeting=plan.meeting,
         # as `accelerate launch` does by its configuration
         variables={"ACCELERATE_USE_CPU": "true"} if plan.config.name == "multi_cpu.yaml" else {},
         notice=job_environment().notice,

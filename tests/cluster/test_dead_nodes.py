@@ -12,6 +12,8 @@ import pytest
 from slurm_cluster import Cluster, Process, wait_until
 from submitted import Project, Run
 
+from distrain.system.processes import process_stat
+
 ONE_EACH = ("--nodes", "2", "--processes-per-node", "1", "--time", "10", "--sbatch=--exclusive")
 
 
@@ -22,13 +24,11 @@ def submit(project: Project, run: Run, *overrides: str) -> str:
 
 
 def workers(cluster: Cluster, run: Run, *nodes: str) -> list[Process]:
-    """Return the processes that train, on these nodes."""
-    pattern = re.compile(rf"launch/train\.py {re.escape(str(run.path))} ")
-    return [
-        process
-        for process in cluster.processes()
-        if process.node in nodes and pattern.search(process.command) and "elastic" not in process.command
-    ]
+    """Return the processes that train, on these nodes: those that the launcher of a node has forked from itself."""
+    pattern = re.compile(rf"\S*python\S* \S*node\.py .*{re.escape(str(run.path))}$")
+    found = {process.pid: process for process in cluster.processes() if pattern.match(process.command)}
+    parents = {pid: stat.parent for pid in found if (stat := process_stat(pid)) is not None}
+    return [found[pid] for pid, parent in parents.items() if parent in found and found[pid].node in nodes]
 
 
 def _kill_stepd(cluster: Cluster, job: str, node: str) -> None:

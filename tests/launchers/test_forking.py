@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from runs import Ended, captured, rows, write_recipe
 from worlds import in_world
 
 from distrain.config import RecipeError, UserError
-from distrain.launchers.forking import can_fork, in_copy, run_forked
+from distrain.launchers.forking import Meeting, can_fork, in_copy, run_forked
 
 OWN_MODEL = """
 import os
@@ -122,6 +124,7 @@ def test_what_a_copy_returns_or_raises() -> None:
 def forked(script: str, arguments: list[str], processes: int, signals: list[int]) -> tuple[dict[int, int], bool]:
     """Fork a script's processes; each of `signals` is sent here once all ranks have written their file."""
     this, folder = os.getpid(), Path(arguments[0])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as launch/node.py does until it can hand them on
 
     def send() -> None:
         while len(list(folder.glob("rank-*"))) < processes:
@@ -134,8 +137,8 @@ def forked(script: str, arguments: list[str], processes: int, signals: list[int]
             threading.Thread(target=send, daemon=True).start()
 
     return run_forked(
-        Path(script), arguments, processes, variables={"GIVEN": "yes"}, notice=signal.SIGUSR1, patience_s=20,
-        watching=Watching,
+        Path(script), arguments, processes, meeting=Meeting(), variables={"GIVEN": "yes"}, notice=signal.SIGUSR1,
+        patience_s=20, watching=Watching,
     )  # fmt: skip
 
 
@@ -180,14 +183,57 @@ def test_how_forked_processes_end(
         assert (tmp_path / f"left-{rank}").exists() == (status >= 0)
 
 
+MEETING = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from distrain.run.heartbeat import this_attempt
+from distrain.system.job_environment import job_environment
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), [None] * dist.get_world_size()
+place = rank, os.environ["LOCAL_RANK"], os.environ["GROUP_RANK"]
+dist.all_gather_object(ranks, (*place, this_attempt(job_environment()), os.getpid()))
+if rank == 3:
+    for *_, pid in ranks[:2]:  # the processes of the first machine
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.01)
+    for _ in range(10):
+        time.sleep(0.05)
+        dist.distributed_c10d._get_default_store().set("here", "")
+open(f"{sys.argv[1]}/met-{rank}", "w").write(repr([place for *place, _, _ in ranks]))
+assert len({attempt for *_, attempt, _ in ranks}) == 1
+"""
+
+
+def forked_machine(script: str, folder: str, port: int, node: int) -> tuple[dict[int, int], bool]:
+    """Fork the two processes of one of two machines."""
+    return run_forked(
+        Path(script), [folder], 2, meeting=Meeting("127.0.0.1", port, nodes=2, node=node), variables={},
+        notice=signal.SIGUSR1, patience_s=20, watching=nullcontext,
+    )  # fmt: skip
+
+
+def test_processes_of_several_machines_meet_and_the_store_is_there_until_the_last_has_ended(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(MEETING)
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+    machines = [(str(script), str(tmp_path), port, node) for node in (1, 0)]
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(lambda each: in_world(1, forked_machine, *each, launched=False)[0], machines))
+    assert ended == [({2: 0, 3: 0}, False), ({0: 0, 1: 0}, False)]
+    ranks = [[0, "0", "0"], [1, "1", "0"], [2, "0", "1"], [3, "1", "1"]]
+    assert [(tmp_path / f"met-{rank}").read_text() for rank in range(4)] == [repr(ranks)] * 4
+
+
 def fitness(what: str) -> bool:
     if what == "a thread":
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     if what == "a GPU":
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    return can_fork(2 if what == "nodes" else 1)
+    return can_fork()
 
 
-@pytest.mark.parametrize(("what", "fit"), [("nothing", True), ("a thread", False), ("a GPU", False), ("nodes", False)])
+@pytest.mark.parametrize(("what", "fit"), [("nothing", True), ("a thread", False), ("a GPU", False)])
 def test_which_process_is_forked_from(what: str, fit: bool) -> None:
     assert in_world(1, fitness, what, launched=False) == [fit]

@@ -26,6 +26,7 @@ from distrain.launchers import (
     check_gpus,
     configuration_file,
     gpu_count,
+    import_for,
     launch,
     launcher_environment,
     open_run,
@@ -152,24 +153,16 @@ def start_node(
         if world_size == 1:
             given = Options(strategy, wanted, 1, replicate or None)
             return work(str(run.path), callbacks=callbacks, **vars(given))
-        from accelerate.commands import launch as _launch  # noqa: F401  before the look at the port: it takes seconds
-
         arguments: tuple[str, ...]
+        imports: tuple[str, ...] = ()
         if stored is not None:
-            request, arguments = stored, stored.worker_arguments
+            request, arguments, imports = stored, stored.worker_arguments, stored.imports
         else:
             options = Options(strategy, wanted, replicate=replicate or None)
             request = resolve(read_target(str(run.path)), options, launcher_environment(world_size, nodes))
             arguments = (str(run.path), "--processes", str(world_size), *request.spec.options)
             if run.launch_path.exists():
                 os.environ.setdefault(TYPED, json.dumps(run.launch().argv))
-        if rank == 0 and nodes > 1 and not can_listen(port):
-            note_taken(run, port)
-            return 1
-        # the processes of the other nodes wait for those of this one
-        tries = rank == 0 and run.finished is None
-        if tries and (found := autobatch(request, count)) is not None:
-            cache_micro_batch(run, found)
         plan = LaunchPlan(
             shared_file("launch", "train.py"),
             arguments,
@@ -180,7 +173,16 @@ def start_node(
             rank,
             address,
             port,
+            imports,
         )
+        import_for(plan)  # before the look at the port, as it takes seconds
+        if rank == 0 and nodes > 1 and not can_listen(port):
+            note_taken(run, port)
+            return 1
+        # the processes of the other nodes wait for those of this one
+        tries = rank == 0 and run.finished is None
+        if tries and (found := autobatch(request, count)) is not None:
+            cache_micro_batch(run, found)
         status = launch(plan, run)
     return 0 if run.preempted is not None or run.finished is not None else status
 
