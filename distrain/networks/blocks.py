@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.checkpoint import checkpoint
 
 from distrain.config import UserError, close_names
@@ -146,8 +145,7 @@ def _recomputed(
 
 def _contexts(block: nn.Module, buffers: _Buffers) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of the first computation and of the recomputation."""
-    mode = tuple(module.training for module in block.modules())
-    before = buffers.before(block, mode)
+    before = buffers.before(block)
     # `checkpoint` restores torch's own generators
     python, numpy = random.getstate(), np.random.get_state()
 
@@ -167,46 +165,49 @@ def _contexts(block: nn.Module, buffers: _Buffers) -> tuple[AbstractContextManag
             random.setstate(current_python)
             np.random.set_state(current_numpy)
 
-    return (nullcontext() if mode in buffers.moving else buffers.watched(block, mode, before)), recomputing()
+    return buffers.watched(block, before), recomputing()
 
 
-_Held = Mapping[str, tuple[dict[str, Tensor | None], str, Tensor]]
+_Held = dict[str, tuple[dict[str, Tensor | None], str, Tensor]]
 """By a buffer's name: its dictionary, its key there, and a copy of its value."""
+
+_SMALL = 2**16
+"""Most elements of a buffer that is copied in each pass, whether it changes or not."""
 
 
 class _Buffers:
-    """The buffers that a block's forward pass changes, such as the statistics of a batch norm.
+    """The buffers that a block's forward pass may change, such as the statistics of a batch norm.
 
-    The recomputation gets copies of their first values, so that they are not updated twice.
+    The recomputation gets copies of their first values, so that they are not updated twice. Any may begin to change in
+    a later pass, and a batch norm changes its own without incrementing their version: so small ones are copied in each
+    pass, and large ones, such as masks, in the first and from then on where they have changed.
     """
 
     def __init__(self) -> None:
-        self.moving: dict[tuple[bool, ...], set[str]] = {}
-        """Their names by the training modes of the block's modules, known after a forward pass in that mode."""
+        self._moving: set[str] | None = None
+        """The names of large ones that have changed; None before the first pass."""
 
-    def before(self, block: nn.Module, mode: tuple[bool, ...]) -> _Held:
-        """Return copies of them, or of all buffers while they are unknown."""
-        moving = self.moving.get(mode)
+    def before(self, block: nn.Module) -> _Held:
+        """Return copies of those that may change."""
         return {
             key: (holder, name, value.clone())
             for key, holder, name, value in _buffers(block)
-            if moving is None or key in moving
+            if self._moving is None or value.numel() <= _SMALL or key in self._moving
         }
 
     @contextmanager
-    def watched(self, block: nn.Module, mode: tuple[bool, ...], before: _Held) -> Iterator[None]:
-        """Find the buffers that this block changes."""
-        versions = {key: value._version for key, _, _, value in _buffers(block)}
+    def watched(self, block: nn.Module, before: _Held) -> Iterator[None]:
+        """Find the large ones that this pass changes; those that were not copied are added to `before`."""
+        large = {key: (value, value._version) for key, _, _, value in _buffers(block) if value.numel() > _SMALL}
         yield
-        try:
-            # a batch norm changes its statistics without incrementing their version
-            self.moving[mode] = {
-                key
-                for key, _, _, value in _buffers(block)
-                if key not in before or value._version != versions[key] or not torch.equal(value, before[key][2])
-            }
-        except DataDependentOutputException:  # in a pass without values; one with values finds them
-            return
+        self._moving = set() if self._moving is None else self._moving
+        for key, holder, name, value in _buffers(block):
+            if key not in large or (value is large[key][0] and value._version == large[key][1]):
+                continue
+            self._moving.add(key)
+            # its first value is gone where it was written into: what counts is that this is not done twice
+            old = large[key][0]
+            before.setdefault(key, (holder, name, value.clone() if value is old else old))
 
 
 def _buffers(block: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:

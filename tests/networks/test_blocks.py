@@ -241,6 +241,37 @@ def test_buffers_move_again_after_an_evaluation_with_gradients() -> None:
     assert_equal_buffers(other, model)
 
 
+class Late(nn.Module):
+    """Has buffers that the first pass does not change: a mean of zeros, a counter, and a large one."""
+
+    def __init__(self, large: int) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        nn.init.zeros_(self.inner.weight)
+        nn.init.zeros_(self.inner.bias)
+        self.register_buffer("counter", torch.zeros(()))
+        self.register_buffer("large", torch.zeros(large))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counter > 0 or self.norm.num_batches_tracked > 1:
+            self.counter += 1
+            self.large += 1
+        return x + self.norm(self.inner(x) + x * self.large[0])
+
+
+@pytest.mark.parametrize("large", [1, 2**17])
+def test_buffers_that_change_later_move_once(large: int) -> None:
+    model, other, inputs = made(lambda: (nn.Sequential(Late(large), Late(large)), torch.randn(4, 6)))
+    for seed in range(4):
+        for each in (model, other):
+            step(each, inputs, seed)
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter += 0.1
+    assert model[1].norm.running_mean.any()
+    assert_equal_buffers(other, model)
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of what operations have made and is still there."""
 
