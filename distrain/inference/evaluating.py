@@ -56,6 +56,7 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
             meta=data.meta,
             split=split,
             skip_corrupt=recipe.data.skip_corrupt,
+            try_company=True,
         )
     nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
     for name, why in nothing.items():

@@ -28,6 +28,7 @@ from distrain.inference.trained import Trained, batch_size_of, log_error, writes
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
+from distrain.training.company import warn_of_company
 from distrain.training.context import to_device
 from distrain.training.outputs import (
     Predictions,
@@ -273,6 +274,7 @@ class _Predictor:
             skip_corrupt=0 if is_stream(self.source) else len(self.source),
             even=False,
         )
+        untried = True
         for batch in loader:
             self.skipped |= batch.get("corrupt_samples", {})
             ids = batch["ids"].numpy()
@@ -282,7 +284,11 @@ class _Predictor:
                 continue
             given(self.name, [batch])
             index = {"row": ids[keep]} | keys_of(self.source, ids[keep])
-            yield list(self._predicted(to_device(batch, world), keep, index))
+            batch = to_device(batch, world)
+            if untried and self.output != "text" and "lengths" not in batch:
+                untried = False
+                warn_of_company(self.trained.model, self.trained.objective, batch, world)
+            yield list(self._predicted(batch, keep, index))
         if self._meaningless:
             shown = ", ".join(map(str, self._meaningless[:8])) + (", …" if len(self._meaningless) > 8 else "")
             logger.warning(

@@ -24,6 +24,7 @@ from distrain.metrics import MetricSet
 from distrain.networks.huggingface import generate, is_transformers
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
+from distrain.training.company import warn_of_company
 from distrain.training.context import to_device
 from distrain.training.tasks import Means, Objective
 
@@ -52,6 +53,7 @@ def evaluate(
     stopping: Callable[[], bool] = lambda: False,
     skip_corrupt: int = 0,
     load_batches: Callable[..., Iterable[Batch]] = build_eval_loader,
+    try_company: bool = False,
 ) -> dict[str, Any]:
     """Return {metric: value} over every sample of `source` exactly once. All ranks call; all get the same.
 
@@ -65,6 +67,8 @@ def evaluate(
     `stopping` is asked before each batch; where it is true on a rank, all raise Interrupted.
 
     `load_batches` makes the loader of one pass, of which each rank has the same number of batches.
+
+    `try_company`: whether the first batch is tried by `warn_of_company`.
 
     Where the loss is not finite, `nonfinite` says which samples it comes from, as far as their data tell. Where it is
     NaN, so are the metrics.
@@ -96,7 +100,12 @@ def evaluate(
             yield to_device(batch, world)
 
     def forward(batch: Batch) -> Any:
-        return objective.evaluate(model, batch, predict=bool(metrics.names))
+        nonlocal try_company
+        evaluated = objective.evaluate(model, batch, predict=bool(metrics.names))
+        if try_company:
+            try_company = False
+            warn_of_company(model, objective, batch, world, evaluated)
+        return evaluated
 
     def pass_alone() -> Tensor:
         for batch in batches():

@@ -37,6 +37,8 @@ class Evaluator:
         self.criterion = world.run_on_all(lambda: criterion_for(recipe, self.metrics, context.data, self._data_since))
         self._warned: set[tuple[str, str]] = set()
         self._leave = world.store_flag()
+        self._tried = False
+        """Whether a batch was tried by `warn_of_company`."""
         self._loader: EvalLoader | None = None
         """Of the split that is evaluated during training; its processes stay from one evaluation to the next."""
         self._every = Interval(recipe.eval.every, setup.horizon, "eval.every")
@@ -150,9 +152,11 @@ class Evaluator:
                     unsharded=strategy.unsharded,
                     stopping=self._asked_to_leave,
                     load_batches=self._load,
+                    try_company=not self._tried,
                 )
             except Interrupted:
                 values = None
+            self._tried = True
             shown = [] if values is None or self._samples is None else self._samples.take(source, split)
         if values is None:
             context.stop_as_requested()

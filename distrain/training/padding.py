@@ -90,10 +90,10 @@ def _losses(objective: Objective, model: nn.Module, batch: Batch, world: World) 
 def _depends(found: Sequence[list[Tensor]], world: World) -> bool:
     """Whether what a sample has alone, and alone again, is another number beside another sample."""
     alone, again, beside = found
-    return not _differ(alone, again, world) and _differ(alone, beside, world)
+    return not differ(alone, again, world) and differ(alone, beside, world)
 
 
-def _differ(alone: list[Tensor], beside: list[Tensor], world: World) -> bool:
+def differ(alone: Sequence[Tensor], beside: Sequence[Tensor], world: World) -> bool:
     """Whether outputs of one sample differ from those that it has in a batch, by more than rounding."""
     rounding = 2e-2 if world.mixed_precision.autocast is not None else 1e-8 if world.precision == "fp64" else 1e-4
     for one, other in zip(alone, beside, strict=True):

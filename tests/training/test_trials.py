@@ -18,6 +18,7 @@ train: {{steps: 1, precision: fp64}}
 eval: {{every: 1 steps}}
 """
 READS, NO_SUM = "reads padding, so that metrics", "is not what its parts have together"
+COMPANY = "computes something else of a sample where other samples are beside it"
 
 
 def said(tmp_path: Path, task: str, data: str, model: str, *overrides: str, strategy: str = "auto") -> str:
@@ -52,6 +53,25 @@ def test_what_reads_padding_is_warned_of_where_it_evaluates_and_predicts(tmp_pat
     ):
         ended = cli(*arguments)
         assert READS in " ".join((ended.out + ended.err).split()), ended
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "warned"),
+    [("Centred", "fsdp2", True), ("MeanOfTokens", "fsdp2", False), ("Dropped", "auto", False)],
+)
+def test_what_looks_at_other_samples_is_warned_of(tmp_path: Path, model: str, strategy: str, warned: bool) -> None:
+    assert (COMPANY in said(tmp_path, "classification", "Sequences", model, strategy=strategy)) is warned
+
+
+def test_what_looks_at_other_samples_is_warned_of_once_and_wherever_it_computes(tmp_path: Path) -> None:
+    found = said(tmp_path, "classification", "Sequences", "Centred", "train.steps=3")
+    assert found.count(COMPANY) == 1
+    for arguments in (
+        ["evaluate", tmp_path / "run"],
+        ["predict", tmp_path / "run", "test", "-o", tmp_path / "out.csv"],
+    ):
+        ended = cli(*arguments)
+        assert " ".join((ended.out + ended.err).split()).count(COMPANY) == 1, ended
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ class MeanOfTokens(Mean):
         return self.head((self.embed(tokens) * there).sum(1) / there.sum(1))
 
 
+class Centred(MeanOfTokens):
+    def forward(self, tokens):
+        found = super().forward(tokens)
+        return found - found.mean(0)
+
+
+class Dropped(MeanOfTokens):
+    def forward(self, tokens):
+        return functional.dropout(super().forward(tokens))
+
+
 class MeanOfFeatures(nn.Module):
     def __init__(self):
         super().__init__()
