@@ -10,18 +10,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Collect no garbage while this block imports, and never look again at what was there when it had imported PyTorch.
+    """Collect no garbage while this block imports, and never look again at what is there once PyTorch is imported.
 
     What is imported stays, and Python would look through all of it again and again: a tenth to a fifth of the time that
-    PyTorch takes to import, and as much once more until the first step. Where PyTorch was there before, there may be
-    tensors too, which somebody waits to be rid of.
+    PyTorch takes to import, and as much once more until the first step. Only the first block that imports PyTorch does
+    so: later there may be tensors, also of code that a recipe names, which somebody waits to be rid of.
     """
     collects, before = gc.isenabled(), "torch" in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        if not before and "torch" in sys.modules:
+        if not before and "torch" in sys.modules and gc.get_freeze_count() == 0:
             gc.freeze()
         if collects:
             gc.enable()
