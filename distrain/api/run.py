@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distrain.api.objects import KEYS, Objects
+from distrain.api.surroundings import own_surroundings
 from distrain.config import Recipe, UserError
 from distrain.config.user_files import Given, given_key, given_objects
 from distrain.config.yaml import load_recipe
@@ -218,7 +219,10 @@ class Run:
                 f"{self.path} was trained with {' and '.join(missing)} of a Python process, which this one does not "
                 f"have; pass what they were: distrain.load({str(self.path)!r}, {passed})"
             )
-        return given_objects(self.given)
+        around = ExitStack()
+        around.enter_context(own_surroundings(computes=bool(keys)))
+        around.enter_context(given_objects(self.given))
+        return around
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distrain.api.objects import Objects
 from distrain.api.recipes import read_recipe
 from distrain.api.run import Run
+from distrain.api.surroundings import own_surroundings
 from distrain.config import Recipe, UserError
 from distrain.config.user_files import handing_over, is_importing
 from distrain.launchers.preflight import StartEnvironment, gpu_count, launcher_environment, worker_environment
@@ -89,7 +90,26 @@ def train(
         )
     if threading.current_thread() is not threading.main_thread():
         raise UserError("distrain.train was called in a thread, where no interrupt arrives; call it in the main thread")
-    passed = {"task": task, "model": model, "data": data, "loss": loss, "metrics": metrics, "callbacks": callbacks}
+    with own_surroundings(computes=False):
+        return _train(
+            recipe,
+            {"task": task, "model": model, "data": data, "loss": loss, "metrics": metrics, "callbacks": callbacks},
+            overrides,
+            run_dir,
+            Options(strategy=strategy, processes=processes),
+            update=update,
+        )
+
+
+def _train(
+    recipe: Any,
+    passed: Mapping[str, Any],
+    overrides: dict[str, Any],
+    run_dir: str | Path | None,
+    options: Options,
+    *,
+    update: bool,
+) -> Run:
     given = {key: value for key, value in passed.items() if value is not None}
     if isinstance(recipe, Run) or (isinstance(recipe, str | Path) and Path(recipe).is_dir()):
         objects, target = _of_run(recipe, given, overrides, run_dir, update)
@@ -98,7 +118,7 @@ def train(
     assert target.run is not None
     _import_progress_bars()
     with objects.here(), _as_before():
-        request = _resolved(target, processes, strategy)
+        request = _resolved(target, options)
         _attempt(request, objects)
     return Run(target.run.path, objects.given)
 
@@ -140,13 +160,14 @@ def _of_recipe(
     return objects, Target(name, run, loaded, is_run=False, update=update)
 
 
-def _resolved(target: Target, processes: int, strategy: str) -> RunRequest:
+def _resolved(target: Target, options: Options) -> RunRequest:
+    processes = options.processes
     if type(processes) is not int or processes < 1:
         raise UserError(f"processes: found {processes!r}; expected a whole number of 1 or more")
     say_ignored(own_start(os.environ, processes))
     logs.show_on_terminal(converses=True)
     environment: StartEnvironment = launcher_environment(processes) if processes > 1 else worker_environment()
-    return resolve(target, Options(strategy=strategy, processes=processes), environment)
+    return resolve(target, options, environment)
 
 
 def _attempt(request: RunRequest, objects: Objects) -> None:
@@ -166,8 +187,6 @@ def _attempt(request: RunRequest, objects: Objects) -> None:
         if status:
             raise _failure(request.run)
         return
-    from distrain.datasets.randomness import isolated_randomness
-
     begin_worker()
     failures: list[BaseException] = []
     with ExitStack() as around:
@@ -176,7 +195,7 @@ def _attempt(request: RunRequest, objects: Objects) -> None:
                 around.enter_context(handing_over(own))  # sizes are tried in a process of their own
             except UserError as error:
                 raise UserError(f"batch.micro is auto, which tries sizes in other processes. {error}") from error
-        around.enter_context(isolated_randomness())
+        around.enter_context(own_surroundings())
         train_here(request, failures=failures)
     if failures:
         raise failures[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from distrain.config import DataSection
 from distrain.config.yaml import load_recipe
 from distrain.datasets.arrays import ArrayData
 from distrain.datasets.base import DataRequest
+from distrain.optim.losses.user import default_dtype
 from distrain.run.folder import RunDir
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -540,3 +542,32 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "False", done.stderr
     assert all(getattr(distrain, name) is not None for name in distrain.__all__)
+
+
+def test_a_run_does_not_depend_on_what_the_caller_has_set() -> None:
+    plain = train("runs/plain", model=Net)
+    narrow = torch.autocast("cpu", torch.bfloat16)
+    with torch.inference_mode(), narrow, default_dtype(torch.float64), torch.device("meta"):
+        run = train("runs/around", model=Net)
+        score, rows, dtype = run.evaluate("test"), run.predict(X[:3].numpy()), torch.get_default_dtype()
+    losses = [each.metrics.query("event == 'train'")["loss"].tolist() for each in (run, plain)]
+    assert losses[0] == losses[1]
+    assert score["loss"] == plain.evaluate("test")["loss"]
+    assert rows.equals(plain.predict(X[:3].numpy()))
+    assert dtype == torch.float64
+
+
+def test_what_a_run_sets_is_for_that_run_alone() -> None:
+    torch.set_float32_matmul_precision("high")
+    random.seed(1)
+    try:
+        state = random.getstate(), torch.get_rng_state(), torch.backends.cudnn.deterministic
+        train(recipe={"train": {"steps": 2, "deterministic": True}}, model=Net)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert random.getstate() == state[0]
+        assert torch.equal(torch.get_rng_state(), state[1])
+        assert torch.backends.cudnn.deterministic == state[2]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
