@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dis
 import functools
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,9 @@ def as_given(key: str, value: Any) -> tuple[str, Given]:
     if not callable(value):
         raise UserError(f"{key}: found a {type(value).__name__}; expected a class, a function or a name")
     whole = inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, functools.partial)
-    return _name_of(value), Given(value, sources_of(value if whole else type(value)))
+    return _name_of(value), Given(
+        value, {**sources_of(value if whole else type(value)), **(values_of(value) if key != "callbacks" else {})}
+    )
 
 
 def _name_of(value: Any) -> str:
@@ -229,7 +233,7 @@ def _data(value: Any) -> tuple[str, Given]:
         return isinstance(part, Dataset) or (not arrays and (listed or hasattr(part, "__iter__")))
 
     if inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, functools.partial):
-        return _name_of(value), Given(value, sources_of(value))
+        return _name_of(value), Given(value, {**sources_of(value), **values_of(value)})
     splits: Mapping[str, Any] | None = None
     if isinstance(value, Mapping):
         unknown = sorted(set(map(str, value)) - set(_SPLITS))
@@ -277,6 +281,36 @@ def sources_of(*objects: Any) -> dict[str, str]:
             if own and (text := _source(part)):
                 found[part.__qualname__.rpartition("<locals>.")[2]] = text
     return dict(sorted(found.items()))
+
+
+def values_of(value: Any) -> dict[str, str]:
+    """Return the numbers and words that a function or class uses besides its arguments, by name, as text.
+
+    Its source does not tell them: arguments of a partial, values of the function around it, and of a notebook or script
+    outside of it, and defaults. Without those that it sets itself, such as a count.
+    """
+    found: dict[str, Any] = {}
+    while isinstance(value, functools.partial):
+        found |= {f"argument {at}": each for at, each in enumerate(value.args)} | value.keywords
+        value = value.func
+    for each in vars(value).values() if inspect.isclass(value) else [value]:
+        function = getattr(each, "fget", None) or getattr(each, "__func__", each)
+        if inspect.isfunction(function):
+            given = inspect.signature(function).parameters.values()
+            found |= {one.name: one.default for one in given if one.default is not one.empty}
+            with suppress(ValueError):  # what it is defined beside has no value yet
+                used = inspect.getclosurevars(function)
+                outside = {**used.nonlocals, **(used.globals if function.__module__ == "__main__" else {})}
+                found |= {name: each for name, each in outside.items() if name not in _set_by(function)}
+    plainly = {name: each for name, each in found.items() if isinstance(each, str | bytes | bool | int | float | tuple)}
+    texts = {name: text for name, each in plainly.items() if " at 0x" not in (text := repr(each))}
+    return {f"the value of {name}": text for name, text in sorted(texts.items())}
+
+
+def _set_by(function: Any) -> set[str]:
+    """Return the names outside of a function that it sets."""
+    steps = dis.get_instructions(function)
+    return {str(each.argval) for each in steps if each.opname in ("STORE_GLOBAL", "STORE_DEREF")}
 
 
 def _source(value: Any) -> str:

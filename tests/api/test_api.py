@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,24 @@ def test_other_code_and_other_data_are_said() -> None:
     with pytest.raises(UserError, match="data: sample 0 of train is another one"):
         train(model=local_net(), data=(X + 1, Y), callbacks=[Collect(stop=3)])
     assert train(model=Local, callbacks=[Collect()], update=True).status == "finished"
+
+
+def test_other_values_of_a_function_are_other_code() -> None:
+    def scaled(factor: float) -> Callable[..., Tensor]:
+        return lambda outputs, targets: factor * functional.cross_entropy(outputs, targets)
+
+    def of_default(factor: float) -> Callable[..., Tensor]:
+        return lambda outputs, targets, by=factor: by * functional.cross_entropy(outputs, targets)
+
+    def of_partial(factor: float) -> Callable[..., Tensor]:
+        return partial(lambda by, outputs, targets: by * functional.cross_entropy(outputs, targets), factor)
+
+    for number, make in enumerate((scaled, of_default, of_partial)):
+        folder = f"runs/{number}"
+        train(folder, model=Net, loss=make(1.0), callbacks=[Collect(stop=3)])
+        with pytest.raises(UserError, match=r"the value of .* of object\.loss:lambda: changed"):
+            train(folder, model=Net, loss=make(2.0), callbacks=[Collect()])
+        assert train(folder, model=Net, loss=make(1.0), callbacks=[Collect()]).status == "finished"
 
 
 def test_a_run_is_read_in_python() -> None:
