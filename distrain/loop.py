@@ -112,7 +112,7 @@ def take_turn(
         if objective.looks_ahead:  # a loss takes all samples together: each micro-batch then sees those of all
             look_ahead(t, turn, micro_batches)
         for index, batch in enumerate(micro_batches):
-            batch = to_device(batch, world)
+            batch = to_device(batch, world, again=scaler is not None or len(t.turns) > 1)
             seed_forward(t, index, turn, batch["ids"].numel())
             with strategy.micro_batch(last=index == last):
                 enter_phase("forward")

@@ -102,7 +102,9 @@ class Run:
         import pandas as pd
 
         rows: dict[Any, dict[str, Any]] = {}
-        for number, row in enumerate(self._folder.rows()):
+        for number, stored in enumerate(self._folder.rows()):
+            # JSON has no such numbers
+            row = {name: float(each) if each in ("nan", "inf", "-inf") else each for name, each in stored.items()}
             once = row["event"] in ("train", "eval", "final", "checkpoint")
             key = (row["event"], row["step"], row.get("split")) if once else number
             rows.pop(key, None)

@@ -144,12 +144,14 @@ class PendingMetrics(NamedTuple):
         return (*self.earlier, self)
 
 
-def to_device(batch: Batch, world: World) -> Batch:
+def to_device(batch: Batch, world: World, *, again: bool = False) -> Batch:
     """Return the batch on this rank's device: floating inputs and targets in float64 under fp64, images as floats.
 
     The host does not wait for it where the batch is in pinned memory. A batch that is as it has to be is returned
-    itself.
+    itself; one that is used `again` is copied, as a model may change its inputs in place.
     """
+    if again and world.device.type == "cpu":
+        batch = map_tensors(torch.clone, batch)
     moves = world.device.type != "cpu" or world.tuning["channels_last"] or world.precision == "fp64"
     if not moves and FINISH not in batch:
         return batch

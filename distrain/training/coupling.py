@@ -41,7 +41,7 @@ def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> N
     with torch.no_grad():
         for index, batch in enumerate(micro_batches):
             seed_forward(t, index, turn, len(batch["ids"]))
-            turn.objective.look_ahead(strategy.model, to_device(batch, world))
+            turn.objective.look_ahead(strategy.model, to_device(batch, world, again=True))
     restore()
     strategy.reshard()
     turn.objective.exchange()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.datasets.base import AnySource, Batch, DataMeta
+from distrain.datasets.nested import map_tensors
 from distrain.datasets.transforms import Transform
 from distrain.networks.calling import Convention, unwrap_model
 from distrain.parallel import World
@@ -77,7 +78,7 @@ def padding_warnings(model: nn.Module, objective: Objective, padded: PaddedSampl
 
 
 def _outputs(call: Convention, model: nn.Module, inputs: Any) -> list[Tensor]:
-    found = call(model, inputs)
+    found = call(model, map_tensors(torch.clone, inputs))  # it may change them in place
     return [each.double() for each in (found.logits, *found.others)]
 
 

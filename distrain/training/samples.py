@@ -62,7 +62,7 @@ class SampleView:
         host = self._read[split]
         strategy, objective = self._strategy, self._objective
         model, world = strategy.model, strategy.world
-        batch = to_device(dict(host), world)
+        batch = to_device(dict(host), world, again=True)
         training = model.training
         model.eval()
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError
 from distrain.datasets.base import Batch
-from distrain.datasets.nested import rows_of
+from distrain.datasets.nested import map_tensors, rows_of
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import Loss
 from distrain.parallel import World
@@ -292,7 +292,11 @@ class TaskObjective(Objective):
         """Return (losses,)."""
         if self.names not in self._scales:
             each = [self.weights.get(name, 1.0) * loss_scale.get(name, loss_scale[""]) for name in self.names]
-            self._scales[self.names] = torch.stack([_on(value, loss_sum) for value in each])
+            scales = torch.stack([_on(value, loss_sum) for value in each])
+            if self._counts_itself and len(each) > 1:  # one that is over nothing in a step trains nothing in it
+                nothing = scales.isinf()
+                scales = torch.where(nothing & ~nothing.all(), 0.0, scales)
+            self._scales[self.names] = scales
         return self._scales[self.names]
 
     def begin_step(self) -> None:
@@ -397,7 +401,8 @@ class TaskObjective(Objective):
         losses: dict[str, LossSum | Tensor] = {}
         turns: list[tuple[str, ...]] = [(name,) for name in self._optimizers] or [()]
         for arguments in turns:
-            found = self.task.losses(model, self._batch, *arguments)
+            batch = self._batch if len(turns) == 1 else map_tensors(torch.clone, self._batch)
+            found = self.task.losses(model, batch, *arguments)
             where = f"{self.name}.losses" + (f" for optimizer {arguments[0]!r}" if arguments else "")
             if not isinstance(found, Mapping) or not found:
                 what = "no loss" if isinstance(found, Mapping) else f"a {type(found).__name__}"
@@ -414,9 +419,12 @@ class TaskObjective(Objective):
         return len(values), pairs, names, None
 
     def _predict(self, model: TaskModel) -> tuple[int, Tensor, tuple[str, ...], Any]:
+        batch = self._batch
+        self._batch = map_tensors(torch.clone, batch)  # as if they were asked for alone: a model may change its inputs
         losses, pairs, names, _ = self._judge(model)
-        noise.of_evaluation(self._seed, self._batch["ids"])  # as if they were asked for alone
-        predictions = self.task.predictions(model, self._batch)
+        self._batch = batch
+        noise.of_evaluation(self._seed, batch["ids"])
+        predictions = self.task.predictions(model, map_tensors(torch.clone, batch))
         samples = len(self._batch["ids"])
         further = {
             name: _summed(value, samples, f"{self.name}.measure: {name!r}")
