@@ -13,7 +13,8 @@ chat.py         conversations for language models: conversations.py reads the fi
 labelled_text.py  texts with classes or numbers, by a tokenizer
 tagged_text.py  sentences with a tag for each token: tagged_files.py reads them, tags.py knows what marks entities
 parallel.py     pairs of sentences for translation
-user.py         the user's own Dataset or iterable; arrays.py has arrays that are given in Python
+user.py         the user's own Dataset or iterable; user_items.py makes batches of its items, arrays.py has arrays that
+                are given in Python
 nested.py       values of a batch, nested as a sample is
 labels.py       the allowed targets; class_counts.py counts them
 describing.py   what the first samples show; stored_meta.py keeps such facts in checkpoints

@@ -8,13 +8,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import IterableDataset
 
 from distrain.config import DataSection, FoldSplit, Form, Recipe, UserError, close_names, mix
@@ -34,18 +33,12 @@ from distrain.datasets.base import (
     find_dataset,
     split_indices,
 )
-from distrain.datasets.labels import IGNORED, NUMBERED, Labels
-from distrain.datasets.nested import graph_batch, is_graph
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
-from distrain.system.compiler import without_compiler
+from distrain.datasets.user_items import ITEM, ItemForm, collate, pair_of, share_memory, with_own_memory
 from distrain.system.output import error_line
 
-_ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
 _SPLITS = ("train", "valid", "test")
 _SEEDS = 256  # items of a stream whose seeds are computed at a time
-_TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
-_PLACE_KEYS = ("token_type_ids", "segment_ids", "position_ids", "decoder_position_ids")
-"""Keys that describe tokens: the value at a padded token is ignored, so 0 is safe."""
 
 
 def named_data(request: DataRequest) -> Data:
@@ -106,8 +99,8 @@ def user_data(request: DataRequest, made: Any) -> Data:
     first = splits_made["train"]
     meta = _meta(first, request)
 
-    def form(split: str) -> _Form:
-        return _Form.of(request, meta, split, first.name)
+    def form(split: str) -> ItemForm:
+        return ItemForm.of(request, meta, split, first.name)
 
     splits: dict[str, AnySource] = {}
     if list(splits_made) == ["train"] and not first.is_stream:
@@ -141,7 +134,7 @@ def source_of(request: DataRequest, inputs: Any) -> Source:
     if made.is_stream:
         raise UserError(f"predict: found a {type(inputs).__name__}; expected arrays, or a Dataset with a length")
     meta = getattr(inputs, "meta", None)
-    form = _Form.of(request, meta if isinstance(meta, DataMeta) else DataMeta(), "read", made.name)
+    form = ItemForm.of(request, meta if isinstance(meta, DataMeta) else DataMeta(), "read", made.name)
     return UserSource(made, form, mix(request.seed, "read"))
 
 
@@ -250,7 +243,7 @@ def _error_text(error: Exception) -> str:
     return f"{error_line(error)} ({theirs[0].filename}:{theirs[0].lineno})"
 
 
-def _labels(made: _Made, form: _Form) -> np.ndarray:
+def _labels(made: _Made, form: ItemForm) -> np.ndarray:
     """Return the class of every sample: from the Dataset's `targets`, or from its items one by one."""
     listed = getattr(made.dataset, "targets", None)
     if listed is None:
@@ -280,7 +273,7 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
         meta = replace(meta, class_names=_class_names(made.name, classes))
     if meta.num_classes is None and meta.class_names is not None:
         meta = replace(meta, num_classes=len(meta.class_names))
-    form = _Form.of(request, meta, "train", made.name)
+    form = ItemForm.of(request, meta, "train", made.name)
     if made.is_stream:
         stream = UserStream(made, form, 0)
         items = list(itertools.islice(stream, 1))
@@ -291,7 +284,7 @@ def _meta(made: _Made, request: DataRequest) -> DataMeta:
         raise UserError(f"{made.name}: the training {'stream' if made.is_stream else 'split'} has no samples")
     inputs, targets = batch["inputs"], batch.get("targets")
     if targets is None and task != "custom":
-        raise UserError(f"{made.name}: the first item has inputs and no targets; expected {_ITEM}")
+        raise UserError(f"{made.name}: the first item has inputs and no targets; expected {ITEM}")
     # tokens are sequences of any length and have no fixed shape
     has_shape = isinstance(inputs, torch.Tensor) and (inputs.is_floating_point() or inputs.ndim > 3)
     if meta.input_shape is None and has_shape:
@@ -332,9 +325,11 @@ def _class_names(where: str, classes: Any) -> tuple[str, ...]:
 class UserSource:
     """A Dataset of the user, or its items `indices`, read one by one."""
 
-    def __init__(self, made: _Made, form: _Form, seed: int, indices: np.ndarray | None = None):
+    def __init__(self, made: _Made, form: ItemForm, seed: int, indices: np.ndarray | None = None):
         self.made, self.form, self.seed, self.indices = made, form, seed, indices
         self.is_whole = form.own is not None
+        self._copies = False
+        """Whether items share memory, and are copied as they are read."""
 
     def __len__(self) -> int:
         return len(self.made.dataset) if self.indices is None else len(self.indices)
@@ -344,8 +339,21 @@ class UserSource:
 
     def fetch_at(self, ids: np.ndarray, epochs: np.ndarray) -> Batch:
         """Return the samples `ids` as in `epochs`, both (batch,) int64: a Dataset may augment them in each epoch."""
-        samples = []
         numbers = ids if self.indices is None else self.indices[ids]
+        items = self._read(ids, numbers, epochs)
+        if not self._copies and len(ids) > 1 and numbers[0] != numbers[1] and share_memory(*items[:2]):
+            self._copies = True  # the first one has what the last one holds
+            items = self._read(ids, numbers, epochs)
+        own, name = self.form.own, self.made.name
+        samples = [
+            (item,) if own else pair_of(item, f"{name}: item {number}")
+            for item, number in zip(items, numbers.tolist(), strict=True)
+        ]
+        batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
+        return {**batch, "ids": torch.from_numpy(ids)}
+
+    def _read(self, ids: np.ndarray, numbers: np.ndarray, epochs: np.ndarray) -> list[Any]:
+        items = []
         with isolated_randomness():
             seeds = stream_of(self.seed, epochs, ids).tolist()
             for sample, number, seed in zip(ids.tolist(), numbers.tolist(), seeds, strict=True):
@@ -355,15 +363,14 @@ class UserSource:
                 except Exception as error:
                     text = f"{self.made.name}: item {number} cannot be read: {_error_text(error)}"
                     raise (CorruptSample(sample, text) if CorruptSample.is_why(error) else UserError(text)) from error
-                samples.append((item,) if self.form.own else _pair(item, f"{self.made.name}: item {number}"))
-        batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
-        return {**batch, "ids": torch.from_numpy(ids)}
+                items.append(with_own_memory(item) if self._copies else item)
+        return items
 
 
 class UserStream:
     """An iterable of the user."""
 
-    def __init__(self, made: _Made, form: _Form, seed: int):
+    def __init__(self, made: _Made, form: ItemForm, seed: int):
         self.made = made
         self.form = form
         self.seed = seed
@@ -382,6 +389,7 @@ class UserStream:
         to put all back would cost ten times as much.
         """
         number, epoch = 0, self._epoch
+        first, copies = None, True
         try:
             seed_globally(int(stream_of(self.seed, epoch)[0]))
             walk = self.made.walk()
@@ -393,8 +401,13 @@ class UserStream:
                     item = next(walk)
                 except StopIteration:
                     return
+                if number == 1:  # held until here, so that the place of its memory is taken
+                    first, copies = None, share_memory(first, item)
+                elif number == 0:
+                    first = item
+                item = with_own_memory(item) if copies else item
                 where = f"{self.made.name}: item {number} of the stream"
-                yield *((item,) if self.form.own else _pair(item, where)), number
+                yield *((item,) if self.form.own else pair_of(item, where)), number
                 number += 1
         except UserError:
             raise
@@ -404,195 +417,3 @@ class UserStream:
 
     def collate(self, samples: list[tuple[Any, ...]]) -> Batch:
         return collate(samples, self.form, lambda row: f"item {samples[row][-1]} of the stream")
-
-
-def _pair(item: Any, name: str) -> tuple[Any, Any]:
-    """Return (inputs, targets or None) of an item; `name` identifies it in the error."""
-    if isinstance(item, Mapping) and "inputs" in item and set(item) <= {"inputs", "targets"}:
-        return item["inputs"], item.get("targets")
-    if is_graph(item):
-        targets = getattr(item, "y", None)  # one row for the graph, which a batch has for each
-        return item, targets[0] if isinstance(targets, torch.Tensor) and targets.shape[:1] == (1,) else targets
-    if isinstance(item, tuple | list) and item:
-        if len(item) > 2:  # as arrays: a tuple of numbers would be a vector
-            return tuple(np.asarray(each) if isinstance(each, int | float) else each for each in item[:-1]), item[-1]
-        return item[0], item[1] if len(item) == 2 else None
-    found = f"a dict of {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
-    raise UserError(f"{name} is {found}, expected {_ITEM}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Items to batches
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How the items of a split become batches."""
-
-    name: str
-    """The data set's, for errors."""
-    task: Form
-    pad_id: int | None
-    padding: Mapping[str, float]
-    dtype: torch.dtype
-    labels: Labels
-    own: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of samples as they are; None: `collate` does."""
-
-    @classmethod
-    def of(cls, request: DataRequest, meta: DataMeta, split: str, name: str) -> _Form:
-        known = {
-            "language_modeling": meta.vocab_size,
-            "seq2seq": meta.target_vocab_size if meta.target_vocab_size is not None else meta.vocab_size,
-        }.get(request.task, meta.num_classes)
-        return cls(
-            name,
-            request.task,
-            meta.pad_id,
-            meta.padding or {},
-            request.dtype,
-            request.labels(split, known),
-            request.collate,
-        )
-
-    def image(self, value: Any) -> torch.Tensor:
-        """Return an input as a tensor, black-and-white images as bytes."""
-        return self.tensor(value.convert("L") if isinstance(value, Image.Image) and value.mode == "1" else value)
-
-    def tensor(self, value: Any) -> torch.Tensor:
-        if isinstance(value, Image.Image):
-            if value.mode.startswith("I;16"):  # astype converts to this machine's byte order
-                return torch.from_numpy(np.asarray(value).astype(np.uint16))[None]
-            with without_compiler():
-                from torchvision.transforms.v2 import functional
-            return functional.pil_to_tensor(value)
-        try:
-            tensor = torch.as_tensor(value)
-            if self.dtype == torch.float64 and tensor.dtype == torch.float32 and not hasattr(value, "dtype"):
-                tensor = torch.as_tensor(value, dtype=self.dtype)  # Python's own numbers, which torch has rounded
-        except (TypeError, ValueError, RuntimeError) as error:
-            found = type(value).__name__
-            raise UserError(
-                f"{self.name}: a {found} cannot become a tensor ({error}); expected numbers or arrays"
-            ) from error
-        # float64 is NumPy's default and rarely intended; float32 weights cannot be multiplied with it
-        return tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor
-
-    def targets(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return targets as int64 for classes and tokens, as floats otherwise."""
-        if self.task in NUMBERED:
-            if targets.is_floating_point():
-                raise UserError(f"{self.name}: targets are {targets.dtype}; task {self.task} expects whole numbers")
-            return targets.to(torch.int64)
-        if self.task == "custom" and not targets.is_floating_point():
-            return targets
-        return targets.to(self.dtype)
-
-
-def collate(samples: Sequence[tuple[Any, ...]], form: _Form, name: Callable[[int], str]) -> Batch:
-    """Return samples as one batch, without `ids`; `name` describes the sample of a row in errors.
-
-    Sequences (one or two dimensions, time first) of different lengths are padded at the end. Images of different sizes
-    become a list, for a transform to resize.
-    """
-    if form.own is not None:
-        return _of_own(form.own([sample[0] for sample in samples]), form)
-    batch: Batch = {"inputs": _collated([sample[0] for sample in samples], "inputs", form, form.image)}
-    if samples[0][1] is not None:
-        batch["targets"] = _collated([sample[1] for sample in samples], "targets", form, form.tensor)
-        if isinstance(batch["targets"], torch.Tensor):
-            batch["targets"] = form.targets(batch["targets"])
-            if found := form.labels.problem(batch["targets"]):
-                raise UserError(f"{form.name}: {name(found[0])}: {found[1]}; correct or remove the item")
-    return batch
-
-
-def _of_own(found: Any, form: _Form) -> Batch:
-    """Return what a task's own collate has made; raises UserError where it is no batch."""
-    if isinstance(found, tuple) and len(found) == 2:
-        return {"inputs": found[0], "targets": found[1]}
-    if not isinstance(found, Mapping) or "inputs" not in found:
-        what = f"a dict of {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise UserError(
-            f"{form.name}: the task's collate returned {what}; expected a dict with 'inputs' and, where there are any, "
-            "'targets'"
-        )
-    return {key: value for key, value in found.items() if key != "ids"}
-
-
-def _collated(values: list[Any], key: str, form: _Form, tensor: Callable[[Any], torch.Tensor]) -> Any:
-    """Return the values of one place in each sample as one, nested as they are; `key` is their innermost."""
-    first = values[0]
-    if isinstance(first, Mapping):
-        if odd := next((each for each in values if not isinstance(each, Mapping) or set(each) != set(first)), None):
-            found = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else f"a {type(odd).__name__}"
-            raise UserError(f"{form.name}: {key} of one batch are dicts of {', '.join(map(str, first))} and {found}")
-        return {inner: _collated([each[inner] for each in values], str(inner), form, tensor) for inner in first}
-    if isinstance(first, tuple) and not all(isinstance(each, int | float) for each in first):
-        if any(not isinstance(each, tuple) or len(each) != len(first) for each in values):
-            raise UserError(f"{form.name}: {key} of one batch are tuples of {len(first)} and of another length")
-        return tuple(_collated(list(part), key, form, tensor) for part in zip(*values, strict=True))
-    if is_graph(first):
-        return graph_batch(values)
-    tensors = [tensor(each) for each in values]
-    ragged = key == "inputs" and tensors[0].ndim == 3 and len({each.shape for each in tensors}) > 1
-    return tensors if ragged else _joined(tensors, key, form)
-
-
-def _joined(tensors: list[torch.Tensor], key: str, form: _Form) -> torch.Tensor:
-    """Stack tensors, after padding their first dimension to the longest."""
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) == 1:
-        return torch.stack(tensors)
-    what = f"{form.name}: {key}" if key in ("inputs", "targets") else f"{form.name}: inputs {key!r}"
-    if len({shape[1:] for shape in shapes}) > 1 or not all(len(shape) in (1, 2) for shape in shapes):
-        raise UserError(
-            f"{what} of one batch have the shapes {', '.join(map(str, sorted(shapes)))}; expected equal ones"
-        )
-    value = _padding(tensors, key, what, form)
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def _padding(tensors: list[torch.Tensor], key: str, what: str, form: _Form) -> float:
-    """Return the padding value for sequences of different lengths.
-
-    It is `meta.padding` of the key; otherwise `pad_id` for tokens (0, if no token is 0), 0 for masks, positions, types
-    and floats, and the target that the loss ignores for targets. All else is refused: padding must never pass for data.
-    """
-    if key in form.padding:
-        return form.padding[key]
-    give = f"give it a padding of its own, as in meta = {{'padding': {{{key!r}: 0}}}}"
-    if key == "targets":
-        if form.labels.ignored is not None:
-            return form.labels.ignored
-        raise UserError(
-            f"{what} of one batch have different lengths, and the loss has no ignore_index; give targets of one "
-            f"length, set loss.ignore_index if the loss has one, or {give}"
-        )
-    first = tensors[0]
-    if first.is_floating_point():
-        if key.endswith("mask") and any(bool((each < 0).any()) for each in tensors):
-            raise UserError(
-                f"{what} have different lengths and values below 0, like an additive mask, where 0 keeps a token; "
-                f"{give.replace(': 0', ': -10000')}"
-            )
-        return 0
-    if key == "special_tokens_mask":
-        return 1
-    if (key.endswith("mask") and "padding" not in key) or key in _PLACE_KEYS:
-        return 0
-    if key.endswith("labels"):
-        return IGNORED
-    if key in ("inputs", *_TOKEN_KEYS) and first.dtype != torch.bool:
-        if form.pad_id is not None:
-            return form.pad_id
-        if any(bool((each == 0).any()) for each in tensors):
-            raise UserError(
-                f"{what} of one batch have different lengths, and their values include 0, the padding; set a padding "
-                "id in meta, as {'pad_id': 0}, that no token has"
-            )
-        return 0
-    raise UserError(
-        f"{what} of one batch have different lengths, and their padding is unknown ({first.dtype}); {give}, with a "
-        "number that no item holds"
-    )

@@ -58,6 +58,7 @@ def fingerprint(
     - `folder`: the same of folders that the recipe gives to the user's code, which may read any of their files
     - `splits`: the number of samples in each, None for a stream
     - `items`: a few samples, if the files that they come from are unknown (`items.items_of`)
+    - `changing`: the splits of which samples are others each time that they are read
     - `code`: `code.code_of`
     - `total_steps`
     """
@@ -87,7 +88,9 @@ def fingerprint(
         holding = [root for root in (*roots, *_paths(arguments)) if inside.startswith(f"{root.rstrip(os.sep)}{os.sep}")]
         found["folder"] = listing({} if holding else folders, full=full)
         if items:
-            found["items"] = items_of(data)
+            changing: set[str] = set()
+            found["items"] = items_of(data, changing)
+            found["changing"] = sorted(changing)
     found["data"] = listing(read, full=full)
     return found
 

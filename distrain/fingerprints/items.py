@@ -20,11 +20,11 @@ _ENOUGH_S = 0.5
 _MAX_NUMBERS = 1 << 20
 
 
-def items_of(data: Data) -> dict[str, dict[str, Any]]:
+def items_of(data: Data, changing: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return {split: {sample id: fingerprint}} for the first and the last sample of each split, and two between.
 
     Samples are those of the first epoch. Skips samples that cannot be read, which training reports, and samples that
-    differ each time they are read.
+    differ each time they are read: the names of their splits are added to `changing`.
     """
     from distrain.datasets.base import is_stream
 
@@ -38,8 +38,12 @@ def items_of(data: Data) -> dict[str, dict[str, Any]]:
         for number in dict.fromkeys([0, last, last // 3, last * 2 // 3]):
             if time.monotonic() - began > _ENOUGH_S:
                 break
-            if (item := _item(source, number)) is not None and item == _item(source, number):
+            if (item := _item(source, number)) is None:
+                continue
+            if item == _item(source, number):
                 rows[str(number)] = item
+            elif changing is not None:
+                changing.add(split)
     return found
 
 

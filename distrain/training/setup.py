@@ -46,6 +46,7 @@ from distrain.training.skipping import Anomalies
 from distrain.training.sums import may_be_no_sums, sums_warnings
 from distrain.training.tasks import build_objective
 from distrain.training.trying import tried_model, tried_objective
+from distrain.training.untrained import may_hold_parameters, untrained_warnings
 from distrain.training.updates import Inputs, take_inputs
 
 logger = logging.getLogger(__name__)
@@ -190,11 +191,11 @@ def set_up(
 
 
 def _tried(t: TrainContext, feed: DataPipeline, parameters: int, kept: Path) -> list[str]:
-    """Return the warnings for a model that reads padding, and for a task whose losses are no sums over samples."""
+    """Return the warnings for a model that reads padding, and for losses that are no sums, or have parameters."""
     data, objective, world, found = feed.data, t.objective, t.world, list[str]()
     source, transform = data.splits["train"], feed.transforms["eval"]
     padded = None if data.packed else padded_samples(source, transform, data.meta, world)
-    if padded is None and not may_be_no_sums(objective):
+    if padded is None and not may_be_no_sums(objective) and not may_hold_parameters(objective):
         return []
     with tried_model(t, data.meta, parameters, kept) as model:
         if model is not None:
@@ -203,6 +204,8 @@ def _tried(t: TrainContext, feed: DataPipeline, parameters: int, kept: Path) -> 
                 found += padding_warnings(model, objective, padded, world)
             if may_be_no_sums(objective):
                 found += sums_warnings(model, objective, source, transform, world, feed.micro_batch_size)
+            if may_hold_parameters(objective):
+                found += untrained_warnings(model, objective, source, transform, world)
     return found
 
 

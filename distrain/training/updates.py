@@ -26,6 +26,11 @@ EVENT = "update"
 _ADVICE = (
     "Put it back as it was, choose another --run-dir for a new run, or --update to continue with what is there now."
 )
+_CHANGING = (
+    "samples of {} are others each time that they are read: they depend on what was read before, so a resume, loader "
+    "processes or another number of processes mean other samples. Draw by the global generators of random, numpy and "
+    "torch, which distrain seeds before each item, or by a generator that is made anew from the sample's number"
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,10 @@ def take_inputs(
     """
     found = fingerprint(recipe, data, total_steps, run.path, items=items)
     allowed = run.update_path.exists()
+    changing = [f"warning: {_CHANGING.format(' and '.join(names))}"] if (names := found.pop("changing", [])) else []
     if resumed is None:
         accept(run, found)
-        return Inputs(found)
+        return Inputs(found, lines=changing)
     # a checkpoint may be older than fingerprints are, or imported
     then: dict[str, Any] = resumed.scalars.get("inputs") or run.inputs() or {}
     values = _recipe_changes(resumed.recipe, recipe)
@@ -67,7 +73,7 @@ def take_inputs(
     words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
     words += [f"updated  {line}" for line in lines]
     words += [f"warning: {line}" for line in compare(then, found).unsure]
-    words += _consequences(values, recipe, total_steps, resumed.step)
+    words += changing + _consequences(values, recipe, total_steps, resumed.step)
     if not then and "imported_from" not in resumed.scalars:
         words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 import distrain
 
@@ -131,3 +134,95 @@ def test_a_loss_that_is_over_nothing_in_a_step_trains_nothing_in_it() -> None:
     of_few = run.metrics.query("event == 'train'")["few"]
     assert of_few.dtype == float  # not the text that JSON has for NaN
     assert of_few.isna().sum() == empty
+
+
+class Balanced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean() * torch.exp(-self.spread) + self.spread
+
+
+class Weighted(Squares):
+    def __init__(self) -> None:
+        self.shares = nn.Parameter(torch.zeros(2))
+        self.frozen = nn.Linear(6, 1).requires_grad_(False)
+
+    def losses(self, model: Any, batch: Any) -> Any:
+        error = (model(batch["inputs"]) - self.frozen(batch["inputs"])).square().mean(1)
+        return {"square": error * torch.exp(-self.shares[0]) + self.shares.sum()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"task": "regression", "loss": Balanced}, "spread"),
+        ({"task": Weighted}, "shares"),
+        ({"task": Squares}, None),
+        ({"task": "regression", "loss": lambda outputs, targets: (outputs - targets).square().mean(1)}, None),
+    ],
+    ids=["of a loss", "of a task", "a task without", "a loss without"],
+)
+def test_parameters_that_no_optimizer_trains_are_said(
+    changes: dict[str, Any], names: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("untrained", Linear, **changes)
+    said = f"has parameters that are no part of the model ({names})"
+    out = capsys.readouterr().out
+    assert said in out if names else "no part of the model" not in out
+
+
+class Refilled(Dataset):
+    """Gives one tensor for all samples, filled anew."""
+
+    def __init__(self) -> None:
+        self.inputs, self.targets = torch.zeros(6), np.zeros(1, np.float32)
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        self.inputs.copy_(X[index])
+        self.targets[:] = Y[index].numpy()
+        return self.inputs, self.targets
+
+
+class Kept(Refilled):
+    def __getitem__(self, index: int) -> Any:
+        return X[index], Y[index].numpy()
+
+
+class RefilledStream(IterableDataset):
+    source: type[Refilled] = Refilled
+
+    def __iter__(self) -> Iterator[Any]:
+        data = self.source()
+        return (data[index] for index in range(len(data)))
+
+
+class KeptStream(RefilledStream):
+    source = Kept
+
+
+@pytest.mark.parametrize(("refilled", "kept"), [(Refilled, Kept), (RefilledStream, KeptStream)])
+def test_a_data_set_may_fill_one_tensor_again_and_again(refilled: Any, kept: Any) -> None:
+    found = [train(each.__name__, Linear, "regression", data=each) for each in (kept, refilled)]
+    assert torch.equal(numbers(found[0], "loss"), numbers(found[1], "loss"))
+    assert torch.equal(found[0].model().layer.weight, found[1].model().layer.weight)
+
+
+class Drawn(Kept):
+    def __init__(self, own: bool):
+        self.random = np.random.default_rng(0) if own else None
+
+    def __getitem__(self, index: int) -> Any:
+        noise = np.random.rand() if self.random is None else self.random.random()
+        return X[index] + float(noise), Y[index]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_data_set_with_a_generator_of_its_own_is_said(own: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    train("drawn", Linear, "regression", data={"name": Drawn, "own": own})
+    assert ("are others each time that they are read" in capsys.readouterr().out) == own

@@ -29,7 +29,7 @@ class UserLoss(Loss):
 
     def __init__(self, name: str, function: Callable[..., Any]):
         self.name = name
-        self._function = function
+        self.function = function
         self._count = getattr(function.func if isinstance(function, partial) else function, "count", None)
         self.count_is_fixed = self._count is None
 
@@ -41,9 +41,9 @@ class UserLoss(Loss):
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
         if not len(targets):
             return first.sum() * 0
-        if isinstance(self._function, nn.Module):
-            self._function.to(first.device)
-        result = self._function(outputs, targets)
+        if isinstance(self.function, nn.Module):
+            self.function.to(first.device)
+        result = self.function(outputs, targets)
         if isinstance(result, tuple):
             if self._count is None:
                 raise UserError(
