@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -208,7 +208,7 @@ class Run:
         run = load(self, **objects) if objects else self
         return train(run, processes=processes, strategy=strategy, update=update)
 
-    def _here(self, *keys: str) -> AbstractContextManager[None]:
+    def _here(self, *keys: str) -> ExitStack:
         """Return the context in which the recipe's objects are found; raises UserError for those of `keys` not here."""
         missing = [
             spec
