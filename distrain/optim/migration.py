@@ -54,6 +54,11 @@ def plan_migration(stored_class: str, stored_keys: Collection[str], section: Opt
     new = _tried(section)
     name = new.kind.__name__
     same = name == stored_class
+    if not stored_class.isidentifier():  # the words for none
+        raise UserError(
+            f"the checkpoint holds {stored_class}, and {name} cannot start in the middle of a run; start a new run "
+            "with model.weights set to the model that `distrain export` makes of it"
+        )
     if not same and not (new.torchs_own and {stored_class, name} <= set(_ADAMS)):
         others = ", ".join(each for each in _ADAMS if each != stored_class)
         raise UserError(

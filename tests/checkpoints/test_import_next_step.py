@@ -15,6 +15,7 @@ import yaml
 from runs import write_recipe
 from test_import import command
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from distrain.checkpoint import Reader, find_newest
 from distrain.checkpoints.export import import_checkpoint
@@ -253,6 +254,25 @@ def test_numbers_in_distributed_checkpoints_are_no_names(theirs, tmp_path):
     with open_foreign(tmp_path / "unnamed") as source:
         assert not any(name.startswith("optimizer/") for name in source.names)
         assert any("numbers instead of the parameters' names" in what for what in source.skipped)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_state_by_name_is_taken_nested_and_flat(theirs, tmp_path, flat):
+    model, optimizer = trained(theirs, torch.optim.AdamW, 3)
+    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=flat)
+    states = get_state_dict(model, optimizer, options=options)
+    torch.save(dict(zip(("model", "optimizer"), states, strict=True)), tmp_path / "theirs.pt")
+    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    go_on(theirs, model, optimizer, 1)
+    check(model, optimizer, next_step(theirs, tmp_path / "run", tmp_path)[1])
+
+
+def test_an_import_without_an_optimizer_says_what_to_do(theirs, tmp_path):
+    model, _ = trained(theirs, torch.optim.AdamW, 3)
+    torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "theirs.pt")
+    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    with pytest.raises(AssertionError, match=r"; start a new run with model\.weights set to the model that"):
+        next_step(theirs, tmp_path / "run", tmp_path)
 
 
 def test_state_without_a_step_needs_one(theirs, tmp_path):

@@ -29,7 +29,8 @@ _NO_SETTINGS = {"params", "param_names", "lr", "initial_lr"}
 
 
 def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> None:
-    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name."""
+    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name; or flat."""
+    content = _nested(content)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         source.skipped.append(f"{where}: it is not a torch optimizer's state dict")
         return
@@ -48,6 +49,21 @@ def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> 
             else:
                 values[names[index], key] = value
     add_by_name(source, tensors, values, named_groups(groups, names))
+
+
+def _nested(content: Any) -> Any:
+    """Return an optimizer's state with a flat name for each value (`flatten_optimizer_state_dict`) as torch nests it."""
+    if not isinstance(content, dict) or not content or "state" in content:
+        return content
+    found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for name, value in content.items():
+        kind, _, rest = str(name).partition(".")
+        parameter, _, key = rest.rpartition(".")
+        if kind not in found or not parameter:
+            return content
+        found[kind].setdefault(parameter, {})[key] = value
+    groups = [{**settings, "params": [name]} for name, settings in found["param_groups"].items()]
+    return {"state": found["state"], "param_groups": groups}
 
 
 UNNAMED = (
