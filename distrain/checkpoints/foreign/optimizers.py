@@ -29,7 +29,7 @@ _NO_SETTINGS = {"params", "param_names", "lr", "initial_lr"}
 
 
 def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> None:
-    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name; or flat."""
+    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, nested or flat, or from FSDP's by name."""
     content = _nested(content)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         source.skipped.append(f"{where}: it is not a torch optimizer's state dict")
