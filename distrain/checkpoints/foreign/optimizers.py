@@ -52,7 +52,7 @@ def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> 
 
 
 def _nested(content: Any) -> Any:
-    """Return an optimizer's state with a flat name for each value (`flatten_optimizer_state_dict`) as torch nests it."""
+    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name, also flat."""
     if not isinstance(content, dict) or not content or "state" in content:
         return content
     found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
