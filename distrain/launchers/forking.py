@@ -127,7 +127,11 @@ class Meeting:
         """Return what listens for the processes of all machines; None on a machine that is not the first."""
         if self.node > 0:
             return None
-        return socket.create_server((self.address if self.nodes == 1 else "", self.port), backlog=backlog)
+        if self.nodes == 1:
+            return socket.create_server((self.address, self.port), backlog=backlog)
+        both = socket.has_dualstack_ipv6()  # the address may be of either kind
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", self.port), family=family, backlog=backlog, dualstack_ipv6=both)
 
     def end(self, store: Any, codes: Mapping[int, int]) -> None:
         """Have the first machine hold the store until the processes of all have ended, where they end well."""
