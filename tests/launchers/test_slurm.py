@@ -38,7 +38,7 @@ from distrain.launchers.slurm.plan import Plan, is_secret, make_plan, seconds_of
 from distrain.launchers.slurm.queue import Job, passed_on
 from distrain.launchers.slurm.rendering import BODY, log_pattern, render_sbatch, template
 from distrain.launchers.slurm.sites import find_sites, load_site, read_site, site_lines
-from distrain.launchers.slurm.snapshot import copied, differences, moved, take_snapshot, write_copy
+from distrain.launchers.slurm.snapshot import copied, differences, moved, own_package, take_snapshot, write_copy
 from distrain.launchers.slurm.submitting import Prepared, Wanted, announced, prepare, submit
 from distrain.launchers.slurm.tracking import job_numbers, jobs_for
 from distrain.launchers.sweeps import expand, read_sweep
@@ -390,6 +390,18 @@ def test_a_submitted_run_is_made_with_all_that_the_job_needs(cluster: StubQueue,
     environment = {**os.environ, "PYTHONPATH": str(submit_folder / "distrain")}
     out = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
     assert out.stdout.strip() == str(submit_folder / "distrain" / "launch" / "train.py"), out.stderr
+
+
+def test_of_distrain_its_code_and_configurations_are_copied_and_no_link_that_leads_nowhere(tmp_path: Path) -> None:
+    for name in ("distrain/a.py", "distrain/room/b.py", "distrain/notes.txt", "launch/train.py", "tests/test_a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "distrain" / ".#a.py").symlink_to("me@machine.17")  # an editor's lock
+    found = own_package(tmp_path / "distrain")
+    assert found is not None
+    assert [*found.files] == ["distrain/a.py", "distrain/room/b.py", "launch/train.py"]
+    (tmp_path / "distrain" / "share").mkdir()
+    assert own_package(tmp_path / "distrain") is None, "it is installed"
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import distrain
 from distrain.config import Recipe, UserError, is_object_spec
 from distrain.config.yaml import LoadedRecipe
 from distrain.fingerprints import named_objects, user_module
@@ -242,11 +243,8 @@ def write_copy(snapshot: Snapshot, code: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def own_package() -> Snapshot | None:
+def own_package(package: Path = Path(distrain.__file__).parent) -> Snapshot | None:
     """Return distrain itself where it runs from a checkout, whose files a user may edit; None where it is installed."""
-    import distrain
-
-    package = Path(distrain.__file__).parent
     if (package / "share").is_dir():
         return None
     files: dict[str, Path] = {}
