@@ -129,6 +129,8 @@ class DDPStrategy(Strategy):
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
         if self._looks:
             self._look()
+        elif self._versions:
+            self._note_late()
         numbers = self._now.carries
         if numbers is None:
             return StepRecord.reduce_async(self.world, loss, flags)

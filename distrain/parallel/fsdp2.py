@@ -179,6 +179,8 @@ class FSDP2Strategy(Strategy):
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
         if self._looks:
             self._look()
+        elif self._versions:
+            self._note_late()
 
         def agree() -> StepRecord:
             gradients, own = self._local_gradients

@@ -50,6 +50,15 @@ def lost(names: Sequence[str], strategy: str) -> UserError:
     )
 
 
+def late(names: Sequence[str]) -> UserError:
+    """Return the error of a step that is not taken, whose passes were the first to write into parameters."""
+    return UserError(
+        f"the model's code writes into {', '.join(names[:5])} for the first time in a step that is skipped or made "
+        "again, and what was there before is not known any more. Resume from the newest checkpoint; or keep in buffers "
+        "(register_buffer) what the optimizer does not train"
+    )
+
+
 def check_hooks(model: nn.Module, strategy: str, *, accumulating: bool = True) -> None:
     """Raise UserError for hooks on the gradients of parameters, where a strategy computes with others in their place.
 

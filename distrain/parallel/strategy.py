@@ -32,7 +32,7 @@ from distrain.parallel.model_tensors import (
     travels,
     values_of,
 )
-from distrain.parallel.parameter_writes import LOOKS, check_alike, same_bits
+from distrain.parallel.parameter_writes import LOOKS, check_alike, late, same_bits
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
@@ -114,6 +114,10 @@ class Strategy(ABC):
         """Those before the passes under way, and what they were, where the step may be made again."""
         self._written: dict[nn.Parameter, None] = {}
         """Those that the model's own code has written into in such a pass."""
+        self._versions: list[tuple[nn.Parameter, int]] = []
+        """Of what is not compared any more: a later step may be the first that writes into it."""
+        self._late: list[nn.Parameter] = []
+        """What the passes under way are the first to write into, so that its values before them are gone."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -213,20 +217,33 @@ class Strategy(ABC):
             self._buffers = buffer_slots(self.model)
             self._extra = modules_with_extra_state(self.model)
         restore = remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
-        if not self._looks and not self._written:
-            return restore
         kept = values_of(self._whole() if self._looks else self._written)
         self._kept = kept if self._looks else []
+        self._versions = [] if self._looks else [(each, each._version) for each in self._whole()]
+        self._late = []
 
         def restore_all() -> None:
             restore()
             give_back(kept)
+            if self._late:
+                raise late([name for name, each in self.model.named_parameters() if any(each is p for p in self._late)])
 
         return restore_all
 
     def _whole(self) -> list[nn.Parameter]:
         """Return the parameters that this rank holds whole, and computes with."""
         return list(self.model.parameters())
+
+    def _note_late(self) -> None:
+        """Note into which parameters the forward passes of a turn are the first to write, once none are compared.
+
+        Called before its last backward pass.
+        """
+        self._late = [
+            each for each, version in self._versions if each._version != version and each not in self._written
+        ]
+        self._written |= dict.fromkeys(self._late)
+        self._versions = []
 
     def _look(self) -> None:
         """Note which parameters the forward passes of a turn have written into; called before its last backward pass.

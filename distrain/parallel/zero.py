@@ -268,6 +268,8 @@ class ZeROStrategy(Strategy):
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
         if self._looks:
             self._look()
+        elif self._versions:
+            self._note_late()
 
         def agree() -> StepRecord:
             missed = [place for place, key in enumerate(self._trained) if key not in self._reached]

@@ -67,6 +67,13 @@ def test_a_step_that_is_skipped_writes_nothing(tmp_path: Path) -> None:
     assert state(last(run))["model/passes"].tolist() == [2]
 
 
+def test_a_step_that_is_skipped_writes_nothing_where_the_model_has_begun_to_write_late(tmp_path: Path) -> None:
+    recipe, run = recipe_of(tmp_path, "CountedLate"), tmp_path / "run"
+    train(1, recipe, run, *SKIPPED[:-2], "train.steps=9")
+    assert [row["event"] for row in rows(run)].count("anomaly") == 3
+    assert state(last(run))["model/passes"].tolist() == [3]
+
+
 REPLACED = "has put another Parameter in the place of layer.weight"
 LOST = "writes into parameter {}, and under {} it has a copy"
 
