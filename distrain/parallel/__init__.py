@@ -27,6 +27,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
     matrices.py             whole matrices for an optimizer, from the parts that ranks hold
     shards.py               what a rank holds of a tensor
     optimizer_state.py      what an optimizer keeps, as a checkpoint holds it
+    optimizer_restoring.py  an optimizer's state from a checkpoint
     stored.py               from the tensors of a checkpoint to those of a model
     contents.py, nested.py  what of a model and an optimizer that state must hold
 """

@@ -32,11 +32,12 @@ from distrain.parallel.model_tensors import (
     travels,
     values_of,
 )
+from distrain.parallel.optimizer_restoring import MigrationPlanner
 from distrain.parallel.parameter_writes import LOOKS, check_alike, late, same_bits
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
-from distrain.parallel.state import MigrationPlanner, TrainingState
+from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
 
 
