@@ -52,7 +52,7 @@ def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> 
 
 
 def _nested(content: Any) -> Any:
-    """Add each parameter's state from `torch.optim.Optimizer.state_dict`, or from FSDP's by name, also flat."""
+    """Return an optimizer's state with one flat name for each value as torch nests it; any other as it is."""
     if not isinstance(content, dict) or not content or "state" in content:
         return content
     found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
