@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from distrain.config import Component, Recipe, UserError
+from distrain.datasets.arrays import check_columns
 from distrain.datasets.base import (
     AnySource,
     Batch,
@@ -174,10 +175,11 @@ def _scaled_apart(recipe: Recipe, *, bytes_: bool) -> list[str]:
     ]
 
 
-def given_source(recipe: Recipe, inputs: Any) -> Source:
+def given_source(recipe: Recipe, inputs: Any, state: Mapping[str, Any]) -> Source:
     """Return inputs that are given in Python, arrays or a Dataset, for prediction; raises UserError.
 
-    They are as the run's own data set gives them; a built-in one encodes what it reads, which arrays would bypass.
+    They are as the run's own data set gives them, whose state is `state`; a built-in one encodes what it reads, which
+    arrays would bypass.
     """
     name, task = recipe.data.name, recipe.form
     if find_dataset(recipe.data, task).registered:
@@ -186,6 +188,7 @@ def given_source(recipe: Recipe, inputs: Any) -> Source:
             "one of its splits, or a file or folder as it reads them"
         )
     request = DataRequest(recipe.data, task, recipe.seed, Path(), None, float_dtype(recipe))
+    check_columns(inputs, state.get("columns"), "inputs: the table")
     return source_of(request, inputs)
 
 

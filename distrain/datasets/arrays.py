@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from distrain.config import UserError
 from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, TensorSource, split_indices
 from distrain.datasets.labels import NUMBERED, TOKEN_TASKS
+from distrain.system.errors import some
 
 Arrays = Any
 """A tensor (n, ...), what NumPy makes an array of, or a dict of such."""
@@ -54,7 +56,12 @@ class ArrayData:
             known = meta.num_classes if request.task not in TOKEN_TASKS else None
             if (found := request.labels(split, known).problem(source.targets)) is not None:
                 raise UserError(f"{name}: sample {found[0]} of {split}: {found[1]}; correct or remove it")
-        state = {} if meta.num_classes is None else {"num_classes": meta.num_classes}
+        state: dict[str, Any] = {} if meta.num_classes is None else {"num_classes": meta.num_classes}
+        known_columns = (request.state or {}).get("columns", columns_of(self.splits["train"][0]))
+        for split, (table, _) in self.splits.items():
+            check_columns(table, known_columns, f"{name}: the {split} split")
+        if known_columns is not None:
+            state["columns"] = known_columns
         return Data(splits, meta, state, warnings=_from_one(tensors, meta, name) if request.state is None else ())
 
     def _tensors(self, split: str, pair: tuple[Arrays, Arrays], request: DataRequest) -> tuple[Any, Tensor]:
@@ -87,6 +94,28 @@ def _check_index(inputs: Any, targets: Any, where: str) -> None:
         )
 
 
+def columns_of(inputs: Any) -> list[str] | None:
+    """Return the names of a table's columns; None for arrays, and where they are only counted."""
+    names = getattr(inputs, "columns", None)
+    if names is None or not hasattr(inputs, "shape"):
+        return None
+    found = [str(name) for name in names]
+    return None if found == [str(number) for number in range(len(found))] else found
+
+
+def check_columns(inputs: Any, expected: Sequence[str] | None, where: str) -> None:
+    """Raise UserError for a table whose columns are not those of the training, in their order: they go by place."""
+    found = columns_of(inputs)
+    if expected is None or found is None or found == list(expected):
+        return
+    here, there = ([each for each in one if each not in other] for one, other in ((found, expected), (expected, found)))
+    odd = [f"has {some(here)}"] * bool(here) + [f"lacks {some(there)}"] * bool(there) or ["has them in another order"]
+    raise UserError(
+        f"{where} {' and '.join(odd)}: the columns of the training are {some(expected, 8)}, and a model knows them by "
+        "their place; give table[[...]] with these names in this order"
+    )
+
+
 def is_arrays(value: Any) -> bool:
     """Whether a value is `(inputs, targets)` as tensors, arrays or tables."""
     if not (isinstance(value, tuple) and len(value) == 2):
@@ -107,9 +136,24 @@ def input_tensors(inputs: Arrays, dtype: torch.dtype, where: str) -> Any:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def for_torch(array: np.ndarray) -> np.ndarray:
+    """Return an array in this machine's byte order and without steps backwards, of which torch makes no tensor."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return np.ascontiguousarray(array) if any(step < 0 for step in array.strides) else array
+
+
 def _tensor(value: Any, what: str) -> Tensor:
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise UserError(f"{what} are a masked array, and some of its values are masked; fill them, or leave them out")
     try:
-        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        if isinstance(value, Tensor):
+            tensor = value.detach().cpu()
+            tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*not writable")  # nothing here writes to it
+                tensor = torch.as_tensor(for_torch(np.asarray(value)))
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} are a {type(value).__name__} that becomes no tensor: {error}") from error
     if tensor.dim() == 0:

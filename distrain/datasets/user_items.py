@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from distrain.config import Form, UserError
+from distrain.datasets.arrays import for_torch
 from distrain.datasets.base import Batch, DataMeta, DataRequest
 from distrain.datasets.labels import IGNORED, NUMBERED, Labels
 from distrain.datasets.nested import graph_batch, is_graph
@@ -79,7 +80,7 @@ class ItemForm:
                 from torchvision.transforms.v2 import functional
             return functional.pil_to_tensor(value)
         try:
-            tensor = torch.as_tensor(value)
+            tensor = torch.as_tensor(for_torch(value) if isinstance(value, np.ndarray) else value)
             if self.dtype == torch.float64 and tensor.dtype == torch.float32 and not hasattr(value, "dtype"):
                 tensor = torch.as_tensor(value, dtype=self.dtype)  # Python's own numbers, which torch has rounded
         except (TypeError, ValueError, RuntimeError) as error:

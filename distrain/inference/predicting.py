@@ -388,7 +388,7 @@ class _Predictor:
 
 def _source(trained: Trained, inputs: Any) -> AnySource:
     if not isinstance(inputs, str):
-        return given_source(trained.recipe, inputs)
+        return given_source(trained.recipe, inputs, trained.data.state)
     data, name = trained.data, trained.recipe.data.name
     if inputs in data.splits:
         return data.splits[inputs]

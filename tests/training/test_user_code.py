@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 import distrain
+from distrain import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(48, 6, generator=GENERATOR) * 10
@@ -226,3 +228,27 @@ class Drawn(Kept):
 def test_a_data_set_with_a_generator_of_its_own_is_said(own: bool, capsys: pytest.CaptureFixture[str]) -> None:
     train("drawn", Linear, "regression", data={"name": Drawn, "own": own})
     assert ("are others each time that they are read" in capsys.readouterr().out) == own
+
+
+def test_columns_of_tables_go_by_their_names() -> None:
+    table = pd.DataFrame(X.numpy(), columns=list("abcdef"))
+    run = train("table", Linear, "regression", data=(table, Y))
+    rows = run.predict(table[:3])
+    assert run.predict(table[:3].to_numpy()).equals(rows)
+    assert run.predict(pd.DataFrame(X[:3].numpy())).equals(rows)  # without names
+    with pytest.raises(UserError, match="inputs: the table has them in another order: the columns of"):
+        run.predict(table[:3][list("fedcba")])
+    with pytest.raises(UserError, match="inputs: the table has g and lacks f: "):
+        run.predict(table[:3].rename(columns={"f": "g"}))
+    with pytest.raises(UserError, match="the test split has them in another order"):
+        train("splits", Linear, "regression", data={"train": (table, Y), "test": (table[list("fedcba")], Y)})
+
+
+def test_arrays_of_other_layouts_are_their_numbers() -> None:
+    array = X.numpy()
+    forms = [array, array[::-1].copy()[::-1], array.astype(">f4"), X.to_sparse(), np.ma.masked_array(array)]
+    runs = [train(str(number), Linear, "regression", data=(form, Y)) for number, form in enumerate(forms)]
+    for each in runs[1:]:
+        assert torch.equal(each.model().layer.weight, runs[0].model().layer.weight)
+    with pytest.raises(UserError, match="inputs are a masked array, and some of its values are masked"):
+        train("masked", Linear, "regression", data=(np.ma.masked_array(array, mask=array > 9), Y))
