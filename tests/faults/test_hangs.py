@@ -244,8 +244,9 @@ def test_a_rank_that_is_slow_is_named_and_not_ended(tmp_path: Path, strategy: st
     assert len(found) == 1
     row = found[0]
     assert (row["rank"], row["host"], row["phase"]) == (rank, socket.gethostname(), "forward")
-    # where the model is sharded, what is waited for within the forward pass is sampled
-    assert row["seconds"] > (0.03 if strategy == "ddp" else 0.01)
+    # of a step under way when a heartbeat is written some part counts; where the model is sharded, what is waited for
+    # within the forward pass is sampled
+    assert row["seconds"] > (0.02 if strategy == "ddp" else 0.01)
     assert row["ratio"] > 1.5
     log = (run / "log-rank-0.txt").read_text()
     assert log.count(f"rank {rank} on {socket.gethostname()} is slow: ") == 1
