@@ -25,6 +25,8 @@ from hypothesis import settings
 from reliability import Reliability
 from worlds import share_server
 
+from distrain.system.importing import freeze
+
 # each of a thousand calls would build the whole command line anew
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
@@ -49,7 +51,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 def pytest_collection_finish() -> None:
     """Collect garbage from here on, which nothing is that is there by now."""
-    gc.freeze()
+    freeze()
     gc.enable()
 
 

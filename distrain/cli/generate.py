@@ -11,6 +11,7 @@ import typer
 
 from distrain.cli.options import InitialWeights, Json, own_process
 from distrain.config import UserError
+from distrain.system.importing import importing
 from distrain.system.output import echo
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ def generate(
     if "" in (stop or []):
         raise UserError("--stop: an empty text would end each text at once")
     own_process("generate")
-    from distrain.inference.files import LinesFile, open_predictions
-    from distrain.inference.generating import Prompt, generate_texts, json_line, read_prompts
-    from distrain.inference.generation import GenerationOptions
-    from distrain.networks.decoding import Sampling
+    with importing():
+        from distrain.inference.files import LinesFile, open_predictions
+        from distrain.inference.generating import Prompt, generate_texts, json_line, read_prompts
+        from distrain.inference.generation import GenerationOptions
+        from distrain.networks.decoding import Sampling
 
     def given() -> Iterator[Prompt]:
         if prompts is not None:

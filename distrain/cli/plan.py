@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from distrain.cli.options import Json, Overrides, own_process
+from distrain.system.importing import importing
 from distrain.system.output import echo, echo_loading, one_line
 
 GpuName = Annotated[
@@ -33,9 +34,10 @@ def plan(
     """Say what a recipe will take before it is started: memory, time, and which strategy fits."""
     echo_loading(on_terminal=True)
     own_process("plan")
-    from distrain.launchers.preflight import gpu_count
-    from distrain.plan.command import plan_recipe
-    from distrain.plan.showing import plan_lines
+    with importing():
+        from distrain.launchers.preflight import gpu_count
+        from distrain.plan.command import plan_recipe
+        from distrain.plan.showing import plan_lines
 
     per_node = gpus_per_node or (gpu_count() if gpu is None else 0) or 1
     found = plan_recipe(recipe, overrides or [], gpu=gpu, nodes=nodes, per_node=per_node)

@@ -8,7 +8,6 @@ that is forked from: it may start threads, and read the environment of its rank 
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
 import os
 import pickle
@@ -31,7 +30,7 @@ from typing import Any, NoReturn, TypeVar
 from distrain.config import UserError
 from distrain.launchers.preflight import gpu_count
 from distrain.system import logs
-from distrain.system.importing import importing
+from distrain.system.importing import freeze, importing
 from distrain.system.output import echo
 
 Result = TypeVar("Result")
@@ -186,7 +185,8 @@ def run_forked(
             # the store is this process's, as that of torch's launcher is
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        gc.freeze()  # what collects garbage would write to the pages that all share
+        # what collects garbage would write to the pages that all share, and this process only waits for the others
+        freeze()
         came: list[int] = []
         pids: list[int] = []
         # blocked they wait in a new process until it is itself
@@ -203,7 +203,6 @@ def run_forked(
                 store = TCPStore(
                     "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
                 )
-            gc.unfreeze()
             # who started this process may have blocked them until it can hand them on
             signal.pthread_sigmask(signal.SIG_SETMASK, before - {*_ENDS, notice})
             with watching():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,19 @@ def importing() -> Iterator[None]:
         yield
     finally:
         if not before and "torch" in sys.modules and gc.get_freeze_count() == 0:
-            gc.freeze()
+            freeze()
         if collects:
             gc.enable()
+
+
+def freeze() -> None:
+    """Have Python's collector of garbage never look again at what there is now, in a process of distrain's own."""
+    gc.freeze()
+    atexit.unregister(_thaw)
+    atexit.register(_thaw)
+
+
+def _thaw() -> None:
+    # at the end of a process its bindings print what was not collected, and it takes a while
+    if "triton" in sys.modules:
+        gc.unfreeze()
