@@ -58,9 +58,9 @@ def read_open(file: Any, most: int) -> bytes:
 def parse_json(raw: bytes) -> Any:
     """Return the value of JSON text; raises ValueError, also for duplicate keys, NaN, infinities such as 1e999, and
     integers beyond 64 bits."""
-    numbers: dict[str, Any] = {"parse_float": _finite, "parse_int": _whole} if _is_suspect(raw) else {}
+    decoder = _SUSPICIOUS if _is_suspect(raw) else _DECODER
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, **numbers)
+        return decoder.decode(raw.decode())
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: it is nested too deep, or holds too much") from error
 
@@ -123,3 +123,10 @@ def _whole(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
         raise ValueError(f"{text[:40]} is a whole number beyond 64 bits")
     return number
+
+
+# made once: to make one takes as long as to read a row
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_SUSPICIOUS = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+)

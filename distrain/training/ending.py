@@ -20,7 +20,7 @@ from distrain.training.restored import export_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_RATED = 10_000
+_RATED = 1_000
 """Rows that the rate in the summary is of."""
 
 
