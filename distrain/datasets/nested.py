@@ -11,32 +11,34 @@ from typing import Any
 
 from torch import Tensor
 
+Kinds = type | tuple[type, ...]
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a value, in order."""
-    if isinstance(value, Tensor):
+
+def tensors_in(value: Any, kinds: Kinds = Tensor) -> Iterator[Any]:
+    """Yield the tensors of a value, or what is of other `kinds`, in order."""
+    if isinstance(value, kinds):
         yield value
     elif isinstance(value, Mapping):
         for each in value.values():
-            yield from tensors_in(each)
+            yield from tensors_in(each, kinds)
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from tensors_in(each)
+            yield from tensors_in(each, kinds)
     elif is_graph(value):
-        yield from tensors_in(value.to_dict())
+        yield from tensors_in(value.to_dict(), kinds)
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return the value with each of its tensors changed; it stays itself where it has none."""
-    if isinstance(value, Tensor):
+def map_tensors(change: Callable[[Any], Any], value: Any, kinds: Kinds = Tensor) -> Any:
+    """Return the value with each of its tensors, or what is of other `kinds`, changed; itself where it has none."""
+    if isinstance(value, kinds):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(change, each) for key, each in value.items()}
+        return {key: map_tensors(change, each, kinds) for key, each in value.items()}
     if isinstance(value, tuple):
-        changed = [map_tensors(change, each) for each in value]
+        changed = [map_tensors(change, each, kinds) for each in value]
         return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
     if isinstance(value, list):
-        return [map_tensors(change, each) for each in value]
+        return [map_tensors(change, each, kinds) for each in value]
     return copy(value).apply(change) if is_graph(value) else value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from distrain.config import Form, UserError
 from distrain.datasets.arrays import for_torch
 from distrain.datasets.base import Batch, DataMeta, DataRequest
 from distrain.datasets.labels import IGNORED, NUMBERED, Labels
-from distrain.datasets.nested import graph_batch, is_graph
+from distrain.datasets.nested import graph_batch, is_graph, map_tensors, tensors_in
 from distrain.system.compiler import without_compiler
 
 ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
@@ -215,22 +215,13 @@ def _padding(tensors: list[torch.Tensor], key: str, what: str, form: ItemForm) -
 # Items that share their memory
 
 
-def arrays_of(value: Any) -> Iterator[Any]:
-    """Yield the tensors and arrays of an item, in order."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from arrays_of(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from arrays_of(each)
+_ARRAYS = (torch.Tensor, np.ndarray)
 
 
 def share_memory(one: Any, other: Any) -> bool:
     """Whether two items, both held, have an array in the same place: one that is filled anew for each item."""
-    places = {_place(each) for each in arrays_of(one)} - {0}
-    return any(_place(each) in places for each in arrays_of(other))
+    places = {_place(each) for each in tensors_in(one, _ARRAYS)} - {0}
+    return any(_place(each) in places for each in tensors_in(other, _ARRAYS))
 
 
 def _place(value: Any) -> int:
@@ -239,15 +230,6 @@ def _place(value: Any) -> int:
     return int(value.ctypes.data) if value.size else 0
 
 
-def with_own_memory(value: Any) -> Any:
+def with_own_memory(item: Any) -> Any:
     """Return an item with copies of its tensors and arrays."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, Mapping):
-        return {key: with_own_memory(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        copied = [with_own_memory(each) for each in value]
-        return type(value)(*copied) if hasattr(value, "_fields") else type(value)(copied)
-    return value
+    return map_tensors(lambda each: each.clone() if isinstance(each, torch.Tensor) else each.copy(), item, _ARRAYS)

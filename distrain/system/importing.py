@@ -29,7 +29,7 @@ def importing() -> Iterator[None]:
 
 
 def freeze() -> None:
-    """Have Python's collector of garbage never look again at what there is now, in a process of distrain's own."""
+    """Have Python's collector of garbage never look again at what there is now."""
     gc.freeze()
     atexit.unregister(_thaw)
     atexit.register(_thaw)
