@@ -158,8 +158,8 @@ def test_an_export_makes_calls_for_each_file_and_none_for_each_piece(tmp_path, m
 def test_headers_of_files_are_not_parsed_where_they_are_as_they_must_be(tmp_path, monkeypatch):
     path, state = saved(tmp_path, 25)
     parsed: list[Any] = []
-    loads = json.loads
-    monkeypatch.setattr(json, "loads", lambda *a, **kw: parsed.append(a) or loads(*a, **kw))
+    decode = json.JSONDecoder.decode
+    monkeypatch.setattr(json.JSONDecoder, "decode", lambda *a, **kw: parsed.append(a) or decode(*a, **kw))
     assert verify(path) == []
     assert len(parsed) == 1  # the manifest
     assert_exported(path, tmp_path / "one", state)
