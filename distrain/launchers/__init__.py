@@ -15,12 +15,12 @@ slurm/         batch jobs: `slurm/launcher.py` is its Launcher, `slurm/job_envir
 
 import distrain.launchers.slurm  # noqa: F401  registers itself, and its reader of job variables
 from distrain.launchers.evaluating import EvaluationRequest, resolve_evaluation, work_evaluation
+from distrain.launchers.forking import PortTaken
 from distrain.launchers.launcher import Launcher, Submitted, find_launcher, launcher_of
 from distrain.launchers.local import (
     LaunchPlan,
     LocalLauncher,
     configuration_file,
-    import_for,
     launch,
     launch_argv,
     shared_file,
@@ -63,6 +63,7 @@ __all__ = [
     "Launcher",
     "LocalLauncher",
     "Options",
+    "PortTaken",
     "RunRequest",
     "StartEnvironment",
     "Submitted",
@@ -78,7 +79,6 @@ __all__ = [
     "find_launcher",
     "find_run",
     "gpu_count",
-    "import_for",
     "join_launcher",
     "launch",
     "launch_argv",

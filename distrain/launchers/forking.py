@@ -8,6 +8,7 @@ that is forked from: it may start threads, and read the environment of its rank 
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import os
 import pickle
@@ -104,6 +105,16 @@ def _answer(action: Callable[[], Any], write: int, mask: set[int]) -> NoReturn:
     os._exit(_status_of(answer))
 
 
+class PortTaken(UserError):
+    """No launcher can listen where the processes of several machines are to find each other."""
+
+    def __init__(self, port: int):
+        super().__init__(
+            f"port {port} of {socket.gethostname()} is taken, and the processes of all machines are to meet there; "
+            "choose another"
+        )
+
+
 @dataclass(frozen=True)
 class Meeting:
     """How the processes of several machines find each other: the first machine holds the store of the world."""
@@ -123,14 +134,22 @@ class Meeting:
         return uuid.uuid4().hex if self.nodes == 1 else f"{self.address}:{self.port}"
 
     def listen(self, backlog: int) -> socket.socket | None:
-        """Return what listens for the processes of all machines; None on a machine that is not the first."""
+        """Return what listens for the processes of all machines; None on a machine that is not the first.
+
+        Raises PortTaken.
+        """
         if self.node > 0:
             return None
         if self.nodes == 1:
             return socket.create_server((self.address, self.port), backlog=backlog)
         both = socket.has_dualstack_ipv6()  # the address may be of either kind
         family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", self.port), family=family, backlog=backlog, dualstack_ipv6=both)
+        try:
+            return socket.create_server(("", self.port), family=family, backlog=backlog, dualstack_ipv6=both)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise PortTaken(self.port) from error
+            raise
 
     def end(self, store: Any, codes: Mapping[int, int]) -> None:
         """Have the first machine hold the store until the processes of all have ended, where they end well."""

@@ -17,7 +17,7 @@ import distrain
 from distrain.config import UserError
 from distrain.config.registry import datasets, launchers, losses, metrics, models, optimizers, tasks
 from distrain.launchers.evaluating import EvaluationRequest, evaluate_here, resolve_evaluation
-from distrain.launchers.forking import Meeting, can_fork, import_once, in_copy, run_forked
+from distrain.launchers.forking import Meeting, PortTaken, can_fork, import_once, in_copy, run_forked
 from distrain.launchers.launcher import Job, Submitted
 from distrain.launchers.predicting import PredictionRequest, print_prediction, resolve_prediction
 from distrain.launchers.preflight import gpu_count, launcher_environment, worker_environment
@@ -141,7 +141,8 @@ def _meeting(plan: LaunchPlan) -> list[str]:
 def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     """Start the plan's processes, wait for them, and return 0 when all of them ended well, otherwise 1.
 
-    Those that are stuck when `run` is recorded to hang are killed.
+    Raises PortTaken, with none started, where the first of several machines cannot listen at the plan's port. Those
+    that are stuck when `run` is recorded to hang are killed.
 
     Without GPUs they are forked from this process, which imports once what all need. Elsewhere it is `accelerate
     launch` itself, so that its report of a failed worker (a page of Python traces around an exit code) is not shown:
@@ -154,7 +155,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     # who stops a run waits for its last step and checkpoint; torch would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
     killed_before = oom_kills()
-    exit_codes = _forked(plan, run) if import_for(plan) else _launched(plan, run)
+    exit_codes = _forked(plan, run) if _import_for(plan) else _launched(plan, run)
     if exit_codes is None or (any(exit_codes.values()) and run is not None and hang_of(run) is not None):
         return 1  # a hang is reported
     killed = None if killed_before is None else (oom_kills() or 0) - killed_before
@@ -163,7 +164,7 @@ def launch(plan: LaunchPlan, run: RunDir | None = None) -> int:
     return int(any(exit_codes.values()))
 
 
-def import_for(plan: LaunchPlan) -> bool:
+def _import_for(plan: LaunchPlan) -> bool:
     """Import what starting the plan's processes takes, which is seconds; returns whether they can be forked."""
     if not gpu_count():
         # accelerate imports DeepSpeed, which otherwise warns that it found no GPU
@@ -193,6 +194,7 @@ def _launched(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
     """Be the plan's `accelerate launch`; returns the exit codes other than 0, None where a signal ended it."""
     with importing():
         from accelerate.commands.launch import launch_command, launch_command_parser
+        from torch.distributed import DistNetworkError
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -205,6 +207,11 @@ def _launched(plan: LaunchPlan, run: RunDir | None) -> dict[int, int] | None:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException:
         return None
+    except (ConnectionError, DistNetworkError) as error:
+        # accelerate looks whether the port is free, and torch may find it taken a moment later
+        if type(error) is ConnectionError or any(name in str(error) for name in ("EADDRINUSE", "EACCES")):
+            raise PortTaken(plan.port) from error
+        raise
     return {}
 
 

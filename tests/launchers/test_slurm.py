@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 from runs import TINY, cli, write_recipe
 from stub_slurm import StubQueue
 from typer.testing import CliRunner
+from worlds import in_world
 
 import distrain
 from distrain.cli.main import app
@@ -24,15 +28,15 @@ from distrain.fingerprints.code import code_of
 from distrain.launchers import LaunchPlan, configuration_file, launch_argv
 from distrain.launchers.slurm import queue
 from distrain.launchers.slurm.node import (
-    can_listen,
+    create,
     interface_towards,
     job_name,
     node_rank,
-    note_taken,
     processes_here,
     request_of_job,
     scratch_folder,
     set_environment,
+    start_node,
 )
 from distrain.launchers.slurm.plan import Plan, is_secret, make_plan, seconds_of
 from distrain.launchers.slurm.queue import Job, passed_on
@@ -746,16 +750,27 @@ def test_processes_talk_over_the_interface_that_leads_to_the_first_node() -> Non
         set_environment({}, 1, "", "ib7")
 
 
-@pytest.mark.fault(25)
-def test_a_taken_port_is_passed_to_the_batch_script(tmp_path: Path) -> None:
-    import socket
+def started_on_port(recipe: str, folder: str, port: int, forked: bool) -> tuple[int, list[str]]:
+    """Start the first of two nodes; returns its exit status, and what it started."""
+    os.environ |= {"SLURM_JOB_ID": "17", "SLURM_NODEID": "0"}
+    create(recipe, [], nodes=2, processes="1", strategy="ddp", offload="auto", run_dir=folder)
+    if not forked:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    started: list[str] = []
+    sys.addaudithook(lambda event, _: started.append(event) if event in ("os.fork", "subprocess.Popen") else None)
+    return start_node(folder, nodes=2, processes="1", address="127.0.0.1", port=port), started
 
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_taken_port_is_passed_to_the_batch_script(tmp_path: Path, forked: bool) -> None:
+    folder = tmp_path / "run"
+    recipe = write_recipe(tmp_path, TINY)
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        assert not can_listen(port)
-        note_taken(RunDir(tmp_path), port, {"SLURM_JOB_ID": "17"})
-    assert can_listen(port)
-    assert (tmp_path / "submit" / "port-taken-17-0").read_text() == f"{port}\n"
+        place = (str(recipe), str(folder), port, forked)
+        assert in_world(1, started_on_port, *place, launched=False) == [(1, [])]
+    assert (folder / "submit" / "port-taken-17-0").read_text() == f"{port}\n"
 
 
 def test_temporary_files_are_in_the_scratch_folder_and_go(tmp_path: Path) -> None:

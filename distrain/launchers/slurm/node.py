@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,13 +19,13 @@ from distrain.launchers import (
     TYPED,
     LaunchPlan,
     Options,
+    PortTaken,
     RunRequest,
     StartEnvironment,
     autobatch,
     check_gpus,
     configuration_file,
     gpu_count,
-    import_for,
     launch,
     launcher_environment,
     open_run,
@@ -175,15 +174,15 @@ def start_node(
             port,
             imports,
         )
-        import_for(plan)  # before the look at the port, as it takes seconds
-        if rank == 0 and nodes > 1 and not can_listen(port):
-            note_taken(run, port)
-            return 1
         # the processes of the other nodes wait for those of this one
         tries = rank == 0 and run.finished is None
         if tries and (found := autobatch(request, count)) is not None:
             cache_micro_batch(run, found)
-        status = launch(plan, run)
+        try:
+            status = launch(plan, run)
+        except PortTaken:
+            note_taken(run, port)
+            return 1
     return 0 if run.preempted is not None or run.finished is not None else status
 
 
@@ -236,17 +235,6 @@ def interface_towards(address: str) -> str | None:
         ) from error
     found = psutil.net_if_addrs().items()
     return next((name for name, held in found if own in {each.address.partition("%")[0] for each in held}), None)
-
-
-def can_listen(port: int) -> bool:
-    """Whether a launcher could listen at a port of this machine."""
-    try:
-        with socket.create_server(("", port)):
-            return True
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            return False
-        raise
 
 
 def note_taken(run: RunDir, port: int, variables: Mapping[str, str] = os.environ) -> None:
