@@ -83,30 +83,22 @@ class Ema:
     def update(self) -> None:
         """Average the current weights in."""
         averages = [_local(self._averages[name]) for name in self._floating]
-        weights = [
-            weight if weight.dtype == average.dtype else weight.to(average.dtype)
-            for average, weight in zip(averages, self._live(self._floating), strict=True)
-        ]
-        if averages:
-            try:
+        with self._naming():
+            weights = [
+                weight if weight.dtype == average.dtype else weight.to(average.dtype)
+                for average, weight in zip(averages, self._live(self._floating), strict=True)
+            ]
+            if averages:
                 torch._foreach_lerp_(averages, weights, 1 - self.decay)
-            except RuntimeError:
-                for key, its, weight in zip(self._floating, averages, weights, strict=True):
-                    if its.shape != weight.shape:
-                        raise UserError(
-                            f"{key} has the shape {list(weight.shape)} now and had {list(its.shape)} at the "
-                            "start, so it has no average (train.ema) and no resumed run could hold it; keep its "
-                            "shape, or register it with persistent=False"
-                        ) from None
-                raise
-        for average, value in zip(self._other, self._live(self._other), strict=True):
-            _local(self._averages[average]).copy_(value)
+            for name, value in zip(self._other, self._live(self._other), strict=True):
+                _local(self._averages[name]).copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model its averages, and afterwards its own weights back, bit for bit."""
         self._reshard()
-        live = self._live(self._slots)
+        with self._naming():
+            live = self._live(self._slots)
         with torch.no_grad():
             own = [tensor.clone() for tensor in live]
             _copy(live, [_local(average) for average in self._averages.values()])
@@ -129,6 +121,23 @@ class Ema:
 
     def _live(self, names: Any) -> list[Tensor]:
         return [_local(holder[key].detach()) for holder, key in (self._slots[name] for name in names)]
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Raise UserError naming the tensor that is not what it was at the start, where using it fails."""
+        try:
+            yield
+        except (AttributeError, KeyError, RuntimeError):
+            for name, (holder, key) in self._slots.items():
+                now, before = holder.get(key), list(self._averages[name].shape)
+                if now is None or list(now.shape) != before:
+                    found = "is gone" if now is None else f"has the shape {list(now.shape)} now"
+                    raise UserError(
+                        f"{name} {found} and had {'' if now is not None else 'the shape '}{before} at the start, so it "
+                        "has no average (train.ema) and no resumed run could hold it; keep its shape, or register it "
+                        "with persistent=False"
+                    ) from None
+            raise
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:

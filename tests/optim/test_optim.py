@@ -592,6 +592,28 @@ def test_ema_load_is_strict():
     assert ema.tensors()["weight"][0, 0] == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda model: setattr(model, "seen", None), r"seen is gone and had the shape \[3\] at the start"),
+        (lambda model: delattr(model, "seen"), r"seen is gone and had the shape \[3\] at the start"),
+        (
+            lambda model: setattr(model, "seen", model.seen[:2]),
+            r"seen has the shape \[2\] now and had \[3\] at the start",
+        ),
+    ],
+)
+def test_ema_names_a_buffer_that_is_not_what_it_was(dtype: torch.dtype, change: Any, found: str) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("seen", torch.zeros(3, dtype=dtype))
+    ema = Ema(model, 0.9)
+    ema.update()
+    change(model)
+    with pytest.raises(UserError, match=found):
+        ema.update()
+
+
 def test_ema_over_tensors_that_live_elsewhere():
     pieces = {"a": torch.zeros(3)}
     ema = Ema(pieces, 0.5)
