@@ -6,10 +6,9 @@ import errno
 import json
 import math
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -144,18 +143,6 @@ class Tensor:
         for file, begin, numel, count in islice(self.runs, first, None):
             for index in range(min(count - 1, max(0, start - begin) // numel), count):
                 yield file + index, begin + index * numel, numel
-
-    def in_file(self, file: int) -> Iterator[tuple[int, int]]:
-        """Yield (start, numel) of the pieces in one file."""
-        ordered, longest = self._by_file
-        for index in range(bisect_left(ordered, (file - longest + 1,)), bisect_left(ordered, (file + 1,))):
-            first, begin, numel, count = ordered[index]
-            if file < first + count:
-                yield begin + (file - first) * numel, numel
-
-    @cached_property
-    def _by_file(self) -> tuple[list[Run], int]:
-        return sorted(self.runs), max((run[3] for run in self.runs), default=0)
 
     def listed(self) -> list[tuple[int, ...]]:
         """Return the pieces as a manifest lists them: long runs as one entry."""
