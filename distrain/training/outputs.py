@@ -237,14 +237,30 @@ def target_columns(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]
     if task in ("classification", "binary") and targets.dim() == 1:
         # a probability is read as metrics read it
         return {"target": _labels_of(targets > 0.5 if task == "binary" else targets, meta)}
-    targets = targets.reshape(len(targets), -1).double()
+    columns = _as_in_data(targets.reshape(len(targets), -1), meta if task == "regression" else None)
+    if columns.shape[1] == 1:
+        return {"target": columns[:, 0]}
     names = meta.class_names if task == "multilabel" else None
-    if task == "regression":
-        targets = _unstandardized(targets, meta)
-    if targets.shape[1] == 1:
-        return {"target": targets[:, 0].numpy()}
-    keys = names or [str(index) for index in range(targets.shape[1])]
-    return {f"target_{key}": targets[:, index].numpy() for index, key in enumerate(keys)}
+    keys = names or [str(index) for index in range(columns.shape[1])]
+    return {f"target_{key}": columns[:, index] for index, key in enumerate(keys)}
+
+
+def _as_in_data(targets: Tensor, meta: DataMeta | None) -> np.ndarray:
+    """Return targets (batch, k) as the data have them: of the numbers that were rounded to these the shortest."""
+    wide = targets.double()
+    values = (wide if meta is None else _unstandardized(wide, meta)).numpy()
+    if not targets.is_floating_point():
+        return values
+    std = 1.0 if meta is None or meta.target_std is None else np.asarray(meta.target_std)
+    rounded_by = torch.finfo(targets.dtype).eps / 2 * np.abs(wide.numpy()) * std
+    rounded_by += 4 * np.finfo(np.float64).eps * np.abs(values)  # of computing them in the data's units
+    found, open_ = values.copy(), np.isfinite(values)
+    for decimals in range(16):
+        shorter = np.round(values, decimals)
+        fits = open_ & (np.abs(shorter - values) <= rounded_by)
+        found[fits] = shorter[fits]
+        open_ &= ~fits
+    return found
 
 
 def _unstandardized(values: Tensor, meta: DataMeta) -> Tensor:

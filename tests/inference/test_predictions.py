@@ -142,6 +142,24 @@ def test_what_is_true_is_said_in_the_terms_of_what_is_predicted(  # type: ignore
     assert target_columns(task, known, meta)["target"] == list(truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("standardized", [True, False])
+def test_what_is_true_is_as_the_data_have_it(dtype: torch.dtype, standardized: bool) -> None:
+    rng = np.random.default_rng(0)
+    data = np.stack([rng.integers(25, 346, 200), rng.normal(size=200).round(3), rng.integers(0, 9, 200) / 10], axis=1)
+    if standardized:
+        data += [0, 1e6, -3]  # far from 0: float32 has no room for such numbers themselves
+        data = data.round(3)
+    mean, std = data.mean(axis=0), data.std(axis=0)
+    meta = DataMeta(target_mean=tuple(mean), target_std=tuple(std)) if standardized else DataMeta()
+    if dtype == torch.int64:
+        data, meta = data.round(), DataMeta()
+    data[0] = data[0] if dtype == torch.int64 else np.nan
+    given = torch.from_numpy((data - mean) / std if meta.target_mean else data).to(dtype)
+    found = target_columns("regression", given, meta)
+    np.testing.assert_array_equal(np.stack([found[f"target_{column}"] for column in range(3)], axis=1), data)
+
+
 @pytest.mark.parametrize("out", ["p.txt", "p", "nowhere/p.csv", "link.csv"])
 def test_where_predictions_cannot_go(tmp_path: Path, out: str) -> None:
     (tmp_path / "link.csv").symlink_to(tmp_path / "other.csv")
