@@ -254,7 +254,8 @@ class TrainSection(Section):
     """Precision of the forward pass: auto is bf16 on GPUs that support it and fp32 elsewhere. Weights, optimizer state
     and gradient reductions are always fp32 (fp64 with fp64)."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights; evaluation and export then use the average."""
+    """Decay of an exponential moving average of the weights; evaluations, predictions and the export at a run's
+    end use the average, and `distrain export` with --ema."""
     deterministic: bool | Literal["auto"] = "auto"
     """Whether only deterministic operations are allowed, which slows steps on GPUs; CPUs are always deterministic. auto
     is true in `distrain prove` and false elsewhere."""
