@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,33 @@ def test_preprocessing_classes_and_tokenizer_are_there_to_be_opened(exported) ->
     out = exported("transformers") / "out"
     assert json.loads((out / "distrain.json").read_text())["files"] == ["tokenizer.json"]
     assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("the fox").ids == [1, 4]
+
+
+def test_the_card_leads_from_a_row_to_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_diabetes
+
+    monkeypatch.chdir(tmp_path)
+    data = "task: regression\ndata: {name: diabetes, split: [0.8, 0.2], standardize_target: true}"
+    train(
+        1,
+        write_recipe(tmp_path, f"name: it\n{data}\nmodel: {{name: mlp}}\nbatch: {{global: 64}}\ntrain: {{steps: 2}}\n"),
+        Path("run"),
+    )
+    rows = load_diabetes(scaled=False).data[:5]
+    np.savetxt("rows.csv", rows, delimiter=",", header=",".join(load_diabetes().feature_names), comments="")
+    for words in (["export", "run", "-o", "out"], ["predict", "run", "rows.csv", "-o", "p.npy"]):
+        assert cli(*words).status == 0
+    card = Path("out/README.md").read_text()
+    assert "| preprocessing | by what was fitted on the training split (`preprocessing.fitted_on_train`) |" in card
+    assert "`(value - feature_mean) / feature_std`" in card
+    assert "`output * target_std + target_mean`" in card
+    monkeypatch.chdir("out")
+    made: dict[str, Any] = {}
+    exec(code_of(Path()), made)
+    fitted = json.loads(Path("config.json").read_text())["preprocessing"]["fitted_on_train"]
+    inputs = torch.from_numpy((rows - fitted["feature_mean"]) / fitted["feature_std"]).float()
+    outputs = made["model"](inputs).detach().double().numpy() * fitted["target_std"] + fitted["target_mean"]
+    np.testing.assert_allclose(outputs[:, 0], np.load("../p.npy").reshape(-1), rtol=1e-6)
 
 
 def test_code_that_has_changed_or_needs_distrain_is_said(exported, monkeypatch) -> None:

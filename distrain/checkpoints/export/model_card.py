@@ -181,7 +181,7 @@ def _readme(
                 "classes": _names(facts.get("class_names"), facts.get("num_classes")),
                 "vocabulary": facts.get("vocab_size"),
                 "padding, begin and end of a text": _ids(facts),
-                "preprocessing": ", ".join(each["name"] for each in config["preprocessing"]["transforms"]) or "none",
+                "preprocessing": _preprocessing(config["preprocessing"]),
                 "also here": ", ".join(config["files"]) or None,
             }
         ),
@@ -233,6 +233,13 @@ def _names(names: Sequence[str] | None, count: int | None) -> str | None:
     return f"{len(names)}: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
 
 
+def _preprocessing(found: Mapping[str, Any]) -> str:
+    parts = [each["name"] for each in found["transforms"]]
+    if found["fitted_on_train"].keys() - {"class_counts"}:  # those are for the loss
+        parts.append("by what was fitted on the training split (`preprocessing.fitted_on_train`)")
+    return ", ".join(parts) or "none"
+
+
 def _ids(facts: Mapping[str, Any]) -> str | None:
     ids = [facts.get(key) for key in ("pad_id", "bos_id", "eos_id")]
     return None if ids == [None] * 3 else ", ".join("none" if each is None else str(each) for each in ids)
@@ -282,6 +289,10 @@ def _limits(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
         "It knows what its training data show; the numbers above are of data drawn as these were.",
         "Its inputs must be prepared as in training: the preprocessing is not part of the weights.",
     ]
+    if "feature_mean" in config["preprocessing"]["fitted_on_train"]:
+        found.append(
+            "Its inputs are standardised: `(value - feature_mean) / feature_std`, as fitted on training samples."
+        )
     if facts.get("target_mean") is not None:
         found.append(
             "Its outputs are standardised: a target is `output * target_std + target_mean` of the data's facts."
