@@ -181,7 +181,7 @@ def _readme(
                 "classes": _names(facts.get("class_names"), facts.get("num_classes")),
                 "vocabulary": facts.get("vocab_size"),
                 "padding, begin and end of a text": _ids(facts),
-                "preprocessing": _preprocessing(config["preprocessing"]),
+                "preprocessing": _preprocessing(config["preprocessing"], facts.get("input_shape") or ()),
                 "also here": ", ".join(config["files"]) or None,
             }
         ),
@@ -233,8 +233,12 @@ def _names(names: Sequence[str] | None, count: int | None) -> str | None:
     return f"{len(names)}: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
 
 
-def _preprocessing(found: Mapping[str, Any]) -> str:
+def _preprocessing(found: Mapping[str, Any], shape: Sequence[int]) -> str:
     parts = [each["name"] for each in found["transforms"]]
+    if len(shape) > 2:
+        parts.append(
+            f"images of bytes {found['images_of_bytes']}" if parts else "images of bytes become numbers in [0, 1]"
+        )
     if found["fitted_on_train"].keys() - {"class_counts"}:  # those are for the loss
         parts.append("by what was fitted on the training split (`preprocessing.fitted_on_train`)")
     return ", ".join(parts) or "none"
