@@ -32,6 +32,7 @@ from distrain.datasets.slots import Receiver, Sent, send, start_sending
 from distrain.datasets.waiting import Wait, watched
 from distrain.run.heartbeat import listen_in_loader, open_loader_notes
 from distrain.system.logs import EACH_RANK
+from distrain.system.open_files import own_places
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +263,7 @@ def _begin_loading(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    own_places()
     listen_in_loader(worker)
     start_sending()
 

@@ -21,7 +21,7 @@ from distrain.config import Recipe
 from distrain.fingerprints.code import CodeFile, code_files, code_of, named_objects, user_module
 from distrain.fingerprints.comparing import DRAWN_ANEW, Changes, compare, same_file
 from distrain.fingerprints.files import MAX_SIZED, labelled, listing, walk
-from distrain.fingerprints.items import first_items, items_of, same_item
+from distrain.fingerprints.items import beginning, items_of, same_item
 
 if TYPE_CHECKING:
     from distrain.datasets.base import Data
@@ -30,11 +30,11 @@ __all__ = [
     "DRAWN_ANEW",
     "Changes",
     "CodeFile",
+    "beginning",
     "changed_weights",
     "code_files",
     "compare",
     "fingerprint",
-    "first_items",
     "items_of",
     "named_objects",
     "same_file",

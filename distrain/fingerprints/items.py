@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import xxhash
@@ -17,14 +19,21 @@ if TYPE_CHECKING:
 _ENOUGH_S = 0.5
 """No further samples are read after this time."""
 
+_OF_STREAM = 3
+"""Samples of a stream that are read: those that it begins with."""
+
 _MAX_NUMBERS = 1 << 20
+
+_begun: WeakKeyDictionary[StreamSource, tuple[list[dict[str, Any]], bool]] = WeakKeyDictionary()
+"""What streams of this process begin with: to fill a buffer, in which one is shuffled, takes long."""
 
 
 def items_of(data: Data, changing: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return {split: {sample id: fingerprint}} for the first and the last sample of each split, and two between.
 
-    Samples are those of the first epoch. Skips samples that cannot be read, which training reports, and samples that
-    differ each time they are read: the names of their splits are added to `changing`.
+    Of a stream, for those that it begins with, unless it begins with others each time that it is read. Samples are
+    those of the first epoch. Skips samples that cannot be read, which training reports, and samples that differ each
+    time they are read: the names of their splits are added to `changing`.
     """
     from distrain.datasets.base import is_stream
 
@@ -32,6 +41,9 @@ def items_of(data: Data, changing: set[str] | None = None) -> dict[str, dict[str
     began = time.monotonic()
     for split, source in data.splits.items():
         if is_stream(source):
+            with suppress(UserError):
+                begins, stays = beginning(source)
+                found[split] = {str(number): item for number, item in enumerate(begins)} if stays else {}
             continue
         last = len(source) - 1
         rows = found.setdefault(split, {})
@@ -47,11 +59,18 @@ def items_of(data: Data, changing: set[str] | None = None) -> dict[str, dict[str
     return found
 
 
-def first_items(source: StreamSource, count: int) -> list[dict[str, Any]]:
-    """Return the fingerprints of the samples with which a pass over a stream begins, at most `count`."""
+def beginning(source: StreamSource) -> tuple[list[dict[str, Any]], bool]:
+    """Return the fingerprints of the samples that a stream begins with, and whether it does so each time."""
+    if source not in _begun:
+        first, again = _first_items(source), _first_items(source)
+        _begun[source] = first, same_item(first, again)
+    return _begun[source]
+
+
+def _first_items(source: StreamSource) -> list[dict[str, Any]]:
     if hasattr(source, "set_epoch"):
         source.set_epoch(0)
-    return [_fingerprint(source.collate([sample])) for sample in itertools.islice(source, count)]
+    return [_fingerprint(source.collate([sample])) for sample in itertools.islice(source, _OF_STREAM)]
 
 
 def _item(source: Source, number: int) -> dict[str, Any] | None:

@@ -22,12 +22,41 @@ from distrain.parallel.contents import modules_with_extra_state
 from distrain.parallel.model_tensors import buffer_slots, remember
 from distrain.system.compiler import without_compiler
 
-LOOKS = 2
-"""The steps of an attempt in which values are compared: an average that starts as what it averages changes in the
-second one."""
-
 _ALIKE = 1e-4
 """How far ranks may be apart, relative to the largest value: GPUs of two kinds round differently."""
+
+
+def looks_at(step: int) -> bool:
+    """Whether values are compared in a step of an attempt, from 1: in 1, 2, 4, 8 and so on.
+
+    An average that starts as what it averages changes in the second one, and code may begin to write in any. What only
+    values tell, as what is written by `parameter.data`, is found by twice the steps that were before it.
+    """
+    return not step & (step - 1)
+
+
+@torch.no_grad()
+def sizes_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms (n,) of the floats among parameters by their dtype, on their device: one read of all of them."""
+    return [torch.stack(torch._foreach_norm(group)) for group in _by_dtype(parameters)]
+
+
+def resized(parameters: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
+    """Return those whose norms are not what `sizes_of` has returned before; the host waits for the device."""
+    return [
+        each
+        for group, before, now in zip(_by_dtype(parameters), sizes, sizes_of(parameters), strict=True)
+        for each, same in zip(group, before.isclose(now, rtol=0, atol=0, equal_nan=True).tolist(), strict=True)
+        if not same
+    ]
+
+
+def _by_dtype(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for each in parameters:
+        if each.dtype.is_floating_point and each.dtype.itemsize > 1:
+            found.setdefault((each.dtype, each.device), []).append(each)
+    return list(found.values())
 
 
 def replaced(names: Sequence[str]) -> UserError:
@@ -51,11 +80,11 @@ def lost(names: Sequence[str], strategy: str) -> UserError:
 
 
 def late(names: Sequence[str]) -> UserError:
-    """Return the error of a step that is not taken, whose passes were the first to write into parameters."""
+    """Return the error of passes that are made for nothing, and have written into parameters of unknown values."""
     return UserError(
-        f"the model's code writes into {', '.join(names[:5])} for the first time in a step that is skipped or made "
-        "again, and what was there before is not known any more. Resume from the newest checkpoint; or keep in buffers "
-        "(register_buffer) what the optimizer does not train"
+        f"the model's code has begun to write into {', '.join(names[:5])}, and has done so in passes of a step that is "
+        "skipped, or that are made again, when nothing was kept of the values before. Resume from the newest "
+        "checkpoint; or keep in buffers (register_buffer) what the optimizer does not train"
     )
 
 
@@ -137,8 +166,8 @@ def check_alike(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:
             differing.append(name)
     if differing:
         raise UserError(
-            f"{', '.join(differing[:5])} differ between the ranks after the first step of this attempt: the model's "
-            "code, or a callback, writes into these parameters what a rank makes of its own samples. Make them buffers "
+            f"{', '.join(differing[:5])} differ between the ranks: the model's code, or a "
+            "callback, writes into these parameters what a rank makes of its own samples. Make them buffers "
             "(register_buffer), of which all ranks get rank 0's, or average what is written over the ranks "
             "(torch.distributed.all_reduce)"
         )

@@ -33,7 +33,7 @@ from distrain.parallel.model_tensors import (
     values_of,
 )
 from distrain.parallel.optimizer_restoring import MigrationPlanner
-from distrain.parallel.parameter_writes import LOOKS, check_alike, late, same_bits
+from distrain.parallel.parameter_writes import check_alike, late, looks_at, resized, same_bits, sizes_of
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
@@ -109,16 +109,16 @@ class Strategy(ABC):
         """The optimizer that `apply` has step: the only one, or in its turn one of several."""
         self._others: dict[str, list[Tensor]] = {}
         """For each of several optimizers what the others train."""
-        self._looks = LOOKS + 1
-        """In how many steps, with the one under way, parameters are compared before and after the forward passes."""
+        self._begun = 0
+        """Steps of this attempt, with the one under way."""
+        self._looks = True
+        """Whether parameters are compared before and after the forward passes of the step under way."""
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
         """Those before the passes under way, and what they were, where the step may be made again."""
         self._written: dict[nn.Parameter, None] = {}
         """Those that the model's own code has written into in such a pass."""
         self._versions: list[tuple[nn.Parameter, int]] = []
-        """Of what is not compared any more: a later step may be the first that writes into it."""
-        self._late: list[nn.Parameter] = []
-        """What the passes under way are the first to write into, so that its values before them are gone."""
+        """Of what is not compared in the step under way, which may be the first that writes into it."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -126,8 +126,8 @@ class Strategy(ABC):
     def begin_step(self, step: int) -> None:
         """Begin `step`, from 0: what is not trained yet gets no gradient in it."""
         self._step = step
-        if self._looks:
-            self._looks -= 1
+        self._begun += 1
+        self._looks = looks_at(self._begun)
 
     def _take_optimizer(self) -> None:
         """Have the optimizer pass over what is not trained yet, and note what each of several trains. Call it once."""
@@ -220,14 +220,17 @@ class Strategy(ABC):
         restore = remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
         kept = values_of(self._whole() if self._looks else self._written)
         self._kept = kept if self._looks else []
-        self._versions = [] if self._looks else [(each, each._version) for each in self._whole()]
-        self._late = []
+        unknown = [] if self._looks else [each for each in self._whole() if each not in self._written]
+        self._versions = [(each, each._version) for each in unknown]
+        versions, sizes = self._versions, sizes_of(unknown)
 
         def restore_all() -> None:
             restore()
             give_back(kept)
-            if self._late:
-                raise late([name for name, each in self.model.named_parameters() if any(each is p for p in self._late)])
+            odd = {id(each) for each, version in versions if each._version != version}
+            odd |= {id(each) for each in resized(unknown, sizes)}
+            if odd:
+                raise late([name for name, each in self.model.named_parameters() if id(each) in odd])
 
         return restore_all
 
@@ -240,17 +243,15 @@ class Strategy(ABC):
 
         Called before its last backward pass.
         """
-        self._late = [
-            each for each, version in self._versions if each._version != version and each not in self._written
-        ]
-        self._written |= dict.fromkeys(self._late)
+        self._written |= {each: None for each, version in self._versions if each._version != version}
         self._versions = []
 
     def _look(self) -> None:
         """Note which parameters the forward passes of a turn have written into; called before its last backward pass.
 
-        Raises UserError for those in which that would be lost.
+        Raises UserError for those in which that would be lost, and for those that differ between the ranks.
         """
+        check_alike(self.world, self._held_alike())
         self._written |= {
             each: None for each, before in self._kept if not same_bits(each.detach(), before.to(each.device))
         }

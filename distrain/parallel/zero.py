@@ -61,6 +61,8 @@ class ZeROStrategy(Strategy):
         self._reached: set[int] = set()
         """Of the trained parameters, those that a micro-batch of this step has used on this rank."""
         self._order: list[nn.Parameter] = []
+        self._seen: list[int] = []
+        """The versions of its parameters in the step before."""
         self._coefficient: Tensor | None = None
         """What the gradients of the step under way are multiplied by."""
         self._refused = False
@@ -268,8 +270,9 @@ class ZeROStrategy(Strategy):
     def agree_async(self, loss: Tensor, flags: StepFlags) -> Callable[[], StepRecord]:
         if self._looks:
             self._look()
-        elif self._versions:
+        else:
             self._note_late()
+            self._check_written()
 
         def agree() -> StepRecord:
             missed = [place for place, key in enumerate(self._trained) if key not in self._reached]
@@ -318,6 +321,19 @@ class ZeROStrategy(Strategy):
 
     def _check_copies(self) -> None:
         """Raise UserError unless the model computes with what the optimizer steps. All ranks call."""
+        found = self._other_copies()
+        if names := list(dict.fromkeys(name for rank in self.world.gather(found) for name in rank)):
+            raise lost(names, self.world.strategy)
+
+    def _check_written(self) -> None:
+        """Raise UserError on a rank whose passes have written into its part of what the optimizer steps."""
+        versions = [each._version for each in self._whole()]
+        if versions != self._seen and (found := self._other_copies()):
+            raise lost(found, self.world.strategy)
+        self._seen = versions
+
+    def _other_copies(self) -> list[str]:
+        """Return the names of which this rank computes with something else than what the optimizer steps."""
         found = []
         for name, parameter in self.model.named_parameters():
             shard = self.shard(parameter)
@@ -327,8 +343,7 @@ class ZeROStrategy(Strategy):
                 continue  # being gathered ahead of its use: it holds anything until then
             if not holds(parameter, shard.values, shard.start):
                 found.append(name)
-        if names := list(dict.fromkeys(name for rank in self.world.gather(found) for name in rank)):
-            raise lost(names, self.world.strategy)
+        return found
 
     def _take_over_clipping(self) -> None:
         """Have DeepSpeed multiply gradients by what `apply` is given, and take no norm of its own.

@@ -15,13 +15,11 @@ import xxhash
 
 from distrain.config import UserError
 from distrain.datasets.base import Data, StreamSource, is_stream
-from distrain.fingerprints import first_items, items_of, same_item
+from distrain.fingerprints import beginning, items_of, same_item
 from distrain.parallel import World
 
 logger = logging.getLogger(__name__)
 
-_OF_STREAM = 3
-"""Samples of a stream that are compared: those that it begins with."""
 _NAMES = 100_000
 """Files whose names are compared."""
 
@@ -53,11 +51,12 @@ def _facts(data: Data) -> dict[str, Any]:
     names = xxhash.xxh3_64()
     for path in itertools.islice(data.files, _NAMES):
         names.update(path.name.encode(errors="surrogateescape") + b"\0")
+    listed = {} if data.files else items_of(data)
     return {
         "lengths": {name: None if is_stream(source) else len(source) for name, source in data.splits.items()},
         "classes": data.meta.class_names,
         "files": (len(data.files), names.hexdigest()),
-        "items": {} if data.files else items_of(data),
+        "items": {name: items for name, items in listed.items() if not is_stream(data.splits[name])},
     }
 
 
@@ -79,14 +78,11 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def _check_streams(world: World, streams: Mapping[str, StreamSource]) -> None:
-    # twice, in one process too: a resume would read it once more than the run did
-    found, again = (
-        world.run_on_all(lambda: {name: first_items(source, _OF_STREAM) for name, source in streams.items()})
-        for _ in range(2)
-    )
+    # in one process too: a resume would read it once more than the run did
+    found = world.run_on_all(lambda: {name: beginning(source) for name, source in streams.items()})
     ranks = world.gather(found)
-    odd = [name for name in found if not all(same_item(each[name], ranks[0][name]) for each in ranks)]
-    changing = {name for each in world.gather([n for n in found if not same_item(found[n], again[n])]) for name in each}
+    odd = [name for name in found if not all(same_item(each[name][0], ranks[0][name][0]) for each in ranks)]
+    changing = {name for each in ranks for name, (_, stays) in each.items() if not stays}
     if alike := [name for name in odd if name not in changing]:
         raise UserError(f"ranks read different samples of the stream of split {' and '.join(alike)}. {_ADVICE}")
     if changing and world.rank == 0:

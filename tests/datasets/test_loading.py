@@ -75,6 +75,35 @@ def with_a_graph(batch: dict[str, Any]) -> None:
     batch["inputs"] = batch["inputs"].requires_grad_() * 2
 
 
+class Archive:
+    """Sixteen numbers in a file that was opened before processes were forked; two of them read at one time."""
+
+    def __init__(self, path: Path):
+        np.arange(16).tofile(path)
+        self.file = path.open("rb", buffering=0)
+        path.unlink()  # also where it has no name any more
+        self.file.read(8)
+        self.both = multiprocessing.get_context("fork").Barrier(2)
+
+    def __len__(self) -> int:
+        return 16
+
+    def fetch(self, ids: np.ndarray) -> dict[str, Any]:
+        begins = self.file.tell()
+        self.file.seek(8 * int(ids[0]))
+        self.both.wait(60)
+        numbers = np.frombuffer(self.file.read(8 * len(ids)), np.int64)
+        return {"inputs": torch.from_numpy(numbers.copy()), "begins": begins, "ids": torch.from_numpy(ids)}
+
+
+def test_each_loader_process_has_its_own_place_in_an_open_file(tmp_path: Path) -> None:
+    source = Archive(tmp_path / "numbers")
+    found = list(load(Batches(source, None), PLACES, 2, False))
+    assert [each["inputs"].tolist() for each in found] == [ids.tolist() for _, ids in PLACES]
+    assert [each["begins"] for each in found[:2]] == [8, 8]
+    assert source.file.tell() == 8, "nor was that of the training process moved"
+
+
 def test_batches_arrive_as_they_are_made() -> None:
     ours, theirs = loaded(Source(), workers=0), loaded(Source(), workers=2)
     assert [batch["ids"].tolist() for batch in theirs] == [batch["ids"].tolist() for batch in ours]

@@ -262,6 +262,29 @@ def test_samples_that_are_drawn_each_time_are_not_compared() -> None:
     assert items_of(Data({"train": Items(lambda: torch.tensor(draw.normal()))}, DataMeta())) == {"train": {}}
 
 
+class Stream:
+    """A stream without an end, of what is drawn by a generator that is made once, or at the beginning of each pass."""
+
+    def __init__(self, seed: int, *, anew: bool = True) -> None:
+        self.seed, self.anew, self.drawn = seed, anew, np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[float]:
+        drawn = np.random.default_rng(self.seed) if self.anew else self.drawn
+        while True:
+            yield drawn.normal()
+
+    def collate(self, samples: list[float]) -> dict[str, Any]:
+        return {"inputs": torch.tensor(samples)}
+
+
+def test_a_stream_is_known_by_what_it_begins_with_unless_that_is_drawn_each_time() -> None:
+    first, again, other = (items_of(Data({"train": Stream(seed)}, DataMeta())) for seed in (0, 0, 1))
+    assert len(first["train"]) == 3
+    assert not compare({"items": first}, {"items": again})
+    assert compare({"items": first}, {"items": other}).data[0] == "data: sample 0 of train is another one"
+    assert items_of(Data({"train": Stream(0, anew=False)}, DataMeta())) == {"train": {}}
+
+
 @pytest.mark.parametrize("imported", [False, True])
 def test_code_is_found_by_its_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imported: bool) -> None:
     if imported:  # then Python looks there as well

@@ -67,11 +67,27 @@ def test_a_step_that_is_skipped_writes_nothing(tmp_path: Path) -> None:
     assert state(last(run))["model/passes"].tolist() == [2]
 
 
-def test_a_step_that_is_skipped_writes_nothing_where_the_model_has_begun_to_write_late(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("after", "by_data", "passes"),
+    [
+        (3, False, 3),
+        (5, True, 1),
+        (4, False, None),  # in the pass of a step that is skipped, when nothing was kept
+        (3, True, None),  # in the one before, in which only values would have told it
+    ],
+)
+def test_a_step_that_is_skipped_writes_nothing_where_the_model_has_begun_to_write_late(
+    tmp_path: Path, after: int, by_data: bool, passes: int | None
+) -> None:
     recipe, run = recipe_of(tmp_path, "CountedLate"), tmp_path / "run"
-    train(1, recipe, run, *SKIPPED[:-2], "train.steps=9")
+    late = f"model.after={after}", f"model.by_data={by_data}".lower()
+    status = int(passes is None)
+    ended = train(1, recipe, run, *SKIPPED[:-2], "train.steps=9", *late, status=status)
+    if passes is None:
+        assert "has begun to write into passes, and has done so in passes of a step that is skipped" in told(ended)
+        return
     assert [row["event"] for row in rows(run)].count("anomaly") == 3
-    assert state(last(run))["model/passes"].tolist() == [3]
+    assert state(last(run))["model/passes"].tolist() == [passes]
 
 
 REPLACED = "has put another Parameter in the place of layer.weight"
@@ -90,13 +106,22 @@ LOST = "writes into parameter {}, and under {} it has a copy"
         pytest.param("zero1", "Replacing", REPLACED, marks=pytest.mark.more),
         ("zero3", "Counted", LOST.format("passes", "zero3")),
         ("zero3", "Replacing", REPLACED),
+        ("zero2", "NormalisedLate", LOST.format("layer.weight", "zero2")),
+        pytest.param("zero3", "NormalisedLate", LOST.format("layer.weight", "zero3"), marks=pytest.mark.more),
         pytest.param("ddp", "Replacing", REPLACED, marks=pytest.mark.more),
-        ("ddp", "Centred", "passes differ between the ranks after the first step"),
+        ("ddp", "Centred", "passes differ between the ranks"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(way: str, model: str, said: str, tmp_path: Path) -> None:
-    ranks = train(2, recipe_of(tmp_path, model), tmp_path / "run", strategy=way, status=1)
+    ranks = train(2, recipe_of(tmp_path, model), tmp_path / "run", "train.steps=5", strategy=way, status=1)
     assert said in told(ranks)
+
+
+@pytest.mark.parametrize("way", ["zero1", "fsdp2", pytest.param("zero3", marks=pytest.mark.more)])
+def test_what_is_written_by_data_and_would_be_lost_is_refused_by_twice_the_steps(way: str, tmp_path: Path) -> None:
+    late = "model.after=4", "model.by_data=true", "train.steps=8"
+    ranks = train(2, recipe_of(tmp_path, "NormalisedLate"), tmp_path / "run", *late, strategy=way, status=1)
+    assert LOST.format("layer.weight", way) in told(ranks)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero1", pytest.param("zero3", marks=pytest.mark.more)])

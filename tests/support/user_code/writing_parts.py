@@ -41,18 +41,20 @@ class Counted(nn.Module):
 
 
 class CountedLate(Counted):
-    """Its code begins to count with the fourth step that is taken."""
+    """Its code begins to count with the fourth step that is taken, or after so many; `by_data` without a trace."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: int = 3, by_data: bool = False) -> None:
         super().__init__()
+        self.after, self.by_data = after, by_data
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, points: Tensor) -> Tensor:
         if self.training:
             self.calls += 1
-            if self.calls > 3:
+            if self.calls > self.after:
                 with torch.no_grad():
-                    self.passes += 1
+                    passes = self.passes.data if self.by_data else self.passes
+                    passes += 1
         found: Tensor = self.layer(points)
         return found
 
@@ -63,6 +65,20 @@ class Normalised(Counted):
     def forward(self, points: Tensor) -> Tensor:
         with torch.no_grad():
             self.layer.weight.copy_(F.normalize(self.layer.weight, dim=1))
+        found: Tensor = self.layer(points)
+        return found
+
+
+class NormalisedLate(CountedLate):
+    """Its weight is normalised in place from then on."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls > self.after:
+                with torch.no_grad():
+                    weight = self.layer.weight.data if self.by_data else self.layer.weight
+                    weight.copy_(F.normalize(weight, dim=1))
         found: Tensor = self.layer(points)
         return found
 
