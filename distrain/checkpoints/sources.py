@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import struct
 import threading
 from bisect import bisect_right
 from collections import defaultdict
@@ -144,9 +145,9 @@ def flat(spec: TensorSpec, dtype: str, runs: Sequence[tuple[int, int, int]]) -> 
     return Stored(spec, dtype, (spec.numel,), tuple(blocks))
 
 
-def small(spec: TensorSpec, value: np.ndarray) -> Stored:
-    """Return a tensor that lies in no file."""
-    return Stored(spec, spec.dtype, (spec.numel,), (), value.tobytes())
+def small(spec: TensorSpec, data: bytes) -> Stored:
+    """Return a tensor that lies in no file, of the bytes of its elements."""
+    return Stored(spec, spec.dtype, (spec.numel,), (), data)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -314,12 +315,17 @@ class Source:
         stored = self.tensors[name]
         if stored.spec.numel != 1:
             return None
-        raw = self.gather(name, 0, 1)
-        if stored.dtype in FLOATS:
-            from distrain.checkpoints.floats import convert
-
-            return float(convert(raw, stored.dtype, "F64")[0].view("f8")[0])
-        return int.from_bytes(raw.tobytes(), "little", signed=stored.dtype.startswith("I"))
+        raw, size = stored.data, ITEM_SIZES[stored.dtype]
+        if raw is None:
+            (block,) = stored.blocks
+            raw = self._map(block.file)[block.offset : block.offset + size]
+        if len(raw) != size:
+            raise UserError(f"{self.path}: tensor {name!r} is not whole")
+        if stored.dtype == "BF16":  # the upper half of an F32
+            return float(struct.unpack("<f", b"\0\0" + raw)[0])
+        if stored.dtype in FLOATS:  # without NumPy, which most exports need for nothing else
+            return float(struct.unpack({"F64": "<d", "F32": "<f", "F16": "<e"}[stored.dtype], raw)[0])
+        return int.from_bytes(raw, "little", signed=stored.dtype.startswith("I"))
 
     def check(self) -> None:
         """Raise UserError unless each element of every tensor is there once, within its file."""

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from worlds import in_world
 
 from distrain.checkpoint import Reader, verify
 from distrain.checkpoints.export import export, import_checkpoint
+from distrain.checkpoints.export.opening import open_foreign
 from distrain.config import UserError
 
 TIED = {"head.weight": "embed.weight"}
@@ -91,6 +94,29 @@ def test_zero_folders_hold_what_deepspeeds_converter_finds(kind, written, conver
         theirs["frozen.weight"] = expected
     same(model, {name: tensor.contiguous() for name, tensor in theirs.items()})
     foreign_folders.build_model().load_state_dict(model, strict=True)
+
+
+def test_an_export_of_whole_weights_needs_no_arrays(written, tmp_path):
+    code = "import sys; from distrain.checkpoints.export import export\n"
+    for kind in ("zero1", "zero2", "zero3"):
+        code += f"export({str(written(kind).path)!r}, {str(tmp_path / kind)!r} + '.safetensors')\n"
+    code += "print(sorted({'numpy', 'torch'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "[]\n", ended.stderr
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+)
+def test_a_tensor_of_one_element_is_a_number(dtype, tmp_path):
+    values = {
+        "one": torch.tensor([-3], dtype=dtype),
+        "half": torch.tensor(0.5 if dtype.is_floating_point else 7, dtype=dtype),
+    }
+    torch.save({**values, "two": torch.zeros(2, dtype=dtype)}, tmp_path / "model.pt")
+    with open_foreign(tmp_path / "model.pt") as source:
+        assert {name: source.number(f"model/{name}") for name in values} == {n: v.item() for n, v in values.items()}
+        assert source.number("model/two") is None
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,7 @@ class FlatParts:
 
 def number(value: float | int, role: str = "optimizer") -> Stored:
     """Return a 0-d F32 tensor, as torch's optimizers count steps."""
-    import numpy as np  # most exports need no array
-
-    return small(TensorSpec((), "F32", role), np.array(value, np.float32))
+    return small(TensorSpec((), "F32", role), struct.pack("<f", value))
 
 
 def basename(name: Any, path: Path, what: str) -> str:
