@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import cli, script
 
 from distrain.config import registry
@@ -199,6 +200,25 @@ def test_the_tables_of_keys_are_those_of_the_schema() -> None:
 def test_every_name_is_on_its_page(page: str, names: dict[str, str]) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@by_name
+def test_fragments_of_recipes_have_keys_of_recipes(page: Path) -> None:
+    """Those that are shown for their section alone, which nothing trains."""
+    schema = json_schema()
+    recipe = schema["properties"].keys()
+    for language, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "yaml":
+            continue
+        shown = yaml.safe_load(body)
+        if not isinstance(shown, dict) or not shown.keys() <= recipe:
+            continue  # of a site, a GPU or a chat
+        for name, value in shown.items():
+            if isinstance(value, dict):
+                forms = keys.sections(schema).get(name, [])
+                known = {key for form in forms for key in form["properties"]}
+                takes_any = name in ("data", "model", "loss", "optim", "schedule", "task")
+                assert takes_any or value.keys() <= known, f"{page.name}: {name} has no {value.keys() - known}"
 
 
 def test_files_named_in_the_pages_are_there() -> None:

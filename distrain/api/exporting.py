@@ -159,8 +159,9 @@ def _formats(
     known = [entry.name for entry in formats.entries()]
     if source is None and (format in known or ":" in format):
         return None, format
+    hint = close_names(format, FORMATS, f"a model is written as {', '.join(FORMATS)}")
     raise UserError(
-        f"--format: no format {format!r}{close_names(format, FORMATS)}; a model is written as {', '.join(FORMATS)}"
+        f"--format: no format {format!r}{hint}"
         + (f"; --from {format} says what another trainer wrote" if format in known else "")
     )
 

@@ -15,6 +15,7 @@ from distrain.config.user_files import Given, given_key, given_objects
 from distrain.config.yaml import load_recipe
 from distrain.fingerprints import named_objects
 from distrain.run.folder import RunDir
+from distrain.system import numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ class Run:
 
     def __repr__(self) -> str:
         best = self.best
-        found = f", best {best.metric} {best.value:.4g} at step {best.step:,}" if best is not None else ""
+        found = f", best {best.metric} {numbers.number(best.value)} at step {best.step:,}" if best is not None else ""
         return f"<Run {str(self.path)!r}: {self.status}{found}>"
 
     @property

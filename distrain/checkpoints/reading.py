@@ -344,5 +344,8 @@ def find_checkpoint(target: Path | str, *, best: bool = False) -> Path:
     newest, skipped = find_newest(folder)
     if newest is None:
         reasons = "".join(f"\n  {bad.name}: {reason}" for bad, reason in skipped)
-        raise UserError(f"{path} has no checkpoint that can be used{reasons}")
+        raise UserError(
+            f"{path} has no checkpoint that can be used{reasons}"
+            + ("" if skipped else f", as it has saved none yet; `distrain train {path}` trains it")
+        )
     return newest

@@ -12,6 +12,7 @@ import typer
 from distrain.cli.options import InitialWeights, Json, own_process
 from distrain.config import UserError
 from distrain.system.importing import importing
+from distrain.system.numbers import counted
 from distrain.system.output import echo
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def generate(
             file.write()
         finally:
             file.discard()
-        echo(f"wrote {count:,} texts to {out}")
+        echo(f"wrote {counted(count, 'text')} to {out}")
         return
     if prompts is not None or as_json:
         write(options, batch_size=batch, write=lambda record: echo(json_line(record)))
@@ -111,7 +112,7 @@ def generate(
 
     (written,) = write(options, batch_size=1, write=lambda record: None, show=show)
     echo()
-    echo(f"{written.tokens:,} tokens; ended by {_ENDS[written.finish]}", error=True)
+    echo(f"{counted(written.tokens, 'token')}; ended by {_ENDS[written.finish]}", error=True)
 
 
 _ENDS = {

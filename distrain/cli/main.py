@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command_name
 
+from distrain import __version__
 from distrain.cli import cluster as cli_cluster
 from distrain.cli import completion
 from distrain.cli import doctor as cli_doctor
@@ -53,7 +54,6 @@ from distrain.system.output import echo, echo_error, echo_loading, one_line, pre
 
 app = typer.Typer(
     name="distrain",
-    help="Train a PyTorch model from one recipe, on whatever hardware is there.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -63,6 +63,27 @@ checkpoint_app = typer.Typer(
 data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        echo(f"distrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version, and without it what COMMAND does.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Train a PyTorch model from one recipe, on whatever hardware is there."""
 
 
 class Kind(StrEnum):
@@ -528,11 +549,6 @@ def data_tokenize(
         f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {len(index.shards)} shards, from "
         f"{index.documents:,} documents of {index.bytes:,} bytes"
     )
-
-
-@app.callback()
-def together() -> None:
-    """Have Typer expect the name of a command also where it is given a single one."""
 
 
 def application(name: str = "") -> typer.Typer:

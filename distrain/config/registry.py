@@ -232,10 +232,11 @@ class Registry(Generic[T]):
         names = self.names()
         choices = [*names, *(each for library in self._libraries for each in library.names()), *self.installed()]
         listed = ", ".join([*names, *self.installed()]) + (f", {self.others}" if self.others else "")
-        hint = close_names(name, choices) + (f"; there are {listed}" if listed else "")
         own = "your own is 'path/to/file.py:NAME' or 'package.module:NAME'"
         own += f", or what a package offers as {self.group}" if self.group is not None else ""
-        return UserError("\n  ".join([f"{self.where}: no {self.kind} {name!r}{hint}; {own}", *self.refused_offers()]))
+        hint = close_names(name, choices, own) if close_names(name, choices) or not listed else ""
+        hint = hint or f"; there are {listed}; {own}"
+        return UserError("\n  ".join([f"{self.where}: no {self.kind} {name!r}{hint}", *self.refused_offers()]))
 
     def _of_spec(self, spec: str, name: str) -> Entry[T]:
         value = resolve_object(spec)

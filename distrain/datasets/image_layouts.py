@@ -115,9 +115,8 @@ def class_numbers(listing: Listing, names: Sequence[str]) -> np.ndarray:
         path = listing.paths[listing.labels.index(unknown)]
         is_folder = listing.root is not None and (listing.root / unknown).is_dir()
         what = f"{listing.root} has a folder {unknown!r}" if is_folder else f"{path} is of {unknown!r}"
-        raise UserError(
-            f"{what}{close_names(unknown, names)}, which is not a class of the training split: {', '.join(names[:20])}"
-        )
+        classes = ", ".join(names[:20])
+        raise UserError(f"{what}, which is not a class of the training split: {classes}{close_names(unknown, names)}")
     return np.array([numbers[label] for label in listing.labels], dtype=np.int64)
 
 
@@ -224,8 +223,8 @@ def _table_at(root: Path, name: str) -> Path:
     if not path.is_file() or path.suffix.lower() not in _TABLES:
         there = [each.name for each in _tables_in(root)]
         raise UserError(
-            f"data.labels: there is no table {path}{close_names(name, there)}; expected a .csv or .tsv file of files "
-            f"and labels, or {FOLDERS}"
+            f"data.labels: there is no table {path}"
+            + close_names(name, there, f"expected a .csv or .tsv file in data.path, of files and labels, or {FOLDERS}")
         )
     return path
 
@@ -314,16 +313,21 @@ class _Table:
             if name is not None and name not in frame.columns:
                 if key == "label_column":
                     return None
-                raise UserError(
-                    f"data.{key}: {path} has no column {name!r}{close_names(name, map(str, frame.columns))}; it has "
-                    f"{', '.join(map(str, frame.columns))}"
-                )
+                names = [*map(str, frame.columns)]
+                hint = close_names(name, names, f"it has {', '.join(names)}")
+                raise UserError(f"data.{key}: {path} has no column {name!r}{hint}")
         tried = [file_column] if file_column is not None else [n for n in frame.columns if n != label_column]
         found = {name: places for name in tried if (places := [*_places(root, frame[name].head(_TRIED), ("",))])}
         if not found:  # numbers of classes may be names without a suffix, too
             names = [name for name in tried if name == file_column or str(name).lower() not in _LABEL_NAMES]
             found = {
                 name: places for name in names if (places := [*_places(root, frame[name].head(_TRIED), _SUFFIXES)])
+            }
+        if not found:  # one of which some names are wrong is a table all the same, and not passed over
+            found = {
+                name: places
+                for name in tried
+                if (places := [*_places(root, frame[name].head(_TRIED), ("",), least=0.5)])
             }
         if len(found) > 1:
             raise UserError(
@@ -425,14 +429,17 @@ def _read(path: Path) -> Any:
     return frame
 
 
-def _places(root: Path, names: Iterable[str], suffixes: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yield (folder, suffix) for each place in which all of the named images are."""
+def _places(
+    root: Path, names: Iterable[str], suffixes: Sequence[str], least: float = 1.0
+) -> Iterator[tuple[Path, str]]:
+    """Yield (folder, suffix) for each place in which all of the named images are, or the `least` share of them."""
     names = [*names]
     if not all(names):
         return
     bases = [root, *(root / name for name in itertools.islice(folders_in(root), _PLACES))]
     for base, suffix in itertools.product(bases, suffixes):
-        if all((base / f"{name}{suffix}").is_file() for name in names):
+        missing = int(len(names) * (1 - least))
+        if all((base / f"{name}{suffix}").is_file() or (missing := missing - 1) >= 0 for name in names):
             yield base, suffix
 
 

@@ -323,7 +323,8 @@ def target_labels(frame: Frame, name: str) -> np.ndarray:
 
 def target_numbers(frame: Frame, names: Sequence[str]) -> list[Numbers]:
     """Return the target columns; raises UserError for missing values."""
-    columns = [frame.numbers(name, "target column") for name in names]
+    other = "or choose a task that takes labels, such as classification"
+    columns = [frame.numbers(name, "target column", other) for name in names]
     for name, numbers in zip(names, columns, strict=True):
         _check_present(frame, name, ~numbers.present)
     return columns

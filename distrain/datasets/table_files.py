@@ -111,14 +111,19 @@ class Frame:
                     return str(other), str(number)
         return None
 
-    def numbers(self, name: str, what: str) -> Numbers:
-        """Return the numbers of a column; raises UserError for text and infinities."""
+    def numbers(
+        self, name: str, what: str, or_else: str = "list the column under data.categorical, or drop it"
+    ) -> Numbers:
+        """Return the numbers of a column; raises UserError for text and infinities.
+
+        `or_else`: what can be done besides correcting a text.
+        """
         numbers, bad = self.parse(name)
         if bad.any():
             index = int(np.flatnonzero(bad)[0])
             raise UserError(
                 f"{what} {name!r} should hold numbers, and {self.place(index)} holds {self.text(name, index)!r}; "
-                "correct it, list the column under data.categorical, or drop it"
+                f"correct it, {or_else}"
             )
         if (infinite := np.isinf(numbers.values)).any():
             raise UserError(f"{what} {name!r} is infinite at {self.places(infinite)}; correct or remove these rows")
@@ -202,7 +207,7 @@ class TableReader:
                 else:
                     result = self._read_csv(path, file, suffix)
         except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {_in_rows_from_1(str(error))}") from error
         if not result.num_rows:
             raise UserError(f"{path} has no rows")
         return result
@@ -221,16 +226,31 @@ class TableReader:
         if sum(not name.strip() for name in header) > 1:  # named as pandas does
             names = [name if name.strip() else f"Unnamed: {at}" for at, name in enumerate(header)]
         _check_once(path, names)
-        result = arrow_csv.read_csv(
-            binary,
-            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=arrow_csv.ConvertOptions(
-                column_types={name: pa.string() for name in header},
-                null_values=list(self.missing_values),
-                strings_can_be_null=True,
-            ),
-        )
+
+        def read(threads: bool) -> pa.Table:
+            return arrow_csv.read_csv(
+                binary,
+                arrow_csv.ReadOptions(use_threads=threads),
+                arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                arrow_csv.ConvertOptions(
+                    column_types={name: pa.string() for name in header},
+                    null_values=list(self.missing_values),
+                    strings_can_be_null=True,
+                ),
+            )
+
+        try:
+            result = read(True)
+        except pa.ArrowInvalid:  # one thread counts the rows, and so names the one that is wrong
+            binary.seek(0)
+            result = read(False)
         return result.rename_columns(names)
+
+
+def _in_rows_from_1(problem: str) -> str:
+    """Return what PyArrow says of a file, to which the first row is 0 in JSON and 2 in CSV, rows counted from 1."""
+    problem = re.sub(r"(?<=in row )\d+$", lambda found: str(int(found[0]) + 1), problem)
+    return re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", problem)
 
 
 def _check_once(path: Path, names: Sequence[str]) -> None:

@@ -20,10 +20,8 @@ class Embeddings:
         self._model, self._layer = model, layer
         modules = dict(model.named_modules())
         if layer is not None and layer not in modules:
-            raise UserError(
-                f"--layer: the model has no layer {layer!r}{close_names(layer, modules)}; it has "
-                f"{', '.join([name for name in modules if name][:20])}{', …' if len(modules) > 21 else ''}"
-            )
+            has = f"it has {', '.join([name for name in modules if name][:20])}{', …' if len(modules) > 21 else ''}"
+            raise UserError(f"--layer: the model has no layer {layer!r}{close_names(layer, modules, has)}")
         self._name = layer if layer is not None else _output_layer(model)
         self._module = modules[self._name]
 

@@ -12,6 +12,7 @@ from distrain.launchers.preflight import StartEnvironment, all_of, worker_enviro
 from distrain.launchers.reporting import reported
 from distrain.launchers.worker import end_with_launcher
 from distrain.system.environment import rank_told
+from distrain.system.numbers import counted
 from distrain.system.output import echo
 
 
@@ -71,4 +72,4 @@ def print_prediction(request: PredictionRequest) -> None:
         return
     for why in written.skipped:
         echo(f"skipped: {why}", error=True)
-    echo(f"wrote {written.samples:,} predictions to {request.out}")
+    echo(f"wrote {counted(written.samples, 'prediction')} to {request.out}")

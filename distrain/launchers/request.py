@@ -427,8 +427,8 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
     """
     if loaded is not None:
         check_folder(run, loaded, update=update)
-    # without a row of metrics nothing was trained yet: an attempt that failed before may be mended
-    if loaded is not None and (not run.exists or update or not run.metrics_path.exists()):
+    # an attempt that failed before it trained may be mended
+    if loaded is not None and (not run.exists or update or not run.has_trained):
         run.create(recipe_text(loaded), launch)
     else:
         run.write_launch(launch)
@@ -471,7 +471,7 @@ def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> N
     """
     if not run.exists and run.holds_other_files():
         raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
-    if loaded is not None and run.exists and not update and run.metrics_path.exists():
+    if loaded is not None and run.exists and not update and run.has_trained:
         check_same_recipe(run, loaded)
 
 

@@ -195,6 +195,10 @@ def write_report(run: RunDir) -> None:
         logger.info(f"wrote {path}")
 
 
+_SHOWN = ("strategy", "processes", "device", "precision", "offload", "optimizer", "accumulation", "versions")
+"""What is printed of what took effect."""
+
+
 def show_finished(run: RunDir) -> int:
     """Print the summary of a finished run, and what took effect in it; returns the exit status."""
     if is_quiet():
@@ -205,6 +209,7 @@ def show_finished(run: RunDir) -> int:
     console = Console()
     show_summary(run.summary() or {}, console)
     if effect := run.effect():
-        console.say(f"took effect: {describe_effect(effect)}")
+        shown = {key: effect[key] for key in _SHOWN if key in effect}
+        console.say(f"took effect: {describe_effect(shown)}; effect.json has all of it")
     console.say(f"{run.path} is finished; choose another --run-dir to train anew, or --update to continue")
     return 0

@@ -54,7 +54,7 @@ def check_transformers(name: str, args: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = [
-        f"model.{key}: {name} takes no such argument{close_names(key, ('config', 'path'))}; it takes config or path"
+        f"model.{key}: {name} takes no such argument{close_names(key, ('config', 'path'), 'it takes config or path')}"
         for key in args
         if key not in ("config", "path")
     ]
@@ -275,11 +275,10 @@ def _config_class(kind: Any, model_type: Any) -> Any:
     if not hasattr(kind, "from_config"):
         return kind.config_class
     if model_type not in CONFIG_MAPPING:
-        names = sorted(CONFIG_MAPPING.keys())
-        found = (
-            "is missing" if model_type is None else f"{model_type!r} is not known{close_names(str(model_type), names)}"
-        )
-        raise UserError(f"model.config.model_type: {found}; it names the architecture, such as gpt2, llama, bert or t5")
+        kinds = "it names the architecture, such as gpt2, llama, bert or t5"
+        close = close_names(str(model_type), sorted(CONFIG_MAPPING.keys()), kinds)
+        found = f"is missing; {kinds}" if model_type is None else f"{model_type!r} is not known{close}"
+        raise UserError(f"model.config.model_type: {found}")
     return CONFIG_MAPPING[model_type]
 
 

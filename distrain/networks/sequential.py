@@ -204,10 +204,9 @@ def build_layer(item: Any, where: str) -> nn.Module:
         return kind(*args, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         unknown = [key for key in kwargs if key not in signature.parameters]
-        hint = close_names(unknown[0], signature.parameters) if unknown else ""
-        raise UserError(
-            f"{where}: {shown(name, args, kwargs)} cannot be built: {error}{hint}; it takes {name}{signature}"
-        ) from error
+        takes = f"it takes {name}{signature}"
+        hint = close_names(unknown[0], signature.parameters, takes) if unknown else f"; {takes}"
+        raise UserError(f"{where}: {shown(name, args, kwargs)} cannot be built: {error}{hint}") from error
 
 
 def _is_layer(value: Any) -> bool:

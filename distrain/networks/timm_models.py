@@ -51,10 +51,11 @@ def _find(name: str) -> Entry[Callable[..., Any]]:
     timm, bare = _timm(), name.removeprefix(PREFIX)
     architecture, _, tag = bare.partition(".")  # the tag names weights, and with them the size of the images
     if not timm.is_model(architecture):
-        hint = close_names(architecture, timm.list_models())
-        raise UserError(f"model.name: timm has no model {architecture!r}{hint}; `distrain list models timm:` has all")
+        hint = close_names(architecture, timm.list_models(), "`distrain list models timm:` has all")
+        raise UserError(f"model.name: timm has no model {architecture!r}{hint}")
     if tag and bare not in (known := timm.list_models(f"{architecture}.*", pretrained=True)):
-        raise UserError(f"model.name: timm knows no {bare!r}{close_names(bare, known)}; the name without {tag!r} does")
+        hint = close_names(bare, known, f"the name without {tag!r} does")
+        raise UserError(f"model.name: timm knows no {bare!r}{hint}")
     return Entry(name, timm.model_entrypoint(architecture), metadata={"library": "timm"})
 
 

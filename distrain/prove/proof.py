@@ -149,10 +149,8 @@ def topologies_of(
     if not strategies:
         return [Topology(count) for count in counts]
     if unknown := [name for name in strategies if name not in STRATEGIES]:
-        raise UserError(
-            f"--strategies: no strategy {unknown[0]!r}{close_names(unknown[0], STRATEGIES)}; expected some of "
-            f"{', '.join(STRATEGIES)}"
-        )
+        hint = close_names(unknown[0], STRATEGIES, f"expected some of {', '.join(STRATEGIES)}")
+        raise UserError(f"--strategies: no strategy {unknown[0]!r}{hint}")
     several = [count for count in counts if count > 1]
     if several and set(strategies) == {"single"}:
         raise UserError(

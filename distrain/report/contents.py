@@ -21,13 +21,13 @@ from distrain.report.curves import Panel, comparing_panels, panels_of
 from distrain.report.differences import Comparison, compare_runs
 from distrain.report.goodput import Goodput, goodput_of
 from distrain.report.history import History
-from distrain.report.numbers import number
 from distrain.report.recipe_rows import RecipeRow, recipe_rows
 from distrain.report.status import Status, status_of, statuses
 from distrain.run.evaluations import best_of_evaluations
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.json_files import json_safe
 from distrain.system.errors import UserError
+from distrain.system.numbers import number
 from distrain.training.callbacks.trackers import duration
 
 POINTS = 600

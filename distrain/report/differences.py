@@ -13,11 +13,11 @@ import numpy as np
 from distrain.checkpoint import CheckpointError, criterion_of, list_checkpoints, read_manifest
 from distrain.report.attempts import attempt_parts, total_seconds
 from distrain.report.history import History
-from distrain.report.numbers import number
 from distrain.report.recipe_rows import recipe_rows
 from distrain.report.status import statuses
 from distrain.run.evaluations import best_of_evaluations
 from distrain.run.folder import RunDir
+from distrain.system.numbers import number
 from distrain.system.terminal import Table
 
 ABSENT = "–"
@@ -171,7 +171,8 @@ def _outcomes(runs: Sequence[_Run]) -> list[Outcome]:
         if all(value is None for value in values):
             return
         finite = [value for value in values if value is not None and math.isfinite(value)]
-        top = (max(finite) if higher else min(finite)) if finite and higher is not None else None
+        compared = higher is not None and len(finite) > 1
+        top = (max(finite) if higher else min(finite)) if compared else None
         # what looks alike is alike
         best = [place for place, value in enumerate(values) if value is not None and number(value) == number(top)]
         best = best if top is not None else []

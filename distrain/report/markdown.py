@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from distrain.report.contents import Fact, Report, RunReport
 from distrain.report.html.sections import clock, seconds
-from distrain.report.numbers import number
+from distrain.system.numbers import number
 from distrain.system.output import lines, one_line
 from distrain.training.callbacks.trackers import duration
 

@@ -24,6 +24,7 @@ from distrain.run.folder import RunDir
 from distrain.run.heartbeat import read_heartbeats
 from distrain.run.json_files import lines_backwards, parse_row
 from distrain.system.errors import UserError
+from distrain.system.numbers import number
 from distrain.system.terminal import Table
 from distrain.training.callbacks.trackers import duration
 
@@ -36,12 +37,14 @@ STATES = {
     "ending": "its job ends",
     "finished": "complete",
     "stopped": "has saved its state and stopped; the same command resumes it",
-    "failed": "ended by an error; see message",
+    "failed": "ended by an error",
     "pruned": "stopped by its search, as others were better by then",
     "gone": "began, and nothing of it is seen any more",
 }
 
 
+_CLAUSE = 600
+"""Characters of an error's message that are shown."""
 _LOOKED_AT = 20_000
 """Rows from the end of metrics.jsonl that are looked at."""
 
@@ -186,13 +189,20 @@ def _state(run: RunDir, job: Job | None, beats: bool, began: bool) -> tuple[str,
         return "running", None
     if (failed := run.failed) is not None:
         where = f"rank {failed['rank']}: " if "rank" in failed else ""
-        first = next(iter(str(failed.get("message") or failed.get("error")).splitlines()), "")
-        return "failed", f"{where}{first}"
+        return "failed", f"{where}{_clause(str(failed.get('message') or failed.get('error')))}"
     if (stopped := run.preempted) is not None:
         return "stopped", f"by {stopped.get('reason')} after step {stopped.get('step')}"
     if job is not None and not began:
         return "failed", f"job {job.id} is {job.state} and the run never began; see distrain logs {run.path}"
     return ("gone", f"job {job.id} is {job.state}" if job else None) if began else ("new", None)
+
+
+def _clause(message: str) -> str:
+    """Return an error's message on one line, with what its first line announces and the lines below it list."""
+    first, *below = message.splitlines() or [""]
+    listed = [line.strip().removeprefix("- ") for line in below if line.startswith(" ")]
+    clause = f"{first.rstrip().removesuffix(':')}: {'; '.join(listed)}" if listed else first
+    return clause if len(clause) <= _CLAUSE else f"{clause[: _CLAUSE - 1]}…"
 
 
 def _of_sweep(status: Status, best: RankedBy | None, pruned: int | None) -> Status:
@@ -328,7 +338,7 @@ def best_line(folder: Path, found: list[Status]) -> str | None:
         return None
     best = _best_by(folder, record)
     values = ", ".join(f"{key}={value}" for key, value in first.values.items())
-    score = f"{first.score['metric']} {_number(first.score['value'])}"
+    score = f"{first.score['metric']} {number(first.score['value'])}"
     direction = "higher" if best is not None and best.higher else "lower"
     export = RunDir(first.run).export_path
     where = str(export if export.exists() else first.run)
@@ -379,10 +389,10 @@ def status_rows(status: Status) -> list[tuple[str, str]]:
         left = f", {duration(status.eta_s)} left" if status.eta_s is not None else ""
         said.append(("rate", f"{status.samples_per_s:,.0f} samples/s{left}"))
     if status.loss is not None:
-        said.append(("loss", _number(status.loss)))
+        said.append(("loss", number(status.loss)))
     if status.score is not None:
         score = status.score
-        said.append(("score", f"{score['metric']} {_number(score['value'])} at step {score['step']:,}"))
+        said.append(("score", f"{score['metric']} {number(score['value'])} at step {score['step']:,}"))
     if status.starts > 1:
         said.append(("starts", str(status.starts)))
     if status.goodput is not None and (status.goodput.useful_s or not status.goodput.unknown_s):
@@ -440,7 +450,7 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
     def score(status: Status) -> str:
         if not status.score:
             return ""
-        value = _number(status.score["value"])
+        value = number(status.score["value"])
         return value if len(metrics) == 1 else f"{status.score['metric']} {value}"
 
     columns: dict[str, Callable[[Status], str]] = {
@@ -449,7 +459,7 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
         "state": lambda status: status.state,
         "step": step,
         "left": lambda status: duration(status.eta_s) if status.eta_s is not None else "",
-        "loss": lambda status: _number(status.loss) if status.loss is not None else "",
+        "loss": lambda status: number(status.loss) if status.loss is not None else "",
         scored: score,
         "starts": lambda status: str(status.starts),
         "job": lambda status: f"{status.job} {status.job_state}" if status.job else "",
@@ -467,10 +477,6 @@ def table(found: list[Status], below: Path, holds: Callable[[Table], bool] = lam
         if not least or holds(shown):
             return shown
         del columns[least.pop(0)]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def as_json(status: Status) -> dict[str, Any]:

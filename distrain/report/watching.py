@@ -23,6 +23,7 @@ from distrain.report.text_curves import draw
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import Heartbeat, at_this_moment, read_heartbeats
 from distrain.system.errors import UserError
+from distrain.system.numbers import number
 from distrain.system.output import one_line
 from distrain.training.callbacks.trackers import clock, duration
 
@@ -235,8 +236,8 @@ class Watch(App[None]):
                 each.state,
                 f"{each.step:,}" + (f"/{each.total_steps:,}" if each.total_steps else ""),
                 duration(each.eta_s) if each.eta_s is not None else "",
-                f"{each.loss:.4g}" if isinstance(each.loss, int | float) else str(each.loss or ""),
-                f"{each.score['metric']} {each.score['value']:.4g}"
+                number(each.loss) if isinstance(each.loss, int | float) else str(each.loss or ""),
+                f"{each.score['metric']} {number(each.score['value'])}"
                 if each.score and isinstance(each.score["value"], int | float)
                 else "",
             )

@@ -130,6 +130,12 @@ class RunDir:
         return self.path / "launch.json"
 
     @property
+    def has_trained(self) -> bool:
+        """Whether there is a row of metrics or a checkpoint: until then nothing depends on the recipe."""
+        rows = self.metrics_path
+        return rows.exists() and (rows.stat().st_size > 0 or any(self.checkpoints.glob("step-*")))
+
+    @property
     def metrics_path(self) -> Path:
         """The rows of numbers."""
         return self.path / "metrics.jsonl"
@@ -258,8 +264,13 @@ class RunDir:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that is complete, or None."""
-        return self._marker("FINISHED")
+        """The summary of a run that is complete, or None; its paths are of the folder where that is now."""
+        found = self._marker("FINISHED")
+        if found is not None and "model" in found:
+            found["model"] = str(self.export_path)
+        if found is not None and "checkpoint" in found:
+            found["checkpoint"] = str(self.checkpoints / Path(str(found["checkpoint"])).name)
+        return found
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a run that is complete, or None; raises UserError where its file cannot be read."""

@@ -30,6 +30,7 @@ from distrain.launchers.sweeps import STOP, SweepRun, best_of, expand, sweeping
 from distrain.report.status import status_of
 from distrain.run.folder import RunDir
 from distrain.sweep.grid import Runs
+from distrain.system import numbers
 from distrain.system.environment import SWEPT_BY, own_start, say_ignored
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import show_on_terminal
@@ -289,7 +290,7 @@ class _Runner:
             "--replicate": launch.replicate,
         }
         chosen = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-        resumes = RunDir(run.folder).metrics_path.exists()
+        resumes = RunDir(run.folder).has_trained
         with (self.logs / f"{run.folder.name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [
@@ -335,7 +336,7 @@ class _Runner:
             logger.info(f"{name} is pruned after step {child.pruned}: it is worse than the others were by then")
         elif (finished := run.finished) is not None:
             best = finished.get("best")
-            score = f": {best['metric']} {best['value']:.4g} at step {best['step']}" if best else ""
+            score = f": {best['metric']} {numbers.number(best['value'])} at step {best['step']}" if best else ""
             logger.info(f"{name} finished{score}")
         elif (stopped := run.preempted) is not None and child.process.returncode == 0:
             logger.info(f"{name} has saved step {stopped.get('step')} and stopped; the same command resumes it")

@@ -24,11 +24,17 @@ class RecipeError(UserError):
         return type(self), (self.source, self.problems)
 
 
-def close_names(name: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean 'a' or 'b'?" for the choices nearest to `name`, or an empty string."""
+def close_names(name: str, choices: Iterable[str], then: str = "") -> str:
+    """Return "; did you mean 'a' or 'b'?" for the choices nearest to `name`, or an empty string.
+
+    `then`: a clause that follows with either, as a sentence of its own after the question.
+    """
     by_lower = {choice.lower(): choice for choice in reversed(list(choices))}  # of equals the first holds
     found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(by_lower[match]) for match in found)}?" if found else ""
+    if not found:
+        return f"; {then}" if then else ""
+    question = f"; did you mean {' or '.join(repr(by_lower[match]) for match in found)}?"
+    return f"{question} {then[0].upper()}{then[1:]}" if then else question
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -15,6 +15,7 @@ from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.metrics import build_metrics
 from distrain.run.heartbeat import enter_phase
 from distrain.run.media import KEY, write_media
+from distrain.system.numbers import number
 from distrain.training.callbacks.trackers import duration
 from distrain.training.evaluation import Interrupted, evaluate, pass_options
 from distrain.training.intervals import Interval
@@ -235,4 +236,4 @@ class Evaluator:
 
 def format_values(values: dict[str, Any]) -> str:
     """Return an evaluation's single numbers on one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+    return "  ".join(f"{name} {number(value)}" for name, value in values.items() if isinstance(value, float))

@@ -17,6 +17,7 @@ from runs import TINY, checkpoint, cli, train, write_recipe
 from typer.testing import CliRunner
 from worlds import in_world
 
+from distrain import __version__
 from distrain.cli.main import Kind, app, application
 from distrain.config import registry
 from distrain.config.yaml import load_recipe
@@ -356,6 +357,11 @@ def test_the_help_of_each_option_reports_what_happens_without_it() -> None:
             elif option.default in (None, "", []):
                 assert isinstance(option.show_default, str), where
     assert told > 50
+
+
+def test_the_version_is_printed() -> None:
+    ended = cli("--version")
+    assert (ended.status, ended.out) == (0, f"distrain {__version__}\n")
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -217,6 +217,8 @@ def test_close_names():
     assert close_names("cifar1", ["cifar10", "digits"]) == "; did you mean 'cifar10'?"
     assert close_names("ADAMW", ["AdamW", "Adam"]) == "; did you mean 'AdamW' or 'Adam'?"
     assert close_names("zzz", ["cifar10"]) == ""
+    assert close_names("cifar1", ["cifar10"], "it has cifar10") == "; did you mean 'cifar10'? It has cifar10"
+    assert close_names("zzz", ["cifar10"], "it has cifar10") == "; it has cifar10"
 
 
 def test_mix_is_the_same_for_ever():

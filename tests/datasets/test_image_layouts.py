@@ -92,6 +92,18 @@ def test_names_as_of_kaggle(tmp_path):
     assert any("train.csv" in line and "images in train/" in line for line in lines), lines
 
 
+def test_a_table_with_a_wrong_name_is_not_passed_over(tmp_path: Path) -> None:
+    """Beside class folders too, where it would not be missed."""
+    for number in range(4):
+        _picture(tmp_path / CLASSES[number % 2] / f"{number}.png")
+    _table(tmp_path / "labels.csv", "file,label", [f"{CLASSES[n % 2]}/{n}.png,{n % 2}" for n in range(5)])
+    with pytest.raises(UserError, match=r"can be read in 2 ways.*\n.*files and labels in labels\.csv"):
+        _build(tmp_path)
+    with pytest.raises(UserError, match=r"4\.png, which is not there; add the file, or remove the row"):
+        _build(tmp_path, labels="labels.csv")
+    assert len(_splits(_build(tmp_path, labels="folders", split=[1.0]))["train"]) == 4
+
+
 def test_a_table_for_each_split_and_a_column_of_splits(tmp_path):
     for number in range(6):
         _picture(tmp_path / f"{number}.png")

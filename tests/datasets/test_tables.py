@@ -247,8 +247,8 @@ def test_csv_as_found_in_the_wild(tmp_path: Path, newline: str) -> None:
         ("", "is empty"),
         ("a,y\n", "has no rows"),
         ("a,a,y\n1,2,x\n", "names 'a' more than once"),
-        ("a,y\n1,x\n1,x,7\n", "cannot be read.*Expected 2 columns, got 3"),
-        ("a,y\n1,x\n1\n", "cannot be read.*Expected 2 columns, got 1"),
+        ("a,y\n1,x\n1,x,7\n", "cannot be read.*row 2: Expected 2 columns, got 3"),
+        ("a,y\n1,x\n1\n", "cannot be read.*row 2: Expected 2 columns, got 1"),
         ("a,y\ninf,x\n2,z\n", "column 'a' is infinite at .*row 1"),
         ("a,b,y\n1,,x\n2,,z\n", "column 'b' has no value in any training row"),
         ("a,y\n1,x\n2,\n", "target column 'y' has no value at .*row 2"),
@@ -261,6 +261,19 @@ def test_files_that_do_not_do(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         build(tmp_path, path="t.csv", target="y", split=[1.0])
+
+
+def test_the_row_of_json_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"a": 1, "y": "x"}\n{"a": 2 "y": "z"}\n')
+    with pytest.raises(UserError, match=r"cannot be read.* in row 2$"):
+        build(tmp_path, path="t.jsonl", target="y", split=[1.0])
+
+
+def test_a_target_of_words_is_no_input_to_drop(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,y\n1,2\n2,many\n")
+    with pytest.raises(UserError, match="row 2 holds 'many'; correct it, or choose a task that takes labels") as caught:
+        build(tmp_path, "regression", path="t.csv", target="y", split=[1.0])
+    assert "drop" not in str(caught.value)
 
 
 def test_every_wrong_name_in_one_message(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from distrain.launchers import (
     unsaid_failures,
 )
 from distrain.run.folder import Launch, RunDir
+from distrain.run.json_files import append_row
 from distrain.run.lease import Holder, take_lease
 from distrain.system.processes import process_stat
 
@@ -119,9 +120,26 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["", "metrics.jsonl"])
+def test_an_attempt_that_trained_nothing_fixes_no_recipe(tmp_path: Path, left: str) -> None:
+    run = opened(tmp_path)
+    if left:
+        (run.path / left).touch()  # as by an attempt whose first batch could not be read
+    opened(tmp_path, "optim.lr=0.5")
+    assert load_recipe(run.recipe_path).recipe.optim.lr == 0.5
+
+
+def test_a_checkpoint_before_the_first_row_fixes_the_recipe(tmp_path: Path) -> None:
     run = opened(tmp_path)
     run.metrics_path.touch()
+    run.checkpoint(1).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"optim\.lr: was 0\.01, now 0\.5"):
+        opened(tmp_path, "optim.lr=0.5")
+
+
+def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    append_row(run.metrics_path, {"event": "train", "step": 1})
     before = run.recipe_path.read_text()
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "optim.lr=0.5", "train.ema=null", "seed=3")

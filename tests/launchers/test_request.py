@@ -27,6 +27,7 @@ from distrain.launchers import (
 from distrain.launchers.slurm.node import request_of_job
 from distrain.parallel import SourcedValue
 from distrain.run.folder import RunDir
+from distrain.run.json_files import append_row
 from distrain.system.environment import Environment
 
 ALONE = StartEnvironment(1, argv=("distrain", "train"))
@@ -164,7 +165,7 @@ def test_everything_that_is_wrong_is_reported_at_once(tmp_path: Path, kind: str,
     elif folder == "of another recipe":
         made = resolve(read_target(recipe, ["seed=9"], str(run.path)), Options(), ALONE)
         open_run(run, made.given, made.launch())
-        run.metrics_path.touch()
+        append_row(run.metrics_path, {"event": "train", "step": 1})
         told += ["seed: was 9, now 0"] * ("optim.lr=-1" not in overrides)  # which cannot be compared
     before = content(tmp_path)
     with pytest.raises(UserError) as caught:

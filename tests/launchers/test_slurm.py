@@ -47,6 +47,7 @@ from distrain.launchers.slurm.submitting import Prepared, Wanted, announced, pre
 from distrain.launchers.slurm.tracking import job_numbers, jobs_for
 from distrain.launchers.sweeps import expand, read_sweep
 from distrain.run.folder import RunDir
+from distrain.run.json_files import append_row
 
 ROOT = Path(distrain.__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -464,7 +465,7 @@ def test_another_recipe_for_a_run_that_has_trained_is_refused(cluster: StubQueue
     prepared, _ = submitted(recipe)
     run = RunDir(prepared.plan.folder)
     submitted(recipe, "optim.lr=0.25")  # nothing was trained yet
-    run.metrics_path.touch()
+    append_row(run.metrics_path, {"event": "train", "step": 1})
     with pytest.raises(UserError, match=r"optim\.lr: was 0\.25, now 0\.5"):
         submitted(recipe, "optim.lr=0.5")
     assert not run.update_path.exists()
@@ -599,7 +600,7 @@ def test_other_code_for_a_run_that_has_trained_is_refused(cluster: StubQueue, pr
     prepared, _ = submitted(project / "recipe.yaml")
     run = RunDir(prepared.plan.folder)
     copy = run.path / "submit" / "code" / "project" / "helper.py"
-    run.metrics_path.touch()
+    append_row(run.metrics_path, {"event": "train", "step": 1})
     submitted(project / "recipe.yaml")  # the same
     (project / "helper.py").write_text("WIDTH = 11\n")
     with pytest.raises(UserError, match=r"started with other code, which differs in project/helper\.py"):

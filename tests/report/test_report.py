@@ -277,6 +277,7 @@ def test_runs_are_compared_by_what_differs_and_what_came_out(resumed: Path, tmp_
     assert outcomes["best loss"].best == [0]  # 9.0 is worse
     assert outcomes["steps"].values == [12, 20]
     assert outcomes["test accuracy"].values[1] is None
+    assert outcomes["test accuracy"].best == [], "of one alone none is the best"
     assert [panel.title for panel in report.panels][:2] == ["Training loss", "valid loss"]
     assert [curve.name for curve in report.panels[0].curves] == ["resumed", "other"]
     page = Page(render(report))

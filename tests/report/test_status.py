@@ -157,6 +157,9 @@ def test_how_a_run_ended(tmp_path: Path, jobs: StubQueue) -> None:
     run.clear_markers()
     run.mark_failed({"rank": 3, "message": "out of memory\nmore", "error": "OutOfMemoryError"})
     assert (one(run).state, one(run).message) == ("failed", "rank 3: out of memory")
+    run.clear_markers()
+    run.mark_failed({"rank": 0, "message": "step 9 was not saved:\n  - rank 0: disk full\n  - rank 1: disk full\nSee"})
+    assert one(run).message == "rank 0: step 9 was not saved: rank 0: disk full; rank 1: disk full"
     beat(run)
     assert one(run).state == "running", "without SLURM too, by its heartbeats"
     beat(run, phase="ended")

@@ -247,6 +247,14 @@ def test_a_summary_that_cannot_be_read_is_an_error(run: RunDir, text: str) -> No
     assert run.summary() == {"steps": 3}
 
 
+def test_the_paths_of_a_summary_are_those_of_where_the_run_is_now(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.mark_finished({"model": str(run.export_path), "checkpoint": str(run.checkpoint(3))})
+    moved = RunDir(run.path.rename(tmp_path / "moved"))
+    assert moved.summary() == {"model": str(moved.export_path), "checkpoint": str(moved.checkpoint(3))}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Folders
 

@@ -224,7 +224,8 @@ def _output_path(out: Path, name: str) -> Path:
         return out
     if out.suffix and not out.is_dir():
         raise UserError(
-            f"{out}: {out.suffix!r} is not a format of exports; name a .safetensors or .pt file, or a folder"
+            f"{out}: {out.suffix!r} is not a format of exports; name a .safetensors, .pt, .pt2 or .onnx file, "
+            "or a folder"
         )
     return out / name
 
@@ -278,11 +279,11 @@ def _averages(source: Source) -> dict[str, str]:
     model = {name.removeprefix("model/"): full for name, full in stored.items() if name.startswith("model/")}
     if not averages:
         raise UserError(f"{source.path} has no moving average of the weights: train.ema was off; export without ema")
-    advice = "; expected the averages of the model's own parameters; export the weights themselves without ema"
+    advice = "expected the averages of the model's own parameters; export the weights themselves without ema"
     if strays := [name for name in averages if name not in model]:
         raise UserError(
             f"{source.path}: the moving average has {some(strays)}, which the model has not"
-            f"{close_names(strays[0], model)}{advice}"
+            f"{close_names(strays[0], model, advice)}"
         )
     for name, full in averages.items():
         found, needed = list(source.spec(full).shape), list(source.spec(model[name]).shape)

@@ -79,10 +79,8 @@ def _build(item: Component, dtype: torch.dtype, masks: Masks | None) -> Callable
         raise UserError(f"{item.name} cannot be used: {_UNFIT[item.name]}")
     names = transform_names()
     if item.name not in names:
-        raise UserError(
-            f"no transform {item.name!r} in torchvision.transforms.v2{close_names(item.name, names)}; "
-            "name your own as 'path/to/file.py:name'"
-        )
+        hint = close_names(item.name, names, "your own is 'path/to/file.py:name'")
+        raise UserError(f"no transform {item.name!r} in torchvision.transforms.v2{hint}")
     kind: Any = getattr(v2, item.name)
     args = _arguments(kind, item, dtype, masks)
     if masks is not None and "fill" in inspect.signature(kind).parameters:
@@ -105,10 +103,8 @@ def _arguments(made: Any, item: Component, dtype: torch.dtype, masks: Masks | No
     args = item.args
     any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if unknown := [key for key in args if key not in parameters and not any_key]:
-        takes = ", ".join(parameters) or "nothing"
-        raise UserError(
-            f"{item.name} has no argument {unknown[0]!r}{close_names(unknown[0], parameters)}; it takes {takes}"
-        )
+        takes = f"it takes {', '.join(parameters) or 'nothing'}"
+        raise UserError(f"{item.name} has no argument {unknown[0]!r}{close_names(unknown[0], parameters, takes)}")
     for key, parameter in parameters.items():
         wanted = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if wanted and parameter.default is parameter.empty and key not in args:
@@ -126,9 +122,8 @@ def _arguments(made: Any, item: Component, dtype: torch.dtype, masks: Masks | No
             enumeration = v2.InterpolationMode if key == "interpolation" else v2.AutoAugmentPolicy
             choices = [str(each.value) for each in enumeration]
             if value not in choices:
-                raise UserError(
-                    f"{item.name}: no {key} {value!r}{close_names(value, choices)}; one of {', '.join(choices)}"
-                )
+                hint = close_names(value, choices, f"expected one of {', '.join(choices)}")
+                raise UserError(f"{item.name}: no {key} {value!r}{hint}")
             args[key] = enumeration(value)
         elif key == "transforms":
             entries = value if isinstance(value, list) else [value]

@@ -30,6 +30,7 @@ from distrain.launchers.slurm.sites import Site, load_site
 from distrain.launchers.slurm.snapshot import own_package
 from distrain.launchers.slurm.submitting import Wanted, job_plan
 from distrain.system.environment import tasks_of
+from distrain.system.numbers import counted
 
 LIMIT_S = 60.0
 """How long ranks wait for the next one to come, by default. PyTorch is imported meanwhile, from a slow disk perhaps."""
@@ -215,7 +216,7 @@ def _queued(script: Path, plan: Plan, asked: Request) -> Told:
     """Queue the script and wait until its job has ended; it is cancelled when this process is."""
     number = sbatch(script)
     log = Path(log_pattern(plan).replace("%j", number))
-    asked.say(f"job {number}: {plan.nodes} nodes, for {plan.time} at most")
+    asked.say(f"job {number}: {counted(plan.nodes, 'node')}, for {plan.time} at most")
     waiting, state, at = _Waiting(asked), "", 0
     try:
         while True:

@@ -133,10 +133,8 @@ def load_site(name: str) -> Site:
     sites = {site.name: site.path for site in find_sites() if site.hidden_by is None}
     if name not in sites:
         folders = ", ".join(str(folder) for folder in site_folders()[:2])
-        raise UserError(
-            f"no site {name!r}{close_names(name, sites)}; there are {', '.join(sites)}. A site is a file NAME.yaml in "
-            f"one of {folders}"
-        )
+        hint = close_names(name, sites, f"there are {', '.join(sites)}")
+        raise UserError(f"no site {name!r}{hint}. A site is a file NAME.yaml in one of {folders}")
     return read_site(sites[name])
 
 

@@ -308,7 +308,7 @@ def _check_folder(run: RunDir, loaded: LoadedRecipe, snapshot: Snapshot, code: P
         if run.holds_other_files() and {path.name for path in run.path.iterdir()} - others:
             raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
         return
-    if update or not run.metrics_path.exists():
+    if update or not run.has_trained:
         return
     # the run may have been started with the code in its own place
     if lines := recipe_differences(moved(load_recipe(run.recipe_path), snapshot, code), loaded):

@@ -6,7 +6,7 @@ from distrain.report.contents import Report
 from distrain.report.html.charts import chart
 from distrain.report.html.markup import section, table, text
 from distrain.report.html.sections import badge
-from distrain.report.numbers import number
+from distrain.system.numbers import number
 
 
 def comparison(report: Report) -> str:

@@ -9,7 +9,7 @@ from distrain.report.contents import RunReport
 from distrain.report.html.charts import chart, stacked
 from distrain.report.html.examined import examination
 from distrain.report.html.markup import block, facts, folded, section, table, text
-from distrain.report.numbers import number
+from distrain.system.numbers import number
 from distrain.training.callbacks.trackers import duration
 
 _GOOD, _BAD = ("finished",), ("failed", "hanging", "gone")

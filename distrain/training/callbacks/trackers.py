@@ -26,6 +26,7 @@ from distrain.run.media import cut_media
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.environment import is_quiet
 from distrain.system.logs import leave_console, show_on_terminal
+from distrain.system.numbers import number
 from distrain.system.output import error_line
 from distrain.system.terminal import Console, ProgressLine, Table, notebook_line
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
@@ -67,7 +68,7 @@ class Display:
         now, last = time.monotonic(), row["step"] == self._total
         if self._live is None and self._notebook is None and not last and now - self._last_line < 1:
             return  # on a log file a line a second says enough
-        loss, rate = f"loss {row['loss']:.4g}", f"{row['samples_per_s']:,.0f} samples/s"
+        loss, rate = f"loss {number(row['loss'])}", f"{row['samples_per_s']:,.0f} samples/s"
         # of several optimizers lr/NAME
         lr = "  ".join(f"{key} {row[key]:.3g}" for key in row if key.partition("/")[0] == "lr")
         waiting = f"waiting for data {row['data_wait']:.0%}"
@@ -344,9 +345,9 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     table = Table(title=title, show_header=False)
     for name, value in summary["test"].items():
         if isinstance(value, int | float):
-            table.add_row(f"test {name}", f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+            table.add_row(f"test {name}", number(value))
     if best := summary["best"]:
-        table.add_row(f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']:,}")
+        table.add_row(f"best {best['metric']}", f"{number(best['value'])} at step {best['step']:,}")
     table.add_row("samples/s", f"{summary['samples_per_s']:,.0f}")
     console.print(table)
     # outside the table, which would break a long path

@@ -6,6 +6,11 @@ import math
 from typing import Any
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural but of one."""
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
 def number(value: Any) -> str:
     """Return a number with four significant digits, as people read it; anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -14,4 +19,4 @@ def number(value: Any) -> str:
         return f"{value:,}"
     if not math.isfinite(value) or value == 0:
         return str(value) if not math.isfinite(value) else "0"
-    return f"{value:,.0f}" if abs(value) >= 1e3 and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
