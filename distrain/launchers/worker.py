@@ -195,7 +195,7 @@ def write_report(run: RunDir) -> None:
         logger.info(f"wrote {path}")
 
 
-_SHOWN = ("strategy", "processes", "device", "precision", "offload", "optimizer", "accumulation", "versions")
+_SHOWN = ("strategy", "engine", "processes", "device", "precision", "offload", "optimizer", "accumulation", "versions")
 """What is printed of what took effect."""
 
 

@@ -18,6 +18,7 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.models import build_model
+from distrain.system.numbers import counted
 
 RECIPE = """
 name: {name}
@@ -41,7 +42,7 @@ def predict(run: Path, inputs: str | Path, out: Path) -> pd.DataFrame:
     ended = cli("predict", run, inputs, "-o", out)
     assert ended.status == 0, ended.err
     frame = pd.read_csv(out) if out.suffix == ".csv" else pd.read_parquet(out)
-    assert ended.out == f"wrote {len(frame):,} predictions to {out}\n"
+    assert ended.out == f"wrote {counted(len(frame), 'prediction')} to {out}\n"
     return frame
 
 

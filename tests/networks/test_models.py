@@ -205,7 +205,8 @@ def test_sequential_has_plain_names_and_leaves_buffers_alone() -> None:
 # Errors
 
 ERRORS: list[tuple[Any, str, list[str]]] = [
-    ("resnt18", "classification", ["no model 'resnt18'", "'resnet18'", "mlp"]),
+    ("resnt18", "classification", ["no model 'resnt18'; did you mean 'resnet18'", "? Your own is"]),
+    ("zzzz", "classification", ["no model 'zzzz'; there are", "mlp"]),
     ("gpt", "classification", ["'gpt' is for language_modeling", "mlp"]),
     ({"name": "mlp", "hiden": 3}, "classification", ["model.hiden", "'hidden'"]),
     ({"name": "mlp", "weights_strct": True}, "classification", ["'weights_strict'"]),

@@ -295,7 +295,7 @@ def test_the_code_of_every_value_is_copied_and_stays(queue: StubQueue, tmp_path:
     assert names == {f"{code}/one/net.py:Net", f"{code}/two/net.py:Net"}
     for folder in made:
         assert folder is not None
-        (folder / "metrics.jsonl").touch()
+        (folder / "metrics.jsonl").write_text('{"event": "train", "step": 1}\n')
     submitted(tmp_path, 2, arrays=arrays)
     (tmp_path / "two" / "net.py").write_text(NET + "\n")
     with pytest.raises(UserError, match=r"started with other code, which differs in two/net\.py"):
