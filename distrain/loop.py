@@ -80,13 +80,17 @@ def train_step(
     acting = t.acting(t.step + 1)
     given(f"step {t.step + 1}", micro_batches)
     t.strategy.begin_step(t.step)
+    if t.objective.follows:
+        t.objective.at_step(t.step)
     t.set_lr(t.step)
     taken: tuple[PendingMetrics, ...] = ()
     for turn in acting:
         with t.strategy.only(turn.name):
             taken += (take_turn(t, turn, micro_batches, flags if turn is acting[-1] else StepFlags),)
-    if t.state.ema is not None and any(each.taken for each in taken):
-        t.state.ema.update()
+    if (t.objective.follows or t.state.ema is not None) and any(each.taken for each in taken):
+        t.objective.step_taken(t.strategy.model)
+        if t.state.ema is not None:
+            t.state.ema.update()
     t.step += 1
     stepped(t.step)
     return taken[-1] if len(taken) == 1 else taken[-1]._replace(earlier=taken[:-1])

@@ -22,6 +22,7 @@ from distrain.diagnose.hang_diagnosis import Limits
 from distrain.fingerprints import DRAWN_ANEW, changed_weights, compare, fingerprint
 from distrain.parallel import World, open_world, with_mixed_precision
 from distrain.parallel.frozen import initial_weights, with_initial_weights
+from distrain.parallel.stored import load_task_state
 from distrain.parallel.verifying import open_verified
 from distrain.run import heartbeat
 from distrain.system.logs import EACH_RANK
@@ -114,6 +115,8 @@ class Trained:
                     return context.initial_model()
 
                 objective.bind(model, replace(context, initial_model=initial_model))
+                objective.at_step(reader.manifest.step)
+                load_task_state(model, reader)
                 return data, model.to(world.device).eval(), objective
 
             data, model, objective = world.run_on_all(build)

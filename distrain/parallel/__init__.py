@@ -40,7 +40,7 @@ from distrain.optim import dtensor_problem, full_keys, sharding_problem
 from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
 from distrain.parallel.accelerate_settings import disagreements, strategy_wishes, unused
 from distrain.parallel.comm import World, open_world
-from distrain.parallel.contents import prepare_to_save
+from distrain.parallel.contents import keep_with, keeps_task, prepare_to_save, task_unchanged
 from distrain.parallel.mesh import Mesh
 from distrain.parallel.parameter_writes import check_hooks
 from distrain.parallel.state import TrainingState, load_weights
@@ -81,6 +81,8 @@ __all__ = [
     "check_world",
     "disagreements",
     "fill",
+    "keep_with",
+    "keeps_task",
     "launcher_argv",
     "load_weights",
     "open_world",
@@ -90,6 +92,7 @@ __all__ = [
     "resolve_strategy",
     "strategy_wishes",
     "take_over",
+    "task_unchanged",
     "unused",
     "with_mixed_precision",
 ]

@@ -2,7 +2,8 @@
 
 Parameters and persistent buffers are taken from the modules themselves, under their own names, whatever hooks make of
 them in a state dict. What a state dict has besides is held as well: the extra state of modules, which goes back through
-`set_extra_state`, and what hooks and overrides add, which goes back through `load_state_dict`.
+`set_extra_state`, and what hooks and overrides add, which goes back through `load_state_dict`. So is the state of the
+task that trains the model, wherever that of a module is.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,47 @@ logger = logging.getLogger(__name__)
 EXTRA_STATE = "_extra_state"
 
 
+OF_TASK = "the task's state"
+"""Its name among the extra state of modules."""
+
+
+class TaskState(nn.Module):
+    """What a task keeps from step to step, in the manner of a module."""
+
+    def __init__(self, task: Any):
+        super().__init__()
+        self._task = task
+
+    def get_extra_state(self) -> Any:
+        """Return what the task says that it keeps."""
+        return self._task.state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Give it back."""
+        self._task.load_state_dict(state)
+
+
+_tasks: WeakKeyDictionary[nn.Module, TaskState] = WeakKeyDictionary()
+
+
+def keep_with(model: nn.Module, task: Any) -> None:
+    """Have whatever holds, restores or remembers a model's state do so with that of the task that trains it.
+
+    `task` has state_dict() and load_state_dict(state). It is no part of the model, nor of its exports.
+    """
+    _tasks[model] = TaskState(task)
+
+
+def state_of_task(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what keeps the state of the task that trains a model, by its name; empty where it has none."""
+    return {OF_TASK: _tasks[model]} if model in _tasks else {}
+
+
+def keeps_task(model: nn.Module) -> bool:
+    """Whether checkpoints of a model hold the state of its task."""
+    return model in _tasks
+
+
 def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that keep state of their own kind, by the name that it has in a state dict."""
     own = nn.Module.get_extra_state
@@ -33,7 +77,7 @@ def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
         f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE: module
         for prefix, module in model.named_modules(remove_duplicate=False)
         if getattr(type(module), "get_extra_state", own) is not own
-    }
+    } | state_of_task(model)
 
 
 @dataclass(frozen=True)
@@ -53,7 +97,17 @@ class Contents:
 
 
 def contents(model: nn.Module) -> Contents:
-    """Return what the model's state dict holds. Raises UserError where the model cannot make one."""
+    """Return what the model's state dict holds, and its task. Raises UserError where one of them cannot make it."""
+    found = _of_model(model)
+    for name, task in state_of_task(model).items():
+        try:
+            found.values[name] = task.get_extra_state()
+        except Exception as error:  # the user's code
+            raise UserError(f"the task's state_dict() failed: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _of_model(model: nn.Module) -> Contents:
     own = own_tensors(model)
     try:
         # the parameters themselves: what is the same tensor needs no look at its elements
@@ -162,6 +216,12 @@ def _cure(tensor: Tensor, kind: str) -> str:
 def _problems_of_extra_state(found: Contents, extra: Mapping[str, nn.Module]) -> Iterator[str]:
     for name, module in extra.items():
         kind = type(module).__name__
+        if name == OF_TASK:
+            try:
+                encode(found.values[name], name, {})
+            except Unstorable as error:
+                yield f"{error}; have state_dict() return tensors, numbers, text, or lists, tuples and dicts of such"
+            continue
         if type(module).set_extra_state is nn.Module.set_extra_state:
             yield f"{name}: {kind} has get_extra_state and no set_extra_state; write it, to take that state back"
             continue
@@ -209,11 +269,11 @@ def _try_loading(model: nn.Module, found: Contents, extra: Mapping[str, nn.Modul
             "load_state_dict must take what get_extra_state and state_dict give"
         ]
     after = contents(model)
-    now = {**after.tensors, **after.values}
+    now, own = {**after.tensors, **after.values}, extra.keys() - {OF_TASK}
     return [
         f"{name} is {_shown(now.get(name))} after it was given back, and was {_shown(value)}; "
-        f"{'set_extra_state' if name in extra else 'load_state_dict'} must take what "
-        f"{'get_extra_state' if name in extra else 'state_dict'} gives"
+        f"{'set_extra_state' if name in own else 'load_state_dict'} must take what "
+        f"{'get_extra_state' if name in own else 'state_dict'} gives"
         for name, value in before.items()
         if not equal(now.get(name), value)
     ]
@@ -231,6 +291,7 @@ def _try_export(model: nn.Module, found: Contents) -> None:
     before = {name: tensor.detach().clone() for name, tensor in own.items()}
     state = {**before, **copy.deepcopy({k: v.detach() for k, v in {**found.changed, **found.tensors}.items()})}
     state |= {name: before[other] for name, other in found.renamed.items()} | copy.deepcopy(found.values)
+    state.pop(OF_TASK, None)
     try:
         for tensor in own.values():
             tensor.zero_()
@@ -251,8 +312,8 @@ def hand_back(model: nn.Module, values: Mapping[str, Any]) -> None:
     extra = modules_with_extra_state(model)
     if any(name not in extra for name in values):
         state = model.state_dict()
-        model.load_state_dict({**state, **values})
-        return
+        model.load_state_dict({**state, **{name: value for name, value in values.items() if name != OF_TASK}})
+        values = {name: value for name, value in values.items() if name == OF_TASK}
     for name, value in values.items():
         extra[name].set_extra_state(value)
 
@@ -266,3 +327,13 @@ def remember_extra_state(modules: Mapping[str, nn.Module]) -> Callable[[], None]
             module.set_extra_state(before)
 
     return put_back
+
+
+@contextmanager
+def task_unchanged(model: nn.Module) -> Iterator[None]:
+    """Leave the task with the state that it had: that of training, in which an evaluation has no part."""
+    put_back = remember_extra_state(state_of_task(model))
+    try:
+        yield
+    finally:
+        put_back()

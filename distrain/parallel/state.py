@@ -46,6 +46,7 @@ from distrain.parallel.stored import (
     encoded_values,
     fill_all,
     specs_of,
+    task_notes,
     without_frozen,
 )
 from distrain.system.collector import no_collection
@@ -228,8 +229,7 @@ class TrainingState:
         Returns a digest of each value that is to be the same on every rank. Raises UserError naming what would be lost.
         """
         self.specs()
-        digests = {name: _digest(value) for name, value in encoded_values(contents(self.model))[0].items()}
-        digests |= {name: _digest(tensor) for name, tensor in contents(self.model).tensors.items()}
+        digests = self.digests_of_extra()
         if self.optimizer is None:
             return digests
         problems = [each for part in parts_of(self.optimizer).values() for each in unlike_stated(part, self.stepping)]
@@ -245,6 +245,12 @@ class TrainingState:
             digests |= {f"optim group {index}: {key}": _digest(group.get(key)) for key in (*changed, *nested)}
         state = state_of(self.optimizer)
         return digests | {f"optim state: {key}": _digest(state[key]) for key in kept.others}
+
+    def digests_of_extra(self) -> dict[str, str]:
+        """Return a digest of each value of the model, and its task, that is no tensor of a module by its name."""
+        found = contents(self.model)
+        encoded_values(found)  # names what cannot be held
+        return {name: _digest(value) for name, value in {**found.values, **found.tensors}.items()}
 
     def _shards(self) -> dict[str, Shard]:
         """Return the shards of all parameters by their first name."""
@@ -362,7 +368,7 @@ class TrainingState:
         roles = ("parameter", "buffer") if self.ema is None else ("parameter", "buffer", "ema")
         check_fit(reader, specs_of(held), roles)
         fill_all(self.model, reader, {name: (each, name) for name, each in held.items() if each.role in roles})
-        notes = self._restore_optimizer(reader)
+        notes = [*self._restore_optimizer(reader), *task_notes(self.model, reader)]
         if self.ema is None and any(spec.role == "ema" for spec in reader.manifest.specs.values()):
             notes.append("the stored average of the weights is not loaded: train.ema is null")
         return notes

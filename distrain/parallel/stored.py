@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distrain.checkpoint import Reader, TensorSpec, explain_difference
 from distrain.config import UserError
 from distrain.networks.weights import torch_dtype
-from distrain.parallel.contents import Contents, contents, hand_back, modules_with_extra_state
+from distrain.parallel.contents import OF_TASK, Contents, contents, hand_back, modules_with_extra_state
 from distrain.parallel.nested import Unstorable, decode, encode, stored_dtype, why_unstorable
 from distrain.parallel.shards import LocalTensor
 
@@ -30,9 +30,17 @@ def encoded_values(found: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what of a state dict is not a tensor, encoded, and the tensors in it. Raises UserError by name."""
     tensors: dict[str, Tensor] = {}
     try:
-        return {name: encode(value, name, tensors) for name, value in found.values.items()}, tensors
+        return {
+            name: encode(value, name, tensors, _device(found) if name == OF_TASK else None)
+            for name, value in found.values.items()
+        }, tensors
     except Unstorable as error:
         raise UserError(f"the model's state {error}, which a checkpoint cannot hold") from error
+
+
+def _device(found: Contents) -> torch.device | None:
+    """Return where the model is, beside which a task keeps tensors there or on the host."""
+    return next((tensor.device for tensor in found.own.values()), None)
 
 
 def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]) -> None:
@@ -99,7 +107,10 @@ def _stored_state(model: nn.Module, reader: Reader) -> dict[str, Any]:
         for name, spec in specs.items()
         if name.startswith("model/") and (spec.role == "state" or name.removeprefix("model/") in extra)
     ]
-    needed = {name for name, value in {**found.tensors, **found.values}.items() if value is not None}
+    # a model is used without its task, and a task may begin to keep something, or cease to: see `unlike_stored`
+    needed = {name for name, value in {**found.tensors, **found.values}.items() if value is not None} - {OF_TASK}
+    if OF_TASK not in extra:
+        encoded = {name: held for name, held in encoded.items() if name != OF_TASK}
     stored = {*tensors, *encoded}
     if missing := sorted(needed - stored):
         raise UserError(
@@ -116,7 +127,26 @@ def _stored_state(model: nn.Module, reader: Reader) -> dict[str, Any]:
         value, now = read_tensor(reader, f"model/{name}"), found.tensors.get(name)
         return value if now is None else value.to(now.device)
 
+    def of_task(flat: str, on_host: bool) -> Tensor:
+        return read_tensor(reader, f"state/{flat}").to(None if on_host else _device(found))
+
+    def of_module(flat: str, on_host: bool) -> Tensor:
+        return read_tensor(reader, f"state/{flat}")
+
     state: dict[str, Any] = {name: placed(name) for name in tensors}
-    return state | {
-        name: decode(held, lambda flat, on_host: read_tensor(reader, f"state/{flat}")) for name, held in encoded.items()
-    }
+    return state | {name: decode(held, of_task if name == OF_TASK else of_module) for name, held in encoded.items()}
+
+
+def task_notes(model: nn.Module, reader: Reader) -> list[str]:
+    """Return a note where a checkpoint has a state for the task and this one keeps none, or the reverse."""
+    stored = OF_TASK in reader.manifest.scalars.get("model_state", {})
+    keeps = OF_TASK in modules_with_extra_state(model)
+    if stored and not keeps:
+        return ["the stored state of the task is not loaded: it has no load_state_dict"]
+    return ["the checkpoint has no state of the task, which keeps the one it has"] if keeps and not stored else []
+
+
+def load_task_state(model: nn.Module, reader: Reader) -> None:
+    """Give the task of a model that is used, not trained, the state that it had; where it keeps one."""
+    if OF_TASK in modules_with_extra_state(model):
+        hand_back(model, {name: held for name, held in _stored_state(model, reader).items() if name == OF_TASK})

@@ -319,7 +319,15 @@ class Strategy(ABC):
         Raises UserError naming it, on all ranks alike.
         """
         check_alike(self.world, self._held_alike())
-        ranks = self.world.gather(self.world.run_on_all(self.state.check))
+        self._check_digests(self.world.run_on_all(self.state.check))
+
+    def check_extra_state(self) -> None:
+        """Raise UserError on all ranks where the extra state of modules, or the task's, is not the same on all."""
+        if self.world.world_size > 1 and modules_with_extra_state(self.model):
+            self._check_digests(self.world.run_on_all(self.state.digests_of_extra))
+
+    def _check_digests(self, mine: Mapping[str, str]) -> None:
+        ranks = self.world.gather(mine)
         differing = sorted(name for name in ranks[0] if any(each.get(name) != ranks[0][name] for each in ranks))
         if differing:
             raise UserError(

@@ -13,6 +13,7 @@ from distrain.config import UserError
 from distrain.datasets.base import AnySource
 from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.metrics import build_metrics
+from distrain.parallel import task_unchanged
 from distrain.run.heartbeat import enter_phase
 from distrain.run.media import KEY, write_media
 from distrain.system.numbers import number
@@ -140,7 +141,8 @@ class Evaluator:
         began = time.monotonic()
         enter_phase("evaluate")
         strategy.broadcast_buffers()
-        with strategy.ema_weights():
+        context.t.objective.at_step(context.t.step)
+        with strategy.ema_weights(), task_unchanged(strategy.model):
             try:
                 values = evaluate(
                     strategy.model,

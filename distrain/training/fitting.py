@@ -155,11 +155,11 @@ class Fitting:
         )
         if world.forward_is_collective:  # it gathers others into the place of the parameters
             check_hooks(model, world.strategy)
+        objective.bind(model, TaskContext.of(recipe, self.meta, world.device, self._kept))
         prepare_to_save(model, sharded=STRATEGIES[world.strategy].shards)
         checkpoint_activations(model, recipe.train.activation_checkpointing)
         chunked = world.tuning["chunked_loss"]
         self.logits_per_sample = (logits.count or 0) // self.feed.micro_batch_size if chunked else 0
-        objective.bind(model, TaskContext.of(recipe, self.meta, world.device, self._kept))
         self.objectives = {name: objective.of(name) if name else objective for name in sections}
         if isinstance(objective, SupervisedObjective) and (self._compiled.on or chunked):
             objective.inside = True

@@ -36,6 +36,7 @@ from distrain.training.loop_state import LoopState, RunContext
 from distrain.training.saving import Checkpoints
 from distrain.training.setup import set_up
 from distrain.training.skipping import Anomaly
+from distrain.training.unsaved import UnsavedState
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Session(RunContext):
         super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, called, started)
         self.outcome: Outcome | None = None
         self._state_checked = False
+        self._unsaved = UnsavedState(self.t)
         self._new_state = {step for turn in self.t.turns for step in self._begins(turn)}
         """Steps, from 1, in which an optimizer may begin to keep something of some parameters."""
         starts_at(self.t.step)
@@ -223,6 +225,8 @@ class Session(RunContext):
         elif taken.step in self._new_state:  # and now that of what was frozen, or of what had not acted
             self.t.strategy.check_state()
             self._record_effect()
+        if taken.step >= self._unsaved.looks_at:
+            self._unsaved.look(taken.step)
         read: list[tuple[PendingMetrics, float, float]] = []
         """The turns that were not skipped, with loss and norm."""
         rolls_back = False

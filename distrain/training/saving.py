@@ -84,6 +84,7 @@ class Checkpoints:
         enter_phase("save")
         self.finish()
         strategy.broadcast_buffers()
+        strategy.check_extra_state()
         context.state.saved_step, context.state.save_requested = t.step, False
         self._saved_at = time.monotonic()
         background = context.recipe.checkpoint.asynchronous and not context.at_end()

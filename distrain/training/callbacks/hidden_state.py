@@ -51,16 +51,44 @@ Part = tuple[str, Any, int, str | None]
 its name is whole."""
 
 
-def hidden_state(roots: Mapping[str, Any]) -> dict[str, str]:
+def hidden_state(roots: Mapping[str, Any], *, files: bool = True) -> dict[str, str]:
     """Return {path: value in words} of what the roots, and the user's files behind them, hold and no checkpoint does.
 
-    A path begins with the name of a root and a dot, or ends with where it belongs, in brackets.
+    A path begins with the name of a root and a dot, or ends with where it belongs, in brackets. `files`: whether
+    variables of the user's files are looked at.
     """
     walk = _Walk()
     for name, root in roots.items():
         walk.visit(name, root, 0)
-    walk.visit_files()
+    if files:
+        walk.visit_files()
     return walk.found
+
+
+def hidden_weights(name: str, held: Any, model: nn.Module) -> dict[str, str]:
+    """Return a digest of the parameters and buffers of a module, or of those in a mapping, that are not the model's."""
+    parts = held if isinstance(held, Mapping) else {"": held}
+    known = {id(each) for each in (*model.parameters(), *model.buffers())}
+    return {
+        f"the weights of {name}{'.' * bool(key)}{key}": _weights(each, known)
+        for key, each in parts.items()
+        if isinstance(each, nn.Module)
+    }
+
+
+@torch.no_grad()
+def _weights(module: nn.Module, besides: set[int]) -> str:
+    tensors = [each for each in (*module.parameters(), *module.buffers()) if id(each) not in besides]
+    local = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in local]
+    some = [each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED)].double() for each in real]
+    # in one copy: the host waits for a device once
+    return _hash(torch.cat([each.to(some[0].device) for each in some]).cpu().numpy()) if some else "none"
+
+
+def is_of_user(kind: type) -> bool:
+    """Whether a class, or one that it inherits from, is in a file of the user's own."""
+    return any(_is_users_file(base.__module__) for base in kind.__mro__)
 
 
 class _Walk:

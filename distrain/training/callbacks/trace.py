@@ -47,7 +47,7 @@ from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
 from distrain.optim import canonical_name
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
-from distrain.training.callbacks.hidden_state import hidden_state
+from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.context import dropout_seed
 
@@ -271,7 +271,7 @@ class Trace(Callback):
     def _hidden_now(self) -> dict[str, str]:
         context, feed = self._context, self._context.setup.feed
         splits = context.data.splits
-        return hidden_state(
+        found = hidden_state(
             {
                 "model": context.t.state.model,
                 "optimizer": context.t.state.optimizer,
@@ -284,6 +284,7 @@ class Trace(Callback):
                 "evaluated transforms": feed.transforms["eval"],
             }
         )
+        return found | hidden_weights("loss", context.t.objective.holds, context.t.state.model)
 
 
 class _Noting(Transform):

@@ -36,6 +36,11 @@ def check_task(recipe: Recipe) -> list[str]:
     except UserError as error:
         return str(error).split("\n")
     problems = _optimizer_problems(recipe, task)
+    both = [name for name in ("state_dict", "load_state_dict") if hasattr(task, name)]
+    if len(both) == 1:
+        problems.append(
+            f"task: {recipe.task.name!r} has {both[0]} alone; expected state_dict and load_state_dict, or neither"
+        )
     if isinstance(task, Supervised):
         return problems + check_loss(recipe)
     if recipe.loss is not None:

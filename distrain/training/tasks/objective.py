@@ -17,7 +17,7 @@ from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors, rows_of
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import Loss
-from distrain.parallel import World
+from distrain.parallel import World, keep_with
 from distrain.run.media import Encoded
 from distrain.training import noise
 from distrain.training.forward import explain
@@ -63,6 +63,8 @@ class Objective(ABC):
     weights: Mapping[str, float] = {}
     names: tuple[str, ...] = ("loss",)
     """Of the losses; known after the first batch."""
+    follows = False
+    """Whether `at_step` and `step_taken` are called with each step."""
     couples = False
     """Whether losses take the samples of a step together; see `CoupledObjective`."""
 
@@ -92,6 +94,12 @@ class Objective(ABC):
         if isinstance(loss_scale, Tensor):
             return loss_scale.to(loss_sum.dtype)
         return _constant(loss_scale, loss_sum.dtype, loss_sum.device)
+
+    def at_step(self, step: int) -> None:  # noqa: B027 - a loss depends on no step
+        """Take note of how many steps were taken."""
+
+    def step_taken(self, model: nn.Module) -> None:  # noqa: B027 - a loss keeps nothing
+        """Have the task keep what it keeps of a step."""
 
     def begin_step(self) -> None:  # noqa: B027 - most report nothing besides their loss
         """Forget what was computed for a step that is made again."""
@@ -212,6 +220,8 @@ class SupervisedObjective(Objective):
 class TaskObjective(Objective):
     """The losses of a task of one's own, computed within the model's forward pass, inside every strategy's hooks."""
 
+    follows = True
+
     _count_hint = "let the task's method count(batch) return what its LossSum says"
 
     def __init__(self, task: Task, name: str):
@@ -219,6 +229,7 @@ class TaskObjective(Objective):
         self.task = task
         self.weights = task.weights
         self._measures = type(task).measure is not Task.measure
+        self._keeps = type(task).step_taken is not Task.step_taken
         self._counts_itself = type(task).count is not Task.count
         self._batch: Batch = {}
         self._sums: dict[str, Tensor] = {}
@@ -236,21 +247,33 @@ class TaskObjective(Objective):
 
     @property
     def holds(self) -> Any:
-        """What the task has on itself."""
-        return {key: value for key, value in vars(self.task).items() if key not in ("logged", "convention")}
+        """What the task has on itself, but for what is noted there for it."""
+        ours = ("logged", "convention", "showing", "shown", "step")
+        return {key: value for key, value in vars(self.task).items() if key not in ours}
 
     def bind(self, model: nn.Module, context: TaskContext) -> None:
         """Have the model run what the task computes, and the task build what it needs."""
         self.call = self.task.convention = calling_convention(model)
         self._seed = context.recipe.seed
         self.task.prepare(context)
+        if hasattr(self.task, "state_dict"):
+            keep_with(model, self.task)
         run_inside(model)
+
+    def at_step(self, step: int) -> None:
+        if not callable(getattr(type(self.task), "step", None)):  # a method of the user's own
+            self.task.step = step
 
     def of(self, optimizer: str) -> TaskObjective:
         found = copy.copy(self)
         found._sums, found._asked, found._of_step, found._scales = {}, {}, {}, {}
         found._optimizers = (optimizer,)
         return found
+
+    def step_taken(self, model: nn.Module) -> None:
+        if self._keeps:
+            with torch.no_grad():
+                self.task.step_taken(model)
 
     # ---- a step
 

@@ -117,7 +117,17 @@ class Task:
         """
 
     def prepare(self, context: TaskContext) -> None:
-        """Build what the task needs besides the model, such as a frozen teacher, which no checkpoint holds."""
+        """Build what the task needs besides the model, such as a frozen teacher, which no checkpoint holds.
+
+        What else changes while it trains is kept where the class has both `state_dict(self)` and
+        `load_state_dict(self, state)`: tensors, numbers, text, and lists and dicts of these, the same on all ranks.
+        """
+
+    def step_taken(self, model: nn.Module) -> None:
+        """Change what changes once in a step, such as a queue: called on all ranks after each step, without gradients.
+
+        Not after a step that is skipped, and once where `losses` is called for each micro-batch.
+        """
 
     def log(self, name: str, value: Tensor | float, count: Tensor | float | None = None) -> None:
         """Report a mean beside the losses: `value` is a sum over `count` of this batch (None: the samples).
@@ -161,6 +171,8 @@ class Task:
         task.showing, task.shown = False, None
         return task
 
+    step: int = 0
+    """How many optimizer steps were taken before this one; in an evaluation, how many the model has had."""
     logged: dict[str, LossSum]
     convention: Convention | None
     showing: bool

@@ -1,0 +1,84 @@
+"""State that changes while a run trains and that no checkpoint holds: named in a warning while that can be mended."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+from distrain.optim import canonical_name
+from distrain.optim.losses.user import UserLoss
+from distrain.parallel import keeps_task
+from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights, is_of_user
+from distrain.training.context import TrainContext
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+_CLASS = " (of the class)"
+
+
+class UnsavedState:
+    """Compares what the task, the loss and the user's modules have on themselves, as it was after the first step.
+
+    What is made in the first step, such as a mask that is kept, is no change. Looks after 2, 4, 8, ... steps of an
+    attempt, so that what is annealed is found as well, and a long run looks a few times.
+    """
+
+    def __init__(self, t: TrainContext):
+        self._t, self._start = t, t.step
+        self._first: dict[str, str] | None = None
+        self.looks_at = t.step + 1 if t.world.rank == 0 else math.inf
+        """After which step to call `look`; a later one will do."""
+
+    def look(self, step: int) -> None:
+        """Warn by name of what has changed, once."""
+        self.looks_at = self._start + 2 * (step - self._start)
+        if self._first is None:
+            self._first = self._now()
+        elif changed := self._changed(self._first):
+            self.looks_at = math.inf
+            logger.warning(_warning(changed, self._t.objective.name))
+
+    def _changed(self, first: Mapping[str, str]) -> list[str]:
+        now = self._now()
+        return [path for path, value in now.items() if first.get(path) != value]
+
+    def _now(self) -> dict[str, str]:
+        """Return what there is by path."""
+        model, objective = self._t.strategy.model, self._t.objective
+        of_loss = objective.loss.function if isinstance(objective.loss, UserLoss) else None
+        known = {id(each) for each in (*model.parameters(), *model.buffers())}
+        held = objective.holds if objective.loss is None and not keeps_task(model) else {}
+        task = {name: each for name, each in held.items() if id(each) not in known}
+        roots = {"task": task, "model": model, "loss": of_loss}
+        users = {canonical_name(name) for name, module in model.named_modules() if is_of_user(type(module))}
+        found = {path: value for path, value in hidden_state(roots, files=False).items() if _counts(path, users)}
+        return found | hidden_weights("task", task, model) | hidden_weights("loss", of_loss, model)
+
+
+def _counts(path: str, users: set[str]) -> bool:
+    """Whether what changed is state of the user's own, and no result that is kept to be computed once."""
+    root, _, rest = path.removesuffix(_CLASS).partition(".")
+    if rest.endswith("kept results") or (path.endswith(")") and not path.endswith((_CLASS, "not persistent)"))):
+        return False
+    if root != "model":
+        return True
+    parts = rest.partition(" ")[0].split(".")
+    return any(".".join(parts[:end]) in users for end in range(len(parts)))
+
+
+def _warning(changed: list[str], task: str) -> str:
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    cures = {
+        "model": "of the model in buffers (register_buffer), or by get_extra_state and set_extra_state",
+        "task": f"of task {task} by its methods state_dict() and load_state_dict(state)",
+        "loss": "of a loss in a task of its own (docs/tasks.md)",
+    }
+    roots = {path.removeprefix("the weights of ").partition(".")[0] for path in changed}
+    cure = "; ".join(each for root, each in cures.items() if root in roots)
+    return (
+        f"{', '.join(changed[:_SHOWN])}{more}: changed from step to step, and no checkpoint holds it. Where a later "
+        "step reads it, a run that is stopped and resumed trains something else than one that is not. Keep it: "
+        f"{cure}. What depends on the number of steps alone is computed from it: a task has it as self.step"
+    )

@@ -1,0 +1,134 @@
+"""Tasks, and a loss and a model, that change while they train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import distrain
+
+
+class Momentum(distrain.Task):
+    """MoCo: what a slowly moving copy of the model makes of a sample is near to its own output, and far from a queue.
+
+    The model's output has dropped noise in evaluations and in training, and the targets are not used.
+    """
+
+    couples_samples = True
+
+    def __init__(self, length: int = 24):
+        self.queue, self.filled = torch.zeros(length, 4, dtype=torch.float64), 0
+
+    def prepare(self, context):
+        self.slow = context.initial_model()
+
+    def losses(self, model, batch):
+        keys = functional.normalize(self.slow(batch["inputs"]).double(), dim=1)
+        queries = functional.normalize(model(batch["inputs"]).double(), dim=1)
+        self.keys = distrain.gather(keys)
+        queries = distrain.gather(queries)
+        near = (queries * self.keys).sum(1, keepdim=True)
+        logits = torch.cat((near, queries @ self.queue[: self.filled].T), 1) / 0.2
+        return {"contrast": functional.cross_entropy(logits, logits.new_zeros(len(logits)).long(), reduction="none")}
+
+    def step_taken(self, model):
+        self.queue = torch.cat((self.keys.detach(), self.queue))[: len(self.queue)]
+        self.filled = min(self.filled + len(self.keys), len(self.queue))
+        for slow, quick in zip(self.slow.parameters(), model.parameters(), strict=True):
+            slow.lerp_(quick.to(slow), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": self.queue, "filled": self.filled, "slow": dict(self.slow.state_dict())}
+
+    def load_state_dict(self, state):
+        self.queue, self.filled = state["queue"], state["filled"]
+        self.slow.load_state_dict(state["slow"])
+
+
+class Annealed(distrain.Task):
+    """Its loss depends on the step, which is counted for it and by itself."""
+
+    form = "classification"
+    kinds = ("right", "alone", "unlike", "object", "lost")
+
+    def __init__(self, kind: str = "right"):
+        self.kind, self.own = kind, 0
+
+    def losses(self, model, batch):
+        if model.training:
+            self.own += 1
+        entropy = functional.cross_entropy(model(batch["inputs"]), batch["targets"], reduction="none")
+        self.log("so_far", float(self.step), 1.0)
+        self.log("own", float(self.own), 1.0)
+        return {"entropy": entropy / (1 + self.step)}
+
+    def state_dict(self) -> Any:
+        if self.kind == "unlike" and self.own:
+            return {"here": torch.distributed.get_rank() * torch.ones(3)}
+        return {"own": self.own, "odd": object() if self.kind == "object" else None}
+
+    def load_state_dict(self, state):
+        self.own = state.get("own", 0) + (self.kind == "lost")
+
+
+class Alone(distrain.Task):
+    """Half of what keeps a state."""
+
+    def losses(self, model, batch):
+        return {"none": model(batch["inputs"]).sum(1)}
+
+    def state_dict(self) -> Any:
+        return {}
+
+
+class Forgetful(distrain.Classification):
+    """What it remembers from step to step is in no checkpoint."""
+
+    def __init__(self) -> None:
+        self.calls, self.mean = 0, torch.zeros(10)
+
+    def prepare(self, context):
+        self.slow, self.teacher = context.initial_model(), context.initial_model()
+
+    def losses(self, model, batch):
+        self.mask = torch.ones(10)  # the same in each step
+        if model.training:
+            self.calls += 1
+            self.mean = self.mean + 1
+            with torch.no_grad():
+                for slow in self.slow.parameters():
+                    slow.mul_(0.9)
+        return super().losses(model, batch)
+
+
+class Counting(nn.Module):
+    """A model that counts, and keeps a mask that it computes once."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.inner, self.mask, self.calls = nn.Linear(64, num_classes), None, 0
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("kept", torch.zeros(()))
+
+    def forward(self, x):
+        self.mask = torch.ones(64, dtype=x.dtype) if self.mask is None else self.mask
+        if self.training:
+            self.calls += 1
+            self.seen += 1
+            self.kept += 1
+        return self.inner(x.flatten(1) * self.mask)
+
+
+class Centred(nn.Module):
+    """A loss with a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.centre += 1
+        return functional.cross_entropy(outputs, targets, reduction="none")

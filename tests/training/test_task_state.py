@@ -1,0 +1,157 @@
+"""What a task keeps from step to step: in checkpoints where it says so, and otherwise named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_close, assert_same_run, cli, last, rows, state, train, write_recipe
+
+from distrain.config.yaml import load_recipe
+from distrain.data import build_data
+from distrain.datasets.order import SampleOrder
+from distrain.models import build_model
+
+RECIPE = """
+name: stateful
+task: {task}
+data: digits
+model: {{name: mlp, hidden: [8], {model}}}
+optim: {{name: sgd, lr: 0.1}}
+batch: {{global: 12}}
+train: {{steps: 6, precision: {precision}}}
+eval: {{every: 2 steps, batch: 100}}
+checkpoint: {{every: 3 steps, keep: 100, async: false}}
+log: {{every: 1 steps}}
+"""
+MOMENTUM = RECIPE.format(task='"stateful_tasks:Momentum"', model="num_outputs: 4", precision="fp32")
+ANNEALED = RECIPE.format(
+    task='{name: "stateful_tasks:Annealed", kind: KIND}', model="num_outputs: 10", precision="fp32"
+)
+
+
+def plain(path: Path) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+    """Yield after each step of a loop of plain PyTorch its loss, and the weights of the model and of its slow copy."""
+    recipe = load_recipe(path).recipe
+    data = build_data(recipe)
+    torch.manual_seed(0)
+    model, slow = build_model(recipe, data.meta), build_model(recipe, data.meta)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    order = SampleOrder(len(data.splits["train"]), recipe.seed)
+    queue = torch.zeros(0, 4, dtype=torch.float64)
+    for step in range(6):
+        inputs = data.splits["train"].fetch(order.at(12 * step, 12 * (step + 1))[1])["inputs"].float()
+        queries = torch.nn.functional.normalize(model(inputs).double(), dim=1)
+        with torch.no_grad():
+            keys = torch.nn.functional.normalize(slow(inputs).double(), dim=1)
+        logits = torch.cat(((queries * keys).sum(1, keepdim=True), queries @ queue.T), 1) / 0.2
+        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(12, dtype=torch.int64))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue = torch.cat((keys, queue))[:24]
+        with torch.no_grad():
+            for one, other in zip(slow.parameters(), model.parameters(), strict=True):
+                one.lerp_(other, 0.1)
+        found = {f"model/{name}": each.detach() for name, each in model.named_parameters()}
+        kept = {f"state/the task's state[slow][{name}]": each for name, each in slow.named_parameters()}
+        yield loss.item(), found | kept | {"state/the task's state[queue]": queue}
+
+
+@pytest.fixture(scope="module")
+def momentum(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a recipe of a queue and a moving copy, and its run in one process."""
+    folder = tmp_path_factory.mktemp("momentum")
+    recipe = write_recipe(folder, MOMENTUM)
+    train(1, recipe, folder / "alone", "batch.micro=4")
+    return recipe, folder / "alone"
+
+
+def test_a_queue_and_a_moving_copy_are_those_of_plain_pytorch(momentum: tuple[Path, Path]) -> None:
+    recipe, run = momentum
+    steps = list(plain(recipe))
+    trained = [row for row in rows(run) if row["event"] == "train"]
+    assert [row["loss"] for row in trained] == pytest.approx([loss for loss, _ in steps], rel=1e-5)
+    stored = state(last(run))
+    for name, tensor in steps[-1][1].items():
+        assert torch.from_numpy(stored[name]).allclose(tensor.double().flatten(), rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 3), pytest.param(1, 12, marks=pytest.mark.more)])
+def test_they_are_the_same_in_any_world_and_resumed_to_the_bit(
+    momentum: tuple[Path, Path], tmp_path: Path, world_size: int, micro: int
+) -> None:
+    recipe, alone = momentum
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(world_size, recipe, whole, f"batch.micro={micro}")
+    assert_close(alone, whole, 1e-6)
+    train(world_size, recipe, cut, f"batch.micro={micro}", stop_after=2)
+    train(world_size, recipe, cut, f"batch.micro={micro}")
+    assert_same_run(whole, cut)
+
+
+def test_an_evaluation_has_the_state_and_the_step_and_leaves_both(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ANNEALED.replace("KIND", "right"))
+    run = tmp_path / "run"
+    train(2, recipe, run, "batch.micro=3")
+    found = [(row["event"], row["step"], row["own"], row["so_far"]) for row in rows(run) if "own" in row]
+    # two micro-batches on each rank, and none of what was tried before the first step, nor of evaluations
+    assert [each[1:] for each in found if each[0] == "eval"] == [(2, 4, 2), (4, 8, 4), (6, 12, 6)]
+    assert [each[2:] for each in found if each[0] == "train"] == [(2 * step + 1.5, step) for step in range(6)]
+    evaluated = cli("evaluate", str(run), "--split", "test", "--json")
+    assert evaluated.status == 0, evaluated.err
+    ended = json.loads((run / "FINISHED").read_text())["test"]
+    assert json.loads(evaluated.out)["entropy"] == pytest.approx(ended["entropy"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "words"),
+    [
+        ("unlike", 2, "the task's state differ between the ranks"),
+        ("object", 1, "the task's state[odd] is a object; have state_dict() return tensors"),
+        ("lost", 1, "load_state_dict must take what state_dict gives"),
+    ],
+)
+def test_state_that_no_checkpoint_could_give_back_is_refused(
+    tmp_path: Path, kind: str, world_size: int, words: str
+) -> None:
+    recipe = write_recipe(tmp_path, ANNEALED.replace("KIND", kind))
+    ended = train(world_size, recipe, tmp_path / "run", "batch.micro=3", status=1)
+    assert words in "".join(rank.err for rank in ended)
+
+
+def test_half_of_a_state_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, MOMENTUM.replace("Momentum", "Alone"))
+    ended = train(1, recipe, tmp_path / "run", status=1)
+    assert "has state_dict alone; expected state_dict and load_state_dict" in ended[0].err
+
+
+FORGETFUL = RECIPE.replace("{{name: mlp, hidden: [8], {model}}}", "{model}").replace(
+    "data: digits", "data: digits\n{loss}"
+)
+NAMED = {
+    "task": ("Forgetful", "mlp", "", ["task.calls", "task.mean", "the weights of task.slow"]),
+    "model": (
+        "classification",
+        '"stateful_tasks:Counting"',
+        "",
+        ["model.calls", "model.seen (a buffer that is not persistent)"],
+    ),
+    "loss": ("classification", "mlp", 'loss: "stateful_tasks:Centred"', ["the weights of loss"]),
+    "nothing": ("classification", "cnn", "", []),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_what_changes_and_is_not_saved_is_named(tmp_path: Path, kind: str) -> None:
+    task, model, loss, named = NAMED[kind]
+    task = task if task == "classification" else f'"stateful_tasks:{task}"'
+    recipe = write_recipe(tmp_path, FORGETFUL.format(task=task, model=model, loss=loss, precision="fp32"))
+    ended = train(1, recipe, tmp_path / "run", "eval.every=null")
+    warnings = [line for line in (ended[0].out + ended[0].err).splitlines() if "no checkpoint holds" in line]
+    assert len(warnings) == bool(named)
+    for line in warnings:
+        assert line.removeprefix("warning: ").partition(": changed from step to step")[0].split(", ") == named
