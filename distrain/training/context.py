@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,10 +192,5 @@ def seed_forward(t: TrainContext, index: int, turn: Turn, samples: int) -> None:
 
 
 def seed_dropout(world: World, seed: int) -> None:
-    """Seed every generator that a model may draw from; `torch.manual_seed`, which visits all devices, costs more."""
-    torch.default_generator.manual_seed(seed)
-    if world.device.type == "cuda":
-        torch.cuda.default_generators[world.device.index or 0].manual_seed(seed)
-    # layers that are dropped at random, in transformers and elsewhere, often draw from these
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    """Seed every generator that a model may draw from."""
+    noise.seed_generators(seed, world.device)

@@ -9,10 +9,12 @@ device.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +116,30 @@ def of_step(seed: int, step: int, first: int, count: int, turn: int = 0) -> None
 
 
 def of_evaluation(seed: int, ids: Tensor) -> None:
-    """Have what follows draw for the samples `ids` (batch,) of an evaluation or a prediction."""
+    """Have what follows draw for the samples `ids` (batch,) of an evaluation or a prediction.
+
+    `ids` are on the host. What draws from the generators of PyTorch, Python and NumPy has the same numbers whenever a
+    batch of these samples is evaluated: they are not those that come after a step, or after what a resume has done.
+    """
+    seed_evaluation(seed, int(ids[0]))
     _begin(Samples(len(ids), ids, seed, "noise of an evaluation"))
+
+
+def seed_evaluation(seed: int, first: int) -> None:
+    """Seed what a forward pass of an evaluation draws, by the id of its first sample."""
+    cuda = torch.cuda.is_initialized()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    seed_generators(mix(seed, "drawn in an evaluation", first), device)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed every generator that a model may draw from; `torch.manual_seed`, which visits all devices, costs more."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    # layers that are dropped at random, in transformers and elsewhere, often draw from these
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 @contextmanager

@@ -214,3 +214,42 @@ def test_noise_is_the_same_in_any_world_and_after_a_resume(task: str, tmp_path: 
     train(1, recipe, tmp_path / "cut", stop_after=1)
     train(1, recipe, tmp_path / "cut")
     assert_same_run(one, tmp_path / "cut")
+
+
+DRAWING = '''
+import random
+import numpy as np
+import torch
+from torch import nn
+
+class Drawing(nn.Module):
+    """Draws in an evaluation as well, from the generators of PyTorch, Python and NumPy."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        drawn = torch.randn(len(x), 1, dtype=x.dtype) + random.random() + np.random.rand()
+        return self.layer(x.flatten(1) + drawn)
+'''
+DRAWN = """
+name: drawn
+task: classification
+data: {name: digits, split: [0.8, 0.2]}
+model: "drawing.py:Drawing"
+batch: {global: 12}
+train: {steps: 4}
+eval: {every: 2 steps, batch: 100, metrics: [accuracy]}
+checkpoint: {every: 2 steps, keep: 100}
+"""
+
+
+def test_an_evaluation_draws_the_same_after_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    recipe, whole, cut = write_recipe(tmp_path, DRAWN), tmp_path / "whole", tmp_path / "cut"
+    train(1, recipe, whole)
+    train(1, recipe, cut, stop_after=2)  # before the evaluation, which the next attempt makes up for
+    assert not [row for row in rows(cut) if row["event"] == "eval"]
+    train(1, recipe, cut)
+    assert_same_run(whole, cut)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.datasets.base import Batch
 from distrain.parallel import World
+from distrain.training import noise
 from distrain.training.tasks.gathering import Exchanged, Gathering, Kept, Known, Repeated, Slot
 from distrain.training.tasks.inside import TaskModel, call_inside
 from distrain.training.tasks.objective import Means, Scored, TaskObjective
@@ -202,6 +203,7 @@ class CoupledObjective(TaskObjective):
             self._batch = sample
             rows = slice(group.start, group.stop)
             self._gathering = Known(len(sample["ids"]), [each[rows] for each in whole])
+            noise.seed_evaluation(self._seed, int(ids[group.start]))
             _, pairs, _ = call_inside(model, self._compute)
             pairs = pairs if number < len(groups) else torch.zeros_like(pairs)
             total = pairs if total is None else total + pairs

@@ -395,7 +395,8 @@ class TaskObjective(Objective):
         task, self._batch = self.task, batch
         task.showing, task.shown = True, [] if keep else None
         try:
-            call_inside(model, lambda inner: task.show(inner, batch))
+            with noise.evaluating(self._seed, batch["ids"]):
+                call_inside(model, lambda inner: task.show(inner, batch))
             return task.shown or []
         finally:
             task.showing, task.shown = False, None
