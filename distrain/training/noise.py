@@ -129,7 +129,22 @@ def seed_evaluation(seed: int, first: int) -> None:
     """Seed what a forward pass of an evaluation draws, by the id of its first sample."""
     cuda = torch.cuda.is_initialized()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    seed_generators(mix(seed, "drawn in an evaluation", first), device)
+    seed_generators(mix(seed, "drawn in an evaluation", first, *_others), device)
+
+
+_others: tuple[str, ...] = ()
+"""Tells the numbers that are drawn from those of an evaluation."""
+
+
+@contextmanager
+def other_draws(name: str) -> Iterator[None]:
+    """Have evaluations within draw other numbers than elsewhere: what differs with them is random."""
+    global _others
+    _others = (name,)
+    try:
+        yield
+    finally:
+        _others = ()
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

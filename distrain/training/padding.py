@@ -14,6 +14,7 @@ from distrain.datasets.nested import map_tensors
 from distrain.datasets.transforms import Transform
 from distrain.networks.calling import Convention, unwrap_model
 from distrain.parallel import World
+from distrain.training import noise
 from distrain.training.tasks import Objective
 from distrain.training.trying import TriedSamples, eagerly
 
@@ -61,7 +62,9 @@ def padding_warnings(model: nn.Module, objective: Objective, padded: PaddedSampl
                 reads |= _depends(outputs, world)
             both["ids"][1:] = -1  # padding, as ranks have it at the end of a split
             if not objective.couples:
-                losses = [_losses(objective, model, each, world) for each in (alone, again, both)]
+                losses = [_losses(objective, model, each, world) for each in (alone, both)]
+                with noise.other_draws("again"):  # a loss that draws at random tells nothing
+                    losses.insert(1, _losses(objective, model, again, world))
                 counts |= {name: None for name in losses[0] if _depends([[each[name]] for each in losses], world)}
     kind = type(unwrap_model(model)).__name__
     if reads:

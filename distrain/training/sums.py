@@ -7,12 +7,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from distrain.config import mix
 from distrain.datasets.base import AnySource
 from distrain.datasets.nested import tensors_in
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
-from distrain.training.context import seed_dropout
+from distrain.training import noise
 from distrain.training.tasks import Objective, TaskObjective
 from distrain.training.trying import TriedSamples, eagerly
 
@@ -45,8 +44,8 @@ def sums_warnings(
 
     def of(seed: str, which: range) -> dict[str, Tensor]:
         """Return the sum and the count of each name (2,)."""
-        seed_dropout(world, mix(seed))
-        (_, pairs, reported, _), _, _ = objective.evaluate(model, samples.batch(*which), predict=False)
+        with noise.other_draws(seed):
+            (_, pairs, reported, _), _, _ = objective.evaluate(model, samples.batch(*which), predict=False)
         return dict(zip(reported, pairs, strict=True))
 
     with suppress(Exception), torch.no_grad(), eagerly():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import assert_close, assert_same_run, cli, last, rows, state, train, write_recipe
 
+from distrain.checkpoint import Reader
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.datasets.order import SampleOrder
@@ -105,6 +107,22 @@ def test_an_evaluation_has_the_state_and_the_step_and_leaves_both(tmp_path: Path
     assert evaluated.status == 0, evaluated.err
     ended = json.loads((run / "FINISHED").read_text())["test"]
     assert json.loads(evaluated.out)["entropy"] == pytest.approx(ended["entropy"], rel=1e-6)
+
+
+@pytest.mark.parametrize("rolls_back", [False, pytest.param(True, marks=pytest.mark.more)])
+def test_a_step_that_is_skipped_leaves_the_state_and_a_rollback_restores_it(tmp_path: Path, rolls_back: bool) -> None:
+    recipe = write_recipe(tmp_path, ANNEALED.replace("KIND", "anomalous"))
+    what = "rollback" if rolls_back else "skip"
+    train(1, recipe, tmp_path / "run", "batch.micro=12", "eval.every=null", f"anomalies.nonfinite={what}")
+    with Reader(last(tmp_path / "run")) as reader:
+        kept = dict(map(tuple, _plain(reader.manifest.scalars["model_state"]["the task's state"])))
+    assert (kept["own"], kept["taken"]) == (5, 5)
+
+
+def _plain(stored: Any) -> Any:
+    """Return what is stored of a value without the names of kinds."""
+    ((_, content),) = stored.items()
+    return [[_plain(each) for each in pair] for pair in content] if isinstance(content, list) else content
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import distrain
 class Momentum(distrain.Task):
     """MoCo: what a slowly moving copy of the model makes of a sample is near to its own output, and far from a queue.
 
-    The model's output has dropped noise in evaluations and in training, and the targets are not used.
+    The targets are not used.
     """
 
     couples_samples = True
@@ -52,10 +52,9 @@ class Annealed(distrain.Task):
     """Its loss depends on the step, which is counted for it and by itself."""
 
     form = "classification"
-    kinds = ("right", "alone", "unlike", "object", "lost")
 
     def __init__(self, kind: str = "right"):
-        self.kind, self.own = kind, 0
+        self.kind, self.own, self.taken = kind, 0, 0
 
     def losses(self, model, batch):
         if model.training:
@@ -63,15 +62,20 @@ class Annealed(distrain.Task):
         entropy = functional.cross_entropy(model(batch["inputs"]), batch["targets"], reduction="none")
         self.log("so_far", float(self.step), 1.0)
         self.log("own", float(self.own), 1.0)
+        if self.kind == "anomalous" and self.step == 3:
+            entropy = entropy * float("nan")
         return {"entropy": entropy / (1 + self.step)}
+
+    def step_taken(self, model):
+        self.taken += 1
 
     def state_dict(self) -> Any:
         if self.kind == "unlike" and self.own:
             return {"here": torch.distributed.get_rank() * torch.ones(3)}
-        return {"own": self.own, "odd": object() if self.kind == "object" else None}
+        return {"own": self.own, "taken": self.taken, "odd": object() if self.kind == "object" else None}
 
     def load_state_dict(self, state):
-        self.own = state.get("own", 0) + (self.kind == "lost")
+        self.own, self.taken = state.get("own", 0) + (self.kind == "lost"), state.get("taken", 0)
 
 
 class Alone(distrain.Task):
