@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,14 @@ def for_torch(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array) if any(step < 0 for step in array.strides) else array
 
 
+def _text_in(value: Any) -> str | None:
+    """Return the first text of what becomes no tensor, or None."""
+    with suppress(ValueError, TypeError):  # of rows of several lengths
+        array = np.asarray(value)
+        return next((str(each) for each in array.flat if isinstance(each, str)), None)
+    return None
+
+
 def _tensor(value: Any, what: str) -> Tensor:
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise UserError(f"{what} are a masked array, and some of its values are masked; fill them, or leave them out")
@@ -155,6 +164,11 @@ def _tensor(value: Any, what: str) -> Tensor:
                 warnings.filterwarnings("ignore", ".*not writable")  # nothing here writes to it
                 tensor = torch.as_tensor(for_torch(np.asarray(value)))
     except (TypeError, ValueError) as error:
+        if (text := _text_in(value)) is not None:
+            raise UserError(
+                f"{what} are texts, such as {text!r}; expected numbers. Of labels: classes, targets = "
+                "numpy.unique(labels, return_inverse=True)"
+            ) from error
         raise UserError(f"{what} are a {type(value).__name__} that becomes no tensor: {error}") from error
     if tensor.dim() == 0:
         raise UserError(f"{what} are one number; expected an array with a row for each sample")

@@ -84,10 +84,9 @@ class ItemForm:
             if self.dtype == torch.float64 and tensor.dtype == torch.float32 and not hasattr(value, "dtype"):
                 tensor = torch.as_tensor(value, dtype=self.dtype)  # Python's own numbers, which torch has rounded
         except (TypeError, ValueError, RuntimeError) as error:
-            found = type(value).__name__
-            raise UserError(
-                f"{self.name}: a {found} cannot become a tensor ({error}); expected numbers or arrays"
-            ) from error
+            found = f"a {type(value).__name__} cannot become a tensor ({error}); expected numbers or arrays"
+            of_text = ", of a label the number of its class" if isinstance(value, str) else ""
+            raise UserError(f"{self.name}: {found}{of_text}") from error
         # float64 is NumPy's default and rarely intended; float32 weights cannot be multiplied with it
         return tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor
 

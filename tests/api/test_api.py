@@ -397,6 +397,14 @@ def test_a_run_is_read_in_python() -> None:
     assert "finished" in repr(run)
 
 
+@pytest.mark.parametrize("labels", [np.array(["a", "b", "a"]), ["a", "b", "a"], np.array(["a", 1, "b"], object)])
+def test_labels_that_are_texts_are_refused_with_how_to_number_them(labels: Any) -> None:
+    with pytest.raises(distrain.UserError, match=r"targets are texts, such as 'a'; .*numpy\.unique\(labels"):
+        ArrayData({"train": (np.zeros((3, 2)), labels)}).build(
+            DataRequest(DataSection(name="arrays"), "classification", 0)
+        )
+
+
 def test_arrays_do_not_bypass_what_a_built_in_data_set_makes_of_its_files() -> None:
     run = train(model="mlp", data="iris")
     assert run.best is not None

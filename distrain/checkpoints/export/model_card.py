@@ -252,9 +252,11 @@ def _ids(facts: Mapping[str, Any]) -> str | None:
 def _steps(recipe: Recipe, manifest: Manifest) -> str:
     optimizers = " and ".join(f"`{section.name}`" for section in recipe.optimizers.values())
     kind = "optimizer" if len(recipe.optimizers) == 1 else "optimizers"
+    world = manifest.world_size
+    processes = "1 process" if world == 1 else f"{world} processes ({manifest.strategy})"
     return (
         f"{manifest.step:,} steps of {kind} {optimizers} with {recipe.batch.global_batch_size} samples in "
-        f"each, precision {recipe.train.precision}, seed {recipe.seed}, on {manifest.world_size} × {manifest.strategy}."
+        f"each, precision {recipe.train.precision}, seed {recipe.seed}, in {processes}."
     )
 
 
