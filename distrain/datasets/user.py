@@ -7,14 +7,14 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from distrain.config import DataSection, FoldSplit, Form, Recipe, UserError, close_names, mix
 from distrain.config.arguments import argument_problems, named_parameters, takes
@@ -34,7 +34,15 @@ from distrain.datasets.base import (
     split_indices,
 )
 from distrain.datasets.randomness import isolated_randomness, seed_globally, stream_of
-from distrain.datasets.user_items import ITEM, ItemForm, collate, pair_of, share_memory, with_own_memory
+from distrain.datasets.user_items import (
+    FILLED_ANEW,
+    ITEM,
+    ItemForm,
+    collate,
+    pair_of,
+    share_memory,
+    with_own_memory,
+)
 from distrain.system.output import error_line
 
 _SPLITS = ("train", "valid", "test")
@@ -138,6 +146,11 @@ def source_of(request: DataRequest, inputs: Any) -> Source:
     return UserSource(made, form, mix(request.seed, "read"))
 
 
+def is_users(source: AnySource) -> bool:
+    """Whether a split is read from a data set of the user's code, item by item."""
+    return isinstance(source, UserSource | UserStream)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The user's objects
 
@@ -152,6 +165,11 @@ class _Made:
         with _seeded(seed):
             self.dataset = make()
         listed = hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
+        if isinstance(self.dataset, DataLoader):
+            raise UserError(
+                f"{name} is a DataLoader, whose items are batches, in an order of its own; give its data set "
+                "(loader.dataset): distrain makes batches (batch.global), shuffles and reads ahead (data.workers)"
+            )
         self.is_stream = isinstance(self.dataset, IterableDataset) or not listed
         if self.is_stream and not hasattr(self.dataset, "__iter__"):
             raise UserError(
@@ -328,8 +346,8 @@ class UserSource:
     def __init__(self, made: _Made, form: ItemForm, seed: int, indices: np.ndarray | None = None):
         self.made, self.form, self.seed, self.indices = made, form, seed, indices
         self.is_whole = form.own is not None
-        self._copies = False
-        """Whether items share memory, and are copied as they are read."""
+        self._copies: bool | None = None
+        """Whether items share memory, and are copied as they are read; None: not known yet."""
 
     def __len__(self) -> int:
         return len(self.made.dataset) if self.indices is None else len(self.indices)
@@ -341,9 +359,13 @@ class UserSource:
         """Return the samples `ids` as in `epochs`, both (batch,) int64: a Dataset may augment them in each epoch."""
         numbers = ids if self.indices is None else self.indices[ids]
         items = self._read(ids, numbers, epochs)
-        if not self._copies and len(ids) > 1 and numbers[0] != numbers[1] and share_memory(*items[:2]):
-            self._copies = True  # the first one has what the last one holds
-            items = self._read(ids, numbers, epochs)
+        if not self._copies:
+            different = list(dict(zip(numbers.tolist(), items, strict=True)).values())[:FILLED_ANEW]
+            if self._copies is None:  # also where each batch is of one item, which a task's own collate may keep
+                different += self._others(ids, FILLED_ANEW - len(different))
+            if share := share_memory(different):
+                items = self._read(ids, numbers, epochs, copies=True)  # these hold what was read last
+            self._copies = share
         own, name = self.form.own, self.made.name
         samples = [
             (item,) if own else pair_of(item, f"{name}: item {number}")
@@ -352,7 +374,19 @@ class UserSource:
         batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
         return {**batch, "ids": torch.from_numpy(ids)}
 
-    def _read(self, ids: np.ndarray, numbers: np.ndarray, epochs: np.ndarray) -> list[Any]:
+    def _others(self, ids: np.ndarray, count: int) -> list[Any]:
+        """Return up to `count` items that are none of `ids`; without those that cannot be read."""
+        found: list[Any] = []
+        for sample in np.setdiff1d(np.arange(min(len(self), len(ids) + max(count, 0))), ids)[: max(count, 0)]:
+            with suppress(UserError):
+                which = np.array([sample])
+                found += self._read(which, which if self.indices is None else self.indices[which], np.zeros_like(which))
+        return found
+
+    def _read(
+        self, ids: np.ndarray, numbers: np.ndarray, epochs: np.ndarray, *, copies: bool | None = None
+    ) -> list[Any]:
+        copies = self._copies if copies is None else copies
         items = []
         with isolated_randomness():
             seeds = stream_of(self.seed, epochs, ids).tolist()
@@ -363,7 +397,7 @@ class UserSource:
                 except Exception as error:
                     text = f"{self.made.name}: item {number} cannot be read: {_error_text(error)}"
                     raise (CorruptSample(sample, text) if CorruptSample.is_why(error) else UserError(text)) from error
-                items.append(with_own_memory(item) if self._copies else item)
+                items.append(with_own_memory(item) if copies else item)
         return items
 
 
@@ -389,7 +423,8 @@ class UserStream:
         to put all back would cost ten times as much.
         """
         number, epoch = 0, self._epoch
-        first, copies = None, True
+        held: list[Any] = []
+        copies = True
         try:
             seed_globally(int(stream_of(self.seed, epoch)[0]))
             walk = self.made.walk()
@@ -401,10 +436,11 @@ class UserStream:
                     item = next(walk)
                 except StopIteration:
                     return
-                if number == 1:  # held until here, so that the place of its memory is taken
-                    first, copies = None, share_memory(first, item)
-                elif number == 0:
-                    first = item
+                if number < FILLED_ANEW:  # held until then, so that the places of their memory are taken
+                    held.append(item)
+                if number == FILLED_ANEW - 1:
+                    copies = share_memory(held)
+                    held.clear()
                 item = with_own_memory(item) if copies else item
                 where = f"{self.made.name}: item {number} of the stream"
                 yield *((item,) if self.form.own else pair_of(item, where)), number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,10 +217,19 @@ def _padding(tensors: list[torch.Tensor], key: str, what: str, form: ItemForm) -
 _ARRAYS = (torch.Tensor, np.ndarray)
 
 
-def share_memory(one: Any, other: Any) -> bool:
-    """Whether two items, both held, have an array in the same place: one that is filled anew for each item."""
-    places = {_place(each) for each in tensors_in(one, _ARRAYS)} - {0}
-    return any(_place(each) in places for each in tensors_in(other, _ARRAYS))
+FILLED_ANEW = 4
+"""Items that are compared: data sets that fill memory anew for each item have one, or two or three in turns."""
+
+
+def share_memory(items: Iterable[Any]) -> bool:
+    """Whether any two items, all held, have an array in the same place: one that is filled anew for each item."""
+    seen: set[int] = set()
+    for item in items:
+        places = {_place(each) for each in tensors_in(item, _ARRAYS)} - {0}
+        if not seen.isdisjoint(places):
+            return True
+        seen |= places
+    return False
 
 
 def _place(value: Any) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distrain.datasets.base import AnySource, Batch, DataMeta
 from distrain.datasets.nested import map_tensors
 from distrain.datasets.transforms import Transform
+from distrain.datasets.user import is_users
 from distrain.networks.calling import Convention, unwrap_model
 from distrain.parallel import World
 from distrain.training import noise
@@ -35,9 +36,11 @@ class PaddedSamples(NamedTuple):
 def padded_samples(source: AnySource, transform: Transform, meta: DataMeta, world: World) -> PaddedSamples | None:
     """Return a few samples of a source with which to try a model; None where none is padded, or they cannot be read.
 
-    Vectors and images are not read for it: they have one shape nearly always, and reading may take long.
+    Images, and rows of a table, are not read for it: they have one shape nearly always, and reading may take long. Of a
+    data set of one's own a row may be a waveform.
     """
-    if meta.input_shape is not None and len(meta.input_shape) != 2:
+    shape = meta.input_shape
+    if shape is not None and len(shape) != 2 and not (len(shape) == 1 and is_users(source)):
         return None
     with suppress(Exception):  # what reads them next says what is wrong
         samples = TriedSamples(source, transform, world, _LOOKED_AT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import distrain
 from distrain import UserError
@@ -196,6 +196,20 @@ class Kept(Refilled):
         return X[index], Y[index].numpy()
 
 
+class Alternating(Refilled):
+    """Gives two in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = [(torch.zeros(6), np.zeros(1, np.float32)) for _ in range(2)]
+        self.read = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.inputs, self.targets = self.pairs[self.read % 2]
+        self.read += 1
+        return super().__getitem__(index)
+
+
 class RefilledStream(IterableDataset):
     source: type[Refilled] = Refilled
 
@@ -204,15 +218,42 @@ class RefilledStream(IterableDataset):
         return (data[index] for index in range(len(data)))
 
 
+class AlternatingStream(RefilledStream):
+    source = Alternating
+
+
 class KeptStream(RefilledStream):
     source = Kept
 
 
-@pytest.mark.parametrize(("refilled", "kept"), [(Refilled, Kept), (RefilledStream, KeptStream)])
-def test_a_data_set_may_fill_one_tensor_again_and_again(refilled: Any, kept: Any) -> None:
-    found = [train(each.__name__, Linear, "regression", data=each) for each in (kept, refilled)]
+class Alone(Squares):
+    """Its batches are single samples, as they are."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        ((inputs, targets),) = samples
+        return {"inputs": inputs[None], "targets": torch.as_tensor(targets)[None]}
+
+
+@pytest.mark.parametrize(
+    ("refilled", "kept", "task", "micro"),
+    [
+        (Refilled, Kept, "regression", 16),
+        (Alternating, Kept, "regression", 16),
+        (AlternatingStream, KeptStream, "regression", 16),
+        (Alternating, Kept, Alone, 1),
+        (RefilledStream, KeptStream, Alone, 1),
+    ],
+)
+def test_a_data_set_may_fill_the_same_tensors_again_and_again(refilled: Any, kept: Any, task: Any, micro: int) -> None:
+    batch = {"global": 16, "micro": micro}
+    found = [train(each.__name__, Linear, task, data=each, batch=batch) for each in (kept, refilled)]
     assert torch.equal(numbers(found[0], "loss"), numbers(found[1], "loss"))
     assert torch.equal(found[0].model().layer.weight, found[1].model().layer.weight)
+
+
+def test_a_loader_is_refused_as_a_data_set() -> None:
+    with pytest.raises(UserError, match="is a DataLoader, whose items are batches"):
+        train("loaded", Linear, "regression", data=DataLoader(Kept(), batch_size=4))
 
 
 class Drawn(Kept):

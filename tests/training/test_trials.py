@@ -37,6 +37,8 @@ def said(tmp_path: Path, task: str, data: str, model: str, *overrides: str, stra
         ("Sequences", "MeanOfTokens", False),
         ("Sequences sorted", "Mean", True),
         ("Sequences features", "MeanOfFeatures", True),
+        ("Sequences waves", "MeanOfWave", True),
+        ("Sequences waves", "MeanOfLoud", False),
         ("Stream", "Mean", True),
         ("Stream", "MeanOfTokens", False),
     ],

@@ -13,7 +13,7 @@ import distrain
 
 
 class Sequences(Dataset[Any]):
-    """`kind`: tokens without a padding id, some broken or sorted by length, features, next tokens, or numbers."""
+    """`kind`: tokens without a padding id, some broken or sorted by length, features, next tokens, numbers or waves."""
 
     def __init__(self, kind: str = "tokens"):
         self.kind = kind
@@ -29,6 +29,8 @@ class Sequences(Dataset[Any]):
         tokens = (torch.arange(length) * (index + 1)) % 11 + 1
         if self.kind == "features":
             return {"features": torch.sin(tokens[:, None] * torch.arange(1.0, 5.0))}, index % 2
+        if self.kind == "waves":
+            return torch.sin(tokens.float()) + 2, index % 2
         if self.kind == "numbers":
             return tokens, tokens / 12
         return (tokens[:-1], tokens[1:]) if self.kind == "next" else (tokens, index % 2)
@@ -75,6 +77,20 @@ class MeanOfFeatures(nn.Module):
 
     def forward(self, features):
         return self.head(features.mean(1))
+
+
+class MeanOfWave(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+
+    def forward(self, wave):
+        return self.head(wave.mean(1, keepdim=True))
+
+
+class MeanOfLoud(MeanOfWave):
+    def forward(self, wave):
+        return self.head(wave.sum(1, keepdim=True) / (wave != 0).sum(1, keepdim=True))
 
 
 class Windows(nn.Module):
