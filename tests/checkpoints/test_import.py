@@ -151,6 +151,29 @@ def test_steps_that_are_counted_in_several_ways(theirs, tmp_path, recorded, opti
     assert export(tmp_path / "theirs.pt", tmp_path / "out.pt").tensors == 2
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (("ema",), ""),
+        (("ema", "state_dict"), "the moving average is ema.state_dict"),
+        (("ema", "shadow"), "the moving average is ema.shadow"),
+        (("callbacks", "Averaging", "ema_state_dict"), "the moving average is callbacks.Averaging.ema_state_dict"),
+        (("optimizer_states", "ema"), None),  # what an optimizer keeps under such a name is its own
+    ],
+)
+def test_an_average_is_found_deeper_inside(theirs, tmp_path, where, said):
+    average = {name: tensor + 1 for name, tensor in theirs["model"].items()}
+    content = average if where[-1] == "ema" else average | {"decay": 0.9}
+    for key in reversed(where):
+        content = {key: content, "updates": torch.tensor(3)}
+    torch.save({"model": theirs["model"]} | content, tmp_path / "theirs.pt")
+    done = import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    with Reader(done.path) as reader:
+        found = [name for name in reader.manifest.specs if name.startswith("ema/")]
+    assert sorted(found) == ([] if said is None else ["ema/bias", "ema/weight"])
+    assert not said or said in done.notes
+
+
 def test_lightnings_average_is_not_taken_for_the_weights(theirs, tmp_path):
     average = {name: tensor + 1 for name, tensor in theirs["model"].items()}
     content = {"state_dict": average, "current_model_state": theirs["model"], "averaging_state": {}, "global_step": 3}

@@ -267,6 +267,16 @@ def test_state_by_name_is_taken_nested_and_flat(theirs, tmp_path, flat):
     check(model, optimizer, next_step(theirs, tmp_path / "run", tmp_path)[1])
 
 
+def test_state_that_was_written_over_other_state_is_refused(theirs, tmp_path):
+    model, optimizer = trained(theirs, torch.optim.AdamW, 3)
+    for state in optimizer.state.values():  # as torch's FSDP1 gives it for whole state on CPUs
+        state["exp_avg"] = state["exp_avg_sq"]
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=r"exp_avg and .*/exp_avg_sq are one tensor"):
+        import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run")
+    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "run", with_optimizer=False)
+
+
 def test_an_import_without_an_optimizer_says_what_to_do(theirs, tmp_path):
     model, _ = trained(theirs, torch.optim.AdamW, 3)
     torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "theirs.pt")

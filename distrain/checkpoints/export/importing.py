@@ -76,7 +76,8 @@ def import_checkpoint(
         if step is None and source.doubt:
             raise UserError(
                 f"{source.path}: {source.doubt}; expected one number of steps of the optimizer, by which a run goes on "
-                "in data and schedule: give it with --step (batches, and a loop's index, may be others)"
+                "in data and schedule: give it with --step (batches, and a loop's index, may be others, and "
+                "the steps that an overflow of fp16 skipped may be counted in one of them)"
             )
         done = step if step is not None else source.step
         has_optimizer = source.optimizer is not None or any(name.startswith("optimizer/") for name in source.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from distrain.system.errors import UserError, some
 
 MODEL = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
 AVERAGE = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "ema_model")
+_SHADOWS = ("shadow", "shadow_params", "ema_weights")
+"""Where what keeps an average has it, inside of its own state."""
+_DEEPEST = 4
 OPTIMIZER = ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optimizer_states")
 STEP = ("step", "global_step", "global_steps", "iteration", "iter", "num_updates")
 """The usual keys under which trainers save these together."""
@@ -60,18 +64,42 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
         state, others[AVERAGE[0]] = others.pop(CURRENT), state
         source.notes.append(f"state_dict is the moving average, and {CURRENT} the weights, as Lightning saves them")
     add_state_dict(source, file, state)
+    averages = list(_averages(others))
+    if len(averages) == 1:
+        where, average = averages[0]
+        add_state_dict(source, file, average, "ema")
+        source.notes += [f"the moving average is {where}"] if "." in where else []
     for key, value in others.items():
         if key in OPTIMIZER and not source.wants_optimizer:
             source.skipped.append(f"{path.name}: {key}")
         elif key in OPTIMIZER:
             for one in value if isinstance(value, list) else [value]:
                 add_optimizer(source, file, one, f"{path.name}: {key}")
-        elif key in AVERAGE and isinstance(value, dict) and any(isinstance(v, View) for v in value.values()):
-            add_state_dict(source, file, value, "ema")
+        elif len(averages) == 1 and averages[0][0] == key:
+            pass
         elif key in STEP and type(value) is int and 0 <= value < 10**18:
             source.steps[key] = value
         else:
             source.skipped.append(f"{path.name}: {key}")
+
+
+def _averages(found: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield (path, state dict) of each average of the weights in what lies beside a model, also deeper inside."""
+    for key, value in found.items():
+        where = f"{path}.{key}" if path else str(key)
+        if not isinstance(value, dict) or depth > _DEEPEST or key in OPTIMIZER:
+            continue
+        if key not in AVERAGE:
+            yield from _averages(value, where, depth + 1)
+            continue
+        for _ in range(_DEEPEST):
+            if any(isinstance(each, View) and each.shape for each in value.values()):
+                yield where, value
+                break
+            inner = next((each for each in (*MODEL, *AVERAGE, *_SHADOWS) if isinstance(value.get(each), dict)), None)
+            if inner is None:
+                break
+            value, where = value[inner], f"{where}.{inner}"
 
 
 def open_indexed(source: Source, index: Path, *, trust: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,16 @@ def add_optimizer(source: Source, file: TorchFile, content: Any, where: str) -> 
         return
     tensors: dict[tuple[str, str], Stored] = {}
     values: dict[tuple[str, str], Any] = {}
+    seen: dict[View, str] = {}
     for index, entries in state.items():
         for key, value in entries.items() if isinstance(entries, dict) else ():
             if isinstance(value, View):
+                other = seen.setdefault(value, full := f"{names[index]}/{key}")
+                if other != full and math.prod(value.shape) > 1:  # counts of steps may be one
+                    source.optimizer_problem = source.optimizer_problem or (
+                        f"the optimizer's {other} and {full} are one tensor, so one of them was written over the other "
+                        "(FSDP1 does so where it gathers whole state on CPUs)"
+                    )
                 tensors[names[index], key] = file.stored(value, "optimizer")
             else:
                 values[names[index], key] = value
