@@ -479,6 +479,23 @@ def test_what_no_checkpoint_holds_is_found_wherever_it_is() -> None:
     assert changed_by(lambda: model[0].mask.zero_()) == ["model.0.mask (a buffer that is not persistent)"]
 
 
+def test_to_look_leaves_tensors_as_they_are() -> None:
+    kept, freed, hidden = torch.ones(3), torch.ones(2), torch.zeros(2)
+    freed.untyped_storage().resize_(0)  # as FSDP2 does between two uses of what it gathers
+    model = nn.Linear(2, 2)
+    model.notes = {"kept": kept, "freed": freed}
+
+    def wrapper(*_: Any) -> Tensor:
+        return hidden
+
+    wrapper.__module__ = "torch.distributed.fsdp"
+    model.register_forward_pre_hook(wrapper)
+    found = hidden_state({"model": model})
+    assert found["model.notes.freed"] == "a tensor (2,) without memory"
+    assert not any("hidden" in path for path in found), "mechanisms of torch's are no state of the user's"
+    assert kept.untyped_storage().resizable()
+
+
 def _appended(kind: Any) -> None:
     kind.history = (*kind.history, 1)
 

@@ -217,7 +217,9 @@ def _of_module(module: nn.Module) -> Iterator[Part]:
             if not attribute.startswith(("_", "ds_")) and not callable(part):
                 yield f"{name}.{attribute}", part, 1, None
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        yield from (("", hook, 1, None) for hook in hooks.values() if isinstance(hook, _FUNCTIONS))
+        for hook in hooks.values():  # those of torch's own, as FSDP2's are, lead to its mechanism
+            if isinstance(hook, _FUNCTIONS) and _is_users(hook.__module__):
+                yield "", hook, 1, None
     # a deep model is no deeper than a flat one: the bound is for what hangs on a module
     yield from ((canonical_name(name), child, 0, None) for name, child in module.named_children())
 
@@ -336,11 +338,14 @@ def _as_text(value: Any) -> str | None:
         return text if len(text) <= 60 else f"{text[:30]}… ({_hash(text.encode())})"
     if isinstance(value, Tensor):
         value = value.to_local() if hasattr(value, "to_local") else value
+        if value.layout is torch.strided and value.numel() and value.untyped_storage().nbytes() == 0:
+            return f"a tensor {tuple(value.shape)} without memory"  # that was given back, and must not be read
         if value.numel() == 1 and value.device.type != "meta":
             return repr(value.item())
         if value.nbytes > _LARGE or value.device.type == "meta":
             return f"a tensor {tuple(value.shape)}, written to {value._version} times"
-        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        # of a copy: a tensor that was seen by NumPy cannot be resized any more, and FSDP2 resizes what it gathers
+        raw = value.detach().clone().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return f"a tensor {tuple(value.shape)} ({_hash(raw)})"
     if isinstance(value, np.ndarray | np.generic):
         if value.size == 1 and value.dtype.kind in "biufc":
