@@ -34,7 +34,7 @@ numbers, and turning the state of training into flat pieces for `distrain.checkp
 
 import importlib
 
-from distrain.config import OptimSection, UserError, is_object_spec
+from distrain.config import OptimSection, UserError
 from distrain.config.strategies import OFFLOADS, STRATEGIES
 from distrain.optim import dtensor_problem, full_keys, sharding_problem
 from distrain.parallel.accelerate_config import Configuration, SourcedValue, read_configuration, take_over
@@ -118,8 +118,8 @@ def build_strategy(world: World, plan: BuildSpec) -> Strategy:
 def _check_optimizer(world: World, section: OptimSection) -> None:
     """Raise UserError for an optimizer that would compute something else on shards than on whole parameters."""
     problem = world.run_on_all(lambda: sharding_problem(section, world.strategy))
-    if problem is None and world.strategy == "fsdp2" and is_object_spec(section.name):
-        # of a class of the user's own only trying it tells
+    # what torch's others can do depends on its release, and of a class of the user's own only trying it tells
+    if problem is None and world.strategy == "fsdp2" and section.name not in ("adamw", "adam", "sgd", "muon"):
         problem = dtensor_problem(section, world.mesh.device_mesh(world.device.type, world.timeout))
     if problem is not None:
         raise UserError(problem)

@@ -485,7 +485,7 @@ def test_to_look_leaves_tensors_as_they_are() -> None:
     model = nn.Linear(2, 2)
     model.notes = {"kept": kept, "freed": freed}
 
-    def wrapper(*_: Any) -> Tensor:
+    def wrapper(*_: Any) -> torch.Tensor:
         return hidden
 
     wrapper.__module__ = "torch.distributed.fsdp"
