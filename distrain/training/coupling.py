@@ -6,6 +6,7 @@ A task says that it couples samples, and gathers what it takes together. A funct
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ _TOLERANCE = 1e-4
 """Of the difference, relative to the sum; what fp32 rounds away is far below."""
 _SAMPLES = 64
 """Outputs of at most so many samples are looked at."""
+_LARGE = 1 << 24
+"""Numbers in outputs that are compared with the targets of further samples."""
 
 
 def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> None:
@@ -48,16 +51,18 @@ def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> N
 
 
 def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]]) -> bool | None:
-    """Return whether the loss of a batch is not the sum of the losses of its halves. All ranks call; all get the same.
+    """Return whether the loss of a batch is not the sum of the losses of its parts. All ranks call; all get the same.
 
     Only a loss of the user's own is tried; those of torch are sums. The model computes once, as in an evaluation, so
-    that layers that look across the batch have no part in it. Nothing is left changed. None where the trial fails.
+    that layers that look across the batch have no part in it; its outputs are then compared with the targets of further
+    samples too, as the first ones may all be of one class, and a mean by classes shows in several. Nothing is left
+    changed. None where the trial fails.
     """
     objective, loss = t.objective, t.objective.loss
     if not (isinstance(objective, SupervisedObjective) and isinstance(loss, UserLoss)):
         return False
     found = None
-    batches = _some(steps())
+    batches, others = _some(steps())
     t.strategy.model.eval()
     try:
         # what is wrong with a model or a loss, training says; but ranks that wait for each other must all fail
@@ -70,7 +75,11 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
             parts = [(objective.call(t.strategy.model, batch["inputs"]), batch["targets"]) for batch in batches]
             with suppress(Exception):
                 outputs = _joined([loss.select(output) for output, _ in parts])
-                found = _differs(t, loss, outputs, torch.cat([targets for _, targets in parts]))
+                targets = torch.cat([targets for _, targets in parts])
+                found = _differs(t, loss, outputs, targets)
+                more = _repeated(outputs, len(targets), len(targets) + sum(map(len, others)))
+                if not found and more is not None:
+                    found = _differs(t, loss, more, torch.cat((targets, *(each.to(targets) for each in others))))
     finally:
         t.strategy.model.train()
         t.strategy.reshard()
@@ -78,15 +87,28 @@ def couples_samples(t: TrainContext, steps: Callable[[], Iterator[list[Batch]]])
     return True if any(ranks) else None if None in ranks else False
 
 
-def _some(steps: Iterator[list[Batch]]) -> list[Batch]:
-    """Return as many micro-batches as it takes for two samples."""
-    found: list[Batch] = []
-    for step in steps:
-        for batch in step:
+def _some(steps: Iterator[list[Batch]]) -> tuple[list[Batch], list[Tensor]]:
+    """Return as many micro-batches as it takes for two samples, and the targets of those that follow."""
+    found, others, samples = list[Batch](), list[Tensor](), 0
+    for batch in itertools.chain.from_iterable(steps):
+        if samples < 2:
             found.append(batch)
-            if sum(len(each["targets"]) for each in found) > 1:
-                return found
-    return found
+        else:
+            others.append(batch["targets"])
+        samples += len(batch["targets"])
+        if samples >= _SAMPLES:
+            break
+    return found, others
+
+
+def _repeated(outputs: Outputs, count: int, wanted: int) -> Outputs | None:
+    """Return outputs of `count` samples again and again, for `wanted`; None where they are large."""
+    each = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if wanted == count or max(part.numel() for part in each) * wanted > _LARGE * count:
+        return None
+    rows = torch.arange(wanted) % count
+    found = [part[rows.to(part.device)] if part.dim() and len(part) == count else part for part in each]
+    return found[0] if isinstance(outputs, Tensor) else found
 
 
 def _joined(outputs: Sequence[Outputs]) -> Outputs:
@@ -115,11 +137,15 @@ def _differs(t: TrainContext, loss: Loss, outputs: Outputs, targets: Tensor) -> 
     loss = copy.deepcopy(loss)  # it may have a state
     size = min(count, _SAMPLES)
     whole, again = of(0, size), of(0, size)
-    halves = of(0, size // 2), of(size // 2, size)
-    scale = max(abs(whole), sum(map(abs, halves)), 1e-6)
-    if not math.isfinite(scale):
+    if not math.isfinite(whole):
         return False  # no difference can be told of these
-    return max(abs(whole - again), abs(whole - sum(halves))) > _TOLERANCE * scale
+    # in more than two parts: with the same classes in both halves, a mean by classes is one by samples
+    pairs = [(of(0, cut), of(cut, size)) for cut in sorted({size // 2, size // 3, size // 8} - {0})]
+    return any(
+        max(abs(whole - again), abs(whole - sum(pair))) > _TOLERANCE * max(abs(whole), sum(map(abs, pair)), 1e-6)
+        for pair in pairs
+        if all(map(math.isfinite, pair))
+    )
 
 
 def cut_of(micro_batch_size: int, world_size: int) -> dict[str, int]:

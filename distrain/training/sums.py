@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distrain.datasets.base import AnySource
+from distrain.datasets.base import AnySource, is_stream
 from distrain.datasets.nested import tensors_in
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
@@ -17,6 +18,8 @@ from distrain.training.trying import TriedSamples, eagerly
 
 _TRIED = 6
 """Most samples that are taken together, and in two parts."""
+_LOOKED_AT = 64
+"""Samples of which those are taken that have different targets: of one class, a mean by classes is one by samples."""
 
 
 def may_be_no_sums(objective: Objective) -> bool:
@@ -49,7 +52,9 @@ def sums_warnings(
         return dict(zip(reported, pairs, strict=True))
 
     with suppress(Exception), torch.no_grad(), eagerly():
-        samples = TriedSamples(source, transform, world, min(_TRIED, max(2, micro_batch_size)))
+        count = min(_TRIED, max(2, micro_batch_size))
+        samples = TriedSamples(source, transform, world, count if is_stream(source) else _LOOKED_AT)
+        samples.keep(_unlike(samples, count))
         every = range(len(samples))
         whole, again, redrawn = (of(seed, every) for seed in ("a", "a", "b"))
         random = {name for name in whole if max(_gap(whole, again, name), _gap(whole, redrawn, name)) > 1e-6}
@@ -69,6 +74,18 @@ def sums_warnings(
         "returns too; what compares samples needs couples_samples = True (docs/tasks.md)"
         + ("; and a model has to pass over padding" if padded else "")
     ]
+
+
+def _unlike(samples: TriedSamples, count: int) -> list[int]:
+    """Return the numbers of `count` samples, with as many different targets as there are among whole numbers."""
+    spread = list(dict.fromkeys(np.linspace(0, len(samples) - 1, count).round().astype(int).tolist()))
+    if len(samples) <= count:
+        return spread
+    targets = samples.targets()
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        return spread
+    first = {value: number for number, value in reversed(list(enumerate(targets.tolist())))}
+    return sorted([*sorted(first.values()), *(each for each in spread if each not in first.values())][:count])
 
 
 def _gap(whole: dict[str, Tensor], other: dict[str, Tensor], name: str) -> float:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,16 @@ class TriedSamples:
         if self._transform is not None:
             found = self._transform(found, np.zeros_like(ids))
         return to_device(found, self._world)
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Go on with these alone, by their numbers."""
+        self._ids = self._ids[list(which)]
+        if is_stream(self._source):
+            self._items = [self._items[each] for each in which]
+
+    def targets(self) -> Any:
+        """Return the targets of all of them as they are read; None where there are none."""
+        return None if is_stream(self._source) else self._source.fetch(self._ids).get("targets")
 
     def of_unequal_lengths(self) -> list[tuple[int, int]]:
         """Return a shorter and a longer sample for each part of the inputs whose lengths differ, none twice.

@@ -134,3 +134,63 @@ def test_a_batch_of_ones_own_holds_no_padding(tmp_path: Path, data: str) -> None
         found.append([row["loss"], row["largest"], row["samples"]])
     assert found[1] == pytest.approx(found[0], rel=1e-12)
     assert found[2] == pytest.approx(found[0], rel=1e-12)
+
+
+RARE = """
+import distrain
+import torch
+from torch.nn.functional import cross_entropy
+
+def points():
+    classes = torch.zeros(64, dtype=torch.int64)
+    classes[5::16] = 1
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    return {"train": (inputs, classes), "test": (inputs, classes)}
+
+def weighted(outputs, targets):
+    return cross_entropy(outputs, targets, weight=torch.tensor([1.0, 9.0]))
+
+def single(outputs, targets):
+    return cross_entropy(outputs, targets, weight=torch.tensor([1.0, 9.0]), reduction="none")
+
+class Weighted(distrain.Task):
+    form = "classification"
+
+    def losses(self, model, batch):
+        return {"entropy": weighted(model(batch["inputs"]), batch["targets"])}
+
+class Single(Weighted):
+    def losses(self, model, batch):
+        return {"entropy": single(model(batch["inputs"]), batch["targets"])}
+"""
+RARELY = """
+name: rare
+task: {task}
+data: "rare.py:points"
+model: {{name: mlp, hidden: [4], num_outputs: 2}}
+{loss}
+batch: {{global: 12, micro: 3}}
+train: {{steps: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "words"),
+    [
+        ("classification", "weighted", "is no mean over samples"),
+        ("classification", "single", ""),
+        ("Weighted", "", NO_SUM),
+        ("Single", "", ""),
+    ],
+)
+def test_a_mean_by_classes_is_found_where_the_first_samples_are_of_one(
+    tmp_path: Path, task: str, loss: str, words: str
+) -> None:
+    (tmp_path / "rare.py").write_text(RARE)
+    text = RARELY.format(
+        task=task if task == "classification" else f'"rare.py:{task}"', loss=loss and f'loss: "rare.py:{loss}"'
+    )
+    (ended,) = train(1, write_recipe(tmp_path, text), tmp_path / "run")
+    found = " ".join((ended.out + ended.err).split())
+    assert words in found
+    assert words or ("another number" not in found and "no mean over" not in found)
