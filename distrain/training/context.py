@@ -185,7 +185,7 @@ def seed_forward(t: TrainContext, index: int, turn: Turn, samples: int) -> None:
     """Seed what a forward pass of the step under way draws: of a micro-batch of `samples`, by its number here."""
     world, step = t.world, t.step
     mesh = world.mesh
-    seed_dropout(world, dropout_seed(t, step, index, turn))
+    noise.seed_generators(dropout_seed(t, step, index, turn), world.device)
     # a step's positions are those of the ranks' first micro-batches, then of their second ones
     first = (index * mesh.data_size + mesh.data_rank) * samples
     noise.of_step(t.recipe.seed, step, first, samples, turn.number)
