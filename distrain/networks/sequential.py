@@ -244,7 +244,9 @@ def sequential(
         raise UserError("\n".join(problems))
     model = nn.Sequential(*built)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if is_building_on_meta() and not lazy:
+    if is_building_on_meta():
+        if lazy:
+            raise UserError("its Lazy layers get their sizes from a sample that is passed through it")
         return model  # the process that builds the values too tries the layers
     if input_shape is None:
         if lazy:

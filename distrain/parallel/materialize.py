@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from distrain.config import UserError
 from distrain.networks.meta_device import build_on_meta, outline, take_values
 from distrain.parallel.comm import World
 from distrain.parallel.shards import Shard
@@ -41,7 +42,8 @@ def build_in_shards(world: World, build: Callable[[], nn.Module]) -> tuple[nn.Mo
         try:
             return build_on_meta(build)
         except Exception as error:  # one of the constructor itself comes again when it is built
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            failure = kind + str(error).strip().partition("\n")[0]
             return None
 
     model: nn.Module | None = world.run_on_all(attempt)

@@ -16,6 +16,8 @@ import torch
 from odd_models import WIDTH, Blocks
 from torch import Tensor, nn
 
+from distrain.networks.sequential import sequential
+
 
 class Initialized(Blocks):
     """Its own initialisation, over all layers once they are there, scaled by the depth."""
@@ -137,3 +139,8 @@ class Threaded(Blocks):
 
     def _add(self) -> None:
         self.head = nn.Linear(WIDTH, 3)
+
+
+def lazy() -> nn.Module:
+    """Layers of a recipe, one of which is sized by a sample."""
+    return sequential([{"Linear": [5, 6]}, "ReLU", {"LazyLinear": 3}], input_shape=(5,))
