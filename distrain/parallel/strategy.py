@@ -251,7 +251,8 @@ class Strategy(ABC):
 
         Raises UserError for those in which that would be lost, and for those that differ between the ranks.
         """
-        check_alike(self.world, self._held_alike())
+        if self._begun > 2:  # after the first step `check_state` looks, and the host waits for the device
+            check_alike(self.world, self._held_alike())
         self._written |= {
             each: None for each, before in self._kept if not same_bits(each.detach(), before.to(each.device))
         }
