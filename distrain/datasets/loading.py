@@ -264,6 +264,10 @@ def _begin_loading(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     own_places()
+    info = get_worker_info()
+    if info is not None and isinstance(info.dataset, StreamBatches):
+        # the only process that reads a stream: one that asks would shuffle in another way than in the training process
+        torch.utils.data._utils.worker._worker_info = None
     listen_in_loader(worker)
     start_sending()
 

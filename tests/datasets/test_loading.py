@@ -26,7 +26,7 @@ from distrain import Callback
 from distrain.config import UserError
 from distrain.datasets import waiting
 from distrain.datasets.base import CorruptSample
-from distrain.datasets.batches import Batches
+from distrain.datasets.batches import Batches, StreamBatches
 from distrain.datasets.evaluation import EvalLoader, build_eval_loader
 from distrain.datasets.loading import load
 from distrain.run import heartbeat, stacks
@@ -102,6 +102,23 @@ def test_each_loader_process_has_its_own_place_in_an_open_file(tmp_path: Path) -
     assert [each["inputs"].tolist() for each in found] == [ids.tolist() for _, ids in PLACES]
     assert [each["begins"] for each in found[:2]] == [8, 8]
     assert source.file.tell() == 8, "nor was that of the training process moved"
+
+
+class Asking(Source):
+    """A stream that says whether it is read by a loader process, as far as torch tells that."""
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        return {"inputs": torch.tensor(samples)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_read_alike_in_a_loader_process(workers: int) -> None:
+    def plan() -> Iterator[Any]:
+        for place in PLACES:
+            yield place, [torch.utils.data.get_worker_info() is None] * len(place[1])
+
+    found = list(load(StreamBatches(plan, Asking(), None), None, workers, False))
+    assert [each["inputs"].tolist() for each in found] == [[True] * 4] * len(PLACES)
 
 
 def test_batches_arrive_as_they_are_made() -> None:
