@@ -557,7 +557,7 @@ def test_scoring_and_predicting_end_where_data_never_come(tmp_path: Path) -> Non
             (evaluate, None, loader),
             (evaluate, "0", here + "data set for "),
             (predict, "2", here + "data set for "),
-            (predict, "30", "owes the batch of the samples "),
+            (predict, "46", "owes the batch of the samples "),
         ]
     ):
         variables = {"STUCK": str(tmp_path / f"stuck-{number}")} | ({} if after is None else {"STUCK_AFTER": after})
