@@ -244,9 +244,7 @@ def sequential(
         raise UserError("\n".join(problems))
     model = nn.Sequential(*built)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if is_building_on_meta():
-        if lazy:
-            raise UserError("its Lazy layers get their sizes from a sample that is passed through it")
+    if is_building_on_meta() and not lazy:
         return model  # the process that builds the values too tries the layers
     if input_shape is None:
         if lazy:
@@ -257,7 +255,12 @@ def sequential(
         return model
     tokens = vocab_size is not None or isinstance(model[0], nn.Embedding | nn.EmbeddingBag)
     sample = torch.zeros(2, *input_shape, dtype=torch.int64 if tokens else torch.get_default_dtype())
-    output = _dry_run(model, sample, layers)
+    try:
+        output = _dry_run(model, sample, layers)
+    except UserError as error:
+        if not is_building_on_meta():
+            raise
+        raise UserError("its Lazy layers are sized by a sample, which its other layers cannot compute there") from error
     if num_outputs is not None and num_outputs > max([1, *output.shape[1:]]):
         raise UserError(
             f"model.layers: the last layer gives {_shape(output)}, and the task needs {num_outputs} outputs for each "

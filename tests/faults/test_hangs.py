@@ -110,8 +110,8 @@ def assert_named(found: Hung, rank: int, phase: str, file: str, line: int | None
 
 
 IN_A_STEP = {
-    "data": ["data.rank=2", "data.at=20"],
-    "loader": ["data.rank=2", "data.at=20", "data.workers=1"],
+    "data": ["data.rank=2", "data.at=48"],
+    "loader": ["data.rank=2", "data.at=48", "data.workers=1"],
     "forward": ["model.where=forward", "model.rank=2", "model.at=6"],
     "backward": ["model.where=backward", "model.rank=2", "model.at=6"],
     "evaluate": ["model.where=evaluate", "model.rank=2", "model.at=3"],

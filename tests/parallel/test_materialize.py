@@ -33,7 +33,7 @@ REFUSING = {
     "odd_constructors:Chance": "model.scales['head'] would be another than on the CPU",
     "odd_constructors:Hidden": "model.shift.drawn would be another than on the CPU",
     "odd_constructors:Written": "TypeError: can't convert meta device type tensor to numpy",
-    "odd_constructors:lazy": "on the meta device: its Lazy layers get their sizes from a sample",
+    "odd_constructors:lazy": "on the meta device: its Lazy layers are sized by a sample",
 }
 """What another process than the first cannot build on the meta device, and words of the reason."""
 
