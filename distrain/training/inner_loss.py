@@ -57,7 +57,13 @@ def compute_loss_inside(model: nn.Module, loss: Loss, head: str = "") -> None:
     if head:
         layer = model.get_submodule(head)
         loss.classes = len(layer.get_parameter("weight"))  # for messages: compiled code that fails leaves no note of it
-        layer.forward = MethodType(step.predict, layer)
+
+        def predict(
+            self: nn.Linear, hidden: Tensor
+        ) -> Tensor:  # a function: older compilers trace no bound method here
+            return step.predict(self, hidden)
+
+        layer.forward = MethodType(predict, layer)
     inner = model.forward
     plain = inner.__func__ if isinstance(inner, MethodType) else None
 
