@@ -237,8 +237,9 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last ones; 0: all.")] = 100,
 ) -> None:
     """Print the log of a run."""
-    from distrain.report.status import follow as read_on
-    from distrain.report.status import log_file, statuses
+    from distrain.report.logs import follow as read_on
+    from distrain.report.logs import log_file
+    from distrain.report.status import statuses
 
     ended = (lambda: not any(each.alive for each in statuses(run))) if follow else None
     try:

@@ -1,6 +1,7 @@
 """Reads run folders, asks launchers, and shows what it finds.
 
 status.py       `distrain status`
+logs.py         `distrain logs`
 history.py      the numbers of a run as curves
 goodput.py      what the time of a run went to, over all attempts, and what it cost
 contents.py     what a report holds, as values: attempts.py, curves.py, differences.py, recipe_rows.py

@@ -18,7 +18,8 @@ from textual.widgets import DataTable, Footer, Static
 
 from distrain.config.strategies import describe_strategy
 from distrain.report.history import History, downsampled
-from distrain.report.status import STATES, Status, follow, log_file, statuses
+from distrain.report.logs import follow, log_file
+from distrain.report.status import STATES, Status, statuses
 from distrain.report.text_curves import draw
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import Heartbeat, at_this_moment, read_heartbeats

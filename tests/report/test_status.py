@@ -21,12 +21,11 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers.slurm.queue import Job
 from distrain.launchers.slurm.tracking import note_job
+from distrain.report.logs import follow, log_file
 from distrain.report.status import (
     STATES,
     Status,
     cancel_jobs,
-    follow,
-    log_file,
     status_of,
     status_rows,
     statuses,

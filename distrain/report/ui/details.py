@@ -16,7 +16,7 @@ from distrain.checkpoints.format import Manifest
 from distrain.config.yaml import load_recipe
 from distrain.config.yaml import show as shown
 from distrain.report.history import History
-from distrain.report.status import log_file
+from distrain.report.logs import log_file
 from distrain.report.ui.runs import Runs
 from distrain.run.folder import RunDir
 from distrain.run.heartbeat import Heartbeat, read_heartbeats
