@@ -146,10 +146,16 @@ def forked(script: str, arguments: list[str], processes: int, signals: list[int]
     ("code", "signals", "codes", "told"),
     [
         ("", [], {0: 0, 1: 0}, False),
-        ("sys.exit(3 * rank)", [], {0: 0, 1: 3}, False),
+        # when the other has ended: the one that fails ends it otherwise
+        ("rank == 1 and ended(0); sys.exit(3 * rank)", [], {0: 0, 1: 3}, False),
         ("rank == 1 and os.kill(os.getpid(), 9) or time.sleep(60)", [], {0: -15, 1: -9}, False),
         # blocked, as the one that fails first ends the other by it
-        ("signal.pthread_sigmask(signal.SIG_BLOCK, {15}); raise KeyError(rank)", [], {0: 1, 1: 1}, False),
+        (
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); meet('blocked'); raise KeyError(rank)",
+            [],
+            {0: 1, 1: 1},
+            False,
+        ),
         ("time.sleep(60)", [signal.SIGTERM], {0: -15, 1: -15}, True),
         ("time.sleep(60)", [signal.SIGINT], {0: 130, 1: 130}, True),
         # blocked from the first moment, so that it waits for a handler
@@ -166,10 +172,18 @@ def test_how_forked_processes_end(
         "import numpy as np\n"
         "rank, place = int(os.environ['RANK']), sys.argv[1]\n"
         "drawn = [random.random(), np.random.rand()]\n"
-        "found = dict(os.environ, session=os.getsid(0) == os.getpid(), argv=sys.argv, drawn=drawn)\n"
-        "open(f'{place}/part-{rank}', 'w').write(json.dumps(found))\n"
-        "os.rename(f'{place}/part-{rank}', f'{place}/rank-{rank}')\n"
+        "found = dict(os.environ, session=os.getsid(0) == os.getpid(), argv=sys.argv, drawn=drawn, pid=os.getpid())\n"
+        "def meet(name):\n"
+        "    open(f'{place}/part-{rank}', 'w').write(json.dumps(found))\n"
+        "    os.rename(f'{place}/part-{rank}', f'{place}/{name}-{rank}')\n"
+        "    while not os.path.exists(f'{place}/{name}-{1 - rank}'):\n"
+        "        time.sleep(0.01)\n"
+        "def ended(other):\n"
+        "    pid = json.load(open(f'{place}/rank-{other}'))['pid']\n"
+        "    while os.path.exists(f'/proc/{pid}'):\n"
+        "        time.sleep(0.01)\n"
         "atexit.register(lambda: open(f'{place}/left-{rank}', 'w').close())\n"
+        "meet('rank')\n"
     )
     script.write_text(f"{begin}{code}\n")
     assert in_world(1, forked, str(script), [str(tmp_path)], 2, signals, launched=False) == [(codes, told)]
