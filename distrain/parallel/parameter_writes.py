@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -35,28 +36,44 @@ def looks_at(step: int) -> bool:
     return not step & (step - 1)
 
 
-@torch.no_grad()
-def sizes_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norms (n,) of the floats among parameters by their dtype, on their device: one read of all of them."""
-    return [torch.stack(torch._foreach_norm(group)) for group in _by_dtype(parameters)]
+class Unwritten:
+    """Parameters that no code has written into so far, of which no copies are kept: tells when one has.
 
+    What a step costs here is one read of all of them on their device, and two calls in Python.
+    """
 
-def resized(parameters: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
-    """Return those whose norms are not what `sizes_of` has returned before; the host waits for the device."""
-    return [
-        each
-        for group, before, now in zip(_by_dtype(parameters), sizes, sizes_of(parameters), strict=True)
-        for each, same in zip(group, before.isclose(now, rtol=0, atol=0, equal_nan=True).tolist(), strict=True)
-        if not same
-    ]
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for each in self.parameters:
+            if each.dtype.is_floating_point and each.dtype.itemsize > 1:
+                groups.setdefault((each.dtype, each.device), []).append(each)
+        self._groups = list(groups.values())
 
+    def versions(self) -> list[int]:
+        """Return how often torch has written into each: `parameter.data` is another tensor with a count of its own."""
+        return list(map(attrgetter("_version"), self.parameters))
 
-def _by_dtype(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for each in parameters:
-        if each.dtype.is_floating_point and each.dtype.itemsize > 1:
-            found.setdefault((each.dtype, each.device), []).append(each)
-    return list(found.values())
+    @torch.no_grad()
+    def sizes(self) -> list[Tensor]:
+        """Return the norms (n,) of the floats among them by their dtype, on their device."""
+        return [torch.stack(torch._foreach_norm(group)) for group in self._groups]
+
+    def written(self, versions: Sequence[int]) -> list[nn.Parameter]:
+        """Return those that torch has written into since `versions` was that."""
+        now = self.versions()
+        if now == versions:
+            return []
+        return [each for each, one, other in zip(self.parameters, versions, now, strict=True) if one != other]
+
+    def resized(self, sizes: Sequence[Tensor]) -> list[Tensor]:
+        """Return those whose norms are not what `sizes` has returned before; the host waits for the device."""
+        return [
+            each
+            for group, before, now in zip(self._groups, sizes, self.sizes(), strict=True)
+            for each, same in zip(group, before.isclose(now, rtol=0, atol=0, equal_nan=True).tolist(), strict=True)
+            if not same
+        ]
 
 
 def replaced(names: Sequence[str]) -> UserError:

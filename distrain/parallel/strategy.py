@@ -33,7 +33,7 @@ from distrain.parallel.model_tensors import (
     values_of,
 )
 from distrain.parallel.optimizer_restoring import MigrationPlanner
-from distrain.parallel.parameter_writes import check_alike, late, looks_at, resized, same_bits, sizes_of
+from distrain.parallel.parameter_writes import Unwritten, check_alike, late, looks_at, same_bits
 from distrain.parallel.precision import LossScale, load_scales
 from distrain.parallel.shards import Shard
 from distrain.parallel.snapshot import Snapshot
@@ -117,8 +117,10 @@ class Strategy(ABC):
         """Those before the passes under way, and what they were, where the step may be made again."""
         self._written: dict[nn.Parameter, None] = {}
         """Those that the model's own code has written into in such a pass."""
-        self._versions: list[tuple[nn.Parameter, int]] = []
-        """Of what is not compared in the step under way, which may be the first that writes into it."""
+        self._unwritten: Unwritten | None = None
+        """The others; None until they are asked for."""
+        self._versions: list[int] = []
+        """Of these before the passes under way, which may be the first that write into one."""
 
     # ----------------------------------------------------------------------------------------------------------------
     # A step
@@ -220,16 +222,16 @@ class Strategy(ABC):
         restore = remember([slot for slot in self._buffers if slot[0][slot[1]] is not None], self._extra)
         kept = values_of(self._whole() if self._looks else self._written)
         self._kept = kept if self._looks else []
-        unknown = [] if self._looks else [each for each in self._whole() if each not in self._written]
-        self._versions = [(each, each._version) for each in unknown]
-        versions, sizes = self._versions, sizes_of(unknown)
+        if self._looks:
+            return partial(_restore, restore, kept)
+        if self._unwritten is None:
+            self._unwritten = Unwritten(each for each in self._whole() if each not in self._written)
+        unwritten, versions, sizes = self._unwritten, self._unwritten.versions(), self._unwritten.sizes()
+        self._versions = versions
 
         def restore_all() -> None:
-            restore()
-            give_back(kept)
-            odd = {id(each) for each, version in versions if each._version != version}
-            odd |= {id(each) for each in resized(unknown, sizes)}
-            if odd:
+            _restore(restore, kept)
+            if odd := set(map(id, unwritten.written(versions) + unwritten.resized(sizes))):
                 raise late([name for name, each in self.model.named_parameters() if id(each) in odd])
 
         return restore_all
@@ -243,7 +245,9 @@ class Strategy(ABC):
 
         Called before its last backward pass.
         """
-        self._written |= {each: None for each, version in self._versions if each._version != version}
+        if self._unwritten is not None and self._versions and (found := self._unwritten.written(self._versions)):
+            self._written |= dict.fromkeys(found)
+            self._unwritten = None
         self._versions = []
 
     def _look(self) -> None:
@@ -256,7 +260,7 @@ class Strategy(ABC):
         self._written |= {
             each: None for each, before in self._kept if not same_bits(each.detach(), before.to(each.device))
         }
-        self._kept = []
+        self._kept, self._unwritten = [], None
 
     @property
     def grad_scale(self) -> float | None:
@@ -451,6 +455,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def _restore(buffers: Callable[[], None], kept: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    buffers()
+    give_back(kept)
 
 
 def square_of(tensors: list[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
 from distrain.parallel.model_tensors import buffers_to, model_to
 from distrain.parallel.optimizer_state import group_names
-from distrain.parallel.parameter_writes import Slots, Written, holds, lost
+from distrain.parallel.parameter_writes import Slots, Unwritten, Written, holds, lost
 from distrain.parallel.shards import Shard, whole
 from distrain.parallel.state import TrainingState
 from distrain.parallel.step_record import StepFlags, StepRecord
@@ -310,6 +310,11 @@ class ZeROStrategy(Strategy):
     def _whole(self) -> list[nn.Parameter]:
         return super()._whole() if self.stage < 3 else []
 
+    @cached_property
+    def _computed_with(self) -> Unwritten:
+        """What this rank holds whole; nothing may be put in the place of a parameter."""
+        return Unwritten(self._whole())
+
     def _look(self) -> None:
         super()._look()
         self._slots.check()
@@ -327,7 +332,7 @@ class ZeROStrategy(Strategy):
 
     def _check_written(self) -> None:
         """Raise UserError on a rank whose passes have written into its part of what the optimizer steps."""
-        versions = [each._version for each in self._whole()]
+        versions = self._computed_with.versions()
         if versions != self._seen and (found := self._other_copies()):
             raise lost(found, self.world.strategy)
         self._seen = versions
