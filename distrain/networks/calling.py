@@ -37,6 +37,7 @@ def forward(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> ModelOut
 
 
 _CONVENTIONS: weakref.WeakKeyDictionary[nn.Module, Convention] = weakref.WeakKeyDictionary()
+"""Of the models that were called; a convention that held its model would keep it in memory to the end."""
 
 
 def calling_convention(model: nn.Module) -> Convention:
@@ -52,7 +53,7 @@ def calling_convention(model: nn.Module) -> Convention:
     if is_transformers(unwrapped):
         return _transformers_convention(unwrapped)
     # the class's, as wrappers on the instance hide the names
-    signature = inspect.signature(type(unwrapped).forward)
+    kind, signature = type(unwrapped).__name__, inspect.signature(type(unwrapped).forward)
     by_name: dict[tuple[str, ...], bool] = {}
 
     def call(model: nn.Module, inputs: Any) -> ModelOutput:
@@ -62,14 +63,14 @@ def calling_convention(model: nn.Module) -> Convention:
             keys = tuple(inputs)
             named = by_name.get(keys)
             if named is None:
-                named = by_name[keys] = _takes_names(unwrapped, signature, keys)
+                named = by_name[keys] = _takes_names(kind, signature, keys)
             return model_output(model(**inputs) if named else model(inputs))
         return model_output(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
 
     return call
 
 
-def _takes_names(model: nn.Module, signature: inspect.Signature, keys: tuple[str, ...]) -> bool:
+def _takes_names(kind: str, signature: inspect.Signature, keys: tuple[str, ...]) -> bool:
     def binds(*args: Any, **kwargs: Any) -> bool:
         try:
             signature.bind(None, *args, **kwargs)
@@ -83,28 +84,26 @@ def _takes_names(model: nn.Module, signature: inspect.Signature, keys: tuple[str
         return False
     takes = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
     raise UserError(
-        f"{type(model).__name__}.forward takes ({takes}), and the inputs of a batch are {', '.join(keys)}; rename its "
+        f"{kind}.forward takes ({takes}), and the inputs of a batch are {', '.join(keys)}; rename its "
         "parameters, or let it take one mapping"
     )
 
 
 def _transformers_convention(unwrapped: Any) -> Convention:
-    takes = set(inspect.signature(type(unwrapped).forward).parameters)
+    kind, takes = type(unwrapped).__name__, set(inspect.signature(type(unwrapped).forward).parameters)
     always: dict[str, Any] = {"return_dict": True}
     packs = _packs(unwrapped, takes)
     always |= {"use_cache": False} if "use_cache" in takes else {}
     masks = "attention_mask" in takes
-    pad_id = getattr(unwrapped.config, "pad_token_id", None)
+    main, pad_id = unwrapped.main_input_name, getattr(unwrapped.config, "pad_token_id", None)
     coefficient = getattr(unwrapped.config, "router_aux_loss_coef", 1.0)
 
     def call(model: nn.Module, inputs: Any) -> ModelOutput:
         if not isinstance(inputs, Mapping):
-            named = {unwrapped.main_input_name: inputs}
+            named = {main: inputs}
         elif inputs.keys() == {"source", "target"}:
             if "decoder_input_ids" not in takes:
-                raise UserError(
-                    f"{type(unwrapped).__name__} has no decoder; task seq2seq needs an encoder and a decoder"
-                )
+                raise UserError(f"{kind} has no decoder; task seq2seq needs an encoder and a decoder")
             named = {"input_ids": inputs["source"], "decoder_input_ids": inputs["target"]}
         else:
             named = dict(inputs)

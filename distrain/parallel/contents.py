@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +49,28 @@ class TaskState(nn.Module):
         self._task.load_state_dict(state)
 
 
-_tasks: WeakKeyDictionary[nn.Module, TaskState] = WeakKeyDictionary()
+_tasks: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()
+"""Neither is held by this: a task may hold its model."""
 
 
 def keep_with(model: nn.Module, task: Any) -> None:
     """Have whatever holds, restores or remembers a model's state do so with that of the task that trains it.
 
-    `task` has state_dict() and load_state_dict(state). It is no part of the model, nor of its exports.
+    `task` has state_dict() and load_state_dict(state), and is held by whoever trains with it. It is no part of the
+    model, nor of its exports.
     """
-    _tasks[model] = TaskState(task)
+    _tasks[model] = ref(task)
 
 
 def state_of_task(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what keeps the state of the task that trains a model, by its name; empty where it has none."""
-    return {OF_TASK: _tasks[model]} if model in _tasks else {}
+    """Return what keeps the state of the task that trains a model, by its name; empty where none does."""
+    task = _tasks[model]() if model in _tasks else None
+    return {OF_TASK: TaskState(task)} if task is not None else {}
 
 
 def keeps_task(model: nn.Module) -> bool:
     """Whether checkpoints of a model hold the state of its task."""
-    return model in _tasks
+    return bool(state_of_task(model))
 
 
 def modules_with_extra_state(model: nn.Module) -> dict[str, nn.Module]:

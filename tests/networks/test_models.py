@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -674,6 +676,26 @@ def test_conventions_hold_on_wrappers() -> None:
     inputs = {"source": torch.ones(2), "target": torch.ones(2)}
     assert call(wrapped, inputs).logits.tolist() == [2, 2]
     assert calling_convention(wrapped)(wrapped, inputs).logits.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (TakesPair, {"source": torch.ones(2), "target": torch.ones(2)}),
+        (
+            lambda: build({"name": "transformers:AutoModelForCausalLM", "config": GPT2}, TEXT, "language_modeling"),
+            torch.ones(1, 4, dtype=torch.int64),
+        ),
+    ],
+    ids=["own", "transformers"],
+)
+def test_a_model_that_was_called_is_freed(make: Callable[[], nn.Module], inputs: Any) -> None:
+    model = make()
+    forward(model, inputs)
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
 
 
 # --------------------------------------------------------------------------------------------------------------------

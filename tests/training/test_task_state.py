@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from distrain.config.yaml import load_recipe
 from distrain.data import build_data
 from distrain.datasets.order import SampleOrder
 from distrain.models import build_model
+from distrain.parallel import keep_with, keeps_task
 
 RECIPE = """
 name: stateful
@@ -173,3 +176,21 @@ def test_what_changes_and_is_not_saved_is_named(tmp_path: Path, kind: str) -> No
     assert len(warnings) == bool(named)
     for line in warnings:
         assert line.removeprefix("warning: ").partition(": changed from step to step")[0].split(", ") == named
+
+
+def test_a_model_is_freed_with_the_task_that_holds_it() -> None:
+    class Holds:
+        def __init__(self, model: torch.nn.Module):
+            self.model = model
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": 1}
+
+    model = torch.nn.Linear(1, 1)
+    task = Holds(model)
+    keep_with(model, task)
+    assert keeps_task(model)
+    held = weakref.ref(model)
+    del model, task
+    gc.collect()
+    assert held() is None
