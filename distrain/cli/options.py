@@ -14,6 +14,14 @@ from distrain.config.strategies import STRATEGIES
 from distrain.system.environment import QUIET
 from distrain.system.output import echo, one_line
 
+
+def _named(value: str | None) -> str | None:
+    """Refuse an empty path: a variable of the shell that is not set would mean another place than the one in mind."""
+    if value == "":
+        raise typer.BadParameter("found an empty text; expected a path (is a variable of the shell not set?)")
+    return value
+
+
 Averaged = Annotated[
     bool,
     typer.Option(
@@ -62,6 +70,7 @@ RecipeOrRun = Annotated[
         metavar="RECIPE|RUN",
         help="A recipe file, or the folder of a run to resume.",
         autocompletion=completion.runs,
+        callback=_named,
     ),
 ]
 Overrides = Annotated[
@@ -72,7 +81,9 @@ Overrides = Annotated[
         autocompletion=completion.overrides,
     ),
 ]
-RunFolder = Annotated[str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME")]
+RunFolder = Annotated[
+    str | None, typer.Option(help="The run's folder, of a recipe.", show_default="runs/NAME", callback=_named)
+]
 Update = Annotated[
     bool,
     typer.Option("--update", help="Resume an existing run under a changed recipe, data or code; refused without it."),

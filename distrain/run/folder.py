@@ -213,8 +213,9 @@ class RunDir:
             write_json(self.launch_path, launch.__dict__)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
+            taken = isinstance(error, FileExistsError) and not self.path.is_dir()
             raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror or error}; "
+                f"cannot write the run folder {self.path}: {'it is a file' if taken else error.strerror or error}; "
                 "choose a folder that can be written with --run-dir"
             ) from error
 

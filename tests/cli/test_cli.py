@@ -102,7 +102,16 @@ def test_what_a_user_did_is_reported_without_a_traceback(arguments: list[str], s
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tarin"], ["train"], ["list", "everything"], ["train", "x", "--processes", "0"]]
+    "arguments",
+    [
+        ["tarin"],
+        ["train"],
+        ["list", "everything"],
+        ["train", "x", "--processes", "0"],
+        ["train", ""],
+        ["train", "x", "--run-dir", ""],
+        ["submit", "x", "--run-dir", ""],
+    ],
 )
 def test_a_command_that_does_not_exist_is_a_usage_error(arguments: list[str]) -> None:
     ended = cli(*arguments)

@@ -291,9 +291,9 @@ def test_a_folder_without_a_launch_is_no_run(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(UserError, match=r"cannot write the run folder .*--run-dir"):
-            RunDir(path).create("name: x\n", Launch.describe(1, "single"))
+    for path, why in (("file/run", "Not a directory"), ("file", "it is a file"), ("/proc/run", "")):
+        with pytest.raises(UserError, match=rf"cannot write the run folder .*: {why}.*--run-dir"):
+            RunDir(tmp_path / path).create("name: x\n", Launch.describe(1, "single"))
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
