@@ -20,8 +20,8 @@ ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
     "checkpoint", "done",
 )  # fmt: skip
-"""What is compared, causes before their effects; `start` is the state at the start of an attempt, `done` what only
-one of the runs did."""
+"""What is compared, causes before their effects; `start` is the state at the start of an attempt or after a rollback,
+`done` what only one of the runs did."""
 
 WRITTEN_ONLY = ", which training writes"
 """Suffix for a file that training writes and never reads."""
@@ -29,7 +29,7 @@ WRITTEN_ONLY = ", which training writes"
 COMPARED_EACH_STEP = ORDER[ORDER.index("ids") : ORDER.index("evaluation")]
 
 DESCRIPTIONS = {
-    "start": "the state at the start of an attempt",
+    "start": "the state at the start of an attempt, or after a rollback",
     "ids": "the ids of the samples",
     "samples": "a sample, as the data set gives it",
     "inputs": "the inputs of a sample, as the model gets them",
@@ -164,22 +164,27 @@ def _compare_attempt(reference: AttemptTrace, trial: TrialRun, number: int) -> D
         subject, one, two, gap, more = differing[ranks[0]]
         return divergence_in(trial, step, what, subject, one, two, number=number, ranks=ranks, gap=gap, more=more)
 
-    start_step = trace.start_step
-    differing: dict[int, Mismatch] = {}
-    for rank, start in trace.starts.items():
-        then = reference.starts.get(rank) if start_step == 0 else reference.steps.get(start_step, {}).get(rank)
-        if then is None or "state" not in then:
-            continue
-        if gap := _first_tensor(then["state"] | then.get("between", {}), start["state"]):
-            differing[rank] = gap
-    if differing:
-        return divergence(start_step, "start", differing)
-    for step in sorted(trace.steps):
+    begun = [trace.starts, *({rank: each.start} for rank, found in trace.rollbacks.items() for each in found)]
+    for starts in begun:
+        differing: dict[int, Mismatch] = {}
+        for rank, start in starts.items():
+            step = start["step"]
+            then = [reference.starts[rank]] if step == 0 and rank in reference.starts else reference.records(step, rank)
+            states = [each["state"] | each.get("between", {}) for each in then if "state" in each]
+            gaps = [_first_tensor(state, start["state"]) for state in states]
+            if gaps and gaps[0] is not None and all(gaps):
+                differing[rank] = gaps[0]
+        if differing:
+            return divergence(step, "start", differing)
+    for step in sorted(
+        {*trace.steps, *(each for found in trace.rollbacks.values() for r in found for each in r.undone)}
+    ):
         for what in COMPARED_EACH_STEP:
             differing = {}
-            for rank, entry in trace.steps[step].items():
-                if gap := _first_mismatch(what, reference.steps.get(step, {}).get(rank, {}), entry):
-                    differing[rank] = gap
+            for rank in trace.starts:
+                for entry in trace.records(step, rank):
+                    if gap := _mismatch_of_all(what, reference.records(step, rank), entry):
+                        differing[rank] = gap
             if differing:
                 return divergence(step, what, differing)
     return None
@@ -187,6 +192,13 @@ def _compare_attempt(reference: AttemptTrace, trial: TrialRun, number: int) -> D
 
 Mismatch = tuple[str, str, str, float | None, list[str]]
 """(subject, value in the baseline run, value in the other, relative difference, further subjects)"""
+
+
+def _mismatch_of_all(what: str, passes: Sequence[Values], entry: Values) -> Mismatch | None:
+    """Return how an entry differs from the last pass of a step, where it is like none of those that have `what`."""
+    having = [each for each in passes if ("scalars" if what == "values" else what) in each]
+    gaps = [_first_mismatch(what, each, entry) for each in having]
+    return gaps[0] if gaps and all(gaps) else None
 
 
 def _first_mismatch(what: str, one: Values, two: Values) -> Mismatch | None:

@@ -13,6 +13,16 @@ Values = dict[str, Any]
 
 
 @dataclass
+class Rollback:
+    """One rank's return to a checkpoint."""
+
+    start: Values
+    """The state that it started from again, at the checkpoint's step."""
+    undone: dict[int, Values]
+    """By step, later than that: what it had recorded of those that are made again."""
+
+
+@dataclass
 class AttemptTrace:
     """The trace of one attempt: the state each rank started from, and what it recorded at each step."""
 
@@ -20,6 +30,8 @@ class AttemptTrace:
     """By rank."""
     steps: dict[int, dict[int, Values]] = field(default_factory=dict)
     """By step (the first is 1) and rank: what was recorded; the last step may be incomplete."""
+    rollbacks: dict[int, list[Rollback]] = field(default_factory=dict)
+    """By rank, in the order in which they came."""
     files: dict[str, tuple[str | None, bool]] = field(default_factory=dict)
     """Files that the user's code opened, on all ranks, by path: (how the file was when first read, None if never;
     whether it was written)."""
@@ -38,6 +50,11 @@ class AttemptTrace:
     def facts(self) -> Values:
         """What rank 0 recorded of the run at the start: world size, strategy, precision, total steps, …"""
         return self.starts[0]
+
+    def records(self, step: int, rank: int) -> list[Values]:
+        """Return what a rank recorded of a step: of its last pass, and of those that were undone."""
+        undone = [each.undone.get(step) for each in self.rollbacks.get(rank, ())]
+        return [each for each in (self.steps.get(step, {}).get(rank), *undone) if each is not None]
 
     def pids(self) -> list[int]:
         """The process id of each rank, in order."""
@@ -63,7 +80,10 @@ class AttemptTrace:
         loaders: dict[int, dict[str, str]] = {}
         first_step = 0
         if rank in self.starts:
-            held, first_step = dict(self.starts[rank]["hidden"]), self.starts[rank]["step"]
+            # what no checkpoint holds stays as it was at a rollback
+            begun = [self.starts[rank], *(each.start for each in self.rollbacks.get(rank, ()))]
+            last = next((each for each in reversed(begun) if each["step"] < step), begun[0])
+            held, first_step = dict(last["hidden"]), last["step"]
         for each in range(first_step, step + 1):
             entry = self.steps.get(each, {}).get(rank, {})
             for worker, changed in zip(entry.get("workers", ()), entry.get("loaders", ()), strict=False):
@@ -111,7 +131,10 @@ def read_trace(folder: Path) -> AttemptTrace | None:
                 break
             entry = json.loads(line)
             at, step = entry.pop("at"), entry["step"]
-            if at == "start":
+            if at == "start" and rank in trace.starts:
+                undone = {done: ranks.pop(rank) for done, ranks in trace.steps.items() if done > step and rank in ranks}
+                trace.rollbacks.setdefault(rank, []).append(Rollback(entry, undone))
+            elif at == "start":
                 trace.starts[rank] = entry
             else:
                 trace.steps.setdefault(step, {}).setdefault(rank, {}).update(entry)

@@ -230,6 +230,13 @@ def test_topologies_agree_within_the_tolerance(tmp_path: Path) -> None:
     assert first.attempts[0].trace.facts["precision"] == "fp32"
 
 
+def test_a_run_that_rolls_back_is_proved(tmp_path: Path) -> None:
+    spikes = "anomalies={nonfinite: rollback, spike: rollback, window: 2, factor: 1.01, max_skips: 100}"
+    proof = proof_of(small(tmp_path), spikes, keep=tmp_path / "kept")
+    assert proof.proved, proof.divergence
+    assert sum(map(len, proof.results[0].trial.attempts[0].trace.rollbacks.values())) > 1
+
+
 def test_a_rank_that_is_killed_alone(tmp_path: Path) -> None:
     proof = proof_of(small(tmp_path), kills=3, worlds=[2], seed=1)
     assert proof.proved, proof.divergence

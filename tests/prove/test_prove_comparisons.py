@@ -18,7 +18,7 @@ from distrain.prove.causes import add_cause
 from distrain.prove.divergence import compare_exactly
 from distrain.prove.proof import topologies_of
 from distrain.prove.tolerance import TOLERANCES, compare_within, distance
-from distrain.prove.traces import AttemptTrace
+from distrain.prove.traces import AttemptTrace, read_trace
 from distrain.prove.trial_runs import Attempt
 
 STEPS = 4
@@ -96,6 +96,50 @@ def test_runs_that_did_the_same_agree_though_steps_were_taken_twice(tmp_path: Pa
         )
         is None
     )
+
+
+def written(folder: Path, *passes: AttemptTrace) -> AttemptTrace:
+    """Return the trace of an attempt that wrote those of `passes`, each after a rollback to where it starts."""
+    folder.mkdir(parents=True)
+    with (folder / "rank-0.jsonl").open("w") as file:
+        for each in passes:
+            lines = [("start", each.start_step, each.starts[0])]
+            lines += [("state", step, ranks[0]) for step, ranks in each.steps.items()]
+            file.writelines(json.dumps(entry | {"at": at, "step": step}) + "\n" for at, step, entry in lines)
+    found = read_trace(folder)
+    assert found is not None
+    return found
+
+
+def rolled_back(folder: Path, state: str = "b", loss: float = 9.0) -> AttemptTrace:
+    """Return the trace of an attempt that takes steps 1 to 3, returns to step 2 and takes 3 otherwise, and 4."""
+    first, then = attempt_trace(steps=[1, 2, 3], losses={3: loss}), attempt_trace(start=2, steps=[3, 4])
+    first.steps[2][0]["state"], then.starts[0]["state"] = {"weight": ["b", 1.0]}, {"weight": [state, 1.0]}
+    then.starts[0]["hidden"] = {"model.calls": "3"}
+    return written(folder, first, then)
+
+
+def test_a_run_that_rolls_back_is_the_same_killed_or_not(tmp_path: Path) -> None:
+    reference = rolled_back(tmp_path / "traces")
+    assert (reference.start_step, reference.last_step, len(reference.records(3, 0))) == (0, 4, 2)
+    assert [reference.hidden_before(step) for step in (2, 3)] == [{}, {"model.calls": "3"}]
+    baseline = trial_run(tmp_path / "baseline", reference)
+    # killed before it rolls back, or behind: the step that was undone is as in the first pass, or is not made at all
+    before, after = attempt_trace(steps=[1, 2, 3], losses={3: 9.0}), attempt_trace(start=2, steps=[3, 4])
+    before.steps[2][0]["state"] = after.starts[0]["state"] = {"weight": ["b", 1.0]}
+    assert compare_exactly(baseline, trial_run(tmp_path / "killed", before, after)) is None
+    again = rolled_back(tmp_path / "again")
+    assert compare_exactly(baseline, trial_run(tmp_path / "whole", again)) is None
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "what", "step"), [({"state": "c"}, "start", 2), ({"loss": 8.0}, "loss", 3)], ids=["state", "undone"]
+)
+def test_a_rollback_that_differs_is_found(tmp_path: Path, otherwise: dict[str, Any], what: str, step: int) -> None:
+    baseline = trial_run(tmp_path / "baseline", rolled_back(tmp_path / "traces"))
+    other = trial_run(tmp_path / "other", rolled_back(tmp_path / "differing", **otherwise))
+    found = found_in(compare_exactly(baseline, other))
+    assert (found.what, found.step) == (what, step)
 
 
 def test_a_run_with_fewer_steps_is_a_divergence(tmp_path: Path) -> None:
