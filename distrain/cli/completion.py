@@ -33,7 +33,7 @@ def recipe_keys(incomplete: str, before: Sequence[str] = ()) -> list[tuple[str, 
     Each has what it is beside it. bash takes the `=` for a word of its own, and asks for what follows it alone: then
     the words `before` end with it.
     """
-    if before[-1:] == ["="]:
+    if before and before[-1] == "=":
         return _names(before[-2], "", incomplete) if len(before) > 1 else []
     key, equals, begun = incomplete.partition("=")
     if equals:

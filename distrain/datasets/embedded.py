@@ -12,6 +12,7 @@ from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, Source, TensorSource, split_indices
 from distrain.datasets.images import ImageFiles, image_paths, pixels_from_npy
+from distrain.datasets.table_numbers import parse_numbers
 from distrain.system.output import error_line
 
 
@@ -125,17 +126,22 @@ def _standardized(features: np.ndarray, state: dict[str, Any], dtype: torch.dtyp
 def _read_rows(path: Path, names: tuple[str, ...], state: dict[str, Any], dtype: torch.dtype) -> Source:
     """Read a CSV or Parquet file with a column for every feature; ignores other columns."""
     import pandas as pd
+    import pyarrow as pa
 
     if path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path}: expected a .csv or .parquet file with the columns {', '.join(names)}")
     try:
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        frame = pd.read_csv(path, dtype=str) if path.suffix == ".csv" else pd.read_parquet(path)
     except Exception as error:
         raise UserError(f"{path} cannot be read: {error_line(error)}") from error
     if missing := [name for name in names if name not in frame.columns]:
         each = ", ".join(f"{name!r}{close_names(name, map(str, frame.columns))}" for name in missing)
         raise UserError(f"{path} lacks the columns {each}")
-    values = frame[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if path.suffix == ".csv":
+        texts = [pa.chunked_array([pa.array(frame[name], pa.string(), from_pandas=True)]) for name in names]
+        values = np.column_stack([parse_numbers(each) for each in texts])
+    else:
+        values = frame[list(names)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise UserError(f"{path}: row {row + 1}, column {names[column]!r} is not a finite number")

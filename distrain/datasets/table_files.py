@@ -16,7 +16,7 @@ import numpy as np
 
 from distrain.config import UserError
 from distrain.datasets.base import SPLIT_NAMES, DataRequest, split_indices
-from distrain.datasets.table_numbers import Numbers, beyond_whole
+from distrain.datasets.table_numbers import Numbers, beyond_whole, parse_numbers
 
 if TYPE_CHECKING:  # imported where they are used: other data sets should not wait for them
     import pyarrow as pa
@@ -88,12 +88,10 @@ class Frame:
         present = ~column.is_null().to_numpy()
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return absent, present
-        texts = column.to_pandas()
-        parsed = pd.to_numeric(texts, errors="coerce")
-        values = parsed.to_numpy(np.float64, na_value=np.nan)
+        values = parse_numbers(column)
         exact = None
         if beyond_whole(values):
-            integers = parsed if present.all() else pd.to_numeric(texts[present], errors="coerce")
+            integers = pd.to_numeric(column.to_pandas()[present], errors="coerce")
             if integers.dtype.kind in "iu":
                 exact = np.zeros(len(self), integers.dtype)
                 exact[present] = integers

@@ -151,7 +151,7 @@ def _from_folder(
                 model, found = _fresh(kind, config), {}
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"model.path: {name} cannot be opened from {folder}: {error}") from error
-    if found and not {name for name, _ in model.named_parameters()} - found["missing_keys"]:
+    if found and not {name for name, _ in model.named_parameters()} - {*found["missing_keys"]}:
         raise UserError(
             f"model.path: no tensor in {folder} is one of {name}: found {some(sorted(found['unexpected_keys']))}, "
             f"expected {some(sorted(found['missing_keys']))}; give the file to model.weights, which removes prefixes"

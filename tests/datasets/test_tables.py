@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
 from distrain.config import DataSection, UserError
 from distrain.datasets.base import Data, DataRequest, warnings_of
+from distrain.datasets.table_numbers import parse_numbers
 from distrain.datasets.user import named_data
 
 
@@ -336,6 +339,25 @@ SIZES: dict[str, list[Any]] = {
     "unsigned": [2**63 + int(each) for each in DRAWN.integers(0, 9, 50)],
     "with holes": [None if at % 7 == 3 else STAMP + at % 5 for at in range(50)],
 }
+
+
+def test_a_text_is_the_number_that_is_closest_to_it() -> None:
+    drawn = np.random.default_rng(0).normal(size=2000) * 10.0 ** np.arange(-300, 300, 0.3)
+    texts = [
+        *map(repr, drawn.tolist()),
+        " +1.5\t",
+        "5.",
+        "-.5e+2",
+        "007",
+        "1e400",
+        "-iNf",
+        "0.12345678901234567890123",
+        None,
+    ]
+    nothing = ["", "-", "+-1", "e5", "1e", "1_0", "0x1F", "nan", "1,5", "1\n2", "18.E 8", "true"]
+    found = parse_numbers(pa.chunked_array([[*texts, *nothing]]))
+    expected = [math.nan if each is None else float(each) for each in texts]
+    np.testing.assert_array_equal(found, [*expected, *[math.nan] * len(nothing)])
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
