@@ -115,12 +115,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests marked `more`, unless asked for; skip those marked `gpu` where there is none, with the reason."""
     if not config.getoption("--all"):
-        more = [item for item in items if "more" in item.keywords]
+        more = [item for item in items if _is_marked(item, "more")]
         config.hook.pytest_deselected(items=more)
-        items[:] = [item for item in items if "more" not in item.keywords]
+        items[:] = [item for item in items if not _is_marked(item, "more")]
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU and this machine has none")
     for item in items:
-        if "gpu" in item.keywords:
+        if _is_marked(item, "gpu"):
             item.add_marker(skip)
+
+
+def _is_marked(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is not None  # its keywords also hold the folder that the tests are in
