@@ -32,6 +32,10 @@ _SIGNS = (
 """What torch, and the libraries below it, write in errors that have no class of their own."""
 
 
+_LONGEST = 300
+"""Characters of an error that are shown."""
+
+
 class OutOfMemory(UserError):
     """A rank ran out of memory; another attempt under the same conditions would, too."""
 
@@ -79,7 +83,9 @@ def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     # what comes behind is about torch's own settings, or where in its sources it was
     text = next((line for line in lines if "allocat" in line or "memory" in line), lines[0] if lines else "")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    if len(text) > _LONGEST:  # whole sentences, of which CUDA's has five, the last about a setting
+        text = text[: text.rfind(". ", 0, _LONGEST) + 1] or text[:_LONGEST]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,23 @@ def test_no_peak_is_reported_where_nothing_was_ever_allocated(monkeypatch: pytes
             )
 
 
+def test_what_cuda_says_is_shown_in_whole_sentences() -> None:
+    figures = [
+        "CUDA out of memory. Tried to allocate 1024.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which "
+        "517.20 MiB is free.",
+        "Including non-PyTorch memory, this process has 78.60 GiB memory in use.",
+        "Of the allocated memory 77.50 GiB is allocated by PyTorch, and 1.98 MiB is reserved by PyTorch but "
+        "unallocated.",
+        "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
+        "fragmentation. See documentation for Memory Management",
+    ]
+    said = out_of_memory._first_line(torch.OutOfMemoryError(" ".join(figures)))
+    assert said == f"OutOfMemoryError: {' '.join(figures[:-1])}"[: len(said)]
+    assert said.endswith(".")
+    assert "79.11 GiB of which 517.20 MiB is free." in said
+    assert out_of_memory._first_line(MemoryError("allocates " * 40)).endswith(("allocates", "allocates "))
+
+
 def test_what_is_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2**60)
