@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_frozen = False
+"""By `freeze`; Python 3.12 counts some objects as frozen from its start."""
+
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -22,7 +25,7 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
-        if not before and "torch" in sys.modules and gc.get_freeze_count() == 0:
+        if not before and "torch" in sys.modules and not _frozen:
             freeze()
         if collects:
             gc.enable()
@@ -30,6 +33,8 @@ def importing() -> Iterator[None]:
 
 def freeze() -> None:
     """Have Python's collector of garbage never look again at what there is now."""
+    global _frozen
+    _frozen = True
     gc.freeze()
     atexit.unregister(_thaw)
     atexit.register(_thaw)

@@ -9,7 +9,7 @@ import pytest
 IMPORTED = """
 import gc, json, sys, types
 from distrain.system.importing import importing
-there = sys.argv[1] == "there"
+there, at_first = sys.argv[1] == "there", gc.get_freeze_count()
 if there:
     sys.modules["torch"] = types.ModuleType("torch")
 if sys.argv[2] == "off":
@@ -22,7 +22,7 @@ with importing():
     later = [[] for _ in range(1000)]
 with importing():
     later.append([])
-print(json.dumps([off, within, gc.isenabled(), frozen > 0, gc.get_freeze_count() <= frozen]))
+print(json.dumps([off, within, gc.isenabled(), frozen > at_first, gc.get_freeze_count() <= frozen]))
 """
 
 
