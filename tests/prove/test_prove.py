@@ -380,7 +380,8 @@ def test_samples_that_depend_on_the_rank(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_another_length_each_time(tmp_path: Path) -> None:
-    found = divergence_of(proof_of(small(tmp_path), f"data={WRONG}:GrowingData"))
+    # orders of nearly as many samples often begin alike, with the first twelve but hardly ever with a thousand
+    found = divergence_of(proof_of(small(tmp_path), f"data={WRONG}:GrowingData", "batch.global=1000"))
     assert (found.what, found.step) == ("ids", 1)
     assert "another number of them" in found.cause
 
