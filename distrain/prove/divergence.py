@@ -164,8 +164,7 @@ def _compare_attempt(reference: AttemptTrace, trial: TrialRun, number: int) -> D
         subject, one, two, gap, more = differing[ranks[0]]
         return divergence_in(trial, step, what, subject, one, two, number=number, ranks=ranks, gap=gap, more=more)
 
-    begun = [trace.starts, *({rank: each.start} for rank, found in trace.rollbacks.items() for each in found)]
-    for starts in begun:
+    for starts in trace.begun():
         differing: dict[int, Mismatch] = {}
         for rank, start in starts.items():
             step = start["step"]
@@ -176,9 +175,7 @@ def _compare_attempt(reference: AttemptTrace, trial: TrialRun, number: int) -> D
                 differing[rank] = gaps[0]
         if differing:
             return divergence(step, "start", differing)
-    for step in sorted(
-        {*trace.steps, *(each for found in trace.rollbacks.values() for r in found for each in r.undone)}
-    ):
+    for step in trace.recorded():
         for what in COMPARED_EACH_STEP:
             differing = {}
             for rank in trace.starts:

@@ -51,6 +51,17 @@ class AttemptTrace:
         """What rank 0 recorded of the run at the start: world size, strategy, precision, total steps, …"""
         return self.starts[0]
 
+    def begun(self) -> list[dict[int, Values]]:
+        """Return by rank what the attempt started from, and then after each rollback, which all ranks make together."""
+        most = max(map(len, self.rollbacks.values()), default=0)
+        again = ({rank: r[n].start for rank, r in self.rollbacks.items() if n < len(r)} for n in range(most))
+        return [self.starts, *again]
+
+    def recorded(self) -> list[int]:
+        """Return all steps of which something was recorded, in order, also those that were undone."""
+        undone = (step for found in self.rollbacks.values() for each in found for step in each.undone)
+        return sorted({*self.steps, *undone})
+
     def records(self, step: int, rank: int) -> list[Values]:
         """Return what a rank recorded of a step: of its last pass, and of those that were undone."""
         undone = [each.undone.get(step) for each in self.rollbacks.get(rank, ())]

@@ -58,9 +58,8 @@ def compute_loss_inside(model: nn.Module, loss: Loss, head: str = "") -> None:
         layer = model.get_submodule(head)
         loss.classes = len(layer.get_parameter("weight"))  # for messages: compiled code that fails leaves no note of it
 
-        def predict(
-            self: nn.Linear, hidden: Tensor
-        ) -> Tensor:  # a function: older compilers trace no bound method here
+        # a function: older compilers trace no bound method here
+        def predict(self: nn.Linear, hidden: Tensor) -> Tensor:
             return step.predict(self, hidden)
 
         layer.forward = MethodType(predict, layer)
