@@ -157,6 +157,7 @@ class Run:
     def evaluate(self, split: str = "test", *, weights: Weights = None, changed_data: bool = False) -> dict[str, Any]:
         """Return the loss and metrics on every sample of a split, each once: what `distrain evaluate` prints.
 
+        `split`: train, valid or test; or a file or folder with targets, as the data set reads one for a split.
         Raises UserError for data that are not those of the training; with `changed_data` the result says how they
         differ.
         """

@@ -155,7 +155,23 @@ def evaluate(
             metavar="RUN|CHECKPOINT", help="A run's folder, or one of its checkpoints.", autocompletion=completion.runs
         ),
     ],
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    inputs: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="INPUT",
+            help="A file or folder with targets, as the data set reads one for a split, in place of a split.",
+        ),
+    ] = None,
+    *,
+    split: Annotated[str | None, typer.Option(help="train, valid or test.", show_default="test")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A key of the recipe's data section, for reading the samples.",
+            show_default="as in training",
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine; the metrics are the same for any number.")
     ] = 1,
@@ -163,14 +179,16 @@ def evaluate(
     initial_weights: InitialWeights = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model on every sample of a split, each once."""
+    """Evaluate a model on every sample of a split, or of a file with targets, each once."""
     share_cores(processes)
     from distrain.launchers import start_evaluation
 
+    if inputs is not None and split is not None:
+        raise UserError(f"found both {inputs} and --split {split}; name one of them")
     raise typer.Exit(
         start_evaluation(
-            target, split, processes=processes, as_json=as_json, changed_data=changed_data,
-            initial_weights=initial_weights,
+            target, inputs or split or "test", processes=processes, as_json=as_json, changed_data=changed_data,
+            initial_weights=initial_weights, data=data or [],
         )
     )  # fmt: skip
 

@@ -330,8 +330,8 @@ def split_fractions(section: DataSection, default: Sequence[float]) -> dict[str,
     split = section.split or list(default)
     if not isinstance(split, list):
         raise UserError(
-            f"data.split: data set {section.name!r} is one piece; give fractions such as {list(default)}, or "
-            "{fold, of}"
+            f"data.split: data set {section.name!r} is one piece, and reads no other files; give fractions such as "
+            f"{list(default)}, or {{fold, of}}"
         )
     return dict(zip(("train", "test") if len(split) == 2 else ("train", "valid", "test"), split, strict=False))
 

@@ -281,8 +281,8 @@ def split_frames(request: DataRequest, reader: TableReader, targets: Sequence[st
     """Return the files' rows that hold the training rows, and the rows of each split."""
     section = request.section
     if paths := request.split_paths():
-        frames = {name: reader.read(path) for name, path in paths.items()}
-        return frames["train"], frames
+        frames = {path: reader.read(path) for path in dict.fromkeys(paths.values())}
+        return frames[paths["train"]], {name: frames[path] for name, path in paths.items()}
     rows = reader.read(request.path(EXPECTED))
     labels = rows.labels(targets[0]).astype(str) if section.stratify and targets[0] in rows.names else None
     indices = split_indices(len(rows), section, request.seed, labels)

@@ -1,15 +1,16 @@
-"""The metrics of a checkpoint on a split."""
+"""The metrics of a checkpoint on a split, or on other samples with targets."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distrain.config import UserError
-from distrain.datasets.base import warnings_of
+from distrain.datasets.base import find_dataset, warnings_of
 from distrain.diagnose.index_errors import explaining_errors
-from distrain.inference.trained import Trained, batch_size_of, log_error
+from distrain.inference.trained import SPLITS, Trained, batch_size_of, data_overrides, log_error
 from distrain.metrics import build_metrics
 from distrain.run import heartbeat
 from distrain.training.evaluation import evaluate
@@ -18,25 +19,40 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
-    target: Path | str, split: str, *, changed_data: bool = False, initial_weights: str | None = None
+    target: Path | str,
+    split: str,
+    *,
+    data: Sequence[str] = (),
+    changed_data: bool = False,
+    initial_weights: str | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run's or a checkpoint's model on a split, with its checkpoint. All ranks call.
+    """Return the metrics of a run's or a checkpoint's model, with its checkpoint. All ranks call.
 
-    `initial_weights` is that of `Trained.load`. Raises UserError for data that are not those of the training; with
-    `changed_data` the result says how they differ.
+    `split`: train, valid or test; or a file or folder with targets, as the data set reads one for a split. `data` holds
+    keys of the recipe's data section, `KEY=VALUE`, for reading them.
+    `initial_weights` is that of `Trained.load`. Raises UserError for a split of data that are not those of the
+    training; with `changed_data` the result says how they differ.
     """
-    trained = Trained.load(target, initial_weights=initial_weights)
+    path = Path(split) if split not in SPLITS and Path(split).exists() else None
+    trained = Trained.load(target, data_overrides(data), evaluates=path, initial_weights=initial_weights)
     try:
-        return _evaluate(trained, split, changed_data)
+        cut = path is None and find_dataset(trained.recipe.data, trained.recipe.form).registered
+        if cut and any(each.startswith("path=") for each in data):
+            raise UserError("--data path=FILE: a part of it alone would be the split; name the file behind the run")
+        return _evaluate(trained, split, path, changed_data)
     finally:
         trained.world.close()
 
 
-def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any]:
+def _evaluate(trained: Trained, asked: str, path: Path | None, changed_data: bool) -> dict[str, Any]:
     recipe, data, world = trained.recipe, trained.data, trained.world
+    split = asked if path is None else "test"
     if split not in data.splits:
-        raise UserError(f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}")
-    changes = trained.check_inputs(split, changed_data=changed_data)
+        raise UserError(
+            f"data set {recipe.data.name!r} has no split {split!r}; it has {', '.join(data.splits)}, and there is no "
+            "such file"
+        )
+    changes = trained.check_inputs(split if path is None else None, changed_data=changed_data)
     source = data.splits[split]
     for warning in warnings_of(source):
         logger.warning(warning)
@@ -61,5 +77,9 @@ def _evaluate(trained: Trained, split: str, changed_data: bool) -> dict[str, Any
     nothing = metrics.caveats | ({"loss": values["nonfinite"]} if "nonfinite" in values else {})
     for name, why in nothing.items():
         logger.warning(f"{name} on split '{split}' says nothing: {why}")
-    result: dict[str, Any] = {"checkpoint": str(trained.checkpoint), "split": split, "processes": world.world_size}
+    result: dict[str, Any] = {
+        "checkpoint": str(trained.checkpoint),
+        "split" if path is None else "data": asked,
+        "processes": world.world_size,
+    }
     return result | ({"changed_data": changes} if changes else {}) | values

@@ -24,7 +24,7 @@ from distrain.inference.embeddings import Embeddings
 from distrain.inference.files import PredictionFile, PredictionTable, open_predictions
 from distrain.inference.generating import read_prompts
 from distrain.inference.generation import GenerationOptions, Generator, before_answers, unpadded
-from distrain.inference.trained import Trained, batch_size_of, log_error, writes
+from distrain.inference.trained import SPLITS, Trained, batch_size_of, data_overrides, log_error, writes
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 128
 """Most tokens that a language model generates after a prompt."""
-
-SPLITS = ("train", "valid", "test")
 
 Output = Literal["predictions", "probabilities", "logits", "embeddings", "text"]
 OUTPUTS: tuple[Output, ...] = ("predictions", "probabilities", "logits", "embeddings", "text")
@@ -191,14 +189,13 @@ def _predict_into(
 def _overrides(inputs: str | None, data: Sequence[str]) -> tuple[str, list[str]]:
     """Return what is predicted, and the overrides of the recipe."""
     paths = [each.partition("=")[2] for each in data if each.startswith("path=")]
-    if bad := [each for each in data if "=" not in each]:
-        raise UserError(f"--data {bad[0]!r} is not KEY=VALUE")
     if len(paths) + (inputs is not None) != 1:
         raise UserError(
             "name what is predicted once: a file, a folder or a split behind the run, or --data path=FILE; found "
             f"{', '.join([*([inputs] if inputs is not None else []), *paths]) or 'neither'}"
         )
-    return inputs if inputs is not None else paths[0], [f"data.{each}" for each in data if not each.startswith("path=")]
+    overrides = data_overrides([each for each in data if not each.startswith("path=")])
+    return inputs if inputs is not None else paths[0], overrides
 
 
 def _collect(trained: Trained, work: _Predictor, files: Sequence[PredictionFile]) -> int:

@@ -15,7 +15,7 @@ from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
 from distrain.data import Transform, build_data, build_transform
-from distrain.datasets.base import AnySource, Data, DataMeta, is_stream
+from distrain.datasets.base import AnySource, Data, DataMeta, find_dataset, is_stream
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
 from distrain.diagnose.hang_diagnosis import Limits
@@ -32,6 +32,8 @@ from distrain.training.same_data import check_same_data
 from distrain.training.tasks import Objective, TaskContext, build_objective
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Trained:
         *,
         inputs_only: bool = False,
         reads: str | None = None,
+        evaluates: Path | None = None,
         initial_weights: str | None = None,
         to_write: bool = False,
     ) -> Trained:
         """Load a run's or a checkpoint's model, with the average of its weights where one was kept. All ranks call.
 
         `overrides`: `data.KEY=VALUE`, of how its data are read. `inputs_only`, `reads`: see `build_data`.
+        `evaluates`: a file or folder with targets, which is the split `test` then.
 
         `to_write`: whether a model that can is to write text. It then computes in the precision of its weights: in 16
         bits the token that is likeliest, or drawn, would depend on what else is in the batch. All else is computed as
@@ -78,7 +82,8 @@ class Trained:
         world = open_world(precision)
         try:
             found = Path(world.broadcast(str(checkpoint)))
-            return cls._load(world, found, overrides, initial_weights, inputs_only=inputs_only, reads=reads)
+            options = {"inputs_only": inputs_only, "reads": reads}
+            return cls._load(world, found, overrides, evaluates, initial_weights, **options)
         except BaseException:
             world.close()
             raise
@@ -89,6 +94,7 @@ class Trained:
         world: World,
         checkpoint: Path,
         overrides: Sequence[str],
+        evaluates: Path | None,
         initial_weights: str | None,
         **options: Any,
     ) -> Trained:
@@ -96,11 +102,15 @@ class Trained:
             inputs = reader.manifest.scalars.get("inputs") or {}
             recipe = _recipe_in(reader.manifest.recipe, checkpoint, overrides)
             recipe = with_initial_weights(recipe, initial_weights)
+            if evaluates is not None:
+                recipe = _on_file(recipe, evaluates)
             _end_waits(recipe)
 
             def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
                     data = build_data(recipe, state=reader.manifest.scalars["data"], **options)
+                if evaluates is not None:
+                    _check_read(recipe, data, evaluates)
                 model = restored_model(reader, recipe, data.meta, averaged=recipe.train.ema is not None)
                 # cuDNN may choose another algorithm in each evaluation
                 fixed = data.fixed_shapes and recipe.train.deterministic is not True
@@ -197,6 +207,34 @@ def trained_model(checkpoint: Path) -> nn.Module:
 
 def _recipe_in(text: str, checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, f"the recipe in {checkpoint}", overrides)
+
+
+def data_overrides(data: Sequence[str]) -> list[str]:
+    """Return keys of the data section, `KEY=VALUE`, as overrides of the recipe; raises UserError."""
+    if bad := [each for each in data if "=" not in each]:
+        raise UserError(f"--data {bad[0]!r} is not KEY=VALUE")
+    return [f"data.{each}" for each in data]
+
+
+def _on_file(recipe: Recipe, path: Path) -> Recipe:
+    """Return the recipe with a file or folder as its data; raises UserError where the data set cannot read one."""
+    section, place = recipe.data, str(path.absolute())
+    if not find_dataset(section, recipe.form).registered:
+        raise UserError(
+            f"data set {section.name!r} is your own, with arguments of its own; give it {path} by one of them, as in "
+            f"--data path={path} --split test --changed-data"
+        )
+    split = {"train": place, "test": place}  # the state of the training is there, so nothing is fitted to them
+    return recipe.model_copy(update={"data": section.model_copy(update={"path": place, "split": split})})
+
+
+def _check_read(recipe: Recipe, data: Data, path: Path) -> None:
+    """Raise UserError where the data set has its samples from elsewhere."""
+    place = path.absolute()
+    if not any(place == file.absolute() or place in file.absolute().parents for file in data.files):
+        raise UserError(
+            f"data set {recipe.data.name!r} has its samples from elsewhere than {path}; name one of its splits"
+        )
 
 
 def _check_initial(recipe: Recipe, inputs: dict[str, Any], checkpoint: Path) -> None:

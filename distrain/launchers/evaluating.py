@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
@@ -48,7 +49,7 @@ class EvaluationRequest(ModelRequest):
     checkpoint: str
     """The checkpoint's folder, absolute."""
     split: str
-    """train, valid or test."""
+    """train, valid or test; or a file or folder with targets."""
     processes: int
     as_json: bool = False
     """Whether the metrics are printed as JSON."""
@@ -56,6 +57,8 @@ class EvaluationRequest(ModelRequest):
     """Whether data that changed since the training are evaluated."""
     initial_weights: str | None = None
     """Where the weights are now that the checkpoint refers to; None: where its recipe says."""
+    data: Sequence[str] = ()
+    """Keys of the recipe's data section, KEY=VALUE, for reading the samples."""
 
     script: ClassVar[str] = "evaluate.py"
 
@@ -66,14 +69,12 @@ def resolve_evaluation(
     split: str,
     processes: int | None,
     environment: StartEnvironment,
-    *,
-    as_json: bool = False,
-    changed_data: bool = False,
-    initial_weights: str | None = None,
+    **options: Any,
 ) -> EvaluationRequest:
     """Return the request that a command makes; raises UserError with all that is wrong with it. Writes nothing.
 
-    `target` is a run or one of its checkpoints. `processes`: how many there must be; None: any number.
+    `target` is a run or one of its checkpoints. `processes`: how many there must be; None: any number. `options` are
+    further fields of the request.
     """
     from distrain.parallel import strategy_wishes
 
@@ -93,9 +94,7 @@ def resolve_evaluation(
         problems.append(error)
     if problems:
         raise all_of(problems)
-    return EvaluationRequest(
-        str(checkpoint.absolute()), split, environment.processes, as_json, changed_data, initial_weights
-    )
+    return EvaluationRequest(str(checkpoint.absolute()), split, environment.processes, **options)
 
 
 def work_evaluation(
@@ -103,15 +102,13 @@ def work_evaluation(
     split: str = "test",
     *,
     processes: int | None = None,
-    as_json: bool = False,
-    changed_data: bool = False,
-    initial_weights: str | None = None,
     request: str | None = None,
+    **options: Any,
 ) -> int:
     """Evaluate in this process, one of those that a launcher started; returns the exit status. All ranks call.
 
     `request` is what distrain's launcher has resolved, as JSON. Without it somebody started launch/evaluate.py by hand,
-    and each process resolves the same request.
+    and each process resolves the same request; `options` are further fields of it.
     """
     end_with_launcher()
 
@@ -119,15 +116,7 @@ def work_evaluation(
         environment = worker_environment()
         if request is None:
             assert target is not None
-            found = resolve_evaluation(
-                target,
-                split,
-                processes,
-                environment,
-                as_json=as_json,
-                changed_data=changed_data,
-                initial_weights=initial_weights,
-            )
+            found = resolve_evaluation(target, split, processes, environment, **options)
         else:
             found = EvaluationRequest(**json.loads(request))
             if problems := environment.problems(found.processes):
@@ -147,7 +136,11 @@ def print_evaluation(request: EvaluationRequest) -> None:
     from distrain.inference import evaluate_checkpoint
 
     values = evaluate_checkpoint(
-        request.checkpoint, request.split, changed_data=request.changed_data, initial_weights=request.initial_weights
+        request.checkpoint,
+        request.split,
+        data=request.data,
+        changed_data=request.changed_data,
+        initial_weights=request.initial_weights,
     )
     if rank_told() != 0:
         return

@@ -348,7 +348,7 @@ def start(
     return LocalLauncher().submit(request)
 
 
-def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, **options: Any) -> int:
+def start_evaluation(target: str, split: str, *, processes: int, **options: Any) -> int:
     """Evaluate a run's or a checkpoint's model on this machine; returns the exit status. What `distrain evaluate` does.
 
     `options` are further fields of `EvaluationRequest`. Raises UserError where it cannot be, before any process is
@@ -356,7 +356,7 @@ def start_evaluation(target: str, split: str, *, processes: int, as_json: bool, 
     """
     say_ignored(own_start(os.environ, processes if processes > 1 else None, "evaluate"))
     environment = launcher_environment(processes) if processes > 1 else worker_environment()
-    request = resolve_evaluation(target, split, processes, environment, as_json=as_json, **options)
+    request = resolve_evaluation(target, split, processes, environment, **options)
     return evaluate_here(request) if processes == 1 else launch(_plan(request))
 
 
