@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from distrain.config import UserError
 from distrain.config.registry import datasets
@@ -175,6 +175,7 @@ class ImageMasks:
         try:
             with Image.open(path) as file:
                 mode = file.mode
+                ImageOps.exif_transpose(file, in_place=True)  # as its image
                 size = file.size if self.size is None else self.size[::-1]
                 pixels = np.asarray(file if file.size == size else file.resize(size, Image.Resampling.NEAREST))
         except Exception as error:

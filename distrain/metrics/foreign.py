@@ -300,19 +300,24 @@ class UserSums(Part):
         samples = len(targets)
         result = self._function(outputs, targets)
         try:
-            pair = result if isinstance(result, tuple) else (torch.as_tensor(result).double().mean() * samples, samples)
-            if len(pair) == 2 and not (isinstance(result, Tensor) and result.dim() and len(result) != samples):
-                found = torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
-                return found, isinstance(result, tuple) or not getattr(result, "shape", ())
+            if isinstance(result, tuple):
+                pair = [torch.as_tensor(each, dtype=torch.float64, device=device) for each in result]
+                if [each.numel() for each in pair] == [1, 1]:
+                    return torch.stack([each.reshape(()) for each in pair]), True
+            else:
+                values = torch.as_tensor(result, device=device).double()
+                if not values.dim() or len(values) == samples:
+                    mean = values.mean()
+                    return torch.stack([mean * samples, torch.full_like(mean, samples)]), not values.dim()
         except (TypeError, ValueError, RuntimeError):
             pass  # it is no number
         raise UserError(
             f"eval.metrics: {self._name} returned {_described(result)} for {samples} samples; expected one value "
-            "for each, their mean, or a pair (sum, count)"
+            "for each, their mean, or a tuple (sum, count)"
         )
 
 
 def _described(result: Any) -> str:
-    if isinstance(result, Tensor):
-        return f"a tensor {tuple(result.shape)}"
+    if isinstance(result, Tensor | np.ndarray):
+        return f"{'a tensor' if isinstance(result, Tensor) else 'an array'} {tuple(result.shape)}"
     return f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"

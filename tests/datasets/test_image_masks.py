@@ -82,6 +82,18 @@ def test_sizes_differ_or_are_given(tmp_path: Path) -> None:
     assert np.array_equal(batch["targets"][1].numpy(), np.asarray(nearest))
 
 
+def test_a_mask_is_turned_as_its_file_says_like_its_image(tmp_path: Path) -> None:
+    mask = _pair(tmp_path, "a", size=(6, 6))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown a quarter turn clockwise
+    Image.fromarray(np.stack([mask * 50] * 3, 2)).save(tmp_path / "images" / "a.png", exif=turned)
+    (tmp_path / "images" / "a.jpg").unlink()
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png", exif=turned)
+    batch = _build(tmp_path, split=[1.0]).splits["train"].fetch(np.arange(1))  # type: ignore[union-attr]
+    assert np.array_equal(batch["inputs"][0, 0] // 50, batch["targets"][0])
+    assert np.array_equal(batch["targets"][0], np.rot90(mask, -1))
+
+
 def test_pixels_of_no_class_are_those_that_the_loss_ignores(tmp_path: Path) -> None:
     mask = _pair(tmp_path, "a")
     mask[0] = 255

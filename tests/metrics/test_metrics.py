@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -492,6 +493,31 @@ def test_a_metric_that_returns_no_number_is_named(tmp_path, result):
     (tmp_path / "own.py").write_text(f"def own(outputs, targets):\n    return {result}\n")
     with pytest.raises(UserError, match=r"own returned a (NoneType|str|dict) for 4 samples; expected one value"):
         evaluate("regression", [f"{tmp_path}/own.py:own"], torch.ones(4), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        ("[(outputs == targets).sum().item(), len(targets)]", "2 values"),
+        ("outputs[:3]", "a tensor (3,)"),
+        ("outputs.numpy()[:3]", "an array (3,)"),
+        ("outputs, outputs", "2 values"),
+        ("outputs.sum(), len(targets), 1", "3 values"),
+    ],
+)
+def test_a_metric_that_returns_other_than_a_value_for_each_sample_is_never_averaged(tmp_path, result, shown):
+    (tmp_path / "own.py").write_text(f"def own(outputs, targets):\n    return {result}\n")
+    with pytest.raises(UserError, match=rf"own returned {re.escape(shown)} for 4 samples; expected one value"):
+        evaluate("regression", [f"{tmp_path}/own.py:own"], torch.ones(4), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "result", ["outputs.tolist()", "outputs.numpy()", "outputs.mean().item()", "outputs.numpy().sum(), len(targets)"]
+)
+def test_a_metric_may_return_numbers_of_python_and_numpy(tmp_path, result):
+    (tmp_path / "own.py").write_text(f"def own(outputs, targets):\n    return {result}\n")
+    values = evaluate("regression", [f"{tmp_path}/own.py:own"], torch.tensor([1.0, 2, 3, 6]), torch.ones(4))
+    assert values["own"] == 3.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
