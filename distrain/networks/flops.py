@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,25 @@ from distrain.system.peak_flops import peak_tflops
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def without_storage(model: nn.Module) -> nn.Module | None:
-    """Return a copy of the model with its tensors on the meta device; None where it cannot be copied.
 
-    The copy shares nothing with the model, so that calling it changes nothing there.
+def without_storage(value: T, *modules: nn.Module) -> T | None:
+    """Return a copy of a model, or of what holds `modules`, with their tensors on the meta device; None where it cannot
+    be copied.
+
+    The copy shares nothing with it, so that calling it changes nothing there.
     """
     memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        meta: Tensor = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    for module in (value,) if isinstance(value, nn.Module) else modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            meta: Tensor = tensor.detach().to("meta")
+            memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(value, memo)
     except Exception as error:
-        logger.info(f"rows have no mfu: the model cannot be copied to count its operations: {error_line(error)}")
+        what = "model" if isinstance(value, nn.Module) else "loss"
+        logger.info(f"rows have no mfu: the {what} cannot be copied to count its operations: {error_line(error)}")
         return None
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from distrain.datasets.base import Batch
 from distrain.datasets.transforms import finished
-from distrain.networks.flops import peak_of, training_flops
+from distrain.networks.flops import peak_of, training_flops, without_storage
 from distrain.system.memory import GIB, peak_bytes
 from distrain.training.callbacks.base import CallbackRun
+from distrain.training.tasks.objective import SupervisedObjective
+
+logger = logging.getLogger(__name__)
 
 
 class Efficiency:
@@ -32,9 +38,19 @@ class Efficiency:
         model, self._uncounted = self._uncounted, None
         if model is None:
             return
+        if not isinstance(self._objective, SupervisedObjective):
+            logger.info(f"rows have no mfu: task {self._objective.name} computes its losses itself")
+            return
+        counted = copy.copy(self._objective)
+        function = getattr(counted.loss, "function", None)
+        # counting takes a loss's tensors to the meta device, from which none comes back
+        loss = without_storage(counted.loss, *[function] if isinstance(function, nn.Module) else [])
+        if loss is None:
+            return
+        counted.loss, counted.inside = loss, False
         batch = finished(micro_batches[0])
-        counted = training_flops(model, self._objective.loss_sum, batch)
-        self.flops_per_sample = counted / len(batch["ids"]) if counted is not None else None
+        flops = training_flops(model, counted.loss_sum, batch)
+        self.flops_per_sample = flops / len(batch["ids"]) if flops is not None else None
 
     def row(self, samples_per_s: float) -> dict[str, Any]:
         """Return tokens_per_s, mfu, peak_memory_gib and reserved_memory_gib, those that are known."""

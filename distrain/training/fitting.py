@@ -108,6 +108,9 @@ class Fitting:
         sections = recipe.optimizers
         check_parts(model, sections)
         names = frozen_names(model, *sections.values())
+        if self.uncounted is not None:  # what is frozen has no gradients to compute
+            for name, parameter in self.uncounted.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name not in names)
         self.model = describe_model(model, names)  # whole: a sharded one has only its shards
         self.frozen = referred(recipe, model, names, self._resumed, hashes=world.sources[world.rank] == world.rank)
         for name, section in sections.items():

@@ -223,6 +223,60 @@ def test_rows_of_a_language_model_have_tokens_and_the_share_of_the_peak(tmp_path
     assert max(shares) == pytest.approx(min(shares))
 
 
+_LAYERS = """
+name: layers
+task: classification
+data: {name: digits, split: [0.8, 0.2]}
+model: {name: sequential, layers: [Flatten, {Linear: [64, 16]}, {Linear: [16, 10]}]}
+batch: {global: 8}
+train: {steps: 2}
+eval: {every: null}
+log: {every: 1 steps, peak_tflops: 0.001}
+"""
+
+
+def _operations(run: Path) -> set[int]:
+    """Return the operations of a sample, as the rows of a run have them."""
+    rows = [row for row in RunDir(run).rows() if row["event"] == "train"]
+    return {round(row["mfu"] / row["samples_per_s"] * 0.001 * 1e12) for row in rows}
+
+
+def test_a_run_counts_no_gradients_of_what_its_recipe_freezes(tmp_path: Path) -> None:
+    train(1, write_recipe(tmp_path, _LAYERS), tmp_path / "all")
+    train(1, write_recipe(tmp_path, _LAYERS), tmp_path / "head", "optim.freeze=['1.*']")
+    first, head = 64 * 16, 16 * 10
+    assert _operations(tmp_path / "all") == {2 * (2 * first + 3 * head)}
+    assert _operations(tmp_path / "head") == {2 * (first + 2 * head)}
+
+
+def test_a_loss_of_the_users_with_tensors_is_counted_and_trains(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Weighted(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('weights', torch.arange(1.0, 11.0))\n"
+        "    def forward(self, outputs, targets):\n"
+        "        losses = nn.functional.cross_entropy(outputs, targets, reduction='none')\n"
+        "        return losses * self.weights[targets]\n"
+    )
+    train(1, write_recipe(tmp_path, _LAYERS + "loss: 'own.py:Weighted'\n"), tmp_path / "run")
+    assert _operations(tmp_path / "run") == {2 * (2 * 64 * 16 + 3 * 16 * 10)}
+
+
+def test_a_loss_within_the_forward_pass_is_counted_as_one_outside(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        "name: gpt\ntask: language_modeling\ndata: {name: python_source, seq_len: 16, max_bytes: 20_000}\n"
+        "model: {name: gpt, n_layer: 1, n_head: 2, d_model: 16}\nbatch: {global: 4}\ntrain: {steps: 2}\n"
+        "eval: {every: null}\nlog: {every: 1 steps, peak_tflops: 0.001}\n",
+    )
+    for chunked in ("false", "true"):
+        train(1, recipe, tmp_path / chunked, f"tune.chunked_loss={chunked}")
+    assert len(_operations(tmp_path / "true")) == 1
+    assert _operations(tmp_path / "true") == _operations(tmp_path / "false")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The profile
 
