@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,7 +56,7 @@ class EvaluationRequest(ModelRequest):
     """Whether data that changed since the training are evaluated."""
     initial_weights: str | None = None
     """Where the weights are now that the checkpoint refers to; None: where its recipe says."""
-    data: Sequence[str] = ()
+    data: list[str] = field(default_factory=list)
     """Keys of the recipe's data section, KEY=VALUE, for reading the samples."""
 
     script: ClassVar[str] = "evaluate.py"
