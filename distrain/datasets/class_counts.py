@@ -11,6 +11,7 @@ import torch
 
 from distrain.config import Recipe, UserError
 from distrain.datasets.base import Data, is_stream
+from distrain.datasets.batches import Batches
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +34,17 @@ def with_counts(recipe: Recipe, data: Data, state: dict[str, Any] | None) -> Dat
     if (key := wants_counts(recipe)) is None:
         return data
     ignored = recipe.loss.args.get("ignore_index") if recipe.loss is not None else None
-    found = (state or {}).get(COUNTS) or count_classes(data, recipe.form, key, ignored)
+    found = (state or {}).get(COUNTS) or count_classes(data, recipe.form, key, ignored, recipe.data.skip_corrupt)
     meta = replace(data.meta, class_counts=tuple(found["counts"]), counted_samples=int(found["samples"]))
     return replace(data, meta=meta, state={**data.state, COUNTS: found})
 
 
-def count_classes(data: Data, task: str, key: str, ignored: int | None = None) -> dict[str, Any]:
+def count_classes(data: Data, task: str, key: str, ignored: int | None = None, tolerated: int = 0) -> dict[str, Any]:
     """Return {`samples`: of the training split, `counts`: of each class, or of each label that is 1}.
 
     A binary task has two classes. Targets of `ignored` have none. Targets in memory are counted where they are; of
-    other data each sample is read once. Raises UserError for data without a class for each sample; `key` is for its
-    message.
+    other data each sample is read once, and up to `tolerated` corrupt ones are skipped. Raises UserError for data
+    without a class for each sample; `key` is for its message.
     """
     source = data.splits["train"]
     if is_stream(source):
@@ -54,10 +55,10 @@ def count_classes(data: Data, task: str, key: str, ignored: int | None = None) -
     held = getattr(source, "targets", None)
     if not isinstance(held, torch.Tensor | np.ndarray):
         logger.info(f"{key}: every training sample is read once, to count the classes of all {len(source):,}")
-        parts = [
-            torch.as_tensor(source.fetch(np.arange(start, min(start + _READ, len(source))))["targets"])
-            for start in range(0, len(source), _READ)
-        ]
+        batches = Batches(source, None, tolerated, once=True)
+        ids = np.array_split(np.arange(len(source)), -(-len(source) // _READ))
+        read = [batches.batch((np.zeros(len(each), np.int64), each)) for each in ids]
+        parts = [torch.as_tensor(batch["targets"])[batch["ids"] >= 0] for batch in read]
         held = torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts[0].new_zeros(0, 0, 0)
     targets = torch.as_tensor(held)
     if targets.dim() != (2 if task == "multilabel" else 1):

@@ -49,6 +49,17 @@ def labels():
     return {"train": Samples(targets), "test": Samples(targets)}
 
 
+class Broken(Samples):
+    def __getitem__(self, index):
+        if index in (1, 4):
+            raise ValueError("broken")
+        return super().__getitem__(index)
+
+
+def broken():
+    return {"train": Broken([0, 2, 1, 0, 0, 2]), "test": Samples([0, 1, 2])}
+
+
 def stream():
     return {"train": Stream(), "test": Stream()}
 """
@@ -89,6 +100,14 @@ def test_positive_weights_make_both_values_of_a_label_weigh_the_same(own):
     recipe = _recipe("binary", "breast_cancer", loss)
     labels = build_data(recipe).splits["train"].targets.numpy()  # type: ignore[union-attr]
     assert _weights(recipe).tolist() == pytest.approx([(labels == 0).sum() / (labels == 1).sum()])
+
+
+def test_samples_that_are_skipped_as_corrupt_count_in_no_class(own):
+    loss = {"name": "cross_entropy", "weight": "balanced"}
+    with pytest.raises(UserError, match="item 1 cannot be read"):
+        build_data(_recipe("classification", f"{own}:broken", loss))
+    skipping = _recipe("classification", {"name": f"{own}:broken", "skip_corrupt": 2}, loss)
+    assert build_data(skipping).state[COUNTS] == {"samples": 4, "counts": [2, 1, 1]}
 
 
 def test_counts_of_a_checkpoint_are_used_and_not_taken_anew(own):
