@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.config import UserError, close_names
 from distrain.networks.meta_device import is_building_on_meta
+from distrain.networks.weights import stored_tensors, tied_names
 from distrain.system.bounded_json import SUMMARY
 from distrain.system.errors import some
 
@@ -157,7 +158,7 @@ def _from_folder(
             f"expected {some(sorted(found['missing_keys']))}; give the file to model.weights, which removes prefixes"
         )
     # without their values, on the meta device, equal ones are not tied either
-    if found and not is_building_on_meta() and _is_untied(model, config):
+    if found and not is_building_on_meta() and (_is_untied(model, config) or _is_tied_anyway(model, folder)):
         raise UserError(
             f"model.path: {folder / CONFIG} ties the output to the embedding of tokens (tie_word_embeddings), and the "
             "weights there differ: the model could not be built again; write false there"
@@ -178,6 +179,19 @@ def _is_untied(model: Any, config: Any) -> bool:
     if end is None or not getattr(config.get_text_config(), "tie_word_embeddings", False):
         return False
     return end.weight is not model.get_input_embeddings().weight
+
+
+def _is_tied_anyway(model: nn.Module, folder: Path) -> bool:
+    """Whether tensors that are one in the model differ in the folder, which versions before 5 say nothing of."""
+    if not (ties := tied_names(model)):
+        return False
+    try:
+        stored, _ = stored_tensors(folder)
+    except UserError:
+        return False  # a form that transformers alone reads
+    return any(
+        {alias, name} <= stored.keys() and not stored[alias].equals(stored[name]) for alias, name in ties.items()
+    )
 
 
 def _fresh(kind: Any, config: Any) -> Any:

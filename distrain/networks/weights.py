@@ -173,16 +173,12 @@ def _other_numbers(
             values = stored.read()
             if not torch.equal(values.to(own.dtype).to(dtype), values):
                 lines.append(f"{name}: found {kinds}: it has numbers that are not of that type")
-        if first != name and first in names and not _equal(stored, found[first]):
+        if first != name and first in names and not stored.equals(found[first]):
             lines.append(
                 f"{name} and {first} are one tensor in the model and differ in the file: build the model without "
                 "tying them, or remove one of them from the file"
             )
     return lines
-
-
-def _equal(one: _Stored, other: _Stored) -> bool:
-    return one is other or (one.dtype == other.dtype and torch.equal(one.read(), other.read()))
 
 
 def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> list[str]:
@@ -246,6 +242,10 @@ class _Stored(NamedTuple):
     dtype: str
     read: Callable[[], Tensor]
     """Returns it, read-only."""
+
+    def equals(self, other: _Stored) -> bool:
+        """Whether the numbers are the same."""
+        return self is other or (self.dtype == other.dtype and torch.equal(self.read(), other.read()))
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, _Stored], list[str]]:
