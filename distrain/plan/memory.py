@@ -71,6 +71,8 @@ class Setting:
     gpu: bool = True
     narrow: bool = False
     """Whether the forward pass is cast to 16 bits."""
+    refers: bool = False
+    """Whether checkpoints refer to what is frozen, which then has no average."""
 
     @property
     def shards(self) -> int:
@@ -112,10 +114,13 @@ def _held(model: ModelFacts, setting: Setting) -> dict[str, float]:
     else:
         weights = whole
     optimizer = model.optimizer.bytes_per_element * model.trained_elements * (share / max(trained, 1))
+    frozen: float = 0 if setting.refers else whole - trained
+    if setting.strategy in ("zero3", "fsdp2", "hsdp"):  # the others keep it whole on every rank
+        frozen /= shards
     return {
         "weights": weights + model.buffer_bytes,
         "optimizer": optimizer + model.optimizer.counters,
-        "average": (share + (whole - trained) / shards + model.buffer_bytes) if setting.ema else 0,
+        "average": (share + frozen + model.buffer_bytes) if setting.ema else 0,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from distrain.config import Recipe, UserError
 from distrain.datasets.batch_sizes import batch_shape, micro_batch_sizes
+from distrain.parallel.frozen import refers
 from distrain.parallel.precision import MixedPrecision
 from distrain.plan.facts import ModelFacts, Trace
 from distrain.plan.gpus import CPU, Gpu
@@ -228,7 +229,7 @@ class _Planner:
         accumulation = self.recipe.batch.global_batch_size // (micro * self.ranks)
         return Setting(
             strategy, self.ranks, self.nodes, accumulation, self.recipe.train.ema is not None,
-            self.gpu.device_type == "cuda", self.precision.autocast is not None,
+            self.gpu.device_type == "cuda", self.precision.autocast is not None, refers(self.recipe),
         )  # fmt: skip
 
     def option(self, model: ModelFacts, passes: _Passes, strategy: str, micro: int | None = None) -> Option:
@@ -281,8 +282,8 @@ class _Planner:
         trace = each.trace(self.sizes[0])
         for nodes in (self.nodes * 2**power for power in range(11)):
             if nodes * self.per_node > self.ranks:
-                setting = Setting("fsdp2", nodes * self.per_node, nodes, 1, self.recipe.train.ema is not None,
-                                  self.gpu.device_type == "cuda", self.precision.autocast is not None)  # fmt: skip
+                here = self.setting("fsdp2", self.sizes[0])
+                setting = replace(here, ranks=nodes * self.per_node, nodes=nodes, accumulation=1)
                 if self.fits(plan_memory(model, trace, setting).total):
                     return f"fsdp2 fits on {nodes * self.per_node} of them, with a micro-batch of {self.sizes[0]}"
         return "Take zero3 with --offload all, a smaller model, or GPUs with more memory"
@@ -375,10 +376,10 @@ def _last(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 def _stored(model: ModelFacts, recipe: Recipe) -> int:
     """Return the bytes of a checkpoint."""
-    frozen = 0 if recipe.checkpoint.frozen == "reference" else model.nbytes - model.trained_bytes
-    averages = model.trained_bytes if recipe.train.ema is not None else 0
-    optimizer = int(model.optimizer.bytes_per_element * model.trained_elements)
-    return model.trained_bytes + frozen + averages + optimizer + model.buffer_bytes
+    weights = model.trained_bytes if refers(recipe) else model.nbytes
+    stored = weights + model.buffer_bytes
+    averages = stored if recipe.train.ema is not None else 0
+    return stored + averages + int(model.optimizer.bytes_per_element * model.trained_elements)
 
 
 def _memory_here() -> int:

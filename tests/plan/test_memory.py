@@ -54,6 +54,20 @@ def test_what_is_held_is_the_share_that_theory_says(strategy: str, weights: floa
     assert found["average"] == pytest.approx(optimizer / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "average"),
+    [("single", 3), ("ddp", 3), ("zero1", 1 / 4 + 2), ("zero2", 1 / 4 + 2), ("zero3", 3 / 4), ("fsdp2", 3 / 4)],
+)
+def test_what_is_frozen_has_an_average_where_its_weights_are(strategy: str, average: float) -> None:
+    ranks = 1 if strategy == "single" else 4
+    held = [
+        plan_memory(model(trained=False), trace(), Setting(strategy, ranks, ema=True, refers=refers)).parts["average"]
+        for refers in (False, True)
+    ]
+    assert held[0] / (4 * NUMEL) == pytest.approx(average)
+    assert held[1] / (4 * NUMEL) == pytest.approx(1 if strategy in ("single", "ddp") else 1 / 4)
+
+
 def test_one_process_holds_gradients_as_they_come_and_several_buckets_for_all() -> None:
     single = plan_memory(model(), trace(), Setting("single", 1, gpu=False))
     ddp = plan_memory(model(), trace(), Setting("ddp", 2, gpu=False))

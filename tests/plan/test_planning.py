@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import write_recipe
+from runs import train, write_recipe
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -115,6 +115,14 @@ def test_a_plan_on_several_gpus_recommends_the_simplest_that_fits() -> None:
     elements = plan.model.trained_elements
     assert plan.checkpoint_bytes == pytest.approx(12 * elements, rel=0.01)
     assert json.loads(json.dumps(plan.to_json()))["recommended_arguments"] == ["--strategy", "ddp"]
+
+
+def test_a_planned_checkpoint_has_the_bytes_of_a_runs(tmp_path: Path) -> None:
+    changed = ("optim.freeze=['layer[1-3].*']", "train.ema=0.9", "batch.micro=32", "train.steps=1")
+    train(1, write_recipe(tmp_path, RESNET), tmp_path / "run", *changed)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert make_plan(recipe(RESNET, *changed), GPUS["h100"]).checkpoint_bytes == pytest.approx(stored, rel=0.01)
 
 
 def test_what_does_not_fit_is_made_to_fit_or_said() -> None:
