@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -298,7 +300,8 @@ class _Planner:
                 return None
             seconds = every.amount * {"seconds": 1, "minutes": 60, "hours": 3600}[every.unit]
             return int(chosen.time.total * total // max(seconds, 1e-9)) + 1
-        return max(1, -(-total // max(1, horizon.steps(every, "checkpoint.every"))))
+        period = max(Fraction(1), horizon.exact_steps(every, "checkpoint.every"))  # as a run has it, not rounded
+        return max(1, math.ceil(total / period))
 
 
 def _fastest(fitting: list[Option], options: Sequence[Option], planner: _Planner) -> tuple[Option, str]:

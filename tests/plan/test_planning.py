@@ -118,11 +118,13 @@ def test_a_plan_on_several_gpus_recommends_the_simplest_that_fits() -> None:
 
 
 def test_a_planned_checkpoint_has_the_bytes_of_a_runs(tmp_path: Path) -> None:
-    changed = ("optim.freeze=['layer[1-3].*']", "train.ema=0.9", "batch.micro=32", "train.steps=1")
-    train(1, write_recipe(tmp_path, RESNET), tmp_path / "run", *changed)
+    changed = ("optim.freeze=['layer[1-3].*']", "train.ema=0.9", "batch.micro=32")
+    train(1, write_recipe(tmp_path, RESNET), tmp_path / "run", *changed, "train.steps=1")
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert make_plan(recipe(RESNET, *changed), GPUS["h100"]).checkpoint_bytes == pytest.approx(stored, rel=0.01)
+    plan = make_plan(recipe(RESNET, *changed, "train.steps=45"), GPUS["h100"])
+    assert plan.checkpoint_bytes == pytest.approx(stored, rel=0.01)
+    assert plan.checkpoints == 10  # each 4.5 steps
 
 
 def test_what_does_not_fit_is_made_to_fit_or_said() -> None:
