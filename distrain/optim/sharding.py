@@ -203,7 +203,7 @@ def dtensor_problem(section: OptimSection, mesh: Any) -> str | None:
             for optimizer in optimizers:
                 optimizer.step()
     except ATTEMPT_ERRORS as error:
-        problem = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        problem = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
     problems: list[Any] = [None] * mesh.size()
     torch.distributed.all_gather_object(problems, problem)
     problem = next((each for each in problems if each is not None), None)

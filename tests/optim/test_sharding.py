@@ -22,6 +22,8 @@ WHOLE_MATRICES = ("adafactor", "muon")
 GATHERS = ("muon",)
 """Is given whole matrices by the strategies that shard."""
 REFUSED = {"adafactor"}
+UNKNOWN_TO_OLDER_TORCH = {"rprop": "raises NotImplementedError: Operator aten.index_put_.default does not have"}
+"""What torch 2.11 cannot do with the shards of fsdp2, and what is said of it."""
 VARIANTS: list[dict[str, Any]] = [
     *({"name": name} for name in optimizers.names()),
     {"name": "adam", "amsgrad": True},
@@ -41,6 +43,10 @@ def variant_name(variant: dict[str, Any]) -> str:
 
 def section_of(variant: dict[str, Any]) -> OptimSection:
     return OptimSection(**{"lr": 0.01, "weight_decay": 0.0 if variant["name"] == "rprop" else 0.1, **variant})
+
+
+def unknown_to_older_torch(name: str, problem: str) -> bool:
+    return name in UNKNOWN_TO_OLDER_TORCH and UNKNOWN_TO_OLDER_TORCH[name] in problem
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
@@ -193,8 +199,11 @@ def test_optimizers_on_the_shards_of_fsdp2(world_size: int) -> None:
     for section, problem in zip(sections, first, strict=True):
         print(f"{section.name:12} {section.args} {problem}")
     found = dict(zip([*map(variant_name, tried), *owns], first, strict=True))
-    refused = {name for name, problem in found.items() if problem is not None}
+    refused = {
+        name for name, problem in found.items() if problem is not None and not unknown_to_older_torch(name, problem)
+    }
     assert refused == {"adafactor", "adagrad-fused", "sgd-momentum-fused"}
+    assert not [problem for problem in first if problem is not None and ".;" in problem]
     # known before a world is there
     for variant, section in zip(tried, sections, strict=False):
         assert (sharding_problem(section, "fsdp2") is not None) == (variant_name(variant) in refused)
@@ -332,7 +341,8 @@ def test_every_optimizer_steps_as_in_one_process_or_is_refused(
         if isinstance(one, str):
             assert one == other
             assert variant_name(variant).partition("-")[0] in one
-            refused.add(variant_name(variant))
+            if not unknown_to_older_torch(variant_name(variant), one):
+                refused.add(variant_name(variant))
             continue
         assert one == other
         assert one[0] == alone[0]
