@@ -47,6 +47,12 @@ _LOADED_OF_VARYING = 256
 """Where samples differ in length a micro-batch is as long as its longest one, so more of them are looked at."""
 _NARROW = (torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
+_FLASH = "_scaled_dot_product_flash_attention"
+_FORMULAS = flop_registry | {
+    getattr(torch.ops.aten, f"{_FLASH}_for_cpu{which}"): flop_registry[getattr(torch.ops.aten, f"{_FLASH}{which}")]
+    for which in ("", "_backward")
+}
+"""The operations of each kernel; torch 2.11 has none for attention on a CPU, which is traced for every device."""
 
 
 class _PlannedWorld(World):
@@ -365,7 +371,7 @@ class _Tape(TorchDispatchMode):
             argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
         )
         flops = 0.0
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
+        if (count := _FORMULAS.get(func.overloadpacket)) is not None:
             flops = float(count(*args, **kwargs, out_val=result))
         moved = sum(each.nbytes for each in (*given.values(), *new.values())) if writes else 0
         narrow = any(each.dtype in _NARROW for each in given.values())

@@ -95,6 +95,15 @@ def test_operations_are_those_of_theory() -> None:
     assert trace.batch_bytes == 8 * (64 * 4 + 8)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_operations_of_attention_count_on_every_device(device: str) -> None:
+    trace = Tracer(Planned.of(recipe(GPT), resolve("fp32", CPU), device), 8, checkpointing=False).trace(8)
+    layers, width, length, vocabulary = 3, 64, 64, 256
+    weights = layers * 12 * width * width + vocabulary * width
+    # flash attention computes its scores once more in the backward pass
+    assert trace.flops.sum() == pytest.approx(8 * length * (6 * weights + 12 * layers * width * length), rel=0.05)
+
+
 def test_checkpointing_keeps_less_and_computes_more() -> None:
     planned = Planned.of(recipe(GPT), resolve("fp32", CPU), "cpu")
     plain, again = (Tracer(planned, 8, checkpointing=each).trace(8) for each in (False, True))
