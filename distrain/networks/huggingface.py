@@ -158,10 +158,11 @@ def _from_folder(
             f"expected {some(sorted(found['missing_keys']))}; give the file to model.weights, which removes prefixes"
         )
     # without their values, on the meta device, equal ones are not tied either
-    if found and not is_building_on_meta() and (_is_untied(model, config) or _is_tied_anyway(model, folder)):
+    if found and not is_building_on_meta() and (other := _other_than_tied(model, _fresh_ties(kind, config), folder)):
         raise UserError(
-            f"model.path: {folder / CONFIG} ties the output to the embedding of tokens (tie_word_embeddings), and the "
-            "weights there differ: the model could not be built again; write false there"
+            f"model.path: {folder / CONFIG} ties {other} to another tensor, and the weights there differ: the model "
+            "could not be built again; save it with one weight for both, or, where it is the output, write "
+            "tie_word_embeddings: false there"
         )
     size = getattr(config.get_text_config(), "vocab_size", None)
     needed = known.get("vocab_size")
@@ -173,25 +174,29 @@ def _from_folder(
     return model.float()
 
 
-def _is_untied(model: Any, config: Any) -> bool:
-    """Whether the output has weights of its own although the configuration ties it to the embedding."""
-    end = model.get_output_embeddings()
-    if end is None or not getattr(config.get_text_config(), "tie_word_embeddings", False):
-        return False
-    return end.weight is not model.get_input_embeddings().weight
+def _fresh_ties(kind: Any, config: Any) -> dict[str, str]:
+    """Return alias -> name of the tensors that are one in a model that is built by the configuration."""
+    with _as_single_process(), torch.device("meta"):
+        return tied_names(_fresh(kind, config))
 
 
-def _is_tied_anyway(model: nn.Module, folder: Path) -> bool:
-    """Whether tensors that are one in the model differ in the folder, which versions before 5 say nothing of."""
-    if not (ties := tied_names(model)):
-        return False
+def _other_than_tied(model: nn.Module, ties: Mapping[str, str], folder: Path) -> str | None:
+    """Return a tensor of the folder that differs from the one that it is tied to; None: there is none.
+
+    Transformers leaves such tensors apart, and before version 5 takes one of them for both.
+    """
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))
+    }  # fmt: skip
+    for alias, name in ties.items():
+        if tensors.get(alias) is not tensors.get(name):
+            return alias
     try:
-        stored, _ = stored_tensors(folder)
-    except UserError:
-        return False  # a form that transformers alone reads
-    return any(
-        {alias, name} <= stored.keys() and not stored[alias].equals(stored[name]) for alias, name in ties.items()
-    )
+        stored = stored_tensors(folder)[0] if ties else {}
+    except UserError:  # a form that transformers alone reads
+        return None
+    both = {alias: name for alias, name in ties.items() if {alias, name} <= stored.keys()}
+    return next((alias for alias, name in both.items() if not stored[alias].equals(stored[name])), None)
 
 
 def _fresh(kind: Any, config: Any) -> Any:

@@ -34,6 +34,7 @@ transformers = pytest.importorskip("transformers")
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 160, "intermediate_size": 192}
 WORDS = {"vocab_size": 300, "pad_token_id": None}
+T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 160, **WORDS}
 LLAMA = {"model_type": "llama", **TINY, "num_key_value_heads": 2, **WORDS}
 BERT = {"model_type": "bert", **TINY, **WORDS}
@@ -196,12 +197,21 @@ def test_double_precision(tmp_path: Path) -> None:
     assert {p.dtype for p in ordinary.parameters()} == {torch.float64}
 
 
-def test_tied_weights_that_differ(tmp_path: Path) -> None:
-    state = dict(save(tmp_path, LM, GPT2).state_dict())
-    state["lm_head.weight"] = state["lm_head.weight"] + 1
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (GPT2, "lm_head.weight"),
+        (T5, "encoder.embed_tokens.weight"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_tied_weights_that_differ(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    kind = LM if config is GPT2 else "ForSeq2SeqLM"
+    state = {each: tensor.clone() for each, tensor in save(tmp_path, kind, config).state_dict().items()}
+    state[name] += 1
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"config.json ties the output .* and the weights there differ"):
-        build_model(recipe_of({"name": f"transformers:AutoModel{LM}", "path": str(tmp_path)}), TEXT)
+    with pytest.raises(UserError, match=rf"config.json ties {name} to another tensor, and the weights there differ"):
+        build_model(recipe_of({"name": f"transformers:AutoModel{kind}", "path": str(tmp_path)}), TEXT)
 
 
 def test_the_other_of_tied_weights(tmp_path: Path) -> None:
