@@ -93,7 +93,7 @@ def build_model(
     with isolated_seed(mix(recipe.seed, "init")):
         if section.name.startswith(TRANSFORMERS):
             files: dict[str, Any] = {"base": base, "weights": weights, "kept": kept, "as_kept": as_kept}
-            model = build_transformers(section.name, section.args, known, **files)
+            model = build_transformers(section.name, section.args, known | {"task": recipe.form}, **files)
         else:
             model = _build(recipe, known)
             _size_lazy(model, meta, section.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +28,13 @@ from distrain.system.errors import some
 PREFIX = "transformers:"
 
 _FACTS = {"num_labels": "num_labels", "pad_token_id": "pad_id", "bos_token_id": "bos_id", "eos_token_id": "eos_id"}
+_PROBLEMS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+    "binary": None,
+}
+"""Which probabilities a pipeline of transformers makes of logits; without one, a softmax, or of one logit a sigmoid."""
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -82,8 +89,8 @@ def build_transformers(
     """Return the model: with `config` freshly initialised, with `path` and `weights` as it was saved there.
 
     `known`: the facts (`networks/facts.py`) for open values of the configuration: the vocabulary, the number of labels,
-    and the ids of special tokens. `kept`: a folder with a config.json to use `as_kept`, or if that of `path` is gone
-    and the weights come from elsewhere.
+    and the ids of special tokens; and the `task`. `kept`: a folder with a config.json to use `as_kept`, or if that of
+    `path` is gone and the weights come from elsewhere.
     """
     problems = check_transformers(name, args)
     if problems:
@@ -114,7 +121,7 @@ def build_transformers(
             token = getattr(config, key, None)
             if vocabularies and key not in given and isinstance(token, int) and token >= max(vocabularies):
                 setattr(config, key, None)  # the default of another vocabulary
-        _name_classes(config, known)
+        _describe_outputs(config, name, known, given)
         with _as_single_process():
             model = _fresh(kind, config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -141,7 +148,7 @@ def _from_folder(
             # a language model's labels are tokens
             if fact in known and not (key == "num_labels" and ("LM" in name or "Generation" in name)):
                 setattr(config, key, known[fact])
-        _name_classes(config, known)
+        _describe_outputs(config, name, known)
         with _as_single_process():
             if weights:
                 # the config's dtype may be narrower than the file's
@@ -204,12 +211,15 @@ def _fresh(kind: Any, config: Any) -> Any:
     return kind.from_config(config, dtype=torch.float32) if hasattr(kind, "from_config") else kind(config)
 
 
-def _name_classes(config: Any, known: Mapping[str, Any]) -> None:
-    """Have a configuration know the names of the data's classes, where it has an output for each."""
+def _describe_outputs(config: Any, name: str, known: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Have a configuration know the names of the data's classes, where it has an output for each, and the task."""
     names = known.get("class_names") or ()
     if names and known.get("num_labels") == len(names) == getattr(config, "num_labels", None):
         config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+        config.label2id = {label: number for number, label in enumerate(names)}
+    task = known.get("task")
+    if "Classification" in name and "Token" not in name and task in _PROBLEMS and "problem_type" not in given:
+        config.problem_type = _PROBLEMS[task]
 
 
 def generate(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from chats import save_tokenizer
 from logged import logged
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -1008,6 +1009,34 @@ def test_transformers_classifier_does_not_see_padding() -> None:
     logits = forward(model, tokens).logits
     assert logits.shape == (1, 3)
     assert torch.allclose(forward(model, F.pad(tokens, (0, 4), value=5)).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "other", "meta", "probabilities"),
+    [
+        ("classification", "multilabel", replace(TEXT, num_classes=3), lambda logits: logits.softmax(-1)),
+        ("multilabel", "classification", replace(TEXT, num_targets=3), lambda logits: logits.sigmoid()),
+        ("regression", "classification", replace(TEXT, num_targets=1), lambda logits: logits),
+        ("binary", "regression", TEXT, lambda logits: logits.sigmoid()),
+    ],
+)
+def test_a_pipeline_of_transformers_reads_the_logits_of_a_task_as_the_task_does(
+    tmp_path: Path, task: str, other: str, meta: DataMeta, probabilities: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Also where it begins with a folder whose configuration is of another task."""
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    meta, name = replace(meta, vocab_size=len(tokenizer)), "transformers:AutoModelForSequenceClassification"
+    built = build({"name": name, "config": BERT}, meta, task).eval()
+    of_other = build({"name": name, "config": BERT}, replace(meta, num_classes=2, num_targets=2), other)
+    of_other.save_pretrained(tmp_path / "other")
+    for model in (built, build({"name": name, "path": str(tmp_path / "other")}, meta, task, weights=False).eval()):
+        made = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+        found = {each["label"]: each["score"] for each in made("red lamp")[0]}
+        logits = model(**tokenizer("red lamp", return_tensors="pt")).logits[0]
+        expected = probabilities(logits.detach()).tolist()
+        assert [found[f"LABEL_{number}"] for number in range(len(expected))] == pytest.approx(expected, abs=1e-6)
 
 
 def test_transformers_encoder_decoder() -> None:
