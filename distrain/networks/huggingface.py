@@ -213,11 +213,14 @@ def _fresh(kind: Any, config: Any) -> Any:
 
 def _describe_outputs(config: Any, name: str, known: Mapping[str, Any], given: Collection[str] = ()) -> None:
     """Have a configuration know the names of the data's classes, where it has an output for each, and the task."""
-    names = known.get("class_names") or ()
-    if names and known.get("num_labels") == len(names) == getattr(config, "num_labels", None):
+    names, task, outputs = known.get("class_names") or (), known.get("task"), getattr(config, "num_labels", None)
+    if task == "binary":
+        names = names[-outputs:] if outputs in (1, 2) else ()  # one output is of the positive class
+    elif known.get("num_labels") != outputs:
+        names = ()
+    if names and len(names) == outputs:
         config.id2label = dict(enumerate(names))
         config.label2id = {label: number for number, label in enumerate(names)}
-    task = known.get("task")
     if "Classification" in name and "Token" not in name and task in _PROBLEMS and "problem_type" not in given:
         config.problem_type = _PROBLEMS[task]
 

@@ -1014,10 +1014,15 @@ def test_transformers_classifier_does_not_see_padding() -> None:
 @pytest.mark.parametrize(
     ("task", "other", "meta", "probabilities"),
     [
-        ("classification", "multilabel", replace(TEXT, num_classes=3), lambda logits: logits.softmax(-1)),
+        (
+            "classification",
+            "multilabel",
+            replace(TEXT, num_classes=3, class_names=tuple("cab")),
+            lambda logits: logits.softmax(-1),
+        ),
         ("multilabel", "classification", replace(TEXT, num_targets=3), lambda logits: logits.sigmoid()),
         ("regression", "classification", replace(TEXT, num_targets=1), lambda logits: logits),
-        ("binary", "regression", TEXT, lambda logits: logits.sigmoid()),
+        ("binary", "regression", replace(TEXT, class_names=("no", "yes")), lambda logits: logits.sigmoid()),
     ],
 )
 def test_a_pipeline_of_transformers_reads_the_logits_of_a_task_as_the_task_does(
@@ -1036,7 +1041,8 @@ def test_a_pipeline_of_transformers_reads_the_logits_of_a_task_as_the_task_does(
         found = {each["label"]: each["score"] for each in made("red lamp")[0]}
         logits = model(**tokenizer("red lamp", return_tensors="pt")).logits[0]
         expected = probabilities(logits.detach()).tolist()
-        assert [found[f"LABEL_{number}"] for number in range(len(expected))] == pytest.approx(expected, abs=1e-6)
+        labels = {"binary": ["yes"]}.get(task, meta.class_names) or [f"LABEL_{at}" for at in range(len(expected))]
+        assert [found[label] for label in labels] == pytest.approx(expected, abs=1e-6)
 
 
 def test_transformers_encoder_decoder() -> None:
