@@ -87,10 +87,12 @@ def collectives(path: Path) -> dict[str, int]:
 
 
 def _recorded(recorder: Any, backend: str) -> str | None:
-    if hasattr(recorder, "_dump_fr_trace_json"):
-        text = recorder._dump_fr_trace_json(includeCollectives=True, onlyActive=False, backend=backend)
-    elif backend == "nccl" and hasattr(recorder, "_dump_nccl_trace_json"):
-        text = recorder._dump_nccl_trace_json(includeCollectives=True, onlyActive=False)
-    else:
-        return None
+    how = {"includeCollectives": True, "onlyActive": False}
+    try:
+        text = recorder._dump_fr_trace_json(**how, backend=backend)
+    except (AttributeError, TypeError):  # torch 2.11 has a function for each backend
+        dump = getattr(recorder, "_dump_nccl_trace_json" if backend == "nccl" else "_dump_fr_trace_json", None)
+        if dump is None:
+            return None
+        text = dump(**how)
     return text.decode() if isinstance(text, bytes) else text
