@@ -240,6 +240,8 @@ def _training(
     """Return what a step needs, and what is known of its model."""
     recipe, world = feed.recipe, feed.world
     objective = world.run_on_all(lambda: build_objective(recipe, feed.data.meta))
+    if objective.loss is not None:  # before a strategy's passes without values, which would leave it tensors without
+        objective.loss.prepare(world.device, world.mixed_precision.weights)
     compiled = resolve_compile(recipe.train.compile, world.device)
     fitting = Fitting(feed, objective, compiled, horizon, kept, resumed)
     strategy = build_strategy(world, fitting.spec())

@@ -288,6 +288,20 @@ def test_only_bce_takes_probabilities():
     assert taking == ["bce"]
 
 
+def test_a_module_of_ones_own_is_where_outputs_will_be_before_the_first_of_them(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Weighted(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('weights', torch.ones(3))\n"
+        "    def forward(self, outputs, targets):\n        return (outputs - targets).square()\n"
+    )
+    loss = build_loss(recipe("regression", loss=f"{tmp_path}/own.py:Weighted"), DataMeta())
+    loss.prepare(torch.device("meta"), torch.float32)
+    assert loss.function.weights.is_meta
+
+
 def test_own_losses(tmp_path):
     (tmp_path / "own.py").write_text(
         "import torch\n"

@@ -71,7 +71,7 @@ class Loss(ABC):
         """Raise UserError for targets that the loss does not take; compiled code has no other place for that."""
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027 - most hold no tensors
-        """Put what it computes with where outputs will be, so that compiled code finds it there from the first call."""
+        """Put what it computes with where outputs will be: passes without values and compiled code find it there."""
 
     def fixed_count(self, samples: int, targets: Tensor) -> int:
         """Return the count of `samples` samples whose targets have the shape of those of the batch `targets`."""

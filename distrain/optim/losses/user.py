@@ -33,6 +33,10 @@ class UserLoss(Loss):
         self._count = getattr(function.func if isinstance(function, partial) else function, "count", None)
         self.count_is_fixed = self._count is None
 
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        if isinstance(self.function, nn.Module):  # a pass without values would leave it tensors without values
+            self.function.to(device)
+
     def sum(self, outputs: Outputs, targets: Tensor, keep: Tensor | None = None) -> Tensor:
         if keep is not None:
             # the function may mix rows, so padding must not reach it
