@@ -95,7 +95,8 @@ def encoded(
     about = {"format": _FORMAT, "columns": dict(dtypes), **made_from}
     digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode())
     digest.update(hash_file(file).encode())
-    folder = (cache or file.parent / FOLDER) / f"{file.stem}-{digest.hexdigest()}"
+    # with its ending, which decides on how the file is read
+    folder = (cache or file.parent / FOLDER) / f"{file.name}-{digest.hexdigest()}"
     if not folder.is_dir():
         _write(folder, about, dtypes, encode)
     return _open(folder)

@@ -392,6 +392,18 @@ def test_processes_that_start_together_keep_one_result(tmp_path: Path) -> None:
     assert len(kept(tmp_path)) == 1
 
 
+def test_files_that_differ_in_their_ending_alone_are_encoded_each(tmp_path: Path) -> None:
+    for number, ending in enumerate(("csv", "tsv")):
+        file = tmp_path / f"a.{ending}"
+        file.write_text("x")
+
+        def encode(add: Any, value: int = number) -> dict[str, Any]:
+            add({"values": np.array([value])})
+            return {}
+
+        assert encoded(file, None, {}, {"values": "int32"}, encode).columns["values"].row(0).tolist() == [number]
+
+
 def test_a_folder_holds_splits_and_a_state_is_held_against_the_tokenizer(base: Path) -> None:
     for name, count in (("train", 5), ("test", 2)):
         write_lines(base / f"{name}.jsonl", some_chats(count, seed=count))
