@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors
+from distrain.networks.undisturbed import fake_tensors
 from distrain.system.output import error_line
 from distrain.system.peak_flops import peak_tflops
 
@@ -48,8 +49,10 @@ def training_flops(model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tens
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            moved = map_tensors(lambda each: each.to("meta"), batch)
+        # models of transformers look at values, such as those of a mask, unless tensors are known to be fake
+        fakes = fake_tensors()
+        with torch.enable_grad(), fakes, FlopCounterMode(display=False) as counter:
+            moved = map_tensors(lambda each: fakes.from_tensor(each.to("meta")), batch)
             torch.autograd.backward(loss_sum(model, moved))
         return counter.get_total_flops() or None
     except Exception as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distrain.config import UserError
 from distrain.networks.calling import calling_convention
 from distrain.networks.huggingface import is_transformers
-from distrain.networks.undisturbed import undisturbed, use_stand_ins
+from distrain.networks.undisturbed import fake_tensors, undisturbed, use_stand_ins
 
 
 def find_head(model: nn.Module) -> tuple[str, str]:
@@ -39,8 +39,6 @@ def find_head(model: nn.Module) -> tuple[str, str]:
 
 def _is_last(model: nn.Module, head: nn.Linear) -> bool:
     """Whether what the head returns, called once, is what the model returns as its logits."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # transformers has imported it
-
     made: list[Tensor] = []
 
     def forward(_: nn.Linear, hidden: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ def _is_last(model: nn.Module, head: nn.Linear) -> bool:
         head.forward = MethodType(forward, head)  # type: ignore[method-assign]
         model.eval()  # draws no random numbers
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            with fake_tensors(), torch.no_grad():
                 use_stand_ins(model, torch.device("cpu"))
                 tokens = torch.zeros(1, 4, dtype=torch.long)
                 output = calling_convention(model)(model, tokens)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextmanager
@@ -28,6 +33,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             # what is computed from buffers alone, such as a count of batches, is computed for real
             for buffer, before in values:
                 buffer.copy_(before)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a mode in which tensors have no values; whoever tries something in it tells what fails, and not torch."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and few runs need it
+
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def use_stand_ins(model: nn.Module, device: torch.device) -> None:

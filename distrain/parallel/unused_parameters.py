@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.config import UserError
-from distrain.networks.undisturbed import undisturbed, use_stand_ins
+from distrain.networks.undisturbed import fake_tensors, undisturbed, use_stand_ins
 from distrain.optim import sparse_layers
 from distrain.parallel.parameter_writes import Slots, Written, restored
 
@@ -73,9 +73,7 @@ def without_values(
 
     `inner_mode` sees what that dispatches.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import, and only sharding needs it
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensors()
     inner = model.forward
 
     @functools.wraps(inner)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import train, write_recipe
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distrain.config import Recipe, UserError
 from distrain.networks.flops import training_flops, without_storage
@@ -61,6 +62,20 @@ def test_a_language_models_operations_are_six_for_each_weight_and_token_and_its_
     assert found == pytest.approx(3 * length * (6 * weights + attention), rel=0.05)
 
 
+def test_a_model_of_transformers_that_looks_at_its_mask_is_counted() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    copy = without_storage(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)))
+    assert copy is not None
+    tokens, length = torch.zeros(3, 8, dtype=torch.int64), 8
+    weights = 2 * (4 * 16 * 16 + 3 * 16 * 32) + 32 * 16
+    for mask in (None, torch.ones(3, 8, dtype=torch.int64)):
+        batch: dict[str, Any] = {"inputs": tokens, "mask": mask}
+        found = training_flops(
+            copy, lambda model, each: model(each["inputs"], attention_mask=each["mask"]).logits.sum(), batch
+        )
+        assert found == pytest.approx(3 * length * (6 * weights + 12 * 2 * 16 * length), rel=0.05)
+
+
 def test_counting_changes_nothing_of_the_model_and_needs_no_memory() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -83,9 +98,9 @@ def test_counting_changes_nothing_of_the_model_and_needs_no_memory() -> None:
     assert {tensor.device.type for tensor in (*copy.parameters(), *copy.buffers())} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["computes on what it sees", "cannot be copied"])
+@pytest.mark.parametrize("kind", ["computes on what it sees", "cannot be copied", "fails"])
 def test_a_model_that_cannot_be_counted_has_no_count_and_the_run_says_so(
-    kind: str, caplog: pytest.LogCaptureFixture
+    kind: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO", "distrain")
 
@@ -96,12 +111,13 @@ def test_a_model_that_cannot_be_counted_has_no_count_and_the_run_says_so(
             self.lines = (line for line in "ab") if kind == "cannot be copied" else None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x) * float(x.sum())
+            return torch.mm(x, x) if kind == "fails" else self.layer(x) * float(x.sum())
 
     copy = without_storage(Looks())
     assert copy is None or counted_copy(copy, torch.zeros(1, 4)) is None
     assert (copy is None) == (kind == "cannot be copied")
     assert [record.getMessage()[:17] for record in caplog.records] == ["rows have no mfu:"]
+    assert capfd.readouterr().err == "", "and torch says nothing"
 
 
 @pytest.mark.parametrize(
