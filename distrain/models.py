@@ -105,8 +105,9 @@ def build_model(
             f"model.name: {section.name} leaves {', '.join(empty[:5])} on the meta device, without values; create "
             f"{'it' if len(empty) == 1 else 'them'} on the CPU, or give values before the model is returned"
         )
-    if any(p.device.type != "cpu" or (p.is_floating_point() and p.dtype != dtype) for p in model.parameters()):
-        model = model.to(device=device, dtype=dtype)
+    if any(p.device.type != "cpu" or p.dtype != _converted(p.dtype, dtype) for p in model.parameters()):
+        # not .to(dtype=...), which makes complex tensors real
+        model = model._apply(lambda tensor: tensor.to(device, _converted(tensor.dtype, dtype)))
     model.train()
     if weights and recipe.model.weights is not None:
         path = base / recipe.model.weights
@@ -115,6 +116,13 @@ def build_model(
         with isolated_seed(mix(recipe.seed, "lora")):
             add_adapters(model, section.lora)
     return model
+
+
+def _converted(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Return what a tensor becomes in a model of `dtype`: complex ones stay complex, at least as wide."""
+    if own.is_complex:
+        return torch.promote_types(own, dtype)
+    return dtype if own.is_floating_point else own
 
 
 def library_call(recipe: Recipe, meta: DataMeta) -> dict[str, Any] | None:

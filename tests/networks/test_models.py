@@ -134,6 +134,25 @@ def test_precision_fp64() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("fp64", torch.complex128), ("fp32", torch.complex64)])
+def test_complex_tensors_keep_their_imaginary_part(tmp_path: Path, precision: str, expected: torch.dtype) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.wave = nn.Parameter(torch.tensor([1 + 2j]))\n"
+        "        self.layer = nn.Linear(2, num_classes, dtype=torch.float64)\n"
+        "        self.register_buffer('turn', torch.tensor([3 - 1j, 2j]))\n"
+        "        self.register_buffer('count', torch.tensor(7))\n"
+    )
+    model = build_model(recipe_of({"name": f"{file}:Net"}, precision=precision), IMAGES)
+    assert {each.dtype for each in model.layer.parameters()} == {expected.to_real()}
+    assert model.wave.dtype == model.turn.dtype == expected
+    assert [*model.wave.tolist(), *model.turn.tolist(), model.count.item()] == [1 + 2j, 3 - 1j, 2j, 7]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # sequential
 

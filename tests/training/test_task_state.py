@@ -166,12 +166,12 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("kind", NAMED)
-def test_what_changes_and_is_not_saved_is_named(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "strategy"), [*((kind, "single") for kind in NAMED), ("model", "zero3")])
+def test_what_changes_and_is_not_saved_is_named(tmp_path: Path, kind: str, strategy: str) -> None:
     task, model, loss, named = NAMED[kind]
     task = task if task == "classification" else f'"stateful_tasks:{task}"'
     recipe = write_recipe(tmp_path, FORGETFUL.format(task=task, model=model, loss=loss, precision="fp32"))
-    ended = train(1, recipe, tmp_path / "run", "eval.every=null")
+    ended = train(1 if strategy == "single" else 2, recipe, tmp_path / "run", "eval.every=null", strategy=strategy)
     warnings = [line for line in (ended[0].out + ended[0].err).splitlines() if "no checkpoint holds" in line]
     assert len(warnings) == bool(named)
     for line in warnings:

@@ -38,7 +38,10 @@ _SAMPLED = 1024  # entries of a larger one that its digest is of
 _LARGE = 1 << 20  # bytes; of larger tensors only whether they were written to is looked at
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = {*vars(nn.Module()), "training", "_compiled_call_impl"}
-_OF_WRAPPERS = ("_is_accelerate", "_accelerate", "_hf_", "_ds_", "_fsdp", "ds_", "_old_forward", "_original_forward")
+_OF_WRAPPERS = (
+    "_is_accelerate", "_accelerate", "_hf_", "_ds_", "_fsdp", "ds_", "_old_forward", "_original_forward",
+    "_original_parameters", "applied_pre_backward_ref_cnt",
+)  # fmt: skip
 _OF_OPTIMIZERS = {"state", "param_groups", "defaults"}
 _NOT_OF_USERS = {"torch", "torchvision", "numpy", "builtins", "collections", "accelerate", "deepspeed", "distrain"}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
