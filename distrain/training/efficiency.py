@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distrain.datasets.base import Batch
+from distrain.datasets.nested import tensors_in
 from distrain.datasets.transforms import finished
 from distrain.networks.flops import peak_of, training_flops, without_storage
 from distrain.system.memory import GIB, peak_bytes
@@ -25,19 +26,32 @@ class Efficiency:
 
     def __init__(self, run: CallbackRun):
         setup = run.context.setup
-        self._device, self._world_size = run.device, run.world_size
+        self._device = run.device
         self._tokens_per_sample = setup.feed.data.meta.tokens_per_sample
         self._uncounted = setup.uncounted
         self._objective = setup.training.objective
         self._peak = peak_of(run.device, run.context.world.precision, run.recipe.log.peak_tflops)
-        self.flops_per_sample: float | None = None
-        """Of a forward and a backward pass; None: not counted."""
+        self._flops_per_element: float | None = None
+        """Of a forward and a backward pass, by elements of the inputs; None: not counted."""
+        self._elements = 0
 
-    def count_once(self, micro_batches: Sequence[Batch]) -> None:
-        """Count what the first micro-batch takes, where a share of the peak can be given."""
-        model, self._uncounted = self._uncounted, None
-        if model is None:
-            return
+    def restart(self) -> None:
+        """Count from here."""
+        self._elements = 0
+
+    def count(self, micro_batches: Sequence[Batch]) -> None:
+        """Count what a step of this rank takes, where a share of the peak can be given.
+
+        The operations of the first micro-batch are counted, and others take as many by the elements of their inputs:
+        sequences may be longer or shorter.
+        """
+        if self._uncounted is not None:
+            self._count_first(self._uncounted, micro_batches[0])
+            self._uncounted = None
+        if self._flops_per_element is not None:
+            self._elements += sum(map(_elements, micro_batches))
+
+    def _count_first(self, model: nn.Module, micro_batch: Batch) -> None:
         if not isinstance(self._objective, SupervisedObjective):
             logger.info(f"rows have no mfu: task {self._objective.name} computes its losses itself")
             return
@@ -48,20 +62,24 @@ class Efficiency:
         if loss is None:
             return
         counted.loss, counted.inside = loss, False
-        batch = finished(micro_batches[0])
-        flops = training_flops(model, counted.loss_sum, batch)
-        self.flops_per_sample = flops / len(batch["ids"]) if flops is not None else None
+        flops, elements = training_flops(model, counted.loss_sum, finished(micro_batch)), _elements(micro_batch)
+        if flops is not None and elements:
+            self._flops_per_element = flops / elements
 
-    def row(self, samples_per_s: float) -> dict[str, Any]:
-        """Return tokens_per_s, mfu, peak_memory_gib and reserved_memory_gib, those that are known."""
+    def row(self, samples_per_s: float, seconds: float) -> dict[str, Any]:
+        """Return tokens_per_s, mfu (of the `seconds` since `restart`) and the memory, those that are known."""
         found: dict[str, Any] = {}
         if self._tokens_per_sample is not None:
             found["tokens_per_s"] = samples_per_s * self._tokens_per_sample
-        if self.flops_per_sample is not None and self._peak is not None:
-            found["mfu"] = samples_per_s * self.flops_per_sample / (self._world_size * self._peak * 1e12)
+        if self._flops_per_element is not None and self._peak is not None and seconds:
+            found["mfu"] = self._elements * self._flops_per_element / (seconds * self._peak * 1e12)
         if self._device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / GIB
             found["reserved_memory_gib"] = torch.cuda.memory_reserved(self._device) / GIB
         else:
             found["peak_memory_gib"] = peak_bytes() / GIB
         return found
+
+
+def _elements(batch: Batch) -> int:
+    return sum(tensor.numel() for tensor in tensors_in(batch["inputs"]))

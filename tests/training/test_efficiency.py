@@ -280,6 +280,34 @@ def test_a_loss_of_the_users_with_tensors_is_counted_and_trains(tmp_path: Path) 
     assert _operations(tmp_path / "run") == {2 * (2 * 64 * 16 + 3 * 16 * 10)}
 
 
+def test_sequences_count_by_their_lengths(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Means(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(4, 8)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x).mean((1, 2))\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __init__(self, split):\n"
+        "        pass\n"
+        "    def __len__(self):\n"
+        "        return 8\n"
+        "    def __getitem__(self, index):\n"
+        "        return torch.ones(2 + index, 4), torch.ones(())\n"
+    )
+    text = (
+        _LAYERS.replace("classification", "regression")
+        .replace("global: 8", "global: 1")
+        .replace("steps: 2", "steps: 8")
+    )
+    text = text.replace("name: digits, split: [0.8, 0.2]", "name: 'own.py:Data'")
+    text = text.replace("{name: sequential, layers: [Flatten, {Linear: [64, 16]}, {Linear: [16, 10]}]}", "own.py:Means")
+    train(1, write_recipe(tmp_path, text), tmp_path / "run")
+    assert _operations(tmp_path / "run") == {2 * 2 * length * 4 * 8 for length in range(2, 10)}
+
+
 def test_a_loss_within_the_forward_pass_is_counted_as_one_outside(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,

@@ -34,10 +34,11 @@ class TrainLog(Callback):
         self._logged_at, self._logged_step = time.monotonic(), self._run.step
         self._waited_s = waited_s()
         self._times.take()
+        self._efficiency.restart()
 
     def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Note once how much there is to compute."""
-        self._efficiency.count_once(micro_batches)
+        """Note how much there is to compute."""
+        self._efficiency.count(micro_batches)
 
     def wants_step_end(self, step: int) -> bool:
         """Whether a row is due for a step, on this rank's clock."""
@@ -67,7 +68,8 @@ class TrainLog(Callback):
             row["loss_scale"] = metrics.grad_scale
         row |= {f"loss_scale/{name}": scale for name, scale in metrics.grad_scales.items()}
         row |= metrics.means
-        row |= self._efficiency.row(row["samples_per_s"])
+        row |= self._efficiency.row(row["samples_per_s"], seconds)
+        self._efficiency.restart()
         if steps := step - self._logged_step:
             row |= {"step_s": seconds / steps, **self._times.take()}
         self._logged_at, self._logged_step, self._waited_s = clock, step, waited
