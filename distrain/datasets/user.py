@@ -65,7 +65,11 @@ def own_collate(recipe: Recipe) -> Callable[[list[Any]], Any] | None:
     if recipe.task.name in FORMS:
         return None
     kind = tasks.find(recipe.task.name).value
-    return kind(**recipe.task.args).collate if getattr(kind, "collate", None) is not None else None
+    if getattr(kind, "collate", None) is None:
+        return None
+    task = kind(**recipe.task.args)
+    task._step = None
+    return task.collate
 
 
 def _only_form(entry: Entry[Any]) -> Form:

@@ -14,6 +14,7 @@ from runs import assert_close, assert_same_run, cli, last, rows, state, train, w
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.data import build_data
+from distrain.datasets.order import SampleOrder
 from distrain.models import build_model
 from distrain.training.checks import check_recipe
 
@@ -226,3 +227,67 @@ def test_what_a_task_gets_wrong_is_said(tmp_path: Path, kind: str) -> None:
     )
     ended = train(1, write_recipe(tmp_path, text), tmp_path / "run", status=1)
     assert re.search(ODD[kind], ended[0].err), ended[0].err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a class changes of a task, as a loop of plain PyTorch has it
+
+
+def plain(path: Path, weight: float | None, *, clamped: bool) -> dict[str, torch.Tensor]:
+    """Return the weights of a loop of plain PyTorch whose loss is weighted by `weight`, or by the step."""
+    recipe = load_recipe(path).recipe
+    data = build_data(recipe)
+    model = build_model(recipe, data.meta)
+    order = SampleOrder(len(data.splits["train"]), recipe.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(5):
+        batch = data.splits["train"].fetch(order.at(12 * step, 12 * (step + 1))[1])
+        loss = torch.nn.functional.cross_entropy(model(batch["inputs"].double()), batch["targets"])
+        optimizer.zero_grad()
+        (loss * (step / 2 if weight is None else weight)).backward()
+        optimizer.step()
+        if clamped:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.clamp_(-0.1, 0.1)
+    return {f"model/{name}": each.detach() for name, each in model.named_parameters()}
+
+
+CHANGED = """
+name: changed
+task: "own_tasks:{kind}"
+data: digits
+model: {{name: mlp, hidden: [8]}}
+optim: {{name: sgd, lr: 0.5}}
+batch: {{global: 12}}
+train: {{steps: 5, precision: fp64}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "clamped"),
+    [("Annealed", None, False), ("Prepared", 0.5, False), ("Weighted", 0.5, False), ("Halved", 0.5, False),
+     ("Clamped", 1.0, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_whatever_a_class_changes_of_a_task_is_trained(
+    tmp_path: Path, kind: str, weight: float | None, clamped: bool, world_size: int
+) -> None:
+    recipe = write_recipe(tmp_path, CHANGED.format(kind=kind))
+    train(world_size, recipe, tmp_path / "run", "batch.micro=3")
+    found = state(last(tmp_path / "run"))
+    for name, expected in plain(recipe, weight, clamped=clamped).items():
+        assert torch.allclose(torch.from_numpy(found[name]), expected.flatten(), rtol=0, atol=1e-12), name
+
+
+def test_the_state_of_a_task_that_changes_nothing_else_is_kept(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, CHANGED.format(kind="Keeping"))
+    train(1, recipe, tmp_path / "run")
+    assert "the task's state" in (last(tmp_path / "run") / "MANIFEST.json").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_step_is_not_known_where_batches_are_made(tmp_path: Path, workers: int) -> None:
+    recipe = write_recipe(tmp_path, LETTERS.replace("CountLetters", "LateLetters"))
+    ended = train(1, recipe, tmp_path / "run", f"data.workers={workers}", status=1)
+    assert "LateLetters.collate reads self.step" in ended[0].err

@@ -69,14 +69,12 @@ def _optimizer_problems(recipe: Recipe, task: Task) -> list[str]:
 
 
 def is_supervised(task: Task) -> bool:
-    """Whether the recipe's loss is all that a task trains and predicts by."""
+    """Whether the recipe's loss is all that a task trains and predicts by, so that nothing else of it is called."""
     kind = type(task)
-    if kind.couples_samples:
+    if kind.couples_samples or kind.optimizers or hasattr(task, "state_dict") or task.weights is not Task.weights:
         return False
-    if kind.optimizers:
-        return False
-    changed = ("losses", "count", "predictions", "measure", "show")
-    return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in changed)
+    called = ("losses", "count", "predictions", "measure", "show", "outputs", "prepare", "step_taken")
+    return isinstance(task, Supervised) and all(getattr(kind, each) is getattr(Supervised, each) for each in called)
 
 
 def build_objective(recipe: Recipe, meta: DataMeta) -> Objective:

@@ -227,7 +227,6 @@ class TaskObjective(Objective):
     def __init__(self, task: Task, name: str):
         self.name = name
         self.task = task
-        self.weights = task.weights
         self._measures = type(task).measure is not Task.measure
         self._keeps = type(task).step_taken is not Task.step_taken
         self._counts_itself = type(task).count is not Task.count
@@ -246,9 +245,14 @@ class TaskObjective(Objective):
         """What their sums are multiplied by, in the order in which a micro-batch of the step has them."""
 
     @property
+    def weights(self) -> Mapping[str, float]:  # type: ignore[override] # the task may set others, as by its step
+        """What each loss is multiplied by."""
+        return self.task.weights
+
+    @property
     def holds(self) -> Any:
         """What the task has on itself, but for what is noted there for it."""
-        ours = ("logged", "convention", "showing", "shown", "step")
+        ours = ("logged", "convention", "showing", "shown", "step", "_step")
         return {key: value for key, value in vars(self.task).items() if key not in ours}
 
     def bind(self, model: nn.Module, context: TaskContext) -> None:

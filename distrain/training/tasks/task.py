@@ -171,8 +171,25 @@ class Task:
         task.showing, task.shown = False, None
         return task
 
-    step: int = 0
-    """How many optimizer steps were taken before this one; in an evaluation, how many the model has had."""
+    @property
+    def step(self) -> int:
+        """How many optimizer steps were taken before this one; in an evaluation, how many the model has had.
+
+        Raises UserError in `collate`.
+        """
+        if self._step is None:
+            raise UserError(
+                f"{type(self).__name__}.collate reads self.step, which is known where losses are computed, and not "
+                "where batches are made, in loader processes ahead of training; do what depends on it in losses"
+            )
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+
+    _step: int | None = 0
+    """None where batches are made."""
     logged: dict[str, LossSum]
     convention: Convention | None
     showing: bool

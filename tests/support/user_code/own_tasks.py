@@ -168,3 +168,57 @@ class Nested(distrain.Classification):
             "best": (top.values, top.indices == batch["ids"].to(top.indices.device)[:, None]),
             "maps": {"all": images.float(), "row": [images[:, 0, 0].float()]},
         }
+
+
+class Annealed(distrain.Classification):
+    """Its weight is another one in each step."""
+
+    def losses(self, model, batch):
+        self.weights = {"cross_entropy": self.step / 2}
+        return super().losses(model, batch)
+
+
+class Prepared(distrain.Classification):
+    """Its weight is known once it is prepared."""
+
+    def prepare(self, context):
+        self.weights = {"cross_entropy": 0.5}
+
+
+class Weighted(distrain.Classification):
+    """It changes nothing but a weight."""
+
+    weights = {"cross_entropy": 0.5}
+
+
+class Halved(distrain.Classification):
+    """It changes nothing but how the model is called, of whose gradient it takes half."""
+
+    def outputs(self, model, batch):
+        found = super().outputs(model, batch)
+        return found._replace(logits=0.5 * found.logits + 0.5 * found.logits.detach())
+
+
+class Clamped(distrain.Classification):
+    """It changes nothing but the weights, after each step."""
+
+    def step_taken(self, model):
+        for parameter in model.parameters():
+            parameter.clamp_(-0.1, 0.1)
+
+
+class Keeping(distrain.Classification):
+    """It changes nothing, and has a state."""
+
+    def state_dict(self):
+        return {"count": 1}
+
+    def load_state_dict(self, state):
+        assert state == {"count": 1}
+
+
+class LateLetters(CountLetters):
+    """Makes its batches by the step."""
+
+    def collate(self, samples):
+        return super().collate(samples[: len(samples) + self.step])
