@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from distrain.optim import canonical_name
+from torch.optim import Optimizer
+
+from distrain.optim import canonical_name, parts_of
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel import keeps_task
 from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights, is_of_user
@@ -19,7 +22,8 @@ _CLASS = " (of the class)"
 
 
 class UnsavedState:
-    """Compares what the task, the loss and the user's modules have on themselves, as it was after the first step.
+    """Compares what the task, and the user's loss, modules and optimizers have on themselves, as it was after the first
+    step.
 
     What is made in the first step, such as a mask that is kept, is no change. Looks after 2, 4, 8, ... steps of an
     attempt, so that what is annealed is found as well, and a long run looks a few times.
@@ -51,10 +55,23 @@ class UnsavedState:
         known = {id(each) for each in (*model.parameters(), *model.buffers())}
         held = objective.holds if objective.loss is None and not keeps_task(model) else {}
         task = {name: each for name, each in held.items() if id(each) not in known}
-        roots = {"task": task, "model": model, "loss": of_loss}
+        roots = {"task": task, "model": model, "loss": of_loss, "optimizer": _of_optimizers(self._t.state.optimizer)}
         users = {canonical_name(name) for name, module in model.named_modules() if is_of_user(type(module))}
-        found = {path: value for path, value in hidden_state(roots, files=False).items() if _counts(path, users)}
+        trained = {id(each) for each in model.parameters()}
+        hidden = hidden_state(roots, files=False, besides=trained)
+        found = {path: value for path, value in hidden.items() if _counts(path, users)}
         return found | hidden_weights("task", task, model) | hidden_weights("loss", of_loss, model)
+
+
+def _of_optimizers(optimizer: Any) -> dict[str, Any]:
+    """Return the optimizers of the user's own by name, with the state of those that they hold and do not share."""
+    found: dict[str, Any] = {}
+    for name, part in parts_of(optimizer).items():
+        if is_of_user(type(part)):
+            held = {key: each for key, each in vars(part).items() if isinstance(each, Optimizer)}
+            found[name] = part
+            found |= {f"{name}{key}.state": each.state for key, each in held.items() if each.state is not part.state}
+    return found
 
 
 def _counts(path: str, users: set[str]) -> bool:
@@ -73,6 +90,7 @@ def _warning(changed: list[str], task: str) -> str:
     cures = {
         "model": "of the model in buffers (register_buffer), or by get_extra_state and set_extra_state",
         "task": f"of task {task} by its methods state_dict() and load_state_dict(state)",
+        "optimizer": "of an optimizer in its state (self.state[parameter][name]) or its param_groups",
         "loss": "of a loss in a task of its own (docs/tasks.md)",
     }
     roots = {path.removeprefix("the weights of ").partition(".")[0] for path in changed}

@@ -178,6 +178,29 @@ def test_what_changes_and_is_not_saved_is_named(tmp_path: Path, kind: str, strat
         assert line.removeprefix("warning: ").partition(": changed from step to step")[0].split(", ") == named
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("Slow", "optimizer.count, optimizer.slow.0, optimizer.slow.1"),
+        ("Around", "optimizer.inner.state.entry 0.momentum_buffer"),
+        ("Shared", None),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "zero1"])
+def test_what_an_optimizer_of_ones_own_has_on_itself_is_named(
+    tmp_path: Path, kind: str, named: str | None, strategy: str
+) -> None:
+    text = FORGETFUL.format(task="classification", model="mlp", loss="", precision="fp32")
+    recipe = write_recipe(tmp_path, text.replace("name: sgd", f'name: "stateful_tasks:{kind}"'))
+    world_size = 1 if strategy == "single" else 2
+    ended = train(world_size, recipe, tmp_path / "run", "eval.every=null", strategy=strategy)
+    warnings = [line for line in (ended[0].out + ended[0].err).splitlines() if "no checkpoint holds" in line]
+    assert len(warnings) == (named is not None)
+    for line in warnings:
+        assert named in line
+        assert "of an optimizer in its state" in line
+
+
 def test_a_model_is_freed_with_the_task_that_holds_it() -> None:
     class Holds:
         def __init__(self, model: torch.nn.Module):

@@ -19,7 +19,7 @@ import sysconfig
 import types
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,15 @@ Part = tuple[str, Any, int, str | None]
 its name is whole."""
 
 
-def hidden_state(roots: Mapping[str, Any], *, files: bool = True) -> dict[str, str]:
+def hidden_state(
+    roots: Mapping[str, Any], *, files: bool = True, besides: Container[int] = frozenset()
+) -> dict[str, str]:
     """Return {path: value in words} of what the roots, and the user's files behind them, hold and no checkpoint does.
 
     A path begins with the name of a root and a dot, or ends with where it belongs, in brackets. `files`: whether
-    variables of the user's files are looked at.
+    variables of the user's files are looked at. `besides`: the ids of what checkpoints hold, wherever else it is.
     """
-    walk = _Walk()
+    walk = _Walk(besides)
     for name, root in roots.items():
         walk.visit(name, root, 0)
     if files:
@@ -95,14 +97,15 @@ def is_of_user(kind: type) -> bool:
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, besides: Container[int]) -> None:
         self.found: dict[str, str] = {}
+        self.besides = besides
         self.seen: set[int] = set()
         self.files: dict[str, types.ModuleType] = {}
         """The user's files that were come upon, by the names of their modules, in that order."""
 
     def visit(self, path: str, value: Any, depth: int, where: str = "") -> None:
-        if len(self.found) >= _ENTRIES:
+        if len(self.found) >= _ENTRIES or id(value) in self.besides:
             return
         try:
             words = _as_text(value)

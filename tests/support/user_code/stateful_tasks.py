@@ -136,3 +136,45 @@ class Centred(nn.Module):
     def forward(self, outputs, targets):
         self.centre += 1
         return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Slow(torch.optim.SGD):
+    """Looks ahead: weights that move slowly, and a count, which it has on itself."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.trained = [each for group in self.param_groups for each in group["params"]]
+        self.count, self.slow = 0, [each.detach().clone() for each in self.trained]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        self.count += 1
+        for slow, parameter in zip(self.slow, self.trained, strict=True):
+            if self.count % 2 == 0:
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+class Around(torch.optim.Optimizer):
+    """Holds an optimizer whose state is not its own."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.inner = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+class Shared(Around):
+    """Holds an optimizer whose state is its own, and the parameters."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.trained = [each for group in self.param_groups for each in group["params"]]
+        self.state = self.inner.state
+
+    def step(self, closure=None):
+        self.inner.state = self.state
+        self.inner.step()
