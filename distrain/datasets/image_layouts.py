@@ -211,6 +211,10 @@ def _of_named(root: Path, places: Mapping[str, Path], columns: tuple[str | None,
             raise UserError(
                 f"data.split: there is no folder {place} for {name}{close_names(place.name, folders_in(root))}"
             )
+        if not folders_in(place):
+            tables_there = [each.name for each in _tables_in(place)]
+            name_it = f"; name {' or '.join(tables_there)} in it, if that lists files and labels" * bool(tables_there)
+            raise UserError(f"{place} has no folders of classes{name_it}")
     return Layout("the folders that data.split names", {name: _lister(place) for name, place in places.items()})
 
 

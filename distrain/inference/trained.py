@@ -225,7 +225,8 @@ def _on_file(recipe: Recipe, path: Path) -> Recipe:
             f"--data path={path} --split test --changed-data"
         )
     split = {"train": place, "test": place}  # the state of the training is there, so nothing is fitted to them
-    return recipe.model_copy(update={"data": section.model_copy(update={"path": place, "split": split})})
+    folder = place if path.is_dir() else str(path.absolute().parent)  # what a table's files are in
+    return recipe.model_copy(update={"data": section.model_copy(update={"path": folder, "split": split})})
 
 
 def _check_read(recipe: Recipe, data: Data, path: Path) -> None:

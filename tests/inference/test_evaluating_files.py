@@ -177,6 +177,30 @@ def test_a_file_in_two_processes_and_in_another_form(tmp_path: Path) -> None:
         assert problem in ended.err
 
 
+def test_a_table_of_images_and_a_folder_without_classes(tmp_path: Path) -> None:
+    for seed, split in enumerate(("train", "test")):
+        _image_classes(tmp_path / split, seed)
+    _, ending, task, data, model = KINDS["image_folder"]
+    data = f"path: {tmp_path}, {data}"
+    text = RECIPE.format(
+        task=task, name="image_folder", data=data, folder=tmp_path, ending=ending, model=model, metrics="[]"
+    )
+    run = tmp_path / "run"
+    train(1, write_recipe(tmp_path, text), run)
+    new = tmp_path / "new"
+    new.mkdir()
+    lines = ["file,label"]
+    for number, picture in enumerate(sorted((tmp_path / "test").rglob("*.png"))):
+        shutil.copy(picture, new / f"{number}.png")
+        lines.append(f"{number}.png,{picture.parent.name}")
+    (new / "list.csv").write_text("\n".join(lines))
+    found = json.loads(cli("evaluate", run, new / "list.csv", "--json").out)
+    assert found["loss"] == json.loads(cli("evaluate", run, "--json").out)["loss"]
+    ended = cli("evaluate", run, new)
+    assert (ended.status, ended.out) == (1, "")
+    assert f"{new} has no folders of classes; name list.csv in it" in ended.err
+
+
 OWN = """
 import torch
 
