@@ -34,6 +34,10 @@ def evaluate_checkpoint(
     training; with `changed_data` the result says how they differ.
     """
     path = Path(split) if split not in SPLITS and Path(split).exists() else None
+    if path is not None and changed_data:
+        raise UserError(
+            f"--changed-data is of splits, and {path} is compared with no data of the training; leave it out"
+        )
     trained = Trained.load(target, data_overrides(data), evaluates=path, initial_weights=initial_weights)
     try:
         cut = path is None and find_dataset(trained.recipe.data, trained.recipe.form).registered

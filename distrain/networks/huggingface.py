@@ -165,7 +165,7 @@ def _from_folder(
             f"expected {some(sorted(found['missing_keys']))}; give the file to model.weights, which removes prefixes"
         )
     # without their values, on the meta device, equal ones are not tied either
-    if found and not is_building_on_meta() and (other := _other_than_tied(model, _fresh_ties(kind, config), folder)):
+    if found and not is_building_on_meta() and (other := _other_than_tied(model, _ties(model, kind, config), folder)):
         raise UserError(
             f"model.path: {folder / CONFIG} ties {other} to another tensor, and the weights there differ: the model "
             "could not be built again; save it with one weight for both, or, where it is the output, write "
@@ -181,10 +181,13 @@ def _from_folder(
     return model.float()
 
 
-def _fresh_ties(kind: Any, config: Any) -> dict[str, str]:
+def _ties(model: nn.Module, kind: Any, config: Any) -> dict[str, str]:
     """Return alias -> name of the tensors that are one in a model that is built by the configuration."""
-    with _as_single_process(), torch.device("meta"):
-        return tied_names(_fresh(kind, config))
+    try:
+        with _as_single_process(), torch.device("meta"):
+            return tied_names(_fresh(kind, config))
+    except Exception:  # some models look at values as they are built, or give them: those that are loaded are known
+        return tied_names(model)
 
 
 def _other_than_tied(model: nn.Module, ties: Mapping[str, str], folder: Path) -> str | None:

@@ -240,7 +240,7 @@ def _training(
     """Return what a step needs, and what is known of its model."""
     recipe, world = feed.recipe, feed.world
     objective = world.run_on_all(lambda: build_objective(recipe, feed.data.meta))
-    if objective.loss is not None:  # before a strategy's passes without values, which would leave it tensors without
+    if objective.loss is not None:  # before passes without values, which would leave it such tensors, and compiled code
         objective.loss.prepare(world.device, world.mixed_precision.weights)
     compiled = resolve_compile(recipe.train.compile, world.device)
     fitting = Fitting(feed, objective, compiled, horizon, kept, resumed)
@@ -248,8 +248,6 @@ def _training(
     strategy.state.refer(fitting.frozen)
     strategy.model.train()
     if compiled.on:
-        if objective.loss is not None:
-            objective.loss.prepare(world.device, world.mixed_precision.weights)
         world.run_on_all(lambda: compile_model(strategy.model, compiled))
     turns = []
     for number, (name, section) in enumerate(recipe.optimizers.items()):

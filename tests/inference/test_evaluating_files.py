@@ -169,6 +169,7 @@ def test_a_file_in_two_processes_and_in_another_form(tmp_path: Path) -> None:
         ([tmp_path / "bare.csv"], "lacks 'y', which the training data had"),
         ([tmp_path / "none.csv"], "it has train, test, and there is no such file"),
         ([tmp_path / "new.csv", "--split", "test"], "name one of them"),
+        ([tmp_path / "new.csv", "--changed-data"], "leave it out"),
         (["--data", f"path={tmp_path}/new.csv"], "name the file behind the run"),
         (["--data", "delimiter"], "is not KEY=VALUE"),
     ]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_meta_device import check
 from test_models import recipe_of
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import in_world
 
 from distrain.config import UserError
@@ -27,6 +28,7 @@ from distrain.config.yaml import load_recipe
 from distrain.datasets.base import DataMeta
 from distrain.launchers import open_run
 from distrain.models import build_model, tied_names
+from distrain.networks.huggingface import _ties
 from distrain.networks.meta_device import build_on_meta
 from distrain.run.folder import Launch, RunDir
 
@@ -212,6 +214,16 @@ def test_tied_weights_that_differ(tmp_path: Path, config: dict[str, Any], name: 
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"config.json ties {name} to another tensor, and the weights there differ"):
         build_model(recipe_of({"name": f"transformers:AutoModel{kind}", "path": str(tmp_path)}), TEXT)
+
+
+def test_ties_of_a_model_that_looks_at_values_as_it_is_built() -> None:
+    class Looks(GPT2LMHeadModel):
+        def __init__(self, config: GPT2Config) -> None:
+            super().__init__(config)
+            self.rate = float(torch.linspace(0, 1, 3).sum())
+
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+    assert _ties(GPT2LMHeadModel(config), Looks, config) == {"lm_head.weight": "transformer.wte.weight"}
 
 
 def test_the_other_of_tied_weights(tmp_path: Path) -> None:
