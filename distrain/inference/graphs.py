@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ _USUAL = 1e-4
 """Of a difference, as a share of the largest output."""
 _IN_ONE_FILE = 1 << 30
 """Bytes of weights up to which ONNX keeps them in the graph's own file; its format ends at 2 GiB."""
+_MOST_SAMPLES, _MOST_TOKENS = 256, 4096
+"""At sizes up to these it is tried whether the model computes something else beyond a condition of the graph."""
 _CUT = 4
 """Tokens of an input from which shorter ones are tried too."""
 
@@ -93,11 +96,11 @@ def export_graph(
     called = _Called(model, lambda tensors: _rebuilt(inputs, iter(tensors))).eval()
     tensors = [each[:2].contiguous() for each in named.values()]
     growing = [data.meta.vocab_size is not None and _holds_tokens(each) for each in tensors]
-    program, free, notes = _traced(called, tensors, growing)
+    program, free, most, notes = _traced(called, tensors, growing, [*named])
     program.example_inputs = None  # they would be pickled
     with torch.no_grad():
         expected = called(*tensors)
-    graph = _described(file.name, named, free, len(expected))
+    graph = _described(file.name, named, free, most, len(expected))
     into_folder = names_folder(out)
     parent = file.parent if not into_folder else out.parent
     part = parent / hidden("tmp", out.name)
@@ -207,21 +210,30 @@ def _holds_tokens(tensor: Tensor) -> bool:
 # The graph
 
 
+_SIZE = r"L\['\w+'\]\[(\d+)\]\.size\(\)\[(\d+)\]"
+"""A size of an input, as conditions of a graph call it."""
+
+
+class _OtherSizesError(Exception):
+    """The model computes otherwise for other sizes than those that it was traced with."""
+
+
 def _traced(
-    called: _Called, tensors: list[Tensor], growing: list[bool]
-) -> tuple[ExportedProgram, list[bool], list[str]]:
-    """Return the graph, which of its inputs may have any number of tokens, and notes."""
+    called: _Called, tensors: list[Tensor], growing: list[bool], names: Sequence[str]
+) -> tuple[ExportedProgram, list[bool], dict[str, int], list[str]]:
+    """Return the graph, which of its inputs may have any number of tokens, the most of them by name, and notes."""
     failure: Exception | None = None
     for free in [growing, [False] * len(tensors)] if any(growing) else [growing]:
         shapes = tuple({0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if grows else {}) for grows in free)
         try:
             with _quiet(), torch.no_grad():
                 program = torch.export.export(called, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+                most = _most_tokens(program, called, tensors, free, names)
         except Exception as error:  # whatever tracing somebody else's code raises
             failure = failure or error
             continue
         fixed = f"the graph takes texts of {tensors[0].shape[1]} tokens alone: {_reason(failure)}" if failure else None
-        return program, free, [] if fixed is None else [fixed]
+        return program, free, most, [] if fixed is None else [fixed]
     assert failure is not None
     raise UserError(
         f"{type(called.model).__name__} cannot be traced as a graph: {_reason(failure)}. torch.export needs a forward "
@@ -230,9 +242,64 @@ def _traced(
     ) from failure
 
 
+def _most_tokens(
+    program: ExportedProgram, called: _Called, tensors: Sequence[Tensor], free: Sequence[bool], names: Sequence[str]
+) -> dict[str, int]:
+    """Return how many tokens an input may have, where the model itself takes no more.
+
+    A graph holds one of the ways between which a forward can choose by sizes, and ONNX keeps no conditions: it would go
+    that way for all. Raises _OtherSizesError where the model computes something else for sizes that meet none.
+    """
+    most: dict[str, int] = {}
+    for guard in getattr(program, "_guards_code", None) or ():
+        if re.fullmatch(f"{_SIZE} == {_SIZE}", guard):  # inputs of one batch
+            continue
+        sizes = re.findall(_SIZE, guard)
+        numbers = {int(each) for each in re.findall(r"\d+", re.sub(_SIZE, "", guard))}
+        near = sorted({number + step for number in numbers for step in (-1, 0, 1)})
+        batches = [(each, None) for each in near if 0 < each <= _MOST_SAMPLES and any(dim == "0" for _, dim in sizes)]
+        texts = [(1, each) for each in near if 0 < each <= _MOST_TOKENS and any(dim == "1" for _, dim in sizes)]
+        if not all(_holds(program, called, _resized(tensors, free, *each)) for each in [*batches, *texts]):
+            shown = re.sub(_SIZE, lambda found: f"{names[int(found[1])]}.shape[{found[2]}]", guard)
+            raise _OtherSizesError(f"its forward chooses by sizes, and was traced where {shown}")
+        bound = re.fullmatch(rf"{_SIZE} <= (\d+)", guard)
+        if bound is not None and bound[2] == "1":
+            most[names[int(bound[1])]] = int(bound[3])
+    return most
+
+
+def _resized(tensors: Sequence[Tensor], free: Sequence[bool], samples: int, tokens: int | None) -> list[Tensor]:
+    """Return inputs of so many samples, and of so many tokens where their number is free."""
+    found = []
+    for each, grows in zip(tensors, free, strict=True):
+        count = tokens if grows and tokens is not None else None
+        repeats = [
+            -(-samples // len(each)),
+            *(1 if count is None else -(-count // each.shape[1]) for _ in range(grows)),
+        ]
+        more = each.repeat(*repeats, *[1] * (each.ndim - len(repeats)))[:samples]
+        found.append((more if count is None else more[:, :count]).contiguous())
+    return found
+
+
+def _holds(program: ExportedProgram, called: _Called, tensors: list[Tensor]) -> bool:
+    """Whether the graph, whatever its conditions, computes what the model does; also where that raises an error."""
+    try:
+        expected = called(*tensors)
+    except Exception:  # whatever somebody else's code raises
+        return True
+    try:
+        found = program.module(check_guards=False)(*tensors)
+    except Exception:
+        return False
+    return all(_difference(mine, theirs) is None for mine, theirs in zip(expected, found, strict=True))
+
+
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     lines = [line.strip(" -\t") for line in text.splitlines() if line.strip() and "TORCH_LOGS" not in line]
+    if isinstance(error, _OtherSizesError):
+        return text
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:400].rstrip(".")
 
 
@@ -252,13 +319,16 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-def _described(file: str, named: Mapping[str, Tensor], free: Sequence[bool], outputs: int) -> Graph:
+def _described(
+    file: str, named: Mapping[str, Tensor], free: Sequence[bool], most: Mapping[str, int], outputs: int
+) -> Graph:
     inputs = [
         {
             "name": name,
             "dtype": str(each.dtype).removeprefix("torch."),
             "shape": ["batch", *([f"{name}_tokens"] if grows else each.shape[1:])],
         }
+        | ({"most_tokens": most[name]} if name in most else {})
         for (name, each), grows in zip(named.items(), free, strict=True)
     ]
     return Graph(file, inputs, ["logits", *(f"output_{number}" for number in range(1, outputs))])
@@ -332,21 +402,29 @@ def _compare(
             _check_equal(mine, theirs, count, file)
 
 
-def _check_equal(expected: Tensor, found: Tensor, count: int, file: Path) -> None:
+def _difference(expected: Tensor, found: Tensor) -> str | None:
+    """Return how two outputs differ by more than rounding; None: they do not."""
     if expected.shape != found.shape:
-        raise UserError(
-            f"{file.name} gives the shape {tuple(found.shape)} for {count} samples, and the model "
-            f"{tuple(expected.shape)}; its forward must not depend on the number of samples"
-        )
+        return f"the shape {tuple(found.shape)}, and the model {tuple(expected.shape)}"
     tolerance = _TOLERANCE.get(expected.dtype, _USUAL)
     mine, theirs = expected.double(), found.double()
     scale = max(1.0, float(mine[mine.isfinite()].abs().max())) if mine.isfinite().any() else 1.0
-    if not torch.allclose(theirs, mine, rtol=0, atol=tolerance * scale, equal_nan=True):
-        difference = float((mine - theirs).abs().nan_to_num(nan=float("inf")).max())
+    if torch.allclose(theirs, mine, rtol=0, atol=tolerance * scale, equal_nan=True):
+        return None
+    difference = float((mine - theirs).abs().nan_to_num(nan=float("inf")).max())
+    return f"outputs differ by up to {difference:.3g}, and {tolerance * scale:.3g} is allowed"
+
+
+def _check_equal(expected: Tensor, found: Tensor, count: int, file: Path) -> None:
+    difference = _difference(expected, found)
+    if expected.shape != found.shape:
         raise UserError(
-            f"{file.name} computes something else than the model for {count} samples: outputs differ by up to "
-            f"{difference:.3g}, and {tolerance * scale:.3g} is allowed. Does its forward draw at random, or keep "
-            "something between calls? Export the weights instead (--format safetensors)"
+            f"{file.name} gives for {count} samples {difference}; its forward must not depend on the number of samples"
+        )
+    if difference is not None:
+        raise UserError(
+            f"{file.name} computes something else than the model for {count} samples: {difference}. Does its forward "
+            "draw at random, or keep something between calls? Export the weights instead (--format safetensors)"
         )
 
 

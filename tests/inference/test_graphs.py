@@ -60,6 +60,26 @@ class Draws(Residual):
         return super().forward(images) + torch.rand(images.shape[0], 1)
 
 
+class Switches(Residual):
+    """Computes something else for large batches."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (2 if images.shape[0] > 8 else 1)
+
+
+class SwitchesByLength(nn.Module):
+    """Computes something else for short texts, and takes no more than 40 tokens."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > 40:
+            raise ValueError("too long")
+        return self.head(self.embedding(tokens).cumsum(1) * (2 if tokens.shape[1] > 8 else 1))
+
+
 DIGITS = "task: classification\ndata: {name: digits, split: [0.7, 0.15, 0.15]}"
 TEXT = "task: language_modeling\ndata: {name: text, path: data.txt, seq_len: 32}"
 KINDS = {
@@ -74,6 +94,9 @@ KINDS = {
     "chooses": (DIGITS, '{name: "test_graphs:Chooses"}'),
     "counts": (DIGITS, '{name: "test_graphs:Counts"}'),
     "draws": (DIGITS, '{name: "test_graphs:Draws"}'),
+    "switches": (DIGITS, '{name: "test_graphs:Switches"}'),
+    "lengths": (TEXT, '{name: "test_graphs:SwitchesByLength"}'),
+    "rotary": (TEXT, "{name: gpt, n_layer: 1, n_head: 2, d_model: 16, positions: rotary}"),
 }
 
 
@@ -188,6 +211,7 @@ def test_a_folder_of_weights_has_what_is_needed_to_use_them(run_of, tmp_path, mo
         ("chooses", "cannot be traced as a graph: .+torch.export needs"),
         ("counts", r"constant \(2\).+x.shape\[0\]"),
         ("draws", "differ by up to"),
+        ("switches", r"chooses by sizes, and was traced where inputs.shape\[0\] <= 8"),
     ],
 )
 def test_a_model_that_is_no_graph_leaves_nothing(run_of, tmp_path, kind: str, why: str) -> None:
@@ -195,6 +219,24 @@ def test_a_model_that_is_no_graph_leaves_nothing(run_of, tmp_path, kind: str, wh
         export_graph(find_checkpoint(run_of(kind)), tmp_path / "model.pt2", format="pt2")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_takes_no_sizes_for_which_the_model_computes_otherwise(run_of, tmp_path) -> None:
+    found = export_graph(find_checkpoint(run_of("lengths")), tmp_path / "fixed", format="onnx")
+    assert found.notes == (
+        "the graph takes texts of 32 tokens alone: its forward chooses by sizes, and was traced where "
+        "inputs.shape[1] > 8",
+    )
+    graph = opened(tmp_path / "fixed" / "model.onnx")
+    assert graph(torch.zeros(5, 32, dtype=torch.long)).shape == (5, 32, 256)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
+        graph(torch.zeros(5, 8, dtype=torch.long))
+
+    assert export_graph(find_checkpoint(run_of("rotary")), tmp_path / "bounded", format="onnx").notes == ()
+    (inputs,) = json.loads((tmp_path / "bounded" / "config.json").read_text())["inputs"]
+    assert inputs["shape"] == ["batch", "inputs_tokens"]
+    assert inputs["most_tokens"] == 32  # more would be computed, with positions that it was not trained at
+    assert "named sizes may vary, inputs_tokens up to 32." in (tmp_path / "bounded" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class Graph:
     file: str
     """`model.onnx` or `model.pt2`."""
     inputs: Sequence[Mapping[str, Any]]
-    """{name, dtype, shape} of each, in the order in which they are passed; a dimension of any size is a name."""
+    """{name, dtype, shape} of each, in the order in which they are passed; a dimension of any size is a name, and
+    `most_tokens` the most that the model takes."""
     outputs: Sequence[str]
 
 
@@ -314,7 +315,9 @@ def _limits(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
     if "inputs" not in config:
         return found
     fixed = [f"{each['name']} {list(each['shape'])}" for each in config["inputs"]]
-    return [*found, f"The graph takes what its data type and shape say: {'; '.join(fixed)}; named sizes may vary."]
+    most = [f", {each['shape'][1]} up to {each['most_tokens']}" for each in config["inputs"] if "most_tokens" in each]
+    sizes = f"named sizes may vary{''.join(most)}"
+    return [*found, f"The graph takes what its data type and shape say: {'; '.join(fixed)}; {sizes}."]
 
 
 def _versions() -> str:
