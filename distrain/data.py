@@ -11,17 +11,17 @@ order of samples, with G the global batch size, on any number of processes and l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from distrain.config import Component, Recipe, UserError
+from distrain.config import Component, DataSection, Recipe, UserError
 from distrain.datasets.arrays import check_columns
 from distrain.datasets.base import (
     AnySource,
@@ -137,17 +137,59 @@ def build_data(
     `meta.input_shape` is the shape after the training transforms. Raises UserError for unknown names and keys, missing
     or invalid files, and transforms that do not fit the samples.
     """
-    labels = functools.partial(Labels.of, recipe)
     fitted = None if state is None else {key: value for key, value in state.items() if key != COUNTS}
-    about = float_dtype(recipe), labels, own_collate(recipe)
     without_splits = inputs_only and state is not None
-    request = DataRequest(recipe.data, recipe.form, recipe.seed, Path(), fitted, *about, inputs_only=without_splits)
+    request = replace(_request(recipe, recipe.data), state=fitted, inputs_only=without_splits)
     data = named_data(request)
     if not data.splits and reads is not None and data.meta.input_shape is None and data.read is not None:
-        data = dataclasses.replace(data, splits={reads: data.read(Path(reads))})
+        data = replace(data, splits={reads: data.read(Path(reads))})
     data = described(recipe, data, lambda kind: build_transform(recipe, kind), float_dtype(recipe), reads)
-    data = dataclasses.replace(data, warnings=(*data.warnings, *_scaled_apart(recipe, bytes_=data.byte_images)))
+    data = replace(data, warnings=(*data.warnings, *_scaled_apart(recipe, bytes_=data.byte_images)))
     return with_counts(recipe, data, state)
+
+
+def _request(recipe: Recipe, section: DataSection) -> DataRequest:
+    labels = functools.partial(Labels.of, recipe)
+    about = float_dtype(recipe), labels, own_collate(recipe)
+    return DataRequest(section, recipe.form, recipe.seed, Path(), None, *about)
+
+
+def fitted_keys(recipe: Recipe, then: DataSection, state: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the data section that differ from `then` and would have another state fitted than `state`.
+
+    Where a state is given it replaces fitting, so these keys change nothing. Each is put back alone, and the data set,
+    as it is now, is fitted with both values; a key with whose earlier value it cannot be read is not among them.
+    """
+
+    def fitted(section: DataSection) -> dict[str, Any] | None:
+        try:
+            return _without_places(named_data(_request(recipe, section)).state)
+        except UserError:
+            return None
+
+    def put_back(key: str) -> DataSection:
+        section = recipe.data.model_copy(update={key: then.args[key]} if key in then.args else {})
+        if key not in then.args and section.model_extra is not None:
+            section.model_extra.pop(key)
+        return section
+
+    now, before = recipe.data.args, then.args
+    if then.name != recipe.data.name:
+        return ["name"] if (found := fitted(recipe.data)) and found != _without_places(state) else []
+    changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+    if not state or not changed:
+        return []
+    found = fitted(recipe.data)
+    return [key for key in changed if (earlier := fitted(put_back(key))) is not None and earlier != found]
+
+
+def _without_places(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without the folders in it, beside which it has a digest of what is there."""
+    return {
+        key: value
+        for key, value in state.items()
+        if key != COUNTS and not (isinstance(value, str) and Path(value).is_absolute())
+    }
 
 
 def _scaled_apart(recipe: Recipe, *, bytes_: bool) -> list[str]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from distrain.checkpoint import Reader, find_checkpoint, read_manifest
+from distrain.checkpoint import Manifest, Reader, find_checkpoint, read_manifest
 from distrain.checkpoints.export.companion_files import FOLDER, run_of
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import parse_recipe
-from distrain.data import Transform, build_data, build_transform
+from distrain.data import Transform, build_data, build_transform, fitted_keys
 from distrain.datasets.base import AnySource, Data, DataMeta, find_dataset, is_stream
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.datasets.waiting import reading
@@ -108,6 +108,8 @@ class Trained:
 
             def build() -> tuple[Data, nn.Module, Objective]:
                 with reading("the data set"):
+                    if overrides:
+                        _check_fitted(recipe, _recipe_in(reader.manifest.recipe, checkpoint), reader.manifest)
                     data = build_data(recipe, state=reader.manifest.scalars["data"], **options)
                 if evaluates is not None:
                     _check_read(recipe, data, evaluates)
@@ -227,6 +229,16 @@ def _on_file(recipe: Recipe, path: Path) -> Recipe:
     split = {"train": place, "test": place}  # the state of the training is there, so nothing is fitted to them
     folder = place if path.is_dir() else str(path.absolute().parent)  # what a table's files are in
     return recipe.model_copy(update={"data": section.model_copy(update={"path": folder, "split": split})})
+
+
+def _check_fitted(recipe: Recipe, trained: Recipe, manifest: Manifest) -> None:
+    """Raise UserError for keys of the data that would change nothing, as a model keeps what was fitted for it."""
+    if keys := fitted_keys(recipe, trained.data, manifest.scalars["data"]):
+        named = ", ".join(f"data.{key}" for key in keys)
+        raise UserError(
+            f"{named} changes what is fitted to the training split when a run begins (statistics, categories, classes, "
+            "vocabularies), and the model keeps what it was trained with; leave it as it was"
+        )
 
 
 def _check_read(recipe: Recipe, data: Data, path: Path) -> None:

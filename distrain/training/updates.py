@@ -14,6 +14,7 @@ from distrain.checkpoint import Manifest
 from distrain.config import Recipe, UserError, is_object_spec
 from distrain.config.yaml import parse_recipe
 from distrain.config.yaml.strict_yaml import dotted, leaves
+from distrain.data import fitted_keys
 from distrain.datasets.base import Data
 from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
 from distrain.run.folder import RunDir
@@ -65,7 +66,8 @@ def take_inputs(
         return Inputs(found, lines=changing)
     # a checkpoint may be older than fingerprints are, or imported
     then: dict[str, Any] = resumed.scalars.get("inputs") or run.inputs() or {}
-    values = _recipe_changes(resumed.recipe, recipe)
+    old = _recipe_of(resumed.recipe)
+    values = _recipe_changes(old, recipe)
     lines = _changes(then, found, total_steps=not values)
     if lines and not allowed and _changes(run.inputs() or then, found, total_steps=not values):
         raise UserError(_refusal(run, recipe, resumed.step, compare(then, found), lines))
@@ -80,6 +82,21 @@ def take_inputs(
     before = noted(run, resumed.step) or {"recipe": {}, "inputs": []}
     same = all(before.get(key) == row[key] for key in ("recipe", "inputs"))
     return Inputs(found, None if same else {**row, "time": time.time()}, words)
+
+
+def check_fitted(recipe: Recipe, resumed: Manifest) -> None:
+    """Raise UserError for changed keys of the data that would change nothing, as the run keeps what it has fitted."""
+    old = _recipe_of(resumed.recipe)
+    if old is None or not (keys := fitted_keys(recipe, old.data, resumed.scalars["data"])):
+        return
+    was, now = ({"name": each.data.name, **each.data.args} for each in (old, recipe))
+    words = [
+        "the recipe changes what is fitted to the training split when a run begins (statistics, categories, classes, "
+        "vocabularies), and this run keeps what its model was trained with:",
+        *(f"  data.{key}: was {was.get(key)}, now {now.get(key)}" for key in keys),
+        "Put it back as it was (with --update), or choose another --run-dir for a new run.",
+    ]
+    raise UserError("\n".join(words))
 
 
 def noted(run: RunDir, step: int) -> dict[str, Any] | None:
@@ -118,13 +135,17 @@ def _refusal(run: RunDir, recipe: Recipe, step: int, changes: Changes, lines: li
     return "\n".join([*words, _ADVICE])
 
 
-def _recipe_changes(text: str, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Return the values that differ from those of the recipe in a checkpoint, {key: {from, to}}."""
-    if not text:  # imported without a recipe
-        return {}
+def _recipe_of(text: str) -> Recipe | None:
+    """Return the recipe of a checkpoint; None where it was imported without one, or has keys of another version."""
     try:
-        old = parse_recipe(text, "the checkpoint's recipe")
-    except UserError:  # of a version with other keys
+        return parse_recipe(text, "the checkpoint's recipe") if text else None
+    except UserError:
+        return None
+
+
+def _recipe_changes(old: Recipe | None, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return the values that differ from those of the recipe in a checkpoint, {key: {from, to}}."""
+    if old is None:
         return {}
     before, after = (
         {dotted(place): value for place, value in leaves(each.model_dump(mode="json"))} for each in (old, recipe)

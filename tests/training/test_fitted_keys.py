@@ -1,0 +1,97 @@
+"""Keys of the data that decide what is fitted when a run begins: a later change of them would change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import cli, train, write_recipe
+
+from distrain.run.folder import RunDir
+
+RECIPE = """
+name: fitted
+task: {task}
+data: {data}
+model: {model}
+batch: {{global: 8}}
+train: {{steps: 4, precision: fp64}}
+eval: {{every: null, batch: 8}}
+checkpoint: {{every: 2 steps, keep: 100, async: false}}
+"""
+TABLE = "{name: table, path: rows.csv, target: kind, drop: [size, row], split: [0.75, 0.25]}"
+SIZES = "{name: table, path: rows.csv, target: size, drop: [kind, row], split: [0.75, 0.25]}"
+IRIS = "{name: iris, split: [0.6, 0.4]}"
+PAIRS = "{name: parallel_text, path: pairs.tsv, split: [0.75, 0.25]}"
+MODELS = {"seq2seq": "{name: seq2seq, kind: gru, d_model: 8, n_layer: 1}"}
+
+
+def write_data(folder: Path) -> None:
+    rows = [
+        f"{7 * i % 11 if i % 5 else ''},{'uvw'[i % 3]},{['no', 'yes'][i % 7 > 3]},{0.5 * i},{i // 2}" for i in range(24)
+    ]
+    (folder / "rows.csv").write_text("\n".join(["width,colour,kind,size,row", *rows]) + "\n")
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    pairs = [f"{words[i % 7]} {words[i % 5]}\t{words[i % 3]} {words[i % 4]}" for i in range(24)]
+    (folder / "pairs.tsv").write_text("\n".join(pairs) + "\n")
+
+
+def begun(folder: Path, task: str, data: str) -> tuple[Path, Path]:
+    """Return a recipe and its run, which was stopped after two of four steps."""
+    write_data(folder)
+    model = MODELS.get(task, "{name: mlp, hidden: [4]}")
+    recipe = write_recipe(folder, RECIPE.format(task=task, data=data, model=model))
+    train(1, recipe, folder / "run", stop_after=1)
+    assert RunDir(folder / "run").finished is None
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "override", "was"),
+    [
+        ("binary", TABLE, "positive=no", "None"),
+        ("regression", SIZES, "target=row", "size"),
+        ("classification", IRIS, "standardize=false", "None"),
+        ("seq2seq", PAIRS, "max_vocab=3", "None"),
+    ],
+)
+def test_an_update_that_would_change_nothing_is_refused(
+    tmp_path: Path, task: str, data: str, override: str, was: str
+) -> None:
+    recipe, run = begun(tmp_path, task, data)
+    (ended,) = train(1, recipe, run, f"data.{override}", update=True, status=1)
+    key = override.partition("=")[0]
+    assert f"data.{key}: was {was}, now" in ended.err
+    assert "this run keeps what its model was trained with" in ended.err
+
+
+def test_with_the_key_put_back_the_run_resumes(tmp_path: Path) -> None:
+    recipe, run = begun(tmp_path, "binary", TABLE)
+    train(1, recipe, run, "data.missing=median", update=True, status=1)
+    train(1, recipe, run, update=True)
+    assert RunDir(run).finished is not None
+
+
+def test_another_data_set_whose_facts_are_fitted_is_refused(tmp_path: Path) -> None:
+    _, run = begun(tmp_path, "classification", IRIS)
+    table = RECIPE.format(task="classification", data=TABLE, model=MODELS.get("", "{name: mlp, hidden: [4]}"))
+    (ended,) = train(1, write_recipe(tmp_path, table), run, update=True, status=1)
+    assert "data.name: was iris, now table" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "override"),
+    [("binary", TABLE, "id=row"), ("seq2seq", PAIRS, "max_len=9")],
+)
+def test_what_is_no_part_of_it_changes(tmp_path: Path, task: str, data: str, override: str) -> None:
+    recipe, run = begun(tmp_path, task, data)
+    (ended,) = train(1, recipe, run, f"data.{override}", update=True)
+    assert f"updated  data.{override.partition('=')[0]}: was None, now" in ended.out + ended.err
+
+
+def test_an_evaluation_refuses_it_too(tmp_path: Path) -> None:
+    _, run = begun(tmp_path, "regression", SIZES)
+    assert cli("evaluate", run, "--data", "workers=1").status == 0
+    ended = cli("evaluate", run, "--data", "standardize_target=true")
+    assert ended.status == 1
+    assert "data.standardize_target changes what is fitted" in ended.err
