@@ -63,7 +63,7 @@ class Session(RunContext):
         super().__init__(run, recipe, world, stop or StopRequest(), fence, setup, called, started)
         self.outcome: Outcome | None = None
         self._state_checked = False
-        self._unsaved = UnsavedState(self.t)
+        self._unsaved = UnsavedState(self.t, called.without_state)
         self._new_state = {step for turn in self.t.turns for step in self._begins(turn)}
         """Steps, from 1, in which an optimizer may begin to keep something of some parameters."""
         starts_at(self.t.step)
@@ -225,8 +225,6 @@ class Session(RunContext):
         elif taken.step in self._new_state:  # and now that of what was frozen, or of what had not acted
             self.t.strategy.check_state()
             self._record_effect()
-        if taken.step >= self._unsaved.looks_at:
-            self._unsaved.look(taken.step)
         read: list[tuple[PendingMetrics, float, float]] = []
         """The turns that were not skipped, with loss and norm."""
         rolls_back = False
@@ -242,6 +240,8 @@ class Session(RunContext):
                 break  # what the others made of it is made again
         if not rolls_back:
             self.callbacks.step_end(taken.step, lambda: self._metrics(taken, read))
+        if taken.step >= self._unsaved.looks_at:
+            self._unsaved.look(taken.step)
         if flags.stop > 0:
             self.stop_as_requested()
         self.state.save_requested = flags.save > 0
@@ -319,11 +319,10 @@ class Session(RunContext):
         """Evaluate the model that a run resumes from, where the recipe wanted that and a stop came first."""
         step, state = self.t.step, self.state
         if state.saved_step == step and (self.evaluator.due() or (self.at_end() and not state.ended_early)):
+            self.t.set_lr(step - 1)  # as it was when the step was taken: a callback may change its scale now
             self.evaluator.evaluate()
             if state.evaluated_step == step and self.recipe.checkpoint.keep_best:
-                # which checkpoints are kept goes by the values in them
-                self.t.set_lr(step - 1)  # as it was
-                self.checkpoints.save_again()
+                self.checkpoints.save_again()  # which checkpoints are kept goes by the values in them
 
     def end(self) -> dict[str, Any]:
         """Finish the run, or leave it where it is to be stopped; returns the summary."""

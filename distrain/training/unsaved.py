@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.optim import Optimizer
 
 from distrain.optim import canonical_name, parts_of
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel import keeps_task
+from distrain.training.callbacks.base import Callback
 from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights, is_of_user
 from distrain.training.context import TrainContext
 
@@ -19,29 +23,33 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 _CLASS = " (of the class)"
+_VALUES = (bool, int, float, complex, str, Tensor, np.ndarray, np.generic, list, tuple, set, dict, deque)
 
 
 class UnsavedState:
-    """Compares what the task, and the user's loss, modules and optimizers have on themselves, as it was after the first
-    step.
+    """Compares what the task, and the user's loss, modules, optimizers and callbacks have on themselves, as it was
+    after the first step.
 
     What is made in the first step, such as a mask that is kept, is no change. Looks after 2, 4, 8, ... steps of an
     attempt, so that what is annealed is found as well, and a long run looks a few times.
     """
 
-    def __init__(self, t: TrainContext):
-        self._t, self._start = t, t.step
+    def __init__(self, t: TrainContext, callbacks: Mapping[str, Callback]):
+        """`callbacks`: the user's that keep no state, by name."""
+        self._t, self._start, self._callbacks = t, t.step, callbacks
         self._first: dict[str, str] | None = None
+        self._named = set[str]()
+        """Roots of what a warning has named."""
         self.looks_at = t.step + 1 if t.world.rank == 0 else math.inf
         """After which step to call `look`; a later one will do."""
 
     def look(self, step: int) -> None:
-        """Warn by name of what has changed, once."""
+        """Warn by name of what has changed: of the task once, of the model once, and so on."""
         self.looks_at = self._start + 2 * (step - self._start)
         if self._first is None:
             self._first = self._now()
-        elif changed := self._changed(self._first):
-            self.looks_at = math.inf
+        elif changed := [path for path in self._changed(self._first) if _root(path) not in self._named]:
+            self._named |= set(map(_root, changed))
             logger.warning(_warning(changed, self._t.objective.name))
 
     def _changed(self, first: Mapping[str, str]) -> list[str]:
@@ -56,6 +64,7 @@ class UnsavedState:
         held = objective.holds if objective.loss is None and not keeps_task(model) else {}
         task = {name: each for name, each in held.items() if id(each) not in known}
         roots = {"task": task, "model": model, "loss": of_loss, "optimizer": _of_optimizers(self._t.state.optimizer)}
+        roots["callback"] = {name: _of_callback(each) for name, each in self._callbacks.items()}
         users = {canonical_name(name) for name, module in model.named_modules() if is_of_user(type(module))}
         trained = {id(each) for each in model.parameters()}
         hidden = hidden_state(roots, files=False, besides=trained)
@@ -74,6 +83,12 @@ def _of_optimizers(optimizer: Any) -> dict[str, Any]:
     return found
 
 
+def _of_callback(callback: Callback) -> dict[str, Any]:
+    """Return what a callback has on itself, but for what others have made, such as its view of the run or a board."""
+    held = vars(callback).items()
+    return {name: each for name, each in held if isinstance(each, _VALUES) or is_of_user(type(each))}
+
+
 def _counts(path: str, users: set[str]) -> bool:
     """Whether what changed is state of the user's own, and no result that is kept to be computed once."""
     root, _, rest = path.removesuffix(_CLASS).partition(".")
@@ -85,6 +100,10 @@ def _counts(path: str, users: set[str]) -> bool:
     return any(".".join(parts[:end]) in users for end in range(len(parts)))
 
 
+def _root(path: str) -> str:
+    return path.removeprefix("the weights of ").partition(".")[0]
+
+
 def _warning(changed: list[str], task: str) -> str:
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     cures = {
@@ -92,11 +111,13 @@ def _warning(changed: list[str], task: str) -> str:
         "task": f"of task {task} by its methods state_dict() and load_state_dict(state)",
         "optimizer": "of an optimizer in its state (self.state[parameter][name]) or its param_groups",
         "loss": "of a loss in a task of its own (docs/tasks.md)",
+        "callback": "of a callback by its methods state_dict() and load_state_dict(state)",
     }
-    roots = {path.removeprefix("the weights of ").partition(".")[0] for path in changed}
+    roots = set(map(_root, changed))
     cure = "; ".join(each for root, each in cures.items() if root in roots)
     return (
         f"{', '.join(changed[:_SHOWN])}{more}: changed from step to step, and no checkpoint holds it. Where a later "
-        "step reads it, a run that is stopped and resumed trains something else than one that is not. Keep it: "
-        f"{cure}. What depends on the number of steps alone is computed from it: a task has it as self.step"
+        "step reads it, a run that is stopped and resumed trains or reports something else than one that is not. Keep "
+        f"it: {cure}. What depends on the number of steps alone is computed from it: a task has it as self.step, a "
+        "callback as run.step"
     )

@@ -175,6 +175,8 @@ def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps
     drawn = [key for key in values if key in ("seed", "data.stratify") or key.startswith("data.split")]
     if drawn and not isinstance(recipe.data.split, dict):
         words.append(f"{' and '.join(drawn)} changed. {DRAWN_ANEW}")
+    if "model.weights" in values:
+        words.append("model.weights changed, and a resumed run reads none: it has the weights of its checkpoint")
     if "seed" in values:
         words.append("seed changed, and with it the order: of this epoch some samples are taken again and others never")
     return [f"warning: {text}" for text in words]

@@ -132,6 +132,37 @@ class Stops(Callback):
         self.ask(self.run.step, "evaluate")
 
 
+class Tally(Callback):
+    """Counts, and keeps that nowhere."""
+
+    def __init__(self):
+        self.steps, self.seen = 0, {}
+
+    def on_step_end(self, step, metrics):
+        self.steps += 1
+        self.seen["loss"] = metrics.loss
+
+
+class Tallies(Tally):
+    """Needs no count of an earlier attempt."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state): ...
+
+
+class Looks(Callback):
+    """Has on itself what is kept elsewhere, or by others."""
+
+    def on_start(self, run):
+        self.run, self.model, self.optimizer, self.log = run, run.model, run.optimizer, run.log
+        self.parameters, self.file = list(run.model.parameters()), open(os.devnull, "w")
+
+    def on_step_end(self, step, metrics):
+        self.file.write(f"{step}: {metrics}")
+
+
 class Holds(Total):
     def state_dict(self):
         return {"total": (1, 2)}
@@ -279,6 +310,17 @@ def test_callbacks_that_come_and_go_say_whose_state_is_not_used(tmp_path: Path) 
     assert kept["evaluations"] < 3
 
 
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "ddp"), (2, "fsdp2")])
+def test_what_one_counts_and_does_not_keep_is_named(tmp_path: Path, world_size: int, strategy: str) -> None:
+    names = "Tally", "Tallies", "Looks", "Total"
+    recipe = recipe_with(tmp_path, *(f'"mine.py:{name}"' for name in names))
+    ended = train(world_size, recipe, tmp_path / "run", "train.steps=4", strategy=strategy)
+    (said,) = [line for line in (ended[0].out + ended[0].err).splitlines() if "no checkpoint holds" in line]
+    changed = said.removeprefix("warning: ").partition(": changed from step to step")[0]
+    assert changed == "callback.Tally.steps, callback.Tally.seen.loss"
+    assert "of a callback by its methods state_dict() and load_state_dict(state)" in said
+
+
 def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
     (ended,) = train(1, recipe_with(tmp_path, "mine.py:Holds"), tmp_path / "run", status=1)
     assert "state_dict() of callback Holds.total is (1, 2), a tuple" in ended.err
@@ -314,9 +356,11 @@ def test_a_callback_lowers_the_learning_rate_by_its_scale_and_is_told_where_that
         assert np.array_equal(ends["lr"][key], value), "it did not last"
     assert any(not np.array_equal(ends["scale"][key], value) for key, value in ends["none"].items())
     recipe = tmp_path / "recipe.yaml"
-    train(1, recipe, tmp_path / "resumed", stop_after=6)
+    train(1, recipe, tmp_path / "resumed", stop_after=3)  # before the evaluation that lowers the rate
     train(1, recipe, tmp_path / "resumed")
-    assert difference(checkpoint(tmp_path / "resumed", 12), checkpoint(tmp_path / "scale", 12)).identical
+    for step in (4, 12):
+        found = difference(checkpoint(tmp_path / "resumed", step), checkpoint(tmp_path / "scale", step))
+        assert found.identical, "\n".join(found.lines())
 
 
 @pytest.mark.parametrize("on", ["step", "evaluate"])

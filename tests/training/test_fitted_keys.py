@@ -1,4 +1,4 @@
-"""Keys of the data that decide what is fitted when a run begins: a later change of them would change nothing."""
+"""Keys of a recipe that decide how a run begins: a later change of them would change nothing."""
 
 from __future__ import annotations
 
@@ -95,3 +95,11 @@ def test_an_evaluation_refuses_it_too(tmp_path: Path) -> None:
     ended = cli("evaluate", run, "--data", "standardize_target=true")
     assert ended.status == 1
     assert "data.standardize_target changes what is fitted" in ended.err
+
+
+def test_other_initial_weights_are_said_to_be_unread(tmp_path: Path) -> None:
+    recipe, run = begun(tmp_path, "classification", IRIS)
+    train(1, recipe, tmp_path / "other", "seed=1")
+    weights = f"model.weights={tmp_path / 'other' / 'export' / 'model.safetensors'}"
+    (ended,) = train(1, recipe, run, weights, update=True)
+    assert "model.weights changed, and a resumed run reads none" in ended.out + ended.err

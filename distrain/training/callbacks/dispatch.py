@@ -287,6 +287,11 @@ class Callbacks:
     # ----------------------------------------------------------------------------------------------------------------
     # State
 
+    @property
+    def without_state(self) -> dict[str, Callback]:
+        """The user's of which checkpoints keep nothing."""
+        return {name: each for name, each in self._named.items() if name not in self._stateful}
+
     def history(self) -> dict[str, Any]:
         """Rank 0: return what a checkpoint keeps of the built-in ones, as JSON values."""
         found: dict[str, Any] = {}
