@@ -201,6 +201,10 @@ def as_given(key: str, value: Any) -> tuple[str, Given]:
         )
     if not callable(value):
         raise UserError(f"{key}: found a {type(value).__name__}; expected a class, a function or a name")
+    if key == "loss":
+        from torch import nn
+
+        value = copy.deepcopy(value) if isinstance(value, nn.Module) else value  # the next run starts as this did
     whole = inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, functools.partial)
     return _name_of(value), Given(
         value, {**sources_of(value if whole else type(value)), **(values_of(value) if key != "callbacks" else {})}

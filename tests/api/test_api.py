@@ -234,6 +234,25 @@ def test_a_loss_of_torch_goes_by_its_name(loss: Any, stored: Any) -> None:
     assert Objects().component("loss", loss) == stored
 
 
+class Centred(torch.nn.Module):
+    """A loss that weighs more with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.calls * functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def test_of_a_loss_that_is_a_module_a_copy_is_used() -> None:
+    loss = Centred()
+    runs = [train(f"runs/{number}", model=Net, loss=loss) for number in range(2)]
+    assert loss.calls == 0
+    assert difference(last(runs[0].path), last(runs[1].path)).identical
+
+
 def test_a_function_of_torch_and_the_loss_of_its_name_are_one_loss() -> None:
     named, given = train("runs/named", model=Net), train(model=Net, loss=functional.cross_entropy)
     assert difference(last(named.path), last(given.path)).identical
