@@ -20,8 +20,8 @@ from distrain.checkpoints.rank_files import Part
 from distrain.checkpoints.sources import Source
 from distrain.run.heartbeat import progress
 
-WINDOW = 8 << 20
-"""Bytes of short parts that a thread reads before it writes them."""
+WINDOW = 2 << 20
+"""Bytes of short parts that a thread reads before it writes them: they stay in the cache of a core in between."""
 FEW = 8
 """With fewer files there is too little to bring together."""
 SHORT = 1 << 16
