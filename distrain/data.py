@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,12 +162,6 @@ def fitted_keys(recipe: Recipe, then: DataSection, state: Mapping[str, Any]) -> 
     as it is now, is fitted with both values; a key with whose earlier value it cannot be read is not among them.
     """
 
-    def fitted(section: DataSection) -> dict[str, Any] | None:
-        try:
-            return _without_places(named_data(_request(recipe, section)).state)
-        except UserError:
-            return None
-
     def put_back(key: str) -> DataSection:
         section = recipe.data.model_copy(update={key: then.args[key]} if key in then.args else {})
         if key not in then.args and section.model_extra is not None:
@@ -175,12 +170,27 @@ def fitted_keys(recipe: Recipe, then: DataSection, state: Mapping[str, Any]) -> 
 
     now, before = recipe.data.args, then.args
     if then.name != recipe.data.name:
-        return ["name"] if (found := fitted(recipe.data)) and found != _without_places(state) else []
+        return ["name"] if (found := _fitted(recipe, recipe.data)) and found != _without_places(state) else []
     changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
     if not state or not changed:
         return []
-    found = fitted(recipe.data)
-    return [key for key in changed if (earlier := fitted(put_back(key))) is not None and earlier != found]
+    found = _fitted(recipe, recipe.data)
+    return [key for key in changed if (earlier := _fitted(recipe, put_back(key))) is not None and earlier != found]
+
+
+def is_outdated(recipe: Recipe, state: Mapping[str, Any]) -> bool:
+    """Whether another state than `state`, which replaces fitting, would be fitted to the data as they are now."""
+    found = _fitted(recipe, recipe.data)
+    return found is not None and (COUNTS in state or found != _without_places(state))
+
+
+def _fitted(recipe: Recipe, section: DataSection) -> dict[str, Any] | None:
+    """Return what is fitted to the data as they are now, as a checkpoint has it; None where they cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(named_data(_request(recipe, section)).state))
+    except UserError:
+        return None
+    return _without_places(found)
 
 
 def _without_places(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from distrain.checkpoint import Manifest
 from distrain.config import Recipe, UserError, is_object_spec
 from distrain.config.yaml import parse_recipe
 from distrain.config.yaml.strict_yaml import dotted, leaves
-from distrain.data import fitted_keys
+from distrain.data import fitted_keys, is_outdated
 from distrain.datasets.base import Data
 from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
 from distrain.run.folder import RunDir
@@ -31,6 +31,11 @@ _CHANGING = (
     "samples of {} are others each time that they are read: they depend on what was read before, so a resume, loader "
     "processes or another number of processes mean other samples. Draw by the global generators of random, numpy and "
     "torch, which distrain seeds before each item, or by a generator that is made anew from the sample's number"
+)
+_KEPT = (
+    "the data changed, and what the run fitted to its training split when it began (statistics, categories, "
+    "vocabularies, counts of classes) stays as it was, as its model was trained with it: new words and categories are "
+    "unknown ones"
 )
 
 
@@ -74,7 +79,10 @@ def take_inputs(
     accept(run, found)
     words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
     words += [f"updated  {line}" for line in lines]
-    words += [f"warning: {line}" for line in compare(then, found).unsure]
+    changes = compare(then, found)
+    words += [f"warning: {line}" for line in changes.unsure]
+    if changes.data and is_outdated(recipe, resumed.scalars["data"]):
+        words.append(f"warning: {_KEPT}")
     words += changing + _consequences(values, recipe, total_steps, resumed.step)
     if not then and "imported_from" not in resumed.scalars:
         words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")

@@ -23,7 +23,10 @@ TABLE = "{name: table, path: rows.csv, target: kind, drop: [size, row], split: [
 SIZES = "{name: table, path: rows.csv, target: size, drop: [kind, row], split: [0.75, 0.25]}"
 IRIS = "{name: iris, split: [0.6, 0.4]}"
 PAIRS = "{name: parallel_text, path: pairs.tsv, split: [0.75, 0.25]}"
-MODELS = {"seq2seq": "{name: seq2seq, kind: gru, d_model: 8, n_layer: 1}"}
+MODELS = {
+    "seq2seq": "{name: seq2seq, kind: gru, d_model: 8, n_layer: 1}",
+    "language_modeling": "{name: gpt, d_model: 8, n_layer: 1, n_head: 2}",
+}
 
 
 def write_data(folder: Path) -> None:
@@ -103,3 +106,24 @@ def test_other_initial_weights_are_said_to_be_unread(tmp_path: Path) -> None:
     weights = f"model.weights={tmp_path / 'other' / 'export' / 'model.safetensors'}"
     (ended,) = train(1, recipe, run, weights, update=True)
     assert "model.weights changed, and a resumed run reads none" in ended.out + ended.err
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "file", "kept"),
+    [
+        ("binary", TABLE, "rows.csv", True),
+        ("seq2seq", PAIRS, "pairs.tsv", True),
+        ("language_modeling", "{name: text, path: pairs.tsv, seq_len: 8, split: [0.75, 0.25]}", "pairs.tsv", False),
+    ],
+)
+def test_that_grown_data_are_fitted_as_before_is_said(
+    tmp_path: Path, task: str, data: str, file: str, kept: bool
+) -> None:
+    recipe, run = begun(tmp_path, task, data)
+    lines = (tmp_path / file).read_text().splitlines()
+    more = [line.replace("one", "eight").replace("u", "x") for line in lines[1:]]
+    (tmp_path / file).write_text("\n".join([*lines, *more]) + "\n")
+    (ended,) = train(1, recipe, run, update=True)
+    said = ended.out + ended.err
+    assert f"updated  data file {file}" in said
+    assert ("stays as it was, as its model was trained with it" in " ".join(said.split())) == kept
