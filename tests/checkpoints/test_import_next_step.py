@@ -320,6 +320,23 @@ def test_folders_of_the_trainer(theirs, tmp_path, named):
     assert any("numbers instead of" in what for what in done.skipped) is not named
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "weights.pt"])
+def test_a_folder_of_one_file_says_what_else_is_in_it(tmp_path, name):
+    """As that of the Trainer with peft, which keeps the adapters alone under a name of their own."""
+    folder, tensors = tmp_path / "checkpoint-20", {"base_model.model.a.lora_A.weight": torch.ones(2, 3)}
+    folder.mkdir()
+    if name.endswith(".pt"):
+        torch.save(tensors, folder / name)
+    else:
+        safetensors.torch.save_file(tensors, folder / name)
+    (folder / "trainer_state.json").write_text('{"global_step": 20}')
+    for other in ("adapter_config.json", "average.npz"):
+        (folder / other).write_bytes(b"{}")
+    done = import_checkpoint(folder, tmp_path / "run")
+    assert done.step == 20
+    assert [each for each in done.skipped if "file" in each] == ["other files: average.npz"]
+
+
 def test_state_of_each_weight_has_the_shape_of_its_parameter(tmp_path):
     """Held for every optimizer of torch: their fused kernels do not look at shapes."""
     tried = set()

@@ -22,6 +22,13 @@ from distrain.system.errors import UserError, some
 AVERAGE_COUNT = "n_averaged"
 """The counter of torch's AveragedModel, beside the averages, which have `module.` in their names."""
 _MAX_TEXT = 64 << 20  # bytes of an index or a configuration
+_TRAINER = "trainer_state.json"
+_SCALER = "scaler.pt"
+_STATE = re.compile(
+    r"random_states_\d+\.pkl|scheduler(_\d+)?\.bin|sampler(_\d+)?\.bin"
+    r"|rng_state(_\d+)?\.pth|scheduler\.pt|training_args\.bin"
+)
+_HARMLESS = re.compile(r".*\.(json|txt|model|md|jinja)|\.gitattributes")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -138,6 +145,22 @@ def basename(name: Any, path: Path, what: str) -> str:
         found = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
         raise UserError(f"{path}: {what} is {found}, which is not the name of a file beside it")
     return name
+
+
+def add_rest(source: Source, folder: Path, used: Iterable[str]) -> None:
+    """Add the step that Hugging Face's Trainer records in a folder, and name the files that are not `used`."""
+    names = {entry.name for entry in folder.iterdir()} - {*used}
+    step = read_json(folder / _TRAINER).get("global_step") if _TRAINER in names else None
+    if type(step) is int and 0 <= step < 10**18:
+        source.steps["global_step"] = step
+    if state := sorted(name for name in names if _STATE.fullmatch(name)):
+        source.skipped.append(
+            f"random states, schedules and the like, which distrain computes from the step: {some(state)}"
+        )
+    if _SCALER in names:
+        source.skipped.append(f"{_SCALER}: the loss scale of fp16 starts anew")
+    if others := sorted(n for n in names - {_SCALER} - {*state} if not _HARMLESS.fullmatch(n)):
+        source.skipped.append(f"other files: {some(others)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from distrain.checkpoints.foreign import from_distributed, from_safetensors, from_torch
-from distrain.checkpoints.foreign.common import TorchFile, read_json
+from distrain.checkpoints.foreign.common import TorchFile, add_rest
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.sources import Source
 from distrain.config.registry import formats
@@ -15,15 +15,8 @@ from distrain.system.errors import UserError, some
 _FSDP = "pytorch_model_fsdp"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
-_TRAINER = "trainer_state.json"
-_SCALER = "scaler.pt"
-_STATE = re.compile(
-    r"random_states_\d+\.pkl|scheduler(_\d+)?\.bin|sampler(_\d+)?\.bin"
-    r"|rng_state(_\d+)?\.pth|scheduler\.pt|training_args\.bin"
-)
 _OPTIMIZER = re.compile(r"optimizer(_\d+)?\.(?:bin|pt)")
 _FURTHER_MODEL = re.compile(r"(?:model|pytorch_model)_\d+\.(?:safetensors|bin)")
-_HARMLESS = re.compile(r".*\.(json|txt|model|md|jinja)|\.gitattributes")
 
 
 def is_folder(folder: Path) -> bool:
@@ -60,26 +53,8 @@ def open_folder(source: Source, folder: Path, *, trust: bool) -> None:
             f"there are several models, such as {further[0]}, and nothing tells which of them an optimizer trained"
         )
         used |= set(further)
-    _add_step(source, folder, names)
     source.config = from_safetensors.read_config(folder)
-    state = sorted(name for name in names if _STATE.fullmatch(name))
-    if state:
-        source.skipped.append(
-            f"random states, schedules and the like, which distrain computes from the step: {some(state)}"
-        )
-    if _SCALER in names:
-        source.skipped.append(f"{_SCALER}: the loss scale of fp16 starts anew")
-        used.add(_SCALER)
-    others = sorted(n for n in names - used - set(state) if not _HARMLESS.fullmatch(n))
-    if others:
-        source.skipped.append(f"other files: {some(others)}")
-
-
-def _add_step(source: Source, folder: Path, names: set[str]) -> None:
-    """Add the number of steps that Hugging Face's Trainer records."""
-    step = read_json(folder / _TRAINER).get("global_step") if _TRAINER in names else None
-    if type(step) is int and 0 <= step < 10**18:
-        source.steps["global_step"] = step
+    add_rest(source, folder, used)
 
 
 def _open_model(source: Source, folder: Path, names: set[str], trust: bool) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoints.files import open_descriptor
-from distrain.checkpoints.foreign.common import basename, canonical_names, read_json
+from distrain.checkpoints.foreign.common import add_rest, basename, canonical_names, read_json
 from distrain.checkpoints.format import CheckpointError, TensorSpec
 from distrain.checkpoints.headers import Header, read_header
 from distrain.checkpoints.sources import Source, in_one_file
@@ -46,12 +46,16 @@ def open_safetensors(source: Source, path: Path, *, trust: bool) -> None:
     folder, index = (path, path / INDEX) if path.is_dir() else (path.parent, path)
     if index.exists():
         open_indexed(source, index)
+        used = [*weight_map(index)]
     else:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise UserError(f"{path}: {len(files)} safetensors files and no {index.name}; name one of them")
         open_file(source, files[0])
+        used = [files[0].name]
     source.config = read_config(folder)
+    if path.is_dir():
+        add_rest(source, folder, used)
 
 
 def open_file(source: Source, path: Path) -> None:

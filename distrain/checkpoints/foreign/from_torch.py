@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.checkpoints.files import open_descriptor
-from distrain.checkpoints.foreign.common import TorchFile, add_state_dict, basename
+from distrain.checkpoints.foreign.common import TorchFile, add_rest, add_state_dict, basename
 from distrain.checkpoints.foreign.optimizers import add_optimizer
 from distrain.checkpoints.foreign.pickles import View
 from distrain.checkpoints.sources import Source
@@ -54,6 +54,8 @@ def open_torch(source: Source, path: Path, *, trust: bool) -> None:
     if len(files) != 1:
         raise UserError(f"{path} is a folder with {len(files)} files of torch.save; name one of them")
     open_file(source, files[0], trust=trust)
+    if path.is_dir():
+        add_rest(source, path, [files[0].name])
 
 
 def open_file(source: Source, path: Path, *, trust: bool) -> None:
