@@ -83,7 +83,7 @@ def take_inputs(
     words += [f"warning: {line}" for line in changes.unsure]
     if changes.data and is_outdated(recipe, resumed.scalars["data"]):
         words.append(f"warning: {_KEPT}")
-    words += changing + _consequences(values, recipe, total_steps, resumed.step)
+    words += changing + _consequences(values, recipe, total_steps, resumed)
     if not then and "imported_from" not in resumed.scalars:
         words.append("the checkpoint does not say what data and code it was trained with, so they are not compared")
     row = {"event": EVENT, "step": resumed.step, "recipe": values, "inputs": lines}
@@ -165,9 +165,9 @@ def _recipe_changes(old: Recipe | None, recipe: Recipe) -> dict[str, dict[str, A
     }
 
 
-def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps: int, step: int) -> list[str]:
-    """Return warnings of what changed values of a recipe mean for a run that has made `step` steps."""
-    words = []
+def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps: int, resumed: Manifest) -> list[str]:
+    """Return warnings of what changed values of a recipe mean for a run that resumes from a checkpoint."""
+    words, step = [], resumed.step
     before, after = (values.get("batch.global", {}).get(key) for key in ("from", "to"))
     if isinstance(before, int) and isinstance(after, int) and step:
         # the samples of a step follow from its number
@@ -183,6 +183,13 @@ def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps
     drawn = [key for key in values if key in ("seed", "data.stratify") or key.startswith("data.split")]
     if drawn and not isinstance(recipe.data.split, dict):
         words.append(f"{' and '.join(drawn)} changed. {DRAWN_ANEW}")
+    kept = ("optimizer_group_values", "optimizer_group_nested")
+    held = {key for name in kept for group in resumed.scalars.get(name) or () for key in group} - {"lr"}
+    words += [
+        f"{key} changed, and has no effect where a callback or the optimizer has changed a group's {setting}, which lasts"
+        for key in values
+        if key.startswith("optim.") and (setting := key.rpartition(".")[2]) in held
+    ]
     if "model.weights" in values:
         words.append("model.weights changed, and a resumed run reads none: it has the weights of its checkpoint")
     if "seed" in values:

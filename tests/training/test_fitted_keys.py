@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import cli, train, write_recipe
+from runs import cli, last, train, write_recipe
 
+from distrain.checkpoint import read_manifest
 from distrain.run.folder import RunDir
 
 RECIPE = """
@@ -98,6 +99,35 @@ def test_an_evaluation_refuses_it_too(tmp_path: Path) -> None:
     ended = cli("evaluate", run, "--data", "standardize_target=true")
     assert ended.status == 1
     assert "data.standardize_target changes what is fitted" in ended.err
+
+
+HALVES = """
+from distrain import Callback
+
+
+class Halves(Callback):
+    def on_start(self, run):
+        for group in run.optimizer.param_groups if run.resumed_step is None else ():
+            group["lr_scale"] *= 0.5
+"""
+
+
+def test_a_setting_that_a_callback_has_changed_is_said_to_last(tmp_path: Path) -> None:
+    (tmp_path / "halves.py").write_text(HALVES)
+    write_data(tmp_path)
+    groups = "optim: {groups: [{params: '*.bias', lr_scale: 0.8}]}\ncallbacks: ['halves.py:Halves']\n"
+    text = RECIPE.format(task="binary", data=TABLE, model="{name: mlp, hidden: [4]}") + groups
+    recipe = write_recipe(tmp_path, text)
+    train(1, recipe, tmp_path / "run", stop_after=1)
+    (ended,) = train(1, recipe, tmp_path / "run", "optim.groups.0.lr_scale=0.1", "optim.weight_decay=0.1", update=True)
+    said = " ".join((ended.out + ended.err).split())
+    assert (
+        "optim.groups.0.lr_scale changed, and has no effect where a callback or the optimizer has changed a group's"
+        in said
+    )
+    assert "optim.weight_decay changed, and" not in said
+    scales = [group["lr_scale"] for group in read_manifest(last(tmp_path / "run")).scalars["optimizer_groups"]]
+    assert scales == [0.5, 0.4]
 
 
 def test_other_initial_weights_are_said_to_be_unread(tmp_path: Path) -> None:
