@@ -186,7 +186,7 @@ def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps
     kept = ("optimizer_group_values", "optimizer_group_nested")
     held = {key for name in kept for group in resumed.scalars.get(name) or () for key in group} - {"lr"}
     words += [
-        f"{key} changed, and has no effect where a callback or the optimizer has changed a group's {setting}, which lasts"
+        f"{key} changed, without effect where a callback or the optimizer has changed a group's {setting}, which lasts"
         for key in values
         if key.startswith("optim.") and (setting := key.rpartition(".")[2]) in held
     ]

@@ -122,10 +122,10 @@ def test_a_setting_that_a_callback_has_changed_is_said_to_last(tmp_path: Path) -
     (ended,) = train(1, recipe, tmp_path / "run", "optim.groups.0.lr_scale=0.1", "optim.weight_decay=0.1", update=True)
     said = " ".join((ended.out + ended.err).split())
     assert (
-        "optim.groups.0.lr_scale changed, and has no effect where a callback or the optimizer has changed a group's"
+        "optim.groups.0.lr_scale changed, without effect where a callback or the optimizer has changed a group's"
         in said
     )
-    assert "optim.weight_decay changed, and" not in said
+    assert "optim.weight_decay changed, without" not in said
     scales = [group["lr_scale"] for group in read_manifest(last(tmp_path / "run")).scalars["optimizer_groups"]]
     assert scales == [0.5, 0.4]
 
