@@ -214,10 +214,13 @@ def test_a_folder_of_weights_has_what_is_needed_to_use_them(run_of, tmp_path, mo
         ("switches", r"chooses by sizes, and was traced where inputs.shape\[0\] <= 8"),
     ],
 )
-def test_a_model_that_is_no_graph_leaves_nothing(run_of, tmp_path, kind: str, why: str) -> None:
+def test_a_model_that_is_no_graph_leaves_nothing(run_of, tmp_path, capsys, kind: str, why: str) -> None:
+    checkpoint = find_checkpoint(run_of(kind))
+    capsys.readouterr()
     with pytest.raises(UserError, match=why) as error:
-        export_graph(find_checkpoint(run_of(kind)), tmp_path / "model.pt2", format="pt2")
+        export_graph(checkpoint, tmp_path / "model.pt2", format="pt2")
     assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
 
 
