@@ -183,8 +183,15 @@ def test_lightnings_average_is_not_taken_for_the_weights(theirs, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # a model that starts from it has what Lightning's load_from_checkpoint gives
     model = torch.nn.Linear(3, 2)
-    load_weights(model, tmp_path / "last.ckpt")
+    report = load_weights(model, tmp_path / "last.ckpt")
     assert torch.equal(model.weight, average["weight"])
+    assert report.notes == (
+        "state_dict is taken, which is the moving average; current_model_state are the weights beside it",
+    )
+    torch.save({"model": theirs["model"], "ema": average}, tmp_path / "both.pt")
+    report = load_weights(model, tmp_path / "both.pt")
+    assert torch.equal(model.weight, theirs["model"]["weight"])
+    assert report.notes == ("the weights of both.pt, not their moving average, which `distrain export --ema` writes",)
     # of an import no recipe is known, and so nothing is said beside its weights
     done = import_checkpoint(tmp_path / "last.ckpt", tmp_path / "run")
     command("export", done.path, "-o", tmp_path / "folder")

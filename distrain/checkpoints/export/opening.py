@@ -83,6 +83,8 @@ def open_tensors(path: Path | str) -> tuple[Source, list[str]]:
     source.verify(name for name in source.names if name.startswith("model/"))
     # which tensors are buffers does not matter to a model that knows it
     notes = [note for note in source.notes if not note.startswith(_AS_BUFFERS)]
+    if any(name.startswith("ema/") for name in source.names):
+        notes.append(f"the weights of {found.name}, not their moving average, which `distrain export --ema` writes")
     return source, [*notes, *(what for what in source.skipped if NO_TENSORS in what)]
 
 

@@ -62,9 +62,11 @@ def open_file(source: Source, path: Path, *, trust: bool) -> None:
     """Add the model in one file, and the optimizer, average of the weights, and step that it was saved with."""
     file = TorchFile(source, path, trust=trust)
     state, others = _model(file)
-    if source.wants_optimizer and isinstance(others.get(CURRENT), dict):
+    if isinstance(others.get(CURRENT), dict) and source.wants_optimizer:
         state, others[AVERAGE[0]] = others.pop(CURRENT), state
         source.notes.append(f"state_dict is the moving average, and {CURRENT} the weights, as Lightning saves them")
+    elif isinstance(others.get(CURRENT), dict):
+        source.notes.append(f"state_dict is taken, which is the moving average; {CURRENT} are the weights beside it")
     add_state_dict(source, file, state)
     averages = list(_averages(others))
     if len(averages) == 1:
