@@ -129,6 +129,7 @@ class Trained:
                 objective.bind(model, replace(context, initial_model=initial_model))
                 objective.at_step(reader.manifest.step)
                 load_task_state(model, reader)
+                objective.load(reader.manifest.scalars)
                 return data, model.to(world.device).eval(), objective
 
             data, model, objective = world.run_on_all(build)

@@ -97,6 +97,7 @@ class Checkpoints:
                 scalars=found.scalars
                 | more
                 | context.setup.anomalies.scalars()
+                | t.objective.scalars()
                 | {"data": context.data.state, "transformers_config": transformers_config(strategy.model)}
                 | {"inputs": context.setup.inputs.fingerprint, "transformers_files": context.setup.beside}
                 | self._what_builds(),
@@ -191,6 +192,7 @@ class Checkpoints:
         world = self._context.world
         reader = open_verified(world, path) if verify else world.run_on_all(lambda: Reader(path, verify=False))
         t.strategy.restore(reader)
+        t.objective.load(reader.manifest.scalars)
         reader.close()
         t.step = reader.manifest.step
         return reader.manifest

@@ -152,6 +152,7 @@ def set_up(
             check_documents_apart(model, model_call, data.meta.vocab_size or 0, world.device, narrow=narrow)
     tried = _tried(training, feed, fitting.model.parameters, run.path / FOLDER)
     anomalies = training.anomalies = Anomalies(run, recipe, world, fence, resumed.step if resumed is not None else 0)
+    training.objective.load(resumed.scalars if resumed is not None else {})  # also after what was tried
     if reader is not None:
         for note in training.strategy.restore(reader):
             logger.info(note)

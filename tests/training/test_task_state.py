@@ -150,6 +150,30 @@ def test_half_of_a_state_is_refused(tmp_path: Path) -> None:
     assert "has state_dict alone; expected state_dict and load_state_dict" in ended[0].err
 
 
+@pytest.mark.parametrize("kind", ["own", "inside", "step"])
+def test_weights_that_change_with_each_step_are_kept(tmp_path: Path, kind: str) -> None:
+    text = ANNEALED.replace("Annealed", "Fading").replace("KIND", kind)
+    recipe = write_recipe(tmp_path, text)
+    (ended,) = train(1, recipe, tmp_path / "alone")
+    assert "no checkpoint holds it" not in ended.out + ended.err
+    train(1, recipe, tmp_path / "resumed", stop_after=1)
+    train(1, recipe, tmp_path / "resumed")
+    assert_same_run(tmp_path / "alone", tmp_path / "resumed")
+    (final,) = [row for row in rows(tmp_path / "alone") if row["event"] == "final"]
+    weight = 8 / 7 if kind == "step" else 8 / 2**6  # after six steps
+    assert final["loss"] == pytest.approx(final["entropy"] + weight * final["size"])
+    evaluated = cli("evaluate", tmp_path / "alone", "--json")
+    assert json.loads(evaluated.out)["loss"] == final["loss"], evaluated.err
+
+
+def test_a_rollback_restores_weights(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ANNEALED.replace("Annealed", "Fading").replace("KIND", "anomalous"))
+    train(1, recipe, tmp_path / "back", "anomalies.nonfinite=rollback", "checkpoint.every=2 steps")
+    train(1, recipe, tmp_path / "skipped", "anomalies.nonfinite=skip", "checkpoint.every=2 steps")
+    one, other = (state(last(tmp_path / name)) for name in ("back", "skipped"))
+    assert all((one[name] == other[name]).all() for name in one)
+
+
 FORGETFUL = RECIPE.replace("{{name: mlp, hidden: [8], {model}}}", "{model}").replace(
     "data: digits", "data: digits\n{loss}"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from distrain.training.tasks.task import LossSum, Task, TaskContext
 
 _TAKEN = frozenset(("event", "step", "split", "time", "epoch", "samples", "lr", "grad_norm", "loss_scale", "seconds"))
 """Columns of rows that no loss and no mean of one's own may have."""
+_WEIGHTS = "task_weights"
 
 
 class Means(NamedTuple):
@@ -100,6 +102,13 @@ class Objective(ABC):
 
     def step_taken(self, model: nn.Module) -> None:  # noqa: B027 - a loss keeps nothing
         """Have the task keep what it keeps of a step."""
+
+    def scalars(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it besides the state of a task."""
+        return {}
+
+    def load(self, scalars: Mapping[str, Any]) -> None:  # noqa: B027 - a loss keeps nothing
+        """Take up what `scalars` returned; call it after `bind`."""
 
     def begin_step(self) -> None:  # noqa: B027 - most report nothing besides their loss
         """Forget what was computed for a step that is made again."""
@@ -241,6 +250,8 @@ class TaskObjective(Objective):
         """Whose losses these are; none: those of the only one."""
         self._of_step: dict[str, None] = {}
         """The names of the losses of a step: those of its micro-batches, which may not all have the same."""
+        self._built: dict[str, float] | None = None
+        """The weights of the losses as the task was built."""
         self._scales: dict[tuple[str, ...], Tensor] = {}
         """What their sums are multiplied by, in the order in which a micro-batch of the step has them."""
 
@@ -252,7 +263,8 @@ class TaskObjective(Objective):
     @property
     def holds(self) -> Any:
         """What the task has on itself, but for what is noted there for it."""
-        ours = ("logged", "convention", "showing", "shown", "step", "_step")
+        ours = {"logged", "convention", "showing", "shown", "step", "_step"}
+        ours |= {"weights"} if self._numbers() is not None else set()  # `scalars` has them
         return {key: value for key, value in vars(self.task).items() if key not in ours}
 
     def bind(self, model: nn.Module, context: TaskContext) -> None:
@@ -260,9 +272,26 @@ class TaskObjective(Objective):
         self.call = self.task.convention = calling_convention(model)
         self._seed = context.recipe.seed
         self.task.prepare(context)
+        self._built = self._numbers()
         if hasattr(self.task, "state_dict"):
             keep_with(model, self.task)
         run_inside(model)
+
+    def _numbers(self) -> dict[str, float] | None:
+        """Return the weights of the losses; None where they are no plain numbers, or cannot be set."""
+        weights = self.task.weights
+        plain = all(isinstance(each, int | float) and math.isfinite(each) for each in weights.values())
+        return dict(weights) if plain and not inspect.isdatadescriptor(getattr(type(self.task), "weights", 0)) else None
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the weights that the task has changed since it was built."""
+        weights = self._numbers()
+        return {} if weights is None or weights == self._built else {_WEIGHTS: weights}
+
+    def load(self, scalars: Mapping[str, Any]) -> None:
+        weights = scalars.get(_WEIGHTS, self._built)
+        if weights is not None and weights != self._numbers():
+            self.task.weights = dict(weights)
 
     def at_step(self, step: int) -> None:
         if not callable(getattr(type(self.task), "step", None)):  # a method of the user's own

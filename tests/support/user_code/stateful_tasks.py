@@ -78,6 +78,31 @@ class Annealed(distrain.Task):
         self.own, self.taken = state.get("own", 0) + (self.kind == "lost"), state.get("taken", 0)
 
 
+class Fading(distrain.Task):
+    """A weight that falls with each step, from what it was: in place, by another dict, or in each call of `losses`."""
+
+    form = "classification"
+    weights = {"size": 8.0}
+
+    def __init__(self, kind: str = "own"):
+        self.kind = kind
+
+    def losses(self, model, batch):
+        outputs = model(batch["inputs"])
+        if self.kind == "step":
+            self.weights = {"size": 8.0 / (1 + self.step)}
+        entropy = functional.cross_entropy(outputs, batch["targets"], reduction="none")
+        if self.kind == "anomalous" and self.step == 3:
+            entropy = entropy * float("nan")
+        return {"entropy": entropy, "size": outputs.square().mean(1)}
+
+    def step_taken(self, model):
+        if self.kind == "inside":
+            self.weights["size"] *= 0.5
+        elif self.kind != "step":
+            self.weights = {"size": self.weights["size"] * 0.5}
+
+
 class Alone(distrain.Task):
     """Half of what keeps a state."""
 
