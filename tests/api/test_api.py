@@ -307,6 +307,34 @@ def test_a_recipe_in_python_is_the_recipe_of_the_file(tmp_path: Path) -> None:
     assert (other.model.args, other.optim.args) == ({}, {})  # those were of another class
 
 
+def test_what_a_section_without_a_name_says_holds_for_the_object_that_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: a\ntask: classification\ndata: {split: [0.6, 0.4]}\nmodel: {width: 9}\nloss: {label_smoothing: 0.2}\n"
+        "optim: {lr: 0.5}\nbatch: {global: 16}\ntrain: {epochs: 3}\n"
+    )
+    values = {
+        "name": "a", "task": "classification", "data": {"split": [0.6, 0.4]}, "model": {"width": 9},
+        "loss": {"label_smoothing": 0.2}, "optim": {"lr": 0.5}, "batch": {"global": 16}, "train": {"epochs": 3},
+    }  # fmt: skip
+    given = {"data": (X, Y), "model": Net, "loss": nn.CrossEntropyLoss}
+    for base in (path, values):
+        found = read_recipe(base, Objects(), given, {})
+        assert found.recipe.data.split == [0.6, 0.4]
+        assert found.recipe.model.args == {"width": 9}
+        assert found.recipe.loss is not None
+        assert found.recipe.loss.args == {"label_smoothing": 0.2}
+        other = read_recipe(base, Objects(), given | {"model": {"name": Net, "width": 7}}, {"optim": "sgd"}).recipe
+        assert other.model.args == {"width": 7}
+        assert other.optim.lr != 0.5  # that was of the default optimizer
+    command = load_recipe(
+        path, ["data=iris", "model={name: mlp, hidden: [3]}", "loss=cross_entropy", "model.width=null"]
+    )
+    assert command.recipe.data.split == [0.6, 0.4]
+    assert command.origins["data.split"] == f"{path}:3"
+    assert command.origins["data.name"] == "command line"
+
+
 def test_all_mistakes_come_at_once_and_nothing_is_written() -> None:
     with pytest.raises(UserError) as raised:
         train(model=Net, optim={"lr": -1}, batch={"globl": 16})

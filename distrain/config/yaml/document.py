@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ PYTHON = "Python"
 _DEFAULT = "default"
 _LARGEST_FILE = 1 << 20
 _COMPONENTS: frozenset[Place] = frozenset({("task",), ("data",), ("model",), ("loss",), ("optim",), ("schedule",)})
+_NAMELESS = _COMPONENTS - {("optim",), ("schedule",)}
+"""Those without a name by default: where one is missing, it is yet to come."""
 _COMPONENT_LISTS: frozenset[Place] = frozenset(
     {
         ("callbacks",),
@@ -124,11 +126,11 @@ class Document:
     def override(self, text: str) -> None:
         """Apply one `dotted.key=value` to the tree, or note its problem."""
         try:
-            place, tree = self._read_override(text)
+            place, tree, kept = self._read_override(text)
         except ValueError as error:
             self.refused.append(f"{COMMAND_LINE}: {error}")
             return
-        self._came_from(COMMAND_LINE, place, tree.lines)
+        self._came_from(COMMAND_LINE, place, tree.lines, kept)
         self.problems += [((*place, *inner), problem) for inner, problem in tree.problems]
         self._rename()
 
@@ -142,18 +144,33 @@ class Document:
         except ValueError as error:
             self.refused.append(f"{PYTHON}: {error}")
             return
-        holder[place[-1]] = value
-        self._came_from(PYTHON, place, places(value))
+        self._came_from(PYTHON, place, places(value), self._set(holder, place, value))
         self._rename()
 
-    def _came_from(self, origin: str, place: Place, inner: Iterable[Place]) -> None:
-        """Note where the value at `place` comes from, and those in it."""
-        for known in [known for known in self.origins if known[: len(place)] == place]:
-            del self.origins[known]
+    def _set(self, holder: Any, place: Place, value: Any) -> set[str]:
+        """Set the value at `place`; return the keys that stay: those of a section that had no component's name yet."""
+        now = holder.get(place[-1]) if isinstance(holder, dict) else None
+        named = {"name": value} if isinstance(value, str) else value
+        holder[place[-1]] = value
+        if place not in _NAMELESS or not isinstance(now, dict) or not isinstance(named, dict):
+            return set()
+        if "name" in now or "name" not in named:
+            return set()
+        holder[place[-1]] = {**now, **named}
+        return now.keys() - named.keys()
+
+    def _came_from(self, origin: str, place: Place, inner: Iterable[Place], kept: Collection[str] = ()) -> None:
+        """Note where the value at `place` comes from, and those in it but the `kept` ones."""
+        known = [each for each in self.origins if each[: len(place)] == place]
+        for each in known:
+            if each == place or each[len(place)] not in kept:
+                del self.origins[each]
+        if kept:  # of a bare name
+            self.origins[*place, "name"] = origin
         self.origins[place] = origin
         self.origins |= {(*place, *each): origin for each in inner}
 
-    def _read_override(self, text: str) -> tuple[Place, Tree]:
+    def _read_override(self, text: str) -> tuple[Place, Tree, set[str]]:
         if in_utf8(text) != text:
             raise ValueError(f"'{one_line(text)}' is {_NO_UTF8}")
         key, equals, written = text.partition("=")
@@ -170,8 +187,7 @@ class Document:
         if not tree.value and written.lstrip()[0] in "|>#":  # an empty block, or a comment alone
             raise ValueError(f"{key}: {written!r} is nothing in YAML; write {key}=null for nothing, or text in quotes")
         holder, place = self._reach(key, _parts_of(key))
-        holder[place[-1]] = tree.value
-        return place, tree
+        return place, tree, self._set(holder, place, tree.value)
 
     def _reach(self, key: str, parts: Sequence[str], origin: str = COMMAND_LINE) -> tuple[Any, Place]:
         """Return the mapping or list that holds the last of `parts`, created if missing, and its place."""

@@ -78,7 +78,8 @@ def build_recipe(base: str | Path | Mapping[str, Any], changes: Mapping[str, Any
     """
     if isinstance(base, Mapping):
         document = Document("the recipe", Tree({}))
-        changes = {**base, **changes}
+        for key, value in base.items():
+            document.put(key, value)
         folder = Path.cwd()
     else:
         document = Document(str(base), read_tree(read_text(Path(base)), str(base)))
