@@ -169,16 +169,24 @@ def _other_numbers(
             and not (dtype.is_floating_point or dtype.is_complex)
         ):
             lines.append(f"{name}: found {kinds}: whole numbers, as quantised weights are; write it in 16 or 32 bits")
-        elif dtype.is_floating_point and not (own.is_floating_point() or own.is_complex()):
+        elif dtype != own.dtype and not (own.is_floating_point() or own.is_complex()):
             values = stored.read()
             if not torch.equal(values.to(own.dtype).to(dtype), values):
                 lines.append(f"{name}: found {kinds}: it has numbers that are not of that type")
+        elif own.is_floating_point() and dtype.is_floating_point and _largest(dtype) > _largest(own.dtype):
+            values = stored.read()
+            if not torch.equal(values.to(own.dtype).isfinite(), values.isfinite()):
+                lines.append(f"{name}: found {kinds}: it has numbers that would be infinite in that type")
         if first != name and first in names and not stored.equals(found[first]):
             lines.append(
                 f"{name} and {first} are one tensor in the model and differ in the file: build the model without "
                 "tying them, or remove one of them from the file"
             )
     return lines
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
 
 
 def _advice(report: WeightsReport, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> list[str]:

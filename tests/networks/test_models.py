@@ -795,6 +795,7 @@ class Kinds(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
         self.register_buffer("ids", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("few", torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -806,6 +807,12 @@ class Kinds(nn.Module):
             {"weight": torch.ones(2).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)},
             "with its scale in weight_scale: it is quantised",
         ),
+        ({"few": torch.tensor([2**40 + 5])}, "few: found I64, expected int32: it has numbers that are not"),
+        (
+            {"weight": torch.tensor([1.0, 1e300], dtype=torch.float64)},
+            "weight: found F64, expected float32: .*would be infinite",
+        ),
+        ({"weight": torch.ones(2).double(), "ids": torch.tensor([7, 1, 2]).short(), "few": torch.tensor([9])}, ""),
         ({"ids": torch.tensor([0.5, 1, 2])}, "ids: found F32, expected int64: it has numbers that are not"),
         ({"weight": torch.ones(2).to(torch.float8_e4m3fn), "ids": torch.tensor([7.0, 1, 2]).half()}, ""),
     ],
