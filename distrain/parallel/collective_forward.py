@@ -49,6 +49,8 @@ class GatherOrder:
         self._at = 0
         self._pass = 0
         self._number = next(_NUMBERS)
+        self._posted: str | None = None
+        """This rank's key in the store, from when the order last changed."""
         self._open = False
         self._paused = world.world_size == 1
         model.register_forward_pre_hook(self._begin, prepend=True)
@@ -82,13 +84,15 @@ class GatherOrder:
         """End the pass, after its backward pass where there is one. Raises as `reach` does."""
         if not self._open:
             return
-        if self._known is not None and self._at < len(self._known):
-            self._agree_on_another_order(self._at, _END)
         self._open = False
         if self._known is None:
             self._unsent.append(_END)
             self._exchange()
-            self._orders[self._kind] = self._reached[:-1]
+        elif self._at < len(self._known):
+            self._agree_on_another_order(self._at, _END)
+        else:
+            return
+        self._orders[self._kind] = self._reached[:-1]
 
     def _begin(self, *_: Any) -> None:
         if self._paused or torch.compiler.is_compiling():
@@ -138,6 +142,9 @@ class GatherOrder:
         if any(other != part for other in parts.values()):
             raise self._error([parts[rank] for rank in range(world.world_size)])
         self._reached, self._unsent, self._known = [*known[:at], part], [], None
+        if self._posted is not None:  # all have read it, as all are here
+            store.delete_key(self._posted)
+        self._posted = f"{key}/{world.rank}"
 
     def _error(self, parts: list[str]) -> UserError:
         own = parts[self._world.rank]

@@ -12,12 +12,14 @@ import torch
 from odd_models import Blocks
 from runs import captured, last, state, write_recipe
 from test_matrix import create, spec, stopped_copy, train_in_turn
-from torch import Tensor
+from torch import Tensor, nn
 from traffic import Case, Collectives, Parameter, by_kind
 from worlds import in_world
 
 from distrain.config import UserError
 from distrain.parallel import BuildSpec, StrategySpec, build_strategy, open_world
+from distrain.parallel.collective_forward import GatherOrder
+from distrain.parallel.comm import World
 from distrain.parallel.tuning import Choice, Tuning
 from distrain.run.folder import RunDir
 
@@ -293,3 +295,44 @@ def test_a_cast_that_turns_out_impossible_is_off_or_refused() -> None:
         assert "is tried without values" in found["why"]
     for error in in_world(2, cast_where_values_decide, True, timeout_s=60):
         assert error.startswith("tune.cast_before_gather is true, and cannot work here: which weights are only cast to")
+
+
+class Reaching(nn.Module):
+    """Reaches the parts that it is given in a pass."""
+
+    def __init__(self, world: World):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.order = GatherOrder(world, self)
+
+    def forward(self, *parts: str) -> Tensor:
+        for part in parts:
+            self.order.reach(part)
+        return self.weight.sum()
+
+
+def passes_in_other_orders() -> list[tuple[int, int]]:
+    """Return how many collectives each of some passes took, and the keys in the store after it."""
+    world = open_world("fp32", StrategySpec("fsdp2"))
+    model = Reaching(world)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    found = []
+    for parts in ("abc", "abc", "ab", "ab", "ab", "abc", "abc", "cb", "cb", "ab", "ab"):
+        torch.distributed.barrier()
+        with Collectives() as counter:
+            model(*parts).backward()
+            model.order.end()
+        torch.distributed.barrier()
+        found.append((len(counter.calls), store.num_keys()))
+    world.close()
+    return found
+
+
+def test_an_order_that_has_changed_is_checked_by_each_rank_alone_again() -> None:
+    for found in in_world(2, passes_in_other_orders, timeout_s=60):
+        calls, keys = zip(*found, strict=True)
+        known = (1, 3, 4, 6, 8, 10)
+        assert [calls[at] for at in known] == [0] * len(known), calls
+        assert calls[0] > 0
+        assert calls[7] > 0, "a part comes where another was known"
+        assert max(keys) <= min(keys) + 2, "one of each rank, from the last change on"

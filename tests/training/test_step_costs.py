@@ -230,3 +230,39 @@ def test_the_collectives_of_a_start_do_not_grow_with_the_model(tmp_path: Path, s
     assert few == same
     assert more == [few, few]
     assert few <= 60
+
+
+def steps_between_evaluations(strategy: str, recipe: str, folder: str) -> tuple[list[int], list[int]]:
+    """Return how many collectives this rank begins in each step, and how many keys the store has before each."""
+    from distrain.launchers import work
+
+    begun, keys = [], []
+
+    def count() -> int:
+        return sum(evidence.collectives(Path(folder) / f"recorded-{os.environ['RANK']}").values())
+
+    class Count(Callback):
+        asks = False
+
+        def on_step_start(self, step: int) -> None:
+            keys.append(torch.distributed.distributed_c10d._get_default_store().num_keys())
+            self.before = count()
+
+        def on_step_end(self, step: int, metrics: Any) -> None:
+            begun.append(count() - self.before)
+
+    ended = captured(lambda: work(recipe, run_dir=f"{folder}/run", strategy=strategy, callbacks=[Count()]))
+    assert ended.status == 0, ended.err
+    return begun, keys
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_a_step_behind_an_evaluation_sends_no_more_than_one_before(tmp_path: Path, strategy: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.replace("LAYERS", "ReLU, {Linear: [32, 32]}, " * 2).replace("MICRO", "16")
+    recipe.write_text(text.replace("steps: 100}", "steps: 12}", 1).replace("every: null", "every: 5 steps", 1))
+    for begun, keys in in_world(2, steps_between_evaluations, strategy, str(recipe), str(tmp_path)):
+        del begun[7]  # as the steps 1, 2 and 4, the eighth looks for mistakes
+        assert len(begun) == 11
+        assert set(begun[5:]) == {begun[4]}, begun
+        assert set(keys[5:]) == {keys[4]}, keys
