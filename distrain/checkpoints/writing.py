@@ -51,7 +51,7 @@ from distrain.checkpoints.layout import find_not_finite, lay_out, write_file
 from distrain.checkpoints.reading import best_first, list_checkpoints
 from distrain.run.heartbeat import enter_phase, progress
 from distrain.system.collector import no_collection
-from distrain.system.errors import UserError
+from distrain.system.errors import UserError, some
 
 
 class NotFiniteError(UserError):
@@ -477,9 +477,8 @@ class Saver:
 
 def _not_finite(step: int, tensors: Collection[str]) -> NotFiniteError:
     names = sorted({name.removeprefix("model/") for name in tensors})
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return NotFiniteError(
-        f"after step {step} the model has weights that are not finite, in {', '.join(names[:5])}{more}; they are not "
+        f"after step {step} the model has weights that are not finite, in {some(names)}; they are not "
         "saved, and the run stops with its last checkpoint as it was. Lower optim.lr, or set optim.clip_norm"
     )
 

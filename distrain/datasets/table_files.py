@@ -17,6 +17,7 @@ import numpy as np
 from distrain.config import UserError
 from distrain.datasets.base import SPLIT_NAMES, DataRequest, split_indices
 from distrain.datasets.table_numbers import Numbers, beyond_whole, parse_numbers
+from distrain.system.errors import some
 
 if TYPE_CHECKING:  # imported where they are used: other data sets should not wait for them
     import pyarrow as pa
@@ -304,5 +305,4 @@ def pooled(frame: Frame) -> list[str]:
 
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Return names for a message, at most `most` of them."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    return some(map(repr, names), most)

@@ -22,6 +22,7 @@ import numpy as np
 from distrain.config import UserError
 from distrain.datasets.batches import Place
 from distrain.run import heartbeat, stacks
+from distrain.system.errors import some
 from distrain.system.logs import EACH_RANK
 from distrain.system.processes import process_state
 
@@ -187,10 +188,7 @@ def _shown(stack: stacks.Stack) -> str:
 
 
 def _shortened(ids: np.ndarray) -> str:
-    wanted = list(dict.fromkeys(np.where(ids < 0, -1 - ids, ids).tolist()))
-    return ", ".join(map(str, wanted[:_SAMPLES])) + (
-        f" and {more} more" if (more := len(wanted) - _SAMPLES) > 0 else ""
-    )
+    return some(dict.fromkeys(np.where(ids < 0, -1 - ids, ids).tolist()), _SAMPLES)
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from distrain.datasets.base import Batch
 from distrain.networks.calling import unwrap_model
 from distrain.optim import Loss, canonical_name
 from distrain.parallel.determinism import refused_operation
+from distrain.system.errors import some
 
 _ON_DEVICE = ("device-side assert", "an illegal memory access", "an illegal instruction", "misaligned address")
 """What CUDA reports of kernels that have failed; the device is of no use to this process then."""
@@ -104,8 +105,7 @@ def _unknown(text: str) -> str:
     line = next((line for line in text.splitlines() if any(words in line for words in _ON_DEVICE)), text[:200])
     ids = [each for given in _given for batch in given.batches for each in batch["ids"].tolist()]
     where = " or ".join(given.where for given in _given) or "before the first step"
-    more = f" and {len(ids) - 2 * _SHOWN} more" if len(ids) > 2 * _SHOWN else ""
-    samples = f", with the samples {', '.join(map(str, ids[: 2 * _SHOWN]))}{more}" if ids else ""
+    samples = f", with the samples {some(ids, 2 * _SHOWN)}" if ids else ""
     return (
         f"a kernel failed on the GPU in {where}{samples}: {line.strip()}. No target and no token of them is out of "
         "range; the usual reason is an index (of an embedding, gather, scatter or indexing) that the model computes. "

@@ -16,6 +16,7 @@ from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export import made_by_hooks, open_tensors
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
+from distrain.system.errors import some
 
 _SCALES = ("_scale", "_scale_inv", ".scale", "_absmax", ".absmax")
 """Ends of the names that trainers give to the scale of a quantised weight, behind that of the weight."""
@@ -46,7 +47,7 @@ class WeightsReport:
         if self.unexpected:
             lines.append(f"not in the model: {_some(self.unexpected)}")
         if self.mismatched:
-            shapes = (f"{name} (found {found}, expected {want})" for name, (found, want) in self.mismatched.items())
+            shapes = [f"{name} (found {found}, expected {want})" for name, (found, want) in self.mismatched.items()]
             lines.append(f"of another shape: {_some(shapes)}")
         return lines
 
@@ -55,10 +56,8 @@ class WeightsReport:
         return "; ".join([f"loaded {count} tensor{'s' * (count != 1)} from {self.path}", *self.notes, *self.problems])
 
 
-def _some(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more} ({len(names)})"
+def _some(names: Sequence[str]) -> str:
+    return f"{some(names, 10)} ({len(names)})"
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

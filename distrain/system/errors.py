@@ -37,8 +37,8 @@ def close_names(name: str, choices: Iterable[str], then: str = "") -> str:
     return f"{question} {then[0].upper()}{then[1:]}" if then else question
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """Return the first few names, and how many more there are."""
+def some(names: Iterable[object], limit: int = 5) -> str:
+    """Return the first few names or numbers, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(str, names[:limit])) + more

@@ -24,6 +24,7 @@ from distrain.metrics import MetricSet
 from distrain.networks.huggingface import generate, is_transformers
 from distrain.parallel import World
 from distrain.run.heartbeat import enter_phase
+from distrain.system.errors import some
 from distrain.training.company import warn_of_company
 from distrain.training.context import to_device
 from distrain.training.tasks import Means, Objective
@@ -315,8 +316,7 @@ def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None], *, coupled: bool) 
         )
     what = max(what for what, _ in found)
     ids = sorted(each for kind, part in found if kind == what for each in part)
-    shown = f"{', '.join(map(str, ids[:_SHOWN]))}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
-    samples = f"sample{'s' * (len(ids) > 1)} {shown}"
+    samples = f"sample{'s' * (len(ids) > 1)} {some(ids, _SHOWN)}"
     if what:
         return f"{what} of {samples} are not finite"
     return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"

@@ -38,6 +38,7 @@ from distrain.config.yaml import dump_recipe
 from distrain.parallel import World
 from distrain.run.folder import RunDir
 from distrain.run.json_files import append_row, rows_backwards
+from distrain.system.errors import some
 
 _SHOWN = 8  # samples in a message
 _AT_LEAST = 1000  # rows that a start reads
@@ -312,8 +313,7 @@ def _where(suspects: Sequence[dict[str, Any]]) -> str:
 
 def _samples(parts: Sequence[dict[str, Any]]) -> str:
     ids = [each for part in parts for each in part["samples"]]
-    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    return f"in a micro-batch of the samples {', '.join(map(str, ids[:_SHOWN]))}{more}"
+    return f"in a micro-batch of the samples {some(ids, _SHOWN)}"
 
 
 def _finite_numbers(values: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from distrain.optim import canonical_name, parts_of
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel import keeps_task
+from distrain.system.errors import some
 from distrain.training.callbacks.base import Callback
 from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights, is_of_user
 from distrain.training.context import TrainContext
@@ -105,7 +106,6 @@ def _root(path: str) -> str:
 
 
 def _warning(changed: list[str], task: str) -> str:
-    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     cures = {
         "model": "of the model in buffers (register_buffer), or by get_extra_state and set_extra_state",
         "task": f"of task {task} by its methods state_dict() and load_state_dict(state)",
@@ -116,7 +116,7 @@ def _warning(changed: list[str], task: str) -> str:
     roots = set(map(_root, changed))
     cure = "; ".join(each for root, each in cures.items() if root in roots)
     return (
-        f"{', '.join(changed[:_SHOWN])}{more}: changed from step to step, and no checkpoint holds it. Where a later "
+        f"{some(changed, _SHOWN)}: changed from step to step, and no checkpoint holds it. Where a later "
         "step reads it, a run that is stopped and resumed trains or reports something else than one that is not. Keep "
         f"it: {cure}. What depends on the number of steps alone is computed from it: a task has it as self.step, a "
         "callback as run.step"

@@ -13,6 +13,7 @@ from distrain.datasets.base import AnySource
 from distrain.datasets.transforms import Transform
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel import World
+from distrain.system.errors import some
 from distrain.training.context import seed_dropout
 from distrain.training.tasks import Objective, TaskObjective
 from distrain.training.trying import TriedSamples, eagerly
@@ -40,10 +41,9 @@ def untrained_warnings(
     if not found:
         return []
     names = _names(objective)
-    listed = ", ".join(names.get(id(each), f"one of shape {tuple(each.shape)}") for each in found[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    listed = some(names.get(id(each), f"one of shape {tuple(each.shape)}") for each in found)
     return [
-        f"{objective.name} has parameters that are no part of the model ({listed}{more}): no optimizer trains them, "
+        f"{objective.name} has parameters that are no part of the model ({listed}): no optimizer trains them, "
         "and no checkpoint holds them. What is to be trained belongs into the model; freeze what is not by "
         "requires_grad_(False)"
     ]
