@@ -33,6 +33,7 @@ from distrain.run.micro_batch import CachedMicroBatch, CacheKey, cached_micro_ba
 from distrain.system import memory
 from distrain.system.gpus import gpu_models
 from distrain.system.memory import gib
+from distrain.system.processes import end_with_parent
 
 if TYPE_CHECKING:
     from distrain.parallel import StrategySpec
@@ -314,11 +315,7 @@ def main(place: str) -> None:
 
 def _limit_memory(folder: Path) -> None:
     """Make this process, and no other, fail when it exceeds its share of the memory."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    end_with_parent(signal.SIGKILL)
     with contextlib.suppress(OSError):  # otherwise the kernel chooses by size
         Path("/proc/self/oom_score_adj").write_text("1000")
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -33,6 +33,7 @@ from distrain.launchers.preflight import gpu_count
 from distrain.system import logs
 from distrain.system.importing import freeze, importing
 from distrain.system.output import echo
+from distrain.system.processes import end_with_parent
 
 Result = TypeVar("Result")
 
@@ -315,10 +316,7 @@ def _fork() -> int:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+        end_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
     return pid
