@@ -22,6 +22,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, sharded or not."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def may_overlap(tensor: Tensor) -> bool:
     """Whether several elements may lie in the same memory, as after `expand`; exact but for odd strides."""
     if tensor.layout is not torch.strided or not tensor.numel():

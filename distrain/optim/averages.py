@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.config import UserError, close_names
+from distrain.networks.memory import local
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -82,7 +83,7 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Average the current weights in."""
-        averages = [_local(self._averages[name]) for name in self._floating]
+        averages = [local(self._averages[name]) for name in self._floating]
         with self._naming():
             weights = [
                 weight if weight.dtype == average.dtype else weight.to(average.dtype)
@@ -91,7 +92,7 @@ class Ema:
             if averages:
                 torch._foreach_lerp_(averages, weights, 1 - self.decay)
             for name, value in zip(self._other, self._live(self._other), strict=True):
-                _local(self._averages[name]).copy_(value)
+                local(self._averages[name]).copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Ema:
             live = self._live(self._slots)
         with torch.no_grad():
             own = [tensor.clone() for tensor in live]
-            _copy(live, [_local(average) for average in self._averages.values()])
+            _copy(live, [local(average) for average in self._averages.values()])
         try:
             yield
         finally:
@@ -120,7 +121,7 @@ class Ema:
                 module.reshard()
 
     def _live(self, names: Any) -> list[Tensor]:
-        return [_local(holder[key].detach()) for holder, key in (self._slots[name] for name in names)]
+        return [local(holder[key].detach()) for holder, key in (self._slots[name] for name in names)]
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
@@ -161,11 +162,6 @@ def _wide_copy(tensor: Tensor) -> Tensor:
     elif tensor.is_complex() and wide.itemsize < 8:
         wide = torch.complex64
     return tensor.detach().to(wide, copy=True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    # a sharded tensor's local part: averaging is elementwise
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _copy(to: list[Tensor], values: list[Tensor]) -> None:

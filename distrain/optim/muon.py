@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from distrain.config.registry import optimizers
+from distrain.networks.memory import local
 
 OTHERS = "others"
 """The key of an optimizer's group: whether its parameters are no matrices."""
@@ -124,12 +125,12 @@ class Muon(Optimizer):
             state = self.state[parameter]
             if key not in state:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return [_local(self.state[parameter][key]) for parameter in trained]
+        return [local(self.state[parameter][key]) for parameter in trained]
 
-    def _step_matrices(self, group: dict[str, Any], trained: list[Tensor]) -> None:
+    def _step_matrices(self, group: dict[str, Any], trained: list[Any]) -> None:
         momentum, lr = group["momentum"], group["lr"]
         buffers = self._kept(trained, "momentum_buffer")
-        weights, gradients = [_local(each) for each in trained], [_local(each.grad) for each in trained]
+        weights, gradients = [local(each) for each in trained], [local(each.grad) for each in trained]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = list(torch._foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
         updates = [each.clone(memory_format=torch.contiguous_format) for each in updates]
@@ -150,12 +151,12 @@ class Muon(Optimizer):
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(weights, updates, alpha=-lr)
 
-    def _step_others(self, group: dict[str, Any], trained: list[Tensor]) -> None:
+    def _step_others(self, group: dict[str, Any], trained: list[Any]) -> None:
         for parameter in trained:
             self.state[parameter].setdefault("step", torch.zeros(()))
         adamw(
-            [_local(each) for each in trained],
-            [_local(each.grad) for each in trained],
+            [local(each) for each in trained],
+            [local(each.grad) for each in trained],
             self._kept(trained, "exp_avg"),
             self._kept(trained, "exp_avg_sq"),
             [],
@@ -172,11 +173,6 @@ class Muon(Optimizer):
 
 
 _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
 
 
 def orthogonalized(

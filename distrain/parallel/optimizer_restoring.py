@@ -13,11 +13,12 @@ from torch import Tensor
 
 from distrain.checkpoint import Reader, TensorSpec
 from distrain.config import UserError
+from distrain.networks.memory import local
 from distrain.networks.weights import torch_dtype
 from distrain.optim import OPTIMIZER, Optimizers, StateMigration, parts_of
 from distrain.parallel.nested import decode, equal, names_in
 from distrain.parallel.optimizer_state import Entry, load_state, of_part, state_of
-from distrain.parallel.shards import Shard, local, range_of
+from distrain.parallel.shards import Shard, range_of
 from distrain.parallel.stored import fill, read_tensor
 
 MigrationPlanner = Callable[..., StateMigration]

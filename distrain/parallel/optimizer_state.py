@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.networks.memory import local
 from distrain.parallel.nested import Unstorable, decode, encode, equal, is_plain
 from distrain.parallel.parameter_writes import replaced
-from distrain.parallel.shards import LocalTensor, Shard, local, range_of, replicated
+from distrain.parallel.shards import LocalTensor, Shard, range_of, replicated
 
 
 @dataclass

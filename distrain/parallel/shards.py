@@ -52,11 +52,6 @@ class LocalTensor:
         return self.values.numel() * self.values.element_size()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, sharded or not."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def range_of(values: Tensor, shard: Shard) -> Tensor:
     """Return a view of the elements of `values` that belong to the shard."""
     numel = shard.values.numel()

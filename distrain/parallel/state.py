@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Frozen, Piece, Reader, TensorSpec
 from distrain.config import UserError
+from distrain.networks.memory import local
 from distrain.optim import Ema, Optimizers, canonical_name, classes_of, parts_of
 from distrain.parallel.contents import (
     Contents,
@@ -39,7 +40,7 @@ from distrain.parallel.optimizer_state import (
     state_of,
     unlike_stated,
 )
-from distrain.parallel.shards import LocalTensor, Shard, local, replicated, whole
+from distrain.parallel.shards import LocalTensor, Shard, replicated, whole
 from distrain.parallel.snapshot import Snapshot, pieces_of, share_of
 from distrain.parallel.stored import (
     check_fit,

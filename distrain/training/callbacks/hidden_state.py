@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor, nn
 
 from distrain.config import user_files
+from distrain.networks.memory import local
 from distrain.optim import canonical_name
 
 _DEPTH = 5
@@ -84,8 +85,7 @@ def hidden_weights(name: str, held: Any, model: nn.Module) -> dict[str, str]:
 @torch.no_grad()
 def _weights(module: nn.Module, besides: set[int]) -> str:
     tensors = [each for each in (*module.parameters(), *module.buffers()) if id(each) not in besides]
-    local = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
-    real = [torch.view_as_real(each) if each.is_complex() else each for each in local]
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in map(local, tensors)]
     some = [each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED)].double() for each in real]
     # in one copy: the host waits for a device once
     return _hash(torch.cat([each.to(some[0].device) for each in some]).cpu().numpy()) if some else "none"
@@ -343,7 +343,7 @@ def _as_text(value: Any) -> str | None:
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:30]}… ({_hash(text.encode())})"
     if isinstance(value, Tensor):
-        value = value.to_local() if hasattr(value, "to_local") else value
+        value = local(value)
         if value.layout is torch.strided and value.numel() and value.untyped_storage().nbytes() == 0:
             return f"a tensor {tuple(value.shape)} without memory"  # that was given back, and must not be read
         if value.numel() == 1 and value.device.type != "meta":

@@ -45,6 +45,7 @@ from distrain.checkpoints.dtypes import FLOATS
 from distrain.checkpoints.floats import widen
 from distrain.data import Transform
 from distrain.datasets.base import Batch, is_stream
+from distrain.networks.memory import local
 from distrain.optim import canonical_name
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
 from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights
@@ -353,8 +354,7 @@ def _shape(value: Any) -> Any:
 
 
 def _digest_of(tensor: Tensor) -> tuple[str, float]:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    flat = local.detach().cpu().contiguous().view(-1)
+    flat = local(tensor).detach().cpu().contiguous().view(-1)
     norm = float(flat.double().norm()) if flat.is_floating_point() else float("nan")
     return _hash(flat.view(torch.uint8).numpy()), norm
 
