@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distrain.config import UserError, close_names
 from distrain.networks.huggingface import is_transformers
+from distrain.optim.losses.shapes import wide
 
 
 class Embeddings:
@@ -53,7 +54,7 @@ class Embeddings:
             raise UserError(
                 f"--layer {self._name}: it gives {shown} for a batch of {count} samples; expected numbers for each"
             )
-        return found.detach().float() if found.dtype != torch.float64 else found.detach()
+        return wide(found.detach())
 
 
 def _output_layer(model: nn.Module) -> str:

@@ -27,6 +27,7 @@ from distrain.datasets.base import DataMeta
 from distrain.metrics.catalogue import Metric, default_metrics, find_entry
 from distrain.metrics.parts import Moments, Part, Seen, Setting, TextPart, Value, merged
 from distrain.optim.losses import NO_TARGET, Outputs, build_loss
+from distrain.optim.losses.shapes import wide
 from distrain.run.metrics_file import EVALUATION_KEYS
 
 __all__ = [
@@ -127,8 +128,7 @@ class MetricSet:
         found: dict[str, Tensor] = {}
         if self._rows:
             outputs, targets, rows = (torch.cat(column) for column in zip(*self._rows, strict=True))
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            found |= {"outputs": outputs[rows].cpu(), "targets": targets[rows].cpu()}
+            found |= {"outputs": wide(outputs)[rows].cpu(), "targets": targets[rows].cpu()}
         if self._moments.state is not None:
             found["moments"] = self._moments.state.cpu()
         return found

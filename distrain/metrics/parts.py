@@ -19,6 +19,7 @@ from torch import Tensor
 from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses import NO_TARGET, Outputs, class_dim, fitted
+from distrain.optim.losses.shapes import wide
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,8 @@ class TokenEntropy(Part):
     def batch(self, seen: Seen) -> Tensor:
         if seen.loss is not None and seen.setting.loss_is_entropy:
             return torch.stack([each.double() for each in seen.loss])
-        scores = seen.scores if seen.scores.dtype == torch.float64 else seen.scores.float()
         labels = seen.labels.where(seen.mask, NO_TARGET)
-        total = F.cross_entropy(scores, labels, ignore_index=NO_TARGET, reduction="sum")
+        total = F.cross_entropy(wide(seen.scores), labels, ignore_index=NO_TARGET, reduction="sum")
         return torch.stack([total.double(), seen.mask.sum().double()])
 
 

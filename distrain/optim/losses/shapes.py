@@ -63,6 +63,7 @@ def of_rows(targets: Tensor, outputs: Tensor, name: str) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in fp32, one in fp64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -14,6 +14,7 @@ from distrain.config.registry import tasks
 from distrain.datasets.base import Batch
 from distrain.datasets.labels import IGNORED
 from distrain.networks.calling import Convention, ModelOutput, calling_convention
+from distrain.optim.losses.shapes import wide
 from distrain.training.tasks.task import LossSum, Task, TaskContext
 
 _SIDES = ("chosen", "rejected")
@@ -92,6 +93,5 @@ def _log_probabilities(
 ) -> tuple[Tensor, ModelOutput]:
     """Return the log-probability of the targets of each row (rows,), fp32 or fp64, and what the model returned."""
     output = call(model, inputs)
-    logits = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    each = F.cross_entropy(wide(output.logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return -each.view_as(targets).sum(1), output

@@ -18,6 +18,7 @@ from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors, rows_of
 from distrain.networks.calling import Convention, calling_convention
 from distrain.optim import Loss
+from distrain.optim.losses.shapes import wide
 from distrain.parallel import World, keep_with
 from distrain.run.media import Encoded
 from distrain.training import noise
@@ -497,9 +498,9 @@ def _summed(value: Any, samples: int, what: str) -> LossSum:
     """Return what a task gives for a loss as a sum (0-d, fp32 or fp64) and a count."""
     if isinstance(value, Tensor):
         if value.dim() == 0:
-            return LossSum(_wide(value) * samples, samples)  # a mean over samples
+            return LossSum(wide(value) * samples, samples)  # a mean over samples
         if value.shape == (samples,):
-            return LossSum(_wide(value).sum(), samples)
+            return LossSum(wide(value).sum(), samples)
         raise UserError(
             f"{what} is a tensor {tuple(value.shape)} for {samples} samples; expected a LossSum, one value for each "
             "sample, or their mean"
@@ -507,15 +508,11 @@ def _summed(value: Any, samples: int, what: str) -> LossSum:
     if not isinstance(value, LossSum) or not isinstance(value.sum, Tensor) or value.sum.dim():
         found = f"a LossSum of a tensor {tuple(value.sum.shape)}" if _has_shape(value) else f"a {type(value).__name__}"
         raise UserError(f"{what} is {found}; expected a LossSum of a tensor (0-d)")
-    return LossSum(_wide(value.sum), samples if value.count is None else value.count)
+    return LossSum(wide(value.sum), samples if value.count is None else value.count)
 
 
 def _has_shape(value: Any) -> bool:
     return isinstance(value, LossSum) and isinstance(value.sum, Tensor)
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def _pair(each: LossSum, samples: int, like: Tensor) -> Tensor:
