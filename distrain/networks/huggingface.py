@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distrain.checkpoints.export.companion_files import CONFIG
-from distrain.config import UserError, close_names
+from distrain.config import ModelSection, UserError, close_names
 from distrain.networks.meta_device import is_building_on_meta
 from distrain.networks.weights import stored_tensors, tied_names
 from distrain.system.bounded_json import SUMMARY
@@ -35,6 +35,11 @@ _PROBLEMS = {
     "binary": None,
 }
 """Which probabilities a pipeline of transformers makes of logits; without one, a softmax, or of one logit a sigmoid."""
+
+
+def folder_of(section: ModelSection) -> str | None:
+    """Return the folder that a model of transformers starts from; None for others, and for one that is built anew."""
+    return section.args.get("path") if section.name.startswith(PREFIX) else None
 
 
 def is_transformers(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoint import Frozen, FrozenTensor, Manifest, TensorSpec
 from distrain.config import Recipe, UserError
+from distrain.networks.huggingface import folder_of
 from distrain.parallel.nested import bytes_of, stored_dtype
 from distrain.run.heartbeat import progress
 
@@ -26,7 +27,7 @@ def initial_weights(recipe: Recipe) -> tuple[str, str | None]:
     """Return the key of the recipe that names the initial weights, and the path; ("seed", None) where none does."""
     if recipe.model.weights is not None:
         return "model.weights", recipe.model.weights
-    path = recipe.model.args.get("path") if recipe.model.name.startswith("transformers:") else None
+    path = folder_of(recipe.model)
     return ("model.path", str(path)) if path is not None else ("seed", None)
 
 

@@ -21,7 +21,7 @@ from distrain.datasets.base import DataMeta
 from distrain.datasets.stored_meta import meta_from_json
 from distrain.fingerprints import same_file
 from distrain.models import build_model
-from distrain.networks.huggingface import PREFIX as TRANSFORMERS
+from distrain.networks.huggingface import folder_of
 from distrain.networks.lora import adapted_layers, is_adapter, matching_parameters, merge_adapters
 from distrain.parallel import TrainingState, load_weights
 from distrain.parallel.frozen import USING, check_frozen, explaining_source, initial_weights, with_initial_weights
@@ -57,7 +57,7 @@ def _is_configured_anew(recipe: Recipe, manifest: Manifest, checkpoint: Path, ke
     Raises UserError where it has not: names and shapes of weights tell no epsilon, no activation and no base of rotary
     positions from another.
     """
-    folder = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
+    folder = folder_of(recipe.model)
     then = (manifest.scalars.get("inputs") or {}).get("model") or {}
     same = [
         (each / CONFIG).is_file() and same_file(then, f"model.path: {CONFIG}", each / CONFIG)

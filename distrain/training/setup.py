@@ -22,7 +22,7 @@ from distrain.datasets.batch_sizes import batch_shape
 from distrain.datasets.preparing import encode_ahead, prepare_data
 from distrain.datasets.transforms import Transform
 from distrain.networks.calling import calling_convention
-from distrain.networks.huggingface import PREFIX as TRANSFORMERS
+from distrain.networks.huggingface import folder_of
 from distrain.networks.summary import ModelSummary
 from distrain.optim import full_keys, resolve_schedule
 from distrain.parallel import World, build_strategy
@@ -214,7 +214,7 @@ def _tried(t: TrainContext, feed: DataPipeline, parameters: int, kept: Path) -> 
 
 def _keep_beside(run: RunDir, recipe: Recipe, world: World, fence: Callable[[], None]) -> list[str] | None:
     """Keep what lies beside the weights of a transformers model, for exports; return its names. All ranks call."""
-    path = recipe.model.args.get("path") if recipe.model.name.startswith(TRANSFORMERS) else None
+    path = folder_of(recipe.model)
     if path is None:
         return None
 
