@@ -271,10 +271,7 @@ class TextReader:
             )
             targets = encoder.targets(frame) if labelled else None
             names = {id: frame.table.column(id).to_pylist()} if id is not None and id in frame.names else {}
-        columns = {}
-        for name in _COLUMNS:
-            ends = np.cumsum([len(row[name]) for row in rows], dtype=np.int64)
-            columns[name] = Ragged(np.concatenate([row[name] for row in rows]), ends)
+        columns = {name: Ragged.of([row[name] for row in rows]) for name in _COLUMNS}
         long = int((columns["length"].values > self._max_len).sum())
         found = f"{long:,} of {len(rows):,} texts of {path} have more than data.max_len {self._max_len:,} tokens"
         warnings = (f"{found} and are cut",) if long else ()

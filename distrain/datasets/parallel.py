@@ -14,6 +14,7 @@ import torch
 from distrain.config import UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, split_indices
+from distrain.datasets.ragged import Ragged
 from distrain.datasets.tokens import FileTokenizer, text_lines
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -223,7 +224,7 @@ def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> P
     long = sum(len(ids) > max_len for ids in encoded)
     warnings = _length_warning(long, f"{len(lines):,} lines of {path}", max_len, "", too_long)
     return PairSource(
-        _Ragged([[*ids[:max_len], side.eos_id] for ids in encoded]), None, side, None, warnings, source=side
+        Ragged.of([[*ids[:max_len], side.eos_id] for ids in encoded], np.int32), None, side, None, warnings, source=side
     )
 
 
@@ -231,28 +232,13 @@ def _read_sources(path: Path, side: _Side, max_len: int, too_long: TooLong) -> P
 # Encoded pairs
 
 
-class _Ragged:
-    """Rows of different lengths in one array."""
-
-    def __init__(self, rows: Sequence[Sequence[int]]):
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self.ends = np.cumsum(lengths)
-        self.values = np.fromiter((number for row in rows for number in row), np.int32, int(lengths.sum()))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def row(self, index: int) -> np.ndarray:
-        return self.values[self.ends[index - 1] if index else 0 : self.ends[index]]
-
-
 class PairSource:
     """Encoded pairs, padded to the longest of each batch; without targets, sources alone."""
 
     def __init__(
         self,
-        sources: _Ragged,
-        targets: _Ragged | None,
+        sources: Ragged,
+        targets: Ragged | None,
         target: _Side,
         references: Sequence[str] | None,
         warnings: tuple[str, ...] = (),
@@ -319,8 +305,8 @@ def _encode(
             f"data.max_len {max_len} leaves the split {name!r} without a pair; the shortest has {min(longest)} tokens"
         )
     return PairSource(
-        _Ragged([[*sources[at][:max_len], source.eos_id] for at in kept]),
-        _Ragged([targets[at][:max_len] for at in kept]),
+        Ragged.of([[*sources[at][:max_len], source.eos_id] for at in kept], np.int32),
+        Ragged.of([targets[at][:max_len] for at in kept], np.int32),
         target,
         [pairs[at].target for at in kept] if keep_references else None,
         _length_warning(len(long), f"{len(pairs):,} pairs of the split {name!r}", max_len, " on a side", too_long),

@@ -16,13 +16,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import xxhash
+from numpy.typing import ArrayLike, DTypeLike
 
 from distrain.config import UserError
 from distrain.datasets.tokens import INDEX_NAME, fsync, hash_file
@@ -45,6 +46,12 @@ class Ragged:
         self.values, self.ends = values, ends
         self.starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
 
+    @classmethod
+    def of(cls, rows: Sequence[ArrayLike], dtype: DTypeLike | None = None) -> Ragged:
+        """Return at least one row, each (values,), in one array."""
+        parts = [np.asarray(row, dtype) for row in rows]
+        return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -53,8 +60,7 @@ class Ragged:
 
     def take(self, indices: np.ndarray) -> Ragged:
         """Return these rows (n,) alone, copied."""
-        parts = [self.row(index) for index in indices.tolist()]
-        return Ragged(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
+        return Ragged.of([self.row(index) for index in indices.tolist()])
 
     @property
     def lengths(self) -> np.ndarray:

@@ -289,11 +289,7 @@ class _Pieces:
 
 
 def _joined(rows: Sequence[Row], facts: dict[str, Any]) -> Encoded:
-    columns = {}
-    for name, dtype in _COLUMNS.items():
-        ends = np.cumsum([len(row[name]) for row in rows], dtype=np.int64)
-        columns[name] = Ragged(np.concatenate([np.asarray(row[name], dtype) for row in rows]), ends)
-    return Encoded(facts, columns)
+    return Encoded(facts, {name: Ragged.of([row[name] for row in rows], dtype) for name, dtype in _COLUMNS.items()})
 
 
 def _keep(
