@@ -16,6 +16,7 @@ from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest
 from distrain.datasets.chat import TooLong
 from distrain.datasets.chat_template import load_tokenizer_folder, tokenizer_digest
+from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.table_columns import Options, fit_target, spelled_alike
 from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
@@ -305,9 +306,9 @@ class LabelledTexts:
 
     def fetch(self, ids: np.ndarray) -> Batch:
         rows = self._rows[ids].tolist()
-        inputs: Any = padded(self._tokens, rows, self._pad_id)
+        inputs: Any = padded(map(self._tokens.row, rows), self._pad_id)
         if len(self._types.values):
-            inputs = {"input_ids": inputs, "token_type_ids": padded(self._types, rows, 0)}
+            inputs = {"input_ids": inputs, "token_type_ids": padded(map(self._types.row, rows), 0)}
         batch: Batch = {"inputs": inputs, "ids": torch.from_numpy(ids)}
         if self.targets is not None:
             batch["targets"] = self.targets.index_select(0, batch["ids"])
@@ -322,9 +323,3 @@ class LabelledTexts:
 
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:
         return {column: [values[index] for index in ids.tolist()] for column, values in self._names.items()}
-
-
-def padded(values: Ragged, rows: Sequence[int], fill: int) -> torch.Tensor:
-    """Return rows (batch, longest) int64, filled at their ends."""
-    tensors = [torch.from_numpy(values.row(row).astype(np.int64)) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)

@@ -5,10 +5,12 @@ A graph of PyTorch Geometric, or a batch of graphs, is a value too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 Kinds = type | tuple[type, ...]
@@ -57,6 +59,12 @@ def rows_of(value: Any, keep: list[bool]) -> Any:
         changed = [rows_of(each, keep) for each in value]
         return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
     return value
+
+
+def padded(rows: Iterable[np.ndarray], fill: int) -> Tensor:
+    """Return rows of numbers as (rows, longest) int64, filled at their ends."""
+    tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 def is_graph(value: Any) -> bool:

@@ -14,6 +14,8 @@ import torch
 from distrain.config import UserError
 from distrain.config.registry import datasets
 from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, split_indices
+from distrain.datasets.labels import IGNORED
+from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Ragged
 from distrain.datasets.tokens import FileTokenizer, text_lines
 
@@ -261,22 +263,15 @@ class PairSource:
     def fetch(self, ids: np.ndarray) -> Batch:
         side = self._target
         index = ids.tolist()
-        inputs = {"source": _padded([self._sources.row(each) for each in index], side.pad_id)}
+        inputs = {"source": padded(map(self._sources.row, index), side.pad_id)}
         batch: Batch = {"inputs": inputs, "ids": torch.from_numpy(ids)}
         if self._targets is not None:
             rows = [self._targets.row(each) for each in index]
-            inputs["target"] = _padded(rows, side.pad_id, before=side.bos_id)
-            batch["targets"] = _padded(rows, -100, after=side.eos_id)
+            inputs["target"] = padded([np.concatenate(([side.bos_id], row)) for row in rows], side.pad_id)
+            batch["targets"] = padded([np.append(row, side.eos_id) for row in rows], IGNORED)
         if self._references is not None:
             batch["references"] = [self._references[each] for each in index]
         return batch
-
-
-def _padded(rows: Sequence[np.ndarray], fill: int, before: int | None = None, after: int | None = None) -> torch.Tensor:
-    """Return rows as (rows, longest) int64, each between `before` and `after` if given."""
-    head, tail = ([] if each is None else [each] for each in (before, after))
-    tensors = [torch.from_numpy(np.concatenate((head, row, tail)).astype(np.int64)) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 def _encode(

@@ -17,7 +17,8 @@ from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, split_indices
 from distrain.datasets.chat import TooLong
 from distrain.datasets.chat_template import load_tokenizer_folder, tokenizer_digest
-from distrain.datasets.labelled_text import padded
+from distrain.datasets.labels import IGNORED
+from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.tagged_files import EXPECTED, Sentence, TaggedReader, classes_of
 from distrain.datasets.tags import Scheme, all_classes
@@ -112,7 +113,7 @@ def tagged_text(
     words: _Tokens = _Words(state["vocabulary"], max_len) if pieces is None else pieces
     encoded_files = {path: words.encoded(path, reader, sentences) for path, sentences in read.items()}
     ignored = request.labels("train", len(state["classes"])).ignored
-    numbers = _Numbers(state["classes"], -100 if ignored is None else ignored)
+    numbers = _Numbers(state["classes"], IGNORED if ignored is None else ignored)
     splits: dict[str, AnySource] = {}
     for name, kept in rows.items():
         path = files[name]
@@ -387,9 +388,9 @@ class TaggedTexts:
 
     def fetch(self, ids: np.ndarray) -> Batch:
         rows = self._rows[ids].tolist()
-        batch: Batch = {"inputs": padded(self._tokens, rows, self._pad_id), "ids": torch.from_numpy(ids)}
+        batch: Batch = {"inputs": padded(map(self._tokens.row, rows), self._pad_id), "ids": torch.from_numpy(ids)}
         if self._targets is not None:
-            batch["targets"] = padded(self._targets, rows, self._ignored)
+            batch["targets"] = padded(map(self._targets.row, rows), self._ignored)
         return batch
 
     def keys(self, ids: np.ndarray) -> dict[str, Sequence[Any]]:

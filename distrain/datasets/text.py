@@ -22,6 +22,7 @@ from distrain.datasets.base import (
     check_split_sizes,
     split_fractions,
 )
+from distrain.datasets.nested import padded
 from distrain.datasets.token_rows import TokenRows
 from distrain.datasets.tokens import (
     INDEX_NAME,
@@ -168,9 +169,9 @@ class Prompts:
 
     def fetch(self, ids: np.ndarray) -> Batch:
         """`inputs`: (batch, longest) int64, padded on the right; `lengths`: (batch,) int64."""
-        rows = [torch.from_numpy(self._prompts[index].astype(np.int64)) for index in ids.tolist()]
+        rows = [self._prompts[index] for index in ids.tolist()]
         return {
-            "inputs": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id),
+            "inputs": padded(rows, self._pad_id),
             "lengths": torch.tensor([len(row) for row in rows]),
             "ids": torch.from_numpy(ids),
         }
