@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,22 @@ def load_tokenizer_folder(folder: Path, **options: Any) -> Any:
             "tokenizer with a tokenizer.json"
         )
     return tokenizer
+
+
+def vocabulary_facts(tokenizer: Any, folder: Path) -> dict[str, int]:
+    """Return the number that pads and the size of the vocabulary; raises UserError where nothing can pad."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_id is None:
+        raise UserError(f"the tokenizer in {folder} has no padding token; set its pad_token")
+    return {"pad_id": pad_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
+
+
+def check_tokenizer(state: Mapping[str, Any], digest: str, folder: Path) -> None:
+    """Raise UserError where the model was trained with another tokenizer."""
+    if state.get("tokenizer_digest") != digest:
+        raise UserError(
+            f"the model was trained with another tokenizer than that of {folder}; use the tokenizer of the training"
+        )
 
 
 class ChatTokenizer:

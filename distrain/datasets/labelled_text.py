@@ -15,7 +15,7 @@ from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest
 from distrain.datasets.chat import TooLong
-from distrain.datasets.chat_template import load_tokenizer_folder, tokenizer_digest
+from distrain.datasets.chat_template import check_tokenizer, load_tokenizer_folder, tokenizer_digest, vocabulary_facts
 from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.table_columns import Options, fit_target, spelled_alike
@@ -172,11 +172,7 @@ class TextReader:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise UserError where the model was trained with another tokenizer."""
-        if state.get("tokenizer_digest") != self._digest:
-            raise UserError(
-                f"the model was trained with another tokenizer than that of {self._folder}; use the tokenizer of the "
-                "training"
-            )
+        check_tokenizer(state, self._digest, self._folder)
 
     def encoded(self, file: Path) -> Encoded:
         """Return what is encoded of a file, row by row: `length` (1,) is that of the whole text, in tokens."""
@@ -184,12 +180,7 @@ class TextReader:
         def encode(add: Callable[[Row], None]) -> dict[str, Any]:
             for row in self._rows(self.tables.read(file)):
                 add(row)
-            pad_id = self.tokenizer.pad_token_id
-            pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-            if pad_id is None:
-                raise UserError(f"the tokenizer in {self._folder} has no padding token; set its pad_token")
-            vocabulary = max(self.tokenizer.get_vocab().values()) + 1
-            return {"pad_id": pad_id, "vocab_size": vocabulary}
+            return vocabulary_facts(self.tokenizer, self._folder)
 
         made_from = {
             "kind": "text_classification",

@@ -16,7 +16,7 @@ from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, split_indices
 from distrain.datasets.chat import TooLong
-from distrain.datasets.chat_template import load_tokenizer_folder, tokenizer_digest
+from distrain.datasets.chat_template import check_tokenizer, load_tokenizer_folder, tokenizer_digest, vocabulary_facts
 from distrain.datasets.labels import IGNORED
 from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
@@ -163,11 +163,8 @@ def _check_state(state: Mapping[str, Any], pieces: _Pieces | None, scheme: Schem
     if (pieces is None) != ("vocabulary" in state):
         was = "a vocabulary of words" if "vocabulary" in state else f"the tokenizer of {state.get('tokenizer')}"
         raise UserError(f"data.tokenizer: the model was trained with {was}")
-    if pieces is not None and state.get("tokenizer_digest") != pieces.state["tokenizer_digest"]:
-        raise UserError(
-            f"the model was trained with another tokenizer than that of {pieces.folder}; use the tokenizer of the "
-            "training"
-        )
+    if pieces is not None:
+        check_tokenizer(state, pieces.state["tokenizer_digest"], pieces.folder)
     if state["scheme"] != scheme:
         raise UserError(f"data.scheme is {scheme!r}, and the model was trained with {state['scheme']!r}")
 
@@ -235,11 +232,7 @@ class _Pieces:
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
-        pad_id = self._tokenizer.pad_token_id
-        pad_id = self._tokenizer.eos_token_id if pad_id is None else pad_id
-        if pad_id is None:
-            raise UserError(f"the tokenizer in {self.folder} has no padding token; set its pad_token")
-        return {"pad_id": pad_id, "vocab_size": max(self._tokenizer.get_vocab().values()) + 1}
+        return vocabulary_facts(self._tokenizer, self.folder)
 
     @property
     def pad_id(self) -> int:
