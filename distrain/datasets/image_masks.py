@@ -17,16 +17,14 @@ from distrain.datasets.base import (
     SPLIT_NAMES,
     AnySource,
     Batch,
-    CorruptSample,
     Data,
     DataMeta,
     DataRequest,
     split_indices,
 )
 from distrain.datasets.image_layouts import folders_in, image_paths
-from distrain.datasets.images import Channels, ImageFiles, image_reader
+from distrain.datasets.images import Channels, ImageFiles, height_and_width, image_reader, not_decoded
 from distrain.datasets.labels import Labels
-from distrain.system.output import error_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +52,7 @@ def image_masks(
     count = len(classes) if isinstance(classes, list) else classes
     if count < 2 or (names is not None and len(set(names)) < count):
         raise UserError(f"data.classes: found {classes}, expected the names of at least two classes, or their number")
-    sides = [size] if isinstance(size, int) else size
-    if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
-        raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
-    shape = None if sides is None else (sides[0], sides[-1])
+    shape = height_and_width(size)
     meta = DataMeta(num_classes=count, class_names=names)
     reader = image_reader(shape, channels)
     if request.inputs_only and request.state is not None:
@@ -179,12 +174,7 @@ class ImageMasks:
                 size = file.size if self.size is None else self.size[::-1]
                 pixels = np.asarray(file if file.size == size else file.resize(size, Image.Resampling.NEAREST))
         except Exception as error:
-            where = f"sample {number}, {path}, cannot be"
-            if not CorruptSample.is_why(error):
-                raise UserError(f"{where} read: {error_line(error)}") from error
-            raise CorruptSample(
-                number, f"{where} decoded as a mask: {error_line(error)}; repair or remove the file and its image"
-            ) from error
+            raise not_decoded(number, path, error, "a mask", "the file and its image") from error
         if pixels.ndim != 2 or pixels.dtype.kind not in "iub":
             raise UserError(
                 f"sample {number}, {path} is a picture of mode {mode}; expected a PNG whose pixels are the numbers of "

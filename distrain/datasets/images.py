@@ -120,12 +120,15 @@ class ImageFiles:
         except UserError as error:
             raise UserError(f"sample {number}, {error}") from error
         except Exception as error:
-            where = f"sample {number}, {path}, cannot be"
-            if not CorruptSample.is_why(error):
-                raise UserError(f"{where} read: {error_line(error)}") from error
-            raise CorruptSample(
-                number, f"{where} decoded as an image: {error_line(error)}; repair or remove the file"
-            ) from error
+            raise not_decoded(number, path, error, "an image", "the file") from error
+
+
+def not_decoded(number: int, path: Path, error: Exception, what: str, files: str) -> UserError:
+    """Return the error of a file that could not be read as an image, or as a mask."""
+    where = f"sample {number}, {path}, cannot be"
+    if not CorruptSample.is_why(error):
+        return UserError(f"{where} read: {error_line(error)}")
+    return CorruptSample(number, f"{where} decoded as {what}: {error_line(error)}; repair or remove {files}")
 
 
 def decode_image(
@@ -315,9 +318,7 @@ def image_folder(
     if range is not None and (len(range) != 2 or not all(map(math.isfinite, range)) or range[0] >= range[1]):
         raise UserError(f"data.range: found {range}, expected the numbers of black and of white, such as [0, 65535]")
     black_to_white = None if range is None else (range[0], range[1])
-    if size is not None and (min(sides := [size] if isinstance(size, int) else size, default=0) < 1 or len(sides) > 2):
-        raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
-    shape = None if size is None else (sides[0], sides[-1])
+    shape = height_and_width(size)
     reader = image_reader(shape, channels, black_to_white, decoder)
     if request.inputs_only and request.state is not None:
         known = tuple(request.state["class_names"])
@@ -346,6 +347,16 @@ def image_folder(
     read = [*layout.tables, *(path for listing in listings.values() for path in listing.paths)]
     warnings = _several_frames([path for listing in listings.values() for path in listing.paths])
     return Data(splits, meta, {"class_names": names}, reader, read, warnings)
+
+
+def height_and_width(size: int | list[int] | None) -> tuple[int, int] | None:
+    """Return what `data.size` says; raises UserError."""
+    if size is None:
+        return None
+    sides = [size] if isinstance(size, int) else size
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise UserError(f"data.size: found {size}, expected a number or [height, width], at least 1")
+    return sides[0], sides[-1]
 
 
 def _several_frames(paths: Sequence[Path]) -> tuple[str, ...]:
