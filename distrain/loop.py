@@ -154,7 +154,7 @@ def take_turn(
         if scaler is not None:
             scaler.end_step(taken=taken)
         noise.of_nothing()
-        return PendingMetrics(t.step + 1, read, grad_scale, t.local, means, taken, turn)
+        return PendingMetrics(t.step + 1, read, turn, grad_scale, t.local, means, taken)
 
 
 def _coefficient(norm: Tensor | None, clip_norm: float | None, grad_scale: float | None) -> Tensor | None:
@@ -173,7 +173,7 @@ def _skip_known(t: TrainContext, turn: Turn, known: Anomaly, flags: StepFlags) -
     """Have an optimizer not act in a step; the ranks still agree on their flags."""
     record = StepRecord.reduce_async(t.world, torch.zeros((), device=t.world.device), flags)()
     read, numbers = record.to_host_async(t.world, None), (known.loss, known.norm)
-    return PendingMetrics(t.step + 1, lambda: (*numbers, read()[2]), t.strategy.grad_scale, taken=False, turn=turn)
+    return PendingMetrics(t.step + 1, lambda: (*numbers, read()[2]), turn, t.strategy.grad_scale, taken=False)
 
 
 def _nothing() -> None:

@@ -118,6 +118,8 @@ class PendingMetrics(NamedTuple):
     read: Callable[[], tuple[float, float, StepFlags]]
     """Returns the loss over all ranks, the norm of the gradient before clipping (0 where nothing needs it), and the
     means of the flags."""
+    turn: Turn
+    """Of which optimizer these are."""
     grad_scale: float | None = None
     """What the loss was multiplied by; None where it is not scaled."""
     local: LocalStepResult | None = None
@@ -126,15 +128,13 @@ class PendingMetrics(NamedTuple):
     """Reads the means that the task reports besides the loss; None where there are none."""
     taken: bool = True
     """Whether the optimizer has stepped."""
-    turn: Turn | None = None
-    """Of which optimizer these are."""
     earlier: tuple[PendingMetrics, ...] = ()
     """Of the optimizers that have acted before it in the step; the flags are those of the last one."""
 
     @property
     def name(self) -> str:
         """Of the optimizer."""
-        return "" if self.turn is None else self.turn.name
+        return self.turn.name
 
     @property
     def turns(self) -> tuple[PendingMetrics, ...]:

@@ -262,7 +262,6 @@ class Session(RunContext):
         means: dict[str, float] = {}
         norms: dict[str, float] = {}
         for turn, _, norm in read:
-            assert turn.turn is not None, "a step has turns"
             means |= turn.means() if turn.means is not None else {}
             if turn.turn.section.clip_norm is not None or self.setup.anomalies.watches:
                 norms[turn.name] = norm
