@@ -185,12 +185,11 @@ class Session(RunContext):
     def flags(self) -> StepFlags:
         """Return what this rank has for the others with this step; `deliver_metrics` gets the mean over the ranks."""
         checkpoints = self.checkpoints
-        under_way = checkpoints.saver.in_flight is not None
         return StepFlags(
             stop=float(self.stop.reason is not None),
             save=float(checkpoints.due_by_time()),
-            written=float(under_way and checkpoints.written()),
-            published=float(under_way and checkpoints.published()),
+            written=float(checkpoints.written()),
+            published=float(checkpoints.published()),
             callbacks=self.callbacks.flag(),
         )
 
