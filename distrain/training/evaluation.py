@@ -18,6 +18,7 @@ from distrain.data import Transform
 from distrain.datasets.base import AnySource, Batch, DataMeta, is_stream
 from distrain.datasets.batches import too_many
 from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.labels import IGNORED
 from distrain.datasets.nested import tensors_in
 from distrain.diagnose.index_errors import given
 from distrain.metrics import MetricSet
@@ -32,10 +33,6 @@ from distrain.training.tasks import Means, Objective
 
 class Interrupted(UserError):
     """An evaluation ended early, because a rank is asked to stop. All ranks raise it."""
-
-
-IGNORED = -100
-"""The target of a token that is not to be predicted."""
 
 
 def evaluate(

@@ -19,11 +19,12 @@ from distrain.config import Form, Recipe, UserError
 from distrain.datasets.base import AnySource, Batch, DataMeta, is_stream, keys_of
 from distrain.datasets.batches import Batches
 from distrain.datasets.evaluation import build_eval_loader
+from distrain.datasets.labels import IGNORED
 from distrain.datasets.transforms import Transform
 from distrain.parallel import Strategy
 from distrain.run.media import Encoded, encode_image, encode_table
 from distrain.training.context import to_device
-from distrain.training.evaluation import IGNORED, generated_texts
+from distrain.training.evaluation import generated_texts
 from distrain.training.outputs import class_label, predicted, target_columns
 from distrain.training.tasks import Objective
 
