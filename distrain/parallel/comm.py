@@ -387,7 +387,7 @@ def open_world(
     """Join the processes of this run. All ranks call; raises UserError when the world is not the launcher's.
 
     `precision` is the recipe's `train.precision`. `asked` is the strategy, None for single or ddp. `timeout_s` bounds
-    every collective but those of `first`. `deterministic` is the recipe's `train.deterministic`.
+    every collective but those of `run_on_rank0`. `deterministic` is the recipe's `train.deterministic`.
     """
     environment = Environment.read(os.environ)
     if environment.world_size == 1:
