@@ -107,7 +107,7 @@ def _stored_state(model: nn.Module, reader: Reader) -> dict[str, Any]:
         for name, spec in specs.items()
         if name.startswith("model/") and (spec.role == "state" or name.removeprefix("model/") in extra)
     ]
-    # a model is used without its task, and a task may begin to keep something, or cease to: see `unlike_stored`
+    # a model is used without its task, and a task may begin to keep something, or cease to: see `task_notes`
     needed = {name for name, value in {**found.tensors, **found.values}.items() if value is not None} - {OF_TASK}
     if OF_TASK not in extra:
         encoded = {name: held for name, held in encoded.items() if name != OF_TASK}
