@@ -15,15 +15,6 @@ _DAY = 24 * 60 * 60
 HOST = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "unknown"
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until what a folder lists is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _started(pid: int) -> int | None:
     """Return when process `pid` of this host started, in kernel ticks (0: unknown); None if it has ended."""
     try:

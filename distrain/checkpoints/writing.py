@@ -46,10 +46,11 @@ from distrain.checkpoints.format import (
     rank_file_name,
 )
 from distrain.checkpoints.headers import read_header
-from distrain.checkpoints.hiding import HOST, hidden, is_leftover, sync_folder
+from distrain.checkpoints.hiding import HOST, hidden, is_leftover
 from distrain.checkpoints.layout import find_not_finite, lay_out, write_file
 from distrain.checkpoints.reading import best_first, list_checkpoints
 from distrain.run.heartbeat import enter_phase, progress
+from distrain.run.json_files import fsync
 from distrain.system.collector import no_collection
 from distrain.system.errors import UserError, some
 
@@ -392,7 +393,7 @@ class Saver:
         with no_collection():
             text = self._manifest(flight, files, headers)
         write_file(flight.folder / MANIFEST, [text], flight.cancelled)
-        sync_folder(flight.folder)
+        fsync(flight.folder)
         path = self.folder / f"step-{flight.step:08d}"
         if self.fence:
             self.fence()
@@ -408,7 +409,7 @@ class Saver:
             except OSError:
                 os.rename(trash, path)
                 raise
-        sync_folder(self.folder)
+        fsync(self.folder)
         self.scores[path.name] = flight.score
         retired, warnings = self._retire(flight.step)
         nbytes = sum(info.size for info in files)

@@ -26,7 +26,8 @@ import xxhash
 from numpy.typing import ArrayLike, DTypeLike
 
 from distrain.config import UserError
-from distrain.datasets.tokens import INDEX_NAME, fsync, hash_file
+from distrain.datasets.tokens import INDEX_NAME, hash_file
+from distrain.run.json_files import fsync
 from distrain.system.bounded_json import SUMMARY, read_json
 from distrain.system.processes import umask
 

@@ -33,6 +33,7 @@ import numpy as np
 import xxhash
 
 from distrain.config import UserError
+from distrain.run.json_files import fsync
 from distrain.system.bounded_json import SUMMARY, read_bounded, read_json
 from distrain.system.processes import umask
 
@@ -485,15 +486,6 @@ def _encoded(
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def fsync(path: Path) -> None:
-    """Have the operating system write a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------------------------

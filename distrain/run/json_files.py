@@ -16,6 +16,15 @@ from distrain.system.errors import UserError
 from distrain.system.output import in_utf8
 
 
+def fsync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old content or the new, never a part of it."""
     # a folder may be shared by machines whose processes have the same numbers

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distrain.run.json_files import BLOCK, end_of_rows, lines_backwards, metrics_row, parse_row, row_line
+from distrain.run.json_files import BLOCK, end_of_rows, fsync, lines_backwards, metrics_row, parse_row, row_line
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
 
@@ -139,9 +139,7 @@ class MetricsFile:
         behind = b"".join(line for offset, line in reversed(kept) if offset > first)
         if behind:  # between the two steps a crash must lose neither
             self._beside.write_bytes(b"%d\n" % first + behind)
-            descriptor = os.open(self._beside, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            fsync(self._beside)
             self._beside.replace(self._moved)
             self._take_over()
         else:

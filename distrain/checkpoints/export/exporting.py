@@ -22,9 +22,10 @@ from distrain.checkpoints.export.companion_files import CONFIG
 from distrain.checkpoints.export.copying import Output, write_safetensors
 from distrain.checkpoints.export.opening import open_foreign, open_native
 from distrain.checkpoints.format import MANIFEST, error_reason
-from distrain.checkpoints.hiding import hidden, is_leftover, sync_folder
+from distrain.checkpoints.hiding import hidden, is_leftover
 from distrain.checkpoints.reading import is_checkpoint_name, read_manifest
 from distrain.checkpoints.sources import Source
+from distrain.run.json_files import fsync
 from distrain.system.errors import UserError, close_names, some
 
 if TYPE_CHECKING:
@@ -390,14 +391,13 @@ def _publish(
             write(hidden_paths[path])
         if sync:
             for path in hidden_paths.values():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                fsync(path)
         for path, written in hidden_paths.items():
             os.rename(written, path)
         for path in stale:
             path.unlink()
         if sync:
-            sync_folder(folder)
+            fsync(folder)
     except OSError as error:
         raise UserError(f"the export to {folder} failed: {error_reason(error)}") from error
     finally:
