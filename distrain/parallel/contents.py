@@ -181,7 +181,7 @@ def prepare_to_save(model: nn.Module, *, sharded: bool) -> None:
     extra = modules_with_extra_state(model)
     problems += _problems_of_extra_state(found, extra)
     problems += _problems_of_hooks(found, extra, sharded)
-    if not problems and _needs_loading(found, extra):
+    if not problems and (found.tensors or found.values or extra):
         problems += _try_loading(model, found, extra)
     if problems:
         raise UserError("the model has state that a checkpoint could not give back:\n  - " + "\n  - ".join(problems))
@@ -253,10 +253,6 @@ def _problems_of_hooks(found: Contents, extra: Mapping[str, nn.Module], sharded:
             encode(value.detach() if isinstance(value, Tensor) else value, name, {})
         except Unstorable as error:
             yield f"{error}, which a hook or an override puts into the state dict; keep it as a buffer, or leave it out"
-
-
-def _needs_loading(found: Contents, extra: Mapping[str, nn.Module]) -> bool:
-    return any(name not in extra for name in (*found.tensors, *found.values)) or bool(extra)
 
 
 def _try_loading(model: nn.Module, found: Contents, extra: Mapping[str, nn.Module]) -> list[str]:
