@@ -20,7 +20,7 @@ from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.table_columns import Options, fit_target, spelled_alike
 from distrain.datasets.table_files import Frame, TableReader, listed, split_frames
-from distrain.datasets.tables import Encoder
+from distrain.datasets.tables import Encoder, target_facts
 from distrain.datasets.tokens import text_lines
 
 logger = logging.getLogger(__name__)
@@ -108,16 +108,7 @@ def text_classification(
     def read(path: Path) -> LabelledTexts:
         return reader.read(path, encoder, facts["pad_id"], id)
 
-    classes: list[str] = state.get("classes", [])
-    meta = DataMeta(
-        num_classes=len(classes) if request.task in ("classification", "binary") else None,
-        class_names=tuple(classes) if classes else None,
-        num_targets=len(targets) if request.task in ("multilabel", "regression") else None,
-        vocab_size=facts["vocab_size"],
-        pad_id=facts["pad_id"],
-        target_mean=tuple(state["target_mean"]) if "target_mean" in state else None,
-        target_std=tuple(state["target_std"]) if "target_std" in state else None,
-    )
+    meta = DataMeta(vocab_size=facts["vocab_size"], pad_id=facts["pad_id"], **target_facts(state, request.task))
     alike = spelled_alike({"categorical": [], **state}) if request.state is None else []
     return Data(splits, meta, state, read, tuple(made), tuple(alike))
 
@@ -257,11 +248,7 @@ class TextReader:
         else:
             frame = self.tables.read(path)
             rows = [*self._rows(frame)]
-            labelled = all(name in frame.names for name in encoder.state["targets"])
-            labelled = labelled and any(
-                frame.table.column(name).null_count < len(frame) for name in encoder.state["targets"]
-            )
-            targets = encoder.targets(frame) if labelled else None
+            targets = encoder.targets(frame) if encoder.has_targets(frame) else None
             names = {id: frame.table.column(id).to_pylist()} if id is not None and id in frame.names else {}
         columns = {name: Ragged.of([row[name] for row in rows]) for name in _COLUMNS}
         long = int((columns["length"].values > self._max_len).sum())

@@ -129,9 +129,6 @@ class Encoder:
         """
         state = self.state
         columns = [each["name"] for each in [*state["numeric"], *state["categorical"]]]
-        has_target = all(name in frame.names for name in state["targets"])
-        if not need_target and has_target:
-            has_target = any(frame.table.column(name).null_count < len(frame) for name in state["targets"])
         wanted = [*columns, *(state["targets"] if need_target else [])]
         if lacking := [name for name in wanted if name not in frame.names]:
             raise UserError(
@@ -161,7 +158,8 @@ class Encoder:
                 start += width
             inputs = torch.from_numpy(encoded)
         names = {self.id: frame.table.column(self.id).to_pylist()} if self.id in frame.names else {}
-        return TensorSource(inputs, self.targets(frame) if has_target else None, tuple(warnings), names)
+        targets = self.targets(frame) if need_target or self.has_targets(frame) else None
+        return TensorSource(inputs, targets, tuple(warnings), names)
 
     def _without_value(self, frame: Frame, what: str, refuse: bool) -> list[str]:
         """Return a warning for each column of numbers without a value in any row; raises UserError if `refuse`."""
@@ -205,6 +203,13 @@ class Encoder:
                 "remove these rows, or scale the column"
             )
         return cast
+
+    def has_targets(self, frame: Frame) -> bool:
+        """Whether a file for prediction has the columns of the targets, and a value in one of them."""
+        targets = self.state["targets"]
+        return all(name in frame.names for name in targets) and any(
+            frame.table.column(name).null_count < len(frame) for name in targets
+        )
 
     def targets(self, frame: Frame) -> torch.Tensor:
         """Return the targets of rows, from the columns `state["targets"]`; raises UserError for what cannot be one."""
@@ -309,14 +314,20 @@ def _meta(state: dict[str, Any], task: Form) -> DataMeta:
     for each in state["categorical"]:
         shown = ["(missing)" if category is None else category for category in each["categories"]]
         names += [f"{each['name']}={category}" for category in shown] if one_hot else [each["name"]]
-    classes: list[str] = state.get("classes", [])
     return TableMeta(
         input_shape=(len(names),) if one_hot else None,
-        num_classes=len(classes) if task in ("classification", "binary") else None,
-        class_names=tuple(classes) if classes else None,
-        num_targets=len(state["targets"]) if task in ("multilabel", "regression") else None,
         feature_names=tuple(names),
-        target_mean=tuple(state["target_mean"]) if "target_mean" in state else None,
-        target_std=tuple(state["target_std"]) if "target_std" in state else None,
         cardinalities=None if one_hot else tuple(len(each["categories"]) + 1 for each in state["categorical"]),
+        **target_facts(state, task),
     )
+
+
+def target_facts(state: dict[str, Any], task: Form) -> dict[str, Any]:
+    """Return what a `DataMeta` says of fitted targets."""
+    classes: list[str] = state.get("classes", [])
+    return {
+        "num_classes": len(classes) if task in ("classification", "binary") else None,
+        "class_names": tuple(classes) if classes else None,
+        "num_targets": len(state["targets"]) if task in ("multilabel", "regression") else None,
+        **{key: tuple(state[key]) for key in ("target_mean", "target_std") if key in state},
+    }
