@@ -36,16 +36,14 @@ class Check:
     """What it has imported: those that follow need not, once this process has done so where that is safe."""
 
 
-def run_checks(
-    checks: Sequence[Check], context: Context, *, rank: int | None = None, limit_s: float | None = None
-) -> Iterator[list[Finding]]:
+def run_checks(checks: Sequence[Check], context: Context, *, limit_s: float | None = None) -> Iterator[list[Finding]]:
     """Yield what each check finds, in order; `limit_s` replaces the limit of each.
 
     A check that raises, hangs or is killed yields an error that says so, behind what it had found before.
     """
     for check in checks:
         found = run_check(check, context, limit_s or check.limit_s)
-        yield [replace(each, check=check.name, host=context.host, rank=rank) for each in found]
+        yield [replace(each, check=check.name, host=context.host) for each in found]
         if check.then_import and not any(each.level is Level.error for each in found):
             importlib.import_module(check.then_import)
 

@@ -117,6 +117,6 @@ class Pruning(Callback):
             self._run.request_stop("its search: it is worse than the others were by then")
 
 
-def callbacks_of_task(variables: Mapping[str, str] = os.environ) -> list[Callback]:
+def callbacks_of_task() -> list[Callback]:
     """Return what a process that trains a run of a search has besides its recipe's callbacks."""
-    return [Pruning()] if variables.get(PRUNES) else []
+    return [Pruning()] if os.environ.get(PRUNES) else []

@@ -237,9 +237,9 @@ def interface_towards(address: str) -> str | None:
     return next((name for name, held in found if own in {each.address.partition("%")[0] for each in held}), None)
 
 
-def note_taken(run: RunDir, port: int, variables: Mapping[str, str] = os.environ) -> None:
+def note_taken(run: RunDir, port: int) -> None:
     """Tell the batch script that another port is to be tried."""
-    name = f"port-taken-{job_name(variables)}-{read_slurm(variables).restart}"
+    name = f"port-taken-{job_name(os.environ)}-{read_slurm(os.environ).restart}"
     (run.path / "submit").mkdir(exist_ok=True)
     (run.path / "submit" / name).write_text(f"{port}\n")
     echo(f"distrain: port {port} of {socket.gethostname()} was taken; another is tried", error=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,9 +105,9 @@ class FoundSite:
     """Another file of this name that is taken instead."""
 
 
-def site_folders(variables: Mapping[str, str] = os.environ) -> list[Path]:
+def site_folders() -> list[Path]:
     """Return where sites are looked for: this folder's slurm/sites, the user's own, and those that come along."""
-    config = variables.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return [Path.cwd() / "slurm" / "sites", Path(config) / "distrain" / "sites", shared_file("slurm", "sites")]
 
 

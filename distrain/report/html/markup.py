@@ -56,6 +56,6 @@ def section(title: str, body: str, identity: str, level: int = 2) -> str:
     return f'<section id="{identity}"><h{level}>{text(title)}</h{level}>{body}</section>' if body else ""
 
 
-def folded(title: str, body: str, *, opened: bool = False) -> str:
+def folded(title: str, body: str) -> str:
     """Return a part that is folded until it is asked for; printed it is unfolded."""
-    return f"<details{' open' if opened else ''}><summary>{text(title)}</summary>{body}</details>" if body else ""
+    return f"<details><summary>{text(title)}</summary>{body}</details>" if body else ""
