@@ -11,20 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.config import UserError, close_names
+from distrain.networks.calling import unwrap_model
 from distrain.networks.memory import local
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and data parallelism."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def canonical_name(name: str) -> str:
@@ -46,10 +36,10 @@ class Ema:
     def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float, constant: Collection[str] = ()):
         assert 0 < decay < 1, decay
         self.decay = decay
-        self._model = unwrapped(model) if isinstance(model, nn.Module) else None
+        self._model = unwrap_model(model) if isinstance(model, nn.Module) else None
         # the dictionaries that hold the tensors: a module may replace a buffer by assignment
         self._slots = (
-            _slots(unwrapped(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
+            _slots(unwrap_model(model)) if isinstance(model, nn.Module) else {name: (model, name) for name in model}
         )
         for name in constant:
             self._slots.pop(name, None)

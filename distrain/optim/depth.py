@@ -13,7 +13,8 @@ from torch import nn
 
 from distrain.config import UserError
 from distrain.networks.blocks import block_classes, blocks_of
-from distrain.optim.averages import canonical_name, unwrapped
+from distrain.networks.calling import unwrap_model
+from distrain.optim.averages import canonical_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def layer_depths(model: nn.Module, decay: float) -> LayerDepths:
     between two stages; those of the model itself, such as a class token, come before the first. Raises UserError for a
     model without repeated blocks.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     classes = block_classes(model)
     blocks = tuple(canonical_name(name) for name in blocks_of(model, classes))
     if not blocks:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from distrain.optim.averages import canonical_name, unwrapped
+from distrain.networks.calling import unwrap_model
+from distrain.optim.averages import canonical_name
 
 _EMBEDS = re.compile(r"emb|(^|[._])pos(ition)?([._]|$)|(cls|mask|class)_?token", re.IGNORECASE)
 """Names of parameters that are looked up or added, and multiply nothing."""
@@ -20,7 +21,7 @@ def matrix_names(model: nn.Module, skipped: Iterable[str], *, with_head: bool = 
     the others; but not those `skipped` (norms, biases, embeddings), nor any that is named like an embedding. The head
     is no hidden layer: the last module that has a matrix, where others have some too.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     first_name: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first_name.setdefault(id(parameter), canonical_name(name))

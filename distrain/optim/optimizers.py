@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from distrain.config import FreezeSection, Horizon, OptimSection, PartSection, UserError, close_names
 from distrain.config.arguments import argument_problems, takes
 from distrain.config.registry import optimizers
-from distrain.optim.averages import canonical_name, unwrapped
+from distrain.networks.calling import unwrap_model
+from distrain.optim.averages import canonical_name
 from distrain.optim.depth import layer_depths
 from distrain.optim.freezing import THAW, thaw_steps
 from distrain.optim.matrices import matrix_names
@@ -392,14 +393,14 @@ def _without_parameters(model: nn.Module) -> str:
     advice = "layers in a plain list need nn.ModuleList, and tensors to be trained nn.Parameter"
     if lost := unregistered_layers(model):
         advice = f"{', '.join(lost)}: put layers in a plain list or dict into nn.ModuleList or nn.ModuleDict"
-    return f"model: {type(unwrapped(model)).__name__} has no parameters, so there is nothing to train. {advice}"
+    return f"model: {type(unwrap_model(model)).__name__} has no parameters, so there is nothing to train. {advice}"
 
 
 def _nothing_to_train(model: nn.Module, aliases: Sequence[_Alias]) -> str:
     frozen = sum(not alias.parameter.requires_grad for alias in aliases)
     if frozen == len(aliases):
         return (
-            f"model: all {frozen} parameters of {type(unwrapped(model)).__name__} are frozen by the model itself "
+            f"model: all {frozen} parameters of {type(unwrap_model(model)).__name__} are frozen by the model itself "
             "(requires_grad is False), so nothing is left to train"
         )
     rest = f", with {frozen} that the model itself has frozen" if frozen else ""
@@ -408,7 +409,7 @@ def _nothing_to_train(model: nn.Module, aliases: Sequence[_Alias]) -> str:
 
 def unregistered_layers(model: nn.Module) -> list[str]:
     """Return where a model has layers in plain lists and dicts: it does not register them, so nothing trains them."""
-    model = unwrapped(model)
+    model = unwrap_model(model)
     known = {id(parameter) for parameter in model.parameters()}
     found = []
     for prefix, module in model.named_modules():
@@ -424,7 +425,7 @@ def unregistered_layers(model: nn.Module) -> list[str]:
 
 def _aliases(model: nn.Module) -> list[_Alias]:
     """Return every parameter once, in the model's order, with all its names and kinds."""
-    model = unwrapped(model)
+    model = unwrap_model(model)
     kinds: dict[int, set[str]] = {}
     norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
     for module in model.modules():
