@@ -17,7 +17,7 @@ from distrain.datasets.base import Batch, Data, DataMeta, DataRequest, split_ind
 from distrain.datasets.labels import IGNORED
 from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Ragged
-from distrain.datasets.tokens import FileTokenizer, text_lines
+from distrain.datasets.tokens import FileTokenizer, frequent_tokens, text_lines
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _UNKNOWN = 3
@@ -116,13 +116,7 @@ def _fit(spec: str, texts: Iterable[str], base: Path, min_count: int, max_vocab:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.split() if spec == "words" else text)
-    frequent = sorted(
-        ((token, count) for token, count in counts.items() if count >= min_count and token not in _SPECIALS),
-        key=lambda each: (-each[1], each[0]),
-    )
-    if not frequent:
-        raise UserError(f"data.min_count {min_count}: no token of the training split is as frequent; lower it")
-    return {"tokenizer": spec, "vocabulary": [token for token, _ in frequent[:max_vocab]]}
+    return {"tokenizer": spec, "vocabulary": frequent_tokens(counts, _SPECIALS, min_count, max_vocab)}
 
 
 def _open(spec: str, state: dict[str, Any], base: Path, side: str) -> _Side:

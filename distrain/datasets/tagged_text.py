@@ -22,6 +22,7 @@ from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.tagged_files import EXPECTED, Sentence, TaggedReader, classes_of
 from distrain.datasets.tags import Scheme, all_classes
+from distrain.datasets.tokens import frequent_tokens
 
 _SPECIALS = ("<pad>", "<unk>")
 _UNKNOWN = 1
@@ -149,13 +150,8 @@ def _read_splits(
 
 
 def _vocabulary(training: Sequence[Sentence], min_count: int, max_vocab: int | None) -> dict[str, Any]:
-    counts = Counter(token for sentence in training for token in sentence.tokens if token not in _SPECIALS)
-    frequent = sorted(
-        ((token, count) for token, count in counts.items() if count >= min_count), key=lambda each: (-each[1], each[0])
-    )
-    if not frequent:
-        raise UserError(f"data.min_count {min_count}: no token of the training split is as frequent; lower it")
-    return {"vocabulary": [token for token, _ in frequent[:max_vocab]]}
+    counts = Counter(token for sentence in training for token in sentence.tokens)
+    return {"vocabulary": frequent_tokens(counts, _SPECIALS, min_count, max_vocab)}
 
 
 def _check_state(state: Mapping[str, Any], pieces: _Pieces | None, scheme: Scheme) -> None:

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -136,6 +136,19 @@ def load_tokenizer(spec: str | Path, eos: str | bool = True) -> Tokenizer:
     if not eos:
         tokenizer.eos_id, tokenizer.vocab_size = None, 256
     return tokenizer
+
+
+def frequent_tokens(
+    counts: Mapping[str, int], specials: Sequence[str], min_count: int, max_vocab: int | None
+) -> list[str]:
+    """Return the tokens of a training split that a vocabulary has besides special ones, the most frequent first."""
+    frequent = sorted(
+        ((token, count) for token, count in counts.items() if count >= min_count and token not in specials),
+        key=lambda each: (-each[1], each[0]),
+    )
+    if not frequent:
+        raise UserError(f"data.min_count {min_count}: no token of the training split is as frequent; lower it")
+    return [token for token, _ in frequent[:max_vocab]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
