@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 from distrain.plan.planning import Option, Plan
 from distrain.system.memory import GIB
@@ -107,8 +106,7 @@ def _number(value: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    return _number(seconds * 1e3)
 
 
 def size_text(nbytes: float) -> str:
@@ -124,6 +122,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"
     return f"{seconds:.1f} s"
-
-
-__all__: Sequence[str] = ("plan_lines",)
