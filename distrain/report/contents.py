@@ -15,7 +15,6 @@ from typing import Any
 import distrain
 from distrain.checkpoint import criterion_of
 from distrain.config.strategies import describe_strategy
-from distrain.config.yaml import load_recipe
 from distrain.report.attempts import AttemptPart, attempt_parts, total_seconds
 from distrain.report.curves import Panel, comparing_panels, panels_of
 from distrain.report.differences import Comparison, compare_runs
@@ -201,7 +200,8 @@ def run_report(
         "best_step": status.score["step"] if status.score and status.state == "finished" else _best_step(run, history),
     }
     shares, step_s = _step_time(history)
-    spent = _goodput(run)
+    # without a recipe that can be read, as far as it is known
+    spent = status.goodput if status.goodput is not None else goodput_of(run)
     name = next((row.value for row in rows if row.key == "name"), folder.name)
     return RunReport(
         name=name,
@@ -372,15 +372,6 @@ _PARTS = (
     ("idle", "idle between attempts"),
     ("unknown", "unknown"),
 )
-
-
-def _goodput(run: RunDir) -> Goodput | None:
-    try:
-        recipe = load_recipe(run.recipe_path).recipe
-    except UserError:
-        return goodput_of(run)
-    price = getattr(recipe.log, "gpu_hour_price", None)
-    return goodput_of(run, global_batch_size=recipe.batch.global_batch_size, gpu_hour_price=price)
 
 
 def _run_time(spent: Goodput | None) -> list[Share]:
