@@ -90,7 +90,7 @@ def _number(row: dict[str, Any], name: str) -> float | None:
 def resume_ranking(
     run: RunDir, criterion: Criterion, min_delta: float, resumed: Manifest | None
 ) -> tuple[EvalHistory, dict[str, float | None]]:
-    """Rank 0: return the ranking that a run resumes, scores of its checkpoints, and what a person should know.
+    """Rank 0: return the ranking that a run resumes, and scores of its checkpoints; logs what a person should know.
 
     `resumed`: the checkpoint that the run resumes from.
     """
