@@ -74,13 +74,13 @@ class OptimizerRestorer:
             assert shard.entry is not None, name
             entry = entries.setdefault(id(shard.entry), Entry(shard.entry))
             taken = taken_of.get(name, frozenset())
-            for old, spec in stored.get(name, {}).items():
-                inside = old in within.get(name, ())
-                if not inside and old not in taken:
+            for key, spec in stored.get(name, {}).items():
+                inside = key in within.get(name, ())
+                if not inside and key not in taken:
                     continue
-                where, key = f"optimizer/{name}/{old}", old
+                where = f"optimizer/{name}/{key}"
                 state = entry.inner if inside else entry.state
-                if old in elementwise:
+                if key in elementwise:
                     if key not in state:
                         state[key] = torch.zeros_like(
                             entry.key.detach(), dtype=torch_dtype(spec.dtype), memory_format=torch.preserve_format
@@ -90,12 +90,12 @@ class OptimizerRestorer:
                 value = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
                 fill(value, reader, where)
                 entry.take(state, key, value, name)
-            for old, plain in values.get(name, {}).items():
-                if old in taken:
-                    entry.take(entry.state, old, plain, name)
-            for old, held in nested.get(name, {}).items():
-                if old in taken:
-                    entry.take(entry.nested, old, held, name)
+            for key, plain in values.get(name, {}).items():
+                if key in taken:
+                    entry.take(entry.state, key, plain, name)
+            for key, held in nested.get(name, {}).items():
+                if key in taken:
+                    entry.take(entry.nested, key, held, name)
         for entry in entries.values():
             entry.put_together()
         others = {
