@@ -290,14 +290,14 @@ def _averages(source: Source) -> dict[str, str]:
         found, needed = list(source.spec(full).shape), list(source.spec(model[name]).shape)
         if found != needed:
             raise UserError(
-                f"{source.path}: the moving average of {name} has the shape {found}, and it {needed}{advice}"
+                f"{source.path}: the moving average of {name} has the shape {found}, and it {needed}; {advice}"
             )
     trained = {
         name.removeprefix("optimizer/").rpartition("/")[0] for name in source.names if name.startswith("optimizer/")
     }
     averaged = {model[name] for name in averages}
     if lacking := sorted(name for name in trained & model.keys() if model[name] not in averaged):
-        raise UserError(f"{source.path}: {some(lacking)} was trained and has no moving average{advice}")
+        raise UserError(f"{source.path}: {some(lacking)} was trained and has no moving average; {advice}")
     return averages
 
 
