@@ -11,7 +11,7 @@ from distrain.checkpoint import find_checkpoint, read_manifest
 from distrain.config import UserError
 from distrain.config.strategies import strategy_imports
 from distrain.config.yaml import parse_recipe
-from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
+from distrain.launchers.preflight import StartEnvironment, all_of, join_launcher, worker_environment
 from distrain.launchers.reporting import reported
 from distrain.launchers.request import check_one_owner
 from distrain.launchers.worker import end_with_launcher
@@ -112,14 +112,12 @@ def work_evaluation(
     end_with_launcher()
 
     def score() -> None:
-        environment = worker_environment()
         if request is None:
             assert target is not None
-            found = resolve_evaluation(target, split, processes, environment, **options)
+            found = resolve_evaluation(target, split, processes, worker_environment(), **options)
         else:
             found = EvaluationRequest(**json.loads(request))
-            if problems := environment.problems(found.processes):
-                raise all_of(problems)
+            join_launcher(found.processes)
         print_evaluation(found)
 
     return reported(None, rank_told(), score)

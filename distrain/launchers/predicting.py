@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from distrain.launchers.evaluating import ModelRequest, resolve_evaluation
-from distrain.launchers.preflight import StartEnvironment, all_of, worker_environment
+from distrain.launchers.preflight import StartEnvironment, join_launcher
 from distrain.launchers.reporting import reported
 from distrain.launchers.worker import end_with_launcher
 from distrain.system.environment import rank_told
@@ -47,8 +47,7 @@ def work_prediction(request: str) -> int:
 
     def predict() -> None:
         asked = PredictionRequest(**json.loads(request))
-        if problems := worker_environment().problems(asked.processes):
-            raise all_of(problems)
+        join_launcher(asked.processes)
         print_prediction(asked)
 
     return reported(None, rank_told(), predict)

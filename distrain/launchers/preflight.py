@@ -137,7 +137,7 @@ def worker_environment() -> StartEnvironment:
 
 
 def join_launcher(expected: int | None) -> StartEnvironment:
-    """Return what is around a process that trains or evaluates; raises UserError unless `expected` of them are there.
+    """Return what is around a process that a launcher started; raises UserError unless `expected` of them are there.
 
     Without `expected` it is the launcher's own words that count.
     """
