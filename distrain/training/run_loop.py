@@ -185,11 +185,12 @@ class Session(RunContext):
     def flags(self) -> StepFlags:
         """Return what this rank has for the others with this step; `deliver_metrics` gets the mean over the ranks."""
         checkpoints = self.checkpoints
+        under_way = checkpoints.saver.in_flight is not None  # in most steps none is
         return StepFlags(
             stop=float(self.stop.reason is not None),
             save=float(checkpoints.due_by_time()),
-            written=float(checkpoints.written()),
-            published=float(checkpoints.published()),
+            written=float(under_way and checkpoints.written()),
+            published=float(under_way and checkpoints.published()),
             callbacks=self.callbacks.flag(),
         )
 

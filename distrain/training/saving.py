@@ -70,7 +70,7 @@ class Checkpoints:
 
     def written(self) -> bool:
         """Whether this rank has written its part of the one under way, and waits for the others."""
-        return self.saver.written and not self.saver.exchanged
+        return self.saver.in_flight is not None and self.saver.written and not self.saver.exchanged
 
     def published(self) -> bool:
         """Whether every rank has written its part of the one under way, and rank 0 has published it."""
