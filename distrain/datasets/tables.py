@@ -221,8 +221,8 @@ class Encoder:
                 first = int(np.flatnonzero(index < 0)[0])
                 raise UserError(
                     f"column {targets[0]!r} holds {labels[first]!r} at {frame.places(index < 0)}, a class that no "
-                    f"training row has; they have {listed(state['classes'])}. With 'stratify: true' every split has "
-                    "every class"
+                    f"training row has; they have {listed(state['classes'])}. Correct it; of rows that are split by "
+                    "fractions, 'data.stratify: true' gives every split every class"
                 )
             return torch.from_numpy(index if self.task == "classification" else index.astype(self.dtype))
         if self.task == "multilabel":
