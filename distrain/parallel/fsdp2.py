@@ -294,9 +294,10 @@ class FSDP2Strategy(Strategy):
                 if (self._looks or self._seen.get(each) != version) and self._was_written(gathered, each.sharded_param):
                     raise lost([each._param_fqn], self.world.strategy)
                 self._seen[each] = version
-        ended = end(*args)
         order = group.comm_ctx.post_forward_order
-        if not (self.model.training or torch.is_grad_enabled()) and order and order[-1] is group:
+        before = len(order)
+        ended = end(*args)
+        if len(order) > before and not (self.model.training or torch.is_grad_enabled()):
             # no backward pass follows an evaluation; that of the next step would gather ahead in its order, too
             order.pop()
             group._post_forward_indices.pop()
