@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -104,23 +105,29 @@ class RunningWorld:
 
     def wait(self, timeout_s: float = 120) -> list[int]:
         """Wait for every rank; returns the exit codes. What is late is killed."""
-        until = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.join(max(0.0, until - time.monotonic()))
+        self._join(timeout_s)
         for process in self.processes:
             if process.is_alive():
                 process.kill()
                 process.join()
         return [process.exitcode for process in self.processes]
 
+    def _join(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+
     def results(self, timeout_s: float = 120) -> list[Any]:
         """Wait for every rank; returns what each returned. Raises WorldFailed with all that went wrong."""
         results, failures = [], []
-        for rank, code in enumerate(self.wait(timeout_s)):
+        self._join(timeout_s)
+        self.signal(signal.SIGABRT)  # by which a rank that is late writes where it is
+        for rank, code in enumerate(self.wait(5)):
             file = self.folder / str(rank)
             if not file.exists():
                 stacks = file.with_suffix(".stacks")
                 where = stacks.read_text(errors="replace") if stacks.exists() else ""
+                where = where.split("\nExtension modules")[0]
                 failures.append(f"rank {rank} ended with exit code {code} and no result (in {timeout_s:g} s)\n{where}")
                 continue
             ok, value = pickle.loads(file.read_bytes())

@@ -234,6 +234,7 @@ def test_evaluations_are_read_as_they_are_written(tmp_path: Path) -> None:
 OWN = """
 import os
 import signal
+import time
 from pathlib import Path
 
 from torch import nn
@@ -253,20 +254,27 @@ class Net(nn.Linear):
 
 
 class AwaitStop(Callback):
-    'After step 4 waits for what asks the run to stop, once; `sends` its sweep a signal before.'
+    'After step 4 waits for what asks the run to stop, also where it came before; `sends` its sweep a signal first.'
 
     def __init__(self, seen: str, sends: str | None = None):
-        self.seen, self.sends = Path(seen), sends
+        self.seen, self.sends, self.asked = Path(seen), sends, False
+
+    def on_start(self, run):
+        noted = signal.getsignal(signal.SIGTERM)
+
+        def note(number, frame):
+            self.asked = True
+            noted(number, frame)
+
+        signal.signal(signal.SIGTERM, note)
 
     def on_step_end(self, step, metrics):
         if step == 4 and not self.seen.exists():
             self.seen.touch()
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             if self.sends is not None:
                 os.kill(os.getppid(), signal.Signals[self.sends])
-            signal.sigwait([signal.SIGTERM])
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.asked:
+                time.sleep(0.01)
 """
 
 
