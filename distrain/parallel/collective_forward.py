@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,9 @@ from distrain.parallel.comm import World
 _PATIENCE_S = 10.0
 """How long a rank that leaves the known order waits for the others to leave it in the same way. They are not far away:
 each part that is gathered synchronises the ranks."""
-_LOOK_EVERY_S = 0.02
+_FIRST_LOOK_S, _LOOK_EVERY_S = 0.001, 0.05
+_MOST_ORDERS = 8
+"""How many are remembered of each kind of pass."""
 _END = "the end of the pass"
 _NUMBERS = itertools.count()
 """All ranks check the same models, one after the other: none may read the keys of an earlier one."""
@@ -32,15 +34,22 @@ _NUMBERS = itertools.count()
 class GatherOrder:
     """The order in which the ranks reach the parts of a model in a forward pass, and the backward pass that follows.
 
-    In the first pass the ranks exchange the name of each part before they gather it. From then on each compares alone
-    what it reaches, which costs a comparison of strings for each part; only where that differs do they exchange again.
+    Where they do not know it yet, they exchange the name of each part before they gather it. From then on each compares
+    alone what it reaches, which costs a comparison of strings for each part; only where that differs do they agree on
+    another order, be it a known one.
+
+    A step may hold several passes: those of one optimizer after the other, and those that a task makes before it goes
+    back. `acting` returns which optimizer it is; each pass of its micro-batch has orders of its own.
     """
 
-    def __init__(self, world: World, model: nn.Module):
-        self._world, self._model = world, model
-        self._orders: dict[tuple[bool, bool], list[str]] = {}
-        """By whether the model trains and there is a backward pass."""
-        self._kind = (False, False)
+    def __init__(self, world: World, model: nn.Module, acting: Callable[[], object] = lambda: None):
+        self._world, self._model, self._acting = world, model, acting
+        self._orders: dict[tuple[object, ...], list[list[str]]] = {}
+        """Those that are known of each kind of pass, the newest first."""
+        self._kind: tuple[object, ...] = ()
+        """Whether the model trains and there are gradients, which optimizer acts, and which of its passes it is."""
+        self._earlier = 0
+        """How many passes with gradients the model has made in training since the last backward pass."""
         self._known: list[str] | None = None
         """What the ranks reach in this pass; None where they find out in it."""
         self._reached: list[str] = []
@@ -52,6 +61,8 @@ class GatherOrder:
         self._posted: str | None = None
         """This rank's key in the store, from when the order last changed."""
         self._open = False
+        self.goes_back = True
+        """Whether a backward pass may follow the model's newest forward pass."""
         self._paused = world.world_size == 1
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end_forward)
@@ -59,7 +70,7 @@ class GatherOrder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Check nothing, so that ranks may make other passes: all weights are there."""
-        before, self._paused = self._paused, True
+        before, self._paused, self._open = self._paused, True, False
         try:
             yield
         finally:
@@ -81,7 +92,11 @@ class GatherOrder:
             self._agree_on_another_order(at, part)
 
     def end(self) -> None:
-        """End the pass, after its backward pass where there is one. Raises as `reach` does."""
+        """End the pass after its backward pass. Raises as `reach` does."""
+        self._close()
+        self._earlier = 0
+
+    def _close(self) -> None:
         if not self._open:
             return
         self._open = False
@@ -90,23 +105,35 @@ class GatherOrder:
             self._exchange()
         elif self._at < len(self._known):
             self._agree_on_another_order(self._at, _END)
-        else:
-            return
-        self._orders[self._kind] = self._reached[:-1]
+        orders = self._orders.setdefault(self._kind, [])
+        if self._known is None:
+            orders.insert(0, self._reached[:-1])
+            del orders[_MOST_ORDERS:]
+        elif self._known is not orders[0]:
+            orders.insert(0, orders.pop(orders.index(self._known)))
 
     def _begin(self, *_: Any) -> None:
-        if self._paused or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        self._kind = (self._model.training, torch.is_grad_enabled())
-        self._known = self._orders.get(self._kind)
+        self.goes_back = torch.is_grad_enabled()
+        if self._paused:
+            return
+        training = self._model.training
+        if self._open:
+            if training and not self.goes_back:
+                return  # a part of the pass that is under way, whose backward pass is still to come
+            self._close()
+        self._kind = (training, self.goes_back, self._acting(), self._earlier)
+        self._earlier += training and self.goes_back
+        self._known = next(iter(self._orders.get(self._kind, [])), None)
         self._reached, self._unsent, self._at, self._open = [], [], 0, True
         self._pass += 1
 
     def _end_forward(self, *_: Any) -> None:
         if not self._open:
             return
-        if not torch.is_grad_enabled():
-            self.end()
+        if not self._kind[1]:
+            self._close()
         elif self._known is None:
             self._exchange()
 
@@ -127,30 +154,29 @@ class GatherOrder:
         assert known is not None
         store = dist.distributed_c10d._get_default_store()
         key = f"distrain/gather-order/{self._number}/{self._pass}/{at}"
-        store.set(f"{key}/{world.rank}", part)
-        others = [rank for rank in range(world.world_size) if rank != world.rank]
+        keys = [f"{key}/{rank}" for rank in range(world.world_size)]
+        store.set(keys[world.rank], part)
+        until, look_s = time.monotonic() + _PATIENCE_S, _FIRST_LOOK_S
+        while not store.check(keys) and time.monotonic() < until:
+            time.sleep(look_s)
+            look_s = min(2 * look_s, _LOOK_EVERY_S)
         expected = known[at] if at < len(known) else _END
-        parts = {world.rank: part}
-        until = time.monotonic() + _PATIENCE_S
-        while others:
-            others = [rank for rank in others if not store.check([f"{key}/{rank}"])]
-            if others and time.monotonic() > until:
-                break
-            time.sleep(_LOOK_EVERY_S if others else 0)
-        for rank in range(world.world_size):
-            parts[rank] = expected if rank in others else store.get(f"{key}/{rank}").decode()
-        if any(other != part for other in parts.values()):
-            raise self._error([parts[rank] for rank in range(world.world_size)])
-        self._reached, self._unsent, self._known = [*known[:at], part], [], None
+        parts = [store.get(each).decode() if store.check([each]) else expected for each in keys]
+        if any(other != part for other in parts):
+            raise self._error(parts)
+        begun = [*known[:at], part]
+        orders = self._orders[self._kind]
+        self._known = next((order for order in orders if [*order, _END][: at + 1] == begun), None)
+        self._reached, self._unsent = begun, []
         if self._posted is not None:  # all have read it, as all are here
             store.delete_key(self._posted)
-        self._posted = f"{key}/{world.rank}"
+        self._posted = keys[world.rank]
 
     def _error(self, parts: list[str]) -> UserError:
         own = parts[self._world.rank]
         rank = next(rank for rank, part in enumerate(parts) if part != own)
         # what one of them has skipped is what the other reaches first
-        where = {part: place for place, part in enumerate(self._orders.get(self._kind, []))}
+        where = {part: place for place, part in enumerate(next(iter(self._orders.get(self._kind, [])), []))}
         first = min(own, parts[rank], key=lambda part: where.get(part, -1) if part != _END else math.inf)
         named = dict(self._model.named_modules())
         name = first.rpartition(" ")[2]

@@ -85,7 +85,7 @@ class FSDP2Strategy(Strategy):
         """Of the trained parameters, those that this rank has not used in the step."""
         self._local_gradients: tuple[list[Tensor], list[Tensor]] = [], []
         """This rank's part of the gradient: of the parameters that are sharded, and of those that are not."""
-        self._gather_order = GatherOrder(world, model)
+        self._gather_order = GatherOrder(world, model, lambda: id(self._acting))
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._groups: list[Any] = []
         """What FSDP2 gathers and reduces together: one for each unit that has parameters of its own."""
@@ -297,8 +297,9 @@ class FSDP2Strategy(Strategy):
         order = group.comm_ctx.post_forward_order
         before = len(order)
         ended = end(*args)
-        if len(order) > before and not (self.model.training or torch.is_grad_enabled()):
-            # no backward pass follows an evaluation; that of the next step would gather ahead in its order, too
+        goes_back = torch.is_grad_enabled() or (self.model.training and self._gather_order.goes_back)
+        if len(order) > before and not goes_back:
+            # no backward pass follows, and that of the next step would gather ahead in the order of this one, too
             order.pop()
             group._post_forward_indices.pop()
         return ended

@@ -43,6 +43,22 @@ log: {every: 100 steps}
 """
 
 
+TURNS = """
+name: turns
+task: "adversarial_parts:Adversarial"
+data: "adversarial_parts:NoisyPoints"
+model: {name: "adversarial_parts:Pair", blocks: 1}
+optim:
+  d: {params: "d.*", name: adam, lr: 1.0e-2, clip_norm: 0.2}
+  g: {params: "g.*", name: sgd, lr: 0.2, every: 2}
+batch: {global: 12}
+train: {steps: 12}
+eval: {every: null}
+checkpoint: {every: 100 steps}
+log: {every: 100 steps}
+"""
+
+
 class Counts(TorchDispatchMode):
     """Counts operations, and bytes of what they return in memory of its own."""
 
@@ -266,3 +282,14 @@ def test_a_step_behind_an_evaluation_sends_no_more_than_one_before(tmp_path: Pat
         assert len(begun) == 11
         assert set(begun[5:]) == {begun[4]}, begun
         assert set(keys[5:]) == {keys[4]}, keys
+
+
+def test_turns_of_several_optimizers_send_no_more_than_their_gradients_and_weights(tmp_path: Path) -> None:
+    """Each turn gathers other weights than the one before, and they are known after its first."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TURNS)
+    for begun, keys in in_world(2, steps_between_evaluations, "fsdp2", str(recipe), str(tmp_path)):
+        # weights forth and back, gradients, a norm, and what the ranks agree on
+        assert max(begun[2::2]) <= 15, begun
+        assert max(begun[3::2]) <= 26, begun
+        assert set(keys[2:]) == {keys[2]}, keys
