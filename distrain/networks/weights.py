@@ -112,6 +112,8 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
     # a hook may omit tensors that a checkpoint holds
     known = {**own_tensors(model), **{name: value for name, value in state.items() if isinstance(value, Tensor)}}
     stored, notes = stored_tensors(path)
+    if known and all(name.startswith("module.") for name in known):  # a wrapper's name, and here the model's own
+        stored = {name if name in known else f"module.{name}": tensor for name, tensor in stored.items()}
     prefix = _prefix(stored, known)
     found: dict[str, _Stored] = {}
     for name, tensor in stored.items():

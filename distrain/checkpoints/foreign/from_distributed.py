@@ -26,6 +26,8 @@ _KIND = "torch.distributed.checkpoint"
 _TENSOR = f"{_KIND}.metadata.TensorStorageMetadata"
 _BYTES = f"{_KIND}.metadata.BytesStorageMetadata"
 
+_COUNTERS: tuple[tuple[str, ...], ...] = ((), ("train_state",))
+"""Where a number of steps is: at the top, or as torchtitan keeps it."""
 _Path = tuple[Any, ...]
 """Keys, texts and numbers, from the outermost mapping inwards."""
 
@@ -47,11 +49,12 @@ def open_distributed(source: Source, path: Path, *, trust: bool) -> None:
 def open_folder(source: Source, folder: Path) -> None:
     """Add model, optimizer, average and step of a folder, found by the keys that they were saved under."""
     listing = _Listing(source, folder)
+    # parameters under no key, as torchtitan saves them: what lies in mappings beside them is no part of the model
+    bare = listing.nested and any(listing.paths[name] == (name,) and "." in name for name in listing.tensors)
+    if not bare:
+        _unwrap(listing)
     top = {path[0] for path in listing.paths.values()}
-    if top == {"app"}:  # as PyTorch's own recipes wrap a state
-        listing.paths = {name: path[1:] or path for name, path in listing.paths.items()}
-        top = {path[0] for path in listing.paths.values()}
-    model = next((key for key in MODEL if key in top), None)
+    model = None if bare else next((key for key in MODEL if key in top), None)
     tensors: dict[str, dict[str, Stored]] = {"model": {}, "ema": {}}
     states: dict[tuple[int | str, str], Stored] = {}
     values: dict[tuple[int | str, str], Any] = {}
@@ -60,6 +63,7 @@ def open_folder(source: Source, folder: Path) -> None:
     for name, path in listing.paths.items():
         first, rest = path[0], path[1:]
         in_model = first == model if model is not None else first not in {*AVERAGE, *OPTIMIZER, *STEP}
+        in_model = in_model and not (bare and rest)
         if in_model and name in listing.tensors:
             tensors["model"][".".join(map(str, rest if model is not None else path))] = listing.stored(
                 name, "parameter"
@@ -76,16 +80,16 @@ def open_folder(source: Source, folder: Path) -> None:
         elif first in OPTIMIZER and (place := _parameter(rest, "param_groups")) and name not in listing.tensors:
             own = {"params": [place[0]]} if len(rest) == 1 else {}  # one flat name for each parameter
             groups.setdefault(place[0], own)[place[1]] = listing.value(name)
-        elif first in STEP and not rest and name in listing.tensors:
+        elif path[-1] in STEP and path[:-1] in _COUNTERS and name in listing.tensors:
             source.tensors["step"] = listing.stored(name, "optimizer")
             value = source.number("step")
             del source.tensors["step"]
             if value is not None and 0 <= value < 10**18:
-                source.steps[str(first)] = int(value)
-        elif first in STEP and not rest:
+                source.steps[".".join(map(str, path))] = int(value)
+        elif path[-1] in STEP and path[:-1] in _COUNTERS:
             value = listing.value(name)
             if type(value) is int and 0 <= value < 10**18:
-                source.steps[str(first)] = value
+                source.steps[".".join(map(str, path))] = value
         else:
             left.append(name)
     for prefix, found in tensors.items():
@@ -97,6 +101,17 @@ def open_folder(source: Source, folder: Path) -> None:
         source.skipped.append(f"{len(left)} entries of {folder.name}: {some(left)}")
     if not tensors["model"] and not states:
         raise UserError(f"{folder}: found no tensors under {', '.join(MODEL)}; it holds {some(map(str, top), 8)}")
+
+
+def _unwrap(listing: _Listing) -> None:
+    """Take a model and what lies beside it out of the one mapping around both: PyTorch's `app`, Composer's `state`."""
+    top = {path[0] for path in listing.paths.values()}
+    outer = {path[0] for path in listing.paths.values() if len(path) > 2 and path[1] in MODEL} - {*AVERAGE, *OPTIMIZER}
+    outer = top if top == {"app"} else outer
+    if len(outer) == 1 and not top & {*MODEL}:
+        listing.paths = {
+            name: path[1:] if path[0] in outer and len(path) > 1 else path for name, path in listing.paths.items()
+        }
 
 
 def _add_optimizer(
@@ -158,6 +173,8 @@ class _Listing:
                 raise UserError(f"{path}: it does not list the places of its tensors as torch does")
             self.places.setdefault(name, []).append((offset, info))
         planned = metadata["planner_data"]
+        self.nested = isinstance(planned, dict)
+        """Whether it records the mappings that a name was in."""
         self.paths: dict[str, _Path] = {}
         for name in [*self.tensors, *self.bytes]:
             found = planned.get(name) if isinstance(planned, dict) else None

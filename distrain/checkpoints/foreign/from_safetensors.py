@@ -16,12 +16,15 @@ from distrain.config.registry import formats
 from distrain.system.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+_SHARDS = "shard-*.safetensors"
+_PARTS = "DCP_SHARDING_INFO"
+"""Where torch's HuggingFaceStorageWriter puts the offsets of what each rank saved; the whole shapes are nowhere."""
 
 
 def is_safetensors(path: Path) -> bool:
     """Whether this is a safetensors file, an index of several, or a folder with one."""
     if path.is_dir():
-        return sum(entry.name.endswith(".safetensors") for entry in path.iterdir()) == 1
+        return len([*path.glob("*.safetensors")]) == 1 or any(path.glob(_SHARDS))
     if path.name.endswith(".index.json"):
         return all(name.endswith(".safetensors") for name in weight_map(path))
     descriptor = open_descriptor(path)
@@ -50,6 +53,8 @@ def open_safetensors(source: Source, path: Path, *, trust: bool) -> None:
     else:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
+            for file in files:
+                _read(source, file)
             raise UserError(f"{path}: {len(files)} safetensors files and no {index.name}; name one of them")
         open_file(source, files[0])
         used = [files[0].name]
@@ -107,11 +112,19 @@ def _read(source: Source, path: Path) -> tuple[Header, dict[str, Any]]:
     file = source.add_file(path)
     descriptor = source.open(file)
     try:
-        return read_header(descriptor, source.files[file][1])
+        listing, metadata = read_header(descriptor, source.files[file][1])
     except CheckpointError as error:
         raise UserError(f"{path}: {error}") from error
     finally:
         os.close(descriptor)
+    parts = json.loads(metadata.get(_PARTS, "{}"))
+    if parts and (len([*path.parent.glob(_SHARDS)]) > 1 or any(any(part["saved_offsets"]) for part in parts.values())):
+        raise UserError(
+            f"{path}: it holds the parts of tensors that one rank saved, and not how large the whole ones are; write "
+            "them with enable_consolidation=True of torch's HuggingFaceStorageWriter, or join them by "
+            "consolidate_safetensors_files of torch.distributed.checkpoint"
+        )
+    return listing, metadata
 
 
 def _add(source: Source, listings: dict[Path, Header]) -> None:

@@ -127,7 +127,7 @@ def _model(file: TorchFile) -> tuple[dict[Any, Any], dict[Any, Any]]:
     for _ in range(4):
         if not isinstance(content, dict):
             break
-        key = next((key for key in MODEL if isinstance(content.get(key), dict)), None)
+        key = next((key for key in MODEL if isinstance(content.get(key), dict)), None) or _around(content)
         if key is None:
             break
         others |= {str(name): value for name, value in content.items() if name != key}
@@ -139,3 +139,17 @@ def _model(file: TorchFile) -> tuple[dict[Any, Any], dict[Any, Any]]:
             f"under {', '.join(MODEL)}"
         )
     return content, others
+
+
+def _around(content: Mapping[Any, Any]) -> Any:
+    """Return the key of the one mapping around a model and what lies beside it, such as Composer's `state`."""
+    if any(isinstance(value, View) for value in content.values()):
+        return None
+    keys = [
+        key
+        for key, value in content.items()
+        if isinstance(value, dict)
+        and key not in {*AVERAGE, *OPTIMIZER}
+        and any(isinstance(value.get(k), dict) for k in MODEL)
+    ]
+    return keys[0] if len(keys) == 1 else None
