@@ -22,7 +22,7 @@ from distrain.report.goodput import Goodput, goodput_of
 from distrain.report.history import History
 from distrain.report.recipe_rows import RecipeRow, recipe_rows
 from distrain.report.status import Status, status_of, statuses
-from distrain.run.evaluations import best_of_evaluations
+from distrain.run.evaluations import best_of_evaluations, value_of
 from distrain.run.folder import RunDir, describe_effect
 from distrain.run.json_files import json_safe
 from distrain.system.errors import UserError
@@ -197,7 +197,7 @@ def run_report(
     marks: dict[str, Any] = {
         "restarts": [part.step for part in parts[1:]],
         "checkpoints": history.checkpoints,
-        "best_step": status.score["step"] if status.score and status.state == "finished" else _best_step(run, history),
+        "best_step": _best_step(run, status, history),
     }
     shares, step_s = _step_time(history)
     # without a recipe that can be read, as far as it is known
@@ -298,15 +298,13 @@ def _failure(run: RunDir) -> str:
     return "\n\n".join(dict.fromkeys(parts))[:_FAILURE]
 
 
-def _best_step(run: RunDir, history: History) -> int | None:
+def _best_step(run: RunDir, status: Status, history: History) -> int | None:
+    if status.state == "finished":
+        return status.score["step"] if status.score is not None else None
     criterion = criterion_of(run.checkpoints)
     if criterion is None:
         return None
-    found = [
-        (int(row["step"]), float(row[criterion.metric]))
-        for row in history.events
-        if row["event"] == "eval" and isinstance(row.get(criterion.metric), int | float)
-    ]
+    found = [(int(row["step"]), value_of(row, criterion.metric)) for row in history.events if row["event"] == "eval"]
     best = best_of_evaluations(found, higher=criterion.higher)
     return best[0] if best is not None else None
 

@@ -15,7 +15,7 @@ from distrain.report.attempts import attempt_parts, total_seconds
 from distrain.report.history import History
 from distrain.report.recipe_rows import recipe_rows
 from distrain.report.status import statuses
-from distrain.run.evaluations import best_of_evaluations
+from distrain.run.evaluations import best_of_evaluations, value_of
 from distrain.run.folder import RunDir
 from distrain.system.numbers import number
 from distrain.system.terminal import Table
@@ -116,11 +116,10 @@ class _Run:
 
     def best(self, metric: str, higher: bool) -> float | None:
         """Return the best evaluation of a metric by the split that training is evaluated on."""
-        found = [
-            (int(row["step"]), float(row[metric]))
-            for row in self.history.events
-            if row["event"] == "eval" and isinstance(row.get(metric), int | float)
-        ]
+        finished = self.run.finished or {}
+        if self.criterion is not None and self.criterion.metric == metric and "best" in finished:
+            return finished["best"]["value"] if finished["best"] is not None else None
+        found = [(int(row["step"]), value_of(row, metric)) for row in self.history.events if row["event"] == "eval"]
         best = best_of_evaluations(found, higher=higher)
         return best[1] if best is not None else None
 

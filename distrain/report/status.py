@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from distrain.launchers.sweeps import STOP, RankedBy, SweepRecord, is_sweeping, 
 from distrain.report.goodput import Goodput, goodput_of
 from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import RunDir
-from distrain.run.heartbeat import read_heartbeats
+from distrain.run.heartbeat import Heartbeat, read_heartbeats
 from distrain.run.json_files import lines_backwards, parse_row
 from distrain.system.errors import UserError
 from distrain.system.numbers import number
@@ -62,7 +62,7 @@ class Status:
     loss: float | str | None = None
     """Of the last row of training numbers."""
     score: dict[str, Any] | None = None
-    """Of the last evaluation, or the best of a finished run or a sweep's: metric, value, step."""
+    """Of the last evaluation, or the best of a finished run or a sweep's, None where none is: metric, value, step."""
     checkpoint: int | None = None
     """The step of the newest checkpoint."""
     starts: int = 0
@@ -124,13 +124,13 @@ def status_of(
     if state == "running" and stalled is not None:
         state, message = "hanging", f"rank {stalled.rank} on {stalled.host} in {stalled.where()}"
     latest, score = _numbers(run)
-    step = max([int(latest.get("step", 0)), *(beat.step for beat in beats)])
+    step = _step_of(latest, beats)
     effect = run.effect() or {}
     total = effect.get("total_steps")
     finished = run.finished
     if finished is not None:
         step = int(finished.get("steps", step))
-        score = finished.get("best") or score
+        score = finished.get("best", score)
     rate = latest.get("samples_per_s")
     eta = None
     if state == "running" and total is not None and rate:
@@ -161,6 +161,14 @@ def status_of(
         values=values or {},
         summary=finished,
     )
+
+
+def _step_of(latest: Mapping[str, Any], beats: Sequence[Heartbeat]) -> int:
+    """Return the finished steps, from the last row of training numbers and what each rank has written since."""
+    reached = [beat.step for beat in beats]
+    if any(beat.rank == 0 and beat.steps and beat.time > latest.get("time", math.inf) for beat in beats):
+        return max(reached)  # less than the row's after a rollback
+    return max([int(latest.get("step", 0)), *reached])
 
 
 def _goodput(run: RunDir) -> Goodput | None:
@@ -210,7 +218,7 @@ def _of_sweep(status: Status, best: RankedBy | None, pruned: int | None) -> Stat
     if pruned is not None and status.state != "finished":
         status = replace(status, message=f"after step {pruned}")
         status = status if status.alive else replace(status, state="pruned")
-    if status.state != "finished" or score is None or score["metric"] != best.metric:
+    if status.state != "finished" or (score is not None and score["metric"] != best.metric):
         found = Evaluations(run, best.metric).read()
         if status.state == "pruned":
             found = [each for each in found if pruned is None or each[0] <= pruned]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from distrain.run.folder import RunDir
@@ -18,7 +19,7 @@ class Evaluations:
         self._offset, self._last = 0, b""
 
     def read(self) -> list[tuple[int, float]]:
-        """Return (step, value) of all evaluations up to now; NaN where the value is not finite."""
+        """Return (step, value) of all evaluations up to now; NaN where `value_of` a row is."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -32,19 +33,29 @@ class Evaluations:
             while (line := file.readline()).endswith(b"\n"):
                 self._add(line)
                 self._offset, self._last = self._offset + len(line), line
-        return sorted(self._values.items())
+        return list(self._values.items())
 
     def _add(self, line: bytes) -> None:
         if b'"eval"' not in line:
             return
         row = parse_row(line, f"{self.path} before byte {self._offset}")
         if row.get("event") == "eval" and self.metric in row:
-            self._values[int(row["step"])] = _finite(row[self.metric])
+            step = int(row["step"])
+            if self._values and step <= next(reversed(self._values)):  # it rolled back, and trains later steps again
+                self._values = {before: value for before, value in self._values.items() if before < step}
+            self._values[step] = value_of(row, self.metric)
 
 
-def _finite(value: Any) -> float:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else math.nan
+def value_of(row: Mapping[str, Any], metric: str) -> float:
+    """Return what an evaluation's row has of a metric; NaN where it, or the loss, is no finite number.
+
+    A model whose loss is not finite is no run's best, whatever its other numbers are.
+    """
+    known = all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in (row.get(metric), row.get("loss", 0.0))
+    )
+    return float(row[metric]) if known else math.nan
 
 
 def best_of_evaluations(found: list[tuple[int, float]], *, higher: bool) -> tuple[int, float] | None:

@@ -316,7 +316,7 @@ def _nonfinite(ranks: Sequence[tuple[str, list[int]] | None], *, coupled: bool) 
     samples = f"sample{'s' * (len(ids) > 1)} {some(ids, _SHOWN)}"
     if what:
         return f"{what} of {samples} are not finite"
-    return f"it is not finite in a batch of {samples}, whose inputs and targets are: the model's outputs are not"
+    return f"it is not finite in a batch of {samples}, whose inputs and targets are: the outputs are not, or too large"
 
 
 def generated_texts(model: nn.Module, batch: Batch, meta: DataMeta) -> tuple[list[str], list[str]]:

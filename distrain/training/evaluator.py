@@ -221,7 +221,7 @@ class Evaluator:
         if best is None:
             return (
                 saved_step,
-                f"last step; no evaluation has a {evaluations.metric} that is a number and says something",
+                f"last step; no evaluation has a finite loss and {evaluations.metric} that say something",
             )
         if evaluations.count > 1 and evaluations.constant and not best[1] and evaluations.criterion.higher:
             logger.warning(

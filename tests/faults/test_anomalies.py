@@ -20,6 +20,8 @@ from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.datasets.order import SampleOrder
 from distrain.launchers import open_run
+from distrain.report.history import History
+from distrain.report.ui.details import happened
 from distrain.run.folder import Launch, RunDir
 
 RECIPE = """
@@ -138,6 +140,8 @@ def test_all_ranks_act_alike_where_one_has_a_nan_sample(tmp_path: Path, strategy
         assert_finite(runs[name])
         told = [row["step"] for row in rows(Path(runs[name])) if row["event"] == "anomaly"]
         assert told == [step for step, _, _ in expected]
+        shown = happened(History(runs[name]))["rollbacks"]
+        assert shown == (told if name == "rollback" else []), "what the pages mark"
     # to the bit: what led up to the step is made again, and the step has changed nothing
     found = difference(last(Path(runs["skip"])), last(Path(runs["rollback"])))
     assert found.identical, "\n".join(found.lines())

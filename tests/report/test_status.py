@@ -140,6 +140,18 @@ def test_what_a_run_is_doing(tmp_path: Path, jobs: StubQueue) -> None:
     assert one(run).state == "ending"
 
 
+def test_the_step_of_a_run_that_rolled_back_is_the_one_that_it_is_at(tmp_path: Path, jobs: StubQueue) -> None:
+    run = made(tmp_path / "runs" / "one")
+    trained(run)
+    append_row(run.metrics_path, {"event": "train", "step": 50, "loss": 1.0, "time": time.time() - 10})
+    beat(run, step=48, time=time.time() - 20)
+    assert one(run).step == 50
+    beat(run, step=31)
+    assert one(run).step == 31
+    beat(run, step=0, steps=0, phase="setup")  # the attempt that resumes it has not restored its step
+    assert one(run).step == 50
+
+
 def test_how_a_run_ended(tmp_path: Path, jobs: StubQueue) -> None:
     run = made(tmp_path / "run", "7")
     jobs["7"] = Job("7", "FAILED")

@@ -33,11 +33,13 @@ from distrain.launchers.sweeps import (
     run_of,
     sweeping,
 )
+from distrain.report.contents import build_report
 from distrain.report.status import best_line, statuses, stop_run
 from distrain.run.evaluations import Evaluations, best_of_evaluations
 from distrain.run.folder import Launch, RunDir
 from distrain.sweep.running import Share, Stopping, shares_of
 from distrain.sweep.search import Result, Search
+from distrain.system import numbers
 
 IRIS = """
 name: iris
@@ -223,6 +225,9 @@ def test_evaluations_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert read.read() == [(2, 0.5)]
     path.write_text("".join(json.dumps({"event": "eval", "step": step, "accuracy": 0.25}) + "\n" for step in (2, 4, 6)))
     assert read.read() == [(2, 0.25), (4, 0.25), (6, 0.25)], "it has grown beyond what was read before it was cut"
+    with path.open("a") as file:  # it rolled back to step 3
+        file.write(json.dumps({"event": "eval", "step": 4, "accuracy": 0.75, "loss": 1.0}) + "\n")
+    assert read.read() == [(2, 0.25), (4, 0.75)]
     assert best_of_evaluations([(1, 0.5), (2, math.nan), (3, 0.7), (4, 0.7)], higher=True) == (3, 0.7)
     assert best_of_evaluations([(1, math.nan)], higher=False) is None
 
@@ -251,6 +256,22 @@ class Net(nn.Linear):
         if self.needs and not Path(self.needs).exists():
             raise RuntimeError(f"there is no {self.needs}")
         return super().forward(inputs)
+
+
+class LargeInEval(Net):
+    'Is as accurate as it was, with a loss that is infinite.'
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs):
+        outputs = super().forward(inputs)
+        return outputs if self.training else outputs * self.factor
+
+
+def loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets) + 1e-9 * outputs.square().mean()
 
 
 class AwaitStop(Callback):
@@ -315,6 +336,26 @@ def test_a_sweep_is_continued_and_retries_what_failed_when_asked(tmp_path: Path)
     assert (next(folder.glob("0-*")) / "FINISHED").read_text() == before
     with pytest.raises(UserError, match="is a sweep of 2 runs over other values than these 1"):
         expand(str(recipe), [], ["seed=1"], str(folder), "--sweep-dir").earlier()
+
+
+def test_a_run_without_a_best_is_none_of_a_sweeps_best(tmp_path: Path) -> None:
+    recipe = own_recipe(tmp_path, 'loss: "own.py:loss"\nanomalies: {nonfinite: skip}\n')
+    recipe.write_text(recipe.read_text().replace("own.py:Net", "own.py:LargeInEval"))
+    folder = tmp_path / "sweep"
+    ended = cli("sweep", recipe, "--array", "model.factor=1e30,1", "--sweep-dir", folder)
+    assert ended.status == 0, ended.err
+    good, bad = statuses(folder)
+    assert (good.rank, bad.rank, bad.score) == (1, None, None)
+    assert good.score == json.loads((Path(good.run) / "FINISHED").read_text())["best"]
+    assert json.loads((Path(bad.run) / "FINISHED").read_text())["best"] is None
+    assert all(math.isnan(value) for _, value in Evaluations(RunDir(bad.run), "accuracy").read())
+    assert f"best: model.factor=1: accuracy {numbers.number(good.score['value'])} at step" in ended.out
+    [row] = [
+        each
+        for each in build_report([Path(good.run), Path(bad.run)]).to_json()["comparison"]["outcomes"]
+        if each["name"] == "best accuracy"
+    ]
+    assert row["values"] == [good.score["value"], None]
 
 
 def test_ctrl_c_saves_what_runs_and_the_same_command_resumes_it(tmp_path: Path) -> None:

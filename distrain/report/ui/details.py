@@ -98,7 +98,7 @@ def happened(history: History) -> dict[str, Any]:
         "names": history.names,
         "attempts": starts,
         "checkpoints": history.checkpoints[-1000:],
-        "rollbacks": [row["step"] for row in events if row["event"] == "rollback"][-1000:],
+        "rollbacks": [row["step"] for row in events if row.get("action") == "rollback"][-1000:],
         "events": [_event(row) for row in events[-MOST_EVENTS:]],
         "events_before": max(0, len(events) - MOST_EVENTS),
         "start": starts[0]["time"] if starts else None,
