@@ -43,7 +43,10 @@ def read_recipe(
         else:
             changes["eval.metrics" if key == "metrics" else key] = _components(key, value, objects)
     for key, value in overrides.items():
-        changes |= _changes(key.replace("__", "."), value, objects)
+        for changed, to in _changes(key.replace("__", "."), value, objects).items():
+            if changed in changes and changes[changed] != to:
+                raise UserError(f"{changed}: given twice, as {changes[changed]!r} and {to!r}; remove one of them")
+            changes[changed] = to
     return build_recipe(base, changes)
 
 

@@ -110,6 +110,10 @@ def _train(
     *,
     update: bool,
 ) -> Run:
+    if run_dir is not None and not isinstance(run_dir, str | Path):
+        raise UserError(f"run_dir: found {run_dir!r}; expected the path of a folder")
+    if type(update) is not bool:
+        raise UserError(f"update: found {update!r}; expected True or False")
     given = {key: value for key, value in passed.items() if value is not None}
     if isinstance(recipe, Run) or (isinstance(recipe, str | Path) and Path(recipe).is_dir()):
         objects, target = _of_run(recipe, given, overrides, run_dir, update)
@@ -162,6 +166,8 @@ def _of_recipe(
 
 def _resolved(target: Target, options: Options) -> RunRequest:
     processes = options.processes
+    if not isinstance(options.strategy, str | None):
+        raise UserError(f"strategy: found {options.strategy!r}; expected a name, as in strategy='ddp'")
     if type(processes) is not int or processes < 1:
         raise UserError(f"processes: found {processes!r}; expected a whole number of 1 or more")
     say_ignored(own_start(os.environ, processes))

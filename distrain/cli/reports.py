@@ -128,7 +128,15 @@ def run_folders(given: list[Path]) -> list[Path]:
         if RunDir(folder).exists:
             found.append(folder)
             continue
-        below = [Path(each.run) for each in statuses(folder)]
+        named = [Path(each.run) for each in statuses(folder)]
+        below = [run for run in named if RunDir(run).exists]
+        if waiting := len(named) - len(below):
+            echo(
+                one_line(
+                    f"{waiting} of the {len(named)} runs of {folder} {'has' if waiting == 1 else 'have'} not begun"
+                ),
+                error=True,
+            )
         if not below:
             raise UserError(f"{folder} is no run folder and holds none; name folders such as runs/NAME")
         found += below

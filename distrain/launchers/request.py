@@ -464,24 +464,25 @@ def autobatch(request: RunRequest, here: int) -> CachedMicroBatch | None:
     )
 
 
-def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool) -> None:
+def check_folder(run: RunDir, loaded: LoadedRecipe | None, *, update: bool, option: str = "--run-dir") -> None:
     """Raise UserError where the run of a recipe, None where it cannot be read, cannot be created or opened here.
 
-    Writes nothing.
+    Writes nothing. `option` is how the command calls the folder.
     """
     if not run.exists and run.holds_other_files():
-        raise UserError(f"{run.path} holds files and is not a run; choose another --run-dir")
+        raise UserError(f"{run.path} holds files and is not a run; choose another {option}")
     if loaded is not None and run.exists and not update and run.has_trained:
-        check_same_recipe(run, loaded)
+        check_same_recipe(run, loaded, option)
 
 
-def check_same_recipe(run: RunDir, loaded: LoadedRecipe) -> None:
+def check_same_recipe(run: RunDir, loaded: LoadedRecipe, option: str = "--run-dir") -> None:
     """Raise UserError with every value that differs, unless the run was started with this recipe."""
     if differences := recipe_differences(load_recipe(run.recipe_path), loaded):
+        updates = ", or --update to continue with the new values" if option == "--run-dir" else ""
         raise UserError(
             f"{run.path} was started with another recipe:\n  "
             + "\n  ".join(differences)
-            + "\nChoose another --run-dir for a new run, or --update to continue with the new values."
+            + f"\nChoose another {option} for a new run{updates}."
         )
 
 

@@ -22,6 +22,7 @@ from distrain.launchers import (
     StartEnvironment,
     Target,
     all_of,
+    check_folder,
     gpu_count,
     launcher_environment,
     resolve,
@@ -166,11 +167,13 @@ def check_runs(target: str, runs: Sequence[SweepRun], options: Options, share: S
     for number, run in enumerate(runs):
         try:
             named = Target(target, RunDir(run.folder), load_recipe(target, run.overrides), False)
-            resolve(named, replace(options, processes=count), environment, check_names=number == 0 or changes_names)
+            own = replace(options, processes=count)
+            resolve(named, own, environment, check_names=number == 0 or changes_names, check_run=False)
+            check_folder(RunDir(run.folder), named.recipe, update=False, option="--sweep-dir")
             recipe = recipe or named.recipe
         except UserError as error:
-            own = ", ".join(f"{key}={value}" for key, value in run.values.items())
-            problems.append(error if len(runs) == 1 else UserError(f"with {own}: {error}"))
+            values = ", ".join(f"{key}={value}" for key, value in run.values.items())
+            problems.append(error if len(runs) == 1 else UserError(f"with {values}: {error}"))
     if problems:
         raise all_of(problems)
     assert recipe is not None

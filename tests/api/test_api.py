@@ -343,6 +343,15 @@ def test_all_mistakes_come_at_once_and_nothing_is_written() -> None:
         train(model={"name": Net, "depth": 3})
     with pytest.raises(UserError, match="a recipe holds text"):
         train(model={"name": Net, "hidden": object()})
+    for asked, words in (
+        ({"update": "no"}, "update: found 'no'; expected True or False"),
+        ({"run_dir": 5}, "run_dir: found 5"),
+        ({"strategy": 5}, "strategy: found 5"),
+        ({"train": {"steps": 3}, "train__steps": 4}, "train.steps: given twice, as 3 and 4"),
+        ({"metrics": ["accuracy"], "eval": {"metrics": ["f1_macro"]}}, "eval.metrics: given twice"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(**{"model": Net, **asked})
     assert not Path("runs").exists()
 
 

@@ -412,6 +412,18 @@ def test_what_cannot_be_reported_is_said(arguments: list[str], problem: str, res
         invoked(*(places.get(each, each) for each in arguments))
 
 
+def test_runs_of_a_sweep_that_have_not_begun_are_left_out(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    for name in ("0", "1"):
+        made(sweep / name, train_rows(3))
+    runs = [{"folder": name, "values": {"seed": name}} for name in ("0", "1", "2")]
+    (sweep / "sweep.json").write_text(json.dumps({"name": "sweep", "runs": runs}))
+    assert json.loads(invoked("compare", str(sweep), "--json"))["runs"] == ["0", "1"]
+    shown = CliRunner().invoke(app, ["report", str(sweep), "--json"])
+    assert [each["name"] for each in json.loads(shown.stdout)["runs"]] == ["tiny", "tiny"]
+    assert f"1 of the 3 runs of {sweep} has not begun" in shown.stderr
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Axes
 

@@ -334,6 +334,10 @@ def test_a_sweep_is_continued_and_retries_what_failed_when_asked(tmp_path: Path)
     assert last.status == 0, last.err
     assert [(each["state"], each["rank"]) for each in json.loads(last.out)] == [("finished", 1), ("finished", 1)]
     assert (next(folder.glob("0-*")) / "FINISHED").read_text() == before
+    changed = cli(*command, "optim.lr=0.3")
+    assert (changed.status, changed.err.count("optim.lr: was 0.1, now 0.3")) == (1, 2)
+    assert "Choose another --sweep-dir" in changed.err
+    assert "--run-dir" not in changed.err
     with pytest.raises(UserError, match="is a sweep of 2 runs over other values than these 1"):
         expand(str(recipe), [], ["seed=1"], str(folder), "--sweep-dir").earlier()
 
