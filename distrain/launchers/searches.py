@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import load_recipe
@@ -22,6 +24,8 @@ from distrain.launchers.sweeps import (
     space_of,
 )
 from distrain.run.folder import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,26 @@ def ask_search(
         raise UserError(f"--search {count:,} is more than {MOST_RUNS:,} runs; take fewer")
     axes = parse_axes(target, overrides, arrays)
     base: Recipe = load_recipe(target, overrides).recipe
+    for key, axis in axes.items():
+        if isinstance(axis, Range) and axis.whole and _may_be_between(target, overrides, key, axis):
+            logger.warning(
+                f"--array {key}={axis.text(axis.low)}..{axis.text(axis.high)} draws whole numbers alone; write "
+                f"{axis.low}..{axis.high} for those between as well"
+            )
     place = Path(folder or Path("runs") / base.name).absolute()
     search = {"space": space_of(arrays), "seed": base.seed}
     return SearchAsked(base.name, place, axes, tuple(overrides), search, count, option)
+
+
+def _may_be_between(target: str, overrides: Sequence[str], key: str, axis: Range) -> bool:
+    """Whether the recipe's value of a key, of which whole numbers are drawn, need be none."""
+    try:
+        value: Any = load_recipe(target, [*overrides, f"{key}={axis.text(axis.low)}"]).recipe.model_dump()
+    except UserError:  # whoever checks the runs raises it
+        return False
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return isinstance(value, float)
 
 
 def drawn_runs(folder: Path, record: SweepRecord, overrides: Sequence[str] = ()) -> dict[int, SweepRun]:

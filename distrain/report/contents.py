@@ -262,11 +262,11 @@ def _headline(
     facts.append(Fact("steps", f"{status.step:,}", of))
     seconds = total_seconds(parts)
     if seconds:
-        world = status.processes or 1
         unit = "GPU hours" if effect.get("device") == "cuda" else "process hours"
-        facts.append(
-            Fact("time", duration(seconds), f"{hours(seconds * world)} {unit}" + (f" on {world}" if world > 1 else ""))
-        )
+        worlds = sorted({part.processes for part in parts})
+        on = f" on {' or '.join(map(str, worlds))}" if worlds != [1] else ""
+        spent_hours = hours(sum(part.seconds * part.processes for part in parts))
+        facts.append(Fact("time", duration(seconds), f"{spent_hours} {unit}{on}"))
     rate = finished.get("samples_per_s") or status.samples_per_s
     if rate:
         facts.append(Fact("samples/s", number(float(rate))))

@@ -59,8 +59,8 @@ def ended_row(attempt: Mapping[str, Any], beat: Heartbeat | None, rows: Sequence
         for phase, seconds in further.items():
             phases[phase] = phases.get(phase, 0.0) + seconds
         time = end
-    if trained:
-        done, reached = done + int(trained[-1]["step"]) - reached, int(trained[-1]["step"])
+    if further_steps := [int(row["step"]) for row in rows if row["event"] in ("train", "eval")]:
+        done, reached = done + max(max(further_steps) - reached, 0), max(reached, *further_steps)
     if beat is not None and not beat.phases:
         phases = {}  # an earlier version did not note what its time went to
     first = None if beat is None else beat.first_step_s

@@ -266,7 +266,7 @@ class _Runner:
 
     def _announce(self) -> None:
         options, share = self.options, self.free[0]
-        parts = [f"{self.runs.count} runs in {self.runs.folder}"]
+        parts = [f"{self.runs.count} run{'s' * (self.runs.count != 1)} in {self.runs.folder}"]
         parts += [f"{options.parallel} at a time"] if options.parallel > 1 else []
         if share.gpus:
             shared = sum(each.gpus == share.gpus for each in self.free)

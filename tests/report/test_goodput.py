@@ -112,6 +112,8 @@ def test_what_followed_the_last_heartbeat_is_in_the_rows() -> None:
     # 2 s until its first two steps began, which took a second; then two more and an evaluation
     assert found["phases"] == {"setup": 9.0, "evaluate": 0.75, "step": pytest.approx(2.25)}
     assert ended_row({"token": "a", "time": 92.0, "step": 4}, None, [])["time"] == 92.0
+    found = ended_row({"token": "a", "time": 92.0, "step": 4}, beat, [*rows, row("eval", 106.0, 9, seconds=0.5)])
+    assert (found["time"], found["step"], found["steps"]) == (106.0, 9, 5), "what was evaluated was trained"
 
 
 LONG = ["train.steps=24", "checkpoint.every=8 steps", "log.gpu_hour_price=3"]

@@ -32,6 +32,7 @@ from distrain.report.html import render
 from distrain.report.html.charts import log_ticks, nice_ticks, tick_label
 from distrain.report.markdown import render as as_markdown
 from distrain.run.folder import Launch, RunDir
+from distrain.run.json_files import append_row
 from distrain.system.terminal import Console
 
 HOSTILE = "</script><script>hacked=1</script><img src=//evil.example/x onerror=hacked=1>`|*\x1b[31m"
@@ -410,6 +411,18 @@ def test_what_cannot_be_reported_is_said(arguments: list[str], problem: str, res
     places = {"RUN": str(resumed), "EMPTY": str(tmp_path / "empty"), "NONE": str(tmp_path / "none")}
     with pytest.raises(UserError, match=re.escape(problem)):
         invoked(*(places.get(each, each) for each in arguments))
+
+
+def test_hours_are_those_of_each_attempts_processes(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", [{**row, "time": 1000.0 + row["step"]} for row in train_rows(9)])
+    for began, step, processes in ((1000.0, 0, 1), (5000.0, 9, 4)):
+        about = {"time": began, "step": step, "processes": processes, "token": str(processes)}
+        append_row(folder / "attempts.jsonl", about)
+        append_row(
+            folder / "attempts.jsonl", {"event": "ended", "steps": 9, "phases": {}} | about | {"time": began + 3600}
+        )
+    [time] = [fact for fact in build_report([folder]).runs[0].headline if fact.name == "time"]
+    assert (time.value, time.note) == ("2h00m", "5 process hours on 1 or 4")
 
 
 def test_runs_of_a_sweep_that_have_not_begun_are_left_out(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from distrain.checkpoint import difference
 from distrain.config import UserError
 from distrain.config.yaml import load_recipe
 from distrain.launchers.request import recipe_text
+from distrain.launchers.searches import ask_search
 from distrain.launchers.sweeps import (
     MOST_RUNS,
     Range,
@@ -209,6 +210,16 @@ def test_runs_are_not_compared_by_losses_that_mean_something_else(tmp_path: Path
             best_of(asked, varied)
         assert bool(lines) == warned, varied
         assert not warned or varied[-1] in lines[0]
+
+
+def test_a_range_of_whole_numbers_of_a_key_that_takes_others_is_warned_of(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, IRIS))
+    arrays = ["optim.weight_decay=0..1", "optim.lr=0.5..1", "batch.global=8..16"]
+    with logged() as lines:
+        asked = ask_search(recipe, [], arrays, 3, None, "--sweep-dir")
+    [line] = lines
+    assert "optim.weight_decay=0..1 draws whole numbers alone; write 0.0..1.0" in line
+    assert asked.axes["optim.weight_decay"] == Range(0, 1, True, False)
 
 
 def test_evaluations_are_read_as_they_are_written(tmp_path: Path) -> None:
