@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distrain.config import Recipe, UserError
+from distrain.config import Duration, Recipe, UserError
 from distrain.datasets.batch_sizes import batch_shape, micro_batch_sizes
 from distrain.parallel.frozen import refers
 from distrain.parallel.precision import MixedPrecision
@@ -22,6 +22,7 @@ from distrain.plan.memory import Memory, Setting, plan_memory
 from distrain.plan.timing import StepTime, step_time
 from distrain.plan.tracing import CannotTrace, Planned, Tracer
 from distrain.system.memory import GIB, gib, limits
+from distrain.training.ranking import scored_split
 
 FREE = 0.1
 """The share of a GPU's memory that stays free, as in the search for `batch.micro: auto`."""
@@ -90,7 +91,9 @@ class Plan:
     """None where nothing fits."""
     reason: str
     checkpoints: int | None
-    """How many are written to the end; None where that goes by the clock and no time is known."""
+    """How many are due to the end; None where that goes by the clock and no time is known."""
+    checkpoints_of_best: int
+    """How many are written besides at most: one after each evaluation that is the best up to then."""
     checkpoint_bytes: int
     """Of each."""
     kept: int
@@ -125,6 +128,7 @@ class Plan:
             "reason": self.reason,
             "training_s": None if chosen is None else round(chosen.time.total * self.total_steps, 3),
             "checkpoints": self.checkpoints,
+            "checkpoints_of_best": self.checkpoints_of_best,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoints_kept": self.kept,
             "notes": list(self.notes),
@@ -216,15 +220,14 @@ class _Planner:
         if self.compiled:
             self.notes.append("compiled, a step keeps less than shown: what is kept is decided by the compiler")
         sources, size = self.planned, _stored(model, self.recipe)
-        count = self._checkpoints(chosen)
+        count, best = self._checkpoints(chosen), self._checkpoints_of_best()
+        keep = self.recipe.checkpoint.keep + self.recipe.checkpoint.keep_best
         return Plan(
             self.recipe.name, self.gpu, self.nodes, self.per_node, self.recipe.train.precision
             if self.recipe.train.precision == "fp8" else self.precision.name, model,
             self.recipe.batch.global_batch_size, self.auto, asked, sources.horizon.total_steps or 0,
-            sources.data.meta.tokens_per_sample, tuple(options), chosen, reason, count, size,
-            min(count, self.recipe.checkpoint.keep + self.recipe.checkpoint.keep_best) if count is not None else
-            self.recipe.checkpoint.keep + self.recipe.checkpoint.keep_best,
-            tuple(self.notes), time.perf_counter() - self.began,
+            sources.data.meta.tokens_per_sample, tuple(options), chosen, reason, count, best, size,
+            min(count + best, keep) if count is not None else keep, tuple(self.notes), time.perf_counter() - self.began,
         )  # fmt: skip
 
     def setting(self, strategy: str, micro: int) -> Setting:
@@ -291,17 +294,26 @@ class _Planner:
         return "Take zero3 with --offload all, a smaller model, or GPUs with more memory"
 
     def _checkpoints(self, chosen: Option | None) -> int | None:
-        every, horizon = self.recipe.checkpoint.every, self.planned.horizon
-        total = horizon.total_steps or 0
-        if every is None:
-            return 1
-        if every.unit in ("seconds", "minutes", "hours"):
+        every = self.recipe.checkpoint.every
+        if every is not None and every.seconds is not None:
             if chosen is None:
                 return None
-            seconds = every.amount * {"seconds": 1, "minutes": 60, "hours": 3600}[every.unit]
-            return int(chosen.time.total * total // max(seconds, 1e-9)) + 1
-        period = max(Fraction(1), horizon.exact_steps(every, "checkpoint.every"))  # as a run has it, not rounded
-        return max(1, math.ceil(total / period))
+            total = self.planned.horizon.total_steps or 0
+            return int(chosen.time.total * total // max(every.seconds, 1e-9)) + 1
+        return len(self._due(every))
+
+    def _checkpoints_of_best(self) -> int:
+        if not self.recipe.checkpoint.keep_best or scored_split(self.planned.data) is None:
+            return 0
+        return len(self._due(self.recipe.eval.every) - self._due(self.recipe.checkpoint.every))
+
+    def _due(self, every: Duration | None) -> set[int]:
+        """Return the steps after which something is due, as a run has them; the last one always."""
+        total = self.planned.horizon.total_steps or 0
+        if every is None or every.seconds is not None:
+            return {total}
+        period = max(Fraction(1), self.planned.horizon.exact_steps(every, "a plan"))
+        return {total, *(math.ceil(number * period) for number in range(1, int(total / period) + 1))}
 
 
 def _fastest(fitting: list[Option], options: Sequence[Option], planner: _Planner) -> tuple[Option, str]:

@@ -86,6 +86,7 @@ def _end(plan: Plan) -> list[str]:
         lines += _wrapped("        ", sends)
     count = "some" if plan.checkpoints is None else f"{plan.checkpoints:,}"
     saved = f"{count} checkpoint{'s' * (plan.checkpoints != 1)} of {size_text(plan.checkpoint_bytes)}"
+    saved += f" and up to {plan.checkpoints_of_best:,} of the best" if plan.checkpoints_of_best else ""
     kept = f", {plan.kept} kept: {size_text(plan.kept * plan.checkpoint_bytes)}"
     return [*lines, *_wrapped("disk:   ", saved + kept)]
 

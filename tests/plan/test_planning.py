@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import train, write_recipe
+from runs import rows, train, write_recipe
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -19,7 +19,7 @@ from distrain.data import build_data
 from distrain.models import build_model
 from distrain.parallel.precision import resolve
 from distrain.plan.gpus import GPUS, Gpu
-from distrain.plan.planning import make_plan
+from distrain.plan.planning import gpu_here, make_plan
 from distrain.plan.tracing import Planned, Tracer
 from distrain.training.tasks import TaskContext, build_objective
 
@@ -134,6 +134,31 @@ def test_a_planned_checkpoint_has_the_bytes_of_a_runs(tmp_path: Path) -> None:
     plan = make_plan(recipe(RESNET, *changed, "train.steps=45"), GPUS["h100"])
     assert plan.checkpoint_bytes == pytest.approx(stored, rel=0.01)
     assert plan.checkpoints == 10  # each 4.5 steps
+
+
+IMPROVING = """
+name: improving
+task: classification
+data: {name: iris, split: [0.7, 0.3]}
+model: {name: mlp, hidden: [4]}
+optim: {name: sgd, lr: 0.01}
+batch: {global: 16}
+train: {steps: 20}
+eval: {every: 3 steps}
+checkpoint: {every: 35%}
+"""
+
+
+def test_the_checkpoints_of_a_plan_are_those_of_a_run_that_improves_throughout(tmp_path: Path) -> None:
+    train(1, write_recipe(tmp_path, IMPROVING), tmp_path / "run")
+    saved = [row["step"] for row in rows(tmp_path / "run") if row["event"] == "checkpoint"]
+    plan = make_plan(recipe(IMPROVING), gpu_here())
+    assert plan.checkpoints is not None
+    assert (plan.checkpoints + plan.checkpoints_of_best, plan.kept) == (len(saved), 4)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= plan.kept
+    assert make_plan(recipe(IMPROVING, "checkpoint.keep_best=0"), gpu_here()).checkpoints_of_best == 0
+    alone = make_plan(recipe(IMPROVING, "eval.every=null", "checkpoint.every=null"), gpu_here())
+    assert (alone.checkpoints, alone.checkpoints_of_best, alone.kept) == (1, 0, 1)
 
 
 def test_what_does_not_fit_is_made_to_fit_or_said() -> None:
