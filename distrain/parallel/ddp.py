@@ -110,7 +110,7 @@ class DDPStrategy(Strategy):
             return wrapped  # `check` says so
         self._now.carries = carrier.numbers
         if world.world_size > 2:
-            with restored(model, model.parameters()):
+            with restored(model, (*model.parameters(), *plan.beside())):
                 loss_sum = plan.loss_of(optimizer)(wrapped, 0)
                 agree = self.agree_async(loss_sum.detach(), StepFlags())
                 self.backward(loss_sum, torch.ones_like(loss_sum), last=True)

@@ -64,6 +64,8 @@ class BuildSpec:
     """Whether to fill in the initial weights; otherwise a checkpoint follows."""
     constant: Callable[[], Collection[str]] = tuple
     """Returns the names of frozen parameters that checkpoints refer to, once the model was built."""
+    beside: Callable[[], Iterable[nn.Parameter]] = tuple
+    """Returns the parameters of what else `loss_sum` computes with: a task may write into those of a teacher."""
 
     def loss_of(self, optimizer: str) -> Callable[[nn.Module, int], Tensor]:
         """Return `loss_sum` of one of several optimizers; without a name that of all losses."""

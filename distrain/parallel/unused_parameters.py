@@ -155,7 +155,7 @@ def reached_parameters(
         handles = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
         try:
             slots = Slots(model)
-            with restored(model, model.parameters()):
+            with restored(model, (*model.parameters(), *plan.beside())):
                 plan.loss_of(optimizer)(model, index).backward()
             slots.check()
         finally:

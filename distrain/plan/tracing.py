@@ -40,6 +40,7 @@ from distrain.training.context import to_device
 from distrain.training.fitting import Fitting
 from distrain.training.pipeline import DataPipeline
 from distrain.training.tasks import Objective, build_objective
+from distrain.training.trying import tried_objective
 
 _LOADED = 8
 """Samples that are read of the data; a larger micro-batch repeats them, as values do not matter here."""
@@ -178,7 +179,7 @@ class Tracer:
                 names = {id(parameter): name for name, parameter in self.model.named_parameters()}
                 with tape.watching(self.model, names):
                     with tape:
-                        found = self.objective.loss_sum(self.model, batch)
+                        found = tried_objective(self.objective).loss_sum(self.model, batch)
                         total = found.sum() if found.dim() else found
                     tape.begin_backward()
                     with mode, tape:
@@ -220,7 +221,8 @@ class Tracer:
         if dtype is None:
             return set()
         batch = to_device(self.planned.batch(self.feed, min(2, self.planned.rows)), self.world)
-        return cast_parameters(self.model, lambda model: self.objective.loss_sum(model, batch), _CPU, dtype) or set()
+        objective = tried_objective(self.objective)
+        return cast_parameters(self.model, lambda model: objective.loss_sum(model, batch), _CPU, dtype) or set()
 
     def _optimizer(self) -> OptimizerFacts:
         """Return what an optimizer keeps and takes, from a step of it without values."""

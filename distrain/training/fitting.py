@@ -41,6 +41,7 @@ from distrain.training.forward import check_layers
 from distrain.training.inner_loss import compute_loss_inside, logits_of
 from distrain.training.pipeline import DataPipeline
 from distrain.training.tasks import Objective, SupervisedObjective, TaskContext
+from distrain.training.trying import parameters_beside, tried_objective
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Fitting:
             migrate=self._migrate,
             initial=self._initial,
             constant=self._constant,
+            beside=lambda: parameters_beside(self._objective),
         )
 
     def _build(self) -> nn.Module:
@@ -188,11 +190,11 @@ class Fitting:
     def _loss_sum(self, model: nn.Module, index: int, optimizer: str = "") -> torch.Tensor:
         """Return the loss (0-d) of a micro-batch of the first step: all losses, or those of one of several optimizers.
 
-        Dropout is as then.
+        Dropout is as then. Neither the task nor the loss keeps anything of it.
         """
         world = self.world
         seed_dropout(world, mix(self.recipe.seed, "dropout", 0, world.mesh.data_rank, index))
         given("the first step", [self._first_step[index]])
-        objective = self.objectives[optimizer] if optimizer else self._objective
+        objective = tried_objective(self.objectives[optimizer] if optimizer else self._objective)
         found = objective.loss_sum(model, to_device(self._first_step[index], world))
         return found.sum() if found.dim() else found

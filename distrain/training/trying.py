@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.datasets.base import AnySource, Batch, DataMeta, is_stream
 from distrain.datasets.nested import tensors_in
 from distrain.datasets.transforms import Transform
 from distrain.models import build_model
+from distrain.optim.losses.user import UserLoss
 from distrain.parallel import World
 from distrain.parallel.parameter_writes import restored
 from distrain.parallel.stirring import stir, stirred
 from distrain.parallel.strategy import with_mixed_precision
 from distrain.system.compiler import compiler_imported
 from distrain.training.context import TrainContext, to_device
-from distrain.training.tasks import Objective, TaskObjective
+from distrain.training.tasks import Objective, SupervisedObjective, TaskObjective
 from distrain.training.tasks.inside import run_inside
+
+T = TypeVar("T")
 
 _BUILT_ANEW = 2**28
 """Most parameters of a model that each rank builds for itself."""
@@ -37,9 +40,9 @@ def tried_model(t: TrainContext, meta: DataMeta, parameters: int, kept: Path) ->
     Where ranks hold parts of it, a forward pass that fails leaves these gathered, which no later one bears: they get a
     whole one with weights of its own, or None if it has too many `parameters` for that. `kept`: that of `build_model`.
     """
-    model = t.strategy.model
+    model, beside = t.strategy.model, parameters_beside(t.objective)
     if not t.world.forward_is_collective:
-        with stirred(t.strategy), restored(model, model.parameters()):
+        with stirred(t.strategy), restored(model, (*model.parameters(), *beside)):
             model.eval()
             try:
                 yield model
@@ -53,18 +56,46 @@ def tried_model(t: TrainContext, meta: DataMeta, parameters: int, kept: Path) ->
             run_inside(found)
             stir(found)
             found = with_mixed_precision(t.world, found)
-    yield found
+    with restored(model, beside):
+        yield found
 
 
 def tried_objective(objective: Objective) -> Objective:
-    """Return a copy of an objective, whose numbers of its own may be changed; models that it holds are shared."""
+    """Return a copy of an objective for passes that are only tried: what its task or its loss keeps of them is lost.
+
+    Models that these hold have the same parameters in it (`parameters_beside`), and buffers of their own.
+    """
     found = copy.copy(objective)
     if isinstance(found, TaskObjective):
-        found.task = copy.copy(found.task)
-        for key, value in vars(found.task).items():
-            if not isinstance(value, nn.Module | Callable):
-                with suppress(Exception):
-                    setattr(found.task, key, copy.deepcopy(value))
+        TaskObjective.begin_step(found)  # what it adds up of a step is its own
+        found.task = _with_own_state(found.task)
+    elif isinstance(found, SupervisedObjective) and isinstance(found.loss, UserLoss):
+        found.loss, found.inside = _with_own_state(found.loss), False  # the model would compute its own
+    return found
+
+
+def parameters_beside(objective: Objective) -> list[nn.Parameter]:
+    """Return the parameters of the models that a task or a loss holds, such as a teacher."""
+    holder = objective.task if isinstance(objective, TaskObjective) else objective.loss
+    models = [each for each in vars(holder).values() if isinstance(each, nn.Module)]
+    return [parameter for model in models for parameter in model.parameters()]
+
+
+def _with_own_state(value: T) -> T:
+    """Return a copy whose attributes are copies too, but for parameters of models and what cannot be copied."""
+    found = copy.copy(value)
+    of_class = {
+        key: each
+        for kind in reversed(type(value).__mro__)
+        for key, each in vars(kind).items()
+        if isinstance(each, dict | list | set | Tensor) and not key.startswith("__")
+    }
+    models = [each for each in vars(value).values() if isinstance(each, nn.Module)]
+    memo: dict[int, Any] = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    memo[id(value)] = found
+    for key, each in (of_class | vars(value)).items():
+        with suppress(Exception):
+            vars(found)[key] = copy.deepcopy(each, memo)
     return found
 
 

@@ -1,0 +1,52 @@
+"""Passes that a strategy makes before the first step, to see what they reach, leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import losses, write_recipe
+from test_matrix import create, train_in_turn
+from worlds import in_world
+
+KEEPS = """
+name: keeps
+task: classification
+data: {name: digits, split: [0.9, 0.1]}
+model: {name: mlp, hidden: [8]}
+optim: {name: sgd, lr: 0.1}
+batch: {global: 30, micro: 10}
+train: {steps: 3}
+eval: {every: null}
+checkpoint: {every: 3 steps, async: false}
+log: {every: 1 steps}
+"""
+KEPT = [
+    *(
+        f"task={{name: 'stateful_tasks:Kept', kind: {kind}}}"
+        for kind in ("number", "tensor", "in_place", "listed", "shared", "named", "inner", "teacher")
+    ),
+    *(
+        f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"
+        for kind in ("number", "tensor", "in_place", "listed")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "precision"),
+    [("single", 1, "fp32"), ("ddp", 3, "fp32"), ("zero2", 1, "fp32"), ("zero3", 1, "fp32"), ("fsdp2", 1, "bf16")],
+)
+def test_what_is_tried_leaves_nothing_in_a_task_or_a_loss(
+    tmp_path: Path, strategy: str, world_size: int, precision: str
+) -> None:
+    recipe, runs = write_recipe(tmp_path, KEEPS), {}
+    for number, kept in enumerate(KEPT):
+        runs[kept] = tmp_path / str(number)
+        create(runs[kept], recipe, (kept, f"train.precision={precision}"), strategy, world_size)
+    in_world(world_size, train_in_turn, strategy, [str(run) for run in runs.values()], timeout_s=300)
+    accumulated = 30 // 10 // world_size
+    for kept, run in runs.items():
+        # a loss is the mean over the micro-batches of a step
+        expected = [step * accumulated + (accumulated - 1) / 2 for step in range(3)]
+        assert losses(run) == pytest.approx(expected, abs=1e-3), kept
