@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 from distrain.checkpoints.export import Exported
 from distrain.checkpoints.export.companion_files import FOLDER, companions_of, run_of
 from distrain.checkpoints.export.exporting import names_folder
-from distrain.checkpoints.export.model_card import Graph, card_files, tokenizer_files
+from distrain.checkpoints.export.model_card import Graph, card_files
+from distrain.checkpoints.export.text_files import companions_as_trained
 from distrain.checkpoints.format import Manifest
 from distrain.checkpoints.hiding import hidden
 from distrain.checkpoints.reading import read_manifest
@@ -110,7 +112,7 @@ def export_graph(
         run = _write(program, part / file.name, graph)
         _compare(called, run, list(named.values()), free, file)
         if into_folder:
-            _write_beside(checkpoint, manifest, part, graph, averaged=ema)
+            notes += _write_beside(checkpoint, manifest, part, graph, averaged=ema)
         written = sorted(path.relative_to(part) for path in part.rglob("*") if path.is_file())
         clash = [each for each in written if (file.parent / each).exists()]
         if clash and not overwrite:
@@ -430,13 +432,17 @@ def _check_equal(expected: Tensor, found: Tensor, count: int, file: Path) -> Non
         )
 
 
-def _write_beside(checkpoint: Path, manifest: Manifest, part: Path, graph: Graph, *, averaged: bool) -> None:
-    companions = companions_of(run_of(checkpoint) / FOLDER)[0] or tokenizer_files(manifest)
-    for name, file in companions.items():
-        (part / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, part / name)
+def _write_beside(checkpoint: Path, manifest: Manifest, part: Path, graph: Graph, *, averaged: bool) -> list[str]:
+    """Write what a folder has beside the graph; return notes for the user."""
+    kept = companions_of(run_of(checkpoint) / FOLDER)[0]
+    with tempfile.TemporaryDirectory(prefix="distrain-") as scratch:
+        companions, notes = companions_as_trained(kept, manifest, Path(scratch))
+        for name, file in companions.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, part / name)
     texts = card_files(checkpoint, manifest, averaged=averaged, companions=companions, graph=graph)
     for name, text in texts.items():
         (part / name).write_text(text.rstrip() + "\n", encoding="utf-8")
     if isinstance(config := manifest.scalars.get("transformers_config"), str):
         (part / "config.json").write_text(config.rstrip() + "\n", encoding="utf-8")
+    return notes

@@ -14,6 +14,7 @@ buffered.py         long parts, a buffer at a time
 windows.py          short parts, many files at a time
 new_files.py        writes new files in any order
 companion_files.py  the other files of a transformers model
+text_files.py       those of a language model, as it was trained
 model_card.py       what stands beside a model in a folder: its facts, its recipe, its card
 torch_file.py       writes what `torch.save` writes
 """

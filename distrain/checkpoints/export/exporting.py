@@ -106,6 +106,13 @@ def export(
         shard_name = f"{out.stem}-{{:05d}}-of-{len(groups):05d}.safetensors".format
         paths = [out] if len(groups) == 1 else [out.with_name(shard_name(n + 1)) for n in range(len(groups))]
         beside: dict[Path, Callable[[Path], object]] = {}
+        in_folder = out.name == "model.safetensors" or is_folder
+        if (source.path / MANIFEST).is_file() and (source.config or card) and in_folder:
+            from distrain.checkpoints.export.text_files import companions_as_trained
+
+            manifest = read_manifest(source.path)
+            source.companions, more = companions_as_trained(source.companions, manifest, source.scratch())
+            notes += more
         if source.config and (out.name == "model.safetensors" or (is_folder and pt)):
             beside[out.with_name(CONFIG)] = partial(_write_text, _with_dtype(source.config, outputs))
             if source.companions:
@@ -175,12 +182,12 @@ def _add_card(
     rounded: str | None,
 ) -> None:
     """Add to what is written beside a model how it is used, the tokenizer, and code of the user's."""
-    from distrain.checkpoints.export.model_card import CODE, card_files, tokenizer_files
+    from distrain.checkpoints.export.model_card import CODE, card_files
 
     manifest = read_manifest(source.path)
     if not manifest.recipe:
         return  # an import, of which no run is known
-    companions = source.companions or tokenizer_files(manifest)
+    companions = source.companions
     for name, file in companions.items():
         if folder / name not in beside and not _same(folder / name, file):
             beside[folder / name] = partial(shutil.copyfile, file)

@@ -26,7 +26,6 @@ OWN_CONFIG = "distrain.json"
 """In place of config.json, where that is the transformers library's."""
 PROCESSOR = "preprocessor_config.json"
 _TRANSFORMERS = "transformers:"
-_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,6 @@ def card_files(
         RECIPE: manifest.recipe,
         README: _readme(checkpoint, manifest, recipe, config, _loading(recipe, manifest, name, graph, code, pt=pt)),
     }
-
-
-def tokenizer_files(manifest: Manifest) -> dict[str, Path]:
-    """Return {name: file} of the tokenizer that the recipe's data section names, where it is there."""
-    named = parse_recipe(manifest.recipe, "the recipe").data.args.get("tokenizer")
-    if not isinstance(named, str):
-        return {}
-    path = Path(named)
-    if path.is_file():
-        return {path.name: path}
-    return {name: path / name for name in (*_FILES, "tokenizer_config.json") if (path / name).is_file()}
 
 
 def unlike_processor(checkpoint: Path, companions: Mapping[str, Path]) -> list[str]:
