@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import logging
 import os
@@ -228,8 +229,8 @@ def _failure(run: RunDir) -> Exception:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Leave this process as it was: its variables, signals and logging."""
-    variables = dict(os.environ)
+    """Leave this process as it was: its variables, signals, logging, and what it does when C code ends it."""
+    variables, shows_faults = dict(os.environ), faulthandler.is_enabled()
     numbers = [number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1") if (number := _signal(name))]
     handlers = {number: signal.getsignal(number) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -240,6 +241,8 @@ def _as_before() -> Iterator[None]:
     finally:
         elastic.setLevel(level)
         logs.reset()
+        if not shows_faults:
+            faulthandler.disable()
         for number, handler in handlers.items():
             if handler is not None:  # None: of C code, which Python cannot put back
                 signal.signal(number, handler)

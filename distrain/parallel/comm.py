@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 import threading
 import time
 import warnings
@@ -26,6 +27,7 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from distrain.config import TuneSection, UserError
@@ -77,9 +79,15 @@ class World:
     """Of each rank, the first one of its node, which builds models for all of that node."""
 
     def __init__(
-        self, accelerator: Accelerator, mixed_precision: MixedPrecision, asked: StrategySpec, timeout: timedelta
+        self,
+        accelerator: Accelerator,
+        mixed_precision: MixedPrecision,
+        asked: StrategySpec,
+        timeout: timedelta,
+        closing: Callable[[], None] = lambda: None,
     ):
-        self.accelerator = accelerator
+        """`closing` is called at the end of `close`."""
+        self.accelerator, self._closing = accelerator, closing
         self.mixed_precision = mixed_precision
         self.precision = mixed_precision.name
         """The recipe's, with `auto` resolved."""
@@ -327,7 +335,8 @@ class World:
         if dist.is_initialized() or self.device.type != "cpu":
             self.accelerator.free_memory()  # looks for garbage among all that is imported, which takes a while
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_group()
+        self._closing()
 
 
 class StoreFlag:
@@ -401,6 +410,54 @@ def open_world(
     # what is left of the launcher's settings: with this one Accelerate turns DeepSpeed off silently
     take_over(os.environ)
     os.environ.pop("ACCELERATE_USE_CPU", None)
+    put_back = _forget_accelerate()
+    try:
+        return _joined(
+            precision, asked, environment, timeout_s, on_cpu=on_cpu, deterministic=turned_on, closing=put_back
+        )
+    except BaseException:
+        if dist.is_initialized():  # ending a process without leaving it can abort under gloo
+            _leave_group()
+        put_back()
+        raise
+
+
+def _leave_group() -> None:
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()  # and DeepSpeed's own names for it, which the next run would use
+    else:
+        dist.destroy_process_group()
+
+
+def _forget_accelerate() -> Callable[[], None]:
+    """Have Accelerate prepare anew, whatever it has prepared in this process; returns what puts that back.
+
+    It keeps one state for a process, and would refuse another precision, or keep the strategy of the run before.
+    """
+    states = [each._shared_state for each in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+
+    def put_back() -> None:
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
+
+    for state in states:
+        state.clear()
+    return put_back
+
+
+def _joined(
+    precision: str,
+    asked: StrategySpec,
+    environment: Environment,
+    timeout_s: float,
+    *,
+    on_cpu: bool,
+    deterministic: bool,
+    closing: Callable[[], None],
+) -> World:
     arrangements = {"plain": _plainly, "fsdp2": _for_fsdp2, "deepspeed": _for_deepspeed}
     arrange = arrangements[STRATEGIES[asked.strategy].accelerate]
     with warnings.catch_warnings(), _waiting(environment, timeout_s):
@@ -416,25 +473,20 @@ def open_world(
     if accelerator.device.type == "cpu":
         # without an index, as tensors name it: moving there what is there already would copy it
         accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
-    try:
-        mixed_precision = resolve(precision, accelerator.device)
-        found = accelerator.process_index, accelerator.num_processes
-        if found != (environment.rank, environment.world_size):
-            raise UserError(
-                f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
-                f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
-            )
-        world = World(accelerator, mixed_precision, asked, timedelta(seconds=timeout_s))
-        world.deterministic = turned_on
-        nodes = world.gather((environment.rank - environment.local_rank, environment.local_world_size))
-        # where a launcher does not number the ranks of a node one after the other, one of them stands for all
-        world.sources = [first if nodes[first][0] == first else 0 for first, _ in nodes]
-        world.mesh = world.run_on_all(lambda: Mesh.of(asked, world.rank, nodes))
-        return world
-    except BaseException:
-        if dist.is_initialized():  # ending a process without leaving it can abort under gloo
-            dist.destroy_process_group()
-        raise
+    mixed_precision = resolve(precision, accelerator.device)
+    found = accelerator.process_index, accelerator.num_processes
+    if found != (environment.rank, environment.world_size):
+        raise UserError(
+            f"the launcher made this process rank {environment.rank} of {environment.world_size}, but it came up "
+            f"as rank {found[0]} of {found[1]}; check that MASTER_ADDR and MASTER_PORT are the same everywhere"
+        )
+    world = World(accelerator, mixed_precision, asked, timedelta(seconds=timeout_s), closing)
+    world.deterministic = deterministic
+    nodes = world.gather((environment.rank - environment.local_rank, environment.local_world_size))
+    # where a launcher does not number the ranks of a node one after the other, one of them stands for all
+    world.sources = [first if nodes[first][0] == first else 0 for first, _ in nodes]
+    world.mesh = world.run_on_all(lambda: Mesh.of(asked, world.rank, nodes))
+    return world
 
 
 @contextmanager

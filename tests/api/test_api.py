@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -654,3 +655,34 @@ def test_what_a_run_sets_is_for_that_run_alone() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)
+
+
+def _several_strategies_beside_the_callers_accelerator(around: str) -> list[Any]:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    os.chdir(around)
+    faulthandler.disable()
+    strategies = ["single", "fsdp2", "zero1", "single", "zero3"]
+    found: list[Any] = [
+        train(f"runs/{place}-{strategy}", model=Net, strategy=strategy).best
+        for place, strategy in enumerate(strategies[:2])
+    ]
+    own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    found += [
+        train(f"runs/{place}-{strategy}", model=Net, strategy=strategy).best
+        for place, strategy in enumerate(strategies[2:], 2)
+    ]
+    [in_effect] = {
+        json.loads((path / "effect.json").read_text())["strategy"] == path.name[2:] for path in Path("runs").iterdir()
+    }
+    state = AcceleratorState()
+    kept = own.mixed_precision, own.gradient_accumulation_steps, state.mixed_precision, state.distributed_type.value
+    return [found, in_effect, kept, faulthandler.is_enabled(), torch.distributed.is_initialized()]
+
+
+def test_runs_of_any_strategy_follow_each_other_beside_an_accelerator_of_the_callers(tmp_path: Path) -> None:
+    [found] = in_world(1, _several_strategies_beside_the_callers_accelerator, str(tmp_path), launched=False)
+    best, in_effect, kept, shows_faults, joined = found
+    assert len(set(best)) == 1, best
+    assert (in_effect, kept, shows_faults, joined) == (True, ("bf16", 4, "bf16", "NO"), False, False)
