@@ -47,7 +47,7 @@ from distrain.training.sums import may_be_no_sums, sums_warnings
 from distrain.training.tasks import build_objective
 from distrain.training.trying import tried_model, tried_objective
 from distrain.training.untrained import may_hold_parameters, untrained_warnings
-from distrain.training.updates import Inputs, check_fitted, take_inputs
+from distrain.training.updates import Inputs, check_average, check_fitted, take_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def set_up(
     resumed = reader.manifest if reader is not None else None
     if resumed is not None:
         world.run_on_rank0(lambda: check_fitted(recipe, resumed))
+        world.run_on_rank0(lambda: check_average(recipe, resumed))
     data = world.run_on_all(lambda: build_data(recipe, state=resumed.scalars["data"] if resumed is not None else None))
     transforms = {"train": build_transform(recipe, "train"), "eval": build_transform(recipe, "eval")}
     bare = transforms["train"]

@@ -107,6 +107,17 @@ def check_fitted(recipe: Recipe, resumed: Manifest) -> None:
     raise UserError("\n".join(words))
 
 
+def check_average(recipe: Recipe, resumed: Manifest) -> None:
+    """Raise UserError where the recipe asks for an average that the run's checkpoints do not hold."""
+    if recipe.train.ema is None or any(spec.role == "ema" for spec in resumed.specs.values()):
+        return
+    raise UserError(
+        f"train.ema is {recipe.train.ema:g}, and the checkpoint of step {resumed.step} holds no average of the "
+        "weights: one begins with the run. Put it back as it was (train.ema=null, with --update), or choose another "
+        "--run-dir for a new run, which model.weights can begin with these weights."
+    )
+
+
 def noted(run: RunDir, step: int) -> dict[str, Any] | None:
     """Return the newest update on record, where that is one of a start from `step`.
 

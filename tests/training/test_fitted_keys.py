@@ -157,3 +157,13 @@ def test_that_grown_data_are_fitted_as_before_is_said(
     said = ended.out + ended.err
     assert f"updated  data file {file}" in said
     assert ("stays as it was, as its model was trained with it" in " ".join(said.split())) == kept
+
+
+def test_an_average_that_a_resume_would_begin_is_refused_by_its_key(tmp_path: Path) -> None:
+    text = RECIPE.format(task="classification", data=IRIS, model="{name: mlp, hidden: [4]}")
+    recipe, run = write_recipe(tmp_path, text), tmp_path / "run"
+    train(1, recipe, run, "train.steps=2")
+    [ended] = train(1, recipe, run, "train.ema=0.9", update=True, status=1)
+    assert "train.ema is 0.9, and the checkpoint of step 2 holds no average of the weights" in ended.err
+    train(1, recipe, run, update=True)
+    assert last(run).name == "step-00000004"
