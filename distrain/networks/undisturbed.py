@@ -3,36 +3,140 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from types import FunctionType, MethodType, ModuleType, NoneType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 
+class Attributes:
+    """What modules hold besides their parameters, buffers, modules and hooks, as it is now.
+
+    `restore` gives attributes their values back, and lists, dicts and sets in them their items, generators their state.
+    The elements of `tensors` are for whoever restores.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: list[Tensor] = []
+        self._restores: list[Callable[[], object]] = []
+        self._known: set[int] = set()
+        for module in model.modules():
+            own = {key: each for key, each in vars(module).items() if _is_own(key)}
+            self._restores.append(partial(_give_back, module, own))
+            for each in own.values():
+                self._note(each)
+
+    def restore(self) -> None:
+        """Give them back."""
+        for restore in self._restores:
+            restore()
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, _CONSTANT) or id(value) in self._known or len(self._known) > _MOST_OBJECTS:
+            return
+        self._known.add(id(value))
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, np.memmap):
+            return  # a file, which may be larger than memory
+        elif isinstance(value, np.ndarray) and value.flags.writeable:
+            self._restores.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, torch.Generator):
+            self._restores.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._restores.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            self._restores.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, np.random.RandomState):
+            self._restores.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, dict):
+            self._note_all(value, dict(value), value.values())
+        elif isinstance(value, list | set | deque):
+            self._note_all(value, value.copy(), value)
+        elif isinstance(value, tuple):
+            for each in value:
+                self._note(each)
+        elif isinstance(getattr(value, "__dict__", None), dict):  # an object of the user's own, such as a meter
+            self._note(vars(value))
+
+    def _note_all(self, container: Any, items: Any, values: Iterable[Any]) -> None:
+        self._restores.append(partial(_fill, container, items))
+        for each in values:
+            self._note(each)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_OF_ENGINES = ("__composable_api", "_fsdp_", "ds_", "applied_pre_backward", "_external_params", "_original_parameters")
+"""How attributes begin that FSDP2 and DeepSpeed put on modules and keep themselves."""
+_CONSTANT = (
+    NoneType,
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    type,
+    nn.Module,
+    nn.Parameter,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
+_MOST_OBJECTS = 100_000
+
+
+def _is_own(key: str) -> bool:
+    return key not in _OF_MODULES and not key.startswith(_OF_ENGINES)
+
+
+def _give_back(module: nn.Module, own: dict[str, Any]) -> None:
+    for key in [key for key in vars(module) if _is_own(key) and key not in own]:
+        del vars(module)[key]
+    vars(module).update(own)
+
+
+def _fill(container: Any, items: Any) -> None:
+    if _ids(container) == _ids(items):
+        return  # so that nobody else who uses it ever sees it empty
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(items)
+
+
+def _ids(container: Any) -> list[int]:
+    return [*map(id, container), *(map(id, container.values()) if isinstance(container, dict) else ())]
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore on leaving what the modules hold: attributes, parameters, and buffers with their values."""
+    attributes = Attributes(model)
     kept = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    values = [(tensor, tensor.clone()) for tensor in (*model.buffers(), *attributes.tensors)]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in kept:
+        attributes.restore()
+        for module, held, parameters, buffers in kept:
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(held)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
             # what is computed from buffers alone, such as a count of batches, is computed for real
-            for buffer, before in values:
-                buffer.copy_(before)
+            for tensor, before in values:
+                tensor.copy_(before)
 
 
 def fake_tensors() -> FakeTensorMode:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.config import UserError
+from distrain.networks.undisturbed import Attributes
 from distrain.parallel.comm import World
 from distrain.parallel.contents import modules_with_extra_state
 from distrain.parallel.model_tensors import buffer_slots, remember
@@ -222,7 +223,7 @@ class Written(TorchDispatchMode):
 
 
 class restored(TorchDispatchMode):
-    """Restores a model's buffers, extra state and `parameters` on leaving, and drops its gradients.
+    """Restores a model's buffers, attributes, extra state and `parameters` on leaving, and drops its gradients.
 
     A parameter is copied when it is first written into: copies of all would need as much memory once more.
     """
@@ -231,7 +232,9 @@ class restored(TorchDispatchMode):
         super().__init__()
         self._model = model
         self._restore = remember(buffer_slots(model), modules_with_extra_state(model))
-        self._held = [(parameter, parameter.detach()) for parameter in parameters]
+        self._attributes = Attributes(model)
+        beside = [each for each in self._attributes.tensors if each.layout is torch.strided]
+        self._held = [(each, each.detach()) for each in (*parameters, *beside)]
         self._of_memory: dict[int, list[Tensor]] = {}
         for _, values in self._held:
             self._of_memory.setdefault(_memory(values), []).append(values)
@@ -251,12 +254,13 @@ class restored(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._attributes.restore()
         self._restore()
         for values, before in self._before:
             values.copy_(before)
-        for parameter, values in self._held:
-            if _memory(parameter) != _memory(values):  # other memory was assigned
-                parameter.data = values
+        for tensor, values in self._held:
+            if _memory(tensor) != _memory(values):  # other memory was assigned
+                tensor.data = values
         self._model.zero_grad(set_to_none=True)
 
 

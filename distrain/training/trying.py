@@ -82,7 +82,7 @@ def parameters_beside(objective: Objective) -> list[nn.Parameter]:
 
 
 def _with_own_state(value: T) -> T:
-    """Return a copy whose attributes are copies too, but for parameters of models and what cannot be copied."""
+    """Return a copy whose attributes are copies too, but for parameters of models, files and what cannot be copied."""
     found = copy.copy(value)
     of_class = {
         key: each
@@ -91,7 +91,8 @@ def _with_own_state(value: T) -> T:
         if isinstance(each, dict | list | set | Tensor) and not key.startswith("__")
     }
     models = [each for each in vars(value).values() if isinstance(each, nn.Module)]
-    memo: dict[int, Any] = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    shared = [each for each in vars(value).values() if isinstance(each, np.memmap)]
+    memo: dict[int, Any] = {id(each): each for each in (*shared, *(p for model in models for p in model.parameters()))}
     memo[id(value)] = found
     for key, each in (of_class | vars(value)).items():
         with suppress(Exception):

@@ -21,29 +21,31 @@ eval: {every: null}
 checkpoint: {every: 3 steps, async: false}
 log: {every: 1 steps}
 """
-KEPT = [
-    *(
-        f"task={{name: 'stateful_tasks:Kept', kind: {kind}}}"
-        for kind in ("number", "tensor", "in_place", "listed", "shared", "named", "inner", "teacher")
-    ),
-    *(
-        f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"
-        for kind in ("number", "tensor", "in_place", "listed")
-    ),
-]
+PLAIN = ("number", "tensor", "in_place", "listed", "named", "meter", "generator")
+KEPT = {
+    **{
+        f"task {kind}": [f"task={{name: 'stateful_tasks:Kept', kind: {kind}}}"]
+        for kind in (*PLAIN, "shared", "inner", "teacher")
+    },
+    **{f"loss {kind}": [f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"] for kind in PLAIN},
+    **{
+        f"model {kind}": [f"model={{name: 'stateful_tasks:KeptByModel', kind: {kind}}}", "loss=stateful_tasks:first"]
+        for kind in PLAIN
+    },
+}
 
 
 @pytest.mark.parametrize(
     ("strategy", "world_size", "precision"),
     [("single", 1, "fp32"), ("ddp", 3, "fp32"), ("zero2", 1, "fp32"), ("zero3", 1, "fp32"), ("fsdp2", 1, "bf16")],
 )
-def test_what_is_tried_leaves_nothing_in_a_task_or_a_loss(
+def test_what_is_tried_leaves_nothing_in_a_task_a_loss_or_a_model(
     tmp_path: Path, strategy: str, world_size: int, precision: str
 ) -> None:
     recipe, runs = write_recipe(tmp_path, KEEPS), {}
-    for number, kept in enumerate(KEPT):
-        runs[kept] = tmp_path / str(number)
-        create(runs[kept], recipe, (kept, f"train.precision={precision}"), strategy, world_size)
+    for kept, overrides in KEPT.items():
+        runs[kept] = tmp_path / kept.replace(" ", "-")
+        create(runs[kept], recipe, (*overrides, f"train.precision={precision}"), strategy, world_size)
     in_world(world_size, train_in_turn, strategy, [str(run) for run in runs.values()], timeout_s=300)
     accumulated = 30 // 10 // world_size
     for kept, run in runs.items():

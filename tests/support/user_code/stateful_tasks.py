@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -222,6 +224,12 @@ def passed(kept: Any, kind: str, outputs: torch.Tensor) -> torch.Tensor:
     elif kind == "named":
         before = before.get("seen", 0)
         kept.named["seen"] = before + one
+    elif kind == "meter":
+        before = before.count
+        kept.meter.count += 1
+    elif kind == "generator":
+        drawn, known = before.random(), random.Random(0)
+        before = [known.random() for _ in range(100)].index(drawn)
     elif kind == "inner":
         before = kept.inner.running_mean.clone()[0]
         kept.inner(one.expand(2, 1) + before)
@@ -232,14 +240,19 @@ def passed(kept: Any, kind: str, outputs: torch.Tensor) -> torch.Tensor:
     return outputs.sum(1) * 0 + before
 
 
+def keep(kept: Any, kind: str) -> None:
+    """Give it what `passed` needs for any of the kinds of plain attributes."""
+    kept.kind, kept.number, kept.tensor, kept.in_place = kind, 0, torch.zeros(()), torch.zeros(())
+    kept.listed, kept.named, kept.meter, kept.generator = [], {}, SimpleNamespace(count=0), random.Random(0)
+
+
 class Kept(distrain.Task):
     """Its loss is how many micro-batches came before, which it keeps in one of many ways."""
 
     shared = []
 
     def __init__(self, kind: str):
-        self.kind, self.number, self.tensor, self.in_place = kind, 0, torch.zeros(()), torch.zeros(())
-        self.listed, self.named = [], {}
+        keep(self, kind)
         self.inner = nn.BatchNorm1d(1, affine=False, momentum=1.0)
         self.teacher = nn.Linear(1, 1)
         nn.init.zeros_(self.teacher.weight)
@@ -253,9 +266,28 @@ class KeptByLoss(nn.Module):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.kind, self.number, self.listed = kind, 0, []
-        self.register_buffer("tensor", torch.zeros(()))
-        self.register_buffer("in_place", torch.zeros(()))
+        keep(self, kind)
+        if kind in ("tensor", "in_place"):
+            delattr(self, kind)
+            self.register_buffer(kind, torch.zeros(()))
 
     def forward(self, outputs, targets):
         return passed(self, self.kind, outputs)
+
+
+class KeptByModel(nn.Module):
+    """A model whose outputs are how many micro-batches came before."""
+
+    def __init__(self, kind: str, num_classes: int):
+        super().__init__()
+        keep(self, kind)
+        self.layer = nn.Linear(64, num_classes)
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs.flatten(1))
+        return outputs * 0 + passed(self, self.kind, outputs)[:, None]
+
+
+def first(outputs, targets):
+    """A loss that is the first output."""
+    return outputs[:, 0]
