@@ -686,3 +686,27 @@ def test_runs_of_any_strategy_follow_each_other_beside_an_accelerator_of_the_cal
     best, in_effect, kept, shows_faults, joined = found
     assert len(set(best)) == 1, best
     assert (in_effect, kept, shows_faults, joined) == (True, ("bf16", 4, "bf16", "NO"), False, False)
+
+
+class Counts(distrain.Callback):
+    def __init__(self, *, anew: bool = False) -> None:
+        self.steps, self.rows, self.anew, self.total = 0, [0], anew, 0
+
+    def on_start(self, run: Any) -> None:
+        self.total = run.total_steps
+        if self.anew:
+            self.steps, self.rows = 0, [0]
+
+    def on_step_end(self, step: int, metrics: Any) -> None:
+        self.steps += 1
+        self.rows.append(step)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_callback_that_begins_with_what_another_run_left_is_warned_of(anew: bool) -> None:
+    counts = Counts(anew=anew)
+    for name in ("a", "b"):
+        train(f"runs/{name}", model=Net, callbacks=[counts])
+        said = Path(f"runs/{name}/log-rank-0.txt").read_text()
+        warned = "was given to a run before, and begins with what that has left in steps, rows;" in said
+        assert warned == (name == "b" and not anew), said

@@ -14,6 +14,7 @@ offline_runs.py     folders of an offline wandb run, one for each attempt
 corrupt_samples.py  samples that do not decode, noted once each
 early_stopping.py   training ends where evaluations bring no improvement
 trace.py            what each step did, for `distrain prove`
+reused.py           callback objects that are given to several runs of one process
 hidden_state.py     state of the process that no checkpoint holds
 outside_files.py    files outside the run folder that the process writes
 """

@@ -38,6 +38,7 @@ from distrain.training.callbacks.base import (
     SavedCheckpoint,
     StepMetrics,
 )
+from distrain.training.callbacks.reused import Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,13 @@ class Callbacks:
         ]
         self._askers = [name for name, each in everyone.items() if each.asks]
         self._stateful: dict[str, Any] = {name: each for name, each in named.items() if hasattr(each, "state_dict")}
-        self.plan = Plan()
+        self.plan, self._reuse = Plan(), Reuse(self._named)
         self._failure: Exception | None = None
         self._running = self._closed = False
         self._started: set[str] = set()
         """Users' callbacks whose on_start was called: rows of before are not for them."""
         self._runs: dict[str, CallbackRun] = {}
+        self._resumes = False
         self._recorded = recipe.model_dump(mode="json").get("callbacks", [])
         self.ended = False
         """Whether a callback of the user's has ended training, here or before the checkpoint that is resumed from."""
@@ -105,6 +107,7 @@ class Callbacks:
             self._call(name, "on_start", callback.on_start, self._runs[name])
             self._started.add(name)
         self._raise_failure()
+        self._reuse.began(resumes=self._resumes)
         if self._askers:
             self.agree()
 
@@ -199,6 +202,7 @@ class Callbacks:
         if self._closed:
             return
         self._closed = True
+        self._reuse.ended()
         for name, method in reversed([*self._own["on_close"], *self._users["on_close"]]):
             try:
                 method(outcome)
@@ -324,7 +328,7 @@ class Callbacks:
 
     def load(self, scalars: Mapping[str, Any]) -> None:
         """Give them back what `state` returned; warns of each state that has no callback, and the reverse."""
-        stored = scalars.get("callbacks") or {}
+        stored, self._resumes = scalars.get("callbacks") or {}, True
         # under changed callbacks it continues
         self.ended = bool(self._named) and scalars.get("ended") == self._recorded
 
