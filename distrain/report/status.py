@@ -347,6 +347,8 @@ def best_line(folder: Path, found: list[Status]) -> str | None:
     direction = "higher" if best is not None and best.higher else "lower"
     export = RunDir(first.run).export_path
     where = str(export if export.exists() else first.run)
+    exported = (first.summary or {}).get("exported_step", first.score["step"])
+    where += f", which is of step {exported:,}" if exported != first.score["step"] else ""
     where += "" if first.state == "finished" else f", {first.state}"
     return f"best: {values}: {score} at step {first.score['step']:,} ({direction} is better), in {where}"
 

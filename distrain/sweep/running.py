@@ -102,7 +102,9 @@ def _open_grid(
 ) -> tuple[Path, Runs]:
     sweep = expand(target, overrides, arrays, sweep_dir, "--sweep-dir")
     recipe = check_runs(target, sweep.runs, options.launch, share, changes_names=sweep.changes_names)
-    record = sweep.earlier() or sweep.record(best_of(recipe, sweep.runs[0].values))
+    best = best_of(recipe, sweep.runs[0].values)
+    record = sweep.earlier() or sweep.record(best)
+    record.best = best  # before any run has trained the recipe may have changed
     return sweep.folder, Runs(sweep.folder, record, sweep.runs, retry_failed=options.retry_failed)
 
 

@@ -353,6 +353,30 @@ def test_a_sweep_is_continued_and_retries_what_failed_when_asked(tmp_path: Path)
         expand(str(recipe), [], ["seed=1"], str(folder), "--sweep-dir").earlier()
 
 
+def test_a_sweep_of_which_nothing_was_trained_is_ranked_as_its_recipe_says_now(tmp_path: Path) -> None:
+    recipe, needed = own_recipe(tmp_path), tmp_path / "needed"
+    command = ("sweep", recipe, f"model.needs={needed}", "--array", "seed=1,2", "--sweep-dir", tmp_path / "sweep")
+    assert cli(*command).status == 1
+    needed.touch()
+    ended = cli(*command, "eval.best=-loss", "--retry-failed")
+    assert ended.status == 0, ended.err
+    assert {each.score["metric"] for each in statuses(tmp_path / "sweep") if each.score} == {"loss"}
+    assert "(lower is better)" in ended.out
+
+
+def test_the_best_of_a_sweep_says_where_the_model_is_another_steps(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, IRIS.replace("lr: 0.1}", "lr: 3}"))
+    for name, more in (
+        ("best", ()),
+        ("last", ("checkpoint.keep_best=0", "checkpoint.every=null", "checkpoint.keep=1")),
+    ):
+        ended = cli("sweep", recipe, *more, "--array", "seed=1,2", "--sweep-dir", tmp_path / name)
+        first = statuses(tmp_path / name)[0]
+        assert first.score is not None
+        assert first.score["step"] < 12, "it was better before its end"
+        assert ("export/model.safetensors, which is of step 12" in ended.out) == (name == "last")
+
+
 def test_a_run_without_a_best_is_none_of_a_sweeps_best(tmp_path: Path) -> None:
     recipe = own_recipe(tmp_path, 'loss: "own.py:loss"\nanomalies: {nonfinite: skip}\n')
     recipe.write_text(recipe.read_text().replace("own.py:Net", "own.py:LargeInEval"))
