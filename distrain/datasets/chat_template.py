@@ -93,7 +93,23 @@ def vocabulary_facts(tokenizer: Any, folder: Path) -> dict[str, int]:
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
         raise UserError(f"the tokenizer in {folder} has no padding token; set its pad_token")
-    return {"pad_id": pad_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
+    added = tokenizer(" ")["input_ids"]  # the special tokens around a text
+    return {
+        "pad_id": pad_id,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "pads_around": int(pad_id in added),
+    }
+
+
+def padding_warnings(facts: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """Return a warning where the token that pads stands around texts as well: it is then masked there."""
+    if not facts.get("pads_around"):  # which an earlier cache has not
+        return ()
+    return (
+        f"the tokenizer in {folder} pads with token {facts['pad_id']}, which it also puts around texts: models do not "
+        "read it there, and those that are exported do elsewhere, by the tokenizer's own mask. Give the tokenizer a "
+        "pad_token of its own",
+    )
 
 
 def check_tokenizer(state: Mapping[str, Any], digest: str, folder: Path) -> None:

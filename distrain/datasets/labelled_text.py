@@ -15,7 +15,13 @@ from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest
 from distrain.datasets.chat import TooLong
-from distrain.datasets.chat_template import check_tokenizer, load_tokenizer_folder, tokenizer_digest, vocabulary_facts
+from distrain.datasets.chat_template import (
+    check_tokenizer,
+    load_tokenizer_folder,
+    padding_warnings,
+    tokenizer_digest,
+    vocabulary_facts,
+)
 from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
 from distrain.datasets.table_columns import Options, fit_target, spelled_alike
@@ -110,7 +116,8 @@ def text_classification(
 
     meta = DataMeta(vocab_size=facts["vocab_size"], pad_id=facts["pad_id"], **target_facts(state, request.task))
     alike = spelled_alike({"categorical": [], **state}) if request.state is None else []
-    return Data(splits, meta, state, read, tuple(made), tuple(alike))
+    warnings = (*alike, *padding_warnings(facts, request.base / tokenizer))
+    return Data(splits, meta, state, read, tuple(made), warnings)
 
 
 class TextReader:

@@ -16,7 +16,13 @@ from distrain.config import UserError, close_names
 from distrain.config.registry import datasets
 from distrain.datasets.base import AnySource, Batch, Data, DataMeta, DataRequest, split_indices
 from distrain.datasets.chat import TooLong
-from distrain.datasets.chat_template import check_tokenizer, load_tokenizer_folder, tokenizer_digest, vocabulary_facts
+from distrain.datasets.chat_template import (
+    check_tokenizer,
+    load_tokenizer_folder,
+    padding_warnings,
+    tokenizer_digest,
+    vocabulary_facts,
+)
 from distrain.datasets.labels import IGNORED
 from distrain.datasets.nested import padded
 from distrain.datasets.ragged import Encoded, Ragged, Row, encoded
@@ -133,7 +139,8 @@ def tagged_text(
         vocab_size=words.vocab_size,
         pad_id=words.pad_id,
     )
-    return Data(splits, meta, state, read_file, tuple(read))
+    about = () if pieces is None else padding_warnings(pieces.facts, pieces.folder)
+    return Data(splits, meta, state, read_file, tuple(read), about)
 
 
 def _read_splits(
@@ -227,21 +234,22 @@ class _Pieces:
         return load_tokenizer_folder(self.folder, add_prefix_space=True)  # each token is a word of its own
 
     @functools.cached_property
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """What `vocabulary_facts` returns."""
         return vocabulary_facts(self._tokenizer, self.folder)
 
     @property
     def pad_id(self) -> int:
-        return int(self._facts["pad_id"])
+        return int(self.facts["pad_id"])
 
     @property
     def vocab_size(self) -> int:
-        return int(self._facts["vocab_size"])
+        return int(self.facts["vocab_size"])
 
     def encode(self, sentences: Sequence[Sentence]) -> Encoded:
         rows: list[Row] = []
         self._encode(sentences, rows.append)
-        return _joined(rows, self._facts)
+        return _joined(rows, self.facts)
 
     def _encode(self, sentences: Sequence[Sentence], add: Callable[[Row], None]) -> None:
         options = {"is_split_into_words": True, "return_attention_mask": False, "return_token_type_ids": False}
@@ -263,7 +271,7 @@ class _Pieces:
     def encoded(self, path: Path, reader: TaggedReader, sentences: Sequence[Sentence]) -> Encoded:
         def encode(add: Callable[[Row], None]) -> dict[str, Any]:
             self._encode(sentences, add)
-            return self._facts
+            return self.facts
 
         made_from = {
             "kind": "tagged_text",
@@ -274,7 +282,7 @@ class _Pieces:
             "max_len": self._max_len,
         }
         found = encoded(path, self._cache, made_from, _COLUMNS, encode)
-        self.__dict__["_facts"] = found.facts
+        self.__dict__["facts"] = found.facts
         return found
 
 

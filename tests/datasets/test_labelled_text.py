@@ -13,6 +13,7 @@ import torch
 import transformers
 from chats import save_tokenizer
 from runs import cli, last, state, train, write_recipe
+from tokenizers.processors import TemplateProcessing
 
 from distrain.config import DataSection, UserError
 from distrain.config.yaml import parse_recipe
@@ -293,3 +294,21 @@ def test_a_model_that_reads_padding_is_warned_of(base: Path, tmp_path: Path, str
     said = " ".join((ended[0].out + ended[0].err).split())
     assert "Means computes something else of a sample where a longer one is beside it: it reads padding" in said
     assert state(last(tmp_path / "run"))["model/calls"] == 2, "of the step and the evaluation; a trial leaves nothing"
+
+
+@pytest.mark.parametrize("name", ["text_classification", "tagged_text"])
+def test_padding_that_also_stands_around_texts_is_warned_of(base: Path, name: str) -> None:
+    (base / "rows.conll").write_text("a O\nb O\n\nc O\n")
+    section = {"path": "rows.csv", "text": "text", "label": "label"}
+    section = section if name == "text_classification" else {"path": "rows.conll"}
+    task = "classification" if name == "text_classification" else "token_classification"
+    found = []
+    for around, pad in ((False, "</s>"), (True, "<pad>"), (True, "</s>")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer", pad_token=pad)
+        if around:
+            tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer.save_pretrained(base / "own")
+        made = DataSection(name=name, tokenizer="own", split=[1.0], **section)  # type: ignore[arg-type]
+        found.append(named_data(DataRequest(made, task, seed=0, base=base)).warnings)  # type: ignore[arg-type]
+    assert found[:2] == [(), ()]
+    assert found[2][0].startswith(f"the tokenizer in {base / 'own'} pads with token 1, which it also puts around texts")
