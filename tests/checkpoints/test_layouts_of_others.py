@@ -66,6 +66,11 @@ def composer(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
+def with_a_key(model: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The model under its usual key, and a tensor under no mapping."""
+    return {"model": model.state_dict(), "rng.cpu": torch.get_rng_state(), "step": 3}
+
+
 def file_of(content: dict[str, Any], path: Path) -> None:
     torch.save(content, path)
 
@@ -78,6 +83,7 @@ def folder_of(content: dict[str, Any], path: Path) -> None:
     ("layout", "write", "state", "step"),
     [
         (torchtitan, folder_of, {"exp_avg", "exp_avg_sq", "step"}, 3),
+        (with_a_key, folder_of, set(), 3),
         (composer, folder_of, set(), None),
         (composer, file_of, set(), None),
     ],

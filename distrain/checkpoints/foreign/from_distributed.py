@@ -54,7 +54,8 @@ def open_folder(source: Source, folder: Path) -> None:
     if not bare:
         _unwrap(listing)
     top = {path[0] for path in listing.paths.values()}
-    model = None if bare else next((key for key in MODEL if key in top), None)
+    model = next((key for key in MODEL if key in top), None)
+    bare = bare and model is None
     tensors: dict[str, dict[str, Stored]] = {"model": {}, "ema": {}}
     states: dict[tuple[int | str, str], Stored] = {}
     values: dict[tuple[int | str, str], Any] = {}
