@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrain.datasets.base import Batch
 from distrain.datasets.nested import map_tensors
-from distrain.networks.undisturbed import fake_tensors
+from distrain.networks.undisturbed import fake_tensors, use_stand_ins
 from distrain.system.output import error_line
 from distrain.system.peak_flops import peak_tflops
 
@@ -40,20 +41,40 @@ def without_storage(value: T, *modules: nn.Module) -> T | None:
         return None
 
 
-def training_flops(model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> int | None:
+_META = torch.device("meta")
+
+
+class _Alone(TorchDispatchMode):
+    """Refuses collectives: one rank counts, and would wait for the others."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional"):
+            raise RuntimeError(f"the ranks exchange tensors in it ({function.overloadpacket.__name__})")
+        return function(*args, **(kwargs or {}))
+
+
+def training_flops(
+    model: nn.Module, loss_sum: Callable[[nn.Module, Batch], Tensor], batch: Batch, device: torch.device = _META
+) -> int | None:
     """Return the floating-point operations of a forward and a backward pass over `batch`; None: cannot be counted.
 
-    `model` is that of `without_storage`. Matrix products, convolutions and attention count, two operations for each
-    multiply-add, as `torch.utils.flop_counter` has them; what activation checkpointing computes again does not.
+    `model` is that of `without_storage`; `device` is where else `loss_sum` has tensors. Matrix products, convolutions
+    and attention count, two operations for each multiply-add, as `torch.utils.flop_counter` has them; what activation
+    checkpointing computes again does not.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
         # models of transformers look at values, such as those of a mask, unless tensors are known to be fake
         fakes = fake_tensors()
-        with torch.enable_grad(), fakes, FlopCounterMode(display=False) as counter:
-            moved = map_tensors(lambda each: fakes.from_tensor(each.to("meta")), batch)
-            torch.autograd.backward(loss_sum(model, moved))
+        with torch.enable_grad(), fakes, FlopCounterMode(display=False) as counter, _Alone():
+            if device.type != "meta":
+                use_stand_ins(model, device)
+                for module in model.modules():
+                    buffers = {key: each for key, each in module._buffers.items() if each is not None}
+                    module._buffers |= {key: torch.empty_like(each, device=device) for key, each in buffers.items()}
+            moved = map_tensors(lambda each: torch.empty_like(each, device=device), batch)
+            torch.autograd.backward(loss_sum(model, moved).sum())
         return counter.get_total_flops() or None
     except Exception as error:
         logger.info(f"rows have no mfu: the operations cannot be counted without values: {error_line(error)}")

@@ -12,11 +12,14 @@ from torch import nn
 
 from distrain.datasets.base import Batch
 from distrain.datasets.nested import tensors_in
+from distrain.datasets.randomness import isolated_randomness
 from distrain.datasets.transforms import finished
 from distrain.networks.flops import peak_of, training_flops, without_storage
 from distrain.system.memory import GIB, peak_bytes
 from distrain.training.callbacks.base import CallbackRun
-from distrain.training.tasks.objective import SupervisedObjective
+from distrain.training.tasks.inside import run_inside
+from distrain.training.tasks.objective import SupervisedObjective, TaskObjective
+from distrain.training.trying import tried_objective
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +55,24 @@ class Efficiency:
             self._elements += sum(map(_elements, micro_batches))
 
     def _count_first(self, model: nn.Module, micro_batch: Batch) -> None:
-        if not isinstance(self._objective, SupervisedObjective):
-            logger.info(f"rows have no mfu: task {self._objective.name} computes its losses itself")
+        objective, batch = self._objective, finished(micro_batch)
+        if type(objective) is TaskObjective and not objective.task.optimizers:
+            run_inside(model)
+            with isolated_randomness():
+                flops = training_flops(model, tried_objective(objective).loss_sum, batch, self._device)
+        elif isinstance(objective, SupervisedObjective):
+            counted = copy.copy(objective)
+            function = getattr(counted.loss, "function", None)
+            # counting takes a loss's tensors to the meta device, from which none comes back
+            loss = without_storage(counted.loss, *[function] if isinstance(function, nn.Module) else [])
+            if loss is None:
+                return
+            counted.loss, counted.inside = loss, False
+            flops = training_flops(model, counted.loss_sum, batch)
+        else:
+            logger.info(f"rows have no mfu: task {objective.name} couples samples, or has several optimizers")
             return
-        counted = copy.copy(self._objective)
-        function = getattr(counted.loss, "function", None)
-        # counting takes a loss's tensors to the meta device, from which none comes back
-        loss = without_storage(counted.loss, *[function] if isinstance(function, nn.Module) else [])
-        if loss is None:
-            return
-        counted.loss, counted.inside = loss, False
-        flops, elements = training_flops(model, counted.loss_sum, finished(micro_batch)), _elements(micro_batch)
-        if flops is not None and elements:
+        if flops is not None and (elements := _elements(micro_batch)):
             self._flops_per_element = flops / elements
 
     def row(self, samples_per_s: float, seconds: float) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from runs import assert_close, assert_same_run, cli, rows, train, write_recipe
 
 from distrain.config.yaml import parse_recipe
 from distrain.data import build_data
+from distrain.datasets.order import SampleOrder
 from distrain.models import build_model
+from distrain.networks.flops import training_flops, without_storage
+from distrain.run.folder import RunDir
 from distrain.training.tasks import TaskContext, build_objective
 
 RECIPE = """
@@ -120,3 +123,21 @@ def test_a_model_is_not_compared_with_other_weights_than_those_it_began_with(bas
     assert ended.status == 1
     assert "task dpo compares with the initial weights, and those in" in ended.err
     assert "weights file model.weights: w.pt: " in ended.err
+
+
+def test_the_operations_of_a_step_are_those_of_the_model_and_of_the_frozen_one(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE.format(base=base))
+    train(1, recipe, tmp_path / "run", "log.peak_tflops=0.001", "train.steps=1")
+    (row,) = (row for row in RunDir(tmp_path / "run").rows() if row["event"] == "train")
+    counted = row["mfu"] / row["samples_per_s"] * 0.001 * 1e12 * 4
+    parsed = parse_recipe(recipe.read_text(), "here")
+    data = build_data(parsed)
+    targets: Any = data.splits["train"].fetch(SampleOrder(12, parsed.seed).at(0, 4)[1])["targets"]
+    longest = max(each.shape[1] for each in targets.values())
+    model = without_storage(build_model(parsed, data.meta))
+    assert model is not None
+    trained = training_flops(
+        model, lambda model, each: model(each["inputs"]).sum(), {"inputs": torch.zeros(8, longest).long()}
+    )
+    assert trained is not None
+    assert counted == pytest.approx(trained * 4 / 3, rel=0.1)  # the frozen one goes forward alone

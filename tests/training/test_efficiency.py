@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import train, write_recipe
+from runs import losses, train, write_recipe
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -319,6 +319,31 @@ def test_a_loss_within_the_forward_pass_is_counted_as_one_outside(tmp_path: Path
         train(1, recipe, tmp_path / chunked, f"tune.chunked_loss={chunked}")
     assert len(_operations(tmp_path / "true")) == 1
     assert _operations(tmp_path / "true") == _operations(tmp_path / "false")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "teacher"])
+def test_a_task_of_the_users_that_keeps_a_state_is_counted_and_trains(tmp_path: Path, kind: str) -> None:
+    recipe = write_recipe(
+        tmp_path, _LAYERS.replace("task: classification", f"task: {{name: 'stateful_tasks:Kept', kind: {kind}}}")
+    )
+    train(1, recipe, tmp_path / "run")
+    assert _operations(tmp_path / "run") == {2 * (2 * 64 * 16 + 3 * 16 * 10)}
+    assert losses(tmp_path / "run") == pytest.approx([0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("exchange", ["all_reduce(torch.ones(()))", "barrier()", "all_gather_object([None] * 2, 1)"])
+def test_a_task_whose_ranks_exchange_tensors_is_not_counted_and_trains(tmp_path: Path, exchange: str) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nimport distrain\n"
+        "class Exchanging(distrain.Task):\n"
+        "    def losses(self, model, batch):\n"
+        f"        torch.distributed.{exchange}\n"
+        "        return {'all': model(batch['inputs']).sum(1)}\n"
+    )
+    recipe = write_recipe(tmp_path, _LAYERS.replace("task: classification", "task: own.py:Exchanging"))
+    train(2, recipe, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2
+    assert "mfu" not in set().union(*RunDir(tmp_path / "run").rows())
 
 
 # --------------------------------------------------------------------------------------------------------------------
